@@ -1,0 +1,1 @@
+"""What people touch: the command line, the dashboard, figures, tables, papers and reports."""

@@ -1,0 +1,139 @@
+"""What there is to say about each run: its provenance, its analysis and its findings, one reading a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from diagnostics import Finding, analyze, judge, schema
+
+COMPLETE = "complete"
+"""Attribute of /metrics: true where they are all that the run can feed."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One chain of one run, analysed and judged.
+
+    Parameters
+    ----------
+    name : str
+        The run's name; ``run/chain`` where the run has several chains.
+    attrs : mapping
+        The run's attributes: model, family, seed, …
+    analysis : Dataset
+        What `diagnostics.analyze` gives, or what the run holds in /metrics.
+    findings : tuple of Finding
+        Worst first.
+    """
+
+    name: str
+    attrs: Mapping[str, Any]
+    analysis: xr.Dataset
+    findings: tuple[Finding, ...]
+
+
+def read_runs(runs: Mapping[str, xr.DataTree]) -> list[Reading]:
+    """Analyse and judge runs; metrics that a run already holds are taken as they are.
+
+    Parameters
+    ----------
+    runs : mapping of str to DataTree
+        Runs by the names to print.
+
+    Returns
+    -------
+    list of Reading
+
+    Raises
+    ------
+    ValueError
+        For no run at all, or a run without a trace and without metrics.
+    """
+    if not runs:
+        raise ValueError("no run was given; name at least one, such as runs/a.nc")
+    return [
+        Reading(label, dict(run.attrs), analysis, tuple(judge(analysis)))
+        for name, run in runs.items()
+        for label, analysis in _analyses(name, run)
+    ]
+
+
+def _analyses(name: str, run: xr.DataTree) -> list[tuple[str, xr.Dataset]]:
+    found = _stored(run) or _by_chain(analyze(run))
+    return [(f"{name}/{chain}" if chain else name, dataset.load()) for chain, dataset in found.items()]
+
+
+def _stored(run: xr.DataTree) -> dict[str, xr.Dataset]:
+    """The metrics that a run holds, where they are complete, a history, or all that is left of it."""
+    stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
+    known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
+    if len(known) < len(stored):
+        return {}
+    has_trace = any(schema.chain_dataset(run, "trace", chain) is not None for chain in stored)
+    whole = all(data.attrs.get(COMPLETE) or data.sizes.get("step", 1) > 1 for data in known.values())
+    return known if whole or not has_trace else {}
+
+
+def _by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    if isinstance(analysis, xr.Dataset):
+        return {"": analysis}
+    return {chain: node.to_dataset() for chain, node in analysis.children.items()}
+
+
+def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
+    """Open runs, and folders of runs, under names that are short and differ.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Run files, or folders that hold some.
+
+    Returns
+    -------
+    dict of str to DataTree
+
+    Raises
+    ------
+    FileNotFoundError
+        Where nothing lies at a path.
+    ValueError
+        Where a folder holds no run.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += _runs_at(path)
+    return {name: schema.open_run(path) for name, path in _short_names(found).items()}
+
+
+def _runs_at(path: Path) -> list[Path]:
+    if not path.exists() or path.name.endswith(schema.SUFFIXES):
+        return [path]
+    below = list(schema.list_runs(path).values())
+    if not below:
+        raise ValueError(
+            f"no run in {path}: expected files or folders ending in {', '.join(schema.SUFFIXES)}; "
+            "make one with: depthscope probe CHECKPOINT --text FILE --out RUN.nc"
+        )
+    return below
+
+
+def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """The file's name, with as many folders before it as it takes to tell the runs apart."""
+    unique = list(dict.fromkeys(path.resolve() for path in paths))
+    for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
+        names = [_without_ending("/".join(path.parts[-parts:])) for path in unique]
+        if len(set(names)) == len(unique):
+            return dict(zip(names, unique, strict=True))
+    return {path.name: path for path in unique}
+
+
+def _without_ending(name: str) -> str:
+    for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name

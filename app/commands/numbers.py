@@ -1,0 +1,289 @@
+"""The commands that turn runs into numbers and verdicts: analyze, check, compare."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+import diagnostics
+from app.analyses import COMPLETE, Reading, open_runs, read_runs
+from app.cli import FINE, FOUND, closest
+from app.comparison import COMPARED_METRICS, comparison_table, differences, summary_table
+from app.figures.specification import Selection
+from app.findings import count_words, findings_text
+from app.tables import Table, depth_table, mixing_table
+from app.terminal import emit, remark, say, show_rows, working
+from diagnostics import CATALOGUE, Finding, Severity, schema
+
+
+def view_of(args: argparse.Namespace) -> Selection:
+    """The slice that the arguments ask for; the figures' own where they are silent.
+
+    Parameters
+    ----------
+    args : Namespace
+        Parsed arguments.
+
+    Returns
+    -------
+    Selection
+    """
+    asked = {name: getattr(args, name, None) for name in ("scope", "tokens", "centering", "reduction")}
+    return Selection.of({name: label for name, label in asked.items() if label is not None})
+
+
+def known_metrics(names: Iterable[str]) -> list[str]:
+    """Names of metrics, checked against the catalogue.
+
+    Parameters
+    ----------
+    names : iterable of str
+        What came.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        For a name that is no metric, with the closest one.
+    """
+    listed = list(names)
+    for name in listed:
+        if name not in CATALOGUE:
+            raise ValueError(f"no metric {name!r}{closest(name, CATALOGUE)}")
+    return listed
+
+
+def show(table: Table, *, heading: bool = True) -> None:
+    """Print a table with its caption.
+
+    Parameters
+    ----------
+    table : Table
+        What to print.
+    heading : bool
+        Whether the caption comes before it.
+    """
+    if heading:
+        say(textwrap.fill(table.caption, 100))
+    show_rows([str(column) for column in table.printed], table.printed.astype(str).to_numpy().tolist())
+
+
+# --- analyze
+
+
+def analyze(args: argparse.Namespace) -> int:
+    """Compute the metrics of a run, write them, print them by depth and by connection.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``run, metrics, out, json`` and the slice.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    names = known_metrics(args.metrics) if args.metrics else None
+    run = schema.open_run(args.run)
+    with working(f"analysing {args.run}"):
+        run.load()
+        run.close()
+        analysis = diagnostics.analyze(run, metrics=names)
+    written = _write_metrics(run, analysis, args, complete=names is None)
+    analysed = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **_metric_nodes(analysis)})
+    readings = read_runs({Path(args.run).name: analysed})
+    _print_analysis(readings, written, args)
+    return FINE
+
+
+def _write_metrics(
+    run: xr.DataTree, analysis: xr.Dataset | xr.DataTree, args: argparse.Namespace, *, complete: bool
+) -> Path:
+    nodes = {"/": xr.Dataset(attrs=run.attrs)}
+    if not args.out:
+        kept = (
+            node for name in ("trace", "statistics") if name in run.children for node in run[name].subtree
+        )
+        nodes |= {node.path: node.to_dataset() for node in kept}
+    measured = {
+        path: part.assign_attrs({COMPLETE: complete}) for path, part in _metric_nodes(analysis).items()
+    }
+    return schema.save_run(xr.DataTree.from_dict(nodes | measured), args.out or args.run)
+
+
+def _metric_nodes(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    if isinstance(analysis, xr.Dataset):
+        return {"/metrics": analysis}
+    return {f"/metrics/{chain}": node.to_dataset() for chain, node in analysis.children.items()}
+
+
+def _print_analysis(readings: Sequence[Reading], written: Path, args: argparse.Namespace) -> None:
+    view = view_of(args)
+    tables = {reading.name: (depth_table(reading, view), mixing_table(reading, view)) for reading in readings}
+    if args.json:
+        emit(
+            {
+                "written": str(written),
+                "metrics": sorted({str(name) for reading in readings for name in reading.analysis.data_vars}),
+                "depth": {run: by_depth.data.to_dict("records") for run, (by_depth, _) in tables.items()},
+                "connection": {
+                    run: mixing.data.to_dict("records") for run, (_, mixing) in tables.items() if mixing
+                },
+            }
+        )
+        return
+    for table in (table for pair in tables.values() for table in pair if table is not None):
+        show(table)
+        say()
+    say(f"Metrics written to {written}")
+
+
+# --- check
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print the findings of runs; 1 where one reaches the limit.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``runs, fail_on, json``.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    limits = known_limits(args.fail_on)
+    with working("analysing and judging"):
+        readings = read_runs(open_runs(args.runs))
+    failed = [
+        reading.name for reading in readings if any(exceeds(found, limits) for found in reading.findings)
+    ]
+    if args.json:
+        emit(
+            {
+                "failed": failed,
+                "fail_on": list(args.fail_on),
+                "runs": [_checked(reading) for reading in readings],
+            }
+        )
+    else:
+        _print_checks(readings, failed, args.fail_on)
+    return FOUND if failed else FINE
+
+
+def known_limits(names: Sequence[str]) -> tuple[Severity, frozenset[str]]:
+    """The severity and the verdicts that fail a check.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Severities and verdict names, mixed.
+
+    Returns
+    -------
+    tuple
+        The lowest severity that fails (above all where none is named), and verdicts that fail from WARN on.
+
+    Raises
+    ------
+    ValueError
+        For a name that is neither, with the closest one.
+    """
+    severities = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
+    verdicts = diagnostics.VERDICTS
+    for name in names:
+        if name not in severities and name not in verdicts:
+            raise ValueError(f"no severity or verdict {name!r}{closest(name, [*severities, *verdicts])}")
+    asked = [severities[name] for name in names if name in severities]
+    lowest = min(asked) if asked else None
+    return lowest, frozenset(name for name in names if name in verdicts)
+
+
+def exceeds(finding: Finding, limits: tuple[Severity | None, frozenset[str]]) -> bool:
+    """Whether a finding fails a check.
+
+    Parameters
+    ----------
+    finding : Finding
+        A finding.
+    limits : tuple
+        See `known_limits`.
+
+    Returns
+    -------
+    bool
+    """
+    lowest, verdicts = limits
+    severe = lowest is not None and finding.severity >= lowest
+    return severe or (finding.verdict in verdicts and finding.severity >= Severity.WARN)
+
+
+def _checked(reading: Reading) -> dict[str, Any]:
+    return {"run": reading.name, "findings": [finding.as_dict() for finding in reading.findings]}
+
+
+def _print_checks(readings: Sequence[Reading], failed: Sequence[str], limits: Sequence[str]) -> None:
+    for reading in readings:
+        about = ", ".join(str(reading.attrs[key]) for key in ("model", "family") if reading.attrs.get(key))
+        say(f"{reading.name}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
+        say()
+        say(findings_text(reading.findings))
+        say()
+    verdict = f"failed: {', '.join(failed)}" if failed else "passed"
+    say(f"check --fail-on {','.join(limits)}: {verdict}")
+
+
+# --- compare
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Print runs side by side: a summary, then metrics at the same relative depth.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``runs, metrics, points, json`` and the slice.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    metrics = known_metrics(args.metrics) if args.metrics else COMPARED_METRICS
+    view = view_of(args)
+    with working("analysing"):
+        readings = read_runs(open_runs(args.runs))
+    summary = summary_table(readings, view)
+    aligned = comparison_table(readings, metrics, view, points=args.points)
+    warnings = differences(readings, view)
+    for text in warnings:
+        remark(text)
+    if args.json:
+        emit(
+            {
+                "warnings": warnings,
+                "summary": summary.data.to_dict("records"),
+                "aligned": aligned.data.to_dict("records"),
+            }
+        )
+        return FINE
+    say(textwrap.fill(summary.caption, 100))
+    facts = summary.printed.set_index("run").T
+    show_rows(
+        ["", *map(str, facts.columns)],
+        [[str(name), *map(str, row)] for name, row in zip(facts.index, facts.to_numpy(), strict=True)],
+    )
+    say()
+    show(aligned)
+    return FINE

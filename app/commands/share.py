@@ -1,0 +1,66 @@
+"""The commands that show runs to others: dashboard, report, export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from app.analyses import open_runs
+from app.cli import FINE
+from app.commands.numbers import view_of
+from app.terminal import emit, say, working
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write one HTML file.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``runs, out, json`` and the slice.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    from app.report import write_report
+
+    with working("analysing and drawing"):
+        path = write_report(open_runs(args.runs), Path(args.out), view=view_of(args))
+    if args.json:
+        emit({"report": str(path), "bytes": path.stat().st_size})
+    else:
+        say(f"{path} ({path.stat().st_size / 1e6:.1f} MB, needs no other file)")
+    return FINE
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write figures, tables and sources for a paper.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``runs, out, width, pgf, json`` and the slice.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    from app.paper import VECTOR, write_bundle
+
+    formats = (*VECTOR, "pgf") if args.pgf else VECTOR
+    with working("analysing and drawing"):
+        folder = write_bundle(
+            open_runs(args.runs), Path(args.out), width=args.width, view=view_of(args), formats=formats
+        )
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    if args.json:
+        emit({"folder": str(folder), "files": files})
+        return FINE
+    for kind in ("figures", "tables", "data"):
+        say(f"{folder / kind}: {sum(name.startswith(f'{kind}/') for name in files)} files")
+    say(f"In LaTeX: \\newcommand{{\\depthscopepath}}{{{folder}}} \\input{{{folder}/figures.tex}}")
+    say(f"As it is: cd {folder} && latexmk -pdf main.tex")
+    return FINE

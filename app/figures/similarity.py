@@ -1,0 +1,155 @@
+"""How alike are the states of two depths? CKA and angles between every two, and from each to the next."""
+
+from functools import partial
+from typing import Any
+
+from app.figures.matrix import Matrix, build_matrix
+from app.figures.profile import Profile, build_profile
+from app.figures.specification import Analyses, Figure, FigureKind, Lines, Selection
+from app.figures.values import pick
+
+__all__ = ["KINDS"]
+
+
+def build_map(matrix: Matrix, analyses: Analyses, **selection: Any) -> Figure:
+    """Heat map of every two depths of one run.
+
+    Parameters
+    ----------
+    matrix : Matrix
+        What to draw.
+    analyses : mapping
+        Run name → analysis.
+    **selection : str or int
+        Fields of `Selection`.
+
+    Returns
+    -------
+    Heatmap
+    """
+    return build_matrix(matrix, analyses, Selection.of(selection))
+
+
+def build_line(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
+    """Figure of each depth against the one before it.
+
+    Parameters
+    ----------
+    profile : Profile
+        What to draw.
+    analyses : mapping
+        Run name → analysis.
+    **selection : str or int
+        Fields of `Selection`.
+
+    Returns
+    -------
+    Lines
+    """
+    return build_profile(profile, analyses, Selection.of(selection))
+
+
+def build_step_angle(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
+    """Angle between each state and the one before it: the first subdiagonal of the angular distances.
+
+    Parameters
+    ----------
+    profile : Profile
+        What to draw; its metric is the full matrix.
+    analyses : mapping
+        Run name → analysis.
+    **selection : str or int
+        Fields of `Selection`.
+
+    Returns
+    -------
+    Lines
+    """
+    choice = Selection.of(selection)
+    beside = {}
+    for run, data in analyses.items():
+        matrix = pick(data, profile.metric, choice)
+        if matrix is None:
+            continue
+        shifted = matrix.values.diagonal(offset=-1)
+        line = matrix.isel(other_depth=0, drop=True).copy()
+        line.values[0] = float("nan")
+        line.values[1:] = shifted
+        beside[run] = data.assign({profile.metric: line})
+    return build_profile(profile, beside, choice)
+
+
+_BY_DEPTH = {"rows": "depth", "columns": "other_depth", "x_label": "depth", "y_label": "depth"}
+
+_MAPS = (
+    (
+        Matrix("cka", "CKA of every two depths", "linear CKA", "cka", limits=(0.0, 1.0), **_BY_DEPTH),
+        ("estimator", "tokens", "axis", "step", "run"),
+    ),
+    (
+        Matrix(
+            "angular_distance",
+            "Angle between every two depths",
+            "arccos(cos) / π",
+            "angular_distance",
+            limits=(0.0, None),
+            note="Mean over tokens.",
+            **_BY_DEPTH,
+        ),
+        ("tokens", "axis", "step", "run"),
+    ),
+)
+
+_ADJACENT = (
+    (
+        Profile("adjacent_cka", "CKA with the depth before", "linear CKA with depth − 1", "adjacent_cka"),
+        ("estimator", "tokens", "axis", "step"),
+    ),
+    (
+        Profile(
+            "block_influence",
+            "Block influence across depth",
+            "1 − cos(in, out)",
+            "block_influence",
+            note="Near 0: the block hardly changes the state.",
+        ),
+        ("tokens", "axis", "step"),
+    ),
+    (
+        Profile(
+            "stream_cosine",
+            "Cosine between streams across depth",
+            "mean cosine of two streams",
+            "stream_cosine",
+            thresholds=((0.99, "copied streams: 0.99"),),
+        ),
+        ("axis", "step"),
+    ),
+)
+
+_STEP_ANGLE = Profile(
+    "adjacent_angle",
+    "Angle to the depth before",
+    "arccos(cos) / π",
+    "angular_distance",
+    note="Mean over tokens; near 0: the block does nothing.",
+)
+
+KINDS = (
+    *(
+        FigureKind(m.name, m.title, "similarity", (m.metric,), partial(build_map, m), uses)
+        for m, uses in _MAPS
+    ),
+    *(
+        FigureKind(p.name, p.title, "similarity", (p.metric,), partial(build_line, p), uses)
+        for p, uses in _ADJACENT
+    ),
+    FigureKind(
+        _STEP_ANGLE.name,
+        _STEP_ANGLE.title,
+        "similarity",
+        (_STEP_ANGLE.metric,),
+        partial(build_step_angle, _STEP_ANGLE),
+        ("tokens", "axis", "step"),
+    ),
+)

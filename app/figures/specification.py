@@ -1,0 +1,181 @@
+"""What is a figure before anybody draws it? Numbers, labels and words, for screen and paper alike."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+__all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
+
+Array = np.ndarray
+Analyses = Mapping[str, xr.Dataset]
+"""Run name → its analysis, in the order in which the runs are drawn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One curve: a measured quantity, the null expectation of the measured line before it, or a threshold.
+
+    Parameters
+    ----------
+    x, y : numpy.ndarray
+        Positions and values of equal length; NaN in `y` is a gap (undefined).
+    label : str
+        Legend entry.
+    role : {"measured", "null", "threshold"}
+        How it is read, hence how it is drawn: solid, dashed in the colour of its run, dotted grey.
+    lower, upper : numpy.ndarray or None
+        Uncertainty or spread around `y`.
+    group : str
+        Name of the run that the line belongs to; empty for thresholds.
+    text : sequence of str or None
+        Name of every position (module or layer), shown on hover.
+    """
+
+    x: Array
+    y: Array
+    label: str
+    role: Literal["measured", "null", "threshold"] = "measured"
+    lower: Array | None = None
+    upper: Array | None = None
+    group: str = ""
+    text: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Curves over one axis, with an optional healthy band."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    log_y: bool = False
+    healthy: tuple[float, float] | None = None
+    caption: str = ""
+    alt: str = ""
+    metric: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """A matrix over two axes; `z` has one row for each entry of `y`, one column for each of `x`."""
+
+    name: str
+    title: str
+    x: Array
+    y: Array
+    z: Array
+    x_label: str
+    y_label: str
+    z_label: str
+    limits: tuple[float, float] | None = None
+    diverging: bool = False
+    log_z: bool = False
+    caption: str = ""
+    alt: str = ""
+    metric: str = ""
+    x_text: Sequence[str] | None = None
+    y_text: Sequence[str] | None = None
+
+
+Figure = Lines | Heatmap
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the many versions of a number a figure shows.
+
+    Parameters
+    ----------
+    scope, tokens, centering, stream, estimator, direction, reduction : str
+        Labels of the analysis' dimensions of the same names; `direction="both"` overlays forward and
+        backward, `stream="each"` overlays every stream.
+    axis : {"depth", "relative"}
+        Depth index, or depth divided by the depth of the run, for runs of different depth.
+    step : int or None
+        Training step; None is the last one.
+    run : str or None
+        The run that a heat map shows; None is the first one that can feed it.
+    """
+
+    scope: str = "sequence"
+    tokens: str = "all"
+    centering: str = "raw"
+    stream: str = "mean"
+    estimator: str = "unbiased"
+    direction: str = "both"
+    reduction: str = "mean"
+    axis: str = "depth"
+    step: int | None = None
+    run: str | None = None
+
+    @classmethod
+    def of(cls, choices: Mapping[str, Any]) -> "Selection":
+        """Selection from keyword choices, refusing names and labels that do not exist.
+
+        Parameters
+        ----------
+        choices : mapping
+            Any of the fields above.
+
+        Returns
+        -------
+        Selection
+
+        Raises
+        ------
+        ValueError
+            A field or a label that is not one of `CHOICES`.
+        """
+        known = [f.name for f in fields(cls)]
+        for name, value in choices.items():
+            if name not in known:
+                raise ValueError(f"no selection {name!r}; expected one of {', '.join(known)}")
+            options = CHOICES.get(name)
+            if options and value not in options:
+                raise ValueError(f"{name}={value!r}; expected one of {', '.join(options)}")
+        return cls(**choices)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "scope": ("sequence", "data"),
+    "tokens": ("all", "ordinary"),
+    "centering": ("raw", "centred"),
+    "estimator": ("biased", "unbiased"),
+    "direction": ("both", "forward", "backward"),
+    "reduction": ("mean", "median", "p1", "p99", "max"),
+    "axis": ("depth", "relative"),
+}
+"""The labels that a selection may take; streams, steps and runs depend on the data."""
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """One entry of the figure register.
+
+    Parameters
+    ----------
+    name : str
+        Register key, also the file name in an export.
+    title : str
+        Title that stands alone.
+    question : str
+        The page it belongs to: collapse, similarity, mixing or gradients.
+    needs : tuple of str
+        Variables of the analysis without which there is nothing to draw.
+    build : callable
+        `(analyses, **selection) -> Figure`.
+    uses : tuple of str
+        The selection fields that change it.
+    """
+
+    name: str
+    title: str
+    question: str
+    needs: tuple[str, ...]
+    build: Callable[..., Figure]
+    uses: tuple[str, ...] = field(default=("step",))

@@ -1,0 +1,211 @@
+"""How are curves drawn on paper? Colour by run, dashes by variant, nulls and limits in grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from app.figures.specification import Line, Lines
+from app.printed.style import Width, plain, whole
+
+# Okabe and Ito's colours, in an order in which neighbours differ in grey too; yellow is too light for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
+LEGEND_INSIDE = 4  # more entries than these hide the curves, and go below the axes, still inside the figure
+
+
+def draw_lines(figure: Lines, size: Width) -> Canvas:
+    """Draw curves with their bands, nulls, thresholds and healthy range.
+
+    Parameters
+    ----------
+    figure : Lines
+        What to draw.
+    size : Width
+        Inches across and type size; `style` must be active.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    measured = [line for line in figure.lines if line.role == "measured"]
+    looks = _looks(measured)
+    entries = len(measured) + len({line.role for line in figure.lines} - {"measured"})
+    canvas = Canvas(figsize=(size.inches, _height(size, entries)), layout="constrained")
+    axes = canvas.add_subplot()
+    last: Mapping[str, Any] = {}
+    for line in figure.lines:
+        if line.role == "measured":
+            last = looks[id(line)]
+            _draw_measured(axes, line, last)
+        elif line.role == "null":
+            axes.plot(
+                line.x,
+                line.y,
+                color=last.get("color", "0.4"),
+                linestyle=(0, (4, 2)),
+                linewidth=0.8,
+                alpha=0.8,
+            )
+    _scale(axes, figure, measured)
+    _draw_limits(axes, figure)
+    axes.set_xlabel(plain(figure.x_label))
+    axes.set_ylabel(plain(figure.y_label))
+    _legend(canvas, axes, figure, size)
+    return canvas
+
+
+def _height(size: Width, entries: int) -> float:
+    axes = 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
+    columns = max(1, int(size.inches // 1.6))
+    below = math.ceil(entries / columns) if entries > LEGEND_INSIDE else 0
+    return axes + below * 1.45 * size.points / 72
+
+
+def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
+    """Colour by run where there are several, else by line; what colour leaves equal, dashes tell apart."""
+    groups = list(dict.fromkeys(line.group for line in lines))
+    if len(groups) < 2:
+        return {id(line): _look(position, 0, len(lines)) for position, line in enumerate(lines)}
+    seen: dict[str, int] = dict.fromkeys(groups, 0)
+    looks = {}
+    for line in lines:
+        looks[id(line)] = _look(groups.index(line.group), seen[line.group], len(groups))
+        seen[line.group] += 1
+    return looks
+
+
+def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
+    marker = MARKERS[(colour + 3 * variant) % len(MARKERS)]
+    shade = (
+        COLOURS[colour % len(COLOURS)]
+        if count <= len(COLOURS)
+        else mpl.colormaps["cividis"](0.9 * colour / count)
+    )
+    return {
+        "color": shade,
+        "linestyle": DASHES[variant % len(DASHES)],
+        "marker": marker if count <= len(COLOURS) else "",
+        "markerfacecolor": "white" if (colour + variant) % 2 else shade,
+        "markeredgewidth": 0.7,
+    }
+
+
+def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
+    thinned = max(1, math.ceil(len(line.x) / 12))
+    axes.plot(line.x, line.y, label=plain(line.label), markevery=thinned, zorder=3, **look)
+    if line.lower is not None and line.upper is not None:
+        axes.fill_between(
+            line.x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0, zorder=2
+        )
+
+
+def _scale(axes: Axes, figure: Lines, measured: Sequence[Line]) -> None:
+    """Logarithmic where it can be, and limits set by what was measured, not by far thresholds."""
+    if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
+        axes.set_yscale("log", nonpositive="mask")
+    if all(whole(line.x) for line in figure.lines):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(x=0.02)
+    axes.autoscale_view()
+    low, high = axes.get_ylim()
+    for line in figure.lines:
+        if line.role == "threshold" and _near(line.y[0], low, high, axes):
+            axes.set_ylim(*_around(line.y[0], axes))
+
+
+def _near(value: float, low: float, high: float, axes: Axes) -> bool:
+    if axes.get_yscale() == "log":
+        return value > 0 and low / 10 <= value <= high * 10
+    return low - (high - low) / 2 <= value <= high + (high - low) / 2
+
+
+def _around(value: float, axes: Axes) -> tuple[float, float]:
+    """The limits of the axis, widened so that a value lies a little inside."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        return min(low, value / 1.15), max(high, value * 1.15)
+    room = 0.03 * (high - low)
+    return min(low, value - room), max(high, value + room)
+
+
+def _draw_limits(axes: Axes, figure: Lines) -> None:
+    """Thresholds and the healthy band, as far as they lie in view; they never move the axes."""
+    low, high = axes.get_ylim()
+    for line in figure.lines:
+        if line.role == "threshold" and low <= line.y[0] <= high:
+            side = _free_side(axes, figure, line.y[0])
+            label = "" if side else plain(line.label)  # crowded at both ends: named in the legend
+            axes.plot(line.x, line.y, color="0.35", linestyle=":", linewidth=0.9, zorder=1, label=label)
+            if side:
+                _name_threshold(axes, line, side)
+    if figure.healthy is not None:
+        bottom, top = max(low, figure.healthy[0]), min(high, figure.healthy[1])
+        if bottom < top:
+            axes.axhspan(bottom, top, color="0.93", linewidth=0, zorder=0)
+    axes.set_ylim(low, high)
+
+
+def _free_side(axes: Axes, figure: Lines, value: float) -> str:
+    """The end of the axes where no curve runs through the words above a threshold, or nothing."""
+    measured = [line for line in figure.lines if line.role != "threshold" and line.x.size]
+    first, last = min(line.x.min() for line in measured), max(line.x.max() for line in measured)
+    low, high = (_height_of(axes, value) + shift for shift in (-0.02, 0.09))
+    for side, near in (
+        ("right", lambda x: x >= last - 0.3 * (last - first)),
+        ("left", lambda x: x <= first + 0.3 * (last - first)),
+    ):
+        heights = [
+            _height_of(axes, y) for line in measured for x, y in zip(line.x, line.y, strict=True) if near(x)
+        ]
+        if not any(low <= height <= high for height in heights):
+            return side
+    return ""
+
+
+def _height_of(axes: Axes, value: float) -> float:
+    """Where a value lies between the bottom (0) and the top (1) of the axes; NaN where it has no place."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        return math.log(value / low) / math.log(high / low) if value > 0 else math.nan
+    return (value - low) / (high - low)
+
+
+def _name_threshold(axes: Axes, line: Line, side: str) -> None:
+    axes.annotate(
+        plain(line.label),
+        (1 if side == "right" else 0, line.y[0]),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2 if side == "right" else 2, 1.5),
+        textcoords="offset points",
+        ha=side,
+        va="bottom",
+        color="0.35",
+        fontsize=mpl.rcParams["font.size"] - 2,
+    )
+
+
+def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if any(line.role == "null" for line in figure.lines):
+        handles.append(Line2D([], [], color="0.4", linestyle=(0, (4, 2)), linewidth=0.8))
+        labels.append("null")
+    if figure.healthy is not None:
+        handles.append(Patch(color="0.93", linewidth=0))
+        labels.append("healthy")
+    if len(handles) < 2:
+        return
+    if len(handles) <= LEGEND_INSIDE:
+        axes.legend(handles, labels, loc="best")
+    else:
+        columns = max(1, int(size.inches // 1.6))
+        canvas.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -1,0 +1,127 @@
+"""What does a venue ask of a figure? A width, a type size, TrueType fonts, the same bytes again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.mathtext import MathTextParser
+
+
+@dataclass(frozen=True)
+class Width:
+    """Inches across and type size in points of a place in a paper."""
+
+    inches: float
+    points: float
+
+
+WIDTHS: dict[str, Width] = {
+    "icml": Width(3.25, 8),
+    "neurips": Width(5.5, 9),
+    "full": Width(6.75, 8),
+}
+"""Text widths that venues ask for: an ICML column, NeurIPS and ICLR text, both ICML columns."""
+
+
+@contextmanager
+def style(width: str = "icml") -> Iterator[Width]:
+    """Matplotlib's settings for one width, undone on leaving.
+
+    Parameters
+    ----------
+    width : str
+        A key of `WIDTHS`.
+
+    Yields
+    ------
+    Width
+
+    Raises
+    ------
+    ValueError
+        For a width that is not known.
+    """
+    if width not in WIDTHS:
+        raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
+    size = WIDTHS[width]
+    with mpl.rc_context(_settings(size)):
+        yield size
+
+
+def _settings(size: Width) -> dict[str, Any]:
+    small = size.points - 1
+    return {
+        "font.family": ["STIXGeneral", "DejaVu Sans"],
+        "mathtext.fontset": "stix",
+        "font.size": size.points,
+        "axes.labelsize": size.points,
+        "axes.titlesize": size.points,
+        "xtick.labelsize": small,
+        "ytick.labelsize": small,
+        "legend.fontsize": small,
+        "legend.frameon": True,
+        "legend.framealpha": 0.85,
+        "legend.edgecolor": "none",
+        "legend.handlelength": 2.2,
+        "legend.borderpad": 0.25,
+        "legend.labelspacing": 0.3,
+        "legend.columnspacing": 1.2,
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.formatter.useoffset": False,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.minor.width": 0.4,
+        "ytick.minor.width": 0.4,
+        "lines.linewidth": 1.1,
+        "lines.markersize": 3.2,
+        "figure.dpi": 150,
+        "savefig.dpi": 400,
+        "pdf.fonttype": 42,  # TrueType: venues reject the default, Type 3
+        "svg.fonttype": "path",
+        "svg.hashsalt": "depthscope",  # the same bytes on a rerun
+    }
+
+
+@functools.cache
+def plain(text: str) -> str:
+    """Text that matplotlib can set: dollars that are no mathematics, as in a run's name, are escaped.
+
+    Parameters
+    ----------
+    text : str
+        Any label.
+
+    Returns
+    -------
+    str
+    """
+    if "$" not in text:
+        return text
+    try:
+        MathTextParser("path").parse(text)
+    except ValueError:
+        return text.replace("$", r"\$")
+    return text
+
+
+def whole(values: np.ndarray) -> bool:
+    """Whether positions are whole numbers, so that their axis has no ticks between them.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        Positions.
+
+    Returns
+    -------
+    bool
+    """
+    return bool(np.all(np.mod(values, 1) == 0))

@@ -1,0 +1,113 @@
+"""How a number is printed: with its uncertainty and its null, and with a dash where it is undefined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+UNDEFINED = "–"
+
+
+def number(value: float, *, digits: int = 3) -> str:
+    """A number with so many significant digits, in plain notation where that is short.
+
+    Parameters
+    ----------
+    value : float
+        NaN prints as a dash, since it means undefined.
+    digits : int
+        Significant digits.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> number(1234.5), number(0.04567), number(3.2e-7), number(float("nan"))
+    ('1234', '0.0457', '3.2e-7', '–')
+    """
+    if math.isnan(value):
+        return UNDEFINED
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e5:
+        return _scientific(value, digits)
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else _leading_zeros(value)
+    text = f"{value:.{max(digits - whole, 0)}f}"
+    return _signed(text)
+
+
+def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> str:
+    """A value with its standard error and the value expected without structure.
+
+    Parameters
+    ----------
+    value, stderr, null : float
+        NaN leaves the part out.
+
+    Returns
+    -------
+    str
+        Such as ``12.34 ± 0.41 (null 31.2)``; the error has two digits and sets the value's last place.
+
+    Examples
+    --------
+    >>> quantity(12.345, 0.4123, 31.24)
+    '12.35 ± 0.41 (null 31.2)'
+    >>> quantity(12.345, 0.4123)
+    '12.35 ± 0.41'
+    """
+    if math.isnan(value):
+        return UNDEFINED
+    text = number(value) if not stderr > 0 else _with_error(value, stderr)
+    return text if math.isnan(null) else f"{text} (null {number(null)})"
+
+
+def _with_error(value: float, stderr: float) -> str:
+    if (
+        not (math.isfinite(stderr) and math.isfinite(value))
+        or max(abs(value), stderr) >= 1e5
+        or stderr < 1e-5
+    ):
+        return f"{number(value)} ± {number(stderr, digits=2)}"
+    places = max(1 - math.floor(math.log10(stderr)), 0)
+    return f"{_signed(f'{value:.{places}f}')} ± {stderr:.{places}f}"
+
+
+def _scientific(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return _signed(f"{mantissa}e{int(exponent)}")
+
+
+def _leading_zeros(value: float) -> int:
+    """Zeros after the point count against the digits, negatively."""
+    return math.floor(math.log10(abs(value))) + 1
+
+
+def _signed(text: str) -> str:
+    return "−" + text[1:] if text.startswith("-") else text
+
+
+def sentence(parts: Iterable[str]) -> str:
+    """Remarks joined to one sentence; empty ones are left out.
+
+    Parameters
+    ----------
+    parts : iterable of str
+        Remarks without capital and full stop.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> sentence(["all tokens", "", "N = 8"])
+    'All tokens; N = 8.'
+    """
+    joined = "; ".join(part for part in parts if part)
+    return f"{joined[0].upper()}{joined[1:]}." if joined else ""

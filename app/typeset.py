@@ -1,0 +1,160 @@
+"""How is a table written down? As LaTeX with booktabs rules, as Markdown, as CSV."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pandas as pd
+
+from app.bibliography import keys_of
+from app.tables import Table
+
+# What pdfTeX cannot set from plain text; the rest of Unicode passes through.
+SIGNS = {
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "∞": r"$\infty$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "‖": r"$\|$",
+    "σ": r"$\sigma$",
+    "δ": r"$\delta$",
+    "λ": r"$\lambda$",
+    "Σ": r"$\Sigma$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "≈": r"$\approx$",
+    "√": r"$\surd$",
+    "⊥": r"$\perp$",
+    "→": r"$\to$",
+    "|": r"$|$",
+    "<": "$<$",
+    ">": "$>$",
+    **{sign: f"$_{digit}$" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+    **{sign: f"$^{digit}$" for digit, sign in zip((1, 2, 3), "¹²³", strict=True)},
+}
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{sign: "\\" + sign for sign in "&%$#_{}"},
+}
+_EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
+
+
+def tex(text: str) -> str:
+    r"""Plain text as LaTeX: special signs escaped, signs and powers of ten set as mathematics.
+
+    Parameters
+    ----------
+    text : str
+        Any text.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> tex("a_b 3.2e-7 ± 1%")
+    'a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%'
+    """
+    signs = _SPECIAL | SIGNS
+    escaped = "".join(signs.get(letter, letter) for letter in text)
+    return _EXPONENT.sub(r"$\1\\times10^{\2}$", escaped)
+
+
+def to_latex(table: Table, cites: Mapping[str, str]) -> str:
+    """A table float with booktabs rules, never wider than the page.
+
+    Parameters
+    ----------
+    table : Table
+        What to write.
+    cites : mapping of str to str
+        Bibliography keys by metric.
+
+    Returns
+    -------
+    str
+        Needs the packages booktabs and graphicx; ``table*`` spans both columns where there are two.
+    """
+    shown = pd.DataFrame(
+        {column: [_cell(table, column, text) for text in cells] for column, cells in table.printed.items()}
+    )
+    shown.columns = pd.Index([_heading(table, str(column)) for column in table.printed])
+    shape = "".join("p{0.42\\textwidth}" if name in table.wrapped else "l" for name in table.printed)
+    body = shown.style.hide(axis="index").to_latex(hrules=True, column_format=shape)
+    lines = [
+        r"\begin{table*}[t]",
+        r"\centering",
+        rf"\caption{{{_caption(table, cites)}}}",
+        rf"\label{{tab:{table.name}}}",
+        r"\footnotesize",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+        body.rstrip() + "}",
+        r"\end{table*}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(table: Table, column: object, text: str) -> str:
+    keys = keys_of([text]) if column in table.cited else []
+    return rf"\cite{{{','.join(keys)}}}" if keys else tex(text)
+
+
+def _heading(table: Table, column: str) -> str:
+    symbol = table.symbols.get(column)
+    return f"${symbol}$" if symbol else tex(column)
+
+
+def _caption(table: Table, cites: Mapping[str, str]) -> str:
+    return tex(table.caption) + _definitions(table, cites)
+
+
+def _definitions(table: Table, cites: Mapping[str, str]) -> str:
+    """What each symbol of the heading means and where it comes from."""
+    defined = []
+    for column, symbol in table.symbols.items():
+        keys = keys_of([cites.get(table.metric_of.get(column, ""), "")])
+        source = rf"~\cite{{{','.join(keys)}}}" if keys else ""
+        defined.append(f"${symbol}$: {tex(column)}{source}")
+    return " " + "; ".join(defined) + "." if defined else ""
+
+
+def to_markdown(table: Table) -> str:
+    """A table in Markdown, its caption above.
+
+    Parameters
+    ----------
+    table : Table
+        What to write.
+
+    Returns
+    -------
+    str
+    """
+    columns = [str(column) for column in table.printed.columns]
+    rows = [columns, ["---"] * len(columns), *table.printed.astype(str).to_numpy().tolist()]
+    lines = [
+        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in rows
+    ]
+    return "\n".join([f"**{table.title}.** {table.caption}", "", *lines]) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """The numbers of a table at full precision.
+
+    Parameters
+    ----------
+    table : Table
+        What to write.
+
+    Returns
+    -------
+    str
+        Empty cells are undefined.
+    """
+    return table.data.to_csv(index=False, lineterminator="\n")

@@ -1,0 +1,74 @@
+"""What is a finding? One statement about a run: where, how much, against which threshold, and what to try."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+
+class Severity(IntEnum):
+    """How bad a finding is; PASS is given only where passed verdicts are asked for."""
+
+    PASS = 0
+    INFO = 1
+    WARN = 2
+    FAIL = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding about a run.
+
+    Parameters
+    ----------
+    verdict : str
+        Name of the verdict, such as ``"rank_collapse"``.
+    severity : Severity
+        INFO, WARN or FAIL; PASS for a verdict that was met.
+    sentence : str
+        Plain words with place, number and threshold.
+    metric : str
+        The metric that it rests on.
+    value, threshold : float
+        The number found and the one that it is held against.
+    source : str
+        Where the threshold comes from: a key of ``references.bib``, or ``"heuristic"``.
+    axis : str
+        ``"depth"``, ``"connection"`` or ``"run"``.
+    first, last : int
+        Positions on the axis that it holds for, inclusive; −1 for a whole run.
+    advice : str
+        What to try.
+    stream : str, optional
+        The stream that it holds for.
+    chain : str
+        The chain, where a run has several.
+    """
+
+    verdict: str
+    severity: Severity
+    sentence: str
+    metric: str
+    value: float
+    threshold: float
+    source: str
+    axis: str
+    first: int
+    last: int
+    advice: str
+    stream: str | None = None
+    chain: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the severity by name, None for what is not finite.
+
+        Returns
+        -------
+        dict of str to object
+        """
+        plain = asdict(self) | {"severity": self.severity.name}
+        for name in ("value", "threshold"):
+            plain[name] = plain[name] if math.isfinite(plain[name]) else None
+        return plain

@@ -1,0 +1,74 @@
+"""How large are the states and the gradients at every depth? Norms forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.kernels import gradients as kernel
+from diagnostics.metric import Range, metric
+from diagnostics.quantities import quantity
+from diagnostics.states import States
+
+
+def _norms(states: States) -> xr.DataArray:
+    """Frobenius norms over all real tokens, by depth and stream."""
+    return states.over_depth(lambda views: kernel.gradient_norm(views[:, states.mask]))
+
+
+@metric(
+    symbol=r"\sqrt{\overline{\|x\|^2}}",
+    cite="brock2021characterizing",
+    basis="stream",
+    null="none: the scale is the model's; independent unit branches give the square root of the depth",
+    estimator="root mean square over all real tokens",
+)
+def residual_norm(residual_states: States) -> xr.DataArray:
+    r"""Size of the residual state of a token, root mean square over tokens.
+
+    .. math:: \sqrt{\tfrac{1}{N} \textstyle\sum_i \|x_i\|^2}
+    """
+    return _norms(residual_states) / np.sqrt(residual_states.mask.sum())
+
+
+@quantity
+def gradient_norms(gradient_states: States) -> xr.DataArray:
+    """Norms of the gradient over all real tokens."""
+    return _norms(gradient_states)
+
+
+@metric(
+    symbol=r"\|\delta_l\|",
+    units="loss per activation",
+    cite="pascanu2013difficulty",
+    basis="stream",
+    null="none: the scale is the loss's; compare depths",
+    estimator="Frobenius norm over all real tokens",
+)
+def gradient_norm(gradient_norms: xr.DataArray) -> xr.DataArray:
+    r"""Norm of the gradient of the loss with respect to the residual state.
+
+    .. math:: \|\delta_l\|_F, \quad \delta_l = \partial \mathcal{L} / \partial x_l
+
+    Over all tokens together; a loss that is a mean over N tokens carries a factor 1/N (the run's
+    ``loss_reduction``). The stream ``mean`` is the gradient averaged over streams: what a perturbation
+    common to all of them would do, divided by n.
+    """
+    return gradient_norms
+
+
+@metric(
+    symbol=r"\|\delta_l\| / \|\delta_D\|",
+    healthy=Range(low=0.1, high=10.0, source="heuristic"),
+    cite="pascanu2013difficulty",
+    basis="stream",
+    null=1.0,
+    estimator="ratio of Frobenius norms over all real tokens",
+)
+def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
+    r"""Gradient at a depth over the gradient at the last depth: growth on the way back.
+
+    .. math:: \|\delta_l\| / \|\delta_D\|
+    """
+    last = gradient_norms.isel(depth=-1, drop=True)
+    return (gradient_norms / last.where(last > 0)).assign_coords(gradient_norms.coords)

@@ -1,0 +1,243 @@
+"""What wide random networks do: mean-field maps of length and correlation, and their slopes.
+
+All expectations are over Gaussians, by Gauss-Hermite quadrature; scalars in, floats out.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import erf
+
+NODES = 200
+
+Activation = str | Callable[[np.ndarray], np.ndarray]
+"""A name of ``ACTIVATIONS`` or a function of an array."""
+
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "linear": (lambda h: h, np.ones_like),
+    "relu": (lambda h: np.maximum(h, 0.0), lambda h: (h > 0).astype(float)),
+    "tanh": (np.tanh, lambda h: 1.0 / np.cosh(h) ** 2),
+    "erf": (erf, lambda h: 2.0 / np.sqrt(np.pi) * np.exp(-(h**2))),
+}
+
+
+@lru_cache(maxsize=1)
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the standard normal law."""
+    z, weight = np.polynomial.hermite_e.hermegauss(NODES)
+    return z, weight / weight.sum()
+
+
+def _pair(phi: Activation) -> tuple[Callable, Callable]:
+    """An activation and its derivative; of a bare function by central differences."""
+    if callable(phi):
+        return phi, lambda h: (phi(h + 1e-5) - phi(h - 1e-5)) / 2e-5
+    if phi not in ACTIVATIONS:
+        raise ValueError(f"phi is {phi!r}; expected one of {', '.join(ACTIVATIONS)} or a function")
+    return ACTIVATIONS[phi]
+
+
+def _require_length(q: float) -> None:
+    """Refuse a squared length below zero or not finite."""
+    if not 0 <= q < np.inf:
+        raise ValueError(f"q is {q}; expected a squared length, finite and not negative")
+
+
+def q_map(q: float, sigma_w: float, sigma_b: float, phi: Activation) -> float:
+    """Length map: q' = σ_w² E[φ(√q z)²] + σ_b², the variance of the next pre-activation.
+
+    Parameters
+    ----------
+    q
+        Variance of the pre-activation.
+    sigma_w, sigma_b
+        Weight scale (variance σ_w²/width) and bias scale.
+    phi
+        ``"linear"``, ``"relu"``, ``"tanh"``, ``"erf"`` or a function.
+
+    Returns
+    -------
+    float
+        The next variance. Source: Poole et al. 1606.05340.
+
+    Raises
+    ------
+    ValueError
+        If ``q`` is negative or ``phi`` unknown.
+
+    Examples
+    --------
+    >>> round(q_map(2.0, 2.0**0.5, 0.0, "relu"), 9)
+    2.0
+    """
+    _require_length(q)
+    z, weight = _nodes()
+    return float(sigma_w**2 * np.sum(weight * _pair(phi)[0](np.sqrt(q) * z) ** 2) + sigma_b**2)
+
+
+def c_map(c: float, q: float, sigma_w: float, sigma_b: float, phi: Activation) -> float:
+    """Correlation map of two inputs of equal length: c' = (σ_w² E[φ(u)φ(v)] + σ_b²) / q'.
+
+    u and v are Gaussians of variance q and correlation c. A kink (ReLU) is integrated in closed form.
+
+    Parameters
+    ----------
+    c
+        Correlation, between −1 and 1.
+    q
+        Variance of both pre-activations.
+    sigma_w, sigma_b
+        Weight and bias scale.
+    phi
+        ``"linear"``, ``"relu"``, ``"tanh"``, ``"erf"`` or a smooth function.
+
+    Returns
+    -------
+    float
+        The next correlation; NaN where the next length is zero. Source: Poole et al. 1606.05340.
+
+    Raises
+    ------
+    ValueError
+        If ``c`` is not a correlation, ``q`` is negative or ``phi`` unknown.
+
+    Examples
+    --------
+    >>> round(c_map(0.0, 1.0, 2.0**0.5, 0.0, "relu"), 9) == round(1 / 3.141592653589793, 9)
+    True
+    """
+    if not -1 <= c <= 1:
+        raise ValueError(f"c is {c}; expected a correlation between -1 and 1")
+    length = q_map(q, sigma_w, sigma_b, phi)
+    if length == 0:
+        return float("nan")
+    product = _relu_product(c, q) if phi == "relu" else _product(c, q, _pair(phi)[0])
+    return float((sigma_w**2 * product + sigma_b**2) / length)
+
+
+def _relu_product(c: float, q: float) -> float:
+    """E[φ(u)φ(v)] for ReLU: the arc-cosine kernel of degree 1 (Cho & Saul 2009)."""
+    angle = np.arccos(c)
+    return q / (2 * np.pi) * (np.sin(angle) + (np.pi - angle) * c)
+
+
+def _product(c: float, q: float, phi: Callable) -> float:
+    """E[φ(u)φ(v)] on a grid of Gauss-Hermite nodes."""
+    z, weight = _nodes()
+    u = np.sqrt(q) * z
+    v = np.sqrt(q) * (c * z[:, None] + np.sqrt(1 - c * c) * z[None, :])
+    return float(weight @ (phi(u)[:, None] * phi(v)) @ weight)
+
+
+def chi_1(sigma_w: float, sigma_b: float, phi: Activation, q: float) -> float:
+    """Gradient multiplier χ₁ = σ_w² E[φ′(√q z)²]: above 1 gradients explode, below 1 they vanish.
+
+    Parameters
+    ----------
+    sigma_w, sigma_b
+        Weight and bias scale; the bias enters through ``q`` alone.
+    phi
+        ``"linear"``, ``"relu"``, ``"tanh"``, ``"erf"`` or a smooth function.
+    q
+        Variance of the pre-activation, usually ``fixed_point``.
+
+    Returns
+    -------
+    float
+        The slope of the correlation map at c = 1. Source: Schoenholz et al. 1611.01232.
+
+    Raises
+    ------
+    ValueError
+        If ``q`` is negative or ``phi`` unknown.
+
+    Examples
+    --------
+    >>> round(chi_1(2.0**0.5, 0.0, "relu", 1.0), 9)
+    1.0
+    """
+    del sigma_b
+    _require_length(q)
+    z, weight = _nodes()
+    return float(sigma_w**2 * np.sum(weight * _pair(phi)[1](np.sqrt(q) * z) ** 2))
+
+
+def fixed_point(
+    sigma_w: float, sigma_b: float, phi: Activation, *, start: float = 1.0, steps: int = 10_000
+) -> float:
+    """Length q* with q_map(q*) = q*, by iteration from ``start``.
+
+    Parameters
+    ----------
+    sigma_w, sigma_b
+        Weight and bias scale.
+    phi
+        ``"linear"``, ``"relu"``, ``"tanh"``, ``"erf"`` or a function.
+    start
+        First length.
+    steps
+        The most iterations.
+
+    Returns
+    -------
+    float
+        The fixed point; NaN when the length still moves by more than 1e-12 after ``steps`` or overflows.
+
+    Raises
+    ------
+    ValueError
+        If ``start`` is negative or ``phi`` unknown.
+
+    Examples
+    --------
+    >>> round(fixed_point(0.5, 1.0, "linear"), 9)  # q = q/4 + 1
+    1.333333333
+    """
+    q = start
+    for _ in range(steps):
+        following = q_map(q, sigma_w, sigma_b, phi)
+        if abs(following - q) <= 1e-12 * max(q, 1.0):
+            return following
+        if following > 1e150:
+            break
+        q = following
+    return float("nan")
+
+
+class PreNormGrowth(NamedTuple):
+    """What a pre-LN stack of independent unit branches does after l branches."""
+
+    squared_norm: np.ndarray  # ‖h_l‖², with ‖h_1‖² = 1
+    cosine: np.ndarray  # cos(h_l, h_{l+1})
+
+
+def pre_ln_growth(depth: int | np.ndarray) -> PreNormGrowth:
+    """Pre-LN growth: ‖h_l‖² = l and cos(h_l, h_{l+1}) = √(l/(l+1)) for independent unit branches.
+
+    Parameters
+    ----------
+    depth
+        Number of unit terms summed so far, l ≥ 1 (the embedding counts as one).
+
+    Returns
+    -------
+    PreNormGrowth
+        squared_norm and cosine, in the shape of ``depth``.
+
+    Raises
+    ------
+    ValueError
+        If a depth is below 1.
+
+    Examples
+    --------
+    >>> found = pre_ln_growth(3)
+    >>> float(found.squared_norm), float(found.cosine) == 0.75**0.5
+    (3.0, True)
+    """
+    depth = np.asarray(depth, dtype=float)
+    if np.any(depth < 1):
+        raise ValueError(f"depth is {depth.min():g} at its least; expected at least 1 term")
+    return PreNormGrowth(depth, np.sqrt(depth / (depth + 1)))

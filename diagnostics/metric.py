@@ -1,0 +1,306 @@
+"""What is a metric? A declaration, a function of named quantities, and labels that survive the call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from diagnostics import quantities, schema
+from diagnostics.quantities import LABELS, Quantities
+
+Null = Callable[..., xr.DataArray] | float | str
+
+# What a bare array is measured by where the caller names nothing else; a run gives every variant.
+PLAIN = {"scope": "sequence", "tokens": "all", "centering": "raw"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of a metric in a healthy network.
+
+    Parameters
+    ----------
+    low, high : float, optional
+        Ends, inclusive; None is open.
+    source : str
+        A key of ``references.bib``, or ``"heuristic"``.
+
+    Examples
+    --------
+    >>> 1.6 in Range(0.5, 10.0), 3000.0 in Range(0.5, 10.0)
+    (True, False)
+    """
+
+    low: float | None = None
+    high: float | None = None
+    source: str = "heuristic"
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: what it is called, where it comes from, what it needs; call it on labelled data.
+
+    Parameters
+    ----------
+    name : str
+        The function's name and the variable's name in an analysis.
+    symbol : str
+        TeX, without dollar signs.
+    units : str
+        ``"1"`` where it has none.
+    healthy : Range or None
+        None where no range holds for every network: read it against its null.
+    cite : str
+        Key of ``references.bib``.
+    basis : str
+        ``"invariant"``, ``"stream"`` (depends on the basis of the streams) or ``"feature"`` (on that of the features).
+    question : str
+        The module that answers it.
+    description : str
+        The first line of the docstring.
+    null : function, float or str
+        Quantities in, expectation without structure out; or that constant; or the reason why there is none.
+    estimator : str
+        How the number is taken from tokens and sequences.
+    needs : tuple of str
+        The quantities, by name, that the function takes.
+    function : function
+        Quantities in, DataArray out.
+    """
+
+    name: str
+    symbol: str
+    units: str
+    healthy: Range | None
+    cite: str
+    basis: str
+    question: str
+    description: str
+    null: Null
+    estimator: str
+    needs: tuple[str, ...]
+    function: Callable[..., xr.DataArray]
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The variables of a trace that the metric rests on, the mask left out."""
+        return quantities.roots(self.function)
+
+    def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
+        """The metric, its ``_null`` and its ``_stderr`` where it has them, labelled and stamped, without ``step``.
+
+        Parameters
+        ----------
+        source : Quantities
+            The quantities of one chain.
+
+        Returns
+        -------
+        dict of str to DataArray
+
+        Raises
+        ------
+        Unavailable
+            Where the run lacks what the metric needs.
+        """
+        value, stderr = _over_sequences(source.call(self.function))
+        found = {self.name: self.stamp(value)}
+        if callable(self.null):
+            found[f"{self.name}_null"] = self.stamp(_over_sequences(source.call(self.null))[0], "expected of iid noise")
+        if stderr is not None:
+            found[f"{self.name}_stderr"] = self.stamp(stderr, "standard error over sequences")
+        return found
+
+    def __call__(self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any) -> xr.DataArray:
+        """Measure labelled data and keep its labels.
+
+        Parameters
+        ----------
+        *data : DataArray, Dataset or DataTree
+            The arrays of `roots` in that order, or a trace, or a run. A run gives every variant; an array
+            gives the plain one: ``scope="sequence"``, ``tokens="all"``, ``center=False``.
+        mask : array of bool, optional
+            Dims (sample, token), true on real tokens.
+        **options : str, bool or arrays
+            A label by dimension (``scope="data"``, ``reduction="max"``), ``center=True``, or arrays by name.
+
+        Returns
+        -------
+        DataArray
+
+        Raises
+        ------
+        ValueError
+            For data or options that the metric does not know.
+        """
+        labels = _labels(options)
+        arrays = {name: options.pop(name) for name in list(options) if isinstance(options[name], xr.DataArray)}
+        if options:
+            raise ValueError(f"{self.name} got the options {sorted(options)}; it knows center, mask, {', '.join(LABELS)}")
+        bare = bool(arrays) or isinstance(data[0] if data else None, xr.DataArray)
+        trace, added = self._bind(data, arrays) if bare else (_trace_of(self.name, data), [])
+        if mask is not None:
+            trace = trace.assign(mask=(("sample", "token"), _mask_values(mask, trace)))
+        value = self._measure(trace, PLAIN | labels if bare else labels, labels)
+        return value.squeeze([dim for dim in added if dim in value.dims])
+
+    def _measure(self, trace: xr.Dataset, labels: Mapping[str, str], asked: Mapping[str, str]) -> xr.DataArray:
+        chosen = {dim: label for dim, label in labels.items() if dim in quantities.CHOICES}
+        value = self.evaluate(Quantities(trace, choices=chosen))[self.name]
+        foreign = sorted(set(asked) - set(value.dims))
+        if foreign:
+            raise ValueError(f"{self.name} has no {', '.join(foreign)}; its dims are {', '.join(map(str, value.dims))}")
+        return value.sel({dim: label for dim, label in labels.items() if dim in value.dims})
+
+    def _bind(
+        self, data: tuple[Any, ...], named: Mapping[str, xr.DataArray]
+    ) -> tuple[xr.Dataset, list[str]]:
+        free = [root for root in self.roots if root not in named]
+        if len(data) != len(free) or not set(named) <= set(self.roots):
+            raise ValueError(
+                f"{self.name} got {len(data) + len(named)} arrays; expected {', '.join(self.roots)}, or a whole run"
+            )
+        arrays = dict(zip(free, data, strict=True)) | dict(named)
+        dims = {dim for array in arrays.values() for dim in array.dims}
+        whole = {name: _with_dims(array, name, self.name) for name, array in arrays.items()}
+        added = sorted({str(dim) for array in whole.values() for dim in array.dims} - set(map(str, dims)))
+        return xr.Dataset({name: array.rename(name) for name, array in whole.items()}), added
+
+    def stamp(self, value: xr.DataArray, what: str = "") -> xr.DataArray:
+        """Write what the declaration knows on a variable.
+
+        Parameters
+        ----------
+        value : DataArray
+            A value of the metric.
+        what : str
+            What it is, where it is not the metric itself.
+
+        Returns
+        -------
+        DataArray
+        """
+        facts = {
+            "long_name": f"{self.description.rstrip('.')}{', ' if what else ''}{what}",
+            "units": self.units,
+            "symbol": self.symbol,
+            "references": self.cite,
+            "estimator": self.estimator,
+            "basis": self.basis,
+            "question": self.question,
+        }
+        if not callable(self.null) and not what:
+            facts["null"] = self.null
+        return value.assign_attrs(facts).rename(self.name)
+
+
+def metric(
+    *,
+    symbol: str,
+    cite: str,
+    basis: str,
+    null: Null,
+    estimator: str,
+    units: str = "1",
+    healthy: Range | None = None,
+) -> Callable[[Callable[..., xr.DataArray]], Metric]:
+    """Declare the function below as a metric; its parameters name the quantities that it needs.
+
+    Parameters
+    ----------
+    symbol, cite, basis, null, estimator, units, healthy
+        See `Metric`.
+
+    Returns
+    -------
+    function
+        A decorator that makes a `Metric`.
+    """
+
+    def declare(function: Callable[..., xr.DataArray]) -> Metric:
+        declared = Metric(
+            name=function.__name__,
+            symbol=symbol,
+            units=units,
+            healthy=healthy,
+            cite=cite,
+            basis=basis,
+            question=function.__module__.rpartition(".")[2],
+            description=(inspect.getdoc(function) or "").partition("\n")[0],
+            null=null,
+            estimator=estimator,
+            needs=tuple(inspect.signature(function).parameters),
+            function=function,
+        )
+        object.__setattr__(declared, "__doc__", inspect.getdoc(function))
+        return declared
+
+    return declare
+
+
+def _labels(options: dict[str, Any]) -> dict[str, str]:
+    """Take the labels out of the options: one by dimension, and ``center``."""
+    labels = {dim: options.pop(dim) for dim in LABELS if dim in options and not isinstance(options[dim], xr.DataArray)}
+    if "center" in options:
+        labels["centering"] = "centred" if options.pop("center") else "raw"
+    for dim, label in labels.items():
+        if label not in LABELS[dim]:
+            raise ValueError(f"{dim} is {label!r}; expected one of {', '.join(map(repr, LABELS[dim]))}")
+    return labels
+
+
+def _trace_of(name: str, data: tuple[Any, ...]) -> xr.Dataset:
+    """The trace of a run, of a node of it, or the dataset that already is one."""
+    if len(data) != 1 or not isinstance(data[0], xr.Dataset | xr.DataTree):
+        kinds = ", ".join(type(item).__name__ for item in data) or "nothing"
+        raise ValueError(f"{name} got {kinds}; expected labelled arrays, a trace or a run")
+    tree = data[0]
+    if isinstance(tree, xr.Dataset):
+        return tree
+    if "trace" in tree.children:
+        tree = tree["trace"]
+    if tree.children:
+        raise ValueError(f"{name} got several chains: {', '.join(tree.children)}; choose one, such as run['trace/NAME']")
+    return tree.to_dataset()
+
+
+def _with_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
+    """The array with every dim of its variable, those that it lacks with size 1."""
+    dims = schema.TRACE[root].dims
+    unknown = [str(dim) for dim in array.dims if dim not in dims]
+    if unknown:
+        raise ValueError(f"{name} got {root} with the dims {', '.join(unknown)}; expected some of {', '.join(dims)}")
+    missing = [dim for dim in dims if dim not in array.dims]
+    return array.expand_dims(missing).transpose(*dims)
+
+
+def _mask_values(mask: Any, trace: xr.Dataset) -> Any:
+    """The mask on (sample, token) of a trace."""
+    sizes = (trace.sizes["sample"], trace.sizes["token"])
+    values = np.asarray(mask.transpose("sample", "token") if getattr(mask, "ndim", 0) == 2 and isinstance(mask, xr.DataArray) else mask)
+    if values.dtype != bool or values.size != np.prod(sizes):
+        raise ValueError(f"mask has shape {values.shape} and dtype {values.dtype}; expected booleans {sizes}")
+    return values.reshape(sizes)
+
+
+def _over_sequences(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
+    """Groups of tokens folded to scopes: the mean over sequences with its error, and the pooled value."""
+    if "group" not in value.dims:
+        return value, None
+    scope = value["scope"]
+    means, errors = [], []
+    for label in dict.fromkeys(scope.values.tolist()):
+        part = value.isel(group=(scope == label).values)
+        means.append(part.mean("group").assign_coords(scope=label))
+        count = part.notnull().sum("group")
+        spread = part.std("group", ddof=1) if part.sizes["group"] > 1 else part.mean("group") * float("nan")
+        errors.append((spread / count.where(count > 1) ** 0.5).assign_coords(scope=label))
+    return xr.concat(means, "scope"), xr.concat(errors, "scope")

@@ -1,0 +1,296 @@
+"""What do the connections do to the streams? Gains, spectra and products of H_res, and who reads whom."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.connections import Mixing, over_pairs
+from diagnostics.kernels import mixing as kernel
+from diagnostics.metric import Range, metric
+from diagnostics.quantities import Unavailable
+
+PER_TOKEN = "per token in float64, then reduced over tokens"
+PER_PRODUCT = "product per token in float64, then reduced over tokens"
+DIRECTIONS = ("forward", "backward")
+
+GAIN = Range(low=0.5, high=10.0, source="xie2025mhc")
+
+
+def _exponential(logarithms: np.ndarray) -> np.ndarray:
+    """e^x, infinite where it exceeds float64."""
+    with np.errstate(over="ignore"):
+        return np.exp(logarithms)
+
+
+def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
+    """Forward and backward values put together."""
+    return xr.concat(parts, xr.Variable("direction", list(DIRECTIONS)))
+
+
+@metric(
+    symbol=r"\max_i |\sum_j H_{ij}|",
+    healthy=GAIN,
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def mixing_gain(mixing: Mixing) -> xr.DataArray:
+    r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
+
+    .. math:: \max_i |\textstyle\sum_j H_{ij}| \quad\text{and}\quad \max_j |\sum_i H_{ij}|
+
+    1 for a doubly stochastic matrix. Signed sums hide cancellation: read the singular values too.
+    """
+    gains = (kernel.forward_gain, kernel.backward_gain)
+    return _by_direction([mixing.reduced(gain(mixing.matrices)) for gain in gains])
+
+
+@metric(
+    symbol=r"\max_i |\sum_j P_{ij}|",
+    healthy=GAIN,
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_PRODUCT,
+)
+def composite_gain(mixing: Mixing) -> xr.DataArray:
+    r"""Amax gain of the product of all connections from the embedding on.
+
+    .. math:: P = H_c \cdots H_2 H_1
+
+    The mHC paper reports about 3000 for a 27B HC and 1.6 for mHC.
+    """
+    return _by_direction([mixing.reduced(gain, composed=True) for gain in _prefix_gains(mixing)])
+
+
+def _prefix_gains(mixing: Mixing) -> list[np.ndarray]:
+    return [_exponential(gain(*mixing.prefix)) for gain in (kernel.log_forward_gain, kernel.log_backward_gain)]
+
+
+@metric(
+    symbol=r"\max_i |\sum_j (H_b \cdots H_a)_{ij}|",
+    healthy=GAIN,
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator="product per token in float64, then the maximum over tokens",
+)
+def pair_gain(mixing: Mixing) -> xr.DataArray:
+    r"""Amax gain of the product between any two connections.
+
+    .. math:: H_b \cdots H_{a+1} H_a
+
+    ``connection`` is a, ``other_connection`` is b; NaN where a > b.
+    """
+    table = _exponential(over_pairs(mixing.matrices, (kernel.log_forward_gain, kernel.log_backward_gain)))
+    broken = np.concatenate([[0], np.cumsum(~mixing.finite)])
+    across = broken[None, 1:] - broken[:-1, None] > 0
+    dims = ("direction", "connection", "other_connection")
+    return mixing.labelled(np.where(across, np.nan, table), dims, direction=list(DIRECTIONS))
+
+
+@metric(
+    symbol=r"\sigma_i(H)",
+    healthy=Range(high=1.05, source="xie2025mhc"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def mixing_singular_value(mixing: Mixing) -> xr.DataArray:
+    """Singular values of one connection, the largest first.
+
+    The largest is the spectral norm: 1 for a doubly stochastic matrix, above it the connection expands.
+    """
+    return _components(mixing, kernel.singular_values(mixing.matrices))
+
+
+@metric(
+    symbol=r"\sigma_i(P)",
+    healthy=Range(high=1.05, source="xie2025mhc"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_PRODUCT,
+)
+def composite_singular_value(mixing: Mixing) -> xr.DataArray:
+    """Singular values of the product of all connections from the embedding on, the largest first."""
+    product, scale = mixing.prefix
+    values = kernel.singular_values(product) * _exponential(scale)[..., None]
+    return _components(mixing, values, composed=True)
+
+
+@metric(
+    symbol=r"|\lambda_i(H)|",
+    healthy=Range(high=1.05, source="heuristic"),
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def mixing_eigenvalue_modulus(mixing: Mixing) -> xr.DataArray:
+    """Magnitudes of the eigenvalues of one connection, the largest first.
+
+    The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
+    """
+    return _components(mixing, np.abs(kernel.eigenvalues(mixing.matrices)))
+
+
+def _components(mixing: Mixing, values: np.ndarray, *, composed: bool = False) -> xr.DataArray:
+    return mixing.reduced(values, ("component",), composed=composed, component=np.arange(mixing.num_streams))
+
+
+@metric(
+    symbol=r"\|\Sigma_j H_{ij} - 1\|_\infty",
+    healthy=Range(high=1e-2, source="xie2025mhc"),
+    cite="sinkhorn1967concerning",
+    basis="stream",
+    null=0.0,
+    estimator=PER_TOKEN,
+)
+def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
+    """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
+
+    Sinkhorn ends on one side, whose sums are exact; all error of stopping early sits in the other.
+    """
+    parts = kernel.doubly_stochastic_violation(mixing.matrices)
+    kinds = ("row", "column", "negativity")
+    found = [mixing.reduced(getattr(parts, kind)) for kind in kinds]
+    return xr.concat(found, xr.Variable("kind", list(kinds)))
+
+
+@metric(
+    symbol=r"\min_i |\sum_j P_{ij}|",
+    healthy=Range(low=0.5, source="heuristic"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_PRODUCT,
+)
+def composite_attenuation(mixing: Mixing) -> xr.DataArray:
+    r"""Weakest sum of the product of all connections: what the largest one hides.
+
+    .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{forward,}\quad \min_j |\sum_i P_{ij}| \quad\text{backward}
+    """
+    product, scale = mixing.prefix
+    parts = kernel.attenuation(product)
+    sums = (part * _exponential(scale) for part in (parts.row, parts.column))
+    return _by_direction([mixing.reduced(part, composed=True) for part in sums])
+
+
+@metric(
+    symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
+    healthy=Range(low=-2.0, source="heuristic"),
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+)
+def deflated_gain(mixing: Mixing) -> xr.DataArray:
+    r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
+
+    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ an orthonormal basis of } 1^\perp
+
+    Below −2 all streams carry the same signal as far as the embedding is concerned; −inf for exactly nothing.
+    """
+    return mixing.reduced(kernel.deflated_gain(mixing.matrices) / np.log(10.0), composed=True)
+
+
+@metric(
+    symbol=r"\|H - I\|_F / \sqrt{n}",
+    healthy=Range(low=0.05, source="heuristic"),
+    cite="zhu2024hyper",
+    basis="stream",
+    null=0.0,
+    estimator=PER_TOKEN,
+)
+def identity_distance(mixing: Mixing) -> xr.DataArray:
+    """Distance of a connection from the identity: 0 where the streams do not mix."""
+    return mixing.reduced(kernel.identity_distance(mixing.matrices))
+
+
+def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
+    """The entropy ln n of uniform mixing."""
+    return mixing.labelled(np.full(len(mixing), np.log(mixing.num_streams)), ("connection",))
+
+
+@metric(
+    symbol=r"H(\text{rows})",
+    units="nat",
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=_uniform_entropy,
+    estimator=PER_TOKEN,
+)
+def mixing_entropy(mixing: Mixing) -> xr.DataArray:
+    """Mean entropy of the rows: 0 for a permutation or the identity, ln n for uniform mixing."""
+    return mixing.reduced(kernel.mixing_entropy(mixing.matrices))
+
+
+@metric(
+    symbol=r"\overline{|M_{kj}|}",
+    cite="zhu2024hyper",
+    basis="invariant",
+    null=1.0,
+    estimator="per token in float64, then the mean of the magnitude over tokens",
+)
+def depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> xr.DataArray:
+    r"""How much of an earlier output a connection reads, through all mixing between.
+
+    .. math:: M_{kj} = H^{pre}_k \Big(\prod_{t=j+1}^{k-1} H^{res}_t\Big) H^{post\,\top}_j
+
+    ``connection`` is the reader k, ``other_connection`` the source j; 0 for j ≥ k. A plain residual network
+    has 1 below the diagonal. It does not change with the basis of the streams.
+    """
+    if not mixing.finite.all():
+        raise Unavailable(f"h_res is not finite at connection {int(np.argmin(mixing.finite))}")
+    table = _mean_kernel(mixing.matrices, read_weights, write_weights)
+    return mixing.labelled(table, ("connection", "other_connection"))
+
+
+def _mean_kernel(h: np.ndarray, reads: np.ndarray, writes: np.ndarray) -> np.ndarray:
+    """Mean |M| over tokens, (C, C), a block of tokens at a time."""
+    count, num_tokens = h.shape[:2]
+    total, block = np.zeros((count, count)), max(1, 4_000_000 // count**2)
+    for start in range(0, num_tokens, block):
+        part = slice(start, start + block)
+        total += np.abs(kernel.depth_kernel(h[:, part], reads[:, part], writes[:, part])).sum(axis=0)
+    return total / num_tokens
+
+
+def _equal_share(mixing: Mixing) -> xr.DataArray:
+    """1/n."""
+    return mixing.labelled(np.full(len(mixing), 1.0 / mixing.num_streams), ("connection",))
+
+
+def _shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+    shares = np.stack([kernel.stream_shares(of_connection) for of_connection in weights])
+    return mixing.labelled(shares, ("connection", "stream"), stream=list(map(str, range(mixing.num_streams))))
+
+
+@metric(
+    symbol=r"|H^{pre}_s| / \sum_s |H^{pre}_s|",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=_equal_share,
+    estimator="ratio of sums over tokens",
+)
+def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
+    """Share of each stream in what a connection reads."""
+    return _shares(mixing, read_weights)
+
+
+@metric(
+    symbol=r"|H^{post}_s| / \sum_s |H^{post}_s|",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=_equal_share,
+    estimator="ratio of sums over tokens",
+)
+def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
+    """Share of each stream in what a connection writes."""
+    return _shares(mixing, write_weights)
+
+

@@ -1,0 +1,166 @@
+"""Which depths say the same? CKA, angles and block influence between depths, cosines between streams.
+
+States are compared in the mean over streams, which a plain head reads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.kernels import geometry
+from diagnostics.kernels import similarity as kernel
+from diagnostics.metric import Range, metric
+from diagnostics.quantities import Unavailable, quantity
+from diagnostics.states import MeanStates, States
+
+# Unit vectors of one block of tokens over all depths hold about so many numbers.
+BLOCK = 4_000_000
+
+
+def _between_depths(
+    values: np.ndarray, dims: tuple[str, ...], states: States, mean_states: MeanStates, masks: xr.DataArray
+) -> xr.DataArray:
+    """Values (..., L, L) labelled; NaN where either depth is not finite."""
+    finite = mean_states.finite
+    values = np.where(finite[:, None] & finite[None, :], values, np.nan)
+    return states.labelled(values, (*dims, "depth", "other_depth"), tokens=masks["tokens"])
+
+
+@quantity
+def cka_table(
+    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray, estimator: tuple[str, ...]
+) -> xr.DataArray:
+    """CKA of every depth with every other, by estimator and kind of token."""
+    tables = [mean_states.over_kinds(lambda x, name=name: _cka(x, name == "unbiased")) for name in estimator]
+    table = _between_depths(np.stack(tables), ("estimator", "tokens"), residual_states, mean_states, token_masks)
+    return table.assign_coords(estimator=list(estimator))
+
+
+def _cka(states: np.ndarray, unbiased: bool) -> np.ndarray:
+    depths, num_tokens, _ = states.shape
+    return kernel.cka_matrix(states, unbiased=unbiased) if num_tokens else np.full((depths, depths), np.nan)
+
+
+def _cka_of_noise(token_masks: xr.DataArray, residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+    """CKA of independent iid noise at that size: 0 when unbiased."""
+    width = residual_states.num_features
+    count = token_masks.sum(("sample", "token"))
+    null = np.vectorize(lambda n: kernel.cka_null(int(n), width), otypes=[float])
+    biased = xr.apply_ufunc(null, count.clip(1)).where(count > 0)
+    of_each = {"biased": biased, "unbiased": 0.0 * biased}
+    return xr.concat([of_each[name] for name in estimator], xr.Variable("estimator", list(estimator)))
+
+
+@metric(
+    symbol=r"\mathrm{CKA}",
+    cite="kornblith2019similarity",
+    basis="invariant",
+    null=_cka_of_noise,
+    estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+)
+def cka(cka_table: xr.DataArray) -> xr.DataArray:
+    r"""Linear CKA between depths: 1 for the same geometry of tokens.
+
+    .. math:: \mathrm{HSIC}(X, Y) / \sqrt{\mathrm{HSIC}(X, X)\,\mathrm{HSIC}(Y, Y)}
+
+    The biased value of unrelated data is near 1 for few tokens and many features: read it against its null.
+    """
+    return cka_table
+
+
+@metric(
+    symbol=r"\mathrm{CKA}_{l, l-1}",
+    cite="kornblith2019similarity",
+    basis="invariant",
+    null="see cka_null: the same number of tokens and features",
+    estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+)
+def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
+    """Linear CKA of each depth with the one before; NaN at the embedding."""
+    table = cka_table.transpose("estimator", "tokens", "depth", "other_depth")
+    values = np.full(table.shape[:-1], np.nan)
+    values[..., 1:] = np.diagonal(table.values, offset=-1, axis1=-2, axis2=-1)
+    return table.isel(other_depth=0, drop=True).copy(data=values)
+
+
+@metric(
+    symbol=r"\arccos(\cos) / \pi",
+    cite="gromov2024unreasonable",
+    basis="invariant",
+    null=0.5,
+    estimator="mean over tokens",
+)
+def angular_distance(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> xr.DataArray:
+    r"""Mean angle between a token's states at two depths, as a share of π.
+
+    .. math:: \frac{1}{\pi} \arccos \frac{x \cdot y}{\|x\| \|y\|}
+
+    0 for the same direction, ½ for unrelated ones.
+    """
+    values = mean_states.over_kinds(_angles_between)
+    return _between_depths(values, ("tokens",), residual_states, mean_states, token_masks)
+
+
+def _angles_between(states: np.ndarray) -> np.ndarray:
+    """Mean angles (L, L) over the tokens of states (L, N, D) that have a direction at both depths."""
+    depths, num_tokens, width = states.shape
+    total, count = np.zeros((depths, depths)), np.zeros((depths, depths))
+    block = max(1, BLOCK // (depths * width))
+    for start in range(0, num_tokens, block):
+        part = np.moveaxis(states[:, start : start + block], 0, 1).astype(np.float64)
+        length = np.linalg.norm(part, axis=-1, keepdims=True)
+        unit = part / np.where(length > 0, length, 1.0)
+        both = (length > 0) & np.swapaxes(length > 0, 1, 2)
+        angles = np.arccos(np.clip(unit @ np.swapaxes(unit, 1, 2), -1.0, 1.0)) / np.pi
+        total += np.where(both, angles, 0.0).sum(axis=0)
+        count += both.sum(axis=0)
+    np.fill_diagonal(total, 0.0)  # exactly, where rounding leaves 1e-8
+    return total / np.where(count > 0, count, np.nan)
+
+
+@metric(
+    symbol=r"1 - \cos(x_{l-1}, x_l)",
+    cite="men2024shortgpt",
+    basis="invariant",
+    null=1.0,
+    estimator="mean over tokens",
+)
+def block_influence(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> xr.DataArray:
+    """Block influence: how far the step to a depth turns the states, 1 − cos; NaN at the embedding.
+
+    0 for a step that does nothing but scale. Independent unit branches give 1 − √(l/(l+1)).
+    """
+    values = mean_states.over_kinds(_influences)
+    values[:, 1:][:, ~(mean_states.finite[1:] & mean_states.finite[:-1])] = np.nan
+    return residual_states.labelled(values, ("tokens", "depth"), tokens=token_masks["tokens"])
+
+
+def _influences(states: np.ndarray) -> np.ndarray:
+    values = np.full(len(states), np.nan)
+    if states.shape[1]:
+        steps = zip(states[:-1], states[1:], strict=True)
+        values[1:] = [geometry.block_influence(before, after) for before, after in steps]
+    return values
+
+
+@metric(
+    symbol=r"\overline{\cos}(x_i, x_j)",
+    healthy=Range(high=0.99, source="heuristic"),
+    cite="zhu2024hyper",
+    basis="stream",
+    null=0.0,
+    estimator="exact over all pairs of streams, mean over tokens",
+)
+def stream_cosine(residual_states: States) -> xr.DataArray:
+    """Mean cosine between the streams of a token: 1 where they are copies, as at the embedding."""
+    if residual_states.num_streams == 1:
+        raise Unavailable("the run has one stream")
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        streams = np.moveaxis(views[1:][:, residual_states.mask], 0, 1)
+        cosines = geometry.token_cosine(streams)
+        mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
+        return np.full(len(views), mean)
+
+    return residual_states.over_depth(measure).isel(stream=0, drop=True)

@@ -1,0 +1,22 @@
+"""Probes: torch in, labelled arrays out. Attach them to a model, keep what its residual streams show."""
+
+from probes.capture import capture
+from probes.chain import ChainError
+from probes.connections import ConnectionError, ReconstructionError  # noqa: A004
+from probes.describe import describe
+from probes.layout import LayoutError
+from probes.session import CaptureError
+from probes.training import ProbeWarning, Recorder, record
+
+__all__ = [
+    "CaptureError",
+    "ChainError",
+    "ConnectionError",
+    "LayoutError",
+    "ProbeWarning",
+    "ReconstructionError",
+    "Recorder",
+    "capture",
+    "describe",
+    "record",
+]

@@ -1,0 +1,291 @@
+"""One shot: run a model on a batch, keep what its residual streams show, leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import nn
+
+from probes.accumulate import Sums
+from probes.hooks import tensors_in, untouched
+from probes.record import Row, build_run
+from probes.session import CaptureError, Forward, Mask, Session, Settings
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def capture(
+    model: nn.Module,
+    batch: Any,
+    *,
+    gradients: bool = False,
+    loss: Loss | None = None,
+    layers: str | Iterable[str] | None = None,
+    layout: str | None = None,
+    mask: Mask = None,
+    max_sequences: int = 8,
+    seed: int = 0,
+    token_text: Any = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> xr.DataTree:
+    """Capture the residual states of a model, and their gradients, on one batch or on many.
+
+    The model is run as it stands (its mode, its precision); its weights, gradients, buffers, random state and hooks are the
+    same afterwards.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    batch : mapping, tensor, tuple or iterable of these
+        A mapping is passed as keywords, a tuple as positional arguments, a tensor as the only one. A list, a generator or a
+        DataLoader is a sequence of batches.
+    gradients : bool
+        Also keep ∂loss/∂state at every depth.
+    loss : callable, optional
+        ``loss(output, batch) -> scalar``. Without it the output must carry ``.loss``, as transformers' models do when the
+        batch has labels.
+    layers : str or iterable of str, optional
+        Module paths of the blocks, a ModuleList's path, or a pattern such as ``"model.layers.{i}"``; found when not given.
+    layout : str, optional
+        Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given.
+    mask : Tensor or callable, optional
+        (B, T), true on real tokens, or a function from the model's arguments to it. Without it the arguments
+        ``attention_mask`` and ``src_key_padding_mask`` are honoured.
+    max_sequences : int
+        Whole sequences to keep raw, drawn uniformly from all that were seen; the statistics count every token.
+    seed : int
+        Seed of that draw.
+    token_text : sequence of sequences of str, optional
+        Text of the tokens, by the sequence's index over all batches.
+    attrs : mapping, optional
+        Attributes to add to the run, such as ``{"commit": …}``.
+
+    Returns
+    -------
+    DataTree
+        A run: ``/trace`` and ``/statistics`` (one step).
+
+    Raises
+    ------
+    CaptureError
+        Where a place did not fire or no loss can be had.
+    ChainError, LayoutError, ReconstructionError
+        Where the model cannot be read; the message names the override.
+    """
+    session = Session(model, settings(gradients, layers, layout, mask, max_sequences, seed))
+    step, losses = [Sums()], []
+    sequences = 0
+    with untouched(model), _differentiable(model, gradients), eager():
+        for item in batches(batch):
+            forward, value = _run(session, item, loss)
+            sequences += forward.batch_size
+            losses.append(value)
+            step = merged(step, forward.sums)
+    if not sequences:
+        raise CaptureError("no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these")
+    known = [value for value in losses if value is not None]
+    row = Row(0, step, sequences, sum(known) / len(known) if known else None)
+    return build_run(session, [row], step, attrs=attrs, token_text=token_text)
+
+
+def settings(
+    gradients: bool,
+    layers: str | Iterable[str] | None,
+    layout: str | None,
+    mask: Mask,
+    max_sequences: int,
+    seed: int,
+) -> Settings:
+    """The settings of a session from what a user passes.
+
+    Parameters
+    ----------
+    gradients, layers, layout, mask, max_sequences, seed
+        As in `capture`.
+
+    Returns
+    -------
+    Settings
+    """
+    named = None if layers is None else ((layers,) if isinstance(layers, str) else tuple(layers))
+    if named is not None and not all(isinstance(name, str) for name in named):
+        raise ValueError(f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']")
+    return Settings(gradients, named, layout, max_sequences, seed, mask)
+
+
+def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Forward, float | None]:
+    gradients = session.settings.gradients
+    batch = _listening(batch) if gradients else batch
+    session.attach()
+    try:
+        with torch.set_grad_enabled(gradients):
+            output = call(session.model, batch)
+        raise_first(session)
+        if not session.forwards:
+            raise CaptureError("the model's forward did not end; nothing was captured")
+        value = _loss_value(output, batch, loss, required=gradients)
+        if gradients and value is not None:
+            _backward(value, session.forwards[-1])
+            raise_first(session)
+        (forward,) = session.fold()
+        return forward, None if value is None else float(value.detach())
+    finally:
+        session.detach()
+
+
+def raise_first(session: Session) -> None:
+    """Raise the first error that a hook met.
+
+    Parameters
+    ----------
+    session : Session
+        Whose errors are asked for; the list is emptied.
+    """
+    errors, session.errors[:] = list(session.errors), []
+    if errors:
+        raise errors[0]
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: a mapping as keywords, a tuple or list as positional arguments.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    batch : object
+        The batch.
+
+    Returns
+    -------
+    object
+        The model's output.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def batches(batch: Any) -> Iterator[Any]:
+    """The batches in what a user passes.
+
+    Parameters
+    ----------
+    batch : object
+        One batch or an iterable of them.
+
+    Yields
+    ------
+    object
+        Each batch.
+    """
+    if isinstance(batch, (Mapping, torch.Tensor, tuple)):
+        yield batch
+    elif isinstance(batch, Iterable):
+        yield from batch
+    else:
+        raise CaptureError(
+            f"a batch of type {type(batch).__name__} came; expected a mapping, a tensor, a tuple, or an iterable of these"
+        )
+
+
+def merged(parts: list[Sums], more: list[Sums]) -> list[Sums]:
+    """Add statistics chain by chain.
+
+    Parameters
+    ----------
+    parts, more : list of Sums
+        One per chain.
+
+    Returns
+    -------
+    list of Sums
+        The first list, enlarged and added to.
+    """
+    while len(parts) < len(more):
+        parts.append(Sums())
+    for part, other in zip(parts, more, strict=False):
+        part.merge(other)
+    return parts
+
+
+def _listening(batch: Any) -> Any:
+    """The batch with gradient-carrying aliases of its floating leaves, so that the first state has a gradient too."""
+    if isinstance(batch, torch.Tensor):
+        return batch.detach().requires_grad_() if batch.is_floating_point() and batch.is_leaf else batch
+    if isinstance(batch, Mapping):
+        masks = {name for name in batch if "mask" in str(name)}
+        return {name: value if name in masks else _listening(value) for name, value in batch.items()}
+    return type(batch)(_listening(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
+    if loss is not None:
+        value = loss(output, batch)
+    else:
+        value = getattr(output, "loss", None)
+        if value is None and isinstance(output, Mapping):
+            value = output.get("loss")
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value
+    if required or loss is not None:
+        came = "no loss" if value is None else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
+        raise CaptureError(
+            f"gradients need a scalar loss, but there is {came}: add labels to the batch, or pass "
+            "loss=lambda output, batch: …"
+        )
+    return None
+
+
+def _backward(value: torch.Tensor, forward: Forward) -> None:
+    """Run the backward up to the first states only, so that no parameter's gradient is written and no user hook runs."""
+    if not value.requires_grad or not forward.sources:
+        raise CaptureError("the loss does not depend on any residual state that carries a gradient")
+    torch.autograd.grad(value, forward.sources, allow_unused=True)
+
+
+@contextmanager
+def _differentiable(model: nn.Module, gradients: bool) -> Iterator[None]:
+    """Let a wholly frozen model carry gradients for the time of the capture."""
+    frozen = [p for p in model.parameters() if p.is_floating_point()]
+    if not gradients or any(p.requires_grad for p in frozen):
+        yield
+        return
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def eager() -> Any:
+    """A context in which compiled models run as written, since compiled code skips hooks.
+
+    Returns
+    -------
+    context manager
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance is not None else nullcontext()
+
+
+def rows_in(batch: Any) -> int:
+    """Number of sequences in a batch.
+
+    Parameters
+    ----------
+    batch : object
+        One batch.
+
+    Returns
+    -------
+    int
+    """
+    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 0)

@@ -1,0 +1,473 @@
+"""The chain of blocks: found by how the calls of one forward link, output to input, never by class names."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from probes.connections import Site, streams_of
+from probes.hooks import first_float
+
+SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
+RECENT = 8  # the first state is the output of one of this many calls before the chain
+LEAST = 0.3  # the chains together must cover this share of the parameters beside embeddings and heads
+SECOND = 0.1  # a second chain counts from this share of the first one's parameters
+
+
+class ChainError(ValueError):
+    """No chain of blocks was found, or the named layers do not form one."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one module during a forward."""
+
+    path: str
+    module: nn.Module
+    index: int
+    order: int
+    parent: Call | None
+    x: torch.Tensor | None
+    y: torch.Tensor | None = None
+    x_shape: tuple[int, ...] = ()
+    y_shape: tuple[int, ...] = ()
+    producer: str = ""
+    site: Site | None = None
+    output: Any = None  # kept for connections only
+    versions: tuple[int | None, int | None] = (None, None)
+    runs: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Module path and call index within the forward."""
+        return self.path, self.index
+
+    def inside(self, other: Call) -> bool:
+        """Whether this call happened during the other one."""
+        call = self.parent
+        while call is not None and call is not other:
+            call = call.parent
+        return call is other
+
+
+class Tape:
+    """The calls of one forward; tensors are kept only where calls link, are named, or connect streams.
+
+    Parameters
+    ----------
+    keep : collection of str
+        Module paths whose tensors are kept in any case.
+    """
+
+    def __init__(self, keep: Collection[str] = ()):
+        self.calls: list[Call] = []
+        self._keep = frozenset(keep)
+        self._stack: list[Call] = []
+        self._segments: dict[tuple[str, Any], list[list[Call]]] = {}
+        self._counts: dict[str, int] = {}
+        self._recent: deque[Call] = deque()
+
+    def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
+        """Note that a call begins."""
+        x = first_float(args, kwargs)
+        call = Call(path, module, self._counts.get(path, 0), len(self.calls), self._stack[-1] if self._stack else None, x)
+        call.x_shape = tuple(x.shape) if x is not None else ()
+        call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
+        self._counts[path] = call.index + 1
+        self.calls.append(call)
+        self._stack.append(call)
+        for key in _group_keys(call):
+            self._link(key, call)
+        return call
+
+    def leave(self, module: nn.Module, output: Any) -> Call:
+        """Note that the innermost open call ends."""
+        call = self._stack.pop()
+        if call.module is not module:
+            raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
+        call.y = first_float(output)
+        call.y_shape = tuple(call.y.shape) if call.y is not None else ()
+        call.site = streams_of(module, call.x, output)
+        call.output = output if call.site is not None else None
+        call.versions = version(call.x), version(call.y)
+        self._recent.append(call)
+        if len(self._recent) > RECENT:
+            self._release(self._recent.popleft())
+        return call
+
+    def segments(self) -> Iterable[tuple[tuple[str, Any], list[Call]]]:
+        """All runs of two or more linked calls, with the key of their group."""
+        for key, runs in self._segments.items():
+            for run in runs:
+                if len(run) > 1:
+                    yield key, run
+
+    def connections(self) -> list[Call]:
+        """The outermost calls of stream connections, in order."""
+        found: list[Call] = []
+        for call in self.calls:
+            if call.site is not None and not any(call.inside(other) for other in found):
+                found.append(call)
+        return found
+
+    def _link(self, key: tuple[str, Any], call: Call) -> None:
+        call.runs += 1
+        runs = self._segments.setdefault(key, [])
+        previous = runs[-1][-1] if runs else None
+        if previous is not None and same_tensor(previous.y, call.x):
+            runs[-1].append(call)
+            return
+        if previous is not None and len(runs[-1]) == 1:
+            runs.pop()
+            previous.runs -= 1
+            self._release(previous)
+        runs.append([call])
+
+    def _release(self, call: Call) -> None:
+        """Let go of the tensors of a call that nothing needs any more."""
+        if not (call.runs or call.site or call.path in self._keep or call in self._recent or call in self._stack):
+            call.x = call.y = None
+
+
+def _group_keys(call: Call) -> list[tuple[str, Any]]:
+    """The two groups of a call: its class (outermost only) and the numbered container that holds it."""
+    keys: list[tuple[str, Any]] = []
+    ancestor = call.parent
+    while ancestor is not None and type(ancestor.module) is not type(call.module):
+        ancestor = ancestor.parent
+    if ancestor is None:
+        keys.append(("class", type(call.module)))
+    container, _, last = call.path.rpartition(".")
+    if last.isdigit():
+        keys.append(("container", container))
+    return keys
+
+
+def version(tensor: torch.Tensor | None) -> int | None:
+    """How often a tensor was written in place; None where torch does not count."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors are one object, or show the same memory in the same shape."""
+    if a is None or b is None:
+        return False
+    if a is b:
+        return True
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.is_meta or b.is_meta:
+        return False
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one state of a chain is seen: at the input or the output of one call."""
+
+    path: str
+    index: int
+    at: str  # "input" or "output"
+    layer: int
+    site: str
+    module: str  # the module that produced the state
+
+
+@dataclass(frozen=True)
+class Link:
+    """One stream connection: the call that mixes, and the call whose output is the branch's."""
+
+    path: str
+    index: int
+    layer: int
+    branch: str
+    branch_path: str | None
+    branch_index: int
+    style: str
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A residual chain: the places of its states in depth order and, with streams, its connections."""
+
+    name: str
+    places: tuple[Place, ...]
+    links: tuple[Link, ...]
+    blocks: tuple[str, ...]
+    block_class: str
+    shapes: tuple[tuple[int, ...], ...]
+    channels_first: bool
+
+
+def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
+    """Find the residual chains of a model in the calls of one forward.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls.
+    model : Module
+        For the share of the parameters that a chain covers.
+    layers : sequence of str, optional
+        Module paths (or one path of a ModuleList, or a pattern such as ``"h.{i}"``) that name the blocks.
+
+    Returns
+    -------
+    list of Chain
+        The largest chain first; more than one for an encoder and a decoder.
+
+    Raises
+    ------
+    ChainError
+        Where nothing links, with the override to give.
+    """
+    if layers is not None:
+        return [_chain(_named_blocks(tape, model, layers), "")]
+    connections = tape.connections()
+    if connections:
+        return [_stream_chain(tape, connections)]
+    runs = _runs(tape, model)
+    if not runs:
+        raise ChainError(
+            "no chain of blocks was found: no two calls of like modules hand one tensor on. "
+            "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
+        )
+    return [_chain(run, name) for name, run in zip(_names(runs), runs, strict=True)]
+
+
+def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
+    found = [(run, size) for run in _candidates(tape) if (size := _size(call.module for call in run))]
+    if not found:
+        return []
+    largest = max(size for _, size in found)
+    best, best_size = max((pair for pair in found if pair[1] >= SHARE * largest), key=lambda pair: len(pair[0]))
+    chosen = [best]
+    for run, size in sorted(found, key=lambda pair: -len(pair[0])):
+        apart = all(not _entangled(run, other) for other in chosen)
+        if apart and size >= SECOND * best_size and type(run[0].module) is type(best[0].module):
+            chosen.append(run)
+    share = _size(call.module for run in chosen for call in run) / _trunk_size(model)
+    if share < LEAST:
+        raise ChainError(
+            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, holds only {share:.0%} of the "
+            "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
+        )
+    return sorted(chosen, key=lambda run: run[0].order)
+
+
+def _candidates(tape: Tape) -> list[list[Call]]:
+    """Runs of one class; and runs in one container that are not a class run with a norm or a head at its ends."""
+    runs = [(key[0], run) for key, run in tape.segments()]
+    classes = [run for kind, run in runs if kind == "class"]
+    mixed = [part for kind, run in runs if kind == "container" for part in _even_parts(run)]
+    return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
+
+
+def _even_parts(run: list[Call]) -> Iterable[list[Call]]:
+    """The longest parts of a run in which no call changes the shape."""
+    for even, part in groupby(run, key=lambda call: call.x_shape == call.y_shape):
+        calls = list(part)
+        if even and len(calls) > 1:
+            yield calls
+
+
+def _trunk_size(model: nn.Module) -> int:
+    """Number of parameters beside embeddings and the heads that read out into their vocabulary."""
+    vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    outside = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        or (isinstance(module, nn.Linear) and module.out_features in vocabularies)
+        for p in module.parameters(recurse=False)
+    }
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside) or 1
+
+
+def _covers(container: list[Call], run: list[Call]) -> bool:
+    """Whether a run of one class makes up nearly all of a container's run, so that the rest are norms and heads."""
+    inside = set(map(id, run)) <= set(map(id, container))
+    return inside and _size(c.module for c in run) >= SHARE * _size(c.module for c in container)
+
+
+def _entangled(a: list[Call], b: list[Call]) -> bool:
+    return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(parameters.values())
+
+
+def _names(runs: list[list[Call]]) -> list[str]:
+    """Short distinct names: the first path component that tells the chains apart."""
+    if len(runs) == 1:
+        return [""]
+    paths = [run[0].path.split(".") for run in runs]
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) == len(runs):
+            return list(parts)
+    return [f"chain{i}" for i in range(len(runs))]
+
+
+def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str] | str) -> list[Call]:
+    modules = dict(model.named_modules())
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    if len(wanted) == 1:
+        wanted = _expand(wanted[0], modules)
+    calls = {path: [call for call in tape.calls if call.path == path] for path in wanted}
+    for path in wanted:
+        if path not in modules:
+            raise ChainError(f"no module {path!r} in the model; {_closest(path, modules)}")
+        if not calls[path]:
+            raise ChainError(f"the module {path!r} was never called in the forward; name modules that run")
+    blocks = sorted((call for path in wanted for call in calls[path]), key=lambda call: call.order)
+    for call in blocks:
+        if not (call.x_shape and call.y_shape):
+            raise ChainError(f"{call.path} has no floating tensor as input and output; it cannot hold a residual state")
+    return blocks
+
+
+def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    if "{i}" in pattern or "*" in pattern:
+        expression = re.escape(pattern).replace(r"\{i\}", r"\d+").replace(r"\*", r"[^.]+")
+        found = [path for path in modules if re.fullmatch(expression, path)]
+        if not found:
+            raise ChainError(f"the pattern {pattern!r} names no module; {_closest(pattern, modules)}")
+        return found
+    held = modules.get(pattern)
+    if isinstance(held, (nn.ModuleList, nn.Sequential)):
+        return [f"{pattern}.{i}".lstrip(".") for i in range(len(held))]
+    return [pattern]
+
+
+def _closest(path: str, modules: dict[str, nn.Module]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
+    return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+
+
+def _chain(blocks: list[Call], name: str) -> Chain:
+    """A plain chain: the input of every block and the output of the last one."""
+    layers = _layer_numbers(blocks)
+    places = [
+        _place(call, "input", layers, position, blocks[position - 1].path if position else call.producer or "(input)")
+        for position, call in enumerate(blocks)
+    ]
+    places.append(_place(blocks[-1], "output", layers, len(blocks), blocks[-1].path))
+    return Chain(
+        name=name,
+        places=tuple(places),
+        links=(),
+        blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+        block_class=type(blocks[0].module).__name__,
+        shapes=(*(call.x_shape for call in blocks), blocks[-1].y_shape),
+        channels_first=_convolves(blocks),
+    )
+
+
+def _convolves(blocks: list[Call]) -> bool:
+    kinds = (nn.Conv2d, nn.BatchNorm2d)
+    return any(isinstance(module, kinds) for module in blocks[0].module.modules()) and len(blocks[0].x_shape) == 4
+
+
+def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) -> Place:
+    layer = layers[depth - 1] if depth else -1
+    following = layers[depth] if depth < len(layers) else None
+    site = "embed" if depth == 0 else ("mid" if following == layer else "post")
+    return Place(call.path, call.index, at, layer, site, producer)
+
+
+def _layer_numbers(calls: list[Call]) -> list[int]:
+    """Block numbers from the first number in the paths where these ascend, else by order."""
+    numbers = [int(found.group()) if (found := re.search(r"\d+", call.path)) else -1 for call in calls]
+    steps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+    if numbers and numbers[0] >= 0 and all(step in (0, 1) for step in steps) and (any(steps) or len(calls) < 3):
+        return numbers
+    return list(range(len(calls)))
+
+
+def _stream_chain(tape: Tape, connections: list[Call]) -> Chain:
+    """A chain with streams: the input of every connection, and the state after the last one."""
+    layers = _layer_numbers(connections)
+    places = [
+        _place(call, "input", layers, depth, connections[depth - 1].path if depth else call.producer or "(input)")
+        for depth, call in enumerate(connections)
+    ]
+    last, at = _exit(tape, connections[-1])
+    end = last.order if at == "input" else len(tape.calls)
+    places.append(_place(last, at, layers, len(connections), connections[-1].path))
+    ends = [*(call.order for call in connections[1:]), end]
+    parents = {id(call.parent): call.parent for call in connections if call.parent is not None}
+    return Chain(
+        name="",
+        places=tuple(places),
+        links=tuple(_link(tape, *pair) for pair in zip(connections, ends, layers, strict=True)),
+        blocks=tuple(dict.fromkeys(call.path for call in parents.values())),
+        block_class=type(next(iter(parents.values())).module).__name__ if parents else "",
+        shapes=(*(call.x_shape for call in connections), connections[-1].x_shape),
+        channels_first=False,
+    )
+
+
+def _exit(tape: Tape, last: Call) -> tuple[Call, str]:
+    """Where the state after the last connection shows: its own output, its block's, or the next call's input."""
+    call: Call | None = last
+    while call is not None:
+        if call.y_shape == last.x_shape and call.x_shape == last.x_shape:
+            return call, "output"
+        call = call.parent
+    for later in tape.calls[last.order + 1 :]:
+        if later.x_shape == last.x_shape and not later.inside(last):
+            return later, "input"
+    raise ChainError(
+        f"the state after the last connection {last.path!r} (shape {last.x_shape}) is seen by no module: "
+        "no later call takes or returns it. Collapse the streams in a module, for example einops' Reduce layer"
+    )
+
+
+def _link(tape: Tape, call: Call, end: int, layer: int) -> Link:
+    assert call.site is not None
+    branch = _branch_call(tape, call, end)
+    return Link(
+        path=call.path,
+        index=call.index,
+        layer=layer,
+        branch=_branch_label(call, branch),
+        branch_path=branch.path if branch else None,
+        branch_index=branch.index if branch else 0,
+        style=call.site.style,
+    )
+
+
+def _branch_call(tape: Tape, call: Call, end: int) -> Call | None:
+    """The branch F: the connection's own child, or its last sibling before the next connection, that returns F's shape."""
+    assert call.site is not None
+    shape = call.site.branch_shape
+    inner = [c for c in tape.calls[call.order + 1 : end] if c.parent is call and c.y_shape == shape]
+    outer = [c for c in tape.calls[call.order + 1 : end] if c.parent is call.parent and c.y_shape == shape]
+    own = getattr(call.module, "branch", None)
+    wrapped = [c for c in inner if c.module is own]
+    return next(iter(wrapped or (inner[-1:] if isinstance(own, nn.Module) else outer[-1:])), None)
+
+
+_LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (
+    ("attn", re.compile(r"att|ssm|mamba|mixer|retention", re.IGNORECASE).search),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert", re.IGNORECASE).search),
+)
+
+
+def _branch_label(call: Call, branch: Call | None) -> str:
+    named = [call.path.rpartition(".")[2], branch.path.rpartition(".")[2] if branch else ""]
+    named.append(type(branch.module).__name__ if branch else "")
+    for text in named:
+        for label, matches in _LABELS:
+            if matches(text):
+                return label
+    return "block"

@@ -1,0 +1,137 @@
+"""The layout of a residual state: which axis of the model's tensor is batch, token, stream and feature.
+
+A layout is a short text such as ``"B T D"``, ``"B T N D"``, ``"(B N) T D"`` or ``"B D H W"``: B batch, T tokens,
+N streams, D features, H and W the two axes of an image (their product is T). Brackets hold merged axes, outer first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+
+AXES = frozenset("BTNDHW")
+
+
+class LayoutError(ValueError):
+    """A layout that cannot be read, or that does not fit the state."""
+
+
+def parse_layout(layout: str) -> list[list[str]]:
+    """Read a layout text into one list of axis letters per tensor dimension.
+
+    Parameters
+    ----------
+    layout : str
+        Such as ``"(B N) T D"``.
+
+    Returns
+    -------
+    list of list of str
+
+    Raises
+    ------
+    LayoutError
+        For unknown or repeated letters.
+
+    Examples
+    --------
+    >>> parse_layout("(B N) T D")
+    [['B', 'N'], ['T'], ['D']]
+    """
+    groups = [list(group.replace(" ", "")) for group in re.findall(r"\(([^)]*)\)|(\S)", layout) for group in group if group]
+    letters = [letter for group in groups for letter in group]
+    if set(letters) - AXES or len(set(letters)) != len(letters) or "D" not in letters:
+        raise LayoutError(
+            f"layout {layout!r} cannot be read; expected the letters B T N D (or H W), D at least, merged axes in "
+            "brackets, such as 'B T D', 'B T N D', '(B N) T D', 'N B T D' or 'B D H W'"
+        )
+    return groups
+
+
+def canonical(state: torch.Tensor, layout: str, *, batch_size: int, num_streams: int) -> torch.Tensor:
+    """Bring a state to (batch, token, stream, feature) without copying where possible.
+
+    Parameters
+    ----------
+    state : Tensor
+        As the model holds it.
+    layout : str
+        See the module's head.
+    batch_size, num_streams : int
+        Sizes that a merged axis is split by.
+
+    Returns
+    -------
+    Tensor
+        Shape (B, T, N, D); axes that the layout does not name have size 1.
+
+    Raises
+    ------
+    LayoutError
+        Where the state's shape does not fit.
+    """
+    groups = parse_layout(layout)
+    if len(groups) != state.ndim:
+        raise LayoutError(f"layout {layout!r} has {len(groups)} axes, the state has shape {tuple(state.shape)}")
+    known = {"B": batch_size, "N": num_streams}
+    sizes: dict[str, int] = {}
+    for group, size in zip(groups, state.shape, strict=True):
+        sizes |= _split(group, size, known, layout, state)
+    letters = [letter for group in groups for letter in group]
+    split = state.reshape([sizes[letter] for letter in letters])
+    order = [letter for letter in "BHWTND" if letter in letters]
+    moved = split.permute([letters.index(letter) for letter in order])
+    tokens = math.prod(sizes.get(letter, 1) for letter in "HWT")
+    return moved.reshape(sizes.get("B", 1), tokens, sizes.get("N", 1), sizes["D"])
+
+
+def _split(group: Sequence[str], size: int, known: dict[str, int], layout: str, state: torch.Tensor) -> dict[str, int]:
+    free = [letter for letter in group if len(group) == 1 or letter not in known]
+    fixed = {letter: known[letter] for letter in group if letter not in free}
+    rest, remainder = divmod(size, math.prod(fixed.values()))
+    if remainder or len(free) > 1 or (not free and rest != 1):
+        raise LayoutError(
+            f"layout {layout!r} does not fit a state of shape {tuple(state.shape)} with batch {known['B']} and "
+            f"{known['N']} streams; pass layout= and, for streams, a model whose connections are found"
+        )
+    return fixed | ({free[0]: rest} if free else {})
+
+
+def infer_layout(shape: Sequence[int], *, batch_size: int, channels_first: bool = False) -> str:
+    """Guess the layout of a plain residual state, or refuse.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the state.
+    batch_size : int
+        Size of the batch that the model was called with.
+    channels_first : bool
+        Whether the block convolves, so that axis 1 of a 4-D state is the channel.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    LayoutError
+        Where the shape fits no plain layout; the message names the override.
+    """
+    size = tuple(shape)
+    if len(size) == 2 and size[0] == batch_size:
+        return "B D"
+    if len(size) == 3 and size[0] == batch_size:
+        return "B T D"
+    if len(size) == 3 and size[1] == batch_size:
+        return "T B D"
+    if len(size) == 4 and size[0] == batch_size and channels_first:
+        return "B D H W"
+    raise LayoutError(
+        f"the residual state has shape {size} for a batch of {batch_size}: no plain layout fits and no stream connection "
+        "was found. If it holds streams, this connection is not known yet; say how to read it with layout=, for example "
+        "layout='B T N D', layout='(B N) T D', or layout='B H W D' for an image with channels last"
+    )

@@ -1,0 +1,447 @@
+"""Tensors in, datasets out: the one room where torch meets xarray."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from diagnostics import schema
+from probes.accumulate import Sums
+from probes.chain import Chain
+from probes.connections import (
+    Joint,
+    Parts,
+    Proof,
+    Reading,
+    ReconstructionError,
+    applied_matrix,
+    prove,
+    read_error,
+    solved_branch,
+    tolerance,
+)
+from probes.sampling import Sequence
+from probes.session import Session
+
+DIRECTIONS = np.array(["forward", "backward"], dtype=object)
+SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The statistics of one measured step."""
+
+    step: int
+    sums: list[Sums]
+    sequences: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The proofs of all connections of a run, and the orientation that they agree on."""
+
+    proofs: tuple[Proof, ...]
+    joints: tuple[Joint, ...]
+    orientation: str
+    transposed: bool
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative reconstruction error of each connection in the agreed orientation."""
+        return [p.error if p.reading.transposed == self.transposed or j.parts.mix is None else p.other
+                for p, j in zip(self.proofs, self.joints, strict=True)]
+
+    def reading(self, number: int) -> Reading:
+        """How the parts of one connection are read."""
+        return replace(self.proofs[number].reading, transposed=self.transposed)
+
+
+def build_run(
+    session: Session, rows: list[Row], pooled: list[Sums], *, attrs: Mapping[str, Any] | None = None,
+    token_text: Any = None,
+) -> xr.DataTree:
+    """Turn what a session kept into a validated run.
+
+    Parameters
+    ----------
+    session : Session
+        With its chains found and at least one sequence kept.
+    rows : list of Row
+        Statistics, one per measured step.
+    pooled : list of Sums
+        Statistics of all steps since the weights last changed, one per chain.
+    attrs : mapping, optional
+        Attributes to add or replace.
+    token_text : sequence of sequences of str, optional
+        Text of every token, by the sequence's index.
+
+    Returns
+    -------
+    DataTree
+
+    Raises
+    ------
+    ReconstructionError
+        Where a connection's parts do not give its next state.
+    """
+    sequences = sorted(session.reservoir.held.values(), key=lambda sequence: sequence.index)
+    evidence = gather_evidence(session, sequences)
+    trace: dict[str, xr.Dataset] = {}
+    statistics: dict[str, xr.Dataset] = {}
+    for number, chain in enumerate(session.chains):
+        for name, depths in stages(session, number):
+            trace[name] = _trace(session, number, depths, sequences, evidence, token_text)
+            statistics[name] = _statistics(chain, number, depths, rows, pooled, evidence)
+    for part in (trace, statistics):
+        if list(part) == [""]:
+            part[""].attrs = {}
+    return schema.create_run(
+        trace if list(trace) != [""] else trace[""],
+        statistics=statistics if list(statistics) != [""] else statistics[""],
+        attrs=_attributes(session, sequences, evidence) | dict(attrs or {}),
+    )
+
+
+def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
+    """Split a chain where the width or the number of tokens of its states changes.
+
+    Parameters
+    ----------
+    session : Session
+        With its chains found.
+    number : int
+        Which chain.
+
+    Returns
+    -------
+    list of (name, depth indices)
+    """
+    chain = session.chains[number]
+    groups: list[list[int]] = []
+    for depth, shape in enumerate(chain.shapes):
+        if groups and chain.shapes[groups[-1][-1]] == shape:
+            groups[-1].append(depth)
+        else:
+            groups.append([depth])
+    if len(groups) == 1:
+        return [(chain.name, groups[0])]
+    prefix = f"{chain.name}_" if chain.name else ""
+    return [(f"{prefix}stage{i}", group) for i, group in enumerate(groups)]
+
+
+# --- the proof of the connections ---
+
+
+def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
+    """Prove every connection on the kept sequences and settle the orientation.
+
+    Parameters
+    ----------
+    session : Session
+        With its chains found.
+    sequences : list of Sequence
+        The kept sequences.
+
+    Returns
+    -------
+    Evidence
+
+    Raises
+    ------
+    ReconstructionError
+        Above tolerance, with the worst connection and what it means.
+    """
+    joints = tuple(_joint(session, number, sequences) for number in range(len(session.links)))
+    proofs = tuple(prove(joint) for joint in joints)
+    if not proofs:
+        return Evidence((), (), "not_applicable", False)
+    limit = tolerance(session.dtype)
+    mixing = [proof for proof, joint in zip(proofs, joints, strict=True) if joint.parts.mix is not None]
+    votes = {proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)}
+    if len(votes) > 1:
+        raise ReconstructionError(
+            "some connections apply their matrix and others its transpose; one run holds one orientation only"
+        )
+    transposed = votes.pop() if len(votes) == 1 else _majority(mixing)
+    told = any(proof.error <= limit and not proof.ambiguous(limit) for proof in mixing)
+    orientation = "not_applicable" if not mixing else "destination_source" if told else "ambiguous"
+    evidence = Evidence(proofs, joints, orientation, transposed)
+    _require_proof(session, evidence, limit)
+    return evidence
+
+
+def _majority(proofs: list[Proof]) -> bool:
+    return sum(proof.reading.transposed for proof in proofs) * 2 > len(proofs)
+
+
+def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
+    errors = evidence.errors
+    worst = int(np.argmax(errors))
+    if not errors[worst] <= limit:
+        link = session.links[worst]
+        raise ReconstructionError(
+            f"connection {worst} ({link.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
+            f"{errors[worst]:.1e} (tolerance {limit:.0e} for {str(session.dtype).removeprefix('torch.')}), in both orientations. "
+            "The matrix that the module returns is not the one that the model applies, or something else is added to "
+            "the streams between two connections (dropout in training mode, for one); the capture is refused"
+        )
+
+
+def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
+    held = [sequence.parts[number] for sequence in sequences]
+    mask = np.stack(_masks(sequences, 0))
+    tokens = mask.shape[1]
+
+    def stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        known = [tensor for tensor in tensors if tensor is not None]
+        return torch.stack([_pad(tensor, tokens) for tensor in known]) if len(known) == len(tensors) else None
+
+    post, branch_in = stack([p.post for p in held]), stack([p.branch_in for p in held])
+    assert post is not None
+    assert branch_in is not None
+    return Joint(
+        x_in=torch.stack([_pad(s.states[0, number], tokens) for s in sequences]),
+        x_out=torch.stack([_pad(s.states[0, number + 1], tokens) for s in sequences]),
+        parts=Parts(stack([p.mix for p in held]), stack([p.pre for p in held]), post, branch_in),
+        branch_out=stack([s.branches.get(number) for s in sequences]),
+        mask=torch.from_numpy(mask),
+        dtype=session.dtype,
+    )
+
+
+# --- the trace ---
+
+
+def _pad(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    missing = tokens - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def _masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.ndarray]:
+    lengths = [sequence.states[number, depth].shape[0] for sequence in sequences]
+    masks = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        mask = sequence.mask.get(number)
+        full = np.zeros(max(lengths), dtype=bool)
+        full[:length] = True if mask is None else mask.numpy()
+        masks.append(full)
+    return masks
+
+
+def _trace(
+    session: Session, number: int, depths: list[int], sequences: list[Sequence], evidence: Evidence, token_text: Any
+) -> xr.Dataset:
+    chain = session.chains[number]
+    mask = np.stack(_masks(sequences, number, depths[0]))
+    tokens = mask.shape[1]
+    states = [[_pad(s.states[number, depth], tokens) for s in sequences] for depth in depths]
+    residual = torch.stack([torch.stack(row) for row in states]).numpy()
+    variables: dict[str, Any] = {
+        "residual": (schema.STATE, residual),
+        "mask": (("sample", "token"), mask),
+    }
+    if any(sequence.gradients for sequence in sequences):
+        variables["gradient"] = (schema.STATE, _gradients(number, depths, sequences, residual.shape))
+    coords: dict[str, Any] = _depth_coords(chain, depths) | {
+        "sample": np.array([sequence.index for sequence in sequences]),
+        "token": np.arange(tokens),
+        "stream": np.arange(residual.shape[3]),
+    }
+    if chain.links:
+        variables |= _connection_variables(evidence)
+        coords |= _connection_coords(chain)
+    if token_text is not None:
+        variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
+    return xr.Dataset(variables, coords)
+
+
+def _gradients(
+    number: int, depths: list[int], sequences: list[Sequence], shape: tuple[int, ...]
+) -> np.ndarray:
+    out = np.full(shape, np.nan, dtype=np.float32)
+    for i, depth in enumerate(depths):
+        for j, sequence in enumerate(sequences):
+            gradient = sequence.gradients.get((number, depth))
+            if gradient is not None:
+                out[i, j] = _pad(gradient, shape[2]).numpy()
+    return out
+
+
+def _depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
+    places = [chain.places[depth] for depth in depths]
+    return {
+        "depth": np.array(depths),
+        "layer": ("depth", np.array([place.layer for place in places])),
+        "site": ("depth", np.array([place.site for place in places], dtype=object)),
+        "module": ("depth", np.array([place.module for place in places], dtype=object)),
+    }
+
+
+def _connection_coords(chain: Chain) -> dict[str, Any]:
+    count = len(chain.links)
+    return {
+        "connection": np.arange(count),
+        "connection_layer": ("connection", np.array([link.layer for link in chain.links])),
+        "branch": ("connection", np.array([link.branch for link in chain.links], dtype=object)),
+        "connection_module": ("connection", np.array([link.path for link in chain.links], dtype=object)),
+        "depth_in": ("connection", np.arange(count)),
+        "depth_out": ("connection", np.arange(1, count + 1)),
+    }
+
+
+def _connection_variables(evidence: Evidence) -> dict[str, Any]:
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("h_res", "h_pre", "h_post", "branch_in", "branch_out")}
+    read_errors, rounding = [], []
+    for number, joint in enumerate(evidence.joints):
+        reading = evidence.reading(number)
+        h_res = applied_matrix(joint, reading).float()
+        returned = applied_matrix(joint, replace(reading, cast=False)).float()
+        pre = joint.parts.pre if joint.parts.pre is not None else torch.full_like(joint.parts.post, math.nan)
+        flat = joint.tokens()
+        read_errors.append(math.nan if flat.parts.pre is None else read_error(flat.x_in, flat.parts.pre, flat.parts.branch_in))
+        rounding.append(float((h_res - returned).abs().max()))
+        values = (h_res, pre, joint.parts.post, joint.parts.branch_in, _branch_out(joint, reading, h_res))
+        for name, value in zip(arrays, values, strict=True):
+            arrays[name].append(value.contiguous().numpy())
+    variables: dict[str, Any] = {name: (schema.TRACE[name].dims, np.stack(values)) for name, values in arrays.items()}
+    variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
+    variables["other_orientation_error"] = ("connection", np.array([_other(evidence, i) for i in range(len(evidence.proofs))]))
+    variables["read_error"] = ("connection", np.array(read_errors))
+    variables["rounding"] = ("connection", np.array(rounding))
+    return variables
+
+
+def _other(evidence: Evidence, number: int) -> float:
+    proof = evidence.proofs[number]
+    other = proof.other if proof.reading.transposed == evidence.transposed else proof.error
+    return other if math.isfinite(other) else math.nan
+
+
+def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Tensor:
+    if reading.observed and joint.branch_out is not None:
+        return joint.branch_out
+    rest = joint.x_out - torch.einsum("ktoi,ktid->ktod", h_res, joint.x_in)
+    return solved_branch(rest, joint.parts.post)
+
+
+def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
+    out = np.full((len(sequences), tokens), "", dtype=object)
+    for i, sequence in enumerate(sequences):
+        if sequence.index < len(token_text):
+            words = list(token_text[sequence.index])[:tokens]
+            out[i, : len(words)] = words
+    return out
+
+
+# --- the statistics ---
+
+
+def _statistics(
+    chain: Chain, number: int, depths: list[int], rows: list[Row], pooled: list[Sums], evidence: Evidence
+) -> xr.Dataset:
+    sums = [row.sums[number] for row in rows]
+    variables: dict[str, Any] = {
+        "token_count": ("step", _stacked(sums, "token_count", depths[:1])[:, 0]),
+        "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
+    }
+    if any(row.loss is not None for row in rows):
+        variables["loss"] = ("step", np.array([math.nan if row.loss is None else row.loss for row in rows]))
+    names = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum", "gradient_square_norm_sum")
+    for name in names:
+        if any(s.array(name, depths) is not None for s in sums):
+            variables[name] = (schema.PROFILE, _stacked(sums, name, depths))
+    unit = _stacked(sums, "unit_sum", depths)
+    variables["unit_pair_sum"] = (schema.PROFILE, np.square(unit).sum(-1) - _stacked(sums, "unit_count", depths))
+    for name in ("feature_sum", "unit_sum"):
+        variables[name] = (("depth", "stream", "feature"), _stacked(pooled[number : number + 1], name, depths)[0])
+    coords = _depth_coords(chain, depths) | {
+        "step": np.array([row.step for row in rows]),
+        "stream": np.arange(unit.shape[2]),
+    }
+    if chain.links:
+        variables |= _gains(sums, evidence)
+        coords |= _connection_coords(chain) | {"direction": DIRECTIONS}
+    return xr.Dataset(variables, coords)
+
+
+def _stacked(sums: list[Sums], name: str, keys: list[int]) -> np.ndarray:
+    arrays = [s.array(name, keys) for s in sums]
+    known = [array for array in arrays if array is not None]
+    return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])
+
+
+def _gains(sums: list[Sums], evidence: Evidence) -> dict[str, Any]:
+    """The two sums of a matrix as its module keeps it become forward and backward by the proven orientation."""
+    keys = list(range(len(evidence.proofs)))
+    if all(s.array("gain_sum", keys) is None for s in sums):
+        return {}
+    variables: dict[str, Any] = {}
+    for name in ("gain_sum", "gain_max"):
+        pair = _stacked(sums, name, keys)  # step, connection, (last axis, the one before)
+        ordered = pair[..., ::-1] if evidence.transposed else pair
+        variables[name] = (schema.GAIN, np.moveaxis(ordered, -1, 1).copy())
+    return variables
+
+
+# --- the attributes ---
+
+
+def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
+    settings = session.settings
+    known = {
+        "model": type(session.model).__name__,
+        "family": session.family,
+        "n_streams": session.num_streams,
+        "layout": session.layouts[0],
+        "orientation": evidence.orientation,
+        "reconstruction_error": max(evidence.errors) if evidence.proofs else None,
+        "reconstruction_tolerance": tolerance(session.dtype) if evidence.proofs else None,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "block": session.chains[0].block_class,
+        "num_blocks": len(session.chains[0].blocks),
+        "num_parameters": sum(p.numel() for p in session.model.parameters()),
+        "seed": settings.seed,
+        "data_digest": _digest(sequences),
+        "sampling": {
+            "max_sequences": settings.max_sequences,
+            "seed": settings.seed,
+            "sequences_seen": session.reservoir.total,
+            "sequences_kept": len(sequences),
+        },
+        "software": software(),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _digest(sequences: list[Sequence]) -> str:
+    """SHA-256 over what the kept sequences showed the model."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        if sequence.row is not None:
+            digest.update(sequence.row.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def software() -> dict[str, str]:
+    """Versions of the packages that shape a run.
+
+    Returns
+    -------
+    dict of str to str
+    """
+    versions = {}
+    for name in SOFTWARE:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,133 @@
+"""Synthetic runs that follow the contract: small, exact, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from diagnostics import schema
+
+
+def _doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
+    logits = strength * rng.standard_normal(shape) + 3.0 * np.eye(shape[-1])
+    matrix = np.exp(logits)
+    for _ in range(50):
+        matrix /= matrix.sum(-2, keepdims=True)
+        matrix /= matrix.sum(-1, keepdims=True)
+    return matrix
+
+
+def synthetic_run(
+    family: str = "residual",
+    *,
+    layers: int = 6,
+    samples: int = 2,
+    tokens: int = 16,
+    features: int = 32,
+    streams: int = 4,
+    seed: int = 0,
+    gradients: bool = True,
+) -> xr.DataTree:
+    """Build a run whose states really follow x' = H_res x + h_post F for random branches F."""
+    rng = np.random.default_rng(seed)
+    n = 1 if family == "residual" else streams
+    sublayers = layers if n == 1 else 2 * layers
+    x = np.repeat(rng.standard_normal((samples, tokens, 1, features)), n, axis=2)
+    states, parts = [x], {"h_res": [], "h_pre": [], "h_post": [], "branch_in": [], "branch_out": []}
+    for _ in range(sublayers):
+        h_res = np.broadcast_to(np.eye(n), (samples, tokens, n, n)).copy()
+        if family == "mhc":
+            h_res = _doubly_stochastic(rng, (samples, tokens, n, n), 0.3)
+        elif family == "hc":
+            h_res = h_res + 0.05 * rng.standard_normal(h_res.shape)
+        h_pre = np.full((samples, tokens, n), 1.0 / n) + (
+            0.05 * rng.standard_normal((samples, tokens, n)) if n > 1 else 0
+        )
+        h_post = np.ones((samples, tokens, n)) + (
+            0.1 * rng.standard_normal((samples, tokens, n)) if n > 1 else 0
+        )
+        branch_in = np.einsum("btn,btnd->btd", h_pre, x)
+        branch_out = rng.standard_normal((samples, tokens, features))
+        x = np.einsum("btij,btjd->btid", h_res, x) + h_post[..., None] * branch_out[:, :, None]
+        for name, value in zip(parts, (h_res, h_pre, h_post, branch_in, branch_out), strict=True):
+            parts[name].append(value)
+        states.append(x)
+    mask = np.ones((samples, tokens), dtype=bool)
+    mask[-1, : tokens // 4] = False
+    per_layer = 1 if n == 1 else 2
+    depth = np.arange(sublayers + 1)
+    site = ["embed"] + ["post" if per_layer == 1 or i % 2 else "mid" for i in range(sublayers)]
+    dims = schema.STATE
+    variables = {
+        "residual": (dims, np.stack(states).astype(np.float32)),
+        "mask": (("sample", "token"), mask),
+    }
+    if gradients:
+        variables["gradient"] = (
+            dims,
+            (1e-3 * rng.standard_normal(np.stack(states).shape)).astype(np.float32),
+        )
+    coords = {
+        "depth": depth,
+        "layer": ("depth", np.array([-1] + [i // per_layer for i in range(sublayers)])),
+        "site": ("depth", np.array(site, dtype=object)),
+        "module": (
+            "depth",
+            np.array(["embed"] + [f"blocks.{i // per_layer}" for i in range(sublayers)], dtype=object),
+        ),
+        "sample": np.arange(samples),
+        "token": np.arange(tokens),
+        "stream": np.arange(n),
+    }
+    if n > 1:
+        for name, values in parts.items():
+            variables[name] = (schema.TRACE[name].dims, np.stack(values).astype(np.float32))
+        coords |= {
+            "connection": np.arange(sublayers),
+            "connection_layer": ("connection", np.arange(sublayers) // 2),
+            "branch": ("connection", np.array(["attn", "mlp"] * layers, dtype=object)),
+            "connection_module": (
+                "connection",
+                np.array([f"blocks.{i // 2}" for i in range(sublayers)], dtype=object),
+            ),
+            "depth_in": ("connection", np.arange(sublayers)),
+            "depth_out": ("connection", np.arange(1, sublayers + 1)),
+        }
+    attrs = {
+        "model": f"synthetic-{family}",
+        "family": family,
+        "n_streams": n,
+        "orientation": "not_applicable" if n == 1 else "destination_source",
+        "reconstruction_error": None if n == 1 else 1e-7,
+        "dtype": "float32",
+        "seed": seed,
+        "loss_reduction": "mean",
+        "data_digest": "synthetic",
+        "sampling": {"max_sequences": samples, "seed": seed},
+        "software": {"numpy": np.__version__},
+    }
+    return schema.create_run(xr.Dataset(variables, coords), attrs=attrs)
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., xr.DataTree]:
+    """The factory ``make_run(family, layers=…, …)``."""
+    return synthetic_run
+
+
+@pytest.fixture(scope="session")
+def residual_run() -> xr.DataTree:
+    return synthetic_run("residual")
+
+
+@pytest.fixture(scope="session")
+def hc_run() -> xr.DataTree:
+    return synthetic_run("hc")
+
+
+@pytest.fixture(scope="session")
+def mhc_run() -> xr.DataTree:
+    return synthetic_run("mhc")

@@ -1,0 +1,239 @@
+"""Geometry of tokens against loops over pairs, scikit-dimension and closed forms."""
+
+import itertools
+
+import numpy as np
+import pytest
+import skdim
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diagnostics.kernels import geometry
+
+
+def as_mask(array, mask):
+    return mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+
+
+def cosine(a, b):
+    return a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
+
+
+def angle(a, b):
+    return np.arccos(np.clip(cosine(a, b), -1, 1))
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(2, 9, 5)) + 0.4
+
+
+@pytest.fixture
+def mask(rng):
+    mask = np.ones((2, 9), bool)
+    mask[0, [0, 4]] = mask[1, [2, 3, 8]] = False
+    return mask
+
+
+def by_matrix(of, x, mask):
+    return [of(x[b][mask[b]]) for b in range(len(x))]
+
+
+def test_token_cosine_is_the_mean_over_pairs(array, x, mask):
+    def loops(m):
+        return np.mean([cosine(a, b) for a, b in itertools.combinations(m, 2)])
+
+    got = geometry.token_cosine(array(x), mask=as_mask(array, mask))
+    np.testing.assert_allclose(got, by_matrix(loops, x, mask), rtol=1e-12)
+    got = geometry.token_cosine(array(x), center=True, mask=as_mask(array, mask))
+    np.testing.assert_allclose(got, by_matrix(lambda m: loops(m - m.mean(0)), x, mask), rtol=1e-11)
+
+
+def test_token_cosine_degenerate(array):
+    same = array(np.tile([[3.0, -4.0, 0.1]], (5, 1)))
+    assert float(geometry.token_cosine(same)) == pytest.approx(1, abs=1e-14)
+    assert np.isnan(float(geometry.token_cosine(same, center=True)))
+    assert np.isnan(float(geometry.token_cosine(array([[1.0, 2.0]]))))
+    with_zero = array([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    assert float(geometry.token_cosine(with_zero)) == 1.0
+    tiny = array([[1e-200, 0.0], [1e200, 1e200]])
+    assert float(geometry.token_cosine(tiny)) == pytest.approx(0.5**0.5, rel=1e-14)
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 10))
+@settings(max_examples=20, deadline=None)
+def test_token_cosine_ignores_rotation_and_row_scales(seed, scale):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(6, 4))
+    turned = (x @ np.linalg.qr(rng.normal(size=(4, 4)))[0]) * rng.uniform(0.1, scale + 0.1, size=(6, 1))
+    assert float(geometry.token_cosine(turned)) == pytest.approx(float(geometry.token_cosine(x)), abs=1e-12)
+    assert abs(float(geometry.token_cosine(x + 5)) - float(geometry.token_cosine(x))) > 1e-3
+
+
+def test_curvature_uses_differences(array, x, mask):
+    def loops(m):
+        v = np.diff(m, axis=0)
+        return np.mean([angle(v[k], v[k + 1]) for k in range(len(v) - 1)])
+
+    got = geometry.curvature(array(x), mask=as_mask(array, mask))
+    np.testing.assert_allclose(got, by_matrix(loops, x, mask), rtol=1e-10)
+    wrong = np.mean([angle(x[0, k], x[0, k + 1]) for k in range(8)])
+    assert abs(float(geometry.curvature(x)[0]) - wrong) > 0.05
+
+
+def test_curvature_closed_forms(array):
+    polygon = np.stack([np.cos(np.arange(9) * np.pi / 4), np.sin(np.arange(9) * np.pi / 4)], axis=1)
+    assert float(geometry.curvature(array(polygon))) == pytest.approx(np.pi / 4, rel=1e-12)
+    line = np.arange(5.0)[:, None] * np.ones(3)
+    assert float(geometry.curvature(array(line))) == 0.0
+    assert float(geometry.curvature(array([[0.0], [1.0], [0.0]]))) == pytest.approx(np.pi)
+    assert np.isnan(float(geometry.curvature(array([[0.0], [1.0]]))))
+    assert np.isnan(float(geometry.curvature(array(np.ones((5, 2))))))
+    stops = array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+    assert float(geometry.curvature(stops)) == 0.0  # only the last two steps are successive and move
+
+
+@pytest.mark.parametrize("graph", ["complete", "path"])
+def test_dirichlet_energy_by_the_laplacian(array, x, mask, graph):
+    def laplacian(m):
+        n = len(m)
+        a = np.full((n, n), 1 / n) if graph == "complete" else np.eye(n, k=1) + np.eye(n, k=-1)
+        return np.trace(m.T @ (np.diag(a.sum(1)) - a) @ m) / (m**2).sum()
+
+    got = geometry.dirichlet_energy(array(x), graph=graph, mask=as_mask(array, mask))
+    np.testing.assert_allclose(got, by_matrix(laplacian, x, mask), rtol=1e-11)
+    assert float(geometry.dirichlet_energy(array(np.full((6, 3), 0.1)), graph=graph)) == 0.0
+    assert np.isnan(float(geometry.dirichlet_energy(array(np.zeros((6, 3))), graph=graph)))
+    with pytest.raises(ValueError, match="'complete' or 'path'"):
+        geometry.dirichlet_energy(x, graph="ring")
+
+
+def test_row_distances_by_loops(array, rng, x, mask):
+    y = rng.normal(size=x.shape)
+    pairs = [[(a, b) for a, b, m in zip(x[i], y[i], mask[i], strict=True) if m] for i in range(2)]
+    got = geometry.angular_distance(array(x), array(y), mask=as_mask(array, mask))
+    np.testing.assert_allclose(got, [np.mean([angle(a, b) / np.pi for a, b in p]) for p in pairs], rtol=1e-12)
+    got = geometry.block_influence(array(x), array(y), mask=as_mask(array, mask))
+    np.testing.assert_allclose(got, [np.mean([1 - cosine(a, b) for a, b in p]) for p in pairs], rtol=1e-12)
+    got = np.asarray(geometry.row_cosine(array(x), array(y), mask=as_mask(array, mask)))
+    assert np.array_equal(np.isnan(got), ~mask)
+    np.testing.assert_allclose(got[0, 1], cosine(x[0, 1], y[0, 1]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-8, 1e-12, 1e-15])
+def test_angles_keep_their_digits_near_zero(array, small):
+    x, y = array([[1.0, 0.0]]), array([[np.cos(small), np.sin(small)]])
+    assert float(geometry.angular_distance(x, y)) == pytest.approx(small / np.pi, rel=1e-9)
+    assert float(geometry.angular_distance(x, -y)) == pytest.approx(1 - small / np.pi, rel=1e-15)
+    assert float(geometry.block_influence(x, y)) == pytest.approx(small**2 / 2, rel=1e-4)
+
+
+def test_row_distances_degenerate(array):
+    zero, one = array([[0.0, 0.0]]), array([[1.0, 0.0]])
+    assert np.isnan(float(geometry.angular_distance(zero, one)))
+    assert np.isnan(float(geometry.block_influence(zero, one)))
+    assert np.isnan(float(geometry.row_cosine(zero, one)[0]))
+    assert float(geometry.angular_distance(one, one)) == 0.0
+    with pytest.raises(ValueError, match="expected equal shapes"):
+        geometry.angular_distance(np.ones((2, 3)), np.ones((2, 4)))
+
+
+def test_massive_activations(array, rng):
+    x = rng.normal(size=(2, 8, 6)) * 0.1
+    x[0, 3, 2], x[0, 5, 1], x[1, 0, 0] = 900.0, 50.0, -2000.0
+    found = geometry.massive_activations(array(x))
+    assert np.argwhere(np.asarray(found)).tolist() == [[0, 3, 2], [1, 0, 0]]
+    assert np.argwhere(np.asarray(geometry.massive_tokens(array(x)))).tolist() == [[0, 3], [1, 0]]
+    # large but not against its own median
+    assert not np.asarray(geometry.massive_activations(array(x * 0 + 500.0))).any()
+    mask = np.ones((2, 8), bool)
+    mask[0, 3] = False
+    x[0, 3] = np.inf
+    assert np.argwhere(np.asarray(geometry.massive_tokens(array(x), mask=as_mask(array, mask)))).tolist() == [
+        [1, 0]
+    ]
+
+
+def test_massive_median_is_that_of_the_kept_rows(rng):
+    x = np.abs(rng.normal(size=(7, 3)))
+    mask = np.array([1, 1, 0, 1, 1, 1, 0], bool)
+    middle = np.median(np.abs(x[mask]))
+    x[0, 0] = 1000.0
+    middle = np.median(np.abs(x[mask]))
+    just_above, just_below = 1000 / middle * (1 + 1e-9), 1000 / middle * (1 - 1e-9)
+    assert not geometry.massive_activations(x, relative=just_above, mask=mask).any()
+    assert geometry.massive_activations(x, relative=just_below, mask=mask).sum() == 1
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_alpha_req_recovers_the_exponent(array, rng, alpha):
+    s = np.arange(1.0, 301) ** (-alpha / 2)
+    fit = geometry.alpha_req_of(array(np.stack([s, 3 * s])), first=5, last=200)
+    np.testing.assert_allclose(fit.alpha, [alpha, alpha], rtol=1e-10)
+    np.testing.assert_allclose(fit.error, 0, atol=1e-7)
+    assert np.asarray(fit.last).tolist() == [200, 200]
+
+
+def test_alpha_req_error_equals_scipy(rng):
+    from scipy import stats
+
+    s = np.arange(1.0, 101) ** -0.5 * np.exp(rng.normal(size=100) * 0.1)
+    s = np.sort(s)[::-1]
+    line = stats.linregress(np.log(np.arange(11, 61)), 2 * np.log(s[10:60]))
+    fit = geometry.alpha_req_of(s, first=11, last=60)
+    assert float(fit.alpha) == pytest.approx(-line.slope, rel=1e-10)
+    assert float(fit.error) == pytest.approx(line.stderr, rel=1e-10)
+
+
+def test_alpha_req_short_spectra_are_undefined(array, rng):
+    fit = geometry.alpha_req(array(rng.normal(size=(6, 40))))
+    assert np.isnan(float(fit.alpha))
+    fit = geometry.alpha_req(array(rng.normal(size=(2, 40, 30))), first=2)
+    assert np.asarray(fit.last).tolist() == [30, 30]
+    with pytest.raises(ValueError, match="expected 1 ≤ first < last"):
+        geometry.alpha_req_of(np.ones(5), first=3, last=3)
+
+
+@pytest.mark.parametrize(("dimension", "width"), [(2, 2), (3, 40), (6, 10)])
+@pytest.mark.parametrize("discard", [0.0, 0.1])
+def test_two_nn_equals_scikit_dimension(array, rng, dimension, width, discard):
+    x = rng.random((300, dimension)) @ rng.normal(size=(dimension, width)) + 100
+    if discard == 0.0:  # scikit-dimension's last point is at infinity
+        kept = float(geometry.two_nn(array(x), discard=0.0))
+        assert kept == pytest.approx(dimension, rel=0.35)
+        return
+    expected = skdim.id.TwoNN(discard_fraction=discard).fit(x).dimension_
+    assert float(geometry.two_nn(array(x), discard=discard)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_nn_counts_duplicates_once(array, rng):
+    x = rng.random((120, 2))
+    repeated = np.concatenate([x, x[:50], x[:20]])
+    expected = skdim.id.TwoNN().fit(x).dimension_
+    assert float(geometry.two_nn(array(repeated))) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(float(geometry.two_nn(array(np.ones((20, 3))))))
+    assert np.isnan(float(geometry.two_nn(array(x[:2]))))
+
+
+def test_two_nn_blocks_and_masks(monkeypatch, rng):
+    x = rng.normal(size=(2, 90, 3))
+    whole = geometry.two_nn(x)
+    monkeypatch.setattr(geometry, "BLOCK", 1000)
+    np.testing.assert_allclose(geometry.two_nn(x), whole, rtol=1e-9)
+    mask = rng.random((2, 90)) < 0.7
+    np.testing.assert_allclose(geometry.two_nn(x, mask=mask)[1], geometry.two_nn(x[1][mask[1]]), rtol=1e-9)
+    with pytest.raises(ValueError, match="expected a share"):
+        geometry.two_nn(x, discard=1.0)
+
+
+def test_values_not_finite_are_refused(array):
+    x = np.ones((3, 4))
+    x[1, 1] = np.nan
+    kernels = [
+        geometry.token_cosine, geometry.curvature, geometry.dirichlet_energy,
+        geometry.massive_activations, geometry.two_nn, geometry.alpha_req,
+    ]  # fmt: skip
+    for kernel in kernels:
+        with pytest.raises(ValueError, match=r"1 NaN or infinite values of 12.*\(1, 1\)"):
+            kernel(array(x))

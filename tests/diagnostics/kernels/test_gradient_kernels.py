@@ -1,0 +1,134 @@
+"""Gradient kernels and mean-field maps against numpy, simulated batches and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diagnostics.kernels import gradients, meanfield
+
+
+def test_gradient_norm(array, rng):
+    g = rng.normal(size=(3, 6, 4))
+    np.testing.assert_allclose(
+        gradients.gradient_norm(array(g)), np.linalg.norm(g, axis=(-2, -1)), rtol=1e-13
+    )
+    np.testing.assert_allclose(
+        gradients.gradient_norm(array(g), rms=True), np.sqrt((g**2).mean((-2, -1))), rtol=1e-13
+    )
+    mask = rng.random((3, 6)) < 0.5
+    mask[:, 0] = True
+    g[~mask] = np.inf
+    kept = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+    expected = [np.sqrt((g[b][mask[b]] ** 2).mean()) for b in range(3)]
+    np.testing.assert_allclose(gradients.gradient_norm(array(g), rms=True, mask=kept), expected, rtol=1e-13)
+
+
+def test_gradient_norm_neither_over_nor_underflows(array):
+    for size in (1e-200, 1e200):
+        assert float(gradients.gradient_norm(array([[3 * size, 4 * size]]))) == pytest.approx(5 * size)
+    assert float(gradients.gradient_norm(array([[0.0, 0.0]]))) == 0.0
+
+
+def test_backward_gain_profile(array):
+    got = np.asarray(gradients.backward_gain_profile(array([[4.0, 1.0], [2.0, 0.0]])))
+    assert got[:, 0].tolist() == [2.0, 1.0]
+    assert np.isnan(got[:, 1]).all()
+
+
+def test_noise_scale_from_batches(rng):
+    """Gradients with mean 1 and variance 4 in each of 50 dims: tr Σ = 200, |G|² = 50, B = 4."""
+    samples = rng.normal(1.0, 2.0, size=(400, 64, 50))
+    small = (samples[:, :4].mean(1) ** 2).sum(-1).mean() ** 0.5
+    large = (samples.mean(1) ** 2).sum(-1).mean() ** 0.5
+    two = gradients.noise_scale(small, large, batch_small=4, batch_large=64)
+    assert float(two.scale) == pytest.approx(4, rel=0.05)
+    direct = gradients.noise_scale_of_samples(samples)
+    assert direct.trace.mean() == pytest.approx(200, rel=0.02)
+    assert direct.square.mean() == pytest.approx(50, rel=0.02)
+    with pytest.raises(ValueError, match="expected 0 < small < large"):
+        gradients.noise_scale(1.0, 1.0, batch_small=8, batch_large=8)
+
+
+def test_noise_scale_undefined(array):
+    assert np.isnan(float(gradients.noise_scale_of_samples(array([[1.0, 2.0]])).scale))
+    assert np.isnan(float(gradients.noise_scale_of_samples(array(np.zeros((3, 2)))).scale))
+    assert float(gradients.noise_scale_of_samples(array(np.ones((3, 2)))).scale) == 0.0
+
+
+def test_cosine_across_samples(array):
+    g = array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert float(gradients.cosine_across_samples(g)) == pytest.approx(-1 / 3)
+
+
+def test_signal_propagation(array, rng):
+    x = rng.normal(size=(2, 30, 5)) * 3 + np.arange(5)
+    found = gradients.signal_propagation(array(x))
+    np.testing.assert_allclose(found.squared_mean, (x.mean(1) ** 2).mean(-1), rtol=1e-12)
+    np.testing.assert_allclose(found.variance, x.var(1).mean(-1), rtol=1e-12)
+    far = gradients.signal_propagation(array(np.float64(1e8) + np.tile([[0.0], [1.0]], (5, 2))))
+    assert float(far.variance) == 0.25
+
+
+# Mean field
+
+
+@pytest.mark.parametrize("q", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("c", [-0.5, 0.0, 0.4, 0.95, 1.0])
+def test_erf_maps_by_the_arcsine_kernel(q, c):
+    def kernel(corr):
+        return 2 / np.pi * np.arcsin(2 * q * corr / (1 + 2 * q))
+
+    length = 1.5**2 * kernel(1.0) + 0.2**2
+    assert meanfield.q_map(q, 1.5, 0.2, "erf") == pytest.approx(length, rel=1e-9)
+    expected = (1.5**2 * kernel(c) + 0.2**2) / length
+    assert meanfield.c_map(c, q, 1.5, 0.2, "erf") == pytest.approx(expected, rel=1e-8)
+    slope = 1.5**2 * 4 / np.pi / np.sqrt(1 + 4 * q)
+    assert meanfield.chi_1(1.5, 0.2, "erf", q) == pytest.approx(slope, rel=1e-9)
+
+
+def test_slope_of_the_correlation_map_at_one_is_chi():
+    q = meanfield.fixed_point(1.4, 0.3, "tanh")
+    assert meanfield.q_map(q, 1.4, 0.3, "tanh") == pytest.approx(q, rel=1e-11)
+    step = 1e-5
+    slope = (1 - meanfield.c_map(1 - step, q, 1.4, 0.3, "tanh")) / step
+    assert meanfield.chi_1(1.4, 0.3, "tanh", q) == pytest.approx(slope, rel=1e-4)
+    assert meanfield.chi_1(1.4, 0.3, np.tanh, q) == pytest.approx(
+        meanfield.chi_1(1.4, 0.3, "tanh", q), rel=1e-8
+    )
+
+
+def test_relu_and_the_edge_of_chaos():
+    assert meanfield.c_map(1.0, 2.0, 2**0.5, 0.0, "relu") == pytest.approx(1)
+    assert meanfield.c_map(-1.0, 2.0, 2**0.5, 0.0, "relu") == pytest.approx(0, abs=1e-15)
+    assert meanfield.chi_1(1.0, 0.0, "tanh", 0.0) == pytest.approx(1)
+    assert math.isnan(meanfield.c_map(0.5, 0.0, 1.0, 0.0, "tanh"))
+    assert math.isnan(meanfield.fixed_point(2.0, 1.0, "linear"))
+    with pytest.raises(ValueError, match="expected one of linear, relu, tanh, erf"):
+        meanfield.q_map(1.0, 1.0, 0.0, "swish")
+    with pytest.raises(ValueError, match="squared length"):
+        meanfield.q_map(-1.0, 1.0, 0.0, "relu")
+    with pytest.raises(ValueError, match="between -1 and 1"):
+        meanfield.c_map(1.1, 1.0, 1.0, 0.0, "relu")
+
+
+def test_wide_random_network_follows_the_maps(rng):
+    width = 2000
+    x = rng.normal(size=(2, width))
+    x[1] = 0.6 * x[0] + 0.8 * x[1]
+    w = rng.normal(size=(width, width)) * 1.4 / width**0.5
+    h = np.tanh(x) @ w.T + 0.3 * rng.normal(size=width)
+    assert (h[0] ** 2).mean() == pytest.approx(meanfield.q_map(1.0, 1.4, 0.3, "tanh"), rel=0.1)
+    assert np.corrcoef(h)[0, 1] == pytest.approx(meanfield.c_map(0.6, 1.0, 1.4, 0.3, "tanh"), abs=0.05)
+
+
+def test_pre_ln_growth_is_that_of_random_sums(rng):
+    terms = rng.normal(size=(20, 20000)) / 20000**0.5
+    h = terms.cumsum(0)
+    found = meanfield.pre_ln_growth(np.arange(1, 20))
+    np.testing.assert_allclose((h[:19] ** 2).sum(1), found.squared_norm, rtol=0.05)
+    cosine = (h[:19] * h[1:]).sum(1) / np.linalg.norm(h[:19], axis=1) / np.linalg.norm(h[1:], axis=1)
+    np.testing.assert_allclose(cosine, found.cosine, rtol=0.02)
+    with pytest.raises(ValueError, match="at least 1 term"):
+        meanfield.pre_ln_growth(0)

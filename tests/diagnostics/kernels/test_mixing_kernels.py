@@ -1,0 +1,433 @@
+"""Mixing matrices against the matrices printed in the mHC paper, dense formulas, closed forms and loops."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diagnostics.kernels import mixing, rank
+
+FIGURE = json.loads((Path(__file__).parent / "data" / "mhc_fig8.json").read_text())
+
+
+def product(*matrices):
+    """Later layer on the left, by numpy."""
+    total = np.eye(matrices[0].shape[-1])
+    for m in matrices:
+        total = m @ total
+    return total
+
+
+def doubly_stochastic(rng, *shape, sharpness=1.0):
+    return mixing.sinkhorn(sharpness * rng.normal(size=shape), steps=200)
+
+
+# The figures of the mHC paper
+
+
+def test_figure_8_composites_multiply_later_on_the_left(array):
+    early, late, whole = (np.asarray(FIGURE["mHC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
+    got = mixing.composite(array(np.stack([early, late])))
+    assert np.abs(np.asarray(got) - whole).max() < 0.011
+    reversed_order = mixing.composite(array(np.stack([late, early])))
+    assert np.abs(np.asarray(reversed_order) - whole).max() > 0.05
+
+
+def test_figure_8_composites_of_free_matrices(array):
+    """Rounding P1-30 to 0.01 alone moves the product of HC by 3: it agrees to 3 % of its largest entry."""
+    early, late, whole = (np.asarray(FIGURE["HC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
+    got = np.asarray(mixing.composite(array(np.stack([early, late]))))
+    assert np.abs(got - whole).max() < 0.03 * np.abs(whole).max()
+    reversed_order = np.asarray(mixing.composite(array(np.stack([late, early]))))
+    assert np.abs(reversed_order - whole).max() > 0.5 * np.abs(whole).max()
+
+
+def test_figure_8_truncated_sinkhorn_is_expansive(array):
+    late = array(FIGURE["mHC"]["P31-60"])
+    columns = np.asarray(late).sum(0)
+    assert columns.min() == pytest.approx(0.41, abs=0.011)
+    assert columns.max() == pytest.approx(1.50, abs=0.011)
+    assert float(mixing.backward_gain(late)) == pytest.approx(1.50, abs=0.011)
+    assert float(mixing.attenuation(late).column) == pytest.approx(0.41, abs=0.011)
+    assert float(mixing.singular_values(late)[0]) == pytest.approx(1.14, abs=0.006)
+    assert float(mixing.doubly_stochastic_violation(late).row) < 0.03 < 0.4
+    assert float(mixing.doubly_stochastic_violation(late).column) > 0.4
+
+
+# One matrix
+
+
+@pytest.fixture
+def p(rng):
+    return rng.normal(size=(2, 3, 4, 4))
+
+
+def test_gains_are_signed_sums(array, p):
+    np.testing.assert_allclose(mixing.forward_gain(array(p)), np.abs(p.sum(-1)).max(-1), rtol=1e-13)
+    np.testing.assert_allclose(mixing.backward_gain(array(p)), np.abs(p.sum(-2)).max(-1), rtol=1e-13)
+    for ord in (1, 2, np.inf):
+        np.testing.assert_allclose(mixing.operator_gain(array(p), ord), np.linalg.norm(p, ord, axis=(-2, -1)))
+    hidden = array([[1.0, -1.0], [0.0, 1.0]])
+    assert float(mixing.forward_gain(hidden)) == 1.0 < float(mixing.operator_gain(hidden)) == 2.0
+    with pytest.raises(ValueError, match=r"expected 1, 2 or math\.inf"):
+        mixing.operator_gain(p, 3)
+    np.testing.assert_allclose(
+        mixing.forward_gain(array(p)), mixing.backward_gain(array(np.swapaxes(p, -1, -2)))
+    )
+
+
+def test_attenuation(array):
+    found = mixing.attenuation(array([[0.5, -0.4], [0.0, 2.0]]))
+    assert float(found.row) == pytest.approx(0.1)
+    assert float(found.column) == pytest.approx(0.5)
+    assert float(found.log_deviation) == pytest.approx(math.log(10))
+    assert float(mixing.attenuation(array([[1.0, -1.0], [0.0, 1.0]])).log_deviation) == math.inf
+
+
+def test_spectra_by_numpy(array, p):
+    np.testing.assert_allclose(
+        mixing.singular_values(array(p)), np.linalg.svd(p, compute_uv=False), rtol=1e-10
+    )
+    values = np.asarray(mixing.eigenvalues(array(p)))
+    assert values.dtype == np.complex128
+    assert (np.diff(np.abs(values), axis=-1) <= 1e-12).all()
+    np.testing.assert_allclose(values.sum(-1), np.trace(p, axis1=-2, axis2=-1), atol=1e-12)
+    np.testing.assert_allclose(values.prod(-1), np.linalg.det(p), atol=1e-10)
+    np.testing.assert_allclose(mixing.condition_number(array(p)), np.linalg.cond(p), rtol=1e-8)
+
+
+def test_cyclic_permutation(array):
+    cycle = np.roll(np.eye(4), 1, axis=0)
+    assert np.abs(np.asarray(mixing.eigenvalues(array(cycle)))) == pytest.approx(np.ones(4))
+    assert float(mixing.spectral_gap(array(cycle))) == pytest.approx(0, abs=1e-12)
+    assert float(mixing.henrici(array(cycle))) == 0.0
+    assert float(mixing.mixing_entropy(array(cycle))) == 0.0
+    assert float(mixing.dobrushin(array(cycle))) == 1.0
+    assert float(mixing.numerical_radius(array(cycle))) == pytest.approx(1, rel=1e-12)
+    assert float(mixing.identity_distance(array(cycle))) == pytest.approx(2**0.5)
+    uniform = array(np.full((4, 4), 0.25))
+    assert float(mixing.mixing_entropy(uniform)) == pytest.approx(math.log(4))
+    assert float(mixing.spectral_gap(uniform)) == pytest.approx(1)
+    assert float(mixing.dobrushin(uniform)) == 0.0
+    assert float(mixing.condition_number(uniform)) > 1e15
+
+
+def test_henrici_by_schur(array, p):
+    expected = [np.linalg.norm(np.triu(scipy.linalg.schur(m, "complex")[0], 1)) for m in p.reshape(-1, 4, 4)]
+    np.testing.assert_allclose(np.asarray(mixing.henrici(array(p))).ravel(), expected, rtol=1e-8)
+    symmetric = p + np.swapaxes(p, -1, -2)
+    assert (np.asarray(mixing.henrici(array(symmetric))) == 0).all()
+
+
+def test_numerical_radius_by_a_fine_grid(array, p):
+    flat = p.reshape(-1, 4, 4)
+    best = np.zeros(len(flat))
+    for angle in np.linspace(0, 2 * np.pi, 4001):
+        turned = np.exp(1j * angle) * flat
+        best = np.maximum(best, np.linalg.eigvalsh((turned + turned.conj().swapaxes(-1, -2)) / 2)[:, -1])
+    got = np.asarray(mixing.numerical_radius(array(p))).ravel()
+    np.testing.assert_allclose(got, best, rtol=3e-6)
+    assert (got >= best * (1 - 1e-12)).all()
+    norm = np.linalg.norm(flat, 2, axis=(-2, -1))
+    assert ((norm / 2 <= got) & (got <= norm * (1 + 1e-12))).all()
+    shift = np.eye(5, k=1)  # radius of the nilpotent shift: cos(π/(n + 1))
+    assert float(mixing.numerical_radius(array(shift))) == pytest.approx(math.cos(math.pi / 6), rel=1e-12)
+
+
+def test_violation_separates_causes(array):
+    found = mixing.doubly_stochastic_violation(array([[1.2, -0.2], [0.1, 0.9]]))
+    assert [float(v) for v in found] == pytest.approx([0.0, 0.3, 0.2], abs=1e-12)
+
+
+def test_entropy_of_a_zero_row_is_undefined(array):
+    assert np.isnan(float(mixing.mixing_entropy(array([[0.0, 0.0], [0.5, 0.5]]))))
+
+
+@given(st.integers(2, 6), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_dobrushin_bounds_and_multiplies(n, seed):
+    a, b = doubly_stochastic(np.random.default_rng(seed), 2, n, n)
+    ta, tb, tab = (float(mixing.dobrushin(m)) for m in (a, b, a @ b))
+    assert tab <= ta * tb + 1e-9
+    assert 1 - float(mixing.spectral_gap(a)) <= ta + 1e-9
+
+
+def test_single_stream(array):
+    one = array([[0.7]])
+    assert np.isnan(float(mixing.spectral_gap(one)))
+    assert float(mixing.numerical_radius(one)) == pytest.approx(0.7)
+    assert float(mixing.identity_distance(one)) == pytest.approx(0.3)
+    assert float(mixing.singular_values(array([[-0.7]]))[0]) == 0.7
+    stack = array(np.full((3, 1, 1), 0.5))
+    assert np.isnan(np.asarray(mixing.deflated_gain(stack))).all()
+    np.testing.assert_allclose(mixing.lyapunov_spectrum(stack), [math.log(0.5)])
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="expected square"):
+        mixing.forward_gain(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="at least 3 dims"):
+        mixing.composite(np.eye(2))
+    bad = np.eye(3)
+    bad[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"1 NaN or infinite values of 9.*\(1, 2\)"):
+        mixing.henrici(bad)
+    with pytest.raises(ValueError, match="'row' or 'column'"):
+        mixing.sinkhorn(np.eye(2), last="rows")
+
+
+# Sinkhorn
+
+
+def test_sinkhorn_is_the_plain_iteration(array, rng):
+    logits = rng.normal(size=(5, 4, 4)) * 3
+    m = np.exp(logits)
+    for _ in range(20):
+        m = m / m.sum(-2, keepdims=True)
+        m = m / m.sum(-1, keepdims=True)
+    got = mixing.sinkhorn(array(logits))
+    np.testing.assert_allclose(got, m, rtol=1e-10)
+    found = mixing.doubly_stochastic_violation(got)
+    assert float(found.row.max()) < 1e-14
+    assert float(found.column.max()) > float(found.row.max())
+    turned = mixing.sinkhorn(array(np.swapaxes(logits, -1, -2)), last="column")
+    np.testing.assert_allclose(np.swapaxes(np.asarray(turned), -1, -2), m, rtol=1e-10)
+
+
+def test_sinkhorn_survives_any_range_and_cannot_always_converge(array):
+    wide = mixing.sinkhorn(array([[900.0, -900.0], [900.0, 0.0]]))
+    assert np.isfinite(np.asarray(wide)).all()
+    assert float(mixing.doubly_stochastic_violation(wide).column) > 1e-2
+
+
+# Products over depth
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 11])
+def test_composites_by_numpy(array, rng, n):
+    h = rng.normal(size=(5, 2, 3, n, n))
+    total = mixing.composite(array(h))
+    np.testing.assert_allclose(total, product(*h), atol=1e-11)
+    prefix, suffix = mixing.prefix_composites(array(h)), mixing.suffix_composites(array(h))
+    pairs = mixing.all_pairs(array(h))
+    assert tuple(prefix.shape) == tuple(suffix.shape) == h.shape
+    assert tuple(pairs.shape) == (5, 5, 2, 3, n, n)
+    for a in range(5):
+        np.testing.assert_allclose(prefix[a], product(*h[: a + 1]), atol=1e-11)
+        np.testing.assert_allclose(suffix[a], product(*h[a:]), atol=1e-11)
+        for b in range(5):
+            if a <= b:
+                np.testing.assert_allclose(pairs[a, b], product(*h[a : b + 1]), atol=1e-11)
+            else:
+                assert np.isnan(np.asarray(pairs[a, b])).all()
+
+
+def test_unbatched_and_single_layers(array, rng):
+    h = rng.normal(size=(1, 3, 3))
+    np.testing.assert_array_equal(mixing.composite(array(h)), h[0])
+    np.testing.assert_array_equal(mixing.prefix_composites(array(h)), h)
+    np.testing.assert_array_equal(mixing.all_pairs(array(h))[0, 0], h[0])
+
+
+def test_all_pairs_reduced_in_blocks(array, rng, monkeypatch):
+    h = rng.normal(size=(6, 7, 3, 3))
+    whole = mixing.all_pairs(array(h))
+    monkeypatch.setattr(mixing, "BLOCK", 6 * 9 * 2)
+    got = np.asarray(mixing.all_pairs(array(h), reduce=mixing.forward_gain))
+    upper = np.triu_indices(6)
+    np.testing.assert_allclose(got[upper], np.asarray(mixing.forward_gain(whole[upper])), rtol=1e-12)
+    assert np.isnan(got[np.tril_indices(6, -1)]).all()
+    for b, p, log_scale in mixing.pair_columns(array(h)):
+        np.testing.assert_allclose(p, whole[: b + 1, b], rtol=1e-12)
+        assert tuple(log_scale.shape) == (b + 1, 7)
+
+
+def test_any_depth_without_overflow(array):
+    h = array(np.full((1000, 2, 2), 50.0))  # product: 100^999 · 50 everywhere
+    p, log_scale = mixing.composite(h, return_log_scale=True)
+    expected = 1000 * math.log(100)
+    assert float(mixing.log_forward_gain(p, log_scale)) == pytest.approx(expected, rel=1e-12)
+    assert float(mixing.log_backward_gain(p, log_scale)) == pytest.approx(expected, rel=1e-12)
+    assert np.isinf(np.asarray(mixing.composite(h))).all()
+    tiny, log_scale = mixing.prefix_composites(h * 1e-5, return_log_scale=True)
+    assert float(mixing.log_forward_gain(tiny, log_scale)[-1]) == pytest.approx(
+        1000 * math.log(1e-3), rel=1e-12
+    )
+    _b, p, log_scale = list(mixing.pair_columns(h[:400]))[-1]
+    assert float(mixing.log_forward_gain(p, log_scale)[0]) == pytest.approx(400 * math.log(100), rel=1e-12)
+
+
+def test_overflow_never_makes_nan(array):
+    p = mixing.composite(array(np.tile(np.diag([1e10, 1.0]), (100, 1, 1))))
+    assert (
+        np.asarray(p).tolist() == [[math.inf, 0.0], [0.0, pytest.approx(1.0)]]
+        or not np.isnan(np.asarray(p)).any()
+    )
+    zero = mixing.composite(array(np.zeros((3, 2, 2))))
+    assert np.asarray(zero).tolist() == [[0, 0], [0, 0]]
+
+
+def test_deflated_gain_goes_on_below_rounding(array):
+    h = 0.3 * np.eye(4) + 0.7 * np.full((4, 4), 0.25)  # |λ₂| = 0.3 on the whole complement
+    gain = np.asarray(mixing.deflated_gain(array(np.tile(h, (500, 1, 1)))))
+    np.testing.assert_allclose(gain, np.arange(1, 501) * math.log(0.3), rtol=1e-12)
+    direct = np.linalg.norm(np.linalg.matrix_power(h, 500) - 0.25, 2)
+    assert math.log(direct) > gain[-1] + 100
+    assert float(mixing.depth_to_collapse(0.3)) == pytest.approx(
+        np.argmax(gain < math.log(0.01)) + 0.825, abs=0.2
+    )
+
+
+def test_deflated_gain_is_that_of_the_product(array, rng):
+    h = doubly_stochastic(rng, 6, 5, 4, 4, sharpness=2.0)
+    expected = [[np.linalg.norm(product(*h[: k + 1, b]) - 0.25, 2) for b in range(5)] for k in range(6)]
+    np.testing.assert_allclose(np.exp(np.asarray(mixing.deflated_gain(array(h)))), expected, rtol=1e-6)
+
+
+def test_depth_to_collapse(array):
+    assert np.asarray(mixing.depth_to_collapse(array([0.0, 0.1, -0.1, 1.0, 2.0]))).tolist() == [
+        0.0, pytest.approx(2), pytest.approx(2), math.inf, math.inf,
+    ]  # fmt: skip
+    assert float(mixing.depth_to_collapse(0.06 + 0.08j)) == pytest.approx(2)
+    with pytest.raises(ValueError, match="share between 0 and 1"):
+        mixing.depth_to_collapse(0.5, 1.0)
+
+
+def test_lyapunov_spectrum(array, rng):
+    q = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    h = q @ np.diag([2.0, 1.0, 1e-3]) @ q.T
+    got = mixing.lyapunov_spectrum(array(np.tile(h, (400, 2, 1, 1))))
+    np.testing.assert_allclose(got, [[math.log(2), 0, math.log(1e-3)]] * 2, atol=0.02)
+    free = rng.normal(size=(7, 4, 4))
+    total = np.asarray(mixing.lyapunov_spectrum(array(free))).sum() * 7
+    assert total == pytest.approx(np.log(np.abs(np.linalg.det(product(*free)))), rel=1e-9)
+    stochastic = doubly_stochastic(rng, 300, 4, 4)
+    assert float(mixing.lyapunov_spectrum(array(stochastic))[0]) == pytest.approx(0, abs=0.01)
+    assert float(mixing.lyapunov_spectrum(array(np.full((2, 2, 2), 0.5)))[1]) < -15
+
+
+# The depth kernel
+
+
+@pytest.fixture
+def connections(rng):
+    return (
+        rng.normal(size=(6, 2, 3, 3)) * 0.5 + np.eye(3),
+        rng.normal(size=(6, 2, 3)),
+        rng.normal(size=(6, 2, 3)),
+    )
+
+
+def kernel_by_loops(h, pre, post, embedding, head):
+    depth, readers, sources = len(h), [*pre, head], [embedding, *post]
+    m = np.zeros((depth + 1, depth + 1))
+    for k in range(depth + 1):
+        for j in range(-1, k):
+            m[k, j + 1] = readers[k] @ product(np.eye(3), *h[j + 1 : k]) @ sources[j + 1]
+    return m
+
+
+def test_depth_kernel_by_loops(array, rng, connections):
+    h, pre, post = connections
+    embedding, head = rng.normal(size=3), rng.normal(size=(2, 3))
+    full = mixing.depth_kernel(*map(array, connections), embedding=array(embedding), head=array(head))
+    for b in range(2):
+        expected = kernel_by_loops(h[:, b], pre[:, b], post[:, b], embedding, head[b])
+        np.testing.assert_allclose(full[b], expected, atol=1e-12)
+    plain = mixing.depth_kernel(*map(array, connections))
+    np.testing.assert_allclose(plain, full[:, :6, 1:], atol=1e-13)
+    assert (np.triu(np.asarray(plain)) == 0).all()
+
+
+def test_depth_kernel_ignores_the_stream_basis_and_spectra_do_not(rng, connections):
+    h, pre, post = connections
+    change = rng.normal(size=(7, 3, 3)) + 2 * np.eye(3)  # a basis for the streams at every depth
+    back = np.linalg.inv(change)
+    turned_h = np.einsum("lij,lbjk,lkm->lbim", change[1:], h, back[:-1])
+    turned = turned_h, np.einsum("lbi,lij->lbj", pre, back[:-1]), np.einsum("lij,lbj->lbi", change[1:], post)
+    np.testing.assert_allclose(mixing.depth_kernel(*turned), mixing.depth_kernel(*connections), atol=1e-9)
+    assert np.abs(mixing.singular_values(turned_h) - mixing.singular_values(h)).max() > 0.1
+
+
+def test_depth_kernel_at_great_depth(array):
+    h = array(np.full((700, 1, 1), 10.0))
+    ones = array(np.ones((700, 1)))
+    m = np.asarray(mixing.depth_kernel(h, ones, ones))
+    assert m[300, 0] == pytest.approx(1e299, rel=1e-10)
+    assert m[699, 0] == math.inf
+    assert not np.isnan(m).any()
+    down = np.asarray(mixing.depth_kernel(h * 0.01, ones, ones))
+    assert down[250, 0] == pytest.approx(1e-249, rel=1e-10)
+
+
+def test_depth_kernel_refuses_shapes(connections):
+    h, pre, post = connections
+    with pytest.raises(ValueError, match=r"h_pre has shape \(5, 2, 3\); expected \(6, 2, 3\)"):
+        mixing.depth_kernel(h, pre[:5], post)
+    with pytest.raises(ValueError, match="head has shape"):
+        mixing.depth_kernel(h, pre, post, head=np.ones(4))
+
+
+def test_effective_streams_is_at_most_the_streams(array, connections):
+    m = mixing.depth_kernel(*map(array, connections), embedding=array(np.ones(3)), head=array(np.ones(3)))
+    streams = np.asarray(mixing.effective_streams(m, embedding=True))
+    assert streams.shape == (2, 7)
+    assert (streams <= 3 + 1e-9).all()
+    assert streams[0, 0] == pytest.approx(1)  # only the embedding lies below the first cut
+    plain = np.asarray(mixing.effective_streams(mixing.depth_kernel(*map(array, connections))))
+    block = np.asarray(m)[1, 3:6, 1:4]
+    expected = float(rank.effective_rank_of(np.linalg.svd(block, compute_uv=False)))
+    assert plain[1, 2] == pytest.approx(expected, rel=1e-9)
+
+
+def test_independent_streams_count_in_full(array):
+    """Layer 2k + s reads and writes stream s of two only: the blocks have two equal directions."""
+    unit = np.tile(np.eye(2), (4, 1))
+    m = mixing.depth_kernel(array(np.tile(np.eye(2), (8, 1, 1))), array(unit), array(unit))
+    assert float(mixing.effective_streams(m)[3]) == pytest.approx(2)
+    assert float(rank.effective_rank_of(mixing.stream_shares(array(unit)))) == pytest.approx(2)
+    assert np.isnan(np.asarray(mixing.effective_streams(array(np.zeros((3, 3)))))).all()
+
+
+def test_path_depth_and_wasted_layers(array):
+    residual = np.tril(np.ones((5, 5)), -1)
+    assert np.asarray(mixing.effective_path_depth(array(residual)))[1:].tolist() == [1, 1.5, 2, 2.5]
+    chain = np.eye(5, k=-1)
+    assert np.asarray(mixing.effective_path_depth(array(chain)))[1:].tolist() == [1, 1, 1, 1]
+    with_embedding = np.tril(np.ones((2, 2)))
+    assert np.asarray(mixing.effective_path_depth(array(with_embedding), embedding=True)).tolist() == [1, 1.5]
+    residual[:, 2] = 1e-4
+    assert np.asarray(mixing.wasted_layers(array(np.tril(residual, -1)))).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert np.isnan(np.asarray(mixing.read_mass(array(residual)))[-1])
+
+
+def test_stream_shares(array):
+    got = mixing.stream_shares(array([[[1.0, -3.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]))
+    assert np.asarray(got)[0].tolist() == [0.25, 0.75]
+    assert np.isnan(np.asarray(got)[1]).all()
+
+
+def test_results_are_float64_of_the_same_kind(rng):
+    h = torch.asarray(rng.random((4, 5, 3, 3)), dtype=torch.float32)
+    for kernel in (
+        mixing.forward_gain,
+        mixing.composite,
+        mixing.deflated_gain,
+        mixing.lyapunov_spectrum,
+        mixing.henrici,
+    ):
+        out = kernel(h)
+        assert isinstance(out, torch.Tensor)
+        assert out.dtype == torch.float64

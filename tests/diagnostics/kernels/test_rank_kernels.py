@@ -1,0 +1,345 @@
+"""Spectral ranks against closed forms, dense formulas, the authors' package and Marchenko-Pastur numerics."""
+
+import itertools
+
+import dimensionality
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from diagnostics.kernels import rank
+
+ON_MATRICES = [
+    rank.effective_rank,
+    rank.entropy_rank,
+    rank.participation_ratio,
+    rank.stable_rank,
+    rank.numerical_rank,
+    rank.dong_residual,
+]
+OF_SPECTRUM = [
+    (rank.effective_rank, rank.effective_rank_of),
+    (rank.entropy_rank, rank.entropy_rank_of),
+    (rank.participation_ratio, rank.participation_ratio_of),
+    (rank.stable_rank, rank.stable_rank_of),
+    (lambda x, **k: rank.top_energy(x, 3, **k), lambda s: rank.top_energy_of(s, 3)),
+]
+
+
+def with_spectrum(s, n, d, rng):
+    u = np.linalg.qr(rng.normal(size=(n, len(s))))[0]
+    v = np.linalg.qr(rng.normal(size=(d, len(s))))[0]
+    return (u * s) @ v.T
+
+
+def dense(x, center=False):
+    """The five ranks from numpy's SVD and scipy's entropy."""
+    x = x - x.mean(0) if center else x
+    s = np.linalg.svd(x, compute_uv=False)
+    return {
+        "effective_rank": np.exp(stats.entropy(s)),
+        "entropy_rank": np.exp(stats.entropy(s**2)),
+        "participation_ratio": (s**2).sum() ** 2 / (s**4).sum(),
+        "stable_rank": (s**2).sum() / s[0] ** 2,
+        "numerical_rank": np.linalg.matrix_rank(x),
+    }
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (2, 5), (20, 20)])
+def test_ranks_equal_dense_formulas(array, rng, shape, center):
+    x = rng.normal(size=shape) * np.geomspace(1, 0.01, shape[1]) + 0.3
+    for name, expected in dense(x, center).items():
+        if name == "numerical_rank" and center:
+            expected = min(shape[0] - 1, shape[1])
+        assert float(getattr(rank, name)(array(x), center=center)) == pytest.approx(expected, rel=1e-11), name
+
+
+def test_result_is_float64_of_the_same_kind_and_batched(array, rng):
+    x = rng.normal(size=(2, 3, 8, 5))
+    for kernel in ON_MATRICES:
+        out = kernel(array(x, "float32"))
+        assert type(out) is type(array(x))
+        assert str(out.dtype).endswith("float64")
+        assert tuple(out.shape) == (2, 3)
+        one = kernel(array(x[1, 2], "float32"))
+        assert float(out[1, 2]) == pytest.approx(float(one), rel=1e-12)
+
+
+def test_half_precision_is_upcast(rng):
+    x = torch.asarray(rng.normal(size=(8, 5))).to(torch.bfloat16)
+    assert float(rank.effective_rank(x)) == pytest.approx(float(rank.effective_rank(x.double())), rel=1e-14)
+
+
+@pytest.mark.parametrize(("on_matrix", "of_spectrum"), OF_SPECTRUM)
+def test_spectrum_level_serves_all(array, rng, on_matrix, of_spectrum):
+    x = array(rng.normal(size=(4, 9, 14)) + 2)
+    got = of_spectrum(rank.singular_values(x, center=True))
+    np.testing.assert_allclose(got, on_matrix(x, center=True), rtol=1e-11)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("width", [4, 40])
+def test_masked_rows_are_as_if_absent(array, rng, center, width):
+    x = rng.normal(size=(3, 12, width)) + 5
+    mask = rng.random((3, 12)) < 0.6
+    mask[:, 0] = False
+    mask[:, 3] = True
+    x[~mask] = np.nan
+    xp_mask = mask if array(0.0).__class__.__module__ == "numpy" else torch.asarray(mask)
+    for kernel in [*ON_MATRICES, lambda x, **k: rank.participation_ratio(x, correct="rows", **k)]:
+        got = kernel(array(x), center=center, mask=xp_mask)
+        for b in range(3):
+            expected = kernel(array(x[b][mask[b]]), center=center)
+            np.testing.assert_allclose(float(got[b]), float(expected), rtol=1e-10)
+    s = rank.singular_values(array(x), center=center, mask=xp_mask)
+    assert tuple(s.shape) == (3, min(12, width))
+    for b in range(3):
+        kept = int(mask[b].sum()) - center
+        assert float(np.asarray(s[b])[kept:].sum()) == 0.0
+
+
+SPECTRA = {
+    "power": 1 / np.arange(1.0, 129),
+    "condition 1e4": np.geomspace(1, 1e-4, 128),
+    "condition 1e8": np.geomspace(1, 1e-8, 128),
+    "spike": np.r_[1e5, 1 / np.arange(2.0, 129)],
+    "collapse": np.r_[1.0, np.full(127, 1e-5)],
+    "deep collapse": np.r_[1.0, np.full(127, 1e-9)],
+    "rank one": np.r_[1.0, np.zeros(127)],
+}
+
+
+@pytest.mark.parametrize("shape", [(128, 200), (400, 128)])
+@pytest.mark.parametrize("case", SPECTRA)
+def test_effective_rank_survives_bad_conditions(rng, case, shape):
+    s = SPECTRA[case]
+    x = with_spectrum(s, *shape, rng)
+    expected = np.exp(stats.entropy(s))
+    assert float(rank.effective_rank(x)) == pytest.approx(expected, rel=1e-9)
+    assert float(rank.effective_rank(x.astype(np.float32).astype(float))) >= 1
+
+
+def test_a_plain_gram_would_fail_the_collapse(monkeypatch, rng):
+    x = with_spectrum(SPECTRA["rank one"], 128, 200, rng)
+    monkeypatch.setattr(rank, "GRAM_LIMIT", 0.0)
+    assert float(rank.effective_rank(x)) - 1 > 1e-6
+
+
+def test_batch_mixes_good_and_bad_conditions(rng):
+    good, bad = (with_spectrum(SPECTRA[k], 128, 150, rng) for k in ("power", "deep collapse"))
+    got = rank.effective_rank(np.stack([good, bad, good]))
+    expected = [np.exp(stats.entropy(SPECTRA[k])) for k in ("power", "deep collapse", "power")]
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_common_offset_does_not_matter_when_centred(array, rng):
+    x = rng.normal(size=(40, 16))
+    away = x + 1e4 * rng.normal(size=16)
+    for kernel in (rank.effective_rank, rank.entropy_rank, rank.participation_ratio, rank.stable_rank):
+        got, expected = (float(kernel(array(v), center=True)) for v in (away, x))
+        assert got == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.floats(-3, 3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_chain_of_ranks(n, d, seed, tilt, center):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) * np.exp(tilt * np.arange(d)) + rng.normal()
+    if center and n == 1:
+        assert np.isnan(rank.effective_rank(x, center=True))
+        return
+    s = rank.singular_values(x, center=center)
+    chain = [
+        rank.numerical_rank_of(s, rtol=1e-15),
+        rank.effective_rank_of(s),
+        rank.entropy_rank_of(s),
+        rank.participation_ratio_of(s),
+        rank.stable_rank_of(s),
+        np.asarray(1.0),
+    ]
+    for larger, smaller in itertools.pairwise(chain):
+        assert float(larger) >= float(smaller) * (1 - 1e-12)
+
+
+@given(st.integers(0, 10**6), st.floats(1e-150, 1e150))
+@settings(max_examples=30, deadline=None)
+def test_ranks_ignore_rotation_scale_and_order(seed, scale):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(7, 5))
+    turned = scale * (x[rng.permutation(7)] @ np.linalg.qr(rng.normal(size=(5, 5)))[0])
+    for kernel in ON_MATRICES[:5]:
+        assert float(kernel(turned, center=True)) == pytest.approx(float(kernel(x, center=True)), rel=1e-9)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_anisotropic_scaling_changes_the_ranks(seed):
+    x = np.random.default_rng(seed).normal(size=(30, 5))
+    for kernel in ON_MATRICES[:4]:
+        assert float(kernel(x * np.array([30.0, 1, 1, 1, 1]))) < 0.8 * float(kernel(x))
+
+
+# Degenerate input
+
+
+def test_identical_tokens(array):
+    x = array(np.tile([[0.1, 0.2, 0.7, 1e3]], (7, 1)))
+    for kernel in ON_MATRICES[:4]:
+        assert float(kernel(x)) == pytest.approx(1.0, abs=1e-12)
+        assert np.isnan(float(kernel(x, center=True)))
+    assert float(rank.dong_residual(x)) == 0.0
+    assert float(rank.numerical_rank(x, center=True)) == 0.0
+
+
+def test_zero_matrix_is_undefined_and_its_rank_zero(array):
+    for kernel in ON_MATRICES:
+        value = float(kernel(array(np.zeros((4, 3)))))
+        assert value == 0.0 if kernel is rank.numerical_rank else np.isnan(value)
+    assert np.isnan(float(rank.top_energy(array(np.zeros((4, 3))), 1)))
+    assert np.isnan(float(rank.condition_of(array([0.0, 0.0]))))
+    assert float(rank.condition_of(array([1.0, 0.0]))) == np.inf
+
+
+def test_one_token_and_two_tokens(array):
+    assert float(rank.effective_rank(array([[1.0, 2.0]]))) == 1.0
+    assert np.isnan(float(rank.effective_rank(array([[1.0, 2.0]]), center=True)))
+    assert float(rank.effective_rank(array([[1.0, 2.0], [3.0, 5.0]]), center=True)) == pytest.approx(
+        1, abs=1e-14
+    )
+
+
+def test_all_rows_masked_is_undefined(array):
+    mask = np.zeros(4, bool)
+    mask = mask if array(0.0).__class__.__module__ == "numpy" else torch.asarray(mask)
+    assert np.isnan(float(rank.effective_rank(array(np.ones((4, 3))), center=True, mask=mask)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_not_finite_are_refused_with_number_and_place(array, bad):
+    x = np.zeros((2, 3, 4))
+    x[1, 2, 0] = x[1, 2, 3] = bad
+    for kernel in ON_MATRICES:
+        with pytest.raises(ValueError, match=r"2 NaN or infinite values of 24.*index \(1, 2, 0\)"):
+            kernel(array(x))
+
+
+def test_wrong_masks_and_shapes_are_refused():
+    with pytest.raises(ValueError, match="mask has dtype int64; expected booleans"):
+        rank.effective_rank(np.ones((3, 2)), mask=np.array([1, 0, 1]))
+    with pytest.raises(ValueError, match=r"mask has shape \(4,\)"):
+        rank.effective_rank(np.ones((3, 2)), mask=np.ones(4, bool))
+    with pytest.raises(ValueError, match="expected at least 2 dims"):
+        rank.effective_rank(np.ones(3))
+    with pytest.raises(ValueError, match="negative"):
+        rank.effective_rank_of([1.0, -1.0])
+    with pytest.raises(ValueError, match="expected None, 'rows' or 'both'"):
+        rank.participation_ratio(np.ones((3, 2)), correct="row")
+    with pytest.raises(ValueError, match="at least 1 direction"):
+        rank.top_energy(np.ones((3, 2)), 0)
+
+
+# Dong residual
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6)])
+def test_dong_residual_by_numpy_norms(array, rng, shape):
+    x = rng.normal(size=shape) + 1
+    r = x - x.mean(0)
+    over = np.sqrt(np.linalg.norm(r, 1) * np.linalg.norm(r, np.inf))
+    under = np.sqrt(np.linalg.norm(x, 1) * np.linalg.norm(x, np.inf))
+    assert float(rank.dong_residual(array(x))) == pytest.approx(over / under, rel=1e-12)
+    assert float(rank.dong_residual(array(1e200 * x))) == pytest.approx(over / under, rel=1e-12)
+
+
+def test_dong_residual_falls_doubly_exponentially_under_pure_attention():
+    """Without skips log r_{l+1} / log r_l tends to 3 (Dong et al.); a linear contraction would give 1."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 4)) * 0.2 + 1.0
+    logs = []
+    for _ in range(4):
+        scores = x @ x.T
+        weight = np.exp(scores - scores.max(1, keepdims=True))
+        x = (weight / weight.sum(1, keepdims=True)) @ x
+        logs.append(np.log(float(rank.dong_residual(x))))
+        if logs[-1] < -25:
+            break
+    assert logs[1] / logs[0] > 1.5
+
+
+# Participation ratio corrected
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 30), (4, 2)])
+def test_corrections_equal_the_authors_package(array, rng, shape):
+    x = rng.normal(size=shape) @ np.diag(np.linspace(0.2, 2, shape[1])) + rng.normal(size=shape[1])
+    expected = dimensionality.participation_ratio(x, return_all=True)
+    for correct, key in [(None, "naive"), ("rows", "row"), ("both", "both")]:
+        got = float(rank.participation_ratio(array(x), center=True, correct=correct))
+        assert got == pytest.approx(expected[key], rel=1e-8), correct
+
+
+def test_row_correction_is_unbiased_where_the_plain_value_is_not(rng):
+    truth = np.geomspace(1, 0.05, 20)
+    expected = truth.sum() ** 2 / (truth**2).sum()
+    x = rng.normal(size=(600, 15, 20)) * np.sqrt(truth)
+    assert rank.participation_ratio(x, center=True, correct="rows").mean() == pytest.approx(
+        expected, rel=0.08
+    )
+    assert rank.participation_ratio(x, center=True).mean() < 0.7 * expected
+
+
+def test_uncentred_row_correction_by_loops(rng):
+    x = rng.normal(size=(6, 3)) + 0.5
+    k = x @ x.T
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    expected = sum(k[i, i] * k[j, j] for i, j in pairs) / sum(k[i, j] ** 2 for i, j in pairs)
+    assert float(rank.participation_ratio(x, correct="rows")) == pytest.approx(expected, rel=1e-12)
+    columns = [(a, b) for a in range(3) for b in range(3) if a != b]
+    over = sum(x[i, a] ** 2 * x[j, b] ** 2 for i, j in pairs for a, b in columns)
+    under = sum(x[i, a] * x[j, a] * x[i, b] * x[j, b] for i, j in pairs for a, b in columns)
+    assert float(rank.participation_ratio(x, correct="both")) == pytest.approx(over / under, rel=1e-10)
+
+
+def test_corrections_need_rows(rng):
+    x = rng.normal(size=(3, 5))
+    assert np.isnan(rank.participation_ratio(x, center=True, correct="rows"))
+    assert np.isfinite(rank.participation_ratio(x, correct="rows"))
+
+
+# Null
+
+
+@pytest.mark.parametrize(("n", "d"), [(400, 200), (200, 400), (300, 300), (60, 500)])
+def test_null_equals_random_matrices(rng, n, d):
+    s = np.linalg.svd(rng.normal(size=(3, n, d)), compute_uv=False)
+    null = rank.marchenko_pastur(n, d)
+    assert rank.effective_rank_of(s).mean() == pytest.approx(null.effective_rank, rel=3e-3)
+    assert rank.entropy_rank_of(s).mean() == pytest.approx(null.entropy_rank, rel=5e-3)
+    assert rank.participation_ratio_of(s).mean() == pytest.approx(null.participation_ratio, rel=5e-3)
+    assert rank.stable_rank_of(s).mean() == pytest.approx(null.stable_rank, rel=5e-2)
+    np.testing.assert_allclose(null.singular_values()[20:-20], s.mean(0)[20:-20], rtol=0.02, atol=0.1)
+
+
+def test_null_is_symmetric_and_consistent():
+    for of in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
+        a, b = (getattr(rank.marchenko_pastur(*size), of) for size in ((100, 70), (70, 100)))
+        assert a == b
+    null = rank.marchenko_pastur(2000, 1000)
+    s = null.singular_values()
+    assert float(rank.effective_rank_of(s)) == pytest.approx(null.effective_rank, rel=1e-4)
+    assert float(rank.entropy_rank_of(s)) == pytest.approx(null.entropy_rank, rel=1e-3)
+    # At n = d the singular values follow the quarter circle: E σ = 8/(3π), E σ ln σ by its closed form.
+    square = rank.marchenko_pastur(1, 1).effective_rank
+    mean = 8 / (3 * np.pi)
+    grid = np.linspace(0, 2, 400_001)[1:]
+    spread = np.trapezoid(grid * np.log(grid) * np.sqrt(4 - grid**2) / np.pi, grid)
+    assert square == pytest.approx(mean * np.exp(-spread / mean), rel=1e-6)
+    np.testing.assert_allclose(
+        null.quantile([0.0, 1.0]), [2000**0.5 - 1000**0.5, 2000**0.5 + 1000**0.5], rtol=1e-9
+    )
+    with pytest.raises(ValueError, match="at least one row"):
+        rank.marchenko_pastur(0, 4)

@@ -1,0 +1,455 @@
+"""Similarity against centring matrices, explicit sums, scipy, invariances and deliberate failures."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.spatial.distance import pdist, squareform
+
+from diagnostics.kernels import similarity
+
+PAIRWISE = {
+    "linear_cka": similarity.linear_cka,
+    "unbiased_cka": lambda x, y, **k: similarity.linear_cka(x, y, unbiased=True, **k),
+    "linear_hsic1": similarity.linear_hsic1,
+    "rbf_cka": similarity.rbf_cka,
+    "rbf_unbiased": lambda x, y, **k: similarity.rbf_cka(x, y, unbiased=True, **k),
+    "svcca": similarity.svcca,
+    "pwcca": similarity.pwcca,
+    "procrustes": similarity.procrustes,
+    "rsa": similarity.rsa,
+    "rsa_euclidean": lambda x, y, **k: similarity.rsa(x, y, metric="euclidean", compare="pearson", **k),
+    "mutual_knn": lambda x, y, **k: similarity.mutual_knn(x, y, 3, **k),
+    "cknna": lambda x, y, **k: similarity.cknna(x, y, 4, **k),
+}
+
+
+def biased_cka(x, y):
+    """tr(KHLH) with the centring matrix H."""
+    n = len(x)
+    h = np.eye(n) - 1 / n
+    k, q = h @ x @ x.T @ h, h @ y @ y.T @ h
+    return np.trace(k @ q) / np.sqrt(np.trace(k @ k) * np.trace(q @ q))
+
+
+def hsic1_by_sums(k, q):
+    """The U-statistic as sums over distinct indices."""
+    n = len(k)
+    p2 = sum(k[i, j] * q[i, j] for i, j in itertools.permutations(range(n), 2)) / (n * (n - 1))
+    p3 = sum(k[i, j] * q[i, m] for i, j, m in itertools.permutations(range(n), 3)) / (n * (n - 1) * (n - 2))
+    p4 = sum(k[i, j] * q[m, r] for i, j, m, r in itertools.permutations(range(n), 4))
+    return p2 - 2 * p3 + p4 / (n * (n - 1) * (n - 2) * (n - 3))
+
+
+def unbiased_cka(x, y):
+    k, q = x @ x.T, y @ y.T
+    return hsic1_by_sums(k, q) / np.sqrt(hsic1_by_sums(k, k) * hsic1_by_sums(q, q))
+
+
+def exact_matrix(x, unbiased):
+    """Pairwise CKA of centred features from dense float64 Grams."""
+    x = np.asarray(x, np.float64)
+    grams = [(m - m.mean(0)) @ (m - m.mean(0)).T for m in x]
+    n = x.shape[1]
+
+    def hsic(k, q):
+        if not unbiased:
+            return (k * q).sum()
+        k, q = k - np.diag(np.diag(k)), q - np.diag(np.diag(q))
+        ones = np.ones(n)
+        total = np.trace(k @ q) + (ones @ k @ ones) * (ones @ q @ ones) / ((n - 1) * (n - 2))
+        return total - 2 / (n - 2) * (ones @ k @ q @ ones)
+
+    table = np.array([[hsic(k, q) for q in grams] for k in grams])
+    return table / np.sqrt(np.outer(np.diag(table), np.diag(table)))
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(25, 6)) @ rng.normal(size=(6, 6)) + 0.5
+
+
+@pytest.fixture
+def y(rng, x):
+    return x[:, :4] * 0.7 + rng.normal(size=(25, 4)) * 2
+
+
+# Every pairwise measure
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_batched_masked_and_of_the_same_kind(array, rng, name):
+    measure = PAIRWISE[name]
+    x, y = rng.normal(size=(2, 3, 20, 4)), rng.normal(size=(2, 3, 20, 5))
+    y[..., :4] += x
+    mask = np.ones((2, 3, 20), bool)
+    mask[0, 1, [2, 7, 11]] = mask[1, 2, 15:] = False
+    x[~mask], y[~mask] = np.nan, np.inf
+    kept = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+    got = measure(array(x), array(y), mask=kept)
+    assert type(got) is type(array(x))
+    assert str(got.dtype).endswith("float64")
+    assert tuple(got.shape) == (2, 3)
+    for b in np.ndindex(2, 3):
+        expected = float(measure(array(x[b][mask[b]]), array(y[b][mask[b]])))
+        assert float(got[b]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in PAIRWISE if n != "linear_hsic1"])
+def test_a_representation_is_like_itself(array, x, name):
+    expected = 0.0 if name == "procrustes" else 1.0
+    assert float(PAIRWISE[name](array(x), array(x))) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PAIRWISE if "knn" not in n and n not in ("linear_hsic1", "cknna", "rsa")]
+)
+@given(seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3))
+@settings(max_examples=6, deadline=None)
+def test_rotation_scale_and_offset_change_nothing(name, seed, scale):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(20, 5)), rng.normal(size=(20, 4))
+    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    before, after = (float(PAIRWISE[name](m, y)) for m in (x, scale * x @ turn + 3 * rng.normal(size=5)))
+    if name == "pwcca":  # its weights are sums over features: not invariant to rotation, only to scale
+        after = float(similarity.pwcca(scale * x + 3, y))
+    assert after == pytest.approx(before, rel=1e-7, abs=1e-9)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_anisotropic_maps_change_cka_and_not_cca(seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(60, 5)), rng.normal(size=(60, 4))
+    y[:, 0] += x[:, 0]
+    stretched = x @ (np.linalg.qr(rng.normal(size=(5, 5)))[0] * np.array([100.0, 10, 1, 1, 1]))
+    assert abs(float(similarity.linear_cka(stretched, x)) - 1) > 0.05
+    assert abs(float(similarity.procrustes(stretched, x))) > 0.05
+    cca = (float(similarity.svcca(m, y, energy=1.0)) for m in (x, stretched))
+    assert next(cca) == pytest.approx(next(cca), rel=1e-9)
+    assert float(similarity.pwcca(stretched, x)) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_constant_sides_are_undefined(array, x, name):
+    same = array(np.full((25, 3), 0.1))
+    if name == "linear_hsic1":
+        assert float(PAIRWISE[name](array(x), same)) == 0.0
+    elif name in ("mutual_knn", "cknna"):
+        assert np.isfinite(float(PAIRWISE[name](array(x), same)))
+    else:
+        assert np.isnan(float(PAIRWISE[name](array(x), same)))
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_mismatched_rows_and_bad_values_are_refused(x, name):
+    with pytest.raises(ValueError, match=r"x and y have shapes \(25, 6\) and \(20, 6\)"):
+        PAIRWISE[name](x, x[:20])
+    bad = x.copy()
+    bad[3, 2] = np.inf
+    with pytest.raises(ValueError, match=r"y holds 1 NaN or infinite values of 150.*\(3, 2\)"):
+        PAIRWISE[name](x, bad)
+
+
+# CKA
+
+
+def test_linear_cka_by_centring_matrices(array, x, y):
+    assert float(similarity.linear_cka(array(x), array(y))) == pytest.approx(biased_cka(x, y), rel=1e-11)
+    wide = np.random.default_rng(0).normal(size=(9, 30))
+    assert float(similarity.linear_cka(array(wide), array(y[:9]))) == pytest.approx(
+        biased_cka(wide, y[:9]), rel=1e-11
+    )
+
+
+def test_unbiased_hsic_by_sums_over_distinct_indices(array, rng):
+    for dx, dy in ((3, 2), (12, 15)):
+        x, y = rng.normal(size=(7, dx)) + 1, rng.normal(size=(7, dy)) - 2
+        expected = hsic1_by_sums(x @ x.T, y @ y.T)
+        assert float(similarity.hsic1(array(x @ x.T), array(y @ y.T))) == pytest.approx(expected, rel=1e-9)
+        assert float(similarity.linear_hsic1(array(x), array(y))) == pytest.approx(expected, rel=1e-9)
+        got = float(similarity.linear_cka(array(x), array(y), unbiased=True))
+        assert got == pytest.approx(unbiased_cka(x, y), rel=1e-9)
+
+
+def test_unbiased_cka_is_zero_on_average_and_negative_at_times(rng):
+    got = similarity.linear_cka(rng.normal(size=(300, 12, 20)), rng.normal(size=(300, 12, 20)), unbiased=True)
+    got = got[np.isfinite(got)]
+    assert abs(got.mean()) < 0.05
+    assert (got < 0).mean() > 0.2
+    assert np.isnan(similarity.linear_cka(np.eye(3), np.eye(3), unbiased=True))
+
+
+@pytest.mark.parametrize(("n", "dx", "dy"), [(100, 1000, 1000), (60, 20, 90)])
+def test_null_of_biased_cka(rng, n, dx, dy):
+    got = similarity.linear_cka(rng.normal(size=(6, n, dx)), rng.normal(size=(6, n, dy))).mean()
+    assert got == pytest.approx(similarity.cka_null(n, dx, dy), rel=0.02)
+    assert similarity.cka_null(100, 1000) == pytest.approx(0.91, abs=0.002)
+
+
+def walk(rng, layers, n, d):
+    """A residual-like walk in depth."""
+    return rng.normal(size=(layers, n, d)).cumsum(0)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(24, 40), (300, 6), (40, 200)])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
+def test_cka_matrix_is_exact_at_any_offset(array, rng, n, d, offset, unbiased):
+    x = walk(rng, 4, n, d)
+    shift = offset * rng.normal(size=d)
+    exact = exact_matrix(x, unbiased)
+    got = np.asarray(similarity.cka_matrix(array(x + shift), unbiased=unbiased))
+    np.testing.assert_allclose(got, exact, atol=1e-9)
+    single = (x + shift).astype(np.float32)
+    got = np.asarray(similarity.cka_matrix(array(single, "float32"), unbiased=unbiased))
+    np.testing.assert_allclose(got, exact_matrix(single, unbiased), atol=1e-6)
+    assert got.dtype == np.float64
+
+
+def test_uncentred_float32_grams_would_fail(rng):
+    x = (walk(rng, 2, 40, 64) + 1e4 * rng.normal(size=64)).astype(np.float32)
+    k = [m @ m.T for m in x]
+    k = [g - g.mean(0) - g.mean(1)[:, None] + g.mean() for g in k]
+    naive = (k[0] * k[1]).sum() / np.sqrt((k[0] ** 2).sum() * (k[1] ** 2).sum())
+    assert abs(naive - exact_matrix(x, False)[0, 1]) > 1e-3
+    assert abs(similarity.cka_matrix(x)[0, 1] - exact_matrix(x, False)[0, 1]) < 1e-6
+
+
+def test_cka_matrix_with_a_massive_token_and_equal_layers(array, rng):
+    x = walk(rng, 3, 64, 48)
+    x[:, 0, 5] += 3000.0
+    x = np.concatenate([x, x[:1]]).astype(np.float32)
+    for unbiased in (False, True):
+        got = np.asarray(similarity.cka_matrix(array(x, "float32"), unbiased=unbiased))
+        np.testing.assert_allclose(got, exact_matrix(x, unbiased), atol=1e-6)
+        assert got[0, 3] == pytest.approx(1, abs=1e-6)
+
+
+def test_both_costs_give_the_same_matrix_and_blocks_do_not_matter(monkeypatch, rng):
+    x = walk(rng, 3, 50, 20)
+    gram = similarity._gram_products(np, x, None)
+    cross = similarity._covariance_products(np, x, None) - np.einsum("lid,lid,mie,mie->lm", x, x, x, x)
+    np.testing.assert_allclose(gram, cross, rtol=1e-9)
+    monkeypatch.setattr(similarity, "BLOCK", 3 * 50 * 7)
+    np.testing.assert_allclose(similarity._gram_products(np, x, None), gram, rtol=1e-12)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_cka_matrix_of_two_models(array, rng, unbiased):
+    x, y = walk(rng, 3, 30, 8), walk(rng, 2, 30, 5)
+    mask = np.arange(30) % 5 > 0
+    kept = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+    got = similarity.cka_matrix(array(x), y=array(y), unbiased=unbiased, mask=kept)
+    expected = similarity.linear_cka(
+        x[:, None, mask] + np.zeros((3, 2, 1, 1)),
+        y[None, :, mask] + np.zeros((3, 2, 1, 1)),
+        unbiased=unbiased,
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_layers_without_variance_are_undefined_alone(array, rng):
+    x = walk(rng, 3, 20, 4)
+    x[1] = 0.3
+    got = np.asarray(similarity.cka_matrix(array(x)))
+    assert np.isnan(got[1]).all()
+    assert np.isnan(got[:, 1]).all()
+    assert np.isfinite(got[np.ix_([0, 2], [0, 2])]).all()
+    assert np.asarray(similarity.cka_matrix(array(x[:1]))).tolist() == [[pytest.approx(1)]]
+    assert np.isnan(np.asarray(similarity.cka_matrix(array(x[:, :3]), unbiased=True))).all()
+    with pytest.raises(ValueError, match=r"expected layers \(L, N, d\)"):
+        similarity.cka_matrix(x[0])
+
+
+def test_minibatches_add_up(array, rng):
+    x = walk(rng, 3, 240, 6)
+    batches = np.split(x, 12, axis=1)
+    table = np.asarray(similarity.minibatch_cka([array(b) for b in batches]))
+    hsic = sum(similarity.hsic_matrix(b) for b in batches)
+    np.testing.assert_allclose(table, hsic / np.sqrt(np.outer(np.diag(hsic), np.diag(hsic))), rtol=1e-11)
+    np.testing.assert_allclose(table, exact_matrix(x, True), atol=0.05)
+    pair = similarity.minibatch_cka([array(b[0]) for b in batches], [array(b[1]) for b in batches])
+    assert float(pair) == pytest.approx(table[0, 1], rel=1e-9)
+    with pytest.raises(ValueError, match="at least 4"):
+        similarity.minibatch_cka([x[0, :3]])
+    with pytest.raises(ValueError, match="as many on both sides"):
+        similarity.minibatch_cka([x[0]], [])
+
+
+def test_rbf_cka_by_scipy(array, x, y):
+    def kernel(m):
+        d = squareform(pdist(m))
+        return np.exp(-(d**2) / (2 * (0.8 * np.median(pdist(m))) ** 2))
+
+    n, (k, q) = 25, (kernel(x), kernel(y))
+    h = np.eye(n) - 1 / n
+    expected = np.trace(k @ h @ q @ h) / np.sqrt(np.trace(k @ h @ k @ h) * np.trace(q @ h @ q @ h))
+    assert float(similarity.rbf_cka(array(x), array(y), fraction=0.8)) == pytest.approx(expected, rel=1e-9)
+    wide = float(similarity.rbf_cka(x, y, fraction=1e3))
+    assert wide == pytest.approx(biased_cka(x, y), abs=1e-4)
+    with pytest.raises(ValueError, match="positive multiple"):
+        similarity.rbf_cka(x, y, fraction=0)
+
+
+# Canonical correlations and shapes
+
+
+def canonical_correlations(x, y):
+    """From the generalised eigenproblem of covariances."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    xy = x.T @ y
+    values = scipy.linalg.eigh(xy @ np.linalg.solve(y.T @ y, xy.T), x.T @ x, eigvals_only=True)
+    return np.sqrt(np.clip(np.sort(values)[::-1][: min(x.shape[1], y.shape[1])], 0, 1))
+
+
+def test_cca_by_the_eigenproblem(array, x, y):
+    rho = canonical_correlations(x, y)
+    assert float(similarity.svcca(array(x), array(y), energy=1.0)) == pytest.approx(rho.mean(), rel=1e-8)
+    assert min(rho) < float(similarity.pwcca(array(x), array(y))) < max(rho)
+    u, s, _vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    kept = int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), 0.9)) + 1
+    expected = canonical_correlations(u[:, :kept] * s[:kept], y).mean()
+    full = y @ np.linalg.inv(np.linalg.cholesky(np.cov(y.T)).T)  # equal variances: nothing is dropped at 0.9
+    assert float(similarity.svcca(array(x), array(full), energy=0.9)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_cca_is_refused_without_spare_rows(rng):
+    wide = rng.normal(size=(10, 30))
+    with pytest.raises(ValueError, match="n ≤ p canonical correlations are 1 by construction"):
+        similarity.pwcca(wide, wide[:, :3])
+    with pytest.raises(ValueError, match="expected more rows"):
+        similarity.svcca(wide, rng.normal(size=(10, 3)))
+    mask = np.arange(40) < 5
+    with pytest.raises(ValueError, match="5 independent rows for 6 directions"):
+        similarity.pwcca(rng.normal(size=(40, 6)), rng.normal(size=(40, 2)), mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(25, 6, 4), (6, 10, 30), (12, 5, 20)])
+def test_procrustes_by_the_nuclear_norm(array, rng, shape):
+    n, dx, dy = shape
+    x, y = rng.normal(size=(n, dx)), rng.normal(size=(n, dy))
+    a, b = x - x.mean(0), y - y.mean(0)
+    shared = np.linalg.norm(a.T @ b, "nuc") / np.linalg.norm(a) / np.linalg.norm(b)
+    assert float(similarity.procrustes(array(x), array(y))) == pytest.approx(np.arccos(shared), rel=1e-9)
+    assert float(similarity.procrustes(array(x), array(y), squared=True)) == pytest.approx(
+        2 - 2 * shared, rel=1e-9
+    )
+
+
+def test_procrustes_is_a_metric_and_sharp_near_zero(rng):
+    x, y, z = rng.normal(size=(3, 20, 4))
+    d = similarity.procrustes
+    assert d(x, z) <= d(x, y) + d(y, z) + 1e-12
+    assert float(d(x, y)) == pytest.approx(float(d(y, x)), rel=1e-12)
+    moved = x + 1e-10 * y
+    assert 1e-11 < float(d(x, moved)) < 1e-9
+
+
+# Neighbours and distances
+
+
+@pytest.mark.parametrize("metric", ["correlation", "cosine", "euclidean"])
+def test_rsa_by_scipy(array, x, y, metric):
+    a, b = pdist(x, metric), pdist(y, metric)
+    got = float(similarity.rsa(array(x), array(y), metric=metric))
+    assert got == pytest.approx(stats.spearmanr(a, b).statistic, rel=1e-9)
+    got = float(similarity.rsa(array(x), array(y), metric=metric, compare="pearson"))
+    assert got == pytest.approx(stats.pearsonr(a, b).statistic, rel=1e-9)
+
+
+def test_rsa_ranks_ties_by_their_mean(array):
+    values = np.array([3.0, 1.0, 3.0, 2.0, 3.0, 1.0])
+    got = similarity._ranks(similarity.array_namespace(array(values)), array(values))
+    np.testing.assert_array_equal(np.asarray(got), stats.rankdata(values))
+    with pytest.raises(ValueError, match="expected 'correlation', 'cosine' or 'euclidean'"):
+        similarity.rsa(np.eye(4), np.eye(4), metric="manhattan")
+
+
+def nearest(x, k):
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    close = unit @ unit.T
+    np.fill_diagonal(close, -np.inf)
+    return unit, [set(np.argsort(-row)[:k]) for row in close]
+
+
+def test_mutual_knn_by_sets(array, x, y):
+    (_, a), (_, b) = nearest(x, 5), nearest(y, 5)
+    expected = np.mean([len(p & q) / 5 for p, q in zip(a, b, strict=True)])
+    assert float(similarity.mutual_knn(array(x), array(y), 5)) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="k is 25 for 25 rows; expected 1 ≤ k < 25"):
+        similarity.mutual_knn(x, y, 25)
+
+
+def test_cknna_by_loops(array, x, y):
+    (ux, a), (uy, b) = nearest(x, 6), nearest(y, 6)
+    near_a, near_b = (np.array([[j in s for j in range(25)] for s in sets], float) for sets in (a, b))
+    k, q, both = ux @ ux.T, uy @ uy.T, near_a * near_b
+
+    def hsic(p, r):
+        n = len(p)
+        total = np.sum(p * r.T) + p.sum() * r.sum() / ((n - 1) * (n - 2)) - 2 * (p @ r).sum() / (n - 2)
+        return total / (n * (n - 3))
+
+    expected = hsic(both * k, both * q) / np.sqrt(hsic(near_a * k, near_a * k) * hsic(near_b * q, near_b * q))
+    assert float(similarity.cknna(array(x), array(y), 6)) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="expected 2 ≤ k"):
+        similarity.cknna(x, y, 1)
+
+
+# The row sketch
+
+
+def test_sketch_is_additive_and_the_same_on_both_kinds(rng):
+    x = rng.normal(size=(3, 40, 5))
+    index = rng.permutation(10**6)[:40] + 5 * 2**33
+    whole, signs = similarity.row_sketch(x, index, 16, seed=7)
+    parts = [similarity.row_sketch(x[:, i : i + 10], index[i : i + 10], 16, seed=7) for i in range(0, 40, 10)]
+    np.testing.assert_allclose(sum(p[0] for p in parts), whole, atol=1e-12)
+    np.testing.assert_array_equal(sum(p[1] for p in parts), signs)
+    turned, turned_signs = similarity.row_sketch(torch.asarray(x), torch.asarray(index), 16, seed=7)
+    np.testing.assert_allclose(turned, whole, atol=1e-12)
+    np.testing.assert_array_equal(turned_signs, signs)
+    assert (similarity.row_sketch(x, index, 16, seed=8)[1] != signs).any()
+    with pytest.raises(ValueError, match="expected one index for each of the 40 rows"):
+        similarity.row_sketch(x, index[:3], 16)
+
+
+def test_hash_fills_buckets_and_signs_evenly():
+    h = similarity._hashed(np, np.arange(64_000), 3)
+    counts = np.bincount((h >> 1) % 64, minlength=64)
+    assert stats.chisquare(counts).pvalue > 1e-4
+    assert abs((1 - 2 * (h & 1)).mean()) < 0.02
+
+
+def test_sketched_products_are_unbiased(rng):
+    """Averaged over seeds, off-diagonal bucket products give (1 − 1/m) Σ_{i≠j} K_ij L_ij."""
+    x = walk(rng, 2, 30, 4)
+    x -= x.mean(1, keepdims=True)
+    k = x @ x.transpose(0, 2, 1)
+    off = 1 - np.eye(30)
+    truth = np.einsum("aij,bij,ij->ab", k, k, off) * (1 - 1 / 8)
+    total = np.zeros((2, 2))
+    for seed in range(3000):
+        s, _ = similarity.row_sketch(x, np.arange(30), 8, seed=seed)
+        p = (s @ s.transpose(0, 2, 1)) * (1 - np.eye(8))
+        total += np.einsum("aij,bij->ab", p, p) / 3000
+    np.testing.assert_allclose(total, truth, rtol=0.08)
+
+
+def test_cka_from_sketch_is_near_the_exact_one_at_any_offset(array, rng):
+    x = walk(rng, 4, 3000, 16)
+    exact = exact_matrix(x[:, :1500], True)
+    for offset in (0.0, 1e4):
+        away = x[:, :1500] + offset * rng.normal(size=16)
+        s, c = similarity.row_sketch(array(away), array(np.arange(1500), "int64"), 512)
+        spread = ((away - away.mean(1, keepdims=True)) ** 2).sum((1, 2))
+        got = similarity.cka_from_sketch(s, c, array(away.mean(1)), diagonals=array(spread), count=1500)
+        np.testing.assert_allclose(got, exact, atol=0.04)
+    with pytest.raises(ValueError, match="both or neither"):
+        similarity.cka_from_sketch(s, c, array(away.mean(1)), count=3)
