@@ -36,6 +36,14 @@ class Reading:
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
 
+    @property
+    def not_computed(self) -> dict[str, list[str]]:
+        """Metrics that the run could not feed, by the reason."""
+        reasons: dict[str, list[str]] = {}
+        for metric, reason in self.analysis.attrs.get("not_computed", {}).items():
+            reasons.setdefault(str(reason), []).append(str(metric))
+        return reasons
+
 
 def read_runs(runs: Mapping[str, xr.DataTree]) -> list[Reading]:
     """Analyse and judge runs; metrics that a run already holds are taken as they are.

@@ -71,7 +71,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     facts = [_facts(reading, view) for reading in readings]
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
     symbols: dict[str, str] = {}
-    shown: dict[str, str] = {}
+    shown: list[str] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
         known = next((column for column in columns if column is not None), None)
@@ -84,8 +84,8 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         )
         heading = f"{known.label}, {_SHORT[extreme.place]}"
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
-        symbols[heading] = rf"{known.symbol}\;\mathrm{{{_SHORT[extreme.place]}}}" if known.symbol else ""
-        shown[heading] = extreme.metric
+        symbols[extreme.metric] = known.symbol
+        shown.append(extreme.metric)
     for severity in ("fail", "warn"):
         counts = [
             sum(found.severity.name.lower() == severity for found in reading.findings) for reading in readings
@@ -94,12 +94,11 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     return Table(
         name="summary",
         title="Summary of runs",
-        caption=f"Summary of runs. {_summary_words(readings, list(shown.values()), view)}",
+        caption=f"Summary of runs. {_summary_words(readings, shown, view)}",
         data=data.dropna(axis="columns", how="all"),
         printed=printed,
-        symbols={heading: symbol for heading, symbol in symbols.items() if symbol},
-        metric_of=shown,
-        metrics=tuple(dict.fromkeys(shown.values())),
+        symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
+        metrics=tuple(dict.fromkeys(shown)),
     )
 
 

@@ -62,9 +62,9 @@ def place_of(finding: Finding) -> str:
     -------
     str
     """
-    if finding.axis == "run" or finding.first is None:
+    if finding.axis == "run" or finding.first < 0:
         place = "whole run"
-    elif finding.last is None or finding.last == finding.first:
+    elif finding.last == finding.first:
         place = f"{finding.axis} {finding.first}"
     else:
         place = f"{finding.axis} {finding.first}–{finding.last}"

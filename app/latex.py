@@ -10,7 +10,7 @@ from app.tables import Table
 from app.typeset import SIGNS, tex
 
 _USE = r"""% Written by depthscope export. In your document:
-%   \usepackage{graphicx,booktabs}
+%   \usepackage{amsmath,graphicx,booktabs}
 %   \newcommand{\depthscopepath}{paper}  % the folder of this file, seen from your document
 %   \input{\depthscopepath/%s.tex}
 \providecommand{\depthscopepath}{.}
@@ -24,9 +24,8 @@ _CLASSES = {
 
 _DOCUMENT = r"""%(documentclass)s
 \usepackage[%(geometry)s]{geometry}
-\usepackage[T1]{fontenc}
-\usepackage{mathptmx}
-\usepackage{graphicx,booktabs}
+\IfFileExists{lmodern.sty}{\usepackage[T1]{fontenc}\usepackage{lmodern}}{}
+\usepackage{amsmath,graphicx,booktabs}
 \input{preamble}
 \extrafloats{200}
 \begin{document}

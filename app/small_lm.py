@@ -1,4 +1,4 @@
-"""What do the study's small language models look like? One decoder, three connections, nothing else differs."""
+"""What do the study's small language models look like? One decoder, three connections."""
 
 from __future__ import annotations
 
@@ -146,9 +146,9 @@ class Block(nn.Module):
 class SmallLM(nn.Module):
     """Byte-level decoder whose sublayers are joined by the given kind of connection.
 
-    Embeddings have unit variance, branches that write to the stream are scaled by 1/√(2L) (GPT-2's rule), the head
-    starts at zero: every run starts at the loss ln V. With its published initialisation HC computes the very same
-    function as the residual model, mHC does not: its streams are mixed from the start.
+    Embeddings have unit variance, matrices that write to the stream are scaled by 1/√(2L) (GPT-2's rule), the
+    head starts at zero: every run starts at the loss ln V. As the package initialises it, HC computes the very
+    same function as the residual model; mHC does not: its streams are mixed from the start.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ class SmallLM(nn.Module):
         Depth, width, heads, streams.
     """
 
-    def __init__(self, kind: str, size: Size = Size()):  # noqa: B008 - frozen
+    def __init__(self, kind: str, size: Size = Size()):
         super().__init__()
         self.kind = kind
         streams = 1 if kind == "residual" else size.streams
@@ -192,8 +192,8 @@ class SmallLM(nn.Module):
         input_ids : torch.Tensor
             (B, T) bytes.
         attention_mask : torch.Tensor, optional
-            (B, T). Padding must be on the right, where a causal model never looks back at it; so the mask is for
-            whoever measures the model.
+            (B, T). Padding must be on the right, where a causal model never looks at it; so the mask is only
+            for whoever measures the model.
         labels : torch.Tensor, optional
             (B, T), usually the ids themselves; shifted here; -100 is left out of the loss.
 
@@ -239,7 +239,7 @@ def connection_class(kind: str) -> Callable[..., nn.Module]:
     raise ValueError(f"got connection '{kind}', expected one of {', '.join(CONNECTIONS)}")
 
 
-def build(kind: str, *, size: Size = Size(), seed: int = 0) -> SmallLM:  # noqa: B008 - frozen
+def build(kind: str, *, size: Size = Size(), seed: int = 0) -> SmallLM:
     """A model with the weights of this seed; everything but the connections is equal for the three kinds.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What does the connection alone change? Three small language models trained side by side on the same bytes."""
+"""What does the connection alone change? Three small language models trained side by side."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def run_study(
     Parameters
     ----------
     out : Path
-        Folder for ``residual.nc``, ``hc.nc``, ``mhc.nc`` and the weights beside them; earlier ones are replaced.
+        Folder for ``residual.nc``, ``hc.nc``, ``mhc.nc`` and their weights; earlier ones are replaced.
     seconds : float
         Training time of the three together; probing comes on top.
     seed : int
@@ -214,7 +214,7 @@ def connection_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def connection_movement(each: Learner) -> dict[str, float]:
-    """How far the connections have moved from where they started: root-mean-square change per kind of parameter.
+    """How far the connections have moved from where they started: rms change per kind of parameter.
 
     Parameters
     ----------
@@ -447,7 +447,7 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
     stepwise = [name for name, value in final.data_vars.items() if "step" in value.dims]
     rows = [dataset[stepwise] for dataset in (*history, final)]
     joined = xr.concat(rows, dim="step").merge(final.drop_vars(stepwise))
-    return schema.create_run(run["trace"].to_dataset(), statistics=joined, attrs=run.attrs)
+    return schema.create_run(run["trace"].to_dataset(), statistics=joined, attrs=dict(run.attrs))
 
 
 def _saved(each: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:

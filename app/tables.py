@@ -57,9 +57,7 @@ class Table:
     printed : DataFrame
         The same as text.
     symbols : mapping of str to str
-        TeX symbol by printed column, where the metric has one.
-    metric_of : mapping of str to str
-        Metric by printed column.
+        TeX symbol by metric, where it has one.
     metrics : tuple of str
         All metrics that the table rests on, for the bibliography.
     cited : tuple of str
@@ -74,7 +72,6 @@ class Table:
     data: pd.DataFrame
     printed: pd.DataFrame
     symbols: Mapping[str, str] = field(default_factory=dict)
-    metric_of: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
@@ -149,19 +146,12 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
     return Column(
         key="_".join((metric, *words)),
         label=" ".join((metric.replace("_", " "), *words)),
-        symbol=_with_words(str(attrs.get("symbol") or ""), words),
+        symbol=str(attrs.get("symbol") or ""),
         metric=metric,
         value=value,
         stderr=pick(analysis, f"{metric}_stderr", view, **fixed),
         null=pick(analysis, f"{metric}_null", view, **fixed),
     )
-
-
-def _with_words(symbol: str, words: Sequence[str]) -> str:
-    short = {"forward": "fwd", "backward": "bwd", "row": "row", "column": "col"}
-    if not symbol or not words:
-        return symbol
-    return rf"{symbol}\;\mathrm{{{','.join(short.get(word, word) for word in words)}}}"
 
 
 # --- one row a depth, one row a connection
@@ -261,8 +251,7 @@ def _measured_table(
         caption=f"{title}. {_slice_words(reading, columns, view)}{left_out}",
         data=data,
         printed=printed.iloc[kept].reset_index(drop=True),
-        symbols={column.label: column.symbol for column in columns if column.symbol},
-        metric_of={column.label: column.metric for column in columns},
+        symbols={column.metric: column.symbol for column in columns if column.symbol},
         metrics=tuple(dict.fromkeys(column.metric for column in columns)),
     )
 

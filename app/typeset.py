@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 
 import pandas as pd
@@ -41,6 +42,7 @@ _SPECIAL = {
     "^": r"\textasciicircum{}",
     **{sign: "\\" + sign for sign in "&%$#_{}"},
 }
+HEADING_WIDTH = 14
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
 
 
@@ -79,18 +81,18 @@ def to_latex(table: Table, cites: Mapping[str, str]) -> str:
     Returns
     -------
     str
-        Needs the packages booktabs and graphicx; ``table*`` spans both columns where there are two.
+        Needs the packages amsmath, booktabs and graphicx; ``table*`` spans both columns where there are two.
     """
     shown = pd.DataFrame(
         {column: [_cell(table, column, text) for text in cells] for column, cells in table.printed.items()}
     )
-    shown.columns = pd.Index([_heading(table, str(column)) for column in table.printed])
+    shown.columns = pd.Index([_heading(str(column)) for column in table.printed])
     shape = "".join("p{0.42\\textwidth}" if name in table.wrapped else "l" for name in table.printed)
     body = shown.style.hide(axis="index").to_latex(hrules=True, column_format=shape)
     lines = [
         r"\begin{table*}[t]",
         r"\centering",
-        rf"\caption{{{_caption(table, cites)}}}",
+        rf"\caption{{{tex(table.caption)}{_definitions(table, cites)}}}",
         rf"\label{{tab:{table.name}}}",
         r"\footnotesize",
         r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
@@ -105,23 +107,23 @@ def _cell(table: Table, column: object, text: str) -> str:
     return rf"\cite{{{','.join(keys)}}}" if keys else tex(text)
 
 
-def _heading(table: Table, column: str) -> str:
-    symbol = table.symbols.get(column)
-    return f"${symbol}$" if symbol else tex(column)
-
-
-def _caption(table: Table, cites: Mapping[str, str]) -> str:
-    return tex(table.caption) + _definitions(table, cites)
+def _heading(column: str) -> str:
+    """Words of a heading, stacked so that the column is no wider than its numbers."""
+    lines = textwrap.wrap(column, HEADING_WIDTH, break_long_words=False)
+    if len(lines) < 2:
+        return tex(column)
+    stacked = r"\\".join(map(tex, lines))
+    return rf"\shortstack[l]{{{stacked}}}"
 
 
 def _definitions(table: Table, cites: Mapping[str, str]) -> str:
-    """What each symbol of the heading means and where it comes from."""
+    """The symbol of each metric and where it comes from."""
     defined = []
-    for column, symbol in table.symbols.items():
-        keys = keys_of([cites.get(table.metric_of.get(column, ""), "")])
+    for metric, symbol in table.symbols.items():
+        keys = keys_of([cites.get(metric, "")])
         source = rf"~\cite{{{','.join(keys)}}}" if keys else ""
-        defined.append(f"${symbol}$: {tex(column)}{source}")
-    return " " + "; ".join(defined) + "." if defined else ""
+        defined.append(f"{tex(metric.replace('_', ' '))} ${symbol}$" + source)
+    return f" {'; '.join(defined)}." if defined else ""
 
 
 def to_markdown(table: Table) -> str:

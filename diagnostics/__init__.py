@@ -73,7 +73,9 @@ def __getattr__(name: str) -> Any:
     catalogue = importlib.import_module("diagnostics.catalogue").CATALOGUE
     if name in catalogue:
         return catalogue[name]
-    raise AttributeError(f"module 'diagnostics' has no attribute {name!r}; metrics are in diagnostics.CATALOGUE")
+    raise AttributeError(
+        f"module 'diagnostics' has no attribute {name!r}; metrics are in diagnostics.CATALOGUE"
+    )
 
 
 def __dir__() -> list[str]:

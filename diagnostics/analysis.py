@@ -1,4 +1,4 @@
-"""What can be said about a run? Every metric that its trace can feed, with the reason where one is missing."""
+"""What can be said about a run? Every metric that its trace can feed, and why one is missing."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def _analyze_chain(
         for name in chosen:
             report(name)
         return _curves_alone(run, chain, chosen)
-    source, found, reasons = Quantities(trace), {}, {}
+    source = Quantities(trace)
+    found: dict[str, xr.DataArray] = {}
+    reasons: dict[str, str] = {}
     for name, metric in chosen.items():
         report(name)
         try:
@@ -116,9 +118,12 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     Dataset
     """
     stepped = {
-        name: value if name.endswith("_null") else value.expand_dims(step=[step]) for name, value in variables.items()
+        name: value if name.endswith("_null") else value.expand_dims(step=[step])
+        for name, value in variables.items()
     }
-    streams = list(dict.fromkeys(s for v in stepped.values() if "stream" in v.dims for s in v["stream"].values.tolist()))
+    streams = list(
+        dict.fromkeys(s for v in stepped.values() if "stream" in v.dims for s in v["stream"].values.tolist())
+    )
     aligned = {name: v.reindex(stream=streams) if "stream" in v.dims else v for name, v in stepped.items()}
     dataset = xr.Dataset({name: v.transpose(*_ordered(v.dims)) for name, v in aligned.items()})
     return dataset.assign_coords(step=[step])
@@ -126,9 +131,9 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
 
 # The order of dims in an analysis; a variable has those that it needs.
 DIMS = (
-    "step estimator direction kind scope tokens centering depth other_depth connection other_connection "
-    "component stream reduction"
-).split()
+    *("step", "estimator", "direction", "kind", "scope", "tokens", "centering", "depth", "other_depth"),
+    *("connection", "other_connection", "component", "stream", "reduction"),
+)
 
 
 def _ordered(dims: Iterable[Any]) -> list[str]:

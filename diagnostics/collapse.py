@@ -1,4 +1,4 @@
-"""Do tokens become equal, or the representation flat, on the way through depth? Ranks, cosines and outliers."""
+"""Do tokens become equal, or the representation flat, through depth? Ranks, cosines and outliers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def _of_noise(name: str) -> Null:
 
     def expectation(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
         width = residual_states.num_features
-        return xr.apply_ufunc(np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float]), token_counts)
+        return xr.apply_ufunc(
+            np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float]), token_counts
+        )
 
     return expectation
 

@@ -1,4 +1,4 @@
-"""What becomes of the connections? Mixing matrices of every real token, their products, and values over tokens.
+"""What becomes of the connections? Mixing matrices of every real token, their products, their reductions.
 
 Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 """
@@ -6,7 +6,7 @@ Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -20,7 +20,7 @@ BLOCK = 2_000_000
 
 
 class Mixing:
-    """Mixing matrices of one chain in float64: connection by connection, and multiplied from the embedding on.
+    """Mixing matrices of one chain in float64: one by one, and multiplied from the embedding on.
 
     Where a connection is not finite it stands as the identity here, and every value that rests on it is NaN.
 
@@ -64,7 +64,7 @@ class Mixing:
         Parameters
         ----------
         values : ndarray
-            (C, N, ...), or (..., C, N) is not accepted: the tokens are the second axis.
+            (C, N, ...): the tokens are the second axis.
         dims : tuple of str
             Names of the further dims.
         composed : bool
@@ -158,7 +158,8 @@ def over_tokens(values: np.ndarray) -> np.ndarray:
     ndarray
         (C, ..., reduction) in the order of `REDUCTIONS`.
     """
-    method = "linear" if np.isfinite(values).all() else "nearest"  # between infinities nothing can be interpolated
+    # Between infinities nothing can be interpolated.
+    method: Literal["linear", "nearest"] = "linear" if np.isfinite(values).all() else "nearest"
     median, low, high = np.quantile(values, [0.5, 0.01, 0.99], axis=1, method=method)
     return np.stack([values.mean(axis=1), median, low, high, values.max(axis=1)], axis=-1)
 
@@ -190,7 +191,9 @@ def _finite(weights: np.ndarray, name: str) -> np.ndarray:
     return weights
 
 
-def over_pairs(matrices: np.ndarray, measures: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...]) -> np.ndarray:
+def over_pairs(
+    matrices: np.ndarray, measures: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...]
+) -> np.ndarray:
     """The largest value over tokens of every product H_b … H_a, a block of tokens at a time.
 
     Parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import xarray as xr
 
 from diagnostics import collapse, gradients, mixing, schema
@@ -24,10 +23,10 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     Returns
     -------
     Dataset
-        Under the names of the catalogue: ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
-        stream), ``token_cosine`` (over the data, all tokens, raw), ``mixing_gain`` (mean and max over tokens); and
-        ``adjacent_cosine`` (step, depth, stream), ``loss`` (step); as far as the statistics hold them. The
-        stream ``mean`` of several streams is not in the statistics and NaN.
+        Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
+        stream), ``token_cosine`` (over the data, all tokens, raw), ``mixing_gain`` (mean and max); and
+        ``adjacent_cosine`` (step, depth, stream), ``loss`` (step); as far as the statistics hold them.
+        The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
     ------
@@ -36,7 +35,9 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     """
     statistics = schema.chain_dataset(run, "statistics", chain)
     if statistics is None:
-        raise ValueError("the run holds no statistics; record it with probes.record(...), or analyze a run with a trace")
+        raise ValueError(
+            "the run holds no statistics; record it with probes.record(...), or analyze a run with a trace"
+        )
     statistics = _with_stream_labels(statistics)
     curves: dict[str, xr.DataArray] = {}
     for needs, build in _CURVES.items():
@@ -46,7 +47,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
 
 
 def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
-    """Streams under the labels of an analysis: ``mean`` for one, ``mean`` (unknown) and their numbers for more."""
+    """Streams under the labels of an analysis: ``mean``, and for several their numbers."""
     streams = statistics.sizes.get("stream", 0)
     if streams < 2:
         return statistics.assign_coords(stream=["mean"]) if streams else statistics
@@ -60,11 +61,11 @@ def _exact(metric: Metric, value: xr.DataArray) -> xr.DataArray:
 
 def _residual_norm(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     mean = statistics["square_norm_sum"] / statistics["token_count"]
-    return {"residual_norm": _exact(gradients.residual_norm, np.sqrt(mean))}
+    return {"residual_norm": _exact(gradients.residual_norm, mean**0.5)}
 
 
 def _gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    norm = np.sqrt(statistics["gradient_square_norm_sum"])
+    norm = statistics["gradient_square_norm_sum"] ** 0.5
     last = norm.isel(depth=-1, drop=True)
     gain = (norm / last.where(last > 0)).transpose(*norm.dims)
     return {
@@ -100,7 +101,11 @@ def _mixing_gain(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     parts = [statistics["gain_sum"] / statistics["token_count"], statistics["gain_max"]]
     gain = xr.concat(parts, xr.Variable("reduction", ["mean", "max"]), coords="minimal", compat="override")
     gain = gain.assign_coords(direction=list(mixing.DIRECTIONS))
-    return {"mixing_gain": _exact(mixing.mixing_gain, gain.transpose("step", "direction", "connection", "reduction"))}
+    return {
+        "mixing_gain": _exact(
+            mixing.mixing_gain, gain.transpose("step", "direction", "connection", "reduction")
+        )
+    }
 
 
 def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -61,7 +61,7 @@ class Metric:
     cite : str
         Key of ``references.bib``.
     basis : str
-        ``"invariant"``, ``"stream"`` (depends on the basis of the streams) or ``"feature"`` (on that of the features).
+        ``"invariant"``, or the basis that it depends on: ``"stream"`` or ``"feature"``.
     question : str
         The module that answers it.
     description : str
@@ -95,7 +95,7 @@ class Metric:
         return quantities.roots(self.function)
 
     def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
-        """The metric, its ``_null`` and its ``_stderr`` where it has them, labelled and stamped, without ``step``.
+        """The metric, its ``_null`` and ``_stderr`` where it has them: labelled, stamped, without ``step``.
 
         Parameters
         ----------
@@ -114,12 +114,16 @@ class Metric:
         value, stderr = _over_sequences(source.call(self.function))
         found = {self.name: self.stamp(value)}
         if callable(self.null):
-            found[f"{self.name}_null"] = self.stamp(_over_sequences(source.call(self.null))[0], "expected of iid noise")
+            found[f"{self.name}_null"] = self.stamp(
+                _over_sequences(source.call(self.null))[0], "expected of iid noise"
+            )
         if stderr is not None:
             found[f"{self.name}_stderr"] = self.stamp(stderr, "standard error over sequences")
         return found
 
-    def __call__(self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any) -> xr.DataArray:
+    def __call__(
+        self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any
+    ) -> xr.DataArray:
         """Measure labelled data and keep its labels.
 
         Parameters
@@ -142,9 +146,13 @@ class Metric:
             For data or options that the metric does not know.
         """
         labels = _labels(options)
-        arrays = {name: options.pop(name) for name in list(options) if isinstance(options[name], xr.DataArray)}
+        arrays = {
+            name: options.pop(name) for name in list(options) if isinstance(options[name], xr.DataArray)
+        }
         if options:
-            raise ValueError(f"{self.name} got the options {sorted(options)}; it knows center, mask, {', '.join(LABELS)}")
+            raise ValueError(
+                f"{self.name} got the options {sorted(options)}; it knows center, mask, {', '.join(LABELS)}"
+            )
         bare = bool(arrays) or isinstance(data[0] if data else None, xr.DataArray)
         trace, added = self._bind(data, arrays) if bare else (_trace_of(self.name, data), [])
         if mask is not None:
@@ -152,21 +160,23 @@ class Metric:
         value = self._measure(trace, PLAIN | labels if bare else labels, labels)
         return value.squeeze([dim for dim in added if dim in value.dims])
 
-    def _measure(self, trace: xr.Dataset, labels: Mapping[str, str], asked: Mapping[str, str]) -> xr.DataArray:
+    def _measure(
+        self, trace: xr.Dataset, labels: Mapping[str, str], asked: Mapping[str, str]
+    ) -> xr.DataArray:
         chosen = {dim: label for dim, label in labels.items() if dim in quantities.CHOICES}
         value = self.evaluate(Quantities(trace, choices=chosen))[self.name]
         foreign = sorted(set(asked) - set(value.dims))
         if foreign:
-            raise ValueError(f"{self.name} has no {', '.join(foreign)}; its dims are {', '.join(map(str, value.dims))}")
+            raise ValueError(
+                f"{self.name} has no {', '.join(foreign)}; its dims are {', '.join(map(str, value.dims))}"
+            )
         return value.sel({dim: label for dim, label in labels.items() if dim in value.dims})
 
-    def _bind(
-        self, data: tuple[Any, ...], named: Mapping[str, xr.DataArray]
-    ) -> tuple[xr.Dataset, list[str]]:
+    def _bind(self, data: tuple[Any, ...], named: Mapping[str, xr.DataArray]) -> tuple[xr.Dataset, list[str]]:
         free = [root for root in self.roots if root not in named]
         if len(data) != len(free) or not set(named) <= set(self.roots):
             raise ValueError(
-                f"{self.name} got {len(data) + len(named)} arrays; expected {', '.join(self.roots)}, or a whole run"
+                f"{self.name} got {len(data) + len(named)} arrays; expected {', '.join(self.roots)}, or a run"
             )
         arrays = dict(zip(free, data, strict=True)) | dict(named)
         dims = {dim for array in arrays.values() for dim in array.dims}
@@ -188,7 +198,7 @@ class Metric:
         -------
         DataArray
         """
-        facts = {
+        facts: dict[str, str | float] = {
             "long_name": f"{self.description.rstrip('.')}{', ' if what else ''}{what}",
             "units": self.units,
             "symbol": self.symbol,
@@ -197,7 +207,7 @@ class Metric:
             "basis": self.basis,
             "question": self.question,
         }
-        if not callable(self.null) and not what:
+        if not (callable(self.null) or what):
             facts["null"] = self.null
         return value.assign_attrs(facts).rename(self.name)
 
@@ -248,7 +258,11 @@ def metric(
 
 def _labels(options: dict[str, Any]) -> dict[str, str]:
     """Take the labels out of the options: one by dimension, and ``center``."""
-    labels = {dim: options.pop(dim) for dim in LABELS if dim in options and not isinstance(options[dim], xr.DataArray)}
+    labels = {
+        dim: options.pop(dim)
+        for dim in LABELS
+        if dim in options and not isinstance(options[dim], xr.DataArray)
+    }
     if "center" in options:
         labels["centering"] = "centred" if options.pop("center") else "raw"
     for dim, label in labels.items():
@@ -262,13 +276,13 @@ def _trace_of(name: str, data: tuple[Any, ...]) -> xr.Dataset:
     if len(data) != 1 or not isinstance(data[0], xr.Dataset | xr.DataTree):
         kinds = ", ".join(type(item).__name__ for item in data) or "nothing"
         raise ValueError(f"{name} got {kinds}; expected labelled arrays, a trace or a run")
-    tree = data[0]
-    if isinstance(tree, xr.Dataset):
-        return tree
-    if "trace" in tree.children:
-        tree = tree["trace"]
+    if isinstance(data[0], xr.Dataset):
+        return data[0]
+    tree = data[0].children.get("trace", data[0])
     if tree.children:
-        raise ValueError(f"{name} got several chains: {', '.join(tree.children)}; choose one, such as run['trace/NAME']")
+        raise ValueError(
+            f"{name} got several chains: {', '.join(tree.children)}; choose one, such as run['trace/NAME']"
+        )
     return tree.to_dataset()
 
 
@@ -277,7 +291,9 @@ def _with_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
     dims = schema.TRACE[root].dims
     unknown = [str(dim) for dim in array.dims if dim not in dims]
     if unknown:
-        raise ValueError(f"{name} got {root} with the dims {', '.join(unknown)}; expected some of {', '.join(dims)}")
+        raise ValueError(
+            f"{name} got {root} with the dims {', '.join(unknown)}; expected some of {', '.join(dims)}"
+        )
     missing = [dim for dim in dims if dim not in array.dims]
     return array.expand_dims(missing).transpose(*dims)
 
@@ -285,7 +301,11 @@ def _with_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
 def _mask_values(mask: Any, trace: xr.Dataset) -> Any:
     """The mask on (sample, token) of a trace."""
     sizes = (trace.sizes["sample"], trace.sizes["token"])
-    values = np.asarray(mask.transpose("sample", "token") if getattr(mask, "ndim", 0) == 2 and isinstance(mask, xr.DataArray) else mask)
+    values = np.asarray(
+        mask.transpose("sample", "token")
+        if getattr(mask, "ndim", 0) == 2 and isinstance(mask, xr.DataArray)
+        else mask
+    )
     if values.dtype != bool or values.size != np.prod(sizes):
         raise ValueError(f"mask has shape {values.shape} and dtype {values.dtype}; expected booleans {sizes}")
     return values.reshape(sizes)

@@ -66,7 +66,9 @@ def composite_gain(mixing: Mixing) -> xr.DataArray:
 
 
 def _prefix_gains(mixing: Mixing) -> list[np.ndarray]:
-    return [_exponential(gain(*mixing.prefix)) for gain in (kernel.log_forward_gain, kernel.log_backward_gain)]
+    return [
+        _exponential(gain(*mixing.prefix)) for gain in (kernel.log_forward_gain, kernel.log_backward_gain)
+    ]
 
 
 @metric(
@@ -172,7 +174,7 @@ def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
 def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     r"""Weakest sum of the product of all connections: what the largest one hides.
 
-    .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{forward,}\quad \min_j |\sum_i P_{ij}| \quad\text{backward}
+    .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{and backward}\quad \min_j |\sum_i P_{ij}|
     """
     product, scale = mixing.prefix
     parts = kernel.attenuation(product)
@@ -191,9 +193,9 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
 def deflated_gain(mixing: Mixing) -> xr.DataArray:
     r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
 
-    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ an orthonormal basis of } 1^\perp
+    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ a basis of } 1^\perp
 
-    Below −2 all streams carry the same signal as far as the embedding is concerned; −inf for exactly nothing.
+    Below −2 all streams carry the same part of the embedding; −inf for exactly nothing.
     """
     return mixing.reduced(kernel.deflated_gain(mixing.matrices) / np.log(10.0), composed=True)
 
@@ -292,5 +294,3 @@ def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
 def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     """Share of each stream in what a connection writes."""
     return _shares(mixing, write_weights)
-
-

@@ -1,7 +1,7 @@
 """What do metrics share? Quantities derived from a trace, each declared once and computed at most once.
 
 A quantity is a function; the names of its parameters say which other quantities, variables of the trace or
-choices of labels it rests on. States are in ``diagnostics.states``, connections in ``diagnostics.connections``.
+choices of labels it rests on. See ``diagnostics.states`` and ``diagnostics.connections`` for those of a run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Quantities:
 
     def __init__(self, trace: xr.Dataset, *, choices: Mapping[str, str] | None = None) -> None:
         self.trace = trace
-        self._values: dict[str, Any] = dict(CHOICES) | {dim: (label,) for dim, label in (choices or {}).items()}
+        self._values: dict[str, Any] = dict(CHOICES) | {
+            dim: (label,) for dim, label in (choices or {}).items()
+        }
         self._reasons: dict[str, Unavailable] = {}
 
     def __getitem__(self, name: str) -> Any:

@@ -5,6 +5,9 @@ States are compared in the mean over streams, which a plain head reads.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import numpy as np
 import xarray as xr
 
@@ -32,8 +35,10 @@ def cka_table(
     residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray, estimator: tuple[str, ...]
 ) -> xr.DataArray:
     """CKA of every depth with every other, by estimator and kind of token."""
-    tables = [mean_states.over_kinds(lambda x, name=name: _cka(x, name == "unbiased")) for name in estimator]
-    table = _between_depths(np.stack(tables), ("estimator", "tokens"), residual_states, mean_states, token_masks)
+    tables = [mean_states.over_kinds(partial(_cka, unbiased=name == "unbiased")) for name in estimator]
+    table = _between_depths(
+        np.stack(tables), ("estimator", "tokens"), residual_states, mean_states, token_masks
+    )
     return table.assign_coords(estimator=list(estimator))
 
 
@@ -42,7 +47,9 @@ def _cka(states: np.ndarray, unbiased: bool) -> np.ndarray:
     return kernel.cka_matrix(states, unbiased=unbiased) if num_tokens else np.full((depths, depths), np.nan)
 
 
-def _cka_of_noise(token_masks: xr.DataArray, residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+def _cka_of_noise(
+    token_masks: xr.DataArray, residual_states: States, estimator: tuple[str, ...]
+) -> xr.DataArray:
     """CKA of independent iid noise at that size: 0 when unbiased."""
     width = residual_states.num_features
     count = token_masks.sum(("sample", "token"))
@@ -91,7 +98,9 @@ def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
     null=0.5,
     estimator="mean over tokens",
 )
-def angular_distance(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> xr.DataArray:
+def angular_distance(
+    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
+) -> xr.DataArray:
     r"""Mean angle between a token's states at two depths, as a share of π.
 
     .. math:: \frac{1}{\pi} \arccos \frac{x \cdot y}{\|x\| \|y\|}
@@ -126,7 +135,9 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
     null=1.0,
     estimator="mean over tokens",
 )
-def block_influence(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> xr.DataArray:
+def block_influence(
+    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
+) -> xr.DataArray:
     """Block influence: how far the step to a depth turns the states, 1 − cos; NaN at the embedding.
 
     0 for a step that does nothing but scale. Independent unit branches give 1 − √(l/(l+1)).
@@ -139,8 +150,7 @@ def block_influence(residual_states: States, mean_states: MeanStates, token_mask
 def _influences(states: np.ndarray) -> np.ndarray:
     values = np.full(len(states), np.nan)
     if states.shape[1]:
-        steps = zip(states[:-1], states[1:], strict=True)
-        values[1:] = [geometry.block_influence(before, after) for before, after in steps]
+        values[1:] = [geometry.block_influence(before, after) for before, after in pairwise(states)]
     return values
 
 

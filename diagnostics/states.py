@@ -20,7 +20,7 @@ from diagnostics.quantities import Unavailable, quantity
 
 
 class States:
-    """States of one chain, one depth in memory at a time: the mean over streams and, for several, each stream.
+    """States of one chain, one depth in memory at a time: the mean over streams and each of several.
 
     Parameters
     ----------
@@ -177,7 +177,9 @@ def massive(residual_states: States, mask: xr.DataArray) -> Massive:
         token[found.any(axis=(0, 3))] = True
         feature[found.any(axis=(0, 1, 2))] = True
         count = np.where(real.sum() > 0, real.sum(), np.nan)
-        return np.stack([found.any(axis=3).sum(axis=(1, 2)) / count, _largest_over_median(views, real)], axis=1)
+        return np.stack(
+            [found.any(axis=3).sum(axis=(1, 2)) / count, _largest_over_median(views, real)], axis=1
+        )
 
     both = residual_states.over_depth(measure, ("what",))
     features = tuple(int(index) for index in np.flatnonzero(feature))
@@ -202,14 +204,19 @@ def token_masks(mask: xr.DataArray, massive: Massive, tokens: tuple[str, ...]) -
     """
     kinds = {"all": mask, "ordinary": mask & ~massive.token}
     chosen = [kinds[kind].transpose("sample", "token").reset_coords(drop=True) for kind in tokens]
-    return xr.concat(chosen, xr.Variable("tokens", list(tokens)), coords="minimal", compat="override", join="override")
+    return xr.concat(
+        chosen, xr.Variable("tokens", list(tokens)), coords="minimal", compat="override", join="override"
+    )
 
 
 @quantity
 def token_counts(token_masks: xr.DataArray, scope: tuple[str, ...]) -> xr.DataArray:
-    """How many tokens stand behind a number, by group (each sequence, then all pooled) and kind; NaN for none."""
+    """How many tokens stand behind a number, by kind and group: each sequence, all pooled; NaN for none."""
     counts = token_masks.sum("token")
-    groups = {"sequence": counts.rename(sample="group"), "data": counts.sum("sample").expand_dims("group", -1)}
+    groups = {
+        "sequence": counts.rename(sample="group"),
+        "data": counts.sum("sample").expand_dims("group", -1),
+    }
     stacked = np.concatenate([groups[label].transpose("tokens", "group").values for label in scope], axis=1)
     labels = [label for label in scope for _ in range(groups[label].sizes["group"])]
     coords = {"tokens": token_masks["tokens"], "scope": ("group", labels)}
@@ -220,7 +227,7 @@ def token_counts(token_masks: xr.DataArray, scope: tuple[str, ...]) -> xr.DataAr
 def singular_values(
     residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
 ) -> xr.DataArray:
-    """Singular values of the tokens of each sequence and of all pooled; zero beyond the rank, NaN where undefined."""
+    """Singular values of the tokens of each sequence and of all pooled; zero beyond the rank."""
     keeps = token_masks.values
     scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
 
@@ -236,7 +243,9 @@ def singular_values(
     return residual_states.over_depth(decompose, dims, **labels)
 
 
-def _spectra(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: tuple[str, ...]) -> np.ndarray:
+def _spectra(
+    views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: tuple[str, ...]
+) -> np.ndarray:
     """Spectra (V, centering, group, component) of the kept tokens of views (V, S, T, D)."""
     width = min(keep.size, views.shape[-1])
     spectra = np.zeros((len(views), len(centering), _num_groups(keep, scopes), width))

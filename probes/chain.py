@@ -17,7 +17,7 @@ from probes.hooks import first_float
 
 SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
 RECENT = 8  # the first state is the output of one of this many calls before the chain
-LEAST = 0.3  # the chains together must cover this share of the parameters beside embeddings and heads
+LEAST = 0.3  # the largest chain must cover this share of the parameters beside embeddings and heads
 SECOND = 0.1  # a second chain counts from this share of the first one's parameters
 
 
@@ -83,7 +83,7 @@ class Tape:
         self._counts[path] = call.index + 1
         self.calls.append(call)
         self._stack.append(call)
-        for key in _group_keys(call):
+        for key in _group_keys(call) if x is not None else ():
             self._link(key, call)
         return call
 
@@ -246,17 +246,17 @@ def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
         return []
     largest = max(size for _, size in found)
     best, best_size = max((pair for pair in found if pair[1] >= SHARE * largest), key=lambda pair: len(pair[0]))
-    chosen = [best]
-    for run, size in sorted(found, key=lambda pair: -len(pair[0])):
-        apart = all(not _entangled(run, other) for other in chosen)
-        if apart and size >= SECOND * best_size and type(run[0].module) is type(best[0].module):
-            chosen.append(run)
-    share = _size(call.module for run in chosen for call in run) / _trunk_size(model)
+    share = best_size / _trunk_size(model)
     if share < LEAST:
         raise ChainError(
             f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, holds only {share:.0%} of the "
             "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
         )
+    chosen = [best]
+    for run, size in sorted(found, key=lambda pair: -len(pair[0])):
+        apart = all(not _entangled(run, other) for other in chosen)
+        if apart and size >= SECOND * best_size and type(run[0].module) is type(best[0].module):
+            chosen.append(run)
     return sorted(chosen, key=lambda run: run[0].order)
 
 

@@ -392,15 +392,24 @@ def reconstruction_error(joint: Joint, reading: Reading) -> float:
     -------
     float
     """
+    if reading.observed and joint.branch_out is not None:
+        again = _rounded_state(joint, joint.branch_out, reading)
+        return _relative(joint.x_out.double() - again.double(), joint.x_out)
     mixed = torch.einsum("noi,nid->nod", applied_matrix(joint, reading).double(), joint.x_in.double())
     rest = joint.x_out.double() - mixed
     post = _as_applied(joint.parts.post, joint.dtype, reading.cast).double()
-    if reading.observed:
-        assert joint.branch_out is not None
-        branch = joint.branch_out.double()
-    else:
-        branch = solved_branch(rest, post)
+    branch = solved_branch(rest, post)
     return _relative(rest - post.unsqueeze(-1) * branch.unsqueeze(-2), joint.x_out)
+
+
+def _rounded_state(joint: Joint, branch: torch.Tensor, reading: Reading) -> torch.Tensor:
+    """The next state, rounded where the model rounds, so that a low precision still tells the readings apart."""
+    exact = torch.float64 if joint.dtype in (torch.float32, torch.float64) else torch.float32
+    inner = joint.dtype if reading.cast else exact
+    post = _as_applied(joint.parts.post, joint.dtype, reading.cast).to(inner)
+    mixed = applied_matrix(joint, reading).to(inner) @ joint.x_in.to(inner)
+    written = post.unsqueeze(-1) * branch.to(inner).unsqueeze(-2)
+    return written + mixed if exact is torch.float64 else written.to(joint.dtype) + mixed.to(joint.dtype)
 
 
 def applied_matrix(joint: Joint, reading: Reading) -> torch.Tensor:

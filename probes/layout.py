@@ -88,6 +88,31 @@ def canonical(state: torch.Tensor, layout: str, *, batch_size: int, num_streams:
     return moved.reshape(sizes.get("B", 1), tokens, sizes.get("N", 1), sizes["D"])
 
 
+def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
+    """Number of streams that a layout finds in a state.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the state.
+    layout : str
+        Its layout.
+    batch_size : int
+        Size of the batch.
+
+    Returns
+    -------
+    int
+        1 where the layout names no stream axis.
+    """
+    for group, size in zip(parse_layout(layout), shape, strict=False):
+        if group == ["N"]:
+            return size
+        if sorted(group) == ["B", "N"]:
+            return size // batch_size
+    return 1
+
+
 def _split(group: Sequence[str], size: int, known: dict[str, int], layout: str, state: torch.Tensor) -> dict[str, int]:
     free = [letter for letter in group if len(group) == 1 or letter not in known]
     fixed = {letter: known[letter] for letter in group if letter not in free}

@@ -210,8 +210,8 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
     made_up = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if made_up:
         raise CheckpointError(
-            f"'{folder}' lacks {len(made_up)} weights of {type(model).__name__} ({', '.join(made_up[:5])}); "
-            "they would be random numbers: complete the download or name the right architecture in config.json"
+            f"'{folder}' lacks {len(made_up)} weights of {type(model).__name__} ({', '.join(made_up[:5])}), "
+            "which would be random numbers: complete the download or name the right architecture in config.json"
         )
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])

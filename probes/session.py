@@ -7,6 +7,7 @@ on hooks only the places that matter. It never runs the model itself, and return
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from probes.accumulate import Sums
 from probes.chain import Chain, Link, Place, Tape, find_chains, version
 from probes.connections import Parts, Site, read_returned, read_width
 from probes.hooks import Attachment, Hook, first_float, in_recomputation, tensors_in
-from probes.layout import canonical, infer_layout
+from probes.layout import canonical, count_streams, infer_layout
 from probes.sampling import Reservoir, Sequence, weights_stamp
 
 Mask = torch.Tensor | Callable[[Mapping[str, Any]], torch.Tensor] | None
@@ -44,6 +45,14 @@ class Settings:
 
 
 @dataclass
+class Listener:
+    """The gradient hook on one tensor of the first forward, which may turn out to be a state."""
+
+    tensor: weakref.ref[torch.Tensor]
+    key: tuple[int, int] | None = None
+
+
+@dataclass
 class Forward:
     """What was seen in one call of the model."""
 
@@ -58,7 +67,7 @@ class Forward:
     states: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     gradients: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     hooked: set[tuple[int, int]] = field(default_factory=set)
-    watched: dict[int, tuple[int, int]] = field(default_factory=dict)
+    watched: dict[int, Listener] = field(default_factory=dict)
     parts: dict[int, Parts] = field(default_factory=dict)
     branches: dict[int, torch.Tensor] = field(default_factory=dict)
     sums: list[Sums] = field(default_factory=list)
@@ -93,6 +102,7 @@ class Session:
         self.errors: list[Exception] = []
         self.dtype = torch.float32
         self.reservoir = Reservoir(settings.max_sequences, settings.seed)
+        self._named_streams = 1
         self._open: Forward | None = None
         self._tape: Tape | None = None
         self._paused = False
@@ -149,13 +159,13 @@ class Session:
     @property
     def num_streams(self) -> int:
         """Number of residual streams n; 1 for a plain residual model."""
-        return self.sites[0].num_streams if self.sites else 1
+        return self.sites[0].num_streams if self.sites else self._named_streams
 
     @property
     def family(self) -> str:
         """The connection family: residual, hc, mhc or independent_hc."""
         if not self.sites:
-            return "residual"
+            return "residual" if self.num_streams == 1 else "unknown"
         if not any(site.mixes for site in self.sites.values()):
             return "independent_hc"
         return "mhc" if all(site.constrained for site in self.sites.values()) else "hc"
@@ -196,6 +206,7 @@ class Session:
                 self._open = None
         for sums in forward.sums:
             sums.end_forward()
+        forward.watched.clear()
         forward.arguments = {}  # the batch must not outlive the forward
         self.forwards.append(forward)
         if tape is not None:
@@ -220,14 +231,14 @@ class Session:
         forward = self._open
         if not self.settings.gradients or forward is None or tensor is None or not tensor.requires_grad:
             return
-        if id(tensor) not in forward.watched:
-            forward.watched[id(tensor)] = (-1, -1)
-            tensor.register_hook(Hook(partial(self._see_watched, forward, id(tensor)), self.errors.append))
+        known = forward.watched.get(id(tensor))
+        if known is None or known.tensor() is not tensor:  # the number of a freed tensor may come again
+            listener = forward.watched[id(tensor)] = Listener(weakref.ref(tensor))
+            tensor.register_hook(Hook(partial(self._see_watched, forward, listener), self.errors.append))
 
-    def _see_watched(self, forward: Forward, key: int, gradient: torch.Tensor) -> None:
-        chain, depth = forward.watched.get(key, (-1, -1))
-        if chain >= 0:
-            self._see_gradient(forward, chain, depth, gradient)
+    def _see_watched(self, forward: Forward, listener: Listener, gradient: torch.Tensor) -> None:
+        if listener.key is not None:
+            self._see_gradient(forward, *listener.key, gradient)
 
     def _discover(self, tape: Tape, forward: Forward) -> None:
         chains = find_chains(tape, self.model, layers=self.settings.layers)
@@ -237,6 +248,8 @@ class Session:
             for number, link in enumerate(chains[0].links)
         }
         self.layouts = [self._layout(chain, forward.batch_size) for chain in chains]
+        if not self.sites:
+            self._named_streams = count_streams(chains[0].shapes[0], self.layouts[0], forward.batch_size)
         self.chains = chains
         self._paused = True
         try:
@@ -262,8 +275,9 @@ class Session:
                 tensor = call.x if place.at == "input" else call.y
                 self._refuse_rewritten(call, tensor, 0 if place.at == "input" else 1)
                 key = (number, depth)
-                if id(tensor) in forward.watched:
-                    forward.watched[id(tensor)] = key
+                listener = forward.watched.get(id(tensor))
+                if listener is not None and listener.tensor() is tensor:
+                    listener.key = key
                     self._expect(forward, key, tensor)
                 self._see_state(forward, number, depth, tensor)
         for number, link in enumerate(self.links):

@@ -77,7 +77,7 @@ def build_profile(profile: Profile, analyses: Analyses, choice: Selection) -> Li
             for suffix, curve in _curves(profile, array, label):
                 name = f"{run} · {suffix}" if suffix else run
                 lines.extend(_measured(profile, data, curve, choice, fixed, run=run, label=name))
-    ordered = sorted(lines, key=lambda line: list(analyses).index(line.group))
+    ordered = sorted(_without_repeats(lines), key=lambda line: list(analyses).index(line.group))
     return _assemble(profile, analyses, choice, ordered, drawn)
 
 
@@ -124,8 +124,18 @@ def _measured(
     null = pick(data, f"{profile.metric}_null", choice, **fixed)
     if null is not None and bool(null.notnull().any()):
         level = np.broadcast_to(np.asarray(null.values, dtype=np.float64), y.shape).copy()
-        lines.append(Line(x=x, y=level, label=f"{label} · null", role="null", group=run))
+        lines.append(Line(x=x, y=level, label=f"{run} · null", role="null", group=run))
     return lines
+
+
+def _without_repeats(lines: Sequence[Line]) -> list[Line]:
+    """Lines with every null once: four streams of one run share the same expectation."""
+    kept: list[Line] = []
+    for line in lines:
+        twins = (other for other in kept if other.role == "null" and other.group == line.group)
+        if line.role != "null" or not any(np.array_equal(line.y, o.y, equal_nan=True) for o in twins):
+            kept.append(line)
+    return kept
 
 
 def _spread(

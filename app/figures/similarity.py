@@ -3,12 +3,15 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from app.figures.matrix import Matrix, build_matrix
 from app.figures.profile import Profile, build_profile
-from app.figures.specification import Analyses, Figure, FigureKind, Lines, Selection
-from app.figures.values import pick
+from app.figures.specification import Analyses, Figure, FigureKind, Line, Lines, Selection
+from app.figures.values import fed, names_of, pick, positions
+from app.figures.words import describe_lines
 
-__all__ = ["KINDS"]
+__all__ = ["KINDS", "build_cut"]
 
 
 def build_map(matrix: Matrix, analyses: Analyses, **selection: Any) -> Figure:
@@ -77,6 +80,53 @@ def build_step_angle(profile: Profile, analyses: Analyses, **selection: Any) -> 
         line.values[1:] = shifted
         beside[run] = data.assign({profile.metric: line})
     return build_profile(profile, beside, choice)
+
+
+def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) -> Lines:
+    """CKA of two depths of one run with every depth of it: two rows of the heat map.
+
+    Parameters
+    ----------
+    analyses : mapping
+        Run name → analysis.
+    depths : tuple of int
+        The two depths.
+    **selection : str or int
+        Fields of `Selection`; `run` names the run, else the first one.
+
+    Returns
+    -------
+    Lines
+    """
+    choice = Selection.of(selection)
+    run, _, matrix = next(
+        (name, data, array)
+        for name, data, array in fed(analyses, "cka", choice)
+        if choice.run is None or name == choice.run
+    )
+    text = names_of(matrix, "other_depth")
+    x = positions(matrix, "other_depth")
+    lines = tuple(
+        Line(
+            x,
+            np.asarray(matrix.isel(depth=depth).values, dtype=np.float64),
+            f"depth {depth} ({text[depth]})",
+            group=run,
+            text=text,
+        )
+        for depth in dict.fromkeys(depths)
+    )
+    title = "CKA of the two depths with every depth"
+    return Lines(
+        name="cka_cut",
+        title=title,
+        x_label="depth (0 = embedding)",
+        y_label="linear CKA",
+        lines=lines,
+        caption=f"Run {run}; rows {depths[0]} and {depths[1]} of the heat map.",
+        alt=describe_lines(lines, title, "depth"),
+        metric="cka",
+    )
 
 
 _BY_DEPTH = {"rows": "depth", "columns": "other_depth", "x_label": "depth", "y_label": "depth"}

@@ -1,4 +1,4 @@
-"""How does a figure stand on a page? Plotly that keeps its zoom and tells clicks, its caption, its table and its CSV."""
+"""How does a figure stand on a page? Plotly that keeps its zoom, its caption, its table and its CSV."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import streamlit as st
 
 from app.figures import Figure, FigureKind, Heatmap
 from app.screen import shrink, to_plotly
-from app.views.numbers import numbers_of
+from app.views.figure_numbers import numbers_of
 from app.views.words import plain
 
 __all__ = ["PLOTLY_ROUTE", "card", "clicked_cell", "draw"]
@@ -191,7 +191,7 @@ def card(
 
 def _numbers(figure: Figure, key: str) -> None:
     """The table behind a figure, with its download."""
-    with st.popover("Numbers", type="tertiary", icon="⊞", width="content"):
+    with st.popover("Numbers", type="tertiary", width="content"):
         table = numbers_of(figure)
         st.dataframe(table, hide_index=True, height=320)
         st.download_button(

@@ -121,7 +121,9 @@ def read(name: str) -> Book | Unreadable:
     """
     path = locate(name)
     if path is None:
-        return Unreadable(name, Path(name), "This run is not below the paths that the dashboard was started with.")
+        return Unreadable(
+            name, Path(name), "This run is not below the paths that the dashboard was started with."
+        )
     modified, size = _version(path)
     return _read(name, str(path), modified, size)
 
@@ -144,5 +146,5 @@ def _read(name: str, path: str, modified: int, size: int) -> Book | Unreadable:
             run.close()
     except (ValueError, OSError) as error:
         return Unreadable(name, Path(path), str(error))
-    except Exception as error:  # noqa: BLE001 - a foreign file may fail in any way; the page must explain it
+    except Exception as error:
         return Unreadable(name, Path(path), f"{type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:])")
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it stands.
+    r"""Text that Markdown shows as it stands.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def plain(text: str) -> str:
     Examples
     --------
     >>> plain("a_b *c*")
-    'a\\\\_b \\\\*c\\\\*'
+    'a\\_b \\*c\\*'
     """
     return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 

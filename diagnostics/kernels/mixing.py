@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from array_api_compat import device
 
 from diagnostics.kernels._arrays import Array, as_float64, peak, ratio
@@ -289,7 +290,18 @@ def singular_values(p: Array) -> Array:
     [2.0, 1.0]
     """
     xp, p = _square(p)
-    return xp.abs(p[..., 0]) if p.shape[-1] == 1 else xp.linalg.svdvals(p)
+    if p.shape[-1] == 1:
+        return xp.abs(p[..., 0])
+    return _two_singular_values(xp, p) if p.shape[-1] == 2 else xp.linalg.svdvals(p)
+
+
+def _two_singular_values(xp: Any, p: Array) -> Array:
+    """Singular values of 2×2 matrices: σ₁ from the two conformal parts, σ₂ = |det|/σ₁."""
+    scale = peak(xp, p)
+    a, b, c, d = (p[..., i, j] / scale[..., 0, 0] for i in (0, 1) for j in (0, 1))
+    first = (xp.hypot(a + d, b - c) + xp.hypot(a - d, b + c)) / 2.0
+    second = xp.abs(a * d - b * c) / xp.where(first > 0, first, xp.ones_like(first))
+    return xp.stack([first, second], axis=-1) * scale[..., 0]
 
 
 def eigenvalues(p: Array) -> Array:
@@ -626,8 +638,8 @@ def _stack(h: Array) -> tuple[Any, Array, tuple[int, ...]]:
 
 
 def _contiguous(xp: Any, x: Array) -> Array:
-    """A copy of a view in its own order."""
-    return xp.concat([x], axis=0) if hasattr(x, "numel") else x.copy(order="C")
+    """A view laid out in its own order."""
+    return x.contiguous() if hasattr(x, "contiguous") else np.ascontiguousarray(x)
 
 
 def _unstack(xp: Any, p: Array, shape: tuple[int, ...]) -> Array:

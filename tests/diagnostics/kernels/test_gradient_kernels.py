@@ -51,6 +51,13 @@ def test_noise_scale_from_batches(rng):
         gradients.noise_scale(1.0, 1.0, batch_small=8, batch_large=8)
 
 
+def test_noise_scale_is_exact_on_expected_norms(array):
+    """E‖g_B‖² = |G|² + tr Σ / B."""
+    small, large = (array((9.0 + 5.0 / b) ** 0.5) for b in (2, 32))
+    found = gradients.noise_scale(small, large, batch_small=2, batch_large=32)
+    assert [float(v) for v in found] == pytest.approx([5 / 9, 5.0, 9.0], rel=1e-12)
+
+
 def test_noise_scale_undefined(array):
     assert np.isnan(float(gradients.noise_scale_of_samples(array([[1.0, 2.0]])).scale))
     assert np.isnan(float(gradients.noise_scale_of_samples(array(np.zeros((3, 2)))).scale))

@@ -102,6 +102,15 @@ def test_spectra_by_numpy(array, p):
     np.testing.assert_allclose(mixing.condition_number(array(p)), np.linalg.cond(p), rtol=1e-8)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_small_singular_values_by_numpy(array, rng, n):
+    p = rng.normal(size=(200, n, n)) * 10.0 ** rng.integers(-150, 150, size=(200, 1, 1))
+    p[0], p[1] = 0.0, 1.0
+    expected = np.linalg.svd(p, compute_uv=False)
+    got = np.asarray(mixing.singular_values(array(p)))
+    assert (np.abs(got - expected) <= 1e-14 * expected[:, :1]).all()
+
+
 def test_cyclic_permutation(array):
     cycle = np.roll(np.eye(4), 1, axis=0)
     assert np.abs(np.asarray(mixing.eigenvalues(array(cycle)))) == pytest.approx(np.ones(4))

@@ -191,6 +191,11 @@ def test_identical_tokens(array):
     for kernel in ON_MATRICES[:4]:
         assert float(kernel(x)) == pytest.approx(1.0, abs=1e-12)
         assert np.isnan(float(kernel(x, center=True)))
+    mask = np.array([False, True, True, False, True, True, False])
+    kept = mask if isinstance(x, np.ndarray) else torch.asarray(mask)
+    for kernel in ON_MATRICES[:4]:
+        assert np.isnan(float(kernel(x, center=True, mask=kept)))
+    assert float(rank.dong_residual(x, mask=kept)) == 0.0
     assert float(rank.dong_residual(x)) == 0.0
     assert float(rank.numerical_rank(x, center=True)) == 0.0
 

@@ -1,0 +1,22 @@
+"""What do the connections do to the streams? Gains, spectra and their products."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app.views.desk import desk, explain_missing
+from app.views.grid import show_figures, show_question
+
+st.title("Mixing")
+st.markdown("Do the connections keep the signal, amplify it, or average the streams into one?")
+found = desk()
+if found.kinds("mixing"):
+    show_question(found, "mixing")
+    show_figures(found, "mixing")
+else:
+    explain_missing(
+        "mixing",
+        "None of the chosen runs has streams to mix: plain residual networks add each branch to one stream. "
+        "Choose a run of a hyper-connection (HC or mHC) model.",
+        "depthscope demo",
+    )

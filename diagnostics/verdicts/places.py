@@ -1,0 +1,65 @@
+"""Where is it, in words? Depths and connections as people name them."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+_SITES = {"mid": "inside block {layer}", "post": "after block {layer}", "final": "after the final norm"}
+
+
+def place(values: xr.DataArray, position: int) -> str:
+    """One position on the axis of a profile.
+
+    Parameters
+    ----------
+    values : DataArray
+        One dim, ``depth`` or ``connection``, with its coordinates.
+    position : int
+        Position on it.
+
+    Returns
+    -------
+    str
+        Such as ``after block 17 (depth 18)`` or ``at connection 41 (mlp of block 20)``.
+    """
+    here = values.isel({values.dims[0]: position})
+    if values.dims[0] == "connection":
+        return f"at {_connection(here, position)}"
+    known = {name: here.coords[name].item() for name in ("layer", "site") if name in here.coords}
+    site = known.get("site")
+    if site == "embed":
+        return f"at the embedding (depth {position})"
+    if site in _SITES:
+        return f"{_SITES[site].format(layer=known.get('layer', '?'))} (depth {position})"
+    return f"at depth {position}"
+
+
+def _connection(here: xr.DataArray, position: int) -> str:
+    if "branch" not in here.coords or "connection_layer" not in here.coords:
+        return f"connection {position}"
+    branch, layer = here.coords["branch"].item(), here.coords["connection_layer"].item()
+    return (
+        f"connection {position} ({f'block {layer}' if branch == 'block' else f'{branch} of block {layer}'})"
+    )
+
+
+def span(values: xr.DataArray, positions: np.ndarray) -> str:
+    """Several positions on the axis of a profile.
+
+    Parameters
+    ----------
+    values : DataArray
+        One dim.
+    positions : ndarray of int
+        Positions on it, ascending.
+
+    Returns
+    -------
+    str
+        Such as ``from depth 3 to depth 12``, or ``at 4 connections between 3 and 12``.
+    """
+    axis, (first, last) = values.dims[0], positions[[0, -1]]
+    if len(positions) == last - first + 1:
+        return f"from {axis} {first} to {axis} {last}"
+    return f"at {len(positions)} {axis}s between {first} and {last}"

@@ -1,0 +1,122 @@
+"""Do tokens stay apart, do dimensions stay in use, does every layer do something? Verdicts on states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.finding import Severity
+from diagnostics.verdicts.verdict import Limits, Profile, number, verdict
+
+
+def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
+    """A rank as a share of its null, both counted from the least possible rank of 1."""
+    return (value - 1.0) / (null - 1.0).where(null > 1.0)
+
+
+def _beside(value: xr.DataArray, share: xr.DataArray, null: float) -> str:
+    """The rank itself, where its share is the least, and the null."""
+    at = int(np.argmin(share.fillna(np.inf).values))
+    return (
+        f"The effective rank itself is {number(float(value[at]))}, and {number(null)} for noise of that size."
+    )
+
+
+@verdict(metric="effective_rank", limits=Limits(warn=0.05, fail=0.01, above=False))
+def rank_collapse(
+    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, dong_residual: xr.DataArray
+) -> Iterator[Profile]:
+    """The tokens of a sequence become equal.
+
+    Keep the skip path at full strength, lower attention's share against the MLP's, or warm up longer:
+    attention alone loses rank doubly exponentially with depth (Dong et al. 2021).
+    """
+    pick = {"scope": "sequence", "tokens": "ordinary", "centering": "raw", "stream": "mean"}
+    value = effective_rank.sel(pick, drop=True)
+    null = effective_rank_null.sel(scope="sequence", tokens="ordinary", drop=True)
+    share = _share_of_null(value, null)
+    residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
+    # Both must be low: a common mean alone lowers the one, a single loud feature the other.
+    both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(value.coords)
+    yield Profile(
+        both.where(share.notnull()),
+        "the larger of Dong residual and effective rank over its null, within a sequence, is",
+        more=_beside(value, both, float(null)),
+    )
+
+
+@verdict(metric="effective_rank", limits=Limits(warn=0.05, fail=0.005, above=False))
+def dimensional_collapse(
+    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray
+) -> Iterator[Profile]:
+    """Over the data the representation uses few directions.
+
+    Look for the block where it falls. A head with few classes explains it at the end; elsewhere try less
+    weight decay or decorrelation, and look at more data: N is beside the number.
+    """
+    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
+    value = effective_rank.sel(pick, drop=True)
+    null = effective_rank_null.sel(scope="data", tokens="ordinary", drop=True)
+    share = _share_of_null(value, null)
+    words = "over the data the effective rank, as a share of that of noise, is"
+    yield Profile(share, words, more=_beside(value, share, float(null)))
+
+
+@verdict(metric="angular_distance", limits=Limits(warn=0.01, above=False))
+def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
+    """A layer leaves the direction of the states as it is.
+
+    It can be left out at little cost (Gromov et al. 2024; Men et al. 2024). Normal at the start where
+    branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
+    """
+    steps = block_influence.sel(tokens="ordinary", drop=True)
+    table = angular_distance.sel(tokens="ordinary", drop=True).transpose("depth", "other_depth")
+    angles = np.full(steps.sizes["depth"], np.nan)
+    angles[1:] = np.diagonal(table.values, offset=-1)
+    # A final norm is no layer; block influence must be known too, so that both say the same.
+    layers = steps.notnull() & (steps["site"] != "final") if "site" in steps.coords else steps.notnull()
+    yield Profile(steps.copy(data=angles).where(layers), "the step turns the states by a share of π of")
+
+
+@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05, source="sun2024massive"))
+def massive_activations(
+    massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
+) -> Iterator[Profile]:
+    """Some tokens hold massive activations.
+
+    Normal in trained language models, on the first token and delimiters: read ranks and similarities without
+    these tokens (tokens = ordinary). Elsewhere look for a feature that the norm does not see.
+    """
+    share = massive_token_fraction.max("stream")
+    largest = float(massive_activation.max())
+    yield Profile(
+        share,
+        "the share of tokens with a massive activation is",
+        more=_where_massive(massive_token_fraction.attrs, largest),
+    )
+
+
+def _where_massive(places: Mapping[str, Any], largest: float) -> str:
+    features = ", ".join(map(str, places.get("massive_features", [])))
+    tokens = sorted({int(token) for _, token in places.get("massive_tokens", [])})
+    where = [f"features {features}"] if features else []
+    where += [f"token positions {', '.join(map(str, tokens))}"] if tokens else []
+    held = f" ({'; '.join(where)})" if where else ""
+    return (
+        f"The largest is {number(largest)} times the median{held}; this is normal in trained language models."
+    )
+
+
+@verdict(metric="cka_null", limits=Limits(info=0.5, source="kornblith2019similarity"))
+def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
+    """There are too few tokens for the biased CKA.
+
+    Read the unbiased one, or sample more tokens: the null is d/(d + N).
+    """
+    if "biased" not in cka_null["estimator"]:
+        return None
+    null = cka_null.sel(estimator="biased", tokens="all", drop=True)
+    return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]

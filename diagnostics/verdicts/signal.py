@@ -1,0 +1,142 @@
+"""Does the signal explode, fade or stop being a number? Verdicts forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.finding import Severity
+from diagnostics.verdicts.verdict import Limits, Profile, verdict
+
+DIRECTIONS = ("forward", "backward")
+
+
+def _count_not_finite(norm: xr.DataArray) -> xr.DataArray:
+    """How many streams have no norm at each depth; the mean view counts only where it is alone."""
+    streams = [s for s in norm["stream"].values.tolist() if s != "mean"] or ["mean"]
+    return norm.sel(stream=streams).isnull().sum("stream")
+
+
+@verdict(metric="residual_norm", limits=Limits(fail=0.0))
+def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
+    """The residual holds NaN or infinities.
+
+    Look at the block before the first such depth: overflow in half precision, a division by zero in a norm,
+    or exploded weights. Rerun that block in float32 and lower the learning rate.
+    """
+    yield Profile(
+        _count_not_finite(residual_norm), "the number of streams that are not finite is", first=True
+    )
+
+
+@verdict(metric="gradient_norm", limits=Limits(fail=0.0))
+def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
+    """The gradient holds NaN or infinities.
+
+    Lower the loss scale or the learning rate, clip the gradient, and look at the loss itself first.
+    """
+    yield Profile(_count_not_finite(gradient_norm), "the number of streams whose gradient is not finite is")
+
+
+@verdict(metric="composite_gain", limits=Limits(warn=10.0, fail=100.0, source="xie2025mhc"))
+def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
+    """The signal explodes through the product of the mixing matrices.
+
+    Constrain H_res (mHC), start it at the identity, lower its learning rate or decay its dynamic part. The
+    mHC paper reports about 3000 for an unstable 27B HC and 1.6 for mHC.
+    """
+    for direction in DIRECTIONS:
+        gain = composite_gain.sel(direction=direction, reduction="p99", drop=True)
+        yield Profile(
+            gain,
+            f"the {direction} gain of the mixing from the embedding on, at the 99th percentile of tokens, is",
+        )
+
+
+@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0, source="xie2025mhc"))
+def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
+    """One mixing matrix alone amplifies the streams.
+
+    Look at the dynamic part of that connection: its scale, and the norm of what it is computed from.
+    """
+    for direction in DIRECTIONS:
+        gain = mixing_gain.sel(
+            direction=direction,
+            reduction="max" if "p99" not in mixing_gain["reduction"] else "p99",
+            drop=True,
+        )
+        yield Profile(gain, f"the {direction} gain of one connection, at the 99th percentile of tokens, is")
+
+
+@verdict(metric="composite_attenuation", limits=Limits(warn=0.5, fail=0.05, above=False))
+def attenuation(composite_attenuation: xr.DataArray) -> Iterator[Profile]:
+    """A stream fades through the product of the mixing matrices; the largest gain hides it.
+
+    Backward: more Sinkhorn iterations, or end them on columns; all error of stopping early sits in one of the
+    two sums. Forward: some stream is no longer fed; look at its row of H_res.
+    """
+    for direction in DIRECTIONS:
+        weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
+        side = "row" if direction == "forward" else "column"
+        yield Profile(weakest, f"the weakest {side} sum of the mixing from the embedding on ({direction}) is")
+
+
+@verdict(metric="backward_gain", limits=Limits(warn=10.0, fail=1000.0))
+def exploding_gradient(backward_gain: xr.DataArray, residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """The gradient grows on its way back through the depth.
+
+    Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
+    """
+    yield from _gradient_profiles(backward_gain, residual_norm, growing=True)
+
+
+@verdict(metric="backward_gain", limits=Limits(warn=0.1, fail=1e-3, above=False))
+def vanishing_gradient(backward_gain: xr.DataArray, residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """The gradient vanishes on its way back through the depth.
+
+    Check that the skip path is unbroken and not scaled down, and that no norm sits on it; raise the branches'
+    initial scale in the early blocks.
+    """
+    yield from _gradient_profiles(backward_gain, residual_norm, growing=False)
+
+
+def _gradient_profiles(gain: xr.DataArray, norm: xr.DataArray, *, growing: bool) -> Iterator[Profile]:
+    """Gain against the last state before a final norm; no more than INFO where the states' size explains it.
+
+    Branches that normalise their input make the gradient inversely proportional to the state: ‖δ‖·‖x‖ is what
+    then stays constant, and only its growth is the network's fault.
+    """
+    gain, norm = _one_view(_before_final_norm(gain)), _one_view(_before_final_norm(norm))
+    if gain.sizes["depth"] < 2:
+        return
+    gain = gain / gain.isel(depth=-1, drop=True).where(lambda last: last > 0)
+    sensitivity = gain * norm / norm.isel(depth=-1, drop=True).where(lambda last: last > 0)
+    worst = sensitivity.max() if growing else sensitivity.min()
+    explained = bool(worst <= 10.0 if growing else worst >= 0.1)
+    more = (
+        "Relative to the size of the state it stays within a factor of 10: it follows the residual's norm, "
+        "as in any network that normalises before its branches."
+    )
+    yield Profile(
+        gain,
+        "the gradient's norm, relative to that at the last block, is",
+        ceiling=Severity.INFO if explained else Severity.FAIL,
+        more=more if explained else "",
+    )
+
+
+def _before_final_norm(profile: xr.DataArray) -> xr.DataArray:
+    if "site" not in profile.coords:
+        return profile
+    keep = np.flatnonzero(profile["site"].values != "final")
+    return profile.isel(depth=slice(0, int(keep[-1]) + 1)) if len(keep) else profile
+
+
+def _one_view(profile: xr.DataArray) -> xr.DataArray:
+    """The mean over streams, or the root mean square of the streams where the mean is unknown."""
+    mean = profile.sel(stream="mean", drop=True)
+    if mean.notnull().any() or profile.sizes["stream"] == 1:
+        return mean
+    return (profile**2).mean("stream") ** 0.5

@@ -1,0 +1,221 @@
+"""Do the residual streams stay apart, mix as claimed, and all get used? Verdicts on connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.finding import Severity
+from diagnostics.kernels import mixing as kernel
+from diagnostics.kernels import rank
+from diagnostics.verdicts.verdict import Limits, Profile, verdict
+
+# Families whose streams never mix by construction: an identity says nothing about them.
+UNMIXED = ("residual", "independent_hc", "gated_streams")
+
+
+def _claims_doubly_stochastic(attrs: Mapping[str, Any]) -> bool:
+    return attrs.get("family") == "mhc"
+
+
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-2, fail=1e-1, source="xie2025mhc"))
+def sinkhorn_not_converged(
+    doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterable[Profile] | None:
+    """The mixing matrices of an mHC are not doubly stochastic.
+
+    More Sinkhorn iterations (mHC takes 20), in float32. A spread of the logits above 30 cannot converge:
+    bound them. One exact sum and one bad one is truncation; two bad ones mean that another matrix is applied.
+    """
+    if not _claims_doubly_stochastic(attrs):
+        return None
+    worst = doubly_stochastic_violation.sel(reduction="p99", drop=True)
+    sides = ((worst.sel(kind=kind, drop=True), kind) for kind in ("row", "column"))
+    return [Profile(values, f"the worst error of a {kind} sum is") for values, kind in sides]
+
+
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=1e-2, source="xie2025mhc"))
+def negative_mixing(
+    doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterable[Profile] | None:
+    """The mixing matrices of an mHC have negative entries.
+
+    exp and normalisation cannot make them: what is applied is not what Sinkhorn returned.
+    """
+    if not _claims_doubly_stochastic(attrs):
+        return None
+    size = doubly_stochastic_violation.sel(kind="negativity", reduction="max", drop=True)
+    return [Profile(size, "the most negative entry of a mixing matrix has the size")]
+
+
+@verdict(metric="composite_singular_value", limits=Limits(warn=1.05, fail=2.0, source="xie2025mhc"))
+def expansive_mixing(
+    mixing_singular_value: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterable[Profile] | None:
+    """The mixing of an mHC expands, although doubly stochastic matrices do not.
+
+    Truncated Sinkhorn breaks it slowly over depth: more iterations, or end on the other side at times.
+    """
+    if not _claims_doubly_stochastic(attrs):
+        return None
+    single, composed = (
+        values.sel(component=0, reduction="p99", drop=True)
+        for values in (mixing_singular_value, composite_singular_value)
+    )
+    return [
+        Profile(single, "the spectral norm of one connection is"),
+        Profile(composed, "the spectral norm of the mixing from the embedding on is"),
+    ]
+
+
+@verdict(metric="deflated_gain", limits=Limits(warn=-2.0, above=False))
+def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
+    """The mixing makes all streams carry the same signal.
+
+    Start H_res near the identity (a bias on the diagonal of its logits: zero logits mix uniformly), or mix
+    less often. The gain does not show it: a uniform matrix has gain 1.
+    """
+    left = deflated_gain.sel(reduction="median", drop=True)
+    yield Profile(
+        left,
+        "of the differences between the streams of the embedding there is left a share of",
+        first=True,
+        shown=lambda logarithm: 10.0**logarithm,
+    )
+
+
+@verdict(metric="deflated_gain", limits=Limits(fail=-2.0, above=False))
+def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
+    """One connection alone makes all streams the same.
+
+    A zero-bias initialisation of mHC does this: exp(0) is uniform. Put a bias on the diagonal of the logits.
+    """
+    left = deflated_gain.sel(reduction="median", drop=True)
+    before = left.shift(connection=1, fill_value=0.0)
+    # Past −14 rounding is all that is left, and differences of it say nothing.
+    step = (left - before).where(np.isfinite(before) & (before > -14.0))
+    yield Profile(
+        step.where(np.isfinite(step) | step.isnull(), -300.0),
+        "one connection alone leaves of the differences between streams a share of",
+        first=True,
+        shown=lambda logarithm: 10.0**logarithm,
+    )
+
+
+@verdict(metric="identity_distance", limits=Limits(info=0.05, above=False))
+def some_connections_stuck(
+    identity_distance: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterable[Profile] | None:
+    """Some connections do not mix the streams.
+
+    Nothing to repair if others mix; a connection that never leaves the identity has a vanishing gradient on
+    its logits (off-diagonal ones near −8) or a zero dynamic scale.
+    """
+    typical = identity_distance.sel(reduction="median", drop=True)
+    if attrs.get("family") in UNMIXED or bool((typical < 0.05).all()):
+        return None
+    return [Profile(typical, "the distance of H_res from the identity is")]
+
+
+@verdict(metric="identity_distance", limits=Limits(warn=0.05, above=False))
+def stuck_at_identity(identity_distance: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
+    """No connection mixes the streams: H_res is the identity everywhere.
+
+    Normal in a fresh network that starts there. After training, look at the gradient of the logits
+    (off-diagonal ones near −8 hardly get any) and at weight decay; without mixing the streams are separate
+    residual networks.
+    """
+    if attrs.get("family") in UNMIXED:
+        return None
+    most = identity_distance.sel(reduction="median", drop=True).max("connection")
+    return [Profile(most, "the largest distance of any H_res from the identity is")]
+
+
+def _mean_shares(share: xr.DataArray) -> xr.DataArray:
+    """Share of each stream over all connections."""
+    return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
+
+
+def _dead(share: xr.DataArray, verb: str) -> Iterator[Profile]:
+    shares = _mean_shares(share)
+    for stream in shares["stream"].values.tolist():
+        relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
+        words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
+        yield Profile(relative, words, stream=str(stream))
+
+
+@verdict(metric="read_share", limits=Limits(warn=0.1, above=False))
+def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
+    """A stream is hardly read by any connection.
+
+    Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
+    """
+    yield from _dead(read_share, "read")
+
+
+@verdict(metric="write_share", limits=Limits(warn=0.1, above=False))
+def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
+    """A stream is hardly written by any connection.
+
+    Fewer streams would do, or a start that writes to them all; check the gradient of H_post.
+    """
+    yield from _dead(write_share, "written")
+
+
+@verdict(metric="read_share", limits=Limits(warn=1.5, above=False))
+def dominant_stream(read_share: xr.DataArray) -> Iterator[Profile]:
+    """One stream carries nearly all that the connections read.
+
+    The network is then a plain residual one with spare streams: vary the initial read weights, or use fewer.
+    """
+    shares = _mean_shares(read_share)
+    if shares.isnull().any():
+        return
+    count = xr.DataArray(float(rank.effective_rank_of(shares.values)))
+    top = str(shares["stream"].values[int(np.argmax(shares.values))])
+    yield Profile(
+        count, f"stream {top} is read most, and the effective number of streams read is", stream=top
+    )
+
+
+@verdict(metric="stream_cosine", limits=Limits(warn=0.99))
+def copied_streams(stream_cosine: xr.DataArray) -> Iterator[Profile]:
+    """The streams are still copies of one another deep in the network.
+
+    They start as copies and can only part where writes or mixing differ: break the symmetry of H_post or
+    H_pre at the start. Normal in a fresh network with symmetric weights; after training it wastes the streams.
+    """
+    late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
+    yield Profile(stream_cosine.where(xr.DataArray(late, dims="depth")), "the mean cosine between streams is")
+
+
+@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source="zhu2024hyper"))
+def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
+    """No later connection reads what a sublayer writes.
+
+    It may be left out, unless the head reads it. Check that connection's H_post, and if H_res erases it.
+    """
+    table = depth_kernel.transpose("connection", "other_connection")
+    mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
+    yield Profile(mass, "all later connections together read of a sublayer's output")
+
+
+@verdict(metric="mixing_gain", limits=Limits(info=0.0))
+def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
+    """Whether rows or columns of H_res are destinations could not be proved.
+
+    All streams were equal when the capture looked: forward and backward may be exchanged. Capture a trained or
+    perturbed network, or declare the orientation.
+    """
+    if attrs.get("orientation") != "ambiguous":
+        return None
+    return [
+        Profile(
+            xr.DataArray(1.0),
+            "the number of orientations of H_res too many that fit the data is",
+            ceiling=Severity.INFO,
+        )
+    ]
