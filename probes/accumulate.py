@@ -53,7 +53,11 @@ class Sums:
         self._add("unit_count", depth, (norm > 0).sum((0, 1)).double())
         self._top("norm_max", depth, norm.amax((0, 1)).double())
         self._top("abs_max", depth, largest.amax((0, 1)).double())
-        if self._previous is not None and self._previous[0] == depth - 1 and self._previous[1].shape == unit.shape:
+        if (
+            self._previous is not None
+            and self._previous[0] == depth - 1
+            and self._previous[1].shape == unit.shape
+        ):
             cosine = (unit * self._previous[1]).sum(-1)
             self._add("adjacent_cosine_sum", depth, cosine.sum((0, 1), dtype=torch.float64))
         self._previous = depth, unit

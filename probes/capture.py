@@ -87,7 +87,9 @@ def capture(
             losses.append(value)
             step = merged(step, forward.sums)
     if not sequences:
-        raise CaptureError("no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these")
+        raise CaptureError(
+            "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
+        )
     known = [value for value in losses if value is not None]
     row = Row(0, step, sequences, sum(known) / len(known) if known else None)
     return build_run(session, [row], step, attrs=attrs, token_text=token_text)
@@ -114,7 +116,9 @@ def settings(
     """
     named = None if layers is None else ((layers,) if isinstance(layers, str) else tuple(layers))
     if named is not None and not all(isinstance(name, str) for name in named):
-        raise ValueError(f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']")
+        raise ValueError(
+            f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
+        )
     return Settings(gradients, named, layout, max_sequences, seed, mask)
 
 
@@ -234,7 +238,11 @@ def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value
     if required or loss is not None:
-        came = "no loss" if value is None else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
+        came = (
+            "no loss"
+            if value is None
+            else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
+        )
         raise CaptureError(
             f"gradients need a scalar loss, but there is {came}: add labels to the batch, or pass "
             "loss=lambda output, batch: …"

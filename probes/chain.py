@@ -42,7 +42,9 @@ class Call:
     site: Site | None = None
     output: Any = None  # kept for connections only
     versions: tuple[int | None, int | None] = (None, None)
+    branch: Call | None = None  # of a connection: the call whose output is its branch's
     runs: int = 0
+    held: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -73,14 +75,24 @@ class Tape:
         self._segments: dict[tuple[str, Any], list[list[Call]]] = {}
         self._counts: dict[str, int] = {}
         self._recent: deque[Call] = deque()
+        self._waiting: Call | None = None  # the last connection, while its branch may still come
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
         x = first_float(args, kwargs)
-        call = Call(path, module, self._counts.get(path, 0), len(self.calls), self._stack[-1] if self._stack else None, x)
+        call = Call(
+            path,
+            module,
+            self._counts.get(path, 0),
+            len(self.calls),
+            self._stack[-1] if self._stack else None,
+            x,
+        )
         call.x_shape = tuple(x.shape) if x is not None else ()
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path] = call.index + 1
+        if self._waiting is not None and self._waiting.x_shape == call.x_shape:
+            self._waiting = None  # the streams are met again, so its branch has been
         self.calls.append(call)
         self._stack.append(call)
         for key in _group_keys(call) if x is not None else ():
@@ -97,6 +109,7 @@ class Tape:
         call.site = streams_of(module, call.x, output)
         call.output = output if call.site is not None else None
         call.versions = version(call.x), version(call.y)
+        self._note_branch(call)
         self._recent.append(call)
         if len(self._recent) > RECENT:
             self._release(self._recent.popleft())
@@ -117,6 +130,24 @@ class Tape:
                 found.append(call)
         return found
 
+    def _note_branch(self, call: Call) -> None:
+        """The branch F is the connection's own child, or the last sibling after it that returns F's shape."""
+        parent, waiting = call.parent, self._waiting
+        if parent is not None and getattr(parent.module, "branch", None) is call.module:
+            parent.branch, call.held = call, True
+        elif (
+            waiting is not None
+            and waiting.site
+            and parent is waiting.parent
+            and call.y_shape == waiting.site.branch_shape
+        ):
+            if waiting.branch is not None:
+                waiting.branch.held = False
+                self._release(waiting.branch)
+            waiting.branch, call.held = call, True
+        if call.site is not None and call.branch is None:
+            self._waiting = call
+
     def _link(self, key: tuple[str, Any], call: Call) -> None:
         call.runs += 1
         runs = self._segments.setdefault(key, [])
@@ -132,7 +163,8 @@ class Tape:
 
     def _release(self, call: Call) -> None:
         """Let go of the tensors of a call that nothing needs any more."""
-        if not (call.runs or call.site or call.path in self._keep or call in self._recent or call in self._stack):
+        needed = call.runs or call.held or call.site
+        if not (needed or call.path in self._keep or call in self._recent or call in self._stack):
             call.x = call.y = None
 
 
@@ -245,7 +277,9 @@ def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     if not found:
         return []
     largest = max(size for _, size in found)
-    best, best_size = max((pair for pair in found if pair[1] >= SHARE * largest), key=lambda pair: len(pair[0]))
+    best, best_size = max(
+        (pair for pair in found if pair[1] >= SHARE * largest), key=lambda pair: len(pair[0])
+    )
     share = best_size / _trunk_size(model)
     if share < LEAST:
         raise ChainError(
@@ -329,7 +363,9 @@ def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str] | str) -> 
     blocks = sorted((call for path in wanted for call in calls[path]), key=lambda call: call.order)
     for call in blocks:
         if not (call.x_shape and call.y_shape):
-            raise ChainError(f"{call.path} has no floating tensor as input and output; it cannot hold a residual state")
+            raise ChainError(
+                f"{call.path} has no floating tensor as input and output; it cannot hold a residual state"
+            )
     return blocks
 
 
@@ -357,7 +393,13 @@ def _chain(blocks: list[Call], name: str) -> Chain:
     """A plain chain: the input of every block and the output of the last one."""
     layers = _layer_numbers(blocks)
     places = [
-        _place(call, "input", layers, position, blocks[position - 1].path if position else call.producer or "(input)")
+        _place(
+            call,
+            "input",
+            layers,
+            position,
+            blocks[position - 1].path if position else call.producer or "(input)",
+        )
         for position, call in enumerate(blocks)
     ]
     places.append(_place(blocks[-1], "output", layers, len(blocks), blocks[-1].path))
@@ -374,7 +416,10 @@ def _chain(blocks: list[Call], name: str) -> Chain:
 
 def _convolves(blocks: list[Call]) -> bool:
     kinds = (nn.Conv2d, nn.BatchNorm2d)
-    return any(isinstance(module, kinds) for module in blocks[0].module.modules()) and len(blocks[0].x_shape) == 4
+    return (
+        any(isinstance(module, kinds) for module in blocks[0].module.modules())
+        and len(blocks[0].x_shape) == 4
+    )
 
 
 def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) -> Place:
@@ -388,7 +433,12 @@ def _layer_numbers(calls: list[Call]) -> list[int]:
     """Block numbers from the first number in the paths where these ascend, else by order."""
     numbers = [int(found.group()) if (found := re.search(r"\d+", call.path)) else -1 for call in calls]
     steps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
-    if numbers and numbers[0] >= 0 and all(step in (0, 1) for step in steps) and (any(steps) or len(calls) < 3):
+    if (
+        numbers
+        and numbers[0] >= 0
+        and all(step in (0, 1) for step in steps)
+        and (any(steps) or len(calls) < 3)
+    ):
         return numbers
     return list(range(len(calls)))
 
@@ -397,18 +447,18 @@ def _stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     """A chain with streams: the input of every connection, and the state after the last one."""
     layers = _layer_numbers(connections)
     places = [
-        _place(call, "input", layers, depth, connections[depth - 1].path if depth else call.producer or "(input)")
+        _place(
+            call, "input", layers, depth, connections[depth - 1].path if depth else call.producer or "(input)"
+        )
         for depth, call in enumerate(connections)
     ]
     last, at = _exit(tape, connections[-1])
-    end = last.order if at == "input" else len(tape.calls)
     places.append(_place(last, at, layers, len(connections), connections[-1].path))
-    ends = [*(call.order for call in connections[1:]), end]
     parents = {id(call.parent): call.parent for call in connections if call.parent is not None}
     return Chain(
         name="",
         places=tuple(places),
-        links=tuple(_link(tape, *pair) for pair in zip(connections, ends, layers, strict=True)),
+        links=tuple(_link(*pair) for pair in zip(connections, layers, strict=True)),
         blocks=tuple(dict.fromkeys(call.path for call in parents.values())),
         block_class=type(next(iter(parents.values())).module).__name__ if parents else "",
         shapes=(*(call.x_shape for call in connections), connections[-1].x_shape),
@@ -432,9 +482,9 @@ def _exit(tape: Tape, last: Call) -> tuple[Call, str]:
     )
 
 
-def _link(tape: Tape, call: Call, end: int, layer: int) -> Link:
+def _link(call: Call, layer: int) -> Link:
     assert call.site is not None
-    branch = _branch_call(tape, call, end)
+    branch = call.branch
     return Link(
         path=call.path,
         index=call.index,
@@ -444,17 +494,6 @@ def _link(tape: Tape, call: Call, end: int, layer: int) -> Link:
         branch_index=branch.index if branch else 0,
         style=call.site.style,
     )
-
-
-def _branch_call(tape: Tape, call: Call, end: int) -> Call | None:
-    """The branch F: the connection's own child, or its last sibling before the next connection, that returns F's shape."""
-    assert call.site is not None
-    shape = call.site.branch_shape
-    inner = [c for c in tape.calls[call.order + 1 : end] if c.parent is call and c.y_shape == shape]
-    outer = [c for c in tape.calls[call.order + 1 : end] if c.parent is call.parent and c.y_shape == shape]
-    own = getattr(call.module, "branch", None)
-    wrapped = [c for c in inner if c.module is own]
-    return next(iter(wrapped or (inner[-1:] if isinstance(own, nn.Module) else outer[-1:])), None)
 
 
 _LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (

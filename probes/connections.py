@@ -65,7 +65,9 @@ class Parts:
         return self._each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
-        return Parts(*(None if t is None else change(t) for t in (self.mix, self.pre, self.post, self.branch_in)))
+        return Parts(
+            *(None if t is None else change(t) for t in (self.mix, self.pre, self.post, self.branch_in))
+        )
 
 
 def streams_of(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site | None:
@@ -105,7 +107,9 @@ def streams_of(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site |
 
 def _is_width_connection(module: nn.Module) -> bool:
     methods = ("width_connection", "depth_connection")
-    return all(callable(getattr(module, name, None)) for name in methods) and hasattr(module, "num_residual_streams")
+    return all(callable(getattr(module, name, None)) for name in methods) and hasattr(
+        module, "num_residual_streams"
+    )
 
 
 def _width_site(module: nn.Module, x: torch.Tensor, n: int) -> Site:
@@ -259,7 +263,10 @@ def read_width(module: Any, x: torch.Tensor, num_streams: int) -> Parts:
     n, width = num_streams, x.shape[-1]
     streams = canonical(x, "(B N) T D", batch_size=x.shape[0] // n, num_streams=n)
     size = streams.shape[0] * streams.shape[1] * n * (n + 1)
-    with torch.no_grad(), Watch(lambda shape: _count(shape) == size and n in shape and n + 1 in shape) as watch:
+    with (
+        torch.no_grad(),
+        Watch(lambda shape: _count(shape) == size and n in shape and n + 1 in shape) as watch,
+    ):
         branch_in, mixed, depth = module.width_connection(x)
     mixed = canonical(mixed, "(B N) T D", batch_size=streams.shape[0], num_streams=n)
     best, fit = None, float("inf")
@@ -316,8 +323,8 @@ class Proof:
     reading: Reading
 
     def ambiguous(self, limit: float) -> bool:
-        """Whether both orientations fit, so that this site cannot tell them apart."""
-        return self.other <= max(limit, CLEAR * self.error)
+        """Whether both orientations fit equally well, so that this site cannot tell them apart."""
+        return self.other <= max(limit / 100, CLEAR * self.error)
 
 
 @dataclass
@@ -342,16 +349,22 @@ class Joint:
         def maybe(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else pick(tensor)
 
-        parts = Parts(maybe(self.parts.mix), maybe(self.parts.pre), pick(self.parts.post), pick(self.parts.branch_in))
+        parts = Parts(
+            maybe(self.parts.mix), maybe(self.parts.pre), pick(self.parts.post), pick(self.parts.branch_in)
+        )
         return replace(
-            self, x_in=pick(self.x_in), x_out=pick(self.x_out), parts=parts, branch_out=maybe(self.branch_out),
+            self,
+            x_in=pick(self.x_in),
+            x_out=pick(self.x_out),
+            parts=parts,
+            branch_out=maybe(self.branch_out),
             mask=torch.ones(len(index), dtype=torch.bool),
         )
 
 
 def readings(joint: Joint) -> Iterator[Reading]:
     """All ways in which the parts can be read."""
-    for observed in ((True, False) if joint.branch_out is not None else (False,)):
+    for observed in (True, False) if joint.branch_out is not None else (False,):
         for cast in (False, True) if joint.dtype in (torch.bfloat16, torch.float16) else (False,):
             for transposed in (False, True) if joint.parts.mix is not None else (False,):
                 yield Reading(transposed, cast, observed)

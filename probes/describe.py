@@ -102,7 +102,10 @@ def describe(
     assert leading is not None
     sites = [str(site) for site in leading["site"].values]
     return Description(
-        **{name: run.attrs[name] for name in ("model", "family", "n_streams", "layout", "orientation", "block")},
+        **{
+            name: run.attrs[name]
+            for name in ("model", "family", "n_streams", "layout", "orientation", "block")
+        },
         num_blocks=run.attrs["num_blocks"],
         dtype=run.attrs["dtype"],
         chains={name: trace.sizes["depth"] for name, trace in traces.items() if trace is not None},

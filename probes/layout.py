@@ -41,7 +41,12 @@ def parse_layout(layout: str) -> list[list[str]]:
     >>> parse_layout("(B N) T D")
     [['B', 'N'], ['T'], ['D']]
     """
-    groups = [list(group.replace(" ", "")) for group in re.findall(r"\(([^)]*)\)|(\S)", layout) for group in group if group]
+    groups = [
+        list(group.replace(" ", ""))
+        for group in re.findall(r"\(([^)]*)\)|(\S)", layout)
+        for group in group
+        if group
+    ]
     letters = [letter for group in groups for letter in group]
     if set(letters) - AXES or len(set(letters)) != len(letters) or "D" not in letters:
         raise LayoutError(
@@ -75,7 +80,9 @@ def canonical(state: torch.Tensor, layout: str, *, batch_size: int, num_streams:
     """
     groups = parse_layout(layout)
     if len(groups) != state.ndim:
-        raise LayoutError(f"layout {layout!r} has {len(groups)} axes, the state has shape {tuple(state.shape)}")
+        raise LayoutError(
+            f"layout {layout!r} has {len(groups)} axes, the state has shape {tuple(state.shape)}"
+        )
     known = {"B": batch_size, "N": num_streams}
     sizes: dict[str, int] = {}
     for group, size in zip(groups, state.shape, strict=True):
@@ -113,7 +120,9 @@ def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
     return 1
 
 
-def _split(group: Sequence[str], size: int, known: dict[str, int], layout: str, state: torch.Tensor) -> dict[str, int]:
+def _split(
+    group: Sequence[str], size: int, known: dict[str, int], layout: str, state: torch.Tensor
+) -> dict[str, int]:
     free = [letter for letter in group if len(group) == 1 or letter not in known]
     fixed = {letter: known[letter] for letter in group if letter not in free}
     rest, remainder = divmod(size, math.prod(fixed.values()))

@@ -57,8 +57,10 @@ class Evidence:
     @property
     def errors(self) -> list[float]:
         """Relative reconstruction error of each connection in the agreed orientation."""
-        return [p.error if p.reading.transposed == self.transposed or j.parts.mix is None else p.other
-                for p, j in zip(self.proofs, self.joints, strict=True)]
+        return [
+            p.error if p.reading.transposed == self.transposed or j.parts.mix is None else p.other
+            for p, j in zip(self.proofs, self.joints, strict=True)
+        ]
 
     def reading(self, number: int) -> Reading:
         """How the parts of one connection are read."""
@@ -66,7 +68,11 @@ class Evidence:
 
 
 def build_run(
-    session: Session, rows: list[Row], pooled: list[Sums], *, attrs: Mapping[str, Any] | None = None,
+    session: Session,
+    rows: list[Row],
+    pooled: list[Sums],
+    *,
+    attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
 ) -> xr.DataTree:
     """Turn what a session kept into a validated run.
@@ -166,7 +172,9 @@ def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
         return Evidence((), (), "not_applicable", False)
     limit = tolerance(session.dtype)
     mixing = [proof for proof, joint in zip(proofs, joints, strict=True) if joint.parts.mix is not None]
-    votes = {proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)}
+    votes = {
+        proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)
+    }
     if len(votes) > 1:
         raise ReconstructionError(
             "some connections apply their matrix and others its transpose; one run holds one orientation only"
@@ -238,7 +246,12 @@ def _masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.nd
 
 
 def _trace(
-    session: Session, number: int, depths: list[int], sequences: list[Sequence], evidence: Evidence, token_text: Any
+    session: Session,
+    number: int,
+    depths: list[int],
+    sequences: list[Sequence],
+    evidence: Evidence,
+    token_text: Any,
 ) -> xr.Dataset:
     chain = session.chains[number]
     mask = np.stack(_masks(sequences, number, depths[0]))
@@ -299,7 +312,9 @@ def _connection_coords(chain: Chain) -> dict[str, Any]:
 
 
 def _connection_variables(evidence: Evidence) -> dict[str, Any]:
-    arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("h_res", "h_pre", "h_post", "branch_in", "branch_out")}
+    arrays: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("h_res", "h_pre", "h_post", "branch_in", "branch_out")
+    }
     read_errors, rounding = [], []
     for number, joint in enumerate(evidence.joints):
         reading = evidence.reading(number)
@@ -307,14 +322,23 @@ def _connection_variables(evidence: Evidence) -> dict[str, Any]:
         returned = applied_matrix(joint, replace(reading, cast=False)).float()
         pre = joint.parts.pre if joint.parts.pre is not None else torch.full_like(joint.parts.post, math.nan)
         flat = joint.tokens()
-        read_errors.append(math.nan if flat.parts.pre is None else read_error(flat.x_in, flat.parts.pre, flat.parts.branch_in))
+        read_errors.append(
+            math.nan
+            if flat.parts.pre is None
+            else read_error(flat.x_in, flat.parts.pre, flat.parts.branch_in)
+        )
         rounding.append(float((h_res - returned).abs().max()))
         values = (h_res, pre, joint.parts.post, joint.parts.branch_in, _branch_out(joint, reading, h_res))
         for name, value in zip(arrays, values, strict=True):
             arrays[name].append(value.contiguous().numpy())
-    variables: dict[str, Any] = {name: (schema.TRACE[name].dims, np.stack(values)) for name, values in arrays.items()}
+    variables: dict[str, Any] = {
+        name: (schema.TRACE[name].dims, np.stack(values)) for name, values in arrays.items()
+    }
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
-    variables["other_orientation_error"] = ("connection", np.array([_other(evidence, i) for i in range(len(evidence.proofs))]))
+    variables["other_orientation_error"] = (
+        "connection",
+        np.array([_other(evidence, i) for i in range(len(evidence.proofs))]),
+    )
     variables["read_error"] = ("connection", np.array(read_errors))
     variables["rounding"] = ("connection", np.array(rounding))
     return variables
@@ -355,14 +379,27 @@ def _statistics(
     }
     if any(row.loss is not None for row in rows):
         variables["loss"] = ("step", np.array([math.nan if row.loss is None else row.loss for row in rows]))
-    names = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum", "gradient_square_norm_sum")
+    names = (
+        "norm_sum",
+        "square_norm_sum",
+        "norm_max",
+        "abs_max",
+        "adjacent_cosine_sum",
+        "gradient_square_norm_sum",
+    )
     for name in names:
         if any(s.array(name, depths) is not None for s in sums):
             variables[name] = (schema.PROFILE, _stacked(sums, name, depths))
     unit = _stacked(sums, "unit_sum", depths)
-    variables["unit_pair_sum"] = (schema.PROFILE, np.square(unit).sum(-1) - _stacked(sums, "unit_count", depths))
+    variables["unit_pair_sum"] = (
+        schema.PROFILE,
+        np.square(unit).sum(-1) - _stacked(sums, "unit_count", depths),
+    )
     for name in ("feature_sum", "unit_sum"):
-        variables[name] = (("depth", "stream", "feature"), _stacked(pooled[number : number + 1], name, depths)[0])
+        variables[name] = (
+            ("depth", "stream", "feature"),
+            _stacked(pooled[number : number + 1], name, depths)[0],
+        )
     coords = _depth_coords(chain, depths) | {
         "step": np.array([row.step for row in rows]),
         "stream": np.arange(unit.shape[2]),

@@ -143,7 +143,9 @@ class Session:
                 side.setdefault(place.path, []).append((number, depth, place))
         for path, places in inputs.items():
             attachment.before(modules[path], partial(self._see_input, path, places))
-        links = {path: module for path, module in modules.items() if path in {link.path for link in self.links}}
+        links = {
+            path: module for path, module in modules.items() if path in {link.path for link in self.links}
+        }
         for path, module in links.items():
             attachment.after(module, partial(self._see_link, path))
         for path in {link.branch_path for link in self.links if link.branch_path}:
@@ -297,11 +299,19 @@ class Session:
 
     # --- every forward: states, connections, branches, gradients ---
 
-    def _see_input(self, path: str, places: list[tuple[int, int, Place]], module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _see_input(
+        self, path: str, places: list[tuple[int, int, Place]], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
         self._see_place("input", path, places, first_float(args, kwargs))
 
     def _see_output(
-        self, path: str, places: list[tuple[int, int, Place]], module: nn.Module, args: Any, kwargs: Any, output: Any
+        self,
+        path: str,
+        places: list[tuple[int, int, Place]],
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Any,
     ) -> None:
         self._see_place("output", path, places, first_float(output))
 
@@ -341,11 +351,15 @@ class Session:
         key = (number, depth)
         if self.settings.gradients and tensor.requires_grad and key not in forward.hooked:
             self._expect(forward, key, tensor)
-            tensor.register_hook(Hook(partial(self._see_gradient, forward, number, depth), self.errors.append))
+            tensor.register_hook(
+                Hook(partial(self._see_gradient, forward, number, depth), self.errors.append)
+            )
 
     def _expect(self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor) -> None:
         if not any(number == key[0] for number, _ in forward.hooked):
-            forward.sources.append(tensor)  # the first state of a chain, up to which a backward of our own must reach
+            forward.sources.append(
+                tensor
+            )  # the first state of a chain, up to which a backward of our own must reach
         forward.hooked.add(key)
 
     def _see_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
@@ -518,7 +532,9 @@ def _find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.
 def _fit_mask(mask: torch.Tensor, state: torch.Tensor) -> torch.Tensor | None:
     batch, tokens = state.shape[:2]
     if mask.shape[0] == batch and mask.shape[1] >= tokens:
-        return mask[:, mask.shape[1] - tokens :].to(state.device)  # a decoding step's mask covers the past too
+        return mask[:, mask.shape[1] - tokens :].to(
+            state.device
+        )  # a decoding step's mask covers the past too
     raise CaptureError(
         f"the mask has shape {tuple(mask.shape)}, the states have {batch} sequences of {tokens} tokens; "
         "pass mask= with one entry per token of the residual state"

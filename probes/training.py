@@ -88,9 +88,11 @@ class Recorder:
             The step's loss, to be kept beside the statistics.
         """
         if not self._inside:
-            raise CaptureError("step() outside the block: use it inside `with probes.record(model) as recorder:`")
+            raise CaptureError(
+                "step() outside the block: use it inside `with probes.record(model) as recorder:`"
+            )
         if self.measuring:
-            self._fold(None if loss is None else float(loss))
+            self._fold(float(loss.detach()) if isinstance(loss, torch.Tensor) else loss)
         self.position += 1
         self._arm()
 
@@ -205,5 +207,11 @@ def record(
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")
     return Recorder(
-        session, every=every, start_step=start_step, end_step=end_step, store=path, attrs=attrs, token_text=token_text
+        session,
+        every=every,
+        start_step=start_step,
+        end_step=end_step,
+        store=path,
+        attrs=attrs,
+        token_text=token_text,
     )

@@ -51,7 +51,7 @@ def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
         gain = composite_gain.sel(direction=direction, reduction="p99", drop=True)
         yield Profile(
             gain,
-            f"the {direction} gain of the mixing from the embedding on, at the 99th percentile of tokens, is",
+            f"the {direction} gain of the mixing from the embedding on (p99 over tokens) is",
         )
 
 
@@ -62,12 +62,9 @@ def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     Look at the dynamic part of that connection: its scale, and the norm of what it is computed from.
     """
     for direction in DIRECTIONS:
-        gain = mixing_gain.sel(
-            direction=direction,
-            reduction="max" if "p99" not in mixing_gain["reduction"] else "p99",
-            drop=True,
-        )
-        yield Profile(gain, f"the {direction} gain of one connection, at the 99th percentile of tokens, is")
+        reduction = "p99" if "p99" in mixing_gain["reduction"].values else "max"  # statistics keep the latter
+        gain = mixing_gain.sel(direction=direction, reduction=reduction, drop=True)
+        yield Profile(gain, f"the {direction} gain of one connection ({reduction} over tokens) is")
 
 
 @verdict(metric="composite_attenuation", limits=Limits(warn=0.5, fail=0.05, above=False))

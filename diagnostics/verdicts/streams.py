@@ -186,7 +186,7 @@ def copied_streams(stream_cosine: xr.DataArray) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
     They start as copies and can only part where writes or mixing differ: break the symmetry of H_post or
-    H_pre at the start. Normal in a fresh network with symmetric weights; after training it wastes the streams.
+    H_pre at the start. Normal in a fresh symmetric network; after training it wastes the streams.
     """
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     yield Profile(stream_cosine.where(xr.DataArray(late, dims="depth")), "the mean cosine between streams is")
@@ -200,15 +200,15 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """
     table = depth_kernel.transpose("connection", "other_connection")
     mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
-    yield Profile(mass, "all later connections together read of a sublayer's output")
+    yield Profile(mass, "all later connections together read of a sublayer's output a weight of")
 
 
 @verdict(metric="mixing_gain", limits=Limits(info=0.0))
 def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """Whether rows or columns of H_res are destinations could not be proved.
 
-    All streams were equal when the capture looked: forward and backward may be exchanged. Capture a trained or
-    perturbed network, or declare the orientation.
+    All streams were equal when the capture looked: forward and backward may be exchanged. Capture a trained
+    or perturbed network, or declare the orientation.
     """
     if attrs.get("orientation") != "ambiguous":
         return None

@@ -162,16 +162,14 @@ class Verdict:
         self, profile: Profile, value: float, limit: float, severity: Severity, at: int, beyond: np.ndarray
     ) -> str:
         side = "above" if self.limits.above else "below"
-        held = (
-            f"{side} {number(_shown(profile, limit))}"
-            if severity
-            else f"not {side} {number(_shown(profile, limit))}"
-        )
-        words = f"{profile.words} {number(_shown(profile, value))}"
+        held = f"{'' if severity else 'not '}{side} {number(_shown(profile, limit))}"
         where = f" {place(profile.values, at)}" if profile.values.dims else ""
-        range_ = f", and so {span(profile.values, beyond)}" if severity and len(beyond) > 1 else ""
-        sentence = f"{words}{where}, {held} ({self.limits.source}){range_}."
-        return sentence[0].upper() + sentence[1:] + (f" {profile.more}" if profile.more and severity else "")
+        sentence = f"{profile.words} {number(_shown(profile, value))}{where}, {held} ({self.limits.source})"
+        if severity and len(beyond) > 1:
+            mildest = number(_shown(profile, self.limits.levels[0][1]))
+            sentence += f"; it is {side} {mildest} {span(profile.values, beyond)}"
+        more = f" {profile.more}" if profile.more and severity else ""
+        return f"{sentence[0].upper()}{sentence[1:]}.{more}"
 
 
 def verdict(*, metric: str, limits: Limits) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:

@@ -12,7 +12,9 @@ from hyper_connections import manifold_constrained_hyper_connections as constrai
 from torch import nn
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(1)  # before anything is computed: sums differ in the last bit with the number of threads
+torch.set_num_threads(
+    1
+)  # before anything is computed: sums differ in the last bit with the number of threads
 
 
 class Attention(nn.Module):

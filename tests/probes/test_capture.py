@@ -27,7 +27,9 @@ def test_states_equal_the_hidden_states_of_transformers_bit_for_bit(llama_run, t
     captured = run.trace.residual.values[..., 0, :]
     for depth in range(3):  # the last hidden state of transformers is behind the norm
         np.testing.assert_array_equal(captured[depth], hidden[depth].detach().numpy())
-    np.testing.assert_array_equal(model.model.norm(torch.from_numpy(captured[3])).detach(), hidden[3].detach().numpy())
+    np.testing.assert_array_equal(
+        model.model.norm(torch.from_numpy(captured[3])).detach(), hidden[3].detach().numpy()
+    )
 
 
 def test_gradients_equal_autograd(llama_run, text_batch):
