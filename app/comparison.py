@@ -99,6 +99,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
         metrics=tuple(dict.fromkeys(shown)),
+        stacked=True,
     )
 
 

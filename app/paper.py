@@ -115,15 +115,14 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[Figure]:
 
 
 def _built(kind: Any, analyses: Mapping[str, xr.Dataset], view: Selection) -> Iterator[Figure]:
-    choices = asdict(view)
     able = {run: data for run, data in analyses.items() if feeds(data, kind.needs)}
-    figure = kind.build(able, **choices)
+    figure = kind.build(able, **asdict(view))
     if not isinstance(figure, Heatmap):
         if any(line.role == "measured" for line in figure.lines):
             yield figure
         return
     for run in able:
-        single = kind.build(able, **(choices | {"run": run}))
+        single = kind.build(able, **asdict(replace(view, run=run, axis="depth")))
         yield single if len(able) == 1 else replace(single, name=f"{single.name}_{slug(run)}")
 
 
@@ -161,8 +160,8 @@ def _write_text(path: Path, text: str) -> None:
 def _write_figures(figures: Sequence[Figure], folder: Path, width: str, formats: Sequence[str]) -> None:
     (folder / "figures").mkdir()
     for figure in figures:
-        for ending in formats:
-            write_figure(figure, folder / "figures" / f"{figure.name}.{ending}", width=width)
+        paths = (folder / "figures" / f"{figure.name}.{ending}" for ending in formats)
+        write_figure(figure, *paths, width=width)
         _write_text(folder / "data" / f"{figure.name}.csv", figure_csv(figure))
 
 

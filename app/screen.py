@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ LARGEST_NAMED = 64
 _DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 _GREY = "rgba(128, 128, 128, 0.9)"
 _FAINT = "rgba(128, 128, 128, 0.18)"
-_HEALTHY = "rgba(34, 136, 51, 0.09)"
+_HEALTHY = "rgba(34, 136, 51, 0.07)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 _DIVERGING = ((0.0, "#2166AC"), (0.25, "#92C5DE"), (0.5, "#F7F7F7"), (0.75, "#F4A582"), (1.0, "#B2182B"))
 
 
-def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.Figure:
+def to_plotly(
+    figure: Figure, *, mark: tuple[float, float] | None = None, runs: Sequence[str] = ()
+) -> go.Figure:
     """Plotly figure of a specification; numbers stay typed arrays.
 
     Parameters
@@ -36,6 +38,9 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
         What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
     mark : tuple of float or None
         Cell of a heat map, (x, y), to ring.
+    runs : sequence of str
+        Runs in the order of their colours, so that a run keeps its colour in figures that lack another one;
+        empty takes the order of the figure.
 
     Returns
     -------
@@ -48,7 +53,7 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     >>> drawn.data[0].y.tolist()
     [4.0, 2.0, 1.0]
     """
-    drawn = _draw_lines(figure) if isinstance(figure, Lines) else _draw_heatmap(shrink(figure), mark)
+    drawn = _draw_lines(figure, runs) if isinstance(figure, Lines) else _draw_heatmap(shrink(figure), mark)
     drawn.update_layout(**_layout(figure))
     return drawn
 
@@ -86,19 +91,25 @@ def shrink(figure: Heatmap) -> Heatmap:
 # --- lines ---
 
 
-def _draw_lines(figure: Lines) -> go.Figure:
+def _draw_lines(figure: Lines, runs: Sequence[str]) -> go.Figure:
     drawn = go.Figure()
-    styles = _styles(figure.lines)
-    for line, (colour, dash) in zip(figure.lines, styles, strict=True):
+    looks = _looks(figure.lines, runs)
+    crowded = any(look.dash != _DASHES[0] for look in looks if look.measured)
+    num_bands = sum(line.lower is not None for line in figure.lines)
+    for line, look in zip(figure.lines, looks, strict=True):
         if line.lower is not None and line.upper is not None:
-            drawn.add_trace(_band(line, colour, figure.log_y))
-        drawn.add_trace(_curve(line, colour, dash))
+            drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
+    few = sum(look.measured for look in looks) <= 4
+    for line, look in zip(figure.lines, looks, strict=True):
+        drawn.add_trace(_curve(line, look, marked=few and len(line.x) <= 40, named=not crowded))
         if line.role == "threshold":
             _name_threshold(drawn, line, figure.log_y)
+    if crowded:
+        drawn.add_traces(_key(figure.lines, looks))
     span = _y_range(figure)
     if figure.healthy is not None and span is not None:
         _shade(drawn, figure.healthy, span)
-    drawn.update_yaxes(range=_on_axis(span, figure.log_y))
+    drawn.update_yaxes(**_scale(span, figure.log_y))
     return drawn
 
 
@@ -117,45 +128,70 @@ def _name_threshold(drawn: go.Figure, line: Line, log_y: bool) -> None:
     )
 
 
-def _styles(lines: Sequence[Line]) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class _Look:
+    """How one line is drawn."""
+
+    colour: str
+    dash: str
+    measured: bool
+
+
+def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
     """Colour and dash of every line: a run keeps one colour; within it dashes tell lines apart."""
-    groups = list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
+    groups = list(runs) or list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
     several = len(groups) > 1
-    styles, seen, current = [], dict.fromkeys(groups, 0), (PALETTE[0], "solid")
+    seen: dict[str, int] = {}
+    looks: list[_Look] = []
     for line in lines:
         if line.role == "threshold":
-            styles.append((_GREY, "dot"))
+            looks.append(_Look(_GREY, "dot", measured=False))
         elif line.role == "null":
-            styles.append((current[0], "dash"))
+            colour = looks[-1].colour if looks else PALETTE[0]
+            looks.append(_Look(colour, "dash", measured=False))
         else:
-            rank = seen[line.group]
+            rank = seen.get(line.group, 0)
             seen[line.group] = rank + 1
-            colour = groups.index(line.group) if several else rank
-            current = (PALETTE[colour % len(PALETTE)], _DASHES[rank % len(_DASHES)] if several else "solid")
-            styles.append(current)
-    return styles
+            colour = PALETTE[(groups.index(line.group) if several else rank) % len(PALETTE)]
+            looks.append(_Look(colour, _DASHES[rank % len(_DASHES)] if several else "solid", measured=True))
+    return looks
 
 
-def _curve(line: Line, colour: str, dash: str) -> go.Scatter:
-    measured = line.role == "measured"
-    few = len(line.x) <= 40
+def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
     return go.Scatter(
         x=line.x,
         y=line.y,
         name=line.label,
-        mode="lines+markers" if measured and few else "lines",
-        line={"color": colour, "dash": dash, "width": 2.2 if measured else 1.3},
-        marker={"size": 5},
-        opacity=1.0 if measured else 0.75,
-        legendgroup=line.label,
+        mode="lines+markers" if look.measured and marked else "lines",
+        line={"color": look.colour, "dash": look.dash, "width": 2.2 if look.measured else 1.3},
+        marker={"size": 4.5},
+        opacity=1.0 if look.measured else 0.7,
+        legendgroup=line.label if named else line.group,
         text=None if line.text is None else list(line.text),
-        hovertemplate=None if measured else "%{y:.4~g}",
+        hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
         hoverinfo="skip" if line.role == "threshold" else None,
-        showlegend=line.role != "threshold",
+        showlegend=look.measured and named,
     )
 
 
-def _band(line: Line, colour: str, log_y: bool) -> go.Scatter:
+def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
+    """Legend of many lines: one entry for each run by colour, one for each variant by dash."""
+    entries: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
+    for line, look in zip(lines, looks, strict=True):
+        if look.measured:
+            entries.setdefault(line.group, {"color": look.colour, "width": 4})
+            variant = line.label.removeprefix(f"{line.group} · ")
+            variants.setdefault(variant, {"color": _GREY, "width": 1.8, "dash": look.dash})
+    return [
+        go.Scatter(
+            x=[None], y=[None], mode="lines", name=name, line=style, legendgroup=name, hoverinfo="skip"
+        )
+        for name, style in (entries | variants).items()
+    ]
+
+
+def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
     """Closed outline of the spread; NaN and, on a log axis, what is not positive is left out."""
     assert line.lower is not None
     assert line.upper is not None
@@ -168,7 +204,7 @@ def _band(line: Line, colour: str, log_y: bool) -> go.Scatter:
         x=np.concatenate([x, x[::-1]]),
         y=np.concatenate([high, low[::-1]]),
         fill="toself",
-        fillcolor=f"rgba({red}, {green}, {blue}, 0.16)",
+        fillcolor=f"rgba({red}, {green}, {blue}, {opacity})",
         line={"width": 0},
         mode="lines",
         hoverinfo="skip",
@@ -210,11 +246,16 @@ def _drawable(figure: Lines, roles: tuple[str, ...]) -> np.ndarray:
     return values[np.isfinite(values) & ((values > 0) | (not figure.log_y))]
 
 
-def _on_axis(span: tuple[float, float] | None, log_y: bool) -> list[float] | None:
-    """Range in the axis' own units: decades on a log axis."""
+def _scale(span: tuple[float, float] | None, log_y: bool) -> dict[str, Any]:
+    """Range and ticks of the vertical axis: decades on a long log axis, 1-2-5 on a short one."""
     if span is None:
-        return None
-    return [float(np.log10(end)) for end in span] if log_y else list(span)
+        return {"type": "log"} if log_y else {}
+    if not log_y:
+        return {"range": list(span)}
+    ends = [float(np.log10(end)) for end in span]
+    decades = ends[1] - ends[0]
+    ticks = {"dtick": max(1, round(decades / 6))} if decades > 2 else {"dtick": "D2"}
+    return {"type": "log", "range": ends, "exponentformat": "power", "tickfont": {"size": 11}, **ticks}
 
 
 # --- heat maps ---
@@ -222,8 +263,9 @@ def _on_axis(span: tuple[float, float] | None, log_y: bool) -> list[float] | Non
 
 def _draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None) -> go.Figure:
     z = np.asarray(figure.z, dtype=np.float32)
-    shown, bar = (_log(z), {"tickprefix": "10^"}) if figure.log_z else (z, {})
+    shown = _log(z) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
+    bar = {"title": {"text": figure.z_label, "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9}
     drawn = go.Figure(
         go.Heatmap(
             x=figure.x,
@@ -235,12 +277,7 @@ def _draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None) -> go.Figur
             zmax=None if limits is None else limits[1],
             zmid=0.0 if figure.diverging and limits is None else None,
             colorscale=_DIVERGING if figure.diverging else "Viridis",
-            colorbar={
-                "title": {"text": figure.z_label, "side": "right"},
-                "thickness": 12,
-                "outlinewidth": 0,
-                **bar,
-            },
+            colorbar=bar | (_log_ticks(shown) if figure.log_z else {}),
             hoverongaps=False,
             hovertemplate=_hover(figure),
         )
@@ -258,6 +295,21 @@ def _log_limits(limits: tuple[float, float] | None) -> tuple[float, float] | Non
     if limits is None or limits[0] <= 0:
         return None
     return float(np.log10(limits[0])), float(np.log10(limits[1]))
+
+
+def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
+    """Round numbers on a colour bar of logarithms."""
+    known = shown[np.isfinite(shown)]
+    if known.size == 0:
+        return {}
+    low, high = float(known.min()), float(known.max())
+    steps = (
+        (1.0,) if high - low > 3 else (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    )
+    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    values = np.array([step * 10.0**decade for decade in decades for step in steps])
+    inside = values[(np.log10(values) >= low - 1e-6) & (np.log10(values) <= high + 1e-6)]
+    return {"tickvals": np.log10(inside).tolist(), "ticktext": [f"{value:g}" for value in inside]}
 
 
 def _cell_names(figure: Heatmap) -> list[list[str]] | None:
@@ -294,13 +346,12 @@ def _ring(drawn: go.Figure, figure: Heatmap, mark: tuple[float, float]) -> None:
 def _layout(figure: Figure) -> dict[str, Any]:
     """Quiet axes on a transparent page; `uirevision` keeps zoom and hidden lines when the data change."""
     axis = {"gridcolor": _FAINT, "zeroline": False, "linecolor": _FAINT, "ticks": "", "automargin": True}
-    x_axis = {**axis, "title": {"text": figure.x_label, "standoff": 8}}
-    y_axis = {**axis, "title": {"text": figure.y_label, "standoff": 8}}
+    x_axis = {**axis, "title": {"text": figure.x_label, "standoff": 6, "font": {"size": 12.5}}}
+    y_axis = {**axis, "title": {"text": figure.y_label, "standoff": 6, "font": {"size": 12.5}}}
     if isinstance(figure, Lines):
-        log = {"type": "log", "exponentformat": "power", "dtick": None} if figure.log_y else {}
         return _frame(figure) | {
             "xaxis": {**x_axis, "showgrid": False},
-            "yaxis": y_axis | log,
+            "yaxis": y_axis,
             "hovermode": "x unified",
         }
     bare = {"showgrid": False, "showline": False}

@@ -446,8 +446,10 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
     final = _statistics(run, step)
     stepwise = [name for name, value in final.data_vars.items() if "step" in value.dims]
     rows = [dataset[stepwise] for dataset in (*history, final)]
-    joined = xr.concat(rows, dim="step").merge(final.drop_vars(stepwise))
-    return schema.create_run(run["trace"].to_dataset(), statistics=joined, attrs=dict(run.attrs))
+    joined = xr.concat(rows, dim="step", data_vars="all", coords="minimal", compat="override", join="exact")
+    attrs = {str(name): value for name, value in run.attrs.items()}
+    statistics = joined.merge(final.drop_vars(stepwise), compat="override")
+    return schema.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=attrs)
 
 
 def _saved(each: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:

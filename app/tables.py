@@ -64,6 +64,8 @@ class Table:
         Printed columns whose cells are bibliography keys.
     wrapped : tuple of str
         Printed columns of running text.
+    stacked : bool
+        Whether LaTeX sets the null below the value, for tables of few rows and many columns.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Table:
     metrics: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
+    stacked: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,13 +148,34 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
     words = [word for word in fixed.values() if word]
     return Column(
         key="_".join((metric, *words)),
-        label=" ".join((metric.replace("_", " "), *words)),
+        label=" ".join((spoken(metric), *words)),
         symbol=str(attrs.get("symbol") or ""),
         metric=metric,
         value=value,
         stderr=pick(analysis, f"{metric}_stderr", view, **fixed),
         null=pick(analysis, f"{metric}_null", view, **fixed),
     )
+
+
+def spoken(metric: str) -> str:
+    """A metric's name as people write it.
+
+    Parameters
+    ----------
+    metric : str
+        Name in the catalogue.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> spoken("adjacent_cka"), spoken("dong_residual")
+    ('adjacent CKA', 'Dong residual')
+    """
+    proper = {"cka": "CKA", "dong": "Dong"}
+    return " ".join(proper.get(word, word) for word in metric.split("_"))
 
 
 # --- one row a depth, one row a connection

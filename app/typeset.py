@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from app.bibliography import keys_of
-from app.tables import Table
+from app.tables import Table, spoken
 
 # What pdfTeX cannot set from plain text; the rest of Unicode passes through.
 SIGNS = {
@@ -104,7 +104,12 @@ def to_latex(table: Table, cites: Mapping[str, str]) -> str:
 
 def _cell(table: Table, column: object, text: str) -> str:
     keys = keys_of([text]) if column in table.cited else []
-    return rf"\cite{{{','.join(keys)}}}" if keys else tex(text)
+    if keys:
+        return rf"\cite{{{','.join(keys)}}}"
+    value, bracket, null = text.partition(" (null ")
+    if table.stacked and bracket:
+        return rf"\shortstack[l]{{{tex(value)}\\{tex(bracket[1:] + null)}}}"
+    return tex(text)
 
 
 def _heading(column: str) -> str:
@@ -122,8 +127,8 @@ def _definitions(table: Table, cites: Mapping[str, str]) -> str:
     for metric, symbol in table.symbols.items():
         keys = keys_of([cites.get(metric, "")])
         source = rf"~\cite{{{','.join(keys)}}}" if keys else ""
-        defined.append(f"{tex(metric.replace('_', ' '))} ${symbol}$" + source)
-    return f" {'; '.join(defined)}." if defined else ""
+        defined.append(f"{tex(spoken(metric))} ${symbol}$" + source)
+    return f" Symbols: {'; '.join(defined)}." if defined else ""
 
 
 def to_markdown(table: Table) -> str:

@@ -104,7 +104,7 @@ def _analyze_chain(
 
 
 def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
-    """Put measured variables to one dataset, ``step`` first; nulls have no step.
+    """Put measured variables to one dataset, ``step`` first; nulls and counts have no step.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     Dataset
     """
     stepped = {
-        name: value if name.endswith("_null") else value.expand_dims(step=[step])
+        name: value if name.endswith("_null") or name in STEPLESS else value.expand_dims(step=[step])
         for name, value in variables.items()
     }
     streams = list(
@@ -129,6 +129,8 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     return dataset.assign_coords(step=[step])
 
 
+# Facts about the sample, not about the network at a step.
+STEPLESS = ("num_tokens",)
 # The order of dims in an analysis; a variable has those that it needs.
 DIMS = (
     *("step", "estimator", "direction", "kind", "scope", "tokens", "centering", "depth", "other_depth"),

@@ -415,7 +415,8 @@ def _read(path: Path, suffix: str) -> xr.DataTree:
         return xr.open_datatree(path, engine="zarr", consolidated=False)
     from zarr.storage import ZipStore
 
-    return xr.open_datatree(ZipStore(path, mode="r"), engine="zarr", consolidated=False)
+    store: Any = ZipStore(path, mode="r")  # xarray takes a store, though its annotation does not say so
+    return xr.open_datatree(store, engine="zarr", consolidated=False)
 
 
 def _replace(fresh: Path, target: Path, aside: Path) -> None:

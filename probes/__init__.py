@@ -2,7 +2,7 @@
 
 from probes.capture import capture
 from probes.chain import ChainError
-from probes.connections import ConnectionError, ReconstructionError  # noqa: A004
+from probes.connections import ConnectionError, ReconstructionError
 from probes.describe import describe
 from probes.layout import LayoutError
 from probes.session import CaptureError

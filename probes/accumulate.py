@@ -117,6 +117,23 @@ class Sums:
             for key, value in parts.items():
                 self._top(name, key, value)
 
+    def compact(self) -> Sums:
+        """The same statistics without their feature axis, to be kept as one row among many.
+
+        Returns
+        -------
+        Sums
+            ``unit_sum`` gives way to ``unit_square``, its squared norm, and ``feature_sum`` is left out.
+        """
+        row = Sums()
+        row.maxima = self.maxima
+        row.sums = {
+            name: parts for name, parts in self.sums.items() if name not in ("feature_sum", "unit_sum")
+        }
+        units = self.sums.get("unit_sum", {})
+        row.sums["unit_square"] = {depth: unit.square().sum(-1) for depth, unit in units.items()}
+        return row
+
     def array(self, name: str, keys: Sequence[int]) -> np.ndarray | None:
         """One statistic at some depths or connections, NaN where nothing was seen.
 

@@ -13,7 +13,7 @@ from torch import nn
 from probes.accumulate import Sums
 from probes.hooks import tensors_in, untouched
 from probes.record import Row, build_run
-from probes.session import CaptureError, Forward, Mask, Session, Settings
+from probes.session import CaptureError, Forward, Mask, RewrittenError, Session, Settings
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -91,7 +91,7 @@ def capture(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
     known = [value for value in losses if value is not None]
-    row = Row(0, step, sequences, sum(known) / len(known) if known else None)
+    row = Row(0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None)
     return build_run(session, [row], step, attrs=attrs, token_text=token_text)
 
 
@@ -127,8 +127,7 @@ def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Forward, floa
     batch = _listening(batch) if gradients else batch
     session.attach()
     try:
-        with torch.set_grad_enabled(gradients):
-            output = call(session.model, batch)
+        output = _forward(session, batch)
         raise_first(session)
         if not session.forwards:
             raise CaptureError("the model's forward did not end; nothing was captured")
@@ -140,6 +139,15 @@ def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Forward, floa
         return forward, None if value is None else float(value.detach())
     finally:
         session.detach()
+
+
+def _forward(session: Session, batch: Any) -> Any:
+    with torch.set_grad_enabled(session.settings.gradients):
+        output = call(session.model, batch)
+        if any(isinstance(error, RewrittenError) for error in session.errors):
+            session.errors.clear()
+            output = call(session.model, batch)  # now the places are known, and states are copied as they pass
+        return output
 
 
 def raise_first(session: Session) -> None:

@@ -6,7 +6,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -432,7 +432,7 @@ def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) ->
 def _layer_numbers(calls: list[Call]) -> list[int]:
     """Block numbers from the first number in the paths where these ascend, else by order."""
     numbers = [int(found.group()) if (found := re.search(r"\d+", call.path)) else -1 for call in calls]
-    steps = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(numbers)]
     if (
         numbers
         and numbers[0] >= 0

@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torc
 CLEAR = 10.0  # an orientation is told apart when the other one reconstructs this many times worse
 
 
-class ConnectionError(ValueError):  # noqa: A001 - the field's word; the builtin is about sockets
+class ConnectionError(ValueError):
     """A stream connection that cannot be read."""
 
 
@@ -89,7 +89,7 @@ def streams_of(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site |
     if x is None:
         return None
     if _is_width_connection(module):
-        n = int(module.num_residual_streams)  # type: ignore[arg-type]
+        n = int(module.num_residual_streams)
         return _width_site(module, x, n)
     if isinstance(output, (tuple, list)) and x.ndim >= 3:
         roles = _roles(x, output)

@@ -30,6 +30,7 @@ class Hook:
         self.report = report
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Call the function and return nothing."""
         if self.function is None or self.report is None:
             return
         try:

@@ -211,7 +211,7 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
     if made_up:
         raise CheckpointError(
             f"'{folder}' lacks {len(made_up)} weights of {type(model).__name__} ({', '.join(made_up[:5])}), "
-            "which would be random numbers: complete the download or name the right architecture in config.json"
+            "which would be random: complete the download or name the right architecture in config.json"
         )
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])

@@ -37,7 +37,7 @@ SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "de
 
 @dataclass(frozen=True)
 class Row:
-    """The statistics of one measured step."""
+    """The statistics of one measured step; `Sums.compact` ones, so that many rows stay small."""
 
     step: int
     sums: list[Sums]
@@ -198,7 +198,7 @@ def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
         link = session.links[worst]
         raise ReconstructionError(
             f"connection {worst} ({link.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
-            f"{errors[worst]:.1e} (tolerance {limit:.0e} for {str(session.dtype).removeprefix('torch.')}), in both orientations. "
+            f"{errors[worst]:.1e} (tolerance {limit:.0e} for {str(session.dtype).removeprefix('torch.')}), in either orientation. "
             "The matrix that the module returns is not the one that the model applies, or something else is added to "
             "the streams between two connections (dropout in training mode, for one); the capture is refused"
         )
@@ -390,11 +390,9 @@ def _statistics(
     for name in names:
         if any(s.array(name, depths) is not None for s in sums):
             variables[name] = (schema.PROFILE, _stacked(sums, name, depths))
-    unit = _stacked(sums, "unit_sum", depths)
-    variables["unit_pair_sum"] = (
-        schema.PROFILE,
-        np.square(unit).sum(-1) - _stacked(sums, "unit_count", depths),
-    )
+    unit_square = _stacked(sums, "unit_square", depths)
+    pairs = unit_square - _stacked(sums, "unit_count", depths)
+    variables["unit_pair_sum"] = (schema.PROFILE, pairs)
     for name in ("feature_sum", "unit_sum"):
         variables[name] = (
             ("depth", "stream", "feature"),
@@ -402,7 +400,7 @@ def _statistics(
         )
     coords = _depth_coords(chain, depths) | {
         "step": np.array([row.step for row in rows]),
-        "stream": np.arange(unit.shape[2]),
+        "stream": np.arange(pairs.shape[2]),
     }
     if chain.links:
         variables |= _gains(sums, evidence)

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -23,13 +23,17 @@ from probes.hooks import Attachment, Hook, first_float, in_recomputation, tensor
 from probes.layout import canonical, count_streams, infer_layout
 from probes.sampling import Reservoir, Sequence, weights_stamp
 
-Mask = torch.Tensor | Callable[[Mapping[str, Any]], torch.Tensor] | None
+Mask: TypeAlias = torch.Tensor | Callable[[Mapping[str, Any]], torch.Tensor] | None
 REAL_MASKS = ("attention_mask",)
 PADDING_MASKS = ("src_key_padding_mask", "key_padding_mask")
 
 
 class CaptureError(RuntimeError):
     """A capture that could not be made, or that would be incomplete."""
+
+
+class RewrittenError(CaptureError):
+    """A state of the first forward was rewritten in place before it could be copied."""
 
 
 @dataclass(frozen=True)
@@ -206,13 +210,12 @@ class Session:
                 self._discover(tape, forward)
             finally:
                 self._open = None
+                self.attach()
         for sums in forward.sums:
             sums.end_forward()
         forward.watched.clear()
         forward.arguments = {}  # the batch must not outlive the forward
         self.forwards.append(forward)
-        if tape is not None:
-            self.attach()
 
     # --- the first forward: everything is looked at, then the chains are found in it ---
 
@@ -256,6 +259,8 @@ class Session:
         self._paused = True
         try:
             self._replay(calls, forward)
+        except RewrittenError:
+            raise  # the chains are right: from the next forward on states are copied as they pass
         except Exception:
             self.chains = []
             raise
@@ -292,7 +297,7 @@ class Session:
         if tensor is None:
             raise CaptureError(f"the state at {call.path} was not kept; name the blocks with layers=")
         if call.versions[side] != version(tensor):
-            raise CaptureError(
+            raise RewrittenError(
                 f"the state at {call.path} was rewritten in place before the first forward ended, so its value is lost; "
                 "call the model once more: from the second forward on states are copied as they pass"
             )

@@ -149,7 +149,9 @@ class Recorder:
             if forward.stamp != self._pooled_stamp:
                 self._pooled, self._pooled_stamp = [], forward.stamp
             self._pooled = merged(self._pooled, forward.sums)
-        self._rows.append(Row(self.position, sums, sum(f.batch_size for f in forwards), loss))
+        self._rows.append(
+            Row(self.position, [s.compact() for s in sums], sum(f.batch_size for f in forwards), loss)
+        )
 
     def _arm(self) -> None:
         self._disarm()

@@ -21,6 +21,7 @@ _PROFILES = (
             "Distance to identical tokens across depth",
             "r(X) / ‖X‖",
             "dong_residual",
+            scope="sequence",
             log_y=True,
             note="0 means that all tokens of a sequence are equal.",
         ),

@@ -30,6 +30,8 @@ class Matrix:
         Ends of the colour scale; None at an end is the data's own, None is both.
     log_z : bool
         Logarithmic colour scale.
+    below : bool
+        Only what lies below the diagonal exists: a reader has nothing to read from itself or from later ones.
     note : str
         Sentence that ends the caption.
     """
@@ -44,6 +46,7 @@ class Matrix:
     y_label: str
     limits: tuple[float | None, float | None] | None = None
     log_z: bool = False
+    below: bool = False
     note: str = ""
 
 
@@ -71,6 +74,7 @@ def build_matrix(matrix: Matrix, analyses: Analyses, choice: Selection) -> Heatm
     run, array = _slice(matrix, analyses, choice)
     array = array.transpose(matrix.rows, matrix.columns)
     z = np.asarray(array.values, dtype=np.float64)
+    z = np.where(np.tri(*z.shape, k=-1, dtype=bool), z, np.nan) if matrix.below else z
     rows, columns = names_of(array, matrix.rows), names_of(array, matrix.columns)
     return Heatmap(
         name=matrix.name,
@@ -126,7 +130,7 @@ def _caption(matrix: Matrix, analyses: Analyses, choice: Selection, run: str) ->
     one = {run: analyses[run]}
     dims = dims_of(one, matrix.metric)
     parts = [f"Run {run}", reduction_of(dims, choice), _direction(dims, choice)]
-    parts.append(counted(one, choice) if "tokens" in dims else "")
+    parts.append(counted(one, choice, choice.scope if "scope" in dims else "data"))
     said = ["; ".join(part for part in parts if part) + ".", matrix.note, _null(matrix, one, choice)]
     able = {name for name, _, _ in fed(analyses, matrix.metric, choice, **_fixed(choice))}
     return " ".join(part for part in [*said, left_out(analyses, able)] if part)

@@ -91,7 +91,7 @@ _PROFILES = (
         _along(
             "mixing_entropy",
             "Mixing entropy of each connection",
-            "row entropy (nats)",
+            "row entropy",
             note="0 is a permutation, ln n is the uniform average.",
         ),
         _REDUCED,
@@ -141,6 +141,7 @@ _MAPS = (
             columns="other_connection",
             x_label="source: output of connection",
             y_label="reader: input of connection",
+            below=True,
             limits=(0.0, None),
             note="Does not depend on the stream basis; mean over tokens.",
         ),

@@ -38,6 +38,8 @@ class Profile:
         Logarithmic vertical axis.
     thresholds : tuple of (float, str)
         Values drawn as dotted lines, with their labels.
+    scope : str
+        Tokens behind a number whose variable has no scopes: those of all "data" or of a "sequence".
     note : str
         Sentence that ends the caption.
     """
@@ -50,6 +52,7 @@ class Profile:
     over: str = ""
     log_y: bool = False
     thresholds: tuple[tuple[float, str], ...] = ()
+    scope: str = "data"
     note: str = ""
 
 
@@ -208,12 +211,15 @@ def _caption(
     """Reduction, count, estimator, what the band and the dashes mean, and which runs are missing."""
     shown = {run: analyses[run] for run in analyses if run in drawn}
     dims = dims_of(shown, profile.metric)
-    parts = [reduction_of(dims, choice), counted(shown, choice) if "tokens" in dims else ""]
+    scope = choice.scope if "scope" in dims else profile.scope
+    parts = [reduction_of(dims, choice), counted(shown, choice, scope)]
     head = "; ".join(part for part in parts if part)
     said = [f"{head[0].upper()}{head[1:]}." if head else ""]
     said.append(_band_words(profile, lines))
     if any(line.role == "null" for line in lines):
-        said.append("Dashed: the same number for independent noise of the same shape (the null).")
+        said.append("Dashed: the null, independent noise of the same shape.")
+    if healthy_range(profile.metric) is not None:
+        said.append("Green: healthy.")
     said.extend([profile.note, left_out(analyses, drawn)])
     return " ".join(part for part in said if part)
 

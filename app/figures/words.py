@@ -18,11 +18,11 @@ __all__ = [
 ]
 
 _SCOPES = {
-    "sequence": "computed within each sequence, then averaged over sequences",
-    "data": "computed over the tokens of all sequences pooled",
+    "sequence": "within each sequence, then averaged",
+    "data": "over the tokens of all sequences pooled",
 }
 _TOKENS = {"all": "all tokens", "ordinary": "tokens without massive activations"}
-_CENTERING = {"raw": "raw (not centred)", "centred": "mean token removed"}
+_CENTERING = {"raw": "not centred", "centred": "mean token removed"}
 _REDUCTIONS = {
     "mean": "mean over tokens",
     "median": "median over tokens",
@@ -83,7 +83,7 @@ def reduction_of(dims: set[str], choice: Selection) -> str:
     return "; ".join(said)
 
 
-def counted(analyses: Analyses, choice: Selection) -> str:
+def counted(analyses: Analyses, choice: Selection, scope: str) -> str:
     """How many tokens stand behind the numbers, from `num_tokens`.
 
     Parameters
@@ -92,6 +92,8 @@ def counted(analyses: Analyses, choice: Selection) -> str:
         Run name → analysis.
     choice : Selection
         What was selected.
+    scope : str
+        "sequence" counts the tokens of one sequence, "data" those of all.
 
     Returns
     -------
@@ -100,7 +102,7 @@ def counted(analyses: Analyses, choice: Selection) -> str:
     """
     known: list[float] = []
     for data in analyses.values():
-        array = pick(data, "num_tokens", choice, **({"stream": "mean"} if choice.stream == "each" else {}))
+        array = pick(data, "num_tokens", choice, scope=scope, stream="mean")
         if array is not None:
             known.extend(np.asarray(array.values, dtype=np.float64).ravel())
     known = [n for n in known if np.isfinite(n)]
@@ -108,7 +110,7 @@ def counted(analyses: Analyses, choice: Selection) -> str:
         return ""
     low, high = min(known), max(known)
     count = f"{high:g}" if low == high else f"{low:g} to {high:g}"
-    return f"N = {count} tokens" + (" a sequence" if choice.scope == "sequence" else "")
+    return f"N = {count} tokens" + (" a sequence" if scope == "sequence" else "")
 
 
 def left_out(analyses: Analyses, drawn: set[str]) -> str:

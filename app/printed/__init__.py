@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
@@ -10,11 +11,12 @@ from matplotlib.figure import Figure as Canvas
 from app.figures.specification import Figure, Heatmap
 from app.printed.curves import draw_lines
 from app.printed.matrices import draw_heatmap
-from app.printed.style import WIDTHS, Width, style
+from app.printed.style import WIDTHS, Width, pgf_style, style
 
 __all__ = ["FORMATS", "WIDTHS", "Width", "style", "to_matplotlib", "to_svg", "write_figure"]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
+UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
 def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
@@ -41,32 +43,43 @@ def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
         return draw_heatmap(figure, size) if isinstance(figure, Heatmap) else draw_lines(figure, size)
 
 
-def write_figure(figure: Figure, path: Path, *, width: str = "icml") -> Path:
-    """Draw a figure to a file; its ending says the format.
+def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
+    """Draw a figure once and write it to files; their endings say the formats.
 
     Parameters
     ----------
     figure : Lines or Heatmap
         What to draw.
-    path : Path
-        Ends in ``.pdf``, ``.svg``, ``.pgf`` or ``.png``.
+    *paths : Path
+        End in ``.pdf``, ``.svg``, ``.pgf`` or ``.png``.
     width : str
         A key of `WIDTHS`.
-
-    Returns
-    -------
-    Path
 
     Raises
     ------
     ValueError
-        For a width or an ending that is not known.
+        For a width or an ending that is not known, or PGF without LaTeX.
     """
-    ending = path.suffix.removeprefix(".")
-    if ending not in FORMATS:
+    for path in paths:
+        _require_format(path)
+    with style(width):
+        canvas = _laid_out(figure, width)
+        for path in paths:
+            ending = path.suffix.removeprefix(".")
+            with pgf_style() if ending == "pgf" else nullcontext():
+                canvas.savefig(path, metadata=UNDATED.get(ending))
+
+
+def _require_format(path: Path) -> None:
+    if path.suffix.removeprefix(".") not in FORMATS:
         raise ValueError(f"cannot draw {path.name!r}; expected an ending of {', '.join(FORMATS)}")
-    path.write_bytes(_bytes(figure, ending, width))
-    return path
+
+
+def _laid_out(figure: Figure, width: str) -> Canvas:
+    canvas = to_matplotlib(figure, width=width)
+    canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")  # the layout is found once, not for every format
+    return canvas
 
 
 def to_svg(figure: Figure, *, width: str = "neurips") -> str:
@@ -84,16 +97,11 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
     str
         From ``<svg`` on, without the XML declaration.
     """
-    text = _bytes(figure, "svg", width).decode()
+    buffer = io.StringIO()
+    with style(width):
+        _laid_out(figure, width).savefig(buffer, format="svg", metadata=UNDATED["svg"])
+    text = buffer.getvalue()
     element = text[text.index("<svg") :]
     for before in ('id="', 'href="#', "url(#"):
         element = element.replace(before, f"{before}{figure.name}-")
     return element
-
-
-def _bytes(figure: Figure, ending: str, width: str) -> bytes:
-    buffer = io.BytesIO()
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with style(width):
-        to_matplotlib(figure, width=width).savefig(buffer, format=ending, metadata=undated.get(ending))
-    return buffer.getvalue()

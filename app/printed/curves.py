@@ -11,10 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from app.figures.specification import Line, Lines
-from app.printed.style import Width, plain, whole
+from app.printed.style import Width, plain, plain_ticks, whole
 
 # Okabe and Ito's colours, in an order in which neighbours differ in grey too; yellow is too light for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -42,6 +41,8 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     entries = len(measured) + len({line.role for line in figure.lines} - {"measured"})
     canvas = Canvas(figsize=(size.inches, _height(size, entries)), layout="constrained")
     axes = canvas.add_subplot()
+    if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
+        axes.set_yscale("log", nonpositive="mask")
     last: Mapping[str, Any] = {}
     for line in figure.lines:
         if line.role == "measured":
@@ -56,7 +57,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
                 linewidth=0.8,
                 alpha=0.8,
             )
-    _scale(axes, figure, measured)
+    _limit(axes, figure)
     _draw_limits(axes, figure)
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(plain(figure.y_label))
@@ -102,17 +103,17 @@ def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
 
 def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
     thinned = max(1, math.ceil(len(line.x) / 12))
-    axes.plot(line.x, line.y, label=plain(line.label), markevery=thinned, zorder=3, **look)
+    hidden = axes.get_yscale() == "log" and not np.any(line.y > 0)
+    label = f"{line.label} (never above 0)" if hidden else line.label
+    axes.plot(line.x, line.y, label=plain(label), markevery=thinned, zorder=3, **look)
     if line.lower is not None and line.upper is not None:
         axes.fill_between(
             line.x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0, zorder=2
         )
 
 
-def _scale(axes: Axes, figure: Lines, measured: Sequence[Line]) -> None:
-    """Logarithmic where it can be, and limits set by what was measured, not by far thresholds."""
-    if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
-        axes.set_yscale("log", nonpositive="mask")
+def _limit(axes: Axes, figure: Lines) -> None:
+    """Limits set by what was measured, not by far thresholds; ticks as plain as they can be."""
     if all(whole(line.x) for line in figure.lines):
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.02)
@@ -121,6 +122,8 @@ def _scale(axes: Axes, figure: Lines, measured: Sequence[Line]) -> None:
     for line in figure.lines:
         if line.role == "threshold" and _near(line.y[0], low, high, axes):
             axes.set_ylim(*_around(line.y[0], axes))
+    if axes.get_yscale() == "log":
+        plain_ticks(axes.yaxis, *axes.get_ylim())
 
 
 def _near(value: float, low: float, high: float, axes: Axes) -> bool:
@@ -150,8 +153,8 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
                 _name_threshold(axes, line, side)
     if figure.healthy is not None:
         bottom, top = max(low, figure.healthy[0]), min(high, figure.healthy[1])
-        if bottom < top:
-            axes.axhspan(bottom, top, color="0.93", linewidth=0, zorder=0)
+        if bottom < top and (bottom, top) != (low, high):  # grey from edge to edge would say nothing
+            axes.axhspan(bottom, top, color="0.93", linewidth=0, zorder=0, label="healthy")
     axes.set_ylim(low, high)
 
 
@@ -199,9 +202,6 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", linestyle=(0, (4, 2)), linewidth=0.8))
         labels.append("null")
-    if figure.healthy is not None:
-        handles.append(Patch(color="0.93", linewidth=0))
-        labels.append("healthy")
     if len(handles) < 2:
         return
     if len(handles) <= LEGEND_INSIDE:

@@ -10,7 +10,7 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 
 from app.figures.specification import Array, Heatmap
-from app.printed.style import Width, plain, whole
+from app.printed.style import Width, plain, plain_ticks, whole
 
 DENSE = 400  # cells from which a mesh is rasterised inside the vector file
 
@@ -30,7 +30,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     matplotlib.figure.Figure
     """
     across = min(size.inches, 4.2)
-    canvas = Canvas(figsize=(size.inches, 0.82 * across), layout="constrained")
+    canvas = Canvas(figsize=(size.inches, 0.82 * across), layout="compressed")
     axes = canvas.add_subplot()
     mesh = axes.pcolormesh(
         edges(figure.x),
@@ -52,6 +52,8 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     axes.set_ylabel(plain(figure.y_label))
     bar = canvas.colorbar(mesh, ax=axes, label=plain(figure.z_label), fraction=0.06, pad=0.03)
     bar.outline.set_linewidth(0.4)
+    if isinstance(mesh.norm, LogNorm):
+        plain_ticks(bar.ax.yaxis, float(mesh.norm.vmin), float(mesh.norm.vmax))
     return canvas
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.mathtext import MathTextParser
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,46 @@ def style(width: str = "icml") -> Iterator[Width]:
     size = WIDTHS[width]
     with mpl.rc_context(_settings(size)):
         yield size
+
+
+@contextmanager
+def pgf_style() -> Iterator[None]:
+    """Matplotlib's settings for PGF, which LaTeX sets in the fonts of the document.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ValueError
+        Without a LaTeX installation.
+    """
+    if shutil.which("pdflatex") is None:
+        raise ValueError("PGF figures need pdflatex to measure their text; install LaTeX, or leave --pgf out")
+    from app.latex import preamble_tex
+
+    settings = {"pgf.texsystem": "pdflatex", "pgf.rcfonts": False, "pgf.preamble": preamble_tex()}
+    with mpl.rc_context(settings):
+        yield
+
+
+def plain_ticks(axis: Axis, low: float, high: float) -> None:
+    """Number the ticks of a logarithmic axis plainly where it spans little: 0.9 and 1.2, not 9 × 10⁻¹.
+
+    Parameters
+    ----------
+    axis : matplotlib.axis.Axis
+        A logarithmic axis.
+    low, high : float
+        Its limits.
+    """
+    if not 0 < low < high or high / low > 30:
+        return
+    axis.set_major_locator(MaxNLocator(nbins=5))
+    axis.set_major_formatter(ScalarFormatter(useOffset=False))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _settings(size: Width) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
@@ -102,6 +103,7 @@ def draw(
     height: int = 300,
     clickable: bool = False,
     mark: tuple[float, float] | None = None,
+    runs: Sequence[str] = (),
 ) -> Any:
     """Draw a figure with plotly, with its alt text for screen readers.
 
@@ -117,6 +119,8 @@ def draw(
         Whether clicks come back.
     mark : tuple of float or None
         Cell to ring.
+    runs : sequence of str
+        Runs of the page, in the order of their colours.
 
     Returns
     -------
@@ -125,7 +129,7 @@ def draw(
     """
     data = {
         "name": figure.name,
-        "figure": to_plotly(figure, mark=mark).to_json(),
+        "figure": to_plotly(figure, mark=mark, runs=runs).to_json(),
         "alt": figure.alt,
         "height": height,
         "clickable": clickable,
@@ -158,6 +162,7 @@ def card(
     height: int = 300,
     clickable: bool = False,
     mark: tuple[float, float] | None = None,
+    runs: Sequence[str] = (),
 ) -> Any:
     """A figure with its title, caption, and its numbers as a table and a CSV file.
 
@@ -173,6 +178,8 @@ def card(
         Whether clicks come back.
     mark : tuple of float or None
         Cell to ring.
+    runs : sequence of str
+        Runs of the page, in the order of their colours.
 
     Returns
     -------
@@ -180,11 +187,12 @@ def card(
         As `draw`.
     """
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
-    with st.container(border=True):
-        with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-            st.markdown(f"##### {plain(shown.title)}", width="stretch")
+    with st.container(border=True, gap="xsmall"):
+        left, right = st.columns([4, 1], vertical_alignment="center")
+        left.markdown(f"**{plain(shown.title)}**")
+        with right:
             _numbers(figure, key)
-        result = draw(shown, key=key, height=height, clickable=clickable, mark=mark)
+        result = draw(shown, key=key, height=height, clickable=clickable, mark=mark, runs=runs)
         st.caption(plain(shown.caption))
     return result
 

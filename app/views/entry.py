@@ -7,18 +7,20 @@ from pathlib import Path
 import streamlit as st
 
 from app.views.desk import lay_out
+from app.views.style import apply_style
 
 HERE = Path(__file__).parent
 
 st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
 
 PAGES = [
-    st.Page(HERE / "overview.py", title="Overview", icon="🔭", default=True),
-    st.Page(HERE / "collapse.py", title="Collapse", icon="📉", url_path="collapse"),
-    st.Page(HERE / "similarity.py", title="Similarity", icon="🟪", url_path="similarity"),
-    st.Page(HERE / "mixing.py", title="Mixing", icon="🔀", url_path="mixing"),
-    st.Page(HERE / "gradients.py", title="Gradients", icon="🌊", url_path="gradients"),
+    st.Page(HERE / "overview.py", title="Overview", default=True),
+    st.Page(HERE / "collapse.py", title="Collapse", url_path="collapse"),
+    st.Page(HERE / "similarity.py", title="Similarity", url_path="similarity"),
+    st.Page(HERE / "mixing.py", title="Mixing", url_path="mixing"),
+    st.Page(HERE / "gradients.py", title="Gradients", url_path="gradients"),
 ]
-page = st.navigation(PAGES)
+page = st.navigation({"depthscope": PAGES})
+apply_style()
 lay_out()
 page.run()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from app.views.desk import desk, explain_missing
 from app.views.grid import show_figures, show_question
+from app.views.style import heading
 
-st.title("Gradients")
-st.markdown("Does the signal vanish or explode on its way forward, and the gradient on its way back?")
+heading(
+    "Gradients", "Does the signal vanish or explode on its way forward, and the gradient on its way back?"
+)
 found = desk()
 if not any("gradient_norm" in data for data in found.analyses.values()):
     explain_missing(

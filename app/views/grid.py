@@ -77,4 +77,9 @@ def _row(kinds: list[FigureKind], found: Desk, selection: dict) -> None:
     for column, kind in zip(st.columns(2), kinds, strict=False):
         with column:
             figure = build(kind, found.analyses, selection)
-            card(figure, key=f"chart_{kind.name}", height=430 if isinstance(figure, Heatmap) else 300)
+            card(
+                figure,
+                key=f"chart_{kind.name}",
+                height=430 if isinstance(figure, Heatmap) else 300,
+                runs=list(found.analyses),
+            )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from app.views.desk import desk, explain_missing
 from app.views.grid import show_figures, show_question
+from app.views.style import heading
 
-st.title("Mixing")
-st.markdown("Do the connections keep the signal, amplify it, or average the streams into one?")
+heading("Mixing", "Do the connections keep the signal, amplify it, or average the streams into one?")
 found = desk()
 if found.kinds("mixing"):
     show_question(found, "mixing")

@@ -2,73 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import streamlit as st
 
 from app.analyses import Reading
 from app.figures import FIGURES
 from app.figures.values import feeds
+from app.findings import findings_table
 from app.views.chart import build, card
 from app.views.desk import Desk, desk
+from app.views.style import heading
 from app.views.verdict import show_finding, tally
 from app.views.words import plain
 
-_GLANCE = ("effective_rank", "composite_gain", "token_cosine", "gradient_norm", "residual_norm")
-_SHOWN = 6
+_GLANCE = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
+_SHOWN = 2
+_BESIDE = 3
 
 
 def show() -> None:
     """The page."""
     found = desk()
-    columns = (
-        st.columns(len(found.readings))
-        if len(found.readings) <= 3
-        else [st.container() for _ in found.readings]
+    readings = list(found.readings.values())
+    heading(
+        "Overview",
+        "What happens to the signal on its way through depth, and where does it die, explode or collapse?",
     )
-    for column, reading in zip(columns, found.readings.values(), strict=True):
-        with column:
-            _headline(reading)
+    _beside(readings, _verdict)
     _glance(found)
-    for column, reading in zip(_beside(len(found.readings)), found.readings.values(), strict=True):
+    with st.container(border=True):
+        left, right = st.columns([5, 1], vertical_alignment="center")
+        left.markdown("##### Runs")
+        with right:
+            _download(readings)
+        st.table(_facts(readings), border="horizontal")
+
+
+def _beside(readings: list[Reading], draw: Callable[[Reading], None]) -> None:
+    """Up to three runs side by side, more below each other."""
+    columns = st.columns(len(readings)) if len(readings) <= _BESIDE else [st.container() for _ in readings]
+    for column, reading in zip(columns, readings, strict=True):
         with column:
-            _findings(reading)
-    st.subheader("Runs")
-    for column, reading in zip(_beside(len(found.readings)), found.readings.values(), strict=True):
-        with column:
-            _facts(reading)
+            draw(reading)
 
 
-def _beside(count: int) -> list[Any]:
-    """Columns for up to three runs, rows for more."""
-    return list(st.columns(count)) if count <= 3 else [st.container() for _ in range(count)]
-
-
-def _headline(reading: Reading) -> None:
-    """The verdict of one run in one sentence."""
-    worst = next(iter(reading.findings), None)
-    st.caption(plain(reading.name))
-    st.markdown(
-        f"### {plain(worst.sentence)}" if worst else "### The signal passes: no metric crossed its threshold."
-    )
-    tally(reading.findings)
-
-
-def _glance(found: Desk) -> None:
-    """Two figures that carry most of the story."""
-    analyses = found.analyses
-    names = [name for name in _GLANCE if any(feeds(data, FIGURES[name].needs) for data in analyses.values())][
-        :2
-    ]
-    for column, name in zip(_beside(len(names)), names, strict=True) if names else ():
-        with column:
-            card(build(FIGURES[name], analyses, {}), key=f"overview_{name}", height=280)
-
-
-def _findings(reading: Reading) -> None:
-    st.subheader(f"Findings · {plain(reading.name)}")
+def _verdict(reading: Reading) -> None:
+    """One run: its name, how much was found, the worst of it, the rest folded."""
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.markdown(f"**{plain(reading.name)}**", width="content")
+        tally(reading.findings)
     if not reading.findings:
-        st.markdown("No metric crossed its threshold.")
+        with st.container(border=True):
+            st.markdown("The signal passes: no metric crossed its threshold.")
+            st.caption("Curves and heat maps on the next pages show how far it is from there.")
     for finding in reading.findings[:_SHOWN]:
         show_finding(finding)
     rest = reading.findings[_SHOWN:]
@@ -78,35 +67,57 @@ def _findings(reading: Reading) -> None:
                 show_finding(finding)
 
 
-def _facts(reading: Reading) -> None:
-    """What is known about a run, and the proof that its connections are the ones that the model applies."""
-    with st.container(border=True):
-        st.markdown(f"**{plain(reading.name)}**")
-        st.markdown("\n".join(f"- {name}: {plain(value)}" for name, value in _known(reading)))
+def _glance(found: Desk) -> None:
+    """The two figures that carry most of the story."""
+    able = [
+        name for name in _GLANCE if any(feeds(data, FIGURES[name].needs) for data in found.analyses.values())
+    ]
+    for column, name in zip(st.columns(2), able, strict=False):
+        with column:
+            card(build(FIGURES[name], found.analyses, {}), key=f"overview_{name}", runs=list(found.analyses))
 
 
-def _known(reading: Reading) -> list[tuple[str, str]]:
+def _download(readings: list[Reading]) -> None:
+    """All findings of the chosen runs as CSV."""
+    st.download_button(
+        "Findings as CSV",
+        findings_table(readings).data.to_csv(index=False).encode(),
+        file_name="findings.csv",
+        mime="text/csv",
+        key="findings_csv",
+        on_click="ignore",
+        type="tertiary",
+    )
+
+
+def _facts(readings: list[Reading]) -> pd.DataFrame:
+    """What is known about each run, a column for each; what no run knows is left out."""
+    table = pd.DataFrame({plain(reading.name): _known(reading) for reading in readings})
+    table = table[table.notna().any(axis=1)].fillna("–")
+    return table.map(lambda value: plain(str(value)))
+
+
+def _known(reading: Reading) -> dict[str, Any]:
+    """Facts of one run, with the proof that its connections are the ones that the model applies."""
     attrs = reading.attrs
-    streams = attrs.get("n_streams")
     proof = attrs.get("reconstruction_error")
     facts = {
         "Model": attrs.get("model"),
         "Family": attrs.get("family"),
-        "Streams": streams,
+        "Streams": attrs.get("n_streams"),
         "Depth": f"{reading.analysis.sizes['depth']} states" if "depth" in reading.analysis.sizes else None,
-        "Tokens": _tokens(reading),
-        "Connections reproduce the states to": None
-        if proof is None
-        else f"{float(proof):.1e} (relative error)",
-        "Orientation": attrs.get("orientation"),
+        "Tokens analysed": _tokens(reading),
+        "Reconstruction proof": None if proof is None else f"states rebuilt to {float(proof):.1e}",
+        "Orientation": str(attrs.get("orientation", "not_applicable")).replace("_", " "),
         "Precision": attrs.get("dtype"),
-        "Loss": attrs.get("loss_reduction"),
+        "Loss reduction": attrs.get("loss_reduction"),
         "Seed": attrs.get("seed"),
         "Commit": attrs.get("commit"),
         "Data": attrs.get("data_digest"),
         "Created": attrs.get("created"),
+        "Software": _software(attrs.get("software")),
     }
-    return [(name, str(value)) for name, value in facts.items() if value not in (None, "", "not_applicable")]
+    return {name: None if value in (None, "") else value for name, value in facts.items()}
 
 
 def _tokens(reading: Reading) -> str | None:
@@ -115,6 +126,13 @@ def _tokens(reading: Reading) -> str | None:
         return None
     count = reading.analysis["num_tokens"].sel(scope="data", tokens="all").max()
     return f"{float(count):g}"
+
+
+def _software(versions: Any) -> str | None:
+    """Versions as "name version" words."""
+    if not isinstance(versions, dict):
+        return None if versions is None else str(versions)
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 show()

@@ -12,10 +12,12 @@ import xarray as xr
 from app.figures import FIGURES, Selection
 from app.figures.similarity import build_cut
 from app.figures.values import feeds, names_of, pick
+from app.quantity import number
 from app.views.chart import build, card, clicked_cell
 from app.views.controls import choose, chosen_run
 from app.views.desk import Desk, desk, explain_missing
 from app.views.grid import show_lines, show_question
+from app.views.style import heading
 from app.views.words import plain
 
 _MAPS = ("cka", "angular_distance")
@@ -23,8 +25,9 @@ _MAPS = ("cka", "angular_distance")
 
 def show() -> None:
     """The page."""
-    st.title("Similarity")
-    st.markdown("How alike are the states of every two depths, and does each block change its input?")
+    heading(
+        "Similarity", "How alike are the states of every two depths, and does each block change its input?"
+    )
     found = desk()
     show_question(found, "similarity")
     kinds = found.kinds("similarity")
@@ -86,7 +89,8 @@ def _pair(data: xr.Dataset, a: int, b: int, found: Desk, selection: dict[str, An
     with left, st.container(border=True):
         st.markdown(f"##### Depth {a} against depth {b}")
         st.caption(plain(f"{names[a]} against {names[b]}, run {selection['run']}"))
-        st.dataframe(_pair_table(data, a, b, selection), hide_index=True)
+        st.table(_pair_table(data, a, b, selection).set_index("measure"), border="horizontal")
+        st.caption("Noise: what independent noise of the same shape would give.")
     with right:
         if feeds(data, ("cka",)):
             chosen = {name: selection[name] for name in ("estimator", "tokens", "run") if name in selection}
@@ -102,11 +106,17 @@ def _pair_table(data: xr.Dataset, a: int, b: int, selection: dict[str, Any]) -> 
         matrix, null = pick(data, "cka", choice), pick(data, "cka_null", choice)
         if matrix is not None:
             expected = float("nan") if null is None else float(null)
-            rows.append((f"linear CKA, {estimator}", float(matrix.isel(depth=a, other_depth=b)), expected))
+            rows.append(
+                (
+                    f"linear CKA, {estimator}",
+                    number(float(matrix.isel(depth=a, other_depth=b))),
+                    number(expected),
+                )
+            )
     angle = pick(data, "angular_distance", Selection(tokens=tokens))
     if angle is not None:
-        rows.append(("angular distance, arccos(cos) / π", float(angle.isel(depth=a, other_depth=b)), 0.5))
-    return pd.DataFrame(rows, columns=["measure", "value", "independent noise"])
+        rows.append(("angular distance / π", number(float(angle.isel(depth=a, other_depth=b))), number(0.5)))
+    return pd.DataFrame(rows, columns=["measure", "value", "noise"])
 
 
 show()

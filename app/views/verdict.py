@@ -25,7 +25,7 @@ def show_finding(finding: Finding) -> None:
         What to show.
     """
     word, colour, sign = LOOKS[finding.severity.name]
-    with st.container(border=True, gap="xsmall"):
+    with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(f"{sign} {word}", color=colour)
             st.markdown(f"**{plain(finding.verdict.replace('_', ' ').capitalize())}**", width="content")
@@ -36,7 +36,7 @@ def show_finding(finding: Finding) -> None:
         )
         st.caption(f"{plain(facts)} · {plain(source_words(finding.source))}")
         if finding.advice:
-            st.markdown(f"**Try** {plain(finding.advice)}")
+            st.caption(f"**Try:** {plain(finding.advice)}")
 
 
 def tally(findings: Sequence[Finding]) -> None:

@@ -109,10 +109,15 @@ def test_an_error_in_the_users_forward_passes_and_the_hooks_are_gone(ids, error)
     model = Residual()
     hooks = hooks_of(model)
     recorder = probes.record(model)
-    with pytest.raises(type(error)), recorder:
-        model(ids)
-        recorder.step()
-        model(ids, fail=error)
+
+    def loop():
+        with recorder:
+            model(ids)
+            recorder.step()
+            model(ids, fail=error)
+
+    with pytest.raises(type(error)):
+        loop()
     assert hooks_of(model) == hooks
     assert recorder.run.statistics.sizes["step"] == 1, "the whole step is kept, the broken one is dropped"
 

@@ -20,9 +20,9 @@ def batches(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
         ids = torch.randint(1, 64, (2, 9), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
-        found.append(
-            {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
-        )
+        labels = torch.where(mask.bool(), ids, -100)
+        labels[0, 3] = -100  # the first real token would be predicted from padding
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return found
 
 
