@@ -86,6 +86,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
         symbols[extreme.metric] = known.symbol
         shown.append(extreme.metric)
+    printed = printed.drop(columns="model")  # the widest cell; the data keep it
     for severity in ("fail", "warn"):
         counts = [
             sum(found.severity.name.lower() == severity for found in reading.findings) for reading in readings

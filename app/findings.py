@@ -9,7 +9,7 @@ import pandas as pd
 
 from app.analyses import Reading
 from app.quantity import number
-from app.tables import Table
+from app.tables import Table, spoken
 from diagnostics import Finding
 
 NOTHING = "Nothing found: no metric crossed its threshold."
@@ -35,15 +35,12 @@ def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
 
 
 def _paragraph(finding: Finding, width: int) -> str:
-    heading = f"{finding.severity.name:<4}  {finding.verdict.replace('_', ' ')}{_where(finding)}"
+    heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{_where(finding)}"
     lines = [finding.sentence]
     if finding.advice:
         lines.append(f"Try: {finding.advice}")
-    lines.append(
-        f"Threshold from {finding.source}."
-        if finding.source != "heuristic"
-        else "The threshold is a heuristic."
-    )
+    if finding.source not in finding.sentence:
+        lines.append(f"Threshold from {finding.source}.")
     wrapped = [
         textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 6) for line in lines
     ]
@@ -135,7 +132,7 @@ def _row(run: str, finding: Finding) -> dict[str, str]:
     return {
         "run": run,
         "severity": finding.severity.name.lower(),
-        "verdict": finding.verdict.replace("_", " "),
+        "verdict": spoken(finding.verdict),
         "where": place_of(finding),
         "value": number(float(finding.value)),
         "threshold": number(float(finding.threshold)),

@@ -22,7 +22,7 @@ from app.paper import draw_all, shared_axis, tables_of
 from app.printed import to_svg
 from app.provenance import software
 from app.quantity import number
-from app.tables import Table
+from app.tables import Table, spoken
 from app.typeset import to_csv
 from diagnostics import CATALOGUE, Finding
 
@@ -135,13 +135,13 @@ def _finding(finding: Finding) -> str:
     severity = finding.severity.name.lower()
     source = "a heuristic" if finding.source == "heuristic" else finding.source
     measured = (
-        f"{finding.metric.replace('_', ' ')} {number(float(finding.value))}, "
+        f"{spoken(finding.metric)} {number(float(finding.value))}, "
         f"threshold {number(float(finding.threshold))} ({source})"
     )
     advice = f"<p><b>Try:</b> {_safe(finding.advice)}</p>" if finding.advice else ""
     return (
         f'<li class="{severity}"><p><span class="severity">{severity}</span> '
-        f"<b>{_safe(finding.verdict.replace('_', ' '))}</b>, {_safe(place_of(finding))}</p>"
+        f"<b>{_safe(spoken(finding.verdict))}</b>, {_safe(place_of(finding))}</p>"
         f"<p>{_safe(finding.sentence)}</p>{advice}<p class='facts'>{_safe(measured)}</p></li>"
     )
 
@@ -171,7 +171,7 @@ def _table(table: Table) -> str:
     )
     numbers = _safe(to_csv(table))
     return (
-        f'<div class="wide"><table><caption>{_safe(table.caption)}</caption>'
+        f'<p class="facts">{_safe(table.caption)}</p><div class="wide"><table aria-label="{_safe(table.title)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         f"<details><summary>The same as CSV, at full precision</summary><pre>{numbers}</pre></details>"
     )

@@ -265,7 +265,12 @@ def _draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None) -> go.Figur
     z = np.asarray(figure.z, dtype=np.float32)
     shown = _log(z) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
-    bar = {"title": {"text": figure.z_label, "side": "right"}, "thickness": 12, "outlinewidth": 0, "len": 0.9}
+    bar = {
+        "title": {"text": figure.z_label, "side": "right", "font": {"size": 12.5}},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "len": 0.9,
+    }
     drawn = go.Figure(
         go.Heatmap(
             x=figure.x,

@@ -147,7 +147,7 @@ class SmallLM(nn.Module):
     """Byte-level decoder whose sublayers are joined by the given kind of connection.
 
     Embeddings have unit variance, matrices that write to the stream are scaled by 1/√(2L) (GPT-2's rule), the
-    head starts at zero: every run starts at the loss ln V. The connections start as the package publishes them:
+    head starts at zero: every run starts at the loss ln V. The connections start as the package has them:
     the streams are copies; HC then computes the very function of the residual model, while mHC mixes strongly
     (the diagonal of H_res is 0.475, its second eigenvalue 0.3) and has to break the symmetry of its streams.
 

@@ -286,7 +286,7 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     nulls = any(column.null is not None for column in columns)
     parts = [
         reduction_of(dims, view),
-        counted({reading.name: reading.analysis}, view) if "depth" in dims else "",
+        counted({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "± is one standard error over sequences" if errors else "",
         "null is the value expected of independent entries" if nulls else "",
     ]

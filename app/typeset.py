@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -43,6 +43,7 @@ _SPECIAL = {
     **{sign: "\\" + sign for sign in "&%$#_{}"},
 }
 HEADING_WIDTH = 14
+_CITED = re.compile(r"\((\w+)\)")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?\d+)(?!\w)")
 
 
@@ -108,17 +109,24 @@ def _cell(table: Table, column: object, text: str) -> str:
         return rf"\cite{{{','.join(keys)}}}"
     value, bracket, null = text.partition(" (null ")
     if table.stacked and bracket:
-        return rf"\shortstack[l]{{{tex(value)}\\{tex(bracket[1:] + null)}}}"
-    return tex(text)
+        return _stack([value, bracket[1:] + null], "t")
+    return _CITED.sub(_cited, tex(text)) if column in table.wrapped else tex(text)
+
+
+def _cited(match: re.Match[str]) -> str:
+    keys = keys_of([match.group(1)])
+    return rf"\cite{{{keys[0]}}}" if keys else match.group(0)
+
+
+def _stack(lines: Sequence[str], anchor: str) -> str:
+    stacked = r"\\".join(map(tex, lines))
+    return rf"\begin{{tabular}}[{anchor}]{{@{{}}l@{{}}}}{stacked}\end{{tabular}}"
 
 
 def _heading(column: str) -> str:
     """Words of a heading, stacked so that the column is no wider than its numbers."""
     lines = textwrap.wrap(column, HEADING_WIDTH, break_long_words=False)
-    if len(lines) < 2:
-        return tex(column)
-    stacked = r"\\".join(map(tex, lines))
-    return rf"\shortstack[l]{{{stacked}}}"
+    return tex(column) if len(lines) < 2 else _stack(lines, "b")
 
 
 def _definitions(table: Table, cites: Mapping[str, str]) -> str:

@@ -4,8 +4,8 @@ from probes.capture import capture
 from probes.chain import ChainError
 from probes.connections import ConnectionError, ReconstructionError
 from probes.describe import describe
+from probes.inputs import CaptureError
 from probes.layout import LayoutError
-from probes.session import CaptureError
 from probes.training import ProbeWarning, Recorder, record
 
 __all__ = [

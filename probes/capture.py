@@ -12,8 +12,9 @@ from torch import nn
 
 from probes.accumulate import Sums
 from probes.hooks import tensors_in, untouched
+from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
-from probes.session import CaptureError, Forward, Mask, RewrittenError, Session, Settings
+from probes.session import Forward, RewrittenError, Session, Settings
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -146,7 +147,9 @@ def _forward(session: Session, batch: Any) -> Any:
         output = call(session.model, batch)
         if any(isinstance(error, RewrittenError) for error in session.errors):
             session.errors.clear()
-            output = call(session.model, batch)  # now the places are known, and states are copied as they pass
+            output = call(
+                session.model, batch
+            )  # now the places are known, and states are copied as they pass
         return output
 
 

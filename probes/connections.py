@@ -11,8 +11,8 @@ methods ``width_connection`` and ``depth_connection`` and takes X as ((B N) T D)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,7 @@ from torch.overrides import TorchFunctionMode
 from probes.hooks import tensors_in
 from probes.layout import canonical
 
-PROOF_TOKENS = 512  # tokens that a proof looks at; more make it slower, not surer
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-CLEAR = 10.0  # an orientation is told apart when the other one reconstructs this many times worse
 
 
 class ConnectionError(ValueError):
@@ -216,7 +214,7 @@ def _watched_pre(module: nn.Module, x: torch.Tensor, collapsed: torch.Tensor) ->
 def read_error(x: torch.Tensor, pre: torch.Tensor, branch_in: torch.Tensor) -> float:
     """Relative error of Σ_j pre_j X_j against the branch's input."""
     read = torch.einsum("...n,...nd->...d", pre.double(), x.double())
-    return _relative(read - branch_in.double(), branch_in)
+    return relative_error(read - branch_in.double(), branch_in)
 
 
 def least_squares_pre(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:
@@ -273,7 +271,7 @@ def read_width(module: Any, x: torch.Tensor, num_streams: int) -> Parts:
     for seen in watch.seen.values():
         alpha = seen.reshape(*streams.shape[:2], n, n + 1)
         explained = torch.einsum("btsk,btsd->btkd", alpha[..., 1:].double(), streams.double())
-        error = _relative(explained - mixed.double(), mixed)
+        error = relative_error(explained - mixed.double(), mixed)
         if error < fit:
             best, fit = alpha, error
     if best is None or fit > tolerance(x.dtype):
@@ -292,159 +290,8 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-# --- the proof ---
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read the parts: which side of the matrix is the destination, at which precision, with which branch."""
-
-    transposed: bool
-    cast: bool
-    observed: bool
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How well one connection's parts give its next state.
-
-    Parameters
-    ----------
-    error : float
-        Relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens.
-    other : float
-        The same with the other orientation.
-    reading : Reading
-        The reading that gave ``error``.
-    """
-
-    error: float
-    other: float
-    reading: Reading
-
-    def ambiguous(self, limit: float) -> bool:
-        """Whether both orientations fit equally well, so that this site cannot tell them apart."""
-        return self.other <= max(limit / 100, CLEAR * self.error)
-
-
-@dataclass
-class Joint:
-    """The sampled states and parts around one connection; tensors (K, T, …), mask (K, T)."""
-
-    x_in: torch.Tensor
-    x_out: torch.Tensor
-    parts: Parts
-    branch_out: torch.Tensor | None
-    mask: torch.Tensor
-    dtype: torch.dtype
-
-    def tokens(self) -> Joint:
-        """At most `PROOF_TOKENS` real tokens, flattened to (N, …), spread over the sample."""
-        index = self.mask.flatten().nonzero().squeeze(-1)
-        index = index[torch.linspace(0, len(index) - 1, min(len(index), PROOF_TOKENS)).long()]
-
-        def pick(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.flatten(0, 1)[index]
-
-        def maybe(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else pick(tensor)
-
-        parts = Parts(
-            maybe(self.parts.mix), maybe(self.parts.pre), pick(self.parts.post), pick(self.parts.branch_in)
-        )
-        return replace(
-            self,
-            x_in=pick(self.x_in),
-            x_out=pick(self.x_out),
-            parts=parts,
-            branch_out=maybe(self.branch_out),
-            mask=torch.ones(len(index), dtype=torch.bool),
-        )
-
-
-def readings(joint: Joint) -> Iterator[Reading]:
-    """All ways in which the parts can be read."""
-    for observed in (True, False) if joint.branch_out is not None else (False,):
-        for cast in (False, True) if joint.dtype in (torch.bfloat16, torch.float16) else (False,):
-            for transposed in (False, True) if joint.parts.mix is not None else (False,):
-                yield Reading(transposed, cast, observed)
-
-
-def prove(joint: Joint) -> Proof:
-    """Recompute the next state in every reading and keep the best.
-
-    Parameters
-    ----------
-    joint : Joint
-        States and parts around the connection.
-
-    Returns
-    -------
-    Proof
-    """
-    tokens = joint.tokens()
-    errors = {reading: reconstruction_error(tokens, reading) for reading in readings(tokens)}
-    limit = tolerance(joint.dtype)
-    seen = [r for r in errors if r.observed and errors[r] <= limit]
-    best = min(seen or errors, key=errors.__getitem__)
-    twin = replace(best, transposed=not best.transposed)
-    return Proof(errors[best], errors.get(twin, float("inf")), best)
-
-
-def reconstruction_error(joint: Joint, reading: Reading) -> float:
-    """Relative error of the recomputed next state in one reading.
-
-    Parameters
-    ----------
-    joint : Joint
-        Flattened tokens.
-    reading : Reading
-        How to read the parts.
-
-    Returns
-    -------
-    float
-    """
-    if reading.observed and joint.branch_out is not None:
-        again = _rounded_state(joint, joint.branch_out, reading)
-        return _relative(joint.x_out.double() - again.double(), joint.x_out)
-    mixed = torch.einsum("noi,nid->nod", applied_matrix(joint, reading).double(), joint.x_in.double())
-    rest = joint.x_out.double() - mixed
-    post = _as_applied(joint.parts.post, joint.dtype, reading.cast).double()
-    branch = solved_branch(rest, post)
-    return _relative(rest - post.unsqueeze(-1) * branch.unsqueeze(-2), joint.x_out)
-
-
-def _rounded_state(joint: Joint, branch: torch.Tensor, reading: Reading) -> torch.Tensor:
-    """The next state, rounded where the model rounds, so that a low precision still tells the readings apart."""
-    exact = torch.float64 if joint.dtype in (torch.float32, torch.float64) else torch.float32
-    inner = joint.dtype if reading.cast else exact
-    post = _as_applied(joint.parts.post, joint.dtype, reading.cast).to(inner)
-    mixed = applied_matrix(joint, reading).to(inner) @ joint.x_in.to(inner)
-    written = post.unsqueeze(-1) * branch.to(inner).unsqueeze(-2)
-    return written + mixed if exact is torch.float64 else written.to(joint.dtype) + mixed.to(joint.dtype)
-
-
-def applied_matrix(joint: Joint, reading: Reading) -> torch.Tensor:
-    """H_res in the canonical orientation, rounded as the model rounds it; the identity where nothing mixes."""
-    if joint.parts.mix is None:
-        n = joint.parts.post.shape[-1]
-        return torch.eye(n).expand(*joint.parts.post.shape, n)
-    mix = _as_applied(joint.parts.mix, joint.dtype, reading.cast)
-    return mix.mT if reading.transposed else mix
-
-
-def solved_branch(rest: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
-    """The branch output F that best explains rest = post ⊗ F, by projection on post."""
-    weight = post.square().sum(-1, keepdim=True)
-    return (post.unsqueeze(-1) * rest).sum(-2) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-
-
-def _as_applied(tensor: torch.Tensor, dtype: torch.dtype, cast: bool) -> torch.Tensor:
-    return tensor.to(dtype).float() if cast else tensor.float()
-
-
-def _relative(difference: torch.Tensor, reference: torch.Tensor) -> float:
+def relative_error(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖difference‖ / ‖reference‖ in float64; the plain norm where the reference is zero."""
     scale = torch.linalg.vector_norm(reference.detach().double())
     error = torch.linalg.vector_norm(difference.detach().double())
     return float(error / scale) if scale > 0 else float(error)

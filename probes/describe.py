@@ -10,7 +10,7 @@ from torch import nn
 
 from diagnostics import schema
 from probes.capture import batches, capture
-from probes.session import Mask
+from probes.inputs import Mask
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,9 @@ import xarray as xr
 from diagnostics import schema
 from probes.accumulate import Sums
 from probes.chain import Chain
-from probes.connections import (
-    Joint,
-    Parts,
-    Proof,
-    Reading,
-    ReconstructionError,
-    applied_matrix,
-    prove,
-    read_error,
-    solved_branch,
-    tolerance,
-)
-from probes.sampling import Sequence
+from probes.connections import read_error, tolerance
+from probes.proof import Evidence, Joint, Reading, applied_matrix, gather_evidence, solved_branch
+from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
@@ -43,28 +33,6 @@ class Row:
     sums: list[Sums]
     sequences: int
     loss: float | None
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The proofs of all connections of a run, and the orientation that they agree on."""
-
-    proofs: tuple[Proof, ...]
-    joints: tuple[Joint, ...]
-    orientation: str
-    transposed: bool
-
-    @property
-    def errors(self) -> list[float]:
-        """Relative reconstruction error of each connection in the agreed orientation."""
-        return [
-            p.error if p.reading.transposed == self.transposed or j.parts.mix is None else p.other
-            for p, j in zip(self.proofs, self.joints, strict=True)
-        ]
-
-    def reading(self, number: int) -> Reading:
-        """How the parts of one connection are read."""
-        return replace(self.proofs[number].reading, transposed=self.transposed)
 
 
 def build_run(
@@ -144,105 +112,7 @@ def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
     return [(f"{prefix}stage{i}", group) for i, group in enumerate(groups)]
 
 
-# --- the proof of the connections ---
-
-
-def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
-    """Prove every connection on the kept sequences and settle the orientation.
-
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    sequences : list of Sequence
-        The kept sequences.
-
-    Returns
-    -------
-    Evidence
-
-    Raises
-    ------
-    ReconstructionError
-        Above tolerance, with the worst connection and what it means.
-    """
-    joints = tuple(_joint(session, number, sequences) for number in range(len(session.links)))
-    proofs = tuple(prove(joint) for joint in joints)
-    if not proofs:
-        return Evidence((), (), "not_applicable", False)
-    limit = tolerance(session.dtype)
-    mixing = [proof for proof, joint in zip(proofs, joints, strict=True) if joint.parts.mix is not None]
-    votes = {
-        proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)
-    }
-    if len(votes) > 1:
-        raise ReconstructionError(
-            "some connections apply their matrix and others its transpose; one run holds one orientation only"
-        )
-    transposed = votes.pop() if len(votes) == 1 else _majority(mixing)
-    told = any(proof.error <= limit and not proof.ambiguous(limit) for proof in mixing)
-    orientation = "not_applicable" if not mixing else "destination_source" if told else "ambiguous"
-    evidence = Evidence(proofs, joints, orientation, transposed)
-    _require_proof(session, evidence, limit)
-    return evidence
-
-
-def _majority(proofs: list[Proof]) -> bool:
-    return sum(proof.reading.transposed for proof in proofs) * 2 > len(proofs)
-
-
-def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
-    errors = evidence.errors
-    worst = int(np.argmax(errors))
-    if not errors[worst] <= limit:
-        link = session.links[worst]
-        raise ReconstructionError(
-            f"connection {worst} ({link.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
-            f"{errors[worst]:.1e} (tolerance {limit:.0e} for {str(session.dtype).removeprefix('torch.')}), in either orientation. "
-            "The matrix that the module returns is not the one that the model applies, or something else is added to "
-            "the streams between two connections (dropout in training mode, for one); the capture is refused"
-        )
-
-
-def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
-    held = [sequence.parts[number] for sequence in sequences]
-    mask = np.stack(_masks(sequences, 0))
-    tokens = mask.shape[1]
-
-    def stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-        known = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack([_pad(tensor, tokens) for tensor in known]) if len(known) == len(tensors) else None
-
-    post, branch_in = stack([p.post for p in held]), stack([p.branch_in for p in held])
-    assert post is not None
-    assert branch_in is not None
-    return Joint(
-        x_in=torch.stack([_pad(s.states[0, number], tokens) for s in sequences]),
-        x_out=torch.stack([_pad(s.states[0, number + 1], tokens) for s in sequences]),
-        parts=Parts(stack([p.mix for p in held]), stack([p.pre for p in held]), post, branch_in),
-        branch_out=stack([s.branches.get(number) for s in sequences]),
-        mask=torch.from_numpy(mask),
-        dtype=session.dtype,
-    )
-
-
 # --- the trace ---
-
-
-def _pad(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-    missing = tokens - tensor.shape[0]
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
-
-
-def _masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.ndarray]:
-    lengths = [sequence.states[number, depth].shape[0] for sequence in sequences]
-    masks = []
-    for sequence, length in zip(sequences, lengths, strict=True):
-        mask = sequence.mask.get(number)
-        full = np.zeros(max(lengths), dtype=bool)
-        full[:length] = True if mask is None else mask.numpy()
-        masks.append(full)
-    return masks
 
 
 def _trace(
@@ -254,9 +124,9 @@ def _trace(
     token_text: Any,
 ) -> xr.Dataset:
     chain = session.chains[number]
-    mask = np.stack(_masks(sequences, number, depths[0]))
+    mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
-    states = [[_pad(s.states[number, depth], tokens) for s in sequences] for depth in depths]
+    states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
     residual = torch.stack([torch.stack(row) for row in states]).numpy()
     variables: dict[str, Any] = {
         "residual": (schema.STATE, residual),
@@ -285,7 +155,7 @@ def _gradients(
         for j, sequence in enumerate(sequences):
             gradient = sequence.gradients.get((number, depth))
             if gradient is not None:
-                out[i, j] = _pad(gradient, shape[2]).numpy()
+                out[i, j] = padded(gradient, shape[2]).numpy()
     return out
 
 

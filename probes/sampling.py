@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -108,3 +109,21 @@ def weights_stamp(model: nn.Module) -> int:
         The sum of the parameters' version counters.
     """
     return sum(p._version for p in model.parameters() if not p.is_inference())
+
+
+def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A sequence's tensor (T, …) lengthened with zeros to a number of tokens."""
+    missing = tokens - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def token_masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.ndarray]:
+    """One mask per sequence, all as long as the longest; false on padding."""
+    lengths = [sequence.states[number, depth].shape[0] for sequence in sequences]
+    masks = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        mask = sequence.mask.get(number)
+        full = np.zeros(max(lengths), dtype=bool)
+        full[:length] = True if mask is None else mask.numpy()
+        masks.append(full)
+    return masks

@@ -6,12 +6,11 @@ on hooks only the places that matter. It never runs the model itself, and return
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,16 +19,9 @@ from probes.accumulate import Sums
 from probes.chain import Chain, Link, Place, Tape, find_chains, version
 from probes.connections import Parts, Site, read_returned, read_width
 from probes.hooks import Attachment, Hook, first_float, in_recomputation, tensors_in
+from probes.inputs import CaptureError, Mask, arguments, find_mask, fit_mask
 from probes.layout import canonical, count_streams, infer_layout
 from probes.sampling import Reservoir, Sequence, weights_stamp
-
-Mask: TypeAlias = torch.Tensor | Callable[[Mapping[str, Any]], torch.Tensor] | None
-REAL_MASKS = ("attention_mask",)
-PADDING_MASKS = ("src_key_padding_mask", "key_padding_mask")
-
-
-class CaptureError(RuntimeError):
-    """A capture that could not be made, or that would be incomplete."""
 
 
 class RewrittenError(CaptureError):
@@ -181,7 +173,7 @@ class Session:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_recomputation() or self._paused:
             return
-        arguments = _arguments(module, args, kwargs)
+        named = arguments(module, args, kwargs)
         lead = next((t for t in tensors_in((args, kwargs)) if t.ndim > 0), None)
         if lead is None:
             raise CaptureError("the model was called without a tensor; expected a batch of tensors")
@@ -193,7 +185,7 @@ class Session:
             stamp=stamp,
             first_index=self.reservoir.total - lead.shape[0],
             slots=slots,
-            arguments=arguments,
+            arguments=named,
             rows=rows,
             row_data=lead.detach()[rows].clone(),
         )
@@ -430,8 +422,8 @@ class Session:
     def _mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
         if number not in forward.masks:
             prefix = "decoder_" if "decoder" in self.chains[number].name else ""
-            mask = _find_mask(forward.arguments, self.settings.mask, prefix)
-            forward.masks[number] = None if mask is None else _fit_mask(mask, state)
+            mask = find_mask(forward.arguments, self.settings.mask, prefix)
+            forward.masks[number] = None if mask is None else fit_mask(mask, state)
         return forward.masks[number]
 
     # --- the end of a step ---
@@ -507,40 +499,3 @@ def sequences_of(forward: Forward) -> list[tuple[int, Sequence]]:
 
 def _pick(tensors: Mapping[Any, torch.Tensor], position: int) -> dict[Any, torch.Tensor]:
     return {key: tensor[position].cpu().clone() for key, tensor in tensors.items()}
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # a forward that hides its signature
-        return dict(kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.items():
-        named |= value if isinstance(value, dict) and name not in kwargs else {name: value}
-    return named
-
-
-def _find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.Tensor | None:
-    if given is not None:
-        return (given(arguments) if callable(given) else given).bool()
-    for name in REAL_MASKS:
-        mask = arguments.get(prefix + name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            return mask.bool() if not mask.is_floating_point() else mask > 0.5
-    for name in PADDING_MASKS:
-        mask = arguments.get(prefix + name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            return ~mask if mask.dtype == torch.bool else mask == 0
-    return None
-
-
-def _fit_mask(mask: torch.Tensor, state: torch.Tensor) -> torch.Tensor | None:
-    batch, tokens = state.shape[:2]
-    if mask.shape[0] == batch and mask.shape[1] >= tokens:
-        return mask[:, mask.shape[1] - tokens :].to(
-            state.device
-        )  # a decoding step's mask covers the past too
-    raise CaptureError(
-        f"the mask has shape {tuple(mask.shape)}, the states have {batch} sequences of {tokens} tokens; "
-        "pass mask= with one entry per token of the residual state"
-    )

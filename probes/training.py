@@ -16,8 +16,9 @@ from torch import nn
 from diagnostics import schema
 from probes.accumulate import Sums
 from probes.capture import eager, merged, settings
+from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
-from probes.session import CaptureError, Mask, Session
+from probes.session import Session
 
 
 class ProbeWarning(UserWarning):

@@ -19,6 +19,7 @@ from app.findings import count_words, findings_text
 from app.tables import Table, depth_table, mixing_table
 from app.terminal import emit, remark, say, show_rows, working
 from diagnostics import CATALOGUE, Finding, Severity, schema
+from diagnostics.verdicts import VERDICTS
 
 
 def view_of(args: argparse.Namespace) -> Selection:
@@ -201,7 +202,7 @@ def known_limits(names: Sequence[str]) -> tuple[Severity, frozenset[str]]:
         For a name that is neither, with the closest one.
     """
     severities = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
-    verdicts = diagnostics.VERDICTS
+    verdicts = VERDICTS
     for name in names:
         if name not in severities and name not in verdicts:
             raise ValueError(f"no severity or verdict {name!r}{closest(name, [*severities, *verdicts])}")
@@ -279,7 +280,8 @@ def compare(args: argparse.Namespace) -> int:
         )
         return FINE
     say(textwrap.fill(summary.caption, 100))
-    facts = summary.printed.set_index("run").T
+    printed = summary.printed.assign(model=summary.data["model"])
+    facts = printed.set_index("run").T
     show_rows(
         ["", *map(str, facts.columns)],
         [[str(name), *map(str, row)] for name, row in zip(facts.index, facts.to_numpy(), strict=True)],

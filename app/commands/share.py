@@ -64,3 +64,22 @@ def export(args: argparse.Namespace) -> int:
     say(f"In LaTeX: \\newcommand{{\\depthscopepath}}{{{folder}}} \\input{{{folder}/figures.tex}}")
     say(f"As it is: cd {folder} && latexmk -pdf main.tex")
     return FINE
+
+
+def dashboard(args: argparse.Namespace) -> int:
+    """Browse runs at a local address until interrupted.
+
+    Parameters
+    ----------
+    args : Namespace
+        ``runs, port, browser``.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    from app.dashboard import launch
+
+    launch([Path(run) for run in args.runs], port=args.port, open_browser=args.browser)
+    return FINE

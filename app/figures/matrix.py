@@ -74,7 +74,7 @@ def build_matrix(matrix: Matrix, analyses: Analyses, choice: Selection) -> Heatm
     run, array = _slice(matrix, analyses, choice)
     array = array.transpose(matrix.rows, matrix.columns)
     z = np.asarray(array.values, dtype=np.float64)
-    z = np.where(np.tri(*z.shape, k=-1, dtype=bool), z, np.nan) if matrix.below else z
+    z = np.where(np.tri(z.shape[0], z.shape[1], -1, dtype=bool), z, np.nan) if matrix.below else z
     rows, columns = names_of(array, matrix.rows), names_of(array, matrix.columns)
     return Heatmap(
         name=matrix.name,

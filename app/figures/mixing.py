@@ -9,7 +9,7 @@ from app.figures.specification import Analyses, FigureKind, Heatmap, Lines, Sele
 
 __all__ = ["KINDS"]
 
-_GAIN_LIMITS = ((1.0, "1: signal kept"), (10.0, "warn: 10"), (100.0, "fail: 100"))
+_GAIN_LIMITS = ((1.0, "1"), (10.0, "warn: 10"), (100.0, "fail: 100"))
 _GAIN_USES = ("direction", "reduction", "axis", "step")
 _REDUCED = ("reduction", "axis", "step")
 

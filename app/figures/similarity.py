@@ -129,22 +129,21 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
     )
 
 
-_BY_DEPTH = {"rows": "depth", "columns": "other_depth", "x_label": "depth", "y_label": "depth"}
+_by_depth = partial(Matrix, rows="depth", columns="other_depth", x_label="depth", y_label="depth")
 
 _MAPS = (
     (
-        Matrix("cka", "CKA of every two depths", "linear CKA", "cka", limits=(0.0, 1.0), **_BY_DEPTH),
+        _by_depth("cka", "CKA of every two depths", "linear CKA", "cka", limits=(0.0, 1.0)),
         ("estimator", "tokens", "axis", "step", "run"),
     ),
     (
-        Matrix(
+        _by_depth(
             "angular_distance",
             "Angle between every two depths",
             "arccos(cos) / π",
             "angular_distance",
             limits=(0.0, None),
             note="Mean over tokens.",
-            **_BY_DEPTH,
         ),
         ("tokens", "axis", "step", "run"),
     ),

@@ -19,6 +19,7 @@ from app.printed.style import Width, plain, plain_ticks, whole
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
+HEALTHY = "#E4F2E7"
 LEGEND_INSIDE = 4  # more entries than these hide the curves, and go below the axes, still inside the figure
 
 
@@ -153,8 +154,8 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
                 _name_threshold(axes, line, side)
     if figure.healthy is not None:
         bottom, top = max(low, figure.healthy[0]), min(high, figure.healthy[1])
-        if bottom < top and (bottom, top) != (low, high):  # grey from edge to edge would say nothing
-            axes.axhspan(bottom, top, color="0.93", linewidth=0, zorder=0, label="healthy")
+        if bottom < top:
+            axes.axhspan(bottom, top, color=HEALTHY, linewidth=0, zorder=0, label="healthy")
     axes.set_ylim(low, high)
 
 

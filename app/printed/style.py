@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.mathtext import MathTextParser
-from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
     """
     if not 0 < low < high or high / low > 30:
         return
-    axis.set_major_locator(MaxNLocator(nbins=5))
-    axis.set_major_formatter(ScalarFormatter(useOffset=False))
+    few = high / low < 4
+    axis.set_major_locator(MaxNLocator(nbins=5) if few else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,9 +17,9 @@ from app.views.desk import Desk, desk
 from app.views.style import heading
 from app.views.verdict import show_finding, tally
 from app.views.words import plain
+from diagnostics import Finding
 
 _GLANCE = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
-_SHOWN = 2
 _BESIDE = 3
 
 
@@ -31,7 +31,10 @@ def show() -> None:
         "Overview",
         "What happens to the signal on its way through depth, and where does it die, explode or collapse?",
     )
-    _beside(readings, _verdict)
+    if len(readings) == 1:
+        _alone(readings[0])
+    else:
+        _beside(readings)
     _glance(found)
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
@@ -41,26 +44,45 @@ def show() -> None:
         st.table(_facts(readings), border="horizontal")
 
 
-def _beside(readings: list[Reading], draw: Callable[[Reading], None]) -> None:
-    """Up to three runs side by side, more below each other."""
+def _alone(reading: Reading) -> None:
+    """One run: its worst findings beside each other."""
+    _name(reading)
+    worst = reading.findings[:_BESIDE]
+    for column, finding in zip(st.columns(max(len(worst), 1)), worst or (None,), strict=True):
+        with column:
+            _passed() if finding is None else show_finding(finding)
+    _rest(reading.findings[_BESIDE:])
+
+
+def _beside(readings: list[Reading]) -> None:
+    """Several runs: a column for each with its worst finding; below each other above three."""
     columns = st.columns(len(readings)) if len(readings) <= _BESIDE else [st.container() for _ in readings]
     for column, reading in zip(columns, readings, strict=True):
         with column:
-            draw(reading)
+            _name(reading)
+            if reading.findings:
+                show_finding(reading.findings[0])
+                _rest(reading.findings[1:])
+            else:
+                _passed()
 
 
-def _verdict(reading: Reading) -> None:
-    """One run: its name, how much was found, the worst of it, the rest folded."""
+def _name(reading: Reading) -> None:
+    """Name of a run and how much was found."""
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.markdown(f"**{plain(reading.name)}**", width="content")
         tally(reading.findings)
-    if not reading.findings:
-        with st.container(border=True):
-            st.markdown("The signal passes: no metric crossed its threshold.")
-            st.caption("Curves and heat maps on the next pages show how far it is from there.")
-    for finding in reading.findings[:_SHOWN]:
-        show_finding(finding)
-    rest = reading.findings[_SHOWN:]
+
+
+def _passed() -> None:
+    """Nothing was found."""
+    with st.container(border=True):
+        st.markdown("The signal passes: no metric crossed its threshold.")
+        st.caption("The next pages show how far each one is from there.")
+
+
+def _rest(rest: Sequence[Finding]) -> None:
+    """Findings after the worst ones, folded."""
     if rest:
         with st.expander(f"{len(rest)} more"):
             for finding in rest:

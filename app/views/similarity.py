@@ -37,17 +37,18 @@ def show() -> None:
     selection = choose(kinds.values(), found.analyses)
     able = [name for name, data in found.analyses.items() if any(feeds(data, (m,)) for m in _MAPS)]
     if able:
-        _maps(found, selection | {"run": chosen_run(able)})
+        _maps(found, able, selection)
     show_lines([kind for name, kind in kinds.items() if name not in _MAPS], found, selection)
 
 
-def _maps(found: Desk, selection: dict[str, Any]) -> None:
+def _maps(found: Desk, able: list[str], selection: dict[str, Any]) -> None:
     """Both heat maps and the pair of depths that is open."""
-    run = selection["run"]
-    data = found.analyses[run]
-    last = data.sizes["depth"] - 1
-    _follow_click(last, selection)
     with st.container(horizontal=True, vertical_alignment="bottom"):
+        run = chosen_run(able)
+        selection = selection | {"run": run}
+        data = found.analyses[run]
+        last = data.sizes["depth"] - 1
+        _follow_click(last, selection)
         a = _depth("a", "Depth a", last, 0)
         b = _depth("b", "Depth b", last, last)
         st.caption("Click a cell of a heat map, or type two depths, to open the pair.", width="content")

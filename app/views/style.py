@@ -11,6 +11,7 @@ _CSS = """
 [data-testid="stMainBlockContainer"] { padding: 2.6rem 2.8rem 4rem; max-width: 1500px; }
 [data-testid="stSidebarHeader"] { height: 2.4rem; }
 [data-testid="stCaptionContainer"] p { font-size: .8rem; line-height: 1.4; }
+[data-testid="stNavSectionHeader"] { font-size: 1.15rem; font-weight: 650; letter-spacing: -.01em; }
 h1, h2, h3, h4, h5 { letter-spacing: -.01em; }
 </style>
 """

@@ -54,7 +54,9 @@ def test_a_choice_of_variant_computes_no_other(residual_run, monkeypatch):
 
 def test_composites_are_shared(hc_run, monkeypatch):
     mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites"])
-    diagnostics.analyze(hc_run, metrics=["composite_gain", "composite_attenuation", "composite_singular_value"])
+    diagnostics.analyze(
+        hc_run, metrics=["composite_gain", "composite_attenuation", "composite_singular_value"]
+    )
     assert mixed["prefix_composites"] == 1
 
 
@@ -74,7 +76,9 @@ def test_what_cannot_be_fed_is_listed_with_its_reason(make_run):
 
 def test_progress_is_told(residual_run):
     told = []
-    diagnostics.analyze(residual_run, metrics=["residual_norm", "dong_residual"], progress=lambda *now: told.append(now))
+    diagnostics.analyze(
+        residual_run, metrics=["residual_norm", "dong_residual"], progress=lambda *now: told.append(now)
+    )
     assert told == [("residual_norm", 0, 2), ("dong_residual", 1, 2), ("", 2, 2)]
 
 
@@ -198,5 +202,7 @@ def test_a_metric_is_one_function(residual_run):
         return residual_states.over_depth(lambda views: views[:, residual_states.mask].mean((1, 2)))
 
     found = mean_activation(residual_run.trace.residual)
-    np.testing.assert_allclose(found, residual_run.trace.residual.mean(("sample", "token", "feature")), atol=1e-6)
+    np.testing.assert_allclose(
+        found, residual_run.trace.residual.mean(("sample", "token", "feature")), atol=1e-6
+    )
     assert found.attrs["long_name"] == "Mean activation"

@@ -154,7 +154,9 @@ def test_the_order_of_sequences_does_not_matter(make_run, family):
 def test_padding_changes_nothing(make_run, family, content):
     run = make_run(family, layers=2)
     trace = run["trace"].to_dataset()
-    padded = trace.pad(token=(3, 2), sample=(0, 1), constant_values={v: content for v in trace.data_vars if v != "mask"})
+    padded = trace.pad(
+        token=(3, 2), sample=(0, 1), constant_values={v: content for v in trace.data_vars if v != "mask"}
+    )
     mask = trace["mask"].pad(token=(3, 2), sample=(0, 1), constant_values=False)
     padded = padded.assign(mask=mask.astype(bool)).assign_coords(token=range(21), sample=range(3))
     padded = padded.astype({v: trace[v].dtype for v in trace.data_vars})

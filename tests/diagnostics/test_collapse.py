@@ -22,7 +22,9 @@ def run_of(states, mask=None, **attrs):
         "module": ("depth", np.array(["m"] * depths, dtype=object)),
         "stream": [0],
     }
-    trace = xr.Dataset({"residual": (schema.STATE, states[:, :, :, None]), "mask": (("sample", "token"), mask)}, coords)
+    trace = xr.Dataset(
+        {"residual": (schema.STATE, states[:, :, :, None]), "mask": (("sample", "token"), mask)}, coords
+    )
     return schema.create_run(trace, attrs={"family": "residual", "n_streams": 1, **attrs})
 
 
@@ -133,11 +135,15 @@ def test_attention_without_skips_collapses_and_with_skips_does_not():
             weights = np.exp(scores - scores.max(1, keepdims=True))
             mixed = weights / weights.sum(1, keepdims=True) @ states[-1]
             states.append(skip * states[-1] + mixed)
-    residual = diagnostics.analyze(run_of(np.array(bare)[:, None]), metrics=["dong_residual"])["dong_residual"]
+    residual = diagnostics.analyze(run_of(np.array(bare)[:, None]), metrics=["dong_residual"])[
+        "dong_residual"
+    ]
     profile = residual.sel(tokens="all").squeeze().values
     assert (np.diff(profile[:4]) < 0).all()
     # log r_{l+1} / log r_l → 3 for small residuals
     assert 2.5 < np.log(profile[3]) / np.log(profile[2]) < 4.5
     assert profile[-1] == 0.0
-    with_skip = diagnostics.analyze(run_of(np.array(kept)[:, None]), metrics=["dong_residual"])["dong_residual"]
+    with_skip = diagnostics.analyze(run_of(np.array(kept)[:, None]), metrics=["dong_residual"])[
+        "dong_residual"
+    ]
     assert float(with_skip.sel(tokens="all").squeeze()[-1]) > 0.1

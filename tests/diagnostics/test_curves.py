@@ -31,7 +31,7 @@ def statistics_of(run, steps):
         "adjacent_cosine_sum": (profile, np.broadcast_to(adjacent.sum(-1), (len(steps), *pair.shape))),
         "gradient_square_norm_sum": (profile, np.square(gradients).sum((-1, -2)) * scale**2),
     }
-    coords = {"step": steps, "depth": trace.depth.values, "stream": np.arange(states.shape[1])}
+    coords = {"step": steps, "depth": trace["depth"].values, "stream": np.arange(states.shape[1])}
     if "h_res" in trace:
         h = trace.h_res.values[:, keep].astype(float)
         gain = np.stack([np.abs(h.sum(-1)).max(-1), np.abs(h.sum(-2)).max(-1)])

@@ -55,7 +55,9 @@ def test_a_run_a_trace_and_a_node_agree(hc_run):
     assert from_run.dims == ("direction", "connection", "reduction")
     xr.testing.assert_identical(from_run, diagnostics.composite_gain(hc_run["trace"]))
     xr.testing.assert_identical(from_run, diagnostics.composite_gain(hc_run["trace"].to_dataset()))
-    xr.testing.assert_allclose(from_run, diagnostics.composite_gain(hc_run.trace.h_res, mask=hc_run.trace.mask))
+    xr.testing.assert_allclose(
+        from_run, diagnostics.composite_gain(hc_run.trace.h_res, mask=hc_run.trace.mask)
+    )
 
 
 def test_a_gradient_may_be_measured_as_a_state(residual_run):
@@ -74,7 +76,10 @@ def test_several_arrays_go_by_order_or_by_name(hc_run):
     ("call", "message"),
     [
         (lambda t: diagnostics.effective_rank(t.residual, flavour=1), "knows center, mask"),
-        (lambda t: diagnostics.effective_rank(t.residual, scope="world"), "expected one of 'sequence', 'data'"),
+        (
+            lambda t: diagnostics.effective_rank(t.residual, scope="world"),
+            "expected one of 'sequence', 'data'",
+        ),
         (lambda t: diagnostics.effective_rank(t.residual, direction="forward"), "has no direction"),
         (lambda t: diagnostics.effective_rank(t.residual.rename(depth="level")), "dims level"),
         (lambda t: diagnostics.effective_rank(t.residual, t.residual), "got 2 arrays"),

@@ -53,8 +53,12 @@ def test_gains_single_and_composed(analysis, matrices, products, direction):
 
 def test_attenuation_is_the_weakest_sum(analysis, products):
     found = analysis["composite_attenuation"].isel(step=0)
-    np.testing.assert_allclose(found.sel(direction="forward"), reduced(np.abs(products.sum(-1)).min(-1)), rtol=1e-9)
-    np.testing.assert_allclose(found.sel(direction="backward"), reduced(np.abs(products.sum(-2)).min(-1)), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.sel(direction="forward"), reduced(np.abs(products.sum(-1)).min(-1)), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        found.sel(direction="backward"), reduced(np.abs(products.sum(-2)).min(-1)), rtol=1e-9
+    )
 
 
 def test_pair_gain_puts_the_later_matrix_left(analysis, matrices):
@@ -64,7 +68,8 @@ def test_pair_gain_puts_the_later_matrix_left(analysis, matrices):
         assert float(found.sel(direction=direction)[3, 5]) == pytest.approx(gain.max(), rel=1e-10)
     assert np.isnan(found.sel(direction="forward").values[5, 3])
     np.testing.assert_allclose(
-        found.sel(direction="forward").values[0], analysis["composite_gain"].sel(direction="forward", reduction="max")[0]
+        found.sel(direction="forward").values[0],
+        analysis["composite_gain"].sel(direction="forward", reduction="max")[0],
     )
 
 
@@ -88,9 +93,15 @@ def test_spectra(analysis, matrices, products):
 
 def test_violation_entropy_and_distance(analysis, matrices):
     found = analysis["doubly_stochastic_violation"].isel(step=0)
-    np.testing.assert_allclose(found.sel(kind="row"), reduced(np.abs(matrices.sum(-1) - 1).max(-1)), rtol=1e-9)
-    np.testing.assert_allclose(found.sel(kind="column"), reduced(np.abs(matrices.sum(-2) - 1).max(-1)), rtol=1e-9)
-    np.testing.assert_allclose(found.sel(kind="negativity"), reduced(np.maximum(-matrices, 0).max((-1, -2))), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.sel(kind="row"), reduced(np.abs(matrices.sum(-1) - 1).max(-1)), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        found.sel(kind="column"), reduced(np.abs(matrices.sum(-2) - 1).max(-1)), rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        found.sel(kind="negativity"), reduced(np.maximum(-matrices, 0).max((-1, -2))), rtol=1e-9
+    )
     share = np.abs(matrices) / np.abs(matrices).sum(-1, keepdims=True)
     entropy = -(share * np.log(share)).sum(-1).mean(-1)
     np.testing.assert_allclose(analysis["mixing_entropy"].isel(step=0), reduced(entropy), rtol=1e-9)
@@ -126,7 +137,9 @@ def test_depth_kernel_by_loops(analysis, hc_run, matrices):
 def test_shares_add_to_one_and_leave_the_mean_out(analysis, hc_run):
     weights = np.abs(hc_run.trace.h_pre.values[:, hc_run.trace.mask.values].astype(float)).sum(1)
     found = analysis["read_share"].isel(step=0)
-    np.testing.assert_allclose(found.sel(stream=list("0123")), weights / weights.sum(1, keepdims=True), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.sel(stream=list("0123")), weights / weights.sum(1, keepdims=True), rtol=1e-9
+    )
     assert found.sel(stream="mean").isnull().all()
     np.testing.assert_allclose(analysis["write_share"].isel(step=0).sum("stream"), 1.0)
     np.testing.assert_allclose(analysis["read_share_null"], 0.25)
@@ -143,7 +156,9 @@ def static_run(make_run, matrices, family="hc"):
 
 
 def test_deep_products_overflow_to_infinity(make_run):
-    found = diagnostics.analyze(static_run(make_run, [1e38 * np.eye(2)] * 10), metrics=["composite_gain", "pair_gain"])
+    found = diagnostics.analyze(
+        static_run(make_run, [1e38 * np.eye(2)] * 10), metrics=["composite_gain", "pair_gain"]
+    )
     gain = found["composite_gain"].sel(direction="forward", reduction="mean").values[0]
     np.testing.assert_allclose(np.log10(gain[:8]), 38 * np.arange(1, 9), rtol=1e-6)
     assert np.isinf(gain[8:]).all()
@@ -170,7 +185,9 @@ def test_the_published_matrices_compose_with_the_later_one_left(make_run, family
     halves, whole = [printed["P1-30"], printed["P31-60"]], np.array(printed["P1-60"])
 
     def sums(matrices):
-        found = diagnostics.analyze(static_run(make_run, matrices), metrics=["composite_gain", "composite_attenuation"])
+        found = diagnostics.analyze(
+            static_run(make_run, matrices), metrics=["composite_gain", "composite_attenuation"]
+        )
         pick = found.sel(reduction="mean").isel(step=0, connection=1)
         return np.concatenate([pick["composite_gain"].values, pick["composite_attenuation"].values])
 

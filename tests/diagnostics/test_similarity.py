@@ -56,7 +56,9 @@ def test_the_null_of_cka_is_what_independent_noise_gives(make_run):
     found = diagnostics.analyze(diagnostics.create_run(trace, attrs=run.attrs))
     for estimator in ("biased", "unbiased"):
         value = found["cka"].sel(estimator=estimator, tokens="all").values[0, 0, 1]
-        assert value == pytest.approx(found["cka_null"].sel(estimator=estimator, tokens="all").item(), abs=0.02)
+        assert value == pytest.approx(
+            found["cka_null"].sel(estimator=estimator, tokens="all").item(), abs=0.02
+        )
     assert found["cka_null"].sel(estimator="biased", tokens="all").item() == pytest.approx(64 / 164)
 
 
