@@ -6,6 +6,7 @@ Imported without torch. Names are loaded when they are first used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from diagnostics import schema
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from diagnostics.catalogue import CATALOGUE
     from diagnostics.curves import training_curves
     from diagnostics.finding import Finding, Severity
-    from diagnostics.metric import Metric, Range, metric
+    from diagnostics.metric import Metric, Range
     from diagnostics.verdicts import judge
 
 _HOMES = {
@@ -56,7 +57,6 @@ __all__ = [
     "judge",
     "kernels",
     "list_runs",
-    "metric",
     "open_run",
     "save_run",
     "schema",
@@ -70,6 +70,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     if name in _HOMES:
         return getattr(importlib.import_module(f"diagnostics.{_HOMES[name]}"), name)
+    if importlib.util.find_spec(f"diagnostics.{name}"):  # a module, asked for before it was imported
+        return importlib.import_module(f"diagnostics.{name}")
     catalogue = importlib.import_module("diagnostics.catalogue").CATALOGUE
     if name in catalogue:
         return catalogue[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_ranks_carry_null_and_standard_error(analyses, family):
 @every_family
 def test_the_rank_chain_holds(analyses, family):
     chain = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
-    for above, below in zip(chain[:-1], chain[1:], strict=True):
+    for above, below in pairwise(chain):
         assert (analyses[family][above] >= analyses[family][below] - 1e-9).all()
 
 
