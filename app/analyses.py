@@ -134,13 +134,24 @@ def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
     """The file's name, with as many folders before it as it takes to tell the runs apart."""
     unique = list(dict.fromkeys(path.resolve() for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
-        names = [_without_ending("/".join(path.parts[-parts:])) for path in unique]
+        names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):
             return dict(zip(names, unique, strict=True))
     return {path.name: path for path in unique}
 
 
-def _without_ending(name: str) -> str:
+def without_ending(name: str) -> str:
+    """A run's file name without what says its format.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``a.zarr.zip``.
+
+    Returns
+    -------
+    str
+    """
     for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):
         if name.endswith(suffix):
             return name.removesuffix(suffix)

@@ -91,9 +91,9 @@ def _guarded(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except ModuleNotFoundError as error:
-        return _refuse(args, error, missing_extra(args.command, error))
+        return _refuse(args, error, missing_extra(args.command, error), prefix="")
     except (ValueError, OSError) as error:
-        return _refuse(args, error, one_line(error))
+        return _refuse(args, error, one_line(error), prefix=f"depthscope {args.command}: ")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -102,10 +102,10 @@ def _run(args: argparse.Namespace) -> int:
     return FINE if result is None else int(result)
 
 
-def _refuse(args: argparse.Namespace, error: Exception, message: str) -> int:
+def _refuse(args: argparse.Namespace, error: Exception, message: str, *, prefix: str) -> int:
     if args.debug:
         traceback.print_exception(error)
-    sys.stderr.write(f"depthscope {args.command}: {message}\n")
+    sys.stderr.write(f"{prefix}{message}\n")
     return USAGE
 
 

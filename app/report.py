@@ -90,6 +90,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         summary=_table(summary),
         figures="".join(_figure(figure) for figure in figures),
         tables="".join(_folded(table) for table in others),
+        missing="".join(_missing(reading) for reading in readings) or "<p>Every metric was computed.</p>",
         sources=_sources(figures, tables, readings),
         provenance=_provenance(readings),
     )
@@ -175,6 +176,15 @@ def _table(table: Table) -> str:
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         f"<details><summary>The same as CSV, at full precision</summary><pre>{numbers}</pre></details>"
     )
+
+
+def _missing(reading: Reading) -> str:
+    """What is not in the report, and why."""
+    items = "".join(
+        f"<li>{_safe(', '.join(metrics))}: {_safe(reason)}</li>"
+        for reason, metrics in reading.not_computed.items()
+    )
+    return f"<h3>{_safe(reading.name)}</h3><ul>{items}</ul>" if items else ""
 
 
 # --- where it comes from

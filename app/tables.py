@@ -141,7 +141,7 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
     Column or None
         None where the run has no such variable, label or defined value.
     """
-    value = pick(analysis, metric, view, **fixed)
+    value = _picked(analysis, metric, view, fixed)
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
         return None
     attrs = analysis[metric].attrs
@@ -152,8 +152,20 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
         symbol=str(attrs.get("symbol") or ""),
         metric=metric,
         value=value,
-        stderr=pick(analysis, f"{metric}_stderr", view, **fixed),
-        null=pick(analysis, f"{metric}_null", view, **fixed),
+        stderr=_picked(analysis, f"{metric}_stderr", view, fixed),
+        null=_picked(analysis, f"{metric}_null", view, fixed),
+    )
+
+
+def _picked(
+    analysis: xr.Dataset, name: str, view: Selection, fixed: Mapping[str, str]
+) -> xr.DataArray | None:
+    """As `pick`, and along dimensions that no selection knows, such as ``kind``, too."""
+    value = pick(analysis, name, view, **fixed)
+    return (
+        value
+        if value is None
+        else value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
     )
 
 
@@ -341,7 +353,7 @@ def slug(name: str) -> str:
         letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
     )
     kept = kept.strip("-.")[:60]
-    if kept == name:
+    if kept and kept == name:
         return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never become one
     return f"{kept}-{mark}" if kept else f"run-{mark}"

@@ -11,7 +11,7 @@ from typing import Any
 import xarray as xr
 
 import diagnostics
-from app.analyses import COMPLETE, Reading, open_runs, read_runs
+from app.analyses import COMPLETE, Reading, open_runs, read_runs, without_ending
 from app.cli import FINE, FOUND, closest
 from app.comparison import COMPARED_METRICS, comparison_table, differences, summary_table
 from app.figures.specification import Selection
@@ -101,7 +101,7 @@ def analyze(args: argparse.Namespace) -> int:
         analysis = diagnostics.analyze(run, metrics=names)
     written = _write_metrics(run, analysis, args, complete=names is None)
     analysed = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **_metric_nodes(analysis)})
-    readings = read_runs({Path(args.run).name: analysed})
+    readings = read_runs({without_ending(Path(args.run).name): analysed})
     _print_analysis(readings, written, args)
     return FINE
 
@@ -134,6 +134,7 @@ def _print_analysis(readings: Sequence[Reading], written: Path, args: argparse.N
         emit(
             {
                 "written": str(written),
+                "not_computed": {reading.name: reading.not_computed for reading in readings},
                 "metrics": sorted({str(name) for reading in readings for name in reading.analysis.data_vars}),
                 "depth": {run: by_depth.data.to_dict("records") for run, (by_depth, _) in tables.items()},
                 "connection": {
@@ -145,6 +146,9 @@ def _print_analysis(readings: Sequence[Reading], written: Path, args: argparse.N
     for table in (table for pair in tables.values() for table in pair if table is not None):
         show(table)
         say()
+    for reading in readings:
+        for reason, names in reading.not_computed.items():
+            say(textwrap.fill(f"Not computed: {', '.join(names)}: {reason}", 100, subsequent_indent="  "))
     say(f"Metrics written to {written}")
 
 

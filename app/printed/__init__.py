@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from contextlib import nullcontext
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
@@ -66,8 +67,40 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
         canvas = _laid_out(figure, width)
         for path in paths:
             ending = path.suffix.removeprefix(".")
-            with pgf_style() if ending == "pgf" else nullcontext():
+            if ending == "pgf":
+                _write_pgf(figure, path, width)
+            else:
                 canvas.savefig(path, metadata=UNDATED.get(ending))
+
+
+def _write_pgf(figure: Figure, path: Path, width: str) -> None:
+    """LaTeX sets the words of a PGF figure, so that they are escaped for it."""
+    from app.typeset import tex
+
+    with pgf_style():
+        to_matplotlib(worded(figure, tex), width=width).savefig(path)
+
+
+def worded(figure: Figure, translate: Callable[[str], str]) -> Figure:
+    """A figure with its labels translated.
+
+    Parameters
+    ----------
+    figure : Lines or Heatmap
+        A figure.
+    translate : function
+        Text in, text out.
+
+    Returns
+    -------
+    Lines or Heatmap
+    """
+    names = ("x_label", "y_label", "z_label")
+    labels = {name: translate(getattr(figure, name)) for name in names if hasattr(figure, name)}
+    if isinstance(figure, Heatmap):
+        return replace(figure, **labels)
+    lines = tuple(replace(line, label=translate(line.label)) for line in figure.lines)
+    return replace(figure, lines=lines, **labels)
 
 
 def _require_format(path: Path) -> None:

@@ -1,0 +1,328 @@
+"""The command line: what loads, what is said, on which channel, with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import xarray as xr
+
+import probes
+from app import cli
+from diagnostics import schema
+from diagnostics.verdicts import VERDICTS
+
+HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "xarray", "numpy", "rich")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, make_run):
+    folder = tmp_path_factory.mktemp("runs")
+    for family in ("residual", "hc", "mhc"):
+        schema.save_run(make_run(family, layers=3), folder / f"{family}.nc")
+    return folder
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, app.cli\n"
+        "try: app.cli.main(['--help'])\n"
+        f"except SystemExit: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_and_a_handler_in_the_right_form(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([name, "--help"])
+    assert left.value.code == 0
+    assert f"usage: depthscope {name}" in capsys.readouterr().out
+    module, _, function = cli.COMMANDS[name][1].partition(":")
+    assert module.startswith("app.")
+    assert function
+
+
+def test_bare_call_prints_help(capsys):
+    assert cli.main([]) == 0
+    assert "depthscope demo" in capsys.readouterr().out
+
+
+def test_version_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("depthscope ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chek"], "closest: 'check'"),
+        (["zzz"], "expected one of demo, probe"),
+        (["export", "a.nc"], "the following arguments are required: --out"),
+        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_two(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == cli.USAGE
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "missing.nc"], "missing.nc"),
+        (["check", "RUNS/hc.nc", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
+        (["analyze", "RUNS/hc.nc", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
+        (["compare", "RUNS", "--tokens", "some"], "expected one of all, ordinary"),
+        (["export", "RUNS", "--out", "OUT/paper", "--width", "a4"], "expected icml, neurips, full"),
+        (["report", "RUNS", "--out", "OUT/report.pdf"], "expected such as report.html"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.nc"], "missing.txt: no such file"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr, .zarr.zip"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsys):
+    words = [word.replace("RUNS", str(saved)).replace("OUT", str(tmp_path)) for word in words]
+    assert cli.main(words) == cli.USAGE
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_foreign_file_is_no_run(tmp_path, capsys):
+    (tmp_path / "torn.nc").write_bytes(b"not a netCDF file")
+    assert cli.main(["check", str(tmp_path / "torn.nc")]) == cli.USAGE
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_folder_without_runs_says_how_to_make_one(tmp_path, capsys):
+    assert cli.main(["compare", str(tmp_path)]) == cli.USAGE
+    assert "depthscope probe CHECKPOINT" in capsys.readouterr().err
+
+
+def test_missing_extra_names_the_install_line(monkeypatch, capsys, saved):
+    def absent(args):
+        raise ModuleNotFoundError("No module named 'streamlit'", name="streamlit.web")
+
+    monkeypatch.setattr("app.commands.share.dashboard", absent)
+    assert cli.main(["dashboard", str(saved)]) == cli.USAGE
+    assert capsys.readouterr().err.strip() == (
+        "depthscope dashboard needs streamlit: pip install 'depthscope[app]'"
+    )
+
+
+def test_missing_module_of_no_extra_is_our_fault_and_raises(monkeypatch, saved):
+    def broken(args):
+        raise ModuleNotFoundError("No module named 'app.nowhere'", name="app.nowhere")
+
+    monkeypatch.setattr("app.commands.share.dashboard", broken)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["dashboard", str(saved)])
+
+
+def test_interrupt_is_130(monkeypatch, saved, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.commands.share.dashboard", interrupted)
+    assert cli.main(["dashboard", str(saved)]) == cli.INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
+    seen = {}
+    monkeypatch.setattr("app.dashboard.launch", lambda paths, **more: seen.update(more, paths=paths))
+    assert cli.main(["dashboard", str(saved), "--port", "8600", "--no-browser"]) == cli.FINE
+    assert seen == {"paths": [saved], "port": 8600, "open_browser": False}
+
+
+def test_analyze_writes_metrics_into_the_run(saved, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+    assert cli.main(["analyze", str(path), "--json"]) == cli.FINE
+    told = json.loads(capsys.readouterr().out)
+    with schema.open_run(path) as run:
+        assert set(run["metrics"].data_vars) == set(told["metrics"])
+        assert "residual" in run["trace"]
+        assert run.attrs["family"] == "mhc"
+        first = run["metrics"]["effective_rank"].sel(
+            scope="sequence", tokens="all", centering="raw", stream="mean"
+        )
+        assert told["depth"]["m"][0]["effective_rank"] == pytest.approx(float(first[0, 0]))
+    assert told["connection"]["m"][0]["composite_gain_forward"] == pytest.approx(1.0, abs=1e-3)
+    assert told["depth"]["m"][0]["adjacent_cka"] is None  # undefined, not zero
+
+
+def test_analyze_out_leaves_the_run_alone(saved, tmp_path, capsys):
+    before = (saved / "residual.nc").read_bytes()
+    out = tmp_path / "metrics.nc"
+    words = [
+        "analyze",
+        str(saved / "residual.nc"),
+        "--metrics",
+        "effective_rank,token_cosine",
+        "--out",
+        str(out),
+    ]
+    assert cli.main(words) == cli.FINE
+    assert (saved / "residual.nc").read_bytes() == before
+    with schema.open_run(out) as run:
+        assert "trace" not in run.children
+        assert {"effective_rank", "token_cosine"} <= set(run["metrics"].data_vars)
+        assert "participation_ratio" not in run["metrics"]
+    assert "effective rank" in capsys.readouterr().out
+
+
+def test_partial_metrics_in_a_run_are_not_taken_for_all(saved, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(saved / "hc.nc"), tmp_path / "h.nc")
+    assert cli.main(["analyze", str(path), "--metrics", "effective_rank"]) == cli.FINE
+    capsys.readouterr()
+    assert cli.main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == cli.FINE
+    assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"
+
+
+def test_check_judges_and_exits_one_at_the_limit(saved, capsys):
+    code = cli.main(["check", str(saved / "hc.nc"), "--fail-on", "warn", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    found = told["runs"][0]["findings"]
+    severe = [each for each in found if each["severity"] in ("WARN", "FAIL")]
+    assert (code == cli.FOUND) == bool(severe) == (told["failed"] == ["hc"])
+    assert severe, "the synthetic HC run drifts, so that the exit code 1 is really tried"
+
+
+def test_check_by_verdict_name(saved, capsys):
+    cli.main(["check", str(saved / "hc.nc"), "--json"])
+    found = json.loads(capsys.readouterr().out)["runs"][0]["findings"]
+    name = next(each["verdict"] for each in found if each["severity"] in ("WARN", "FAIL"))
+    other = next(verdict for verdict in VERDICTS if verdict not in {each["verdict"] for each in found})
+    assert cli.main(["check", str(saved / "hc.nc"), "--fail-on", name]) == cli.FOUND
+    assert cli.main(["check", str(saved / "hc.nc"), "--fail-on", other]) == cli.FINE
+
+
+def test_check_text_names_run_and_result(saved, capsys):
+    code = cli.main(["check", str(saved)])
+    out = capsys.readouterr().out
+    assert all(f"{name} (synthetic-{name}, {name})" in out for name in ("residual", "hc", "mhc"))
+    assert ("check --fail-on fail: passed" in out) == (code == cli.FINE)
+    assert "\x1b[" not in out  # plain where stdout is no terminal
+
+
+def test_compare_aligns_by_relative_depth(saved, capsys):
+    assert (
+        cli.main(["compare", str(saved), "--metrics", "residual_norm", "--points", "3", "--json"]) == cli.FINE
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert [row["relative depth"] for row in told["aligned"]] == [0.0, 0.5, 1.0]
+    assert {row["run"] for row in told["summary"]} == {"residual", "hc", "mhc"}
+    with schema.open_run(saved / "hc.nc") as run:
+        from diagnostics import analyze
+
+        last = analyze(run)["residual_norm"].sel(stream="mean").isel(step=-1, depth=-1)
+    assert told["aligned"][-1]["hc"] == pytest.approx(float(last))
+
+
+def test_compare_warns_of_other_token_counts(saved, tmp_path, make_run, capsys):
+    other = schema.save_run(make_run("residual", layers=2, tokens=24), tmp_path / "long.nc")
+    assert cli.main(["compare", str(saved / "residual.nc"), str(other)]) == cli.FINE
+    assert "different numbers of tokens" in capsys.readouterr().err
+
+
+def test_same_names_in_two_folders_stay_apart(saved, tmp_path, make_run, capsys):
+    (tmp_path / "b").mkdir()
+    other = schema.save_run(make_run("residual", layers=2), tmp_path / "b" / "hc.nc")
+    assert cli.main(["compare", str(saved / "hc.nc"), str(other), "--json"]) == cli.FINE
+    names = {row["run"] for row in json.loads(capsys.readouterr().out)["summary"]}
+    assert names == {f"{saved.name}/hc", "b/hc"}
+
+
+def _stand_in(monkeypatch, run: xr.DataTree):
+    """A checkpoint that needs no weights: the capture gives a synthetic run."""
+    seen = {}
+    loaded = SimpleNamespace(model="model", tokenizer=None, name="tiny", digest="sha256:0", source="tiny")
+    monkeypatch.setattr(
+        "probes.load.load_checkpoint", lambda spec, **more: seen.update(spec=spec, **more) or loaded
+    )
+    monkeypatch.setattr(
+        "probes.load.encode_text", lambda model, text, **more: seen.update(text=text, **more) or {}
+    )
+    monkeypatch.setattr("probes.load.token_texts", lambda model, batch: None)
+
+    def capture(model, batch, **more):
+        seen.update(more)
+        run.attrs.update(more["attrs"])
+        return run
+
+    monkeypatch.setattr(probes, "capture", capture)
+    return seen
+
+
+def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, make_run, capsys):
+    seen = _stand_in(monkeypatch, make_run("residual", layers=2))
+    (tmp_path / "t.txt").write_text("some words")
+    out = tmp_path / "r.nc"
+    words = [
+        "probe",
+        "tiny",
+        "--text",
+        str(tmp_path / "t.txt"),
+        "--out",
+        str(out),
+        "--seed",
+        "3",
+        "--dtype",
+        "float32",
+    ]
+    assert cli.main([*words, "--no-gradients", "--layers", "blocks", "--length", "64", "--json"]) == cli.FINE
+    assert json.loads(capsys.readouterr().out)["sizes"]["run"]["depths"] == 3
+    assert (seen["text"], seen["length"], seen["seed"], seen["dtype"]) == ("some words", 64, 3, "float32")
+    assert (seen["gradients"], seen["layers"]) == (False, "blocks")
+    with schema.open_run(out) as run:
+        assert run.attrs["model"] == "tiny"
+        assert run.attrs["data"] == "t.txt"
+        assert run.attrs["data_digest"].startswith("sha256:")
+
+
+def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
+    from probes.session import CaptureError
+
+    _stand_in(monkeypatch, make_run("residual", layers=2))
+
+    def refuse(*_, **__):
+        raise CaptureError("no residual stream was found; give layers=")
+
+    monkeypatch.setattr(probes, "capture", refuse)
+    (tmp_path / "t.txt").write_text("some words")
+    assert (
+        cli.main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")])
+        == cli.USAGE
+    )
+    assert "no residual stream was found" in capsys.readouterr().err
+    assert not (tmp_path / "r.nc").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "holds no text")])
+def test_text_must_be_text(content, said, tmp_path, capsys):
+    (tmp_path / "t.txt").write_bytes(content)
+    assert cli.main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.nc"]) == cli.USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_probe_describe_check_for_real(tmp_path, capsys):
+    """One small model through the true probes: factory, capture, check."""
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    spec, out = "app.small_lm:residual", tmp_path / "r.nc"
+    pytest.importorskip("app.small_lm")
+    sizes = ["--sequences", "2", "--length", "32"]
+    assert cli.main(["probe", spec, "--text", str(tmp_path / "t.txt"), "--out", str(out), *sizes]) == cli.FINE
+    assert cli.main(["describe", spec, "--json"]) == cli.FINE
+    assert "residual" in capsys.readouterr().out
+    assert cli.main(["check", str(out)]) in (cli.FINE, cli.FOUND)
