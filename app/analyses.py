@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,17 @@ class Reading:
         return reasons
 
 
-def read_runs(runs: Mapping[str, xr.DataTree]) -> list[Reading]:
+def read_runs(
+    runs: Mapping[str, xr.DataTree], *, progress: Callable[[str, int, int], None] | None = None
+) -> list[Reading]:
     """Analyse and judge runs; metrics that a run already holds are taken as they are.
 
     Parameters
     ----------
     runs : mapping of str to DataTree
         Runs by the names to print.
+    progress : function, optional
+        Called with (metric, number done, number in all) for each run.
 
     Returns
     -------
@@ -65,14 +69,18 @@ def read_runs(runs: Mapping[str, xr.DataTree]) -> list[Reading]:
     if not runs:
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     return [
-        Reading(label, dict(run.attrs), analysis, tuple(judge(analysis)))
+        Reading(
+            label, {str(key): value for key, value in run.attrs.items()}, analysis, tuple(judge(analysis))
+        )
         for name, run in runs.items()
-        for label, analysis in _analyses(name, run)
+        for label, analysis in _analyses(name, run, progress)
     ]
 
 
-def _analyses(name: str, run: xr.DataTree) -> list[tuple[str, xr.Dataset]]:
-    found = _stored(run) or _by_chain(analyze(run))
+def _analyses(
+    name: str, run: xr.DataTree, progress: Callable[[str, int, int], None] | None
+) -> list[tuple[str, xr.Dataset]]:
+    found = _stored(run) or _by_chain(analyze(run, progress=progress))
     return [(f"{name}/{chain}" if chain else name, dataset.load()) for chain, dataset in found.items()]
 
 

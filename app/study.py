@@ -448,7 +448,7 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
     rows = [dataset[stepwise] for dataset in (*history, final)]
     joined = xr.concat(rows, dim="step", data_vars="all", coords="minimal", compat="override", join="exact")
     attrs = {str(name): value for name, value in run.attrs.items()}
-    statistics = joined.merge(final.drop_vars(stepwise), compat="override")
+    statistics = joined.merge(final.drop_vars([*stepwise, "step"]), compat="override")
     return schema.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=attrs)
 
 

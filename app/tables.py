@@ -28,7 +28,7 @@ DEPTH_METRICS = (
 )
 """Columns of the table by depth; a run that lacks one has no such column."""
 
-MIXING_METRICS = (
+MIXING_METRICS: tuple[tuple[str, dict[str, str]], ...] = (
     ("mixing_gain", {"direction": "forward"}),
     ("mixing_gain", {"direction": "backward"}),
     ("composite_gain", {"direction": "forward"}),

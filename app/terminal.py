@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,8 +66,11 @@ def remark(text: str) -> None:
     sys.stderr.write(f"depthscope: {text}\n")
 
 
+Progress = Callable[[str, int, int], None]
+
+
 @contextmanager
-def working(what: str) -> Iterator[None]:
+def working(what: str) -> Iterator[Progress]:
     """A spinner on stderr while something takes time; a plain line where stderr is no terminal.
 
     Parameters
@@ -77,14 +80,15 @@ def working(what: str) -> Iterator[None]:
 
     Yields
     ------
-    None
+    function
+        Call it with (part, number done, number in all) to say how far it is.
     """
-    if sys.stderr.isatty():
-        with Console(stderr=True).status(Text(what)):
-            yield
-    else:
+    if not sys.stderr.isatty():
         remark(what)
-        yield
+        yield lambda part, done, total: None
+        return
+    with Console(stderr=True).status(Text(what)) as status:
+        yield lambda part, done, total: status.update(Text(f"{what}: {part} {done}/{total}"))
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

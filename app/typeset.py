@@ -40,7 +40,8 @@ _SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    **{sign: "\\" + sign for sign in "&%$#_{}"},
+    "$": r"\symbol{36}",  # matplotlib would take the backslash from \$
+    **{sign: "\\" + sign for sign in "&%#_{}"},
 }
 HEADING_WIDTH = 14
 _CITED = re.compile(r"\((\w+)\)")

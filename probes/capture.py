@@ -27,6 +27,7 @@ def capture(
     loss: Loss | None = None,
     layers: str | Iterable[str] | None = None,
     layout: str | None = None,
+    streams: int | None = None,
     mask: Mask = None,
     max_sequences: int = 8,
     seed: int = 0,
@@ -54,6 +55,8 @@ def capture(
         Module paths of the blocks, a ModuleList's path, or a pattern such as ``"model.layers.{i}"``; found when not given.
     layout : str, optional
         Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given.
+    streams : int, optional
+        Number of streams, where the layout merges them with another axis, as ``"B T (N D)"`` does.
     mask : Tensor or callable, optional
         (B, T), true on real tokens, or a function from the model's arguments to it. Without it the arguments
         ``attention_mask`` and ``src_key_padding_mask`` are honoured.
@@ -78,7 +81,7 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    session = Session(model, settings(gradients, layers, layout, mask, max_sequences, seed))
+    session = Session(model, settings(gradients, layers, layout, streams, mask, max_sequences, seed))
     step, losses = [Sums()], []
     sequences = 0
     with untouched(model), _differentiable(model, gradients), eager():
@@ -100,6 +103,7 @@ def settings(
     gradients: bool,
     layers: str | Iterable[str] | None,
     layout: str | None,
+    streams: int | None,
     mask: Mask,
     max_sequences: int,
     seed: int,
@@ -108,7 +112,7 @@ def settings(
 
     Parameters
     ----------
-    gradients, layers, layout, mask, max_sequences, seed
+    gradients, layers, layout, streams, mask, max_sequences, seed
         As in `capture`.
 
     Returns
@@ -120,7 +124,7 @@ def settings(
         raise ValueError(
             f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
         )
-    return Settings(gradients, named, layout, max_sequences, seed, mask)
+    return Settings(gradients, named, layout, streams, max_sequences, seed, mask)
 
 
 def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Forward, float | None]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from probes.connections import Site, streams_of
+from probes.connections import ConnectionError, Site, streams_of  # the field's word
 from probes.hooks import first_float
 
 SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
@@ -261,6 +261,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     if layers is not None:
         return [_chain(_named_blocks(tape, model, layers), "")]
     connections = tape.connections()
+    _refuse_gated(connections)
     if connections:
         return [_stream_chain(tape, connections)]
     runs = _runs(tape, model)
@@ -270,6 +271,18 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
     return [_chain(run, name) for name, run in zip(_names(runs), runs, strict=True)]
+
+
+def _refuse_gated(connections: list[Call]) -> None:
+    for call in connections:
+        if call.site is not None and call.site.style == "gated":
+            block = call.parent.path if call.parent is not None else call.path
+            pattern = re.sub(r"\d+", "{i}", block, count=1)
+            raise ConnectionError(
+                f"{call.path!r} ({type(call.module).__name__}) keeps {call.site.num_streams} streams in one axis and reads "
+                "them by per-feature gates, for which no scalar H_pre exists; this connection is not read yet. The states "
+                f"alone are captured with layers={pattern!r}, layout={call.site.layout!r} and streams={call.site.num_streams}"
+            )
 
 
 def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:

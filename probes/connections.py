@@ -100,6 +100,23 @@ def streams_of(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site |
                 mixes="mix" in roles,
                 constrained=_mentions_sinkhorn(module),
             )
+        return _gated_site(x, output)
+    return None
+
+
+def _gated_site(x: torch.Tensor, output: Any) -> Site | None:
+    """A module that reads a branch input (…, D) and write gates (…, n) from merged streams (…, n·D), as Qwen4-exp's does."""
+    lead, width = tuple(x.shape[:-1]), x.shape[-1]
+    shapes = {tuple(tensor.shape) for tensor in tensors_in(output) if tensor.is_floating_point()}
+    narrow = [
+        shape[-1]
+        for shape in shapes
+        if shape[:-1] == lead and 1 < shape[-1] < width and width % shape[-1] == 0
+    ]
+    for size in narrow:
+        n = width // size
+        if n != size and (*lead, n) in shapes and x.shape in shapes:
+            return Site("gated", n, "B T (N D)", (*lead, size), mixes=False, constrained=False)
     return None
 
 

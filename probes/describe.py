@@ -72,6 +72,7 @@ def describe(
     *,
     layers: str | Iterable[str] | None = None,
     layout: str | None = None,
+    streams: int | None = None,
     mask: Mask = None,
 ) -> Description:
     """Say what was found in a model: family, blocks, streams, layout, sites, orientation and its proof.
@@ -82,7 +83,7 @@ def describe(
         The model.
     batch : object
         One batch, as in `probes.capture`.
-    layers, layout, mask
+    layers, layout, streams, mask
         Overrides, as in `probes.capture`.
 
     Returns
@@ -95,7 +96,7 @@ def describe(
         As in `probes.capture`.
     """
     first = next(iter(batches(batch)))
-    run = capture(model, first, layers=layers, layout=layout, mask=mask, max_sequences=2)
+    run = capture(model, first, layers=layers, layout=layout, streams=streams, mask=mask, max_sequences=2)
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]

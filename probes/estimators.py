@@ -1,11 +1,10 @@
-"""Numbers of a linear map from products alone: largest singular values, ‖J‖_F², the density of σ², Lyapunov exponents.
+"""Numbers of a linear map from products alone: largest singular values, ‖J‖_F², the density of σ².
 
 Every estimate carries its error, the seed of its probes and their number. Shapes: J is (out, in); K probes or steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,17 +79,6 @@ class SpectralDensity:
     seed: int
 
 
-@dataclass(frozen=True, eq=False)
-class LyapunovSpectrum:
-    """Exponents (k,) per block, their change in the last sweep, and the logs (block, k) whose mean they are."""
-
-    exponents: np.ndarray
-    errors: np.ndarray
-    increments: np.ndarray
-    sweeps: int
-    seed: int
-
-
 def sigma_max(op: LinearMap, *, steps: int = 20, seed: int = 0) -> SingularValue:
     """Largest singular value, by Golub-Kahan-Lanczos bidiagonalisation from a random start.
 
@@ -127,8 +115,8 @@ def sigma_max(op: LinearMap, *, steps: int = 20, seed: int = 0) -> SingularValue
     >>> round(sigma_max(DenseMap([[3.0, 0.0], [0.0, 4.0]]), steps=2).value, 9)
     4.0
     """
-    _require_least("steps", steps, 1)
-    bidiagonal, last = _golub_kahan(op, _gaussian((op.shape[1],), seed, op), steps)
+    require_least("steps", steps, 1)
+    bidiagonal, last = _golub_kahan(op, gaussian((op.shape[1],), seed, op), steps)
     left, values, _ = torch.linalg.svd(bidiagonal)
     return SingularValue(float(values[0]), float(last * left[-1, 0].abs()), len(bidiagonal), seed)
 
@@ -175,17 +163,17 @@ def top_singular_values(
     >>> top_singular_values(DenseMap([[3.0, 0.0], [0.0, 4.0]]), 2).values.round(9).tolist()
     [4.0, 3.0]
     """
-    _require_rank(k, op)
-    _require_least("oversampling", oversampling, 0)
-    _require_least("power", power, 0)
+    require_rank(k, op)
+    require_least("oversampling", oversampling, 0)
+    require_least("power", power, 0)
     columns = min(k + oversampling, *op.shape)
-    basis = _orthonormal(_columns(op.matvec, _gaussian((op.shape[1], columns), seed, op)))
+    basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], columns), seed, op)))
     for _ in range(power):
-        basis = _orthonormal(_columns(op.rmatvec, basis))
-        basis = _orthonormal(_columns(op.matvec, basis))
-    right, values, left = torch.linalg.svd(_columns(op.rmatvec, basis), full_matrices=False)
+        basis = orthonormal(columns(op.rmatvec, basis))
+        basis = orthonormal(columns(op.matvec, basis))
+    right, values, left = torch.linalg.svd(columns(op.rmatvec, basis), full_matrices=False)
     kept = basis @ left.mT[:, :k]
-    residual = _columns(op.matvec, right[:, :k]) - kept * values[:k]
+    residual = columns(op.matvec, right[:, :k]) - kept * values[:k]
     return SingularValues(
         values[:k].cpu().numpy(), torch.linalg.vector_norm(residual, dim=0).cpu().numpy(), columns, seed
     )
@@ -225,7 +213,7 @@ def squared_frobenius(op: LinearMap, *, probes: int = 32, seed: int = 0) -> Esti
     >>> squared_frobenius(DenseMap([[3.0, 0.0], [0.0, 4.0]]), probes=2)
     Estimate(value=25.0, stderr=0.0, probes=2, seed=0)
     """
-    _require_least("probes", probes, 1)
+    require_least("probes", probes, 1)
     signs = _signs((probes, op.shape[0]), seed, op)
     return _mean(torch.stack([op.rmatvec(z).square().sum() for z in signs]), seed)
 
@@ -267,11 +255,11 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
     --------
     >>> from probes.estimators import DenseMap
     >>> density = spectral_density(DenseMap([[3.0, 0.0], [0.0, 4.0]]), steps=2, probes=2)
-    >>> density.mean.value, round(density.variance.value, 9)
+    >>> round(density.mean.value, 9), round(density.variance.value, 9)
     (12.5, 12.25)
     """
-    _require_least("steps", steps, 2)
-    _require_least("probes", probes, 1)
+    require_least("steps", steps, 2)
+    require_least("probes", probes, 1)
     nodes, weights = [], []
     for z in _signs((probes, op.shape[1]), seed, op):
         _, values, right = torch.linalg.svd(_golub_kahan(op, z, min(steps, op.shape[1]))[0])
@@ -287,64 +275,6 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
         steps=steps,
         probes=probes,
         seed=seed,
-    )
-
-
-def lyapunov_exponents(
-    blocks: Sequence[LinearMap], k: int, *, sweeps: int = 3, seed: int = 0
-) -> LyapunovSpectrum:
-    """The k largest Lyapunov exponents of a product of maps, by QR accumulation.
-
-    J_l Q_{l−1} = Q_l R_l,   λ_i = (1/L) Σ_l ln|R_l,ii|.
-
-    A sweep starts from a Q_0 that the transposed product has turned towards the top right singular vectors of J_L … J_1, so the
-    exponents converge to (1/L) ln σ_i of the end-to-end product, without forming it, at any depth, without overflow.
-
-    Parameters
-    ----------
-    blocks : sequence of LinearMap
-        J_1 … J_L, the earliest first.
-    k : int
-        How many exponents.
-    sweeps : int
-        Forward passes; between two of them one pass with the transposes.
-    seed : int
-        Seed of the first Q_0.
-
-    Returns
-    -------
-    LyapunovSpectrum
-        Natural logarithms per block; −inf where the product loses rank. ``errors`` are NaN for one sweep.
-
-    Raises
-    ------
-    ValueError
-        Where the maps do not chain, or k is outside 1 … the smallest dimension.
-
-    Notes
-    -----
-    Benettin et al. 1980. Costs k·L products with J a sweep and as many with Jᵀ between sweeps.
-
-    Examples
-    --------
-    >>> from probes.estimators import DenseMap
-    >>> (lyapunov_exponents([DenseMap([[2.0, 0.0], [0.0, 0.5]])] * 3, 2).exponents / np.log(2)).round(9).tolist()
-    [1.0, -1.0]
-    """
-    _require_least("sweeps", sweeps, 1)
-    _require_least("blocks", len(blocks), 1)
-    _require_chained(blocks)
-    for op in blocks:
-        _require_rank(k, op)
-    basis = _orthonormal(_gaussian((blocks[0].shape[1], k), seed, blocks[0]))
-    previous, (basis, increments) = torch.full((k,), torch.nan), _accumulate(blocks, basis)
-    for _ in range(sweeps - 1):
-        for op in reversed(blocks):
-            basis = _orthonormal(_columns(op.rmatvec, basis))
-        previous, (basis, increments) = increments.mean(0), _accumulate(blocks, basis)
-    exponents = increments.mean(0)
-    return LyapunovSpectrum(
-        exponents.numpy(), (exponents - previous).abs().numpy(), increments.numpy(), sweeps, seed
     )
 
 
@@ -370,15 +300,6 @@ class DenseMap:
     def rmatvec(self, vector: torch.Tensor, /) -> torch.Tensor:
         """Jᵀ u."""
         return self.matrix.mT @ vector
-
-
-def _accumulate(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass through the maps: the last basis, and ln|R_ii| of every map, (L, k)."""
-    rows = []
-    for op in blocks:
-        basis, upper = torch.linalg.qr(_columns(op.matvec, basis))
-        rows.append(upper.diagonal().abs().log().cpu())
-    return basis, torch.stack(rows)
 
 
 def _golub_kahan(op: LinearMap, start: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,15 +334,18 @@ def _next_direction(
     return (vector / length if length > floor * size else torch.zeros_like(vector)), length
 
 
-def _columns(product: Any, matrix: torch.Tensor) -> torch.Tensor:
+def columns(product: Any, matrix: torch.Tensor) -> torch.Tensor:
+    """Apply a product to every column of a matrix."""
     return torch.stack([product(column) for column in matrix.unbind(1)], dim=1)
 
 
-def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
+def orthonormal(matrix: torch.Tensor) -> torch.Tensor:
+    """Orthonormal basis of a matrix's columns, by QR."""
     return torch.linalg.qr(matrix).Q
 
 
-def _gaussian(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
+def gaussian(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
+    """Standard normal float64 probes on the map's device."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed means the same everywhere
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(op.device)
 
@@ -455,22 +379,15 @@ def _unbiased_spread(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return second.mean() - first.mean().square() + first.var() / len(first)
 
 
-def _require_least(name: str, count: int, least: int) -> None:
+def require_least(name: str, count: int, least: int) -> None:
+    """Refuse a count below the least that makes sense."""
     if count < least:
         raise ValueError(f"{name} = {count} came; expected at least {least}")
 
 
-def _require_rank(k: int, op: LinearMap) -> None:
+def require_rank(k: int, op: LinearMap) -> None:
+    """Refuse more values than the map has."""
     if not 1 <= k <= min(op.shape):
         raise ValueError(
             f"k = {k} came for a map of shape {op.shape}; expected 1 … {min(op.shape)}: ask for fewer singular values"
         )
-
-
-def _require_chained(blocks: Sequence[LinearMap]) -> None:
-    for number, (earlier, later) in enumerate(zip(blocks[:-1], blocks[1:], strict=True)):
-        if earlier.shape[0] != later.shape[1]:
-            raise ValueError(
-                f"map {number} gives {earlier.shape[0]} entries and map {number + 1} takes {later.shape[1]}; "
-                "pass the maps in the order of depth, the earliest first"
-            )

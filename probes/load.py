@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import logging
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -205,6 +206,11 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
         options["dtype"] = dtype
     try:
         model, report = _model_class(config).from_pretrained(str(folder), config=config, **options)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the .bin files in '{folder}' are pickles that hold more than tensors and would have to run code "
+            "to open; ask for a safetensors version"
+        ) from error
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"'{folder}' does not load: {_first_line(error)}") from error
     made_up = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])

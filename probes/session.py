@@ -35,6 +35,7 @@ class Settings:
     gradients: bool = False
     layers: tuple[str, ...] | None = None
     layout: str | None = None
+    streams: int | None = None
     max_sequences: int = 8
     seed: int = 0
     mask: Mask = None
@@ -246,7 +247,9 @@ class Session:
         }
         self.layouts = [self._layout(chain, forward.batch_size) for chain in chains]
         if not self.sites:
-            self._named_streams = count_streams(chains[0].shapes[0], self.layouts[0], forward.batch_size)
+            self._named_streams = self.settings.streams or count_streams(
+                chains[0].shapes[0], self.layouts[0], forward.batch_size
+            )
         self.chains = chains
         self._paused = True
         try:

@@ -176,6 +176,7 @@ def record(
     store: str | Path | None = None,
     layers: str | Iterable[str] | None = None,
     layout: str | None = None,
+    streams: int | None = None,
     mask: Mask = None,
     max_sequences: int = 8,
     seed: int = 0,
@@ -197,7 +198,7 @@ def record(
         Keep the gradients that the loop's own backward gives; several forwards and backwards in a step add up.
     store : path-like, optional
         Where to save the run when the block ends; ``.nc`` is added where no ending is given.
-    layers, layout, mask, max_sequences, seed, token_text, attrs
+    layers, layout, streams, mask, max_sequences, seed, token_text, attrs
         As in `probes.capture`.
 
     Returns
@@ -205,7 +206,7 @@ def record(
     Recorder
         Used as ``with probes.record(model) as recorder:``; its ``run`` is the result.
     """
-    session = Session(model, settings(gradients, layers, layout, mask, max_sequences, seed))
+    session = Session(model, settings(gradients, layers, layout, streams, mask, max_sequences, seed))
     path = None if store is None else Path(store)
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")

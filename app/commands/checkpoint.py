@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,15 +141,15 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
         return
     say(f"{path}: {run.attrs.get('model')}, {run.attrs.get('family')}")
     for chain, size in sizes.items():
-        said = ", ".join(f"{count} {name}" for name, count in size.items())
+        said = " · ".join(f"{name} {count}" for name, count in size.items())
         say(f"  {said}" if chain == "run" else f"  {chain}: {said}")
     say()
     say(f"Next: depthscope check {path}")
     say(f"      depthscope dashboard {path}")
 
 
-def _sizes(trace: xr.Dataset | None) -> Mapping[str, int]:
-    names = {
+def _sizes(trace: xr.Dataset | None) -> dict[str, int]:
+    dims = {
         "depth": "depths",
         "sample": "sequences",
         "token": "tokens",
@@ -159,7 +159,7 @@ def _sizes(trace: xr.Dataset | None) -> Mapping[str, int]:
     return (
         {}
         if trace is None
-        else {words: trace.sizes[dim] for dim, words in names.items() if dim in trace.sizes}
+        else {words: trace.sizes[dim] for dim, words in dims.items() if dim in trace.sizes}
     )
 
 

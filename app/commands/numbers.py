@@ -95,10 +95,10 @@ def analyze(args: argparse.Namespace) -> int:
     """
     names = known_metrics(args.metrics) if args.metrics else None
     run = schema.open_run(args.run)
-    with working(f"analysing {args.run}"):
+    with working(f"analysing {args.run}") as progress:
         run.load()
         run.close()
-        analysis = diagnostics.analyze(run, metrics=names)
+        analysis = diagnostics.analyze(run, metrics=names, progress=progress)
     written = _write_metrics(run, analysis, args, complete=names is None)
     analysed = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **_metric_nodes(analysis)})
     readings = read_runs({without_ending(Path(args.run).name): analysed})
@@ -169,8 +169,8 @@ def check(args: argparse.Namespace) -> int:
         Exit code.
     """
     limits = known_limits(args.fail_on)
-    with working("analysing and judging"):
-        readings = read_runs(open_runs(args.runs))
+    with working("analysing and judging") as progress:
+        readings = read_runs(open_runs(args.runs), progress=progress)
     failed = [
         reading.name for reading in readings if any(exceeds(found, limits) for found in reading.findings)
     ]
@@ -187,7 +187,7 @@ def check(args: argparse.Namespace) -> int:
     return FOUND if failed else FINE
 
 
-def known_limits(names: Sequence[str]) -> tuple[Severity, frozenset[str]]:
+def known_limits(names: Sequence[str]) -> tuple[Severity | None, frozenset[str]]:
     """The severity and the verdicts that fail a check.
 
     Parameters
@@ -198,7 +198,7 @@ def known_limits(names: Sequence[str]) -> tuple[Severity, frozenset[str]]:
     Returns
     -------
     tuple
-        The lowest severity that fails (above all where none is named), and verdicts that fail from WARN on.
+        The lowest severity that fails (None where none is named), and verdicts that fail from WARN on.
 
     Raises
     ------
@@ -267,8 +267,8 @@ def compare(args: argparse.Namespace) -> int:
     """
     metrics = known_metrics(args.metrics) if args.metrics else COMPARED_METRICS
     view = view_of(args)
-    with working("analysing"):
-        readings = read_runs(open_runs(args.runs))
+    with working("analysing") as progress:
+        readings = read_runs(open_runs(args.runs), progress=progress)
     summary = summary_table(readings, view)
     aligned = comparison_table(readings, metrics, view, points=args.points)
     warnings = differences(readings, view)

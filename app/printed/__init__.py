@@ -95,12 +95,11 @@ def worded(figure: Figure, translate: Callable[[str], str]) -> Figure:
     -------
     Lines or Heatmap
     """
-    names = ("x_label", "y_label", "z_label")
-    labels = {name: translate(getattr(figure, name)) for name in names if hasattr(figure, name)}
+    across, up = translate(figure.x_label), translate(figure.y_label)
     if isinstance(figure, Heatmap):
-        return replace(figure, **labels)
+        return replace(figure, x_label=across, y_label=up, z_label=translate(figure.z_label))
     lines = tuple(replace(line, label=translate(line.label)) for line in figure.lines)
-    return replace(figure, lines=lines, **labels)
+    return replace(figure, x_label=across, y_label=up, lines=lines)
 
 
 def _require_format(path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from app.figures.specification import Line, Lines
 from app.printed.style import Width, plain, plain_ticks, whole
@@ -116,7 +117,7 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
 def _limit(axes: Axes, figure: Lines) -> None:
     """Limits set by what was measured, not by far thresholds; ticks as plain as they can be."""
     if all(whole(line.x) for line in figure.lines):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.02)
     axes.autoscale_view()
     low, high = axes.get_ylim()

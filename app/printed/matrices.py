@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from app.figures.specification import Array, Heatmap
 from app.printed.style import Width, plain, plain_ticks, whole
@@ -47,13 +48,13 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
-        axis.get_major_locator().set_params(integer=whole(values))
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=whole(values)))
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(plain(figure.y_label))
     bar = canvas.colorbar(mesh, ax=axes, label=plain(figure.z_label), fraction=0.06, pad=0.03)
     bar.outline.set_linewidth(0.4)
     if isinstance(mesh.norm, LogNorm):
-        plain_ticks(bar.ax.yaxis, float(mesh.norm.vmin), float(mesh.norm.vmax))
+        plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
     return canvas
 
 

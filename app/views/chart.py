@@ -190,7 +190,7 @@ def card(
     with st.container(border=True, gap="xsmall"):
         left, right = st.columns([4, 1], vertical_alignment="center")
         left.markdown(f"**{plain(shown.title)}**")
-        with right:
+        with right, st.container(horizontal=True, horizontal_alignment="right"):
             _numbers(figure, key)
         result = draw(shown, key=key, height=height, clickable=clickable, mark=mark, runs=runs)
         st.caption(plain(shown.caption))

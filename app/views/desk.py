@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 
 import streamlit as st
@@ -96,11 +97,8 @@ def _explain(book: library.Unreadable) -> None:
     with st.container(border=True):
         st.markdown(f"##### ⚠ {plain(book.name)} cannot be shown")
         st.markdown(plain(book.reason))
-        st.caption("See what the file holds, or measure the model again:")
-        st.code(
-            f"depthscope describe {book.path}\ndepthscope probe CHECKPOINT --text FILE --out {book.path}",
-            "bash",
-        )
+        st.caption("Measure the model again, then reload this page:")
+        st.code(f"depthscope probe CHECKPOINT --text FILE --out {shlex.quote(str(book.path))}", "bash")
 
 
 def _explain_empty() -> None:

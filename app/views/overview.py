@@ -39,7 +39,7 @@ def show() -> None:
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
         left.markdown("##### Runs")
-        with right:
+        with right, st.container(horizontal=True, horizontal_alignment="right"):
             _download(readings)
         st.table(_facts(readings), border="horizontal")
 

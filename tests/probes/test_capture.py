@@ -264,6 +264,56 @@ def test_layout_and_layers_override(ids):
     assert run.attrs["n_streams"] == 4
 
 
+class Gated(nn.Module):
+    """Per-feature read gates on merged streams, as in Qwen4-exp: one module gives (branch input, streams, write gates)."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Parameter(torch.randn(4, 16))
+        self.write = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        streams = x.unflatten(-1, (4, 16))
+        return (self.read * streams).sum(-2), x, self.write.expand(*x.shape[:-1], 4)
+
+
+class GatedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.ffn = Gated(), nn.Linear(16, 16)
+
+    def forward(self, x):
+        read, streams, write = self.gate(x)
+        return streams + (write.unsqueeze(-1) * self.ffn(read).unsqueeze(-2)).flatten(-2)
+
+
+class GatedModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, 64)
+        self.blocks = nn.ModuleList(GatedBlock() for _ in range(3))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_gated_streams_are_refused_and_their_states_captured_on_request(ids):
+    model = GatedModel()
+    with pytest.raises(
+        probes.ConnectionError, match=r"layers='blocks.{i}', layout='B T \(N D\)' and streams=4"
+    ):
+        probes.capture(model, ids)
+    run = probes.capture(model, ids, layers="blocks.{i}", layout="B T (N D)", streams=4)
+    assert run.trace.residual.shape == (4, 3, 11, 4, 16)
+    np.testing.assert_array_equal(
+        run.trace.residual.values[-1].reshape(3, 11, 64), model(ids).detach().numpy()
+    )
+    assert run.attrs["family"] == "unknown"
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

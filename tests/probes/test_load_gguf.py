@@ -60,7 +60,7 @@ def test_second_load_reads_the_copy(tiny, cache):
     assert conversions == [file]
     assert second.model is not first.model
     assert torch.equal(second.model(IDS).logits, model(IDS).logits)
-    assert second.tokenizer("w3 w4".split(), is_split_into_words=True)["input_ids"] == [3, 4]
+    assert second.tokenizer(["w3", "w4"], is_split_into_words=True)["input_ids"] == [3, 4]
     assert second.digest == first.digest
     assert [path.name.startswith("tiny-") for path in cache.iterdir()] == [True]
 
@@ -112,7 +112,7 @@ def test_file_that_is_no_gguf(tmp_path, cache):
     pytest.importorskip("accelerate")
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(CheckpointError, match="cannot read .*broken.gguf.* as GGUF"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*broken.gguf.* as GGUF"):
         load_checkpoint(str(file))
 
 

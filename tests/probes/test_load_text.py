@@ -59,7 +59,8 @@ def test_windows_are_real_parts_of_the_text_and_do_not_overlap():
 def test_seed_chooses():
     text = sample_text()
     first, again, other = (
-        encode_text(loaded(Reader()), text, sequences=3, length=16, seed=seed)["input_ids"] for seed in (0, 0, 1)
+        encode_text(loaded(Reader()), text, sequences=3, length=16, seed=seed)["input_ids"]
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -107,7 +108,7 @@ def test_wrong_sizes(text, sizes, message):
 def test_length_beyond_the_positions():
     model = Reader()
     model.config = type("Config", (), {"max_position_embeddings": 64, "vocab_size": 256})()
-    with pytest.raises(ValueError, match="got 128 tokens, but the model has 64 positions; give length=64"):
+    with pytest.raises(ValueError, match="128 tokens, but the model has 64 positions; give length=64"):
         encode_text(loaded(model), "a" * 500, length=128)
 
 

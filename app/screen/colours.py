@@ -1,0 +1,14 @@
+"""Which colours and dashes does the screen use? Told apart by colour-blind eyes, on white and on black pages."""
+
+from __future__ import annotations
+
+__all__ = ["DASHES", "DIVERGING", "FAINT", "FONT", "GREY", "HEALTHY", "PALETTE"]
+
+# Paul Tol's "bright" scheme
+PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44")
+DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
+GREY = "rgba(128, 128, 128, 0.9)"
+FAINT = "rgba(128, 128, 128, 0.18)"
+HEALTHY = "rgba(34, 136, 51, 0.07)"
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+DIVERGING = ((0.0, "#2166AC"), (0.25, "#92C5DE"), (0.5, "#F7F7F7"), (0.75, "#F4A582"), (1.0, "#B2182B"))
