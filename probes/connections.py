@@ -113,7 +113,7 @@ def _gated_site(x: torch.Tensor, output: Any) -> Site | None:
         for shape in shapes
         if shape[:-1] == lead and 1 < shape[-1] < width and width % shape[-1] == 0
     ]
-    for size in narrow:
+    for size in sorted(narrow, reverse=True):  # the width is the larger of the two factors
         n = width // size
         if n != size and (*lead, n) in shapes and x.shape in shapes:
             return Site("gated", n, "B T (N D)", (*lead, size), mixes=False, constrained=False)

@@ -1,0 +1,232 @@
+"""Does a figure hold the analysis' own numbers, and say in words how they were measured?"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from app.figures import FIGURES, Heatmap, Lines, Selection, available
+from app.figures.similarity import build_cut
+from app.figures.values import reduce_blocks
+from diagnostics import analyze
+
+
+@pytest.fixture(scope="module")
+def plain(residual_run) -> xr.Dataset:
+    return analyze(residual_run)
+
+
+@pytest.fixture(scope="module")
+def mixed(mhc_run) -> xr.Dataset:
+    return analyze(mhc_run)
+
+
+@pytest.fixture(scope="module")
+def both(plain, mixed) -> dict[str, xr.Dataset]:
+    return {"plain": plain, "mhc": mixed}
+
+
+def measured(figure: Lines):
+    return [line for line in figure.lines if line.role == "measured"]
+
+
+def test_every_figure_can_be_drawn_from_an_mhc_run(mixed):
+    assert list(available({"mhc": mixed})) == list(FIGURES)
+
+
+def test_a_residual_run_offers_no_mixing_figure(plain):
+    kinds = available({"plain": plain})
+    assert {kind.question for kind in kinds.values()} == {"collapse", "similarity", "gradients"}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_says_what_it_shows(name, both):
+    figure = FIGURES[name].build(both)
+    assert figure.name == name
+    assert figure.metric in both["mhc"]
+    assert figure.caption
+    assert any(character.isdigit() for character in figure.alt)
+    if isinstance(figure, Lines):
+        assert figure.title in figure.alt
+        assert all(len(line.x) == len(line.y) for line in figure.lines)
+    else:
+        assert figure.z.shape == (len(figure.y), len(figure.x))
+
+
+def test_effective_rank_is_the_slice_that_the_selection_names(both):
+    choice = {"scope": "data", "tokens": "ordinary", "centering": "centred"}
+    lines = measured(FIGURES["effective_rank"].build(both, **choice))
+    assert [line.label for line in lines] == ["plain", "mhc"]
+    for line in lines:
+        expected = both[line.group]["effective_rank"].isel(step=-1).sel(stream="mean", **choice)
+        np.testing.assert_array_equal(line.y, expected.values)
+        np.testing.assert_array_equal(line.x, expected["depth"].values)
+
+
+def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
+    figure = FIGURES["effective_rank"].build({"plain": plain})
+    line, null = figure.lines
+    cell = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
+    error = plain["effective_rank_stderr"].isel(step=-1).sel(cell).values
+    np.testing.assert_allclose(line.upper - line.y, error)
+    np.testing.assert_allclose(line.y - line.lower, error)
+    assert null.role == "null"
+    assert set(null.y) == {float(plain["effective_rank_null"].sel(scope="sequence", tokens="all"))}
+    assert "the null" in figure.caption
+
+
+def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
+    within = FIGURES["effective_rank"].build({"plain": plain})
+    pooled = FIGURES["effective_rank"].build({"plain": plain}, scope="data")
+    real = int(plain["num_tokens"].sel(scope="data", tokens="all").max())
+    assert f"N = {real} tokens." in pooled.caption
+    assert "tokens a sequence" in within.caption
+    assert "over the tokens of all sequences pooled" in pooled.caption
+
+
+def test_relative_depth_ends_at_one_for_runs_of_any_depth(both):
+    lines = measured(FIGURES["token_cosine"].build(both, axis="relative"))
+    assert [line.x[0] for line in lines] == [0.0, 0.0]
+    assert [line.x[-1] for line in lines] == [1.0, 1.0]
+    assert len(lines[0].x) != len(lines[1].x)
+
+
+def test_a_run_without_streams_is_named_as_missing(both):
+    figure = FIGURES["composite_gain"].build(both)
+    assert {line.group for line in measured(figure)} == {"mhc"}
+    assert "Not measured in plain." in figure.caption
+
+
+def test_composite_gain_shows_both_directions_with_percentiles_and_limits(mixed):
+    figure = FIGURES["composite_gain"].build({"mhc": mixed})
+    forward, backward = measured(figure)
+    gain = mixed["composite_gain"].isel(step=-1)
+    np.testing.assert_array_equal(forward.y, gain.sel(direction="forward", reduction="mean"))
+    np.testing.assert_array_equal(backward.y, gain.sel(direction="backward", reduction="mean"))
+    np.testing.assert_array_equal(forward.upper, gain.sel(direction="forward", reduction="p99"))
+    assert [line.y[0] for line in figure.lines if line.role == "threshold"] == [1.0, 10.0, 100.0]
+    assert figure.log_y
+
+
+def test_the_largest_over_tokens_has_no_band(mixed):
+    figure = FIGURES["composite_gain"].build({"mhc": mixed}, reduction="max", direction="forward")
+    (line,) = measured(figure)
+    np.testing.assert_array_equal(
+        line.y, mixed["composite_gain"].isel(step=-1).sel(direction="forward", reduction="max")
+    )
+    assert line.upper is None
+
+
+def test_every_stream_can_be_overlaid(mixed):
+    lines = measured(FIGURES["residual_norm"].build({"mhc": mixed}, stream="each"))
+    assert [line.label for line in lines] == [f"mhc · stream {i}" for i in range(4)]
+    for i, line in enumerate(lines):
+        np.testing.assert_array_equal(line.y, mixed["residual_norm"].isel(step=-1).sel(stream=str(i)))
+
+
+def test_singular_values_are_a_line_each(mixed):
+    lines = measured(FIGURES["mixing_singular_value"].build({"mhc": mixed}))
+    values = mixed["mixing_singular_value"].isel(step=-1).sel(reduction="mean").transpose("component", ...)
+    np.testing.assert_array_equal([line.y for line in lines], values)
+
+
+def test_cka_is_the_matrix_of_the_chosen_run_and_estimator(both):
+    figure = FIGURES["cka"].build(both, run="mhc", estimator="biased")
+    expected = both["mhc"]["cka"].isel(step=-1).sel(estimator="biased", tokens="all")
+    assert isinstance(figure, Heatmap)
+    np.testing.assert_array_equal(figure.z, expected.transpose("depth", "other_depth"))
+    assert "biased estimator" in figure.caption
+    assert "Independent noise" in figure.caption
+    assert figure.title.endswith("mhc")
+
+
+def test_angles_to_the_depth_before_are_the_subdiagonal(plain):
+    (line,) = measured(FIGURES["adjacent_angle"].build({"plain": plain}))
+    matrix = plain["angular_distance"].isel(step=-1).sel(tokens="all").values
+    assert np.isnan(line.y[0])
+    np.testing.assert_array_equal(line.y[1:], [matrix[i, i - 1] for i in range(1, len(matrix))])
+
+
+def test_pair_gain_has_the_later_connection_on_the_vertical_axis(mixed):
+    figure = FIGURES["pair_gain"].build({"mhc": mixed})
+    gains = mixed["pair_gain"].isel(step=-1).sel(direction="forward")
+    assert figure.z[5, 2] == float(gains.sel(connection=2, other_connection=5))
+    assert np.isnan(figure.z[2, 5])
+
+
+def test_the_depth_kernel_has_no_reader_of_itself_or_of_later_layers(mixed):
+    figure = FIGURES["depth_kernel"].build({"mhc": mixed})
+    kernel = mixed["depth_kernel"].isel(step=-1)
+    assert figure.z[5, 2] == float(kernel.sel(connection=5, other_connection=2))
+    assert np.isnan(figure.z[np.triu_indices_from(figure.z)]).all()
+
+
+def test_a_cut_is_two_rows_of_the_heat_map(plain):
+    figure = build_cut({"plain": plain}, depths=(1, 4))
+    matrix = plain["cka"].isel(step=-1).sel(estimator="unbiased", tokens="all")
+    np.testing.assert_array_equal([line.y for line in figure.lines], matrix.isel(depth=[1, 4]))
+
+
+def test_alt_text_names_the_lowest_point():
+    x = np.arange(4)
+    data = xr.Dataset(
+        {"stable_rank": ("depth", [9.0, 4.0, 1.5, 3.0])},
+        coords={
+            "depth": x,
+            "layer": ("depth", [-1, 0, 1, 2]),
+            "site": ("depth", ["embed", "post", "post", "post"]),
+        },
+    )
+    figure = FIGURES["stable_rank"].build({"a": data})
+    assert "lowest 1.50 at depth 2 (layer 1 post)" in figure.alt
+    assert "highest 9.00 at depth 0 (embed)" in figure.alt
+
+
+def test_an_undefined_number_is_a_gap_and_not_a_zero():
+    data = xr.Dataset({"stable_rank": ("depth", [2.0, np.nan, 3.0])}, coords={"depth": [0, 1, 2]})
+    (line,) = measured(FIGURES["stable_rank"].build({"a": data}))
+    assert np.isnan(line.y[1])
+
+
+def test_a_step_can_be_chosen():
+    data = xr.Dataset(
+        {"gradient_norm": (("step", "depth"), [[1.0, 2.0], [3.0, 4.0]])},
+        coords={"step": [0, 100], "depth": [0, 1]},
+    )
+    (first,) = measured(FIGURES["gradient_norm"].build({"a": data}, step=0))
+    (last,) = measured(FIGURES["gradient_norm"].build({"a": data}))
+    assert first.y.tolist() == [1.0, 2.0]
+    assert last.y.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"), [({"scop": "data"}, "no selection 'scop'"), ({"scope": "batch"}, "sequence, data")]
+)
+def test_an_unknown_selection_is_refused(choice, message):
+    with pytest.raises(ValueError, match=message):
+        Selection.of(choice)
+
+
+def test_a_heat_map_of_a_run_that_cannot_feed_it_is_refused(both):
+    with pytest.raises(ValueError, match="'plain' has no pair_gain; mhc can feed pair_gain"):
+        FIGURES["pair_gain"].build(both, run="plain")
+
+
+def test_blocks_are_means_of_what_is_defined():
+    matrix = np.arange(16.0).reshape(4, 4)
+    matrix[0, 0] = np.nan
+    reduced, side = reduce_blocks(matrix, largest=2)
+    assert side == 2
+    assert reduced.tolist() == [[np.mean([1, 4, 5]), 4.5], [10.5, 12.5]]
+    assert reduce_blocks(matrix, largest=4)[1] == 1
+
+
+def test_the_register_needs_no_renderer_and_no_torch():
+    code = (
+        "import sys, app.figures; "
+        "print(sorted({'plotly', 'matplotlib', 'streamlit', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,119 @@
+"""Does plotly get the figure's own numbers, typed and small?"""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+
+from app.figures import FIGURES, Heatmap, Line, Lines, available
+from app.screen import PALETTE, shrink, to_plotly
+from diagnostics import analyze
+
+
+@pytest.fixture(scope="module")
+def both(residual_run, mhc_run):
+    return {"plain": analyze(residual_run), "mhc": analyze(mhc_run)}
+
+
+def decoded(values: dict) -> np.ndarray:
+    flat = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+    return flat.reshape([int(size) for size in values["shape"].split(",")]) if "shape" in values else flat
+
+
+def curves(drawn):
+    return [trace for trace in drawn.data if trace.fill is None and trace.x is not None and len(trace.x) > 1]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_browser_gets_the_numbers_of_the_figure(name, both):
+    figure = FIGURES[name].build(both)
+    spec = json.loads(to_plotly(figure).to_json())
+    if isinstance(figure, Heatmap):
+        sent = decoded(spec["data"][0]["customdata" if figure.log_z else "z"])
+        np.testing.assert_array_equal(sent, figure.z.astype(np.float32))
+    else:
+        sent = [decoded(t["y"]) for t in spec["data"] if "bdata" in str(t.get("y")) and "fill" not in t]
+        assert len(sent) == len(figure.lines)
+        for values, line in zip(sent, figure.lines, strict=True):
+            np.testing.assert_array_equal(values, line.y)
+
+
+def test_every_kind_of_figure_was_drawn(both):
+    assert list(available(both)) == list(FIGURES)
+
+
+def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
+    everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both), runs=list(both)))
+    mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both), runs=list(both)))
+    assert everywhere[1].name == "mhc" == mixing[0].name
+    assert everywhere[1].line.color == mixing[0].line.color == PALETTE[1]
+
+
+def test_a_null_is_dashed_in_the_colour_of_its_run(both):
+    drawn = curves(to_plotly(FIGURES["effective_rank"].build(both)))
+    nulls = [trace for trace in drawn if trace.name.endswith("null")]
+    assert [trace.line.dash for trace in nulls] == ["dash", "dash"]
+    assert [trace.line.color for trace in nulls] == [PALETTE[0], PALETTE[1]]
+
+
+def test_the_axis_reaches_the_next_threshold_and_no_further():
+    x = np.arange(3.0)
+    limits = tuple(Line(x[[0, 2]], np.full(2, v), f"limit {v:g}", role="threshold") for v in (1.0, 10.0, 100.0))
+    figure = Lines("gain", "Gain", "x", "y", (Line(x, np.array([1.1, 1.3, 2.0]), "a"), *limits), log_y=True)
+    low, high = to_plotly(figure).layout.yaxis.range
+    assert low < 0.0
+    assert 1.0 < high < 2.0
+
+
+def test_a_band_leaves_out_what_a_log_axis_cannot_show():
+    x = np.arange(3.0)
+    line = Line(x, np.full(3, 2.0), "a", lower=np.array([-1.0, 1.0, 1.0]), upper=np.full(3, 3.0))
+    drawn = to_plotly(Lines("rank", "Rank", "x", "y", (line,), log_y=True))
+    assert drawn.data[0].x.tolist() == [1.0, 2.0, 2.0, 1.0]
+    assert drawn.data[0].y.tolist() == [3.0, 3.0, 1.0, 1.0]
+
+
+def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
+    runs = {"a": both["mhc"], "b": both["mhc"]}
+    drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs), runs=list(runs))
+    named = [trace.name for trace in drawn.data if trace.showlegend is not False]
+    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4"]
+
+
+def square(size: int, **more) -> Heatmap:
+    axis = np.arange(size, dtype=float)
+    z = np.add.outer(axis, axis)
+    return Heatmap("cka", "CKA", axis, axis, z, "depth", "depth", "cka", **more)
+
+
+def test_a_large_heat_map_is_reduced_by_blocks_and_says_so():
+    small = shrink(square(700))
+    assert small.z.shape == (234, 234)
+    assert small.z[0, 0] == np.add.outer(range(3), range(3)).mean()
+    assert small.x[1] == 3.0
+    assert "mean of a 3 × 3 block" in small.caption
+    assert len(to_plotly(square(700)).to_json()) < 400_000
+
+
+def test_a_small_heat_map_stays_as_it_is():
+    figure = square(300)
+    assert shrink(figure) is figure
+
+
+def test_a_logarithmic_bar_has_round_numbers():
+    axis = np.arange(2.0)
+    z = np.array([[1.0, 10.0], [100.0, np.nan]])
+    bar = to_plotly(Heatmap("g", "G", axis, axis, z, "x", "y", "gain", log_z=True)).data[0].colorbar
+    assert list(bar.ticktext) == ["1", "2", "5", "10", "20", "50", "100"]
+    np.testing.assert_allclose(bar.tickvals, np.log10([1, 2, 5, 10, 20, 50, 100]))
+
+
+def test_a_marked_cell_is_ringed():
+    (ring,) = to_plotly(square(5), mark=(3.0, 1.0)).layout.shapes
+    assert (ring.x0, ring.x1, ring.y0, ring.y1) == (2.5, 3.5, 0.5, 1.5)
+
+
+def test_zoom_survives_an_update():
+    figure = square(4)
+    assert to_plotly(figure).layout.uirevision == to_plotly(figure, mark=(0, 0)).layout.uirevision == "cka"
