@@ -40,7 +40,7 @@ _EXAMPLES = """start here:
   depthscope dashboard runs/
   depthscope export runs/a.nc runs/b.nc --out paper/"""
 
-_CHECKPOINTS = "transformers folder, GGUF or safetensors file, timm:NAME, or module:factory"
+_CHECKPOINTS = "transformers folder, .gguf file, module:factory, or the word smollm2"
 
 
 class Parser(argparse.ArgumentParser):
@@ -242,8 +242,8 @@ def _model(command: argparse.ArgumentParser) -> None:
 
 def _demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-browser", dest="browser", action="store_false", help="print the address only")
-    command.add_argument("--out", metavar="DIR", help="folder for the runs (default a temporary one)")
-    command.add_argument("--quick", action="store_true", help="small synthetic models only")
+    command.add_argument("--out", metavar="DIR", help="folder for the runs (default depthscope-demo)")
+    command.add_argument("--quick", action="store_true", help="a short training and no SmolLM2")
 
 
 def _probe(command: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -156,6 +157,7 @@ def serve(paths: Sequence[Path], port: int) -> None:
         A free port.
     """
     import streamlit as st
+    from starlette.middleware import Middleware
     from starlette.routing import Mount
     from starlette.staticfiles import StaticFiles
 
@@ -164,8 +166,36 @@ def serve(paths: Sequence[Path], port: int) -> None:
     library.allow(paths)
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     entry = Path(__file__).parent / "views" / "entry.py"
-    application = st.App(entry, routes=[Mount(chart.PLOTLY_ROUTE, plotly)])
+    application = st.App(
+        entry, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[Middleware(refuse_other_hosts)]
+    )
     application.run(config=CONFIG | {"server.port": port})
+
+
+def refuse_other_hosts(application: Any) -> Any:
+    """Answer 403 to a request whose Host header names another machine.
+
+    Streamlit checks the hosts of its web sockets alone; a page of another name that points here (DNS rebinding)
+    could still fetch downloads.
+
+    Parameters
+    ----------
+    application : ASGI application
+        What answers the others.
+
+    Returns
+    -------
+    ASGI application
+    """
+    from starlette.responses import PlainTextResponse
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        host = dict(scope.get("headers", [])).get(b"host", b"").decode("latin-1")
+        known = host.partition(":")[0] in CONFIG["server.allowedHosts"]
+        refusal = PlainTextResponse(f"this dashboard answers at {HOST} only", status_code=403)
+        await (application if known or scope["type"] != "http" else refusal)(scope, receive, send)
+
+    return answer
 
 
 def _start_beside(paths: Sequence[Path], port: int, address: str) -> None:
@@ -176,7 +206,10 @@ def _start_beside(paths: Sequence[Path], port: int, address: str) -> None:
     code = "import sys; from app.dashboard import _serve_request; _serve_request(sys.argv[1])"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, request], env=environment, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code, request],
+        env=environment,
+        stdin=subprocess.PIPE,  # it ends with this process, however that ends: the server stops then
+        stdout=subprocess.DEVNULL,
     )
     atexit.register(process.terminate)
     if not _answers(address, process):
@@ -186,7 +219,13 @@ def _start_beside(paths: Sequence[Path], port: int, address: str) -> None:
 
 def _serve_request(request: str) -> None:
     wanted = json.loads(request)
+    Thread(target=_end_with_parent, daemon=True).start()
     serve([Path(path) for path in wanted["paths"]], wanted["port"])
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _answers(address: str, process: subprocess.Popen | None = None) -> bool:

@@ -306,7 +306,9 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
 
 
 def _cells(values: np.ndarray) -> list[str]:
-    if values.dtype.kind in "f":
+    if values.dtype.kind == "i":
+        return [UNDEFINED if value < 0 else str(value) for value in values]  # the embedding has no layer
+    if values.dtype.kind == "f":
         return [UNDEFINED if math.isnan(value) else f"{value:g}" for value in values]
     return [str(value) for value in values]
 

@@ -28,7 +28,8 @@ def analyze(
     run : DataTree
         A run with a trace; one that holds only statistics gives its training curves.
     metrics : iterable of str, optional
-        Names of `CATALOGUE`; all of them by default. Nothing is computed that these do not need.
+        Names of `CATALOGUE`; by default all but the costly ones (``Metric.default`` is false). Nothing is
+        computed that these do not need.
     progress : function, optional
         Called with (metric, number done, number in all) before each metric and once at the end.
 
@@ -36,18 +37,24 @@ def analyze(
     -------
     Dataset or DataTree
         ``step`` first, with nulls and standard errors beside the metrics; a tree with one child per chain
-        where there are several. The attributes are the run's, and ``not_computed``: reason by metric.
+        where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
+        where no metric was named ``on_request``: the names of those that were left out for their cost.
 
     Raises
     ------
     ValueError
         For an unknown metric, or a run that holds neither a trace nor statistics.
     """
-    names = tuple(CATALOGUE) if metrics is None else tuple(dict.fromkeys(metrics))
+    unasked, costly = (
+        [name for name, metric in CATALOGUE.items() if metric.default is default] for default in (True, False)
+    )
+    names = tuple(unasked) if metrics is None else tuple(dict.fromkeys(metrics))
     chosen = {name: find_metric(name) for name in names}
     chains = schema.chains(run)
     report = _counted(progress, len(chosen) * len(chains))
     analyses = {chain: _analyze_chain(run, chain, chosen, report) for chain in chains}
+    if metrics is None:
+        analyses = {chain: found.assign_attrs(on_request=costly) for chain, found in analyses.items()}
     report("")
     if list(analyses) == [""]:
         return analyses[""]
@@ -133,8 +140,8 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
 STEPLESS = ("num_tokens",)
 # The order of dims in an analysis; a variable has those that it needs.
 DIMS = (
-    *("step", "estimator", "direction", "kind", "scope", "tokens", "centering", "depth", "other_depth"),
-    *("connection", "other_connection", "component", "stream", "reduction"),
+    *("step", "estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
+    *("other_depth", "connection", "other_connection", "component", "stream", "quantile", "reduction"),
 )
 
 

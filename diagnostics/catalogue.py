@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from diagnostics import collapse, gradients, mixing, similarity
+from diagnostics import (
+    alignment,
+    collapse,
+    gradients,
+    mixing,
+    operators,
+    paths,
+    propagation,
+    shape,
+    similarity,
+)
 from diagnostics.metric import Metric
 
 CATALOGUE: dict[str, Metric] = {
@@ -17,11 +27,26 @@ CATALOGUE: dict[str, Metric] = {
         collapse.massive_token_fraction,
         collapse.massive_activation,
         collapse.num_tokens,
+        shape.numerical_rank,
+        shape.top_energy,
+        shape.alpha_req,
+        shape.alpha_req_error,
+        shape.dirichlet_energy,
+        shape.curvature,
+        shape.intrinsic_dimension,
         similarity.cka,
         similarity.adjacent_cka,
         similarity.angular_distance,
         similarity.block_influence,
         similarity.stream_cosine,
+        similarity.stream_cka,
+        alignment.rbf_cka,
+        alignment.svcca,
+        alignment.pwcca,
+        alignment.procrustes,
+        alignment.rsa,
+        alignment.mutual_knn,
+        alignment.cknna,
         mixing.mixing_gain,
         mixing.composite_gain,
         mixing.pair_gain,
@@ -36,8 +61,27 @@ CATALOGUE: dict[str, Metric] = {
         mixing.depth_kernel,
         mixing.read_share,
         mixing.write_share,
+        operators.operator_gain,
+        operators.composite_operator_gain,
+        operators.spectral_gap,
+        operators.condition_number,
+        operators.henrici,
+        operators.numerical_radius,
+        operators.dobrushin,
+        operators.lyapunov_spectrum,
+        paths.effective_streams,
+        paths.effective_path_depth,
+        paths.read_mass,
         gradients.residual_norm,
         gradients.gradient_norm,
         gradients.backward_gain,
+        gradients.gradient_rank,
+        gradients.gradient_cosine,
+        propagation.channel_squared_mean,
+        propagation.channel_variance,
+        propagation.branch_variance,
+        propagation.branch_share,
+        propagation.adjacent_cosine,
+        propagation.adjacent_cosine_band,
     )
 }

@@ -113,18 +113,9 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
     0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially.
     """
 
-    def measure(views: np.ndarray) -> np.ndarray:
-        residuals = np.stack([rank.dong_residual(views, mask=keep) for keep in token_masks.values], axis=1)
-        return _mean_where_defined(residuals)
-
-    found = residual_states.over_depth(measure, ("tokens",), tokens=token_masks["tokens"])
-    return found.transpose("tokens", "depth", "stream")
-
-
-def _mean_where_defined(values: np.ndarray) -> np.ndarray:
-    """The mean along the last axis over what is not NaN, NaN where nothing is left."""
-    count = np.isfinite(values).sum(axis=-1)
-    return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
+    return residual_states.over_sequences(
+        lambda views, keep: rank.dong_residual(views, mask=keep), token_masks
+    )
 
 
 def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:

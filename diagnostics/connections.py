@@ -173,6 +173,18 @@ def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
 
 
 @quantity
+def connection_spectrum(mixing: Mixing) -> np.ndarray:
+    """Singular values of every connection, (C, N, n), descending."""
+    return kernel.singular_values(mixing.matrices)
+
+
+@quantity
+def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
+    """Magnitudes of the eigenvalues of every connection, (C, N, n), descending."""
+    return np.abs(kernel.eigenvalues(mixing.matrices))
+
+
+@quantity
 def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     """Weights by which every connection reads the streams, (C, N, n)."""
     return _finite(real_tokens(h_pre, mask), "h_pre")
@@ -189,6 +201,20 @@ def _finite(weights: np.ndarray, name: str) -> np.ndarray:
     if bad.any():
         raise Unavailable(f"{name} is not finite at connection {int(np.argmax(bad))}")
     return weights
+
+
+@quantity
+def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> np.ndarray:
+    """Mean |M| over tokens, (C, C), a block of tokens at a time."""
+    if not mixing.finite.all():
+        raise Unavailable(f"h_res is not finite at connection {int(np.argmin(mixing.finite))}")
+    count, num_tokens = mixing.matrices.shape[:2]
+    total, block = np.zeros((count, count)), max(1, 4_000_000 // count**2)
+    for start in range(0, num_tokens, block):
+        part = slice(start, start + block)
+        weights = mixing.matrices[:, part], read_weights[:, part], write_weights[:, part]
+        total += np.abs(kernel.depth_kernel(*weights)).sum(axis=0)
+    return total / num_tokens
 
 
 def over_pairs(

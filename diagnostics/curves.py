@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from diagnostics import collapse, gradients, mixing, schema
+from diagnostics import collapse, gradients, mixing, propagation, schema
 from diagnostics.metric import Metric
 
 EXACT = "exact over every token of the step"
@@ -24,8 +24,8 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     -------
     Dataset
         Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
-        stream), ``token_cosine`` (over the data, all tokens, raw), ``mixing_gain`` (mean and max); and
-        ``adjacent_cosine`` (step, depth, stream), ``loss`` (step); as far as the statistics hold them.
+        stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
+        ``mixing_gain`` (mean and max); and ``loss`` (step); as far as the statistics hold them.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
@@ -86,15 +86,9 @@ def _token_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 def _adjacent_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     cosine = statistics["adjacent_cosine_sum"] / statistics["token_count"]
-    facts = {
-        "long_name": "Mean cosine of a token's state with its state at the depth before",
-        "units": "1",
-        "symbol": r"\cos(x_{l-1}, x_l)",
-        "references": "zhu2024hyper",
-        "estimator": EXACT,
-        "basis": "stream",
+    return {
+        "adjacent_cosine": _exact(propagation.adjacent_cosine, cosine.transpose("step", "depth", "stream"))
     }
-    return {"adjacent_cosine": cosine.transpose("step", "depth", "stream").assign_attrs(facts)}
 
 
 def _mixing_gain(statistics: xr.Dataset) -> dict[str, xr.DataArray]:

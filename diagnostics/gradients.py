@@ -1,4 +1,4 @@
-"""How large are the states and the gradients at every depth? Norms forward and backward."""
+"""How large are the states and the gradients at every depth, and do samples agree? Norms, rank, cosine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import xarray as xr
 
 from diagnostics.kernels import gradients as kernel
+from diagnostics.kernels import rank
 from diagnostics.metric import Range, metric
 from diagnostics.quantities import quantity
-from diagnostics.states import States
+from diagnostics.states import States, noise_ranks
 
 
 def _norms(states: States) -> xr.DataArray:
@@ -72,3 +73,52 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     """
     last = gradient_norms.isel(depth=-1, drop=True)
     return (gradient_norms / last.where(last > 0)).assign_coords(gradient_norms.coords)
+
+
+def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Gradients summed over the tokens of each sequence that has some, (V, S, D)."""
+    return views[:, mask.any(axis=1)].sum(axis=2, dtype=np.float64)
+
+
+def _rank_of_noise(gradient_states: States) -> xr.DataArray:
+    """The effective rank of iid noise at the number of sequences and features."""
+    count = float(gradient_states.mask.any(axis=1).sum())
+    return xr.DataArray(noise_ranks(count, gradient_states.num_features)["effective_rank"])
+
+
+@metric(
+    symbol=r"\mathrm{erank}(G)",
+    cite="roy2007effective",
+    basis="invariant",
+    null=_rank_of_noise,
+    estimator="plug-in, over the sampled sequences",
+)
+def gradient_rank(gradient_states: States) -> xr.DataArray:
+    r"""Effective rank of the gradients of different sequences: in how many directions they pull.
+
+    .. math:: \mathrm{erank}(G), \quad G_s = \textstyle\sum_t \delta_{s,t}
+
+    At most the number of sequences; 1 where all pull one way.
+    """
+    return gradient_states.over_depth(
+        lambda views: rank.effective_rank(_sample_gradients(views, gradient_states.mask))
+    )
+
+
+@metric(
+    symbol=r"\overline{\cos}(g_s, g_{s'})",
+    cite="yu2020gradient",
+    basis="invariant",
+    null=0.0,
+    estimator="exact over all pairs of the sampled sequences",
+)
+def gradient_cosine(gradient_states: States) -> xr.DataArray:
+    r"""Mean cosine between the gradients of different sequences: 1 when they agree, about 0 when none do.
+
+    .. math:: \cos(g_s, g_{s'}), \quad g_s = \textstyle\sum_t \delta_{s,t}
+
+    NaN for a single sequence.
+    """
+    return gradient_states.over_depth(
+        lambda views: kernel.cosine_across_samples(_sample_gradients(views, gradient_states.mask))
+    )

@@ -74,6 +74,8 @@ class Metric:
         The quantities, by name, that the function takes.
     function : function
         Quantities in, DataArray out.
+    default : bool
+        Whether an analysis computes it unasked; false for what costs too much: ask for it by name.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Metric:
     estimator: str
     needs: tuple[str, ...]
     function: Callable[..., xr.DataArray]
+    default: bool = True
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -221,12 +224,13 @@ def metric(
     estimator: str,
     units: str = "1",
     healthy: Range | None = None,
+    default: bool = True,
 ) -> Callable[[Callable[..., xr.DataArray]], Metric]:
     """Declare the function below as a metric; its parameters name the quantities that it needs.
 
     Parameters
     ----------
-    symbol, cite, basis, null, estimator, units, healthy
+    symbol, cite, basis, null, estimator, units, healthy, default
         See `Metric`.
 
     Returns
@@ -249,6 +253,7 @@ def metric(
             estimator=estimator,
             needs=tuple(inspect.signature(function).parameters),
             function=function,
+            default=default,
         )
         object.__setattr__(declared, "__doc__", inspect.getdoc(function))
         return declared

@@ -8,7 +8,6 @@ import xarray as xr
 from diagnostics.connections import Mixing, over_pairs
 from diagnostics.kernels import mixing as kernel
 from diagnostics.metric import Range, metric
-from diagnostics.quantities import Unavailable
 
 PER_TOKEN = "per token in float64, then reduced over tokens"
 PER_PRODUCT = "product per token in float64, then reduced over tokens"
@@ -17,8 +16,18 @@ DIRECTIONS = ("forward", "backward")
 GAIN = Range(low=0.5, high=10.0, source="xie2025mhc")
 
 
-def _exponential(logarithms: np.ndarray) -> np.ndarray:
-    """e^x, infinite where it exceeds float64."""
+def exponential(logarithms: np.ndarray) -> np.ndarray:
+    """e^x, infinite where it exceeds float64.
+
+    Parameters
+    ----------
+    logarithms : ndarray
+        Any.
+
+    Returns
+    -------
+    ndarray
+    """
     with np.errstate(over="ignore"):
         return np.exp(logarithms)
 
@@ -66,9 +75,7 @@ def composite_gain(mixing: Mixing) -> xr.DataArray:
 
 
 def _prefix_gains(mixing: Mixing) -> list[np.ndarray]:
-    return [
-        _exponential(gain(*mixing.prefix)) for gain in (kernel.log_forward_gain, kernel.log_backward_gain)
-    ]
+    return [exponential(gain(*mixing.prefix)) for gain in (kernel.log_forward_gain, kernel.log_backward_gain)]
 
 
 @metric(
@@ -86,7 +93,7 @@ def pair_gain(mixing: Mixing) -> xr.DataArray:
 
     ``connection`` is a, ``other_connection`` is b; NaN where a > b.
     """
-    table = _exponential(over_pairs(mixing.matrices, (kernel.log_forward_gain, kernel.log_backward_gain)))
+    table = exponential(over_pairs(mixing.matrices, (kernel.log_forward_gain, kernel.log_backward_gain)))
     broken = np.concatenate([[0], np.cumsum(~mixing.finite)])
     across = broken[None, 1:] - broken[:-1, None] > 0
     dims = ("direction", "connection", "other_connection")
@@ -101,12 +108,12 @@ def pair_gain(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_TOKEN,
 )
-def mixing_singular_value(mixing: Mixing) -> xr.DataArray:
+def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
     """Singular values of one connection, the largest first.
 
     The largest is the spectral norm: 1 for a doubly stochastic matrix, above it the connection expands.
     """
-    return _components(mixing, kernel.singular_values(mixing.matrices))
+    return _components(mixing, connection_spectrum)
 
 
 @metric(
@@ -120,7 +127,7 @@ def mixing_singular_value(mixing: Mixing) -> xr.DataArray:
 def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     """Singular values of the product of all connections from the embedding on, the largest first."""
     product, scale = mixing.prefix
-    values = kernel.singular_values(product) * _exponential(scale)[..., None]
+    values = kernel.singular_values(product) * exponential(scale)[..., None]
     return _components(mixing, values, composed=True)
 
 
@@ -132,12 +139,12 @@ def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator=PER_TOKEN,
 )
-def mixing_eigenvalue_modulus(mixing: Mixing) -> xr.DataArray:
+def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
     """Magnitudes of the eigenvalues of one connection, the largest first.
 
     The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
     """
-    return _components(mixing, np.abs(kernel.eigenvalues(mixing.matrices)))
+    return _components(mixing, eigenvalue_moduli)
 
 
 def _components(mixing: Mixing, values: np.ndarray, *, composed: bool = False) -> xr.DataArray:
@@ -178,7 +185,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     """
     product, scale = mixing.prefix
     parts = kernel.attenuation(product)
-    sums = (part * _exponential(scale) for part in (parts.row, parts.column))
+    sums = (part * exponential(scale) for part in (parts.row, parts.column))
     return _by_direction([mixing.reduced(part, composed=True) for part in sums])
 
 
@@ -238,7 +245,7 @@ def mixing_entropy(mixing: Mixing) -> xr.DataArray:
     null=1.0,
     estimator="per token in float64, then the mean of the magnitude over tokens",
 )
-def depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> xr.DataArray:
+def depth_kernel(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
     r"""How much of an earlier output a connection reads, through all mixing between.
 
     .. math:: M_{kj} = H^{pre}_k \Big(\prod_{t=j+1}^{k-1} H^{res}_t\Big) H^{post\,\top}_j
@@ -246,20 +253,7 @@ def depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: np.nda
     ``connection`` is the reader k, ``other_connection`` the source j; 0 for j ≥ k. A plain residual network
     has 1 below the diagonal. It does not change with the basis of the streams.
     """
-    if not mixing.finite.all():
-        raise Unavailable(f"h_res is not finite at connection {int(np.argmin(mixing.finite))}")
-    table = _mean_kernel(mixing.matrices, read_weights, write_weights)
-    return mixing.labelled(table, ("connection", "other_connection"))
-
-
-def _mean_kernel(h: np.ndarray, reads: np.ndarray, writes: np.ndarray) -> np.ndarray:
-    """Mean |M| over tokens, (C, C), a block of tokens at a time."""
-    count, num_tokens = h.shape[:2]
-    total, block = np.zeros((count, count)), max(1, 4_000_000 // count**2)
-    for start in range(0, num_tokens, block):
-        part = slice(start, start + block)
-        total += np.abs(kernel.depth_kernel(h[:, part], reads[:, part], writes[:, part])).sum(axis=0)
-    return total / num_tokens
+    return mixing.labelled(mean_depth_kernel, ("connection", "other_connection"))
 
 
 def _equal_share(mixing: Mixing) -> xr.DataArray:

@@ -25,6 +25,7 @@ LABELS: dict[str, tuple[str, ...]] = CHOICES | {
     "direction": ("forward", "backward"),
     "reduction": ("mean", "median", "p1", "p99", "max"),
     "kind": ("row", "column", "negativity"),
+    "norm": ("infinity", "one", "two"),
 }
 
 _REMEDIES = {

@@ -11,12 +11,15 @@ from itertools import pairwise
 import numpy as np
 import xarray as xr
 
+from diagnostics.alignment import evenly_spaced
 from diagnostics.kernels import geometry
 from diagnostics.kernels import similarity as kernel
 from diagnostics.metric import Range, metric
 from diagnostics.quantities import Unavailable, quantity
 from diagnostics.states import MeanStates, States
 
+# Tokens that CKA between streams is taken over: it costs their square, at every depth.
+ROWS = 1024
 # Unit vectors of one block of tokens over all depths hold about so many numbers.
 BLOCK = 4_000_000
 
@@ -174,3 +177,33 @@ def stream_cosine(residual_states: States) -> xr.DataArray:
         return np.full(len(views), mean)
 
     return residual_states.over_depth(measure).isel(stream=0, drop=True)
+
+
+def _stream_cka_of_noise(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+    """CKA of independent iid noise at that size: 0 when unbiased."""
+    count = min(int(residual_states.mask.sum()), ROWS)
+    of_each = {"biased": kernel.cka_null(count, residual_states.num_features), "unbiased": 0.0}
+    return xr.DataArray([of_each[name] for name in estimator], coords={"estimator": list(estimator)})
+
+
+@metric(
+    symbol=r"\overline{\mathrm{CKA}}(x_i, x_j)",
+    cite="kornblith2019similarity",
+    basis="stream",
+    null=_stream_cka_of_noise,
+    estimator=f"mean over pairs of streams; over at most {ROWS} tokens, evenly spaced",
+)
+def stream_cka(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+    """Mean linear CKA between the streams: 1 where they hold the same geometry of tokens, even if rotated."""
+    if residual_states.num_streams == 1:
+        raise Unavailable("the run has one stream")
+    pairs = ~np.eye(residual_states.num_streams, dtype=bool)
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        rows = views[1:][:, residual_states.mask]
+        rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
+        tables = [kernel.cka_matrix(rows, unbiased=name == "unbiased")[pairs].mean() for name in estimator]
+        return np.broadcast_to(tables, (len(views), len(tables)))
+
+    found = residual_states.over_depth(measure, ("estimator",), estimator=list(estimator))
+    return found.isel(stream=0, drop=True).transpose("estimator", "depth")

@@ -97,6 +97,71 @@ class States:
         values = [self._defined(measure, depth) for depth in range(len(self))]
         return self.labelled(np.stack(values), ("depth", "stream", *dims), **coords)
 
+    def over_steps(
+        self,
+        measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        dims: tuple[str, ...] = (),
+        **coords: Any,
+    ) -> xr.DataArray:
+        """Measure every step from a depth to the next, on the real tokens; NaN at the first depth.
+
+        Parameters
+        ----------
+        measure : function
+            Views before and after (V, N, D), float64, in, values (V, ...) out.
+        dims : tuple of str
+            Names of the further dims of a value.
+        **coords
+            Their coordinates.
+
+        Returns
+        -------
+        DataArray
+            Dims (depth, stream, *dims); NaN where either state is not finite.
+        """
+        before, known = self._rows(0)
+        found = []
+        for depth in range(len(self)):
+            after, finite = self._rows(depth)
+            values = np.asarray(measure(before, after), dtype=float)
+            values[~(known & finite) | (depth == 0)] = np.nan
+            found.append(values)
+            before, known = after, finite
+        return self.labelled(np.stack(found), ("depth", "stream", *dims), **coords)
+
+    def _rows(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        views, finite = self.load(depth)
+        return views[:, self.mask].astype(np.float64), finite
+
+    def over_sequences(
+        self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray], masks: xr.DataArray
+    ) -> xr.DataArray:
+        """Measure every sequence and average over those where it is defined.
+
+        Parameters
+        ----------
+        measure : function
+            Views (V, S, T, D) and a mask (S, T) in, values (V, S) out.
+        masks : DataArray
+            Dims (tokens, sample, token): which tokens count, by kind.
+
+        Returns
+        -------
+        DataArray
+            Dims (tokens, depth, stream).
+        """
+        keeps = masks.transpose("tokens", "sample", "token").values
+
+        def of_kinds(views: np.ndarray) -> np.ndarray:
+            found: list[np.ndarray] = []
+            for keep in keeps:
+                same = found and np.array_equal(keep, keeps[0])
+                found.append(found[0] if same else measure(views, keep))
+            return _mean_where_defined(np.stack(found, axis=1))
+
+        found = self.over_depth(of_kinds, ("tokens",), tokens=masks["tokens"])
+        return found.transpose("tokens", "depth", "stream")
+
     def _defined(self, measure: Callable[[np.ndarray], np.ndarray], depth: int) -> np.ndarray:
         views, finite = self.load(depth)
         values = np.asarray(measure(views), dtype=float)
@@ -123,6 +188,12 @@ class States:
         if "other_depth" in dims:
             known = known | {"other_depth": ("other_depth", np.asarray(self._states["depth"].values))}
         return xr.DataArray(values, dims=dims, coords=known | coords)
+
+
+def _mean_where_defined(values: np.ndarray) -> np.ndarray:
+    """The mean along the last axis over what is not NaN, NaN where nothing is left."""
+    count = np.isfinite(values).sum(axis=-1)
+    return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
 
 
 @quantity

@@ -166,8 +166,8 @@ def top_singular_values(
     require_rank(k, op)
     require_least("oversampling", oversampling, 0)
     require_least("power", power, 0)
-    columns = min(k + oversampling, *op.shape)
-    basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], columns), seed, op)))
+    width = min(k + oversampling, *op.shape)
+    basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], width), seed, op)))
     for _ in range(power):
         basis = orthonormal(columns(op.rmatvec, basis))
         basis = orthonormal(columns(op.matvec, basis))
@@ -175,7 +175,7 @@ def top_singular_values(
     kept = basis @ left.mT[:, :k]
     residual = columns(op.matvec, right[:, :k]) - kept * values[:k]
     return SingularValues(
-        values[:k].cpu().numpy(), torch.linalg.vector_norm(residual, dim=0).cpu().numpy(), columns, seed
+        values[:k].cpu().numpy(), torch.linalg.vector_norm(residual, dim=0).cpu().numpy(), width, seed
     )
 
 

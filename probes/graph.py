@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from probes.capture import call, eager, raise_first, settings
+from probes.capture import call, eager, raise_first
 from probes.chain import Chain, version
 from probes.hooks import first_float, untouched
 from probes.inputs import Mask
 from probes.layout import canonical
 from probes.routing import constant_routing, replaced
-from probes.session import Forward, RewrittenError, Session
+from probes.session import Forward, RewrittenError, Session, Settings
 
 Tokens: TypeAlias = Literal["own", "all"]
 Routing: TypeAlias = Literal["full", "frozen"]
@@ -44,11 +44,12 @@ class JacobianError(ValueError):
 
 
 @dataclass(frozen=True)
-class Reading:
+class Selection:
     """Which chain to read, which of its tokens, and what counts as constant; as in `probes.jacobian.jacobian`."""
 
     layers: str | Sequence[str] | None = None
     layout: str | None = None
+    streams: int | None = None
     mask: Mask = None
     chain: str | None = None
     tokens: Tokens = "own"
@@ -90,7 +91,7 @@ class StateGraph:
     layout: str
     batch_size: int
     num_streams: int
-    reading: Reading
+    selection: Selection
 
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
         """Entries of the kept tokens at two depths.
@@ -111,7 +112,7 @@ class StateGraph:
             Where the tokens of the two depths differ but must not, or none is left.
         """
         source, target = self._positions(start), self._positions(stop)
-        tied = self.reading.tokens == "own" or self.mask is not None or self.reading.positions is not None
+        tied = self.selection.tokens == "own" or self.mask is not None or self.selection.positions is not None
         if tied and source.shape[:2] != target.shape[:2]:
             raise JacobianError(
                 f"the states at depths {start} and {stop} have {source.shape[1]} and {target.shape[1]} tokens; one token's "
@@ -129,15 +130,17 @@ class StateGraph:
         kept = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
         if self.mask is not None:
             kept &= self.mask.to(kept.device)
-        if self.reading.positions is not None:
-            kept &= _chosen(self.reading.positions, kept.shape[1]).to(kept.device)
+        if self.selection.positions is not None:
+            kept &= _chosen(self.selection.positions, kept.shape[1]).to(kept.device)
         if not kept.any():
             raise JacobianError("the mask and positions= leave no real token; expected at least one")
         order = kept.long().cumsum(1)[kept] - 1
-        return Entries(positions[kept], order if self.reading.tokens == "own" else torch.zeros_like(order))
+        return Entries(positions[kept], order if self.selection.tokens == "own" else torch.zeros_like(order))
 
 
-def state_graph(model: nn.Module, batch: Any, start: int, stop: int | None, reading: Reading) -> StateGraph:
+def state_graph(
+    model: nn.Module, batch: Any, start: int, stop: int | None, selection: Selection
+) -> StateGraph:
     """Run the model twice, once to find its chain and once to keep the graph from start to stop.
 
     Parameters
@@ -148,7 +151,7 @@ def state_graph(model: nn.Module, batch: Any, start: int, stop: int | None, read
         One batch.
     start, stop : int
         Depths; None for the last one.
-    reading : Reading
+    selection : Selection
         What to read.
 
     Returns
@@ -160,11 +163,11 @@ def state_graph(model: nn.Module, batch: Any, start: int, stop: int | None, read
     JacobianError
         Where the depths are unknown or nothing links them.
     """
-    _require_readable(model, batch, reading)
-    session, forward = _discovered(model, batch, reading)
-    number = _chain_number(session.chains, reading.chain)
+    _require_readable(model, batch, selection)
+    session, forward = _discovered(model, batch, selection)
+    number = _chain_number(session.chains, selection.chain)
     first, last = _depths(session.chains[number], start, stop)
-    frozen = reading.routing == "frozen" and number == 0  # only the first chain has connections
+    frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
     routing = constant_routing(session, first, last) if frozen else nullcontext()
     with routing:
         states = _recorded(model, batch, session.chains[number], first, last)
@@ -176,7 +179,7 @@ def state_graph(model: nn.Module, batch: Any, start: int, stop: int | None, read
         layout=session.layouts[number],
         batch_size=forward.batch_size,
         num_streams=session.num_streams,
-        reading=reading,
+        selection=selection,
     )
 
 
@@ -192,7 +195,7 @@ def explained() -> Iterator[None]:
         raise
 
 
-def _require_readable(model: nn.Module, batch: Any, reading: Reading) -> None:
+def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> None:
     if not isinstance(batch, (Mapping, torch.Tensor, tuple)):
         raise JacobianError(
             f"a batch of type {type(batch).__name__} came; expected one mapping, tensor or tuple"
@@ -202,16 +205,27 @@ def _require_readable(model: nn.Module, batch: Any, reading: Reading) -> None:
         for name, m in model.named_modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
     ]
-    if reading.tokens == "own" and mixing:
+    if selection.tokens == "own" and mixing:
         raise JacobianError(
             f"the batch norm {mixing[0]!r} is in training mode and mixes sequences, so no token has a Jacobian of its own; "
             "call model.eval(), or take tokens='all'"
         )
 
 
-def _discovered(model: nn.Module, batch: Any, reading: Reading) -> tuple[Session, Forward]:
+def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
-    session = Session(model, settings(False, reading.layers, reading.layout, reading.mask, 1, 0))
+    layers = selection.layers
+    named = None if layers is None else ((layers,) if isinstance(layers, str) else tuple(layers))
+    session = Session(
+        model,
+        Settings(
+            layers=named,
+            layout=selection.layout,
+            streams=selection.streams,
+            mask=selection.mask,
+            max_sequences=1,
+        ),
+    )
     session.attach()
     try:
         with untouched(model), eager(), torch.no_grad():

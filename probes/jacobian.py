@@ -1,8 +1,8 @@
 """Jacobians between the states of a residual chain: products with J and Jᵀ, never J itself.
 
-The model runs once with its weights held constant. From then on Jᵀu is one backward through the kept graph, and Jv one backward
-through the graph of that backward, since u ↦ Jᵀu is linear (the double-backward trick): no forward mode is needed, and
-attention runs on its plain kernel, which alone has second derivatives.
+The model runs once with its weights held constant. From then on Jᵀu is one backward through the kept graph, and Jv one
+backward through the graph of that backward, since u ↦ Jᵀu is linear (the double-backward trick): no forward mode is needed,
+and attention runs on its plain kernel, which alone has second derivatives.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 
-from probes.graph import Entries, JacobianError, Reading, Routing, StateGraph, Tokens, explained, state_graph
+from probes.graph import (
+    Entries,
+    JacobianError,
+    Routing,
+    Selection,
+    StateGraph,
+    Tokens,
+    explained,
+    state_graph,
+)
 from probes.inputs import Mask
 
 
@@ -28,6 +37,7 @@ def jacobian(
     stop: int | None = None,
     layers: str | Sequence[str] | None = None,
     layout: str | None = None,
+    streams: int | None = None,
     mask: Mask = None,
     chain: str | None = None,
     tokens: Tokens = "own",
@@ -44,13 +54,13 @@ def jacobian(
         One batch, as in `probes.capture`.
     start, stop : int
         Depths as in ``/trace``: 0 is the embedding; ``stop`` is the last depth when not given.
-    layers, layout, mask
+    layers, layout, streams, mask
         Overrides, as in `probes.capture`. Only real tokens are moved and seen.
     chain : str, optional
         Name of the chain where a model has several, such as ``"decoder"``; the first one when not given.
     tokens : {"own", "all"}
-        ``"own"``: block diagonal, ∂h_t(stop)/∂h_t(start) for every token t; a product costs one backward for every token of the
-        longest sequence (see ``positions``). ``"all"``: every token moves every token; one backward.
+        ``"own"``: block diagonal, ∂h_t(stop)/∂h_t(start) for every token t; a product costs one backward for every token of
+        the longest sequence (see ``positions``). ``"all"``: every token moves every token; one backward.
     positions : sequence of int, optional
         Token positions to keep, rows and columns.
     routing : {"full", "frozen"}
@@ -85,13 +95,13 @@ def jacobian(
     >>> op.shape, op.matvec(torch.tensor([0.0, 1.0])).tolist(), op.rmatvec(torch.tensor([1.0, 0.0])).tolist()
     ((2, 2), [12.0, 8.0], [8.0, 12.0])
     """
-    reading = Reading(layers, layout, mask, chain, tokens, positions, routing)
-    graph = state_graph(model, batch, start, stop, reading)
+    selection = Selection(layers, layout, streams, mask, chain, tokens, positions, routing)
+    graph = state_graph(model, batch, start, stop, selection)
     return _operator(graph, graph.start, graph.stop)
 
 
 def block_jacobians(
-    model: nn.Module, batch: Any, *, start: int = 0, stop: int | None = None, **reading: Any
+    model: nn.Module, batch: Any, *, start: int = 0, stop: int | None = None, **selection: Any
 ) -> list[JacobianOperator]:
     """∂ state(l+1) / ∂ state(l) for every depth from start to stop, from one forward.
 
@@ -99,8 +109,8 @@ def block_jacobians(
     ----------
     model, batch, start, stop
         As in `jacobian`.
-    **reading
-        ``layers, layout, mask, chain, tokens, positions, routing`` as in `jacobian`.
+    **selection
+        ``layers, layout, streams, mask, chain, tokens, positions, routing`` as in `jacobian`.
 
     Returns
     -------
@@ -119,7 +129,7 @@ def block_jacobians(
     >>> [(op.start, op.stop) for op in block_jacobians(model, torch.ones(1, 2))]
     [(0, 1), (1, 2), (2, 3)]
     """
-    graph = state_graph(model, batch, start, stop, Reading(**reading))
+    graph = state_graph(model, batch, start, stop, Selection(**selection))
     return [_operator(graph, a, b) for a, b in pairwise(range(graph.start, graph.stop + 1))]
 
 

@@ -37,7 +37,7 @@ def lyapunov_spectrum(
     tokens: Tokens = "all",
     sweeps: int = 3,
     seed: int = 0,
-    **reading: Any,
+    **selection: Any,
 ) -> LyapunovSpectrum:
     """The k largest Lyapunov exponents of a model's residual chain, along depth.
 
@@ -53,8 +53,8 @@ def lyapunov_spectrum(
         ``"all"`` is the chain rule; ``"own"`` multiplies the tokens' own block Jacobians and leaves attention's detours out.
     sweeps, seed
         As in `lyapunov_exponents`.
-    **reading
-        ``layers, layout, mask, chain, positions, routing`` as in `probes.jacobian.jacobian`.
+    **selection
+        ``layers, layout, streams, mask, chain, positions, routing`` as in `probes.jacobian.jacobian`.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def lyapunov_spectrum(
     >>> (lyapunov_spectrum(model, torch.ones(1, 2), 2).exponents / np.log(2)).round(6).tolist()
     [1.0, -1.0]
     """
-    blocks = block_jacobians(model, batch, start=start, stop=stop, tokens=tokens, **reading)
+    blocks = block_jacobians(model, batch, start=start, stop=stop, tokens=tokens, **selection)
     return lyapunov_exponents(blocks, k, sweeps=sweeps, seed=seed)
 
 

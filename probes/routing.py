@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from probes.connections import ConnectionError, Parts, Watch, read_returned, read_width
+from probes.connections import (
+    ConnectionError,
+    Parts,
+    Watch,
+    read_error,
+    read_returned,
+    read_width,
+    tolerance,
+)
 from probes.hooks import first_float
 from probes.layout import canonical
-from probes.proof import read_error, tolerance
 from probes.session import Session
 
 
@@ -48,8 +55,11 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[None]:
     links = {link.path: link.style for link in session.links[start:stop]}
     with ExitStack() as stack:
         for path, style in links.items():
-            freeze = _freeze_returned if style == "returned" else _freeze_width
-            freeze(stack, modules[path], session.num_streams)
+            if style not in FREEZE:
+                raise ConnectionError(
+                    f"{path!r} connects streams in the {style} style, which cannot be held constant yet"
+                )
+            FREEZE[style](stack, modules[path], session.num_streams)
         yield
 
 
@@ -158,3 +168,9 @@ def _applied(parts: Parts, x: torch.Tensor, num_streams: int) -> tuple[torch.Ten
 def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A tensor with the value of one and the derivative of the other, so that freezing moves no state."""
     return value.detach() + (path - path.detach())
+
+
+FREEZE: dict[str, Callable[[ExitStack, nn.Module, int], None]] = {
+    "returned": _freeze_returned,
+    "width": _freeze_width,
+}

@@ -284,7 +284,8 @@ def compare(args: argparse.Namespace) -> int:
         )
         return FINE
     say(textwrap.fill(summary.caption, 100))
-    printed = summary.printed.assign(model=summary.data["model"])
+    printed = summary.printed.copy()
+    printed.insert(1, "model", summary.data["model"])
     facts = printed.set_index("run").T
     show_rows(
         ["", *map(str, facts.columns)],

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from app.figures.specification import Line, Lines
-from app.printed.style import Width, plain, plain_ticks, whole
+from app.printed.style import Width, plain, plain_ticks, whole, wrapped
 
 # Okabe and Ito's colours, in an order in which neighbours differ in grey too; yellow is too light for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -62,16 +62,19 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     _limit(axes, figure)
     _draw_limits(axes, figure)
     axes.set_xlabel(plain(figure.x_label))
-    axes.set_ylabel(plain(figure.y_label))
+    axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
     _legend(canvas, axes, figure, size)
     return canvas
 
 
 def _height(size: Width, entries: int) -> float:
-    axes = 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
     columns = max(1, int(size.inches // 1.6))
     below = math.ceil(entries / columns) if entries > LEGEND_INSIDE else 0
-    return axes + below * 1.45 * size.points / 72
+    return _axes_height(size) + below * 1.45 * size.points / 72
+
+
+def _axes_height(size: Width) -> float:
+    return 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
 
 
 def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:

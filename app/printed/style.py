@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.mathtext import MathTextParser
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
         return
     few = high / low < 4
     axis.set_major_locator(MaxNLocator(nbins=5) if few else LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    nearly_equal = few and low >= 1e-3  # then the formatter of linear axes finds as many digits as it takes
+    plain_number = FuncFormatter(lambda value, _: f"{value:.4g}")
+    axis.set_major_formatter(ScalarFormatter(useOffset=False) if nearly_equal else plain_number)
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
@@ -169,3 +179,21 @@ def whole(values: np.ndarray) -> bool:
     bool
     """
     return bool(np.all(np.mod(values, 1) == 0))
+
+
+def wrapped(text: str, inches: float) -> str:
+    """A label in as many lines as it takes to fit along an axis.
+
+    Parameters
+    ----------
+    text : str
+        A label; one with mathematics stays as it is.
+    inches : float
+        Length of the axis.
+
+    Returns
+    -------
+    str
+    """
+    letters = max(int(inches * 72 / (0.5 * mpl.rcParams["font.size"])), 8)
+    return plain(text if "$" in text else textwrap.fill(text, letters, break_long_words=False))

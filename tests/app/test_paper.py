@@ -48,6 +48,15 @@ def bundle(runs, tmp_path_factory):
     return write_bundle(runs, tmp_path_factory.mktemp("export") / "paper")
 
 
+@pytest.fixture
+def few_figures(monkeypatch):
+    """Two figures instead of thirty, where the folder is what matters."""
+    from app import paper
+
+    draw = paper.draw_all
+    monkeypatch.setattr(paper, "draw_all", lambda readings, view: draw(readings, view)[:2])
+
+
 def _hashes(folder):
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -211,6 +220,7 @@ def test_foreign_folder_is_refused_and_untouched(runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_rerun_keeps_files_of_others(runs, tmp_path):
     one = {"plain": runs["plain"]}
     out = write_bundle(one, tmp_path / "paper")
@@ -222,6 +232,7 @@ def test_a_rerun_keeps_files_of_others(runs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["paper"]
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_edited_files_are_not_overwritten(runs, tmp_path):
     one = {"plain": runs["plain"]}
     out = write_bundle(one, tmp_path / "paper")
@@ -255,6 +266,7 @@ def test_csv_holds_the_numbers_drawn():
     assert [float(cell) for cell in matrix[2].split(",")[1:]] == MAP.z[1].tolist()
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_selection_reaches_figures_and_tables(runs, tmp_path):
     one = {"plain": runs["plain"]}
     out = write_bundle(one, tmp_path / "paper", view=Selection(scope="data", tokens="ordinary"))

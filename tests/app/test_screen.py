@@ -59,7 +59,9 @@ def test_a_null_is_dashed_in_the_colour_of_its_run(both):
 
 def test_the_axis_reaches_the_next_threshold_and_no_further():
     x = np.arange(3.0)
-    limits = tuple(Line(x[[0, 2]], np.full(2, v), f"limit {v:g}", role="threshold") for v in (1.0, 10.0, 100.0))
+    limits = tuple(
+        Line(x[[0, 2]], np.full(2, v), f"limit {v:g}", role="threshold") for v in (1.0, 10.0, 100.0)
+    )
     figure = Lines("gain", "Gain", "x", "y", (Line(x, np.array([1.1, 1.3, 2.0]), "a"), *limits), log_y=True)
     low, high = to_plotly(figure).layout.yaxis.range
     assert low < 0.0

@@ -16,6 +16,7 @@ from diagnostics.catalogue import CATALOGUE
 
 BIBLIOGRAPHY = Path(diagnostics.__file__).with_name("references.bib").read_text()
 KEYS = set(re.findall(r"^@\w+\{([\w-]+),", BIBLIOGRAPHY, re.MULTILINE))
+PAIRS = "step tokens depth other_depth"
 RANK = "step scope tokens centering depth stream"
 DIMS = {
     "effective_rank": RANK,
@@ -27,11 +28,26 @@ DIMS = {
     "massive_token_fraction": "step depth stream",
     "massive_activation": "step depth stream",
     "num_tokens": "scope tokens depth stream",
+    "numerical_rank": RANK,
+    "top_energy": RANK,
+    "alpha_req": RANK,
+    "alpha_req_error": RANK,
+    "dirichlet_energy": "step tokens depth stream",
+    "curvature": "step tokens depth stream",
+    "intrinsic_dimension": "step tokens depth stream",
     "cka": "step estimator tokens depth other_depth",
     "adjacent_cka": "step estimator tokens depth",
     "angular_distance": "step tokens depth other_depth",
     "block_influence": "step tokens depth",
     "stream_cosine": "step depth",
+    "stream_cka": "step estimator depth",
+    "rbf_cka": PAIRS,
+    "svcca": PAIRS,
+    "pwcca": PAIRS,
+    "procrustes": PAIRS,
+    "rsa": PAIRS,
+    "mutual_knn": PAIRS,
+    "cknna": PAIRS,
     "mixing_gain": "step direction connection reduction",
     "composite_gain": "step direction connection reduction",
     "pair_gain": "step direction connection other_connection",
@@ -46,18 +62,48 @@ DIMS = {
     "depth_kernel": "step connection other_connection",
     "read_share": "step connection stream",
     "write_share": "step connection stream",
+    "operator_gain": "step norm connection reduction",
+    "composite_operator_gain": "step norm connection reduction",
+    "spectral_gap": "step connection reduction",
+    "condition_number": "step connection reduction",
+    "henrici": "step connection reduction",
+    "numerical_radius": "step connection reduction",
+    "dobrushin": "step connection reduction",
+    "lyapunov_spectrum": "step component reduction",
+    "effective_streams": "step connection reduction",
+    "effective_path_depth": "step connection",
+    "read_mass": "step connection",
     "residual_norm": "step depth stream",
     "gradient_norm": "step depth stream",
     "backward_gain": "step depth stream",
+    "gradient_rank": "step depth stream",
+    "gradient_cosine": "step depth stream",
+    "channel_squared_mean": "step depth stream",
+    "channel_variance": "step depth stream",
+    "branch_variance": "step depth stream",
+    "branch_share": "step depth stream",
+    "adjacent_cosine": "step depth stream",
+    "adjacent_cosine_band": "step depth stream quantile",
 }
-STREAMS_ONLY = {name for name, metric in CATALOGUE.items() if metric.question == "mixing"} | {"stream_cosine"}
+OF_CONNECTIONS = ("mixing", "operators", "paths")
+STREAMS_ONLY = {name for name, metric in CATALOGUE.items() if metric.question in OF_CONNECTIONS}
+STREAMS_ONLY |= {"stream_cosine", "stream_cka"}
 every_metric = pytest.mark.parametrize("name", CATALOGUE)
 every_family = pytest.mark.parametrize("family", ["residual", "hc", "mhc"])
 
 
+# More tokens than features: canonical correlations are refused otherwise.
+SIZES = {"layers": 4, "features": 12}
+
+
+def analyze(run):
+    """Every metric, the costly ones too."""
+    return diagnostics.analyze(run, metrics=CATALOGUE)
+
+
 @pytest.fixture(scope="module")
 def analyses(make_run):
-    return {family: diagnostics.analyze(make_run(family, layers=4)) for family in ("residual", "hc", "mhc")}
+    return {family: analyze(make_run(family, **SIZES)) for family in ("residual", "hc", "mhc")}
 
 
 def test_the_contract_names_every_metric():
@@ -138,22 +184,22 @@ def test_the_rank_chain_holds(analyses, family):
 
 @every_family
 def test_a_second_look_gives_the_same(make_run, analyses, family):
-    again = diagnostics.analyze(make_run(family, layers=4))
+    again = analyze(make_run(family, **SIZES))
     xr.testing.assert_equal(again, analyses[family])
 
 
 @every_family
 def test_the_order_of_sequences_does_not_matter(make_run, family):
-    run = make_run(family, layers=2, samples=3)
+    run = make_run(family, layers=2, features=12, samples=3)
     trace = run["trace"].to_dataset()
     turned = schema.create_run(trace.isel(sample=[2, 0, 1]), attrs=run.attrs)
-    xr.testing.assert_allclose(diagnostics.analyze(turned), diagnostics.analyze(run), rtol=1e-6, atol=1e-9)
+    xr.testing.assert_allclose(analyze(turned), analyze(run), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("content", [0.0, 1e6, np.nan])
 @every_family
 def test_padding_changes_nothing(make_run, family, content):
-    run = make_run(family, layers=2)
+    run = make_run(family, layers=2, features=12)
     trace = run["trace"].to_dataset()
     padded = trace.pad(
         token=(3, 2), sample=(0, 1), constant_values={v: content for v in trace.data_vars if v != "mask"}
@@ -161,8 +207,8 @@ def test_padding_changes_nothing(make_run, family, content):
     mask = trace["mask"].pad(token=(3, 2), sample=(0, 1), constant_values=False)
     padded = padded.assign(mask=mask.astype(bool)).assign_coords(token=range(21), sample=range(3))
     padded = padded.astype({v: trace[v].dtype for v in trace.data_vars})
-    wider = diagnostics.analyze(schema.create_run(padded, attrs=run.attrs))
-    xr.testing.assert_allclose(wider, diagnostics.analyze(run), rtol=1e-6, atol=1e-9)
+    wider = analyze(schema.create_run(padded, attrs=run.attrs))
+    xr.testing.assert_allclose(wider, analyze(run), rtol=1e-6, atol=1e-9)
 
 
 def test_every_reference_is_whole():

@@ -1,0 +1,227 @@
+"""Do depths agree by another measure than CKA? Canonical correlations, shapes, distances, neighbours.
+
+States are compared in the mean over streams. All cost much: they are computed when asked for by name, over
+at most `ROWS` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import xarray as xr
+
+from diagnostics.kernels import similarity as kernel
+from diagnostics.metric import metric
+from diagnostics.quantities import Unavailable, quantity
+from diagnostics.states import MeanStates, States
+
+# Tokens compared, evenly spaced over all of them: neighbours and distances cost their square.
+ROWS = 1024
+NEIGHBOURS = 10
+SAMPLED = f"over at most {ROWS} tokens, evenly spaced"
+
+Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Pairs:
+    """Pairs of depths of one chain.
+
+    Parameters
+    ----------
+    states : States
+        The states, for their labels.
+    mean_states : MeanStates
+        The mean over streams.
+    masks : DataArray
+        Dims (tokens, sample, token): which tokens count, by kind.
+    """
+
+    def __init__(self, states: States, mean_states: MeanStates, masks: xr.DataArray) -> None:
+        self._states, self._mean, self._kinds = states, mean_states, masks["tokens"]
+
+    def compare(self, measure: Compare, *, symmetric: bool = True) -> xr.DataArray:
+        """Compare every depth with every other.
+
+        Parameters
+        ----------
+        measure : function
+            Two states (N, D) in, a number out; a ValueError is its refusal.
+        symmetric : bool
+            Whether the order of the two does not matter.
+
+        Returns
+        -------
+        DataArray
+            Dims (tokens, depth, other_depth): ``depth`` is the first of the two. NaN where a state is not
+            finite, and for a kind of token that the measure refuses.
+
+        Raises
+        ------
+        Unavailable
+            Where it refuses every kind, with its words.
+        """
+        refusals: list[str] = []
+        tables = self._mean.over_kinds(partial(self._table, measure, symmetric, refusals))
+        if np.isnan(tables).all() and refusals:
+            raise Unavailable(refusals[0])
+        finite = self._mean.finite
+        tables = np.where(finite[:, None] & finite[None, :], tables, np.nan)
+        return self._states.labelled(tables, ("tokens", "depth", "other_depth"), tokens=self._kinds)
+
+    @staticmethod
+    def _table(measure: Compare, symmetric: bool, refusals: list[str], states: np.ndarray) -> np.ndarray:
+        states = states[:, evenly_spaced(states.shape[1])]
+        depths = len(states)
+        table = np.full((depths, depths), np.nan)
+        try:
+            if not states.shape[1]:
+                raise ValueError("no token of this kind is left")
+            for a in range(depths):
+                for b in range(a if symmetric else 0, depths):
+                    table[a, b] = measure(states[a], states[b])
+        except ValueError as refusal:
+            refusals.append(str(refusal))
+            return np.full((depths, depths), np.nan)
+        return np.fmax(table, table.T) if symmetric else table
+
+
+def evenly_spaced(count: int, most: int = ROWS) -> np.ndarray:
+    """Positions of at most so many of ``count`` things, evenly spaced, the first and the last among them.
+
+    Parameters
+    ----------
+    count, most : int
+        How many there are, how many are wanted.
+
+    Returns
+    -------
+    ndarray of int
+
+    Examples
+    --------
+    >>> evenly_spaced(9, 5).tolist()
+    [0, 2, 4, 6, 8]
+    """
+    return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int))
+
+
+@quantity
+def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> Pairs:
+    """Every depth beside every other."""
+    return Pairs(residual_states, mean_states, token_masks)
+
+
+@metric(
+    symbol=r"\mathrm{CKA}_{\mathrm{RBF}}",
+    cite="kornblith2019similarity",
+    basis="invariant",
+    null=0.0,
+    estimator=f"unbiased HSIC1, σ half the median distance; {SAMPLED}",
+    default=False,
+)
+def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
+    r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
+
+    .. math:: k(x, y) = \exp(-\|x - y\|^2 / 2\sigma^2)
+    """
+    return depth_pairs.compare(partial(kernel.rbf_cka, unbiased=True))
+
+
+@metric(
+    symbol=r"\overline{\rho}_{\mathrm{SVCCA}}",
+    cite="raghu2017svcca",
+    basis="invariant",
+    null="none in closed form: about the square root of directions over tokens, and 1 without spare tokens",
+    estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SAMPLED}",
+    default=False,
+)
+def svcca(depth_pairs: Pairs) -> xr.DataArray:
+    r"""SVCCA between depths: mean canonical correlation of the leading directions.
+
+    .. math:: \tfrac{1}{k} \textstyle\sum_i \rho_i
+
+    Blind to any invertible map of the leading directions. Refused without more tokens than directions.
+    """
+    return depth_pairs.compare(kernel.svcca)
+
+
+@metric(
+    symbol=r"\overline{\rho}_{\mathrm{PWCCA}}",
+    cite="morcos2018insights",
+    basis="invariant",
+    null="none in closed form: about the square root of features over tokens, and 1 without spare tokens",
+    estimator=f"canonical correlations weighted by their share of depth; {SAMPLED}",
+    default=False,
+)
+def pwcca(depth_pairs: Pairs) -> xr.DataArray:
+    r"""PWCCA between depths: canonical correlations weighted by how much of the first depth they explain.
+
+    .. math:: \textstyle\sum_i \alpha_i \rho_i / \sum_i \alpha_i, \quad \alpha_i = \sum_j |\langle h_i, x_j \rangle|
+
+    Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
+    """
+    return depth_pairs.compare(kernel.pwcca, symmetric=False)
+
+
+@metric(
+    symbol=r"\theta_{\mathrm{Procrustes}}",
+    units="rad",
+    cite="williams2021generalized",
+    basis="invariant",
+    null="none in closed form: near π/2 for many tokens, less where features outnumber them",
+    estimator=f"exact; {SAMPLED}",
+    default=False,
+)
+def procrustes(depth_pairs: Pairs) -> xr.DataArray:
+    r"""Procrustes distance between depths: the angle left after the best rotation, 0 for the same shape.
+
+    .. math:: \arccos \|X^\top Y\|_* \quad\text{of centred states at } \|\cdot\|_F = 1
+    """
+    return depth_pairs.compare(kernel.procrustes)
+
+
+@metric(
+    symbol=r"\rho_{\mathrm{RSA}}",
+    cite="kriegeskorte2008representational",
+    basis="feature",
+    null=0.0,
+    estimator=f"Spearman correlation of 1 − Pearson dissimilarities; {SAMPLED}",
+    default=False,
+)
+def rsa(depth_pairs: Pairs) -> xr.DataArray:
+    """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
+    return depth_pairs.compare(kernel.rsa)
+
+
+def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
+    """k/(N − 1)."""
+    count = token_masks.sum(("sample", "token")).clip(max=ROWS)
+    return (NEIGHBOURS / (count - 1.0).where(count > NEIGHBOURS)).clip(max=1.0)
+
+
+@metric(
+    symbol=r"m_{\mathrm{kNN}}",
+    cite="huh2024platonic",
+    basis="invariant",
+    null=_shared_by_chance,
+    estimator=f"{NEIGHBOURS} nearest by cosine; {SAMPLED}",
+    default=False,
+)
+def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
+    """Mutual nearest neighbours: the share of a token's ten nearest that two depths agree on."""
+    return depth_pairs.compare(partial(kernel.mutual_knn, k=NEIGHBOURS))
+
+
+@metric(
+    symbol=r"\mathrm{CKNNA}",
+    cite="huh2024platonic",
+    basis="invariant",
+    null=0.0,
+    estimator=f"unbiased HSIC1 over the pairs among {NEIGHBOURS} nearest on both sides; {SAMPLED}",
+    default=False,
+)
+def cknna(depth_pairs: Pairs) -> xr.DataArray:
+    """CKA over shared nearest neighbours: agreement of the local geometry alone."""
+    return depth_pairs.compare(partial(kernel.cknna, k=NEIGHBOURS))

@@ -1,0 +1,534 @@
+"""Jacobian operators against dense Jacobians, central differences and the formula of the stream connections."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from torch import nn
+from torch.autograd.functional import jacobian as dense_jacobian
+
+import probes
+from probes.connections import ConnectionError
+from probes.graph import JacobianError
+from probes.jacobian import JacobianOperator, block_jacobians, jacobian
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, *, inplace: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, width)
+        )
+        self.inplace = inplace
+
+    def forward(self, x):
+        y = self.net(x)
+        return x.add_(y) if self.inplace else x + y
+
+
+class Stack(nn.Module):
+    """A residual MLP; with ``outer`` the skips are outside the blocks, with ``source`` the first state comes back later."""
+
+    def __init__(
+        self, *, outer: bool = False, source: bool = False, width: int = 5, layers: int = 3, **options
+    ):
+        super().__init__()
+        self.embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width, **options) for _ in range(layers))
+        self.outer, self.source = outer, source
+
+    def trunk(self, x, first=0, last=None):
+        start = x
+        for block in self.blocks[first:last]:
+            x = x + block(x) if self.outer else block(x)
+            x = x + 0.5 * start if self.source and block is self.blocks[-2] else x
+        return x
+
+    def forward(self, x):
+        return self.trunk(self.embed(x)).sum(-1)
+
+
+def stack(**options) -> Stack:
+    torch.manual_seed(0)
+    return Stack(**options).double().eval()
+
+
+def dense(op: JacobianOperator) -> torch.Tensor:
+    """The matrix of an operator from its rows, checked against its columns."""
+    rows = torch.stack([op.rmatvec(u) for u in torch.eye(op.shape[0], dtype=torch.float64)])
+    columns = torch.stack([op.matvec(v) for v in torch.eye(op.shape[1], dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(rows, columns, atol=1e-5, rtol=1e-4)
+    return rows
+
+
+def own_blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """A dense Jacobian without the blocks between different tokens."""
+    tokens = len(matrix) // width
+    return matrix * torch.kron(torch.eye(tokens), torch.ones(width, width)).to(matrix.dtype)
+
+
+@pytest.fixture
+def points() -> torch.Tensor:
+    return torch.randn(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+# --- plain residual chains ---
+
+
+def test_a_linear_residual_stack_has_the_product_of_its_matrices():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4))).double()
+    matrices = [layer.weight.detach() for layer in model]
+    op = jacobian(model, torch.randn(1, 4, dtype=torch.float64), start=1, stop=4)
+    torch.testing.assert_close(dense(op), matrices[3] @ matrices[2] @ matrices[1])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 3), (1, 3), (2, 3)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_residual_mlp_against_autograd(points, start, stop, inplace):
+    model = stack(inplace=inplace)
+    state = model.trunk(model.embed(points), 0, start).detach()
+    rows = [dense_jacobian(lambda x: model.trunk(x.clone()[None], start, stop)[0], row) for row in state]
+    op = jacobian(model, points, start=start, stop=stop)
+    assert op.shape == (10, 10)
+    torch.testing.assert_close(dense(op), torch.block_diag(*rows))
+
+
+def test_skips_outside_the_named_blocks_count(points):
+    model = stack(outer=True)
+    op = jacobian(model, points[:1], layers="blocks.{i}", start=0, stop=2)
+    state = model.embed(points[:1]).detach()[0]
+    torch.testing.assert_close(dense(op), dense_jacobian(lambda x: model.trunk(x, 0, 2), state))
+
+
+def test_a_first_state_that_comes_back_later_counts(points):
+    model = stack(source=True)
+    op = jacobian(model, points[:1], layers="blocks.{i}", start=0, stop=2)
+    state = model.embed(points[:1]).detach()[0]
+    torch.testing.assert_close(dense(op), dense_jacobian(lambda x: model.trunk(x, 0, 2), state))
+
+
+def test_a_block_called_again_and_again(points):
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(5)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.block(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Loop().double()
+    op = jacobian(model, points[:1], start=1, stop=3)
+    state = model.block(points[0]).detach()
+    torch.testing.assert_close(
+        dense(op), dense_jacobian(lambda x: model.block(model.block(x)), state), atol=1e-9, rtol=1e-7
+    )
+
+
+def test_images(points):
+    class Convolve(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.GELU())
+
+        def forward(self, x):
+            return x + self.net(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Convolve(), Convolve()).double().eval()
+    image = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    op = jacobian(model, image, tokens="all")
+    expected = dense_jacobian(model, image).reshape(3, 4, 3, 4).permute(1, 0, 3, 2).reshape(12, 12)
+    torch.testing.assert_close(dense(op), expected)
+    torch.testing.assert_close(dense(jacobian(model, image)), own_blocks(expected, 3))
+    model.train()
+    with pytest.raises(JacobianError, match="batch norm '0.net.1' is in training mode"):
+        jacobian(model, image)
+    before = copy.deepcopy(model.state_dict())
+    trained = dense(jacobian(model, image, tokens="all"))  # the buffers of the graph are its own
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    expected = dense_jacobian(model, image).reshape(3, 4, 3, 4).permute(1, 0, 3, 2).reshape(12, 12)
+    torch.testing.assert_close(trained, expected)
+
+
+def llama_states(model, batch, start, stop, row):
+    """The layers by hand, on one sequence, from and to their states; independent of any hook."""
+    inner = model.model
+    ids, mask = batch["input_ids"][row : row + 1], batch["attention_mask"][row : row + 1]
+    rope = inner.rotary_emb(inner.embed_tokens(ids), torch.arange(ids.shape[1])[None])
+    lower = torch.ones(ids.shape[1], ids.shape[1]).tril().bool() & mask.bool()
+    lower |= torch.eye(ids.shape[1]).bool()  # a padded token may look at itself, so that no softmax is empty
+    bias = torch.zeros(lower.shape).masked_fill(~lower, torch.finfo(torch.float32).min).double()[None, None]
+
+    def through(x):
+        for layer in inner.layers[start:stop]:
+            x = layer(x, attention_mask=bias, position_embeddings=rope)
+        return x
+
+    def before(x):
+        for layer in inner.layers[:start]:
+            x = layer(x, attention_mask=bias, position_embeddings=rope)
+        return x
+
+    return through, before(inner.embed_tokens(ids)).detach(), mask[0].bool()
+
+
+def test_llama_against_autograd(models, text_batch):
+    model = models["llama"](attn_implementation="sdpa").double()
+    batch = {name: value[:2, 3:9] for name, value in text_batch.items()}  # one padded token left, one right
+    blocks = []
+    for row in range(2):
+        through, state, real = llama_states(model, batch, 1, 3, row)
+        full = dense_jacobian(through, state)[0, real][:, :, 0][:, :, real]
+        blocks.append(full.flatten(2).flatten(0, 1))
+    op = jacobian(model, batch, start=1, stop=3, tokens="all")
+    assert op.num_tokens == int(batch["attention_mask"].sum()) < 12
+    torch.testing.assert_close(dense(op), torch.block_diag(*blocks), atol=1e-7, rtol=1e-5)
+    own = torch.block_diag(*(own_blocks(block, 32) for block in blocks))
+    op = jacobian(model, batch, start=1, stop=3)
+    probe = torch.randn(op.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(op.matvec(probe), own @ probe, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(op.rmatvec(probe), own.mT @ probe, atol=1e-7, rtol=1e-5)
+
+
+def test_positions_cut_rows_and_columns(models, ids):
+    model = models["llama"]().double()
+    whole = jacobian(model, {"input_ids": ids[:1, :5]}, start=2, tokens="all")
+    part = jacobian(model, {"input_ids": ids[:1, :5]}, start=2, tokens="all", positions=[1, 3])
+    wanted = torch.cat([torch.arange(32, 64), torch.arange(96, 128)])
+    torch.testing.assert_close(dense(part), dense(whole)[wanted][:, wanted])
+
+
+def test_blocks_multiply_to_the_end_to_end_jacobian(models, ids):
+    model = models["llama"]().double()
+    batch = {"input_ids": ids}
+    blocks = block_jacobians(model, batch, tokens="all")
+    whole = jacobian(model, batch, tokens="all")
+    v = torch.randn(whole.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = v
+    for op in blocks:
+        step = op.matvec(step)
+    torch.testing.assert_close(step, whole.matvec(v))
+
+
+# --- streams ---
+
+
+def lucidrains_rows(model, x, first, last):
+    for connection, branch in [pair for row in model.layers for pair in (row[:2], row[2:])][first:last]:
+        read, add = connection(x)
+        x = add(branch(read))
+    return x
+
+
+@pytest.mark.parametrize("family", ["hc", "mhc"])
+def test_lucidrains_full_routing_against_autograd(models, ids, family):
+    model = models["lucidrains"](family, closure=True, streams=2, width=8, layers=2).double()
+    short = ids[:1, :3]
+    state = lucidrains_rows(model, model.expand(model.embed(short)), 0, 1).detach()  # ((b n) t d)
+    full = dense_jacobian(lambda x: lucidrains_rows(model, x, 1, 3), state)
+    expected = full.permute(1, 0, 2, 4, 3, 5).reshape(48, 48)
+    torch.testing.assert_close(dense(jacobian(model, short, start=1, stop=3, tokens="all")), expected)
+    own = dense(jacobian(model, short, start=1, stop=3))
+    torch.testing.assert_close(own, own_blocks(expected, 16))
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("family", ["hc", "mhc"])
+def test_lucidrains_frozen_routing_is_the_formula_with_constant_parts(models, ids, family, closure):
+    model = models["lucidrains"](family, closure=closure, streams=2, width=8, layers=2).double()
+    short = ids[:1, :3]
+    trace = probes.capture(model, short).trace
+    parts = [
+        {name: torch.from_numpy(trace[name].values[i, 0]).double() for name in ("h_res", "h_pre", "h_post")}
+        for i in (1, 2)
+    ]
+    row = [model.layers[0][1], model.layers[1][0]]
+    branches = [model.layers[0][3], model.layers[1][1]] if closure else [c.branch for c in row]
+    state = torch.from_numpy(trace.residual.values[1, 0]).double()
+
+    def frozen(x):  # (T, N, D)
+        for part, branch in zip(parts, branches, strict=True):
+            inner = branch(torch.einsum("tn,tnd->td", part["h_pre"], x)[None])[0]
+            x = torch.einsum("toi,tid->tod", part["h_res"], x) + part["h_post"][..., None] * inner[:, None]
+        return x
+
+    expected = dense_jacobian(frozen, state).reshape(48, 48)
+    op = jacobian(model, short, start=1, stop=3, tokens="all", routing="frozen")
+    torch.testing.assert_close(dense(op), expected, atol=1e-5, rtol=1e-4)
+    full = jacobian(model, short, start=1, stop=3, tokens="all")
+    assert not torch.allclose(dense(full), expected, atol=1e-2)
+    for connection in row:
+        assert "width_connection" not in vars(connection)
+
+
+def moved_deepseek(model, ids, start, stop, direction, size):
+    """State at a block's end when the state before another block is moved, by plain hooks and no gradient."""
+    seen = []
+    layers = model.model.layers
+    handles = [
+        layers[start].register_forward_pre_hook(lambda m, args: (args[0] + size * direction, *args[1:])),
+        layers[stop - 1].register_forward_hook(lambda m, args, output: seen.append(output)),
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return seen[0]
+
+
+def test_deepseek_full_routing_against_central_differences(models, ids):
+    model = models["deepseek"]()
+    op = jacobian(model, ids, start=2, stop=6, tokens="all")  # depths are sublayers: from block 1 to the end
+    generator = torch.Generator().manual_seed(0)
+    v, u = (torch.randn(op.shape[0], generator=generator, dtype=torch.float64) for _ in range(2))
+    direction = v.reshape(3, 11, 4, 64).float()
+    ends = [moved_deepseek(model, ids, 1, 3, direction, size).double() for size in (1e-2, -1e-2)]
+    difference = ((ends[0] - ends[1]) / 2e-2).flatten()
+    pushed = op.matvec(v)
+    assert (pushed - difference).norm() / difference.norm() < 5e-3
+    assert float(u @ pushed) == pytest.approx(float(op.rmatvec(u) @ v), rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_deepseek_frozen_routing_is_the_formula_with_constant_parts(models, ids, depth):
+    """X' = H_res X + H_post ⊗ F(H_pre · X), with the parts that capture proved and F run by hand."""
+    model = models["deepseek"]()
+    layer, kept = model.model.layers[1], {}
+    handle = layer.register_forward_pre_hook(lambda m, a, k: kept.update(k), with_kwargs=True)
+    trace = probes.capture(model, ids, max_sequences=3).trace
+    handle.remove()
+    h_res, h_pre, h_post = (
+        torch.from_numpy(trace[name].values[depth]).double() for name in ("h_res", "h_pre", "h_post")
+    )
+    x = torch.from_numpy(trace.residual.values[depth]).double()
+    kept.pop("past_key_values", None)
+    hashed = kept.pop("input_ids", None)
+
+    def branch(read):
+        if depth == 2:
+            return layer.self_attn(layer.input_layernorm(read.float()), **kept)[0].double()
+        return layer.mlp(layer.post_attention_layernorm(read.float()), input_ids=hashed).double()
+
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    read, moved = (torch.einsum("btn,btnd->btd", h_pre, z) for z in (x, v))
+    with torch.no_grad():
+        ahead = (branch(read + 1e-2 * moved) - branch(read - 1e-2 * moved)) / 2e-2
+    expected = torch.einsum("btoi,btid->btod", h_res, v) + h_post[..., None] * ahead[..., None, :]
+    frozen = jacobian(model, ids, start=depth, stop=depth + 1, tokens="all", routing="frozen")
+    pushed = frozen.matvec(v.flatten()).reshape(x.shape)
+    assert (pushed - expected).norm() / expected.norm() < 5e-3
+    full = jacobian(model, ids, start=depth, stop=depth + 1, tokens="all")
+    assert (full.matvec(v.flatten()).reshape(x.shape) - expected).norm() / expected.norm() > 0.05
+
+
+def test_freezing_moves_no_state_and_nothing_in_a_plain_model(models, ids, points):
+    for model in (models["deepseek"](), models["lucidrains"]("mhc")):
+        full, frozen = (jacobian(model, ids, routing=routing) for routing in ("full", "frozen"))
+        assert torch.equal(full._target, frozen._target)
+    model = stack()
+    full, frozen = (jacobian(model, points, routing=routing) for routing in ("full", "frozen"))
+    assert torch.equal(dense(full), dense(frozen))
+
+
+# --- the operator ---
+
+
+def test_scipy_finds_the_same_singular_values(points):
+    op = jacobian(stack(), points)
+    linear = op.as_linear_operator()
+    found = scipy.sparse.linalg.svds(linear, k=3, return_singular_vectors=False, random_state=0)
+    expected = np.linalg.svd(dense(op).numpy(), compute_uv=False)[:3]
+    np.testing.assert_allclose(np.sort(found)[::-1], expected, rtol=1e-6)
+
+
+def test_vectors_keep_their_precision_and_the_graph_its_use(points):
+    op = jacobian(stack(), points)
+    v = torch.ones(10)
+    assert op.matvec(v).dtype == torch.float32
+    assert op.matvec(v.double()).dtype == op.dtype == torch.float64
+    with torch.no_grad():
+        assert torch.equal(op.matvec(v), op.matvec(v))
+    assert "0 → 3" in repr(op)
+
+
+def hooks_of(model: nn.Module) -> list[int]:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [len(getattr(module, name)) for module in model.modules() for name in names]
+
+
+@pytest.mark.parametrize("name", ["deepseek", "hc"])
+@pytest.mark.parametrize("routing", ["full", "frozen"])
+def test_the_model_is_as_it_was(models, ids, name, routing):
+    model = (models["deepseek"]() if name == "deepseek" else models["lucidrains"]("hc")).train()
+    next(model.parameters()).requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before, buffers = copy.deepcopy(model.state_dict()), [id(b) for b in model.buffers()]
+    random, hooks = torch.get_rng_state(), hooks_of(model)
+    op = jacobian(model, ids, stop=2, tokens="all", routing=routing)
+    op.matvec(op.rmatvec(torch.ones(op.shape[0])))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert hooks_of(model) == hooks
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert [id(b) for b in model.buffers()] == buffers
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+def test_dropout_draws_what_the_users_next_forward_draws(points):
+    model = stack(dropout=0.5).train()
+    model.embed = nn.Identity()
+    torch.manual_seed(7)
+    matrices = [dense(jacobian(model, points)) for _ in range(2)]
+    assert torch.equal(*matrices)
+    u = torch.ones(10, dtype=torch.float64)
+    x = points.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model.trunk(x).sum(), x)
+    torch.testing.assert_close(matrices[0].mT @ u, expected.flatten())
+
+
+def test_the_users_batch_stays_his(points):
+    model = stack()
+    model.embed = nn.Identity()
+    op = jacobian(model, points)
+    assert not points.requires_grad
+    torch.testing.assert_close(dense(op)[:5, :5], dense_jacobian(model.trunk, points[0]))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_the_user_wants_no_gradients(points, context):
+    model = stack()
+    with context():
+        op = jacobian(model, points)
+        inside = op.matvec(torch.ones(10, dtype=torch.float64))
+    torch.testing.assert_close(inside, op.matvec(torch.ones(10, dtype=torch.float64)))
+
+
+def test_an_error_in_the_users_forward_passes_and_everything_is_back(points):
+    model = stack()
+    calls = []
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            calls.append(1)
+            if len(calls) > 1:  # the first forward finds the chain, the second one is measured
+                raise KeyboardInterrupt
+            return x
+
+    model.blocks[2].net.append(Wrong())
+    hooks = hooks_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        jacobian(model, points)
+    assert hooks_of(model) == hooks
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 2, "stop": 2}, "expected start < stop"),
+        ({"start": 3}, "start is 3 and stop is 3"),
+        ({"stop": 4}, r"stop is 4; the chain has depths 0 \(embedding\) … 3"),
+        ({"start": -1}, "start is -1"),
+        ({"tokens": "each"}, "tokens is 'each'; expected 'own' or 'all'"),
+        ({"routing": "half"}, "routing is 'half'"),
+        ({"chain": "decoder"}, "no chain 'decoder'"),
+        ({"positions": [1]}, "positions has 1; the states have token positions 0 … 0"),
+        ({"mask": torch.zeros(2, 1, dtype=torch.bool)}, "no real token"),
+    ],
+)
+def test_what_cannot_be_asked(points, options, message):
+    with pytest.raises(JacobianError, match=message):
+        jacobian(stack(), points, **options)
+
+
+def test_what_cannot_be_multiplied(points):
+    op = jacobian(stack(), points)
+    with pytest.raises(JacobianError, match=r"shape \(3,\) came; expected \(10,\)"):
+        op.matvec(torch.ones(3))
+    with pytest.raises(JacobianError, match="one mapping, tensor or tuple"):
+        jacobian(stack(), [points])
+
+
+def test_a_block_without_gradients(points):
+    model = stack()
+    model.blocks[1].forward = torch.no_grad()(model.blocks[1].forward)
+    with pytest.raises(JacobianError, match="depth 2 carries no gradient from depth 0"):
+        jacobian(model, points)
+
+
+def test_weights_that_moved_since(points):
+    model = stack()
+    op = jacobian(model, points)
+    with torch.no_grad():
+        model.blocks[1].net[0].weight.add_(1.0)
+    with pytest.raises(JacobianError, match="take the Jacobian again"):
+        op.rmatvec(torch.ones(10))
+
+
+def test_a_kernel_without_second_derivative_still_pulls(points):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            return Once.apply(x)
+
+    model = stack()
+    model.blocks[1].net.append(Twice())
+    op = jacobian(model, points)
+    assert op.rmatvec(torch.ones(10)).abs().max() > 0
+    with pytest.raises(JacobianError, match="no second derivative"):
+        op.matvec(torch.ones(10))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_are_refused(points, reentrant):
+    model = stack()
+    inner = [block.forward for block in model.blocks]
+    for block, forward in zip(model.blocks, inner, strict=True):
+        block.forward = lambda x, f=forward: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=reentrant)
+    expected = dense(jacobian(stack(), points))
+    if reentrant:
+        with pytest.raises(JacobianError, match="checkpoint"):
+            jacobian(model, points).rmatvec(torch.ones(10))
+    else:  # recomputed inside the block, below the hooks: nothing is lost
+        rows = jacobian(model, points)
+        torch.testing.assert_close(rows.rmatvec(torch.ones(10)), expected.sum(0).float())
+
+
+def test_streams_without_a_known_connection_cannot_be_frozen(points):
+    model = stack()
+    with pytest.raises(ConnectionError, match="take routing='full'"):
+        jacobian(
+            model, points.reshape(2, 1, 5), layout="B N D", layers="blocks.{i}", streams=2, routing="frozen"
+        )
+
+
+@pytest.mark.parametrize("name", ["jacobian", "estimators", "lyapunov"])
+def test_the_examples_in_the_docstrings(name):
+    results = doctest.testmod(importlib.import_module(f"probes.{name}"))
+    assert results.attempted > 2
+    assert results.failed == 0
