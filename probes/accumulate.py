@@ -171,3 +171,23 @@ def _combine(
 ) -> None:
     held = parts.get(key)
     parts[key] = value if held is None else rule(held, value)
+
+
+def merged(parts: list[Sums], more: list[Sums]) -> list[Sums]:
+    """Add statistics chain by chain.
+
+    Parameters
+    ----------
+    parts, more : list of Sums
+        One per chain.
+
+    Returns
+    -------
+    list of Sums
+        The first list, enlarged and added to.
+    """
+    while len(parts) < len(more):
+        parts.append(Sums())
+    for part, other in zip(parts, more, strict=False):
+        part.merge(other)
+    return parts

@@ -10,11 +10,11 @@ import torch
 import xarray as xr
 from torch import nn
 
-from probes.accumulate import Sums
+from probes.accumulate import Sums, merged
 from probes.hooks import tensors_in, untouched
 from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
-from probes.session import Forward, RewrittenError, Session, Settings
+from probes.session import Forward, Measured, RewrittenError, Session, Settings
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -86,10 +86,10 @@ def capture(
     sequences = 0
     with untouched(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
-            forward, value = _run(session, item, loss)
-            sequences += forward.batch_size
+            measured, value = _run(session, item, loss)
+            sequences += measured.batch_size
             losses.append(value)
-            step = merged(step, forward.sums)
+            step = merged(step, measured.sums)
     if not sequences:
         raise CaptureError(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
@@ -127,21 +127,19 @@ def settings(
     return Settings(gradients, named, layout, streams, max_sequences, seed, mask)
 
 
-def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Forward, float | None]:
+def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
     gradients = session.settings.gradients
     batch = _listening(batch) if gradients else batch
     session.attach()
     try:
         output = _forward(session, batch)
         raise_first(session)
-        if not session.forwards:
-            raise CaptureError("the model's forward did not end; nothing was captured")
         value = _loss_value(output, batch, loss, required=gradients)
         if gradients and value is not None:
             _backward(value, session.forwards[-1])
             raise_first(session)
-        (forward,) = session.fold()
-        return forward, None if value is None else float(value.detach())
+        (measured,) = session.fold()
+        return measured, None if value is None else float(value.detach())
     finally:
         session.detach()
 
@@ -211,26 +209,6 @@ def batches(batch: Any) -> Iterator[Any]:
         raise CaptureError(
             f"a batch of type {type(batch).__name__} came; expected a mapping, a tensor, a tuple, or an iterable of these"
         )
-
-
-def merged(parts: list[Sums], more: list[Sums]) -> list[Sums]:
-    """Add statistics chain by chain.
-
-    Parameters
-    ----------
-    parts, more : list of Sums
-        One per chain.
-
-    Returns
-    -------
-    list of Sums
-        The first list, enlarged and added to.
-    """
-    while len(parts) < len(more):
-        parts.append(Sums())
-    for part, other in zip(parts, more, strict=False):
-        part.merge(other)
-    return parts
 
 
 def _listening(batch: Any) -> Any:

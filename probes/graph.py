@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probes.capture import call, eager, raise_first
 from probes.chain import Chain, version
-from probes.hooks import first_float, untouched
+from probes.hooks import first_float, in_recomputation, untouched
 from probes.inputs import Mask
 from probes.layout import canonical
 from probes.routing import constant_routing, replaced
@@ -234,8 +234,8 @@ def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Ses
                 session.errors.clear()
                 call(model, batch)  # now the places are known, and states are copied as they pass
         raise_first(session)
-        (forward,) = session.fold()
-        return session, forward
+        assert session.last is not None
+        return session, session.last
     finally:
         session.detach()
 
@@ -303,6 +303,7 @@ def _recorded(model: nn.Module, batch: Any, chain: Chain, start: int, stop: int)
         _watch(stack, model, chain, range(start, stop + 1), meet)
         call(model, _aliases(batch))
     _require_linked(chain, states, versions, start, stop)
+    _require_kept(model, states[start], states[stop])
     return states
 
 
@@ -327,6 +328,21 @@ def _require_linked(
                 f"the state at depth {depth} carries no gradient from depth {start}: a block before it runs under no_grad, on "
                 "integers, or in a reentrant checkpoint; turn that off, or choose depths on one side of it"
             )
+
+
+def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Refuse a graph that is recomputed: without this module's hooks, another function would be differentiated."""
+    recomputed: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: recomputed.append(name) if in_recomputation() else None
+
+    with ExitStack() as stack, explained():
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(note(name)).remove)
+        torch.autograd.grad(target, source, torch.ones_like(target), retain_graph=True)
+    if recomputed:
+        raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
 
 
 def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:

@@ -138,6 +138,7 @@ def _operator(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
     return JacobianOperator(graph.states[start], graph.states[stop], source, target, start=start, stop=stop)
 
 
+ADJOINT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 Moves: TypeAlias = list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -268,6 +269,7 @@ class JacobianOperator:
         with explained():
             if self._pulled is None:
                 self._pulled = self._linear_graph()
+                self._require_adjoint()
             cotangent, pulled = self._pulled
             return torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True)[0]
 
@@ -277,3 +279,22 @@ class JacobianOperator:
             cotangent = torch.zeros_like(self._target).requires_grad_()
             (pulled,) = torch.autograd.grad(self._target, self._source, cotangent, create_graph=True)
         return cotangent, pulled
+
+    def _require_adjoint(self) -> None:
+        """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair; a kernel whose backward has no graph would be left out in silence."""
+        (_, source), (_, target) = self._moves[0]
+        generator = torch.Generator().manual_seed(0)
+        v, u = (torch.zeros(state.numel(), dtype=state.dtype) for state in (self._source, self._target))
+        for vector, slots in ((v, source), (u, target)):
+            vector[slots.cpu()] = torch.randn(len(slots), generator=generator, dtype=vector.dtype)
+        pushed = self._push(v.to(self.device).view(self._source.shape)).flatten()[target].double()
+        pulled = self._pull(u.to(self.device).view(self._target.shape)).flatten()[source].double()
+        gap = pushed @ u.to(self.device)[target].double() - pulled @ v.to(self.device)[source].double()
+        error = float(gap.abs() / torch.linalg.vector_norm(pushed))
+        if error > ADJOINT[self.dtype]:
+            self._pulled = None
+            raise JacobianError(
+                f"products with J and with Jᵀ disagree by {error:.1e} (limit {ADJOINT[self.dtype]:.0e} for {self.dtype}): some "
+                "operation's backward has no derivative of its own. Products with Jᵀ are right; for those with J load the "
+                "model with attn_implementation='eager' or without custom kernels"
+            )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from probes.accumulate import Sums
+from probes.accumulate import Sums, merged
 from probes.chain import Chain, Link, Place, Tape, find_chains, version
 from probes.connections import Parts, Site, read_returned, read_width
 from probes.hooks import Attachment, Hook, first_float, in_recomputation, tensors_in
@@ -78,6 +78,20 @@ class Forward:
         return index
 
 
+@dataclass
+class Measured:
+    """What whole forwards with the same weights add up to."""
+
+    stamp: int
+    batch_size: int
+    sums: list[Sums]
+
+    def add(self, forward: Forward) -> None:
+        """Add one more forward."""
+        self.batch_size += forward.batch_size
+        self.sums = merged(self.sums, forward.sums)
+
+
 class Session:
     """The hooks of one probe on one model, and the forwards that they saw.
 
@@ -96,6 +110,8 @@ class Session:
         self.layouts: list[str] = []
         self.sites: dict[int, Site] = {}
         self.forwards: list[Forward] = []
+        self.last: Forward | None = None  # the last whole forward
+        self._measured: list[Measured] = []
         self.errors: list[Exception] = []
         self.dtype = torch.float32
         self.reservoir = Reservoir(settings.max_sequences, settings.seed)
@@ -209,6 +225,9 @@ class Session:
         forward.watched.clear()
         forward.arguments = {}  # the batch must not outlive the forward
         self.forwards.append(forward)
+        self.last = forward
+        if not self.settings.gradients:
+            self._absorb()  # nothing more will come, so a loop without steps holds no more than one forward
 
     # --- the first forward: everything is looked at, then the chains are found in it ---
 
@@ -431,26 +450,43 @@ class Session:
 
     # --- the end of a step ---
 
-    def fold(self) -> list[Forward]:
-        """Move the sampled sequences of whole forwards to the reservoir, and hand the forwards on.
+    def fold(self) -> list[Measured]:
+        """Hand on what the whole forwards since the last fold add up to; their sampled sequences go to the reservoir.
 
         Returns
         -------
-        list of Forward
-            Those that ended since the last fold.
+        list of Measured
+            One for each change of the weights, mostly one.
 
         Raises
         ------
         CaptureError
             Where a place did not fire, or no gradient arrived; nothing of these forwards is kept.
         """
+        self._absorb()
+        done, self._measured = self._measured, []
+        return done
+
+    @property
+    def pending(self) -> bool:
+        """Whether forwards ended, or errors came, since the last fold."""
+        return bool(self.forwards or self._measured or self.errors)
+
+    def drop(self) -> None:
+        """Forget the forwards since the last fold."""
+        self.forwards, self._measured = [], []
+        self.errors.clear()
+
+    def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
         for forward in done:
             self._require_whole(forward)
         for forward in done:
             forward.sources.clear()
             self.reservoir.keep(sequences_of(forward), forward.stamp)
-        return done
+            if not self._measured or self._measured[-1].stamp != forward.stamp:
+                self._measured.append(Measured(forward.stamp, 0, []))
+            self._measured[-1].add(forward)
 
     def _require_whole(self, forward: Forward) -> None:
         seen = [set(sums.sums.get("token_count", {})) for sums in forward.sums]

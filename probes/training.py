@@ -14,8 +14,8 @@ import xarray as xr
 from torch import nn
 
 from diagnostics import schema
-from probes.accumulate import Sums
-from probes.capture import eager, merged, settings
+from probes.accumulate import Sums, merged
+from probes.capture import eager, raise_first, settings
 from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
 from probes.session import Session
@@ -125,7 +125,7 @@ class Recorder:
             return
         self._inside = False
         try:
-            if self.measuring and self._session.forwards:
+            if self.measuring and self._session.pending:
                 self._fold(None)  # a loop that ended before step() loses nothing that is whole
         finally:
             self._disarm()
@@ -134,25 +134,23 @@ class Recorder:
 
     def _fold(self, loss: float | None) -> None:
         try:
-            forwards = self._session.fold()
-            errors, self._session.errors[:] = list(self._session.errors), []
-            if errors:
-                raise errors[0]
-            if not forwards:
+            raise_first(self._session)
+            parts = self._session.fold()
+            if not parts:
                 raise CaptureError("the model was not called between two steps; nothing to measure")
         except Exception as error:
+            self._session.drop()
             self.errors.append(error)
             warnings.warn(f"step {self.position} was not measured: {error}", ProbeWarning, stacklevel=3)
             return
         sums: list[Sums] = []
-        for forward in forwards:
-            sums = merged(sums, forward.sums)
-            if forward.stamp != self._pooled_stamp:
-                self._pooled, self._pooled_stamp = [], forward.stamp
-            self._pooled = merged(self._pooled, forward.sums)
-        self._rows.append(
-            Row(self.position, [s.compact() for s in sums], sum(f.batch_size for f in forwards), loss)
-        )
+        for part in parts:
+            sums = merged(sums, part.sums)
+            if part.stamp != self._pooled_stamp:
+                self._pooled, self._pooled_stamp = [], part.stamp
+            self._pooled = merged(self._pooled, part.sums)
+        compact = [chain.compact() for chain in sums]
+        self._rows.append(Row(self.position, compact, sum(part.batch_size for part in parts), loss))
 
     def _arm(self) -> None:
         self._disarm()

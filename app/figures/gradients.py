@@ -20,7 +20,7 @@ _PROFILES = (
     Profile(
         "backward_gain",
         "Backward gain across depth",
-        "‖δ_l‖ / ‖δ_D‖",
+        "gradient norm / that of the last state",
         "backward_gain",
         log_y=True,
         thresholds=((0.1, "vanishing: 0.1"), (10.0, "exploding: 10")),

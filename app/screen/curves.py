@@ -36,9 +36,16 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
     for line, look in zip(figure.lines, looks, strict=True):
         if line.lower is not None and line.upper is not None:
             drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
-    few = sum(look.measured for look in looks) <= 4
+    num_measured = sum(look.measured for look in looks)
     for line, look in zip(figure.lines, looks, strict=True):
-        drawn.add_trace(_curve(line, look, marked=few and len(line.x) <= 40, named=not crowded))
+        drawn.add_trace(
+            _curve(
+                line,
+                look,
+                marked=num_measured <= 4 and len(line.x) <= 40,
+                named=1 < num_measured and not crowded,
+            )
+        )
         if line.role == "threshold":
             _name_threshold(drawn, line, figure)
     if crowded:

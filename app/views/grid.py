@@ -10,7 +10,7 @@ from app.views.chart import build, card
 from app.views.controls import choose, chosen_run
 from app.views.desk import Desk
 from app.views.verdict import show_finding
-from app.views.words import plain
+from app.views.words import cited, plain
 from diagnostics.catalogue import CATALOGUE
 
 __all__ = ["show_figures", "show_lines", "show_question"]
@@ -30,7 +30,7 @@ def show_question(found: Desk, question: str) -> None:
     for name, reading in found.readings.items():
         mine = [finding for finding in reading.findings if finding.metric in metrics]
         if mine:
-            with st.expander(f"{plain(name)}: {plain(mine[0].sentence)}"):
+            with st.expander(f"{plain(name)}: {plain(cited(mine[0].sentence))}"):
                 for finding in mine:
                     show_finding(finding)
 

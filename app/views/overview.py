@@ -50,7 +50,10 @@ def _alone(reading: Reading) -> None:
     worst = reading.findings[:_BESIDE]
     for column, finding in zip(st.columns(max(len(worst), 1)), worst or (None,), strict=True):
         with column:
-            _passed() if finding is None else show_finding(finding)
+            if finding is None:
+                _passed()
+            else:
+                show_finding(finding)
     _rest(reading.findings[_BESIDE:])
 
 
@@ -130,7 +133,7 @@ def _known(reading: Reading) -> dict[str, Any]:
         "Depth": f"{reading.analysis.sizes['depth']} states" if "depth" in reading.analysis.sizes else None,
         "Tokens analysed": _tokens(reading),
         "Reconstruction proof": None if proof is None else f"states rebuilt to {float(proof):.1e}",
-        "Orientation": str(attrs.get("orientation", "not_applicable")).replace("_", " "),
+        "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
         "Precision": attrs.get("dtype"),
         "Loss reduction": attrs.get("loss_reduction"),
         "Seed": attrs.get("seed"),

@@ -8,12 +8,16 @@ import streamlit as st
 
 from app.findings import place_of
 from app.quantity import number
-from app.views.words import plain, source_words
+from app.views.words import cited, plain, source_words
 from diagnostics import Finding
 
 __all__ = ["LOOKS", "show_finding", "tally"]
 
-LOOKS = {"FAIL": ("fail", "red", "✕"), "WARN": ("warn", "orange", "▲"), "INFO": ("note", "blue", "●")}
+LOOKS = {
+    "FAIL": ("failure", "red", "✕"),
+    "WARN": ("warning", "orange", "▲"),
+    "INFO": ("note", "blue", "●"),
+}
 
 
 def show_finding(finding: Finding) -> None:
@@ -30,7 +34,7 @@ def show_finding(finding: Finding) -> None:
             st.badge(f"{sign} {word}", color=colour)
             st.markdown(f"**{plain(finding.verdict.replace('_', ' ').capitalize())}**", width="content")
             st.caption(plain(place_of(finding)), width="content")
-        st.markdown(plain(finding.sentence))
+        st.markdown(plain(cited(finding.sentence)))
         facts = (
             f"{finding.metric} {number(float(finding.value))} · threshold {number(float(finding.threshold))}"
         )
@@ -51,6 +55,6 @@ def tally(findings: Sequence[Finding]) -> None:
         for severity, (word, colour, sign) in LOOKS.items():
             count = sum(finding.severity.name == severity for finding in findings)
             if count:
-                st.badge(f"{sign} {count} {word}", color=colour)
+                st.badge(f"{sign} {count} {word}{'s' if count > 1 else ''}", color=colour)
         if not findings:
             st.badge("✓ nothing found", color="green")

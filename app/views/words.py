@@ -7,7 +7,7 @@ from functools import cache
 
 from app.bibliography import bibliography, entries
 
-__all__ = ["plain", "source_words"]
+__all__ = ["cited", "plain", "source_words"]
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:])")
 
@@ -45,11 +45,27 @@ def source_words(source: str) -> str:
     str
         Such as "Xie et al. 2025"; the key itself where the bibliography does not hold it.
     """
-    return "; ".join(_cited().get(key.strip(), key.strip()) for key in source.split(","))
+    return "; ".join(_authors().get(key.strip(), key.strip()) for key in source.split(","))
+
+
+def cited(sentence: str) -> str:
+    """A sentence with the bibliography keys in it written out.
+
+    Parameters
+    ----------
+    sentence : str
+        Such as "… above 100 (xie2025mhc)".
+
+    Returns
+    -------
+    str
+        Such as "… above 100 (Xie et al. 2025)".
+    """
+    return re.sub(r"\b[a-z]+\d{4}[a-z]+\b", lambda match: _authors().get(match[0], match[0]), sentence)
 
 
 @cache
-def _cited() -> dict[str, str]:
+def _authors() -> dict[str, str]:
     """Author and year of every entry of the bibliography."""
     return {key: _author_year(entry, key) for key, entry in entries(bibliography()).items()}
 

@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("hyper_connections")
 
-from app import small_lm, study
+from app import side_by_side, small_lm, study
 from app.small_lm import CONNECTIONS, Size, build
 from diagnostics import schema
 from probes.load import load_checkpoint, sample_text
 
 SIZE = Size(layers=2, width=16, heads=2)
-RECIPE = study.Recipe(
+RECIPE = side_by_side.Recipe(
     steps=30, batch=4, length=16, size=SIZE, learning_rate=1e-2, probed_sequences=2, probed_length=32,
     snapshots=(0.0, 0.5),
 )  # fmt: skip
@@ -44,9 +44,9 @@ def test_only_the_connections_differ():
         parameters = dict(built[kind].named_parameters())
         assert all(torch.equal(value, parameters[name]) for name, value in shared.items())
         own = set(parameters) - set(shared)
-        assert own == set(study.connection_parameters(built[kind]))
+        assert own == set(side_by_side.connection_parameters(built[kind]))
         assert all(".branch." not in name for name in own)
-    assert study.connection_parameters(built["residual"]) == {}
+    assert side_by_side.connection_parameters(built["residual"]) == {}
 
 
 def test_seed_decides_and_leaves_the_global_state_alone():
@@ -98,42 +98,42 @@ def test_unknown_connection():
 
 
 def test_schedule():
-    assert study.schedule(0.0, 0.1) > 0
-    assert study.schedule(0.05, 0.1) == pytest.approx(0.5)
-    assert study.schedule(1.0, 0.1) == pytest.approx(0.0)
-    rates = [study.schedule(part, 0.1) for part in np.linspace(0.1, 1, 20)]
+    assert side_by_side.schedule(0.0, 0.1) > 0
+    assert side_by_side.schedule(0.05, 0.1) == pytest.approx(0.5)
+    assert side_by_side.schedule(1.0, 0.1) == pytest.approx(0.0)
+    rates = [side_by_side.schedule(part, 0.1) for part in np.linspace(0.1, 1, 20)]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_budget_by_the_clock_and_by_steps():
-    by_clock = study.Recipe(seconds=60)
-    assert study.done_part(by_clock, 30.0, 7) == 0.5
-    assert study.done_part(replace(by_clock, steps=10), 30.0, 7) == 0.7
+    by_clock = side_by_side.Recipe(seconds=60)
+    assert side_by_side.done_part(by_clock, 30.0, 7) == 0.5
+    assert side_by_side.done_part(replace(by_clock, steps=10), 30.0, 7) == 0.7
 
 
 def test_split_and_entropy():
-    corpus = study.split("ab" * 50)
+    corpus = side_by_side.split("ab" * 50)
     assert len(corpus.train) == 90
     assert len(corpus.held_out) == 10
     assert corpus.unigram_entropy == pytest.approx(math.log(2))
 
 
 def test_only_branch_matrices_and_head_decay():
-    decaying, others = study.learner("mhc", RECIPE).optimiser.param_groups
+    decaying, others = side_by_side.learner("mhc", RECIPE).optimiser.param_groups
     assert len(decaying["params"]) == 4 * SIZE.layers + 1
     assert decaying["weight_decay"] > 0
     assert others["weight_decay"] == 0
 
 
 def test_same_batches_same_result_as_alone():
-    corpus = study.split(sample_text()[:20_000])
+    corpus = side_by_side.split(sample_text()[:20_000])
     recipe = replace(RECIPE, steps=3, snapshots=())
-    together = [study.learner(kind, recipe) for kind in CONNECTIONS]
-    alone = [study.learner(kind, recipe) for kind in CONNECTIONS]
-    with study.single_threaded():
-        study.train_side_by_side(together, corpus, recipe)
+    together = [side_by_side.learner(kind, recipe) for kind in CONNECTIONS]
+    alone = [side_by_side.learner(kind, recipe) for kind in CONNECTIONS]
+    with side_by_side.single_threaded():
+        side_by_side.train_side_by_side(together, corpus, recipe)
         for each in alone:
-            study.train_side_by_side([each], corpus, recipe)
+            side_by_side.train_side_by_side([each], corpus, recipe)
     assert [each.losses for each in together] == [each.losses for each in alone]
 
 
@@ -141,7 +141,7 @@ def test_threads_are_given_back():
     before, inside = torch.get_num_threads(), []
 
     def fail():
-        with study.single_threaded():
+        with side_by_side.single_threaded():
             inside.append(torch.get_num_threads())
             raise KeyError("a model that breaks")
 
@@ -219,7 +219,7 @@ def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_minute_of_training_is_worth_something(tmp_path):
-    saved = study.run_study(tmp_path, progress=False, recipe=study.Recipe(steps=120))
+    saved = study.run_study(tmp_path, progress=False, recipe=side_by_side.Recipe(steps=120))
     facts = [schema.open_run(path).attrs["training"] for path in saved.values()]
     held_out = [fact["held_out_loss"] for fact in facts]
     assert max(held_out) < facts[0]["unigram_entropy"] - 0.3

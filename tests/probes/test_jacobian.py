@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.inplace = inplace
 
     def forward(self, x):
-        y = self.net(x)
+        y = self.net(x.clone())  # so that writing into x leaves what the backward needs
         return x.add_(y) if self.inplace else x + y
 
 
@@ -102,14 +102,14 @@ def test_a_residual_mlp_against_autograd(points, start, stop, inplace):
 
 def test_skips_outside_the_named_blocks_count(points):
     model = stack(outer=True)
-    op = jacobian(model, points[:1], layers="blocks.{i}", start=0, stop=2)
+    op = jacobian(model, points[:1], layers=[f"blocks.{i}" for i in range(3)], start=0, stop=2)
     state = model.embed(points[:1]).detach()[0]
     torch.testing.assert_close(dense(op), dense_jacobian(lambda x: model.trunk(x, 0, 2), state))
 
 
 def test_a_first_state_that_comes_back_later_counts(points):
     model = stack(source=True)
-    op = jacobian(model, points[:1], layers="blocks.{i}", start=0, stop=2)
+    op = jacobian(model, points[:1], layers=[f"blocks.{i}" for i in range(3)], start=0, stop=2)
     state = model.embed(points[:1]).detach()[0]
     torch.testing.assert_close(dense(op), dense_jacobian(lambda x: model.trunk(x, 0, 2), state))
 
@@ -127,7 +127,7 @@ def test_a_block_called_again_and_again(points):
 
     torch.manual_seed(0)
     model = Loop().double()
-    op = jacobian(model, points[:1], start=1, stop=3)
+    op = jacobian(model, points[:1], layers="block", start=1, stop=3)
     state = model.block(points[0]).detach()
     torch.testing.assert_close(
         dense(op), dense_jacobian(lambda x: model.block(model.block(x)), state), atol=1e-9, rtol=1e-7
@@ -151,7 +151,7 @@ def test_images(points):
     torch.testing.assert_close(dense(op), expected)
     torch.testing.assert_close(dense(jacobian(model, image)), own_blocks(expected, 3))
     model.train()
-    with pytest.raises(JacobianError, match="batch norm '0.net.1' is in training mode"):
+    with pytest.raises(JacobianError, match=r"batch norm '0\.net\.1' is in training mode"):
         jacobian(model, image)
     before = copy.deepcopy(model.state_dict())
     trained = dense(jacobian(model, image, tokens="all"))  # the buffers of the graph are its own
@@ -232,29 +232,32 @@ def lucidrains_rows(model, x, first, last):
 
 @pytest.mark.parametrize("family", ["hc", "mhc"])
 def test_lucidrains_full_routing_against_autograd(models, ids, family):
-    model = models["lucidrains"](family, closure=True, streams=2, width=8, layers=2).double()
+    model = models["lucidrains"](family, closure=True, streams=2, width=8, layers=2)
     short = ids[:1, :3]
     state = lucidrains_rows(model, model.expand(model.embed(short)), 0, 1).detach()  # ((b n) t d)
     full = dense_jacobian(lambda x: lucidrains_rows(model, x, 1, 3), state)
-    expected = full.permute(1, 0, 2, 4, 3, 5).reshape(48, 48)
-    torch.testing.assert_close(dense(jacobian(model, short, start=1, stop=3, tokens="all")), expected)
+    expected = full.permute(1, 0, 2, 4, 3, 5).reshape(48, 48).double()
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(
+        dense(jacobian(model, short, start=1, stop=3, tokens="all")), expected, **close
+    )
     own = dense(jacobian(model, short, start=1, stop=3))
-    torch.testing.assert_close(own, own_blocks(expected, 16))
+    torch.testing.assert_close(own, own_blocks(expected, 16), **close)
 
 
 @pytest.mark.parametrize("closure", [True, False])
 @pytest.mark.parametrize("family", ["hc", "mhc"])
 def test_lucidrains_frozen_routing_is_the_formula_with_constant_parts(models, ids, family, closure):
-    model = models["lucidrains"](family, closure=closure, streams=2, width=8, layers=2).double()
+    model = models["lucidrains"](family, closure=closure, streams=2, width=8, layers=2)
     short = ids[:1, :3]
     trace = probes.capture(model, short).trace
     parts = [
-        {name: torch.from_numpy(trace[name].values[i, 0]).double() for name in ("h_res", "h_pre", "h_post")}
+        {name: torch.from_numpy(trace[name].values[i, 0]) for name in ("h_res", "h_pre", "h_post")}
         for i in (1, 2)
     ]
     row = [model.layers[0][1], model.layers[1][0]]
     branches = [model.layers[0][3], model.layers[1][1]] if closure else [c.branch for c in row]
-    state = torch.from_numpy(trace.residual.values[1, 0]).double()
+    state = torch.from_numpy(trace.residual.values[1, 0])
 
     def frozen(x):  # (T, N, D)
         for part, branch in zip(parts, branches, strict=True):
@@ -262,7 +265,7 @@ def test_lucidrains_frozen_routing_is_the_formula_with_constant_parts(models, id
             x = torch.einsum("toi,tid->tod", part["h_res"], x) + part["h_post"][..., None] * inner[:, None]
         return x
 
-    expected = dense_jacobian(frozen, state).reshape(48, 48)
+    expected = dense_jacobian(frozen, state).reshape(48, 48).double()
     op = jacobian(model, short, start=1, stop=3, tokens="all", routing="frozen")
     torch.testing.assert_close(dense(op), expected, atol=1e-5, rtol=1e-4)
     full = jacobian(model, short, start=1, stop=3, tokens="all")
@@ -292,10 +295,10 @@ def test_deepseek_full_routing_against_central_differences(models, ids):
     generator = torch.Generator().manual_seed(0)
     v, u = (torch.randn(op.shape[0], generator=generator, dtype=torch.float64) for _ in range(2))
     direction = v.reshape(3, 11, 4, 64).float()
-    ends = [moved_deepseek(model, ids, 1, 3, direction, size).double() for size in (1e-2, -1e-2)]
-    difference = ((ends[0] - ends[1]) / 2e-2).flatten()
+    ends = [moved_deepseek(model, ids, 1, 3, direction, size).double() for size in (1e-4, -1e-4)]
+    difference = ((ends[0] - ends[1]) / 2e-4).flatten()
     pushed = op.matvec(v)
-    assert (pushed - difference).norm() / difference.norm() < 5e-3
+    assert (pushed - difference).norm() / difference.norm() < 1e-3
     assert float(u @ pushed) == pytest.approx(float(op.rmatvec(u) @ v), rel=1e-3)
 
 
@@ -305,13 +308,13 @@ def test_deepseek_frozen_routing_is_the_formula_with_constant_parts(models, ids,
     model = models["deepseek"]()
     layer, kept = model.model.layers[1], {}
     handle = layer.register_forward_pre_hook(lambda m, a, k: kept.update(k), with_kwargs=True)
-    trace = probes.capture(model, ids, max_sequences=3).trace
+    batch = {"input_ids": ids, "use_cache": False}
+    trace = probes.capture(model, batch, max_sequences=3).trace
     handle.remove()
     h_res, h_pre, h_post = (
         torch.from_numpy(trace[name].values[depth]).double() for name in ("h_res", "h_pre", "h_post")
     )
     x = torch.from_numpy(trace.residual.values[depth]).double()
-    kept.pop("past_key_values", None)
     hashed = kept.pop("input_ids", None)
 
     def branch(read):
@@ -322,12 +325,12 @@ def test_deepseek_frozen_routing_is_the_formula_with_constant_parts(models, ids,
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     read, moved = (torch.einsum("btn,btnd->btd", h_pre, z) for z in (x, v))
     with torch.no_grad():
-        ahead = (branch(read + 1e-2 * moved) - branch(read - 1e-2 * moved)) / 2e-2
+        ahead = (branch(read + 1e-4 * moved) - branch(read - 1e-4 * moved)) / 2e-4
     expected = torch.einsum("btoi,btid->btod", h_res, v) + h_post[..., None] * ahead[..., None, :]
-    frozen = jacobian(model, ids, start=depth, stop=depth + 1, tokens="all", routing="frozen")
+    frozen = jacobian(model, batch, start=depth, stop=depth + 1, tokens="all", routing="frozen")
     pushed = frozen.matvec(v.flatten()).reshape(x.shape)
-    assert (pushed - expected).norm() / expected.norm() < 5e-3
-    full = jacobian(model, ids, start=depth, stop=depth + 1, tokens="all")
+    assert (pushed - expected).norm() / expected.norm() < 1e-3
+    full = jacobian(model, batch, start=depth, stop=depth + 1, tokens="all")
     assert (full.matvec(v.flatten()).reshape(x.shape) - expected).norm() / expected.norm() > 0.05
 
 
@@ -500,23 +503,29 @@ def test_a_kernel_without_second_derivative_still_pulls(points):
     model.blocks[1].net.append(Twice())
     op = jacobian(model, points)
     assert op.rmatvec(torch.ones(10)).abs().max() > 0
-    with pytest.raises(JacobianError, match="no second derivative"):
+    with pytest.raises(JacobianError, match="backward has no derivative of its own"):
         op.matvec(torch.ones(10))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_blocks_are_refused(points, reentrant):
     model = stack()
-    inner = [block.forward for block in model.blocks]
-    for block, forward in zip(model.blocks, inner, strict=True):
-        block.forward = lambda x, f=forward: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=reentrant)
-    expected = dense(jacobian(stack(), points))
-    if reentrant:
-        with pytest.raises(JacobianError, match="checkpoint"):
-            jacobian(model, points).rmatvec(torch.ones(10))
-    else:  # recomputed inside the block, below the hooks: nothing is lost
-        rows = jacobian(model, points)
-        torch.testing.assert_close(rows.rmatvec(torch.ones(10)), expected.sum(0).float())
+    for block in model.blocks:
+        block.forward = lambda x, f=block.forward: torch.utils.checkpoint.checkpoint(
+            f, x, use_reentrant=reentrant
+        )
+    with pytest.raises(JacobianError, match="checkpoint"):
+        jacobian(model, points)
+
+
+def test_a_checkpointed_transformer_is_refused_in_training_mode_only(models, ids):
+    model = models["llama"]()
+    model.gradient_checkpointing_enable()
+    batch = {"input_ids": ids, "use_cache": False}
+    assert jacobian(model, batch, tokens="all").shape == (1056, 1056)
+    with pytest.raises(JacobianError, match="gradient_checkpointing_disable"):
+        jacobian(model.train(), batch, tokens="all")
 
 
 def test_streams_without_a_known_connection_cannot_be_frozen(points):
