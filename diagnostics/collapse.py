@@ -112,7 +112,6 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
 
     0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially.
     """
-
     return residual_states.over_sequences(
         lambda views, keep: rank.dong_residual(views, mask=keep), token_masks
     )

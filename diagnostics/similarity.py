@@ -203,7 +203,7 @@ def stream_cka(residual_states: States, estimator: tuple[str, ...]) -> xr.DataAr
         rows = views[1:][:, residual_states.mask]
         rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
         tables = [kernel.cka_matrix(rows, unbiased=name == "unbiased")[pairs].mean() for name in estimator]
-        return np.broadcast_to(tables, (len(views), len(tables)))
+        return np.tile(tables, (len(views), 1))
 
     found = residual_states.over_depth(measure, ("estimator",), estimator=list(estimator))
     return found.isel(stream=0, drop=True).transpose("estimator", "depth")

@@ -16,16 +16,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import nn
 
-from probes.graph import (
-    Entries,
-    JacobianError,
-    Routing,
-    Selection,
-    StateGraph,
-    Tokens,
-    explained,
-    state_graph,
-)
+from probes.differentiable import JacobianError, explained
+from probes.graph import Entries, Routing, Selection, StateGraph, Tokens, state_graph
 from probes.inputs import Mask
 
 
@@ -294,7 +286,7 @@ class JacobianOperator:
         if error > ADJOINT[self.dtype]:
             self._pulled = None
             raise JacobianError(
-                f"products with J and with Jᵀ disagree by {error:.1e} (limit {ADJOINT[self.dtype]:.0e} for {self.dtype}): some "
-                "operation's backward has no derivative of its own. Products with Jᵀ are right; for those with J load the "
-                "model with attn_implementation='eager' or without custom kernels"
+                f"products with J and with Jᵀ disagree by {error:.1e} (limit {ADJOINT[self.dtype]:.0e} for {self.dtype}): "
+                "some operation's backward has no derivative of its own. Products with Jᵀ are right; for those with J load "
+                "the model with attn_implementation='eager' or without custom kernels"
             )

@@ -43,7 +43,7 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
                 line,
                 look,
                 marked=num_measured <= 4 and len(line.x) <= 40,
-                named=1 < num_measured and not crowded,
+                named=num_measured > 1 and not crowded,
             )
         )
         if line.role == "threshold":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,10 @@ def _read(name: str, path: str, modified: int, size: int) -> Book | Unreadable:
             return Book(name, Path(path), tuple(read_runs({name: run})))
         finally:
             run.close()
-    except (ValueError, OSError) as error:
+    except (schema.SchemaError, OSError) as error:
         return Unreadable(name, Path(path), str(error))
-    except Exception as error:
-        return Unreadable(name, Path(path), f"{type(error).__name__}: {error}")
+    except (
+        Exception
+    ) as error:  # a foreign file may fail in any way: the page explains it, the log has the trace
+        logging.getLogger(__name__).warning("reading %s failed", path, exc_info=True)
+        return Unreadable(name, Path(path), f"The analysis failed. {type(error).__name__}: {error}")
