@@ -63,8 +63,9 @@ export default function (component) {
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
   const figure = JSON.parse(data.figure);
-  const config = { displaylogo: false, responsive: false,
-                   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  // an explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
+  const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
+                   modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
                    toImageButtonOptions: { format: "svg", filename: data.name } };
   load().then((Plotly) => {
     if (!box.isConnected) return;
@@ -201,7 +202,7 @@ def _numbers(figure: Figure, key: str) -> None:
     """The table behind a figure, with its download."""
     with st.popover("Numbers", type="tertiary", width="content"):
         table = numbers_of(figure)
-        st.dataframe(table, hide_index=True, height=320)
+        st.dataframe(table, hide_index=True, height=320, width=620)
         st.download_button(
             "Download CSV",
             table.to_csv(index=False).encode(),

@@ -36,12 +36,12 @@ def _of_line(line: Line, figure: Lines) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "line": line.label,
-            "role": line.role,
             figure.x_label: line.x,
             "where": [""] * count if line.text is None else list(line.text),
             figure.y_label: line.y,
             "lower": undefined if line.lower is None else line.lower,
             "upper": undefined if line.upper is None else line.upper,
+            "role": line.role,
         }
     )
 

@@ -33,6 +33,7 @@ VERDICTS: dict[str, Verdict] = {
         streams.unwritten_stream,
         streams.dominant_stream,
         streams.copied_streams,
+        streams.passing_streams,
         streams.wasted_layer,
         streams.ambiguous_orientation,
         representation.rank_collapse,

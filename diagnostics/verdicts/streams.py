@@ -16,6 +16,9 @@ from diagnostics.verdicts.verdict import Limits, Profile, verdict
 # Families whose streams never mix by construction: an identity says nothing about them.
 UNMIXED = ("residual", "independent_hc", "gated_streams")
 
+# Streams inside a block whose mean cosine is below this have parted.
+PARTED = 0.99
+
 
 def _claims_doubly_stochastic(attrs: Mapping[str, Any]) -> bool:
     return attrs.get("family") == "mhc"
@@ -190,6 +193,27 @@ def copied_streams(stream_cosine: xr.DataArray) -> Iterator[Profile]:
     """
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     yield Profile(stream_cosine.where(xr.DataArray(late, dims="depth")), "the mean cosine between streams is")
+
+
+@verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False))
+def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
+    """The streams do not persist between blocks: they part inside a block and are one again at its end.
+
+    What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
+    embedding and merge once before the head; look for a mean over streams at the end of the block.
+    """
+    if "site" not in stream_cosine.coords:
+        return None
+    site = stream_cosine["site"].values
+    inside = stream_cosine.values[site == "mid"]
+    if not (inside < PARTED).any():
+        return None
+    return [
+        Profile(
+            (1.0 - stream_cosine.where(stream_cosine["site"] == "post")).max("depth"),
+            "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is",
+        )
+    ]
 
 
 @verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source="zhu2024hyper"))

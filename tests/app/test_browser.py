@@ -145,6 +145,9 @@ def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, ad
             assert chart.get_attribute("role") == "img"
             assert len(chart.get_attribute("aria-label")) > 20
             assert chart.get_attribute("tabindex") == "0"
+    buttons = {button.get_attribute("data-title") for button in page.locator(".modebar-btn").all()}
+    assert len(buttons) == 6
+    assert not {title for title in buttons if "loud" in title or "Plotly" in title}
     assert watch.errors == []
     assert watch.outside == []
 

@@ -73,6 +73,9 @@ def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     assert bool(shown) == (page != "mixing" or "mhc.nc" in names)
     for data in shown.values():
         assert len(data["alt"]) > 20
+    assert not [
+        part for part in test.main if part.type in ("code", "markdown") and part.value in ("None", "`None`")
+    ]
 
 
 def test_a_chart_holds_the_numbers_of_the_analysis(opened, mhc_run):

@@ -70,8 +70,19 @@ def test_what_cannot_be_fed_is_listed_with_its_reason(make_run):
     reasons = found.attrs["not_computed"]
     assert "gradients=True" in reasons["gradient_norm"]
     assert "one stream" in reasons["mixing_gain"]
-    assert set(reasons) | set(found.data_vars) >= set(CATALOGUE)
+    assert set(reasons) | set(found.data_vars) | set(found.attrs["on_request"]) >= set(CATALOGUE)
     assert not set(reasons) & set(found.data_vars)
+
+
+def test_costly_metrics_are_computed_only_when_named(make_run):
+    run = make_run("residual", layers=2, features=8)
+    costly = [name for name, metric in CATALOGUE.items() if not metric.default]
+    unasked = diagnostics.analyze(run)
+    assert unasked.attrs["on_request"] == costly
+    assert not set(costly) & (set(unasked.data_vars) | set(unasked.attrs["not_computed"]))
+    asked = diagnostics.analyze(run, metrics=["rsa", "intrinsic_dimension"])
+    assert {"rsa", "intrinsic_dimension"} <= set(asked.data_vars)
+    assert "on_request" not in asked.attrs
 
 
 def test_progress_is_told(residual_run):

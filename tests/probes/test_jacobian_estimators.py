@@ -204,6 +204,15 @@ def test_lost_directions_are_zeros_of_the_density():
     assert density.weights[density.nodes < 1e-9].sum() == pytest.approx(0.25, abs=0.03)
 
 
+def test_the_variance_is_unbiased_with_two_probes():
+    """σ² = 4, 0, 0, 0 has variance 3; without the correction for the spread of the mean it would come out as 2.25."""
+    op = DenseMap(torch.ones(1, 4))
+    values = np.array(
+        [spectral_density(op, steps=2, probes=2, seed=seed).variance.value for seed in range(600)]
+    )
+    assert values.mean() == pytest.approx(3.0, abs=0.45)
+
+
 def test_few_probes_have_no_standard_error_of_the_variance():
     assert math.isnan(spectral_density(DenseMap(matrix()), probes=1).variance.stderr)
     assert math.isnan(spectral_density(DenseMap(matrix()), probes=2).variance.stderr)
