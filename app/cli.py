@@ -232,7 +232,10 @@ def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--layers", metavar="PATH", help="the list of blocks, such as model.layers (else detected)"
     )
-    command.add_argument("--layout", metavar="DIMS", help="dims of the stream tensor (else detected)")
+    command.add_argument(
+        "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
+    )
+    command.add_argument("--streams", type=int, metavar="N", help="streams, where the layout merges them")
     command.add_argument("--seed", type=int, default=0, help="chooses the sequences (default 0)")
     command.add_argument("--device", default="cpu", help="torch device (default cpu)")
     command.add_argument(
@@ -340,7 +343,7 @@ def _export(command: argparse.ArgumentParser) -> None:
 
 
 def _study(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", required=True, metavar="DIR", help="folder for runs, figures and tables")
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for the runs and the weights")
     command.add_argument("--minutes", type=float, default=10.0, help="time to spend (default 10)")
 
 

@@ -51,6 +51,7 @@ def probe(args: argparse.Namespace) -> int:
             gradients=args.gradients,
             layers=args.layers,
             layout=args.layout,
+            streams=args.streams,
             max_sequences=args.sequences,
             seed=args.seed,
             token_text=token_texts(loaded, batch),

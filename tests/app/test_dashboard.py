@@ -4,6 +4,8 @@ import base64
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from app.figures import FIGURES
 from app.views import library
 from app.views.figure_numbers import numbers_of
 from app.views.words import plain, source_words
-from diagnostics import analyze, save_run
+from diagnostics import analyze, create_run, save_run
 
 ENTRY = Path(app.dashboard.__file__).parent / "views" / "entry.py"
 PAGES = ("overview", "collapse", "similarity", "mixing", "gradients")
@@ -185,6 +187,17 @@ def test_an_empty_folder_gives_the_next_command(monkeypatch, tmp_path):
     assert "depthscope demo" in words(test)
 
 
+def test_the_chains_of_a_run_stand_beside_each_other(monkeypatch, tmp_path, make_run):
+    parts = {"encoder": make_run("residual", layers=2), "decoder": make_run("residual", layers=3)}
+    traces = {name: run["trace"].to_dataset() for name, run in parts.items()}
+    save_run(create_run(traces, attrs=dict(parts["encoder"].attrs)), tmp_path / "two.nc")
+    monkeypatch.setattr(library, "_roots", [tmp_path.resolve()])
+    test = AppTest.from_file(str(ENTRY), default_timeout=120).run()
+    assert not test.exception
+    assert "two/encoder:" in charts(test)["effective_rank"]["alt"]
+    assert "two/decoder:" in charts(test)["effective_rank"]["alt"]
+
+
 # --- the library ---
 
 
@@ -255,6 +268,14 @@ def test_the_server_is_local_and_silent():
     assert CONFIG["browser.gatherUsageStats"] is False
     assert CONFIG["server.fileWatcherType"] == "none"
     assert not {"server.enableCORS", "server.enableXsrfProtection"} & set(CONFIG)
+
+
+def test_the_dashboard_needs_no_torch():
+    code = "import sys, app.dashboard, app.views.desk, app.views.grid; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_a_taken_port_is_refused_and_a_free_one_is_found():

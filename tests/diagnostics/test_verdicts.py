@@ -97,7 +97,7 @@ def test_a_deep_mhc_contracts_and_does_not_fail(make_run):
 
 def test_everything_that_applies_passes_on_a_healthy_run(make_run):
     found = findings(make_run("mhc"), passed=True)
-    assert set(VERDICTS) - set(found) <= {"ambiguous_orientation"}
+    assert set(VERDICTS) - set(found) <= {"ambiguous_orientation", "passing_streams"}
     assert found["gain_explosion"][0].severity == Severity.PASS
     assert "not above 10 (xie2025mhc)" in found["gain_explosion"][0].sentence
 
@@ -280,6 +280,23 @@ def test_copied_streams_are_told_only_where_they_could_have_parted(make_run):
     states[:] = np.random.default_rng(0).standard_normal(states.shape)
     states[0] = states[0][:, :, :1]
     assert "copied_streams" not in findings(schema.create_run(trace, attrs=run.attrs))
+
+
+def test_streams_that_are_merged_at_the_end_of_every_block(make_run):
+    run = make_run("hc", samples=SAMPLES, tokens=TOKENS)
+    trace = run["trace"].to_dataset().load()
+    states = trace["residual"].values
+    states[:] = np.random.default_rng(0).standard_normal(states.shape)
+    assert "passing_streams" not in findings(schema.create_run(trace, attrs=run.attrs))
+    for depth in np.flatnonzero(trace["site"].values != "mid"):
+        states[depth] = states[depth].mean(2, keepdims=True)
+    found = findings(schema.create_run(trace, attrs=run.attrs))["passing_streams"][0]
+    assert (found.severity, found.axis) == (Severity.WARN, "run")
+    assert found.value == pytest.approx(0.0, abs=1e-6)
+    states[:] = states[:, :, :, :1]  # copies everywhere: that is another finding
+    found = findings(schema.create_run(trace, attrs=run.attrs))
+    assert "passing_streams" not in found
+    assert "copied_streams" in found
 
 
 def test_a_wasted_layer(mixed):
