@@ -76,6 +76,8 @@ def jacobian(
     -----
     The derivative is total: whatever the model computes later from the state at ``start``, long skips included, counts.
     Experts chosen by a top-k are a constant choice in both routings, their gates are differentiated.
+    Products are rounded as the model rounds: in bfloat16 to about three digits, which no estimator's error counts; convert the
+    model to float32 for more.
 
     Examples
     --------

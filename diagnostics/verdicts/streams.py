@@ -227,19 +227,19 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     yield Profile(mass, "all later connections together read of a sublayer's output a weight of")
 
 
-@verdict(metric="mixing_gain", limits=Limits(info=0.0))
+@verdict(metric="mixing_gain", limits=Limits(info=1.0))
 def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """Whether rows or columns of H_res are destinations could not be proved.
 
-    All streams were equal when the capture looked: forward and backward may be exchanged. Capture a trained
-    or perturbed network, or declare the orientation.
+    The streams were copies of one another, or the matrices symmetric, so H_res and its transpose fit alike:
+    forward and backward may be exchanged. Capture a network whose streams have parted.
     """
     if attrs.get("orientation") != "ambiguous":
         return None
     return [
         Profile(
-            xr.DataArray(1.0),
-            "the number of orientations of H_res too many that fit the data is",
+            xr.DataArray(2.0),
+            "the number of orientations of H_res that give the next state is",
             ceiling=Severity.INFO,
         )
     ]
