@@ -182,7 +182,11 @@ def describe(args: argparse.Namespace) -> int:
         from probes.load import encode_text, sample_text
     loaded = _load(args)
     batch = encode_text(loaded, sample_text(), seed=args.seed, **DESCRIBED)
-    given = {name: getattr(args, name) for name in ("layers", "layout", "streams") if getattr(args, name) is not None}
+    given = {
+        name: getattr(args, name)
+        for name in ("layers", "layout", "streams")
+        if getattr(args, name) is not None
+    }
     with user_errors():
         found = probes.describe(loaded.model, batch, **given)
     if args.json:
