@@ -1,7 +1,7 @@
 """Do depths agree by another measure than CKA? Canonical correlations, shapes, distances, neighbours.
 
-States are compared in the mean over streams. All cost much: they are computed when asked for by name, over
-at most `ROWS` tokens.
+States are compared in the mean over streams. All cost much, about a tenth of a second for each pair of depths:
+they are computed when asked for by name, over at most `ROWS` tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from diagnostics.quantities import Unavailable, quantity
 from diagnostics.states import MeanStates, States
 
 # Tokens compared, evenly spaced over all of them: neighbours and distances cost their square.
-ROWS = 1024
+ROWS = 512
 NEIGHBOURS = 10
 SAMPLED = f"over at most {ROWS} tokens, evenly spaced"
+# Canonical correlations need more tokens than directions.
+SPARE = f"over at most {ROWS} tokens or twice as many as features, evenly spaced"
 
 Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -41,7 +43,7 @@ class Pairs:
     def __init__(self, states: States, mean_states: MeanStates, masks: xr.DataArray) -> None:
         self._states, self._mean, self._kinds = states, mean_states, masks["tokens"]
 
-    def compare(self, measure: Compare, *, symmetric: bool = True) -> xr.DataArray:
+    def compare(self, measure: Compare, *, symmetric: bool = True, rows_per_feature: int = 0) -> xr.DataArray:
         """Compare every depth with every other.
 
         Parameters
@@ -50,6 +52,8 @@ class Pairs:
             Two states (N, D) in, a number out; a ValueError is its refusal.
         symmetric : bool
             Whether the order of the two does not matter.
+        rows_per_feature : int
+            Take so many tokens for each feature, where that is more than `ROWS`.
 
         Returns
         -------
@@ -63,7 +67,8 @@ class Pairs:
             Where it refuses every kind, with its words.
         """
         refusals: list[str] = []
-        tables = self._mean.over_kinds(partial(self._table, measure, symmetric, refusals))
+        most = max(ROWS, rows_per_feature * self._states.num_features)
+        tables = self._mean.over_kinds(partial(self._table, measure, symmetric, refusals, most))
         if np.isnan(tables).all() and refusals:
             raise Unavailable(refusals[0])
         finite = self._mean.finite
@@ -71,8 +76,10 @@ class Pairs:
         return self._states.labelled(tables, ("tokens", "depth", "other_depth"), tokens=self._kinds)
 
     @staticmethod
-    def _table(measure: Compare, symmetric: bool, refusals: list[str], states: np.ndarray) -> np.ndarray:
-        states = states[:, evenly_spaced(states.shape[1])]
+    def _table(
+        measure: Compare, symmetric: bool, refusals: list[str], most: int, states: np.ndarray
+    ) -> np.ndarray:
+        states = states[:, evenly_spaced(states.shape[1], most)]
         depths = len(states)
         table = np.full((depths, depths), np.nan)
         try:
@@ -134,7 +141,7 @@ def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     cite="raghu2017svcca",
     basis="invariant",
     null="none in closed form: about the square root of directions over tokens, and 1 without spare tokens",
-    estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SAMPLED}",
+    estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
     default=False,
 )
 def svcca(depth_pairs: Pairs) -> xr.DataArray:
@@ -144,7 +151,7 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Blind to any invertible map of the leading directions. Refused without more tokens than directions.
     """
-    return depth_pairs.compare(kernel.svcca)
+    return depth_pairs.compare(kernel.svcca, rows_per_feature=2)
 
 
 @metric(
@@ -152,7 +159,7 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
     cite="morcos2018insights",
     basis="invariant",
     null="none in closed form: about the square root of features over tokens, and 1 without spare tokens",
-    estimator=f"canonical correlations weighted by their share of depth; {SAMPLED}",
+    estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
     default=False,
 )
 def pwcca(depth_pairs: Pairs) -> xr.DataArray:
@@ -162,7 +169,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
     """
-    return depth_pairs.compare(kernel.pwcca, symmetric=False)
+    return depth_pairs.compare(kernel.pwcca, symmetric=False, rows_per_feature=2)
 
 
 @metric(

@@ -132,7 +132,7 @@ def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, flo
     batch = _listening(batch) if gradients else batch
     session.attach()
     try:
-        output = _forward(session, batch)
+        output = forwarded(session, batch)
         raise_first(session)
         value = _loss_value(output, batch, loss, required=gradients)
         if gradients and value is not None:
@@ -144,7 +144,21 @@ def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, flo
         session.detach()
 
 
-def _forward(session: Session, batch: Any) -> Any:
+def forwarded(session: Session, batch: Any) -> Any:
+    """Run the model under a session, once more where the first forward rewrote a state in place.
+
+    Parameters
+    ----------
+    session : Session
+        With its hooks on.
+    batch : object
+        One batch.
+
+    Returns
+    -------
+    object
+        The model's output.
+    """
     with torch.set_grad_enabled(session.settings.gradients):
         output = call(session.model, batch)
         if any(isinstance(error, RewrittenError) for error in session.errors):

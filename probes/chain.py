@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -75,6 +75,8 @@ class Tape:
         self._segments: dict[tuple[str, Any], list[list[Call]]] = {}
         self._counts: dict[str, int] = {}
         self._recent: deque[Call] = deque()
+        self._named: Call | None = None  # the last call of a named module, and the first one after it
+        self._after: Call | None = None
         self._waiting: Call | None = None  # the last connection, while its branch may still come
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
@@ -95,6 +97,7 @@ class Tape:
             self._waiting = None  # the streams are met again, so its branch has been
         self.calls.append(call)
         self._stack.append(call)
+        self._note_follower(call)
         for key in _group_keys(call) if x is not None else ():
             self._link(key, call)
         return call
@@ -122,6 +125,10 @@ class Tape:
                 if len(run) > 1:
                     yield key, run
 
+    def follower(self, named: Call) -> Call | None:
+        """The first call after the last named block that takes a state of its shape."""
+        return self._after if named is self._named else None
+
     def connections(self) -> list[Call]:
         """The outermost calls of stream connections, in order."""
         found: list[Call] = []
@@ -129,6 +136,19 @@ class Tape:
             if call.site is not None and not any(call.inside(other) for other in found):
                 found.append(call)
         return found
+
+    def _note_follower(self, call: Call) -> None:
+        """The first call after a named block that takes its shape may show the state behind it."""
+        named, after = self._named, self._after
+        if call.path in self._keep:
+            if after is not None:
+                after.held = False
+                self._release(after)
+            self._named, self._after = call, None
+        elif (
+            named is not None and after is None and named not in self._stack and named.x_shape == call.x_shape
+        ):
+            self._after, call.held = call, True
 
     def _note_branch(self, call: Call) -> None:
         """The branch F is the connection's own child, or the last sibling after it that returns F's shape."""
@@ -259,7 +279,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
         Where nothing links, with the override to give.
     """
     if layers is not None:
-        return [_chain(_named_blocks(tape, model, layers), "")]
+        return [_named_chain(tape, _named_blocks(tape, model, layers))]
     connections = tape.connections()
     _refuse_gated(connections)
     if connections:
@@ -362,11 +382,9 @@ def _names(runs: list[list[Call]]) -> list[str]:
     return [f"chain{i}" for i in range(len(runs))]
 
 
-def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str] | str) -> list[Call]:
+def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[Call]:
     modules = dict(model.named_modules())
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    if len(wanted) == 1:
-        wanted = _expand(wanted[0], modules)
+    wanted = block_paths(model, layers)
     calls = {path: [call for call in tape.calls if call.path == path] for path in wanted}
     for path in wanted:
         if path not in modules:
@@ -380,6 +398,28 @@ def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str] | str) -> 
                 f"{call.path} has no floating tensor as input and output; it cannot hold a residual state"
             )
     return blocks
+
+
+def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Module paths that a user's ``layers=`` names: paths, one ModuleList's path, or one pattern.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    layers : sequence of str
+        As given.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ChainError
+        Where a pattern names nothing.
+    """
+    return _expand(layers[0], dict(model.named_modules())) if len(layers) == 1 else list(layers)
 
 
 def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
@@ -400,6 +440,22 @@ def _closest(path: str, modules: dict[str, nn.Module]) -> str:
 
     near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
     return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+
+
+def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
+    """A chain of the user's blocks; where they are branches of skips outside, the last state is the next call's input."""
+    chain = _chain(blocks, "")
+    if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
+        return chain
+    last = blocks[-1]
+    following = tape.follower(last)
+    end = (
+        ()
+        if following is None
+        else (replace(chain.places[-1], path=following.path, index=following.index, at="input"),)
+    )
+    places = (*chain.places[:-1], *end)
+    return replace(chain, places=places, shapes=chain.shapes[: len(places)])
 
 
 def _chain(blocks: list[Call], name: str) -> Chain:

@@ -10,14 +10,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from probes.capture import call, eager, raise_first
+from probes.capture import eager, forwarded, raise_first
 from probes.chain import Chain
 from probes.differentiable import JacobianError, differentiable_states
 from probes.hooks import untouched
 from probes.inputs import Mask
 from probes.layout import canonical
 from probes.routing import constant_routing
-from probes.session import Forward, RewrittenError, Session, Settings
+from probes.session import Forward, Session, Settings
 
 Tokens: TypeAlias = Literal["own", "all"]
 Routing: TypeAlias = Literal["full", "frozen"]
@@ -197,10 +197,7 @@ def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Ses
     session.attach()
     try:
         with untouched(model), eager(), torch.no_grad():
-            call(model, batch)
-            if any(isinstance(error, RewrittenError) for error in session.errors):
-                session.errors.clear()
-                call(model, batch)  # now the places are known, and states are copied as they pass
+            forwarded(session, batch)
         raise_first(session)
         assert session.last is not None
         return session, session.last

@@ -11,7 +11,6 @@ import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from probes.gguf import load_gguf, smollm2_file
+from probes.loaded import LoadedModel
 from probes.text import encode_text, sample_text, token_texts
 from probes.weights import (
     CheckpointError,
@@ -54,22 +54,6 @@ EXPECTED = (
     "expected a transformers folder (with config.json), a .gguf file, 'package.module:function' that returns "
     "an nn.Module, or the word smollm2"
 )
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in eval mode with what a run has to know about its origin."""
-
-    model: nn.Module
-    """Weights in place, in eval mode."""
-    tokenizer: Any | None
-    """The checkpoint's own tokenizer; None if it carries none."""
-    name: str
-    """Short name for titles and tables."""
-    digest: str
-    """``sha256:…`` of the weight files, or of the parameters where there is no file."""
-    source: str
-    """The specification and weights that this came from, as given."""
 
 
 def load_checkpoint(

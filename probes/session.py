@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from probes.accumulate import Sums, merged
-from probes.chain import Chain, Link, Place, Tape, find_chains, version
+from probes.chain import Chain, Link, Place, Tape, block_paths, find_chains, version
 from probes.connections import Parts, Site, read_returned, read_width
 from probes.hooks import Attachment, Hook, first_float, in_recomputation, tensors_in
 from probes.inputs import CaptureError, Mask, arguments, find_mask, fit_mask
@@ -206,7 +206,8 @@ class Session:
             rows=rows,
             row_data=lead.detach()[rows].clone(),
         )
-        self._tape = None if self.chains else Tape(keep=self.settings.layers or ())
+        layers = self.settings.layers
+        self._tape = None if self.chains else Tape(keep=block_paths(module, layers) if layers else ())
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward, self._open = self._open, None

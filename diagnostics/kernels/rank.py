@@ -374,7 +374,7 @@ def stable_rank(x: Array, *, center: bool = False, mask: Array | None = None) ->
     return ratio(xp, xp.sum(energy, axis=-1), energy[..., 0])
 
 
-def numerical_rank_of(s: Array, *, rtol: float = 1e-6) -> Array:
+def numerical_rank_of(s: Array, *, rtol: float | Array = 1e-6) -> Array:
     """Numerical rank of singular values: how many exceed rtol · max σ.
 
     Parameters
@@ -382,7 +382,7 @@ def numerical_rank_of(s: Array, *, rtol: float = 1e-6) -> Array:
     s
         Singular values (..., k), in any order, zeros allowed.
     rtol
-        Threshold as a share of the largest.
+        Threshold as a share of the largest; an array (..., 1) gives each spectrum its own.
 
     Returns
     -------

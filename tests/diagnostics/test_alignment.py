@@ -45,10 +45,13 @@ def test_a_depth_agrees_with_itself(analysis, name):
 
 
 def test_canonical_correlations(analysis, states):
+    for first, second in ((A, B), (B, A)):  # the first depth gives the weights
+        x, y = states[first], states[second]
+        rotation, rho, _ = canonical(x, y)
+        weight = np.abs((np.linalg.qr(x - x.mean(0))[0] @ rotation).T @ (x - x.mean(0))).sum(1)
+        expected = (weight * rho).sum() / weight.sum()
+        assert float(analysis["pwcca"][first, second]) == pytest.approx(expected, rel=1e-6)
     x, y = states[A], states[B]
-    rotation, rho, _ = canonical(x, y)
-    weight = np.abs((np.linalg.qr(x - x.mean(0))[0] @ rotation).T @ (x - x.mean(0))).sum(1)
-    assert float(analysis["pwcca"][A, B]) == pytest.approx((weight * rho).sum() / weight.sum(), rel=1e-6)
     left, right = (side - side.mean(0) for side in (x, y))
     kept = []
     for side in (left, right):
@@ -91,10 +94,14 @@ def test_too_few_tokens_are_refused_in_words(residual_run):
         diagnostics.mutual_knn(short)
 
 
-def test_many_tokens_are_thinned_evenly(monkeypatch, run, analysis):
-    monkeypatch.setattr("diagnostics.alignment.evenly_spaced", lambda count: evenly_spaced(count, 20))
+def test_many_tokens_are_thinned_evenly(monkeypatch, run, analysis, states):
+    monkeypatch.setattr("diagnostics.alignment.ROWS", 20)
     thinned = diagnostics.analyze(run, metrics=["rsa"])["rsa"].sel(tokens="all").isel(step=0)
     assert float(abs(thinned - analysis["rsa"]).max()) > 1e-3
+    canonical = diagnostics.analyze(run, metrics=["pwcca"])["pwcca"].sel(tokens="all").isel(step=0)
+    kept = evenly_spaced(int(run.trace.mask.sum()), 24)  # two tokens a feature
+    expected = diagnostics.kernels.similarity.pwcca(states[A][kept], states[B][kept])
+    assert float(canonical[A, B]) == pytest.approx(float(expected), rel=1e-6)
     for count, most in ((5, 9), (9, 9), (100, 9), (1, 9), (0, 9)):
         kept = evenly_spaced(count, most)
         assert len(kept) == len(set(kept)) == min(count, most)

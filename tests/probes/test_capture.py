@@ -339,6 +339,37 @@ def test_named_layers_give_the_found_chain(models, text_batch, layers):
     np.testing.assert_array_equal(found.trace.residual.values, named.trace.residual.values)
 
 
+class OutsideSkips(nn.Module):
+    """Blocks that are branches; the skip is in the model's own forward, so no call links to the next."""
+
+    def __init__(self, head: bool):
+        super().__init__()
+        self.embed = nn.Embedding(64, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.norm = nn.LayerNorm(16) if head else None
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return x if self.norm is None else self.norm(x)
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("layers", ["blocks.{i}", "blocks", ["blocks.0", "blocks.1", "blocks.2"]])
+def test_named_blocks_need_not_link(ids, layers, head):
+    model = OutsideSkips(head)
+    with pytest.raises(probes.ChainError, match="layers="):
+        probes.capture(model, ids)
+    run = probes.capture(model, ids, layers=layers, gradients=True, loss=square)
+    states = [model.embed(ids)]
+    for block in model.blocks:
+        states.append(states[-1] + block(states[-1]))
+    assert run.trace.sizes["depth"] == (4 if head else 3), "without a head no module sees the last state"
+    for depth, captured in enumerate(run.trace.residual.values[..., 0, :]):
+        np.testing.assert_array_equal(captured, states[depth].detach().numpy())
+
+
 def test_no_chain_is_an_error_with_the_override(ids):
     with pytest.raises(probes.ChainError, match="layers="):
         probes.capture(nn.Embedding(64, 8), ids)
