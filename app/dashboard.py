@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def launch(
         Where nothing lies at a path.
     """
     _check(paths)
+    importlib.import_module("streamlit")  # a missing extra is said before an address is promised
     chosen = free_port(port)
     address = f"http://{HOST}:{chosen}"
     if not block:
