@@ -1,11 +1,11 @@
 """Probes: torch in, labelled arrays out. Attach them to a model, keep what its residual streams show."""
 
 from probes.capture import capture
-from probes.chain import ChainError
 from probes.connections import ConnectionError, ReconstructionError
 from probes.describe import describe
 from probes.inputs import CaptureError
 from probes.layout import LayoutError
+from probes.tape import ChainError
 from probes.training import ProbeWarning, Recorder, record
 
 __all__ = [

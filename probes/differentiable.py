@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probes.capture import call, eager
-from probes.chain import Chain, version
+from probes.chain import Chain
 from probes.hooks import first_float, in_recomputation, untouched
 from probes.routing import replaced
+from probes.tape import version
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from probes.accumulate import Sums, merged
-from probes.chain import Chain, Link, Place, Tape, block_paths, find_chains, version
+from probes.chain import Chain, Link, Place, block_paths, find_chains
 from probes.connections import Parts, Site, read_returned, read_width
 from probes.hooks import Attachment, Hook, first_float, in_recomputation, tensors_in
 from probes.inputs import CaptureError, Mask, arguments, find_mask, fit_mask
 from probes.layout import canonical, count_streams, infer_layout
 from probes.sampling import Reservoir, Sequence, weights_stamp
+from probes.tape import Tape, version
 
 
 class RewrittenError(CaptureError):
