@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from probes.connections import Parts, ReconstructionError, relative_error, tolerance
+from probes.connections import Parts, ReconstructionError, relative_error, spread, tolerance
 from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
 
@@ -62,7 +62,7 @@ class Joint:
     def tokens(self) -> Joint:
         """At most `PROOF_TOKENS` real tokens, flattened to (N, …), spread over the sample."""
         index = self.mask.flatten().nonzero().squeeze(-1)
-        index = index[torch.linspace(0, len(index) - 1, min(len(index), PROOF_TOKENS)).long()]
+        index = index[spread(len(index), PROOF_TOKENS)]
 
         def pick(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.flatten(0, 1)[index]
