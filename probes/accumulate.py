@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-Pair = tuple[int, int]
-
 
 class Sums:
     """The additive statistics of one chain: states, gradients and connection gains.

@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from probes.accumulate import Sums, merged
-from probes.hooks import tensors_in, untouched
+from probes.hooks import untouched
 from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
 from probes.session import Forward, Measured, RewrittenError, Session, Settings
@@ -289,18 +289,3 @@ def eager() -> Any:
     """
     set_stance = getattr(torch.compiler, "set_stance", None)
     return set_stance("force_eager") if set_stance is not None else nullcontext()
-
-
-def rows_in(batch: Any) -> int:
-    """Number of sequences in a batch.
-
-    Parameters
-    ----------
-    batch : object
-        One batch.
-
-    Returns
-    -------
-    int
-    """
-    return next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim), 0)

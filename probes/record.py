@@ -75,9 +75,6 @@ def build_run(
         for name, depths in stages(session, number):
             trace[name] = _trace(session, number, depths, sequences, evidence, token_text)
             statistics[name] = _statistics(chain, number, depths, rows, pooled, evidence)
-    for part in (trace, statistics):
-        if list(part) == [""]:
-            part[""].attrs = {}
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
         statistics=statistics if list(statistics) != [""] else statistics[""],

@@ -24,7 +24,6 @@ class Sequence:
     parts: dict[int, Parts]
     branches: dict[int, torch.Tensor]
     row: torch.Tensor | None
-    text: list[str] | None = None
 
 
 @dataclass
