@@ -279,6 +279,11 @@ def _positive(text: str) -> int:
 
 def _describe(command: argparse.ArgumentParser) -> None:
     _model(command)
+    command.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="read the connections from the safetensors (folder or file) and build no model",
+    )
     _json(command)
 
 

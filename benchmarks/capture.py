@@ -1,128 +1,139 @@
-"""What does capturing cost? Ratios to the same loop without probes, in one run: `python benchmarks/capture.py`."""
+"""What does capturing cost? Ratios to the same steps without probes: ``python benchmarks/capture.py``.
+
+Every tool first shows that it captures the states that plain hooks capture. Then steps of all tools in a process are timed in
+turn, several rounds, and the medians are given as ratios to the median of the plain step in the same process. Peers that are
+not installed, or cannot take a model, are rows with the reason. ``--memory`` adds the peak memory, one process per tool.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
+import logging
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-import torch
-import transformers
-from torch import nn
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
-import probes
+import torch  # noqa: E402
+from capturing import measure, page  # noqa: E402
+from capturing.cases import CASES, Sizes  # noqa: E402
+from capturing.tools import PEERS, TOOLS, groups  # noqa: E402
 
-LAYERS, WIDTH, BATCH, TOKENS, ROUNDS = 12, 512, 4, 128, 7
-
-
-def residual_model() -> nn.Module:
-    """A plain pre-norm decoder."""
-    config = transformers.LlamaConfig(
-        vocab_size=1024,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def mhc_model() -> nn.Module:
-    """lucidrains' mHC around linear branches: four streams, one connection a layer."""
-    from hyper_connections import mHC
-
-    init, expand, reduce = mHC.get_init_and_expand_reduce_stream_functions(4, dim=WIDTH)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(1024, WIDTH)
-            branches = [
-                nn.Sequential(
-                    nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
-                )
-                for _ in range(LAYERS)
-            ]
-            self.blocks = nn.ModuleList(init(branch=branch) for branch in branches)
-            self.expand, self.reduce = expand, reduce
-
-        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            x = self.expand(self.embed(input_ids))
-            for block in self.blocks:
-                x = block(x)
-            return {"loss": self.reduce(x).square().mean()}
-
-    return Model()
-
-
-def loop(
-    model: nn.Module, batch: dict[str, torch.Tensor], *, backward: bool, recorder
-) -> Callable[[], float]:
-    """One step as a user writes it; gives its seconds."""
-
-    def step() -> float:
-        started = time.perf_counter()
-        with nullcontext() if backward else torch.no_grad():
-            loss = model(**batch)["loss"]
-        if backward:
-            loss.backward()
-        if recorder is not None:
-            recorder.step()
-        seconds = time.perf_counter() - started
-        model.zero_grad(set_to_none=True)
-        return seconds
-
-    return step
-
-
-def compare(build: Callable[[], nn.Module], *, backward: bool) -> dict[str, float]:
-    """Medians of plain, measured and unmeasured steps, taken in turn; as ratios to plain."""
-    torch.manual_seed(0)
-    model = build()
-    ids = torch.randint(0, 1024, (BATCH, TOKENS))
-    batch = {"input_ids": ids, "labels": ids}
-    times: dict[str, list[float]] = {"plain": [], "measured": [], "between": []}
-    for number in range(ROUNDS + 1):
-        for name in times:
-            every = 1 if name == "measured" else 1000
-            start = 0 if name == "measured" else 10**9
-            recording = probes.record(model, every=every, start_step=start, gradients=backward)
-            with nullcontext() if name == "plain" else recording as recorder:
-                step = loop(model, batch, backward=backward, recorder=recorder)
-                step()  # the first measured step also finds the chain
-                seconds = step()
-            if number:
-                times[name].append(seconds)
-    plain = statistics.median(times["plain"])
-    return {"plain_ms": 1e3 * plain} | {
-        name: statistics.median(values) / plain for name, values in times.items() if name != "plain"
-    }
+MODES = {"forward": False, "forward + backward": True}
+BATCHES = {"forward": (1, 2, 8, 24), "forward + backward": (1, 2, 8)}
 
 
 def main() -> None:
-    """Print the table, or JSON with --json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = {
-        f"{name}, {'forward + backward' if backward else 'forward'}": compare(build, backward=backward)
-        for name, build in (("residual", residual_model), ("mHC, n = 4", mhc_model))
-        for backward in (False, True)
-    }
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
+    """Measure, print the tables, and write what was asked for."""
+    arguments = parsed()
+    if arguments.worker:
+        print(json.dumps(work(json.loads(arguments.worker))))
         return
-    print(
-        f"{LAYERS} layers × {WIDTH}, {BATCH} × {TOKENS} tokens, one thread, medians of {ROUNDS}; ratio to plain"
+    results = {"times": timings(arguments), "memory": memories(arguments) if arguments.memory else {}}
+    results |= page.circumstances(arguments.layers, arguments.rounds, list(PEERS))
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(page.text(results))
+    if arguments.markdown:
+        arguments.markdown.write_text(page.markdown(results), encoding="utf-8")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, row in rows.items():
-        print(
-            f"{name:32s} measured step {row['measured']:.2f} ×   between {row['between']:.2f} ×   ({row['plain_ms']:.0f} ms)"
-        )
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=TOOLS, help="tools; plain comes along")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory too: a process per tool, some minutes"
+    )
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", type=Path, help="write the page there, such as docs/benchmarks.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(arguments, name) for name in ("layers", "width", "batch", "tokens")}
+
+
+def timings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Case to mode to rows; each group of tools in a process of its own."""
+    found: dict[str, Any] = {}
+    for case in arguments.cases:
+        for mode in MODES:
+            for names in wanted(arguments.only):
+                task = {"case": case, "sizes": sizes_of(arguments), "mode": mode, "rounds": arguments.rounds}
+                answer = ask(task | {"names": names})
+                entry = found.setdefault(case, answer | {"modes": {}})
+                rows = entry["modes"].setdefault(mode, {})
+                rows |= {name: row for name, row in answer.get("rows", {}).items() if name not in rows}
+    return found
+
+
+def wanted(only: list[str] | None) -> Iterator[list[str]]:
+    for names in groups():
+        chosen = [name for name in names if only is None or name == "plain" or name in only]
+        if only is None or len(chosen) > 1:
+            yield chosen
+
+
+def memories(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Case to mode to tool to MiB by number of batches."""
+    found: dict[str, Any] = {}
+    names = [
+        n for n in TOOLS if n not in ("plain again",) and (arguments.only is None or n in arguments.only)
+    ]
+    for case in (case for case in arguments.cases if case != "tiny"):
+        for mode, counts in BATCHES.items():
+            for name in names:
+                task = {"case": case, "sizes": sizes_of(arguments), "mode": mode, "name": name}
+                row = ask(task | {"counts": (1,) if name == "probes.capture" else counts})
+                found.setdefault(case, {}).setdefault(mode, {})[name] = row
+    return found
+
+
+def ask(task: dict[str, Any]) -> dict[str, Any]:
+    """One task in a process of its own; a crash is an answer too, and what is not installed needs no process."""
+    name = task.get("name") or task["names"][-1]
+    if name in PEERS and find_spec(name.replace("-", "_")) is None:
+        row = {"reason": "not installed"}
+        return row if "name" in task else {"rows": {name: row}}
+    print(f"{task['case']}, {task['mode']}: {task.get('name') or ', '.join(task['names'])}", file=sys.stderr)
+    command = [sys.executable, str(HERE / "capture.py"), "--worker", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"reason": f"crashed: {last[:150]}"}
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """What a worker process does."""
+    import probes
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", probes.ProbeWarning)  # a step that was not measured must not look cheap
+    torch.set_num_threads(1)
+    sizes, backward = Sizes(**task["sizes"]), MODES[task["mode"]]
+    if "counts" in task:
+        counts = tuple(task["counts"])
+        return measure.peaks(task["case"], sizes, name=task["name"], backward=backward, counts=counts)
+    return measure.times(task["case"], sizes, names=task["names"], backward=backward, rounds=task["rounds"])
 
 
 if __name__ == "__main__":

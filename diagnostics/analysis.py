@@ -13,7 +13,7 @@ from diagnostics import schema
 from diagnostics.catalogue import CATALOGUE
 from diagnostics.curves import training_curves
 from diagnostics.metric import Metric
-from diagnostics.quantities import Quantities, Unavailable
+from diagnostics.quantities import Quantities, Unavailable, sources
 
 Progress = Callable[[str, int, int], None]
 
@@ -97,7 +97,7 @@ def _analyze_chain(
         for name in chosen:
             report(name)
         return _curves_alone(run, chain, chosen)
-    source = Quantities(trace)
+    source = Quantities(sources(trace, schema.chain_dataset(run, "statistics", chain)))
     found: dict[str, xr.DataArray] = {}
     reasons: dict[str, str] = {}
     for name, metric in chosen.items():
@@ -141,7 +141,8 @@ STEPLESS = ("num_tokens",)
 # The order of dims in an analysis; a variable has those that it needs.
 DIMS = (
     *("step", "estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
-    *("other_depth", "connection", "other_connection", "component", "stream", "quantile", "reduction"),
+    *("other_depth", "connection", "other_connection", "weight"),
+    *("component", "stream", "quantile", "reduction"),
 )
 
 

@@ -12,6 +12,7 @@ from diagnostics import (
     propagation,
     shape,
     similarity,
+    weights,
 )
 from diagnostics.metric import Metric
 
@@ -83,5 +84,9 @@ CATALOGUE: dict[str, Metric] = {
         propagation.branch_share,
         propagation.adjacent_cosine,
         propagation.adjacent_cosine_band,
+        weights.weight_norm,
+        weights.weight_gradient_norm,
+        weights.weight_gradient_ratio,
+        weights.update_ratio,
     )
 }

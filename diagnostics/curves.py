@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import xarray as xr
 
-from diagnostics import collapse, gradients, mixing, propagation, schema
+from diagnostics import collapse, gradients, mixing, propagation, schema, weights
 from diagnostics.metric import Metric
 
 EXACT = "exact over every token of the step"
@@ -25,7 +28,8 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     Dataset
         Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
-        ``mixing_gain`` (mean and max); and ``loss`` (step); as far as the statistics hold them.
+        ``mixing_gain`` (mean and max), the metrics of `weights` (step, weight); and ``loss`` (step); as far as
+        the statistics hold them.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
@@ -106,11 +110,23 @@ def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     return {"loss": statistics["loss"].assign_attrs(long_name="Loss", units="1", symbol=r"\mathcal{L}")}
 
 
-_CURVES = {
+def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    return {metric.name: metric.stamp(metric.function(*(statistics[name] for name in metric.needs)))}
+
+
+_WEIGHTS = (
+    weights.weight_norm,
+    weights.weight_gradient_norm,
+    weights.weight_gradient_ratio,
+    weights.update_ratio,
+)
+
+_CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] = {
     ("square_norm_sum", "token_count"): _residual_norm,
     ("gradient_square_norm_sum",): _gradients,
     ("unit_pair_sum", "token_count"): _token_cosine,
     ("adjacent_cosine_sum", "token_count"): _adjacent_cosine,
     ("gain_sum", "gain_max", "token_count"): _mixing_gain,
     ("loss",): _loss,
+    **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},
 }

@@ -36,7 +36,7 @@ class Finding:
     source : str
         Where the threshold comes from: a key of ``references.bib``, or ``"heuristic"``.
     axis : str
-        ``"depth"``, ``"connection"`` or ``"run"``.
+        ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int
         Positions on the axis that it holds for, inclusive; −1 for a whole run.
     advice : str

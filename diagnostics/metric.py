@@ -94,7 +94,7 @@ class Metric:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The variables of a trace that the metric rests on, the mask left out."""
+        """The variables of a run that the metric rests on, the mask left out."""
         return quantities.roots(self.function)
 
     def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
@@ -283,17 +283,19 @@ def _trace_of(name: str, data: tuple[Any, ...]) -> xr.Dataset:
         raise ValueError(f"{name} got {kinds}; expected labelled arrays, a trace or a run")
     if isinstance(data[0], xr.Dataset):
         return data[0]
-    tree = data[0].children.get("trace", data[0])
+    run = data[0]
+    tree = run.children.get("trace", run)
     if tree.children:
         raise ValueError(
             f"{name} got several chains: {', '.join(tree.children)}; choose one, such as run['trace/NAME']"
         )
-    return tree.to_dataset()
+    beside = run.children.get("statistics")
+    return quantities.sources(tree.to_dataset(), None if beside is None else beside.to_dataset())
 
 
 def _with_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
     """The array with every dim of its variable, those that it lacks with size 1."""
-    dims = schema.TRACE[root].dims
+    dims = (schema.TRACE | schema.STATISTICS)[root].dims
     unknown = [str(dim) for dim in array.dims if dim not in dims]
     if unknown:
         raise ValueError(

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-SCHEMA_VERSION = "1.0"
-GROUPS = ("trace", "statistics", "metrics")
-SITES = ("embed", "mid", "post", "final")
+SCHEMA_VERSION = "1.1"
+GROUPS = ("trace", "statistics", "metrics", "coverage")
+SITES = ("embed", "pre", "mid", "post", "final")
 SUFFIXES = (".nc", ".zarr", ".zarr.zip")
 
 STATE = ("depth", "sample", "token", "stream", "feature")
 ROUTE = ("connection", "sample", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
+MOTION = ("step", "weight")
 
 
 class SchemaError(ValueError):
@@ -60,13 +61,19 @@ TRACE: dict[str, Variable] = {
     "h_post": Variable((*ROUTE, "stream"), "f", "weights that write the branch output to the streams"),
     "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),
     "branch_out": Variable((*ROUTE, "feature"), "f", "output of the branch"),
+    "read": Variable((*ROUTE, "view", "stream"), "f", "read weights of several branch inputs, in place of h_pre"),
+    "write": Variable((*ROUTE, "stream", "view"), "f", "write weights of several branch outputs, in place of h_post"),
+    "views_in": Variable((*ROUTE, "view", "feature"), "f", "several branch inputs, in place of branch_in"),
+    "views_out": Variable((*ROUTE, "view", "feature"), "f", "several branch outputs, in place of branch_out"),
+    "final": Variable(("sample", "token", "feature"), "f", "state behind the last norm, which the head reads"),
+    "final_gradient": Variable(("sample", "token", "feature"), "f", "gradient with respect to that state"),
     "mask": Variable(("sample", "token"), "b", "true where the token is real, false on padding"),
     "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
 }
 
 TRACE_COORDS: dict[str, Variable] = {
     "layer": Variable(("depth",), "iu", "block number, -1 for the embedding"),
-    "site": Variable(("depth",), "OTU", "embed, mid, post or final"),
+    "site": Variable(("depth",), "OTU", "embed, mid (in a block), post (behind it), pre (changed before the next)"),
     "module": Variable(("depth",), "OTU", "module path that produced the state"),
     "connection_layer": Variable(("connection",), "iu", "block number of the connection"),
     "branch": Variable(("connection",), "OTU", "attn, mlp or block"),
@@ -79,6 +86,7 @@ STATISTICS: dict[str, Variable] = {
     "token_count": Variable(("step",), "fiu", "real tokens seen in the step"),
     "sequence_count": Variable(("step",), "fiu", "sequences seen in the step"),
     "loss": Variable(("step",), "f", "the user's loss, where known"),
+    "loss_scale": Variable(("step",), "f", "what a gradient scaler multiplied the loss by"),
     "norm_sum": Variable(PROFILE, "f", "Σ ‖x‖ over tokens"),
     "square_norm_sum": Variable(PROFILE, "f", "Σ ‖x‖² over tokens"),
     "norm_max": Variable(PROFILE, "f", "max ‖x‖ over tokens"),
@@ -88,18 +96,46 @@ STATISTICS: dict[str, Variable] = {
     "gradient_square_norm_sum": Variable(PROFILE, "f", "Σ ‖∂loss/∂x‖² over tokens"),
     "gain_sum": Variable(GAIN, "f", "Σ over tokens of the Amax gain of H_res"),
     "gain_max": Variable(GAIN, "f", "max over tokens of the Amax gain of H_res"),
+    "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
+    "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
+    "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimiser"),
+    "weight_count": Variable(("weight",), "fiu", "number of elements of W"),
+    "weight_layer": Variable(("weight",), "iu", "block number of the module, -1 outside the blocks"),
     "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
     "unit_sum": Variable(("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed"),
 }
 
-_REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": ()}
-_DECLARED: dict[str, dict[str, Variable]] = {"trace": TRACE | TRACE_COORDS, "statistics": STATISTICS}
+# The statistics that are metrics but for a root, module by module.
+OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
+
+COVERAGE: dict[str, Variable] = {
+    "place_name": Variable(("place",), "OTU", "the site's common name"),
+    "site": Variable(("place",), "OTU", "what kind of site it is"),
+    "module": Variable(("place",), "OTU", "the module that shows it"),
+    "layer": Variable(("place",), "iu", "block number, -1 for none"),
+    "chain": Variable(("place",), "OTU", "its chain, empty where there is one"),
+    "expected": Variable(("place",), "iu", "forwards in which it was expected"),
+    "fired": Variable(("place",), "iu", "forwards in which it was seen"),
+    "why": Variable(("place",), "OTU", "why it was not captured, or how it was had"),
+}
+
+_REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": (), "coverage": ()}
+_DECLARED: dict[str, dict[str, Variable]] = {
+    "trace": TRACE | TRACE_COORDS,
+    "statistics": STATISTICS,
+    "coverage": COVERAGE,
+}
 
 Parts = xr.Dataset | Mapping[str, xr.Dataset] | None
 
 
 def create_run(
-    trace: Parts = None, *, statistics: Parts = None, metrics: Parts = None, attrs: Mapping[str, Any]
+    trace: Parts = None,
+    *,
+    statistics: Parts = None,
+    metrics: Parts = None,
+    coverage: xr.Dataset | None = None,
+    attrs: Mapping[str, Any],
 ) -> xr.DataTree:
     """Put datasets together to a validated run.
 
@@ -107,6 +143,8 @@ def create_run(
     ----------
     trace, statistics, metrics : Dataset or mapping of chain name to Dataset, optional
         The groups; a mapping makes one child group per chain.
+    coverage : Dataset, optional
+        Which sites fired.
     attrs : mapping
         Attributes of the run; ``schema_version`` and ``created`` are added.
 
@@ -120,7 +158,7 @@ def create_run(
         Where a group breaks the contract.
     """
     nodes: dict[str, xr.Dataset] = {}
-    for group, part in zip(GROUPS, (trace, statistics, metrics), strict=True):
+    for group, part in zip(GROUPS, (trace, statistics, metrics, coverage), strict=True):
         if part is None:
             continue
         chained = {"": part} if isinstance(part, xr.Dataset) else part

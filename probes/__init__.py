@@ -5,6 +5,8 @@ from probes.connections import ConnectionError, ReconstructionError
 from probes.describe import describe
 from probes.inputs import CaptureError
 from probes.layout import LayoutError
+from probes.sites import SiteError
+from probes.static import describe_weights
 from probes.tape import ChainError
 from probes.training import ProbeWarning, Recorder, record
 
@@ -16,7 +18,9 @@ __all__ = [
     "ProbeWarning",
     "ReconstructionError",
     "Recorder",
+    "SiteError",
     "capture",
     "describe",
+    "describe_weights",
     "record",
 ]

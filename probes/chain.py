@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
 
 from torch import nn
 
-from probes.connections import ConnectionError  # the field's word
-from probes.tape import Call, ChainError, Tape, same_tensor
+from probes.adds import with_adds
+from probes.history import history_chain
+from probes.place import Chain, Place, layer_numbers
+from probes.stages import join_stages
+from probes.streams import stream_chain
+from probes.tape import Call, ChainError, Tape, final_norm, same_tensor
 
 SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
 LEAST = 0.3  # the largest chain must cover this share of the parameters beside embeddings and heads
 SECOND = 0.1  # a second chain counts from this share of the first one's parameters
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one state of a chain is seen: at the input or the output of one call."""
-
-    path: str
-    index: int
-    at: str  # "input" or "output"
-    layer: int
-    site: str
-    module: str  # the module that produced the state
-
-
-@dataclass(frozen=True)
-class Link:
-    """One stream connection: the call that mixes, and the call whose output is the branch's."""
-
-    path: str
-    index: int
-    layer: int
-    branch: str
-    branch_path: str | None
-    branch_index: int
-    style: str
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A residual chain: the places of its states in depth order and, with streams, its connections."""
-
-    name: str
-    places: tuple[Place, ...]
-    links: tuple[Link, ...]
-    blocks: tuple[str, ...]
-    block_class: str
-    shapes: tuple[tuple[int, ...], ...]
-    channels_first: bool
 
 
 def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
@@ -81,38 +47,34 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     if layers is not None:
         return [_named_chain(tape, _named_blocks(tape, model, layers))]
     connections = tape.connections()
-    _refuse_gated(connections)
     if connections:
-        return [_stream_chain(tape, connections)]
+        return [_ended(tape, stream_chain(tape, connections))]
+    histories = history_chain(tape)
+    if histories is not None:
+        return [histories]
     runs = _runs(tape, model)
     if not runs:
         raise ChainError(
             "no chain of blocks was found: no two calls of like modules hand one tensor on. "
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
-    return [_chain(run, name) for name, run in zip(_names(runs), runs, strict=True)]
+    return [_ended(tape, _linked_chain(run, name)) for name, run in zip(_names(runs), runs, strict=True)]
 
 
-def _refuse_gated(connections: list[Call]) -> None:
-    for call in connections:
-        if call.site is not None and call.site.style == "gated":
-            block = call.parent.path if call.parent is not None else call.path
-            pattern = re.sub(r"\d+", "{i}", block, count=1)
-            raise ConnectionError(
-                f"{call.path!r} ({type(call.module).__name__}) keeps {call.site.num_streams} streams in one axis and reads "
-                "them by per-feature gates, for which no scalar H_pre exists; this connection is not read yet. The states "
-                f"alone are captured with layers={pattern!r}, layout={call.site.layout!r} and streams={call.site.num_streams}"
-            )
+def _ended(tape: Tape, chain: Chain) -> Chain:
+    """The chain with the place behind its last norm, where there is one."""
+    last = chain.places[-1]
+    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams=bool(chain.links))
+    if norm is None:
+        return chain
+    return replace(chain, final=Place(norm.path, norm.index, "output", last.layer, "final", norm.path))
 
 
 def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     found = [(run, size) for run in _candidates(tape) if (size := _size(call.module for call in run))]
     if not found:
         return []
-    largest = max(size for _, size in found)
-    best, best_size = max(
-        (pair for pair in found if pair[1] >= SHARE * largest), key=lambda pair: len(pair[0])
-    )
+    best, best_size = _finest(found)
     share = best_size / _trunk_size(model)
     if share < LEAST:
         raise ChainError(
@@ -120,19 +82,44 @@ def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
             "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
         )
     chosen = [best]
-    for run, size in sorted(found, key=lambda pair: -len(pair[0])):
-        apart = all(not _entangled(run, other) for other in chosen)
-        if apart and size >= SECOND * best_size and type(run[0].module) is type(best[0].module):
-            chosen.append(run)
+    rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= SECOND * best_size]
+    while rest := [pair for pair in rest if not any(_entangled(pair[0], other) for other in chosen)]:
+        chosen.append(_finest(rest)[0])
     return sorted(chosen, key=lambda run: run[0].order)
+
+
+def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
+    """The longest of the runs that cover nearly as many parameters as the largest one; blocks go before bare layers."""
+    largest = max(size for _, size in found)
+    fit = [pair for pair in found if pair[1] >= SHARE * largest]
+    return max(fit, key=lambda pair: (_is_block_run(pair[0]), len(pair[0])))
+
+
+def _is_block_run(run: list[Call]) -> bool:
+    """Whether all calls but those between stages are of one class that has parts of its own."""
+    kinds = {type(call.module) for call in run if call.x_shape == call.y_shape}
+    return len(kinds) == 1 and _is_block(run[0])
 
 
 def _candidates(tape: Tape) -> list[list[Call]]:
     """Runs of one class; and runs in one container that are not a class run with a norm or a head at its ends."""
-    runs = [(key[0], run) for key, run in tape.segments()]
-    classes = [run for kind, run in runs if kind == "class"]
-    mixed = [part for kind, run in runs if kind == "container" for part in _even_parts(run)]
+    by_class: dict[Any, list[list[Call]]] = {}
+    mixed: list[list[Call]] = []
+    for (kind, key), run in tape.segments():
+        if kind == "class":
+            by_class.setdefault(key, []).append(run)
+        else:
+            mixed += _even_parts(run)
+    classes = [chain for runs in by_class.values() for chain in _stages(tape, runs)]
     return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
+
+
+def _stages(tape: Tape, runs: list[list[Call]]) -> list[list[Call]]:
+    return join_stages(tape, runs) if _is_block(runs[0][0]) else runs
+
+
+def _is_block(call: Call) -> bool:
+    return any(True for _ in call.module.children())
 
 
 def _even_parts(run: list[Call]) -> Iterable[list[Call]]:
@@ -258,9 +245,22 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
     return replace(chain, places=places, shapes=chain.shapes[: len(places)])
 
 
+def _linked_chain(blocks: list[Call], name: str) -> Chain:
+    """A chain whose blocks hand the state on; before a bridge between stages it shows at the output of the block before."""
+    chain = _chain(blocks, name)
+    places = list(chain.places)
+    shapes = list(chain.shapes)
+    for depth, (before, call) in enumerate(pairwise(blocks), 1):
+        if not same_tensor(before.y, call.x):
+            places[depth] = replace(places[depth], path=before.path, index=before.index, at="output")
+            shapes[depth] = before.y_shape
+    return replace(chain, places=tuple(places), shapes=tuple(shapes))
+
+
 def _chain(blocks: list[Call], name: str) -> Chain:
     """A plain chain: the input of every block and the output of the last one."""
-    layers = _layer_numbers(blocks)
+    even = len({call.x_shape for call in blocks}) == 1
+    layers = layer_numbers(blocks) if even else list(range(len(blocks)))
     places = [
         _place(
             call,
@@ -272,7 +272,7 @@ def _chain(blocks: list[Call], name: str) -> Chain:
         for position, call in enumerate(blocks)
     ]
     places.append(_place(blocks[-1], "output", layers, len(blocks), blocks[-1].path))
-    return Chain(
+    chain = Chain(
         name=name,
         places=tuple(places),
         links=(),
@@ -281,6 +281,7 @@ def _chain(blocks: list[Call], name: str) -> Chain:
         shapes=(*(call.x_shape for call in blocks), blocks[-1].y_shape),
         channels_first=_convolves(blocks),
     )
+    return with_adds(chain, blocks)
 
 
 def _convolves(blocks: list[Call]) -> bool:
@@ -296,86 +297,3 @@ def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) ->
     following = layers[depth] if depth < len(layers) else None
     site = "embed" if depth == 0 else ("mid" if following == layer else "post")
     return Place(call.path, call.index, at, layer, site, producer)
-
-
-def _layer_numbers(calls: list[Call]) -> list[int]:
-    """Block numbers from the first number in the paths where these ascend, else by order."""
-    numbers = [int(found.group()) if (found := re.search(r"\d+", call.path)) else -1 for call in calls]
-    steps = [b - a for a, b in pairwise(numbers)]
-    if (
-        numbers
-        and numbers[0] >= 0
-        and all(step in (0, 1) for step in steps)
-        and (any(steps) or len(calls) < 3)
-    ):
-        return numbers
-    return list(range(len(calls)))
-
-
-def _stream_chain(tape: Tape, connections: list[Call]) -> Chain:
-    """A chain with streams: the input of every connection, and the state after the last one."""
-    layers = _layer_numbers(connections)
-    places = [
-        _place(
-            call, "input", layers, depth, connections[depth - 1].path if depth else call.producer or "(input)"
-        )
-        for depth, call in enumerate(connections)
-    ]
-    last, at = _exit(tape, connections[-1])
-    places.append(_place(last, at, layers, len(connections), connections[-1].path))
-    parents = {id(call.parent): call.parent for call in connections if call.parent is not None}
-    return Chain(
-        name="",
-        places=tuple(places),
-        links=tuple(_link(*pair) for pair in zip(connections, layers, strict=True)),
-        blocks=tuple(dict.fromkeys(call.path for call in parents.values())),
-        block_class=type(next(iter(parents.values())).module).__name__ if parents else "",
-        shapes=(*(call.x_shape for call in connections), connections[-1].x_shape),
-        channels_first=False,
-    )
-
-
-def _exit(tape: Tape, last: Call) -> tuple[Call, str]:
-    """Where the state after the last connection shows: its own output, its block's, or the next call's input."""
-    call: Call | None = last
-    while call is not None:
-        if call.y_shape == last.x_shape and call.x_shape == last.x_shape:
-            return call, "output"
-        call = call.parent
-    for later in tape.calls[last.order + 1 :]:
-        if later.x_shape == last.x_shape and not later.inside(last):
-            return later, "input"
-    raise ChainError(
-        f"the state after the last connection {last.path!r} (shape {last.x_shape}) is seen by no module: "
-        "no later call takes or returns it. Collapse the streams in a module, for example einops' Reduce layer"
-    )
-
-
-def _link(call: Call, layer: int) -> Link:
-    assert call.site is not None
-    branch = call.branch
-    return Link(
-        path=call.path,
-        index=call.index,
-        layer=layer,
-        branch=_branch_label(call, branch),
-        branch_path=branch.path if branch else None,
-        branch_index=branch.index if branch else 0,
-        style=call.site.style,
-    )
-
-
-_LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (
-    ("attn", re.compile(r"att|ssm|mamba|mixer|retention", re.IGNORECASE).search),
-    ("mlp", re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert", re.IGNORECASE).search),
-)
-
-
-def _branch_label(call: Call, branch: Call | None) -> str:
-    named = [call.path.rpartition(".")[2], branch.path.rpartition(".")[2] if branch else ""]
-    named.append(type(branch.module).__name__ if branch else "")
-    for text in named:
-        for label, matches in _LABELS:
-            if matches(text):
-                return label
-    return "block"

@@ -1,30 +1,26 @@
-"""Stream connections: found by what they take and give, read without formulas, proven by recomputing the next state.
+"""Stream connections: found by what they take and give, never by class names.
 
 A connection gives three sets of weights for n streams X of width D:
 
     X' = H_res X + H_post ⊗ F(H_pre · X)            (mHC, arXiv 2512.24880, Eq. 3)
 
-Two styles are met. A *returned* connection is a module that takes X (B T N D) and returns H_post (…, n), mostly a mixing
-matrix (…, n, n), and the collapsed branch input (…, D); transformers' ``deepseek_v4`` is one. A *width* connection has the
-methods ``width_connection`` and ``depth_connection`` and takes X as ((B N) T D); lucidrains' HC and mHC are such.
+Two kinds are met. A *returned* connection is a module that takes X and returns the branch's input (…, D) with the write
+weights H_post (…, n), mostly with a mixing matrix (…, n, n) or the mixed streams; transformers' ``deepseek_v4`` is one. A
+*paired* connection has one method that opens it (X in, branch input out) and one that closes it (branch output in, X' out):
+lucidrains' ``width_connection`` and ``depth_connection``, and AltUp's ``predict`` and ``correct``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from probes.hooks import tensors_in
-from probes.layout import canonical
 
-# connections compute in float32 inside even where the states are float64
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-SELECTING_TOKENS = 64  # tokens that tell which of the watched tensors are the weights; the proof looks again
+MOST_STREAMS = 64
 
 
 class ConnectionError(ValueError):
@@ -37,41 +33,113 @@ class ReconstructionError(ConnectionError):
 
 @dataclass(frozen=True)
 class Site:
-    """What a module call showed itself to be: a stream connection of a style, with its shapes."""
+    """What a call showed itself to be: a stream connection of a style, with its shapes."""
 
-    style: str
-    num_streams: int
+    style: str  # "returned", "width" or "altup"
+    num_streams: int  # fractions included
     layout: str
-    branch_shape: tuple[int, ...]
-    mixes: bool
-    constrained: bool
+    fractions: int = 1
+    branch_shape: tuple[int, ...] = ()
+    mixes: bool = True
+    constrained: bool = False
+    reads_features: bool = False  # read by gates per feature, so that no scalar H_pre exists
+
+    @property
+    def family(self) -> str:
+        """The family that one connection of this kind belongs to."""
+        if self.style == "altup":
+            return "altup"
+        if not self.mixes:
+            return "gated" if self.reads_features else "independent_hc"
+        return "mhc" if self.constrained else "hc"
 
 
-@dataclass
-class Parts:
-    """The weights of one connection call; shapes (B, T, n), (B, T, n, n) and (B, T, D)."""
+@dataclass(frozen=True)
+class Pair:
+    """The two methods of a paired connection."""
 
-    mix: torch.Tensor | None
-    pre: torch.Tensor | None
-    post: torch.Tensor
-    branch_in: torch.Tensor
+    opens: str
+    closes: str
+    style: str
+    branch_argument: int  # which tensor that the closing method takes is the branch's output
 
-    def at(self, index: torch.Tensor | int) -> Parts:
-        """The parts of some sequences."""
-        return self._each(lambda tensor: tensor[index])
 
-    def detached(self) -> Parts:
-        """Copies in float32 that share nothing with the model's own tensors."""
-        return self._each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
+PAIRS = (Pair("width_connection", "depth_connection", "width", 0), Pair("predict", "correct", "altup", 1))
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
-        return Parts(
-            *(None if t is None else change(t) for t in (self.mix, self.pre, self.post, self.branch_in))
+
+def pair_of(module: nn.Module) -> Pair | None:
+    """The methods by which a module opens and closes a connection, or None.
+
+    Parameters
+    ----------
+    module : Module
+        Any module.
+
+    Returns
+    -------
+    Pair or None
+    """
+    for pair in PAIRS:
+        if callable(getattr(module, pair.opens, None)) and callable(getattr(module, pair.closes, None)):
+            return pair
+    return None
+
+
+def opened_site(pair: Pair, module: Any, x: torch.Tensor, batch_size: int) -> Site | None:
+    """What the opening call of a pair shows of its streams.
+
+    Parameters
+    ----------
+    pair : Pair
+        Of `pair_of`.
+    module : Module
+        The connection.
+    x : Tensor
+        What the opening method was given.
+    batch_size : int
+        Size of the model's batch.
+
+    Returns
+    -------
+    Site or None
+        None where the module keeps a single stream.
+
+    Raises
+    ------
+    ConnectionError
+        Where the shape fits no way of keeping streams.
+    """
+    if pair.style == "altup":
+        if x.ndim == 4 and x.shape[1] == batch_size:
+            return Site("altup", x.shape[0], "N B T D")
+        return None
+    n = int(getattr(module, "num_residual_streams", 1))
+    fractions = int(getattr(module, "num_fracs", 1))
+    if n * fractions == 1:
+        return None
+    layout = _width_layout(module, x, n, batch_size)
+    if fractions > 1:
+        layout = layout.replace("D", "(F D)")
+    return Site("width", n * fractions, layout, fractions, constrained=mentions_sinkhorn(module))
+
+
+def _width_layout(module: nn.Module, x: torch.Tensor, n: int, batch_size: int) -> str:
+    tokens = {2: "", 3: "T ", 4: "H W ", 5: ""}.get(x.ndim, "")
+    if x.shape[0] == n * batch_size and x.ndim in (2, 3, 4):
+        first = getattr(module, "channel_first", False) or any(
+            isinstance(child, nn.Conv2d) for child in module.children()
         )
+        return f"(B N) D {tokens}".rstrip() if first and tokens else f"(B N) {tokens}D"
+    if x.ndim >= 3 and x.shape[0] == batch_size and x.shape[-2] == n:
+        return {3: "B N D", 4: "B T N D", 5: "B H W N D"}[x.ndim]
+    raise ConnectionError(
+        f"{type(module).__name__} was called with shape {tuple(x.shape)} for {n} streams and a batch of {batch_size}; "
+        "expected ((batch·streams), token, feature) or (batch, token, stream, feature)"
+    )
 
 
-def streams_of(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site | None:
-    """Tell whether a call was a stream connection, from its input and its outputs.
+def returned_site(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site | None:
+    """Tell whether a module's call was a stream connection, from its input and its outputs.
 
     Parameters
     ----------
@@ -86,66 +154,129 @@ def streams_of(module: nn.Module, x: torch.Tensor | None, output: Any) -> Site |
     -------
     Site or None
     """
-    if x is None:
+    if x is None or x.ndim < 3 or not isinstance(output, (tuple, list, dict)) or pair_of(module) is not None:
         return None
-    if _is_width_connection(module):
-        n = int(module.num_residual_streams)
-        return _width_site(module, x, n)
-    if isinstance(output, (tuple, list)) and x.ndim >= 3:
-        roles = _roles(x, output)
-        if "collapsed" in roles and "post" in roles:
-            return Site(
-                style="returned",
-                num_streams=x.shape[-2],
-                layout="B T N D" if x.ndim == 4 else "B N D",
-                branch_shape=tuple(roles["collapsed"].shape),
-                mixes="mix" in roles,
-                constrained=_mentions_sinkhorn(module),
-            )
-        return _gated_site(x, output)
-    return None
+    roles = find_roles(x, output)
+    return None if roles is None else roles.site(module)
 
 
-def _gated_site(x: torch.Tensor, output: Any) -> Site | None:
-    """A module that reads a branch input (…, D) and write gates (…, n) from merged streams (…, n·D), as Qwen4-exp's does."""
-    lead, width = tuple(x.shape[:-1]), x.shape[-1]
-    shapes = {tuple(tensor.shape) for tensor in tensors_in(output) if tensor.is_floating_point()}
-    narrow = [
-        shape[-1]
-        for shape in shapes
-        if shape[:-1] == lead and 1 < shape[-1] < width and width % shape[-1] == 0
-    ]
-    for size in sorted(narrow, reverse=True):  # the width is the larger of the two factors
-        n = width // size
-        if n != size and (*lead, n) in shapes and x.shape in shapes:
-            return Site("gated", n, "B T (N D)", (*lead, size), mixes=False, constrained=False)
-    return None
+@dataclass(frozen=True)
+class Roles:
+    """The outputs of a returned connection by their roles; lead is (B, T) without the stream axis."""
+
+    layout: str
+    lead: tuple[int, ...]
+    num_streams: int
+    width: int
+    collapsed: torch.Tensor | None
+    vectors: tuple[torch.Tensor, ...]
+    mix: torch.Tensor | None
+    mixed: torch.Tensor | None
+
+    def site(self, module: nn.Module) -> Site:
+        """The site that these roles show."""
+        gated = self.layout.endswith("(N D)")
+        return Site(
+            "returned",
+            self.num_streams,
+            self.layout,
+            branch_shape=(*self.lead, self.width),
+            mixes=self.mix is not None or (self.mixed is not None and not gated),
+            constrained=mentions_sinkhorn(module),
+            reads_features=gated,
+        )
 
 
-def _is_width_connection(module: nn.Module) -> bool:
-    methods = ("width_connection", "depth_connection")
-    return all(callable(getattr(module, name, None)) for name in methods) and hasattr(
-        module, "num_residual_streams"
+def find_roles(x: torch.Tensor, output: Any) -> Roles | None:
+    """Sort the outputs of a module by the roles that a connection's outputs have.
+
+    Parameters
+    ----------
+    x : Tensor
+        The module's input.
+    output : object
+        What it returned.
+
+    Returns
+    -------
+    Roles or None
+        None where these are not the outputs of a connection.
+    """
+    found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+    layouts = {3: (("B N D", 1),), 4: (("B T N D", 2), ("B N T D", 1), ("N B T D", 0))}
+    for layout, axis in layouts.get(x.ndim, ()):
+        roles = _stream_axis_roles(x, found, layout, axis)
+        if roles is not None:
+            return roles
+    return _merged_roles(x, found)
+
+
+def _stream_axis_roles(x: torch.Tensor, found: list[torch.Tensor], layout: str, axis: int) -> Roles | None:
+    n, width = x.shape[axis], x.shape[-1]
+    lead = tuple(size for position, size in enumerate(x.shape[:-1]) if position != axis)
+    if not 1 < n <= MOST_STREAMS or n == width:
+        return None
+    collapsed = [t for t in found if tuple(t.shape) == (*lead, width)]
+    mixed = [t for t in found if t.shape == x.shape]
+    vectors = [t for t in found if fits(t, lead, (n,), (n, 1), (1, n)) and tuple(t.shape) != (*lead, n, n)]
+    mixes = [t for t in found if fits(t, lead, (n, n)) and tuple(t.shape) != (*lead, n)]
+    enough = vectors and (collapsed or mixes) and (x.ndim > 3 or mixes)
+    if not enough or (not collapsed and len(vectors) < 2):
+        return None
+    return Roles(
+        layout,
+        lead,
+        n,
+        width,
+        _first(collapsed),
+        tuple(vectors),
+        _first(mixes),
+        None if mixes else _first(mixed),
     )
 
 
-def _width_site(module: nn.Module, x: torch.Tensor, n: int) -> Site:
-    for name in ("num_fracs", "num_input_views"):
-        if getattr(module, name, 1) != 1:
-            raise ConnectionError(
-                f"{type(module).__name__} has {name}={getattr(module, name)}; only 1 is read so far. "
-                "Its mixing matrix is not n × n, so the run is refused rather than read wrongly"
-            )
-    if getattr(module, "channel_first", False) or x.ndim != 3 or x.shape[0] % n:
-        raise ConnectionError(
-            f"{type(module).__name__} was called with shape {tuple(x.shape)} for {n} streams; expected ((batch·streams), "
-            "token, feature), channels last"
-        )
-    branch = (x.shape[0] // n, *x.shape[1:])
-    return Site("width", n, "(B N) T D", branch, mixes=True, constrained=_mentions_sinkhorn(module))
+def _merged_roles(x: torch.Tensor, found: list[torch.Tensor]) -> Roles | None:
+    """A branch input (…, D) and write gates (…, n) from streams merged into one axis of n·D, as Qwen4-exp's does."""
+    lead, width = tuple(x.shape[:-1]), x.shape[-1]
+    narrow = {t.shape[-1] for t in found if tuple(t.shape[:-1]) == lead and 1 < t.shape[-1] < width}
+    for size in sorted(narrow, reverse=True):  # the width is the larger of the two factors
+        n, rest = divmod(width, size)
+        vectors = tuple(t for t in found if tuple(t.shape) == (*lead, n))
+        mixed = [t for t in found if t.shape == x.shape]
+        if not rest and n != size and vectors and mixed:
+            collapsed = next(t for t in found if tuple(t.shape) == (*lead, size))
+            return Roles("B T (N D)", lead, n, size, collapsed, vectors, None, mixed[0])
+    return None
 
 
-def _mentions_sinkhorn(module: nn.Module) -> bool:
+def fits(tensor: torch.Tensor, lead: tuple[int, ...], *tails: tuple[int, ...]) -> bool:
+    """Whether a tensor is one weight per token, or one static weight for all of them.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        A candidate.
+    lead : tuple of int
+        (B, T).
+    tails : tuple of int
+        The shapes that one token's weight may have.
+
+    Returns
+    -------
+    bool
+    """
+    shape = tuple(tensor.shape)
+    return any(
+        shape == (*lead, *tail) or (shape[-len(tail) :] == tail and set(shape[: -len(tail)]) <= {1})
+        for tail in tails
+    )
+
+
+def _first(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return tensors[0] if tensors else None
+
+
+def mentions_sinkhorn(module: nn.Module) -> bool:
     """Whether the module itself claims a doubly stochastic mixing matrix."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     functions = [getattr(value, "func", value) for value in own.values()]
@@ -153,176 +284,30 @@ def _mentions_sinkhorn(module: nn.Module) -> bool:
     return any("sinkhorn" in name.lower() for name in named)
 
 
-def _roles(x: torch.Tensor, output: Any) -> dict[str, torch.Tensor]:
-    lead, (n, width) = tuple(x.shape[:-2]), x.shape[-2:]
-    shapes = {"collapsed": (*lead, width), "post": (*lead, n), "mix": (*lead, n, n)}
-    roles: dict[str, torch.Tensor] = {}
-    for tensor in tensors_in(output):
-        for role, shape in shapes.items():
-            if role not in roles and tuple(tensor.shape) == shape and tensor.is_floating_point():
-                roles[role] = tensor
-    return roles if n > 1 and n != width else {}
-
-
-# --- reading the weights ---
-
-
-class Watch(TorchFunctionMode):
-    """Keep every tensor of some shapes that passes through torch functions while the mode is on.
+def past_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor | None
+) -> list[torch.Tensor] | None:
+    """The list of earlier states that a depth-history connection is given beside the branch's output, or None.
 
     Parameters
     ----------
-    accept : callable
-        ``accept(shape) -> bool``.
-    """
-
-    def __init__(self, accept: Any):
-        super().__init__()
-        self._accept = accept
-        self.seen: dict[int, torch.Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and look at what goes in and comes out."""
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in((args, result)):
-            if self._accept(tuple(tensor.shape)):
-                self.seen[id(tensor)] = tensor
-        return result
-
-
-def read_returned(module: nn.Module, x: torch.Tensor, output: Any, rows: torch.Tensor) -> tuple[Parts, Parts]:
-    """Read a returned connection: for the sampled rows all parts, for all tokens what was returned.
-
-    Parameters
-    ----------
-    module : Module
-        The connection.
-    x : Tensor
-        Its input, (B, T, n, D).
-    output : object
-        What it returned.
-    rows : Tensor
-        Indices of the sampled sequences.
+    args, kwargs
+        What a module was called with.
+    x : Tensor or None
+        Its first floating input.
 
     Returns
     -------
-    sampled : Parts
-        With ``pre`` recovered by watching the module's own computation.
-    whole : Parts
-        Every token, ``pre`` None.
+    list of Tensor or None
+        Oldest first.
     """
-    roles = _roles(x, output)
-    mix, post, collapsed = roles.get("mix"), roles["post"], roles["collapsed"]
-    kept = x[rows]
-    pre = _watched_pre(module, kept, collapsed[rows]) if len(rows) else None
-    sampled = Parts(None if mix is None else mix[rows], pre, post[rows], collapsed[rows])
-    return sampled, Parts(mix, None, post, collapsed)
+    if x is None or not args or args[0] is not x:
+        return None
+    for value in (*args[1:], *kwargs.values()):
+        if isinstance(value, (list, tuple)) and value and all(_like(x, item) for item in value):
+            return list(value)
+    return None
 
 
-def _watched_pre(module: nn.Module, x: torch.Tensor, collapsed: torch.Tensor) -> torch.Tensor | None:
-    lead, n = tuple(x.shape[:-2]), x.shape[-2]
-    shapes = {(*lead, n), (*lead, n, 1), (*lead, 1, n)}
-    with torch.no_grad(), Watch(shapes.__contains__) as watch:
-        module.forward(x)
-    candidates = [tensor.reshape(*lead, n) for tensor in watch.seen.values() if tensor.is_floating_point()]
-    fits = [(read_error(x, pre, collapsed), pre) for pre in candidates]
-    error, best = min(fits, key=lambda fit: fit[0], default=(float("inf"), None))
-    return best if error <= tolerance(x.dtype) else least_squares_pre(x, collapsed)
-
-
-def read_error(x: torch.Tensor, pre: torch.Tensor, branch_in: torch.Tensor) -> float:
-    """Relative error of Σ_j pre_j X_j against the branch's input."""
-    read = torch.einsum("...n,...nd->...d", pre.double(), x.double())
-    return relative_error(read - branch_in.double(), branch_in)
-
-
-def least_squares_pre(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:
-    """The smallest read weights that give the branch's input; exact where the streams are independent.
-
-    Parameters
-    ----------
-    x : Tensor
-        Streams, (..., n, D).
-    branch_in : Tensor
-        (..., D).
-
-    Returns
-    -------
-    Tensor
-        (..., n). By pseudo-inverse, since the streams may be copies of one another.
-    """
-    inverse = torch.linalg.pinv(x.double().mT, rtol=1e-6)
-    return (inverse @ branch_in.double().unsqueeze(-1)).squeeze(-1).float()
-
-
-def read_width(module: Any, x: torch.Tensor, num_streams: int) -> Parts:
-    """Read a width connection by watching one more run of its own ``width_connection``.
-
-    Parameters
-    ----------
-    module : Module
-        With ``width_connection(residuals) -> (branch_input, residuals, {"beta": …})``.
-    x : Tensor
-        Its input, ((B n), T, D).
-    num_streams : int
-        n.
-
-    Returns
-    -------
-    Parts
-        In which ``mix`` is as the module keeps it, source by destination.
-
-    Raises
-    ------
-    ConnectionError
-        Where no tensor that the module computes explains its output.
-    """
-    n, width = num_streams, x.shape[-1]
-    streams = canonical(x, "(B N) T D", batch_size=x.shape[0] // n, num_streams=n)
-    size = streams.shape[0] * streams.shape[1] * n * (n + 1)
-    with (
-        torch.no_grad(),
-        Watch(lambda shape: _count(shape) == size and n in shape and n + 1 in shape) as watch,
-    ):
-        branch_in, mixed, depth = module.width_connection(x)
-    mixed = canonical(mixed, "(B N) T D", batch_size=streams.shape[0], num_streams=n)
-    few = spread(streams.shape[0] * streams.shape[1], SELECTING_TOKENS)
-    few_in, few_out = streams.flatten(0, 1)[few].double(), mixed.flatten(0, 1)[few].double()
-    best, fit = None, float("inf")
-    for seen in watch.seen.values():
-        alpha = seen.reshape(*streams.shape[:2], n, n + 1)
-        explained = alpha.flatten(0, 1)[few][..., 1:].double().mT @ few_in
-        error = relative_error(explained - few_out, few_out)
-        if error < fit:
-            best, fit = alpha, error
-    if best is None or fit > tolerance(x.dtype):
-        raise ConnectionError(
-            f"{type(module).__name__}.width_connection computes no (streams × 1 + streams) weights that explain its "
-            f"output (best relative error {fit:.1e}, width {width}); this version of it is not known"
-        )
-    beta = next(tensors_in(depth)).reshape(*streams.shape[:2], n)
-    return Parts(best[..., 1:], best[..., 0], beta, branch_in)
-
-
-def spread(count: int, most: int) -> torch.Tensor:
-    """At most ``most`` indices below ``count``, evenly spread."""
-    return torch.linspace(0, count - 1, min(count, most)).long()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def relative_error(difference: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖difference‖ / ‖reference‖ in float64; the plain norm where the reference is zero."""
-    scale = torch.linalg.vector_norm(reference.detach().double())
-    error = torch.linalg.vector_norm(difference.detach().double())
-    return float(error / scale) if scale > 0 else float(error)
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The relative error up to which a reconstruction counts as proof, by the precision of the states."""
-    return TOLERANCE.get(dtype, 1e-4)
+def _like(x: torch.Tensor, item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.shape == x.shape and item.is_floating_point()

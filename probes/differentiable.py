@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probes.capture import call, eager
-from probes.chain import Chain
 from probes.hooks import first_float, in_recomputation, untouched
+from probes.place import Chain
 from probes.routing import replaced
-from probes.tape import version
+from probes.tape import FORWARD, version
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -149,17 +149,43 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
 def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
     """Hand every state of the chain to ``meet`` as it passes, and what that returns on to the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    wanted: dict[tuple[str, str], dict[int, int]] = {}
+    wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
     for depth in depths:
         place = chain.places[depth]
-        wanted.setdefault((place.path, place.at), {})[place.index] = depth
-    for (path, at), calls in wanted.items():
+        sides = wanted.setdefault((place.path, place.method), {"input": {}, "output": {}})
+        sides[place.at][place.index] = depth
+    for (path, method), sides in wanted.items():
         module = modules[path]
-        if at == "input":
-            handle = module.register_forward_pre_hook(_before(calls, meet), with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(_after(calls, meet))
-        stack.callback(handle.remove)
+        before, after = _before(sides["input"], meet), _after(sides["output"], meet)
+        if method != FORWARD:
+            _stand_in(stack, module, method, before, after)
+            continue
+        if sides["input"]:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        if sides["output"]:
+            stack.callback(module.register_forward_hook(after).remove)
+
+
+def _stand_in(
+    stack: ExitStack, module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]
+) -> None:
+    """Stand in for one method of a module while the stack is open, for a method has no hooks."""
+    method = getattr(module, name)
+    own = vars(module).get(name)
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        result = method(*args, **kwargs)
+        changed = after(module, args, result)
+        return result if changed is None else changed
+
+    def restore() -> None:
+        del vars(module)[name]
+        if own is not None:
+            vars(module)[name] = own
+
+    vars(module)[name] = around
+    stack.callback(restore)
 
 
 def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from probes.capture import eager, forwarded, raise_first
-from probes.chain import Chain
 from probes.differentiable import JacobianError, differentiable_states
+from probes.forward import Forward
 from probes.hooks import untouched
 from probes.inputs import Mask
 from probes.layout import canonical
+from probes.place import Chain
 from probes.routing import constant_routing
-from probes.session import Forward, Session, Settings
+from probes.session import Session, Settings
 
 Tokens: TypeAlias = Literal["own", "all"]
 Routing: TypeAlias = Literal["full", "frozen"]
@@ -71,6 +72,7 @@ class StateGraph:
     layout: str
     batch_size: int
     num_streams: int
+    fractions: int
     selection: Selection
 
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
@@ -104,7 +106,13 @@ class StateGraph:
         """Flat positions of a state's entries, (B, T, N, D)."""
         state = self.states[depth]
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
-        return canonical(numbers, self.layout, batch_size=self.batch_size, num_streams=self.num_streams)
+        return canonical(
+            numbers,
+            self.layout,
+            batch_size=self.batch_size,
+            num_streams=self.num_streams,
+            fractions=self.fractions,
+        )
 
     def _kept(self, positions: torch.Tensor) -> Entries:
         kept = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
@@ -159,6 +167,7 @@ def state_graph(
         layout=session.layouts[number],
         batch_size=forward.batch_size,
         num_streams=session.num_streams,
+        fractions=session.fractions,
         selection=selection,
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -65,9 +65,97 @@ class Attachment:
         handle = module.register_forward_hook(Hook(function, self._report), with_kwargs=True)
         self._stack.callback(handle.remove)
 
+    def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
+        """Look at every call of one method of a module, for a method has no hooks.
+
+        Parameters
+        ----------
+        module : Module
+            The module; its own entry for the method is put back by `remove`.
+        name : str
+            The method's name.
+        watcher : callable
+            ``watcher(module, args, kwargs)`` gives the mode to run the method in, or None to leave the call alone.
+        """
+        seen = SeenMethod(module, name, watcher, self._report)
+        vars(module)[name] = seen
+        self._stack.callback(seen.remove)
+
     def remove(self) -> None:
         """Take every hook off; calling it twice is fine."""
         self._stack.close()
+
+
+class MethodWatch(Protocol):
+    """What a watcher gives: a mode to run the method in, and what to do with its result."""
+
+    mode: AbstractContextManager[Any]
+
+    def done(self, result: Any) -> None:
+        """Look at what the method returned."""
+
+
+Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], MethodWatch | None]
+
+
+class SeenMethod:
+    """A method of one module that is looked at while it runs; copies and pickles of the module hold the plain method.
+
+    Parameters
+    ----------
+    module : Module
+        Whose method it is.
+    name : str
+        The method's name.
+    watcher : callable
+        As in `Attachment.around`.
+    report : callable
+        Called with every exception of the watcher.
+    """
+
+    __slots__ = ("_held", "_method", "_module", "_name", "_report", "_watcher")
+
+    def __init__(
+        self, module: nn.Module, name: str, watcher: Watcher, report: Callable[[Exception], None]
+    ) -> None:
+        self._module, self._name, self._report = module, name, report
+        self._watcher: Watcher | None = watcher
+        self._held = vars(module).get(name)
+        self._method = getattr(module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method as it is, and look on."""
+        watch = self._guarded(self._watcher, self._module, args, kwargs) if self._watcher else None
+        if watch is None:
+            return self._method(*args, **kwargs)
+        with watch.mode:
+            result = self._method(*args, **kwargs)
+        self._guarded(watch.done, result)
+        return result
+
+    def remove(self) -> None:
+        """Put the module's own entry back; where somebody wrapped this one since, fall silent in its place."""
+        self._watcher = None
+        if vars(self._module).get(self._name) is self:
+            del vars(self._module)[self._name]
+            if self._held is not None:
+                vars(self._module)[self._name] = self._held
+
+    def _guarded(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:  # the user's forward must go on
+            self._report(error)
+            return None
+
+    def __reduce__(self) -> Any:
+        if self._held is not None:
+            return _itself, (self._held,)
+        return getattr, (self._module, self._name)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def in_recomputation() -> bool:

@@ -1,7 +1,8 @@
 """The layout of a residual state: which axis of the model's tensor is batch, token, stream and feature.
 
 A layout is a short text such as ``"B T D"``, ``"B T N D"``, ``"(B N) T D"`` or ``"B D H W"``: B batch, T tokens,
-N streams, D features, H and W the two axes of an image (their product is T). Brackets hold merged axes, outer first.
+N streams, F fractions of a stream's features (each counts as a stream of its own), D features, H and W the two axes of an
+image (their product is T). Brackets hold merged axes, outer first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-AXES = frozenset("BTNDHW")
+AXES = frozenset("BTNFDHW")
 
 
 class LayoutError(ValueError):
@@ -56,7 +57,9 @@ def parse_layout(layout: str) -> list[list[str]]:
     return groups
 
 
-def canonical(state: torch.Tensor, layout: str, *, batch_size: int, num_streams: int) -> torch.Tensor:
+def canonical(
+    state: torch.Tensor, layout: str, *, batch_size: int, num_streams: int, fractions: int = 1
+) -> torch.Tensor:
     """Bring a state to (batch, token, stream, feature) without copying where possible.
 
     Parameters
@@ -66,12 +69,14 @@ def canonical(state: torch.Tensor, layout: str, *, batch_size: int, num_streams:
     layout : str
         See the module's head.
     batch_size, num_streams : int
-        Sizes that a merged axis is split by.
+        Sizes that a merged axis is split by; the streams count the fractions.
+    fractions : int
+        Number of fractions F of each stream.
 
     Returns
     -------
     Tensor
-        Shape (B, T, N, D); axes that the layout does not name have size 1.
+        Shape (B, T, N, D), N streams times fractions; axes that the layout does not name have size 1.
 
     Raises
     ------
@@ -83,16 +88,17 @@ def canonical(state: torch.Tensor, layout: str, *, batch_size: int, num_streams:
         raise LayoutError(
             f"layout {layout!r} has {len(groups)} axes, the state has shape {tuple(state.shape)}"
         )
-    known = {"B": batch_size, "N": num_streams}
+    known = {"B": batch_size, "N": num_streams // fractions, "F": fractions}
     sizes: dict[str, int] = {}
     for group, size in zip(groups, state.shape, strict=True):
         sizes |= _split(group, size, known, layout, state)
     letters = [letter for group in groups for letter in group]
     split = state.reshape([sizes[letter] for letter in letters])
-    order = [letter for letter in "BHWTND" if letter in letters]
+    order = [letter for letter in "BHWTNFD" if letter in letters]
     moved = split.permute([letters.index(letter) for letter in order])
     tokens = math.prod(sizes.get(letter, 1) for letter in "HWT")
-    return moved.reshape(sizes.get("B", 1), tokens, sizes.get("N", 1), sizes["D"])
+    streams = sizes.get("N", 1) * sizes.get("F", 1)
+    return moved.reshape(sizes.get("B", 1), tokens, streams, sizes["D"])
 
 
 def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:

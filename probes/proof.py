@@ -1,14 +1,18 @@
-"""The proof of the connections: recompute the next state from the captured parts, in every way they can be read."""
+"""The proof of the connections: recompute the next state from the captured parts, in every way they can be read.
+
+Shapes: K sequence, T token, N stream, V view, D feature; flattened tokens are ``n`` in the sums' letters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from probes.connections import Parts, ReconstructionError, relative_error, spread, tolerance
+from probes.connections import ReconstructionError
+from probes.reading import Parts, as_views, relative_error, spread, tolerance
 from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
 
@@ -55,37 +59,29 @@ class Joint:
     x_in: torch.Tensor
     x_out: torch.Tensor
     parts: Parts
-    branch_out: torch.Tensor | None
     mask: torch.Tensor
     dtype: torch.dtype
 
     def tokens(self) -> Joint:
-        """At most `PROOF_TOKENS` real tokens, flattened to (N, …), spread over the sample."""
+        """At most `PROOF_TOKENS` real tokens, flattened to (n, …), spread over the sample."""
         index = self.mask.flatten().nonzero().squeeze(-1)
         index = index[spread(len(index), PROOF_TOKENS)]
 
         def pick(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.flatten(0, 1)[index]
 
-        def maybe(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else pick(tensor)
-
-        parts = Parts(
-            maybe(self.parts.mix), maybe(self.parts.pre), pick(self.parts.post), pick(self.parts.branch_in)
-        )
         return replace(
             self,
             x_in=pick(self.x_in),
             x_out=pick(self.x_out),
-            parts=parts,
-            branch_out=maybe(self.branch_out),
+            parts=self.parts.each(pick),
             mask=torch.ones(len(index), dtype=torch.bool),
         )
 
 
 def readings(joint: Joint) -> Iterator[Reading]:
     """All ways in which the parts can be read."""
-    for observed in (True, False) if joint.branch_out is not None else (False,):
+    for observed in (True, False) if joint.parts.branch_out is not None else (False,):
         for cast in (False, True) if joint.dtype in (torch.bfloat16, torch.float16) else (False,):
             for transposed in (False, True) if joint.parts.mix is not None else (False,):
                 yield Reading(transposed, cast, observed)
@@ -126,39 +122,40 @@ def reconstruction_error(joint: Joint, reading: Reading) -> float:
     -------
     float
     """
-    if reading.observed and joint.branch_out is not None:
-        again = _rounded_state(joint, joint.branch_out, reading)
+    if reading.observed and joint.parts.branch_out is not None:
+        again = _rounded_state(joint, joint.parts.branch_out, reading)
         return relative_error(joint.x_out.double() - again.double(), joint.x_out)
     mixed = torch.einsum("noi,nid->nod", applied_matrix(joint, reading).double(), joint.x_in.double())
     rest = joint.x_out.double() - mixed
-    post = _as_applied(joint.parts.post, joint.dtype, reading.cast).double()
-    branch = solved_branch(rest, post)
-    return relative_error(rest - post.unsqueeze(-1) * branch.unsqueeze(-2), joint.x_out)
+    write = _as_applied(joint.parts.write, joint.dtype, reading.cast).double()
+    return relative_error(rest - write @ solved_branch(rest, write), joint.x_out)
 
 
 def _rounded_state(joint: Joint, branch: torch.Tensor, reading: Reading) -> torch.Tensor:
     """The next state, rounded where the model rounds, so that a low precision still tells the readings apart."""
     exact = torch.float64 if joint.dtype in (torch.float32, torch.float64) else torch.float32
     inner = joint.dtype if reading.cast else exact
-    post = _as_applied(joint.parts.post, joint.dtype, reading.cast).to(inner)
+    write = _as_applied(joint.parts.write, joint.dtype, reading.cast).to(inner)
     mixed = applied_matrix(joint, reading).to(inner) @ joint.x_in.to(inner)
-    written = post.unsqueeze(-1) * branch.to(inner).unsqueeze(-2)
+    written = write @ branch.to(inner)
     return written + mixed if exact is torch.float64 else written.to(joint.dtype) + mixed.to(joint.dtype)
 
 
 def applied_matrix(joint: Joint, reading: Reading) -> torch.Tensor:
     """H_res in the canonical orientation, rounded as the model rounds it; the identity where nothing mixes."""
     if joint.parts.mix is None:
-        n = joint.parts.post.shape[-1]
-        return torch.eye(n).expand(*joint.parts.post.shape, n)
+        n = joint.parts.write.shape[-2]
+        return torch.eye(n).expand(*joint.parts.write.shape[:-1], n)
     mix = _as_applied(joint.parts.mix, joint.dtype, reading.cast)
     return mix.mT if reading.transposed else mix
 
 
-def solved_branch(rest: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
-    """The branch output F that best explains rest = post ⊗ F, by projection on post."""
-    weight = post.square().sum(-1, keepdim=True)
-    return (post.unsqueeze(-1) * rest).sum(-2) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+def solved_branch(rest: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
+    """The branch outputs F (…, V, D) that best explain rest = H_post F, by least squares."""
+    if write.shape[-1] == 1:
+        weight = write.square().sum(-2, keepdim=True)
+        return (write.mT @ rest) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    return torch.linalg.pinv(write.double()).to(rest.dtype) @ rest
 
 
 def _as_applied(tensor: torch.Tensor, dtype: torch.dtype, cast: bool) -> torch.Tensor:
@@ -191,7 +188,7 @@ class Evidence:
 
 
 def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
-    """Prove every connection on the kept sequences and settle the orientation.
+    """Prove every stream connection on the kept sequences and settle the orientation.
 
     Parameters
     ----------
@@ -248,24 +245,40 @@ def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
 
 
 def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
-    held = [sequence.parts[number] for sequence in sequences]
-    mask = np.stack(token_masks(sequences, 0))
+    held = [sequence.parts[0, number] for sequence in sequences]
+    link, mask = session.links[number], np.stack(token_masks(sequences, 0))
     tokens = mask.shape[1]
 
-    def stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
-        known = [tensor for tensor in tensors if tensor is not None]
-        return (
-            torch.stack([padded(tensor, tokens) for tensor in known]) if len(known) == len(tensors) else None
-        )
+    def stack(pick: Callable[[Parts], torch.Tensor | None]) -> torch.Tensor | None:
+        known = [tensor for parts in held if (tensor := pick(parts)) is not None]
+        whole = len(known) == len(held)
+        return torch.stack([padded(tensor, tokens) for tensor in known]) if whole else None
 
-    post, branch_in = stack([p.post for p in held]), stack([p.branch_in for p in held])
-    assert post is not None
+    def states(depth: int) -> torch.Tensor:
+        return torch.stack([padded(s.states[0, depth], tokens) for s in sequences])
+
+    write, branch_in = stack(lambda parts: parts.write), stack(lambda parts: parts.branch_in)
+    assert write is not None
     assert branch_in is not None
+    branch_out = stack(lambda parts: parts.branch_out)
+    if branch_out is None:
+        branch_out = _seen_branches(number, sequences, branch_in)
     return Joint(
-        x_in=torch.stack([padded(s.states[0, number], tokens) for s in sequences]),
-        x_out=torch.stack([padded(s.states[0, number + 1], tokens) for s in sequences]),
-        parts=Parts(stack([p.mix for p in held]), stack([p.pre for p in held]), post, branch_in),
-        branch_out=stack([s.branches.get(number) for s in sequences]),
+        x_in=states(link.depth_in),
+        x_out=states(link.depth_out),
+        parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
         mask=torch.from_numpy(mask),
         dtype=session.dtype,
     )
+
+
+def _seen_branches(number: int, sequences: list[Sequence], branch_in: torch.Tensor) -> torch.Tensor | None:
+    """What a hook on the branch saw, (K, T, V, D), where its shape is that of the branch's input."""
+    views, width = branch_in.shape[-2:]
+    held = [sequence.branches.get((0, number)) for sequence in sequences]
+    shaped = [
+        None if t is None else as_views(t.unsqueeze(0), 1, t.numel() // (views * width), views, width)
+        for t in held
+    ]
+    known = [t[0] for t in shaped if t is not None]
+    return torch.stack([padded(t, branch_in.shape[1]) for t in known]) if len(known) == len(held) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
@@ -15,11 +15,15 @@ import xarray as xr
 
 from diagnostics import schema
 from probes.accumulate import Sums
-from probes.chain import Chain
-from probes.connections import read_error, tolerance
-from probes.proof import Evidence, Joint, Reading, applied_matrix, gather_evidence, solved_branch
+from probes.connected import changes_outside, connection_coords, connection_variables
+from probes.coverage import Coverage, coverage
+from probes.forward import FINAL
+from probes.place import Chain
+from probes.proof import Evidence, gather_evidence
+from probes.reading import tolerance
 from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
+from probes.updates import WeightRow, weight_variables
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
 SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
@@ -33,6 +37,8 @@ class Row:
     sums: list[Sums]
     sequences: int
     loss: float | None
+    weights: WeightRow | None = None
+    scale: float | None = None
 
 
 def build_run(
@@ -72,18 +78,25 @@ def build_run(
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
     for number, chain in enumerate(session.chains):
-        for name, depths in stages(session, number):
+        groups = stages(session, number)
+        starts = [depths[0] for _, depths in groups]
+        for stage, (name, depths) in enumerate(groups):
             trace[name] = _trace(session, number, depths, sequences, evidence, token_text)
-            statistics[name] = _statistics(chain, number, depths, rows, pooled, evidence)
+            found, labels = weight_variables(
+                [row.weights for row in rows], session.chains, number, starts, stage
+            )
+            measured = _statistics(chain, number, depths, rows, pooled, evidence)
+            statistics[name] = measured.assign(found).assign_coords(labels)
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
         statistics=statistics if list(statistics) != [""] else statistics[""],
+        coverage=_coverage(coverage(session, evidence)),
         attrs=_attributes(session, sequences, evidence) | dict(attrs or {}),
     )
 
 
 def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
-    """Split a chain where the width or the number of tokens of its states changes.
+    """Split a chain where the width or the number of tokens of its states changes; states not asked for are left out.
 
     Parameters
     ----------
@@ -98,7 +111,11 @@ def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
     """
     chain = session.chains[number]
     groups: list[list[int]] = []
-    for depth, shape in enumerate(chain.shapes):
+    selection = session.settings.selection
+    kept = [depth for depth in range(len(chain.places)) if selection.keeps(chain, depth)]
+    seen = [depth for depth in range(len(chain.places)) if selection.needs(chain, depth)]
+    for depth in kept or seen:  # every analysis needs some states
+        shape = chain.shapes[depth]
         if groups and chain.shapes[groups[-1][-1]] == shape:
             groups[-1].append(depth)
         else:
@@ -136,9 +153,10 @@ def _trace(
         "token": np.arange(tokens),
         "stream": np.arange(residual.shape[3]),
     }
-    if chain.links:
-        variables |= _connection_variables(evidence)
-        coords |= _connection_coords(chain)
+    if chain.links and session.settings.selection.connects(chain):
+        variables |= connection_variables(session, number, sequences, evidence, tokens)
+        coords |= connection_coords(chain.links)
+    variables |= _final(number, sequences, tokens, residual.shape[-1])
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
     return xr.Dataset(variables, coords)
@@ -166,62 +184,16 @@ def _depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
     }
 
 
-def _connection_coords(chain: Chain) -> dict[str, Any]:
-    count = len(chain.links)
-    return {
-        "connection": np.arange(count),
-        "connection_layer": ("connection", np.array([link.layer for link in chain.links])),
-        "branch": ("connection", np.array([link.branch for link in chain.links], dtype=object)),
-        "connection_module": ("connection", np.array([link.path for link in chain.links], dtype=object)),
-        "depth_in": ("connection", np.arange(count)),
-        "depth_out": ("connection", np.arange(1, count + 1)),
-    }
-
-
-def _connection_variables(evidence: Evidence) -> dict[str, Any]:
-    arrays: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("h_res", "h_pre", "h_post", "branch_in", "branch_out")
-    }
-    read_errors, rounding = [], []
-    for number, joint in enumerate(evidence.joints):
-        reading = evidence.reading(number)
-        h_res = applied_matrix(joint, reading).float()
-        returned = applied_matrix(joint, replace(reading, cast=False)).float()
-        pre = joint.parts.pre if joint.parts.pre is not None else torch.full_like(joint.parts.post, math.nan)
-        flat = joint.tokens()
-        read_errors.append(
-            math.nan
-            if flat.parts.pre is None
-            else read_error(flat.x_in, flat.parts.pre, flat.parts.branch_in)
-        )
-        rounding.append(float((h_res - returned).abs().max()))
-        values = (h_res, pre, joint.parts.post, joint.parts.branch_in, _branch_out(joint, reading, h_res))
-        for name, value in zip(arrays, values, strict=True):
-            arrays[name].append(value.contiguous().numpy())
-    variables: dict[str, Any] = {
-        name: (schema.TRACE[name].dims, np.stack(values)) for name, values in arrays.items()
-    }
-    variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
-    variables["other_orientation_error"] = (
-        "connection",
-        np.array([_other(evidence, i) for i in range(len(evidence.proofs))]),
-    )
-    variables["read_error"] = ("connection", np.array(read_errors))
-    variables["rounding"] = ("connection", np.array(rounding))
-    return variables
-
-
-def _other(evidence: Evidence, number: int) -> float:
-    proof = evidence.proofs[number]
-    other = proof.other if proof.reading.transposed == evidence.transposed else proof.error
-    return other if math.isfinite(other) else math.nan
-
-
-def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Tensor:
-    if reading.observed and joint.branch_out is not None:
-        return joint.branch_out
-    rest = joint.x_out - torch.einsum("ktoi,ktid->ktod", h_res, joint.x_in)
-    return solved_branch(rest, joint.parts.post)
+def _final(number: int, sequences: list[Sequence], tokens: int, width: int) -> dict[str, Any]:
+    """The states behind the last norm and their gradients, where they have the chain's tokens and width."""
+    found = {}
+    for name, held in (("final", "states"), ("final_gradient", "gradients")):
+        kept = [getattr(sequence, held).get((number, FINAL)) for sequence in sequences]
+        whole = [t for t in kept if t is not None and t.shape[0] <= tokens and t.shape[-1] == width]
+        if whole and len(whole) == len(kept):
+            values = torch.stack([padded(t, tokens) for t in whole]).numpy()
+            found[name] = (("sample", "token", "feature"), values)
+    return found
 
 
 def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
@@ -246,6 +218,11 @@ def _statistics(
     }
     if any(row.loss is not None for row in rows):
         variables["loss"] = ("step", np.array([math.nan if row.loss is None else row.loss for row in rows]))
+    if any(row.scale is not None for row in rows):
+        variables["loss_scale"] = (
+            "step",
+            np.array([math.nan if row.scale is None else row.scale for row in rows]),
+        )
     names = (
         "norm_sum",
         "square_norm_sum",
@@ -269,9 +246,9 @@ def _statistics(
         "step": np.array([row.step for row in rows]),
         "stream": np.arange(pairs.shape[2]),
     }
-    if chain.links:
+    if evidence.proofs:
         variables |= _gains(sums, evidence)
-        coords |= _connection_coords(chain) | {"direction": DIRECTIONS}
+        coords |= connection_coords(chain.links) | {"direction": DIRECTIONS}
     return xr.Dataset(variables, coords)
 
 
@@ -292,6 +269,20 @@ def _gains(sums: list[Sums], evidence: Evidence) -> dict[str, Any]:
         ordered = pair[..., ::-1] if evidence.transposed else pair
         variables[name] = (schema.GAIN, np.moveaxis(ordered, -1, 1).copy())
     return variables
+
+
+def _coverage(rows: list[Coverage]) -> xr.Dataset:
+    texts = ("name", "site", "module", "chain", "why")
+    columns = {name: [asdict(row)[name] for row in rows] for name in asdict(rows[0])}
+    return xr.Dataset(
+        {
+            f"place_{name}" if name == "name" else name: (
+                "place",
+                np.array(values, dtype=object if name in texts else np.int64),
+            )
+            for name, values in columns.items()
+        }
+    )
 
 
 # --- the attributes ---
@@ -320,6 +311,8 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
             "sequences_kept": len(sequences),
         },
         "software": software(),
+        "changes_outside": changes_outside(session, sequences) or None,
+        "forwards_skipped": session.skipped or None,
     }
     return {name: value for name, value in known.items() if value is not None}
 

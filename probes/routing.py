@@ -10,17 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from probes.connections import (
-    ConnectionError,
-    Parts,
-    Watch,
-    read_error,
-    read_returned,
-    read_width,
-    tolerance,
-)
+from probes.connections import ConnectionError, Site, find_roles
 from probes.hooks import first_float
 from probes.layout import canonical
+from probes.pairs import Opening
+from probes.reading import Parts, read_error, returned_watch, tolerance
 from probes.session import Session
 
 
@@ -52,14 +46,19 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[None]:
             "take routing='full'"
         )
     modules = dict(session.model.named_modules(remove_duplicate=False))
-    links = {link.path: link.style for link in session.links[start:stop]}
+    held = {
+        link.path: session.sites[number]
+        for number, link in enumerate(session.links)
+        if start <= link.depth_in and link.depth_out <= stop
+    }
     with ExitStack() as stack:
-        for path, style in links.items():
-            if style not in FREEZE:
+        for path, site in held.items():
+            freeze = FREEZE.get(site.style)
+            if freeze is None or site.reads_features or site.fractions > 1 or site.layout not in FREEZABLE:
                 raise ConnectionError(
-                    f"{path!r} connects streams in the {style} style, which cannot be held constant yet"
+                    f"{path!r} ({site.family}, layout {site.layout!r}) cannot be held constant yet; take routing='full'"
                 )
-            FREEZE[style](stack, modules[path], session.num_streams)
+            freeze(stack, modules[path], site)
         yield
 
 
@@ -91,33 +90,33 @@ def replaced(value: Any, changes: Mapping[int, torch.Tensor]) -> Any:
     return value
 
 
-def _freeze_returned(stack: ExitStack, module: nn.Module, num_streams: int) -> None:
+def _freeze_returned(stack: ExitStack, module: nn.Module, site: Site) -> None:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         x = first_float(args, kwargs)
         assert x is not None
-        nothing = torch.zeros(0, dtype=torch.long, device=x.device)
-        _, parts = read_returned(module, x.detach(), output, nothing)
-        pre = _read_weights(module, x.detach(), parts.branch_in.detach())
-        read = torch.einsum("...n,...nd->...d", pre, x.to(pre.dtype)).to(parts.branch_in.dtype)
-        changes = {
-            id(parts.post): parts.post.detach(),
-            id(parts.branch_in): _valued(read, parts.branch_in),
-        }
-        if parts.mix is not None:
-            changes[id(parts.mix)] = parts.mix.detach()
+        roles = find_roles(x.detach(), output)
+        if roles is None or roles.collapsed is None or roles.mixed is not None:
+            raise ConnectionError(
+                f"routing='frozen': {type(module).__name__} returns no branch input and matrix; take routing='full'"
+            )
+        pre = _read_weights(module, x.detach(), roles.collapsed.detach(), site)
+        read = torch.einsum("...n,...nd->...d", pre, x.to(pre.dtype)).to(roles.collapsed.dtype)
+        changes = {id(vector): vector.detach() for vector in roles.vectors}
+        changes[id(roles.collapsed)] = _valued(read, roles.collapsed)
+        if roles.mix is not None:
+            changes[id(roles.mix)] = roles.mix.detach()
         return replaced(output, changes)
 
     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
 
 
-def _read_weights(module: nn.Module, x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:
+def _read_weights(module: nn.Module, x: torch.Tensor, branch_in: torch.Tensor, site: Site) -> torch.Tensor:
     """H_pre (…, n), found among what the module computes; a least-squares guess would not be its own."""
     lead, n = tuple(x.shape[:-2]), x.shape[-2]
-    shapes = {(*lead, n), (*lead, n, 1), (*lead, 1, n)}
-    with torch.no_grad(), Watch(shapes.__contains__) as watch:
+    with torch.no_grad(), returned_watch(x, site) as watch:
         module.forward(x)
-    candidates = [t.reshape(*lead, n) for t in watch.seen.values() if t.is_floating_point()]
-    fits = [(read_error(x, pre, branch_in), pre.detach()) for pre in candidates]
+    candidates = [t.reshape(*lead, n) for t in watch.floating() if t.numel() == x[..., 0].numel()]
+    fits = [(read_error(x, pre, branch_in), pre) for pre in candidates]
     error, best = min(fits, key=lambda fit: fit[0], default=(float("inf"), x))
     if error > tolerance(x.dtype):
         raise ConnectionError(
@@ -127,19 +126,19 @@ def _read_weights(module: nn.Module, x: torch.Tensor, branch_in: torch.Tensor) -
     return best
 
 
-def _freeze_width(stack: ExitStack, module: Any, num_streams: int) -> None:
+def _freeze_width(stack: ExitStack, module: Any, site: Site) -> None:
     """Stand in for the module's ``width_connection`` while the stack is open."""
     connect: Callable[..., Any] = module.width_connection
     own = "width_connection" in vars(module)
 
     def constant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        module.width_connection = connect  # which is what is read here
-        try:
-            parts = read_width(module, x.detach(), num_streams)
-        finally:
-            module.width_connection = constant
-        branch_in, mixed, depth = connect(x)
-        read, carried = _applied(parts, x, num_streams)
+        batch_size = x.shape[0] // (site.num_streams if site.layout.startswith("(B N)") else 1)
+        opening = Opening(site, batch_size, x.detach())
+        with opening.watch() as watch:
+            branch_in, mixed, depth = result = connect(x)
+        opening.read(result, watch)
+        assert opening.parts is not None
+        read, carried = _applied(opening.parts, x, site, batch_size)
         held = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in depth.items()}
         return _valued(read, branch_in), _valued(carried, mixed), held
 
@@ -153,16 +152,17 @@ def _freeze_width(stack: ExitStack, module: Any, num_streams: int) -> None:
     stack.callback(restore)
 
 
-def _applied(parts: Parts, x: torch.Tensor, num_streams: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What constant weights read, (B, T, D), and carry on, ((B n), T, D)."""
+def _applied(parts: Parts, x: torch.Tensor, site: Site, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What constant weights read, (B, T, D), and carry on, in the shape of the streams that came."""
     assert parts.mix is not None
-    assert parts.pre is not None
-    streams = canonical(x, "(B N) T D", batch_size=x.shape[0] // num_streams, num_streams=num_streams)
-    read = torch.einsum("btn,btnd->btd", parts.pre.to(x.dtype), streams)
+    assert parts.read is not None
+    streams = canonical(x, site.layout, batch_size=batch_size, num_streams=site.num_streams)
+    read = torch.einsum("btn,btnd->btd", parts.read[..., 0, :].to(x.dtype), streams)
     carried = torch.einsum(
         "btio,btid->btod", parts.mix.to(x.dtype), streams
     )  # as kept: source by destination
-    return read, carried.transpose(1, 2).reshape(x.shape)
+    merged = carried.transpose(1, 2) if site.layout.startswith("(B N)") else carried
+    return read, merged.reshape(x.shape)
 
 
 def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,8 @@ def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value.detach() + (path - path.detach())
 
 
-FREEZE: dict[str, Callable[[ExitStack, nn.Module, int], None]] = {
+FREEZABLE = ("B T N D", "(B N) T D")
+FREEZE: dict[str, Callable[[ExitStack, nn.Module, Site], None]] = {
     "returned": _freeze_returned,
     "width": _freeze_width,
 }

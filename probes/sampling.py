@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from probes.connections import Parts
+from probes.reading import Parts
 
 
 @dataclass
@@ -21,8 +21,8 @@ class Sequence:
     mask: dict[int, torch.Tensor]
     states: dict[tuple[int, int], torch.Tensor]
     gradients: dict[tuple[int, int], torch.Tensor]
-    parts: dict[int, Parts]
-    branches: dict[int, torch.Tensor]
+    parts: dict[tuple[int, int], Parts]
+    branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from probes.connections import Site, streams_of
+from probes.connections import Site, past_states, returned_site
 from probes.hooks import first_float
+from probes.reading import Parts
 
+LEVELS = 3  # how deep below a block its branches are looked for
 RECENT = 8  # the first state is the output of one of this many calls before the chain
+FORWARD = "forward"
+
+Key = tuple[str, str, int]
 
 
 class ChainError(ValueError):
@@ -22,7 +28,7 @@ class ChainError(ValueError):
 
 @dataclass(eq=False)
 class Call:
-    """One call of one module during a forward."""
+    """One call of one module, or of a method that opens or closes a connection, during a forward."""
 
     path: str
     module: nn.Module
@@ -30,21 +36,37 @@ class Call:
     order: int
     parent: Call | None
     x: torch.Tensor | None
+    method: str = FORWARD
     y: torch.Tensor | None = None
     x_shape: tuple[int, ...] = ()
     y_shape: tuple[int, ...] = ()
     producer: str = ""
     site: Site | None = None
-    output: Any = None  # kept for connections only
+    output: Any = None  # kept for returned connections only
     versions: tuple[int | None, int | None] = (None, None)
-    branch: Call | None = None  # of a connection: the call whose output is its branch's
+    branch: Call | None = None  # of a returned connection: the call whose output is its branch's
+    closing: Call | None = None  # of an opening method: the call of the closing one
+    parts: Parts | None = None  # of a closing method
+    copy: torch.Tensor | None = None  # what a closing method gave, which the model may rewrite in place
+    past: tuple[Call, str] | None = (
+        None  # of a depth-history connection: where its newest past state was seen
+    )
+    children: list[Call] = field(default_factory=list)
+    adds: Any = None  # of a block: how its branches are added, where that was asked for
+    level: int = 0
     runs: int = 0
     held: bool = False
+    inner: bool = False  # kept for the block around it
 
     @property
-    def key(self) -> tuple[str, int]:
-        """Module path and call index within the forward."""
-        return self.path, self.index
+    def key(self) -> Key:
+        """Module path, method and call index within the forward."""
+        return self.path, self.method, self.index
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """The output as it was when the call ended."""
+        return self.y if self.copy is None else self.copy
 
     def inside(self, other: Call) -> bool:
         """Whether this call happened during the other one."""
@@ -61,14 +83,17 @@ class Tape:
     ----------
     keep : collection of str
         Module paths whose tensors are kept in any case.
+    on_block : callable, optional
+        Called with every call that ends with the shape that it began with, while its children's tensors are there.
     """
 
-    def __init__(self, keep: Collection[str] = ()):
+    def __init__(self, keep: Collection[str] = (), on_block: Any = None):
         self.calls: list[Call] = []
         self._keep = frozenset(keep)
+        self._on_block = on_block
         self._stack: list[Call] = []
         self._segments: dict[tuple[str, Any], list[list[Call]]] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[tuple[str, str], int] = {}
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
@@ -76,24 +101,13 @@ class Tape:
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
-        x = first_float(args, kwargs)
-        call = Call(
-            path,
-            module,
-            self._counts.get(path, 0),
-            len(self.calls),
-            self._stack[-1] if self._stack else None,
-            x,
-        )
-        call.x_shape = tuple(x.shape) if x is not None else ()
-        call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
-        self._counts[path] = call.index + 1
-        if self._waiting is not None and self._waiting.x_shape == call.x_shape:
-            self._waiting = None  # the streams are met again, so its branch has been
-        self.calls.append(call)
+        call = self._begin(path, module, FORWARD, first_float(args, kwargs))
+        past = past_states(args, kwargs, call.x)
+        if past is not None:
+            call.past, call.held = self._seen_at(past[-1]), True
         self._stack.append(call)
         self._note_follower(call)
-        for key in _group_keys(call) if x is not None else ():
+        for key in _group_keys(call) if call.x is not None else ():
             self._link(key, call)
         return call
 
@@ -102,16 +116,64 @@ class Tape:
         call = self._stack.pop()
         if call.module is not module:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
-        call.y = first_float(output)
-        call.y_shape = tuple(call.y.shape) if call.y is not None else ()
-        call.site = streams_of(module, call.x, output)
+        self._end(call, first_float(output))
+        call.site = returned_site(module, call.x, output)
         call.output = output if call.site is not None else None
-        call.versions = version(call.x), version(call.y)
         self._note_branch(call)
+        self._hold_ends(call)
+        if self._on_block is not None:
+            self._look_inside(call)
         self._recent.append(call)
         if len(self._recent) > RECENT:
             self._release(self._recent.popleft())
         return call
+
+    def opened(self, path: str, module: nn.Module, method: str, x: torch.Tensor, site: Site) -> Call:
+        """Note that a method opened a connection."""
+        call = self._begin(path, module, method, x)
+        call.site, call.held = site, True
+        call.versions = version(x), None
+        for ancestor in _ancestors(call):
+            ancestor.held = True
+        return call
+
+    def closed(
+        self, opening: Call, method: str, branch_out: torch.Tensor, output: torch.Tensor, parts: Parts
+    ) -> Call:
+        """Note that a method closed a connection."""
+        call = self._begin(opening.path, opening.module, method, branch_out)
+        self._end(call, output)
+        call.held, call.parts, call.copy = True, parts, output.detach().clone()
+        opening.closing = call
+        opening.branch = next((c for c in reversed(self._recent) if same_tensor(c.y, branch_out)), None)
+        return call
+
+    def _begin(self, path: str, module: nn.Module, method: str, x: torch.Tensor | None) -> Call:
+        index = self._counts.get((path, method), 0)
+        parent = self._stack[-1] if self._stack else None
+        call = Call(path, module, index, len(self.calls), parent, x, method)
+        call.x_shape = tuple(x.shape) if x is not None else ()
+        call.level = len(self._stack)
+        call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
+        self._counts[path, method] = index + 1
+        if self._waiting is not None and self._waiting.x_shape == call.x_shape:
+            self._waiting = None  # the streams are met again, so its branch has been
+        self.calls.append(call)
+        return call
+
+    def _end(self, call: Call, y: torch.Tensor | None) -> None:
+        call.y = y
+        call.y_shape = tuple(y.shape) if y is not None else ()
+        call.versions = version(call.x), version(y)
+
+    def _seen_at(self, tensor: torch.Tensor) -> tuple[Call, str] | None:
+        """Which recent call took or gave a tensor; the call is held."""
+        for call in [*reversed(self._recent), *reversed(self._stack), *reversed(self.calls[-4 * RECENT :])]:
+            at = "output" if same_tensor(call.y, tensor) else "input" if same_tensor(call.x, tensor) else None
+            if at is not None:
+                call.held = True
+                return call, at
+        return None
 
     def segments(self) -> Iterable[tuple[tuple[str, Any], list[Call]]]:
         """All runs of two or more linked calls, with the key of their group."""
@@ -132,6 +194,34 @@ class Tape:
                 found.append(call)
         return found
 
+    def _hold_ends(self, call: Call) -> None:
+        """Keep what may be the last state of a chain with streams, or the state behind its last norm."""
+        if call.site is not None:
+            for ancestor in _ancestors(call):
+                ancestor.held = True
+        if is_norm(call.module) and call.x_shape == call.y_shape and not re.search(r"\d", call.path):
+            call.held = True
+
+    def _look_inside(self, call: Call) -> None:
+        """Find how a block adds its branches while its children's tensors are there; hand them up where it is no block."""
+        if call.x_shape == call.y_shape and call.children:
+            call.adds = self._on_block(call)
+        kept = [call] if call.adds else [call, *call.children]
+        parent = call.parent
+        near = [c for c in kept if parent is not None and c.level - parent.level <= LEVELS]
+        if parent is not None:
+            parent.children.extend(near)
+        for inner in near:
+            inner.inner = True
+        for inner in call.children:
+            if inner not in near:
+                inner.inner = False
+                self._release(inner)
+        for add in call.adds or ():
+            for used in (*add.branches, *([] if add.seen is None else [add.seen])):
+                used.held = True
+        call.children = []
+
     def _note_follower(self, call: Call) -> None:
         """The first call after a named block that takes its shape may show the state behind it."""
         named, after = self._named, self._after
@@ -146,11 +236,9 @@ class Tape:
             self._after, call.held = call, True
 
     def _note_branch(self, call: Call) -> None:
-        """The branch F is the connection's own child, or the last sibling after it that returns F's shape."""
+        """The branch F is the last sibling after a returned connection that returns F's shape."""
         parent, waiting = call.parent, self._waiting
-        if parent is not None and getattr(parent.module, "branch", None) is call.module:
-            parent.branch, call.held = call, True
-        elif (
+        if (
             waiting is not None
             and waiting.site
             and parent is waiting.parent
@@ -160,7 +248,7 @@ class Tape:
                 waiting.branch.held = False
                 self._release(waiting.branch)
             waiting.branch, call.held = call, True
-        if call.site is not None and call.branch is None:
+        if call.site is not None:
             self._waiting = call
 
     def _link(self, key: tuple[str, Any], call: Call) -> None:
@@ -178,9 +266,51 @@ class Tape:
 
     def _release(self, call: Call) -> None:
         """Let go of the tensors of a call that nothing needs any more."""
-        needed = call.runs or call.held or call.site
+        needed = call.runs or call.held or call.inner or call.site
         if not (needed or call.path in self._keep or call in self._recent or call in self._stack):
             call.x = call.y = None
+
+
+def _ancestors(call: Call) -> Iterable[Call]:
+    above = call.parent
+    while above is not None:
+        yield above
+        above = above.parent
+
+
+def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], *, streams: bool) -> Call | None:
+    """The norm that takes the last state of a chain, or what its streams are collapsed to.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls.
+    last : key
+        The call that shows the last state.
+    shape : tuple of int
+        Shape of that state.
+    streams : bool
+        Whether it holds streams, which are collapsed before the norm.
+
+    Returns
+    -------
+    Call or None
+    """
+    ends = next(call for call in tape.calls if call.key == last)
+    for call in tape.calls:
+        after = call.order > ends.order and not call.inside(ends)
+        if not after or call.y is None or not is_norm(call.module) or call.x_shape != call.y_shape:
+            continue
+        if streams and len(call.x_shape) >= 2 and call.x_shape != shape:
+            return call
+        if not streams and (same_state(call.x, ends.value) or same_state(call.x, ends.x)):
+            return call
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module's class calls itself a norm."""
+    return "norm" in type(module).__name__.lower()
 
 
 def _group_keys(call: Call) -> list[tuple[str, Any]]:
@@ -211,3 +341,10 @@ def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.is_meta or b.is_meta:
         return False
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0
+
+
+def same_state(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two tensors are one, or hold the same values."""
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return same_tensor(a, b) or bool(torch.equal(a.detach(), b.detach()))

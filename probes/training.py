@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,9 +18,15 @@ from torch import nn
 from diagnostics import schema
 from probes.accumulate import Sums, merged
 from probes.capture import eager, raise_first, settings
+from probes.forward import Measured
 from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
+from probes.scale import LossScale
 from probes.session import Session
+from probes.updates import WeightRow, Weights
+
+REDUCTIONS = ("mean", "sum")
+GRADIENT = "gradient_square_norm_sum"
 
 
 class ProbeWarning(UserWarning):
@@ -44,6 +52,10 @@ class Recorder:
         Where the run is saved when the block ends, on every path.
     attrs : mapping or None
         Attributes to add.
+    weights : Weights or None
+        The weights, where they are measured too.
+    scale : LossScale or None
+        By what the loss is multiplied.
     """
 
     def __init__(
@@ -56,6 +68,8 @@ class Recorder:
         store: Path | None = None,
         attrs: Mapping[str, Any] | None = None,
         token_text: Any = None,
+        weights: Weights | None = None,
+        scale: LossScale | None = None,
     ):
         if every < 1:
             raise ValueError(f"every is {every}; expected 1 or more")
@@ -64,7 +78,9 @@ class Recorder:
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
+        self._weights, self._scale = weights, scale or LossScale(None)
         self._rows: list[Row] = []
+        self._overflowed: list[int] = []
         self._pooled: list[Sums] = []
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
@@ -78,6 +94,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and self._session.settings.gradients:
+            self._session.drop()  # a backward that an error cut short left only some of the gradients
         self.close()
 
     def step(self, loss: float | torch.Tensor | None = None) -> None:
@@ -116,7 +134,11 @@ class Recorder:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
             raise CaptureError(f"no measured step is whole{reason}")
         return build_run(
-            self._session, self._rows, self._pooled, attrs=self._attrs, token_text=self._token_text
+            self._session,
+            self._rows,
+            self._pooled,
+            attrs=self._said() | dict(self._attrs or {}),
+            token_text=self._token_text,
         )
 
     def close(self) -> None:
@@ -130,9 +152,16 @@ class Recorder:
         finally:
             self._disarm()
         if self._store is not None and self._rows:
-            schema.save_run(self.run, self._store)
+            self._save(self._store)
+
+    def _save(self, store: Path) -> None:
+        try:
+            schema.save_run(self.run, store)
+        except Exception as error:  # what follows the block, such as saving the model, must still be reached
+            self._report(f"the run was not saved: {error}", error)
 
     def _fold(self, loss: float | None) -> None:
+        weights, scale = self._weight_row(), self._scale.end()
         try:
             raise_first(self._session)
             parts = self._session.fold()
@@ -140,17 +169,50 @@ class Recorder:
                 raise CaptureError("the model was not called between two steps; nothing to measure")
         except Exception as error:
             self._session.drop()
-            self.errors.append(error)
-            warnings.warn(f"step {self.position} was not measured: {error}", ProbeWarning, stacklevel=3)
+            self._report(f"step {self.position} was not measured: {error}", error)
             return
+        sums = self._add(parts)
+        if scale is not None and ((weights is not None and weights.overflowed) or not _finite(sums)):
+            self._overflowed.append(self.position)
+            self._report(
+                f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
+                "the forward's numbers stand"
+            )
+            sums, weights = _undefined(sums), weights and weights.without_gradient()
+        sequences = sum(part.batch_size for part in parts)
+        self._rows.append(Row(self.position, sums, sequences, loss, weights, scale))
+
+    def _add(self, parts: list[Measured]) -> list[Sums]:
+        """Pool the parts of a step, and give what its row keeps of them."""
         sums: list[Sums] = []
         for part in parts:
             sums = merged(sums, part.sums)
             if part.stamp != self._pooled_stamp:
                 self._pooled, self._pooled_stamp = [], part.stamp
             self._pooled = merged(self._pooled, part.sums)
-        compact = [chain.compact() for chain in sums]
-        self._rows.append(Row(self.position, compact, sum(part.batch_size for part in parts), loss))
+        return [chain.compact() for chain in sums]
+
+    def _weight_row(self) -> WeightRow | None:
+        if self._weights is None:
+            return None
+        try:
+            return self._weights.end()
+        except Exception as error:
+            self._report(f"the weights of step {self.position} were not measured: {error}", error)
+            return None
+
+    def _report(self, message: str, error: Exception | None = None) -> None:
+        if error is not None:
+            self.errors.append(error)
+        warnings.warn(message, ProbeWarning, stacklevel=4)
+
+    def _said(self) -> dict[str, Any]:
+        """Attributes about what the rows lack."""
+        said: dict[str, Any] = {}
+        if self._overflowed:
+            said["overflowed_steps"] = self._overflowed
+        skipped = next((dict(row.weights.skipped) for row in reversed(self._rows) if row.weights), {})
+        return said | {"weights_skipped": skipped} if skipped else said
 
     def _arm(self) -> None:
         self._disarm()
@@ -158,10 +220,26 @@ class Recorder:
             self._stack.enter_context(eager())
             self._session.attach()
             self._stack.callback(self._session.detach)
+            if self._weights is not None:
+                self._weights.begin()
+                self._stack.callback(self._weights.drop)
 
     def _disarm(self) -> None:
         self._stack.close()
         self._stack = ExitStack()
+
+
+def _finite(sums: list[Sums]) -> bool:
+    gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
+    return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
+
+
+def _undefined(sums: list[Sums]) -> list[Sums]:
+    """A row's statistics with NaN for gradients that no optimiser uses."""
+    for chain in sums:
+        parts = chain.sums.get(GRADIENT, {})
+        chain.sums[GRADIENT] = {depth: torch.full_like(value, math.nan) for depth, value in parts.items()}
+    return sums
 
 
 def record(
@@ -180,6 +258,9 @@ def record(
     seed: int = 0,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
+    weights: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
+    loss_reduction: str | None = None,
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
 
@@ -198,22 +279,49 @@ def record(
         Where to save the run when the block ends; ``.nc`` is added where no ending is given.
     layers, layout, streams, mask, max_sequences, seed, token_text, attrs
         As in `probes.capture`.
+    weights : bool
+        Keep of every module that owns parameters the squared norms of its weights at `step`, of their gradient, and of
+        their change since the step before (or the start of the block): one step of the optimiser, whether ``optimizer.step()``
+        comes before or after ``recorder.step()``; NaN where the optimiser did not run in between. The gradient is the one that
+        the last backward left in ``.grad``, accumulated and not yet clipped; under data parallelism that of this process. A
+        second copy of the trainable weights is held while a step is measured, and none between.
+    scaler : GradScaler, optional
+        The scaler that multiplies the loss; gradients are divided by its scale, and the scale is kept beside them. Whether
+        ``scaler.unscale_(optimizer)`` is called does not matter. A step whose gradients overflow is reported and keeps NaN
+        for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
+    loss_reduction : {"mean", "sum"}, optional
+        How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
 
     Returns
     -------
     Recorder
         Used as ``with probes.record(model) as recorder:``; its ``run`` is the result.
+
+    Raises
+    ------
+    ValueError
+        For a loss reduction or a scaler of another kind.
     """
-    session = Session(model, settings(gradients, layers, layout, streams, mask, max_sequences, seed))
+    if loss_reduction is not None and loss_reduction not in REDUCTIONS:
+        raise ValueError(
+            f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
+        )
+    scale = LossScale(scaler)
+    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed)
+    if scaler is not None:
+        chosen = replace(chosen, scale=scale)
     path = None if store is None else Path(store)
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")
+    told = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     return Recorder(
-        session,
+        Session(model, chosen),
         every=every,
         start_step=start_step,
         end_step=end_step,
         store=path,
-        attrs=attrs,
+        attrs=told | dict(attrs or {}),
         token_text=token_text,
+        weights=Weights(model, scale) if weights else None,
+        scale=scale,
     )

@@ -30,6 +30,7 @@ def synthetic_run(
     streams: int = 4,
     seed: int = 0,
     gradients: bool = True,
+    weights: bool = True,
 ) -> xr.DataTree:
     """Build a run whose states really follow x' = H_res x + h_post F for random branches F."""
     rng = np.random.default_rng(seed)
@@ -109,7 +110,28 @@ def synthetic_run(
         "sampling": {"max_sequences": samples, "seed": seed},
         "software": {"numpy": np.__version__},
     }
-    return schema.create_run(xr.Dataset(variables, coords), attrs=attrs)
+    statistics = _weight_statistics(rng, layers, int(mask.sum())) if weights else None
+    return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
+
+
+def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr.Dataset:
+    """One step of an optimiser on an embedding and one weight a block."""
+    layer = np.arange(-1, layers)
+    count = np.full(len(layer), 1000.0)
+    square = count * rng.uniform(0.5, 2.0, len(layer))
+    variables = {
+        "token_count": ("step", [float(tokens)]),
+        "weight_square_norm": (schema.MOTION, square[None]),
+        "weight_gradient_square_norm": (schema.MOTION, 1e-4 * rng.uniform(0.5, 2.0, (1, len(layer)))),
+        "weight_update_square_norm": (
+            schema.MOTION,
+            1e-6 * square[None] * rng.uniform(0.5, 2.0, (1, len(layer))),
+        ),
+        "weight_count": ("weight", count),
+    }
+    paths = np.array(["embed", *(f"blocks.{i}.linear" for i in range(layers))], dtype=object)
+    coords = {"step": [0], "weight": paths, "weight_layer": ("weight", layer)}
+    return xr.Dataset(variables, coords)
 
 
 @pytest.fixture(scope="session")

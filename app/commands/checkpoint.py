@@ -13,7 +13,7 @@ from typing import Any
 import xarray as xr
 
 from app.cli import FINE
-from app.terminal import emit, say, working
+from app.terminal import emit, say, show_rows, working
 from diagnostics import schema
 
 DESCRIBED = {"sequences": 2, "length": 32}
@@ -170,13 +170,15 @@ def describe(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : Namespace
-        ``checkpoint`` and how to run.
+        ``checkpoint`` and how to run, or ``weights_only``.
 
     Returns
     -------
     int
         Exit code.
     """
+    if args.weights_only:
+        return _describe_weights(args)
     with working("importing torch"):
         import probes
         from probes.load import encode_text, sample_text
@@ -193,4 +195,30 @@ def describe(args: argparse.Namespace) -> int:
         emit({"checkpoint": args.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()})
     else:
         say(str(found))
+    return FINE
+
+
+def _describe_weights(args: argparse.Namespace) -> int:
+    to_run = [
+        name
+        for name in ("weights", "layers", "layout", "streams", "dtype")
+        if getattr(args, name) is not None
+    ]
+    if to_run:
+        raise ValueError(
+            f"--{', --'.join(to_run)} and --weights-only do not go together: no model is built or run; leave one out"
+        )
+    with working("importing torch"):
+        from probes import static_page
+        from probes.static import describe_weights
+    found = describe_weights(args.checkpoint)
+    if args.json:
+        emit(found.as_dict())
+        return FINE
+    say(static_page.heading(found))
+    if found.connections:
+        say()
+        show_rows(static_page.COLUMNS, static_page.rows(found))
+        say()
+        say(static_page.ending(found))
     return FINE

@@ -7,7 +7,7 @@ from dataclasses import replace
 import xarray as xr
 
 from diagnostics.finding import Finding, Severity
-from diagnostics.verdicts import representation, signal, streams
+from diagnostics.verdicts import representation, signal, streams, training
 from diagnostics.verdicts.verdict import Limits, Profile, Verdict, verdict
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
@@ -41,6 +41,8 @@ VERDICTS: dict[str, Verdict] = {
         representation.idle_layer,
         representation.massive_activations,
         representation.few_tokens_for_cka,
+        training.large_update,
+        training.lost_update,
     )
 }
 

@@ -14,7 +14,7 @@ def place(values: xr.DataArray, position: int) -> str:
     Parameters
     ----------
     values : DataArray
-        One dim, ``depth`` or ``connection``, with its coordinates.
+        One dim, ``depth``, ``connection`` or ``weight``, with its coordinates.
     position : int
         Position on it.
 
@@ -24,6 +24,8 @@ def place(values: xr.DataArray, position: int) -> str:
         Such as ``after block 17 (depth 18)`` or ``at connection 41 (mlp of block 20)``.
     """
     here = values.isel({values.dims[0]: position})
+    if values.dims[0] == "weight":
+        return f"in {here.coords['weight'].item() or 'the model'}"
     if values.dims[0] == "connection":
         return f"at {_connection(here, position)}"
     known = {name: here.coords[name].item() for name in ("layer", "site") if name in here.coords}
@@ -57,9 +59,11 @@ def span(values: xr.DataArray, positions: np.ndarray) -> str:
     Returns
     -------
     str
-        Such as ``from depth 3 to depth 12``, or ``at 4 connections between 3 and 12``.
+        Such as ``from depth 3 to depth 12``, ``at 4 connections between 3 and 12`` or ``in 4 of 20 modules``.
     """
     axis, (first, last) = values.dims[0], positions[[0, -1]]
+    if axis == "weight":
+        return f"in {len(positions)} of {values.sizes['weight']} modules"
     if len(positions) == last - first + 1:
         return f"from {axis} {first} to {axis} {last}"
     return f"at {len(positions)} {axis}s between {first} and {last}"

@@ -56,7 +56,7 @@ class Profile:
     Parameters
     ----------
     values : DataArray
-        One dim, ``depth`` or ``connection``, or none.
+        One dim, ``depth``, ``connection`` or ``weight``, or none.
     words : str
         What the number is, to be followed by it: ``"the forward gain is"``.
     stream : str, optional

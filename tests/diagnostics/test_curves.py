@@ -85,6 +85,6 @@ def test_only_the_chosen_curves_are_given(pair):
     assert set(found.data_vars) & set(diagnostics.CATALOGUE) == {"gradient_norm"}
 
 
-def test_a_run_without_statistics_says_so(residual_run):
+def test_a_run_without_statistics_says_so(make_run):
     with pytest.raises(ValueError, match="holds no statistics"):
-        diagnostics.training_curves(residual_run)
+        diagnostics.training_curves(make_run("residual", layers=2, weights=False))

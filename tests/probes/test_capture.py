@@ -300,18 +300,18 @@ class GatedModel(nn.Module):
         return x
 
 
-def test_gated_streams_are_refused_and_their_states_captured_on_request(ids):
+def test_gated_streams_are_read_without_a_scalar_h_pre(ids):
     model = GatedModel()
-    with pytest.raises(
-        probes.ConnectionError, match=r"layers='blocks.{i}', layout='B T \(N D\)' and streams=4"
-    ):
-        probes.capture(model, ids)
-    run = probes.capture(model, ids, layers="blocks.{i}", layout="B T (N D)", streams=4)
-    assert run.trace.residual.shape == (4, 3, 11, 4, 16)
-    np.testing.assert_array_equal(
-        run.trace.residual.values[-1].reshape(3, 11, 64), model(ids).detach().numpy()
-    )
-    assert run.attrs["family"] == "unknown"
+    run = probes.capture(model, ids)
+    trace = run["trace"].to_dataset()
+    assert run.attrs["family"] == "gated"
+    assert run.attrs["layout"] == "B T (N D)"
+    assert run.attrs["reconstruction_error"] < 1e-6
+    assert "h_pre" not in trace
+    np.testing.assert_array_equal(trace.residual.values[-1].reshape(3, 11, 64), model(ids).detach().numpy())
+    np.testing.assert_array_equal(trace.h_post.values[1, 0, 0], model.blocks[1].gate.write.detach().numpy().squeeze())
+    why = run["coverage"].to_dataset().to_dataframe().set_index("place_name").why
+    assert "gates per feature" in why["blocks.0.mlp.h_pre"]
 
 
 @pytest.mark.parametrize(

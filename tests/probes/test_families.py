@@ -97,15 +97,65 @@ def test_families_that_return_their_weights_are_proven(long_ids, factory, family
         np.testing.assert_array_equal(trace.h_res.values, np.broadcast_to(np.eye(4), trace.h_res.shape))
 
 
-def test_gated_streams_of_qwen4_exp_are_refused_not_taken_for_plain(long_ids):
-    with pytest.raises(probes.ConnectionError, match="per-feature gates"):
-        probes.capture(built(qwen4_exp), {"input_ids": long_ids})
+def test_gated_streams_of_qwen4_exp_and_what_is_added_between_them(long_ids):
+    model = built(qwen4_exp)
+    given: list[torch.Tensor] = []
+    model.layers[1].ple.register_forward_hook(lambda module, args, output: given.append(output))
+    run = probes.capture(model, {"input_ids": long_ids})
+    trace = run["trace"].to_dataset()
+    assert run.attrs["family"] == "gated"
+    assert run.attrs["reconstruction_error"] < 1e-6
+    assert list(trace.site.values[:5]) == ["embed", "mid", "post", "pre", "mid"]
+    assert list(trace.depth_out.values[:3]) == [1, 2, 4], "no connection joins the depths 2 and 3"
+    added = (trace.residual[3] - trace.residual[2]).values
+    np.testing.assert_allclose(added, given[0].detach().unflatten(-1, (4, 64)).numpy(), atol=1e-6)
+    (outside,) = run.attrs["changes_outside"]
+    assert (outside["depth_in"], outside["depth_out"]) == (2, 3)
+    assert outside["change"] == pytest.approx(
+        np.linalg.norm(added) / np.linalg.norm(trace.residual[2].values), rel=1e-4
+    )
 
 
-def test_altup_of_gemma3n_is_refused_and_its_states_captured_on_request(long_ids):
+def test_altup_of_gemma3n_is_read_from_its_two_methods(long_ids):
     model = built(gemma3n)
-    with pytest.raises(probes.LayoutError, match="layout="):
-        probes.capture(model, {"input_ids": long_ids})
-    run = probes.capture(model, {"input_ids": long_ids}, layout="N B T D")
+    for layer in model.layers:
+        nn.init.normal_(layer.altup.correct_output_scale, std=0.5)  # zero in a fresh model
+    seen: list[tuple[torch.Tensor, ...]] = []
+    altup = model.layers[1].altup
+    predict, correct = altup.predict, altup.correct
+
+    def see_predict(x):
+        seen.append((x.clone(), predict(x).clone()))
+        return predict(x)
+
+    def see_correct(predictions, activated):
+        out = correct(predictions, activated)
+        seen.append((activated.clone(), out.clone()))
+        return out
+
+    altup.predict, altup.correct = see_predict, see_correct
+    run = probes.capture(model, {"input_ids": long_ids})
+    trace = run["trace"].to_dataset()
+    (x, predictions), (activated, corrected) = seen[:2]
+    assert run.attrs["family"] == "altup"
+    assert run.attrs["layout"] == "N B T D"
+    assert run.attrs["orientation"] == "destination_source"
+    assert run.attrs["reconstruction_error"] < 1e-6
+    assert list(trace.site.values) == ["embed"] + ["mid", "post"] * 4
+    assert list(trace.depth_in.values) == [0, 2, 4, 6]
+    states = trace.residual.transpose("depth", "stream", "sample", "token", "feature").values
+    np.testing.assert_allclose(states[2], x.detach(), atol=0)
+    np.testing.assert_allclose(states[3], corrected.detach(), atol=0)
+    np.testing.assert_allclose(trace.branch_in.values[1], predictions[0].detach(), atol=0)
+    np.testing.assert_allclose(trace.branch_out.values[1], activated.detach(), atol=0)
+    h_res, h_post, h_pre = trace.h_res.values[1], trace.h_post.values[1], trace.h_pre.values[1]
+    again = np.einsum("stoi,istd->ostd", h_res, states[2]) + np.einsum("sto,std->ostd", h_post, activated.detach())
+    np.testing.assert_allclose(again, states[3], atol=1e-5)
+    np.testing.assert_allclose(np.einsum("sti,istd->std", h_pre, states[2]), predictions[0].detach(), atol=1e-5)
+    assert len(run.attrs["changes_outside"]) == 4, "the per-layer embedding is added outside of AltUp"
+
+
+def test_states_alone_on_request(long_ids):
+    run = probes.capture(built(gemma3n), {"input_ids": long_ids}, layers="layers.{i}", layout="N B T D")
     assert run.trace.sizes["stream"] == 4
     assert run.attrs["family"] == "unknown"

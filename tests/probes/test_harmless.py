@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import threading
+import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +16,8 @@ import torch
 from torch import nn
 
 import probes
+from probes.accumulate import Sums
+from probes.updates import Weights
 
 
 class Block(nn.Module):
@@ -43,39 +49,72 @@ class Residual(nn.Module):
         return self.head(x)
 
 
+MODULE_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"),
+)
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
 def hooks_of(model: nn.Module) -> list[int]:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [len(getattr(module, name)) for module in model.modules() for name in names]
+    of_modules = [getattr(module, name) for module in model.modules() for name in MODULE_HOOKS]
+    of_parameters = [getattr(p, name) for p in model.parameters() for name in PARAMETER_HOOKS]
+    return [len(hooks or ()) for hooks in of_modules + of_parameters]
 
 
-def train(ids, *, probe: bool) -> tuple[list[torch.Tensor], torch.Tensor, Residual]:
+def flags_of(model: nn.Module) -> list[bool]:
+    modes = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()]
+    return modes + [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
+
+
+def train(ids, *, probe: dict | None, scaled: bool = False) -> dict[str, object]:
+    """All that a training leaves behind, with a probe of some settings or without one."""
     torch.manual_seed(0)
     model = Residual().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    with probes.record(model, gradients=True) if probe else io.StringIO() as recorder:
-        for _ in range(4):
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2, enabled=scaled)
+    losses, gradients = [], []
+    if probe is not None and scaled:
+        probe = probe | {"scaler": scaler}
+    with nullcontext() if probe is None else probes.record(model, **probe) as recorder:
+        for _ in range(5):
             loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
-            loss.backward()
-            if probe:
+            scaler.scale(loss).backward()
+            if recorder is not None:
                 recorder.step(loss)
-            optimizer.step()
+            gradients += [p.grad.clone() for p in model.parameters()]
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             losses.append(loss.detach())
-    return losses, torch.get_rng_state(), model
+    return {
+        "numbers": [
+            *losses,
+            *gradients,
+            *model.state_dict().values(),
+            *(value for state in optimizer.state_dict()["state"].values() for value in state.values()),
+            torch.get_rng_state(),
+        ],
+        "names": list(model.state_dict()),
+        "calls": model.calls,
+        "scale": scaler.get_scale(),
+        "hooks": hooks_of(model),
+        "flags": flags_of(model),
+    }
 
 
-def test_training_is_bit_for_bit_the_same(ids):
-    plain, plain_random, plain_model = train(ids, probe=False)
-    probed, probed_random, probed_model = train(ids, probe=True)
-    assert all(torch.equal(a, b) for a, b in zip(plain, probed, strict=True))
-    assert torch.equal(plain_random, probed_random)
-    assert plain_model.calls == probed_model.calls
-    for (name, a), b in zip(
-        plain_model.state_dict().items(), probed_model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name
-    assert hooks_of(plain_model) == hooks_of(probed_model)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize(
+    "probe",
+    [{"gradients": True}, {"weights": True}, {"gradients": True, "weights": True, "every": 2}],
+    ids=lambda probe: "+".join(probe),
+)
+def test_training_is_bit_for_bit_the_same(ids, probe, scaled):
+    plain, probed = train(ids, probe=None, scaled=scaled), train(ids, probe=probe, scaled=scaled)
+    pairs = zip(plain.pop("numbers"), probed.pop("numbers"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert plain == probed
 
 
 def test_capture_leaves_everything_as_it_was(ids):
@@ -104,43 +143,142 @@ def test_a_step_in_the_backward_is_not_run_by_capture(ids):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
-def test_an_error_in_the_users_forward_passes_and_the_hooks_are_gone(ids, error):
+class Explosive(torch.autograd.Function):
+    """The identity, whose backward raises; it makes the error only then, since an error holds its frames' tensors."""
+
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ctx.error("mine")
+
+
+ALL = {"gradients": True, "weights": True}
+
+
+@pytest.mark.parametrize("probe", [{}, ALL], ids=["states", "all"])
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_an_error_in_the_users_forward_passes_and_the_hooks_are_gone(ids, error, probe):
     model = Residual()
-    hooks = hooks_of(model)
-    recorder = probes.record(model)
+    hooks, flags = hooks_of(model), flags_of(model)
+    recorder = probes.record(model, **probe)
 
     def loop():
         with recorder:
-            model(ids)
+            model(ids).square().mean().backward()
             recorder.step()
             model(ids, fail=error)
 
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         loop()
-    assert hooks_of(model) == hooks
+    assert caught.value is error
+    assert (hooks_of(model), flags_of(model)) == (hooks, flags)
     assert recorder.run.statistics.sizes["step"] == 1, "the whole step is kept, the broken one is dropped"
 
 
-def test_hooks_leave_when_a_generator_is_closed(ids):
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_the_users_backward_passes_and_the_step_is_dropped(ids, error):
     model = Residual()
-    hooks = hooks_of(model)
+    hooks, flags = hooks_of(model), flags_of(model)
+    recorder = probes.record(model, **ALL)
 
-    def steps():
-        with probes.record(model) as recorder:
+    def explode(module, args):
+        return (Explosive.apply(args[0], error),)
+
+    def loop():
+        with recorder:
+            model(ids).square().mean().backward()
+            recorder.step()
+            mine = model.blocks[1].register_forward_pre_hook(explode)
+            output = model(ids)
+            mine.remove()
+            output.square().mean().backward()  # reaches the last block's states and weights, and no other
+
+    with pytest.raises(error, match="mine"):
+        loop()
+    assert (hooks_of(model), flags_of(model)) == (hooks, flags)
+    assert recorder.run.statistics.sizes["step"] == 1
+    assert recorder.errors == []
+
+
+def test_a_loop_may_go_on_after_an_error_of_its_own(ids):
+    """Some loops skip a batch that fails; what came before and after it is measured, and nothing of it is kept."""
+    model = Residual()
+    states: list[weakref.ref[torch.Tensor]] = []
+    model.embed.register_forward_hook(lambda module, args, output: states.append(weakref.ref(output)))
+    with probes.record(model, **ALL) as recorder:
+        for fail in (False, True, False):
+            try:
+                model(ids, fail=RuntimeError("bad batch") if fail else False).square().mean().backward()
+            except RuntimeError:
+                continue
+            recorder.step()
+        gc.collect()
+        assert [state() for state in states] == [None] * 3
+    assert recorder.run.statistics.step.values.tolist() == [0, 1]
+    assert recorder.run.statistics.sequence_count.values.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("probe", [{}, ALL], ids=["states", "all"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_generator_that_is_closed_early_leaves_nothing_on(ids, probe, steps):
+    model = Residual()
+    hooks, flags = hooks_of(model), flags_of(model)
+    recorder = probes.record(model, **probe)
+
+    def training():
+        with recorder:
             while True:
-                yield model(ids)
+                loss = model(ids).square().mean()
+                yield loss
+                loss.backward()
                 recorder.step()
 
-    running = steps()
-    next(running)
+    running = training()
+    for _ in range(steps):
+        next(running)
     running.close()
-    assert hooks_of(model) == hooks
+    assert (hooks_of(model), flags_of(model)) == (hooks, flags)
+    whole = steps - 1 if probe else steps  # without gradients a forward is whole by itself
+    assert len(recorder._rows) == whole
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Sums, "see_gradient"), (Sums, "see_state"), (Weights, "_see_gradient"), (Weights, "_hold")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
+    plain = train(ids, probe=None)
+
+    def broken(*args):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.warns(probes.ProbeWarning, match="a bug of ours"):
+        probed = train(ids, probe=ALL)
+    pairs = zip(plain.pop("numbers"), probed.pop("numbers"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert plain == probed
+
+
+def test_a_run_that_cannot_be_saved_does_not_stop_the_users_script(ids, tmp_path):
+    (tmp_path / "runs").write_text("a file, where a folder is needed")
+    model = Residual()
+    recorder = probes.record(model, store=tmp_path / "runs" / "a.nc")
+    with recorder:
+        model(ids)
+        recorder.step()
+        with pytest.warns(probes.ProbeWarning, match="the run was not saved"):
+            recorder.close()
+    assert recorder.run.statistics.sizes["step"] == 1
+    assert len(recorder.errors) == 1
 
 
 def test_an_error_in_a_hook_never_reaches_the_user(ids, monkeypatch):
-    from probes.accumulate import Sums
-
     model = Residual().eval()
     expected = model(ids)
 
@@ -158,18 +296,119 @@ def test_an_error_in_a_hook_never_reaches_the_user(ids, monkeypatch):
 
 def test_copies_and_pickles_of_a_probed_model_work_and_write_nothing_back(ids):
     model = Residual().eval()
-    with probes.record(model) as recorder:
-        model(ids)
+    names = list(model.state_dict())
+    with probes.record(model, weights=True) as recorder:
+        model(ids).square().mean().backward()
         twin = copy.deepcopy(model)
         again = pickle.loads(pickle.dumps(model))
-        torch.save(model, io.BytesIO())
-        assert list(model.state_dict()) == list(twin.state_dict())
-        for other in (twin, again):
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        state = copy.deepcopy(model.state_dict())
+        assert list(state) == names
+        for other in (twin, again, loaded):
+            assert not any(len(p._post_accumulate_grad_hooks or ()) for p in other.parameters())
             assert torch.equal(other(ids), model(ids))
+            other(ids).square().mean().backward()
+            other.load_state_dict(state)
         recorder.step()
-    assert int(recorder.run.statistics.sequence_count[0]) == 3 * 3, (
-        "three forwards of the model, none of its copies"
-    )
+    statistics = recorder.run.statistics
+    assert int(statistics.sequence_count[0]) == 4 * 3, "four forwards of the model, none of its copies"
+    own = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+    assert float(statistics.weight_gradient_square_norm.sum()) == pytest.approx(own)
+
+
+@pytest.mark.parametrize("ending", ["success", "forward", "backward"])
+@pytest.mark.parametrize("probe", [{}, ALL], ids=["states", "all"])
+def test_nothing_of_a_forward_outlives_the_block(ids, probe, ending):
+    model = Residual()
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def follow(module, args, output):
+        alive.extend(map(weakref.ref, (*args, output)))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: alive.append(weakref.ref(gradient)))
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    def loop(recorder: probes.Recorder) -> None:
+        with recorder:
+            for _ in range(2):
+                model(ids.clone()).square().mean().backward()
+                recorder.step()
+            if ending != "success":
+                output = model(ids.clone(), fail=ValueError("mine") if ending == "forward" else False)
+                Explosive.apply(output, ValueError).sum().backward()
+
+    for module in model.modules():
+        module.register_forward_hook(follow)
+    before = tensors()
+    recorder = probes.record(model, **probe)
+    expected = nullcontext() if ending == "success" else pytest.raises(ValueError, match="mine")
+    with expected:
+        loop(recorder)
+    del expected  # it holds the traceback, and with it the loop's own tensors
+    gc.collect()
+    assert len(alive) > 50
+    assert [ref() for ref in alive if ref() is not None] == []
+    whole = 3 if ending == "backward" and not probe else 2  # states alone need no backward
+    assert recorder.run.statistics.sizes["step"] == whole
+    model.zero_grad()
+    del recorder
+    assert tensors() == before
+
+
+class Meeting(nn.Module):
+    """A block in which two threads wait for each other, so that their forwards are sure to cross."""
+
+    def __init__(self, inner: nn.Module, parties: int):
+        super().__init__()
+        self.inner = inner
+        self.meet = threading.Barrier(parties)
+
+    def forward(self, x):
+        self.meet.wait(timeout=30)
+        return self.inner(x)
+
+
+def test_two_threads_share_a_model_and_no_state_is_mixed():
+    model = Residual().eval()
+    batches = torch.randint(1, 64, (2, 3, 11), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        outputs = [model(ids) for ids in batches]
+        states = [model.embed(ids) for ids in batches]
+        expected = []
+        for x in states:
+            depths = [x]
+            for block in model.blocks:
+                depths.append(block(depths[-1]))
+            expected.append(torch.stack(depths, 1).numpy())
+    with torch.no_grad(), probes.record(model) as recorder:
+        model(batches[0])  # the chains are known
+        recorder.step()
+        for position in (0, 1, 2):
+            model.blocks[position].inner = Meeting(model.blocks[position].inner, 2)
+        found: dict[int, torch.Tensor] = {}
+        other = threading.Thread(target=lambda: found.update({1: _no_grad(model, batches[1])}))
+        other.start()
+        found[0] = model(batches[0])
+        other.join()
+        recorder.step()
+    assert recorder.errors == []
+    for number, output in enumerate(outputs):
+        assert torch.equal(found[number], output)
+    known = np.concatenate(expected)
+    kept = recorder.run.trace.residual.values[..., 0, :].swapaxes(0, 1)
+    for sequence in kept:
+        assert any(np.array_equal(sequence, each) for each in known)
+    assert float(recorder.run.statistics.token_count[1]) == 66.0
+
+
+def _no_grad(model, ids):
+    with torch.no_grad():
+        return model(ids)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")

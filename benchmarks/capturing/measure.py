@@ -1,0 +1,191 @@
+"""One process's measurements: do the tools give the same states, what do they take, how much memory do they need?"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from capturing.cases import Case, Sizes, build
+from capturing.tools import TOOLS, CannotTakeError, Captured, Tool
+
+WARM_UPS = 2
+
+
+def times(case_name: str, sizes: Sizes, *, names: list[str], backward: bool, rounds: int) -> dict[str, Any]:
+    """Seconds of every tool in interleaved rounds, or why there are none.
+
+    Parameters
+    ----------
+    case_name : str
+        Which model.
+    sizes : Sizes
+        Of it.
+    names : list of str
+        Tools, ``"plain"`` first.
+    backward : bool
+        Whether a step has a backward.
+    rounds : int
+        Steps of each tool that count.
+
+    Returns
+    -------
+    dict
+        ``rows``, one per tool, and the case's ``parameters`` and ``sites``.
+    """
+    case = build(case_name, sizes)
+    rows: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Tool] = {}
+    for name in names:
+        try:
+            ready[name] = TOOLS[name](case, backward)
+            rows[name] = agreement(case, ready[name], backward)
+        except Exception as error:
+            ready.pop(name, None)
+            rows[name] = {"reason": reason(error)}
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    batch = case.batch()
+    for turn in range(WARM_UPS + rounds):
+        for name, tool in ready.items():
+            taken = timed(case, tool, batch)
+            if turn >= WARM_UPS:
+                seconds[name].append(taken)
+    for name, values in seconds.items():
+        rows[name] |= ratio(values, seconds["plain"])
+    return {
+        "rows": rows,
+        "parameters": sum(p.numel() for p in case.model.parameters()),
+        "sites": len(case.sites),
+        "sizes": vars(case.sizes),
+    }
+
+
+def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
+    """Seconds of one step."""
+    if tool.trains:
+        with torch.no_grad():
+            next(case.model.parameters()).view(-1)[0].add_(
+                0.0
+            )  # the version of the weights, as an optimiser moves it
+    with tool.around():
+        started = time.perf_counter()
+        kept = tool.step(batch)
+        seconds = time.perf_counter() - started
+    del kept
+    case.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def ratio(values: list[float], plain: list[float]) -> dict[str, Any]:
+    middle = statistics.median(plain)
+    quarters = statistics.quantiles(values, n=4)
+    return {
+        "ratio": statistics.median(values) / middle,
+        "quartiles": [quarters[0] / middle, quarters[2] / middle],
+        "seconds": statistics.median(values),
+        "extra_seconds": statistics.median(values) - middle,
+    }
+
+
+def agreement(case: Case, tool: Tool, backward: bool) -> dict[str, Any]:
+    """Largest difference from the hooks' states and gradients; 0 is bitwise equality."""
+    batch = case.batch()
+    with tool.around():
+        kept = tool.step(batch)
+        found = None if tool.read is None else tool.read(kept)
+    case.model.zero_grad(set_to_none=True)
+    if found is None:
+        return {}
+    truth: Captured = TOOLS["hooks, clones"](case, backward).step(batch)
+    case.model.zero_grad(set_to_none=True)
+    row = {"states": len(found.states), "difference": difference(case, found.states, truth.states)}
+    if backward:
+        row["gradients"] = len(found.gradients)
+        row["gradient_difference"] = difference(case, found.gradients, truth.gradients)
+    return row
+
+
+def difference(case: Case, found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """Largest absolute difference, state by state from the first; fewer states than the hooks' are only counted."""
+    worst = 0.0
+    for one, other in zip(found, truth, strict=False):
+        expected = case.canonical(other)
+        came = one.detach() if one.ndim == 4 else case.canonical(one.detach())
+        if came.shape != expected.shape:
+            raise CannotTakeError(f"gave a state of shape {tuple(came.shape)}, not {tuple(expected.shape)}")
+        worst = max(worst, float((came - expected).abs().max()))
+    return worst
+
+
+def reason(error: Exception) -> str:
+    """Why a tool is left out, in a line."""
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    return first if isinstance(error, CannotTakeError) else f"failed: {type(error).__name__}: {first[:150]}"
+
+
+# --- memory ---
+
+
+def peaks(
+    case_name: str, sizes: Sizes, *, name: str, backward: bool, counts: tuple[int, ...]
+) -> dict[str, Any]:
+    """Highest resident memory above the loaded model after some numbers of batches, in MiB.
+
+    What a step gives is kept for every batch, as it must be where something is to be computed over all of them.
+
+    Parameters
+    ----------
+    case_name : str
+        Which model.
+    sizes : Sizes
+        Of it.
+    name : str
+        The tool.
+    backward : bool
+        Whether a step has a backward.
+    counts : tuple of int
+        Numbers of batches, ascending.
+
+    Returns
+    -------
+    dict
+        MiB by number of batches; or ``reason``.
+    """
+    case = build(case_name, sizes)
+    try:
+        tool = TOOLS[name](case, backward)
+        TOOLS["plain"](case, backward).step(
+            {k: v[:1, :8] for k, v in case.batch().items()}
+        )  # loads libraries
+    except Exception as error:
+        return {"reason": reason(error)}
+    case.model.zero_grad(set_to_none=True)
+    found, kept = {}, []
+    floor = trimmed()
+    try:
+        with tool.around():
+            for number in range(1, max(counts) + 1):
+                kept.append(tool.step(case.batch(number)))
+                case.model.zero_grad(set_to_none=True)
+                if number in counts:
+                    found[str(number)] = status("VmHWM") - floor
+    except Exception as error:
+        return {"reason": reason(error)}
+    return found
+
+
+def trimmed() -> float:
+    """Give freed memory back, forget the peak so far, and tell what is resident, in MiB (Linux and glibc)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's own high-water mark starts anew
+    return status("VmRSS")
+
+
+def status(field: str) -> float:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, field
+    return int(found[1]) / 1024

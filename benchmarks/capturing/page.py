@@ -1,0 +1,194 @@
+"""The measured numbers as a text table and as a page, with what is needed to judge them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+TITLES = {"residual": "Residual (GPT-2)", "mhc": "mHC, n = 4", "tiny": "48 tiny blocks"}
+PACKAGES = ("torch", "transformers", "hyper-connections", "depthscope")
+
+
+def circumstances(layers: int, rounds: int, peers: list[str]) -> dict[str, Any]:
+    """What a reader needs to judge the numbers.
+
+    Parameters
+    ----------
+    layers, rounds : int
+        Of the run.
+    peers : list of str
+        Whose versions are asked for.
+
+    Returns
+    -------
+    dict
+    """
+    versions = {}
+    for name in (*PACKAGES, *peers):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    day = datetime.now(UTC).date().isoformat()
+    return {"date": day, "machine": machine(), "rounds": rounds, "versions": versions}
+
+
+def machine() -> str:
+    import os
+    import platform
+
+    return f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used"
+
+
+def text(results: dict[str, Any]) -> str:
+    """Tables for a terminal.
+
+    Parameters
+    ----------
+    results : dict
+        Of a run.
+
+    Returns
+    -------
+    str
+    """
+    lines = [f"{results['machine']}; medians of {results['rounds']} interleaved rounds, ratios to plain", ""]
+    for title, header, rows in tables(results):
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines.append(title)
+        for row in (header, *rows):
+            lines.append(
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The page docs/benchmarks.md.
+
+    Parameters
+    ----------
+    results : dict
+        Of a run.
+
+    Returns
+    -------
+    str
+    """
+    parts = [HEAD.format(**results, peers=" ".join(pinned(results["versions"])))]
+    for title, header, rows in tables(results):
+        lines = [
+            f"### {title}",
+            "",
+            line(header),
+            line(["---"] * len(header)),
+            *(line(row) for row in rows),
+            "",
+        ]
+        parts.append("\n".join(lines))
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return "\n".join([*parts, f"Versions: {versions}.", ""])
+
+
+def pinned(versions: dict[str, str]) -> list[str]:
+    own = {"torch", "depthscope", "transformers"}
+    return [f"{name}=={version}" for name, version in versions.items() if name not in own]
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Every table: times first, then memory."""
+    found = [times(TITLES[case], entry) for case, entry in results["times"].items()]
+    for case, modes in results["memory"].items():
+        found += [
+            memory(f"{TITLES[case]}, {mode}: peak MiB above the loaded model", rows)
+            for mode, rows in modes.items()
+        ]
+    return found
+
+
+def times(title: str, entry: dict[str, Any]) -> Table:
+    modes = entry["modes"]
+    names = list(dict.fromkeys(name for rows in modes.values() for name in rows))
+    header = ["", *(f"{mode}, × plain" for mode in modes), "same states", "µs a site, forward"]
+    rows = []
+    for name in names:
+        cells = [modes[mode].get(name, {}) for mode in modes]
+        rows.append([name, *(cost(cell) for cell in cells), same(cells), site(cells[0], entry["sites"])])
+    sizes, plain = entry["sizes"], [modes[mode]["plain"]["seconds"] for mode in modes]
+    head = (
+        f"{title}: {sizes['layers']} × {sizes['width']}, {entry['parameters'] / 1e6:.1f} M parameters, "
+        f"{sizes['batch']} × {sizes['tokens']} tokens, {entry['sites']} states, plain "
+        + " and ".join(f"{1e3 * seconds:.0f} ms" for seconds in plain)
+    )
+    return head, header, rows
+
+
+def cost(cell: dict[str, Any]) -> str:
+    if "ratio" not in cell:
+        return cell.get("reason", "–")
+    low, high = cell["quartiles"]
+    return f"{cell['ratio']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def same(cells: list[dict[str, Any]]) -> str:
+    """Whether the states, and the gradients, were the hooks' bit for bit; else the largest difference."""
+    names = {"state": "difference", "gradient": "gradient_difference"}
+    said = []
+    for kind, key in names.items():
+        found = [cell[key] for cell in cells if key in cell]
+        counts = [cell[f"{kind}s"] for cell in cells if f"{kind}s" in cell]
+        if found and min(counts):
+            worst = max(found)
+            said.append(f"{min(counts)} {kind}s: " + ("equal" if worst == 0 else f"off by {worst:.0e}"))
+    return ", ".join(said)
+
+
+def site(cell: dict[str, Any], sites: int) -> str:
+    return f"{1e6 * cell['extra_seconds'] / sites:.0f}" if "ratio" in cell else ""
+
+
+def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    counts = sorted({int(count) for row in rows.values() for count in row if count != "reason"})
+    header = ["", *(f"{count} batch{'es' if count > 1 else ''}" for count in counts)]
+    body = []
+    for name, row in rows.items():
+        if "reason" in row:
+            body.append([name, row["reason"], *[""] * (len(counts) - 1)])
+        else:
+            body.append([name, *(f"{row[str(c)]:.0f}" if str(c) in row else "" for c in counts)])
+    return title, header, body
+
+
+HEAD = """# What capturing costs
+
+Written by `python benchmarks/capture.py --memory --markdown docs/benchmarks.md` on {date}; {machine}. Do not edit it by hand.
+
+**How.** Each tool captures the residual state at every block (of the mHC model: at every connection), and with a backward also
+the gradient there. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool
+is timed in turn, {rounds} rounds after two that do not count; a ratio is the median over that of the plain step in the same
+process, with the quartiles in brackets. Plain and this package share a process; each peer has one of its own with plain, since
+some change torch when they are imported. "Plain again" is a second plain step: how far it is from 1.00 is the noise.
+
+**What is in a row.** Hooks put on and taken off, the step, and what the tool does with the tensors. *A measured step* is
+`recorder.step()` included, weights changed before each as in training, 8 sequences kept raw (here the whole batch). *No statistics* replaces what
+`Sums` computes by nothing, so the rows above it minus it are the cost of the exact statistics. *Streaming evaluation* is the same
+with constant weights, when the raw sample is full and statistics are all that is left. `probes.capture` is the whole call: it finds
+the chain anew, runs the model, proves the connections and builds the run.
+
+**Memory** is the kernel's high-water mark of resident memory, reset after the model was loaded and freed memory was given back,
+one process a tool. What a step gives is kept for all batches, as it must be where something is to be computed over them; this
+package keeps its sums and its sample. Linux only.
+
+**Not tried:** GPUs, several threads, compiled models, other models than these.
+
+Peers: `pip install {peers}`; baukit is not on PyPI, and is measured where it is installed.
+"""

@@ -1,0 +1,84 @@
+"""Paired connections: what their two methods are given and give, read as parts of a connection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from probes.connections import Site
+from probes.hooks import tensors_in
+from probes.reading import (
+    Parts,
+    Watch,
+    altup_watch,
+    as_views,
+    read_altup,
+    read_correction,
+    read_width,
+    width_watch,
+)
+
+
+@dataclass
+class Opening:
+    """A connection that was opened and not closed yet.
+
+    Parameters
+    ----------
+    site : Site
+        What it is.
+    batch_size : int
+        Size of the batch.
+    x : Tensor
+        The streams that it was given.
+    """
+
+    site: Site
+    batch_size: int
+    x: torch.Tensor
+    key: Any = None  # whose opening it is, for the one who keeps it
+    parts: Parts | None = None
+    matrix: torch.Tensor | None = None
+    predicted: torch.Tensor | None = None
+
+    def watch(self) -> Watch:
+        """What to watch for while the opening method runs."""
+        return altup_watch(self.x) if self.site.style == "altup" else width_watch(self.x, self.site)
+
+    def read(self, result: Any, watch: Watch) -> None:
+        """Read what the opening method gave."""
+        if self.site.style == "altup":
+            self.matrix, _ = read_altup(self.x, result, watch.floating())
+            self.predicted = result.detach()
+        else:
+            self.parts = read_width(self.site, self.batch_size, self.x, result, watch.floating())
+
+    def closing_watch(self, branch_out: torch.Tensor) -> Watch:
+        """What to watch for while the closing method runs."""
+        return altup_watch(branch_out) if self.site.style == "altup" else Watch(lambda shape: False)
+
+    def close(self, branch_out: torch.Tensor, output: Any, watch: Watch) -> Parts:
+        """The parts, when the closing method has given the next state.
+
+        Parameters
+        ----------
+        branch_out : Tensor
+            What the branch gave.
+        output : object
+            What the closing method gave.
+        watch : Watch
+            What passed while it ran.
+
+        Returns
+        -------
+        Parts
+        """
+        if self.matrix is not None and self.predicted is not None:
+            closed = next(tensors_in(output))
+            return read_correction(self.matrix, self.predicted, branch_out, closed, watch.floating())
+        assert self.parts is not None
+        tokens, views, width = self.parts.branch_in.shape[1:]
+        self.parts.branch_out = as_views(branch_out, self.batch_size, tokens, views, width)
+        return self.parts
