@@ -299,12 +299,18 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
             raise SchemaError(
                 f"{path}/h_res has {trace.sizes[side]} along {side}, but the run has {streams} streams"
             )
-    if "connection" in trace.dims and "depth_out" in trace.coords:
+    if "connection" in trace.dims and "depth_out" in trace.coords and _has_every_depth(trace):
         furthest = int(trace["depth_out"].max())
         if furthest >= trace.sizes["depth"]:
             raise SchemaError(
                 f"{path}: a connection writes depth {furthest}, the last depth is {trace.sizes['depth'] - 1}"
             )
+
+
+def _has_every_depth(trace: xr.Dataset) -> bool:
+    """Whether the depths begin with 0 and leave none out, as where no sites were selected."""
+    depths = trace["depth"].values
+    return "site" in trace.coords and trace["site"].values[-1] == "post" and list(depths) == list(range(len(depths)))
 
 
 # --- files ---

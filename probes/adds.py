@@ -11,8 +11,9 @@ import torch
 from probes.place import Chain, Link, Place
 from probes.reading import spread, tolerance
 from probes.streams import branch_label
-from probes.tape import Call, version
+from probes.tape import Call, is_norm, version
 
+MOST = 40  # calls inside a block
 ELEMENTS = 4096  # elements of a state that tell whether one is the sum of two others
 
 
@@ -23,6 +24,7 @@ class Add:
     branches: tuple[Call, ...]
     seen: Call | None  # None for the block's own output
     at: str
+    normed: bool = False  # the sum went through a norm, as in a post-norm block
 
 
 def find_adds(block: Call) -> tuple[Add, ...] | None:
@@ -36,44 +38,54 @@ def find_adds(block: Call) -> tuple[Add, ...] | None:
     Returns
     -------
     tuple of Add or None
-        None where no sum of its children's outputs explains the output, as in a post-norm block.
+        None where no sums of its children's outputs, or norms of such sums, explain the output.
     """
-    inner = [
-        call for call in block.children if call.x_shape == block.x_shape or call.y_shape == block.x_shape
-    ]
     if block.x is None or block.y is None or block.versions[0] != version(block.x):
         return None
-    steps: list[Add] = []
-    state, order = _sample(block.x), block.order
-    goal = _sample(block.y)
-    limit = tolerance(block.y.dtype)
-    while not _near(state, goal, limit):
-        step = _next_step(block, inner, state, order, limit)
-        if step is None or len(steps) == len(inner):
-            return None
-        steps.append(step)
-        seen = step.seen
-        state = goal if seen is None else _sample(seen.x if step.at == "input" else seen.y)
-        order = max(branch.order for branch in step.branches)
-    return tuple(steps) or None
+    inner = [call for call in block.children if call.x_shape == block.x_shape or call.y_shape == block.x_shape]
+    if len(inner) > MOST:
+        return None  # a stack of blocks, not a block
+    return _Search(block, inner).steps(_sample(block.x), block.order) or None
 
 
-def _next_step(block: Call, inner: list[Call], state: torch.Tensor, order: int, limit: float) -> Add | None:
-    branches = [c for c in inner if c.order > order and c.y is not None and c.y_shape == block.y_shape]
-    for count in (1, 2):  # one branch after the other, or two in parallel
-        for chosen in combinations(branches, count):
-            total = torch.stack([_sample(branch.y) for branch in chosen]).sum(0)
-            for seen, at, target in _targets(block, inner, max(c.order for c in chosen)):
-                if _explains(target - state, total, target, limit):
-                    return Add(chosen, seen, at)
-    return None
+class _Search:
+    """The search for the steps of one block: what is added first, and what follows from there."""
 
+    def __init__(self, block: Call, inner: list[Call]) -> None:
+        self.goal = _sample(block.y)
+        self.limit = tolerance(block.y.dtype) if block.y is not None else 0.0
+        shape = block.x_shape
+        self.branches = [c for c in inner if c.y is not None and c.y_shape == shape]
+        self.takers = [c for c in inner if c.x is not None and c.x_shape == shape]
 
-def _targets(block: Call, inner: list[Call], order: int) -> Iterator[tuple[Call | None, str, torch.Tensor]]:
-    for call in inner:
-        if call.order > order and call.x is not None and call.x_shape == block.x_shape:
-            yield call, "input", _sample(call.x)
-    yield None, "output", _sample(block.y)
+    def steps(self, state: torch.Tensor, order: int) -> tuple[Add, ...] | None:
+        if (state - self.goal).norm() <= self.limit * self.goal.norm():
+            return ()
+        for add, after in self._options(state, order):
+            rest = self.steps(after, max(branch.order for branch in add.branches))
+            if rest is not None:
+                return (add, *rest) if rest else (replace(add, seen=None, at="output"),)
+        return None
+
+    def _options(self, state: torch.Tensor, order: int) -> Iterator[tuple[Add, torch.Tensor]]:
+        later = [branch for branch in self.branches if branch.order > order]
+        for count in (1, 2):  # one branch after the other, or two in parallel
+            for chosen in combinations(later, count):
+                total = torch.stack([_sample(branch.y) for branch in chosen]).sum(0)
+                for target, seen, at, after in self._targets(max(c.order for c in chosen)):
+                    if _explains(target - state, total, target, self.limit):
+                        yield Add(chosen, seen, at, normed=at == "output" and seen is not None), after
+
+    def _targets(self, order: int) -> Iterator[tuple[torch.Tensor, Call | None, str, torch.Tensor]]:
+        """What the sum may be: the block's output, what a later call takes, or what a norm takes to give the state."""
+        for call in self.takers:
+            if call.order > order:
+                taken = _sample(call.x)
+                yield taken, call, "input", taken
+        yield self.goal, None, "output", self.goal
+        for call in self.takers:
+            if call.order > order and call in self.branches and is_norm(call.module):
+                yield _sample(call.x), call, "output", _sample(call.y)
 
 
 def _explains(change: torch.Tensor, branch: torch.Tensor, target: torch.Tensor, limit: float) -> bool:
@@ -82,10 +94,6 @@ def _explains(change: torch.Tensor, branch: torch.Tensor, target: torch.Tensor, 
         return False
     scale = (change @ branch) / (branch @ branch).clamp_min(torch.finfo(branch.dtype).tiny)
     return bool((change - scale * branch).norm() <= limit * target.norm() and scale > 0)
-
-
-def _near(a: torch.Tensor, b: torch.Tensor, limit: float) -> bool:
-    return bool((a - b).norm() <= limit * b.norm())
 
 
 def _sample(tensor: torch.Tensor | None) -> torch.Tensor:
@@ -118,7 +126,7 @@ def with_adds(chain: Chain, blocks: Sequence[Call]) -> Chain:
         layer = outside.layer
         for add in block.adds:
             depth = len(places) - 1
-            links += [_link(branch, layer, depth) for branch in add.branches]
+            links += [_link(add, branch, block, layer, depth) for branch in add.branches]
             if add.seen is None:
                 places.append(outside)
                 shapes.append(chain.shapes[number + 1])
@@ -130,6 +138,8 @@ def with_adds(chain: Chain, blocks: Sequence[Call]) -> Chain:
     return replace(chain, places=tuple(places), links=tuple(links), shapes=tuple(shapes))
 
 
-def _link(branch: Call, layer: int, depth: int) -> Link:
-    label = branch_label(branch.path.rpartition(".")[2], type(branch.module).__name__)
-    return Link(branch.path, branch.index, layer, label, branch.path, branch.index, "add", depth, depth + 1)
+def _link(add: Add, branch: Call, block: Call, layer: int, depth: int) -> Link:
+    inside = branch.path.removeprefix(block.path)
+    label = branch_label(branch.path.rpartition(".")[2], type(branch.module).__name__, inside)
+    style = "normed" if add.normed else "add"
+    return Link(branch.path, branch.index, layer, label, branch.path, branch.index, style, depth, depth + 1)

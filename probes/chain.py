@@ -64,7 +64,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
 def _ended(tape: Tape, chain: Chain) -> Chain:
     """The chain with the place behind its last norm, where there is one."""
     last = chain.places[-1]
-    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams=bool(chain.links))
+    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams=chain.has_streams)
     if norm is None:
         return chain
     return replace(chain, final=Place(norm.path, norm.index, "output", last.layer, "final", norm.path))

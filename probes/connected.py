@@ -66,7 +66,7 @@ def connection_variables(
     chain = session.chains[number]
     found = (
         _stream_variables(session, evidence)
-        if any(link.style != "add" for link in chain.links)
+        if chain.has_streams
         else _add_variables(number, chain, sequences, tokens)
     )
     asked = session.settings.selection.keeps_variable
@@ -145,7 +145,7 @@ def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Te
 
 
 def _add_variables(number: int, chain: Chain, sequences: list[Sequence], tokens: int) -> dict[str, Any]:
-    """A plain block's branches: their input is the state before them, and state + α · Σ branches is proven."""
+    """A plain block's branches: their input is the state before them, and state + α · Σ branches is proven where it is a state."""
 
     def states(depth: int) -> torch.Tensor:
         return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])
@@ -156,6 +156,9 @@ def _add_variables(number: int, chain: Chain, sequences: list[Sequence], tokens:
     ]
     errors = []
     for link in chain.links:
+        if link.style == "normed":
+            errors.append(math.nan)  # the sum itself is not a state
+            continue
         change = states(link.depth_out) - states(link.depth_in)
         total = torch.stack(
             [o for o, other in zip(outs, chain.links, strict=True) if other.depth_in == link.depth_in]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from probes.forward import FINAL
-from probes.place import Chain, Link, Place
+from probes.place import PLAIN, Chain, Link, Place
 from probes.proof import Evidence
 from probes.session import Session
 
@@ -115,7 +115,7 @@ def _connections(session: Session, chain: Chain, evidence: Evidence) -> Iterator
 
 
 def _variables(session: Session, link: Link, evidence: Evidence, number: int) -> Iterator[tuple[str, str]]:
-    if link.style == "add":
+    if link.style in PLAIN:
         yield from (("branch_in", ""), ("branch_out", ""))
         return
     parts, site = evidence.joints[number].parts, session.sites[number]

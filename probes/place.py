@@ -9,6 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 
+PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
+
+
 @dataclass(frozen=True)
 class Place:
     """Where one state of a chain is seen: at the input or the output of one call."""
@@ -50,6 +53,11 @@ class Chain:
     channels_first: bool
     final: Place | None = None  # behind the last norm
     history: bool = False  # connected to earlier depths, not to streams
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether its connections mix or write streams, rather than add branches to one state."""
+        return any(link.style not in PLAIN for link in self.links)
 
 
 def layer_numbers(calls: Sequence[Any]) -> list[int]:

@@ -159,7 +159,11 @@ def _trace(
     variables |= _final(number, sequences, tokens, residual.shape[-1])
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
-    return xr.Dataset(variables, coords)
+    trace = xr.Dataset(variables, coords)
+    if "connection" not in trace.dims:
+        return trace
+    kept = [i for i, link in enumerate(chain.links) if session.settings.selection.keeps_link(chain, link)]
+    return trace.isel(connection=kept)
 
 
 def _gradients(

@@ -319,7 +319,7 @@ class Session:
         self.sites = {
             number: site
             for number, link in enumerate(chains[0].links)
-            if (site := opened.get((link.path, link.index))) is not None and link.style != "add"
+            if (site := opened.get((link.path, link.index))) is not None and chains[0].has_streams
         }
         self.layouts = [self._layout(chain, forward) for chain in chains]
         if not self.sites:

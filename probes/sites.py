@@ -83,14 +83,15 @@ class Request:
                 and (following < _num_blocks(chain))
             )
         if "hc_in" in self.kinds:
-            return any(link.depth_in == depth and self._takes_link(link) for link in chain.links)
+            return any(link.depth_in == depth and self.takes_link(link) for link in chain.links)
         return place.site in self.kinds and (self.block is None or place.layer == self.block)
 
     def takes_variable(self, chain: Chain, name: str) -> bool:
         """Whether a variable of a chain's connections is meant."""
-        return name in self.kinds and any(self._takes_link(link) for link in chain.links)
+        return name in self.kinds and any(self.takes_link(link) for link in chain.links)
 
-    def _takes_link(self, link: Link) -> bool:
+    def takes_link(self, link: Link) -> bool:
+        """Whether a connection's block and branch are meant."""
         return (self.block is None or link.layer == self.block) and (
             self.branch is None or link.branch in (self.branch, "block")
         )
@@ -119,20 +120,32 @@ class Selection:
 
     def needs(self, chain: Chain, depth: int) -> bool:
         """Whether a state must be captured: as it is wanted, or as the proof of a connection needs it."""
-        if not self.requests or any(link.style != "add" for link in chain.links):
+        if chain.has_streams or not self._some_states(chain):
             return True
         proof = {d for link in chain.links for d in (link.depth_in, link.depth_out)}
         branches = any(self.wants(name) for name in ("branch_in", "branch_out"))
         return self.keeps(chain, depth) or (branches and depth in proof)
 
     def keeps(self, chain: Chain, depth: int) -> bool:
-        """Whether a state is kept in the run."""
-        return not self.requests or any(request.takes_state(chain, depth) for request in self.requests)
+        """Whether a state is kept in the run; all are where no request names one, since every analysis needs some."""
+        return not self._some_states(chain) or self._takes(chain, depth)
+
+    def _takes(self, chain: Chain, depth: int) -> bool:
+        return any(request.takes_state(chain, depth) for request in self.requests)
+
+    def _some_states(self, chain: Chain) -> bool:
+        return any(self._takes(chain, depth) for depth in range(len(chain.places)))
+
+    def keeps_link(self, chain: Chain, link: Link) -> bool:
+        """Whether a connection is kept in the run."""
+        return not self.requests or any(
+            request.takes_link(link) for request in self.requests if set(request.kinds) & set(VARIABLES)
+        )
 
     def keeps_variable(self, chain: Chain, name: str) -> bool:
         """Whether a variable of the connections is kept in the run."""
         if not self.requests:
-            return all(link.style != "add" for link in chain.links)
+            return chain.has_streams
         return any(request.takes_variable(chain, name) for request in self.requests)
 
     def connects(self, chain: Chain) -> bool:
@@ -171,8 +184,7 @@ def _serves(chain: Chain, request: Request) -> bool:
 
 
 def _has(chain: Chain, variable: str) -> bool:
-    streams = any(link.style != "add" for link in chain.links)
-    return bool(chain.links) and (streams or not variable.startswith("h_"))
+    return bool(chain.links) and (chain.has_streams or not variable.startswith("h_"))
 
 
 def _reason(chains: Sequence[Chain], request: Request) -> str:
@@ -185,6 +197,8 @@ def _reason(chains: Sequence[Chain], request: Request) -> str:
         return "no norm takes the last state"
     if {"h_pre", "h_post", "h_res", "hc_in"} & set(request.kinds):
         return "the model has no stream connections of that kind"
+    if request.kinds == ("mid",) and any(chain.links for chain in chains):
+        return "its blocks add all their branches at once, so there is no state between them"
     if {"mid", "branch_in", "branch_out"} & set(request.kinds):
         return (
             "no block shows how it adds its branches to the state (a post-norm block, or one without modules inside, does "

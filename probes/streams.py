@@ -167,7 +167,7 @@ def _link(call: Call, layer: int, depth_in: int) -> Link:
 
 _LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (
     ("attn", re.compile(r"att|ssm|mamba|mixer|retention", re.IGNORECASE).search),
-    ("mlp", re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert", re.IGNORECASE).search),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert|dense\w*dense", re.IGNORECASE).search),
 )
 
 

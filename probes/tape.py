@@ -206,8 +206,12 @@ class Tape:
         """Find how a block adds its branches while its children's tensors are there; hand them up where it is no block."""
         if call.x_shape == call.y_shape and call.children:
             call.adds = self._on_block(call)
-        kept = [call] if call.adds else [call, *call.children]
+        for add in call.adds or ():
+            for used in (*add.branches, *([] if add.seen is None else [add.seen])):
+                used.held = True
         parent = call.parent
+        whole = call.adds and parent is not None and parent.x_shape != call.x_shape  # no block around this one
+        kept = [call] if whole else [call, *call.children]
         near = [c for c in kept if parent is not None and c.level - parent.level <= LEVELS]
         if parent is not None:
             parent.children.extend(near)
@@ -217,9 +221,6 @@ class Tape:
             if inner not in near:
                 inner.inner = False
                 self._release(inner)
-        for add in call.adds or ():
-            for used in (*add.branches, *([] if add.seen is None else [add.seen])):
-                used.held = True
         call.children = []
 
     def _note_follower(self, call: Call) -> None:

@@ -24,7 +24,9 @@ from probes.hooks import Hook
 from probes.place import Chain
 from probes.tape import version
 
-PART = 1 << 20  # elements that are float64 at a time, so that no weight is copied whole
+# Elements that are float64 at a time, so that no weight is copied whole: what a CPU's cache holds, and enough for one
+# kernel elsewhere.
+CACHED, LAUNCHED = 2**16, 2**22
 VARIABLES = ("weight_square_norm", "weight_gradient_square_norm", "weight_update_square_norm")
 
 
@@ -199,16 +201,19 @@ def square_norm(tensor: torch.Tensor) -> torch.Tensor:
     Tensor
         Without axes.
     """
-    return torch.stack([torch.dot(part.double(), part.double()) for part in _parts(tensor)]).sum()
+    return torch.stack([_squared(part.double()) for part in _parts(tensor)]).sum()
+
+
+def _squared(part: torch.Tensor) -> torch.Tensor:
+    return torch.dot(part, part)
 
 
 def _square_distance(held: _Held) -> torch.Tensor:
     assert held.before is not None
-    total = torch.zeros((), dtype=torch.float64, device=held.before.device)
-    for now, before in zip(_parts(held.parameter), _parts(held.before), strict=True):
-        moved = now.double() - before.double()
-        total += torch.dot(moved, moved)
-    return total
+    pairs = zip(_parts(held.parameter), _parts(held.before), strict=True)
+    return torch.stack(
+        [_squared(now.to(torch.float64, copy=True).sub_(before)) for now, before in pairs]
+    ).sum()
 
 
 def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -217,7 +222,7 @@ def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
         tensor = tensor.coalesce().values()  # an embedding's rows may come several times, and add up
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    return tensor.reshape(-1).split(PART)
+    return tensor.reshape(-1).split(CACHED if tensor.device.type == "cpu" else LAUNCHED)
 
 
 def _unreadable(parameter: nn.Parameter) -> str:

@@ -40,7 +40,7 @@ class Family:
     batch : callable
         Makes the batch that `probes.capture` takes.
     blocks : tuple of (str, int)
-        The chains that must be found: a block's path pattern, and how often blocks of the chain are called.
+        The chains that must be found: a pattern of the blocks' paths, ``{i}`` a number, and how often they are called.
     chains : tuple of str
         Their names; one chain has no name.
     connection : str
@@ -410,7 +410,7 @@ IMAGES = (
     _seen("convnext", "torchvision", _torchvision_convnext, "features.[135].{i}", 6),
     _seen("swin", "torchvision", partial(_torchvision_swin, 1), "features.[13].{i}", 4),
     _seen("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
-    _seen("efficientnet", "torchvision", _torchvision_efficientnet, "features.*.{i}", 8),
+    _seen("efficientnet", "torchvision", _torchvision_efficientnet, "features.[123].{i}", 8),
     _seen("vit", "torchvision", _torchvision_vit, "encoder.layers.*", 3),
     _seen("resnet18", "timm", _timm("resnet18"), "layer*.{i}", 8),
     _seen("resnet50", "timm", _timm("resnet50"), "layer*.{i}", 16),
@@ -425,7 +425,7 @@ IMAGES = (
         "layers.*.blocks.{i}",
         4,
     ),
-    _seen("efficientnet", "timm", _timm("efficientnet_b0"), "blocks.*.{i}", 16),
+    _seen("efficientnet", "timm", _timm("efficientnet_b0"), "blocks.[1-6].{i}", 15),
     _seen(
         "vit",
         "timm",
@@ -474,9 +474,9 @@ TRACKS = (
         package="transformers",
         build=_esmfold,
         batch=residues,
-        blocks=(("trunk.blocks.{i}", 3), ("trunk.blocks.{i}", 3)),
-        chains=("sequence_state", "pairwise_state"),
-        note="two tracks of the trunk; the pairwise one has L·L tokens",
+        blocks=(("esm.encoder.layer.{i}", 2), ("trunk.blocks.{i}", 3), ("trunk.blocks.{i}", 3)),
+        chains=("esm", "sequence_state", "pairwise_state"),
+        note="the language model, which is frozen, and the two tracks of the trunk; the pairwise one has L·L tokens",
     ),
 )
 
@@ -646,7 +646,7 @@ STREAMS = (
         build=DepthHistory,
         batch=ids,
         blocks=(("trunk.skip_layers.{i}", 4),),
-        connection="history",
+        connection="depth_history",
         note="mixes past layers, not streams",
     ),
 )

@@ -262,7 +262,7 @@ def test_tiny_gradients_do_not_vanish_in_the_square():
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5, 7)])
 def test_a_norm_is_the_same_by_parts(shape, monkeypatch):
-    monkeypatch.setattr(updates, "PART", 8)
+    monkeypatch.setattr(updates, "CACHED", 8)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert float(updates.square_norm(x)) == pytest.approx(float(np.square(x.double().numpy()).sum()))
     z = torch.complex(x, 2 * x)

@@ -1,0 +1,336 @@
+"""Every family is built, captured forward and backward, and checked against hooks of the test's own; the table says what came.
+
+``python -m tests.probes.test_compatibility`` writes `docs/compatibility.md`, and the short table between the markers
+``<!-- compatibility: start -->`` and ``<!-- compatibility: end -->`` of the README, where it has them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from einops import rearrange
+from torch import nn
+
+import probes
+from diagnostics import schema
+from tests.probes.families import FAMILIES, Family, built, floats, tilted
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "compatibility.md"
+README = ROOT / "README.md"
+START, END = "<!-- compatibility: start -->", "<!-- compatibility: end -->"
+COMMAND = "python -m tests.probes.test_compatibility"
+NAMES = [f"{family.package}: {family.name}" for family in FAMILIES]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a capture gave: a run, or a refusal and the run that the override gave."""
+
+    family: Family
+    run: xr.DataTree
+    refusal: str = ""
+
+
+@cache
+def outcome(family: Family) -> Outcome:
+    """Capture a family, as a user would."""
+    take = partial(probes.capture, built(family), family.batch(), gradients=True, loss=tilted)
+    if not family.refused:
+        return Outcome(family, take())
+    with pytest.raises(getattr(probes, family.refused)) as refusal:
+        take()
+    return Outcome(family, take(**family.override), str(refusal.value))
+
+
+# --- the states, by hooks of our own ---
+
+
+@dataclass
+class Seen:
+    """One tensor that a block took or gave, as it was at that moment, and its gradient."""
+
+    value: torch.Tensor
+    gradient: torch.Tensor | None = None
+
+
+def seen_by_hooks(family: Family, pattern: str, track: int) -> list[Seen]:
+    """What the blocks took and gave, without what was handed on from one to the next."""
+    model, seen = built(family), []
+
+    def note(tensor: torch.Tensor) -> None:
+        state = Seen(tensor.detach().clone())
+        seen.append(state)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: setattr(state, "gradient", gradient.clone()))
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        note(states_in((args, *kwargs.values()))[track])
+
+    def give(module: nn.Module, args: Any, output: Any) -> None:
+        note(states_in(output)[track])
+
+    for path, module in model.named_modules():
+        if re.fullmatch(expression(pattern), path):
+            module.register_forward_pre_hook(take, with_kwargs=True)
+            module.register_forward_hook(give)
+    batch = listening(family.batch())
+    tilted(model(**batch) if isinstance(batch, dict) else model(*batch), batch).backward()
+    return [state for before, state in zip([None, *seen], seen, strict=False) if not handed_on(before, state)]
+
+
+def expression(pattern: str) -> str:
+    return pattern.replace(".", r"\.").replace("{i}", r"\d+").replace("*", r"[^.]+")
+
+
+def states_in(value: Any) -> list[torch.Tensor]:
+    return [tensor for tensor in floats(value) if tensor.ndim >= 2]
+
+
+def listening(batch: Any) -> Any:
+    """The batch with leaves that carry gradients, as keywords or as positions."""
+    if isinstance(batch, dict):
+        return {name: listening(value)[0] for name, value in batch.items()}
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    return tuple(part.clone().requires_grad_() if part.is_floating_point() else part for part in parts)
+
+
+def handed_on(before: Seen | None, state: Seen) -> bool:
+    return (
+        before is not None
+        and before.value.shape == state.value.shape
+        and bool((before.value == state.value).all())
+    )
+
+
+def canonical(tensor: torch.Tensor, layout: str, streams: int) -> np.ndarray:
+    """(batch, token, stream, feature), by einops."""
+    letters = layout.lower()
+    tokens = " ".join(letter for letter in "hwt" if letter in letters) or "1"
+    held = "n f" if "f" in letters else "n" if "n" in letters else "1"
+    sizes = {"n": 1 if "f" in letters else streams, "f": streams, "b": 3}
+    known = {letter: size for letter, size in sizes.items() if letter in letters}
+    return rearrange(tensor, f"{letters} -> b ({tokens}) ({held}) d", **known).float().numpy()
+
+
+# --- what the run holds ---
+
+
+def depths(run: xr.DataTree, chain: str) -> list[xr.Dataset]:
+    """The depths of one chain, its stages joined."""
+    traces = [
+        schema.chain_dataset(run, "trace", name) for name in schema.chains(run) if chain_of(name) == chain
+    ]
+    return [
+        trace.isel(depth=depth)
+        for trace in traces
+        if trace is not None
+        for depth in range(trace.sizes["depth"])
+    ]
+
+
+def chain_of(name: str) -> str:
+    return re.sub(r"(^|_)stage\d+$", "", name)
+
+
+def chain_names(run: xr.DataTree) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(chain_of(name) for name in schema.chains(run)))
+
+
+def layout_of(run: xr.DataTree, number: int) -> str:
+    layouts = run.attrs.get("layouts")
+    return layouts[number] if layouts else run.attrs["layout"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+def test_every_family_is_captured(family):
+    """The chains are found, and every state and gradient is the one that hooks of our own see, bit for bit."""
+    run = outcome(family).run
+    assert chain_names(run) == family.chains
+    assert run.attrs["family"] == family.connection
+    assert run.attrs["n_streams"] == family.streams
+    for number, (name, (pattern, calls)) in enumerate(zip(family.chains, family.blocks, strict=True)):
+        earlier = [blocks for blocks, _ in family.blocks[:number]]
+        expected = seen_by_hooks(family, pattern, earlier.count(pattern))
+        found = depths(run, name)
+        compare = compare_all if family.connection == "residual" else compare_some
+        assert len(expected) > calls
+        compare(
+            found, expected, lambda t, number=number: canonical(t, layout_of(run, number), family.streams)
+        )
+
+
+def compare_all(found: list[xr.Dataset], expected: list[Seen], canonical: Callable[..., np.ndarray]) -> None:
+    assert len(found) == len(expected)
+    for at, state in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(at.residual.values, canonical(state.value))
+        compare_gradients(at, state, canonical)
+
+
+def compare_some(found: list[xr.Dataset], expected: list[Seen], canonical: Callable[..., np.ndarray]) -> None:
+    """With connections there are states inside the blocks, too; those between the blocks must be among them, in order."""
+    rest = iter(found)
+    for state in expected:
+        value = canonical(state.value)
+        at = next((at for at in rest if np.array_equal(at.residual.values, value)), None)
+        assert at is not None, "a state that a block took or gave is not among the captured ones"
+        compare_gradients(at, state, canonical)
+
+
+def compare_gradients(at: xr.Dataset, state: Seen, canonical: Callable[..., np.ndarray]) -> None:
+    if state.gradient is None:
+        assert "gradient" not in at or bool(at.gradient.isnull().all())
+    else:
+        np.testing.assert_array_equal(at.gradient.values, canonical(state.gradient))
+
+
+# --- the table ---
+
+HEAD = (
+    "family",
+    "from",
+    "states",
+    "streams",
+    "layout",
+    "connection",
+    "orientation",
+    "error",
+    "gradients",
+    "notes",
+)
+SHORT = ("family", "from", "streams", "connection", "error", "gradients")
+
+
+def row(result: Outcome) -> dict[str, str]:
+    """What one family showed, in words."""
+    family, run = result.family, result.run
+    plain = run.attrs.get("reconstruction_error") is None
+    return {
+        "family": family.name,
+        "from": family.package,
+        "states": ", ".join(states_in_words(run, name) for name in family.chains),
+        "streams": str(run.attrs["n_streams"]),
+        "layout": f"`{run.attrs['layout']}`",
+        "connection": connection_in_words(run),
+        "orientation": run.attrs["orientation"].replace("_", " ").replace("not applicable", "–"),
+        "error": "–" if plain else f"≤ {order_of(run.attrs['reconstruction_error'])}",
+        "gradients": gradients_in_words(run, family.chains),
+        "notes": "; ".join(filter(None, (override_in_words(family), family.note))),
+    }
+
+
+def states_in_words(run: xr.DataTree, chain: str) -> str:
+    found = depths(run, chain)
+    shapes = {(at.sizes["token"], at.sizes["feature"]) for at in found}
+    stages = f" in {len(shapes)} stages" if len(shapes) > 1 else ""
+    return f"{chain} {len(found)}{stages}".strip()
+
+
+def connection_in_words(run: xr.DataTree) -> str:
+    trace = schema.chain_dataset(run, "trace", schema.chains(run)[0])
+    assert trace is not None
+    known = [
+        name for name in ("h_res", "h_pre", "h_post") if name in trace and bool(trace[name].notnull().any())
+    ]
+    words = [name.replace("h_", "H_") for name in known]
+    return f"{run.attrs['family'].replace('_', ' ')}{': ' if words else ''}{', '.join(words)}"
+
+
+def order_of(error: float) -> str:
+    """The power of ten above an error; below 1e-6 the machine decides."""
+    return f"1e{max(-6, math.ceil(math.log10(error))) if error else -6}"
+
+
+def gradients_in_words(run: xr.DataTree, chains: Iterable[str]) -> str:
+    have = {
+        name: [bool(at.gradient.notnull().any()) if "gradient" in at else False for at in depths(run, name)]
+        for name in chains
+    }
+    if all(all(known) for known in have.values()):
+        return "all"
+    return ", ".join(
+        f"{name} {'all' if all(known) else f'{sum(known)} of {len(known)}' if any(known) else 'none'}".strip()
+        for name, known in have.items()
+    )
+
+
+def override_in_words(family: Family) -> str:
+    given = ", ".join(f"`{name}={value!r}`" for name, value in family.override.items())
+    return f"refused ({family.refused}) unless {given} is given" if family.refused else ""
+
+
+def markdown(columns: Iterable[str], rows: list[dict[str, str]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page() -> str:
+    rows = [row(outcome(family)) for family in FAMILIES]
+    return f"""# Compatibility
+
+Every row is a tiny random model of its family that a test builds and captures, forward and backward
+(`tests/probes/test_compatibility.py`); each state and each gradient is compared with what hooks of the test's own see, bit for
+bit. This page is written by `{COMMAND}`.
+
+- **states**: how many states each chain has, the embedding among them; a stage is a part of a chain of one width and one number
+  of tokens.
+- **layout**: the axes of the model's own tensor: B batch, T tokens, N streams, F fractions, D features, H and W an image.
+- **connection**: what joins the states, and which of its weights are read.
+- **orientation**: proven by recomputing the next state with the matrix and with its transpose.
+- **error**: the largest relative error of a recomputed next state, ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖.
+- **gradients**: at which states the gradient of the loss arrived.
+
+{markdown(HEAD, rows)}
+
+A model with streams that is not in this table is found by what its connections take and give, or refused with the override that
+reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one (`tests/probes/test_unseen_streams.py`).
+"""
+
+
+def short_table() -> str:
+    return markdown(SHORT, [row(outcome(family)) for family in FAMILIES])
+
+
+def between_markers(text: str, table: str) -> str:
+    head, found, rest = text.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n{table}\n{END}{tail}" if found else text
+
+
+def test_the_page_says_what_was_captured():
+    assert TABLE.read_text(encoding="utf-8") == page(), f"run {COMMAND}"
+
+
+def test_the_readme_shows_the_short_table():
+    text = README.read_text(encoding="utf-8")
+    assert between_markers(text, short_table()) == text, f"run {COMMAND}"
+
+
+def test_markers_hold_the_table():
+    text = between_markers(f"a\n{START}\nold\n{END}\nb\n", "new")
+    assert text == f"a\n{START}\nnew\n{END}\nb\n"
+    assert between_markers("no markers", "new") == "no markers"
+
+
+def write() -> None:
+    TABLE.write_text(page(), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    README.write_text(between_markers(text, short_table()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    write()
