@@ -42,7 +42,9 @@ def find_adds(block: Call) -> tuple[Add, ...] | None:
     """
     if block.x is None or block.y is None or block.versions[0] != version(block.x):
         return None
-    inner = [call for call in block.children if call.x_shape == block.x_shape or call.y_shape == block.x_shape]
+    inner = [
+        call for call in block.children if call.x_shape == block.x_shape or call.y_shape == block.x_shape
+    ]
     if len(inner) > MOST:
         return None  # a stack of blocks, not a block
     return _Search(block, inner).steps(_sample(block.x), block.order) or None

@@ -251,7 +251,7 @@ def _linked_chain(blocks: list[Call], name: str) -> Chain:
     places = list(chain.places)
     shapes = list(chain.shapes)
     for depth, (before, call) in enumerate(pairwise(blocks), 1):
-        if not same_tensor(before.y, call.x):
+        if call.x is None or (before.y is not None and not same_tensor(before.y, call.x)):
             places[depth] = replace(places[depth], path=before.path, index=before.index, at="output")
             shapes[depth] = before.y_shape
     return replace(chain, places=tuple(places), shapes=tuple(shapes))

@@ -145,7 +145,7 @@ def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Te
 
 
 def _add_variables(number: int, chain: Chain, sequences: list[Sequence], tokens: int) -> dict[str, Any]:
-    """A plain block's branches: their input is the state before them, and state + α · Σ branches is proven where it is a state."""
+    """A plain block's branches: each takes the state before it, and state + α · Σ branches is proven where it is a state."""
 
     def states(depth: int) -> torch.Tensor:
         return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -40,6 +41,17 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()  # a pickled or deep-copied model must not write into this one's records
+
+
+@dataclass
+class Seeing:
+    """A mode to run a method in, and what to do with its result."""
+
+    mode: AbstractContextManager[Any]
+    done: Callable[[Any], None]
+
+
+Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Seeing | None]
 
 
 class Attachment:
@@ -84,18 +96,6 @@ class Attachment:
     def remove(self) -> None:
         """Take every hook off; calling it twice is fine."""
         self._stack.close()
-
-
-class MethodWatch(Protocol):
-    """What a watcher gives: a mode to run the method in, and what to do with its result."""
-
-    mode: AbstractContextManager[Any]
-
-    def done(self, result: Any) -> None:
-        """Look at what the method returned."""
-
-
-Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], MethodWatch | None]
 
 
 class SeenMethod:

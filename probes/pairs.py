@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from probes.connections import Site
+from probes.connections import Site, pair_of
 from probes.hooks import tensors_in
+from probes.inputs import CaptureError
 from probes.reading import (
     Parts,
     Watch,
@@ -82,3 +84,29 @@ class Opening:
         tokens, views, width = self.parts.branch_in.shape[1:]
         self.parts.branch_out = as_views(branch_out, self.batch_size, tokens, views, width)
         return self.parts
+
+
+def branch_output(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
+    """What the branch gave, among what the closing method of a connection takes.
+
+    Parameters
+    ----------
+    module : Module
+        A paired connection.
+    args, kwargs
+        What its closing method was given.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    CaptureError
+        Where no tensor is there.
+    """
+    pair = pair_of(module)
+    floating = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.ndim >= 2]
+    if pair is None or len(floating) <= pair.branch_argument:
+        raise CaptureError(f"{type(module).__name__} closed a connection without its branch's output")
+    return floating[pair.branch_argument].detach()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
 
 

@@ -92,3 +92,22 @@ def _refusal(size: tuple[int, ...], batch_size: int, plain: str, hidden: tuple[s
         "yet; say how to read it with layout=, for example layout='B T N D', layout='(B N) T D', or layout='B H W D' for an "
         "image with channels last"
     )
+
+
+def takes_tokens_first(shape: Sequence[int], lead: Sequence[int], signs: Signs) -> bool:
+    """Tell whether a model is called with the tokens before the sequences, so that its batch is the second axis.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the first state.
+    lead : sequence of int
+        Shape of the first tensor that the model was called with.
+    signs : Signs
+        What the calls say about the state's axes.
+
+    Returns
+    -------
+    bool
+    """
+    return signs.tokens_first and len(shape) == 3 and len(lead) >= 2 and tuple(lead[:2]) == tuple(shape[:2])

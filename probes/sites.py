@@ -1,10 +1,11 @@
 """Which sites are captured: the names that people know, and what they stand for in a chain.
 
 Known names: the sites ``embed``, ``pre``, ``mid``, ``post`` and ``final``; ``branch_in`` and ``branch_out``; ``h_pre``,
-``h_post`` and ``h_res`` (also ``H_res``, ``comb``, ``alpha``, ``beta``); TransformerLens' ``blocks.{i}.hook_resid_pre|mid|post``,
-``blocks.{i}.hook_attn_out|hook_mlp_out``, ``blocks.{i}.attn_hc.hook_in|hook_post|hook_comb|hook_out``, ``hook_embed`` and
-``ln_final.hook_normalized``; transformers' ``hidden_states`` and ``hidden_states[i]`` (the state before block i; the last one
-is before the final norm). A number, ``{i}`` or ``*`` stands for the block; without ``blocks.`` a hook name means every block.
+``h_post`` and ``h_res`` (also ``H_res``, ``comb``, ``alpha``, ``beta``); TransformerLens' ``hook_embed``,
+``blocks.{i}.hook_resid_pre|mid|post``, ``blocks.{i}.hook_attn_out|hook_mlp_out``,
+``blocks.{i}.attn_hc.hook_in|hook_post|hook_comb|hook_out`` and ``ln_final.hook_normalized``; transformers' ``hidden_states``
+and ``hidden_states[i]`` (the state before block i; the last one is before the final norm). A number, ``{i}`` or ``*`` stands
+for the block; without ``blocks.`` a hook name means every block.
 """
 
 from __future__ import annotations

@@ -210,7 +210,9 @@ class Tape:
             for used in (*add.branches, *([] if add.seen is None else [add.seen])):
                 used.held = True
         parent = call.parent
-        whole = call.adds and parent is not None and parent.x_shape != call.x_shape  # no block around this one
+        whole = (
+            call.adds and parent is not None and parent.x_shape != call.x_shape
+        )  # no block around this one
         kept = [call] if whole else [call, *call.children]
         near = [c for c in kept if parent is not None and c.level - parent.level <= LEVELS]
         if parent is not None:

@@ -94,8 +94,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None and self._session.settings.gradients:
-            self._session.drop()  # a backward that an error cut short left only some of the gradients
+        if kind is not None:  # a backward that was cut short left only some of the gradients
+            self._weights = None
+            if self._session.settings.gradients:
+                self._session.drop()
         self.close()
 
     def step(self, loss: float | torch.Tensor | None = None) -> None:

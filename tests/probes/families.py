@@ -27,7 +27,7 @@ VOCABULARY = 64
 LENGTH = 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One family of models.
 
@@ -51,6 +51,8 @@ class Family:
         The class of the error that a capture without overrides ends in; empty where it is read.
     override : mapping
         With what it is captured after a refusal.
+    takes : bool
+        Whether a block takes the state; otherwise it gives it only.
     note : str
         For the table.
     """
@@ -65,6 +67,7 @@ class Family:
     streams: int = 1
     refused: str = ""
     override: Mapping[str, Any] = field(default_factory=dict)
+    takes: bool = True
     note: str = ""
 
 
@@ -412,8 +415,8 @@ IMAGES = (
     _seen("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
     _seen("efficientnet", "torchvision", _torchvision_efficientnet, "features.[123].{i}", 8),
     _seen("vit", "torchvision", _torchvision_vit, "encoder.layers.*", 3),
-    _seen("resnet18", "timm", _timm("resnet18"), "layer*.{i}", 8),
-    _seen("resnet50", "timm", _timm("resnet50"), "layer*.{i}", 16),
+    _seen("resnet18", "timm", _timm("resnet18", zero_init_last=False), "layer*.{i}", 8),
+    _seen("resnet50", "timm", _timm("resnet50", zero_init_last=False), "layer*.{i}", 16),
     _seen("convnext", "timm", _timm("convnext_atto", depths=(2, 2, 2, 2), dims=(8, 16, 24, 32)), "stages.*.blocks.{i}", 8),
     _seen(
         "swin",
@@ -647,6 +650,7 @@ STREAMS = (
         batch=ids,
         blocks=(("trunk.skip_layers.{i}", 4),),
         connection="depth_history",
+        takes=False,
         note="mixes past layers, not streams",
     ),
 )

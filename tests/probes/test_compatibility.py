@@ -62,6 +62,7 @@ class Seen:
     """One tensor that a block took or gave, as it was at that moment, and its gradient."""
 
     value: torch.Tensor
+    taken: bool
     gradient: torch.Tensor | None = None
 
 
@@ -69,21 +70,22 @@ def seen_by_hooks(family: Family, pattern: str, track: int) -> list[Seen]:
     """What the blocks took and gave, without what was handed on from one to the next."""
     model, seen = built(family), []
 
-    def note(tensor: torch.Tensor) -> None:
-        state = Seen(tensor.detach().clone())
+    def note(tensor: torch.Tensor, taken: bool) -> None:
+        state = Seen(tensor.detach().clone(), taken)
         seen.append(state)
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: setattr(state, "gradient", gradient.clone()))
 
     def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-        note(states_in((args, *kwargs.values()))[track])
+        note(states_in((args, *kwargs.values()))[track], True)
 
     def give(module: nn.Module, args: Any, output: Any) -> None:
-        note(states_in(output)[track])
+        note(states_in(output)[track], False)
 
     for path, module in model.named_modules():
         if re.fullmatch(expression(pattern), path):
-            module.register_forward_pre_hook(take, with_kwargs=True)
+            if family.takes:
+                module.register_forward_pre_hook(take, with_kwargs=True)
             module.register_forward_hook(give)
     batch = listening(family.batch())
     tilted(model(**batch) if isinstance(batch, dict) else model(*batch), batch).backward()
@@ -109,6 +111,7 @@ def listening(batch: Any) -> Any:
 def handed_on(before: Seen | None, state: Seen) -> bool:
     return (
         before is not None
+        and (not before.taken and state.taken)
         and before.value.shape == state.value.shape
         and bool((before.value == state.value).all())
     )
@@ -284,8 +287,8 @@ Every row is a tiny random model of its family that a test builds and captures, 
 (`tests/probes/test_compatibility.py`); each state and each gradient is compared with what hooks of the test's own see, bit for
 bit. This page is written by `{COMMAND}`.
 
-- **states**: how many states each chain has, the embedding among them; a stage is a part of a chain of one width and one number
-  of tokens.
+- **states**: how many states each chain has, the embedding among them; a stage is a part of a chain with one width and one
+  number of tokens.
 - **layout**: the axes of the model's own tensor: B batch, T tokens, N streams, F fractions, D features, H and W an image.
 - **connection**: what joins the states, and which of its weights are read.
 - **orientation**: proven by recomputing the next state with the matrix and with its transpose.
@@ -294,8 +297,8 @@ bit. This page is written by `{COMMAND}`.
 
 {markdown(HEAD, rows)}
 
-A model with streams that is not in this table is found by what its connections take and give, or refused with the override that
-reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one (`tests/probes/test_unseen_streams.py`).
+A model with streams that is not in this table is found by what its connections take and give, or refused with the override
+that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one (`tests/probes/test_unseen_streams.py`).
 """
 
 

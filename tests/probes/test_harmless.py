@@ -179,11 +179,12 @@ def test_an_error_in_the_users_forward_passes_and_the_hooks_are_gone(ids, error,
     assert recorder.run.statistics.sizes["step"] == 1, "the whole step is kept, the broken one is dropped"
 
 
+@pytest.mark.parametrize("probe", [ALL, {"weights": True}], ids=["all", "weights"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_users_backward_passes_and_the_step_is_dropped(ids, error):
+def test_an_error_in_the_users_backward_passes_and_no_half_gradient_is_kept(ids, error, probe):
     model = Residual()
     hooks, flags = hooks_of(model), flags_of(model)
-    recorder = probes.record(model, **ALL)
+    recorder = probes.record(model, **probe)
 
     def explode(module, args):
         return (Explosive.apply(args[0], error),)
@@ -200,7 +201,11 @@ def test_an_error_in_the_users_backward_passes_and_the_step_is_dropped(ids, erro
     with pytest.raises(error, match="mine"):
         loop()
     assert (hooks_of(model), flags_of(model)) == (hooks, flags)
-    assert recorder.run.statistics.sizes["step"] == 1
+    statistics = recorder.run.statistics
+    assert statistics.sizes["step"] == (1 if probe is ALL else 2), "a whole forward is a row of states"
+    known = statistics.weight_gradient_square_norm.notnull().all("weight")
+    assert known.values.tolist() == [True, False][: statistics.sizes["step"]]
+    assert not any(np.isnan(statistics.weight_count))
     assert recorder.errors == []
 
 

@@ -1,0 +1,220 @@
+"""The first forward: everything is looked at, then the chains are found in it."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from probes.chain import find_chains
+from probes.connections import Site, opened_site, pair_of
+from probes.forward import Forward, Listener
+from probes.here import Here
+from probes.hooks import Attachment, Hook, Seeing, first_float, in_recomputation
+from probes.inputs import CaptureError
+from probes.layout import count_streams, infer_layout
+from probes.pairs import Opening, branch_output
+from probes.place import Chain, Link
+from probes.reading import returned_watch
+from probes.sight import Sight
+from probes.tape import FORWARD, Call, Tape, version
+
+
+class RewrittenError(CaptureError):
+    """A state of the first forward was rewritten in place before it could be copied."""
+
+
+class Discovery:
+    """Hooks on every module, a tape of their calls, and the chains that are found on it.
+
+    Parameters
+    ----------
+    sight : Sight
+        Where what is found is kept.
+    here : Here
+        The running forward.
+    """
+
+    def __init__(self, sight: Sight, here: Here):
+        self.sight = sight
+        self._here = here
+
+    def attach(self, attachment: Attachment) -> None:
+        """Put hooks on every module, and look at the methods of those that may be connections."""
+        for path, module in self.sight.model.named_modules():
+            attachment.before(module, partial(self._tape_enter, path))
+            attachment.after(module, self._tape_leave)
+            pair = pair_of(module)
+            if pair is not None:
+                attachment.around(module, pair.opens, partial(self._tape_opens, path))
+                attachment.around(module, pair.closes, partial(self._tape_closes, path, pair.closes))
+
+    def _tape_enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._here.tape is None or self._here.paused or in_recomputation():
+            return
+        call = self._here.tape.enter(path, module, args, kwargs)
+        self._watch_gradient(call.x)
+
+    def _tape_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._here.tape is None or self._here.paused or in_recomputation():
+            return
+        call = self._here.tape.leave(module, output)
+        self._watch_gradient(call.y)
+
+    def _tape_opens(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
+        tape, forward = self._here.tape, self._here.forward
+        x, pair = first_float(args, kwargs), pair_of(module)
+        if tape is None or forward is None or x is None or pair is None or in_recomputation():
+            return None
+        site = opened_site(pair, module, x, forward.batch_size)
+        if site is None:
+            return None
+        opening = Opening(site, forward.batch_size, x.detach())
+        opening.key = tape.opened(path, module, pair.opens, x, site)
+        self._watch_gradient(x)
+        forward.openings.setdefault(path, []).append(opening)
+        watch = opening.watch()
+        return Seeing(watch, lambda result: opening.read(result, watch))
+
+    def _tape_closes(
+        self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> Seeing | None:
+        tape, forward = self._here.tape, self._here.forward
+        if tape is None or forward is None or in_recomputation() or not forward.openings.get(path):
+            return None
+        opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
+        watch = opening.closing_watch(branch_out)
+
+        def done(result: Any) -> None:
+            output = first_float(result)
+            if output is not None:
+                parts = opening.close(branch_out, result, watch)
+                tape.closed(opening.key, method, branch_out, output, parts)
+                self._watch_gradient(output)
+
+        return Seeing(watch, done)
+
+    def _watch_gradient(self, tensor: torch.Tensor | None) -> None:
+        """In the first forward every tensor may turn out to be a state, so every gradient is listened to."""
+        forward = self._here.forward
+        if not self.sight.settings.gradients or forward is None or tensor is None or not tensor.requires_grad:
+            return
+        known = forward.watched.get(id(tensor))
+        if known is None or known.tensor() is not tensor:  # the number of a freed tensor may come again
+            listener = forward.watched[id(tensor)] = Listener(weakref.ref(tensor))
+            tensor.register_hook(
+                Hook(partial(self._see_watched, forward, listener), self.sight.errors.append)
+            )
+
+    def _see_watched(self, forward: Forward, listener: Listener, gradient: torch.Tensor) -> None:
+        if listener.key is not None:
+            self.sight.see_gradient(forward, *listener.key, gradient)
+
+    def find(self, tape: Tape, forward: Forward) -> None:
+        """Find the chains in the calls of a forward, and keep what it showed of them.
+
+        Parameters
+        ----------
+        tape : Tape
+            Its calls.
+        forward : Forward
+            What is kept of it.
+
+        Raises
+        ------
+        RewrittenError
+            Where a state was lost; the chains are known then.
+        """
+        chains = find_chains(tape, self.sight.model, layers=self.sight.settings.layers)
+        calls = {call.key: call for call in tape.calls}
+        opened = {(call.path, call.index): call.site for call in tape.calls if call.site is not None}
+        self.sight.sites = {
+            number: site
+            for number, link in enumerate(chains[0].links)
+            if (site := opened.get((link.path, link.index))) is not None and chains[0].has_streams
+        }
+        self.sight.layouts = [self._layout(chain, forward) for chain in chains]
+        if not self.sight.sites:
+            self.sight.named_streams = self.sight.settings.streams or count_streams(
+                chains[0].shapes[0], self.sight.layouts[0], forward.batch_size
+            )
+        self.sight.settings.selection.require(chains)
+        self.sight.chains = chains
+        self._here.paused = True
+        try:
+            self._replay(calls, forward)
+        except RewrittenError:
+            raise  # the chains are right: from the next forward on states are copied as they pass
+        except Exception:
+            self.sight.chains = []
+            raise
+        finally:
+            self._here.paused = False
+
+    def _layout(self, chain: Chain, forward: Forward) -> str:
+        if self.sight.settings.layout is not None:
+            return self.sight.settings.layout
+        if self.sight.sites:
+            return self.sight.sites[0].layout
+        return infer_layout(
+            chain.shapes[0], batch_size=forward.batch_size, channels_first=chain.channels_first
+        )
+
+    def _replay(self, calls: dict[Any, Call], forward: Forward) -> None:
+        """Feed what the tape kept to the same functions that later forwards feed from their hooks."""
+        for number, depth, place in self.sight.places():
+            call = calls[place.path, place.method, place.index]
+            self._refuse_rewritten(call, place.at)
+            tensor = call.x if place.at == "input" else call.y
+            value = call.x if place.at == "input" else call.value
+            assert tensor is not None
+            assert value is not None
+            listener = forward.watched.get(id(tensor))
+            if listener is not None and listener.tensor() is tensor:
+                listener.key = number, depth
+                self.sight.expect(forward, (number, depth), tensor)
+            self.sight.see_state(forward, number, depth, value)
+        for number, link in enumerate(self.sight.links):
+            self._replay_link(calls, forward, number, link)
+        for number, chain in enumerate(self.sight.chains):
+            for position, link in enumerate(chain.links):
+                if link.branch_path is not None:
+                    branch = calls[link.branch_path, FORWARD, link.branch_index]
+                    self.sight.keep_branch(forward, number, position, branch.y)
+
+    def _replay_link(self, calls: dict[Any, Call], forward: Forward, number: int, link: Link) -> None:
+        call = next(
+            c for c in calls.values() if c.site is not None and (c.path, c.index) == (link.path, link.index)
+        )
+        if call.closing is not None and call.closing.parts is not None:
+            self.sight.keep_parts(forward, number, call.closing.parts)
+        elif link.style == "returned" and call.x is not None:
+            x, site, rows = call.x.detach(), self.sight.sites[number], forward.rows
+
+            def seen() -> list[torch.Tensor]:
+                kept = _sequences_at(x, site, rows)
+                with torch.no_grad(), returned_watch(kept, site) as watch:
+                    call.module.forward(kept)
+                return watch.floating()
+
+            self.sight.see_returned(forward, number, x, call.output, seen)
+
+    def _refuse_rewritten(self, call: Call, at: str) -> None:
+        tensor = call.x if at == "input" else call.y
+        if tensor is None:
+            raise CaptureError(f"the state at {call.path} was not kept; name the blocks with layers=")
+        copied = at == "output" and call.copy is not None
+        if not copied and call.versions[0 if at == "input" else 1] != version(tensor):
+            raise RewrittenError(
+                f"the state at {call.path} was rewritten in place before the first forward ended, so its value is lost; "
+                "call the model once more: from the second forward on states are copied as they pass"
+            )
+
+
+def _sequences_at(x: torch.Tensor, site: Site, rows: torch.Tensor) -> torch.Tensor:
+    """The sampled sequences of a connection's input, in the module's own layout."""
+    rows = rows.to(x.device)
+    return x[:, rows] if site.layout.startswith("N B") else x[rows]

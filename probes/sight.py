@@ -1,0 +1,229 @@
+"""What a model was found to be, and what is kept of the states, gradients and connections that pass in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from probes.connections import Site
+from probes.forward import FINAL, Forward
+from probes.hooks import Hook
+from probes.inputs import Mask, find_mask, fit_mask
+from probes.layout import canonical
+from probes.place import Chain, Link, Place
+from probes.reading import Parts, read_returned
+from probes.sites import Selection
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to capture, and how much of it to keep."""
+
+    gradients: bool = False
+    layers: tuple[str, ...] | None = None
+    layout: str | None = None
+    streams: int | None = None
+    max_sequences: int = 8
+    seed: int = 0
+    mask: Mask = None
+    selection: Selection = field(default_factory=Selection)
+    scale: Callable[[], torch.Tensor | None] | None = None
+
+
+class Sight:
+    """What a model was found to be, and what is kept of what passes in it.
+
+    Parameters
+    ----------
+    model : Module
+        The user's model; it is only looked at.
+    settings : Settings
+        What to capture.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings):
+        self.model = model
+        self.settings = settings
+        self.chains: list[Chain] = []
+        self.layouts: list[str] = []
+        self.sites: dict[int, Site] = {}
+        self.named_streams = 1
+        self.dtype = torch.float32
+        self.errors: list[Exception] = []
+
+    def places(self) -> Iterable[tuple[int, int, Place]]:
+        """Every place that is captured: chain number, depth (`FINAL` behind the last norm), place."""
+        for number, chain in enumerate(self.chains):
+            for depth, place in enumerate(chain.places):
+                if self.settings.selection.needs(chain, depth):
+                    yield number, depth, place
+            if chain.final is not None and self.settings.selection.wants("final"):
+                yield number, FINAL, chain.final
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The stream connections of the (only) chain that has them."""
+        return self.chains[0].links if self.chains and self.sites else ()
+
+    @property
+    def num_streams(self) -> int:
+        """Number of residual streams n, fractions counted; 1 for a plain residual model."""
+        return self.sites[0].num_streams if self.sites else self.named_streams
+
+    @property
+    def fractions(self) -> int:
+        """Number of fractions of each stream's features that are connected on their own; mostly 1."""
+        return self.sites[0].fractions if self.sites else 1
+
+    @property
+    def family(self) -> str:
+        """The connection family: residual, hc, mhc, independent_hc, gated, altup or depth_history."""
+        if not self.sites:
+            if any(chain.history for chain in self.chains):
+                return "depth_history"
+            return "residual" if self.num_streams == 1 else "unknown"
+        families = {site.family for site in self.sites.values()}
+        return families.pop() if len(families) == 1 else "hc"
+
+    # --- what passes ---
+
+    def see_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
+        """Keep a state of a forward and add it to the statistics.
+
+        Parameters
+        ----------
+        forward : Forward
+            The forward.
+        number, depth : int
+            Chain and depth (`FINAL` behind the last norm).
+        tensor : Tensor
+            The state as the model holds it.
+        """
+        forward.fired.add(("state", number, depth))
+        if depth == FINAL:
+            if len(forward.rows):
+                forward.states[number, depth] = forward.sampled(self._final(forward, tensor.detach()))
+            return
+        state = self._canonical(forward, number, tensor.detach())
+        mask = self._mask(forward, number, state)
+        self.dtype = tensor.dtype
+        if len(forward.rows):
+            forward.states[number, depth] = forward.sampled(state)
+        forward.chain_sums(number).see_state(depth, state, mask)
+
+    def listen(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
+        """Listen to the gradient of a state, where gradients are wanted and it will have one."""
+        key = (number, depth)
+        if self.settings.gradients and tensor.requires_grad and key not in forward.hooked:
+            self.expect(forward, key, tensor)
+            tensor.register_hook(Hook(partial(self.see_gradient, forward, number, depth), self.errors.append))
+
+    def expect(self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor) -> None:
+        """Note that the gradient of a state is listened to."""
+        if not any(number == key[0] for number, _ in forward.hooked):
+            forward.sources.append(
+                tensor
+            )  # the first state of a chain, up to which a backward of our own must reach
+        forward.hooked.add(key)
+
+    def see_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
+        """Keep a gradient, divided by the loss scale; several backwards of one forward add up.
+
+        Parameters
+        ----------
+        forward : Forward
+            The forward whose state it belongs to.
+        number, depth : int
+            Chain and depth.
+        gradient : Tensor
+            As the backward gives it.
+        """
+        scale = self.settings.scale() if self.settings.scale is not None else None
+        whole = gradient.detach()
+        if scale is not None:
+            whole = whole.float() / scale.to(whole.device)
+        if depth == FINAL:
+            state = self._final(forward, whole)
+        else:
+            state = self._canonical(forward, number, whole)
+            forward.chain_sums(number).see_gradient(depth, state, forward.masks.get(number))
+        if len(forward.rows):
+            kept = forward.sampled(state)
+            held = forward.gradients.get((number, depth))
+            forward.gradients[number, depth] = kept if held is None else held + kept
+
+    def see_returned(
+        self,
+        forward: Forward,
+        number: int,
+        x: torch.Tensor,
+        output: Any,
+        seen: Callable[[], list[torch.Tensor]],
+    ) -> None:
+        """Read a returned connection and keep its parts; ``seen`` gives what it computed inside."""
+        rows = forward.rows.to(x.device)
+        sampled, whole = read_returned(self.sites[number], x, output, rows, seen)
+        self.keep_parts(forward, number, whole, sampled)
+
+    def keep_parts(self, forward: Forward, number: int, whole: Parts, sampled: Parts | None = None) -> None:
+        """Keep the parts of a connection.
+
+        Parameters
+        ----------
+        forward : Forward
+            The forward.
+        number : int
+            The connection.
+        whole : Parts
+            Of every token.
+        sampled : Parts, optional
+            Of the sampled sequences, where more was read of them.
+        """
+        forward.fired.add(("connection", 0, number))
+        if len(forward.rows):
+            rows = forward.rows.to(whole.write.device)
+            forward.parts[0, number] = (whole.at(rows) if sampled is None else sampled).detached()
+        if whole.mix is not None:
+            forward.chain_sums(0).see_mixing(number, whole.mix, forward.masks.get(0))
+
+    def keep_branch(self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None) -> None:
+        """Keep what a branch gave: chain number and position of its connection."""
+        if tensor is None:
+            return
+        forward.fired.add(("branch", number, position))
+        if len(forward.rows):
+            flat = (
+                tensor.detach()
+                if self.sites
+                else self._canonical(forward, number, tensor.detach()).squeeze(2)
+            )
+            forward.branches[number, position] = forward.sampled(flat)
+
+    # --- shapes and masks ---
+
+    def _canonical(self, forward: Forward, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        return canonical(
+            tensor,
+            self.layouts[number],
+            batch_size=forward.batch_size,
+            num_streams=self.num_streams,
+            fractions=self.fractions,
+        )
+
+    def _final(self, forward: Forward, tensor: torch.Tensor) -> torch.Tensor:
+        """The state behind the last norm, (B, T, D), whatever the layout of the streams."""
+        if not self.sites and self.num_streams == 1:
+            return self._canonical(forward, 0, tensor).squeeze(2)
+        return tensor.reshape(forward.batch_size, -1, tensor.shape[-1])
+
+    def _mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
+        if number not in forward.masks:
+            prefix = "decoder_" if "decoder" in self.chains[number].name else ""
+            mask = find_mask(forward.arguments, self.settings.mask, prefix)
+            forward.masks[number] = None if mask is None else fit_mask(mask, state)
+        return forward.masks[number]
