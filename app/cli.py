@@ -236,6 +236,11 @@ def _model(command: argparse.ArgumentParser) -> None:
         "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
     )
     command.add_argument("--streams", type=int, metavar="N", help="streams, where the layout merges them")
+    command.add_argument(
+        "--sites",
+        metavar="NAMES",
+        help="what to keep, such as mid,final or 'blocks.3.hook_resid_post' (else all states)",
+    )
     command.add_argument("--seed", type=int, default=0, help="chooses the sequences (default 0)")
     command.add_argument("--device", default="cpu", help="torch device (default cpu)")
     command.add_argument(

@@ -26,7 +26,6 @@ from capturing import measure, page  # noqa: E402
 from capturing.cases import CASES, Sizes  # noqa: E402
 from capturing.tools import PEERS, TOOLS, groups  # noqa: E402
 
-MODES = {"forward": False, "forward + backward": True}
 BATCHES = {"forward": (1, 2, 8, 24), "forward + backward": (1, 2, 8)}
 
 
@@ -37,7 +36,7 @@ def main() -> None:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     results = {"times": timings(arguments), "memory": memories(arguments) if arguments.memory else {}}
-    results |= page.circumstances(arguments.layers, arguments.rounds, list(PEERS))
+    results |= page.circumstances(arguments.rounds, list(PEERS))
     if arguments.json:
         print(json.dumps(results, indent=1))
     else:
@@ -73,14 +72,19 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
 def timings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Case to mode to rows; each group of tools in a process of its own."""
     found: dict[str, Any] = {}
-    for case in arguments.cases:
-        for mode in MODES:
-            for names in wanted(arguments.only):
-                task = {"case": case, "sizes": sizes_of(arguments), "mode": mode, "rounds": arguments.rounds}
-                answer = ask(task | {"names": names})
-                entry = found.setdefault(case, answer | {"modes": {}})
-                rows = entry["modes"].setdefault(mode, {})
-                rows |= {name: row for name, row in answer.get("rows", {}).items() if name not in rows}
+    for names in wanted(arguments.only):
+        task = {
+            "cases": arguments.cases,
+            "sizes": sizes_of(arguments),
+            "rounds": arguments.rounds,
+            "names": names,
+        }
+        answer = ask(task)
+        for case in arguments.cases:
+            entry = answer.get(case, {"modes": {mode: {names[-1]: answer} for mode in measure.MODES}})
+            known = found.setdefault(case, entry)
+            for mode, rows in entry["modes"].items():
+                known["modes"][mode] = rows | known["modes"][mode]
     return found
 
 
@@ -100,7 +104,7 @@ def memories(arguments: argparse.Namespace) -> dict[str, Any]:
     for case in (case for case in arguments.cases if case != "tiny"):
         for mode, counts in BATCHES.items():
             for name in names:
-                task = {"case": case, "sizes": sizes_of(arguments), "mode": mode, "name": name}
+                task = {"cases": [case], "sizes": sizes_of(arguments), "mode": mode, "names": [name]}
                 row = ask(task | {"counts": (1,) if name == "probes.capture" else counts})
                 found.setdefault(case, {}).setdefault(mode, {})[name] = row
     return found
@@ -108,32 +112,31 @@ def memories(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def ask(task: dict[str, Any]) -> dict[str, Any]:
     """One task in a process of its own; a crash is an answer too, and what is not installed needs no process."""
-    name = task.get("name") or task["names"][-1]
-    if name in PEERS and find_spec(name.replace("-", "_")) is None:
-        row = {"reason": "not installed"}
-        return row if "name" in task else {"rows": {name: row}}
-    print(f"{task['case']}, {task['mode']}: {task.get('name') or ', '.join(task['names'])}", file=sys.stderr)
+    last = task["names"][-1]
+    if last in PEERS and find_spec(last.replace("-", "_")) is None:
+        return {"reason": "not installed"}
+    print(f"{', '.join(task['cases'])}: {', '.join(task['names'])}", file=sys.stderr)
     command = [sys.executable, str(HERE / "capture.py"), "--worker", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"reason": f"crashed: {last[:150]}"}
+    message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"reason": f"crashed: {message[:150]}"}
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
-    """What a worker process does."""
+    """What a worker process does: times of all cases, or the memory of one tool on one."""
     import probes
 
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     warnings.simplefilter("error", probes.ProbeWarning)  # a step that was not measured must not look cheap
     torch.set_num_threads(1)
-    sizes, backward = Sizes(**task["sizes"]), MODES[task["mode"]]
+    sizes, names = Sizes(**task["sizes"]), task["names"]
     if "counts" in task:
-        counts = tuple(task["counts"])
-        return measure.peaks(task["case"], sizes, name=task["name"], backward=backward, counts=counts)
-    return measure.times(task["case"], sizes, names=task["names"], backward=backward, rounds=task["rounds"])
+        backward, counts = measure.MODES[task["mode"]], tuple(task["counts"])
+        return measure.peaks(task["cases"][0], sizes, name=names[0], backward=backward, counts=counts)
+    return {case: measure.times(case, sizes, names=names, rounds=task["rounds"]) for case in task["cases"]}
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Description:
             if reads
             else "  H_pre        no scalar weights: read by gates per feature, or by several views"
         )
-        if any(c.row_sum_error == c.row_sum_error for c in self.connections):
+        if self.orientation != "not_applicable":
             rows, columns = (
                 max(getattr(c, side) for c in self.connections)
                 for side in ("row_sum_error", "column_sum_error")
@@ -109,7 +109,7 @@ class Description:
         rounding = max(c.rounding for c in self.connections)
         if rounding > 0:
             lines.append(
-                f"  applied      H_res as the model applies it in {self.dtype} differs from the returned one by up to {rounding:.1e}"
+                f"  applied      H_res, as applied in {self.dtype}, differs from the returned one by up to {rounding:.1e}"
             )
         return lines
 
@@ -134,6 +134,7 @@ def describe(
     layers: str | Iterable[str] | None = None,
     layout: str | None = None,
     streams: int | None = None,
+    sites: str | Iterable[str] | None = None,
     mask: Mask = None,
 ) -> Description:
     """Say what was found in a model: family, blocks, streams, layout, sites, orientation and its proof.
@@ -144,8 +145,8 @@ def describe(
         The model.
     batch : object
         One batch, as in `probes.capture`.
-    layers, layout, streams, mask
-        Overrides, as in `probes.capture`.
+    layers, layout, streams, sites, mask
+        As in `probes.capture`.
 
     Returns
     -------
@@ -157,7 +158,9 @@ def describe(
         As in `probes.capture`.
     """
     first = next(iter(batches(batch)))
-    run = capture(model, first, layers=layers, layout=layout, streams=streams, mask=mask, max_sequences=2)
+    run = capture(
+        model, first, layers=layers, layout=layout, streams=streams, sites=sites, mask=mask, max_sequences=2
+    )
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]

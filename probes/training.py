@@ -255,6 +255,7 @@ def record(
     layers: str | Iterable[str] | None = None,
     layout: str | None = None,
     streams: int | None = None,
+    sites: str | Iterable[str] | None = None,
     mask: Mask = None,
     max_sequences: int = 8,
     seed: int = 0,
@@ -279,7 +280,7 @@ def record(
         Keep the gradients that the loop's own backward gives; several forwards and backwards in a step add up.
     store : path-like, optional
         Where to save the run when the block ends; ``.nc`` is added where no ending is given.
-    layers, layout, streams, mask, max_sequences, seed, token_text, attrs
+    layers, layout, streams, sites, mask, max_sequences, seed, token_text, attrs
         As in `probes.capture`.
     weights : bool
         Keep of every module that owns parameters the squared norms of its weights at `step`, of their gradient, and of
@@ -309,7 +310,7 @@ def record(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
-    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed)
+    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites)
     if scaler is not None:
         chosen = replace(chosen, scale=scale)
     path = None if store is None else Path(store)

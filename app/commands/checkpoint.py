@@ -52,6 +52,7 @@ def probe(args: argparse.Namespace) -> int:
             layers=args.layers,
             layout=args.layout,
             streams=args.streams,
+            sites=_sites(args),
             max_sequences=args.sequences,
             seed=args.seed,
             token_text=token_texts(loaded, batch),
@@ -60,6 +61,10 @@ def probe(args: argparse.Namespace) -> int:
     path = schema.save_run(run, args.out)
     _print_saved(run, path, args)
     return FINE
+
+
+def _sites(args: argparse.Namespace) -> list[str] | None:
+    return None if args.sites is None else [name.strip() for name in args.sites.split(",")]
 
 
 def _require_run_name(out: str) -> None:
@@ -190,7 +195,7 @@ def describe(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None
     }
     with user_errors():
-        found = probes.describe(loaded.model, batch, **given)
+        found = probes.describe(loaded.model, batch, sites=_sites(args), **given)
     if args.json:
         emit({"checkpoint": args.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()})
     else:
@@ -201,7 +206,7 @@ def describe(args: argparse.Namespace) -> int:
 def _describe_weights(args: argparse.Namespace) -> int:
     to_run = [
         name
-        for name in ("weights", "layers", "layout", "streams", "dtype")
+        for name in ("weights", "layers", "layout", "streams", "sites", "dtype")
         if getattr(args, name) is not None
     ]
     if to_run:

@@ -13,11 +13,13 @@ import torch
 from capturing.cases import Case, Sizes, build
 from capturing.tools import TOOLS, CannotTakeError, Captured, Tool
 
+MODES = {"forward": False, "forward + backward": True}
 WARM_UPS = 2
+PATIENCE = 60.0  # seconds for one tool, after which it has been measured enough
 
 
-def times(case_name: str, sizes: Sizes, *, names: list[str], backward: bool, rounds: int) -> dict[str, Any]:
-    """Seconds of every tool in interleaved rounds, or why there are none.
+def times(case_name: str, sizes: Sizes, *, names: list[str], rounds: int) -> dict[str, Any]:
+    """What every tool takes, with and without a backward, or why it takes nothing.
 
     Parameters
     ----------
@@ -27,17 +29,25 @@ def times(case_name: str, sizes: Sizes, *, names: list[str], backward: bool, rou
         Of it.
     names : list of str
         Tools, ``"plain"`` first.
-    backward : bool
-        Whether a step has a backward.
     rounds : int
         Steps of each tool that count.
 
     Returns
     -------
     dict
-        ``rows``, one per tool, and the case's ``parameters`` and ``sites``.
+        ``modes`` to rows, one per tool, and the case's ``parameters``, ``sites`` and ``sizes``.
     """
     case = build(case_name, sizes)
+    return {
+        "modes": {mode: interleaved(case, names, backward, rounds) for mode, backward in MODES.items()},
+        "parameters": sum(p.numel() for p in case.model.parameters()),
+        "sites": len(case.sites),
+        "sizes": vars(case.sizes),
+    }
+
+
+def interleaved(case: Case, names: list[str], backward: bool, rounds: int) -> dict[str, dict[str, Any]]:
+    """Rows of every tool, its steps taken in turn with those of the others."""
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Tool] = {}
     for name in names:
@@ -51,17 +61,14 @@ def times(case_name: str, sizes: Sizes, *, names: list[str], backward: bool, rou
     batch = case.batch()
     for turn in range(WARM_UPS + rounds):
         for name, tool in ready.items():
+            if sum(seconds[name]) > PATIENCE and len(seconds[name]) > 1:
+                continue
             taken = timed(case, tool, batch)
             if turn >= WARM_UPS:
                 seconds[name].append(taken)
     for name, values in seconds.items():
         rows[name] |= ratio(values, seconds["plain"])
-    return {
-        "rows": rows,
-        "parameters": sum(p.numel() for p in case.model.parameters()),
-        "sites": len(case.sites),
-        "sizes": vars(case.sizes),
-    }
+    return rows
 
 
 def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
@@ -165,10 +172,12 @@ def peaks(
         return {"reason": reason(error)}
     case.model.zero_grad(set_to_none=True)
     found, kept = {}, []
-    floor = trimmed()
+    floor, started = trimmed(), time.perf_counter()
     try:
         with tool.around():
             for number in range(1, max(counts) + 1):
+                if time.perf_counter() - started > PATIENCE:
+                    break
                 kept.append(tool.step(case.batch(number)))
                 case.model.zero_grad(set_to_none=True)
                 if number in counts:

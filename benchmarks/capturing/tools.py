@@ -167,13 +167,24 @@ def transformer_lens(case: Case, backward: bool) -> Tool:
     return Tool(step, read)
 
 
+class WithLoss(nn.Module):
+    """The model with token numbers as its only argument, for tools that pass no more; it still computes its loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, labels=ids)["loss"]
+
+
 def captum(case: Case, backward: bool) -> Tool:
     from captum.attr import LayerActivation
 
     if backward:
-        raise CannotTakeError("its layer gradients are of a chosen output, not of a loss, one layer a run")
+        raise CannotTakeError("forward only here: its layer gradients come one layer a run")
     modules = [case.model.get_submodule(site) for site in case.sites]
-    activation = LayerActivation(lambda ids: case.model(ids)["logits"], modules)
+    activation = LayerActivation(WithLoss(case.model), modules)
 
     def step(batch: Batch) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -214,9 +225,11 @@ def torchlens(case: Case, backward: bool) -> Tool:
     if backward:
         raise CannotTakeError("its extract() is of a forward")
 
+    model, sites = WithLoss(case.model), [f"model.{site}" for site in case.sites]
+
     def step(batch: Batch) -> list[torch.Tensor]:
         with torch.no_grad():
-            return list(torchlens.extract(case.model, batch["input_ids"], list(case.sites)).values())
+            return list(torchlens.extract(model, batch["input_ids"], sites).values())
 
     return Tool(step, Captured)
 

@@ -362,7 +362,7 @@ def test_nothing_of_a_forward_outlives_the_block(ids, probe, ending):
     assert recorder.run.statistics.sizes["step"] == whole
     model.zero_grad()
     del recorder
-    assert tensors() == before
+    assert tensors() <= before, "fewer where another test's tensors went meanwhile"
 
 
 class Meeting(nn.Module):
