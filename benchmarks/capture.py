@@ -80,11 +80,13 @@ def timings(arguments: argparse.Namespace) -> dict[str, Any]:
             "names": names,
         }
         answer = ask(task)
+        if not found and "reason" in answer:
+            raise SystemExit(answer["reason"])
         for case in arguments.cases:
             entry = answer.get(case, {"modes": {mode: {names[-1]: answer} for mode in measure.MODES}})
             known = found.setdefault(case, entry)
             for mode, rows in entry["modes"].items():
-                known["modes"][mode] = rows | known["modes"][mode]
+                known["modes"][mode] |= {n: row for n, row in rows.items() if n not in known["modes"][mode]}
     return found
 
 

@@ -88,7 +88,9 @@ class Sums:
             self._spare = old
         return blocks
 
-    def see_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+    def see_gradient(
+        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, anew: bool = False
+    ) -> None:
         """Add the gradient with respect to one state; padding carries gradient too, and is left out.
 
         Parameters
@@ -99,7 +101,11 @@ class Sums:
             The canonical gradient.
         mask_BT : Tensor or None
             True on real tokens.
+        anew : bool
+            Whether it takes the place of what was added for this depth so far.
         """
+        if anew:
+            self.sums.get("gradient_square_norm_sum", {}).pop(depth, None)
         for x_tND in _blocks(gradient_BTND, mask_BT):
             _, largest, size = _scale(x_tND)
             square = largest.double().mul_(size).square_().sum((0, 2))

@@ -21,6 +21,8 @@ from torch import nn
 from probes.hooks import tensors_in
 
 MOST_STREAMS = 64
+SPAN_TOKENS = 64  # tokens that tell where the streams lie, when the shapes do not
+STREAM_AXES = {"B T N D": 2, "B N D": 1, "B N T D": 1, "N B T D": 0}
 
 
 class ConnectionError(ValueError):
@@ -157,7 +159,7 @@ def returned_site(module: nn.Module, x: torch.Tensor | None, output: Any) -> Sit
     if x is None or x.ndim < 3 or not isinstance(output, (tuple, list, dict)) or pair_of(module) is not None:
         return None
     roles = find_roles(x, output)
-    return None if roles is None else roles.site(module)
+    return None if roles is None else roles.site(module, x)
 
 
 @dataclass(frozen=True)
@@ -173,17 +175,17 @@ class Roles:
     mix: torch.Tensor | None
     mixed: torch.Tensor | None
 
-    def site(self, module: nn.Module) -> Site:
-        """The site that these roles show."""
-        gated = self.layout.endswith("(N D)")
+    def site(self, module: nn.Module, x: torch.Tensor) -> Site:
+        """The site that these roles show, with the streams that the module was given."""
+        handed_on = self.mixed is not None and torch.equal(self.mixed.detach(), x.detach())
         return Site(
             "returned",
             self.num_streams,
             self.layout,
             branch_shape=(*self.lead, self.width),
-            mixes=self.mix is not None or (self.mixed is not None and not gated),
+            mixes=self.mix is not None or (self.mixed is not None and not handed_on),
             constrained=mentions_sinkhorn(module),
-            reads_features=gated,
+            reads_features=self.layout.endswith("(N D)"),
         )
 
 
@@ -203,15 +205,26 @@ def find_roles(x: torch.Tensor, output: Any) -> Roles | None:
         None where these are not the outputs of a connection.
     """
     found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-    layouts = {3: (("B N D", 1),), 4: (("B T N D", 2), ("B N T D", 1), ("N B T D", 0))}
-    for layout, axis in layouts.get(x.ndim, ()):
-        roles = _stream_axis_roles(x, found, layout, axis)
-        if roles is not None:
-            return roles
-    return _merged_roles(x, found)
+    matches = [_stream_axis_roles(x, found, layout, axis) for layout, axis in STREAM_AXES.items()]
+    roles = [match for match in matches if match is not None]
+    if len(roles) > 1:  # as many tokens or sequences as streams: the shapes do not tell which axis is which
+        return min(roles, key=lambda match: _distance_to_span(x, match))
+    return roles[0] if roles else _merged_roles(x, found)
+
+
+def _distance_to_span(x: torch.Tensor, roles: Roles) -> float:
+    """How far the branch's input lies from the span of the streams, if the streams lie as these roles say."""
+    if roles.collapsed is None:
+        return 0.0
+    streams = x.detach().movedim(STREAM_AXES[roles.layout], -2).flatten(0, -3)[:SPAN_TOKENS].double()
+    goal = roles.collapsed.detach().flatten(0, -2)[:SPAN_TOKENS].double().unsqueeze(-1)
+    read = torch.linalg.pinv(streams.mT) @ goal
+    return float((streams.mT @ read - goal).norm() / goal.norm().clamp_min(torch.finfo(goal.dtype).tiny))
 
 
 def _stream_axis_roles(x: torch.Tensor, found: list[torch.Tensor], layout: str, axis: int) -> Roles | None:
+    if x.ndim != len(layout.split()):
+        return None
     n, width = x.shape[axis], x.shape[-1]
     lead = tuple(size for position, size in enumerate(x.shape[:-1]) if position != axis)
     if not 1 < n <= MOST_STREAMS or n == width:

@@ -42,6 +42,7 @@ class Forward:
     states: dict[Spot, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Spot, torch.Tensor] = field(default_factory=dict)
     hooked: set[Spot] = field(default_factory=set)
+    arrived: set[Spot] = field(default_factory=set)
     watched: dict[int, Listener] = field(default_factory=dict)
     parts: dict[Spot, Parts] = field(default_factory=dict)
     branches: dict[Spot, torch.Tensor] = field(default_factory=dict)

@@ -14,7 +14,13 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-from probes.connections import ConnectionError, Roles, Site, find_roles  # ConnectionError: the field's word
+from probes.connections import (
+    STREAM_AXES,
+    ConnectionError,
+    Roles,
+    Site,
+    find_roles,
+)  # ConnectionError: the field's word
 from probes.hooks import tensors_in
 from probes.layout import canonical
 
@@ -115,7 +121,7 @@ def returned_watch(x: torch.Tensor, site: Site) -> Watch:
 
 
 def _lead(x: torch.Tensor, site: Site) -> tuple[int, ...]:
-    axis = {"B N D": 1, "B T N D": 2, "B N T D": 1, "N B T D": 0}.get(site.layout)
+    axis = STREAM_AXES.get(site.layout)
     return tuple(size for position, size in enumerate(x.shape[:-1]) if position != axis)
 
 

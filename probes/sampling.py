@@ -107,7 +107,8 @@ def weights_stamp(model: nn.Module) -> int:
     int
         The sum of the parameters' version counters.
     """
-    return sum(p._version for p in model.parameters() if not p.is_inference())
+    lazy = nn.parameter.UninitializedTensorMixin
+    return sum(p._version for p in model.parameters() if not isinstance(p, lazy) and not p.is_inference())
 
 
 def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -191,7 +191,7 @@ class Session(Sight):
                 f"{len(missing)} requested places did not fire in a forward: {', '.join(missing[:5])}. "
                 "A compiled model skips hooks (capture before compiling), and a skipped layer has no state"
             )
-        if self.settings.gradients and not forward.gradients and forward.rows.numel():
+        if self.settings.gradients and not forward.arrived:
             raise CaptureError(
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"

@@ -132,7 +132,9 @@ class Sight:
         forward.hooked.add(key)
 
     def see_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
-        """Keep a gradient, divided by the loss scale; several backwards of one forward add up.
+        """Keep a gradient, divided by the loss scale; several backwards through one forward add up.
+
+        The statistics of a second backward are known where the whole batch is kept raw, and undefined (NaN) elsewhere.
 
         Parameters
         ----------
@@ -147,15 +149,18 @@ class Sight:
         whole = gradient.detach()
         if scale is not None:
             whole = whole.float() / scale.to(whole.device)
-        if depth == FINAL:
-            state = self._final(forward, whole)
-        else:
-            state = self._canonical(forward, number, whole)
-            forward.chain_sums(number).see_gradient(depth, state, forward.masks.get(number))
-        if len(forward.rows):
-            kept = forward.sampled(state)
-            held = forward.gradients.get((number, depth))
-            forward.gradients[number, depth] = kept if held is None else held + kept
+        state = self._final(forward, whole) if depth == FINAL else self._canonical(forward, number, whole)
+        again = (number, depth) in forward.arrived
+        forward.arrived.add((number, depth))
+        kept = forward.sampled(state)
+        if again:
+            kept = kept + forward.gradients[number, depth]
+            complete = len(forward.rows) == forward.batch_size
+            state = kept if complete else torch.full_like(state, torch.nan)  # squares do not add up
+        forward.gradients[number, depth] = kept
+        if depth != FINAL:
+            mask = forward.masks.get(number)
+            forward.chain_sums(number).see_gradient(depth, state, mask, anew=again)
 
     def see_returned(
         self,

@@ -1,4 +1,4 @@
-"""How large are the states and their gradients at every depth? Norms on a log axis, and the backward gain."""
+"""How large are the states, their gradients and the steps of the weights? Norms on a log axis, and the backward gain."""
 
 from functools import partial
 from typing import Any
@@ -34,6 +34,24 @@ _PROFILES = (
         log_y=True,
         note="Root mean square over tokens.",
     ),
+    Profile(
+        "update_ratio",
+        "How far one step moves each module",
+        "‖ΔW‖ / ‖W‖",
+        "update_ratio",
+        along="weight",
+        log_y=True,
+        note="One step of the optimiser.",
+    ),
+    Profile(
+        "weight_gradient_ratio",
+        "Gradient of each module relative to its weights",
+        "‖∂loss / ∂W‖ / ‖W‖",
+        "weight_gradient_ratio",
+        along="weight",
+        log_y=True,
+        note="The loss reduction of the run scales the whole curve.",
+    ),
 )
 
 
@@ -57,6 +75,13 @@ def build(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
 
 
 KINDS = tuple(
-    FigureKind(p.name, p.title, "gradients", (p.metric,), partial(build, p), ("stream", "axis", "step"))
+    FigureKind(
+        p.name,
+        p.title,
+        "gradients",
+        (p.metric,),
+        partial(build, p),
+        ("axis", "step") if p.along == "weight" else ("stream", "axis", "step"),
+    )
     for p in _PROFILES
 )

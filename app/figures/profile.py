@@ -17,6 +17,8 @@ PLACES = {
     ("depth", "relative"): "relative depth (0 = embedding, 1 = last state)",
     ("connection", "depth"): "connection (0 = first sublayer)",
     ("connection", "relative"): "relative position (0 = first, 1 = last connection)",
+    ("weight", "depth"): "module, in the order of the model",
+    ("weight", "relative"): "relative position (0 = first, 1 = last module)",
 }
 
 
@@ -30,7 +32,7 @@ class Profile:
         Register key, title and vertical axis.
     metric : str
         Variable of the analysis.
-    along : {"depth", "connection"}
+    along : {"depth", "connection", "weight"}
         The horizontal axis.
     over : str
         Dimension whose every label is a line of its own: "direction", "stream", "component", "kind" or empty.
@@ -212,7 +214,8 @@ def _caption(
     shown = {run: analyses[run] for run in analyses if run in drawn}
     dims = dims_of(shown, profile.metric)
     scope = choice.scope if "scope" in dims else profile.scope
-    parts = [reduction_of(dims, choice), counted(shown, choice, scope)]
+    tokens = "" if profile.along == "weight" else counted(shown, choice, scope)
+    parts = [reduction_of(dims, choice), tokens]
     head = "; ".join(part for part in parts if part)
     said = [f"{head[0].upper()}{head[1:]}." if head else ""]
     said.append(_band_words(profile, lines))

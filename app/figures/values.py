@@ -98,7 +98,7 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
     array : xarray.DataArray
         Slice that has the dimension `along`.
     along : str
-        "depth" or "connection".
+        "depth", "connection" or "weight".
     axis : {"depth", "relative"}
         Index, or index divided by the last one.
 
@@ -107,7 +107,8 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
     numpy.ndarray
         Shape (size of the dimension,).
     """
-    index = array[along].values if along in array.coords else np.arange(array.sizes[along])
+    numbered = along in array.coords and along != "weight"  # modules have names only
+    index = array[along].values if numbered else np.arange(array.sizes[along])
     index = np.asarray(index, dtype=np.float64)
     last = index.max(initial=0.0)
     return index / last if axis == "relative" and last > 0 else index
@@ -121,13 +122,15 @@ def names_of(array: xr.DataArray, along: str) -> list[str]:
     array : xarray.DataArray
         Slice that has the dimension `along`.
     along : str
-        "depth", "other_depth", "connection" or "other_connection".
+        "depth", "other_depth", "connection", "other_connection" or "weight".
 
     Returns
     -------
     list of str
     """
     base = along.removeprefix("other_")
+    if base == "weight":
+        return [str(path) for path in array["weight"].values]
     prefix, part = ("", "site") if base == "depth" else ("connection_", "branch")
     layer = _labels(array, f"{prefix}layer", base)
     kind = _labels(array, part, base)

@@ -15,6 +15,7 @@ from capturing.tools import TOOLS, CannotTakeError, Captured, Tool
 
 MODES = {"forward": False, "forward + backward": True}
 WARM_UPS = 2
+MINIATURE = Sizes(layers=2, width=32, batch=1, tokens=8)
 PATIENCE = 60.0  # seconds for one tool, after which it has been measured enough
 
 
@@ -170,7 +171,7 @@ def peaks(
         )  # loads libraries
     except Exception as error:
         return {"reason": reason(error)}
-    case.model.zero_grad(set_to_none=True)
+    del small, first
     found, kept = {}, []
     floor, started = trimmed(), time.perf_counter()
     try:

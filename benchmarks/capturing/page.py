@@ -173,7 +173,7 @@ def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
 
 HEAD = """# What capturing costs
 
-Written by `python benchmarks/capture.py --memory --markdown docs/benchmarks.md` on {date}; {machine}. Not to be edited by hand.
+Written by `python benchmarks/capture.py --memory --markdown docs/benchmarks.md` on {date}; {machine}. Not edited by hand.
 
 **How.** Each tool captures the residual state at every block (of the mHC model: at every connection), and with a backward the
 gradient there too. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool

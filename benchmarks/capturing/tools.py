@@ -97,20 +97,19 @@ def hidden_states(case: Case, backward: bool) -> Tool:
     if case.streams > 1:
         raise CannotTakeError("a switch of transformers' own models")
 
-    def step(batch: Batch) -> tuple[torch.Tensor, ...]:
+    def step(batch: Batch) -> Captured:
         with torch.set_grad_enabled(backward):
             output = case.model(**batch, output_hidden_states=True)
         if backward:
             for state in output.hidden_states:
                 state.retain_grad()
             output.loss.backward()
-        return output.hidden_states
+        own = output.hidden_states[
+            :-1
+        ]  # the last one has passed the final norm: the last block's output is missing
+        return Captured([state.detach() for state in own], [state.grad for state in own] if backward else [])
 
-    def read(states: tuple[torch.Tensor, ...]) -> Captured:
-        own = states[:-1]  # the last one is given after the final norm, so the last block's output is missing
-        return Captured([s.detach() for s in own], [s.grad for s in own if s.grad is not None])
-
-    return Tool(step, read)
+    return Tool(step, lambda captured: captured)
 
 
 def nnsight(case: Case, backward: bool) -> Tool:

@@ -259,7 +259,7 @@ def test_a_generator_that_is_closed_early_leaves_nothing_on(ids, probe, steps):
 def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
     plain = train(ids, probe=None)
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise RuntimeError("a bug of ours")
 
     monkeypatch.setattr(owner, name, broken)
@@ -287,7 +287,7 @@ def test_an_error_in_a_hook_never_reaches_the_user(ids, monkeypatch):
     model = Residual().eval()
     expected = model(ids)
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise RuntimeError("a bug of ours")
 
     monkeypatch.setattr(Sums, "see_state", broken)
