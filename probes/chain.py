@@ -45,13 +45,13 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
         Where nothing links, with the override to give.
     """
     if layers is not None:
-        return [_named_chain(tape, _named_blocks(tape, model, layers))]
+        return [_ended(tape, _named_chain(tape, _named_blocks(tape, model, layers)))]
     connections = tape.connections()
     if connections:
         return [_ended(tape, stream_chain(tape, connections))]
     histories = history_chain(tape)
     if histories is not None:
-        return [histories]
+        return [_ended(tape, histories)]
     runs = _runs(tape, model)
     if not runs:
         raise ChainError(
@@ -64,7 +64,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
 def _ended(tape: Tape, chain: Chain) -> Chain:
     """The chain with the place behind its last norm, where there is one."""
     last = chain.places[-1]
-    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams=chain.has_streams)
+    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1])
     if norm is None:
         return chain
     return replace(chain, final=Place(norm.path, norm.index, "output", last.layer, "final", norm.path))

@@ -97,7 +97,8 @@ def _stream_variables(session: Session, evidence: Evidence) -> dict[str, Any]:
     stacked = {
         name: np.stack([value.contiguous().numpy() for value in held]) for name, held in arrays.items()
     }
-    single = all(joint.parts.write.shape[-1] == 1 for joint in evidence.joints)
+    parts = [joint.parts for joint in evidence.joints]
+    single = all(p.write.shape[-1] == p.branch_in.shape[-2] == 1 for p in parts)
     variables = {
         name: (schema.TRACE[name].dims, value) for name, value in _named(stacked, single=single).items()
     }

@@ -120,7 +120,8 @@ def _variables(session: Session, link: Link, evidence: Evidence, number: int) ->
         return
     parts, site = evidence.joints[number].parts, session.sites[number]
     yield "h_res", "" if site.mixes else "nothing mixes: the identity"
-    several = "several views: see read and write" if parts.write.shape[-1] > 1 else ""
+    single = parts.write.shape[-1] == parts.branch_in.shape[-2] == 1
+    several = "" if single else "several branch inputs: see read and write"
     gated = "read by gates per feature: no scalar weights exist" if parts.read is None else ""
     yield "h_pre", gated or several
     yield "h_post", several

@@ -81,7 +81,8 @@ class Opening:
             closed = next(tensors_in(output))
             return read_correction(self.matrix, self.predicted, branch_out, closed, watch.floating())
         assert self.parts is not None
-        tokens, views, width = self.parts.branch_in.shape[1:]
+        tokens, _, width = self.parts.branch_in.shape[1:]
+        views = self.parts.write.shape[-1]
         self.parts.branch_out = as_views(branch_out, self.batch_size, tokens, views, width)
         return self.parts
 

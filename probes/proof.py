@@ -262,7 +262,7 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     assert branch_in is not None
     branch_out = stack(lambda parts: parts.branch_out)
     if branch_out is None:
-        branch_out = _seen_branches(number, sequences, branch_in)
+        branch_out = _seen_branches(number, sequences, tokens, write.shape[-1], branch_in.shape[-1])
     return Joint(
         x_in=states(link.depth_in),
         x_out=states(link.depth_out),
@@ -272,13 +272,14 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     )
 
 
-def _seen_branches(number: int, sequences: list[Sequence], branch_in: torch.Tensor) -> torch.Tensor | None:
-    """What a hook on the branch saw, (K, T, V, D), where its shape is that of the branch's input."""
-    views, width = branch_in.shape[-2:]
+def _seen_branches(
+    number: int, sequences: list[Sequence], tokens: int, views: int, width: int
+) -> torch.Tensor | None:
+    """What a hook on the branch saw, (K, T, V, D), where it has that many numbers."""
     held = [sequence.branches.get((0, number)) for sequence in sequences]
     shaped = [
         None if t is None else as_views(t.unsqueeze(0), 1, t.numel() // (views * width), views, width)
         for t in held
     ]
     known = [t[0] for t in shaped if t is not None]
-    return torch.stack([padded(t, branch_in.shape[1]) for t in known]) if len(known) == len(held) else None
+    return torch.stack([padded(t, tokens) for t in known]) if len(known) == len(held) else None

@@ -107,7 +107,11 @@ def _blocks_left(call: Call, following: Call | None) -> Iterator[Call]:
     """The module calls around a connection that take and give streams, and end before the next connection begins."""
     around = call.parent
     while around is not None and not (following is not None and following.inside(around)):
-        if around.x_shape == around.y_shape == call.x_shape:
+        own = (
+            around.module is call.module
+        )  # in closure style it gave the branch's input, and its streams come later
+        closed = call.closing is not None and same_tensor(around.y, call.closing.y)
+        if around.x_shape == around.y_shape == call.x_shape and (closed or not own):
             yield around
         around = around.parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Collection, Iterable
@@ -281,7 +282,7 @@ def _ancestors(call: Call) -> Iterable[Call]:
         above = above.parent
 
 
-def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], *, streams: bool) -> Call | None:
+def final_norm(tape: Tape, last: Key, shape: tuple[int, ...]) -> Call | None:
     """The norm that takes the last state of a chain, or what its streams are collapsed to.
 
     Parameters
@@ -292,21 +293,22 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], *, streams: bool) 
         The call that shows the last state.
     shape : tuple of int
         Shape of that state.
-    streams : bool
-        Whether it holds streams, which are collapsed before the norm.
 
     Returns
     -------
     Call or None
     """
     ends = next(call for call in tape.calls if call.key == last)
+    sites = [call.site for call in tape.connections() if call.site is not None]
+    merged = (
+        sites[0].num_streams // sites[0].fractions if sites else 1
+    )  # streams that are collapsed before the norm
     for call in tape.calls:
         after = call.order > ends.order and not call.inside(ends)
         if not after or call.y is None or not is_norm(call.module) or call.x_shape != call.y_shape:
             continue
-        if streams and len(call.x_shape) >= 2 and call.x_shape != shape:
-            return call
-        if not streams and (same_state(call.x, ends.value) or same_state(call.x, ends.x)):
+        one = math.prod(call.x_shape) * merged == math.prod(shape)
+        if one and (merged > 1 or same_state(call.x, ends.value) or same_state(call.x, ends.x)):
             return call
     return None
 

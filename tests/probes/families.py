@@ -21,6 +21,8 @@ from hyper_connections import manifold_constrained_hyper_connections as constrai
 from torch import nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
+from tests.probes.unseen import unseen
+
 transformers.logging.set_verbosity_error()
 
 VOCABULARY = 64
@@ -656,4 +658,42 @@ STREAMS = (
 )
 
 
-FAMILIES: tuple[Family, ...] = (*DECODERS, *ENCODERS, *PAIRS, *TORCH, *IMAGES, *TRACKS, *STREAMS)
+# --- streams that nobody has declared ---
+
+
+def _undeclared(name: str, held: str, refused: str, override: Mapping[str, Any], **more: Any) -> Family:
+    return Family(
+        name=f"undeclared streams {name}", package="nobody", build=partial(unseen, held), batch=ids,
+        blocks=(("blocks.{i}", 3),) * len(more.get("chains", [""])), refused=refused, override=override, **more,
+    )  # fmt: skip
+
+
+UNDECLARED = (
+    _undeclared(
+        "in the feature axis", "b t (n d)", "LayoutError", {"layout": "B T (N D)", "streams": 4}, streams=4,
+        connection="unknown",
+    ),
+    _undeclared(
+        "in the batch axis", "(b n) t d", "LayoutError", {"layout": "(B N) T D", "streams": 4}, streams=4,
+        connection="unknown",
+    ),
+    _undeclared(
+        "on an axis of their own", "b n t d", "LayoutError", {"layout": "B N T D"}, streams=4, connection="unknown"
+    ),
+    _undeclared(
+        "as a tuple of tensors", "tuple", "ChainError", {"layers": "blocks.{i}"},
+        chains=("state0", "state1", "state2", "state3"), note="each stream is then a chain of its own",
+    ),
+)  # fmt: skip
+
+
+FAMILIES: tuple[Family, ...] = (
+    *DECODERS,
+    *ENCODERS,
+    *PAIRS,
+    *TORCH,
+    *IMAGES,
+    *TRACKS,
+    *STREAMS,
+    *UNDECLARED,
+)

@@ -219,12 +219,13 @@ def row(result: Outcome) -> dict[str, str]:
     """What one family showed, in words."""
     family, run = result.family, result.run
     plain = run.attrs.get("reconstruction_error") is None
+    layouts = [layout_of(run, number) for number in range(len(family.chains))]
     return {
         "family": family.name,
         "from": family.package,
         "states": ", ".join(states_in_words(run, name) for name in family.chains),
         "streams": str(run.attrs["n_streams"]),
-        "layout": f"`{run.attrs['layout']}`",
+        "layout": ", ".join(f"`{layout}`" for layout in dict.fromkeys(layouts)),
         "connection": connection_in_words(run),
         "orientation": run.attrs["orientation"].replace("_", " ").replace("not applicable", "–"),
         "error": "–" if plain else f"≤ {order_of(run.attrs['reconstruction_error'])}",
@@ -298,7 +299,8 @@ bit. This page is written by `{COMMAND}`.
 {markdown(HEAD, rows)}
 
 A model with streams that is not in this table is found by what its connections take and give, or refused with the override
-that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one (`tests/probes/test_unseen_streams.py`).
+that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one. The last rows are such models, and
+`tests/probes/test_unseen_streams.py` tries many more.
 """
 
 

@@ -1,0 +1,86 @@
+"""Models with streams that nobody has declared, mixed by plain functions and held in every way that one can think of."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+STREAMS, WIDTH, BATCH, TOKENS = 4, 16, 3, 11
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+class Block(nn.Module):
+    """Two branches of one stream's width; the streams are read, mixed and written by bare parameters."""
+
+    def __init__(self, held: str, *, inlined: bool = False, dynamic: bool = False):
+        super().__init__()
+        self.held, self.inlined = held, inlined
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.attention = Attention()
+        self.up, self.down = nn.Linear(WIDTH, STREAMS * WIDTH), nn.Linear(STREAMS * WIDTH, WIDTH)
+        self.mlp = None if inlined else nn.Sequential(self.up, nn.GELU(), self.down)
+        self.read = nn.Parameter(torch.rand(2, STREAMS))
+        self.mix = nn.Parameter(torch.rand(2, STREAMS, STREAMS) / STREAMS)
+        self.write = nn.Parameter(torch.rand(2, STREAMS))
+        self.whole = nn.LayerNorm(STREAMS * WIDTH) if dynamic else None
+        self.weights = nn.Linear(STREAMS * WIDTH, STREAMS) if dynamic else None
+
+    def feed(self, x):
+        return self.down(nn.functional.gelu(self.up(x))) if self.inlined else self.mlp(x)
+
+    def forward(self, state):
+        x = opened(state, self.held)
+        for number, branch in enumerate((self.attention, self.feed)):
+            write = self.write[number][:, None]
+            if self.whole is not None:
+                write = write + self.weights(self.whole(x.flatten(-2)))[..., None]
+            read = torch.einsum("n,btnd->btd", self.read[number], x)
+            added = write * branch(self.norms[number](read))[:, :, None]
+            x = torch.einsum("mn,btnd->btmd", self.mix[number], x) + added
+        return closed(x, self.held)
+
+
+def opened(state, held: str):
+    """Streams as (batch, token, stream, feature)."""
+    if held in ("tuple", "list"):
+        return torch.stack(list(state), 2)
+    return rearrange(state, f"{held} -> b t n d", b=BATCH, n=STREAMS)
+
+
+def closed(x, held: str):
+    if held in ("tuple", "list"):
+        return (tuple if held == "tuple" else list)(x.unbind(2))
+    return rearrange(x, f"b t n d -> {held}")
+
+
+class Unseen(nn.Module):
+    """A language model whose streams are held in any way; ``apart`` starts them as different vectors, not as copies."""
+
+    def __init__(self, held: str, *, apart: bool = False, **options):
+        super().__init__()
+        self.held = held
+        self.embed = nn.Embedding(64, WIDTH)
+        self.offsets = nn.Parameter(torch.randn(STREAMS, WIDTH)) if apart else None
+        self.blocks = nn.ModuleList(Block(held, **options) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 64)
+
+    def forward(self, ids):
+        x = repeat(self.embed(ids), "b t d -> b t n d", n=STREAMS)
+        state = closed(x if self.offsets is None else x + self.offsets, self.held)
+        for block in self.blocks:
+            state = block(state)
+        return self.head(opened(state, self.held).mean(2))
+
+
+def unseen(held: str, **options) -> Unseen:
+    torch.manual_seed(0)
+    return Unseen(held, **options).eval()
