@@ -38,8 +38,10 @@ def infer_layout(shape: Sequence[int], *, batch_size: int, signs: Signs | None =
 
 
 def _plain_layout(size: tuple[int, ...], batch_size: int, signs: Signs) -> str:
+    if signs.tokens_first and len(size) == 3 and size[1] == batch_size:
+        return "T B D"
     if size[0] != batch_size:
-        return "T B D" if len(size) == 3 and size[1] == batch_size and signs.tokens_first else ""
+        return ""
     if len(size) == 4:
         return {"first": "B D H W", "last": "B H W D"}.get(signs.image, "")
     return {2: "B D", 3: "B T D"}.get(len(size), "")

@@ -193,7 +193,10 @@ plain, since some change torch when they are imported. *Plain again* is a second
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
 in one process per tool. What a step gives is kept for all batches, as it must be where something is to be computed over them;
-this package keeps its sums and its sample. A tool that takes more than a minute is stopped, and its last cells are empty.
+this package keeps its sums and its sample.
+
+**Patience.** A tool that takes more than half a minute, and three times plain, is stopped: its last cells of the memory are empty, and its times
+come from fewer rounds.
 
 **Not tried:** GPUs, several threads, compiled models, other models than these.
 

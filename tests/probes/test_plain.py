@@ -16,6 +16,7 @@ def test_plain_shapes():
     assert infer_layout((2, 7, 5), batch_size=2) == "B T D"
     assert infer_layout((2, 5), batch_size=2) == "B D"
     assert infer_layout((7, 2, 5), batch_size=2, signs=Signs(tokens_first=True)) == "T B D"
+    assert infer_layout((2, 2, 5), batch_size=2, signs=Signs(tokens_first=True)) == "T B D"
     assert infer_layout((2, 5, 8, 8), batch_size=2, signs=Signs(image="first")) == "B D H W"
     assert infer_layout((2, 8, 8, 5), batch_size=2, signs=Signs(image="last")) == "B H W D"
 
