@@ -16,6 +16,7 @@ from probes.place import Chain, Place, layer_numbers
 from probes.stages import join_stages
 from probes.streams import stream_chain
 from probes.tape import Call, ChainError, Tape, final_norm, same_tensor
+from probes.tracks import tracks_of
 
 SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
 LEAST = 0.3  # the largest chain must cover this share of the parameters beside embeddings and heads
@@ -45,7 +46,8 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
         Where nothing links, with the override to give.
     """
     if layers is not None:
-        return [_ended(tape, _named_chain(tape, _named_blocks(tape, model, layers)))]
+        blocks = _named_blocks(tape, model, layers)
+        return tracks_of(_ended(tape, _named_chain(tape, blocks)), blocks, named=True)
     connections = tape.connections()
     if connections:
         return [_ended(tape, stream_chain(tape, connections))]
@@ -58,7 +60,11 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
             "no chain of blocks was found: no two calls of like modules hand one tensor on. "
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
-    return [_ended(tape, _linked_chain(run, name)) for name, run in zip(_names(runs), runs, strict=True)]
+    chains: list[Chain] = []
+    for name, run in zip(_names(runs), runs, strict=True):
+        chain = _ended(tape, _linked_chain(run, name))
+        chains += tracks_of(chain, run, named=False)
+    return chains
 
 
 def _ended(tape: Tape, chain: Chain) -> Chain:
@@ -279,17 +285,8 @@ def _chain(blocks: list[Call], name: str) -> Chain:
         blocks=tuple(dict.fromkeys(call.path for call in blocks)),
         block_class=type(blocks[0].module).__name__,
         shapes=(*(call.x_shape for call in blocks), blocks[-1].y_shape),
-        channels_first=_convolves(blocks),
     )
     return with_adds(chain, blocks)
-
-
-def _convolves(blocks: list[Call]) -> bool:
-    kinds = (nn.Conv2d, nn.BatchNorm2d)
-    return (
-        any(isinstance(module, kinds) for module in blocks[0].module.modules())
-        and len(blocks[0].x_shape) == 4
-    )
 
 
 def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) -> Place:

@@ -15,16 +15,22 @@ from probes.forward import Forward, Listener
 from probes.here import Here
 from probes.hooks import Attachment, Hook, Seeing, first_float, in_recomputation
 from probes.inputs import CaptureError
-from probes.layout import count_streams, infer_layout
+from probes.layout import count_streams
 from probes.pairs import Opening, branch_output
-from probes.place import Chain, Link
+from probes.place import Chain, Link, Place
+from probes.plain import infer_layout, takes_tokens_first
 from probes.reading import returned_watch
 from probes.sight import Sight
-from probes.tape import FORWARD, Call, Tape, version
+from probes.signs import read_signs
+from probes.tape import FORWARD, Call, Passed, Tape, version
 
 
 class RewrittenError(CaptureError):
     """A state of the first forward was rewritten in place before it could be copied."""
+
+
+class AxisError(RewrittenError):
+    """The sequences of the first forward were counted along the wrong axis."""
 
 
 class Discovery:
@@ -56,13 +62,13 @@ class Discovery:
         if self._here.tape is None or self._here.paused or in_recomputation():
             return
         call = self._here.tape.enter(path, module, args, kwargs)
-        self._watch_gradient(call.x)
+        self._watch_gradients(call.x, call.inputs)
 
     def _tape_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._here.tape is None or self._here.paused or in_recomputation():
             return
         call = self._here.tape.leave(module, output)
-        self._watch_gradient(call.y)
+        self._watch_gradients(call.y, call.outputs)
 
     def _tape_opens(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
         tape, forward = self._here.tape, self._here.forward
@@ -97,14 +103,19 @@ class Discovery:
 
         return Seeing(watch, done)
 
+    def _watch_gradients(self, first: torch.Tensor | None, several: tuple[Passed, ...]) -> None:
+        for tensor in [seen.tensor for seen in several] or [first]:
+            self._watch_gradient(tensor)
+
     def _watch_gradient(self, tensor: torch.Tensor | None) -> None:
         """In the first forward every tensor may turn out to be a state, so every gradient is listened to."""
         forward = self._here.forward
         if not self.sight.settings.gradients or forward is None or tensor is None or not tensor.requires_grad:
             return
-        known = forward.watched.get(id(tensor))
+        key = id(tensor), version(tensor)  # a tensor that is rewritten in place has another gradient
+        known = forward.watched.get(key)
         if known is None or known.tensor() is not tensor:  # the number of a freed tensor may come again
-            listener = forward.watched[id(tensor)] = Listener(weakref.ref(tensor))
+            listener = forward.watched[key] = Listener(weakref.ref(tensor))
             tensor.register_hook(
                 Hook(partial(self._see_watched, forward, listener), self.sight.errors.append)
             )
@@ -136,7 +147,7 @@ class Discovery:
             for number, link in enumerate(chains[0].links)
             if (site := opened.get((link.path, link.index))) is not None and chains[0].has_streams
         }
-        self.sight.layouts = [self._layout(chain, forward) for chain in chains]
+        self.sight.layouts = [self._layout(tape, chain, forward) for chain in chains]
         if not self.sight.sites:
             self.sight.named_streams = self.sight.settings.streams or count_streams(
                 chains[0].shapes[0], self.sight.layouts[0], forward.batch_size
@@ -154,25 +165,29 @@ class Discovery:
         finally:
             self._here.paused = False
 
-    def _layout(self, chain: Chain, forward: Forward) -> str:
+    def _layout(self, tape: Tape, chain: Chain, forward: Forward) -> str:
         if self.sight.settings.layout is not None:
             return self.sight.settings.layout
         if self.sight.sites:
             return self.sight.sites[0].layout
-        return infer_layout(
-            chain.shapes[0], batch_size=forward.batch_size, channels_first=chain.channels_first
-        )
+        signs = read_signs(tape, chain)
+        if self.sight.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, signs):
+            self.sight.batch_axis = 1
+            raise AxisError(
+                "the model takes its tokens first, so the batch is its second axis; call the model once more"
+            )
+        return infer_layout(chain.shapes[0], batch_size=forward.batch_size, signs=signs)
 
     def _replay(self, calls: dict[Any, Call], forward: Forward) -> None:
         """Feed what the tape kept to the same functions that later forwards feed from their hooks."""
         for number, depth, place in self.sight.places():
             call = calls[place.path, place.method, place.index]
-            self._refuse_rewritten(call, place.at)
-            tensor = call.x if place.at == "input" else call.y
-            value = call.x if place.at == "input" else call.value
+            self._refuse_rewritten(call, place)
+            tensor, written = call.seen(place.at, place.item)
+            value = call.value if (place.at, place.item) == ("output", 0) else tensor
             assert tensor is not None
             assert value is not None
-            listener = forward.watched.get(id(tensor))
+            listener = forward.watched.get((id(tensor), written))
             if listener is not None and listener.tensor() is tensor:
                 listener.key = number, depth
                 self.sight.expect(forward, (number, depth), tensor)
@@ -202,12 +217,15 @@ class Discovery:
 
             self.sight.see_returned(forward, number, x, call.output, seen)
 
-    def _refuse_rewritten(self, call: Call, at: str) -> None:
-        tensor = call.x if at == "input" else call.y
+    def _refuse_rewritten(self, call: Call, place: Place) -> None:
+        tensor, written = call.seen(place.at, place.item)
         if tensor is None:
-            raise CaptureError(f"the state at {call.path} was not kept; name the blocks with layers=")
-        copied = at == "output" and call.copy is not None
-        if not copied and call.versions[0 if at == "input" else 1] != version(tensor):
+            raise RewrittenError(
+                f"the state at {call.path} was not kept in the first forward; call the model once more: from the second "
+                "forward on states are copied as they pass"
+            )
+        copied = (place.at, place.item) == ("output", 0) and call.copy is not None
+        if not copied and written != version(tensor):
             raise RewrittenError(
                 f"the state at {call.path} was rewritten in place before the first forward ended, so its value is lost; "
                 "call the model once more: from the second forward on states are copied as they pass"

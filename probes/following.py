@@ -13,7 +13,7 @@ from torch import nn
 from probes.connections import pair_of
 from probes.forward import Forward
 from probes.here import Here
-from probes.hooks import Attachment, Seeing, first_float, in_recomputation
+from probes.hooks import Attachment, Seeing, first_float, floats_in, in_recomputation
 from probes.pairs import Opening, branch_output
 from probes.place import Place
 from probes.reading import returned_watch
@@ -74,7 +74,7 @@ class Following:
         return spots
 
     def _see_input(self, path: str, spots: Spots, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._see_spots("input", path, FORWARD, spots, first_float(args, kwargs))
+        self._see_spots("input", path, FORWARD, spots, floats_in(args, kwargs))
 
     def _see_output(
         self,
@@ -85,7 +85,7 @@ class Following:
         kwargs: Any,
         output: Any,
     ) -> None:
-        self._see_spots("output", path, FORWARD, spots, first_float(output))
+        self._see_spots("output", path, FORWARD, spots, floats_in(output))
 
     def _see_spots(
         self,
@@ -93,29 +93,30 @@ class Following:
         path: str,
         method: str,
         spots: Spots,
-        tensor: torch.Tensor | None,
+        tensors: list[torch.Tensor],
     ) -> None:
-        if self._here.paused or tensor is None:
+        if self._here.paused or not tensors:
             return
         if in_recomputation():
-            self._see_recomputed(spots, tensor)
+            self._see_recomputed(spots, tensors)
             return
         forward = self._here.forward
         if forward is None:
             return
         index = forward.turn(f"{at} {method}", path)
         for number, depth, place in spots:
-            if place.index == index:
-                self.sight.see_state(forward, number, depth, tensor)
-                self.sight.listen(forward, number, depth, tensor)
+            if place.index == index and place.item < len(tensors):
+                self.sight.see_state(forward, number, depth, tensors[place.item])
+                self.sight.listen(forward, number, depth, tensors[place.item])
 
-    def _see_recomputed(self, spots: Spots, tensor: torch.Tensor) -> None:
+    def _see_recomputed(self, spots: Spots, tensors: list[torch.Tensor]) -> None:
         """In a reentrant checkpoint only the recomputed tensor has a gradient; take it where none is expected yet."""
         last = self._last()
-        if len(spots) != 1 or last is None:
+        if last is None or len({place.item for *_, place in spots}) != len(spots):
             return
-        number, depth, _ = spots[0]
-        self.sight.listen(last, number, depth, tensor)
+        for number, depth, place in spots:
+            if place.item < len(tensors):
+                self.sight.listen(last, number, depth, tensors[place.item])
 
     def _returns(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
         """A returned connection is called: its own run is watched for the weights that it keeps to itself."""
@@ -140,7 +141,7 @@ class Following:
         kwargs: Any,
     ) -> Seeing | None:
         x = first_float(args, kwargs)
-        self._see_spots("input", path, method, spots, x)
+        self._see_spots("input", path, method, spots, floats_in(args, kwargs))
         forward = self._here.forward
         if forward is None or x is None or self._here.paused or in_recomputation():
             return None
@@ -167,13 +168,13 @@ class Following:
         if in_recomputation() or forward is None or not forward.openings.get(path):
             return Seeing(
                 nullcontext(),
-                lambda result: self._see_spots("output", path, method, spots, first_float(result)),
+                lambda result: self._see_spots("output", path, method, spots, floats_in(result)),
             )
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
         def done(result: Any) -> None:
-            self._see_spots("output", path, method, spots, first_float(result))
+            self._see_spots("output", path, method, spots, floats_in(result))
             self.sight.keep_parts(forward, opening.key, opening.close(branch_out, result, watch))
 
         return Seeing(watch, done)

@@ -37,13 +37,14 @@ class Forward:
     slots: dict[int, int]
     arguments: Mapping[str, Any]
     rows: torch.Tensor
+    lead_shape: tuple[int, ...]
     row_data: torch.Tensor | None
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     states: dict[Spot, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Spot, torch.Tensor] = field(default_factory=dict)
     hooked: set[Spot] = field(default_factory=set)
     arrived: set[Spot] = field(default_factory=set)
-    watched: dict[int, Listener] = field(default_factory=dict)
+    watched: dict[tuple[int, int | None], Listener] = field(default_factory=dict)
     parts: dict[Spot, Parts] = field(default_factory=dict)
     branches: dict[Spot, torch.Tensor] = field(default_factory=dict)
     openings: dict[str, list[Opening]] = field(default_factory=dict)

@@ -50,7 +50,6 @@ def history_chain(tape: Tape) -> Chain | None:
         blocks=tuple(dict.fromkeys(call.path for call in calls)),
         block_class=type(calls[0].module).__name__,
         shapes=(calls[0].x_shape,) * len(places),
-        channels_first=len(calls[0].x_shape) == 4,
         history=True,
     )
 

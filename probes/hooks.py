@@ -175,12 +175,14 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
+def floats_in(*values: Any) -> list[torch.Tensor]:
+    """Floating tensors with at least two axes, in order."""
+    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.ndim >= 2]
+
+
 def first_float(*values: Any) -> torch.Tensor | None:
     """First floating tensor with at least two axes, or None."""
-    for tensor in tensors_in(values):
-        if tensor.is_floating_point() and tensor.ndim >= 2:
-            return tensor
-    return None
+    return next(iter(floats_in(values)), None)
 
 
 @contextmanager

@@ -52,6 +52,8 @@ def fit_mask(mask: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         return mask[:, mask.shape[1] - tokens :].to(
             state.device
         )  # a decoding step's mask covers the past too
+    if mask.shape[0] == batch and mask.shape[1] ** 2 == tokens:  # the state is one of pairs of tokens
+        return (mask[:, :, None] & mask[:, None, :]).flatten(1).to(state.device)
     raise CaptureError(
         f"the mask has shape {tuple(mask.shape)}, the states have {batch} sequences of {tokens} tokens; "
         "pass mask= with one entry per token of the residual state"

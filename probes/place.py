@@ -22,6 +22,7 @@ class Place:
     site: str
     module: str  # the module that produced the state
     method: str = "forward"
+    item: int = 0  # which of the call's floating tensors
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Chain:
     blocks: tuple[str, ...]
     block_class: str
     shapes: tuple[tuple[int, ...], ...]
-    channels_first: bool
     final: Place | None = None  # behind the last norm
     history: bool = False  # connected to earlier depths, not to streams
 

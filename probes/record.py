@@ -299,6 +299,7 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
         "family": session.family,
         "n_streams": session.num_streams,
         "layout": session.layouts[0],
+        "layouts": session.layouts if len(set(session.layouts)) > 1 else None,
         "orientation": evidence.orientation,
         "reconstruction_error": max(evidence.errors) if evidence.proofs else None,
         "reconstruction_tolerance": tolerance(session.dtype) if evidence.proofs else None,

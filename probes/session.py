@@ -15,7 +15,7 @@ from torch import nn
 
 from probes.adds import find_adds
 from probes.chain import block_paths
-from probes.discovery import Discovery, RewrittenError
+from probes.discovery import AxisError, Discovery, RewrittenError
 from probes.following import Following
 from probes.forward import FINAL, Forward, Measured
 from probes.here import Here
@@ -90,19 +90,21 @@ class Session(Sight):
                 self.skipped += 1  # another thread's forward is finding the chains
                 return
             stamp = weights_stamp(module)
-            slots = self.reservoir.choose(lead.shape[0], stamp)
-            first_index = self.reservoir.total - lead.shape[0]
+            batch_size = lead.shape[self.batch_axis]
+            slots = self.reservoir.choose(batch_size, stamp)
+            first_index = self.reservoir.total - batch_size
             if not self.chains:
                 self._discovering = threading.get_ident()
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
         self._here.forward = Forward(
-            batch_size=lead.shape[0],
+            batch_size=batch_size,
             stamp=stamp,
             first_index=first_index,
             slots=slots,
             arguments=named,
             rows=rows,
-            row_data=lead.detach()[rows].clone(),
+            lead_shape=tuple(lead.shape),
+            row_data=lead.detach().movedim(self.batch_axis, 0)[rows].clone(),
         )
         if not self.chains:
             layers = self.settings.layers
@@ -118,6 +120,9 @@ class Session(Sight):
             self._here.forward = forward
             try:
                 self._discovery.find(tape, forward)
+            except AxisError:
+                self.reservoir = Reservoir(self.settings.max_sequences, self.settings.seed)
+                raise
             finally:
                 self._here.forward = None
                 self.attach()

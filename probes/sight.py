@@ -53,6 +53,7 @@ class Sight:
         self.layouts: list[str] = []
         self.sites: dict[int, Site] = {}
         self.named_streams = 1
+        self.batch_axis = 0  # of the model's first tensor
         self.dtype = torch.float32
         self.errors: list[Exception] = []
 

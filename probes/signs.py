@@ -76,6 +76,8 @@ def read_signs(tape: Tape, chain: Chain) -> Signs:
     -------
     Signs
     """
+    if chain.places[0].item:
+        return _signs_of_track(tape, chain)
     takers = {(place.path, place.method, place.index) for place in chain.places if place.at == "input"}
     blocks = [call for call in tape.calls if call.key in takers]
     first, inside = blocks[0], _inside(tape, blocks[0])
@@ -89,6 +91,14 @@ def read_signs(tape: Tape, chain: Chain) -> Signs:
         copies=tuple(sign for sign in _copies(first.x) if _expanded(tape, first, sign)),
         narrow=1 if even is None else _narrow(even, _inside(tape, even)),
     )
+
+
+def _signs_of_track(tape: Tape, chain: Chain) -> Signs:
+    """A further state of pairs of tokens is a grid of the first state's tokens; of others only the shape is known."""
+    place, shape = chain.places[0], chain.shapes[0]
+    first = next(call for call in tape.calls if call.key == (place.path, place.method, place.index)).x_shape
+    pairs = len(shape) == 4 and len(first) == 3 and shape[1] == shape[2] == first[1]
+    return Signs(image="last" if pairs else "")
 
 
 def _inside(tape: Tape, block: Call) -> list[Call]:

@@ -83,7 +83,6 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
         blocks=tuple(dict.fromkeys(call.path for call in parents.values())),
         block_class=type(next(iter(parents.values())).module).__name__ if parents else "",
         shapes=(first.x_shape,) * len(places),
-        channels_first=False,
     )
 
 

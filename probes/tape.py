@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from probes.connections import Site, past_states, returned_site
-from probes.hooks import first_float
+from probes.hooks import first_float, floats_in
+from probes.inputs import arguments
 from probes.reading import Parts
 
 LEVELS = 3  # how deep below a block its branches are looked for
@@ -25,6 +26,15 @@ Key = tuple[str, str, int]
 
 class ChainError(ValueError):
     """No chain of blocks was found, or the named layers do not form one."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One of several tensors that a call took or gave."""
+
+    tensor: torch.Tensor
+    version: int | None
+    name: str = ""
 
 
 @dataclass(eq=False)
@@ -45,6 +55,8 @@ class Call:
     site: Site | None = None
     output: Any = None  # kept for returned connections only
     versions: tuple[int | None, int | None] = (None, None)
+    inputs: tuple[Passed, ...] = ()  # all floating tensors, where there is more than one
+    outputs: tuple[Passed, ...] = ()
     branch: Call | None = None  # of a returned connection: the call whose output is its branch's
     closing: Call | None = None  # of an opening method: the call of the closing one
     parts: Parts | None = None  # of a closing method
@@ -68,6 +80,13 @@ class Call:
     def value(self) -> torch.Tensor | None:
         """The output as it was when the call ended."""
         return self.y if self.copy is None else self.copy
+
+    def seen(self, at: str, item: int) -> tuple[torch.Tensor | None, int | None]:
+        """One of the tensors that it took (``"input"``) or gave (``"output"``), and how often that was written by then."""
+        if item:
+            held = (self.inputs if at == "input" else self.outputs)[item : item + 1]
+            return (held[0].tensor, held[0].version) if held else (None, None)
+        return (self.x, self.versions[0]) if at == "input" else (self.y, self.versions[1])
 
     def inside(self, other: Call) -> bool:
         """Whether this call happened during the other one."""
@@ -103,6 +122,7 @@ class Tape:
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
         call = self._begin(path, module, FORWARD, first_float(args, kwargs))
+        call.inputs = _several(floats_in(args, kwargs), lambda: _names(module, args, kwargs))
         past = past_states(args, kwargs, call.x)
         if past is not None:
             call.past, call.held = self._seen_at(past[-1]), True
@@ -118,6 +138,7 @@ class Tape:
         if call.module is not module:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
         self._end(call, first_float(output))
+        call.outputs = _several(floats_in(output))
         call.site = returned_site(module, call.x, output)
         call.output = output if call.site is not None else None
         self._note_branch(call)
@@ -154,6 +175,7 @@ class Tape:
         parent = self._stack[-1] if self._stack else None
         call = Call(path, module, index, len(self.calls), parent, x, method)
         call.x_shape = tuple(x.shape) if x is not None else ()
+        call.versions = version(x), None
         call.level = len(self._stack)
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path, method] = index + 1
@@ -165,7 +187,7 @@ class Tape:
     def _end(self, call: Call, y: torch.Tensor | None) -> None:
         call.y = y
         call.y_shape = tuple(y.shape) if y is not None else ()
-        call.versions = version(call.x), version(y)
+        call.versions = call.versions[0], version(y)
 
     def _seen_at(self, tensor: torch.Tensor) -> tuple[Call, str] | None:
         """Which recent call took or gave a tensor; the call is held."""
@@ -273,6 +295,27 @@ class Tape:
         needed = call.runs or call.held or call.inner or call.site
         if not (needed or call.path in self._keep or call in self._recent or call in self._stack):
             call.x = call.y = None
+            call.inputs = call.outputs = ()
+
+
+def _several(tensors: list[torch.Tensor], names: Callable[[], list[str]] | None = None) -> tuple[Passed, ...]:
+    if len(tensors) < 2:
+        return ()
+    named = names() if names is not None else [""] * len(tensors)
+    return tuple(Passed(tensor, version(tensor), name) for tensor, name in zip(tensors, named, strict=True))
+
+
+def _names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
+    """The forward's parameters that hold the floating tensors; numbered where one holds several."""
+    known = {name: floats_in(value) for name, value in arguments(module, args, kwargs).items()}
+    names: list[str] = []
+    for tensor in floats_in(args, kwargs):
+        name, held = next(
+            ((n, held) for n, held in known.items() if any(t is tensor for t in held)), ("track", [tensor])
+        )
+        number = next(i for i, t in enumerate(held) if t is tensor)
+        names.append(f"{name}{number}" if len(held) > 1 or name == "track" else name)
+    return names
 
 
 def _ancestors(call: Call) -> Iterable[Call]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from probes.layout import LayoutError, canonical, count_streams, infer_layout, parse_layout
+from probes.layout import LayoutError, canonical, count_streams, parse_layout
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,6 @@ def test_layouts_that_do_not_fit_are_refused():
         canonical(torch.randn(2, 3), "B T D", batch_size=2, num_streams=1)
     with pytest.raises(LayoutError, match="does not fit"):
         canonical(torch.randn(7, 3, 5), "(B N) T D", batch_size=2, num_streams=4)
-
-
-def test_plain_layouts_are_guessed_and_others_refused():
-    assert infer_layout((2, 7, 5), batch_size=2) == "B T D"
-    assert infer_layout((7, 2, 5), batch_size=2) == "T B D"
-    assert infer_layout((2, 5), batch_size=2) == "B D"
-    assert infer_layout((2, 5, 8, 8), batch_size=2, channels_first=True) == "B D H W"
-    with pytest.raises(LayoutError, match="layout='B T N D'"):
-        infer_layout((2, 7, 4, 5), batch_size=2)
 
 
 def test_streams_are_counted_from_the_layout():
