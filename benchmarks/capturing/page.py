@@ -195,8 +195,8 @@ plain, since some change torch when they are imported. *Plain again* is a second
 in one process per tool. What a step gives is kept for all batches, as it must be where something is to be computed over them;
 this package keeps its sums and its sample.
 
-**Patience.** A tool that takes more than half a minute, and three times plain, is stopped: its last cells of the memory are empty, and its times
-come from fewer rounds.
+**Patience.** A tool that takes more than half a minute, and more than three times plain, is stopped: its last cells of the
+memory are empty, and its times come from fewer rounds.
 
 **Not tried:** GPUs, several threads, compiled models, other models than these.
 

@@ -212,7 +212,7 @@ HEAD = (
     "gradients",
     "notes",
 )
-SHORT = ("family", "from", "streams", "connection", "error", "gradients")
+SHORT = ("families", "from", "streams", "connection", "error", "gradients")
 
 
 def row(result: Outcome) -> dict[str, str]:
@@ -244,10 +244,14 @@ def states_in_words(run: xr.DataTree, chain: str) -> str:
 def connection_in_words(run: xr.DataTree) -> str:
     trace = schema.chain_dataset(run, "trace", schema.chains(run)[0])
     assert trace is not None
-    known = [
-        name for name in ("h_res", "h_pre", "h_post") if name in trace and bool(trace[name].notnull().any())
-    ]
-    words = [name.replace("h_", "H_") for name in known]
+    named = {
+        "h_res": "H_res",
+        "h_pre": "H_pre",
+        "read": "H_pre by views",
+        "h_post": "H_post",
+        "write": "H_post by views",
+    }
+    words = [word for name, word in named.items() if name in trace and bool(trace[name].notnull().any())]
     return f"{run.attrs['family'].replace('_', ' ')}{': ' if words else ''}{', '.join(words)}"
 
 
@@ -305,7 +309,13 @@ that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for 
 
 
 def short_table() -> str:
-    return markdown(SHORT, [row(outcome(family)) for family in FAMILIES])
+    """The families that a probe takes as they are; those that showed the same share a row."""
+    rows = [row(outcome(family)) for family in FAMILIES if not family.refused]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for cells in rows:
+        alike.setdefault(tuple(cells[name] for name in SHORT[1:]), []).append(cells["family"])
+    joined = [dict(zip(SHORT, (", ".join(names), *shown), strict=True)) for shown, names in alike.items()]
+    return markdown(SHORT, joined)
 
 
 def between_markers(text: str, table: str) -> str:
