@@ -29,6 +29,7 @@ Explanation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 # connections compute in float32 inside even where the states are float64
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+EXACT = 4  # an error of so many roundings is none
 SELECTING_TOKENS = 64  # tokens that tell which of the watched tensors are the weights; the proof looks again
 
 
@@ -93,8 +94,8 @@ class Watch(TorchFunctionMode):
         return result
 
     def floating(self) -> list[torch.Tensor]:
-        """The floating ones of the tensors that were seen."""
-        return [tensor.detach() for tensor in self.seen.values() if tensor.is_floating_point()]
+        """The floating ones of the tensors that were seen, the last one first: what is applied is computed last."""
+        return [tensor.detach() for tensor in reversed(self.seen.values()) if tensor.is_floating_point()]
 
 
 # --- returned connections ---
@@ -581,7 +582,7 @@ def _as_vectors(tensor: torch.Tensor, lead: tuple[int, int], n: int) -> Iterator
 
 
 def explaining(candidates: Iterable[tuple[T, Explanation]], goal: torch.Tensor) -> T | None:
-    """The candidate whose explanation comes nearest to a goal, where it comes near enough.
+    """The candidate whose explanation comes nearest to a goal, where it comes near enough; the first that is exact ends it.
 
     Parameters
     ----------
@@ -596,11 +597,14 @@ def explaining(candidates: Iterable[tuple[T, Explanation]], goal: torch.Tensor) 
     """
     few = spread(goal.shape[0] * goal.shape[1], SELECTING_TOKENS).to(goal.device)
     wanted = _few(goal, few)
+    exact = EXACT * torch.finfo(goal.dtype).eps
     best, least = None, math.inf
     for result, explain in candidates:
         error = relative_error(explain(few) - wanted, wanted)
         if error < least:
             best, least = result, error
+        if error <= exact:
+            break
     return best if least <= tolerance(goal.dtype) else None
 
 

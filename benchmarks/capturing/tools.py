@@ -320,10 +320,10 @@ def no_statistics() -> Iterator[None]:
     """Leave out what `Sums` computes, and only that; a session still wants to know that a state came."""
     from probes.accumulate import Sums
 
-    def note(self: Sums, depth: int, *_: Any) -> None:
+    def note(self: Sums, depth: int, *_: Any, **__: Any) -> None:
         self._add("token_count", depth, torch.ones((), dtype=torch.float64))
 
-    def nothing(*_: Any) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
         pass
 
     with patch.multiple(Sums, see_state=note, see_gradient=nothing, see_mixing=nothing):
