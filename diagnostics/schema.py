@@ -57,15 +57,28 @@ TRACE: dict[str, Variable] = {
     "h_res": Variable(
         (*ROUTE, "stream_out", "stream_in"), "f", "stream mixing matrix, rows are destinations"
     ),
+    "h_res_returned": Variable(
+        (*ROUTE, "stream_out", "stream_in"),
+        "f",
+        "h_res as its module gives it, where the model rounds it to apply it",
+    ),
     "h_pre": Variable((*ROUTE, "stream"), "f", "weights that read the branch input from the streams"),
     "h_post": Variable((*ROUTE, "stream"), "f", "weights that write the branch output to the streams"),
     "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),
     "branch_out": Variable((*ROUTE, "feature"), "f", "output of the branch"),
-    "read": Variable((*ROUTE, "view_in", "stream"), "f", "read weights of several branch inputs, in place of h_pre"),
-    "write": Variable((*ROUTE, "stream", "view_out"), "f", "write weights of several branch outputs, in place of h_post"),
+    "read": Variable(
+        (*ROUTE, "view_in", "stream"), "f", "read weights of several branch inputs, in place of h_pre"
+    ),
+    "write": Variable(
+        (*ROUTE, "stream", "view_out"), "f", "write weights of several branch outputs, in place of h_post"
+    ),
     "views_in": Variable((*ROUTE, "view_in", "feature"), "f", "several branch inputs, in place of branch_in"),
-    "views_out": Variable((*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"),
-    "final": Variable(("sample", "token", "feature"), "f", "state behind the last norm, which the head reads"),
+    "views_out": Variable(
+        (*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"
+    ),
+    "final": Variable(
+        ("sample", "token", "feature"), "f", "state behind the last norm, which the head reads"
+    ),
     "final_gradient": Variable(("sample", "token", "feature"), "f", "gradient with respect to that state"),
     "mask": Variable(("sample", "token"), "b", "true where the token is real, false on padding"),
     "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
@@ -73,8 +86,11 @@ TRACE: dict[str, Variable] = {
 
 TRACE_COORDS: dict[str, Variable] = {
     "layer": Variable(("depth",), "iu", "block number, -1 for the embedding"),
-    "site": Variable(("depth",), "OTU", "embed, mid (in a block), post (behind it), pre (changed before the next)"),
+    "site": Variable(
+        ("depth",), "OTU", "embed, mid (in a block), post (behind it), pre (changed before the next)"
+    ),
     "module": Variable(("depth",), "OTU", "module path that produced the state"),
+    "phase": Variable(("sample",), "OTU", "prefill, or decode where a cache already held tokens"),
     "connection_layer": Variable(("connection",), "iu", "block number of the connection"),
     "branch": Variable(("connection",), "OTU", "attn, mlp or block"),
     "connection_module": Variable(("connection",), "OTU", "module path of the connection"),
@@ -310,7 +326,11 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
 def _has_every_depth(trace: xr.Dataset) -> bool:
     """Whether the depths begin with 0 and leave none out, as where no sites were selected."""
     depths = trace["depth"].values
-    return "site" in trace.coords and trace["site"].values[-1] == "post" and list(depths) == list(range(len(depths)))
+    return (
+        "site" in trace.coords
+        and trace["site"].values[-1] == "post"
+        and list(depths) == list(range(len(depths)))
+    )
 
 
 # --- files ---

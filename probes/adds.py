@@ -8,6 +8,7 @@ from itertools import combinations
 
 import torch
 
+from probes.hooks import computed_in
 from probes.place import Chain, Link, Place
 from probes.reading import spread, tolerance
 from probes.streams import branch_label
@@ -55,7 +56,7 @@ class _Search:
 
     def __init__(self, block: Call, inner: list[Call]) -> None:
         self.goal = _sample(block.y)
-        self.limit = tolerance(block.y.dtype) if block.y is not None else 0.0
+        self.limit = tolerance(computed_in(block.y)) if block.y is not None else 0.0
         shape = block.x_shape
         self.branches = [c for c in inner if c.y is not None and c.y_shape == shape]
         self.takers = [c for c in inner if c.x is not None and c.x_shape == shape]

@@ -70,7 +70,7 @@ def connection_variables(
         else _add_variables(number, chain, sequences, tokens)
     )
     asked = session.settings.selection.keeps_variable
-    alias = {several: single for single, several in SINGLE.items()}
+    alias = {several: single for single, several in SINGLE.items()} | {"h_res_returned": "h_res"}
     numbers = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
     return {
         name: value for name, value in found.items() if name in numbers or asked(chain, alias.get(name, name))
@@ -88,12 +88,15 @@ def _stream_variables(session: Session, evidence: Evidence) -> dict[str, Any]:
         read_errors.append(_read_error(joint))
         parts = joint.parts
         arrays.setdefault("h_res", []).append(h_res)
+        arrays.setdefault("h_res_returned", []).append(returned)
         if all(other.parts.read is not None for other in evidence.joints):
             assert parts.read is not None
             arrays.setdefault("read", []).append(parts.read)
         arrays.setdefault("write", []).append(parts.write)
         arrays.setdefault("views_in", []).append(parts.branch_in)
         arrays.setdefault("views_out", []).append(_branch_out(joint, reading, h_res))
+    if not any(rounding):
+        del arrays["h_res_returned"]
     stacked = {
         name: np.stack([value.contiguous().numpy() for value in held]) for name, held in arrays.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from probes.chain import find_chains
 from probes.connections import Site, opened_site, pair_of
 from probes.forward import Forward, Listener
 from probes.here import Here
-from probes.hooks import Attachment, Hook, Seeing, first_float, in_recomputation
+from probes.hooks import Attachment, Hook, Seeing, as_outside, first_float, in_recomputation
 from probes.inputs import CaptureError
 from probes.layout import count_streams
 from probes.pairs import Opening, branch_output
@@ -211,7 +212,8 @@ class Discovery:
 
             def seen() -> list[torch.Tensor]:
                 kept = _sequences_at(x, site, rows)
-                with torch.no_grad(), returned_watch(kept, site) as watch:
+                watch = returned_watch(kept, site)
+                with suppress(Exception), as_outside(), watch:  # sharded weights, for one, are gone by now
                     call.module.forward(kept)
                 return watch.floating()
 

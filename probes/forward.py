@@ -36,6 +36,7 @@ class Forward:
     first_index: int
     slots: dict[int, int]
     arguments: Mapping[str, Any]
+    decoding: bool
     rows: torch.Tensor
     lead_shape: tuple[int, ...]
     row_data: torch.Tensor | None
@@ -92,6 +93,7 @@ class Forward:
                 gradients=_pick(self.gradients, position),
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
                 branches=_pick(self.branches, position),
+                decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
             )
             kept.append((self.slots[row], sequence))

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+KINDS = ("cpu", "cuda")  # devices with autocast
+
+
+class _Outside(threading.local):
+    """What the user's code computes in, while a hook of ours runs."""
+
+    autocast: Mapping[str, torch.dtype] = MappingProxyType({})
+
+
+_outside = _Outside()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Compute without a graph, which a checkpoint around us would count, and without the user's autocast."""
+    on = {kind: torch.get_autocast_dtype(kind) for kind in KINDS if torch.is_autocast_enabled(kind)}
+    before, _outside.autocast = _outside.autocast, on
+    try:
+        for kind in on:
+            torch.set_autocast_enabled(kind, False)
+        with torch.no_grad():
+            yield
+    finally:
+        for kind in on:
+            torch.set_autocast_enabled(kind, True)
+        _outside.autocast = before
+
+
+@contextmanager
+def as_outside() -> Iterator[None]:
+    """Compute as the user's code around the running hook does: to run a part of the model once more."""
+    on = dict(_outside.autocast)
+    try:
+        for kind in on:
+            torch.set_autocast_enabled(kind, True)
+        yield
+    finally:
+        for kind in on:
+            torch.set_autocast_enabled(kind, False)
+
+
+def computed_in(tensor: torch.Tensor) -> torch.dtype:
+    """The precision that the user's code around the running hook multiplies a tensor in: autocast's, or its own."""
+    return _outside.autocast.get(tensor.device.type, tensor.dtype)
 
 
 class Hook:
@@ -35,7 +82,8 @@ class Hook:
         if self.function is None or self.report is None:
             return
         try:
-            self.function(*args, **kwargs)
+            with quiet():
+                self.function(*args, **kwargs)
         except Exception as error:  # the user's forward or backward must go on
             self.report(error)
 
@@ -143,7 +191,8 @@ class SeenMethod:
 
     def _guarded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            with quiet():
+                return function(*arguments)
         except Exception as error:  # the user's forward must go on
             self._report(error)
             return None

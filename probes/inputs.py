@@ -30,6 +30,12 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return named
 
 
+def is_decoding(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call goes on from a cache that holds tokens, as the later steps of a generation do."""
+    lengths = [getattr(value, "get_seq_length", None) for value in arguments.values()]
+    return any(callable(length) and int(length()) > 0 for length in lengths)
+
+
 def find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.Tensor | None:
     """The mask (B, T), true on real tokens, that the user gave or that the arguments carry."""
     if given is not None:

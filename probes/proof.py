@@ -210,7 +210,7 @@ def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
     proofs = tuple(prove(joint) for joint in joints)
     if not proofs:
         return Evidence((), (), "not_applicable", False)
-    limit = tolerance(session.dtype)
+    limit = tolerance(session.precision)
     mixing = [proof for proof, joint in zip(proofs, joints, strict=True) if joint.parts.mix is not None]
     votes = {
         proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)
@@ -235,7 +235,7 @@ def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
     errors = evidence.errors
     worst = int(np.argmax(errors))
     if not errors[worst] <= limit:
-        link, dtype = session.links[worst], str(session.dtype).removeprefix("torch.")
+        link, dtype = session.links[worst], str(session.precision).removeprefix("torch.")
         raise ReconstructionError(
             f"connection {worst} ({link.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
             f"{errors[worst]:.1e} (tolerance {limit:.0e} for {dtype}), in either orientation. "
@@ -268,7 +268,7 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
         x_out=states(link.depth_out),
         parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
         mask=torch.from_numpy(mask),
-        dtype=session.dtype,
+        dtype=session.precision,
     )
 
 

@@ -21,7 +21,7 @@ from probes.connections import (
     Site,
     find_roles,
 )  # ConnectionError: the field's word
-from probes.hooks import tensors_in
+from probes.hooks import computed_in, tensors_in
 from probes.layout import canonical
 
 T = TypeVar("T")
@@ -213,7 +213,7 @@ def _told_read(vectors: list[torch.Tensor], at: _Rows) -> tuple[int | None, torc
         return None, None
     errors = [read_error(at.x, vector[at.rows], at.branch_in) for vector in vectors]
     best = min(range(len(errors)), key=errors.__getitem__)
-    if errors[best] > tolerance(at.streams.dtype):
+    if errors[best] > tolerance(computed_in(at.streams)):
         return None, None
     return best, vectors[best][at.rows]
 
@@ -228,7 +228,7 @@ def _returned_mix(
         return None
     lead = streams.shape[:2]
     mixed = canonical(roles.mixed, roles.layout, batch_size=lead[0], num_streams=n)
-    if relative_error(mixed.double() - streams.double(), streams) <= tolerance(streams.dtype):
+    if relative_error(mixed.double() - streams.double(), streams) <= tolerance(computed_in(streams)):
         return None
     candidates = [t.reshape(*lead, n, n) for t in seen() if t.numel() == mixed[..., 0].numel() * n]
     found = explaining(((m, _mixing(m, streams)) for t in candidates for m in (t, t.mT)), mixed)
@@ -251,7 +251,7 @@ def _watched_read(at: _Rows, seen: list[torch.Tensor]) -> torch.Tensor:
             candidates.append(tensor.reshape(at.streams.shape[:-1])[at.rows])
     fits = [(read_error(x, read, branch_in), read) for read in candidates]
     error, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
-    found = best is not None and error <= tolerance(x.dtype)
+    found = best is not None and error <= tolerance(computed_in(x))
     return best if best is not None and found else least_squares_read(x, branch_in)
 
 
@@ -344,22 +344,24 @@ def read_width(
     """
     branch_in, mixed, depth = result
     streams = _canonical(x, site, batch_size)
-    lead, n, d = tuple(streams.shape[:2]), site.num_streams, streams.shape[-1]
-    goal = _mixed_streams(mixed, streams, site, batch_size)
-    joint = [arranged for tensor in seen for arranged in _arrangements(tensor, lead, n, site.fractions)]
-    found = explaining(((alpha, _mixing(alpha[..., -n:].mT, streams)) for alpha in joint), goal)
-    if found is None:
-        raise ConnectionError(
-            f"a width connection with {n} streams computes no weights (streams × views + streams) that explain its output; "
-            "this version of it is not known"
+    n, lead = site.num_streams, tuple(streams.shape[:2])
+    carried = _mixed_streams(mixed, streams, site, batch_size)
+    joint = [alpha for tensor in seen for alpha in _arrangements(tensor, lead, n, site.fractions)]
+    for views in sorted({alpha.shape[-1] - n for alpha in joint}):
+        taken = as_views(branch_in, batch_size, lead[1], views, streams.shape[-1])
+        if taken is None:
+            continue
+        candidates = [alpha for alpha in joint if alpha.shape[-1] == views + n]
+        found = explaining(
+            ((alpha, _mixing(alpha.mT, streams)) for alpha in candidates), torch.cat([taken, carried], dim=2)
         )
-    views = found.shape[-1] - n
-    read = found[..., :views].mT
-    write = _write_weights(depth, lead, site)
-    taken = as_views(branch_in, batch_size, lead[1], views, d)
-    if taken is None:
-        taken = torch.einsum("btvn,btnd->btvd", read.to(streams.dtype), streams)
-    return Parts(found[..., -n:], read, write, taken)
+        if found is not None:
+            write = _write_weights(depth, lead, site)
+            return Parts(found[..., views:], found[..., :views].mT, write, taken)
+    raise ConnectionError(
+        f"a width connection with {n} streams computes no weights (streams × views + streams) that explain its output; "
+        "this version of it is not known"
+    )
 
 
 def _canonical(x: torch.Tensor, site: Site, batch_size: int) -> torch.Tensor:
@@ -605,7 +607,7 @@ def explaining(candidates: Iterable[tuple[T, Explanation]], goal: torch.Tensor) 
             best, least = result, error
         if error <= exact:
             break
-    return best if least <= tolerance(goal.dtype) else None
+    return best if least <= tolerance(computed_in(goal)) else None
 
 
 def _mixing(matrix: torch.Tensor, streams: torch.Tensor) -> Explanation:

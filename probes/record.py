@@ -153,6 +153,9 @@ def _trace(
         "token": np.arange(tokens),
         "stream": np.arange(residual.shape[3]),
     }
+    if any(sequence.decoding for sequence in sequences):
+        phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
+        coords["phase"] = ("sample", np.array(phases, dtype=object))
     if chain.links and session.settings.selection.connects(chain):
         variables |= connection_variables(session, number, sequences, evidence, tokens)
         coords |= connection_coords(chain.links)
@@ -302,8 +305,11 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
         "layouts": session.layouts if len(set(session.layouts)) > 1 else None,
         "orientation": evidence.orientation,
         "reconstruction_error": max(evidence.errors) if evidence.proofs else None,
-        "reconstruction_tolerance": tolerance(session.dtype) if evidence.proofs else None,
+        "reconstruction_tolerance": tolerance(session.precision) if evidence.proofs else None,
         "dtype": str(session.dtype).removeprefix("torch."),
+        "autocast": str(session.precision).removeprefix("torch.")
+        if session.precision != session.dtype
+        else None,
         "block": session.chains[0].block_class,
         "num_blocks": len(session.chains[0].blocks),
         "num_parameters": sum(p.numel() for p in session.model.parameters()),

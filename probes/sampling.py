@@ -24,6 +24,7 @@ class Sequence:
     parts: dict[tuple[int, int], Parts]
     branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None
+    decoding: bool = False
 
 
 @dataclass

@@ -20,7 +20,7 @@ from probes.following import Following
 from probes.forward import FINAL, Forward, Measured
 from probes.here import Here
 from probes.hooks import Attachment, in_recomputation, tensors_in
-from probes.inputs import CaptureError, arguments
+from probes.inputs import CaptureError, arguments, is_decoding
 from probes.sampling import Reservoir, weights_stamp
 from probes.sight import Settings, Sight
 from probes.tape import Tape
@@ -102,6 +102,7 @@ class Session(Sight):
             first_index=first_index,
             slots=slots,
             arguments=named,
+            decoding=is_decoding(named),
             rows=rows,
             lead_shape=tuple(lead.shape),
             row_data=lead.detach().movedim(self.batch_axis, 0)[rows].clone(),

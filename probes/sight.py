@@ -12,7 +12,7 @@ from torch import nn
 
 from probes.connections import Site
 from probes.forward import FINAL, Forward
-from probes.hooks import Hook
+from probes.hooks import Hook, computed_in
 from probes.inputs import Mask, find_mask, fit_mask
 from probes.layout import canonical
 from probes.place import Chain, Link, Place
@@ -55,6 +55,7 @@ class Sight:
         self.named_streams = 1
         self.batch_axis = 0  # of the model's first tensor
         self.dtype = torch.float32
+        self.precision = torch.float32  # that the states are multiplied in, autocast's where it is on
         self.errors: list[Exception] = []
 
     def places(self) -> Iterable[tuple[int, int, Place]]:
@@ -112,7 +113,7 @@ class Sight:
             return
         state = self._canonical(forward, number, tensor.detach())
         mask = self._mask(forward, number, state)
-        self.dtype = tensor.dtype
+        self.dtype, self.precision = tensor.dtype, computed_in(tensor)
         if len(forward.rows):
             forward.states[number, depth] = forward.sampled(state)
         forward.chain_sums(number).see_state(depth, state, mask)

@@ -139,7 +139,7 @@ def reason(error: Exception) -> str:
 def peaks(
     case_name: str, sizes: Sizes, *, name: str, backward: bool, counts: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Highest resident memory above the loaded model after some numbers of batches, in MiB.
+    """Highest resident memory above the loaded model: in the first batch, and from the second to some others, in MiB.
 
     What a step gives is kept for every batch, as it must be where something is to be computed over all of them.
 
@@ -178,6 +178,8 @@ def peaks(
                 case.model.zero_grad(set_to_none=True)
                 if number in counts:
                     found[str(number)] = status("VmHWM") - floor
+                if number == 1:
+                    forget_peak()  # the first batch, in which chains are found, must not hide the others
     except Exception as error:
         return {"reason": reason(error)}
     return found
@@ -194,8 +196,13 @@ def warm_up(name: str, case_name: str, backward: bool) -> None:
 def trimmed() -> float:
     """Give freed memory back, forget the peak so far, and tell what is resident, in MiB (Linux and glibc)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's own high-water mark starts anew
+    forget_peak()
     return status("VmRSS")
+
+
+def forget_peak() -> None:
+    """Start the kernel's high-water mark anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def status(field: str) -> float:

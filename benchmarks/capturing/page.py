@@ -161,7 +161,7 @@ def site(cell: dict[str, Any], sites: int) -> str:
 
 def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     counts = sorted({int(count) for row in rows.values() for count in row if count != "reason"})
-    header = ["", *(f"{count} batch{'es' if count > 1 else ''}" for count in counts)]
+    header = ["", *("first batch" if count == 1 else f"up to batch {count}" for count in counts)]
     body = []
     for name, row in rows.items():
         if "reason" in row:
@@ -192,8 +192,8 @@ plain, since some change torch when they are imported. *Plain again* is a second
 * transformer-lens runs the model through its own modules with its own attention; the ratio holds that too.
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
-in one process per tool. What a step gives is kept for all batches, as it must be where something is to be computed over them;
-this package keeps its sums and its sample.
+in one process per tool, and again after the first batch, in which this package finds the chain. What a step gives is kept for
+all batches, as it must be where something is to be computed over them; this package keeps its sums and its sample.
 
 **Patience.** A tool that takes more than half a minute, and more than three times plain, is stopped: its last cells of the
 memory are empty, and its times come from fewer rounds.

@@ -418,16 +418,18 @@ def _no_grad(model, ids):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_gives_the_same_states_and_gradients(models, text_batch, reentrant):
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_checkpointing_gives_the_same_states_and_gradients(models, text_batch, reentrant, name):
     runs = []
     for checkpointed in (False, True):
-        model = models["llama"]().train()
+        model = models[name]().train()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         with probes.record(model, gradients=True) as recorder:
             for _ in range(2):
                 model(**text_batch, use_cache=False).loss.backward()
                 recorder.step()
+        assert recorder.errors == []
         runs.append(recorder.run)
     plain, checkpointed = runs
     for name in ("residual", "gradient"):
