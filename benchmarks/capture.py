@@ -100,9 +100,8 @@ def wanted(only: list[str] | None) -> Iterator[list[str]]:
 def memories(arguments: argparse.Namespace) -> dict[str, Any]:
     """Case to mode to tool to MiB by number of batches."""
     found: dict[str, Any] = {}
-    names = [
-        n for n in TOOLS if n not in ("plain again",) and (arguments.only is None or n in arguments.only)
-    ]
+    chosen = TOOLS if arguments.only is None else ("plain", *arguments.only)
+    names = [name for name in TOOLS if name in chosen and name != "plain again"]
     for case in (case for case in arguments.cases if case != "tiny"):
         for mode, counts in BATCHES.items():
             for name in names:

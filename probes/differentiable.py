@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from probes.capture import call, eager
-from probes.hooks import first_float, in_recomputation, untouched
+from probes.hooks import first_float, in_recomputation, stand_in, untouched
 from probes.place import Chain
 from probes.routing import replaced
 from probes.tape import FORWARD, version
@@ -158,7 +158,7 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
         module = modules[path]
         before, after = _before(sides["input"], meet), _after(sides["output"], meet)
         if method != FORWARD:
-            _stand_in(stack, module, method, before, after)
+            stand_in(stack, module, method, _between(getattr(module, method), before, after))
             continue
         if sides["input"]:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -166,26 +166,18 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
             stack.callback(module.register_forward_hook(after).remove)
 
 
-def _stand_in(
-    stack: ExitStack, module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]
-) -> None:
-    """Stand in for one method of a module while the stack is open, for a method has no hooks."""
-    method = getattr(module, name)
-    own = vars(module).get(name)
+def _between(
+    method: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A method between two hooks that may exchange what it takes and gives."""
 
     def around(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = before(module, args, kwargs) or (args, kwargs)
+        args, kwargs = before(None, args, kwargs) or (args, kwargs)
         result = method(*args, **kwargs)
-        changed = after(module, args, result)
+        changed = after(None, args, result)
         return result if changed is None else changed
 
-    def restore() -> None:
-        del vars(module)[name]
-        if own is not None:
-            vars(module)[name] = own
-
-    vars(module)[name] = around
-    stack.callback(restore)
+    return around
 
 
 def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:

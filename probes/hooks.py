@@ -207,6 +207,31 @@ def _itself(value: Any) -> Any:
     return value
 
 
+def stand_in(stack: ExitStack, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    """Put a function in the place of a module's method while the stack is open, for a method has no hooks.
+
+    Parameters
+    ----------
+    stack : ExitStack
+        Puts the module's own entry back.
+    module : Module
+        The module.
+    name : str
+        The method's name.
+    function : callable
+        What is called in its place.
+    """
+    own = vars(module).get(name)
+
+    def restore() -> None:
+        del vars(module)[name]
+        if own is not None:
+            vars(module)[name] = own
+
+    vars(module)[name] = function
+    stack.callback(restore)
+
+
 def in_recomputation() -> bool:
     """Whether a backward pass is running, so that a forward hook sees a checkpoint's recomputation."""
     return torch._C._current_graph_task_id() != -1

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from probes.connections import ConnectionError, Site, find_roles
-from probes.hooks import first_float
+from probes.hooks import first_float, stand_in
 from probes.layout import canonical
 from probes.pairs import Opening
 from probes.reading import Parts, read_error, returned_watch, tolerance
@@ -54,7 +54,8 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[None]:
     with ExitStack() as stack:
         for path, site in held.items():
             freeze = FREEZE.get(site.style)
-            if freeze is None or site.reads_features or site.fractions > 1 or site.layout not in FREEZABLE:
+            other_order = site.style == "returned" and site.layout != "B T N D"
+            if freeze is None or other_order or site.reads_features or site.layout not in FREEZABLE:
                 raise ConnectionError(
                     f"{path!r} ({site.family}, layout {site.layout!r}) cannot be held constant yet; take routing='full'"
                 )
@@ -127,42 +128,86 @@ def _read_weights(module: nn.Module, x: torch.Tensor, branch_in: torch.Tensor, s
 
 
 def _freeze_width(stack: ExitStack, module: Any, site: Site) -> None:
-    """Stand in for the module's ``width_connection`` while the stack is open."""
     connect: Callable[..., Any] = module.width_connection
-    own = "width_connection" in vars(module)
 
     def constant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        batch_size = x.shape[0] // (site.num_streams if site.layout.startswith("(B N)") else 1)
-        opening = Opening(site, batch_size, x.detach())
+        merged = site.num_streams // site.fractions if site.layout.startswith("(B N)") else 1
+        opening = Opening(site, x.shape[0] // merged, x.detach())
         with opening.watch() as watch:
             branch_in, mixed, depth = result = connect(x)
         opening.read(result, watch)
         assert opening.parts is not None
-        read, carried = _applied(opening.parts, x, site, batch_size)
+        read, carried = _applied(opening.parts, x, opening)
         held = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in depth.items()}
-        return _valued(read, branch_in), _valued(carried, mixed), held
+        return (
+            _valued(_as_taken(read, branch_in), branch_in),
+            _valued(_as_held(carried, mixed, site), mixed),
+            held,
+        )
 
-    def restore() -> None:
-        if own:
-            module.width_connection = connect
-        else:
-            del module.width_connection
-
-    module.width_connection = constant
-    stack.callback(restore)
+    stand_in(stack, module, "width_connection", constant)
 
 
-def _applied(parts: Parts, x: torch.Tensor, site: Site, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What constant weights read, (B, T, D), and carry on, in the shape of the streams that came."""
+def _applied(parts: Parts, x: torch.Tensor, opening: Opening) -> tuple[torch.Tensor, torch.Tensor]:
+    """What constant weights read, (B, T, V, D), and carry on, (B, T, N, D)."""
     assert parts.mix is not None
     assert parts.read is not None
-    streams = canonical(x, site.layout, batch_size=batch_size, num_streams=site.num_streams)
-    read = torch.einsum("btn,btnd->btd", parts.read[..., 0, :].to(x.dtype), streams)
+    site = opening.site
+    streams = canonical(
+        x,
+        site.layout,
+        batch_size=opening.batch_size,
+        num_streams=site.num_streams,
+        fractions=site.fractions,
+    )
+    read = torch.einsum("btvn,btnd->btvd", parts.read.to(x.dtype), streams)
     carried = torch.einsum(
         "btio,btid->btod", parts.mix.to(x.dtype), streams
     )  # as kept: source by destination
-    merged = carried.transpose(1, 2) if site.layout.startswith("(B N)") else carried
-    return read, merged.reshape(x.shape)
+    return read, carried
+
+
+def _as_taken(read_BTVD: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Branch inputs in the shape that the branch takes: views outermost, or fractions merged."""
+    if like.ndim == 4 or like.shape[0] != read_BTVD.shape[0]:
+        return read_BTVD.permute(2, 0, 1, 3).reshape(like.shape)
+    return read_BTVD.reshape(like.shape)
+
+
+def _as_held(carried_BTND: torch.Tensor, like: torch.Tensor, site: Site) -> torch.Tensor:
+    """Streams in the shape in which the module holds them."""
+    if site.layout.startswith("(B N)") and like.ndim == 3:
+        outer = carried_BTND.unflatten(2, (-1, site.fractions))  # (B, T, N, F, D)
+        return outer.transpose(1, 2).reshape(like.shape)
+    return carried_BTND.reshape(like.shape)
+
+
+def _freeze_altup(stack: ExitStack, module: Any, site: Site) -> None:
+    """Hold the coefficients of ``predict`` and ``correct`` constant."""
+    predict: Callable[..., Any] = module.predict
+    correct: Callable[..., Any] = module.correct
+    opened: list[Opening] = []
+
+    def constant_predict(x: torch.Tensor) -> torch.Tensor:
+        opening = Opening(site, x.shape[1], x.detach())
+        with opening.watch() as watch:
+            predicted = predict(x)
+        opening.read(predicted, watch)
+        opened.append(opening)
+        assert opening.matrix is not None
+        return _valued(torch.einsum("btoi,ibtd->obtd", opening.matrix.to(x.dtype), x), predicted)
+
+    def constant_correct(predictions: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+        opening = opened.pop()
+        with opening.closing_watch(activated) as watch:
+            corrected = correct(predictions, activated)
+        parts = opening.close(activated, corrected, watch)
+        active = (predictions.detach() - parts.branch_in[:, :, 0]).flatten(1).norm(dim=1).argmin()
+        write = parts.write[..., 0].movedim(-1, 0).unsqueeze(-1).to(activated.dtype)
+        return _valued(predictions + write * (activated - predictions[active]), corrected)
+
+    stand_in(stack, module, "predict", constant_predict)
+    stand_in(stack, module, "correct", constant_correct)
 
 
 def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -170,8 +215,9 @@ def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value.detach() + (path - path.detach())
 
 
-FREEZABLE = ("B T N D", "(B N) T D")
+FREEZABLE = ("B T N D", "(B N) T D", "B T N (F D)", "(B N) T (F D)", "N B T D")
 FREEZE: dict[str, Callable[[ExitStack, nn.Module, Site], None]] = {
     "returned": _freeze_returned,
     "width": _freeze_width,
+    "altup": _freeze_altup,
 }

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from hyper_connections import hyper_connections as free
+from hyper_connections import hyper_connections_with_multi_branch_inputs as several
+from hyper_connections import mHCv2 as second
+from torch import nn
 from torch.autograd.functional import jacobian as dense_jacobian
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 import probes
 from probes.jacobian import JacobianOperator, jacobian
@@ -139,3 +145,82 @@ def test_freezing_moves_no_state(models, ids):
     for model in (models["deepseek"](), models["lucidrains"]("mhc")):
         full, frozen = (jacobian(model, ids, routing=routing) for routing in ("full", "frozen"))
         assert torch.equal(full._target, frozen._target)
+
+
+def fractions(count):
+    return lambda streams, **options: free.HyperConnections(streams, num_fracs=count, **options)
+
+
+CONNECTIONS = {
+    "mhc v2": lambda: second.mHC(4, dim=16, layer_index=1, branch=nn.Linear(16, 16)),
+    "mhc v2 in fractions": lambda: second.mHC(
+        4, dim=16, layer_index=1, num_fracs=2, branch=nn.Linear(16, 16)
+    ),
+    "hc in fractions": lambda: free.HyperConnections(
+        4, dim=16, layer_index=1, num_fracs=2, branch=nn.Linear(16, 16)
+    ),
+    "two branch inputs": lambda: several.HyperConnections(
+        4, dim=16, layer_index=1, num_branch_inputs=2, branch=nn.Linear(16, 16)
+    ),
+}
+
+
+class Stack(nn.Module):
+    def __init__(self, connection, merged: bool):
+        super().__init__()
+        self.embed, self.merged = nn.Embedding(64, 64), merged
+        self.connections = nn.ModuleList(connection() for _ in range(3))
+
+    def forward(self, ids):
+        x = self.embed(ids).unflatten(-1, (4, 16))
+        x = x.permute(0, 2, 1, 3).flatten(0, 1) if self.merged else x
+        for connection in self.connections:
+            x = connection(x)
+        return x
+
+
+@pytest.mark.parametrize("name", CONNECTIONS)
+def test_frozen_routing_of_every_version_is_that_of_a_detached_norm(ids, name):
+    """All weights of these connections come from their norm, so a detached norm freezes them and nothing else."""
+    torch.manual_seed(0)
+    model = Stack(CONNECTIONS[name], merged="v2" not in name).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if any(word in parameter_name for word in ("alpha", "beta", "_scale")):
+            nn.init.normal_(parameter, std=0.5)
+    frozen = jacobian(model, ids, tokens="all", routing="frozen")
+    v = torch.randn(frozen.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pushed = frozen.matvec(v)
+    full = jacobian(model, ids, tokens="all").matvec(v)
+    for connection in model.connections:
+        connection.norm.register_forward_hook(lambda module, args, output: output.detach())
+    expected = jacobian(model, ids, tokens="all").matvec(v)
+    torch.testing.assert_close(pushed, expected, atol=1e-5, rtol=1e-4)
+    assert (full - expected).norm() / expected.norm() > 1e-2
+
+
+def test_frozen_routing_of_altup_is_that_of_detached_modalities(ids):
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, intermediate_size=64,
+        num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0, laurel_rank=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3nTextModel(config).eval()
+    for layer in model.layers:
+        for parameter in (
+            *layer.altup.modality_router.parameters(),
+            *layer.altup.prediction_coefs.parameters(),
+        ):
+            nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(layer.altup.correct_output_scale, std=0.5)
+    frozen = jacobian(model, {"input_ids": ids}, tokens="all", routing="frozen")
+    v = torch.randn(frozen.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pushed = frozen.matvec(v)
+    full = jacobian(model, {"input_ids": ids}, tokens="all").matvec(v)
+    for layer in model.layers:
+        own = layer.altup.compute_router_modalities
+        layer.altup.compute_router_modalities = lambda x, own=own: own(x).detach()
+    expected = jacobian(model, {"input_ids": ids}, tokens="all").matvec(v)
+    torch.testing.assert_close(pushed, expected, atol=1e-4, rtol=1e-3)
+    assert (full - expected).norm() / expected.norm() > 1e-2
