@@ -9,8 +9,8 @@ from itertools import combinations
 import torch
 
 from probes.hooks import computed_in
+from probes.parts import spread, tolerance
 from probes.place import Chain, Link, Place
-from probes.reading import spread, tolerance
 from probes.streams import branch_label
 from probes.tape import Call, is_norm, version
 

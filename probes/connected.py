@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from diagnostics import schema
+from probes.parts import relative_error
 from probes.place import Chain, Link
 from probes.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
-from probes.reading import read_error, relative_error
+from probes.returned import read_error
 from probes.sampling import Sequence, padded
 from probes.session import Session
 
@@ -100,8 +101,8 @@ def _stream_variables(session: Session, evidence: Evidence) -> dict[str, Any]:
     stacked = {
         name: np.stack([value.contiguous().numpy() for value in held]) for name, held in arrays.items()
     }
-    parts = [joint.parts for joint in evidence.joints]
-    single = all(p.write.shape[-1] == p.branch_in.shape[-2] == 1 for p in parts)
+    several = [joint.parts for joint in evidence.joints]
+    single = all(held.write.shape[-1] == held.branch_in.shape[-2] == 1 for held in several)
     variables = {
         name: (schema.TRACE[name].dims, value) for name, value in _named(stacked, single=single).items()
     }

@@ -20,7 +20,7 @@ from probes.layout import count_streams
 from probes.pairs import Opening, branch_output
 from probes.place import Chain, Link, Place
 from probes.plain import infer_layout, takes_tokens_first
-from probes.reading import returned_watch
+from probes.returned import returned_watch
 from probes.sight import Sight
 from probes.signs import read_signs
 from probes.tape import FORWARD, Call, Passed, Tape, version

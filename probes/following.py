@@ -16,7 +16,7 @@ from probes.here import Here
 from probes.hooks import Attachment, Seeing, first_float, floats_in, in_recomputation
 from probes.pairs import Opening, branch_output
 from probes.place import Place
-from probes.reading import returned_watch
+from probes.returned import returned_watch
 from probes.sight import Sight
 from probes.tape import FORWARD
 

@@ -11,7 +11,7 @@ import torch
 
 from probes.accumulate import Sums, merged
 from probes.pairs import Opening
-from probes.reading import Parts
+from probes.parts import Parts
 from probes.sampling import Sequence
 
 FINAL = -1  # stands for a depth: the state behind the last norm

@@ -8,19 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from probes.altup import altup_watch, read_altup, read_correction
 from probes.connections import Site, pair_of
 from probes.hooks import tensors_in
 from probes.inputs import CaptureError
-from probes.reading import (
-    Parts,
-    Watch,
-    altup_watch,
-    as_views,
-    read_altup,
-    read_correction,
-    read_width,
-    width_watch,
-)
+from probes.parts import Parts, as_views
+from probes.watching import Watch
+from probes.width import read_width, width_watch
 
 
 @dataclass

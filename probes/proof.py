@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from probes.connections import ReconstructionError
-from probes.reading import Parts, as_views, relative_error, spread, tolerance
+from probes.parts import Parts, as_views, relative_error, spread, tolerance
 from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
 

@@ -18,9 +18,9 @@ from probes.accumulate import Sums
 from probes.connected import changes_outside, connection_coords, connection_variables
 from probes.coverage import Coverage, coverage
 from probes.forward import FINAL
+from probes.parts import tolerance
 from probes.place import Chain
 from probes.proof import Evidence, gather_evidence
-from probes.reading import tolerance
 from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
 from probes.updates import WeightRow, weight_variables

@@ -14,7 +14,8 @@ from probes.connections import ConnectionError, Site, find_roles
 from probes.hooks import first_float, stand_in
 from probes.layout import canonical
 from probes.pairs import Opening
-from probes.reading import Parts, read_error, returned_watch, tolerance
+from probes.parts import Parts, tolerance
+from probes.returned import read_error, returned_watch
 from probes.session import Session
 
 

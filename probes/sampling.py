@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from probes.reading import Parts
+from probes.parts import Parts
 
 
 @dataclass

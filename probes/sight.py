@@ -15,8 +15,9 @@ from probes.forward import FINAL, Forward
 from probes.hooks import Hook, computed_in
 from probes.inputs import Mask, find_mask, fit_mask
 from probes.layout import canonical
+from probes.parts import Parts
 from probes.place import Chain, Link, Place
-from probes.reading import Parts, read_returned
+from probes.returned import read_returned
 from probes.sites import Selection
 
 

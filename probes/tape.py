@@ -15,7 +15,7 @@ from torch import nn
 from probes.connections import Site, past_states, returned_site
 from probes.hooks import first_float, floats_in
 from probes.inputs import arguments
-from probes.reading import Parts
+from probes.parts import Parts
 
 LEVELS = 3  # how deep below a block its branches are looked for
 RECENT = 8  # the first state is the output of one of this many calls before the chain

@@ -1,0 +1,97 @@
+"""The parts of one connection call, and how near one number is to another.
+
+Shapes: B batch, T token, N stream, V view (a branch input; mostly one), D feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+# connections compute in float32 inside even where the states are float64
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Parts:
+    """The weights of one connection call and what its branch took and gave.
+
+    Parameters
+    ----------
+    mix : Tensor or None
+        (B, T, N, N) as the module keeps it; None where nothing mixes.
+    read : Tensor or None
+        H_pre, (B, T, V, N); None where no scalar read weights exist.
+    write : Tensor
+        H_post, (B, T, N, V).
+    branch_in : Tensor
+        (B, T, V, D).
+    branch_out : Tensor or None
+        (B, T, V, D), where the connection itself saw it.
+    """
+
+    mix: torch.Tensor | None
+    read: torch.Tensor | None
+    write: torch.Tensor
+    branch_in: torch.Tensor
+    branch_out: torch.Tensor | None = None
+
+    def at(self, index: torch.Tensor | int) -> Parts:
+        """The parts of some sequences."""
+        return self.each(lambda tensor: tensor[index])
+
+    def detached(self) -> Parts:
+        """Copies in float32 that share nothing with the model's own tensors."""
+        return self.each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
+        """The parts with one change made to every tensor."""
+        held = [getattr(self, field.name) for field in fields(self)]
+        return Parts(*(None if tensor is None else change(tensor) for tensor in held))
+
+
+def as_views(
+    tensor: torch.Tensor, batch_size: int, tokens: int, views: int, width: int
+) -> torch.Tensor | None:
+    """A branch's input or output as (B, T, V, D), or None where its shape fits no way of keeping views.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        As the model holds it.
+    batch_size, tokens, views, width : int
+        B, T, V and D.
+
+    Returns
+    -------
+    Tensor or None
+    """
+    t, shape = tensor.detach(), tuple(tensor.shape)
+    if t.numel() != batch_size * tokens * views * width:
+        return None
+    if views > 1 and (shape[:2] == (views, batch_size) or shape[0] == views * batch_size):
+        return t.reshape(views, batch_size, tokens, width).permute(1, 2, 0, 3)
+    if shape[0] != batch_size:
+        return None
+    if len(shape) == 4 and shape[1] == width != shape[-1] and views == 1:
+        return t.flatten(2).mT.unsqueeze(2)
+    return t.reshape(batch_size, tokens, views, width)
+
+
+def spread(count: int, most: int) -> torch.Tensor:
+    """At most ``most`` indices below ``count``, evenly spread."""
+    return torch.linspace(0, count - 1, min(count, most)).long()
+
+
+def relative_error(difference: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖difference‖ / ‖reference‖ in float64; the plain norm where the reference is zero."""
+    scale = torch.linalg.vector_norm(reference.detach().double())
+    error = torch.linalg.vector_norm(difference.detach().double())
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error up to which a reconstruction counts as proof, by the precision of the states."""
+    return TOLERANCE.get(dtype, 1e-4)
