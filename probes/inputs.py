@@ -64,3 +64,32 @@ def fit_mask(mask: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         f"the mask has shape {tuple(mask.shape)}, the states have {batch} sequences of {tokens} tokens; "
         "pass mask= with one entry per token of the residual state"
     )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The state that a distributed tensor stands for; one that is split over processes is refused.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        A state or a gradient.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    CaptureError
+        For a sharded or partial state, whose norms and spectra are not those of the whole.
+    """
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return tensor
+    if not all(placement.is_replicate() for placement in placements):
+        raise CaptureError(
+            f"a residual state is split over processes ({', '.join(map(str, placements))}); a part of it has other norms and "
+            "spectra than the whole. Capture a model whose residual states are replicated, without sequence or tensor "
+            "parallelism of the states"
+        )
+    return tensor.to_local()

@@ -13,7 +13,7 @@ from torch import nn
 from probes.connections import Site
 from probes.forward import FINAL, Forward
 from probes.hooks import Hook, computed_in
-from probes.inputs import Mask, find_mask, fit_mask
+from probes.inputs import Mask, find_mask, fit_mask, whole
 from probes.layout import canonical
 from probes.parts import Parts
 from probes.place import Chain, Link, Place
@@ -54,13 +54,19 @@ class Sight:
         self.layouts: list[str] = []
         self.sites: dict[int, Site] = {}
         self.named_streams = 1
+        self._placed: tuple[list[Chain], list[tuple[int, int, Place]]] | None = None
         self.batch_axis = 0  # of the model's first tensor
         self.dtype = torch.float32
         self.precision = torch.float32  # that the states are multiplied in, autocast's where it is on
         self.errors: list[Exception] = []
 
-    def places(self) -> Iterable[tuple[int, int, Place]]:
+    def places(self) -> list[tuple[int, int, Place]]:
         """Every place that is captured: chain number, depth (`FINAL` behind the last norm), place."""
+        if self._placed is None or self._placed[0] is not self.chains:
+            self._placed = self.chains, list(self._find_places())
+        return self._placed[1]
+
+    def _find_places(self) -> Iterable[tuple[int, int, Place]]:
         for number, chain in enumerate(self.chains):
             for depth, place in enumerate(chain.places):
                 if self.settings.selection.needs(chain, depth):
@@ -216,7 +222,7 @@ class Sight:
 
     def _canonical(self, forward: Forward, number: int, tensor: torch.Tensor) -> torch.Tensor:
         return canonical(
-            tensor,
+            whole(tensor),
             self.layouts[number],
             batch_size=forward.batch_size,
             num_streams=self.num_streams,

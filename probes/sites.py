@@ -121,7 +121,7 @@ class Selection:
 
     def needs(self, chain: Chain, depth: int) -> bool:
         """Whether a state must be captured: as it is wanted, or as the proof of a connection needs it."""
-        if chain.has_streams or not self._some_states(chain):
+        if not self.requests or chain.has_streams or not self._some_states(chain):
             return True
         proof = {d for link in chain.links for d in (link.depth_in, link.depth_out)}
         branches = any(self.wants(name) for name in ("branch_in", "branch_out"))
@@ -129,7 +129,7 @@ class Selection:
 
     def keeps(self, chain: Chain, depth: int) -> bool:
         """Whether a state is kept in the run; all are where no request names one, since every analysis needs some."""
-        return not self._some_states(chain) or self._takes(chain, depth)
+        return not self.requests or self._takes(chain, depth) or not self._some_states(chain)
 
     def _takes(self, chain: Chain, depth: int) -> bool:
         return any(request.takes_state(chain, depth) for request in self.requests)

@@ -165,7 +165,9 @@ class Tape:
         """Note that a method closed a connection."""
         call = self._begin(opening.path, opening.module, method, branch_out)
         self._end(call, output)
-        call.held, call.parts, call.copy = True, parts, output.detach().clone()
+        call.held, call.parts = True, parts
+        if opening.site is not None and opening.site.style == "altup":  # whose models rewrite it in place
+            call.copy = output.detach().clone()
         opening.closing = call
         opening.branch = next((c for c in reversed(self._recent) if same_tensor(c.y, branch_out)), None)
         return call

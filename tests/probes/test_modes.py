@@ -169,3 +169,39 @@ def test_one_process_of_a_parallel_training(models, ids, way):
         )
     if way == "fsdp2":
         assert sum(run.attrs["weights_skipped"].values()) > 0
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("split", [False, True])
+def test_a_split_state_is_refused_and_a_replicated_one_read(split):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (1,))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return DTensor.from_local(x.to_local() + self.linear(x.to_local()), mesh, x.placements)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            state = DTensor.from_local(x, mesh, [Shard(2) if split else Replicate()])
+            for block in self.blocks:
+                state = block(state)
+            return state.to_local()
+
+    model, x = Model(), torch.randn(2, 5, 8)
+    if split:
+        with pytest.raises(probes.CaptureError, match="split over processes"):
+            probes.capture(model, x)
+    else:
+        run = probes.capture(model, x)
+        np.testing.assert_array_equal(run.trace.residual.values[0, ..., 0, :], x.numpy())
