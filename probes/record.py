@@ -75,6 +75,7 @@ def build_run(
     """
     sequences = sorted(session.reservoir.held.values(), key=lambda sequence: sequence.index)
     evidence = gather_evidence(session, sequences)
+    covered = coverage(session, evidence)
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
     for number, chain in enumerate(session.chains):
@@ -90,8 +91,8 @@ def build_run(
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
         statistics=statistics if list(statistics) != [""] else statistics[""],
-        coverage=_coverage(coverage(session, evidence)),
-        attrs=_attributes(session, sequences, evidence) | dict(attrs or {}),
+        coverage=_coverage(covered),
+        attrs=_attributes(session, sequences, evidence) | _counted(covered) | dict(attrs or {}),
     )
 
 
@@ -276,6 +277,11 @@ def _gains(sums: list[Sums], evidence: Evidence) -> dict[str, Any]:
         ordered = pair[..., ::-1] if evidence.transposed else pair
         variables[name] = (schema.GAIN, np.moveaxis(ordered, -1, 1).copy())
     return variables
+
+
+def _counted(rows: list[Coverage]) -> dict[str, int]:
+    expected = [row for row in rows if row.expected]
+    return {"sites_expected": len(expected), "sites_fired": sum(row.fired >= row.expected for row in expected)}
 
 
 def _coverage(rows: list[Coverage]) -> xr.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -134,6 +134,8 @@ def _known(reading: Reading) -> dict[str, Any]:
         "Tokens analysed": _tokens(reading),
         "Reconstruction proof": None if proof is None else f"states rebuilt to {float(proof):.1e}",
         "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
+        "Sites": _sites(attrs),
+        "Changed outside connections": _outside(attrs.get("changes_outside")),
         "Precision": attrs.get("dtype"),
         "Loss reduction": attrs.get("loss_reduction"),
         "Seed": attrs.get("seed"),
@@ -143,6 +145,17 @@ def _known(reading: Reading) -> dict[str, Any]:
         "Software": _software(attrs.get("software")),
     }
     return {name: None if value in (None, "") else value for name, value in facts.items()}
+
+
+def _sites(attrs: Mapping[str, Any]) -> str | None:
+    """How many of the expected sites fired; the run's coverage table names them."""
+    expected = attrs.get("sites_expected")
+    return None if expected is None else f"{attrs.get('sites_fired')} of {expected} expected fired"
+
+
+def _outside(changes: Any) -> str | None:
+    """Where something beside the connections changes the streams."""
+    return ", ".join(f"before {c['module']} by {c['change']:.1%}" for c in changes or ()) or None
 
 
 def _tokens(reading: Reading) -> str | None:
