@@ -1,14 +1,21 @@
 """How does one number change across depth or connections? Runs overlaid, with null and band."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
+from app.figures.laws import law_lines, law_sources, law_words, laws_beside, missing_laws, null_words
 from app.figures.specification import Analyses, Array, Line, Lines, Selection
 from app.figures.values import fed, names_of, pick, positions
 from app.figures.words import counted, describe_lines, dims_of, label_of, left_out, reduction_of
+
+if TYPE_CHECKING:
+    from diagnostics.theory import Overlay
 
 __all__ = ["PLACES", "Profile", "build_profile", "healthy_range"]
 
@@ -75,15 +82,17 @@ def build_profile(profile: Profile, analyses: Analyses, choice: Selection) -> Li
     Lines
     """
     lines: list[Line] = []
-    drawn: set[str] = set()
+    laws: list[tuple[str, Overlay]] = []
     for label, fixed in _splits(profile, analyses, choice):
         for run, data, array in fed(analyses, profile.metric, choice, **fixed):
-            drawn.add(run)
             for suffix, curve in _curves(profile, array, label):
                 name = f"{run} · {suffix}" if suffix else run
-                lines.extend(_measured(profile, data, curve, choice, fixed, run=run, label=name))
+                measured = _measured(profile, data, curve, choice, fixed, run=run, label=name)
+                beside = laws_beside(curve, data, profile.metric)
+                lines += [*measured, *law_lines(beside, measured[0])]
+                laws += [(run, law) for law in beside]
     ordered = sorted(_without_repeats(lines), key=lambda line: list(analyses).index(line.group))
-    return _assemble(profile, analyses, choice, ordered, drawn)
+    return _assemble(profile, analyses, choice, ordered, laws)
 
 
 def _splits(profile: Profile, analyses: Analyses, choice: Selection) -> list[tuple[str, dict[str, str]]]:
@@ -187,7 +196,11 @@ def healthy_range(metric: str) -> tuple[float, float] | None:
 
 
 def _assemble(
-    profile: Profile, analyses: Analyses, choice: Selection, lines: Sequence[Line], drawn: set[str]
+    profile: Profile,
+    analyses: Analyses,
+    choice: Selection,
+    lines: Sequence[Line],
+    laws: Sequence[tuple[str, Overlay]],
 ) -> Lines:
     """The figure around its lines: thresholds, healthy band, caption and alt text."""
     ends = [end for line in lines for end in (line.x.min(initial=0.0), line.x.max(initial=0.0))] or [0.0, 1.0]
@@ -201,16 +214,19 @@ def _assemble(
         lines=(*lines, *limits),
         log_y=profile.log_y,
         healthy=healthy_range(profile.metric),
-        caption=_caption(profile, analyses, choice, lines, drawn),
+        caption=_caption(profile, analyses, choice, lines, law_words(laws)),
         alt=describe_lines(tuple(lines), profile.title, profile.along),
         metric=profile.metric,
+        sources=law_sources(laws),
+        missing=missing_laws(laws),
     )
 
 
 def _caption(
-    profile: Profile, analyses: Analyses, choice: Selection, lines: Sequence[Line], drawn: set[str]
+    profile: Profile, analyses: Analyses, choice: Selection, lines: Sequence[Line], laws: str
 ) -> str:
     """Reduction, count, estimator, what the band and the dashes mean, and which runs are missing."""
+    drawn = {line.group for line in lines}
     shown = {run: analyses[run] for run in analyses if run in drawn}
     dims = dims_of(shown, profile.metric)
     scope = choice.scope if "scope" in dims else profile.scope
@@ -220,7 +236,8 @@ def _caption(
     said = [f"{head[0].upper()}{head[1:]}." if head else ""]
     said.append(_band_words(profile, lines))
     if any(line.role == "null" for line in lines):
-        said.append("Dashed: the null, independent noise of the same shape.")
+        said.append(null_words(profile.metric))
+    said.append(laws)
     if healthy_range(profile.metric) is not None:
         said.append("Green: healthy.")
     said.extend([profile.note, left_out(analyses, drawn)])

@@ -78,7 +78,8 @@ def build_step_angle(profile: Profile, analyses: Analyses, **selection: Any) -> 
         line = matrix.isel(other_depth=0, drop=True).copy()
         line.values[0] = float("nan")
         line.values[1:] = shifted
-        beside[run] = data.assign({profile.metric: line})
+        stepped = line.expand_dims("step") if "step" in line.coords else line
+        beside[run] = data.assign({profile.metric: stepped})
     return build_profile(profile, beside, choice)
 
 

@@ -16,7 +16,7 @@ Analyses = Mapping[str, xr.Dataset]
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One curve: a measured quantity, the null expectation of the measured line before it, or a threshold.
+    """One curve: a measured quantity, the null or a law of theory for the measured line before it, or a threshold.
 
     Parameters
     ----------
@@ -24,29 +24,36 @@ class Line:
         Positions and values of equal length; NaN in `y` is a gap (undefined).
     label : str
         Legend entry.
-    role : {"measured", "null", "threshold"}
-        How it is read, hence how it is drawn: solid, dashed in the colour of its run, dotted grey.
+    role : {"measured", "null", "theory", "threshold"}
+        How it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes of
+        that colour, dotted grey. Theory moves the axes a little, never far.
     lower, upper : numpy.ndarray or None
         Uncertainty or spread around `y`.
     group : str
         Name of the run that the line belongs to; empty for thresholds.
     text : sequence of str or None
         Name of every position (module or layer), shown on hover.
+    law : str
+        Legend entry of theory, shared by the lines of one law.
     """
 
     x: Array
     y: Array
     label: str
-    role: Literal["measured", "null", "threshold"] = "measured"
+    role: Literal["measured", "null", "theory", "threshold"] = "measured"
     lower: Array | None = None
     upper: Array | None = None
     group: str = ""
     text: Sequence[str] | None = None
+    law: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Curves over one axis, with an optional healthy band."""
+    """Curves over one axis, with an optional healthy band.
+
+    ``sources`` are the bibliography keys of the laws drawn, ``missing`` says why a law is not.
+    """
 
     name: str
     title: str
@@ -58,6 +65,8 @@ class Lines:
     caption: str = ""
     alt: str = ""
     metric: str = ""
+    sources: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""How are curves drawn on paper? Colour by run, dashes by variant, nulls and limits in grey."""
+"""How are curves drawn on paper? Colour by run, dashes by variant, nulls and laws dashed, limits in grey."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from app.figures.laws import reach
 from app.figures.specification import Line, Lines
 from app.printed.style import Width, plain, plain_ticks, whole, wrapped
 
@@ -21,11 +22,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
 HEALTHY = "#E4F2E7"
+NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
+THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
 LEGEND_INSIDE = 4  # more entries than these hide the curves, and go below the axes, still inside the figure
 
 
 def draw_lines(figure: Lines, size: Width) -> Canvas:
-    """Draw curves with their bands, nulls, thresholds and healthy range.
+    """Draw curves with their bands, nulls, laws, thresholds and healthy range.
 
     Parameters
     ----------
@@ -40,26 +43,16 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     """
     measured = [line for line in figure.lines if line.role == "measured"]
     looks = _looks(measured)
-    entries = len(measured) + len({line.role for line in figure.lines} - {"measured"})
+    entries = len(measured) + len({(line.role, line.law) for line in figure.lines} - {("measured", "")})
     canvas = Canvas(figsize=(size.inches, _height(size, entries)), layout="constrained")
     axes = canvas.add_subplot()
     if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
         axes.set_yscale("log", nonpositive="mask")
-    last: Mapping[str, Any] = {}
-    for line in figure.lines:
-        if line.role == "measured":
-            last = looks[id(line)]
-            _draw_measured(axes, line, last)
-        elif line.role == "null":
-            axes.plot(
-                line.x,
-                line.y,
-                color=last.get("color", "0.4"),
-                linestyle=(0, (4, 2)),
-                linewidth=0.8,
-                alpha=0.8,
-            )
+    for line in measured:
+        _draw_measured(axes, line, looks[id(line)])
+    _draw_beside(axes, figure, looks, "null", NULL)
     _limit(axes, figure)
+    _draw_beside(axes, figure, looks, "theory", THEORY)
     _draw_limits(axes, figure)
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
@@ -117,18 +110,44 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
         )
 
 
+def _draw_beside(
+    axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]], role: str, look: Mapping[str, Any]
+) -> None:
+    """The lines of one role, in the colour of the measured line before them."""
+    colour = "0.4"
+    for line in figure.lines:
+        if line.role == "measured":
+            colour = looks[id(line)]["color"]
+        elif line.role == role:
+            axes.plot(line.x, line.y, color=colour, alpha=0.8, **look)
+
+
 def _limit(axes: Axes, figure: Lines) -> None:
-    """Limits set by what was measured, not by far thresholds; ticks as plain as they can be."""
+    """Limits set by what was measured, not by far laws and thresholds; ticks as plain as they can be."""
     if all(whole(line.x) for line in figure.lines):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.02)
     axes.autoscale_view()
+    if any(line.role == "theory" for line in figure.lines):
+        _make_room(axes, figure)
     low, high = axes.get_ylim()
     for line in figure.lines:
         if line.role == "threshold" and _near(line.y[0], low, high, axes):
             axes.set_ylim(*_around(line.y[0], axes))
     if axes.get_yscale() == "log":
         plain_ticks(axes.yaxis, *axes.get_ylim())
+
+
+def _make_room(axes: Axes, figure: Lines) -> None:
+    """Limits widened for the laws as far as `reach`; from here on they are fixed."""
+    log_y = axes.get_yscale() == "log"
+    known: dict[str, list[float]] = {"measured": [], "theory": []}
+    for line in figure.lines:
+        if line.role in known:
+            known[line.role].extend(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log_y))])
+    if known["measured"]:
+        for end in reach(np.array(known["measured"]), np.array(known["theory"]), log_y):
+            axes.set_ylim(*_around(end, axes))
 
 
 def _near(value: float, low: float, high: float, axes: Axes) -> bool:
@@ -205,8 +224,11 @@ def _name_threshold(axes: Axes, line: Line, side: str) -> None:
 def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if any(line.role == "null" for line in figure.lines):
-        handles.append(Line2D([], [], color="0.4", linestyle=(0, (4, 2)), linewidth=0.8))
+        handles.append(Line2D([], [], color="0.4", **NULL))
         labels.append("null")
+    for law in dict.fromkeys(line.law for line in figure.lines if line.role == "theory"):
+        handles.append(Line2D([], [], color="0.4", **THEORY))
+        labels.append(law)
     if len(handles) < 2:
         return
     if len(handles) <= LEGEND_INSIDE:

@@ -1,7 +1,8 @@
-"""How are curves drawn on a screen? A run keeps its colour, a null is dashed, a threshold carries its name."""
+"""How are curves drawn on a screen? A run keeps its colour, nulls and laws are dashed, thresholds carry their name."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from app.figures import Line, Lines
-from app.screen.colours import DASHES, GREY, HEALTHY, PALETTE
+from app.figures.laws import reach
+from app.screen.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
 
 __all__ = ["draw_lines"]
 
 
 def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
-    """Curves with their bands, nulls, thresholds and healthy range; the axes' titles come later.
+    """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later.
 
     Parameters
     ----------
@@ -37,19 +39,23 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
         if line.lower is not None and line.upper is not None:
             drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
     num_measured = sum(look.measured for look in looks)
+    laws = {line.law: None for line in figure.lines if line.role == "theory"}
     for line, look in zip(figure.lines, looks, strict=True):
         drawn.add_trace(
             _curve(
                 line,
                 look,
                 marked=num_measured <= 4 and len(line.x) <= 40,
-                named=num_measured > 1 and not crowded,
+                named=(num_measured > 1 or bool(laws)) and not crowded,
             )
         )
         if line.role == "threshold":
             _name_threshold(drawn, line, figure)
     if crowded:
         drawn.add_traces(_key(figure.lines, looks))
+    drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.6, "dash": THEORY}) for name in laws])
+    if figure.missing:
+        _tell_missing(drawn, figure.missing)
     span = _y_range(figure)
     if figure.healthy is not None and span is not None:
         _shade(drawn, figure.healthy, span)
@@ -105,9 +111,9 @@ def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
     for line in lines:
         if line.role == "threshold":
             looks.append(_Look(GREY, "dot", measured=False))
-        elif line.role == "null":
+        elif line.role in ("null", "theory"):
             colour = looks[-1].colour if looks else PALETTE[0]
-            looks.append(_Look(colour, "dash", measured=False))
+            looks.append(_Look(colour, "dash" if line.role == "null" else THEORY, measured=False))
         else:
             rank = seen.get(line.group, 0)
             seen[line.group] = rank + 1
@@ -125,7 +131,7 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
         line={"color": look.colour, "dash": look.dash, "width": 2.2 if look.measured else 1.3},
         marker={"size": 4.5},
         opacity=1.0 if look.measured else 0.7,
-        legendgroup=line.label if named else line.group,
+        legendgroup=line.law or (line.label if named else line.group),
         text=None if line.text is None else list(line.text),
         hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
         hoverinfo="skip" if line.role == "threshold" else None,
@@ -142,12 +148,32 @@ def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
             entries.setdefault(line.group, {"color": look.colour, "width": 4})
             variant = line.label.removeprefix(f"{line.group} · ")
             variants.setdefault(variant, {"color": GREY, "width": 1.8, "dash": look.dash})
-    return [
-        go.Scatter(
-            x=[None], y=[None], mode="lines", name=name, line=style, legendgroup=name, hoverinfo="skip"
-        )
-        for name, style in (entries | variants).items()
-    ]
+    return [_legend_entry(name, style) for name, style in (entries | variants).items()]
+
+
+def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
+    """An entry of the legend without a line of its own."""
+    return go.Scatter(
+        x=[None], y=[None], mode="lines", name=name, line=style, legendgroup=name, hoverinfo="skip"
+    )
+
+
+def _tell_missing(drawn: go.Figure, reasons: Sequence[str]) -> None:
+    """A sign beside the horizontal axis' title that says on hover why a law is not drawn."""
+    lines = ["<br>".join(textwrap.wrap(reason, 70)) for reason in reasons]
+    drawn.add_annotation(
+        x=1,
+        xref="paper",
+        xanchor="right",
+        y=0,
+        yref="paper",
+        yanchor="top",
+        yshift=-24,
+        showarrow=False,
+        text="laws not drawn ⓘ",
+        hovertext="<br>".join(lines),
+        font={"size": 11, "color": GREY},
+    )
 
 
 def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
@@ -181,11 +207,11 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
-    """Ends of the vertical axis: the curves, their bands, and the nearest threshold on either side."""
+    """Ends of the vertical axis: the curves, their bands, laws as far as `reach`, and the next thresholds."""
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None
-    low, high = float(known.min()), float(known.max())
+    low, high = reach(known, _drawable(figure, ("theory",)), figure.log_y)
     limits = _drawable(figure, ("threshold",))
     above, below = limits[limits > high], limits[limits < low]
     high = float(above.min()) if above.size else high

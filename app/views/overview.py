@@ -21,6 +21,7 @@ from diagnostics import Finding
 
 _GLANCE = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
 _BESIDE = 3
+_DIGEST = 19  # "sha256:" and twelve digits
 
 
 def show() -> None:
@@ -140,11 +141,17 @@ def _known(reading: Reading) -> dict[str, Any]:
         "Loss reduction": attrs.get("loss_reduction"),
         "Seed": attrs.get("seed"),
         "Commit": attrs.get("commit"),
-        "Data": attrs.get("data_digest"),
+        "Data": _short(attrs.get("data_digest")),
         "Created": attrs.get("created"),
         "Software": _software(attrs.get("software")),
     }
     return {name: None if value in (None, "") else value for name, value in facts.items()}
+
+
+def _short(digest: Any) -> str | None:
+    """The head of a digest, which tells data apart; the run holds all of it."""
+    text = str(digest or "")
+    return f"{text[:_DIGEST]}…" if len(text) > _DIGEST else text or None
 
 
 def _sites(attrs: Mapping[str, Any]) -> str | None:

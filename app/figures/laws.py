@@ -1,0 +1,171 @@
+"""What does theory say beside the curves? Lines of the laws that apply, in words, and why the others are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from app.figures.specification import Array, Line
+from app.views.words import source_words
+
+if TYPE_CHECKING:
+    from diagnostics.theory import Overlay
+
+__all__ = ["law_lines", "law_sources", "law_words", "laws_beside", "missing_laws", "null_words", "reach"]
+
+
+def laws_beside(curve: xr.DataArray, data: xr.Dataset, metric: str) -> list[Overlay]:
+    """The laws of a metric beside one of its curves.
+
+    Parameters
+    ----------
+    curve : DataArray
+        Measured curve.
+    data : Dataset
+        Analysis of its run.
+    metric : str
+        Name of the variable.
+
+    Returns
+    -------
+    list of Overlay
+    """
+    from diagnostics.theory import beside  # here: the figures' own import stays light
+
+    return beside(curve.rename(metric), data)
+
+
+def law_lines(overlays: Iterable[Overlay], like: Line) -> list[Line]:
+    """The lines of the laws that apply, at the places of the measured one.
+
+    Parameters
+    ----------
+    overlays : iterable of Overlay
+        The laws beside a curve.
+    like : Line
+        The measured line.
+
+    Returns
+    -------
+    list of Line
+    """
+    return [
+        Line(
+            like.x,
+            np.asarray(overlay.values, dtype=np.float64),
+            f"{like.label} · {overlay.law.label}",
+            role="theory",
+            group=like.group,
+            text=like.text,
+            law=overlay.law.label,
+        )
+        for overlay in overlays
+        if overlay.values is not None
+    ]
+
+
+def law_words(overlays: Iterable[tuple[str, Overlay]]) -> str:
+    """Sentences of a caption: each law that is drawn, its source and where it holds.
+
+    Parameters
+    ----------
+    overlays : iterable of (str, Overlay)
+        Run and law.
+
+    Returns
+    -------
+    str
+    """
+    drawn = {overlay.law.name: overlay.law for _, overlay in overlays if overlay.values is not None}
+    return " ".join(
+        f"Long dashes: {law.label} ({source_words(law.cite)}); it holds for {law.assumption}."
+        for law in drawn.values()
+    )
+
+
+def law_sources(overlays: Iterable[tuple[str, Overlay]]) -> tuple[str, ...]:
+    """Bibliography keys of the laws that are drawn.
+
+    Parameters
+    ----------
+    overlays : iterable of (str, Overlay)
+        Run and law.
+
+    Returns
+    -------
+    tuple of str
+    """
+    return tuple(dict.fromkeys(overlay.law.cite for _, overlay in overlays if overlay.values is not None))
+
+
+def missing_laws(overlays: Sequence[tuple[str, Overlay]]) -> tuple[str, ...]:
+    """Why a law is not drawn, once for all runs that share the reason.
+
+    Parameters
+    ----------
+    overlays : sequence of (str, Overlay)
+        Run and law.
+
+    Returns
+    -------
+    tuple of str
+        Such as "No fresh Pre-LN network for a: …".
+    """
+    runs: dict[tuple[str, str], dict[str, None]] = {}
+    for run, overlay in overlays:
+        if overlay.values is None:
+            runs.setdefault((overlay.law.label, overlay.reason), {})[run] = None
+    return tuple(
+        f"No curve «{label}» for {', '.join(names)}: {reason}." for (label, reason), names in runs.items()
+    )
+
+
+def null_words(metric: str) -> str:
+    """Sentence of a caption about the null of a metric, with the law that gives it.
+
+    Parameters
+    ----------
+    metric : str
+        Name of the variable.
+
+    Returns
+    -------
+    str
+    """
+    from diagnostics.theory import null_law
+
+    law = null_law(metric)
+    given = f" by the {law.label} ({source_words(law.cite)})" if law else ""
+    return f"Dashed: the null, independent noise of the same shape{given}."
+
+
+def reach(measured: Array, theory: Array, log_y: bool) -> tuple[float, float]:
+    """Ends of an axis: what was measured, and of the laws what lies at most a decade (half the span) beyond.
+
+    Parameters
+    ----------
+    measured, theory : numpy.ndarray
+        Values that the axis can show; at least one measured.
+    log_y : bool
+        Whether the axis is logarithmic.
+
+    Returns
+    -------
+    tuple of float
+        Lowest and highest.
+
+    Examples
+    --------
+    >>> reach(np.array([1.0, 2.0]), np.array([1.0, 1e9]), True)
+    (1.0, 20.0)
+    """
+    low, high = float(measured.min()), float(measured.max())
+    room = 0.5 * (high - low)
+    least, most = (low / 10, high * 10) if log_y else (low - room, high + room)
+    return (
+        max(float(theory.min(initial=low)), least),
+        min(float(theory.max(initial=high)), most),
+    )
