@@ -242,7 +242,7 @@ LAWS["marchenko_pastur"] = Law(
 
 
 @law(
-    label="fresh Pre-LN network",
+    label="fresh Pre-LN growth law",
     equation=r"\|x_l\|^2 = \|x_0\|^2 + l\,a, \quad \cos(x_{l-1}, x_l) = \|x_{l-1}\| / \|x_l\|",
     cite="xiong2020layer",
     assumption="branches that are independent of the stream and all as large as those of the first block",
@@ -521,7 +521,7 @@ def mean_field_gradient(measured: Measured) -> np.ndarray:
 
 
 @law(
-    label="random product",
+    label="Gaussian product",
     equation=r"P_c = \prod_{k \le c} (a_k I + s_k G_k), \quad a = \mathrm{tr}\,H / n, \; "
     r"n^2 s^2 = \|H\|_F^2 - n a^2; \quad a = 0: \; \tfrac{1}{c} \ln \sigma_i \to "
     r"\tfrac{1}{2}\big(\ln 2 s^2 + \psi\big(\tfrac{n - i + 1}{2}\big)\big)",

@@ -112,7 +112,7 @@ def missing_laws(overlays: Sequence[tuple[str, Overlay]]) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        Such as "No fresh Pre-LN network for a: …".
+        Such as "No curve «Gaussian product» for a: …".
     """
     runs: dict[tuple[str, str], dict[str, None]] = {}
     for run, overlay in overlays:
@@ -138,7 +138,7 @@ def null_words(metric: str) -> str:
     from diagnostics.theory import null_law
 
     law = null_law(metric)
-    given = f" by the {law.label} ({source_words(law.cite)})" if law else ""
+    given = f" by the {law.label}" if law else ""
     return f"Dashed: the null, independent noise of the same shape{given}."
 
 

@@ -7,7 +7,7 @@ __all__ = ["DASHES", "DIVERGING", "FAINT", "FONT", "GREY", "HEALTHY", "PALETTE",
 # Paul Tol's "bright" scheme
 PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44")
 DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
-THEORY = "14px,5px"  # longer than any dash of a measured line
+THEORY = "20px,4px"  # longer than any dash of a measured line
 GREY = "rgba(128, 128, 128, 0.9)"
 FAINT = "rgba(128, 128, 128, 0.18)"
 HEALTHY = "rgba(34, 136, 51, 0.07)"

@@ -53,7 +53,7 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
             _name_threshold(drawn, line, figure)
     if crowded:
         drawn.add_traces(_key(figure.lines, looks))
-    drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.6, "dash": THEORY}) for name in laws])
+    drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])
     if figure.missing:
         _tell_missing(drawn, figure.missing)
     span = _y_range(figure)
@@ -170,7 +170,7 @@ def _tell_missing(drawn: go.Figure, reasons: Sequence[str]) -> None:
         yanchor="top",
         yshift=-24,
         showarrow=False,
-        text="laws not drawn ⓘ",
+        text="laws not drawn: why?",
         hovertext="<br>".join(lines),
         font={"size": 11, "color": GREY},
     )

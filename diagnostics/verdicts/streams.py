@@ -14,7 +14,7 @@ from diagnostics.kernels import rank
 from diagnostics.verdicts.verdict import Limits, Profile, verdict
 
 # Families whose streams never mix by construction: an identity says nothing about them.
-UNMIXED = ("residual", "independent_hc", "gated_streams")
+UNMIXED = ("residual", "independent_hc", "gated")
 
 # Streams inside a block whose mean cosine is below this have parted.
 PARTED = 0.99
@@ -205,12 +205,13 @@ def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
     if "site" not in stream_cosine.coords:
         return None
     site = stream_cosine["site"].values
-    inside = stream_cosine.values[site == "mid"]
+    handed_on = "pre" if "pre" in site else "post"  # changed on the way to the next block, or not
+    inside = stream_cosine.values[(site != handed_on) & (site != "embed")]
     if not (inside < PARTED).any():
         return None
     return [
         Profile(
-            (1.0 - stream_cosine.where(stream_cosine["site"] == "post")).max("depth"),
+            (1.0 - stream_cosine.where(stream_cosine["site"] == handed_on)).max("depth"),
             "streams that differ inside the blocks are equal between them: the largest 1 - cosine there is",
         )
     ]

@@ -277,3 +277,37 @@ def test_depth_histories_are_named_as_what_they_are(ids):
         model.norm(torch.tensor(trace.residual.values[-1, ..., 0, :])).detach(), model(ids).detach()
     )
     np.testing.assert_array_equal(trace.final.values, model(ids).detach())
+
+
+class Resetting(nn.Module):
+    """A known bad control: the streams are expanded and merged again inside every block."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(64, WIDTH)
+        self.connections = nn.ModuleList(
+            free.HyperConnections(4, dim=WIDTH, branch=Feedforward()) for _ in range(4)
+        )
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for connection in self.connections:
+            x = connection(x.repeat_interleave(4, 0)).unflatten(0, (-1, 4)).mean(1)
+        return x
+
+
+def test_streams_that_every_block_begins_anew_are_flagged(ids):
+    import diagnostics
+
+    torch.manual_seed(0)
+    model = Resetting().eval()
+    for name, parameter in model.named_parameters():
+        if any(word in name for word in ("alpha", "beta", "_scale")):
+            nn.init.normal_(parameter, std=0.5)
+    run = probes.capture(model, ids)
+    assert list(run.trace.site.values) == ["embed", "post", "pre", "post", "pre", "post", "pre", "post"]
+    assert [change["depth_in"] for change in run.attrs["changes_outside"]] == [1, 3, 5]
+    found = {finding.verdict: finding for finding in diagnostics.judge(diagnostics.analyze(run))}
+    assert "equal between them" in found["passing_streams"].sentence
+    text = str(probes.describe(model, ids))
+    assert "depth 1 → 2: the streams change by" in text
