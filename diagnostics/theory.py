@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from scipy.special import expit, ndtr
+from scipy.special import expit, logsumexp, ndtr, ndtri
 
 from diagnostics.kernels import meanfield
 from diagnostics.quantities import Unavailable
@@ -20,7 +20,7 @@ ALIGNED = 0.2
 STOCHASTIC = 0.05
 """Mean violation up to which connections count as doubly stochastic. Heuristic."""
 DRAWS = 200
-"""Products behind the law of a random product; its logarithms are then off by a few percent of their spread."""
+"""Products behind the Gaussian product law: enough for a line, and quick."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def beside(curve: xr.DataArray, analysis: xr.Dataset) -> list[Overlay]:
     Returns
     -------
     list of Overlay
-        One for each law of the metric, in the order of `LAWS`.
+        One for each law of the metric, in the order of `LAWS`; none for a curve of one point.
 
     Examples
     --------
@@ -193,6 +193,8 @@ def beside(curve: xr.DataArray, analysis: xr.Dataset) -> list[Overlay]:
     >>> beside(norm, norm.to_dataset())[0].reason
     'the analysis holds no adjacent_cosine'
     """
+    if curve.size < 2:
+        return []
     measured = Measured(curve, analysis)
     return [
         _overlay(found, measured) for found in LAWS.values() if curve.name in found.metrics and found.function
@@ -256,12 +258,13 @@ def pre_ln_growth(measured: Measured) -> np.ndarray:
     added to, as in trained networks: the law is of other networks then.
     """
     squares = _grown(measured)
-    before = np.concatenate([[np.nan], squares[:-1]])
-    return {
-        "residual_norm": lambda: np.sqrt(squares),
-        "block_influence": lambda: 1.0 - np.sqrt(before / squares),
-        "angular_distance": lambda: np.arccos(np.sqrt(before / squares)) / np.pi,
-    }[str(measured.curve.name)]()
+    cosine = np.concatenate([[np.nan], np.sqrt(np.minimum(squares[:-1] / squares[1:], 1.0))])
+    values = {
+        "residual_norm": np.sqrt(squares),
+        "block_influence": 1.0 - cosine,
+        "angular_distance": np.arccos(cosine) / np.pi,
+    }
+    return values[str(measured.curve.name)]
 
 
 def _grown(measured: Measured) -> np.ndarray:
@@ -272,6 +275,8 @@ def _grown(measured: Measured) -> np.ndarray:
     if step > 0:
         raise Unavailable(f"the law is of a fresh network, the run is at training step {step}")
     norm = measured.other("residual_norm", stream="mean")
+    if not (norm > 0).all():
+        raise Unavailable("a state is zero or undefined")
     _require_independent(norm, measured.other("adjacent_cosine", stream="mean"))
     squares = norm**2
     added = np.diff(squares)[: _states_per_block(measured)]
@@ -317,7 +322,8 @@ def dong_cubic(measured: Measured) -> np.ndarray:
     r"""Dong's bound, doubly exponential in depth, with the constant of the first step.
 
     The bound itself is r_{l+1} ≤ 4βH r_l³/√d_qk for the norm √(‖·‖₁ ‖·‖_∞) of the residual; β and H are in the
-    weights, which a run does not hold. Drawn where the run says ``attrs={"pure_attention": True}``.
+    weights, which a run does not hold. Here r is relative to ‖X‖, which the law takes as constant. Drawn where
+    the run says ``attrs={"pure_attention": True}``.
     """
     if not measured.attrs.get("pure_attention"):
         raise Unavailable(
@@ -533,27 +539,34 @@ def random_product(measured: Measured) -> np.ndarray:
     """Singular values of a product of random connections with the trace and the norm of the measured ones.
 
     G has independent standard normal entries. Where the connections are doubly stochastic the law is that on
-    the differences between streams, and the first value is 1. Values are the typical ones: geometric means over
-    200 products with a fixed seed.
+    the differences between streams, and the first value is 1. Values are the mean or the median of 200 products
+    with a fixed seed, as the curve is over tokens; NaN below 1e-12 of the first value, where float64 ends.
     """
     reduction = measured.label("reduction")
     if reduction not in ("mean", "median"):
-        raise Unavailable(f"the law is of a typical token, not of the {reduction} over tokens")
-    spectra = measured.other("mixing_singular_value", over="component", reduction="mean")
-    num_streams = spectra.shape[1]
-    energy = np.sum(spectra**2, axis=1)
-    distance = measured.other("identity_distance", reduction="mean")
-    trace = 0.5 * (energy + num_streams * (1.0 - distance**2))  # ‖H − I‖² = ‖H‖² − 2 tr H + n
+        raise Unavailable(f"the law is of the mean or the median over tokens, not of their {reduction}")
+    energies = _second_moment(measured, "mixing_singular_value", over="component")
+    num_streams = energies.shape[1]
+    energy = energies.sum(axis=1)
+    distance = _second_moment(measured, "identity_distance")
+    trace = 0.5 * (energy + num_streams * (1.0 - distance))  # ‖H − I‖² = ‖H‖² − 2 tr H + n
     violation = measured.other("doubly_stochastic_violation", over="kind", reduction="mean")
-    values = _typical_products(tuple(trace), tuple(energy), num_streams, bool(violation.max() < STOCHASTIC))
+    stochastic = bool(violation.max() < STOCHASTIC)
+    values = _reduced_products(tuple(trace), tuple(energy), num_streams, stochastic, reduction)
     return values[:, int(measured.label("component"))]
 
 
+def _second_moment(measured: Measured, name: str, over: str = "") -> np.ndarray:
+    """Mean square over tokens from the mean and, as of a normal law, the 1st and 99th percentile."""
+    mean, low, high = (measured.other(name, over=over, reduction=label) for label in ("mean", "p1", "p99"))
+    return mean**2 + ((high - low) / (2.0 * ndtri(0.99))) ** 2
+
+
 @lru_cache(maxsize=64)
-def _typical_products(
-    traces: tuple[float, ...], energies: tuple[float, ...], num_streams: int, stochastic: bool
+def _reduced_products(
+    traces: tuple[float, ...], energies: tuple[float, ...], num_streams: int, stochastic: bool, reduction: str
 ) -> np.ndarray:
-    """Typical singular values (connections, streams) of products of random matrices, the largest first."""
+    """Singular values (connections, streams) over products of random matrices, the largest first."""
     common = 1 if stochastic else 0  # the mean over streams goes through a doubly stochastic matrix as it is
     trace, energy, size = np.array(traces) - common, np.array(energies) - common, num_streams - common
     if not (np.isfinite(trace).all() and np.isfinite(energy).all()):
@@ -562,8 +575,15 @@ def _typical_products(
     spread = np.sqrt(np.maximum(energy - size * middle**2, 0.0)) / size
     if spread.max() < 1e-6:
         raise Unavailable("every connection is a multiple of the identity: nothing random multiplies")
-    logarithms = _log_products(middle, spread, size).mean(axis=1)
-    return np.concatenate([np.ones((len(trace), common)), np.exp(logarithms)], axis=1)
+    logarithms = _log_products(middle, spread, size)
+    reduced = {"mean": _log_mean, "median": np.median}[reduction](logarithms, axis=1)
+    values = np.concatenate([np.ones((len(trace), common)), np.exp(reduced)], axis=1)
+    return np.where(values > 1e-12 * values[:, :1], values, np.nan)
+
+
+def _log_mean(logarithms: np.ndarray, axis: int) -> np.ndarray:
+    """Logarithm of the mean, without overflow."""
+    return logsumexp(logarithms, axis=axis) - np.log(logarithms.shape[axis])
 
 
 def _log_products(middle: np.ndarray, spread: np.ndarray, size: int) -> np.ndarray:

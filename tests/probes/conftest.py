@@ -11,6 +11,8 @@ from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
 
+from tests.probes.stream_models import deepseek_v4, perturbed
+
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(
     1
@@ -101,18 +103,8 @@ def llama(**options) -> nn.Module:
 
 def deepseek(*, fresh: bool = False, layers: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.DeepseekV4Config(
-        vocab_size=64, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        head_dim=32, q_lora_rank=32, partial_rotary_factor=0.5, num_experts_per_tok=2, n_routed_experts=4, o_groups=2,
-        o_lora_rank=16, index_n_heads=2, index_head_dim=32, index_topk=4, sliding_window=8, num_nextn_predict_layers=0,
-        max_position_embeddings=512, mlp_layer_types=["hash_moe"] + ["moe"] * (layers - 1),
-        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
-    )  # fmt: skip
-    model = transformers.DeepseekV4ForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if "_hc." in name and not fresh:
-            nn.init.normal_(parameter, std=0.5)
-    return model
+    model = deepseek_v4(layers).eval()
+    return model if fresh else perturbed(model)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ import transformers
 from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
+from tests.probes.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
 from tests.probes.unseen import unseen
 
 transformers.logging.set_verbosity_error()
@@ -489,52 +489,8 @@ TRACKS = (
 # --- streams ---
 
 
-def _perturbed(model: nn.Module, *words: str) -> nn.Module:
-    """Give the connections' parameters values at which their maps are not trivial."""
-    for name, parameter in model.named_parameters():
-        if any(word in name for word in words):
-            nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-def _stream_model(model: type[nn.Module], config: type, **sizes: Any) -> nn.Module:
-    return _perturbed(model(config(**{**SIZES, "hidden_size": 64, "num_hidden_layers": 4, **sizes})), "_hc.")
-
-
-DEEPSEEK_V4 = {
-    "moe_intermediate_size": 64, "head_dim": 32, "q_lora_rank": 32, "partial_rotary_factor": 0.5, "num_experts_per_tok": 2,
-    "n_routed_experts": 4, "o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 32, "index_topk": 4,
-    "sliding_window": 8, "num_nextn_predict_layers": 0, "max_position_embeddings": 512,
-    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
-    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
-}  # fmt: skip
-GLM5_NEXT = {
-    "intermediate_size": 128, "moe_intermediate_size": 64, "num_key_value_heads": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "kv_lora_rank": 16, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 0, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "index_kpool": 4,
-    "linear_head_dim": 16, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-}  # fmt: skip
-HY_V4 = {
-    "intermediate_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-    "index_topk": 8, "index_head_dim": 32, "index_n_heads": 2,
-}  # fmt: skip
-QWEN4_EXP = {
-    "num_key_value_heads": 2, "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2, "num_experts": 4, "hc_lowrank": 16,
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
-    "ple_layer_ids": [2], "ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "heads_per_ngram": 2,
-    "split_ngram_parts": 1,
-    "rope_parameters": {
-        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "partial_rotary_factor": 1.0,
-    },
-}  # fmt: skip
-GEMMA3N = {
-    "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16, "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel_rank": 8, "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4,
-}  # fmt: skip
+def _perturbed(build: Callable[[], nn.Module]) -> nn.Module:
+    return perturbed(build())
 
 
 class Feedforward(nn.Module):
@@ -571,7 +527,7 @@ class Lucidrains(nn.Module):
 
 
 def _lucidrains(connections: Any, **sizes: int) -> nn.Module:
-    return _perturbed(Lucidrains(connections, **sizes), "alpha", "beta", "_scale")
+    return perturbed(Lucidrains(connections, **sizes), "alpha", "beta", "_scale")
 
 
 class DepthHistory(nn.Module):
@@ -609,35 +565,33 @@ def _hyper(name: str, connection: str, connections: Any, streams: int = 4, **siz
 STREAMS = (
     _streams(
         "deepseek_v4",
-        partial(
-            _stream_model, transformers.DeepseekV4ForCausalLM, transformers.DeepseekV4Config, **DEEPSEEK_V4
-        ),
+        partial(_perturbed, deepseek_v4),
         "model.layers.{i}",
         "mhc",
     ),
     _streams(
         "glm5_next",
-        partial(_stream_model, transformers.Glm5NextTextModel, transformers.Glm5NextTextConfig, **GLM5_NEXT),
+        partial(_perturbed, glm5_next),
         "layers.{i}",
         "mhc",
     ),
     _streams(
         "hy_v4",
-        partial(_stream_model, transformers.HYV4ForCausalLM, transformers.HYV4Config, **HY_V4),
+        partial(_perturbed, hy_v4),
         "model.layers.{i}",
         "independent_hc",
         note="H_res is the identity",
     ),
     _streams(
         "qwen4_exp",
-        partial(_stream_model, transformers.Qwen4ExpTextModel, transformers.Qwen4ExpTextConfig, **QWEN4_EXP),
+        partial(_perturbed, qwen4_exp),
         "layers.{i}",
         "gated",
         note="H_pre is a gate per feature, so no scalar H_pre exists",
     ),
     _streams(
         "gemma3n",
-        partial(_stream_model, Gemma3nTextModel, transformers.Gemma3nTextConfig, **GEMMA3N),
+        partial(_perturbed, gemma3n),
         "layers.{i}",
         "altup",
     ),

@@ -309,7 +309,9 @@ def test_gated_streams_are_read_without_a_scalar_h_pre(ids):
     assert run.attrs["reconstruction_error"] < 1e-6
     assert "h_pre" not in trace
     np.testing.assert_array_equal(trace.residual.values[-1].reshape(3, 11, 64), model(ids).detach().numpy())
-    np.testing.assert_array_equal(trace.h_post.values[1, 0, 0], model.blocks[1].gate.write.detach().numpy().squeeze())
+    np.testing.assert_array_equal(
+        trace.h_post.values[1, 0, 0], model.blocks[1].gate.write.detach().numpy().squeeze()
+    )
     why = run["coverage"].to_dataset().to_dataframe().set_index("place_name").why
     assert "gates per feature" in why["blocks.0.mlp.h_pre"]
 

@@ -7,73 +7,25 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import hyper_connections.mHCv2 as second
 import numpy as np
 import pytest
 import torch
-import transformers
 from hyper_connections import hyper_connections as free
 from hyper_connections import hyper_connections_with_multi_branch_inputs as many_inputs
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextModel
 
 import probes
 from probes import headers
 from probes.weights import CheckpointError
+from tests.probes.stream_models import gemma3n, glm5_next, hy_v4, qwen4_exp
 
 N = 4
-SIZES = {
-    "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0,
-}  # fmt: skip
-
-
-def glm5_next() -> nn.Module:
-    config = transformers.Glm5NextTextConfig(
-        **SIZES, intermediate_size=128, moe_intermediate_size=64, num_key_value_heads=4, n_routed_experts=4,
-        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=32, v_head_dim=16, qk_nope_head_dim=16, qk_rope_head_dim=0,
-        index_topk=8, index_head_dim=16, index_n_heads=2, index_kpool=4, linear_head_dim=16, linear_num_heads=4,
-        mlp_layer_types=["dense", "sparse"],
-    )  # fmt: skip
-    return transformers.Glm5NextTextModel(config)
-
-
-def hy_v4() -> nn.Module:
-    config = transformers.HYV4Config(
-        **SIZES, intermediate_size=128, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=32,
-        kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, index_topk=8, index_head_dim=32,
-        index_n_heads=2, bos_token_id=1, eos_token_id=2, hc_magnitude=1.5,
-    )  # fmt: skip
-    return transformers.HYV4ForCausalLM(config)
-
-
-def qwen4_exp() -> nn.Module:
-    rope = {
-        "rope_type": "default",
-        "rope_theta": 1e4,
-        "mrope_section": [3, 3, 2],
-        "partial_rotary_factor": 1.0,
-    }
-    config = transformers.Qwen4ExpTextConfig(
-        **SIZES, num_key_value_heads=2, head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16,
-        linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=32, shared_expert_intermediate_size=32,
-        num_experts_per_tok=2, num_experts=4, hc_lowrank=16, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16,
-        indexer_budget=8, indexer_compress_ratio=4, ple_layer_ids=[1], ngram_vocab_size_base=50,
-        make_ngram_vocab_size_divisible_by=8, heads_per_ngram=2, split_ngram_parts=1, eos_token_id=2, rope_parameters=rope,
-    )  # fmt: skip
-    return transformers.Qwen4ExpTextModel(config)
-
-
-def gemma3n() -> nn.Module:
-    config = transformers.Gemma3nTextConfig(
-        **SIZES, intermediate_size=128, num_key_value_heads=2, head_dim=16, vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=16, num_kv_shared_layers=0, laurel_rank=8, sliding_window=8, altup_active_idx=1,
-        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0] * 2,
-    )  # fmt: skip
-    return Gemma3nTextModel(config)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -94,8 +46,12 @@ def trained(model: nn.Module) -> nn.Module:
 def saved(models, tmp_path_factory):
     """Saves a model, sharded or not, once: ``saved("deepseek", shards=True) -> (model, folder)``."""
     factories = {
-        "deepseek": models["deepseek"], "glm5_next": glm5_next, "hy_v4": hy_v4, "qwen4_exp": qwen4_exp, "gemma3n": gemma3n,
-    }  # fmt: skip
+        "deepseek": models["deepseek"],
+        "glm5_next": partial(glm5_next, 2),
+        "hy_v4": partial(hy_v4, 2, hc_magnitude=1.5),
+        "qwen4_exp": partial(qwen4_exp, 2, ple_layer_ids=[1]),
+        "gemma3n": partial(gemma3n, 2, altup_active_idx=1),
+    }
     made: dict[tuple[str, bool], tuple[nn.Module, Path]] = {}
 
     def save(name: str, *, shards: bool = False) -> tuple[nn.Module, Path]:
