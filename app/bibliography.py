@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 from importlib.resources import files
 
 _START = re.compile(r"^@\w+\s*\{\s*([^,\s]+)\s*,", re.MULTILINE)
@@ -71,6 +72,21 @@ def keys_of(sources: Iterable[str]) -> list[str]:
     return sorted(names & set(entries(bibliography())))
 
 
+def sources_of(figure: object) -> tuple[str, ...]:
+    """Sources of the laws that a figure draws beside its curves; a matrix draws none.
+
+    Parameters
+    ----------
+    figure : Figure
+        A specification.
+
+    Returns
+    -------
+    tuple of str
+    """
+    return tuple(getattr(figure, "sources", ()))
+
+
 def cut(keys: Iterable[str]) -> str:
     """The bibliography with these keys alone.
 
@@ -96,3 +112,68 @@ def cut(keys: Iterable[str]) -> str:
             f"references.bib lacks {', '.join(missing)}; add the entry or correct the metric's cite"
         )
     return "".join(f"{text}\n\n" for key, text in known.items() if key in wanted)
+
+
+def source_words(source: str) -> str:
+    """Where a threshold comes from, as people cite it.
+
+    Parameters
+    ----------
+    source : str
+        Key of the bibliography, several joined by commas, or "heuristic".
+
+    Returns
+    -------
+    str
+        Such as "Xie et al. 2025"; the key itself where the bibliography does not hold it.
+    """
+    return "; ".join(_authors().get(key.strip(), key.strip()) for key in source.split(","))
+
+
+def without_tex(text: str) -> str:
+    """BibTeX text without its braces, its one accent and its one formula.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``"{RankMe}"``.
+
+    Returns
+    -------
+    str
+    """
+    return text.replace(r"{\v{c}}", "č").replace("$\\alpha$", "α").replace("{", "").replace("}", "")
+
+
+def cited(sentence: str) -> str:
+    """A sentence with the bibliography keys in it written out.
+
+    Parameters
+    ----------
+    sentence : str
+        Such as "… above 100 (xie2025mhc)".
+
+    Returns
+    -------
+    str
+        Such as "… above 100 (Xie et al. 2025)".
+    """
+    return re.sub(r"\b[a-z]+\d{4}[a-z]+\b", lambda match: _authors().get(match[0], match[0]), sentence)
+
+
+@cache
+def _authors() -> dict[str, str]:
+    """Author and year of every entry of the bibliography."""
+    return {key: _author_year(entry, key) for key, entry in entries(bibliography()).items()}
+
+
+def _author_year(entry: str, key: str) -> str:
+    author = re.search(r"author\s*=\s*[{\"](.+?)[}\"]\s*,", entry, re.DOTALL)
+    year = re.search(r"year\s*=\s*[{\"]?(\d{4})", entry)
+    if author is None or year is None:
+        return key
+    names = re.split(r"\s+and\s+", author.group(1))
+    first = names[0].split(",")[0] if "," in names[0] else names[0].split()[-1]
+    first = without_tex(first).strip()
+    many = {1: "", 2: f" & {names[-1].split(',')[0].split()[-1]}"}.get(len(names), " et al.")
+    return f"{first}{many} {year.group(1)}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from app.analyses import Reading
+from app.bibliography import cited, source_words
 from app.quantity import number
 from app.tables import Table, spoken
 from diagnostics import Finding
@@ -36,11 +37,11 @@ def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
 
 def _paragraph(finding: Finding, width: int) -> str:
     heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{_where(finding)}"
-    lines = [finding.sentence]
+    lines = [cited(finding.sentence)]
     if finding.advice:
         lines.append(f"Try: {finding.advice}")
     if finding.source not in finding.sentence:
-        lines.append(f"Threshold from {finding.source}.")
+        lines.append(f"Threshold from {source_words(finding.source)}.")
     wrapped = [
         textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 6) for line in lines
     ]

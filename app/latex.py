@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from app.bibliography import keys_of
+from app.bibliography import keys_of, sources_of
 from app.figures import Figure
 from app.tables import Table
 from app.typeset import SIGNS, tex
@@ -64,7 +64,7 @@ def figures_tex(figures: Sequence[Figure], cites: Mapping[str, str], width: str)
 
 
 def _figure(figure: Figure, cites: Mapping[str, str], float_name: str) -> str:
-    keys = keys_of([cites.get(figure.metric, "")])
+    keys = keys_of([cites.get(figure.metric, ""), *sources_of(figure)])
     source = rf"~\cite{{{','.join(keys)}}}" if keys else ""
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""What is every number, by which formula, from which paper? The methods page, written from the declarations.
+"""What is every number and law, by which formula, from which paper? The methods page, from the declarations.
 
 ``python -m app.methods`` writes docs/methods.md; with ``--check`` it only says whether the page is current.
 """
@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from app.bibliography import bibliography, entries
+from app.bibliography import bibliography, entries, without_tex
 from app.terminal import say
 from diagnostics import CATALOGUE, Metric, Range
+from diagnostics.theory import LAWS, Law
 from diagnostics.verdicts import VERDICTS, Limits, Verdict
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
@@ -23,10 +24,10 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 HEADER = """\
 # Methods
 
-Every metric and every verdict, written from their declarations by `python -m app.methods`: change the
-declaration, not this page. Logarithms are natural. `N` tokens, `d` features, `n` streams, depth `l`,
-connection `c`; rows of a mixing matrix are destinations, and later connections stand on the left of a product.
-NaN is undefined; 0 is a value. Padding never counts.
+Every metric, every verdict and every law drawn beside a curve, written from their declarations by
+`python -m app.methods`: change the declaration, not this page. Logarithms are natural. `N` tokens, `d` features,
+`n` streams, depth `l`, connection `c`; rows of a mixing matrix are destinations, and later connections stand on
+the left of a product. NaN is undefined; 0 is a value. Padding never counts.
 
 *Basis* says what a number depends on: `invariant` numbers do not change with the basis of the features or the
 streams, `feature` and `stream` ones do. *Null* is what data without structure give at the same size. Metrics
@@ -49,6 +50,7 @@ def methods_page() -> str:
     for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question):
         parts += [_question(question), *map(_metric, metrics)]
     parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
+    parts += ["## Laws\n", _LAWS, *map(_law, LAWS.values())]
     parts += ["## Sources\n", _sources()]
     return "\n".join(parts)
 
@@ -56,6 +58,13 @@ def methods_page() -> str:
 _VERDICTS = """\
 A verdict tells one number against its limits, in the sentence that `depthscope check` prints. A limit without a
 paper is called heuristic: it is ours, and it may be wrong for your network.
+"""
+
+_LAWS = """\
+What theory says beside a measured curve, drawn in long dashes. A law is drawn only where the run meets what it
+assumes, as far as the run can tell; on the screen "laws not drawn: why?" gives the reason, and
+`diagnostics.theory.beside(curve, analysis)` gives values and reasons in a script. A law fits nothing but what its
+text says.
 """
 
 
@@ -88,6 +97,17 @@ def _verdict(verdict: Verdict) -> str:
         "Advice": verdict.advice,
     }
     return _section(verdict.name, [verdict.title], facts)
+
+
+def _law(law: Law) -> str:
+    text = _docstring(law.function.__doc__ or "")[2] if law.function else ""
+    facts = {
+        "Drawn as": law.label if law.function else "the null",
+        "Beside": ", ".join(f"`{name}`" for name in law.metrics),
+        "Holds for": law.assumption,
+        "Source": _cited([law.cite]),
+    }
+    return _section(law.name, [law.description, _block(law.equation), text], facts)
 
 
 def _section(name: str, paragraphs: Iterable[str], facts: dict[str, str]) -> str:
@@ -148,7 +168,7 @@ def _short(key: str) -> str:
     found = _fields(key)
     surnames = [name.partition(",")[0] for name in found["author"].split(" and ")]
     who = f"{surnames[0]} et al." if len(surnames) > 2 else " & ".join(surnames)
-    words = f"{_plain(who)} {found['year']}"
+    words = f"{without_tex(who)} {found['year']}"
     link = _link(found)
     return f"[{words}]({link})" if link else words
 
@@ -162,6 +182,7 @@ def _link(found: dict[str, str]) -> str:
 def _sources() -> str:
     named = [source for metric in CATALOGUE.values() for source in (metric.cite, _source(metric.healthy))]
     named += [verdict.limits.source for verdict in VERDICTS.values()]
+    named += [law.cite for law in LAWS.values()]
     keys = sorted(set(named) - {"heuristic"})
     return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"
 
@@ -173,12 +194,7 @@ def _source(healthy: Range | None) -> str:
 def _full(key: str) -> str:
     found = _fields(key)
     arxiv = f" arXiv {found['eprint']}." if "eprint" in found else ""
-    return f"{_short(key)}, *{_plain(found['title'])}*.{arxiv}"
-
-
-def _plain(text: str) -> str:
-    """BibTeX without its braces and its one accent."""
-    return text.replace(r"{\v{c}}", "č").replace("$\\alpha$", "α").replace("{", "").replace("}", "")
+    return f"{_short(key)}, *{without_tex(found['title'])}*.{arxiv}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from app.analyses import Reading, read_runs
-from app.bibliography import cut, keys_of
+from app.bibliography import cut, keys_of, sources_of
 from app.bundle import replaced_folder, write_manifest
 from app.comparison import summary_table
 from app.figures import Figure, Heatmap, Selection, available
@@ -223,7 +223,8 @@ def _write_sources(
     cites = _cites()
     metrics = {figure.metric for figure in figures} | {metric for table in tables for metric in table.metrics}
     verdicts = [finding.source for reading in readings for finding in reading.findings]
-    keys = keys_of([*(cites.get(metric, "") for metric in metrics), *verdicts])
+    laws = [key for figure in figures for key in sources_of(figure)]
+    keys = keys_of([*(cites.get(metric, "") for metric in metrics), *verdicts, *laws])
     _write_text(folder / "metrics.bib", cut(keys))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import xarray as xr
 
 from app.analyses import Reading, read_runs
-from app.bibliography import bibliography, entries, keys_of
+from app.bibliography import bibliography, cited, entries, keys_of, sources_of
 from app.figures import Figure, Selection
 from app.findings import count_words, findings_text, place_of
 from app.paper import draw_all, shared_axis, tables_of
@@ -143,7 +143,7 @@ def _finding(finding: Finding) -> str:
     return (
         f'<li class="{severity}"><p><span class="severity">{severity}</span> '
         f"<b>{_safe(spoken(finding.verdict))}</b>, {_safe(place_of(finding))}</p>"
-        f"<p>{_safe(finding.sentence)}</p>{advice}<p class='facts'>{_safe(measured)}</p></li>"
+        f"<p>{_safe(cited(finding.sentence))}</p>{advice}<p class='facts'>{_safe(measured)}</p></li>"
     )
 
 
@@ -193,7 +193,8 @@ def _missing(reading: Reading) -> str:
 def _sources(figures: Sequence[Figure], tables: Sequence[Table], readings: Sequence[Reading]) -> str:
     metrics = {figure.metric for figure in figures} | {name for table in tables for name in table.metrics}
     verdicts = [finding.source for reading in readings for finding in reading.findings]
-    keys = keys_of([*(CATALOGUE[name].cite for name in metrics if name in CATALOGUE), *verdicts])
+    laws = [key for figure in figures for key in sources_of(figure)]
+    keys = keys_of([*(CATALOGUE[name].cite for name in metrics if name in CATALOGUE), *verdicts, *laws])
     known = entries(bibliography())
     return f"<pre>{_safe(chr(10).join(known[key] for key in keys))}</pre>"
 

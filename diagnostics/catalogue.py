@@ -12,6 +12,7 @@ from diagnostics import (
     propagation,
     shape,
     similarity,
+    streamed,
     weights,
 )
 from diagnostics.metric import Metric
@@ -41,6 +42,12 @@ CATALOGUE: dict[str, Metric] = {
         similarity.block_influence,
         similarity.stream_cosine,
         similarity.stream_cka,
+        streamed.streamed_effective_rank,
+        streamed.streamed_entropy_rank,
+        streamed.streamed_participation_ratio,
+        streamed.streamed_stable_rank,
+        streamed.streamed_cka,
+        streamed.streamed_cka_error,
         alignment.rbf_cka,
         alignment.svcca,
         alignment.pwcca,

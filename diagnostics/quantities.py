@@ -34,6 +34,7 @@ _REMEDIES = {
     "h_pre": "the family has no scalar read weights, or the capture left them out",
     "h_post": "the family has no scalar write weights, or the capture left them out",
     **dict.fromkeys(schema.OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
+    **dict.fromkeys(schema.OF_STREAMING, "capture it with streaming=True"),
 }
 
 
@@ -106,14 +107,14 @@ class Quantities:
         if name == "mask":
             sizes = {dim: self.trace.sizes.get(dim, 1) for dim in schema.TRACE["mask"].dims}
             return xr.DataArray(np.ones(tuple(sizes.values()), dtype=bool), dims=tuple(sizes))
-        if name not in schema.TRACE and name not in schema.OF_WEIGHTS:
+        if name not in (*schema.TRACE, *schema.OF_WEIGHTS, *schema.OF_STREAMING):
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
         remedy = _REMEDIES.get(name)
         raise Unavailable(f"the run holds no {name}" + (f": {remedy}" if remedy else ""))
 
 
 def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
-    """What metrics rest on: a trace, and beside it what the last row of the statistics says about the weights.
+    """What metrics rest on: a trace, and beside it what the statistics say at last about the weights and of every token.
 
     Parameters
     ----------
@@ -128,8 +129,10 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """
     if statistics is None:
         return trace
-    known = [name for name in schema.OF_WEIGHTS if name in statistics]
-    return trace.assign({name: statistics[name].isel(step=-1, drop=True) for name in known})
+    known = [name for name in (*schema.OF_WEIGHTS, *schema.OF_STREAMING) if name in statistics]
+    return trace.assign(
+        {name: statistics[name].isel(step=-1, drop=True, missing_dims="ignore") for name in known}
+    )
 
 
 QUANTITIES: dict[str, Callable[..., Any]] = {}

@@ -26,6 +26,7 @@ ROUTE = ("connection", "sample", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 MOTION = ("step", "weight")
+SPECTRUM = ("centering", "depth", "component")
 
 
 class SchemaError(ValueError):
@@ -119,10 +120,25 @@ STATISTICS: dict[str, Variable] = {
     "weight_layer": Variable(("weight",), "iu", "block number of the module, -1 outside the blocks"),
     "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
     "unit_sum": Variable(("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed"),
+    "streamed_count": Variable(("depth",), "f", "real tokens behind what is streamed"),
+    "eigenvalue": Variable(
+        SPECTRUM, "f", "eigenvalues of Σ x xᵀ, x the mean over streams, since the weights last changed"
+    ),
+    "eigenvalue_shaken": Variable(
+        SPECTRUM, "f", "the same where the sums were moved by what float32 rounds: how well they are known"
+    ),
+    "hsic": Variable(
+        ("depth", "other_depth"), "f", "unbiased HSIC₁, each depth in units of its mean square deviation"
+    ),
+    "hsic_without": Variable(
+        ("group", "depth", "other_depth"), "f", "the same without one group of the sketch's buckets"
+    ),
 }
 
 # The statistics that are metrics but for a root, module by module.
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
+# Those that are of every token since the weights last changed, where they are streamed.
+OF_STREAMING = ("streamed_count", "eigenvalue", "eigenvalue_shaken", "hsic", "hsic_without")
 
 COVERAGE: dict[str, Variable] = {
     "place_name": Variable(("place",), "OTU", "the site's common name"),

@@ -311,7 +311,7 @@ def _states_per_block(measured: Measured) -> int:
 
 
 @law(
-    label="cubic law of pure attention",
+    label="Dong's cubic law",
     equation=r"r_{l+1} = C\, r_l^3, \quad C = r_1 / r_0^3",
     cite="dong2021attention",
     assumption="attention without skips and MLPs; C is that of the first step and not Dong's constant, "
@@ -492,7 +492,12 @@ def _mean_field(measured: Measured) -> MeanField:
     metrics=("residual_norm",),
 )
 def mean_field_length(measured: Measured) -> np.ndarray:
-    """Length of the states of a wide random feed-forward network, from that of its input."""
+    """Length of the states of a wide random feed-forward network, from that of its input.
+
+    The run says what it is: ``attrs={"mean_field": {"activation": "relu", "sigma_w": 1.41, "sigma_b": 0.0,
+    "state": "pre"}}``; the state is ``"pre"`` before the activation (the default) or ``"post"`` behind it, and
+    depth 0 is the input of the first layer.
+    """
     moments = _mean_field(measured).second_moment
     return measured.curve.values[0] * np.sqrt(moments / moments[0])
 
@@ -576,14 +581,14 @@ def _reduced_products(
     if spread.max() < 1e-6:
         raise Unavailable("every connection is a multiple of the identity: nothing random multiplies")
     logarithms = _log_products(middle, spread, size)
-    reduced = {"mean": _log_mean, "median": np.median}[reduction](logarithms, axis=1)
+    reduced = np.median(logarithms, axis=1) if reduction == "median" else _log_mean(logarithms)
     values = np.concatenate([np.ones((len(trace), common)), np.exp(reduced)], axis=1)
     return np.where(values > 1e-12 * values[:, :1], values, np.nan)
 
 
-def _log_mean(logarithms: np.ndarray, axis: int) -> np.ndarray:
-    """Logarithm of the mean, without overflow."""
-    return logsumexp(logarithms, axis=axis) - np.log(logarithms.shape[axis])
+def _log_mean(logarithms: np.ndarray) -> np.ndarray:
+    """Logarithm of the mean over draws, without overflow."""
+    return logsumexp(logarithms, axis=1) - np.log(logarithms.shape[1])
 
 
 def _log_products(middle: np.ndarray, spread: np.ndarray, size: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from probes.streaming import Streaming
+
 CACHED = 2**17  # numbers in a block on a CPU: it and the one before it fit into a second-level cache of 2 MiB
 LAUNCHED = 2**24  # numbers in a block elsewhere, where starting many small kernels would cost more
 ADDED = 4096  # tokens in a block at most, since they are added in float32
@@ -36,9 +38,15 @@ class Sums:
     """The additive statistics of one chain: states, gradients and connection gains.
 
     Sums add over batches and processes; maxima (``norm_max``, ``abs_max``, ``gain_max``) combine by maximum.
+
+    Parameters
+    ----------
+    streaming : Streaming, optional
+        Takes the states' second moments and their sketch too, where these are wanted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, streaming: Streaming | None = None) -> None:
+        self.streaming = streaming
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
         self._last: tuple[int, torch.Size] | None = None
@@ -62,17 +70,21 @@ class Sums:
         blocks = self._see_blocks(depth, state_BTND, mask_BT)
         norm = torch.cat([block.norm_tN for block in blocks])
         largest = torch.cat([block.largest_tN for block in blocks])
-        self._add("token_count", depth, _count(state_BTND, mask_BT))
+        count = _count(state_BTND, mask_BT)
+        feature_sum = _sum_exactly([block.feature_sum_ND for block in blocks])
+        self._add("token_count", depth, count)
         self._add("norm_sum", depth, norm.sum(0))
         self._add("square_norm_sum", depth, norm.square().sum(0))
         self._add("unit_count", depth, (norm > 0).sum(0).double())
         self._top("norm_max", depth, norm.amax(0))
         self._top("abs_max", depth, largest.amax(0).double())
-        self._add("feature_sum", depth, _sum_exactly([block.feature_sum_ND for block in blocks]))
+        self._add("feature_sum", depth, feature_sum)
         self._add("unit_sum", depth, _sum_exactly([block.unit_sum_ND for block in blocks]))
         cosines = [block.cosine_tN for block in blocks if block.cosine_tN is not None]
         if cosines:
             self._add("adjacent_cosine_sum", depth, torch.cat(cosines).sum(0, dtype=torch.float64))
+        if self.streaming is not None:
+            self.streaming.see_state(depth, state_BTND, mask_BT, feature_sum / count.clamp_min(1))
 
     def _see_blocks(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> list[Block]:
         """Look at a state block by block, each beside the same tokens' unit vectors one depth before."""
@@ -136,6 +148,8 @@ class Sums:
         self._last = None
         self._units.clear()
         self._spare = None
+        if self.streaming is not None:
+            self.streaming.end_forward()
 
     def merge(self, other: Sums) -> None:
         """Add the statistics of another part of the data.
@@ -151,6 +165,9 @@ class Sums:
         for name, parts in other.maxima.items():
             for key, value in parts.items():
                 self._top(name, key, value)
+        if other.streaming is not None:
+            held = self.streaming
+            self.streaming = other.streaming if held is None else held.joined(other.streaming)
 
     def compact(self) -> Sums:
         """The same statistics without their feature axis, to be kept as one row among many.
@@ -158,7 +175,7 @@ class Sums:
         Returns
         -------
         Sums
-            ``unit_sum`` gives way to ``unit_square``, its squared norm, and ``feature_sum`` is left out.
+            ``unit_sum`` gives way to ``unit_square``, its squared norm; ``feature_sum`` and what streams are left out.
         """
         row = Sums()
         row.maxima = self.maxima

@@ -36,6 +36,7 @@ def capture(
     seed: int = 0,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
+    streaming: bool = False,
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
 
@@ -75,6 +76,11 @@ def capture(
         Text of the tokens, by the sequence's index over all batches.
     attrs : mapping, optional
         Attributes to add to the run, such as ``{"commit": …}``.
+    streaming : bool
+        Also keep, of the mean over streams and over every token of every batch, the spectra of its moments and the
+        similarity of all depths (metrics ``streamed_…``). It holds L·D² float64 numbers for the moments and L·(256 + 128)·D
+        for the sketch at L depths of D features, three times at most, and while a forward runs its states in float32;
+        that no number of batches adds to. When the run is built four symmetric D×D matrices a depth are decomposed.
 
     Returns
     -------
@@ -90,7 +96,8 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    session = Session(model, settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites))
+    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming)
+    session = Session(model, chosen)
     step, losses = [Sums()], []
     sequences = 0
     with untouched(model), _differentiable(model, gradients), eager():
@@ -117,12 +124,13 @@ def settings(
     max_sequences: int,
     seed: int,
     sites: str | Iterable[str] | None = None,
+    streaming: bool = False,
 ) -> Settings:
     """The settings of a session from what a user passes.
 
     Parameters
     ----------
-    gradients, layers, layout, streams, mask, max_sequences, seed, sites
+    gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming
         As in `capture`.
 
     Returns
@@ -135,7 +143,7 @@ def settings(
             f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
         )
     chosen = select(sites if sites is None or isinstance(sites, str) else list(sites))
-    return Settings(gradients, named, layout, streams, max_sequences, seed, mask, chosen)
+    return Settings(gradients, named, layout, streams, max_sequences, seed, mask, chosen, streaming=streaming)
 
 
 def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:

@@ -23,6 +23,7 @@ from probes.place import Chain
 from probes.proof import Evidence, gather_evidence
 from probes.sampling import Sequence, padded, token_masks
 from probes.session import Session
+from probes.spectra import streamed_variables
 from probes.updates import WeightRow, weight_variables
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
@@ -254,6 +255,11 @@ def _statistics(
         "step": np.array([row.step for row in rows]),
         "stream": np.arange(pairs.shape[2]),
     }
+    streaming = pooled[number].streaming
+    if streaming is not None:
+        found, labels = streamed_variables(streaming, depths)
+        variables |= found
+        coords |= labels
     if evidence.proofs:
         variables |= _gains(sums, evidence)
         coords |= connection_coords(chain.links) | {"direction": DIRECTIONS}

@@ -19,6 +19,7 @@ from probes.parts import Parts
 from probes.place import Chain, Link, Place
 from probes.returned import read_returned
 from probes.sites import Selection
+from probes.streaming import Streaming
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Settings:
     mask: Mask = None
     selection: Selection = field(default_factory=Selection)
     scale: Callable[[], torch.Tensor | None] | None = None
+    streaming: bool = False
 
 
 class Sight:
@@ -123,7 +125,10 @@ class Sight:
         self.dtype, self.precision = tensor.dtype, computed_in(tensor)
         if len(forward.rows):
             forward.states[number, depth] = forward.sampled(state)
-        forward.chain_sums(number).see_state(depth, state, mask)
+        sums = forward.chain_sums(number)
+        if self.settings.streaming and sums.streaming is None:
+            sums.streaming = Streaming(forward.first_index)
+        sums.see_state(depth, state, mask)
 
     def listen(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Listen to the gradient of a state, where gradients are wanted and it will have one."""

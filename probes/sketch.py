@@ -1,4 +1,4 @@
-"""A sum that tells how alike depths are: a signed row sketch, the same for every depth, beside the heaviest tokens themselves.
+"""Sums that tell how alike depths are: a signed row sketch, the same for every depth, and the heaviest tokens themselves.
 
 Shapes: L depth, t the tokens of a forward, D feature, m bucket, h heavy token, g group of buckets. Every token goes, with a
 random sign, into one of m buckets; both follow from its sequence and position, so that every depth, batch and process agrees.
@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-BUCKETS = 512
+BUCKETS = 256
 HEAVY = 128
 GROUPS = 16  # of buckets; leaving each out in turn tells the error
 LOW = 0xFFFFFFFF
-GOLDEN = 0x9E3779B1  # odd, 2³² over the golden ratio: numbers of sequences that are near each other lie far apart
+GOLDEN = (
+    0x9E3779B1  # odd, 2³² over the golden ratio: numbers of sequences that are near each other lie far apart
+)
 
 
 class Sketch(NamedTuple):
@@ -32,11 +34,11 @@ class Sketch(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One depth of a forward: deviations of its tokens from a shift, zero on padding, and their lengths."""
+    """One depth of a forward: tokens less a shift over their largest size, zero on padding."""
 
-    deviation_tD: torch.Tensor
+    deviation_tD: torch.Tensor  # float32
+    size: torch.Tensor
     shift_D: torch.Tensor
-    norm_t: torch.Tensor
 
 
 def token_index(first: int, sequences: int, tokens: int, device: torch.device) -> torch.Tensor:
@@ -61,7 +63,7 @@ def token_index(first: int, sequences: int, tokens: int, device: torch.device) -
 
 
 def sketched(rows: Sequence[Rows], index_t: torch.Tensor, real_t: torch.Tensor | None) -> Sketch:
-    """The sketch of one forward; the deviations of the heaviest tokens are set to zero in place.
+    """The sketch of one forward; the deviations are written over.
 
     Parameters
     ----------
@@ -77,26 +79,37 @@ def sketched(rows: Sequence[Rows], index_t: torch.Tensor, real_t: torch.Tensor |
     Sketch
     """
     real = torch.ones_like(index_t, dtype=torch.bool) if real_t is None else real_t
-    score = torch.where(real, _score([row.norm_t for row in rows], real), -1.0)
+    score = torch.where(real, _score(rows, real), -1.0)
     top = score.topk(min(HEAVY, len(score))).indices
     bucket, sign = _hashed(index_t)
     sign = torch.where(real, sign, 0.0).index_fill(0, top, 0.0)
     signs_m = sign.new_zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, sign.double())
-    heavy, buckets = [], []
-    for row in rows:
-        heavy.append(torch.where(real[top, None], row.deviation_tD[top].double() + row.shift_D, 0.0))
-        light = row.deviation_tD.index_fill_(0, top, 0.0).mul_(sign[:, None])
-        held = light.new_zeros(BUCKETS, light.shape[1]).index_add_(0, bucket, light)
-        buckets.append(torch.addcmul(held.double(), signs_m[:, None], row.shift_D))
-    count = real.sum().double()
-    return Sketch(count, torch.stack(buckets), signs_m, torch.stack(heavy), index_t[top], score[top])
+    parts = [_parts(row, top, bucket, sign, signs_m) for row in rows]
+    buckets, heavy = (
+        torch.stack([part.to(real.device) for part in side]) for side in zip(*parts, strict=True)
+    )
+    heavy = torch.where(real[top, None], heavy, 0.0)
+    return Sketch(real.sum().double(), buckets, signs_m, heavy, index_t[top], score[top])
 
 
-def _score(norms: Sequence[torch.Tensor], real_t: torch.Tensor) -> torch.Tensor:
-    """The length of a token over the mean one of its forward, at the depth where that is most."""
-    norm_Lt = torch.where(real_t, torch.stack(list(norms)), 0.0)
+def _parts(
+    row: Rows, top: torch.Tensor, bucket: torch.Tensor, sign: torch.Tensor, signs_m: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buckets and heavy tokens of a depth, computed where it lies: a model may be spread over devices."""
+    near = row.deviation_tD.device
+    top, bucket, sign, signs_m = (of_all.to(near) for of_all in (top, bucket, sign, signs_m))
+    heavy = row.deviation_tD[top].double() * row.size + row.shift_D
+    light = row.deviation_tD.mul_(sign[:, None])  # the sign of a heavy token is 0
+    held = light.new_zeros(BUCKETS, light.shape[1]).index_add_(0, bucket, light)
+    return held.double() * row.size + signs_m[:, None] * row.shift_D, heavy
+
+
+def _score(rows: Sequence[Rows], real_t: torch.Tensor) -> torch.Tensor:
+    """The length of a token over the mean one of its forward, at the depth where that is most; 0 if it is not finite."""
+    lengths = [torch.linalg.vector_norm(row.deviation_tD, dim=1).to(real_t.device) for row in rows]
+    norm_Lt = torch.where(real_t, torch.stack(lengths), 0.0)
     mean_L = norm_Lt.sum(1, keepdim=True) / real_t.sum().clamp_min(1)
-    return (norm_Lt / torch.where(mean_L > 0, mean_L, 1.0)).amax(0)
+    return (norm_Lt / torch.where(mean_L > 0, mean_L, 1.0)).nan_to_num(0.0, 0.0).amax(0)
 
 
 def _hashed(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

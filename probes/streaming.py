@@ -1,7 +1,7 @@
 """Moments of second order over every real token, in one pass and in memory that no number of batches enlarges.
 
-Shapes: B batch, T token, t = B T, N stream, D feature. A forward's tokens are taken about their own mean, multiplied in
-float32 blocks, and all else is added in float64: exact to about 2e-7 at any common offset. Of several streams the mean is seen.
+Shapes: B batch, T token, t = B T, N stream, D feature. A forward's tokens are taken about their own mean and multiplied in
+float32 blocks, and all else is float64: exact to about 2e-7 at any common offset. Of several streams the mean is seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from probes.sketch import Rows, Sketch, joined, sketched, token_index
 
 ADDED = 4096  # tokens in a block at most, since they are added in float32
-ROUNDING = 2.0**-23  # of a product of float32 blocks, relative to √(C_ii C_jj)
+STRIP = 192  # features: what lies left of the diagonal, in whole strips, is not computed
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Moments(NamedTuple):
@@ -65,21 +66,25 @@ class Streaming:
             The mean of its real tokens, which products are taken about.
         """
         shift_ND = mean_ND.to(torch.promote_types(state_BTND.dtype, torch.float32))
-        deviation = (state_BTND.detach() - shift_ND).mean(2)  # stream by stream, where the difference is exact
+        deviation = state_BTND.detach() - shift_ND  # stream by stream, where the difference is exact
+        deviation = deviation.mean(2) if deviation.shape[2] > 1 else deviation.squeeze(2)
         if mask_BT is not None:
             deviation = torch.where(mask_BT[..., None], deviation, 0.0)
         deviation_tD, shift_D = deviation.flatten(0, 1).float(), shift_ND.double().mean(0)
-        norm_t = torch.linalg.vector_norm(deviation_tD, dim=1)
-        count = norm_t.new_tensor(len(norm_t)) if mask_BT is None else mask_BT.sum()
-        self.moments[depth] = moments(deviation_tD, count.double(), shift_D)
-        self._held[depth] = Held(state_BTND.shape, Rows(deviation_tD, shift_D, norm_t), mask_BT)
+        size = torch.maximum(deviation_tD.amax(), -deviation_tD.amin()).clamp_min(TINY)
+        rows = Rows(
+            deviation_tD.mul_(size.reciprocal()), size.double(), shift_D
+        )  # no square vanishes or overflows
+        count = size.new_tensor(len(deviation_tD)) if mask_BT is None else mask_BT.sum()
+        self.moments[depth] = moments(rows, count.double())
+        self._held[depth] = Held(state_BTND.shape, rows, mask_BT)
 
     def end_forward(self) -> None:
         """Sketch the depths of the forward together, each stage of one width and number of tokens by itself."""
         for shape, stage in groupby(sorted(self._held), key=lambda depth: self._held[depth].shape):
             depths = tuple(stage)
             held = [self._held[depth] for depth in depths]
-            index = token_index(self.first_index, shape[0], shape[1], held[0].rows.norm_t.device)
+            index = token_index(self.first_index, shape[0], shape[1], held[0].rows.deviation_tD.device)
             real = held[0].real_BT
             rows = [part.rows for part in held]
             self.sketches[depths] = sketched(rows, index, None if real is None else real.flatten())
@@ -107,33 +112,39 @@ class Streaming:
         return both
 
 
-def moments(deviation_tD: torch.Tensor, count: torch.Tensor, shift_D: torch.Tensor) -> Moments:
+def moments(rows: Rows, count: torch.Tensor) -> Moments:
     """The moments of tokens near a shift.
 
     Parameters
     ----------
-    deviation_tD : Tensor
-        Tokens less the shift, float32, zero on padding.
+    rows : Rows
+        The tokens less the shift; the nearer it is to their mean, the less is lost.
     count : Tensor
         How many are real.
-    shift_D : Tensor
-        The shift, float64; the nearer to the mean, the less is lost.
 
     Returns
     -------
     Moments
     """
-    away_D = deviation_tD.sum(0, dtype=torch.float64) / count.clamp_min(1)
-    scatter = (-count * away_D).outer(away_D)
-    for block in deviation_tD.split(ADDED):
+    blocks = rows.deviation_tD.split(ADDED)
+    scatter, total_D = _product(blocks[0]).double(), blocks[0].sum(0).double()
+    for block in blocks[1:]:
         scatter += _product(block)
-    return Moments(count, shift_D + away_D, scatter)
+        total_D += block.sum(0)
+    away_D = total_D / count.clamp_min(1)
+    scatter = scatter.addr_(-total_D, away_D).triu()
+    scatter = (scatter + scatter.triu(1).T).mul_(rows.size.square())
+    return Moments(count, rows.shift_D + away_D * rows.size, scatter)
 
 
 def _product(block_tD: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of features; in float64 where the user lets float32 products be rounded further."""
+    """The Gram matrix of features on and right of the diagonal; in float64 where the user lets float32 be rounded further."""
     exact = block_tD if torch.get_float32_matmul_precision() == "highest" else block_tD.double()
-    return exact.T @ exact
+    width = exact.shape[1]
+    upper = exact.new_zeros(width, width)
+    for start in range(0, width, STRIP):
+        upper[start : start + STRIP, start:] = exact[:, start : start + STRIP].T @ exact[:, start:]
+    return upper
 
 
 def together(a: Moments, b: Moments) -> Moments:
@@ -150,41 +161,5 @@ def together(a: Moments, b: Moments) -> Moments:
     """
     count = a.count + b.count
     share, apart_D = b.count / count.clamp_min(1), b.mean_D - a.mean_D
-    between = (a.count * share * apart_D).outer(apart_D)
-    return Moments(count, a.mean_D + share * apart_D, between.add_(a.scatter_DD).add_(b.scatter_DD))
-
-
-def spectra(of: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues of Σ x xᵀ and of Σ (x − mean)(x − mean)ᵀ, descending; zero beyond the rank that the tokens allow.
-
-    Parameters
-    ----------
-    of : Moments
-        Of one depth.
-
-    Returns
-    -------
-    plain, shaken : Tensor
-        (2, D): raw and centred; and the same after each entry of the sums was moved, up or down at random, by as much as
-        float32 rounds: what changes by it is not known any better. NaN where a state was not finite.
-    """
-    width, count = len(of.mean_D), int(of.count)
-    if not bool(of.scatter_DD.isfinite().all()):
-        nothing = of.mean_D.new_full((2, width), torch.nan)
-        return nothing, nothing
-    size = of.scatter_DD.diagonal().clamp_min(0).sqrt()
-    shaken = of.scatter_DD + ROUNDING * size.outer(size) * _signs(width).to(size.device)
-    mean = (of.count * of.mean_D).outer(of.mean_D)
-    four = torch.stack([of.scatter_DD + mean, of.scatter_DD, shaken + mean, shaken])
-    top = four.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    values = torch.linalg.eigvalsh(four / top[..., None]).flip(1).clamp_min(0) * top
-    for row, rank in enumerate((count, count - 1) * 2):
-        values[row, max(rank, 0) :] = 0
-    return values[:2], values[2:]
-
-
-def _signs(width: int) -> torch.Tensor:
-    """A symmetric matrix of random signs, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    upper = torch.randint(0, 2, (width, width), generator=generator).mul(2).sub(1).double().triu()
-    return upper + upper.triu(1).T
+    scatter = (a.scatter_DD + b.scatter_DD).addr_(a.count * share * apart_D, apart_D)
+    return Moments(count, a.mean_D + share * apart_D, scatter)

@@ -264,6 +264,7 @@ def record(
     weights: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     loss_reduction: str | None = None,
+    streaming: bool = False,
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
 
@@ -294,6 +295,9 @@ def record(
         for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
     loss_reduction : {"mean", "sum"}, optional
         How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
+    streaming : bool
+        As in `probes.capture`, over every token since the weights last changed: of a whole evaluation, or in training of
+        the last measured step.
 
     Returns
     -------
@@ -310,7 +314,7 @@ def record(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
-    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites)
+    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming)
     if scaler is not None:
         chosen = replace(chosen, scale=scale)
     path = None if store is None else Path(store)

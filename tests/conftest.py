@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from diagnostics import schema
+from diagnostics.kernels import similarity
 
 
 def _doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
@@ -110,7 +111,8 @@ def synthetic_run(
         "sampling": {"max_sequences": samples, "seed": seed},
         "software": {"numpy": np.__version__},
     }
-    statistics = _weight_statistics(rng, layers, int(mask.sum())) if weights else None
+    streamed = _streamed_statistics(np.stack(states)[:, mask].mean(2))
+    statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
 
 
@@ -132,6 +134,26 @@ def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr
     paths = np.array(["embed", *(f"blocks.{i}.linear" for i in range(layers))], dtype=object)
     coords = {"step": [0], "weight": paths, "weight_layer": ("weight", layer)}
     return xr.Dataset(variables, coords)
+
+
+def _streamed_statistics(x: np.ndarray) -> xr.Dataset:
+    """What streaming sums say of tokens (depth, token, feature), here from all of them at once."""
+    both = np.stack([x, x - x.mean(1, keepdims=True)])
+    values = np.zeros((*both.shape[:2], x.shape[-1]))
+    found = np.linalg.svd(both, compute_uv=False) ** 2
+    values[..., : found.shape[-1]] = found
+    gram = both[1] @ both[1].transpose(0, 2, 1) * (1 - np.eye(x.shape[1]))
+    hsic = np.array([[similarity.hsic1(k, q) for q in gram] for k in gram])
+    depths = np.arange(len(x))
+    variables = {
+        "streamed_count": ("depth", np.full(len(x), float(x.shape[1]))),
+        "eigenvalue": (schema.SPECTRUM, values),
+        "eigenvalue_shaken": (schema.SPECTRUM, values),
+        "hsic": (("depth", "other_depth"), hsic),
+        "hsic_without": (("group", "depth", "other_depth"), hsic * np.ones((4, 1, 1))),
+    }
+    centering = np.array(["raw", "centred"], dtype=object)
+    return xr.Dataset(variables, {"depth": depths, "other_depth": depths, "centering": centering})
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from app.bibliography import source_words
 from app.figures.specification import Array, Line
-from app.views.words import source_words
 
 if TYPE_CHECKING:
-    from diagnostics.theory import Overlay
+    from diagnostics.theory import Law, Overlay
 
 __all__ = ["law_lines", "law_sources", "law_words", "laws_beside", "missing_laws", "null_words", "reach"]
 
@@ -86,19 +86,27 @@ def law_words(overlays: Iterable[tuple[str, Overlay]]) -> str:
     )
 
 
-def law_sources(overlays: Iterable[tuple[str, Overlay]]) -> tuple[str, ...]:
-    """Bibliography keys of the laws that are drawn.
+def law_sources(
+    overlays: Iterable[tuple[str, Overlay]], lines: Iterable[Line], metric: str
+) -> tuple[str, ...]:
+    """Bibliography keys of the laws that are drawn, that of the null among them.
 
     Parameters
     ----------
     overlays : iterable of (str, Overlay)
         Run and law.
+    lines : iterable of Line
+        The lines of the figure.
+    metric : str
+        Name of the variable.
 
     Returns
     -------
     tuple of str
     """
-    return tuple(dict.fromkeys(overlay.law.cite for _, overlay in overlays if overlay.values is not None))
+    law = _null_law(metric) if any(line.role == "null" for line in lines) else None
+    drawn = [overlay.law.cite for _, overlay in overlays if overlay.values is not None]
+    return tuple(dict.fromkeys(drawn + ([law.cite] if law else [])))
 
 
 def missing_laws(overlays: Sequence[tuple[str, Overlay]]) -> tuple[str, ...]:
@@ -135,11 +143,14 @@ def null_words(metric: str) -> str:
     -------
     str
     """
+    given = f" by the {law.label}" if (law := _null_law(metric)) else ""
+    return f"Dashed: the null, independent noise of the same shape{given}."
+
+
+def _null_law(metric: str) -> Law | None:
     from diagnostics.theory import null_law
 
-    law = null_law(metric)
-    given = f" by the {law.label}" if law else ""
-    return f"Dashed: the null, independent noise of the same shape{given}."
+    return null_law(metric)
 
 
 def reach(measured: Array, theory: Array, log_y: bool) -> tuple[float, float]:

@@ -217,7 +217,7 @@ def _assemble(
         caption=_caption(profile, analyses, choice, lines, law_words(laws)),
         alt=describe_lines(tuple(lines), profile.title, profile.along),
         metric=profile.metric,
-        sources=law_sources(laws),
+        sources=law_sources(laws, lines, profile.metric),
         missing=missing_laws(laws),
     )
 

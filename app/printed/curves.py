@@ -48,11 +48,9 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     axes = canvas.add_subplot()
     if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
         axes.set_yscale("log", nonpositive="mask")
-    for line in measured:
-        _draw_measured(axes, line, looks[id(line)])
-    _draw_beside(axes, figure, looks, "null", NULL)
+    _draw_roles(axes, figure, looks, ("measured", "null"))
     _limit(axes, figure)
-    _draw_beside(axes, figure, looks, "theory", THEORY)
+    _draw_roles(axes, figure, looks, ("theory",))
     _draw_limits(axes, figure)
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
@@ -110,16 +108,20 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
         )
 
 
-def _draw_beside(
-    axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]], role: str, look: Mapping[str, Any]
+def _draw_roles(
+    axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]], roles: Sequence[str]
 ) -> None:
-    """The lines of one role, in the colour of the measured line before them."""
+    """The lines of some roles; nulls and laws take the colour of the measured line before them."""
     colour = "0.4"
     for line in figure.lines:
+        look = looks.get(id(line), {})
+        colour = look.get("color", colour)
+        if line.role not in roles:
+            continue
         if line.role == "measured":
-            colour = looks[id(line)]["color"]
-        elif line.role == role:
-            axes.plot(line.x, line.y, color=colour, alpha=0.8, **look)
+            _draw_measured(axes, line, look)
+        else:
+            axes.plot(line.x, line.y, color=colour, alpha=0.8, **(NULL if line.role == "null" else THEORY))
 
 
 def _limit(axes: Axes, figure: Lines) -> None:
@@ -146,8 +148,9 @@ def _make_room(axes: Axes, figure: Lines) -> None:
         if line.role in known:
             known[line.role].extend(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log_y))])
     if known["measured"]:
+        low, high = min(known["measured"]), max(known["measured"])
         for end in reach(np.array(known["measured"]), np.array(known["theory"]), log_y):
-            axes.set_ylim(*_around(end, axes))
+            axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _around(end, axes)))
 
 
 def _near(value: float, low: float, high: float, axes: Axes) -> bool:

@@ -79,7 +79,7 @@ def _frame(figure: Figure) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "font": {"family": FONT, "size": 12.5},
-        "margin": {"l": 56, "r": 16, "t": 12, "b": 44},
+        "margin": {"l": 56, "r": 32 if getattr(figure, "missing", ()) else 16, "t": 12, "b": 44},
         "legend": {
             "orientation": "h",
             "yanchor": "bottom",

@@ -159,16 +159,17 @@ def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
 
 
 def _tell_missing(drawn: go.Figure, reasons: Sequence[str]) -> None:
-    """A sign beside the horizontal axis' title that says on hover why a law is not drawn."""
+    """Words along the right side, where the hover has room, that tell why a law is not drawn."""
     lines = ["<br>".join(textwrap.wrap(reason, 70)) for reason in reasons]
     drawn.add_annotation(
         x=1,
         xref="paper",
-        xanchor="right",
-        y=0,
+        xanchor="left",
+        xshift=4,
+        y=0.5,
         yref="paper",
-        yanchor="top",
-        yshift=-24,
+        yanchor="middle",
+        textangle=90,
         showarrow=False,
         text="laws not drawn: why?",
         hovertext="<br>".join(lines),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
+from app.bibliography import cited
 from app.figures import FigureKind, Heatmap
 from app.figures.values import feeds
 from app.views.chart import build, card
 from app.views.controls import choose, chosen_run
 from app.views.desk import Desk
 from app.views.verdict import show_finding
-from app.views.words import cited, plain
+from app.views.words import plain
 from diagnostics.catalogue import CATALOGUE
 
 __all__ = ["show_figures", "show_lines", "show_question"]

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from app.bibliography import cited, source_words
 from app.findings import place_of
 from app.quantity import number
-from app.views.words import cited, plain, source_words
+from app.views.words import plain
 from diagnostics import Finding
 
 __all__ = ["LOOKS", "show_finding", "tally"]

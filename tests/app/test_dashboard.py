@@ -14,11 +14,12 @@ import xarray as xr
 from streamlit.testing.v1 import AppTest
 
 import app.dashboard
+from app.bibliography import source_words
 from app.dashboard import CONFIG, free_port, launch
 from app.figures import FIGURES
 from app.views import library
 from app.views.figure_numbers import numbers_of
-from app.views.words import plain, source_words
+from app.views.words import plain
 from diagnostics import analyze, create_run, save_run
 
 ENTRY = Path(app.dashboard.__file__).parent / "views" / "entry.py"

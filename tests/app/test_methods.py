@@ -6,6 +6,7 @@ import pytest
 
 from app import methods
 from diagnostics import CATALOGUE
+from diagnostics.theory import LAWS
 from diagnostics.verdicts import VERDICTS
 
 
@@ -28,8 +29,8 @@ def test_an_old_page_is_told(tmp_path, monkeypatch):
     assert methods.main(["--check"]) == 0
 
 
-def test_every_metric_and_verdict_has_a_section(sections):
-    assert list(sections) == [*CATALOGUE, *VERDICTS]
+def test_every_metric_verdict_and_law_has_a_section(sections):
+    assert list(sections) == [*CATALOGUE, *VERDICTS, *LAWS]
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -52,6 +53,13 @@ def test_a_verdict_is_told_whole(sections, name):
         assert f"{severity.name} {'above' if verdict.limits.above else 'below'} {limit:g}" in section
     assert verdict.advice in section
     assert verdict.title in section
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_a_law_is_told_whole(sections, name):
+    law, section = LAWS[name], sections[name]
+    for fact in (law.description, law.equation, law.assumption, *law.metrics):
+        assert fact in section
 
 
 def test_sources_carry_their_arxiv_number(sections):

@@ -8,6 +8,7 @@ import pytest
 
 from app.figures import FIGURES, Heatmap, Line, Lines, available
 from app.screen import PALETTE, shrink, to_plotly
+from app.screen.colours import THEORY
 from diagnostics import analyze
 
 
@@ -46,8 +47,9 @@ def test_every_kind_of_figure_was_drawn(both):
 def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
     everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both), runs=list(both)))
     mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both), runs=list(both)))
-    assert everywhere[1].name == "mhc" == mixing[0].name
-    assert everywhere[1].line.color == mixing[0].line.color == PALETTE[1]
+    (norm,) = (trace for trace in everywhere if trace.name == "mhc")
+    assert mixing[0].name == "mhc"
+    assert norm.line.color == mixing[0].line.color == PALETTE[1]
 
 
 def test_a_null_is_dashed_in_the_colour_of_its_run(both):
@@ -55,6 +57,34 @@ def test_a_null_is_dashed_in_the_colour_of_its_run(both):
     nulls = [trace for trace in drawn if trace.name.endswith("null")]
     assert [trace.line.dash for trace in nulls] == ["dash", "dash"]
     assert [trace.line.color for trace in nulls] == [PALETTE[0], PALETTE[1]]
+
+
+def test_a_law_is_dashed_in_the_colour_of_its_line_and_named_once(both):
+    drawn = to_plotly(FIGURES["composite_singular_value"].build({"mhc": both["mhc"]}))
+    laws = [trace for trace in curves(drawn) if "Gaussian product" in trace.name]
+    assert [trace.line.color for trace in laws] == list(PALETTE[:4])
+    assert {trace.line.dash for trace in laws} == {THEORY}
+    named = [trace for trace in drawn.data if trace.showlegend is not False]
+    assert [trace.name for trace in named][-1] == "Gaussian product"
+    assert {trace.legendgroup for trace in laws} == {named[-1].legendgroup}  # hidden together
+
+
+def test_a_law_that_is_not_drawn_tells_why_on_hover(both):
+    (sign,) = to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
+    assert "one residual stream" in sign.hovertext.replace("<br>", " ")
+    assert max(map(len, sign.hovertext.split("<br>"))) <= 70
+    assert not to_plotly(FIGURES["stable_rank"].build({"mhc": both["mhc"]})).layout.annotations
+
+
+def test_a_far_law_moves_the_axis_by_a_decade_at_most():
+    x = np.arange(3.0)
+    lines = (
+        Line(x, np.array([1.0, 2.0, 3.0]), "a"),
+        Line(x, 10.0 ** (9 * x), "a · law", role="theory", law="law"),
+    )
+    low, high = to_plotly(Lines("gain", "Gain", "x", "y", lines, log_y=True)).layout.yaxis.range
+    assert low < 0.0
+    assert 1.4 < high < 1.7
 
 
 def test_the_axis_reaches_the_next_threshold_and_no_further():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
 from scipy.special import digamma, erf, expit
 
-from diagnostics import analyze, schema
+import diagnostics
+from diagnostics import CATALOGUE, analyze, schema
 from diagnostics.kernels import meanfield, mixing
 from diagnostics.kernels.rank import marchenko_pastur
 from diagnostics.theory import LAWS, beside, cubic_collapse, mean_field_curve, null_law
 
+BIBLIOGRAPHY = Path(diagnostics.__file__).with_name("references.bib").read_text()
 MEAN_FIELD = ("residual_norm", "token_cosine", "backward_gain", "channel_squared_mean", "channel_variance")
 GROWTH = ("residual_norm", "adjacent_cosine", "block_influence", "angular_distance")
 
@@ -400,7 +404,7 @@ def test_ranks_have_the_marchenko_pastur_law_as_their_null(residual_run):
     assert null_law("participation_ratio") is LAWS["marchenko_pastur"]
     assert null_law("dong_residual") is None
     null = analysis["participation_ratio_null"].sel(scope="data", tokens="all")
-    count = int(analysis.attrs.get("tokens", 28))
+    count = int(residual_run["trace"]["mask"].sum())
     np.testing.assert_allclose(null, marchenko_pastur(count, 32).participation_ratio)
     assert beside(curve_of(analysis, "participation_ratio"), analysis) == []
 
@@ -418,6 +422,8 @@ def test_a_slice_that_does_not_say_what_it_is_has_no_law(grown):
 @pytest.mark.parametrize("name", LAWS)
 def test_every_law_is_declared_whole(name):
     law = LAWS[name]
+    assert f"{{{law.cite}," in BIBLIOGRAPHY
+    assert set(law.metrics) <= set(CATALOGUE)
     assert law.name == name
     assert all((law.label, law.equation, law.assumption, law.metrics, law.description))
     assert law.equation.count("{") == law.equation.count("}")
