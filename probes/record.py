@@ -287,7 +287,10 @@ def _gains(sums: list[Sums], evidence: Evidence) -> dict[str, Any]:
 
 def _counted(rows: list[Coverage]) -> dict[str, int]:
     expected = [row for row in rows if row.expected]
-    return {"sites_expected": len(expected), "sites_fired": sum(row.fired >= row.expected for row in expected)}
+    return {
+        "sites_expected": len(expected),
+        "sites_fired": sum(row.fired >= row.expected for row in expected),
+    }
 
 
 def _coverage(rows: list[Coverage]) -> xr.Dataset:

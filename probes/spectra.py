@@ -103,7 +103,7 @@ def spectra(of: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     mean = (of.count * of.mean_D).outer(of.mean_D)
     four = torch.stack([of.scatter_DD + mean, of.scatter_DD, shaken + mean, shaken])
     top = four.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    values = torch.linalg.eigvalsh(four / top[..., None]).flip(1).clamp_min(0) * top
+    values = torch.linalg.eigvalsh(four / top[..., None], UPLO="U").flip(1).clamp_min(0) * top
     for row, rank in enumerate((count, count - 1) * 2):
         values[row, max(rank, 0) :] = 0
     return values[:2], values[2:]

@@ -14,12 +14,12 @@ import torch
 from probes.sketch import Rows, Sketch, joined, sketched, token_index
 
 ADDED = 4096  # tokens in a block at most, since they are added in float32
-STRIP = 192  # features: what lies left of the diagonal, in whole strips, is not computed
+STRIP = 192  # features: whole strips left of the diagonal are not computed
 TINY = torch.finfo(torch.float32).tiny
 
 
 class Moments(NamedTuple):
-    """Count, mean and Σ (x − mean)(x − mean)ᵀ of some tokens, float64."""
+    """Count, mean and Σ (x − mean)(x − mean)ᵀ of some tokens, float64; what lies left of the diagonal is not meant."""
 
     count: torch.Tensor
     mean_D: torch.Tensor
@@ -132,8 +132,7 @@ def moments(rows: Rows, count: torch.Tensor) -> Moments:
         scatter += _product(block)
         total_D += block.sum(0)
     away_D = total_D / count.clamp_min(1)
-    scatter = scatter.addr_(-total_D, away_D).triu()
-    scatter = (scatter + scatter.triu(1).T).mul_(rows.size.square())
+    scatter = scatter.addr_(-total_D, away_D).mul_(rows.size.square())
     return Moments(count, rows.shift_D + away_D * rows.size, scatter)
 
 
