@@ -114,6 +114,7 @@ class Tape:
         self._stack: list[Call] = []
         self._segments: dict[tuple[str, Any], list[list[Call]]] = {}
         self._counts: dict[tuple[str, str], int] = {}
+        self._connected = False
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
@@ -128,7 +129,7 @@ class Tape:
             call.past, call.held = self._seen_at(past[-1]), True
         self._stack.append(call)
         self._note_follower(call)
-        for key in _group_keys(call) if call.x is not None else ():
+        for key in _group_keys(call) if call.x is not None and not self._connected else ():
             self._link(key, call)
         return call
 
@@ -154,6 +155,7 @@ class Tape:
         """Note that a method opened a connection."""
         call = self._begin(path, module, method, x)
         call.site, call.held = site, True
+        self._forget_runs()
         call.versions = version(x), None
         for ancestor in _ancestors(call):
             ancestor.held = True
@@ -222,6 +224,7 @@ class Tape:
     def _hold_ends(self, call: Call) -> None:
         """Keep what may be the last state of a chain with streams, or the state behind its last norm."""
         if call.site is not None:
+            self._forget_runs()
             for ancestor in _ancestors(call):
                 ancestor.held = True
         if is_norm(call.module) and call.x_shape == call.y_shape and not re.search(r"\d", call.path):
@@ -291,6 +294,17 @@ class Tape:
             previous.runs -= 1
             self._release(previous)
         runs.append([call])
+
+    def _forget_runs(self) -> None:
+        """A model with connections is read by them: what links without them need not be kept."""
+        if self._connected:
+            return
+        self._connected = True
+        calls = [call for runs in self._segments.values() for run in runs for call in run]
+        self._segments = {}
+        for call in calls:
+            call.runs = 0
+            self._release(call)
 
     def _release(self, call: Call) -> None:
         """Let go of the tensors of a call that nothing needs any more."""
