@@ -39,10 +39,8 @@ def altup_watch(x: torch.Tensor) -> Watch:
     return Watch(accept)
 
 
-def read_altup(
-    x: torch.Tensor, predicted: torch.Tensor, seen: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prediction's matrix I + C (B, T, N, N), destination by source, and the streams (B, T, N, D).
+def read_altup(x: torch.Tensor, predicted: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
+    """The prediction's matrix I + C (B, T, N, N), destination by source.
 
     Parameters
     ----------
@@ -53,7 +51,7 @@ def read_altup(
 
     Returns
     -------
-    matrix, streams : Tensor
+    Tensor
     """
     n = x.shape[0]
     streams, goal = x.detach().movedim(0, 2), predicted.detach().movedim(0, 2)
@@ -65,7 +63,7 @@ def read_altup(
         raise ConnectionError(
             "an AltUp module computes no coefficients that explain its prediction; this version of it is not known"
         )
-    return found, streams
+    return found
 
 
 def read_correction(

@@ -46,7 +46,7 @@ class Opening:
     def read(self, result: Any, watch: Watch) -> None:
         """Read what the opening method gave."""
         if self.site.style == "altup":
-            self.matrix, _ = read_altup(self.x, result, watch.floating())
+            self.matrix = read_altup(self.x, result, watch.floating())
             self.predicted = result.detach()
         else:
             self.parts = read_width(self.site, self.batch_size, self.x, result, watch.floating())
