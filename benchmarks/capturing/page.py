@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -33,7 +34,8 @@ def circumstances(rounds: int, peers: list[str]) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     day = datetime.now(UTC).date().isoformat()
-    return {"date": day, "machine": machine(), "rounds": rounds, "versions": versions}
+    command = " ".join(["python", "benchmarks/capture.py", *sys.argv[1:]])
+    return {"date": day, "machine": machine(), "rounds": rounds, "versions": versions, "command": command}
 
 
 def machine() -> str:
@@ -173,7 +175,7 @@ def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
 
 HEAD = """# What capturing costs
 
-Written by `python benchmarks/capture.py --memory --markdown docs/benchmarks.md` on {date}; {machine}. Not edited by hand.
+Written by `{command}` on {date}; {machine}. Not edited by hand.
 
 **How.** Each tool captures the residual state at every block (of the mHC model: at every connection), and with a backward the
 gradient there too. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool
