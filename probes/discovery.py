@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ class Discovery:
                 tape.closed(opening.key, method, branch_out, output, parts)
                 self._watch_gradient(output)
 
-        return Seeing(watch, done)
+        return Seeing(watch or nullcontext(), done)
 
     def _watch_gradients(self, first: torch.Tensor | None, several: tuple[Passed, ...]) -> None:
         for tensor in [seen.tensor for seen in several] or [first]:

@@ -177,7 +177,7 @@ class Following:
             self._see_spots("output", path, method, spots, floats_in(result))
             self.sight.keep_parts(forward, opening.key, opening.close(branch_out, result, watch))
 
-        return Seeing(watch, done)
+        return Seeing(watch or nullcontext(), done)
 
     def _link_number(self, forward: Forward, path: str) -> int | None:
         index = forward.turn("link", path)

@@ -51,11 +51,11 @@ class Opening:
         else:
             self.parts = read_width(self.site, self.batch_size, self.x, result, watch.floating())
 
-    def closing_watch(self, branch_out: torch.Tensor) -> Watch:
-        """What to watch for while the closing method runs."""
-        return altup_watch(branch_out) if self.site.style == "altup" else Watch(lambda shape: False)
+    def closing_watch(self, branch_out: torch.Tensor) -> Watch | None:
+        """What to watch for while the closing method runs; None where opening told all."""
+        return altup_watch(branch_out) if self.site.style == "altup" else None
 
-    def close(self, branch_out: torch.Tensor, output: Any, watch: Watch) -> Parts:
+    def close(self, branch_out: torch.Tensor, output: Any, watch: Watch | None) -> Parts:
         """The parts, when the closing method has given the next state.
 
         Parameters
@@ -64,14 +64,14 @@ class Opening:
             What the branch gave.
         output : object
             What the closing method gave.
-        watch : Watch
-            What passed while it ran.
+        watch : Watch or None
+            What passed while it ran, of `closing_watch`.
 
         Returns
         -------
         Parts
         """
-        if self.matrix is not None and self.predicted is not None:
+        if watch is not None and self.matrix is not None and self.predicted is not None:
             closed = next(tensors_in(output))
             return read_correction(self.matrix, self.predicted, branch_out, closed, watch.floating())
         assert self.parts is not None

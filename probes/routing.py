@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from probes.altup import altup_watch
 from probes.connections import ConnectionError, Site, find_roles
 from probes.hooks import first_float, stand_in
 from probes.layout import canonical
@@ -200,7 +201,7 @@ def _freeze_altup(stack: ExitStack, module: Any, site: Site) -> None:
 
     def constant_correct(predictions: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
         opening = opened.pop()
-        with opening.closing_watch(activated) as watch:
+        with altup_watch(activated) as watch:
             corrected = correct(predictions, activated)
         parts = opening.close(activated, corrected, watch)
         active = (predictions.detach() - parts.branch_in[:, :, 0]).flatten(1).norm(dim=1).argmin()
