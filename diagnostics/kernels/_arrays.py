@@ -11,6 +11,9 @@ from array_api_compat import array_namespace, device, is_array_api_obj
 Array = Any
 """A numpy array or a torch tensor."""
 
+# Between these, fourth powers of values and their sums stay exact in float64 without scaling.
+TINY, HUGE = 1e-50, 1e50
+
 
 class Rows(NamedTuple):
     """A batch of matrices, ready to compute on: float64, finite, and zero in the rows that do not count."""
@@ -19,6 +22,7 @@ class Rows(NamedTuple):
     values: Array  # (..., N, d)
     mask: Array | None  # (..., N), True where the row counts; None when all do
     count: Array  # (...), how many rows count
+    narrow: bool  # whether they came as floats of 32 bits or fewer: fourth powers stay within float64
 
 
 def as_array(x: Array) -> Array:
@@ -30,34 +34,40 @@ def as_array(x: Array) -> Array:
 
 def as_float64(x: Array, *, name: str = "x", ndim: int = 1) -> tuple[Any, Array]:
     """The namespace of ``x`` and ``x`` in float64, refused below ``ndim`` dims, when empty or not finite."""
-    xp, x = upcast(x, name=name, ndim=ndim)
+    xp, x = checked(x, name=name, ndim=ndim)
     require_finite(xp, x, name)
-    return xp, x
+    return xp, xp.astype(x, xp.float64, copy=False)
 
 
-def upcast(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
-    """The namespace of ``x`` and ``x`` in float64, its shape checked and its values not."""
+def checked(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
+    """The namespace of ``x`` and ``x`` as it came, its shape checked and its values not."""
     x = as_array(x)
     if x.ndim < ndim or 0 in x.shape:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; expected at least {ndim} dims, none of them empty: "
             "the last dims are the matrix or vector, leading dims are batch"
         )
-    xp = array_namespace(x)
-    return xp, xp.astype(x, xp.float64, copy=False)
+    return array_namespace(x), x
 
 
 def require_finite(xp: Any, x: Array, name: str) -> None:
     """Refuse NaN and infinities, saying how many there are and where the first one is."""
-    finite = xp.isfinite(x)
-    if bool(xp.all(finite)):
+    if _all_finite(xp, x):
         return
+    finite = xp.isfinite(x)
     places = [int(axis[0]) for axis in xp.nonzero(~finite)]
     raise ValueError(
         f"{name} holds {int(xp.sum(xp.astype(~finite, xp.int64)))} NaN or infinite values of "
         f"{finite.size if isinstance(finite, np.ndarray) else finite.numel()}, the first at index "
         f"{tuple(places)}; expected finite numbers: mask those rows out with mask=, or find what made them"
     )
+
+
+def _all_finite(xp: Any, x: Array) -> bool:
+    """Whether no value is NaN or infinite: both spread to the extremes, which are cheaper than a table."""
+    if not xp.isdtype(x.dtype, "real floating"):
+        return True
+    return bool(xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x)))
 
 
 def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
@@ -96,7 +106,7 @@ def rows(x: Array, *, mask: Array | None = None, center: bool = False, name: str
     Rows
         The namespace, the values, the mask and the number of rows that count.
     """
-    xp, x = upcast(x, name=name, ndim=2)
+    xp, x = checked(x, name=name, ndim=2)
     mask = row_mask(xp, x, mask)
     if mask is None:
         count = xp.full(x.shape[:-2], float(x.shape[-2]), dtype=xp.float64, device=device(x))
@@ -104,19 +114,38 @@ def rows(x: Array, *, mask: Array | None = None, center: bool = False, name: str
         x = xp.where(mask[..., None], x, xp.zeros_like(x))
         count = xp.sum(xp.astype(mask, xp.float64), axis=-1)
     require_finite(xp, x, name)
-    return Rows(xp, _centered(xp, x, mask, count) if center else x, mask, count)
+    narrow = xp.isdtype(x.dtype, "real floating") and x.dtype != xp.float64
+    matrix = Rows(xp, xp.astype(x, xp.float64, copy=center), mask, count, narrow)
+    return _centered(matrix) if center else matrix
 
 
-def _centered(xp: Any, x: Array, mask: Array | None, count: Array) -> Array:
-    """Rows less their mean, exactly zero where the rows are equal and accurate under any common offset."""
-    if mask is None:
-        shifted = x - x[..., :1, :]
-        return shifted - xp.mean(shifted, axis=-2, keepdims=True)
-    weight = xp.astype(mask, xp.float64)[..., None]
-    first = weight * xp.astype(xp.cumulative_sum(weight, axis=-2) == 1, xp.float64)
-    shifted = weight * (x - xp.sum(first * x, axis=-2, keepdims=True))
-    mean = xp.sum(shifted, axis=-2, keepdims=True) / xp.clip(count, min=1.0)[..., None, None]
-    return weight * (shifted - mean)
+def _centered(matrix: Rows) -> Rows:
+    """Rows less their mean, in place: exactly zero where rows are equal, accurate under any common offset."""
+    xp, x, mask, count, narrow = matrix
+    weight = None if mask is None else xp.astype(mask, xp.float64)[..., None]
+    if not narrow:  # sums of floats of 24 bits are exact in float64, those of wider ones need a shift first
+        x -= xp.asarray(_first(xp, x, weight), copy=True)
+        x = x if weight is None else x * weight
+    x -= xp.sum(x, axis=-2, keepdims=True) / xp.clip(count, min=1.0)[..., None, None]
+    return matrix._replace(values=x if weight is None else x * weight)
+
+
+def _first(xp: Any, x: Array, weight: Array | None) -> Array:
+    """The first row that counts, (..., 1, d)."""
+    if weight is None:
+        return x[..., :1, :]
+    chosen = weight * xp.astype(xp.cumulative_sum(weight, axis=-2) == 1, xp.float64)
+    return xp.sum(chosen * x, axis=-2, keepdims=True)
+
+
+def scaled(matrix: Rows) -> tuple[Array, Array]:
+    """Values whose fourth powers stay well inside float64, and what they were divided by, (..., 1, 1)."""
+    xp, values = matrix.xp, matrix.values
+    if not matrix.narrow:
+        top = peak(xp, values)
+        if bool(xp.any((top < TINY) | (top > HUGE))):
+            return values / top, top
+    return values, xp.ones((*values.shape[:-2], 1, 1), dtype=xp.float64, device=device(values))
 
 
 def peak(xp: Any, x: Array, axis: Any = (-2, -1)) -> Array:

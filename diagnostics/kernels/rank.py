@@ -14,7 +14,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from scipy.integrate import quad
 
-from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, gram, peak, ratio, rows
+from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, gram, peak, ratio, rows, scaled
 
 # Below this λ_min/λ_max a float64 Gram can move the effective rank by 1e-7: decompose the matrix itself.
 GRAM_LIMIT = 1e-11
@@ -54,8 +54,8 @@ def singular_values(x: Array, *, center: bool = False, mask: Array | None = None
     """
     matrix = rows(x, mask=mask, center=center)
     xp, shape = matrix.xp, matrix.values.shape
-    scale = peak(xp, matrix.values)
-    flat = xp.reshape(matrix.values / scale, (-1, *shape[-2:]))
+    values, scale = scaled(matrix)
+    flat = xp.reshape(values, (-1, *shape[-2:]))
     known = xp.reshape(_structural_rank(matrix, center), (-1, 1))
     s = _spectrum(xp, flat, known)
     return xp.reshape(s, (*shape[:-2], -1)) * scale[..., 0]
@@ -100,7 +100,7 @@ def _energies(x: Array, center: bool, mask: Array | None) -> tuple[Any, Array]:
     possible = (
         xp.arange(min(shape[-2:]), device=device(matrix.values)) < _structural_rank(matrix, center)[..., None]
     )
-    return xp, _eigenvalues(xp, matrix.values / peak(xp, matrix.values), possible)
+    return xp, _eigenvalues(xp, scaled(matrix)[0], possible)
 
 
 def _as_spectrum(s: Array) -> tuple[Any, Array]:
@@ -292,8 +292,7 @@ def participation_ratio(
         raise ValueError(f"correct is {correct!r}; expected None, 'rows' or 'both'")
     matrix = rows(x, mask=mask, center=center)
     xp = matrix.xp
-    scaled = matrix.values / peak(xp, matrix.values)
-    trace, square, diagonal = _quartic_sums(xp, scaled, distinct_columns=correct == "both")
+    trace, square, diagonal = _quartic_sums(xp, scaled(matrix)[0], distinct_columns=correct == "both")
     if correct is None:
         return ratio(xp, trace, square)
     n = matrix.count

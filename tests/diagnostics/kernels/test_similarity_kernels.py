@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from array_api_compat import array_namespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
 from diagnostics.kernels import similarity
+from diagnostics.kernels.similarity import distances, layers, sketches
 
 PAIRWISE = {
     "linear_cka": similarity.linear_cka,
@@ -233,11 +235,11 @@ def test_cka_matrix_with_a_massive_token_and_equal_layers(array, rng):
 
 def test_both_costs_give_the_same_matrix_and_blocks_do_not_matter(monkeypatch, rng):
     x = walk(rng, 3, 50, 20)
-    gram = similarity._gram_products(np, x, None)
-    cross = similarity._covariance_products(np, x, None) - np.einsum("lid,lid,mie,mie->lm", x, x, x, x)
+    gram = layers._gram_products(np, x, None)
+    cross = layers._covariance_products(np, x, None) - np.einsum("lid,lid,mie,mie->lm", x, x, x, x)
     np.testing.assert_allclose(gram, cross, rtol=1e-9)
-    monkeypatch.setattr(similarity, "BLOCK", 3 * 50 * 7)
-    np.testing.assert_allclose(similarity._gram_products(np, x, None), gram, rtol=1e-12)
+    monkeypatch.setattr(layers, "BLOCK", 3 * 50 * 7)
+    np.testing.assert_allclose(layers._gram_products(np, x, None), gram, rtol=1e-12)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -365,7 +367,7 @@ def test_rsa_by_scipy(array, x, y, metric):
 
 def test_rsa_ranks_ties_by_their_mean(array):
     values = np.array([3.0, 1.0, 3.0, 2.0, 3.0, 1.0])
-    got = similarity._ranks(similarity.array_namespace(array(values)), array(values))
+    got = distances._ranks(array_namespace(array(values)), array(values))
     np.testing.assert_array_equal(np.asarray(got), stats.rankdata(values))
     with pytest.raises(ValueError, match="expected 'correlation', 'cosine' or 'euclidean'"):
         similarity.rsa(np.eye(4), np.eye(4), metric="manhattan")
@@ -421,7 +423,7 @@ def test_sketch_is_additive_and_the_same_on_both_kinds(rng):
 
 
 def test_hash_fills_buckets_and_signs_evenly():
-    h = similarity._hashed(np, np.arange(64_000), 3)
+    h = sketches._hashed(np, np.arange(64_000), 3)
     counts = np.bincount((h >> 1) % 64, minlength=64)
     assert stats.chisquare(counts).pvalue > 1e-4
     assert abs((1 - 2 * (h & 1)).mean()) < 0.02

@@ -1,0 +1,117 @@
+"""Do two sides span the same space? SVCCA and PWCCA, which any linear map leaves as they are.
+
+Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
+"""
+
+from typing import Any
+
+from array_api_compat import device
+
+from diagnostics.kernels._arrays import Array
+from diagnostics.kernels.similarity.pair import each
+
+
+def _basis(xp: Any, x: Array, energy: float) -> tuple[Array, Array]:
+    """Left singular vectors that hold a share ``energy`` of the variance, and their singular values."""
+    u, s, _ = xp.linalg.svd(x, full_matrices=False)
+    kept = s > s[0] * max(x.shape) * xp.finfo(xp.float64).eps
+    if energy < 1:
+        before = xp.cumulative_sum(s * s) - s * s
+        kept = kept & (before < energy * xp.sum(s * s))
+    return u[:, kept], s[kept]
+
+
+def svcca(x: Array, y: Array, *, energy: float = 0.99, mask: Array | None = None) -> Array:
+    """SVCCA: mean canonical correlation of the leading singular directions of each side.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+    energy
+        Share of the variance that the kept directions hold.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), between 0 and 1, over the smaller number of directions; NaN for a side without variance.
+        Source: Raghu et al. 1706.05806.
+
+    Raises
+    ------
+    ValueError
+        If a side keeps N − 1 directions or more (CCA is then 1 by construction), or rows do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(50, 3))
+    >>> round(float(svcca(x, x @ np.diag([1.0, 2.0, 3.0]))), 9)
+    1.0
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is {energy}; expected a share of the variance, above 0 and at most 1")
+
+    def of(xp: Any, left: Array, right: Array) -> Array:
+        _require_rows(left.shape[0], 1)
+        (u, _), (w, _) = _basis(xp, left, energy), _basis(xp, right, energy)
+        _require_rows(left.shape[0] - 1, max(u.shape[1], w.shape[1]))
+        if min(u.shape[1], w.shape[1]) == 0:
+            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
+        return xp.mean(xp.clip(xp.linalg.svdvals(u.T @ w), max=1.0))
+
+    return each(of, x, y, mask)
+
+
+def pwcca(x: Array, y: Array, *, mask: Array | None = None) -> Array:
+    """PWCCA: canonical correlations weighted by how much of x each canonical direction accounts for.
+
+    Σ_i α_i ρ_i / Σ_i α_i with α_i = Σ_j |⟨h_i, x_j⟩|, h_i the canonical variates and x_j the features of x;
+    not symmetric.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), between 0 and 1; NaN for a side without variance. Source: Morcos et al. 1806.05759.
+
+    Raises
+    ------
+    ValueError
+        If there are no more rows than features (CCA is then 1 by construction), or rows do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(50, 3))
+    >>> round(float(pwcca(x, x @ np.diag([1.0, 2.0, 3.0]))), 9)
+    1.0
+    """
+
+    def of(xp: Any, left: Array, right: Array) -> Array:
+        _require_rows(left.shape[0], max(left.shape[1], right.shape[1]))
+        (u, _), (w, _) = _basis(xp, left, 1.0), _basis(xp, right, 1.0)
+        if min(u.shape[1], w.shape[1]) == 0:
+            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
+        rotation, correlation, _ = xp.linalg.svd(u.T @ w, full_matrices=False)
+        weight = xp.sum(xp.abs((u @ rotation).T @ left), axis=-1)
+        return xp.sum(weight * xp.clip(correlation, max=1.0)) / xp.sum(weight)
+
+    return each(of, x, y, mask)
+
+
+def _require_rows(n: int, p: int) -> None:
+    """Refuse canonical correlations without spare rows."""
+    if n <= p:
+        raise ValueError(
+            f"came {n} independent rows for {p} directions; expected more rows, for with n ≤ p "
+            "canonical correlations are 1 by construction: give more tokens or fewer directions"
+        )

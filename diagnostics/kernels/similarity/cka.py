@@ -1,0 +1,218 @@
+"""How alike are two linear kernels? CKA, its two HSIC estimators, and what unrelated data would give.
+
+Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
+"""
+
+from typing import Any
+
+from array_api_compat import array_namespace, device
+
+from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, scaled
+from diagnostics.kernels.similarity.pair import pair
+
+
+def _inner(xp: Any, x: Array, y: Array) -> Array:
+    """⟨XXᵀ, YYᵀ⟩ by the cheaper of the Gram matrices and the cross-covariance, (...)."""
+    n, dx, dy = x.shape[-2], x.shape[-1], y.shape[-1]
+    xt, yt = xp.matrix_transpose(x), xp.matrix_transpose(y)
+    if n * (dx + dy) < dx * dy:
+        return xp.sum((x @ xt) * (y @ yt), axis=(-2, -1))
+    return xp.sum((xt @ y) ** 2, axis=(-2, -1))
+
+
+def _unbiased(xp: Any, inner: Array, k: Array, q: Array, n: Array) -> Array:
+    """HSIC₁ of centred features from ⟨K, L⟩, the diagonals k and q (..., N) and the number of rows.
+
+    With K1 = 0 Song's three terms are ⟨K, L⟩ − n/(n−2) Σ k_i q_i + tr K tr L /((n−1)(n−2)), over n(n−3).
+    """
+    enough = n > 3
+    n = xp.where(enough, n, 4.0 * xp.ones_like(n))
+    traces = xp.sum(k, axis=-1) * xp.sum(q, axis=-1)
+    total = inner - n / (n - 2.0) * xp.sum(k * q, axis=-1) + traces / ((n - 1.0) * (n - 2.0))
+    return xp.where(enough, total / (n * (n - 3.0)), xp.full_like(total, xp.nan))
+
+
+def linear_hsic(a: Rows, b: Rows, unbiased: bool) -> Array:
+    """HSIC of centred features, scaled by a common factor that CKA divides out; (...)."""
+    xp = a.xp
+    inner = _inner(xp, a.values, b.values)
+    if not unbiased:
+        return inner
+    return _unbiased(
+        xp, inner, xp.linalg.vecdot(a.values, a.values), xp.linalg.vecdot(b.values, b.values), a.count
+    )
+
+
+def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
+    """CKA from HSIC terms: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)), nothing clipped or padded.
+
+    Parameters
+    ----------
+    xy, xx, yy
+        HSIC values of any one estimator, or their sums over minibatches, broadcastable.
+
+    Returns
+    -------
+    Array
+        The ratio; NaN where a denominator is not positive.
+
+    Raises
+    ------
+    ValueError
+        If ``xy`` holds infinities.
+
+    Examples
+    --------
+    >>> float(cka_from_hsic(1.0, 4.0, 1.0))
+    0.5
+    """
+    xy, xx, yy = as_array(xy), as_array(xx), as_array(yy)
+    xp = array_namespace(xy)
+    defined = (xx > 0) & (yy > 0)
+    norm = xp.sqrt(xp.where(xx > 0, xx, xp.ones_like(xx))) * xp.sqrt(xp.where(yy > 0, yy, xp.ones_like(yy)))
+    if bool(xp.any(xp.isinf(xy))):
+        raise ValueError("xy holds infinite HSIC values; expected finite ones: rescale the features")
+    return xp.where(defined, xy / norm, xp.full_like(xy / norm, xp.nan))
+
+
+def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None = None) -> Array:
+    """Linear CKA: ‖YᵀX‖_F² / (‖XᵀX‖_F ‖YᵀY‖_F) of centred features, or the same ratio of unbiased HSIC₁.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+    unbiased
+        Use Song's HSIC₁: about 0 for unrelated data where the biased value is ``cka_null``; may be negative.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...); biased values lie in [0, 1]. NaN where a side has no variance (all rows equal) or, unbiased,
+        fewer than 4 rows. Source: Kornblith et al. 1905.00414; Song et al. 2012.
+
+    Raises
+    ------
+    ValueError
+        If rows do not match or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> float(linear_cka(x, x[:, :1]).round(12)) == round(0.5**0.5, 12)
+    True
+    """
+    a, b = pair(x, y, mask, center=True)
+    a, b = a._replace(values=scaled(a)[0]), b._replace(values=scaled(b)[0])
+    return cka_from_hsic(
+        linear_hsic(a, b, unbiased), linear_hsic(a, a, unbiased), linear_hsic(b, b, unbiased)
+    )
+
+
+def linear_hsic1(x: Array, y: Array, *, mask: Array | None = None) -> Array:
+    """Unbiased HSIC₁ of linear kernels, in squared units of both: what minibatch CKA adds up.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), may be negative; NaN below 4 rows. Source: Song et al. 2012, Eq. 5.
+
+    Raises
+    ------
+    ValueError
+        If rows do not match or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0], [-1.0], [1.0], [-1.0]])
+    >>> round(float(linear_hsic1(x, x)), 9), round(float(hsic1(x @ x.T, x @ x.T)), 9)
+    (2.666666667, 2.666666667)
+    """
+    a, b = pair(x, y, mask, center=True)
+    return linear_hsic(a, b, True)
+
+
+def hsic1(k: Array, q: Array) -> Array:
+    """Unbiased HSIC₁ of two kernel matrices K, L with their diagonals set to zero.
+
+    [tr(K̃L̃) + 1ᵀK̃1 1ᵀL̃1/((n−1)(n−2)) − 2/(n−2) 1ᵀK̃L̃1] / (n(n−3)).
+
+    Parameters
+    ----------
+    k, q
+        Kernel matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...), may be negative; NaN below 4 rows. Source: Song et al. 2012, Eq. 5.
+
+    Raises
+    ------
+    ValueError
+        If the shapes are not square and equal, or values are not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(abs(float(hsic1(np.ones((5, 5)), np.ones((5, 5))))), 12)
+    0.0
+    """
+    xp, k = as_float64(k, name="k", ndim=2)
+    _, q = as_float64(q, name="q", ndim=2)
+    n = k.shape[-1]
+    if k.shape != q.shape or k.shape[-2] != n:
+        raise ValueError(
+            f"k and q have shapes {tuple(k.shape)} and {tuple(q.shape)}; expected equal (..., n, n)"
+        )
+    if n < 4:
+        return xp.full_like(k[..., 0, 0], xp.nan)
+    off = 1.0 - xp.eye(n, dtype=xp.float64, device=device(k))
+    k, q = k * off, q * off
+    product = xp.sum(k * xp.matrix_transpose(q), axis=(-2, -1))
+    sums = xp.sum(k, axis=(-2, -1)) * xp.sum(q, axis=(-2, -1)) / ((n - 1) * (n - 2))
+    crossed = xp.sum(xp.sum(k, axis=-2) * xp.sum(q, axis=-1), axis=-1)
+    return (product + sums - 2.0 / (n - 2) * crossed) / (n * (n - 3))
+
+
+def cka_null(n: int, d_x: int, d_y: int | None = None) -> float:
+    """Null expectation of biased CKA: √(d_x d_y / ((n + d_x)(n + d_y))) for independent Gaussian data.
+
+    Parameters
+    ----------
+    n
+        Rows.
+    d_x, d_y
+        Widths; equal when only one is given.
+
+    Returns
+    -------
+    float
+        The ratio of expectations, n counting before centring; unbiased CKA has 0.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1.
+
+    Examples
+    --------
+    >>> round(cka_null(100, 1000), 3)
+    0.909
+    """
+    d_y = d_x if d_y is None else d_y
+    if min(n, d_x, d_y) < 1:
+        raise ValueError(f"n, d_x, d_y is {n}, {d_x}, {d_y}; expected at least 1 each")
+    # E tr(W²) = (n−1) d (n + d) for W of n − 1 centred rows, E⟨K, L⟩ = (n−1) d_x d_y
+    return float((d_x * d_y / ((n + d_x) * (n + d_y))) ** 0.5)

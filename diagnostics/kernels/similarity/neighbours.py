@@ -1,0 +1,115 @@
+"""Do rows have the same neighbours? Mutual k-nearest neighbours and CKNNA.
+
+Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
+"""
+
+from typing import Any
+
+from array_api_compat import device
+
+from diagnostics.kernels._arrays import Array, unit_rows
+from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
+from diagnostics.kernels.similarity.pair import each
+
+
+def _neighbours(xp: Any, similarity: Array, k: int) -> Array:
+    """Booleans (n, n): j is among the k most similar to i, never i itself; the first index wins ties."""
+    n = similarity.shape[0]
+    own = xp.arange(n, device=device(similarity))
+    ranked = xp.where(own[:, None] == own[None, :], xp.full_like(similarity, -xp.inf), similarity)
+    nearest = xp.argsort(-ranked, axis=-1, stable=True)[:, :k]
+    chosen = xp.zeros((n, n), dtype=xp.bool, device=device(similarity))
+    chosen[own[:, None], nearest] = True
+    return chosen
+
+
+def _require_neighbours(n: int, k: int, least: int) -> None:
+    """Refuse more neighbours than there are."""
+    if not least <= k < n:
+        raise ValueError(f"k is {k} for {n} rows; expected {least} ≤ k < {n}")
+
+
+def mutual_knn(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Array:
+    """Mutual k-nearest neighbours: mean share of each row's k nearest, by cosine, that both sides agree on.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+    k
+        Number of neighbours, below N.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), between 0 and 1; about k/(N − 1) for unrelated data. Source: Huh et al. 2405.07987.
+
+    Raises
+    ------
+    ValueError
+        If ``k`` is not between 1 and N − 1, or rows do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    >>> float(mutual_knn(x, x[:, ::-1], 1))
+    1.0
+    """
+
+    def of(xp: Any, left: Array, right: Array) -> Array:
+        _require_neighbours(left.shape[0], k, 1)
+        both = _neighbours(xp, _cosines(xp, left), k) & _neighbours(xp, _cosines(xp, right), k)
+        return xp.sum(xp.astype(both, xp.float64)) / (left.shape[0] * k)
+
+    return each(of, x, y, mask, center=False)
+
+
+def _cosines(xp: Any, x: Array) -> Array:
+    """Cosines of all pairs of rows (n, n), 0 for zero rows."""
+    unit = unit_rows(xp, x)[0]
+    return unit @ unit.T
+
+
+def cknna(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Array:
+    """CKNNA: unbiased CKA restricted to pairs that are k-nearest neighbours on both sides.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; rows are set to length 1.
+    k
+        Number of neighbours, at least 2 and below N.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), 1 for x against itself; NaN where a denominator is not positive. Source: Huh et al. 2405.07987.
+
+    Raises
+    ------
+    ValueError
+        If ``k`` is not between 2 and N − 1, or rows do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(30, 3))
+    >>> round(float(cknna(x, 2 * x, 5)), 12)
+    1.0
+    """
+
+    def of(xp: Any, left: Array, right: Array) -> Array:
+        _require_neighbours(left.shape[0], k, 2)
+        a, b = _cosines(xp, left), _cosines(xp, right)
+        near_a, near_b = (xp.astype(_neighbours(xp, side, k), xp.float64) for side in (a, b))
+        both = near_a * near_b
+        return cka_from_hsic(
+            hsic1(both * a, both * b), hsic1(near_a * a, near_a * a), hsic1(near_b * b, near_b * b)
+        )
+
+    return each(of, x, y, mask, center=False)
