@@ -42,6 +42,10 @@ class Parts:
         """The parts of some sequences."""
         return self.each(lambda tensor: tensor[index])
 
+    def sampled(self, rows: torch.Tensor) -> Parts:
+        """Copies of some sequences, in float32 on the CPU."""
+        return self.each(lambda tensor: tensor.detach()[rows].to("cpu", torch.float32))
+
     def detached(self) -> Parts:
         """Copies in float32 that share nothing with the model's own tensors."""
         return self.each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))

@@ -22,7 +22,7 @@ from probes.connections import (  # ConnectionError: the field's word
 from probes.hooks import computed_in
 from probes.layout import canonical
 from probes.parts import Parts, relative_error, spread, tolerance
-from probes.watching import SELECTING_TOKENS, Watch, explaining, mixing
+from probes.watching import SELECTING_TOKENS, Watch, explaining, few_of, mixing
 
 
 def returned_watch(x: torch.Tensor, site: Site) -> Watch:
@@ -152,7 +152,9 @@ def _returned_mix(
         return None
     lead = streams.shape[:2]
     mixed = canonical(roles.mixed, roles.layout, batch_size=lead[0], num_streams=n)
-    if relative_error(mixed.double() - streams.double(), streams) <= tolerance(computed_in(streams)):
+    few = spread(lead[0] * lead[1], 8 * SELECTING_TOKENS).to(streams.device)
+    before = few_of(streams, few)
+    if relative_error(few_of(mixed, few) - before, before) <= tolerance(computed_in(streams)):
         return None
     candidates = [t.reshape(*lead, n, n) for t in seen() if t.numel() == mixed[..., 0].numel() * n]
     found = explaining(((m, mixing(m, streams)) for t in candidates for m in (t, t.mT)), mixed)
@@ -181,10 +183,10 @@ def _watched_read(at: _Rows, seen: list[torch.Tensor]) -> torch.Tensor:
 
 def read_error(x: torch.Tensor, read: torch.Tensor, branch_in: torch.Tensor) -> float:
     """Relative error of Σ_j read_j X_j against the branch's input; on a spread of the tokens."""
-    flat = x.flatten(0, -3)
-    few = spread(len(flat), 8 * SELECTING_TOKENS)
-    goal = branch_in.flatten(0, -2)[few].double()
-    value = torch.einsum("...n,...nd->...d", read.flatten(0, -2)[few].double(), flat[few].double())
+    lead = tuple(x.shape[:-2])
+    few = torch.unravel_index(spread(math.prod(lead), 8 * SELECTING_TOKENS).to(x.device), lead)
+    goal = branch_in[few].double()
+    value = torch.einsum("kn,knd->kd", read[few].double(), x[few].double())
     return relative_error(value - goal, goal)
 
 

@@ -206,7 +206,7 @@ class Sight:
         forward.fired.add(("connection", 0, number))
         if len(forward.rows):
             rows = forward.rows.to(whole.write.device)
-            forward.parts[0, number] = (whole.at(rows) if sampled is None else sampled).detached()
+            forward.parts[0, number] = whole.sampled(rows) if sampled is None else sampled.detached()
         if whole.mix is not None:
             forward.chain_sums(0).see_mixing(number, whole.mix, forward.masks.get(0))
 

@@ -39,9 +39,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""
         result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in((args, result)):
-            if self._accept(tuple(tensor.shape)):
-                self.seen[id(tensor)] = tensor
+        for value in (*args, result):
+            for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
+                if self._accept(tuple(tensor.shape)):
+                    self.seen[id(tensor)] = tensor
         return result
 
     def floating(self) -> list[torch.Tensor]:
@@ -49,23 +50,24 @@ class Watch(TorchFunctionMode):
         return [tensor.detach() for tensor in reversed(self.seen.values()) if tensor.is_floating_point()]
 
 
-def explaining(candidates: Iterable[tuple[T, Explanation]], goal: torch.Tensor) -> T | None:
+def explaining(candidates: Iterable[tuple[T, Explanation]], *goal: torch.Tensor) -> T | None:
     """The candidate whose explanation comes nearest to a goal, where it comes near enough; the first that is exact ends it.
 
     Parameters
     ----------
     candidates : iterable of (result, explanation)
         What to return, and a function from token indices to what it explains at these.
-    goal : Tensor
-        (B, T, …).
+    *goal : Tensor
+        (B, T, …); several are joined along their third axis.
 
     Returns
     -------
     object or None
     """
-    few = spread(goal.shape[0] * goal.shape[1], SELECTING_TOKENS).to(goal.device)
-    wanted = few_of(goal, few)
-    exact = EXACT * torch.finfo(goal.dtype).eps
+    batch, tokens = goal[0].shape[:2]
+    few = spread(batch * tokens, SELECTING_TOKENS).to(goal[0].device)
+    wanted = torch.cat([few_of(part, few) for part in goal], dim=1) if goal[1:] else few_of(goal[0], few)
+    exact = EXACT * torch.finfo(goal[0].dtype).eps
     best, least = None, math.inf
     for result, explain in candidates:
         error = relative_error(explain(few) - wanted, wanted)
@@ -73,7 +75,7 @@ def explaining(candidates: Iterable[tuple[T, Explanation]], goal: torch.Tensor) 
             best, least = result, error
         if error <= exact:
             break
-    return best if least <= tolerance(computed_in(goal)) else None
+    return best if least <= tolerance(computed_in(goal[0])) else None
 
 
 def mixing(matrix: torch.Tensor, streams: torch.Tensor) -> Explanation:
@@ -82,5 +84,6 @@ def mixing(matrix: torch.Tensor, streams: torch.Tensor) -> Explanation:
 
 
 def few_of(tensor: torch.Tensor, few: torch.Tensor) -> torch.Tensor:
-    """Some tokens of a tensor (B, T, …), in float64."""
-    return tensor.flatten(0, 1)[few].double()
+    """Some tokens of a tensor (B, T, …), in float64; streams that lie apart are not all copied for it."""
+    tokens = tensor.shape[1]
+    return tensor[few // tokens, few % tokens].double()

@@ -84,9 +84,7 @@ def read_width(
         if taken is None:
             continue
         candidates = [alpha for alpha in joint if alpha.shape[-1] == views + n]
-        found = explaining(
-            ((alpha, mixing(alpha.mT, streams)) for alpha in candidates), torch.cat([taken, carried], dim=2)
-        )
+        found = explaining(((alpha, mixing(alpha.mT, streams)) for alpha in candidates), taken, carried)
         if found is not None:
             write = _write_weights(depth, lead, site)
             return Parts(found[..., views:], found[..., :views].mT, write, taken)
