@@ -80,19 +80,30 @@ def read_runs(
 def _analyses(
     name: str, run: xr.DataTree, progress: Callable[[str, int, int], None] | None
 ) -> list[tuple[str, xr.Dataset]]:
-    found = _stored(run) or _by_chain(analyze(run, progress=progress))
-    return [(f"{name}/{chain}" if chain else name, dataset.load()) for chain, dataset in found.items()]
-
-
-def _stored(run: xr.DataTree) -> dict[str, xr.Dataset]:
-    """The metrics that a run holds, where they are complete, a history, or all that is left of it."""
     stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
     known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
+    if not _suffices(run, stored, known):
+        fresh = _by_chain(analyze(run, progress=progress))
+        known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
+    return [(f"{name}/{chain}" if chain else name, dataset.load()) for chain, dataset in known.items()]
+
+
+def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, xr.Dataset]) -> bool:
+    """Whether the metrics that a run holds are complete, a history, or all that is left of it."""
     if len(known) < len(stored):
-        return {}
+        return False
     has_trace = any(schema.chain_dataset(run, "trace", chain) is not None for chain in stored)
     whole = all(data.attrs.get(COMPLETE) or data.sizes.get("step", 1) > 1 for data in known.values())
-    return known if whole or not has_trace else {}
+    return bool(known) and (whole or not has_trace)
+
+
+def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
+    """An analysis with the metrics that the run holds beside it, such as those computed on request."""
+    if stored is None or not fresh["step"].equals(stored["step"]):
+        return fresh
+    added = {name: stored[name] for name in stored.data_vars if name not in fresh}
+    costly = [name for name in fresh.attrs.get("on_request", ()) if name not in added]
+    return fresh.assign(added).assign_attrs(on_request=costly)
 
 
 def _by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

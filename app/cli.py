@@ -298,6 +298,11 @@ def _analyze(command: argparse.ArgumentParser) -> None:
         "--metrics", type=_names, metavar="A,B", help="only these (default: all that the run can feed)"
     )
     command.add_argument(
+        "--jackknife",
+        action="store_true",
+        help="standard errors of pooled metrics too, by leaving out one sequence at a time (slow)",
+    )
+    command.add_argument(
         "--out", metavar="RUN", help="save the metrics alone here, and leave the run as it is"
     )
     _view(command)

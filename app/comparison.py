@@ -42,12 +42,14 @@ class Extreme:
 SUMMARY = (
     Extreme("effective_rank", "last"),
     Extreme("effective_rank", "lowest"),
+    Extreme("streamed_effective_rank", "last"),
     Extreme("token_cosine", "last"),
     Extreme("adjacent_cka", "lowest"),
     Extreme("gradient_norm", "span"),
     Extreme("composite_gain", "highest", {"direction": "forward"}),
     Extreme("composite_gain", "highest", {"direction": "backward"}),
     Extreme("deflated_gain", "last"),
+    Extreme("effective_streams", "lowest"),
 )
 
 _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from app.bibliography import bibliography, entries, without_tex
+from app.published import published_results
 from app.terminal import say
 from diagnostics import CATALOGUE, Metric, Range
 from diagnostics.theory import LAWS, Law
@@ -51,6 +52,7 @@ def methods_page() -> str:
         parts += [_question(question), *map(_metric, metrics)]
     parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
     parts += ["## Laws\n", _LAWS, *map(_law, LAWS.values())]
+    parts += ["## Published results\n", published_results()]
     parts += ["## Sources\n", _sources()]
     return "\n".join(parts)
 
@@ -83,6 +85,7 @@ def _metric(metric: Metric) -> str:
         "Null": _null(metric),
         "Basis": metric.basis,
         "Estimator": metric.estimator,
+        "Needs": ", ".join(f"`{name}`" for name in metric.roots),
         "Cost": "in every analysis" if metric.default else "on request",
         "Source": _cited([metric.cite]),
     }

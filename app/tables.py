@@ -19,6 +19,7 @@ from app.quantity import UNDEFINED, quantity, sentence
 
 DEPTH_METRICS = (
     "effective_rank",
+    "streamed_effective_rank",
     "participation_ratio",
     "dong_residual",
     "token_cosine",
@@ -36,6 +37,7 @@ MIXING_METRICS: tuple[tuple[str, dict[str, str]], ...] = (
     ("doubly_stochastic_violation", {"kind": "row"}),
     ("doubly_stochastic_violation", {"kind": "column"}),
     ("deflated_gain", {}),
+    ("effective_streams", {}),
     ("mixing_entropy", {}),
     ("identity_distance", {}),
 )
@@ -296,9 +298,11 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
     errors = any(column.stderr is not None for column in columns)
     nulls = any(column.null is not None for column in columns)
+    streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
         reduction_of(dims, view),
         counted({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
+        "streamed: over every token seen, all sequences pooled" if streamed else "",
         "± is one standard error over sequences" if errors else "",
         "null is the value expected of independent entries" if nulls else "",
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import torch  # noqa: E402
 from capturing import measure, page  # noqa: E402
 from capturing.cases import CASES, Sizes  # noqa: E402
 from capturing.tools import PEERS, TOOLS, groups  # noqa: E402
+from measuring import process  # noqa: E402
 
 BATCHES = {"forward": (1, 2, 8, 24), "forward + backward": (1, 2, 8)}
 
@@ -117,12 +117,7 @@ def ask(task: dict[str, Any]) -> dict[str, Any]:
     if last in PEERS and find_spec(last.replace("-", "_")) is None:
         return {"reason": "not installed"}
     print(f"{', '.join(task['cases'])}: {', '.join(task['names'])}", file=sys.stderr)
-    command = [sys.executable, str(HERE / "capture.py"), "--worker", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    message = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"reason": f"crashed: {message[:150]}"}
+    return process.ask(HERE / "capture.py", task)
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:

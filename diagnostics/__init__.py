@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from diagnostics.curves import training_curves
     from diagnostics.finding import Finding, Severity
     from diagnostics.metric import Metric, Range
+    from diagnostics.replay import decay_factor, with_replay
     from diagnostics.verdicts import judge
 
 _HOMES = {
@@ -39,6 +40,8 @@ _HOMES = {
     "Severity": "finding",
     "Metric": "metric",
     "Range": "metric",
+    "decay_factor": "replay",
+    "with_replay": "replay",
     "judge": "verdicts",
 }
 
@@ -54,6 +57,7 @@ __all__ = [
     "chain_dataset",
     "chains",
     "create_run",
+    "decay_factor",
     "judge",
     "kernels",
     "list_runs",
@@ -62,6 +66,7 @@ __all__ = [
     "schema",
     "training_curves",
     "validate",
+    "with_replay",
 ]
 
 

@@ -7,13 +7,13 @@ they are computed when asked for by name, over at most `ROWS` tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import xarray as xr
 
 from diagnostics.kernels import similarity as kernel
-from diagnostics.metric import metric
+from diagnostics.metric import Null, metric
 from diagnostics.quantities import Unavailable, quantity
 from diagnostics.states import MeanStates, States
 
@@ -25,6 +25,14 @@ SAMPLED = f"over at most {ROWS} tokens, evenly spaced"
 SPARE = f"over at most {ROWS} tokens or twice as many as features, evenly spaced"
 
 Compare = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _rows(width: int) -> int:
+    return ROWS
+
+
+def _rows_to_spare(width: int) -> int:
+    return max(ROWS, 2 * width)
 
 
 class Pairs:
@@ -43,7 +51,9 @@ class Pairs:
     def __init__(self, states: States, mean_states: MeanStates, masks: xr.DataArray) -> None:
         self._states, self._mean, self._kinds = states, mean_states, masks["tokens"]
 
-    def compare(self, measure: Compare, *, symmetric: bool = True, rows_per_feature: int = 0) -> xr.DataArray:
+    def compare(
+        self, measure: Compare, *, symmetric: bool = True, most: Callable[[int], int] = _rows
+    ) -> xr.DataArray:
         """Compare every depth with every other.
 
         Parameters
@@ -52,8 +62,8 @@ class Pairs:
             Two states (N, D) in, a number out; a ValueError is its refusal.
         symmetric : bool
             Whether the order of the two does not matter.
-        rows_per_feature : int
-            Take so many tokens for each feature, where that is more than `ROWS`.
+        most : function
+            The number of features in, the most tokens that are taken out.
 
         Returns
         -------
@@ -67,8 +77,8 @@ class Pairs:
             Where it refuses every kind, with its words.
         """
         refusals: list[str] = []
-        most = max(ROWS, rows_per_feature * self._states.num_features)
-        tables = self._mean.over_kinds(partial(self._table, measure, symmetric, refusals, most))
+        limit = most(self._states.num_features)
+        tables = self._mean.over_kinds(partial(self._table, measure, symmetric, refusals, limit))
         if np.isnan(tables).all() and refusals:
             raise Unavailable(refusals[0])
         finite = self._mean.finite
@@ -120,13 +130,35 @@ def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: x
     return Pairs(residual_states, mean_states, token_masks)
 
 
+def _of_noise(measure: Compare, most: Callable[[int], int] = _rows, draws: int = 1) -> Null:
+    """What a measure gives for independent noise of the same size; NaN where it refuses that size."""
+
+    @lru_cache(maxsize=256)
+    def of_size(count: int, width: int) -> float:
+        rng = np.random.default_rng(0)
+        sides = (rng.standard_normal((2, count, width)) for _ in range(draws))
+        try:
+            return float(np.mean([measure(left, right) for left, right in sides]))
+        except ValueError:
+            return float("nan")
+
+    def expectation(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
+        """That of two independent sets of iid noise of the same size, drawn with a fixed seed."""
+        width = residual_states.num_features
+        counts = token_masks.sum(("sample", "token")).clip(max=most(width))
+        return xr.apply_ufunc(np.vectorize(lambda n: of_size(int(n), width), otypes=[float]), counts)
+
+    return expectation
+
+
 @metric(
     symbol=r"\mathrm{CKA}_{\mathrm{RBF}}",
     cite="kornblith2019similarity",
-    basis="invariant",
+    basis="stream",
     null=0.0,
     estimator=f"unbiased HSIC1, σ half the median distance; {SAMPLED}",
     default=False,
+    most_tokens=_rows,
 )
 def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
@@ -139,10 +171,11 @@ def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
 @metric(
     symbol=r"\overline{\rho}_{\mathrm{SVCCA}}",
     cite="raghu2017svcca",
-    basis="invariant",
-    null="none in closed form: about the square root of directions over tokens, and 1 without spare tokens",
+    basis="stream",
+    null=_of_noise(kernel.svcca, _rows_to_spare),
     estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
     default=False,
+    most_tokens=_rows_to_spare,
 )
 def svcca(depth_pairs: Pairs) -> xr.DataArray:
     r"""SVCCA between depths: mean canonical correlation of the leading directions.
@@ -151,16 +184,17 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Blind to any invertible map of the leading directions. Refused without more tokens than directions.
     """
-    return depth_pairs.compare(kernel.svcca, rows_per_feature=2)
+    return depth_pairs.compare(kernel.svcca, most=_rows_to_spare)
 
 
 @metric(
     symbol=r"\overline{\rho}_{\mathrm{PWCCA}}",
     cite="morcos2018insights",
-    basis="invariant",
-    null="none in closed form: about the square root of features over tokens, and 1 without spare tokens",
+    basis="feature",
+    null=_of_noise(kernel.pwcca, _rows_to_spare),
     estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
     default=False,
+    most_tokens=_rows_to_spare,
 )
 def pwcca(depth_pairs: Pairs) -> xr.DataArray:
     r"""PWCCA between depths: canonical correlations weighted by how much of the first depth they explain.
@@ -169,17 +203,18 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
     """
-    return depth_pairs.compare(kernel.pwcca, symmetric=False, rows_per_feature=2)
+    return depth_pairs.compare(kernel.pwcca, symmetric=False, most=_rows_to_spare)
 
 
 @metric(
     symbol=r"\theta_{\mathrm{Procrustes}}",
     units="rad",
     cite="williams2021generalized",
-    basis="invariant",
-    null="none in closed form: near π/2 for many tokens, less where features outnumber them",
+    basis="stream",
+    null=_of_noise(kernel.procrustes),
     estimator=f"exact; {SAMPLED}",
     default=False,
+    most_tokens=_rows,
 )
 def procrustes(depth_pairs: Pairs) -> xr.DataArray:
     r"""Procrustes distance between depths: the angle left after the best rotation, 0 for the same shape.
@@ -196,6 +231,7 @@ def procrustes(depth_pairs: Pairs) -> xr.DataArray:
     null=0.0,
     estimator=f"Spearman correlation of 1 − Pearson dissimilarities; {SAMPLED}",
     default=False,
+    most_tokens=_rows,
 )
 def rsa(depth_pairs: Pairs) -> xr.DataArray:
     """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
@@ -211,10 +247,11 @@ def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
 @metric(
     symbol=r"m_{\mathrm{kNN}}",
     cite="huh2024platonic",
-    basis="invariant",
+    basis="stream",
     null=_shared_by_chance,
     estimator=f"{NEIGHBOURS} nearest by cosine; {SAMPLED}",
     default=False,
+    most_tokens=_rows,
 )
 def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
     """Mutual nearest neighbours: the share of a token's ten nearest that two depths agree on."""
@@ -224,11 +261,15 @@ def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
 @metric(
     symbol=r"\mathrm{CKNNA}",
     cite="huh2024platonic",
-    basis="invariant",
-    null=0.0,
+    basis="stream",
+    null=_of_noise(partial(kernel.cknna, k=NEIGHBOURS), draws=4),
     estimator=f"unbiased HSIC1 over the pairs among {NEIGHBOURS} nearest on both sides; {SAMPLED}",
     default=False,
+    most_tokens=_rows,
 )
 def cknna(depth_pairs: Pairs) -> xr.DataArray:
-    """CKA over shared nearest neighbours: agreement of the local geometry alone."""
+    """CKA over shared nearest neighbours: agreement of the local geometry alone.
+
+    Of unrelated data it is not 0 but about k/(N − 1), the share of neighbours that agree by chance.
+    """
     return depth_pairs.compare(partial(kernel.cknna, k=NEIGHBOURS))

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from diagnostics import schema
+from diagnostics import sample_size, schema
 from diagnostics.catalogue import CATALOGUE
 from diagnostics.curves import training_curves
+from diagnostics.jackknife import jackknife as jackknife_errors
+from diagnostics.jackknife import num_replicas
 from diagnostics.metric import Metric
 from diagnostics.quantities import Quantities, Unavailable, sources
 
@@ -19,7 +21,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def analyze(
-    run: xr.DataTree, *, metrics: Iterable[str] | None = None, progress: Progress | None = None
+    run: xr.DataTree,
+    *,
+    metrics: Iterable[str] | None = None,
+    jackknife: bool = False,
+    progress: Progress | None = None,
 ) -> xr.Dataset | xr.DataTree:
     """Measure a run with every metric of the catalogue that it can feed.
 
@@ -30,6 +36,10 @@ def analyze(
     metrics : iterable of str, optional
         Names of `CATALOGUE`; by default all but the costly ones (``Metric.default`` is false). Nothing is
         computed that these do not need.
+    jackknife : bool
+        Estimate the standard errors of metrics over pooled tokens too, by leaving out one sequence at a time: it
+        costs about one more analysis for each sequence. See `diagnostics.jackknife`. Means over sequences have
+        theirs always.
     progress : function, optional
         Called with (metric, number done, number in all) before each metric and once at the end.
 
@@ -38,7 +48,8 @@ def analyze(
     Dataset or DataTree
         ``step`` first, with nulls and standard errors beside the metrics; a tree with one child per chain
         where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
-        where no metric was named ``on_request``: the names of those that were left out for their cost.
+        where no metric was named ``on_request``: the names of those that were left out for their cost. ``notes``
+        says, by metric, where the sample is too small for the question.
 
     Raises
     ------
@@ -51,8 +62,9 @@ def analyze(
     names = tuple(unasked) if metrics is None else tuple(dict.fromkeys(metrics))
     chosen = {name: find_metric(name) for name in names}
     chains = schema.chains(run)
-    report = _counted(progress, len(chosen) * len(chains))
-    analyses = {chain: _analyze_chain(run, chain, chosen, report) for chain in chains}
+    rounds = [len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains]
+    report = _counted(progress, sum(rounds))
+    analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains}
     if metrics is None:
         analyses = {chain: found.assign_attrs(on_request=costly) for chain, found in analyses.items()}
     report("")
@@ -90,7 +102,7 @@ def _counted(progress: Progress | None, total: int) -> Callable[[str], None]:
 
 
 def _analyze_chain(
-    run: xr.DataTree, chain: str, chosen: Mapping[str, Metric], report: Callable[[str], None]
+    run: xr.DataTree, chain: str, chosen: Mapping[str, Metric], report: Callable[[str], None], jackknife: bool
 ) -> xr.Dataset:
     trace = schema.chain_dataset(run, "trace", chain)
     if trace is None:
@@ -106,8 +118,42 @@ def _analyze_chain(
             found |= metric.evaluate(source)
         except Unavailable as reason:
             reasons[name] = str(reason)
+    if jackknife:
+        known = [metric for name, metric in chosen.items() if name in found]
+        _add_errors(found, jackknife_errors(trace, known, report), chosen)
     dataset = assemble(found, _step(run, trace))
-    return dataset.assign_attrs(dict(run.attrs) | {"not_computed": reasons})
+    notes = _notes(dataset, source, jackknife)
+    return dataset.assign_attrs(dict(run.attrs) | {"not_computed": reasons, "notes": notes})
+
+
+def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:
+    mask = source["mask"].transpose("sample", "token")
+    return sample_size.notes(
+        analysis,
+        num_tokens=int(mask.sum()),
+        num_sequences=int(mask.any("token").sum()),
+        num_features=source.trace.sizes.get("feature", 1),
+        errors=jackknife,
+    )
+
+
+def _num_replicas(run: xr.DataTree, chain: str) -> int:
+    trace = schema.chain_dataset(run, "trace", chain)
+    return 0 if trace is None else num_replicas(trace)
+
+
+def _add_errors(
+    found: dict[str, xr.DataArray], errors: Mapping[str, xr.DataArray], chosen: Mapping[str, Metric]
+) -> None:
+    """Put jackknife errors beside the metrics; those of means over sequences stay as they are."""
+    for name, error in errors.items():
+        own = found.get(f"{name}_stderr")
+        if own is None:
+            found[f"{name}_stderr"] = chosen[name].stamp_error(error)
+        elif "scope" in own.dims:
+            both = f"{own.attrs['estimator']}; over the data: {error.attrs['estimator']}"
+            filled = own.fillna(error.reindex(scope=own["scope"]))
+            found[f"{name}_stderr"] = filled.assign_attrs(own.attrs | {"estimator": both})
 
 
 def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
@@ -124,16 +170,17 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     -------
     Dataset
     """
-    stepped = {
-        name: value if name.endswith("_null") or name in STEPLESS else value.expand_dims(step=[step])
-        for name, value in variables.items()
-    }
-    streams = list(
-        dict.fromkeys(s for v in stepped.values() if "stream" in v.dims for s in v["stream"].values.tolist())
-    )
-    aligned = {name: v.reindex(stream=streams) if "stream" in v.dims else v for name, v in stepped.items()}
-    dataset = xr.Dataset({name: v.transpose(*_ordered(v.dims)) for name, v in aligned.items()})
-    return dataset.assign_coords(step=[step])
+    labels = [value["stream"].values.tolist() for value in variables.values() if "stream" in value.dims]
+    streams = list(dict.fromkeys(label for of_one in labels for label in of_one))
+    coords: dict[str, Any] = {}
+    data: dict[str, xr.Variable] = {}
+    for name, value in variables.items():
+        if "stream" in value.dims and value["stream"].values.tolist() != streams:
+            value = value.reindex(stream=streams)
+        dims = value.dims if name.endswith("_null") or name in STEPLESS else ("step", *value.dims)
+        data[name] = value.variable.set_dims(dims).transpose(*_ordered(dims))
+        coords |= {str(label): coord.variable for label, coord in value.coords.items()}
+    return xr.Dataset(data, coords | {"step": [step]})
 
 
 # Facts about the sample, not about the network at a step.
@@ -142,7 +189,7 @@ STEPLESS = ("num_tokens",)
 DIMS = (
     *("step", "estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
     *("other_depth", "connection", "other_connection", "weight"),
-    *("component", "stream", "quantile", "reduction"),
+    *("component", "order", "stream", "quantile", "reduction"),
 )
 
 

@@ -10,7 +10,7 @@ import xarray as xr
 
 from diagnostics.kernels import geometry, rank
 from diagnostics.metric import Null, Range, metric
-from diagnostics.states import Massive, States, noise_ranks
+from diagnostics.states import Massive, States, kept_rows, noise_ranks, partial_mask
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 
@@ -35,7 +35,7 @@ def _of_noise(name: str) -> Null:
 @metric(
     symbol=r"\mathrm{erank}",
     cite="roy2007effective",
-    basis="invariant",
+    basis="stream",
     null=_of_noise("effective_rank"),
     estimator=SPECTRAL,
 )
@@ -53,7 +53,7 @@ def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
 @metric(
     symbol=r"\exp S_1",
     cite="skean2025layer",
-    basis="invariant",
+    basis="stream",
     null=_of_noise("entropy_rank"),
     estimator=SPECTRAL,
 )
@@ -68,7 +68,7 @@ def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
 @metric(
     symbol=r"\mathrm{PR}",
     cite="chun2026estimating",
-    basis="invariant",
+    basis="stream",
     null=_of_noise("participation_ratio"),
     estimator=SPECTRAL,
 )
@@ -85,7 +85,7 @@ def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
 @metric(
     symbol=r"\mathrm{srank}",
     cite="rudelson2007sampling",
-    basis="invariant",
+    basis="stream",
     null=_of_noise("stable_rank"),
     estimator=SPECTRAL,
 )
@@ -127,7 +127,7 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
     symbol=r"\overline{\cos}",
     healthy=Range(high=0.95, source="heuristic"),
     cite="ethayarajh2019contextual",
-    basis="invariant",
+    basis="stream",
     null=_cosine_of_noise,
     estimator="exact over all pairs of tokens",
 )
@@ -153,11 +153,14 @@ def _cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: 
     """Cosines (group, V) of the kept tokens of views (V, S, T, D)."""
     center, found = centering == "centred", []
     if "sequence" in scopes:
-        found.append(geometry.token_cosine(views, center=center, mask=keep).T)
+        found.append(geometry.token_cosine(views, center=center, mask=partial_mask(keep)).T)
     if "data" in scopes:
-        pooled = views.reshape(len(views), -1, views.shape[-1])
-        found.append(geometry.token_cosine(pooled, center=center, mask=keep.ravel())[None])
+        found.append(_pooled_cosine(kept_rows(views, keep), center)[None])
     return np.concatenate(found)
+
+
+def _pooled_cosine(rows: np.ndarray, center: bool) -> np.ndarray:
+    return geometry.token_cosine(rows, center=center) if rows.shape[1] else np.full(len(rows), np.nan)
 
 
 @metric(
@@ -181,6 +184,7 @@ def massive_token_fraction(massive: Massive) -> xr.DataArray:
     basis="feature",
     null="about 6 for Gaussian activations; it grows with the logarithm of their number",
     estimator="over all real tokens and features",
+    smooth=False,
 )
 def massive_activation(massive: Massive) -> xr.DataArray:
     """Largest activation over the median one; normal in trained language models, on a few fixed features."""
@@ -193,6 +197,7 @@ def massive_activation(massive: Massive) -> xr.DataArray:
     basis="invariant",
     null="none: it is what the nulls rest on",
     estimator="count; within a sequence: mean over sequences",
+    smooth=False,
 )
 def num_tokens(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
     """Number of tokens behind each number."""

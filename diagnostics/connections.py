@@ -6,7 +6,7 @@ Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -15,8 +15,7 @@ from diagnostics.kernels import mixing as kernel
 from diagnostics.quantities import LABELS, Unavailable, quantity
 
 REDUCTIONS = LABELS["reduction"]
-# Tokens of one block of all-pairs products hold about so many numbers.
-BLOCK = 2_000_000
+QUANTILES = (0.5, 0.01, 0.99)
 
 
 class Mixing:
@@ -36,7 +35,8 @@ class Mixing:
         matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)
         self.finite = np.isfinite(matrices).all(axis=(1, 2, 3))
         matrices[~self.finite] = np.eye(matrices.shape[-1])
-        self.matrices = matrices
+        # Tokens lie last in memory: sums over streams and products run along them.
+        self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
         self.num_streams = matrices.shape[-1]
         self._coords = connection_coords(h_res)
         self._prefix: tuple[np.ndarray, np.ndarray] | None = None
@@ -56,8 +56,49 @@ class Mixing:
             self._prefix = kernel.prefix_composites(self.matrices, return_log_scale=True)
         return self._prefix
 
+    @property
+    def leaving(self) -> np.ndarray:
+        """Which connections have only finite ones from them to the last, (C,)."""
+        return np.logical_and.accumulate(self.finite[::-1])[::-1]
+
+    def each(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Measure one connection after the other, which takes the memory of one.
+
+        Parameters
+        ----------
+        measure : function
+            Matrices (N, n, n) in, values (N, ...) out.
+
+        Returns
+        -------
+        ndarray
+            (C, N, ...).
+        """
+        return np.stack([measure(of_one) for of_one in self.matrices])
+
+    def each_product(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Measure the products from the embedding on, one after the other.
+
+        Parameters
+        ----------
+        measure : function
+            Matrices (N, n, n) and their log scales (N,) in, values (N, ...) out.
+
+        Returns
+        -------
+        ndarray
+            (C, N, ...).
+        """
+        return np.stack([measure(*of_one) for of_one in zip(*self.prefix, strict=True)])
+
     def reduced(
-        self, values: np.ndarray, dims: tuple[str, ...] = (), *, composed: bool = False, **coords: Any
+        self,
+        values: np.ndarray,
+        dims: tuple[str, ...] = (),
+        *,
+        composed: bool = False,
+        onward: bool = False,
+        **coords: Any,
     ) -> xr.DataArray:
         """Reduce values of every token and label them.
 
@@ -69,6 +110,8 @@ class Mixing:
             Names of the further dims.
         composed : bool
             Whether a value rests on every earlier connection too.
+        onward : bool
+            Whether it rests on every later one instead.
         **coords
             Coordinates of the further dims.
 
@@ -78,7 +121,8 @@ class Mixing:
             Dims (connection, *dims, reduction).
         """
         found = over_tokens(values)
-        found[~(self.reached if composed else self.finite)] = np.nan
+        whole = self.leaving if onward else self.reached if composed else self.finite
+        found[~whole] = np.nan
         return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
 
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
@@ -158,10 +202,36 @@ def over_tokens(values: np.ndarray) -> np.ndarray:
     ndarray
         (C, ..., reduction) in the order of `REDUCTIONS`.
     """
-    # Between infinities nothing can be interpolated.
-    method: Literal["linear", "nearest"] = "linear" if np.isfinite(values).all() else "nearest"
-    median, low, high = np.quantile(values, [0.5, 0.01, 0.99], axis=1, method=method)
-    return np.stack([values.mean(axis=1), median, low, high, values.max(axis=1)], axis=-1)
+    return over_last(np.moveaxis(values, 1, -1))
+
+
+def over_last(values: np.ndarray) -> np.ndarray:
+    """The reductions over the last axis, in its place.
+
+    Parameters
+    ----------
+    values : ndarray
+        (..., N), not empty.
+
+    Returns
+    -------
+    ndarray
+        (..., reduction) in the order of `REDUCTIONS`; NaN where a value is.
+    """
+    ranked = np.sort(values, axis=-1)
+    places = [share * (ranked.shape[-1] - 1) for share in QUANTILES]
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = values.mean(axis=-1)
+        return np.stack([mean, *(_between(ranked, place) for place in places), ranked[..., -1]], axis=-1)
+
+
+def _between(ranked: np.ndarray, place: float) -> np.ndarray:
+    """Ranked values at a place between two ranks; the nearer one where nothing lies between, as at an infinity."""
+    below, share = int(place), place - int(place)
+    low, high = ranked[..., below], ranked[..., min(below + 1, ranked.shape[-1] - 1)]
+    value = low + share * (high - low)
+    found = np.where(np.isfinite(value), value, low if share < 0.5 else high)
+    return np.where(np.isnan(ranked[..., -1]), np.nan, found)
 
 
 @quantity
@@ -181,7 +251,7 @@ def connection_spectrum(mixing: Mixing) -> np.ndarray:
 @quantity
 def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
     """Magnitudes of the eigenvalues of every connection, (C, N, n), descending."""
-    return np.abs(kernel.eigenvalues(mixing.matrices))
+    return mixing.each(lambda h: np.abs(kernel.eigenvalues(h)))
 
 
 @quantity
@@ -217,28 +287,33 @@ def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     return total / num_tokens
 
 
-def over_pairs(
-    matrices: np.ndarray, measures: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...]
-) -> np.ndarray:
-    """The largest value over tokens of every product H_b … H_a, a block of tokens at a time.
+@quantity
+def pair_gains(mixing: Mixing) -> np.ndarray:
+    """Amax gain of every product H_b … H_a, reduced over tokens: (direction, a, b, reduction), NaN where a > b."""
+    count = len(mixing)
+    table = np.full((2, count, count, len(REDUCTIONS)), np.nan)
+    for end, gain, scale in kernel.pair_gains(mixing.matrices):
+        table[0, : end + 1, end] = over_last(plain(gain, scale))
+    for start, gain, scale in kernel.pair_gains(mixing.matrices, backward=True):
+        table[1, start, start:] = over_last(plain(gain, scale))
+    return table
+
+
+def plain(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Values · e^log_scale, infinite where that exceeds float64.
 
     Parameters
     ----------
-    matrices : ndarray
-        (C, N, n, n).
-    measures : tuple of function
-        Products (..., n, n) and their log scales (...) in, values (...) out.
+    values : ndarray
+        Not negative.
+    log_scale : ndarray
+        Of that shape.
 
     Returns
     -------
     ndarray
-        (measure, a, b); NaN where a > b.
     """
-    count, num_tokens, n, _ = matrices.shape
-    table = np.full((len(measures), count, count), np.nan)
-    block = max(1, BLOCK // (count * n * n))
-    for start in range(0, num_tokens, block):
-        for end, products, scales in kernel.pair_columns(matrices[:, start : start + block]):
-            for row, measure in zip(table, measures, strict=True):
-                row[: end + 1, end] = np.fmax(row[: end + 1, end], measure(products, scales).max(axis=1))
-    return table
+    if not log_scale.any():
+        return values
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.exp(np.log(values) + log_scale)

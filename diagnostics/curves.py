@@ -7,8 +7,10 @@ from functools import partial
 
 import xarray as xr
 
-from diagnostics import collapse, gradients, mixing, propagation, schema, weights
+from diagnostics import collapse, gradients, mixing, propagation, schema, streamed, weights
 from diagnostics.metric import Metric
+from diagnostics.quantities import Quantities, sources
+from diagnostics.states import RANKS
 
 EXACT = "exact over every token of the step"
 
@@ -28,8 +30,9 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     Dataset
         Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
-        ``mixing_gain`` (mean and max), the metrics of `weights` (step, weight); and ``loss`` (step); as far as
-        the statistics hold them.
+        ``mixing_gain`` (mean and max), the metrics of `weights` (step, weight), the ``streamed_`` ranks with
+        their nulls; and ``loss`` (step); as far as the statistics hold them. Streamed sums are of the tokens since
+        the weights last changed: their ranks stand at the last step and are NaN before it.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
@@ -69,7 +72,10 @@ def _residual_norm(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def _gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    norm = statistics["gradient_square_norm_sum"] ** 0.5
+    square = statistics["gradient_square_norm_sum"]
+    norm = square**0.5
+    if held := square.attrs.get(schema.WITHOUT_GRADIENT):
+        norm = norm.assign_attrs({schema.WITHOUT_GRADIENT: held})
     last = norm.isel(depth=-1, drop=True)
     gain = (norm / last.where(last > 0)).transpose(*norm.dims)
     return {
@@ -110,6 +116,18 @@ def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     return {"loss": statistics["loss"].assign_attrs(long_name="Loss", units="1", symbol=r"\mathcal{L}")}
 
 
+def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    source = Quantities(sources(xr.Dataset(), statistics))
+    found: dict[str, xr.DataArray] = {}
+    for name in RANKS:
+        found |= getattr(streamed, f"streamed_{name}").evaluate(source)
+    steps = statistics["step"].values
+    return {
+        name: value if name.endswith("_null") else value.expand_dims(step=steps[-1:]).reindex(step=steps)
+        for name, value in found.items()
+    }
+
+
 def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     return {metric.name: metric.stamp(metric.function(*(statistics[name] for name in metric.needs)))}
 
@@ -128,5 +146,6 @@ _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] 
     ("adjacent_cosine_sum", "token_count"): _adjacent_cosine,
     ("gain_sum", "gain_max", "token_count"): _mixing_gain,
     ("loss",): _loss,
+    ("eigenvalue", "stream_eigenvalue", "streamed_count"): _streamed_ranks,
     **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},
 }

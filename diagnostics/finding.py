@@ -45,6 +45,8 @@ class Finding:
         The stream that it holds for.
     chain : str
         The chain, where a run has several.
+    because : str
+        The verdict that explains this finding, which is then no more than INFO.
     """
 
     verdict: str
@@ -60,6 +62,13 @@ class Finding:
     advice: str
     stream: str | None = None
     chain: str = ""
+    because: str = ""
+
+    @property
+    def excess(self) -> float:
+        """How many times beyond the threshold the number lies; infinite where one of them is zero."""
+        sizes = abs(self.value), abs(self.threshold)
+        return max(sizes) / min(sizes) if min(sizes) > 0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the severity by name, None for what is not finite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from diagnostics import schema
 from diagnostics.kernels import gradients as kernel
 from diagnostics.kernels import rank
 from diagnostics.metric import Range, metric
@@ -14,7 +15,7 @@ from diagnostics.states import States, noise_ranks
 
 def _norms(states: States) -> xr.DataArray:
     """Frobenius norms over all real tokens, by depth and stream."""
-    return states.over_depth(lambda views: kernel.gradient_norm(views[:, states.mask]))
+    return states.over_depth(lambda views: kernel.gradient_norm(states.rows(views)))
 
 
 @metric(
@@ -46,16 +47,18 @@ def gradient_norms(gradient_states: States) -> xr.DataArray:
     null="none: the scale is the loss's; compare depths",
     estimator="Frobenius norm over all real tokens",
 )
-def gradient_norm(gradient_norms: xr.DataArray) -> xr.DataArray:
+def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.DataArray:
     r"""Norm of the gradient of the loss with respect to the residual state.
 
     .. math:: \|\delta_l\|_F, \quad \delta_l = \partial \mathcal{L} / \partial x_l
 
     Over all tokens together; a loss that is a mean over N tokens carries a factor 1/N (the run's
     ``loss_reduction``). The stream ``mean`` is the gradient averaged over streams: what a perturbation
-    common to all of them would do, divided by n.
+    common to all of them would do, divided by n. NaN at depths that no gradient reached, as below frozen
+    weights: the attribute ``without_gradient`` names them.
     """
-    return gradient_norms
+    held = gradient.attrs.get(schema.WITHOUT_GRADIENT)
+    return gradient_norms.assign_attrs({schema.WITHOUT_GRADIENT: held} if held else {})
 
 
 @metric(
@@ -89,7 +92,7 @@ def _rank_of_noise(gradient_states: States) -> xr.DataArray:
 @metric(
     symbol=r"\mathrm{erank}(G)",
     cite="roy2007effective",
-    basis="invariant",
+    basis="stream",
     null=_rank_of_noise,
     estimator="plug-in, over the sampled sequences",
 )
@@ -108,7 +111,7 @@ def gradient_rank(gradient_states: States) -> xr.DataArray:
 @metric(
     symbol=r"\overline{\cos}(g_s, g_{s'})",
     cite="yu2020gradient",
-    basis="invariant",
+    basis="stream",
     null=0.0,
     estimator="exact over all pairs of the sampled sequences",
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from diagnostics import quantities, schema
+from diagnostics import quantities, schema, sequences
 from diagnostics.quantities import LABELS, Quantities
 
 Null = Callable[..., xr.DataArray] | float | str
@@ -61,7 +61,9 @@ class Metric:
     cite : str
         Key of ``references.bib``.
     basis : str
-        ``"invariant"``, or the basis that it depends on: ``"stream"`` or ``"feature"``.
+        ``"feature"`` where it moves with a rotation of the features; else ``"stream"`` where it moves with the basis
+        of the streams, as each stream and their mean do (of one stream there is but one basis); else
+        ``"invariant"``.
     question : str
         The module that answers it.
     description : str
@@ -76,6 +78,11 @@ class Metric:
         Quantities in, DataArray out.
     default : bool
         Whether an analysis computes it unasked; false for what costs too much: ask for it by name.
+    smooth : bool
+        Whether leaving out one sequence at a time tells its standard error; false for counts, extremes,
+        quantiles and errors.
+    most_tokens : function, optional
+        The number of features in, the most tokens that it takes out; None takes all.
     """
 
     name: str
@@ -91,6 +98,8 @@ class Metric:
     needs: tuple[str, ...]
     function: Callable[..., xr.DataArray]
     default: bool = True
+    smooth: bool = True
+    most_tokens: Callable[[int], int] | None = None
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -114,15 +123,29 @@ class Metric:
         Unavailable
             Where the run lacks what the metric needs.
         """
-        value, stderr = _over_sequences(source.call(self.function))
+        value, stderr = self.measure(source)
         found = {self.name: self.stamp(value)}
         if callable(self.null):
-            found[f"{self.name}_null"] = self.stamp(
-                _over_sequences(source.call(self.null))[0], "expected of iid noise"
-            )
-        if stderr is not None:
-            found[f"{self.name}_stderr"] = self.stamp(stderr, "standard error over sequences")
+            null = sequences.fold(source.call(self.null))[0]
+            found[f"{self.name}_null"] = self.stamp(null, "expected of iid noise")
+        if stderr is not None and self.smooth:
+            found[f"{self.name}_stderr"] = self.stamp_error(stderr)
         return found
+
+    def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
+        """The bare value, and its standard error where it is a mean over sequences.
+
+        Parameters
+        ----------
+        source : Quantities
+            The quantities of one chain.
+
+        Returns
+        -------
+        tuple of DataArray
+            The error is None where sequences are not told apart.
+        """
+        return sequences.fold(source.call(self.function))
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any
@@ -214,6 +237,21 @@ class Metric:
             facts["null"] = self.null
         return value.assign_attrs(facts).rename(self.name)
 
+    def stamp_error(self, error: xr.DataArray) -> xr.DataArray:
+        """Write on a standard error what it is of, and how it was estimated.
+
+        Parameters
+        ----------
+        error : DataArray
+            A standard error; its attribute ``estimator`` is kept.
+
+        Returns
+        -------
+        DataArray
+        """
+        how = error.attrs.get("estimator", "standard deviation over sequences by the root of their number")
+        return self.stamp(error, "standard error over sequences").assign_attrs(estimator=how)
+
 
 def metric(
     *,
@@ -225,12 +263,14 @@ def metric(
     units: str = "1",
     healthy: Range | None = None,
     default: bool = True,
+    smooth: bool = True,
+    most_tokens: Callable[[int], int] | None = None,
 ) -> Callable[[Callable[..., xr.DataArray]], Metric]:
     """Declare the function below as a metric; its parameters name the quantities that it needs.
 
     Parameters
     ----------
-    symbol, cite, basis, null, estimator, units, healthy, default
+    symbol, cite, basis, null, estimator, units, healthy, default, smooth, most_tokens
         See `Metric`.
 
     Returns
@@ -254,6 +294,8 @@ def metric(
             needs=tuple(inspect.signature(function).parameters),
             function=function,
             default=default,
+            smooth=smooth,
+            most_tokens=most_tokens,
         )
         object.__setattr__(declared, "__doc__", inspect.getdoc(function))
         return declared
@@ -316,18 +358,3 @@ def _mask_values(mask: Any, trace: xr.Dataset) -> Any:
     if values.dtype != bool or values.size != np.prod(sizes):
         raise ValueError(f"mask has shape {values.shape} and dtype {values.dtype}; expected booleans {sizes}")
     return values.reshape(sizes)
-
-
-def _over_sequences(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
-    """Groups of tokens folded to scopes: the mean over sequences with its error, and the pooled value."""
-    if "group" not in value.dims:
-        return value, None
-    scope = value["scope"]
-    means, errors = [], []
-    for label in dict.fromkeys(scope.values.tolist()):
-        part = value.isel(group=(scope == label).values)
-        means.append(part.mean("group").assign_coords(scope=label))
-        count = part.notnull().sum("group")
-        spread = part.std("group", ddof=1) if part.sizes["group"] > 1 else part.mean("group") * float("nan")
-        errors.append((spread / count.where(count > 1) ** 0.5).assign_coords(scope=label))
-    return xr.concat(means, "scope"), xr.concat(errors, "scope")

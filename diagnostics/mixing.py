@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from diagnostics.connections import Mixing, over_pairs
+from diagnostics.connections import REDUCTIONS, Mixing, plain
 from diagnostics.kernels import mixing as kernel
 from diagnostics.metric import Range, metric
 
 PER_TOKEN = "per token in float64, then reduced over tokens"
 PER_PRODUCT = "product per token in float64, then reduced over tokens"
 DIRECTIONS = ("forward", "backward")
+# Tokens of one block of products that are not kept.
+TOKENS = 1024
 
 GAIN = Range(low=0.5, high=10.0, source="xie2025mhc")
 
@@ -53,7 +55,7 @@ def mixing_gain(mixing: Mixing) -> xr.DataArray:
     1 for a doubly stochastic matrix. Signed sums hide cancellation: read the singular values too.
     """
     gains = (kernel.forward_gain, kernel.backward_gain)
-    return _by_direction([mixing.reduced(gain(mixing.matrices)) for gain in gains])
+    return _by_direction([mixing.reduced(mixing.each(gain)) for gain in gains])
 
 
 @metric(
@@ -75,7 +77,8 @@ def composite_gain(mixing: Mixing) -> xr.DataArray:
 
 
 def _prefix_gains(mixing: Mixing) -> list[np.ndarray]:
-    return [exponential(gain(*mixing.prefix)) for gain in (kernel.log_forward_gain, kernel.log_backward_gain)]
+    gains = (kernel.log_forward_gain, kernel.log_backward_gain)
+    return [exponential(mixing.each_product(gain)) for gain in gains]
 
 
 @metric(
@@ -84,20 +87,21 @@ def _prefix_gains(mixing: Mixing) -> list[np.ndarray]:
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
-    estimator="product per token in float64, then the maximum over tokens",
+    estimator=PER_PRODUCT,
 )
-def pair_gain(mixing: Mixing) -> xr.DataArray:
+def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     r"""Amax gain of the product between any two connections.
 
     .. math:: H_b \cdots H_{a+1} H_a
 
-    ``connection`` is a, ``other_connection`` is b; NaN where a > b.
+    ``connection`` is a, ``other_connection`` is b; NaN where a > b. The last b gives what the gradient has gone
+    through down to a.
     """
-    table = exponential(over_pairs(mixing.matrices, (kernel.log_forward_gain, kernel.log_backward_gain)))
     broken = np.concatenate([[0], np.cumsum(~mixing.finite)])
     across = broken[None, 1:] - broken[:-1, None] > 0
-    dims = ("direction", "connection", "other_connection")
-    return mixing.labelled(np.where(across, np.nan, table), dims, direction=list(DIRECTIONS))
+    dims = ("direction", "connection", "other_connection", "reduction")
+    known = np.where(across[..., None], np.nan, pair_gains)
+    return mixing.labelled(known, dims, direction=list(DIRECTIONS), reduction=list(REDUCTIONS))
 
 
 @metric(
@@ -164,10 +168,16 @@ def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
 
     Sinkhorn ends on one side, whose sums are exact; all error of stopping early sits in the other.
     """
-    parts = kernel.doubly_stochastic_violation(mixing.matrices)
-    kinds = ("row", "column", "negativity")
-    found = [mixing.reduced(getattr(parts, kind)) for kind in kinds]
+    kinds = kernel.Violation._fields
+    parts = mixing.each(lambda h: np.stack(kernel.doubly_stochastic_violation(h), axis=-1))
+    found = [mixing.reduced(parts[..., k]) for k in range(len(kinds))]
     return xr.concat(found, xr.Variable("kind", list(kinds)))
+
+
+def _weakest(p: np.ndarray) -> np.ndarray:
+    """Weakest row sum and weakest column sum, (..., 2)."""
+    found = kernel.attenuation(p)
+    return np.stack([found.row, found.column], axis=-1)
 
 
 @metric(
@@ -183,10 +193,68 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{and backward}\quad \min_j |\sum_i P_{ij}|
     """
-    product, scale = mixing.prefix
-    parts = kernel.attenuation(product)
-    sums = (part * exponential(scale) for part in (parts.row, parts.column))
-    return _by_direction([mixing.reduced(part, composed=True) for part in sums])
+    weakest = mixing.each_product(lambda p, scale: plain(_weakest(p), scale[..., None]))
+    return _by_direction([mixing.reduced(weakest[..., side], composed=True) for side in (0, 1)])
+
+
+@metric(
+    symbol=r"\min_i |\sum_j H_{ij}|",
+    healthy=Range(low=0.5, source="heuristic"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
+    r"""Weakest sum of one connection: the stream, or the gradient, that it fades most.
+
+    .. math:: \min_i |\textstyle\sum_j H_{ij}| \quad\text{and backward}\quad \min_j |\sum_i H_{ij}|
+    """
+    weakest = mixing.each(_weakest)
+    return _by_direction([mixing.reduced(weakest[..., side]) for side in (0, 1)])
+
+
+@metric(
+    symbol=r"\max |\ln |\textstyle\sum P||",
+    units="nat",
+    healthy=Range(high=0.7, source="heuristic"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+)
+def composite_deviation(mixing: Mixing) -> xr.DataArray:
+    r"""Largest distance of any row or column sum of the product of all connections from 1, up or down.
+
+    .. math:: \max \big|\ln |\textstyle\sum_j P_{ij}|\big|, \big|\ln |\sum_i P_{ij}|\big|
+
+    0 for doubly stochastic connections; infinite where a sum cancels to nothing.
+    """
+    return mixing.reduced(mixing.each_product(kernel.log_deviation), composed=True)
+
+
+@metric(
+    symbol=r"\tau(P)",
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=1.0,
+    estimator=PER_PRODUCT,
+)
+def composite_dobrushin(mixing: Mixing) -> xr.DataArray:
+    r"""Dobrushin coefficient of the product of all connections: the share of differences that may survive.
+
+    .. math:: \tau(P) = \tfrac{1}{2} \max_{i,k} \textstyle\sum_j |P_{ij} - P_{kj}|
+
+    It stops at rounding, near 1e-16; the deflated gain goes on below.
+    """
+    share = mixing.each_product(lambda p, scale: plain(kernel.dobrushin(p), scale))
+    return mixing.reduced(share, composed=True)
+
+
+def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray:
+    """Log₁₀ of the deflated gain (C, N), a block of tokens at a time."""
+    blocks = np.array_split(mixing.matrices, -(-mixing.matrices.shape[1] // TOKENS), axis=1)
+    return np.concatenate([kernel.deflated_gain(h, reverse=reverse) for h in blocks], axis=1) / np.log(10.0)
 
 
 @metric(
@@ -204,7 +272,25 @@ def deflated_gain(mixing: Mixing) -> xr.DataArray:
 
     Below −2 all streams carry the same part of the embedding; −inf for exactly nothing.
     """
-    return mixing.reduced(kernel.deflated_gain(mixing.matrices) / np.log(10.0), composed=True)
+    return mixing.reduced(_left_of_differences(mixing), composed=True)
+
+
+@metric(
+    symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
+    healthy=Range(low=-2.0, source="heuristic"),
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+)
+def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
+    r"""What is left of a difference between streams on its way to the head: the product from a connection on.
+
+    .. math:: S = H_C \cdots H_{c+1} H_c, \quad \log_{10} \sigma_1\big(U^\top S\, U\big) \text{ by products of } U^\top H U
+
+    Below −2 what a connection writes to one stream reaches the head as if written to all.
+    """
+    return mixing.reduced(_left_of_differences(mixing, reverse=True), onward=True)
 
 
 @metric(
@@ -217,7 +303,7 @@ def deflated_gain(mixing: Mixing) -> xr.DataArray:
 )
 def identity_distance(mixing: Mixing) -> xr.DataArray:
     """Distance of a connection from the identity: 0 where the streams do not mix."""
-    return mixing.reduced(kernel.identity_distance(mixing.matrices))
+    return mixing.reduced(mixing.each(kernel.identity_distance))
 
 
 def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
@@ -235,7 +321,7 @@ def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
 )
 def mixing_entropy(mixing: Mixing) -> xr.DataArray:
     """Mean entropy of the rows: 0 for a permutation or the identity, ln n for uniform mixing."""
-    return mixing.reduced(kernel.mixing_entropy(mixing.matrices))
+    return mixing.reduced(mixing.each(kernel.mixing_entropy))
 
 
 @metric(

@@ -105,7 +105,7 @@ def henrici(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \sqrt{\|H\|_F^2 - \textstyle\sum_i |\lambda_i|^2}
     """
-    return mixing.reduced(kernel.henrici(mixing.matrices))
+    return mixing.reduced(mixing.each(kernel.henrici))
 
 
 @metric(
@@ -139,7 +139,7 @@ def dobrushin(mixing: Mixing) -> xr.DataArray:
 
     1 for the identity, 0 for uniform mixing; that of a product is at most the product of those of its parts.
     """
-    return mixing.reduced(kernel.dobrushin(mixing.matrices))
+    return mixing.reduced(mixing.each(kernel.dobrushin))
 
 
 @metric(

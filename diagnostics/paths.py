@@ -8,6 +8,7 @@ import xarray as xr
 from diagnostics.alignment import evenly_spaced
 from diagnostics.connections import Mixing
 from diagnostics.kernels import mixing as kernel
+from diagnostics.kernels import rank
 from diagnostics.metric import Range, metric
 
 # Every cut of every token takes a decomposition of a matrix as large as the depth.
@@ -26,6 +27,7 @@ def _one_stream(mixing: Mixing) -> xr.DataArray:
     cite="roy2007effective",
     basis="invariant",
     null=_one_stream,
+    most_tokens=lambda width: TOKENS,
     estimator=f"per token in float64, over at most {TOKENS} tokens, evenly spaced, then reduced over them",
 )
 def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> xr.DataArray:
@@ -89,3 +91,43 @@ def read_mass(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
     Near 0 for a wasted layer; NaN for the last, which only the head reads.
     """
     return mixing.labelled(kernel.read_mass(mean_depth_kernel), ("connection",))
+
+
+def _all_streams(mixing: Mixing) -> xr.DataArray:
+    """How many streams there are: equal shares."""
+    return mixing.labelled(np.full(len(mixing), float(mixing.num_streams)), ("connection",))
+
+
+def _in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+    """Exponential of the entropy of the shares of the streams, connection by connection."""
+    return mixing.labelled(rank.effective_rank_of(np.abs(weights).sum(axis=1)), ("connection",))
+
+
+@metric(
+    symbol=r"n_{\mathrm{read}}",
+    cite="roy2007effective",
+    basis="stream",
+    null=_all_streams,
+    estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
+)
+def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
+    r"""Streams that a connection reads: 1 where one stream gives all, n where all give alike.
+
+    .. math:: \exp H\big(|H^{pre}_s| / \textstyle\sum_s |H^{pre}_s|\big)
+    """
+    return _in_use(mixing, read_weights)
+
+
+@metric(
+    symbol=r"n_{\mathrm{write}}",
+    cite="roy2007effective",
+    basis="stream",
+    null=_all_streams,
+    estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
+)
+def write_streams(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
+    r"""Streams that a connection writes to: 1 where one stream takes all, n where all take alike.
+
+    .. math:: \exp H\big(|H^{post}_s| / \textstyle\sum_s |H^{post}_s|\big)
+    """
+    return _in_use(mixing, write_weights)

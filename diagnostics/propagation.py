@@ -17,10 +17,9 @@ QUANTILES = (0.05, 0.5, 0.95)
 @quantity
 def channel_statistics(residual_states: States) -> xr.DataArray:
     """Average channel squared mean and average channel variance, by depth and stream."""
-    keep = residual_states.mask
 
     def measure(views: np.ndarray) -> np.ndarray:
-        return np.stack(kernel.signal_propagation(views[:, keep]), axis=1)
+        return np.stack(kernel.signal_propagation(residual_states.rows(views)), axis=1)
 
     return residual_states.over_depth(measure, ("statistic",))
 
@@ -143,6 +142,7 @@ def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     basis="stream",
     null=0.0,
     estimator="quantiles over real tokens, along the dim quantile",
+    smooth=False,
 )
 def adjacent_cosine_band(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     """Band of the cosine with the depth before: 5, 50 and 95 % of the tokens lie below."""

@@ -33,6 +33,7 @@ _REMEDIES = {
     "h_res": "one stream mixes nothing, or the family's mixing matrix is not known",
     "h_pre": "the family has no scalar read weights, or the capture left them out",
     "h_post": "the family has no scalar write weights, or the capture left them out",
+    "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
     **dict.fromkeys(schema.OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
     **dict.fromkeys(schema.OF_STREAMING, "capture it with streaming=True"),
 }

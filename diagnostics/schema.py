@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -21,12 +22,16 @@ GROUPS = ("trace", "statistics", "metrics", "coverage")
 SITES = ("embed", "pre", "mid", "post", "final")
 SUFFIXES = (".nc", ".zarr", ".zarr.zip")
 
+WITHOUT_GRADIENT = "without_gradient"
+"""Attribute of gradients: the depths that none reached, as below frozen weights; NaN there is no failure."""
+
 STATE = ("depth", "sample", "token", "stream", "feature")
 ROUTE = ("connection", "sample", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 MOTION = ("step", "weight")
 SPECTRUM = ("centering", "depth", "component")
+STREAM_SPECTRUM = ("centering", "depth", "stream", "component")
 
 
 class SchemaError(ValueError):
@@ -62,6 +67,11 @@ TRACE: dict[str, Variable] = {
         (*ROUTE, "stream_out", "stream_in"),
         "f",
         "h_res as its module gives it, where the model rounds it to apply it",
+    ),
+    "initial_logits": Variable(
+        ("connection", "stream_out", "stream_in"),
+        "f",
+        "static logits of h_res before training, rows are destinations",
     ),
     "h_pre": Variable((*ROUTE, "stream"), "f", "weights that read the branch input from the streams"),
     "h_post": Variable((*ROUTE, "stream"), "f", "weights that write the branch output to the streams"),
@@ -127,6 +137,26 @@ STATISTICS: dict[str, Variable] = {
     "eigenvalue_shaken": Variable(
         SPECTRUM, "f", "the same where the sums were moved by what float32 rounds: how well they are known"
     ),
+    "stream_eigenvalue": Variable(
+        STREAM_SPECTRUM, "f", "eigenvalues of Σ x xᵀ, x one stream; NaN where left out"
+    ),
+    "stream_eigenvalue_shaken": Variable(STREAM_SPECTRUM, "f", "the same, moved: how well they are known"),
+    "sum_mean": Variable(
+        ("depth", "view", "feature"), "f", "mean of the mean over streams, then of each stream"
+    ),
+    "sum_size": Variable(
+        ("depth", "view", "feature"), "f", "√Σ (x − mean)² of each feature, 1 where it is 0"
+    ),
+    "sum_product": Variable(
+        ("depth", "view", "pair"), "f", "Σ (x − mean)(x − mean)ᵀ over these, right of the diagonal"
+    ),
+    "sum_bucket": Variable(("depth", "bucket", "feature"), "f", "row sketch of x − mean, over the sizes"),
+    "sum_sign": Variable(("bucket",), "f", "signed number of tokens in each bucket"),
+    "sum_heavy": Variable(
+        ("depth", "heavy", "feature"), "f", "heaviest tokens less the mean, over the sizes"
+    ),
+    "sum_index": Variable(("heavy",), "i", "their numbers, by sequence and position"),
+    "sum_score": Variable(("heavy",), "f", "how heavy they are, in mean lengths; negative for none"),
     "hsic": Variable(
         ("depth", "other_depth"), "f", "unbiased HSIC₁, each depth in units of its mean square deviation"
     ),
@@ -138,7 +168,10 @@ STATISTICS: dict[str, Variable] = {
 # The statistics that are metrics but for a root, module by module.
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
 # Those that are of every token since the weights last changed, where they are streamed.
-OF_STREAMING = ("streamed_count", "eigenvalue", "eigenvalue_shaken", "hsic", "hsic_without")
+OF_STREAMING = (
+    *("streamed_count", "eigenvalue", "eigenvalue_shaken", "stream_eigenvalue", "stream_eigenvalue_shaken"),
+    *("hsic", "hsic_without"),
+)
 
 COVERAGE: dict[str, Variable] = {
     "place_name": Variable(("place",), "OTU", "the site's common name"),
@@ -331,12 +364,28 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
             raise SchemaError(
                 f"{path}/h_res has {trace.sizes[side]} along {side}, but the run has {streams} streams"
             )
+    if "initial_logits" in trace:
+        _validate_replay(trace["initial_logits"].attrs, path)
     if "connection" in trace.dims and "depth_out" in trace.coords and _has_every_depth(trace):
         furthest = int(trace["depth_out"].max())
         if furthest >= trace.sizes["depth"]:
             raise SchemaError(
                 f"{path}: a connection writes depth {furthest}, the last depth is {trace.sizes['depth'] - 1}"
             )
+
+
+def _validate_replay(how: Mapping[Any, Any], path: str) -> None:
+    """What is needed to replay initial logits: what weight decay left of them, and how they become matrices."""
+    try:
+        decay, steps, floor = (float(how[name]) for name in ("decay", "sinkhorn_steps", "floor"))
+    except (KeyError, TypeError, ValueError):
+        decay = steps = floor = math.nan
+    if not (0 < decay <= 1 and steps >= 1 and floor >= 0 and how.get("last") in ("row", "column")):
+        told = ", ".join(f"{name} {how.get(name)!r}" for name in ("decay", "sinkhorn_steps", "last", "floor"))
+        raise SchemaError(
+            f"{path}/initial_logits has {told}; expected a "
+            "decay in (0, 1], at least 1 step, 'row' or 'column', and a floor of 0 or more: see diagnostics.with_replay"
+        )
 
 
 def _has_every_depth(trace: xr.Dataset) -> bool:

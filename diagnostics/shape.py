@@ -11,7 +11,7 @@ import xarray as xr
 from diagnostics.kernels import geometry, rank
 from diagnostics.metric import metric
 from diagnostics.quantities import quantity
-from diagnostics.states import States
+from diagnostics.states import States, partial_mask
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 PER_SEQUENCE = "per sequence, mean over sequences"
@@ -40,7 +40,7 @@ def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.D
 @metric(
     symbol=r"\mathrm{rank}_\varepsilon",
     cite="golub2013matrix",
-    basis="invariant",
+    basis="stream",
     null=_of_noise(lambda s, count: float(len(s))),
     estimator=SPECTRAL,
 )
@@ -64,7 +64,7 @@ def numerical_rank(
 @metric(
     symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
     cite="marchenko1967distribution",
-    basis="invariant",
+    basis="stream",
     null=_of_noise(lambda s, count: rank.top_energy_of(s, TOP)),
     estimator=SPECTRAL,
 )
@@ -93,7 +93,7 @@ def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray
 @metric(
     symbol=r"\alpha",
     cite="agrawal2022alpha",
-    basis="invariant",
+    basis="stream",
     null=_of_noise(lambda s, count: geometry.alpha_req_of(s, first=FIRST, last=LAST).alpha),
     estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
 )
@@ -111,9 +111,10 @@ def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
 @metric(
     symbol=r"\Delta\alpha",
     cite="agrawal2022alpha",
-    basis="invariant",
+    basis="stream",
     null="0 for an exact power law; noise has none, so its fit is poor",
     estimator=f"standard error of the slope over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
+    smooth=False,
 )
 def alpha_req_error(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     """Standard error of the power-law exponent: how well a power law describes the spectrum."""
@@ -129,7 +130,7 @@ def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> x
 @metric(
     symbol=r"\mathcal{E}(X)",
     cite="cai2020note",
-    basis="invariant",
+    basis="stream",
     null=_energy_of_noise,
     estimator=PER_SEQUENCE,
 )
@@ -149,7 +150,7 @@ def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.D
     symbol=r"\overline{\angle}(v_k, v_{k+1})",
     units="rad",
     cite="skean2025layer",
-    basis="invariant",
+    basis="stream",
     null=2.0 * np.pi / 3.0,
     estimator=PER_SEQUENCE,
 )
@@ -165,11 +166,23 @@ def curvature(residual_states: States, token_masks: xr.DataArray) -> xr.DataArra
     )
 
 
+@lru_cache(maxsize=256)
+def _dimension_of_size(count: int, width: int) -> float:
+    clouds = np.random.default_rng(0).standard_normal((4, count, width)) if count else np.empty(0)
+    return float(np.mean([geometry.two_nn(cloud) for cloud in clouds])) if count else float("nan")
+
+
+def _dimension_of_noise(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
+    """That of iid noise of the same size, drawn with a fixed seed: less than the number of features."""
+    counts, width = token_masks.sum(("sample", "token")), residual_states.num_features
+    return xr.apply_ufunc(np.vectorize(lambda n: _dimension_of_size(int(n), width), otypes=[float]), counts)
+
+
 @metric(
     symbol=r"d_{\mathrm{TwoNN}}",
     cite="facco2017estimating",
-    basis="invariant",
-    null="none in closed form: at most the number of features, and underestimated where that is large",
+    basis="stream",
+    null=_dimension_of_noise,
     estimator="all tokens pooled, repeated ones once; the largest tenth of the ratios left out",
     default=False,
 )
@@ -181,7 +194,7 @@ def intrinsic_dimension(residual_states: States, token_masks: xr.DataArray) -> x
 
     def measure(views: np.ndarray) -> np.ndarray:
         pooled = views.reshape(len(views), -1, views.shape[-1])
-        kinds = [geometry.two_nn(pooled, mask=keep.ravel()) for keep in token_masks.values]
+        kinds = [geometry.two_nn(pooled, mask=partial_mask(keep.ravel())) for keep in token_masks.values]
         return np.stack(kinds, axis=1)
 
     found = residual_states.over_depth(measure, ("tokens",), tokens=token_masks["tokens"])

@@ -20,8 +20,8 @@ from diagnostics.states import MeanStates, States
 
 # Tokens that CKA between streams is taken over: it costs their square, at every depth.
 ROWS = 1024
-# Unit vectors of one block of tokens over all depths hold about so many numbers.
-BLOCK = 4_000_000
+# Unit vectors of one block of tokens over all depths hold about so many numbers: they stay in the cache.
+BLOCK = 250_000
 
 
 def _between_depths(
@@ -38,16 +38,20 @@ def cka_table(
     residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray, estimator: tuple[str, ...]
 ) -> xr.DataArray:
     """CKA of every depth with every other, by estimator and kind of token."""
-    tables = [mean_states.over_kinds(partial(_cka, unbiased=name == "unbiased")) for name in estimator]
-    table = _between_depths(
-        np.stack(tables), ("estimator", "tokens"), residual_states, mean_states, token_masks
-    )
-    return table.assign_coords(estimator=list(estimator))
+    tables = mean_states.over_kinds(partial(_cka, estimator=estimator))
+    table = _between_depths(tables, ("tokens", "estimator"), residual_states, mean_states, token_masks)
+    return table.assign_coords(estimator=list(estimator)).transpose("estimator", ...)
 
 
-def _cka(states: np.ndarray, unbiased: bool) -> np.ndarray:
+def _cka(states: np.ndarray, estimator: tuple[str, ...]) -> np.ndarray:
+    """CKA by every estimator asked for, (E, L, L), from products that are computed once."""
     depths, num_tokens, _ = states.shape
-    return kernel.cka_matrix(states, unbiased=unbiased) if num_tokens else np.full((depths, depths), np.nan)
+    if not num_tokens:
+        return np.full((len(estimator), depths, depths), np.nan)
+    if len(estimator) == 1:
+        return kernel.cka_matrix(states, unbiased=estimator == ("unbiased",))[None]
+    tables = dict(zip(("biased", "unbiased"), kernel.cka_matrices(states), strict=True))
+    return np.stack([tables[name] for name in estimator])
 
 
 def _cka_of_noise(
@@ -65,7 +69,7 @@ def _cka_of_noise(
 @metric(
     symbol=r"\mathrm{CKA}",
     cite="kornblith2019similarity",
-    basis="invariant",
+    basis="stream",
     null=_cka_of_noise,
     estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
 )
@@ -82,8 +86,8 @@ def cka(cka_table: xr.DataArray) -> xr.DataArray:
 @metric(
     symbol=r"\mathrm{CKA}_{l, l-1}",
     cite="kornblith2019similarity",
-    basis="invariant",
-    null="see cka_null: the same number of tokens and features",
+    basis="stream",
+    null=_cka_of_noise,
     estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
 )
 def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
@@ -97,7 +101,7 @@ def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
 @metric(
     symbol=r"\arccos(\cos) / \pi",
     cite="gromov2024unreasonable",
-    basis="invariant",
+    basis="stream",
     null=0.5,
     estimator="mean over tokens",
 )
@@ -134,7 +138,7 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
 @metric(
     symbol=r"1 - \cos(x_{l-1}, x_l)",
     cite="men2024shortgpt",
-    basis="invariant",
+    basis="stream",
     null=1.0,
     estimator="mean over tokens",
 )
@@ -171,7 +175,7 @@ def stream_cosine(residual_states: States) -> xr.DataArray:
         raise Unavailable("the run has one stream")
 
     def measure(views: np.ndarray) -> np.ndarray:
-        streams = np.moveaxis(views[1:][:, residual_states.mask], 0, 1)
+        streams = np.moveaxis(residual_states.rows(views[1:]), 0, 1)
         cosines = geometry.token_cosine(streams)
         mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
         return np.full(len(views), mean)
@@ -192,6 +196,7 @@ def _stream_cka_of_noise(residual_states: States, estimator: tuple[str, ...]) ->
     basis="stream",
     null=_stream_cka_of_noise,
     estimator=f"mean over pairs of streams; over at most {ROWS} tokens, evenly spaced",
+    most_tokens=lambda width: ROWS,
 )
 def stream_cka(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
     """Mean linear CKA between the streams: 1 where they hold the same geometry of tokens, even if rotated."""
@@ -200,10 +205,9 @@ def stream_cka(residual_states: States, estimator: tuple[str, ...]) -> xr.DataAr
     pairs = ~np.eye(residual_states.num_streams, dtype=bool)
 
     def measure(views: np.ndarray) -> np.ndarray:
-        rows = views[1:][:, residual_states.mask]
+        rows = residual_states.rows(views[1:])
         rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
-        tables = [kernel.cka_matrix(rows, unbiased=name == "unbiased")[pairs].mean() for name in estimator]
-        return np.tile(tables, (len(views), 1))
+        return np.tile(_cka(rows, estimator)[:, pairs].mean(axis=-1), (len(views), 1))
 
     found = residual_states.over_depth(measure, ("estimator",), estimator=list(estimator))
     return found.isel(stream=0, drop=True).transpose("estimator", "depth")

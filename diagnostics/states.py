@@ -18,6 +18,9 @@ from diagnostics import schema
 from diagnostics.kernels import geometry, rank
 from diagnostics.quantities import Unavailable, quantity
 
+# States of depths that are kept between metrics take at most so many bytes.
+KEPT = 256_000_000
+
 
 class States:
     """States of one chain, one depth in memory at a time: the mean over streams and each of several.
@@ -37,6 +40,7 @@ class States:
             raise Unavailable("the mask leaves no token: every position is marked as padding")
         self.num_features = states.sizes["feature"]
         self.num_streams = states.sizes["stream"]
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return int(self._states.sizes["depth"])
@@ -52,7 +56,7 @@ class States:
         return {str(name): c for name, c in self._states.coords.items() if c.dims == ("depth",)}
 
     def load(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one depth.
+        """Read one depth; kept for the next metric as long as all kept ones take less than `KEPT` bytes.
 
         Parameters
         ----------
@@ -62,18 +66,41 @@ class States:
         Returns
         -------
         views : ndarray, shape (V, S, T, D)
-            Zero on padding, and zero throughout in a view that is not finite.
+            Zero on padding, and zero throughout in a view that is not finite; read-only.
         finite : ndarray of bool, shape (V,)
         """
-        streams = np.moveaxis(self._states.isel(depth=depth).values, -2, 0)
-        streams = np.where(self.mask[..., None], streams, 0)
+        if depth in self._kept:
+            return self._kept[depth]
+        found = self._read(depth)
+        if found[0].nbytes + sum(views.nbytes for views, _ in self._kept.values()) <= KEPT:
+            self._kept[depth] = found
+        return found
+
+    def _read(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        streams = np.moveaxis(self._states.variable[depth].values, -2, 0)
+        streams = streams[:] if self.mask.all() else np.where(self.mask[..., None], streams, 0)
         finite = np.isfinite(streams).all(axis=(1, 2, 3))
         if not finite.all():
-            streams[~finite] = 0
-        if len(streams) == 1:
-            return streams, finite
-        mean = streams.mean(axis=0, keepdims=True) * finite.all()
-        return np.concatenate([mean, streams]), np.concatenate([[finite.all()], finite])
+            streams = np.where(finite[:, None, None, None], streams, 0)
+        if len(streams) > 1:
+            mean = streams.mean(axis=0, keepdims=True, dtype=np.float64).astype(streams.dtype) * finite.all()
+            streams, finite = np.concatenate([mean, streams]), np.concatenate([[finite.all()], finite])
+        streams.flags.writeable = False
+        return streams, finite
+
+    def rows(self, views: np.ndarray) -> np.ndarray:
+        """The real tokens of views, sequences and tokens as one axis.
+
+        Parameters
+        ----------
+        views : ndarray, shape (V, S, T, D)
+            What `load` gives.
+
+        Returns
+        -------
+        ndarray, shape (V, N, D)
+        """
+        return kept_rows(views, self.mask)
 
     def over_depth(
         self, measure: Callable[[np.ndarray], np.ndarray], dims: tuple[str, ...] = (), **coords: Any
@@ -131,36 +158,33 @@ class States:
 
     def _rows(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
         views, finite = self.load(depth)
-        return views[:, self.mask].astype(np.float64), finite
+        return self.rows(views).astype(np.float64), finite
 
     def over_sequences(
-        self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray], masks: xr.DataArray
+        self, measure: Callable[[np.ndarray, np.ndarray | None], np.ndarray], masks: xr.DataArray
     ) -> xr.DataArray:
-        """Measure every sequence and average over those where it is defined.
+        """Measure every sequence.
 
         Parameters
         ----------
         measure : function
-            Views (V, S, T, D) and a mask (S, T) in, values (V, S) out.
+            Views (V, S, T, D) and a mask (S, T), None where all tokens count, in, values (V, S) out.
         masks : DataArray
             Dims (tokens, sample, token): which tokens count, by kind.
 
         Returns
         -------
         DataArray
-            Dims (tokens, depth, stream).
+            Dims (tokens, depth, stream, sequence).
         """
         keeps = masks.transpose("tokens", "sample", "token").values
 
         def of_kinds(views: np.ndarray) -> np.ndarray:
-            found: list[np.ndarray] = []
-            for keep in keeps:
-                same = found and np.array_equal(keep, keeps[0])
-                found.append(found[0] if same else measure(views, keep))
-            return _mean_where_defined(np.stack(found, axis=1))
+            found = by_kind(keeps, lambda keep: measure(views, partial_mask(keep)))
+            return np.stack(found, axis=1)
 
-        found = self.over_depth(of_kinds, ("tokens",), tokens=masks["tokens"])
-        return found.transpose("tokens", "depth", "stream")
+        found = self.over_depth(of_kinds, ("tokens", "sequence"), tokens=masks["tokens"])
+        return found.transpose("tokens", "depth", "stream", "sequence")
 
     def _defined(self, measure: Callable[[np.ndarray], np.ndarray], depth: int) -> np.ndarray:
         views, finite = self.load(depth)
@@ -190,10 +214,57 @@ class States:
         return xr.DataArray(values, dims=dims, coords=known | coords)
 
 
-def _mean_where_defined(values: np.ndarray) -> np.ndarray:
-    """The mean along the last axis over what is not NaN, NaN where nothing is left."""
-    count = np.isfinite(values).sum(axis=-1)
-    return np.nansum(values, axis=-1) / np.where(count > 0, count, np.nan)
+def kept_rows(views: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Tokens that count as one axis, without a copy where all do.
+
+    Parameters
+    ----------
+    views : ndarray, shape (V, S, T, D)
+        Views.
+    keep : ndarray of bool, shape (S, T)
+        Which tokens count.
+
+    Returns
+    -------
+    ndarray, shape (V, N, D)
+    """
+    return views.reshape(len(views), -1, views.shape[-1]) if keep.all() else views[:, keep]
+
+
+def partial_mask(keep: np.ndarray) -> np.ndarray | None:
+    """A mask for a kernel; None, which costs it nothing, where every token counts.
+
+    Parameters
+    ----------
+    keep : ndarray of bool
+        Which tokens count.
+
+    Returns
+    -------
+    ndarray of bool or None
+    """
+    return None if keep.all() else keep
+
+
+def by_kind(keeps: np.ndarray, measure: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+    """Measure every kind of token; one that keeps the tokens of the first is not measured again.
+
+    Parameters
+    ----------
+    keeps : ndarray of bool, shape (kinds, ...)
+        Which tokens count, by kind.
+    measure : function
+        A mask (...) in, values out.
+
+    Returns
+    -------
+    list of ndarray
+        By kind.
+    """
+    found: list[np.ndarray] = []
+    for keep in keeps:
+        found.append(found[0] if found and np.array_equal(keep, keeps[0]) else measure(keep))
+    return found
 
 
 @quantity
@@ -244,7 +315,7 @@ def massive(residual_states: States, mask: xr.DataArray) -> Massive:
     feature = np.zeros(residual_states.num_features, dtype=bool)
 
     def measure(views: np.ndarray) -> np.ndarray:
-        found = geometry.massive_activations(views, mask=real)
+        found = geometry.massive_activations(views, mask=partial_mask(real))
         token[found.any(axis=(0, 3))] = True
         feature[found.any(axis=(0, 1, 2))] = True
         count = np.where(real.sum() > 0, real.sum(), np.nan)
@@ -260,11 +331,13 @@ def massive(residual_states: States, mask: xr.DataArray) -> Massive:
 
 def _largest_over_median(views: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """The largest magnitude over the median one of views (V, S, T, D); NaN where the median is zero."""
-    sizes = np.abs(views[:, keep]).reshape(len(views), -1)
-    if not sizes.size:
+    halves = (
+        np.abs(kept_rows(views, keep)).reshape(len(views), -1) / 2
+    )  # so that the mean of two stays finite
+    if not halves.size:
         return np.full(len(views), np.nan)
-    middle = np.median(sizes, axis=1)
-    return sizes.max(axis=1) / np.where(middle > 0, middle, np.nan)
+    middle = np.median(halves, axis=1)
+    return halves.max(axis=1) / np.where(middle > 0, middle, np.nan)
 
 
 @quantity
@@ -303,11 +376,7 @@ def singular_values(
     scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
 
     def decompose(views: np.ndarray) -> np.ndarray:
-        kinds: list[np.ndarray] = []
-        for keep in keeps:
-            same = kinds and np.array_equal(keep, keeps[0])
-            kinds.append(kinds[0] if same else _spectra(views, keep, scopes, centering))
-        return np.stack(kinds, axis=1)
+        return np.stack(by_kind(keeps, lambda keep: _spectra(views, keep, scopes, centering)), axis=1)
 
     dims = ("tokens", "centering", "group", "component")
     labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
@@ -333,11 +402,11 @@ def _num_groups(keep: np.ndarray, scopes: list[str]) -> int:
 
 
 def _sequence_spectra(view: np.ndarray, keep: np.ndarray, center: bool) -> np.ndarray:
-    return rank.singular_values(view, center=center, mask=keep)
+    return rank.singular_values(view, center=center, mask=partial_mask(keep))
 
 
 def _pooled_spectra(view: np.ndarray, keep: np.ndarray, center: bool) -> np.ndarray:
-    rows = view[keep]
+    rows = kept_rows(view[None], keep)[0]
     return rank.singular_values(rows[None], center=center) if len(rows) else np.zeros((1, 0))
 
 
@@ -382,7 +451,7 @@ class MeanStates:
 
     def __init__(self, states: States, masks: xr.DataArray) -> None:
         real = states.mask
-        self._rows = [kind[real] for kind in masks.transpose("tokens", "sample", "token").values]
+        self._rows = masks.transpose("tokens", "sample", "token").values[:, real]
         loaded = [self._first(states, depth) for depth in range(len(states))]
         self.values = np.stack([view for view, _ in loaded])
         self.finite = np.array([finite for _, finite in loaded])
@@ -390,7 +459,7 @@ class MeanStates:
     @staticmethod
     def _first(states: States, depth: int) -> tuple[np.ndarray, bool]:
         views, finite = states.load(depth)
-        return views[0][states.mask], bool(finite[0])
+        return states.rows(views)[0], bool(finite[0])
 
     def over_kinds(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure the tokens of each kind; what two kinds share is measured once.
@@ -405,12 +474,8 @@ class MeanStates:
         ndarray
             (tokens, ...).
         """
-        found: list[np.ndarray] = []
-        for rows in self._rows:
-            same = found and np.array_equal(rows, self._rows[0])
-            kept = self.values if rows.all() else self.values[:, rows]
-            found.append(found[0] if same else measure(kept))
-        return np.stack(found)
+        kept = by_kind(self._rows, lambda rows: measure(self.values if rows.all() else self.values[:, rows]))
+        return np.stack(kept)
 
 
 @quantity

@@ -1,7 +1,7 @@
 """What does every token say, not a sample of them? Ranks and CKA from sums that were streamed in one pass.
 
-Of the mean over streams, all real tokens, since the weights last changed. Which tokens are massive is known only
-when all were seen, so that they cannot be left out here.
+Ranks of the mean over streams and of each stream, all real tokens, since the weights last changed. Which tokens are
+massive is known only when all were seen, so that they cannot be left out here.
 """
 
 from __future__ import annotations
@@ -12,42 +12,72 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from diagnostics.kernels import rank
+from diagnostics.kernels import geometry, rank
 from diagnostics.kernels.similarity import cka_from_hsic
 from diagnostics.metric import Null, metric
 from diagnostics.quantities import quantity
+from diagnostics.shape import FIRST, LAST, TOP
 from diagnostics.states import noise_ranks
 
 # A rank that the rounding of the sums may move by more than this share is undefined.
 RESOLVED = 1e-3
+OF_FLOAT32 = 2e-7  # what the products' rounding adds to the relative error of any rank
 OF_SUMS = f"plug-in over every token; NaN where float32 sums leave more than {RESOLVED:g} of it open"
 
 
 @quantity
 def streamed_spectra(
-    eigenvalue: xr.DataArray, eigenvalue_shaken: xr.DataArray, centering: tuple[str, ...]
+    eigenvalue: xr.DataArray,
+    eigenvalue_shaken: xr.DataArray,
+    stream_eigenvalue: xr.DataArray,
+    stream_eigenvalue_shaken: xr.DataArray,
+    centering: tuple[str, ...],
 ) -> tuple[xr.DataArray, xr.DataArray]:
     """Singular values of all tokens, and the same as far as rounding may have moved them."""
-    plain, shaken = (found.sel(centering=list(centering)) ** 0.5 for found in (eigenvalue, eigenvalue_shaken))
+    pairs = ((eigenvalue, stream_eigenvalue), (eigenvalue_shaken, stream_eigenvalue_shaken))
+    plain, shaken = (_of_views(*pair).sel(centering=list(centering)) ** 0.5 for pair in pairs)
     return plain, shaken
 
 
+def _of_views(mean: xr.DataArray, streams: xr.DataArray) -> xr.DataArray:
+    """Spectra of the mean over streams, and of each of several, by their labels."""
+    labels = [str(label) for label in streams["stream"].values]
+    streams = streams.assign_coords(stream=labels).sel(stream=[label for label in labels if label != "mean"])
+    views = [mean.expand_dims(stream=["mean"]), *([streams] if streams.sizes["stream"] > 1 else [])]
+    return xr.concat(views, "stream").transpose(..., "depth", "stream", "component")
+
+
 def _resolved(measure: Callable[[Any], Any], spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
-    """A rank of every spectrum; NaN, and named in the attributes, where the rounding of the sums decides it."""
+    """A number of every spectrum with its stated error; NaN, and named, where the rounding of the sums decides it."""
     plain, shaken = (
         xr.apply_ufunc(measure, values.fillna(0.0), input_core_dims=[["component"]]) for values in spectra
     )
-    known = abs(shaken - plain) <= RESOLVED * plain
-    lost = (~known & plain.notnull()).transpose("centering", "depth")
-    if not lost.any():
-        return plain
-    names = [
-        f"{centering} at depth {', '.join(map(str, part['depth'].values[part.values]))}"
-        for centering, part in zip(lost["centering"].values, lost, strict=True)
-        if part.any()
-    ]
-    why = f"float32 sums do not resolve the small directions ({'; '.join(names)}): read the metric of the sampled tokens"
-    return plain.where(known).assign_attrs(undefined_because=why)
+    moved = abs(shaken - plain) / abs(plain)
+    known = moved <= RESOLVED
+    found = plain.where(known)
+    if bool(known.any()):
+        found = found.assign_attrs(relative_error=2.0 * float(moved.where(known).max()) + OF_FLOAT32)
+    lost = ~known & plain.notnull()
+    return found.assign_attrs(undefined_because=_why(lost)) if bool(lost.any()) else found
+
+
+def _why(lost: xr.DataArray) -> str:
+    """What float32 sums do not say, by centering, and by stream where there are several."""
+    flat = lost.stack(case=[dim for dim in lost.dims if dim != "depth"]).transpose("case", "depth")
+    names = []
+    for case in flat:
+        if bool(case.any()):
+            centering = str(case["centering"].item())
+            stream = (
+                f", stream {case['stream'].item()}"
+                if "stream" in lost.dims and lost.sizes["stream"] > 1
+                else ""
+            )
+            names.append(
+                f"{centering}{stream} at depth {', '.join(map(str, case['depth'].values[case.values]))}"
+            )
+    said = "; ".join(names)
+    return f"float32 sums do not resolve the small directions ({said}): read the metric of the sampled tokens"
 
 
 def _of_noise(name: str) -> Null:
@@ -124,6 +154,61 @@ def streamed_stable_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) ->
     return _resolved(rank.stable_rank_of, streamed_spectra)
 
 
+def _of_spectrum(measure: Callable[[Any], Any]) -> Null:
+    """A number of the expected spectrum of iid noise at the same number of tokens and features."""
+
+    def expectation(streamed_count: xr.DataArray, eigenvalue: xr.DataArray) -> xr.DataArray:
+        width = eigenvalue.sizes["component"]
+        known = streamed_count.where(streamed_count > 0)
+        values = {
+            count: float(measure(rank.marchenko_pastur(int(count), width).singular_values()))
+            for count in np.unique(known.values[known.notnull().values]).tolist()
+        }
+        return xr.apply_ufunc(np.vectorize(lambda n: values.get(n, np.nan), otypes=[float]), known)
+
+    return expectation
+
+
+def _top_energy(s: Any) -> Any:
+    return rank.top_energy_of(s, TOP)
+
+
+def _alpha(s: Any) -> Any:
+    return geometry.alpha_req_of(s, first=FIRST, last=LAST).alpha
+
+
+@metric(
+    symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
+    cite="marchenko1967distribution",
+    basis="invariant",
+    null=_of_spectrum(_top_energy),
+    estimator=OF_SUMS,
+)
+def streamed_top_energy(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
+    r"""Share of the energy of every token seen in the ten strongest directions.
+
+    .. math:: \textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i
+    """
+    return _resolved(_top_energy, streamed_spectra)
+
+
+@metric(
+    symbol=r"\alpha(\Sigma)",
+    cite="agrawal2022alpha",
+    basis="invariant",
+    null=_of_spectrum(_alpha),
+    estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {OF_SUMS}",
+)
+def streamed_alpha_req(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
+    r"""Power-law exponent of the spectrum of every token seen: how fast the variance falls.
+
+    .. math:: \lambda_i \propto i^{-\alpha}
+
+    Near 1 in good representations; larger: few directions hold the variance, smaller: it spreads as noise does.
+    """
+    return _resolved(_alpha, streamed_spectra)
+
+
 def _cka(hsic: xr.DataArray) -> xr.DataArray:
     table = hsic.transpose(..., "depth", "other_depth")
     own = np.diagonal(table.values, axis1=-2, axis2=-1)
@@ -154,6 +239,7 @@ def streamed_cka(hsic: xr.DataArray) -> xr.DataArray:
     basis="invariant",
     null="none: it is an error",
     estimator="jackknife over groups of buckets",
+    smooth=False,
 )
 def streamed_cka_error(hsic_without: xr.DataArray) -> xr.DataArray:
     r"""Standard error of the streamed CKA, by leaving out one group of buckets at a time.

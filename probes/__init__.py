@@ -5,6 +5,8 @@ from probes.connections import ConnectionError, ReconstructionError
 from probes.describe import describe
 from probes.inputs import CaptureError
 from probes.layout import LayoutError
+from probes.merging import merge_runs
+from probes.replay import initial_logits
 from probes.sites import SiteError
 from probes.static import describe_weights
 from probes.tape import ChainError
@@ -22,5 +24,7 @@ __all__ = [
     "capture",
     "describe",
     "describe_weights",
+    "initial_logits",
+    "merge_runs",
     "record",
 ]

@@ -67,6 +67,8 @@ class Sums:
         mask_BT : Tensor or None
             True on real tokens; None where all are real.
         """
+        if not state_BTND.numel():
+            return  # an empty batch shows nothing
         blocks = self._see_blocks(depth, state_BTND, mask_BT)
         norm = torch.cat([block.norm_tN for block in blocks])
         largest = torch.cat([block.largest_tN for block in blocks])
@@ -84,7 +86,8 @@ class Sums:
         if cosines:
             self._add("adjacent_cosine_sum", depth, torch.cat(cosines).sum(0, dtype=torch.float64))
         if self.streaming is not None:
-            self.streaming.see_state(depth, state_BTND, mask_BT, feature_sum / count.clamp_min(1))
+            mean_ND = feature_sum / count.clamp_min(1)
+            self.streaming.see_state(depth, state_BTND, mask_BT, mean_ND, largest)
 
     def _see_blocks(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> list[Block]:
         """Look at a state block by block, each beside the same tokens' unit vectors one depth before."""

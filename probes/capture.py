@@ -77,10 +77,13 @@ def capture(
     attrs : mapping, optional
         Attributes to add to the run, such as ``{"commit": …}``.
     streaming : bool
-        Also keep, of the mean over streams and over every token of every batch, the spectra of its moments and the
-        similarity of all depths (metrics ``streamed_…``). It holds L·D² float64 numbers for the moments and L·(256 + 128)·D
-        for the sketch at L depths of D features, three times at most, and while a forward runs its states in float32;
-        that no number of batches adds to. When the run is built four symmetric D×D matrices a depth are decomposed.
+        Also keep, over every token of every batch, the spectra of the moments of the mean over streams and of each stream,
+        and the similarity of all depths in the mean (metrics ``streamed_…``). It holds L·D² float64 numbers for the
+        moments of the mean and of each of several streams, L·(512 + 128)·D for the sketch, at L depths of D features,
+        and float32 states of at most 2·D tokens and one forward, which wait to be added; that no number of batches adds
+        to. Streams one by one are left out where theirs take more than 32 MiB a depth (N·D² > 4 million); more than 256
+        MiB for the mean (D > 5792) is refused. When the run is built four symmetric D×D matrices a depth and view are
+        decomposed. Runs of parts of the data can be added: `probes.merge_runs`.
 
     Returns
     -------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -149,7 +149,14 @@ def _trace(
         "mask": (("sample", "token"), mask),
     }
     if any(sequence.gradients for sequence in sequences):
-        variables["gradient"] = (schema.STATE, _gradients(number, depths, sequences, residual.shape))
+        values = _gradients(number, depths, sequences, residual.shape)
+        seen = {
+            depth
+            for sequence in sequences
+            for chain_number, depth in sequence.gradients
+            if chain_number == number
+        }
+        variables["gradient"] = (schema.STATE, values, _without(depths, seen))
     coords: dict[str, Any] = _depth_coords(chain, depths) | {
         "sample": np.array([sequence.index for sequence in sequences]),
         "token": np.arange(tokens),
@@ -181,6 +188,12 @@ def _gradients(
             if gradient is not None:
                 out[i, j] = padded(gradient, shape[2]).numpy()
     return out
+
+
+def _without(depths: list[int], seen: Iterable[int]) -> dict[str, list[int]]:
+    """Which depths no gradient reached, as below frozen weights: they hold NaN, and nothing is wrong there."""
+    missing = [depth for depth in depths if depth not in set(seen)]
+    return {schema.WITHOUT_GRADIENT: missing} if missing else {}
 
 
 def _depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
@@ -232,17 +245,7 @@ def _statistics(
             "step",
             np.array([math.nan if row.scale is None else row.scale for row in rows]),
         )
-    names = (
-        "norm_sum",
-        "square_norm_sum",
-        "norm_max",
-        "abs_max",
-        "adjacent_cosine_sum",
-        "gradient_square_norm_sum",
-    )
-    for name in names:
-        if any(s.array(name, depths) is not None for s in sums):
-            variables[name] = (schema.PROFILE, _stacked(sums, name, depths))
+    variables |= _profiles(sums, depths)
     unit_square = _stacked(sums, "unit_square", depths)
     pairs = unit_square - _stacked(sums, "unit_count", depths)
     variables["unit_pair_sum"] = (schema.PROFILE, pairs)
@@ -264,6 +267,19 @@ def _statistics(
         variables |= _gains(sums, evidence)
         coords |= connection_coords(chain.links) | {"direction": DIRECTIONS}
     return xr.Dataset(variables, coords)
+
+
+def _profiles(sums: list[Sums], depths: list[int]) -> dict[str, Any]:
+    """What was added up at every depth in every step."""
+    names = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum")
+    found: dict[str, Any] = {}
+    for name in (*names, "gradient_square_norm_sum"):
+        if any(s.array(name, depths) is not None for s in sums):
+            found[name] = (schema.PROFILE, _stacked(sums, name, depths))
+    if "gradient_square_norm_sum" in found:
+        seen = {depth for s in sums for depth in s.sums.get("gradient_square_norm_sum", ())}
+        found["gradient_square_norm_sum"] += (_without(depths, seen),)
+    return found
 
 
 def _stacked(sums: list[Sums], name: str, keys: list[int]) -> np.ndarray:

@@ -8,12 +8,13 @@ displaces goes to its bucket. What is held is the same in any order of merging.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-BUCKETS = 256
+from probes.moments import Block
+
+BUCKETS = 512
 HEAVY = 128
 GROUPS = 16  # of buckets; leaving each out in turn tells the error
 LOW = 0xFFFFFFFF
@@ -33,12 +34,19 @@ class Sketch(NamedTuple):
     score_h: torch.Tensor  # negative where padding fills a place
 
 
-class Rows(NamedTuple):
-    """One depth of a forward: tokens less a shift over their largest size, zero on padding."""
+class Places(NamedTuple):
+    """Where the tokens of some forwards go, at every depth alike."""
 
-    deviation_tD: torch.Tensor  # float32
-    size: torch.Tensor
-    shift_D: torch.Tensor
+    lengths: tuple[int, ...]  # of the forwards
+    real_t: torch.Tensor
+    count_k: torch.Tensor  # real tokens of each forward, float64
+    sign_t: torch.Tensor  # float32; 0 on padding
+    bucket_t: torch.Tensor  # the one behind the last for what is in no bucket
+    signs_km: torch.Tensor  # of each forward, float64
+    top_h: torch.Tensor
+    forward_h: torch.Tensor
+    index_h: torch.Tensor
+    score_h: torch.Tensor  # negative where padding fills a place
 
 
 def token_index(first: int, sequences: int, tokens: int, device: torch.device) -> torch.Tensor:
@@ -62,54 +70,134 @@ def token_index(first: int, sequences: int, tokens: int, device: torch.device) -
     return ((start[:, None] + torch.arange(tokens, device=device)) & LOW).flatten()
 
 
-def sketched(rows: Sequence[Rows], index_t: torch.Tensor, real_t: torch.Tensor | None) -> Sketch:
-    """The sketch of one forward; the deviations are written over.
+def scores(norm_Lt: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
+    """How heavy tokens are: the length over the mean one of the forward, at the depth where that is most.
 
     Parameters
     ----------
-    rows : sequence of Rows
-        One for each depth.
-    index_t : Tensor
-        As `token_index` gives it.
-    real_t : Tensor or None
-        False on padding.
+    norm_Lt : Tensor
+        Length of every token of a forward, its mean removed.
+    real_t : Tensor
+        False on what does not count.
 
     Returns
     -------
-    Sketch
+    Tensor
+        (t,), negative on what does not count.
     """
-    real = torch.ones_like(index_t, dtype=torch.bool) if real_t is None else real_t
-    score = torch.where(real, _score(rows, real), -1.0)
-    top = score.topk(min(HEAVY, len(score))).indices
-    bucket, sign = _hashed(index_t)
-    sign = torch.where(real, sign, 0.0).index_fill(0, top, 0.0)
-    signs_m = sign.new_zeros(BUCKETS, dtype=torch.float64).index_add_(0, bucket, sign.double())
-    parts = [_parts(row, top, bucket, sign, signs_m) for row in rows]
-    buckets, heavy = (
-        torch.stack([part.to(real.device) for part in side]) for side in zip(*parts, strict=True)
-    )
-    heavy = torch.where(real[top, None], heavy, 0.0)
-    return Sketch(real.sum().double(), buckets, signs_m, heavy, index_t[top], score[top])
-
-
-def _parts(
-    row: Rows, top: torch.Tensor, bucket: torch.Tensor, sign: torch.Tensor, signs_m: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Buckets and heavy tokens of a depth, computed where it lies: a model may be spread over devices."""
-    near = row.deviation_tD.device
-    top, bucket, sign, signs_m = (of_all.to(near) for of_all in (top, bucket, sign, signs_m))
-    heavy = row.deviation_tD[top].double() * row.size + row.shift_D
-    light = row.deviation_tD.mul_(sign[:, None])  # the sign of a heavy token is 0
-    held = light.new_zeros(BUCKETS, light.shape[1]).index_add_(0, bucket, light)
-    return held.double() * row.size + signs_m[:, None] * row.shift_D, heavy
-
-
-def _score(rows: Sequence[Rows], real_t: torch.Tensor) -> torch.Tensor:
-    """The length of a token over the mean one of its forward, at the depth where that is most; 0 if it is not finite."""
-    lengths = [torch.linalg.vector_norm(row.deviation_tD, dim=1).to(real_t.device) for row in rows]
-    norm_Lt = torch.where(real_t, torch.stack(lengths), 0.0)
+    norm_Lt = torch.where(real_t, norm_Lt, 0.0)
     mean_L = norm_Lt.sum(1, keepdim=True) / real_t.sum().clamp_min(1)
-    return (norm_Lt / torch.where(mean_L > 0, mean_L, 1.0)).nan_to_num(0.0, 0.0).amax(0)
+    return torch.where(real_t, (norm_Lt / torch.where(mean_L > 0, mean_L, 1.0)).amax(0), -1.0)
+
+
+def placed(
+    index_t: torch.Tensor, real_t: torch.Tensor, score_t: torch.Tensor, lengths: tuple[int, ...]
+) -> Places:
+    """Choose the heaviest tokens of some forwards, and the buckets of the others.
+
+    Parameters
+    ----------
+    index_t, real_t, score_t : Tensor
+        As `token_index` and `scores` give them, one forward after another.
+    lengths : tuple of int
+        How many tokens each forward has.
+
+    Returns
+    -------
+    Places
+    """
+    score_h, top = score_t.topk(min(HEAVY, len(score_t)))
+    bucket, sign = _hashed(index_t)
+    sign = torch.where(real_t, sign, 0.0)
+    bucket = torch.where(real_t, bucket, BUCKETS).index_fill(0, top, BUCKETS)
+    forward_t = torch.arange(len(lengths), device=top.device).repeat_interleave(
+        torch.tensor(lengths, device=top.device), output_size=len(score_t)
+    )
+    signs = sign.new_zeros(len(lengths), BUCKETS + 1, dtype=torch.float64)
+    signs_km = signs.index_put_((forward_t, bucket), sign.double(), accumulate=True)[:, :BUCKETS]
+    count_k = torch.stack([real.sum() for real in real_t.split(lengths)]).double()
+    return Places(
+        lengths, real_t, count_k, sign, bucket, signs_km, top, forward_t[top], index_t[top], score_h
+    )
+
+
+class Growing:
+    """A sketch to which some forwards are added, depth by depth; what was held is not written.
+
+    Parameters
+    ----------
+    held : Sketch or None
+        Of earlier tokens.
+    places : Places
+        Where the tokens go.
+    num_depths, width : int
+        Of the blocks.
+    """
+
+    def __init__(self, held: Sketch | None, places: Places, num_depths: int, width: int) -> None:
+        self._held, self._places = held, places
+        new = places.signs_km.new_zeros
+        count, signs_m = places.count_k.sum(), places.signs_km.sum(0)
+        score, index = places.score_h, places.index_h
+        if held is not None:
+            count, signs_m = count + held.count, signs_m + held.signs_m
+            score, index = torch.cat([held.score_h, score]), torch.cat([held.index_h, index])
+        self._choice = choice = _choose(score, index)
+        signs_m.index_add_(0, choice.bucket, choice.sign)
+        heavy = new(num_depths, len(choice.kept), width)
+        buckets = new(num_depths, BUCKETS, width)
+        self.sketch = Sketch(count, buckets, signs_m, heavy, index[choice.kept], score[choice.kept])
+
+    def add(self, depth: int, block: Block) -> None:
+        """Add the tokens of one depth, which may lie elsewhere: a model may be spread over devices.
+
+        Parameters
+        ----------
+        depth : int
+            Its position in the sketch.
+        block : Block
+            Its tokens.
+        """
+        places, near, home = self._places, block.signed_tD.device, self.sketch.signs_m.device
+        bucket, top, forward = (x.to(near) for x in (places.bucket_t, places.top_h, places.forward_h))
+        light = block.signed_tD.new_zeros(BUCKETS + 1, block.signed_tD.shape[1])
+        light = light.index_add_(0, bucket, block.signed_tD)[:BUCKETS].to(home)
+        sign_h, size, shift_kD = (
+            block.sign_t[top, None].double(),
+            block.size.to(home),
+            block.shift_kD.to(home),
+        )
+        heavy = block.signed_tD[top] * sign_h * block.size + sign_h.abs() * block.shift_kD[forward]
+        heavy, buckets = heavy.to(home), self.sketch.buckets_LmD[depth]
+        if self._held is None:
+            torch.mul(light, size, out=buckets)
+        else:
+            torch.addcmul(self._held.buckets_LmD[depth], light, size, out=buckets)
+            heavy = torch.cat([self._held.heavy_LhD[depth], heavy])
+        buckets.addmm_(places.signs_km.T, shift_kD)
+        _settle(heavy, self._choice, buckets, self.sketch.heavy_LhD[depth])
+
+
+class Choice(NamedTuple):
+    """Which of some tokens stay as they are, and the buckets and signs of the others; padding has sign 0."""
+
+    kept: torch.Tensor
+    left: torch.Tensor
+    bucket: torch.Tensor
+    sign: torch.Tensor
+
+
+def _choose(score: torch.Tensor, index: torch.Tensor) -> Choice:
+    order = score.argsort(descending=True, stable=True)
+    kept, left = order[:HEAVY], order[HEAVY:]
+    bucket, sign = _hashed(index[left])
+    return Choice(kept, left, bucket, torch.where(score[left] >= 0, sign, 0.0).double())
+
+
+def _settle(tokens: torch.Tensor, choice: Choice, buckets_mD: torch.Tensor, heavy_hD: torch.Tensor) -> None:
+    """Write the chosen tokens of one depth, and add the others to the buckets."""
+    torch.index_select(tokens, 0, choice.kept, out=heavy_hD)
+    buckets_mD.index_add_(0, choice.bucket, tokens[choice.left] * choice.sign[:, None])
 
 
 def _hashed(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,14 +221,13 @@ def joined(a: Sketch, b: Sketch) -> Sketch:
     Sketch
     """
     score, index = torch.cat([a.score_h, b.score_h]), torch.cat([a.index_h, b.index_h])
-    heavy = torch.cat([a.heavy_LhD, b.heavy_LhD], 1)
-    order = score.argsort(descending=True, stable=True)
-    kept, left = order[:HEAVY], order[HEAVY:]
-    bucket, sign = _hashed(index[left])
-    sign = torch.where(score[left] >= 0, sign, 0.0).double()
-    buckets = (a.buckets_LmD + b.buckets_LmD).index_add_(1, bucket, heavy[:, left] * sign[:, None])
-    signs = (a.signs_m + b.signs_m).index_add_(0, bucket, sign)
-    return Sketch(a.count + b.count, buckets, signs, heavy[:, kept], index[kept], score[kept])
+    choice = _choose(score, index)
+    buckets = a.buckets_LmD + b.buckets_LmD
+    heavy = a.heavy_LhD.new_empty(len(a.heavy_LhD), len(choice.kept), a.heavy_LhD.shape[2])
+    for depth, tokens in enumerate(zip(a.heavy_LhD, b.heavy_LhD, strict=True)):
+        _settle(torch.cat(tokens), choice, buckets[depth], heavy[depth])
+    signs = (a.signs_m + b.signs_m).index_add_(0, choice.bucket, choice.sign)
+    return Sketch(a.count + b.count, buckets, signs, heavy, index[choice.kept], score[choice.kept])
 
 
 def hsic(sketch: Sketch, mean_LD: torch.Tensor, trace_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

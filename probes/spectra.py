@@ -6,18 +6,20 @@ Shapes: D feature, L depth, g group of buckets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from diagnostics import schema
+from probes.moments import Moments
 from probes.sketch import hsic
-from probes.streaming import Moments, Streaming
+from probes.streaming import MEAN, Streaming
+from probes.sums import kept
 
-ROUNDING = (
-    2.0**-21
-)  # relative to √(C_ii C_jj): some times what float32 blocks were off by, to be seen beside it
+SHAKEN = 1 / 8  # of what the products are off by at most: of text it is less, and at random
+CENTERING = np.array(["raw", "centred"], dtype=object)
 
 
 def streamed_variables(streaming: Streaming, depths: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,23 +36,57 @@ def streamed_variables(streaming: Streaming, depths: Sequence[int]) -> tuple[dic
     -------
     variables, coords : dict
     """
-    pairs = [spectra(streaming.moments[depth]) for depth in depths]
-    plain, shaken = (
-        torch.stack([values.cpu() for values in side], 1).numpy() for side in zip(*pairs, strict=True)
-    )
-    count = np.array([float(streaming.moments[depth].count) for depth in depths])
-    variables: dict[str, Any] = {
-        "streamed_count": ("depth", count),
-        "eigenvalue": (schema.SPECTRUM, plain),
-        "eigenvalue_shaken": (schema.SPECTRUM, shaken),
-    }
-    coords: dict[str, Any] = {"centering": np.array(["raw", "centred"], dtype=object)}
-    tables = similarity(streaming, depths)
+    whole = streaming.settled()
+    count = np.array([float(whole.moments[depth, MEAN].count) for depth in depths])
+    left_out = sum(int(number) for key, number in whole.left_out.items() if set(depths) <= set(key))
+    variables: dict[str, Any] = {"streamed_count": ("depth", count, _why_fewer(left_out))}
+    variables |= _of_views(whole, depths) | kept(whole, depths)
+    coords: dict[str, Any] = {"centering": CENTERING}
+    tables = similarity(whole, depths)
     if tables is not None:
         for name, table in zip(("hsic", "hsic_without"), tables, strict=True):
             variables[name] = (schema.STATISTICS[name].dims, table.cpu().numpy())
         coords["other_depth"] = np.array(depths)
     return variables, coords
+
+
+def _why_fewer(left_out: int) -> dict[str, Any]:
+    because = "not finite at some depth: in no sum of any depth"
+    return {"left_out": left_out, "left_out_because": because} if left_out else {"left_out": 0}
+
+
+def _of_views(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
+    """Spectra of the mean over streams, and of each stream: NaN where these were left out."""
+    moments = [whole.moments[depth, MEAN] for depth in depths]
+    told: dict[str, Any] = {"rounding": [of.rounding for of in moments]}  # relative to √(C_ii C_jj)
+    told |= {"streams_left_out": whole.unseen_streams} if whole.unseen_streams else {}
+    of_mean, of_streams = _spectra_of(moments), _of_streams(whole, depths)
+    if whole.num_streams == 1:
+        of_streams = tuple(side[:, :, None] for side in of_mean)
+    return {
+        "eigenvalue": (schema.SPECTRUM, of_mean[0], told),
+        "eigenvalue_shaken": (schema.SPECTRUM, of_mean[1], told),
+        "stream_eigenvalue": (schema.STREAM_SPECTRUM, of_streams[0]),
+        "stream_eigenvalue_shaken": (schema.STREAM_SPECTRUM, of_streams[1]),
+    }
+
+
+def _of_streams(whole: Streaming, depths: Sequence[int]) -> tuple[np.ndarray, ...]:
+    found = []
+    for view in range(1, whole.num_streams + 1):
+        if (depths[0], view) in whole.moments:
+            found.append(_spectra_of([whole.moments[depth, view] for depth in depths]))
+    if found:
+        return tuple(np.stack(side, axis=2) for side in zip(*found, strict=True))
+    width = len(whole.moments[depths[0], MEAN].mean_D)
+    nothing = np.full((len(CENTERING), len(depths), whole.num_streams, width), np.nan)
+    return nothing, nothing
+
+
+def _spectra_of(moments: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [spectra(of) for of in moments]
+    plain, shaken = (torch.stack([v.cpu() for v in side], 1).numpy() for side in zip(*pairs, strict=True))
+    return plain, shaken
 
 
 def similarity(streaming: Streaming, depths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -59,7 +95,7 @@ def similarity(streaming: Streaming, depths: Sequence[int]) -> tuple[torch.Tenso
     Parameters
     ----------
     streaming : Streaming
-        Of its chain.
+        Of its chain, nothing waiting.
     depths : sequence of int
         The depths of the stage.
 
@@ -68,16 +104,14 @@ def similarity(streaming: Streaming, depths: Sequence[int]) -> tuple[torch.Tenso
     (L, L) and (g, L, L), or None
         None where the depths were not always of one width and number of tokens, so that no sketch has seen every token.
     """
-    key = next((key for key in streaming.sketches if set(depths) <= set(key)), None)
-    whole = [streaming.moments[depth] for depth in depths]
-    if key is None or float(streaming.sketches[key].count) != float(whole[0].count):
+    whole = [streaming.moments[depth, MEAN] for depth in depths]
+    sketch = streaming.sketch_of(depths)
+    if sketch is None:
         return None
-    sketch, near = streaming.sketches[key], streaming.sketches[key].signs_m.device
-    places = torch.tensor([key.index(depth) for depth in depths], device=near)
-    chosen = sketch._replace(buckets_LmD=sketch.buckets_LmD[places], heavy_LhD=sketch.heavy_LhD[places])
+    near = sketch.signs_m.device
     mean = torch.stack([of.mean_D.to(near) for of in whole])
     trace = torch.stack([of.scatter_DD.trace().to(near) for of in whole])
-    return hsic(chosen, mean, trace)
+    return hsic(sketch, mean, trace)
 
 
 def spectra(of: Moments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,25 +126,34 @@ def spectra(of: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     -------
     plain, shaken : Tensor
         (2, D): raw and centred; and the same after each entry of the sums was moved, up or down at random, by somewhat
-        more than float32 rounds: what changes by it is not known any better. NaN where a state was not finite.
+        more than the products were rounded by: what changes by it is not known any better. NaN where no sum is finite.
     """
     width, count = len(of.mean_D), int(of.count)
     if not bool(of.scatter_DD.isfinite().all()):
         nothing = of.mean_D.new_full((2, width), torch.nan)
         return nothing, nothing
     size = of.scatter_DD.diagonal().clamp_min(0).sqrt()
-    shaken = of.scatter_DD + ROUNDING * size.outer(size) * _signs(width).to(size.device)
-    mean = (of.count * of.mean_D).outer(of.mean_D)
-    four = torch.stack([of.scatter_DD + mean, of.scatter_DD, shaken + mean, shaken])
-    top = four.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    values = torch.linalg.eigvalsh(four / top[..., None], UPLO="U").flip(1).clamp_min(0) * top
-    for row, rank in enumerate((count, count - 1) * 2):
-        values[row, max(rank, 0) :] = 0
-    return values[:2], values[2:]
+    moved = _signs(width).to(size.device, torch.float64).mul_(SHAKEN * of.rounding * size[:, None]).mul_(size)
+    mean = (of.count * of.mean_D, of.mean_D)
+    sums = (of.scatter_DD, moved.add_(of.scatter_DD))
+    plain, shaken = (
+        torch.stack([_eigenvalues(sum_DD.addr(*mean), count), _eigenvalues(sum_DD, count - 1)])
+        for sum_DD in sums
+    )
+    return plain, shaken
 
 
+def _eigenvalues(sums_DD: torch.Tensor, rank: int) -> torch.Tensor:
+    """Descending, of what is on and right of the diagonal; not scaled, an entry near the largest float would overflow."""
+    top = sums_DD.diagonal().amax().clamp_min(torch.finfo(torch.float64).tiny)
+    values = torch.linalg.eigvalsh(sums_DD / top, UPLO="U").flip(0).clamp_min(0) * top
+    values[max(rank, 0) :] = 0
+    return values
+
+
+@lru_cache(maxsize=1)
 def _signs(width: int) -> torch.Tensor:
-    """A symmetric matrix of random signs, the same each time."""
+    """A symmetric matrix of random signs, the same each time, in few bytes."""
     generator = torch.Generator().manual_seed(0)
-    upper = torch.randint(0, 2, (width, width), generator=generator).mul(2).sub(1).double().triu()
+    upper = torch.randint(0, 2, (width, width), generator=generator, dtype=torch.int8).mul_(2).sub_(1).triu_()
     return upper + upper.triu(1).T

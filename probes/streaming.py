@@ -1,37 +1,56 @@
 """Moments of second order over every real token, in one pass and in memory that no number of batches enlarges.
 
-Shapes: B batch, T token, t = B T, N stream, D feature. A forward's tokens are taken about their own mean and multiplied in
-float32 blocks, and all else is float64: exact to about 2e-7 at any common offset. Of several streams the mean is seen.
+Shapes: B batch, T token, t = B T, N stream, V view of the streams (their mean, then each of several), D feature. A forward's
+tokens wait until there are enough for one product; then they are added, and the mean's also go into the sketch. Tokens that
+are not finite at some depth are left out at all, and counted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from probes.sketch import Rows, Sketch, joined, sketched, token_index
+from probes.inputs import CaptureError
+from probes.moments import Block, Moments, added, together
+from probes.sketch import Growing, Places, Sketch, joined, placed, scores, token_index
 
-ADDED = 4096  # tokens in a block at most, since they are added in float32
-STRIP = 192  # features: whole strips left of the diagonal are not computed
-TINY = torch.finfo(torch.float32).tiny
+# Bytes of one depth's sums: all streams' beyond the first limit are left out, one view's beyond the second refused.
+ALL_STREAMS, ONE_VIEW = 2**25, 2**28
+TINY, HUGE = -126, 127  # exponents of float32
+MEAN = 0  # the view
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
-class Moments(NamedTuple):
-    """Count, mean and Σ (x − mean)(x − mean)ᵀ of some tokens, float64; what lies left of the diagonal is not meant."""
+class View(NamedTuple):
+    """The tokens of a forward at one depth, less a shift and over a size: all streams' mean, or one stream."""
 
-    count: torch.Tensor
-    mean_D: torch.Tensor
-    scatter_DD: torch.Tensor
+    deviation_tD: torch.Tensor  # float32, or float64 where products are to be exact
+    shift_D: torch.Tensor
 
 
 class Held(NamedTuple):
-    """A depth of the present forward, kept until its end: which tokens are heavy is known only then."""
+    """One depth of the present forward, kept until its end: which tokens are left out is known only then."""
 
     shape: torch.Size
-    rows: Rows
+    views: list[View]
+    size: torch.Tensor
     real_BT: torch.Tensor | None
+
+
+class Part(NamedTuple):
+    """Some depths of one width of a whole forward, waiting to be added."""
+
+    states: tuple[Held, ...]
+    real_t: torch.Tensor
+    score_t: torch.Tensor
+    index_t: torch.Tensor
+    lost: torch.Tensor  # tokens that are not finite at some depth
+    clean: bool  # nothing is known not to be finite, padding included
 
 
 class Streaming:
@@ -45,14 +64,26 @@ class Streaming:
 
     def __init__(self, first_index: int = 0) -> None:
         self.first_index = first_index
-        self.moments: dict[int, Moments] = {}
-        self.sketches: dict[tuple[int, ...], Sketch] = {}
+        self.moments: dict[tuple[int, int], Moments] = {}  # by depth and view
+        self.sketches: dict[tuple[int, ...], Sketch] = {}  # by depths
+        self.left_out: dict[tuple[int, ...], torch.Tensor] = {}
+        self.sequences: tuple[
+            tuple[int, int], ...
+        ] = ()  # first and behind the last, of those in the sketches
+        self.num_streams = 1
+        self.unseen_streams = ""  # why streams one by one are not
+        self._waiting: dict[tuple[int, ...], tuple[Part, ...]] = {}
         self._held: dict[int, Held] = {}
 
     def see_state(
-        self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None, mean_ND: torch.Tensor
+        self,
+        depth: int,
+        state_BTND: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        mean_ND: torch.Tensor,
+        largest_tN: torch.Tensor,
     ) -> None:
-        """Add one state.
+        """Look at one state.
 
         Parameters
         ----------
@@ -63,31 +94,48 @@ class Streaming:
         mask_BT : Tensor or None
             True on real tokens; None where all are real.
         mean_ND : Tensor
-            The mean of its real tokens, which products are taken about.
+            The mean of its real tokens, which products are taken about; not finite where one of them is not.
+        largest_tN : Tensor
+            The largest size of each token's features; 0 on padding.
+
+        Raises
+        ------
+        CaptureError
+            Where the state is too wide for moments of second order.
         """
-        shift_ND = mean_ND.to(torch.promote_types(state_BTND.dtype, torch.float32))
-        deviation = state_BTND.detach() - shift_ND  # stream by stream, where the difference is exact
-        deviation = deviation.mean(2) if deviation.shape[2] > 1 else deviation.squeeze(2)
-        if mask_BT is not None:
-            deviation = torch.where(mask_BT[..., None], deviation, 0.0)
-        deviation_tD, shift_D = deviation.flatten(0, 1).float(), shift_ND.double().mean(0)
-        size = torch.maximum(deviation_tD.amax(), -deviation_tD.amin()).clamp_min(TINY)
-        rows = Rows(
-            deviation_tD.mul_(size.reciprocal()), size.double(), shift_D
-        )  # no square vanishes or overflows
-        count = size.new_tensor(len(deviation_tD)) if mask_BT is None else mask_BT.sum()
-        self.moments[depth] = moments(rows, count.double())
-        self._held[depth] = Held(state_BTND.shape, rows, mask_BT)
+        shape, state = state_BTND.shape, state_BTND.detach()
+        _require_room(shape[3])
+        self.num_streams = shape[2]
+        finite_t = largest_tN.isfinite().all(1)
+        size = _size(torch.where(finite_t[:, None], largest_tN, 0.0).amax())
+        good_t = finite_t if mask_BT is None else finite_t & mask_BT.flatten()
+        wanted = torch.float64 if _exactly(depth) else torch.float32
+        shift_ND = _shift(state, mean_ND, good_t).to(torch.promote_types(state.dtype, wanted))
+        inverse = size.reciprocal().to(shift_ND.dtype)
+        near = torch.addcmul(-shift_ND * inverse, state, inverse).to(wanted)  # exact where offsets are large
+        mean = near.mean(2) if shape[2] > 1 else near.squeeze(2)
+        views = [View(mean.flatten(0, 1), shift_ND.double().mean(0))]
+        if shape[2] > 1 and not self._leaves_streams(shape):
+            views += [View(near[:, :, i].flatten(0, 1), shift_ND[i].double()) for i in range(shape[2])]
+        self._held[depth] = Held(shape, views, size, mask_BT)
+
+    def _leaves_streams(self, shape: torch.Size) -> bool:
+        needed = shape[2] * shape[3] ** 2 * 8
+        if needed <= ALL_STREAMS:
+            return False
+        self.unseen_streams = (
+            f"the sums of {shape[2]} streams of {shape[3]} features take {needed / 2**20:.0f} MiB a depth, "
+            f"more than {ALL_STREAMS / 2**20:.0f}: only their mean was streamed"
+        )
+        return True
 
     def end_forward(self) -> None:
-        """Sketch the depths of the forward together, each stage of one width and number of tokens by itself."""
-        for shape, stage in groupby(sorted(self._held), key=lambda depth: self._held[depth].shape):
+        """Let the depths of the forward wait together, those of each width and number of tokens by themselves."""
+        for _, stage in groupby(sorted(self._held), key=lambda depth: self._held[depth].shape):
             depths = tuple(stage)
-            held = [self._held[depth] for depth in depths]
-            index = token_index(self.first_index, shape[0], shape[1], held[0].rows.deviation_tD.device)
-            real = held[0].real_BT
-            rows = [part.rows for part in held]
-            self.sketches[depths] = sketched(rows, index, None if real is None else real.flatten())
+            part = _part([self._held[depth] for depth in depths], self.first_index)
+            self._waiting[depths] = (part,)
+            self.sequences = ((self.first_index, self.first_index + part.states[0].shape[0]),)
         self._held.clear()
 
     def joined(self, other: Streaming) -> Streaming:
@@ -103,62 +151,167 @@ class Streaming:
         Streaming
         """
         both = Streaming()
-        both.moments = self.moments | other.moments
-        for depth in self.moments.keys() & other.moments.keys():
-            both.moments[depth] = together(self.moments[depth], other.moments[depth])
-        both.sketches = self.sketches | other.sketches
-        for depths in self.sketches.keys() & other.sketches.keys():
-            both.sketches[depths] = joined(self.sketches[depths], other.sketches[depths])
-        return both
+        both.num_streams = max(self.num_streams, other.num_streams)
+        both.unseen_streams = self.unseen_streams or other.unseen_streams
+        both.moments = _joined(self.moments, other.moments, together)
+        both.sketches = _joined(self.sketches, other.sketches, joined)
+        both.sequences = _spans(self.sequences + other.sequences)
+        both.left_out = _joined(self.left_out, other.left_out, torch.add)
+        both._waiting = _joined(self._waiting, other._waiting, lambda a, b: a + b)
+        enough = [depths for depths, parts in both._waiting.items() if _enough(parts)]
+        return both._add(enough)
+
+    def settled(self) -> Streaming:
+        """The same with nothing waiting.
+
+        Returns
+        -------
+        Streaming
+        """
+        whole = Streaming().joined(self)
+        return whole._add(list(whole._waiting))
+
+    def sketch_of(self, depths: Sequence[int]) -> Sketch | None:
+        """The sketch of some depths.
+
+        Parameters
+        ----------
+        depths : sequence of int
+            The depths; nothing of theirs waits.
+
+        Returns
+        -------
+        Sketch or None
+            None where no sketch has seen every token of theirs: they were not always of one width and number of tokens.
+        """
+        key = next((key for key in self.sketches if set(depths) <= set(key)), None)
+        if key is None or float(self.sketches[key].count) != float(self.moments[depths[0], MEAN].count):
+            return None
+        sketch = self.sketches[key]
+        places = torch.tensor([key.index(depth) for depth in depths], device=sketch.signs_m.device)
+        return sketch._replace(buckets_LmD=sketch.buckets_LmD[places], heavy_LhD=sketch.heavy_LhD[places])
+
+    def _add(self, stages: Iterable[tuple[int, ...]]) -> Streaming:
+        """Add what waits at some depths."""
+        for depths in stages:
+            parts = self._waiting.pop(depths)
+            places = placed(
+                torch.cat([part.index_t for part in parts]),
+                torch.cat([part.real_t for part in parts]),
+                torch.cat([part.score_t for part in parts]),
+                tuple(len(part.index_t) for part in parts),
+            )
+            width = parts[0].states[0].shape[3]
+            growing = Growing(self.sketches.get(depths), places, len(depths), width)
+            for position, depth in enumerate(depths):
+                growing.add(position, self._add_depth(depth, parts, position, places))
+            self.sketches[depths] = growing.sketch
+            for part in parts:
+                self.left_out = _joined(self.left_out, {depths: part.lost}, torch.add)
+        return self
+
+    def _add_depth(self, depth: int, parts: tuple[Part, ...], position: int, places: Places) -> Block:
+        """Add the views of one depth to the moments; the mean's tokens."""
+        for view in reversed(range(len(parts[0].states[position].views))):
+            block = _block(parts, position, view, places)
+            held = self.moments.get((depth, view))
+            self.moments[depth, view] = added(held, block)
+        return block  # the mean's, which comes last
 
 
-def moments(rows: Rows, count: torch.Tensor) -> Moments:
-    """The moments of tokens near a shift.
-
-    Parameters
-    ----------
-    rows : Rows
-        The tokens less the shift; the nearer it is to their mean, the less is lost.
-    count : Tensor
-        How many are real.
-
-    Returns
-    -------
-    Moments
-    """
-    blocks = rows.deviation_tD.split(ADDED)
-    scatter, total_D = _product(blocks[0]).double(), blocks[0].sum(0).double()
-    for block in blocks[1:]:
-        scatter += _product(block)
-        total_D += block.sum(0)
-    away_D = total_D / count.clamp_min(1)
-    scatter = scatter.addr_(-total_D, away_D).mul_(rows.size.square())
-    return Moments(count, rows.shift_D + away_D * rows.size, scatter)
+def _require_room(width: int) -> None:
+    if width**2 * 8 > ONE_VIEW:
+        raise CaptureError(
+            f"streaming would keep {width**2 * 8 / 2**20:.0f} MiB at each depth for {width} features, more than "
+            f"{ONE_VIEW / 2**20:.0f}: capture without streaming=True, and read the metrics of the sampled tokens"
+        )
 
 
-def _product(block_tD: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of features on and right of the diagonal; in float64 where the user lets float32 be rounded further."""
-    exact = block_tD if torch.get_float32_matmul_precision() == "highest" else block_tD.double()
-    width = exact.shape[1]
-    upper = exact.new_zeros(width, width)
-    for start in range(0, width, STRIP):
-        upper[start : start + STRIP, start:] = exact[:, start : start + STRIP].T @ exact[:, start:]
-    return upper
+def _size(largest: torch.Tensor) -> torch.Tensor:
+    """The power of two above a size, float32."""
+    exponent = torch.frexp(largest)[1].clamp(TINY, HUGE)
+    return torch.ldexp(torch.ones_like(largest), exponent)
 
 
-def together(a: Moments, b: Moments) -> Moments:
-    """The moments of two parts of the tokens (Chan, Golub and LeVeque).
+def _shift(state_BTND: torch.Tensor, mean_ND: torch.Tensor, good_t: torch.Tensor) -> torch.Tensor:
+    """The mean; the last good token in its place where it is not finite, or else 0."""
+    last = (good_t * torch.arange(len(good_t), device=good_t.device)).argmax()
+    token_ND = state_BTND.flatten(0, 1)[last[None]].squeeze(0)
+    return torch.where(mean_ND.isfinite(), mean_ND, token_ND.double()).nan_to_num(0.0, 0.0, 0.0)
 
-    Parameters
-    ----------
-    a, b : Moments
-        Of the parts.
 
-    Returns
-    -------
-    Moments
-    """
-    count = a.count + b.count
-    share, apart_D = b.count / count.clamp_min(1), b.mean_D - a.mean_D
-    scatter = (a.scatter_DD + b.scatter_DD).addr_(a.count * share * apart_D, apart_D)
-    return Moments(count, a.mean_D + share * apart_D, scatter)
+def _part(states: list[Held], first_index: int) -> Part:
+    """What the depths of a stage show together: which tokens are left out, and which are heavy."""
+    B, T, *_ = states[0].shape
+    mask_BT, tokens = states[0].real_BT, states[0].views[MEAN].deviation_tD
+    rows = [held.views[MEAN].deviation_tD for held in states]
+    norms = [torch.linalg.vector_norm(x_tD, dim=1).to(tokens.device, torch.float32) for x_tD in rows]
+    norm_Lt = torch.stack(norms)
+    finite_t = norm_Lt.isfinite().all(0)
+    masked_t = torch.ones_like(finite_t) if mask_BT is None else mask_BT.flatten()
+    real_t = masked_t & finite_t
+    known = tokens.device.type == "cpu" and bool(finite_t.all())  # elsewhere asking would wait for the device
+    index_t = token_index(first_index, B, T, tokens.device)
+    return Part(tuple(states), real_t, scores(norm_Lt, real_t), index_t, (masked_t & ~finite_t).sum(), known)
+
+
+def _enough(parts: tuple[Part, ...]) -> bool:
+    """Whether the tokens that wait are as many numbers as the sums that they go into."""
+    width = parts[0].states[0].shape[3]
+    return sum(len(part.index_t) for part in parts) >= 2 * width
+
+
+def _exactly(depth: int) -> bool:
+    """Float64 for embeddings, where equal words are equal tokens, and where the user lets float32 be rounded further."""
+    return depth == 0 or torch.get_float32_matmul_precision() != "highest"
+
+
+def _block(parts: tuple[Part, ...], position: int, view: int, places: Places) -> Block:
+    """The tokens of one view that wait at a depth, one after another."""
+    views = [part.states[position].views[view] for part in parts]
+    near = views[0].deviation_tD.device
+    sizes = torch.stack([part.states[position].size for part in parts])
+    size = sizes.amax()
+    sign_t, real_t = places.sign_t.to(near), places.real_t.to(near)
+    signed_tD = views[0].deviation_tD.new_empty(len(sign_t), views[0].deviation_tD.shape[1])
+    rows = signed_tD.split(places.lengths)
+    for out, seen, share, sign, real, part in zip(
+        rows,
+        views,
+        sizes / size,
+        sign_t.split(places.lengths),
+        real_t.split(places.lengths),
+        parts,
+        strict=True,
+    ):
+        torch.mul(seen.deviation_tD, (sign * share).to(out.dtype)[:, None], out=out)
+        if not part.clean:
+            bits = out.view(torch.int32 if out.dtype == torch.float32 else torch.int64)
+            bits.bitwise_and_(real.to(bits.dtype).neg()[:, None])  # NaN times zero is NaN
+    shift_kD = torch.stack([seen.shift_D for seen in views])
+    return Block(
+        signed_tD,
+        sign_t.to(signed_tD.dtype),
+        places.lengths,
+        places.count_k.to(near),
+        shift_kD,
+        size.double(),
+    )
+
+
+def _joined(
+    a: dict[Key, Value], b: dict[Key, Value], rule: Callable[[Value, Value], Value]
+) -> dict[Key, Value]:
+    """Both, what is in both by the rule."""
+    return a | b | {key: rule(a[key], b[key]) for key in a.keys() & b.keys()}
+
+
+def _spans(spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The same numbers in as few spans as there are."""
+    found: list[tuple[int, int]] = []
+    for first, end in sorted(spans):
+        if found and first == found[-1][1]:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((first, end))
+    return tuple(found)

@@ -111,7 +111,7 @@ def synthetic_run(
         "sampling": {"max_sequences": samples, "seed": seed},
         "software": {"numpy": np.__version__},
     }
-    streamed = _streamed_statistics(np.stack(states)[:, mask].mean(2))
+    streamed = _streamed_statistics(np.stack(states)[:, mask])
     statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
 
@@ -136,24 +136,40 @@ def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr
     return xr.Dataset(variables, coords)
 
 
-def _streamed_statistics(x: np.ndarray) -> xr.Dataset:
-    """What streaming sums say of tokens (depth, token, feature), here from all of them at once."""
-    both = np.stack([x, x - x.mean(1, keepdims=True)])
-    values = np.zeros((*both.shape[:2], x.shape[-1]))
+def _eigenvalues(x: np.ndarray) -> np.ndarray:
+    """(2, …, feature): raw and centred, of tokens (…, token, feature)."""
+    both = np.stack([x, x - x.mean(-2, keepdims=True)])
+    values = np.zeros((*both.shape[:-2], x.shape[-1]))
     found = np.linalg.svd(both, compute_uv=False) ** 2
     values[..., : found.shape[-1]] = found
-    gram = both[1] @ both[1].transpose(0, 2, 1) * (1 - np.eye(x.shape[1]))
+    return values
+
+
+def _streamed_statistics(streams: np.ndarray) -> xr.Dataset:
+    """What streaming sums say of tokens (depth, token, stream, feature), here from all of them at once."""
+    x = streams.mean(2)
+    values, of_streams = _eigenvalues(x), _eigenvalues(streams.swapaxes(1, 2))
+    away = x - x.mean(1, keepdims=True)
+    gram = away @ away.transpose(0, 2, 1) * (1 - np.eye(x.shape[1]))
     hsic = np.array([[similarity.hsic1(k, q) for q in gram] for k in gram])
     depths = np.arange(len(x))
     variables = {
         "streamed_count": ("depth", np.full(len(x), float(x.shape[1]))),
         "eigenvalue": (schema.SPECTRUM, values),
         "eigenvalue_shaken": (schema.SPECTRUM, values),
+        "stream_eigenvalue": (schema.STREAM_SPECTRUM, of_streams),
+        "stream_eigenvalue_shaken": (schema.STREAM_SPECTRUM, of_streams),
         "hsic": (("depth", "other_depth"), hsic),
         "hsic_without": (("group", "depth", "other_depth"), hsic * np.ones((4, 1, 1))),
     }
     centering = np.array(["raw", "centred"], dtype=object)
-    return xr.Dataset(variables, {"depth": depths, "other_depth": depths, "centering": centering})
+    coords = {
+        "depth": depths,
+        "other_depth": depths,
+        "centering": centering,
+        "stream": np.arange(streams.shape[2]),
+    }
+    return xr.Dataset(variables, coords)
 
 
 @pytest.fixture(scope="session")

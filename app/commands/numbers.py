@@ -86,7 +86,7 @@ def analyze(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : Namespace
-        ``run, metrics, out, json`` and the slice.
+        ``run, metrics, jackknife, out, json`` and the slice.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def analyze(args: argparse.Namespace) -> int:
     with working(f"analysing {args.run}") as progress:
         run.load()
         run.close()
-        analysis = diagnostics.analyze(run, metrics=names, progress=progress)
+        analysis = diagnostics.analyze(run, metrics=names, jackknife=args.jackknife, progress=progress)
     written = _write_metrics(run, analysis, args, complete=names is None)
     analysed = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **_metric_nodes(analysis)})
     readings = read_runs({without_ending(Path(args.run).name): analysed})

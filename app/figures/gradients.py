@@ -1,4 +1,4 @@
-"""How large are the states, their gradients and the steps of the weights? Norms on a log axis, and the backward gain."""
+"""How large are the states, their gradients and the steps of the weights? Norms, what each step adds, weights."""
 
 from functools import partial
 from typing import Any
@@ -8,14 +8,16 @@ from app.figures.specification import Analyses, FigureKind, Lines, Selection
 
 __all__ = ["KINDS"]
 
-_PROFILES = (
+_REDUCTION = "The loss reduction of the run scales the whole curve."
+
+_STATES = (
     Profile(
         "gradient_norm",
         "Gradient norm across depth",
         "‖∂loss / ∂state‖",
         "gradient_norm",
         log_y=True,
-        note="The loss reduction of the run scales the whole curve.",
+        note=_REDUCTION,
     ),
     Profile(
         "backward_gain",
@@ -35,6 +37,54 @@ _PROFILES = (
         note="Root mean square over tokens.",
     ),
     Profile(
+        "gradient_rank",
+        "Rank of the gradients across depth",
+        "effective rank",
+        "gradient_rank",
+        note="How many directions the gradients of the tokens use.",
+    ),
+    Profile(
+        "gradient_cosine",
+        "Agreement of the gradients across depth",
+        "mean cosine of two gradients",
+        "gradient_cosine",
+    ),
+)
+
+_PROPAGATION = (
+    Profile(
+        "channel_squared_mean",
+        "What all tokens share: squared mean of a channel",
+        "mean over channels of μ²",
+        "channel_squared_mean",
+        log_y=True,
+    ),
+    Profile(
+        "channel_variance",
+        "What tells tokens apart: variance of a channel",
+        "mean over channels of σ²",
+        "channel_variance",
+        log_y=True,
+    ),
+    Profile(
+        "branch_variance",
+        "Variance of what each step adds",
+        "mean over channels of σ²",
+        "branch_variance",
+        log_y=True,
+    ),
+    Profile(
+        "branch_share",
+        "Size of what each step adds",
+        "‖added‖ / ‖state before‖",
+        "branch_share",
+        log_y=True,
+        note="Near 0: the step hardly changes the state.",
+    ),
+)
+
+_WEIGHTS = (
+    Profile(
         "update_ratio",
         "How far one step moves each module",
         "‖ΔW‖ / ‖W‖",
@@ -50,8 +100,18 @@ _PROFILES = (
         "weight_gradient_ratio",
         along="weight",
         log_y=True,
-        note="The loss reduction of the run scales the whole curve.",
+        note=_REDUCTION,
     ),
+    Profile(
+        "weight_gradient_norm",
+        "Gradient norm of each module",
+        "‖∂loss / ∂W‖",
+        "weight_gradient_norm",
+        along="weight",
+        log_y=True,
+        note=_REDUCTION,
+    ),
+    Profile("weight_norm", "Norm of each module", "‖W‖", "weight_norm", along="weight", log_y=True),
 )
 
 
@@ -74,14 +134,15 @@ def build(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
     return build_profile(profile, analyses, Selection.of(selection))
 
 
-KINDS = tuple(
-    FigureKind(
-        p.name,
-        p.title,
-        "gradients",
-        (p.metric,),
-        partial(build, p),
-        ("axis", "step") if p.along == "weight" else ("stream", "axis", "step"),
+def _kind(profile: Profile, section: str) -> FigureKind:
+    uses = ("axis", "step") if profile.along == "weight" else ("stream", "axis", "step")
+    return FigureKind(
+        profile.name, profile.title, "gradients", (profile.metric,), partial(build, profile), uses, section
     )
-    for p in _PROFILES
+
+
+KINDS = (
+    *(_kind(profile, "States and gradients") for profile in _STATES),
+    *(_kind(profile, "Signal propagation") for profile in _PROPAGATION),
+    *(_kind(profile, "Weights") for profile in _WEIGHTS),
 )

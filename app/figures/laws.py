@@ -14,7 +14,17 @@ from app.figures.specification import Array, Line
 if TYPE_CHECKING:
     from diagnostics.theory import Law, Overlay
 
-__all__ = ["law_lines", "law_sources", "law_words", "laws_beside", "missing_laws", "null_words", "reach"]
+__all__ = [
+    "FLAT",
+    "apart",
+    "law_lines",
+    "law_sources",
+    "law_words",
+    "laws_beside",
+    "missing_laws",
+    "null_words",
+    "reach",
+]
 
 
 def laws_beside(curve: xr.DataArray, data: xr.Dataset, metric: str) -> list[Overlay]:
@@ -143,14 +153,47 @@ def null_words(metric: str) -> str:
     -------
     str
     """
+    from diagnostics.catalogue import CATALOGUE
+
+    entry = CATALOGUE.get(metric)
+    told = (getattr(entry.null, "__doc__", "") or "") if entry is not None and callable(entry.null) else ""
+    what = told.partition("\n")[0].partition("; NaN")[0].rstrip(".") or "independent noise of the same shape"
+    what = what if what[1:2].isupper() else what[0].lower() + what[1:]
     given = f" by the {law.label}" if (law := _null_law(metric)) else ""
-    return f"Dashed: the null, independent noise of the same shape{given}."
+    return f"Dashed: the null, {what}{given}."
 
 
 def _null_law(metric: str) -> Law | None:
     from diagnostics.theory import null_law
 
     return null_law(metric)
+
+
+FLAT = 1e-4
+"""Values that differ by a smaller share than this are one value: their axis must not blow rounding up."""
+
+
+def apart(low: float, high: float) -> tuple[float, float]:
+    """Ends of an axis, moved apart where hardly anything lies between them.
+
+    Parameters
+    ----------
+    low, high : float
+        Lowest and highest value.
+
+    Returns
+    -------
+    tuple of float
+
+    Examples
+    --------
+    >>> apart(1.0, 2.0), apart(2.0, 2.0)
+    ((1.0, 2.0), (1.9, 2.1))
+    """
+    size = max(abs(low), abs(high))
+    if high - low >= FLAT * size:
+        return low, high
+    return low - 0.05 * size, high + 0.05 * size
 
 
 def reach(measured: Array, theory: Array, log_y: bool) -> tuple[float, float]:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from app.figures.captions import basis_words, constant_null, sample_words
+from app.figures.laws import apart
 from app.figures.specification import Analyses, Array, Heatmap, Selection
 from app.figures.values import fed, names_of, positions
 from app.figures.words import counted, describe_matrix, dims_of, label_of, left_out, reduction_of
+from app.quantity import number
 
 __all__ = ["Matrix", "build_matrix"]
 
@@ -32,6 +35,10 @@ class Matrix:
         Logarithmic colour scale.
     below : bool
         Only what lies below the diagonal exists: a reader has nothing to read from itself or from later ones.
+    error : str
+        Variable that holds the standard error of every cell, where it is not ``<metric>_stderr``.
+    counts : bool
+        Whether the number rests on the sampled tokens, so that the caption counts them.
     note : str
         Sentence that ends the caption.
     """
@@ -47,7 +54,14 @@ class Matrix:
     limits: tuple[float | None, float | None] | None = None
     log_z: bool = False
     below: bool = False
+    error: str = ""
+    counts: bool = True
     note: str = ""
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Variables beside the metric that are told where there are some."""
+        return (self.error,) if self.error else ()
 
 
 def build_matrix(matrix: Matrix, analyses: Analyses, choice: Selection) -> Heatmap:
@@ -109,10 +123,13 @@ def _slice(matrix: Matrix, analyses: Analyses, choice: Selection) -> tuple[str, 
 def _limits(matrix: Matrix, z: Array) -> tuple[float, float] | None:
     """Ends of the colour scale; widened where the data leave them, so that nothing is clipped."""
     known = z[np.isfinite(z)]
-    if matrix.limits is None or known.size == 0:
+    if known.size == 0:
         return None
-    low, high = matrix.limits
     lowest, highest = float(known.min()), float(known.max())
+    if matrix.limits is None:
+        moved = apart(lowest, highest)
+        return None if moved == (lowest, highest) else moved
+    low, high = matrix.limits
     return (lowest if low is None else min(low, lowest), highest if high is None else max(high, highest))
 
 
@@ -130,8 +147,10 @@ def _caption(matrix: Matrix, analyses: Analyses, choice: Selection, run: str) ->
     one = {run: analyses[run]}
     dims = dims_of(one, matrix.metric)
     parts = [f"Run {run}", reduction_of(dims, choice), _direction(dims, choice)]
-    parts.append(counted(one, choice, choice.scope if "scope" in dims else "data"))
-    said = ["; ".join(part for part in parts if part) + ".", matrix.note, _null(matrix, one, choice)]
+    if matrix.counts:
+        parts.append(counted(one, choice, choice.scope if "scope" in dims else "data"))
+    said = ["; ".join(part for part in parts if part) + ".", matrix.note, _error(matrix, one, choice)]
+    said += [_null(matrix, one, choice), basis_words(one, matrix.metric), sample_words(one, matrix.metric)]
     able = {name for name, _, _ in fed(analyses, matrix.metric, choice, **_fixed(choice))}
     return " ".join(part for part in [*said, left_out(analyses, able)] if part)
 
@@ -148,9 +167,20 @@ def _direction(dims: set[str], choice: Selection) -> str:
     return "forward" if choice.direction == "both" else choice.direction
 
 
+def _error(matrix: Matrix, one: Analyses, choice: Selection) -> str:
+    """Sentence with the standard error of the cells, where the analysis has one."""
+    name = matrix.error or f"{matrix.metric}_stderr"
+    for _, _, error in fed(one, name, choice, **_fixed(choice)):
+        known = _off_diagonal(np.asarray(error.values, dtype=np.float64))
+        known = known[np.isfinite(known)]
+        if known.size:
+            return f"Standard error of a cell: {number(float(np.median(known)))}, at most {number(float(known.max()))}."
+    return ""
+
+
 def _null(matrix: Matrix, one: Analyses, choice: Selection) -> str:
     """Sentence with the value that independent noise of the same shape would give."""
     for _, _, null in fed(one, f"{matrix.metric}_null", choice):
         if null.ndim == 0:
-            return f"Independent noise of the same shape would give {float(null):.3g}."
-    return ""
+            return f"Independent noise of the same shape would give {number(float(null))}."
+    return constant_null(one, matrix.metric)

@@ -1,4 +1,4 @@
-"""What do the connections do to the streams? Gains, composites, spectra and the collapse of their product."""
+"""What do the connections do to the streams? Gains, collapse of the streams, spectra, and who reads whom."""
 
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ def _along(name: str, title: str, y_label: str, **more: Any) -> Profile:
     return Profile(name, title, y_label, name, along="connection", **more)
 
 
-_PROFILES = (
+_GAINS = (
     (
         _along(
             "mixing_gain",
@@ -47,23 +47,15 @@ _PROFILES = (
     ),
     (
         _along(
-            "mixing_singular_value",
-            "Singular values of each connection",
-            "singular value of H_res",
-            over="component",
-            note="Depends on the stream basis.",
+            "composite_attenuation",
+            "Attenuation of the composite",
+            "least sum of the product",
+            over="direction",
+            log_y=True,
+            thresholds=((0.5, "attenuated: 0.5"),),
+            note="Smallest signed row sum (forward) or column sum (backward) of the product: the gain hides it.",
         ),
-        _REDUCED,
-    ),
-    (
-        _along(
-            "deflated_gain",
-            "Stream collapse of the composite",
-            "log₁₀ σ₁ of the product on 1⊥",
-            thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
-            note="Below −2 every stream carries the same signal.",
-        ),
-        _REDUCED,
+        _GAIN_USES,
     ),
     (
         _along(
@@ -79,11 +71,124 @@ _PROFILES = (
     ),
     (
         _along(
+            "operator_gain",
+            "Operator norms of each connection",
+            "norm of H_res",
+            over="norm",
+            log_y=True,
+            thresholds=_GAIN_LIMITS,
+            note="Without the cancellation that signed sums can hide.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "composite_operator_gain",
+            "Operator norms of the composite",
+            "norm of the product",
+            over="norm",
+            log_y=True,
+            thresholds=_GAIN_LIMITS,
+        ),
+        _REDUCED,
+    ),
+)
+
+_SPECTRA = (
+    (
+        _along(
+            "mixing_singular_value",
+            "Singular values of each connection",
+            "singular value of H_res",
+            over="component",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "mixing_eigenvalue_modulus",
+            "Eigenvalues of each connection",
+            "|eigenvalue| of H_res",
+            over="component",
+            component="|λ{}|",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
             "composite_singular_value",
             "Singular values of the composite",
             "singular value of the product",
             over="component",
             log_y=True,
+        ),
+        _REDUCED,
+    ),
+    (
+        Profile(
+            "lyapunov_spectrum",
+            "Lyapunov exponents of the composite",
+            "growth",
+            "lyapunov_spectrum",
+            along="component",
+            thresholds=((0.0, "kept: 0"),),
+            note="Of the whole product; below 0 a difference between streams dies with depth.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along("condition_number", "Condition number of each connection", "σ₁ / σₙ", log_y=True),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "henrici",
+            "Departure from normality of each connection",
+            "√(‖H‖² − Σ|λ|²)",
+            note="0 for a normal matrix; above it, powers can grow before they settle.",
+        ),
+        _REDUCED,
+    ),
+    (_along("numerical_radius", "Numerical radius of each connection", "r(H_res)"), _REDUCED),
+)
+
+_STREAMS = (
+    (
+        _along(
+            "deflated_gain",
+            "Stream collapse of the composite",
+            "log₁₀ σ₁ of the product on 1⊥",
+            thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
+            reference=("replayed_deflated_gain", "initialisation and weight decay alone"),
+            note="Below −2 every stream carries the same signal.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "effective_streams",
+            "Effective streams between earlier and later connections",
+            "effective streams",
+            thresholds=((1.5, "one dominant stream: 1.5"),),
+            note="At the cut before each connection.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "spectral_gap",
+            "Spectral gap of each connection",
+            "1 − |λ₂|",
+            note="0 keeps the streams apart, 1 makes them equal at once.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "dobrushin",
+            "Dobrushin coefficient of each connection",
+            "τ(H_res)",
+            note="The most that a difference between streams may keep: 1 for the identity, 0 for uniform mixing.",
         ),
         _REDUCED,
     ),
@@ -106,6 +211,24 @@ _PROFILES = (
         _REDUCED,
     ),
     (
+        _along(
+            "initial_distance",
+            "How far training moved each connection",
+            "‖H_res − initial‖ / √n",
+            note="From the matrix of the initial static logits.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "replay_distance",
+            "What weight decay alone does not explain",
+            "‖H_res − replayed‖ / √n",
+            note="Distance from what weight decay alone makes of the initial static logits.",
+        ),
+        _REDUCED,
+    ),
+    (
         _along("read_share", "What each sublayer reads", "share of the read weight", over="stream"),
         ("axis", "step"),
     ),
@@ -115,38 +238,52 @@ _PROFILES = (
     ),
 )
 
-_MAPS = (
+_PATHS = (
     (
-        Matrix(
-            "pair_gain",
-            "Gain between every two connections",
-            "Amax gain",
-            "pair_gain",
-            rows="other_connection",
-            columns="connection",
-            x_label="from connection",
-            y_label="through connection",
-            log_z=True,
-            note="Largest over tokens; product of H_res from the one through the other.",
+        _along(
+            "effective_path_depth",
+            "How far back each sublayer reads",
+            "mean distance of what is read",
         ),
-        ("direction", "axis", "step", "run"),
+        ("axis", "step"),
     ),
     (
-        Matrix(
-            "depth_kernel",
-            "Which sublayer reads which",
-            "mean |M|",
-            "depth_kernel",
-            rows="connection",
-            columns="other_connection",
-            x_label="source: output of connection",
-            y_label="reader: input of connection",
-            below=True,
-            limits=(0.0, None),
-            note="Does not depend on the stream basis; mean over tokens.",
+        _along(
+            "read_mass",
+            "How much of each sublayer's output is read",
+            "Σ |M| over later readers",
+            log_y=True,
+            note="Near 0: a wasted layer.",
         ),
-        ("axis", "step", "run"),
+        ("axis", "step"),
     ),
+)
+
+_PAIR_GAIN = Matrix(
+    "pair_gain",
+    "Gain between every two connections",
+    "Amax gain",
+    "pair_gain",
+    rows="other_connection",
+    columns="connection",
+    x_label="from connection",
+    y_label="through connection",
+    log_z=True,
+    note="Product of H_res from the one through the other.",
+)
+
+_DEPTH_KERNEL = Matrix(
+    "depth_kernel",
+    "Which sublayer reads which",
+    "mean |M|",
+    "depth_kernel",
+    rows="connection",
+    columns="other_connection",
+    x_label="source: output of connection",
+    y_label="reader: input of connection",
+    below=True,
+    limits=(0.0, None),
+    note="Does not depend on the stream basis; mean over tokens.",
 )
 
 
@@ -188,11 +325,24 @@ def build_map(matrix: Matrix, analyses: Analyses, **selection: Any) -> Heatmap:
     return build_matrix(matrix, analyses, Selection.of(selection))
 
 
-_LINES = tuple(
-    FigureKind(p.name, p.title, "mixing", (p.metric,), partial(build_line, p), uses) for p, uses in _PROFILES
-)
-_HEAT = tuple(
-    FigureKind(m.name, m.title, "mixing", (m.metric,), partial(build_map, m), uses) for m, uses in _MAPS
-)
+def _lines(profiles: tuple[tuple[Profile, tuple[str, ...]], ...], section: str) -> tuple[FigureKind, ...]:
+    return tuple(
+        FigureKind(p.name, p.title, "mixing", (p.metric,), partial(build_line, p), uses, section, p.also)
+        for p, uses in profiles
+    )
 
-KINDS = (*_LINES[:5], *_HEAT, *_LINES[5:])
+
+def _map(matrix: Matrix, uses: tuple[str, ...], section: str) -> FigureKind:
+    return FigureKind(
+        matrix.name, matrix.title, "mixing", (matrix.metric,), partial(build_map, matrix), uses, section
+    )
+
+
+KINDS = (
+    *_lines(_GAINS, "Gains"),
+    _map(_PAIR_GAIN, ("direction", "reduction", "axis", "step", "run"), "Gains"),
+    *_lines(_STREAMS, "Streams"),
+    *_lines(_SPECTRA, "Spectra"),
+    _map(_DEPTH_KERNEL, ("axis", "step", "run"), "Paths"),
+    *_lines(_PATHS, "Paths"),
+)

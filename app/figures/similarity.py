@@ -1,9 +1,12 @@
 """How alike are the states of two depths? CKA and angles between every two, and from each to the next."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from app.figures.matrix import Matrix, build_matrix
 from app.figures.profile import Profile, build_profile
@@ -79,8 +82,45 @@ def build_step_angle(profile: Profile, analyses: Analyses, **selection: Any) -> 
         line.values[0] = float("nan")
         line.values[1:] = shifted
         stepped = line.expand_dims("step") if "step" in line.coords else line
-        beside[run] = data.assign({profile.metric: stepped})
+        beside[run] = data.drop_vars(f"{profile.metric}_stderr", errors="ignore").assign(
+            {profile.metric: stepped}
+        )
     return build_profile(profile, beside, choice)
+
+
+def build_adjacent_cka(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
+    """CKA of each depth with the one before, sampled and, of every token, streamed.
+
+    Parameters
+    ----------
+    profile : Profile
+        What to draw; its twin is cut from the streamed matrix.
+    analyses : mapping
+        Run name → analysis.
+    **selection : str or int
+        Fields of `Selection`.
+
+    Returns
+    -------
+    Lines
+    """
+    choice = Selection.of(selection)
+    beside = {run: _with_adjacent_twin(data, profile.twin) for run, data in analyses.items()}
+    shown = profile if choice.estimator == "unbiased" else replace(profile, twin="")
+    return build_profile(shown, beside, choice)
+
+
+def _with_adjacent_twin(data: xr.Dataset, name: str) -> xr.Dataset:
+    """The analysis with the subdiagonal of the streamed CKA and of its error under the name of the twin."""
+    found = {}
+    for variable, twin in (("streamed_cka", name), ("streamed_cka_error", f"{name}_stderr")):
+        if variable in data:
+            matrix = data[variable].transpose(..., "depth", "other_depth")
+            line = matrix.isel(other_depth=0, drop=True).astype(float).copy()
+            line.values[...] = np.nan
+            line.values[..., 1:] = np.diagonal(matrix.values, offset=-1, axis1=-2, axis2=-1)
+            found[twin] = line
+    return data.assign(found)
 
 
 def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) -> Lines:
@@ -131,11 +171,13 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
 
 
 _by_depth = partial(Matrix, rows="depth", columns="other_depth", x_label="depth", y_label="depth")
+_BOUNDED = (0.0, 1.0)
+_USES = ("tokens", "axis", "step", "run")
 
 _MAPS = (
     (
-        _by_depth("cka", "CKA of every two depths", "linear CKA", "cka", limits=(0.0, 1.0)),
-        ("estimator", "tokens", "axis", "step", "run"),
+        _by_depth("cka", "CKA of every two depths", "linear CKA", "cka", limits=_BOUNDED),
+        ("estimator", *_USES),
     ),
     (
         _by_depth(
@@ -146,14 +188,54 @@ _MAPS = (
             limits=(0.0, None),
             note="Mean over tokens.",
         ),
-        ("tokens", "axis", "step", "run"),
+        _USES,
     ),
+    (
+        _by_depth(
+            "streamed_cka",
+            "CKA of every two depths, every token",
+            "linear CKA",
+            "streamed_cka",
+            limits=_BOUNDED,
+            error="streamed_cka_error",
+            counts=False,
+            note="From streamed sums over every token seen.",
+        ),
+        ("axis", "step", "run"),
+    ),
+    *(
+        (_by_depth(name, f"{title} of every two depths", z_label, name, limits=limits), _USES)
+        for name, title, z_label, limits in (
+            ("rbf_cka", "RBF CKA", "RBF CKA", _BOUNDED),
+            ("svcca", "SVCCA", "mean canonical correlation", _BOUNDED),
+            ("pwcca", "PWCCA", "weighted canonical correlation", _BOUNDED),
+            ("procrustes", "Procrustes distance", "Procrustes distance", (0.0, None)),
+            ("rsa", "RSA", "correlation of distances", (None, 1.0)),
+            ("mutual_knn", "Mutual nearest neighbours", "share of neighbours", _BOUNDED),
+            ("cknna", "CKNNA", "CKNNA", (None, 1.0)),
+        )
+    ),
+)
+
+_ADJACENT_CKA = Profile(
+    "adjacent_cka",
+    "CKA with the depth before",
+    "linear CKA with depth − 1",
+    "adjacent_cka",
+    twin="streamed_adjacent_cka",
 )
 
 _ADJACENT = (
     (
-        Profile("adjacent_cka", "CKA with the depth before", "linear CKA with depth − 1", "adjacent_cka"),
-        ("estimator", "tokens", "axis", "step"),
+        Profile(
+            "adjacent_cosine",
+            "Cosine with the depth before",
+            "cos(x at depth − 1, x)",
+            "adjacent_cosine",
+            around="adjacent_cosine_band",
+            note="The residual stream turns where it is low.",
+        ),
+        ("stream", "axis", "step"),
     ),
     (
         Profile(
@@ -175,6 +257,15 @@ _ADJACENT = (
         ),
         ("axis", "step"),
     ),
+    (
+        Profile(
+            "stream_cka",
+            "CKA between streams across depth",
+            "mean linear CKA of two streams",
+            "stream_cka",
+        ),
+        ("estimator", "axis", "step"),
+    ),
 )
 
 _STEP_ANGLE = Profile(
@@ -185,21 +276,32 @@ _STEP_ANGLE = Profile(
     note="Mean over tokens; near 0: the block does nothing.",
 )
 
+
+def _line_kind(
+    profile: Profile, build: Callable[..., Lines], uses: tuple[str, ...], also: tuple[str, ...] = ()
+) -> FigureKind:
+    return FigureKind(
+        profile.name,
+        profile.title,
+        "similarity",
+        (profile.metric,),
+        partial(build, profile),
+        uses,
+        also=also or profile.also,
+    )
+
+
 KINDS = (
     *(
-        FigureKind(m.name, m.title, "similarity", (m.metric,), partial(build_map, m), uses)
+        FigureKind(m.name, m.title, "similarity", (m.metric,), partial(build_map, m), uses, also=m.also)
         for m, uses in _MAPS
     ),
-    *(
-        FigureKind(p.name, p.title, "similarity", (p.metric,), partial(build_line, p), uses)
-        for p, uses in _ADJACENT
+    _line_kind(
+        _ADJACENT_CKA,
+        build_adjacent_cka,
+        ("estimator", "tokens", "axis", "step"),
+        ("streamed_cka", "streamed_cka_error"),
     ),
-    FigureKind(
-        _STEP_ANGLE.name,
-        _STEP_ANGLE.title,
-        "similarity",
-        (_STEP_ANGLE.metric,),
-        partial(build_step_angle, _STEP_ANGLE),
-        ("tokens", "axis", "step"),
-    ),
+    *(_line_kind(profile, build_line, uses) for profile, uses in _ADJACENT),
+    _line_kind(_STEP_ANGLE, build_step_angle, ("tokens", "axis", "step")),
 )

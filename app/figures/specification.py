@@ -29,6 +29,8 @@ class Line:
         that colour, dotted grey. Theory moves the axes a little, never far.
     lower, upper : numpy.ndarray or None
         Uncertainty or spread around `y`.
+    error : numpy.ndarray or None
+        Standard error of `y` where the band is a spread; drawn as whiskers.
     group : str
         Name of the run that the line belongs to; empty for thresholds.
     text : sequence of str or None
@@ -43,6 +45,7 @@ class Line:
     role: Literal["measured", "null", "theory", "threshold"] = "measured"
     lower: Array | None = None
     upper: Array | None = None
+    error: Array | None = None
     group: str = ""
     text: Sequence[str] | None = None
     law: str = ""
@@ -61,6 +64,7 @@ class Lines:
     y_label: str
     lines: tuple[Line, ...]
     log_y: bool = False
+    log_x: bool = False
     healthy: tuple[float, float] | None = None
     caption: str = ""
     alt: str = ""
@@ -109,6 +113,8 @@ class Selection:
         Training step; None is the last one.
     run : str or None
         The run that a heat map shows; None is the first one that can feed it.
+    depths : tuple of int or None
+        Depths whose spectra are shown; None is five from the first to the last.
     """
 
     scope: str = "sequence"
@@ -121,6 +127,7 @@ class Selection:
     axis: str = "depth"
     step: int | None = None
     run: str | None = None
+    depths: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, choices: Mapping[str, Any]) -> "Selection":
@@ -180,6 +187,10 @@ class FigureKind:
         `(analyses, **selection) -> Figure`.
     uses : tuple of str
         The selection fields that change it.
+    section : str
+        Heading of the figures of one page that belong together.
+    also : tuple of str
+        Further variables that it draws where the analysis holds them: a band, a streamed twin.
     """
 
     name: str
@@ -188,3 +199,5 @@ class FigureKind:
     needs: tuple[str, ...]
     build: Callable[..., Figure]
     uses: tuple[str, ...] = field(default=("step",))
+    section: str = ""
+    also: tuple[str, ...] = ()

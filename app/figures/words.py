@@ -109,6 +109,7 @@ def counted(analyses: Analyses, choice: Selection, scope: str) -> str:
     if not known:
         return ""
     low, high = min(known), max(known)
+    low, high = round(low, 1), round(high, 1)
     count = f"{high:g}" if low == high else f"{low:g} to {high:g}"
     return f"N = {count} tokens" + (" a sequence" if scope == "sequence" else "")
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from app.figures.laws import reach
+from app.figures.laws import apart, reach
 from app.figures.specification import Line, Lines
 from app.printed.style import Width, plain, plain_ticks, whole, wrapped
 
@@ -24,6 +24,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.
 HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
 THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
+LONGEST_INSIDE = 28  # letters
 LEGEND_INSIDE = 4  # more entries than these hide the curves, and go below the axes, still inside the figure
 
 
@@ -43,11 +44,12 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     """
     measured = [line for line in figure.lines if line.role == "measured"]
     looks = _looks(measured)
-    entries = len(measured) + len({(line.role, line.law) for line in figure.lines} - {("measured", "")})
-    canvas = Canvas(figsize=(size.inches, _height(size, entries)), layout="constrained")
+    canvas = Canvas(figsize=(size.inches, _height(size, _entries(figure, measured))), layout="constrained")
     axes = canvas.add_subplot()
     if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
         axes.set_yscale("log", nonpositive="mask")
+    if figure.log_x:
+        axes.set_xscale("log", nonpositive="mask")
     _draw_roles(axes, figure, looks, ("measured", "null"))
     _limit(axes, figure)
     _draw_roles(axes, figure, looks, ("theory",))
@@ -58,10 +60,26 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     return canvas
 
 
-def _height(size: Width, entries: int) -> float:
-    columns = max(1, int(size.inches // 1.6))
-    below = math.ceil(entries / columns) if entries > LEGEND_INSIDE else 0
+def _entries(figure: Lines, measured: Sequence[Line]) -> list[str]:
+    """What the legend may list, before the axes are drawn: some thresholds are named there instead."""
+    others = {(line.role, line.law or line.role) for line in figure.lines if line.role != "measured"}
+    return [*(line.label for line in measured), *(label for _, label in sorted(others))]
+
+
+def _height(size: Width, entries: Sequence[str]) -> float:
+    below = 0 if _fits_inside(entries) else math.ceil(len(entries) / _num_columns(entries, size))
     return _axes_height(size) + below * 1.45 * size.points / 72
+
+
+def _fits_inside(entries: Sequence[str]) -> bool:
+    """Whether a legend hides little of the curves: few entries, and short ones."""
+    return len(entries) <= LEGEND_INSIDE and max(map(len, entries), default=0) <= LONGEST_INSIDE
+
+
+def _num_columns(entries: Sequence[str], size: Width) -> int:
+    """Columns of a legend below the axes, so that the longest entry fits: a letter is half an em, a handle four."""
+    across = (0.5 * max(map(len, entries)) + 4.5) * (size.points - 1) / 72
+    return max(1, min(int(size.inches // across), int(size.inches // 1.6)))
 
 
 def _axes_height(size: Width) -> float:
@@ -106,6 +124,8 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
         axes.fill_between(
             line.x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0, zorder=2
         )
+    if line.error is not None:
+        axes.errorbar(line.x, line.y, line.error, fmt="none", ecolor=look["color"], elinewidth=0.6, zorder=2)
 
 
 def _draw_roles(
@@ -126,10 +146,11 @@ def _draw_roles(
 
 def _limit(axes: Axes, figure: Lines) -> None:
     """Limits set by what was measured, not by far laws and thresholds; ticks as plain as they can be."""
-    if all(whole(line.x) for line in figure.lines):
+    if not figure.log_x and all(whole(line.x) for line in figure.lines):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.02)
     axes.autoscale_view()
+    _move_apart(axes, figure)
     if any(line.role == "theory" for line in figure.lines):
         _make_room(axes, figure)
     low, high = axes.get_ylim()
@@ -138,6 +159,19 @@ def _limit(axes: Axes, figure: Lines) -> None:
             axes.set_ylim(*_around(line.y[0], axes))
     if axes.get_yscale() == "log":
         plain_ticks(axes.yaxis, *axes.get_ylim())
+
+
+def _move_apart(axes: Axes, figure: Lines) -> None:
+    """Limits around curves that are flat but for rounding."""
+    lines = [line for line in figure.lines if line.role in ("measured", "null")]
+    values = np.concatenate(
+        [part for line in lines for part in (line.y, line.lower, line.upper) if part is not None]
+    )
+    values = values[np.isfinite(values)]
+    if values.size:
+        low, high = float(values.min()), float(values.max())
+        if apart(low, high) != (low, high):
+            axes.set_ylim(*apart(low, high))
 
 
 def _make_room(axes: Axes, figure: Lines) -> None:
@@ -234,8 +268,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
         labels.append(law)
     if len(handles) < 2:
         return
-    if len(handles) <= LEGEND_INSIDE:
+    if _fits_inside(labels):
         axes.legend(handles, labels, loc="best")
     else:
-        columns = max(1, int(size.inches // 1.6))
-        canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
+        canvas.legend(handles, labels, loc="outside lower center", ncols=_num_columns(labels, size))

@@ -48,6 +48,9 @@ def to_plotly(
     return drawn
 
 
+_LOG = {"type": "log", "exponentformat": "power", "tickfont": {"size": 11}}
+
+
 def _layout(figure: Figure) -> dict[str, Any]:
     """Quiet axes on a transparent page; `uirevision` keeps zoom and hidden lines when the data change."""
     axis = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "ticks": "", "automargin": True}
@@ -55,7 +58,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
     y_axis = {**axis, "title": {"text": figure.y_label, "standoff": 6, "font": {"size": 12.5}}}
     if isinstance(figure, Lines):
         return _frame(figure) | {
-            "xaxis": {**x_axis, "showgrid": False, **_whole_ticks(figure)},
+            "xaxis": {**x_axis, "showgrid": False, **(_LOG if figure.log_x else _whole_ticks(figure))},
             "yaxis": y_axis,
             "hovermode": "x unified",
         }

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from app.figures import Line, Lines
-from app.figures.laws import reach
+from app.figures.laws import apart, reach
 from app.screen.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
 
 __all__ = ["draw_lines"]
@@ -45,7 +45,7 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
             _curve(
                 line,
                 look,
-                marked=num_measured <= 4 and len(line.x) <= 40,
+                marked=num_measured <= 4 and len(line.x) <= 40 and not figure.log_x,
                 named=(num_measured > 1 or bool(laws)) and not crowded,
             )
         )
@@ -130,6 +130,7 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
         mode="lines+markers" if look.measured and marked else "lines",
         line={"color": look.colour, "dash": look.dash, "width": 2.2 if look.measured else 1.3},
         marker={"size": 4.5},
+        error_y=_whiskers(line, look.colour),
         opacity=1.0 if look.measured else 0.7,
         legendgroup=line.law or (line.label if named else line.group),
         text=None if line.text is None else list(line.text),
@@ -137,6 +138,13 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
         hoverinfo="skip" if line.role == "threshold" else None,
         showlegend=look.measured and named,
     )
+
+
+def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:
+    """± one standard error at every point, where the band is something else."""
+    if line.error is None:
+        return None
+    return {"type": "data", "array": line.error, "color": colour, "thickness": 1.2, "width": 2}
 
 
 def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
@@ -212,7 +220,7 @@ def _y_range(figure: Lines) -> tuple[float, float] | None:
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None
-    low, high = reach(known, _drawable(figure, ("theory",)), figure.log_y)
+    low, high = apart(*reach(known, _drawable(figure, ("theory",)), figure.log_y))
     limits = _drawable(figure, ("threshold",))
     above, below = limits[limits > high], limits[limits < low]
     high = float(above.min()) if above.size else high

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import streamlit as st
@@ -10,7 +10,7 @@ import streamlit as st
 from app.figures import CHOICES, Analyses, FigureKind
 from app.figures.values import streams_of
 
-__all__ = ["choose", "choose_runs", "chosen_run"]
+__all__ = ["choose", "choose_runs", "choose_section", "chosen_run"]
 
 _WORDS = {
     "scope": ("Scope", {"sequence": "within sequences", "data": "over all data"}),
@@ -72,6 +72,8 @@ def choose(kinds: Iterable[FigureKind], analyses: Analyses) -> dict[str, Any]:
                 selection[name] = _one(name)
         if "stream" in used:
             selection["stream"] = _stream(analyses)
+        if "depths" in used:
+            selection["depths"] = _depths(analyses)
     return {name: value for name, value in selection.items() if value is not None}
 
 
@@ -104,6 +106,45 @@ def _stream(analyses: Analyses) -> str | None:
         key="stream",
         bind="query-params",
         width=170,
+    )
+
+
+def _depths(analyses: Analyses) -> tuple[int, ...] | None:
+    """Depths whose spectra are shown; none chosen leaves the figure's own."""
+    last = max((data.sizes.get("depth", 1) for data in analyses.values()), default=1) - 1
+    chosen = st.multiselect(
+        "Depths",
+        range(last + 1),
+        key="depths",
+        bind="query-params",
+        placeholder="five from first to last",
+        width=260,
+    )
+    return tuple(sorted(chosen)) or None
+
+
+def choose_section(sections: Sequence[str]) -> str:
+    """Which of a page's sections is shown, in the URL as `?part=`.
+
+    Parameters
+    ----------
+    sections : sequence of str
+        At least one.
+
+    Returns
+    -------
+    str
+    """
+    if st.session_state.get("part") not in sections:
+        st.session_state.pop("part", None)  # of another page, or of other runs
+    return st.segmented_control(
+        "Part",
+        sections,
+        default=sections[0],
+        key="part",
+        bind="query-params",
+        required=True,
+        label_visibility="collapsed",
     )
 
 

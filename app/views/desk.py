@@ -12,7 +12,7 @@ from app.analyses import Reading
 from app.figures import FIGURES, FigureKind, available
 from app.views import library
 from app.views.controls import choose_runs
-from app.views.words import plain
+from app.views.words import plain, within
 
 __all__ = ["Desk", "desk", "explain_missing", "lay_out"]
 
@@ -124,7 +124,7 @@ def explain_missing(question: str, reason: str, command: str) -> None:
     command : str
         Next command.
     """
-    names = ", ".join(kind.title.lower() for kind in FIGURES.values() if kind.question == question)
+    names = ", ".join(within(kind.title) for kind in FIGURES.values() if kind.question == question)
     st.info(reason, icon="ℹ️")
     st.code(command, "bash")
     st.caption(f"This page shows: {plain(names)}.")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import streamlit as st
 
 from app.bibliography import cited
-from app.figures import FigureKind, Heatmap
+from app.figures import FIGURES, FigureKind, Heatmap
 from app.figures.values import feeds
 from app.views.chart import build, card
-from app.views.controls import choose, chosen_run
+from app.views.controls import choose, choose_section, chosen_run
 from app.views.desk import Desk
 from app.views.verdict import show_finding
-from app.views.words import plain
-from diagnostics.catalogue import CATALOGUE
+from app.views.words import plain, within
 
-__all__ = ["show_figures", "show_lines", "show_question"]
+__all__ = ["show_figures", "show_in_rows", "show_question", "tell_on_request"]
 
 
 def show_question(found: Desk, question: str) -> None:
@@ -27,7 +26,8 @@ def show_question(found: Desk, question: str) -> None:
     question : str
         The page.
     """
-    metrics = {name for name, entry in CATALOGUE.items() if entry.question == question}
+    kinds = [kind for kind in FIGURES.values() if kind.question == question]
+    metrics = {name for kind in kinds for name in (*kind.needs, *kind.also)}
     for name, reading in found.readings.items():
         mine = [finding for finding in reading.findings if finding.metric in metrics]
         if mine:
@@ -37,7 +37,7 @@ def show_question(found: Desk, question: str) -> None:
 
 
 def show_figures(found: Desk, question: str) -> None:
-    """Figures of a page, two beside each other, under their controls.
+    """Figures of the chosen section of a page, two beside each other, under their controls.
 
     Parameters
     ----------
@@ -46,19 +46,51 @@ def show_figures(found: Desk, question: str) -> None:
     question : str
         The page.
     """
-    kinds = found.kinds(question)
-    selection = choose(kinds.values(), found.analyses)
-    lines = [kind for kind in kinds.values() if "run" not in kind.uses]
-    maps = [kind for kind in kinds.values() if "run" in kind.uses]
-    show_lines(lines, found, selection)
+    whole = found.kinds(question)
+    sections = list(dict.fromkeys(kind.section for kind in whole.values()))
+    section = choose_section(sections) if len(sections) > 1 else sections[0]
+    kinds = [kind for kind in whole.values() if kind.section == section]
+    selection = choose(kinds, found.analyses)
+    maps = [kind for kind in kinds if "run" in kind.uses]
     if maps:
         able = [
             name for name, data in found.analyses.items() if any(feeds(data, kind.needs) for kind in maps)
         ]
-        _row(maps, found, selection | {"run": chosen_run(able)})
+        selection = selection | {"run": chosen_run(able)}
+    show_in_rows([kind for kind in kinds if kind not in maps], found, selection)
+    show_in_rows(maps, found, selection)
+    tell_on_request(found, question, section)
 
 
-def show_lines(kinds: list[FigureKind], found: Desk, selection: dict) -> None:
+def tell_on_request(found: Desk, question: str, section: str = "") -> None:
+    """Say which figures need metrics that were left out for their cost, and the command that gives them.
+
+    Parameters
+    ----------
+    found : Desk
+        The chosen runs.
+    question : str
+        The page.
+    section : str
+        Its section.
+    """
+    costly = {str(name) for data in found.analyses.values() for name in data.attrs.get("on_request", ())}
+    absent = [
+        kind
+        for name, kind in FIGURES.items()
+        if kind.question == question
+        and kind.section == section
+        and name not in found.kinds(question)
+        and set(kind.needs) & costly
+    ]
+    if absent:
+        titles = ", ".join(within(kind.title) for kind in absent)
+        names = ",".join(name for kind in absent for name in kind.needs)
+        st.caption(plain(f"On request, since it costs more: {titles}. Name the metrics to have them:"))
+        st.code(f"depthscope analyze RUN.nc --metrics {names}", "bash")
+
+
+def show_in_rows(kinds: list[FigureKind], found: Desk, selection: dict) -> None:
     """Figures in rows of two.
 
     Parameters

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from app.analyses import Reading
-from app.figures import FIGURES
+from app.figures import FIGURES, Selection
 from app.figures.values import feeds
 from app.findings import findings_table
+from app.tables import column_of
 from app.views.chart import build, card
 from app.views.desk import Desk, desk
 from app.views.style import heading
@@ -133,6 +135,8 @@ def _known(reading: Reading) -> dict[str, Any]:
         "Streams": attrs.get("n_streams"),
         "Depth": f"{reading.analysis.sizes['depth']} states" if "depth" in reading.analysis.sizes else None,
         "Tokens analysed": _tokens(reading),
+        "Effective rank of the last state": _last(reading, "effective_rank", Selection(scope="data")),
+        "… of every token, streamed": _last(reading, "streamed_effective_rank", Selection()),
         "Reconstruction proof": None if proof is None else f"states rebuilt to {float(proof):.1e}",
         "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
         "Sites": _sites(attrs),
@@ -171,6 +175,16 @@ def _tokens(reading: Reading) -> str | None:
         return None
     count = reading.analysis["num_tokens"].sel(scope="data", tokens="all").max()
     return f"{float(count):g}"
+
+
+def _last(reading: Reading, metric: str, view: Selection) -> str | None:
+    """A metric at the last depth where it is defined, with its error and its null."""
+    column = column_of(reading.analysis, metric, view)
+    if column is None:
+        return None
+    at = int(np.flatnonzero(np.isfinite(column.value.values))[-1])
+    where = "" if at == column.value.size - 1 else f", at depth {at}"
+    return f"{column.text()[at]}{where}"
 
 
 def _software(versions: Any) -> str | None:

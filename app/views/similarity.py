@@ -12,11 +12,11 @@ import xarray as xr
 from app.figures import FIGURES, Selection
 from app.figures.similarity import build_cut
 from app.figures.values import feeds, names_of, pick
-from app.quantity import number
+from app.quantity import number, quantity
 from app.views.chart import build, card, clicked_cell
 from app.views.controls import choose, chosen_run
 from app.views.desk import Desk, desk, explain_missing
-from app.views.grid import show_lines, show_question
+from app.views.grid import show_in_rows, show_question, tell_on_request
 from app.views.style import heading
 from app.views.words import plain
 
@@ -37,12 +37,13 @@ def show() -> None:
     selection = choose(kinds.values(), found.analyses)
     able = [name for name, data in found.analyses.items() if any(feeds(data, (m,)) for m in _MAPS)]
     if able:
-        _maps(found, able, selection)
-    show_lines([kind for name, kind in kinds.items() if name not in _MAPS], found, selection)
+        selection = _maps(found, able, selection)
+    show_in_rows([kind for name, kind in kinds.items() if name not in _MAPS], found, selection)
+    tell_on_request(found, "similarity")
 
 
-def _maps(found: Desk, able: list[str], selection: dict[str, Any]) -> None:
-    """Both heat maps and the pair of depths that is open."""
+def _maps(found: Desk, able: list[str], selection: dict[str, Any]) -> dict[str, Any]:
+    """Both heat maps and the pair of depths that is open; the selection with the run that they show."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         run = chosen_run(able)
         selection = selection | {"run": run}
@@ -60,6 +61,7 @@ def _maps(found: Desk, able: list[str], selection: dict[str, Any]) -> None:
                 figure = build(FIGURES[name], found.analyses, selection)
                 card(figure, key=f"chart_{name}", height=430, clickable=True, mark=ring)
     _pair(data, a, b, found, selection)
+    return selection
 
 
 def _follow_click(last: int, selection: dict[str, Any]) -> None:
@@ -114,6 +116,10 @@ def _pair_table(data: xr.Dataset, a: int, b: int, selection: dict[str, Any]) -> 
                     number(expected),
                 )
             )
+    streamed, error = (pick(data, name, Selection()) for name in ("streamed_cka", "streamed_cka_error"))
+    if streamed is not None and error is not None:
+        value, spread = (float(matrix.isel(depth=a, other_depth=b)) for matrix in (streamed, error))
+        rows.append(("linear CKA, every token", quantity(value, spread), number(0.0)))
     angle = pick(data, "angular_distance", Selection(tokens=tokens))
     if angle is not None:
         rows.append(("angular distance / π", number(float(angle.isel(depth=a, other_depth=b))), number(0.5)))

@@ -25,3 +25,23 @@ def plain(text: str) -> str:
     'a\\_b \\*c\\*'
     """
     return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def within(title: str) -> str:
+    """A title as it stands within a sentence: its first letter small, but for an abbreviation.
+
+    Parameters
+    ----------
+    title : str
+        Such as the title of a figure.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> within("Token cosine"), within("CKA of every two depths")
+    ('token cosine', 'CKA of every two depths')
+    """
+    return title if title[1:2].isupper() else f"{title[:1].lower()}{title[1:]}"

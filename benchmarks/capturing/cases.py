@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-VOCABULARY, STREAMS = 8192, 4
+VOCABULARY = 8192
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model and of its batch."""
+    """Sizes of a model and of its batch; a residual model has one stream whatever is said here."""
 
     layers: int
     width: int
     batch: int
     tokens: int
     heads: int = 8
+    streams: int = 4
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ class StreamDecoder(nn.Module):
         from hyper_connections import mHC
 
         width = sizes.width
-        connect, expand, self.reduce = mHC.get_init_and_expand_reduce_stream_functions(STREAMS, dim=width)
+        connect, expand, self.reduce = mHC.get_init_and_expand_reduce_stream_functions(
+            sizes.streams, dim=width
+        )
         self.embed = nn.Embedding(VOCABULARY, width)
         self.position = nn.Embedding(sizes.tokens, width)
         self.expand = Expand(expand)
@@ -134,7 +137,7 @@ def mhc(sizes: Sizes) -> Case:
                 parameter, std=0.5
             )  # a fresh connection is uniform, and its orientation cannot be told
     sites = ("expand", *(f"blocks.{i}" for i in range(2 * sizes.layers)))
-    return Case("mHC, n = 4", model, sites, sizes, STREAMS)
+    return Case(f"mHC, n = {sizes.streams}", model, sites, sizes, sizes.streams)
 
 
 def tiny(_: Sizes) -> Case:

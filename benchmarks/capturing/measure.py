@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
-import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from capturing.cases import Case, Sizes, build
 from capturing.tools import TOOLS, CannotTakeError, Captured, Tool
+from measuring.memory import forget_peak, status, trimmed
+from measuring.rounds import ratio
 
 MODES = {"forward": False, "forward + backward": True}
 WARM_UPS = 2
@@ -83,18 +81,6 @@ def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
     del kept
     case.model.zero_grad(set_to_none=True)
     return seconds
-
-
-def ratio(values: list[float], plain: list[float]) -> dict[str, Any]:
-    middle = statistics.median(plain)
-    quarters = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {
-        "ratio": statistics.median(values) / middle,
-        "quartiles": [quarters[0] / middle, quarters[2] / middle],
-        "rounds": len(values),
-        "seconds": statistics.median(values),
-        "extra_seconds": statistics.median(values) - middle,
-    }
 
 
 def agreement(case: Case, tool: Tool, backward: bool) -> dict[str, Any]:
@@ -191,21 +177,3 @@ def warm_up(name: str, case_name: str, backward: bool) -> None:
     tool = TOOLS[name](case, backward)
     with tool.around():
         tool.step(case.batch())
-
-
-def trimmed() -> float:
-    """Give freed memory back, forget the peak so far, and tell what is resident, in MiB (Linux and glibc)."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    forget_peak()
-    return status("VmRSS")
-
-
-def forget_peak() -> None:
-    """Start the kernel's high-water mark anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def status(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, field
-    return int(found[1]) / 1024

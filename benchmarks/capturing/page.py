@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
-from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
+
+from measuring import tables as layout
+from measuring.tables import Table
 
 TITLES = {"residual": "Residual (GPT-2)", "mhc": "mHC, n = 4", "tiny": "48 tiny blocks"}
 PACKAGES = ("torch", "transformers", "hyper-connections", "depthscope")
@@ -27,19 +25,7 @@ def circumstances(rounds: int, peers: list[str]) -> dict[str, Any]:
     -------
     dict
     """
-    versions = {}
-    for name in (*PACKAGES, *peers):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    day = datetime.now(UTC).date().isoformat()
-    command = " ".join(["python", "benchmarks/capture.py", *sys.argv[1:]])
-    return {"date": day, "machine": machine(), "rounds": rounds, "versions": versions, "command": command}
-
-
-def machine() -> str:
-    return f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used"
+    return layout.circumstances("benchmarks/capture.py", (*PACKAGES, *peers)) | {"rounds": rounds}
 
 
 def text(results: dict[str, Any]) -> str:
@@ -54,16 +40,8 @@ def text(results: dict[str, Any]) -> str:
     -------
     str
     """
-    lines = [f"{results['machine']}; medians of {results['rounds']} interleaved rounds, ratios to plain", ""]
-    for title, header, rows in tables(results):
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines.append(title)
-        for row in (header, *rows):
-            lines.append(
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            )
-        lines.append("")
-    return "\n".join(lines)
+    head = f"{results['machine']}; medians of {results['rounds']} interleaved rounds, ratios to plain"
+    return f"{head}\n\n{layout.as_text(tables(results))}"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -78,31 +56,9 @@ def markdown(results: dict[str, Any]) -> str:
     -------
     str
     """
-    parts = [HEAD.format(**results, peers=" ".join(pinned(results["versions"])))]
-    for title, header, rows in tables(results):
-        lines = [
-            f"### {title}",
-            "",
-            line(header),
-            line(["---"] * len(header)),
-            *(line(row) for row in rows),
-            "",
-        ]
-        parts.append("\n".join(lines))
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return "\n".join([*parts, f"Versions: {versions}.", ""])
-
-
-def pinned(versions: dict[str, str]) -> list[str]:
-    own = {"torch", "depthscope", "transformers"}
-    return [f"{name}=={version}" for name, version in versions.items() if name not in own]
-
-
-def line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-Table = tuple[str, list[str], list[list[str]]]
+    parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
+    parts += map(layout.as_markdown, tables(results))
+    return "\n".join([*parts, layout.named(results["versions"]), ""])
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

@@ -188,3 +188,21 @@ def selected(x: Rows) -> list[Array]:
         return [flat[i] for i in range(flat.shape[0])]
     mask = x.xp.reshape(x.mask, (-1, x.mask.shape[-1]))
     return [flat[i][mask[i]] for i in range(flat.shape[0])]
+
+
+def row_hash(xp: Any, points: Array) -> Array:
+    """64 well-mixed bits of each row: whole numbers, so that equal rows get equal ones in any order of sums."""
+    bits = (points + 0.0).view(xp.int64)  # + 0.0: −0 and 0 are equal
+    bits = (bits ^ (bits >> 32)) * 0x2545F4914F6CDD1D
+    weight = xp.sin(xp.arange(1, points.shape[1] + 1, dtype=xp.float64, device=device(points))).view(xp.int64)
+    return xp.sum((bits ^ (bits >> 29)) * weight, axis=-1)
+
+
+def first_equal(xp: Any, points: Array) -> Array:
+    """For each row the index of a row equal to it, (N,): the same one for all that are equal."""
+    order = xp.argsort(row_hash(xp, points), stable=True)
+    ordered = points[order]
+    fresh = xp.concat([order[:1] >= 0, xp.any(ordered[1:] != ordered[:-1], axis=-1)])
+    found = xp.zeros_like(order)
+    found[order] = order[fresh][xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
+    return found

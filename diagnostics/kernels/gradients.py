@@ -154,11 +154,14 @@ def noise_scale_of_samples(g: Array, *, mask: Array | None = None) -> NoiseScale
     (2.0, 3.0)
     """
     spread, whole = rows(g, mask=mask, center=True, name="g"), rows(g, mask=mask, name="g")
-    xp, n = whole.xp, whole.count
-    trace = ratio(xp, xp.sum(spread.values**2, axis=(-2, -1)), xp.clip(n - 1.0, min=0.0))
-    mean = ratio(xp, xp.sum(whole.values, axis=-2), n[..., None] + xp.zeros_like(whole.values[..., 0, :]))
+    xp, n, top = whole.xp, whole.count, peak(whole.xp, whole.values)
+    trace = ratio(xp, xp.sum((spread.values / top) ** 2, axis=(-2, -1)), xp.clip(n - 1.0, min=0.0))
+    mean = ratio(
+        xp, xp.sum(whole.values / top, axis=-2), xp.broadcast_to(n[..., None], whole.values[..., 0, :].shape)
+    )
     square = xp.sum(mean * mean, axis=-1) - ratio(xp, trace, n)
-    return NoiseScale(ratio(xp, trace, square), trace, square)
+    unit = top[..., 0, 0] ** 2
+    return NoiseScale(ratio(xp, trace, square), trace * unit, square * unit)
 
 
 def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:

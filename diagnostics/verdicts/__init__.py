@@ -7,7 +7,8 @@ from dataclasses import replace
 import xarray as xr
 
 from diagnostics.finding import Finding, Severity
-from diagnostics.verdicts import representation, signal, streams, training
+from diagnostics.verdicts import learning, representation, signal, streams, training
+from diagnostics.verdicts.causes import traced
 from diagnostics.verdicts.verdict import Limits, Profile, Verdict, verdict
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
@@ -29,6 +30,8 @@ VERDICTS: dict[str, Verdict] = {
         streams.stream_collapse,
         streams.stuck_at_identity,
         streams.some_connections_stuck,
+        learning.unmoved_mixing,
+        learning.decayed_mixing,
         streams.unread_stream,
         streams.unwritten_stream,
         streams.dominant_stream,
@@ -41,6 +44,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.idle_layer,
         representation.massive_activations,
         representation.few_tokens_for_cka,
+        representation.small_sample,
         training.large_update,
         training.lost_update,
     )
@@ -60,7 +64,8 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
     Returns
     -------
     list of Finding
-        Within a severity in the order of `VERDICTS`.
+        Within a severity the furthest beyond its threshold first. What follows from another finding is INFO and
+        names it.
     """
     if isinstance(analysis, xr.DataTree):
         found = [
@@ -72,9 +77,14 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
     else:
         found = _judge(analysis)
     kept = [finding for finding in found if passed or finding.severity > Severity.PASS]
-    return sorted(kept, key=lambda finding: -finding.severity)
+    return sorted(kept, key=_order)
+
+
+def _order(finding: Finding) -> tuple[float, bool, float]:
+    """The worst first, those that follow from another one after the rest, passed ones as they came."""
+    return -finding.severity, bool(finding.because), -finding.excess if finding.severity else 0.0
 
 
 def _judge(analysis: xr.Dataset) -> list[Finding]:
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
-    return [finding for each in VERDICTS.values() for finding in each.findings(last)]
+    return traced([finding for each in VERDICTS.values() for finding in each.findings(last)], last)

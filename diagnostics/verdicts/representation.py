@@ -11,6 +11,11 @@ import xarray as xr
 from diagnostics.finding import Severity
 from diagnostics.verdicts.verdict import Limits, Profile, number, verdict
 
+# Angle, as a share of π, below which a layer counts as doing nothing.
+IDLE = 0.01
+
+START = "No layer does more: as at the start of training, where branches begin near zero."
+
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
     """A rank as a share of its null, both counted from the least possible rank of 1."""
@@ -65,7 +70,7 @@ def dimensional_collapse(
     yield Profile(share, words, more=_beside(value, share, float(null)))
 
 
-@verdict(metric="angular_distance", limits=Limits(warn=0.01, above=False))
+@verdict(metric="angular_distance", limits=Limits(warn=IDLE, above=False))
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
@@ -76,9 +81,19 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     table = angular_distance.sel(tokens="ordinary", drop=True).transpose("depth", "other_depth")
     angles = np.full(steps.sizes["depth"], np.nan)
     angles[1:] = np.diagonal(table.values, offset=-1)
-    # A final norm is no layer; block influence must be known too, so that both say the same.
-    layers = steps.notnull() & (steps["site"] != "final") if "site" in steps.coords else steps.notnull()
-    yield Profile(steps.copy(data=angles).where(layers), "the step turns the states by a share of π of")
+    # Neither a final norm nor a change between two blocks is a layer; block influence must be known too.
+    layers = steps.notnull()
+    if "site" in steps.coords:
+        layers &= ~steps["site"].isin(["final", "pre"])
+    turned = steps.copy(data=angles).where(layers)
+    # A network whose every layer does nothing has not begun to learn, or is no network: the former is common.
+    all_idle = not (turned >= IDLE).any()
+    yield Profile(
+        turned,
+        "the angle by which a layer turns the states, as a share of π, is",
+        ceiling=Severity.INFO if all_idle else Severity.FAIL,
+        more=START if all_idle else "",
+    )
 
 
 @verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05, source="sun2024massive"))
@@ -120,3 +135,17 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
         return None
     null = cka_null.sel(estimator="biased", tokens="all", drop=True)
     return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
+
+
+@verdict(metric="num_tokens", limits=Limits(info=0.0))
+def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
+    """The sample is small for some of the questions.
+
+    These numbers say more about the sample than about the network: capture more sequences, or longer ones.
+    """
+    if "notes" not in attrs:
+        return None
+    notes: Mapping[str, str] = attrs["notes"]
+    told = " ".join(f"{name}: {note}." for name, note in notes.items())
+    words = "the number of quantities that the sample is small for is"
+    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, more=told)]

@@ -7,10 +7,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xarray as xr
 
+from diagnostics import schema
 from diagnostics.finding import Severity
-from diagnostics.verdicts.verdict import Limits, Profile, verdict
+from diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 DIRECTIONS = ("forward", "backward")
+
+# Below this share of its sum a stream counts as faded.
+FADED = 0.5
+
+CANCELLED = (
+    f"Entries of both signs cancel in it: no singular value of the mixing is below {FADED}, so no stream fades, but "
+    "what all streams have in common does."
+)
 
 
 def _count_not_finite(norm: xr.DataArray) -> xr.DataArray:
@@ -37,10 +46,14 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
 
     Lower the loss scale or the learning rate, clip the gradient, and look at the loss itself first.
     """
-    yield Profile(_count_not_finite(gradient_norm), "the number of streams whose gradient is not finite is")
+    absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(schema.WITHOUT_GRADIENT, []))
+    yield Profile(
+        _count_not_finite(gradient_norm).where(~absent),
+        "the number of streams whose gradient is not finite is",
+    )
 
 
-@verdict(metric="composite_gain", limits=Limits(warn=10.0, fail=100.0, source="xie2025mhc"))
+@verdict(metric="composite_gain", limits=Limits(warn=10.0, fail=100.0, source="xie2025mhc"), not_for=ALTUP)
 def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
     """The signal explodes through the product of the mixing matrices.
 
@@ -67,17 +80,28 @@ def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
         yield Profile(gain, f"the {direction} gain of one connection ({reduction} over tokens) is")
 
 
-@verdict(metric="composite_attenuation", limits=Limits(warn=0.5, fail=0.05, above=False))
-def attenuation(composite_attenuation: xr.DataArray) -> Iterator[Profile]:
+@verdict(metric="composite_attenuation", limits=Limits(warn=FADED, fail=0.05, above=False), not_for=ALTUP)
+def attenuation(
+    composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray
+) -> Iterator[Profile]:
     """A stream fades through the product of the mixing matrices; the largest gain hides it.
 
     Backward: more Sinkhorn iterations, or end them on columns; all error of stopping early sits in one of the
     two sums. Forward: some stream is no longer fed; look at its row of H_res.
     """
+    least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
     for direction in DIRECTIONS:
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
         side = "row" if direction == "forward" else "column"
-        yield Profile(weakest, f"the weakest {side} sum of the mixing from the embedding on ({direction}) is")
+        # Where no entry is negative, the least singular value is below every sum, and the sum stands.
+        faded = weakest.copy(data=np.maximum(weakest.values, least.values))
+        cancelled = not (faded < FADED).any()
+        yield Profile(
+            weakest if cancelled else faded,
+            f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",
+            ceiling=Severity.INFO if cancelled else Severity.FAIL,
+            more=CANCELLED if cancelled else "",
+        )
 
 
 @verdict(metric="backward_gain", limits=Limits(warn=10.0, fail=1000.0))

@@ -11,13 +11,31 @@ import xarray as xr
 from diagnostics.finding import Severity
 from diagnostics.kernels import mixing as kernel
 from diagnostics.kernels import rank
-from diagnostics.verdicts.verdict import Limits, Profile, verdict
+from diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 # Families whose streams never mix by construction: an identity says nothing about them.
 UNMIXED = ("residual", "independent_hc", "gated")
 
 # Streams inside a block whose mean cosine is below this have parted.
 PARTED = 0.99
+
+
+# 1 - cosine of streams below this is rounding: they are the same numbers, which one step of training would end.
+SAME = 1e-12
+
+UNTRAINED = (
+    "All streams are equal to the last digit, although the connections read them unequally: no step of training has been "
+    "taken. Judge the network again after some."
+)
+
+
+def _untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | None) -> bool:
+    """Whether the streams are still the same numbers although they are read unequally, so that training parts them."""
+    if stream_cosine is None or read_share is None:
+        return False
+    shares = read_share.sel(stream=[s for s in read_share["stream"].values.tolist() if s != "mean"])
+    unequal = shares.max("stream") - shares.min("stream") > 0.1 / shares.sizes["stream"]
+    return bool((1.0 - stream_cosine).max() < SAME and unequal.any())
 
 
 def _claims_doubly_stochastic(attrs: Mapping[str, Any]) -> bool:
@@ -74,7 +92,7 @@ def expansive_mixing(
     ]
 
 
-@verdict(metric="deflated_gain", limits=Limits(warn=-2.0, above=False))
+@verdict(metric="deflated_gain", limits=Limits(warn=-2.0, above=False), not_for=ALTUP)
 def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """The mixing makes all streams carry the same signal.
 
@@ -90,7 +108,7 @@ def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="deflated_gain", limits=Limits(fail=-2.0, above=False))
+@verdict(metric="deflated_gain", limits=Limits(fail=-2.0, above=False), not_for=ALTUP)
 def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """One connection alone makes all streams the same.
 
@@ -108,33 +126,38 @@ def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="identity_distance", limits=Limits(info=0.05, above=False))
-def some_connections_stuck(
-    identity_distance: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterable[Profile] | None:
+@verdict(metric="identity_distance", limits=Limits(info=0.05, above=False), not_for=UNMIXED)
+def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
     """Some connections do not mix the streams.
 
     Nothing to repair if others mix; a connection that never leaves the identity has a vanishing gradient on
     its logits (off-diagonal ones near −8) or a zero dynamic scale.
     """
     typical = identity_distance.sel(reduction="median", drop=True)
-    if attrs.get("family") in UNMIXED or bool((typical < 0.05).all()):
+    if bool((typical < 0.05).all()):
         return None
     return [Profile(typical, "the distance of H_res from the identity is")]
 
 
-@verdict(metric="identity_distance", limits=Limits(warn=0.05, above=False))
-def stuck_at_identity(identity_distance: xr.DataArray, attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
+@verdict(metric="identity_distance", limits=Limits(warn=0.05, above=False), not_for=UNMIXED)
+def stuck_at_identity(
+    identity_distance: xr.DataArray,
+    stream_cosine: xr.DataArray | None = None,
+    read_share: xr.DataArray | None = None,
+) -> Iterable[Profile] | None:
     """No connection mixes the streams: H_res is the identity everywhere.
 
     Normal in a fresh network that starts there. After training, look at the gradient of the logits
     (off-diagonal ones near −8 hardly get any) and at weight decay; without mixing the streams are separate
     residual networks.
     """
-    if attrs.get("family") in UNMIXED:
-        return None
     most = identity_distance.sel(reduction="median", drop=True).max("connection")
-    return [Profile(most, "the largest distance of any H_res from the identity is")]
+    words = "the largest distance of any H_res from the identity is"
+    return [Profile(most, words, **_mild_where(_untrained(stream_cosine, read_share)))]
+
+
+def _mild_where(untrained: bool) -> dict[str, Any]:
+    return {"ceiling": Severity.INFO, "more": UNTRAINED} if untrained else {}
 
 
 def _mean_shares(share: xr.DataArray) -> xr.DataArray:
@@ -142,21 +165,21 @@ def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
 
 
-def _dead(share: xr.DataArray, verb: str) -> Iterator[Profile]:
+def _dead(share: xr.DataArray, verb: str, **more: Any) -> Iterator[Profile]:
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
         words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
-        yield Profile(relative, words, stream=str(stream))
+        yield Profile(relative, words, stream=str(stream), **more)
 
 
-@verdict(metric="read_share", limits=Limits(warn=0.1, above=False))
-def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
+@verdict(metric="read_share", limits=Limits(warn=0.1, above=False), not_for=ALTUP)
+def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None = None) -> Iterator[Profile]:
     """A stream is hardly read by any connection.
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    yield from _dead(read_share, "read")
+    yield from _dead(read_share, "read", **_mild_where(_untrained(stream_cosine, read_share)))
 
 
 @verdict(metric="write_share", limits=Limits(warn=0.1, above=False))
@@ -168,7 +191,7 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
     yield from _dead(write_share, "written")
 
 
-@verdict(metric="read_share", limits=Limits(warn=1.5, above=False))
+@verdict(metric="read_share", limits=Limits(warn=1.5, above=False), not_for=ALTUP)
 def dominant_stream(read_share: xr.DataArray) -> Iterator[Profile]:
     """One stream carries nearly all that the connections read.
 
@@ -185,14 +208,18 @@ def dominant_stream(read_share: xr.DataArray) -> Iterator[Profile]:
 
 
 @verdict(metric="stream_cosine", limits=Limits(warn=0.99))
-def copied_streams(stream_cosine: xr.DataArray) -> Iterator[Profile]:
+def copied_streams(stream_cosine: xr.DataArray, read_share: xr.DataArray | None = None) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
     They start as copies and can only part where writes or mixing differ: break the symmetry of H_post or
     H_pre at the start. Normal in a fresh symmetric network; after training it wastes the streams.
     """
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
-    yield Profile(stream_cosine.where(xr.DataArray(late, dims="depth")), "the mean cosine between streams is")
+    yield Profile(
+        stream_cosine.where(xr.DataArray(late, dims="depth")),
+        "the mean cosine between streams is",
+        **_mild_where(_untrained(stream_cosine, read_share)),
+    )
 
 
 @verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False))
@@ -217,7 +244,7 @@ def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
     ]
 
 
-@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source="zhu2024hyper"))
+@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source="zhu2024hyper"), not_for=ALTUP)
 def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """No later connection reads what a sublayer writes.
 
@@ -240,7 +267,7 @@ def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -
     return [
         Profile(
             xr.DataArray(2.0),
-            "the number of orientations of H_res that give the next state is",
+            "H_res and its transpose both give the next state: the number of orientations that fit is",
             ceiling=Severity.INFO,
         )
     ]

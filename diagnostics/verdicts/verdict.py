@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
 
 from diagnostics.finding import Finding, Severity
 from diagnostics.verdicts.places import place, span
+
+# AltUp's branch output holds the active stream itself: its matrix gives that stream up, and products of matrices tell
+# nothing; it always reads the active stream alone.
+ALTUP = ("altup",)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class Verdict:
         Variables of the analysis, and ``attrs``, that the function takes.
     function : function
         Variables in, profiles out; None where the question does not apply.
+    wants : tuple of str
+        Variables that it takes where they are there: its parameters that are None by default.
+    not_for : tuple of str
+        Families of connections for which the question has no meaning.
     """
 
     name: str
@@ -105,6 +113,8 @@ class Verdict:
     limits: Limits
     needs: tuple[str, ...]
     function: Callable[..., Iterable[Profile] | None]
+    wants: tuple[str, ...] = ()
+    not_for: tuple[str, ...] = ()
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain.
@@ -117,13 +127,18 @@ class Verdict:
         Returns
         -------
         list of Finding
-            PASS among them; empty where the question does not apply.
+            PASS among them; one for each stream where several numbers are beyond; empty where the question
+            does not apply.
         """
-        if not all(name == "attrs" or name in analysis for name in self.needs):
+        missing = [name for name in self.needs if name != "attrs" and name not in analysis]
+        if missing or analysis.attrs.get("family") in self.not_for:
             return []
-        given = {name: analysis.attrs if name == "attrs" else analysis[name] for name in self.needs}
+        known = [name for name in self.wants if name in analysis]
+        given = {
+            name: analysis.attrs if name == "attrs" else analysis[name] for name in (*self.needs, *known)
+        }
         found = [self._judge(profile) for profile in self.function(**given) or ()]
-        return [finding for finding in found if finding is not None]
+        return _folded([finding for finding in found if finding is not None])
 
     def _judge(self, profile: Profile) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))
@@ -172,7 +187,9 @@ class Verdict:
         return f"{sentence[0].upper()}{sentence[1:]}.{more}"
 
 
-def verdict(*, metric: str, limits: Limits) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
+def verdict(
+    *, metric: str, limits: Limits, not_for: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
 
     Parameters
@@ -181,6 +198,8 @@ def verdict(*, metric: str, limits: Limits) -> Callable[[Callable[..., Iterable[
         The metric that the number comes from.
     limits : Limits
         Where it begins to speak.
+    not_for : tuple of str
+        Families of connections that it does not judge.
 
     Returns
     -------
@@ -190,10 +209,33 @@ def verdict(*, metric: str, limits: Limits) -> Callable[[Callable[..., Iterable[
 
     def declare(function: Callable[..., Iterable[Profile] | None]) -> Verdict:
         title, _, advice = (inspect.getdoc(function) or "").partition("\n")
-        needs = tuple(inspect.signature(function).parameters)
-        return Verdict(function.__name__, title, " ".join(advice.split()), metric, limits, needs, function)
+        parameters = inspect.signature(function).parameters.values()
+        needs, wants = (
+            tuple(each.name for each in parameters if (each.default is None) is optional)
+            for optional in (False, True)
+        )
+        words = " ".join(advice.split())
+        return Verdict(function.__name__, title, words, metric, limits, needs, function, wants, not_for)
 
     return declare
+
+
+def _folded(found: list[Finding]) -> list[Finding]:
+    """The worst of the findings about a stream, its sentence followed by those of the others; passed ones stay."""
+    kept = [finding for finding in found if finding.severity == Severity.PASS]
+    beyond = sorted(
+        (finding for finding in found if finding.severity),
+        key=lambda finding: (finding.severity, finding.excess),
+        reverse=True,
+    )
+    for stream in dict.fromkeys(finding.stream for finding in beyond):
+        worst, *others = (finding for finding in beyond if finding.stream == stream)
+        sentences = [
+            worst.sentence,
+            *(f"Also: {each.sentence[0].lower()}{each.sentence[1:]}" for each in others),
+        ]
+        kept.append(replace(worst, sentence=" ".join(sentences)))
+    return kept
 
 
 def _shown(profile: Profile, value: float) -> float:

@@ -16,7 +16,8 @@ from streamlit.testing.v1 import AppTest
 import app.dashboard
 from app.bibliography import source_words
 from app.dashboard import CONFIG, free_port, launch
-from app.figures import FIGURES
+from app.figures import FIGURES, available
+from app.quantity import number
 from app.views import library
 from app.views.figure_numbers import numbers_of
 from app.views.words import plain
@@ -82,7 +83,7 @@ def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
 
 
 def test_a_chart_holds_the_numbers_of_the_analysis(opened, mhc_run):
-    data = charts(opened("mixing", "mhc.nc"))["deflated_gain"]
+    data = charts(opened("mixing", "mhc.nc", part="Streams"))["deflated_gain"]
     traces = json.loads(data["figure"])["data"]
     (sent,) = [t for t in traces if t.get("name") == "mhc"]
     values = np.frombuffer(base64.b64decode(sent["y"]["bdata"]), dtype=sent["y"]["dtype"])
@@ -132,6 +133,50 @@ def test_a_control_changes_the_chart(opened):
     test.segmented_control(key="scope").set_value("data").run()
     assert not test.exception
     assert charts(test)["effective_rank"]["figure"] != before
+
+
+@pytest.mark.parametrize("question", ["collapse", "mixing", "gradients"])
+def test_the_parts_of_a_page_show_every_figure_that_the_run_feeds_once(question, opened, mhc_run):
+    fed = {
+        name: kind for name, kind in available({"a": analyze(mhc_run)}).items() if kind.question == question
+    }
+    for part in dict.fromkeys(kind.section for kind in fed.values()):
+        expected = {name for name, kind in fed.items() if kind.section == part}
+        assert set(charts(opened(question, "mhc.nc", part=part))) == expected
+
+
+def test_a_part_of_another_page_opens_the_first_one(opened):
+    assert "gradient_norm" in charts(opened("gradients", "mhc.nc", part="Paths"))
+
+
+def test_a_page_names_what_costs_more_and_the_command(opened):
+    said = words(opened("collapse", "plain.nc"))
+    assert "intrinsic dimension across depth" in said
+    assert "--metrics intrinsic_dimension" in said
+
+
+def test_what_was_streamed_stands_in_the_tables(opened, mhc_run):
+    analysis = analyze(mhc_run)
+    facts = opened("overview", "mhc.nc").table[0].value
+    shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
+    expected = float(analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw"))
+    assert shown.startswith(f"{expected:.1f} (null ")
+    pair = opened("similarity", "mhc.nc", a="2", b="7").table[0].value
+    value = float(analysis["streamed_cka"].isel(step=-1, depth=2, other_depth=7))
+    assert pair.loc["linear CKA, every token"].iloc[0].startswith(number(value))
+
+
+def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):
+    nodes = {"/trace": whole_run["plain"]["trace"].to_dataset(), "/metrics": whole["plain"]}
+    run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=whole_run["plain"].attrs), **nodes})
+    save_run(run, runs.parent / "whole.nc")
+    test = opened("collapse", "../whole.nc", part="Spectrum")
+    assert "depth 4" in charts(test)["spectrum"]["alt"]
+    test.multiselect(key="depths").set_value([1, 2]).run()
+    assert not test.exception
+    told = charts(test)["spectral_density"]["alt"]
+    assert "depth 1" in told
+    assert "depth 4" not in told
 
 
 def test_heat_maps_follow_the_chosen_run(opened):

@@ -81,11 +81,22 @@ def test_what_is_missing_is_said(page):
     assert "gradient_norm" in page.partition("Not computed")[2]
 
 
+@pytest.fixture
+def few_figures(monkeypatch):
+    """Three figures instead of sixty, where the page is what matters."""
+    from app import report
+
+    draw = report.draw_all
+    monkeypatch.setattr(report, "draw_all", lambda readings, view: draw(readings, view)[:3])
+
+
+@pytest.mark.usefixtures("few_figures")
 def test_the_same_runs_give_the_same_page(make_run):
     readings = read_runs({"plain": make_run("residual", layers=2)})
     assert to_html(readings) == to_html(readings)
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_written_whole_or_not_at_all(make_run, tmp_path, monkeypatch):
     runs = {"plain": make_run("residual", layers=2)}
     path = write_report(runs, tmp_path / "deep" / "report.html")

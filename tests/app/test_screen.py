@@ -27,8 +27,8 @@ def curves(drawn):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_the_browser_gets_the_numbers_of_the_figure(name, both):
-    figure = FIGURES[name].build(both)
+def test_the_browser_gets_the_numbers_of_the_figure(name, whole):
+    figure = FIGURES[name].build(whole)
     spec = json.loads(to_plotly(figure).to_json())
     if isinstance(figure, Heatmap):
         sent = decoded(spec["data"][0]["customdata" if figure.log_z else "z"])
@@ -40,8 +40,8 @@ def test_the_browser_gets_the_numbers_of_the_figure(name, both):
             np.testing.assert_array_equal(values, line.y)
 
 
-def test_every_kind_of_figure_was_drawn(both):
-    assert list(available(both)) == list(FIGURES)
+def test_every_kind_of_figure_was_drawn(whole):
+    assert list(available(whole)) == list(FIGURES)
 
 
 def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
@@ -110,7 +110,20 @@ def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
     runs = {"a": both["mhc"], "b": both["mhc"]}
     drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs), runs=list(runs))
     named = [trace.name for trace in drawn.data if trace.showlegend is not False]
-    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4"]
+    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4", "random connection"]
+
+
+def test_whiskers_are_the_standard_error_where_the_band_is_a_spread():
+    x, error = np.arange(3.0), np.array([0.1, 0.2, 0.3])
+    line = Line(x, x + 1, "a", lower=x, upper=x + 2, error=error)
+    band, curve = to_plotly(Lines("gain", "Gain", "x", "y", (line,))).data
+    assert band.fill == "toself"
+    np.testing.assert_array_equal(curve.error_y.array, error)
+
+
+def test_both_axes_of_a_spectrum_are_logarithmic(whole):
+    drawn = to_plotly(FIGURES["spectrum"].build(whole))
+    assert (drawn.layout.xaxis.type, drawn.layout.yaxis.type) == ("log", "log")
 
 
 def square(size: int, **more) -> Heatmap:

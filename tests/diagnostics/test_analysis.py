@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 import xarray as xr
+from array_api_compat.numpy import linalg
 
 import diagnostics
 from diagnostics import kernels, schema
@@ -44,6 +48,85 @@ def test_one_decomposition_serves_four_ranks(residual_run, monkeypatch):
     assert spectra["singular_values"] == 2 * once
     # every depth, raw and centred, by sequence and pooled; the ordinary tokens are all tokens here
     assert once == 7 * 2 * 2
+
+
+DECOMPOSITIONS = ("eigvalsh", "eigh", "svd", "svdvals", "qr", "eigvals", "cholesky")
+
+
+def record_decompositions(monkeypatch):
+    """A digest of every matrix that is decomposed from now on."""
+    seen = []
+    for name in DECOMPOSITIONS:
+        original = getattr(linalg, name, None)
+
+        def recorded(x, *args, _original=original, **kwargs):
+            matrices = np.reshape(x, (-1, *x.shape[-2:]))
+            seen.extend(hashlib.blake2b(matrix.tobytes()).hexdigest() for matrix in matrices)
+            return _original(x, *args, **kwargs)
+
+        if original is not None:
+            monkeypatch.setattr(linalg, name, recorded)
+    return seen
+
+
+def test_no_state_is_decomposed_twice(make_run, monkeypatch):
+    run = make_run("residual", layers=3, samples=3)
+    matrices = record_decompositions(monkeypatch)
+    diagnostics.analyze(run)
+    # Of 4 depths, raw and centred: 3 sequences and all tokens. And the gradients of the 3 sequences.
+    assert len(matrices) == 4 * (2 * (3 + 1) + 1)
+    assert len(set(matrices)) == len(matrices)
+
+
+SETS = ["residual_norm", "token_cosine", "angular_distance", "curvature", "cka", "alpha_req", "gradient_rank"]
+
+
+@pytest.mark.parametrize("first", SETS)
+@pytest.mark.parametrize("second", ["adjacent_cka", "stable_rank", "gradient_norm"])
+def test_a_set_of_metrics_costs_what_its_parts_need_together(make_run, monkeypatch, first, second):
+    run = make_run("residual", layers=3, samples=3)
+    matrices = record_decompositions(monkeypatch)
+    tables = count_calls(monkeypatch, diagnostics.similarity, ["_cka"])
+    diagnostics.analyze(run, metrics=[first, second])
+    ranks, gradients = {"stable_rank", "alpha_req"}, {"gradient_rank"}
+    asked = {first, second}
+    assert len(matrices) == 4 * 2 * (3 + 1) * bool(asked & ranks) + 4 * bool(asked & gradients)
+    assert tables["_cka"] == bool(asked & {"cka", "adjacent_cka"})
+
+
+def test_a_depth_is_read_once_for_all_metrics(make_run, monkeypatch):
+    run = make_run("hc", layers=2)
+    reads = count_calls(monkeypatch, diagnostics.states.States, ["_read"])
+    diagnostics.analyze(run)
+    assert reads["_read"] == 2 * 5  # residual and gradient at every depth
+
+
+def test_what_does_not_fit_is_read_again_and_gives_the_same(make_run, monkeypatch):
+    run = make_run("hc", layers=2)
+    whole = diagnostics.analyze(run)
+    monkeypatch.setattr(diagnostics.states, "KEPT", 2 * 5 * 2 * 16 * 32 * 4)  # two depths of five views
+    reads = count_calls(monkeypatch, diagnostics.states.States, ["_read"])
+    xr.testing.assert_identical(diagnostics.analyze(run), whole)
+    assert reads["_read"] > 2 * 5
+
+
+def test_memory_is_that_of_the_states_once_more_and_blocks_of_a_fixed_size(make_run):
+    run = make_run("residual", layers=23, samples=4, tokens=64, features=256, gradients=False, weights=False)
+    # CKA holds tiles of Gram matrices, of a fixed size.
+    names = [name for name, metric in CATALOGUE.items() if metric.default and "cka" not in name]
+    diagnostics.analyze(run, metrics=names)
+    tracemalloc.start()
+    diagnostics.analyze(run, metrics=names)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * run["trace"].to_dataset().nbytes + 10e6  # and blocks of a fixed size
+
+
+def test_a_run_is_not_written_to(make_run):
+    run = make_run("mhc", layers=2, features=12)
+    before = run.copy(deep=True)
+    diagnostics.analyze(run, metrics=CATALOGUE, jackknife=True)
+    xr.testing.assert_identical(run, before)
 
 
 def test_a_choice_of_variant_computes_no_other(residual_run, monkeypatch):
@@ -108,7 +191,7 @@ def test_an_analysis_survives_the_disk_as_metrics(hc_run, tmp_path):
     with schema.open_run(schema.save_run(run, tmp_path / "run.nc")) as back:
         stored = schema.chain_dataset(back, "metrics").load()
         xr.testing.assert_equal(stored, found)
-        assert stored.attrs["not_computed"] == {}
+        assert all("initial_logits" in reason for reason in stored.attrs["not_computed"].values())
         assert diagnostics.judge(stored) == diagnostics.judge(found)
 
 

@@ -30,6 +30,7 @@ DIMS = {
     "num_tokens": "scope tokens depth stream",
     "numerical_rank": RANK,
     "top_energy": RANK,
+    "singular_value": "step scope tokens centering depth order",
     "alpha_req": RANK,
     "alpha_req_error": RANK,
     "dirichlet_energy": "step tokens depth stream",
@@ -41,10 +42,12 @@ DIMS = {
     "block_influence": "step tokens depth",
     "stream_cosine": "step depth",
     "stream_cka": "step estimator depth",
-    "streamed_effective_rank": "step centering depth",
-    "streamed_entropy_rank": "step centering depth",
-    "streamed_participation_ratio": "step centering depth",
-    "streamed_stable_rank": "step centering depth",
+    "streamed_effective_rank": "step centering depth stream",
+    "streamed_entropy_rank": "step centering depth stream",
+    "streamed_participation_ratio": "step centering depth stream",
+    "streamed_stable_rank": "step centering depth stream",
+    "streamed_top_energy": "step centering depth stream",
+    "streamed_alpha_req": "step centering depth stream",
     "streamed_cka": "step depth other_depth",
     "streamed_cka_error": "step depth other_depth",
     "rbf_cka": PAIRS,
@@ -56,9 +59,15 @@ DIMS = {
     "cknna": PAIRS,
     "mixing_gain": "step direction connection reduction",
     "composite_gain": "step direction connection reduction",
-    "pair_gain": "step direction connection other_connection",
+    "pair_gain": "step direction connection other_connection reduction",
     "composite_attenuation": "step direction connection reduction",
     "deflated_gain": "step connection reduction",
+    "mixing_attenuation": "step direction connection reduction",
+    "composite_deviation": "step connection reduction",
+    "composite_dobrushin": "step connection reduction",
+    "suffix_deflated_gain": "step connection reduction",
+    "read_streams": "step connection",
+    "write_streams": "step connection",
     "mixing_singular_value": "step connection component reduction",
     "composite_singular_value": "step connection component reduction",
     "mixing_eigenvalue_modulus": "step connection component reduction",
@@ -76,6 +85,9 @@ DIMS = {
     "numerical_radius": "step connection reduction",
     "dobrushin": "step connection reduction",
     "lyapunov_spectrum": "step component reduction",
+    "initial_distance": "step connection reduction",
+    "replay_distance": "step connection reduction",
+    "replayed_deflated_gain": "step connection",
     "effective_streams": "step connection reduction",
     "effective_path_depth": "step connection",
     "read_mass": "step connection",
@@ -95,7 +107,7 @@ DIMS = {
     "weight_gradient_ratio": "step weight",
     "update_ratio": "step weight",
 }
-OF_CONNECTIONS = ("mixing", "operators", "paths")
+OF_CONNECTIONS = ("mixing", "operators", "paths", "replay")
 STREAMS_ONLY = {name for name, metric in CATALOGUE.items() if metric.question in OF_CONNECTIONS}
 STREAMS_ONLY |= {"stream_cosine", "stream_cka"}
 every_metric = pytest.mark.parametrize("name", CATALOGUE)
@@ -116,9 +128,18 @@ def with_trace(run, trace):
     return schema.create_run(trace, statistics=run["statistics"].to_dataset(), attrs=run.attrs)
 
 
+def run_of(make_run, family):
+    """A run of the family; that of mHC knows its initial logits."""
+    run = make_run(family, **SIZES)
+    if family != "mhc":
+        return run
+    logits = np.random.default_rng(0).standard_normal((run["trace"].sizes["connection"], 4, 4))
+    return diagnostics.with_replay(run, logits, decay=0.5, sinkhorn_steps=20, last="row")
+
+
 @pytest.fixture(scope="module")
 def analyses(make_run):
-    return {family: analyze(make_run(family, **SIZES)) for family in ("residual", "hc", "mhc")}
+    return {family: analyze(run_of(make_run, family)) for family in ("residual", "hc", "mhc")}
 
 
 def test_the_contract_names_every_metric():
@@ -156,6 +177,9 @@ def test_dims_are_those_of_the_contract_or_a_reason_is_given(analyses, name, fam
     if family == "residual" and name in STREAMS_ONLY:
         assert name not in analysis
         assert "one stream" in analysis.attrs["not_computed"][name]
+        return
+    if family == "hc" and "initial_logits" in CATALOGUE[name].roots:
+        assert "initial_logits" in analysis.attrs["not_computed"][name]
         return
     assert list(analysis[name].dims) == DIMS[name].split()
     for key in ("long_name", "units", "symbol", "references", "estimator", "basis"):
@@ -199,7 +223,7 @@ def test_the_rank_chain_holds(analyses, family):
 
 @every_family
 def test_a_second_look_gives_the_same(make_run, analyses, family):
-    again = analyze(make_run(family, **SIZES))
+    again = analyze(run_of(make_run, family))
     xr.testing.assert_equal(again, analyses[family])
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xarray as xr
 
 import diagnostics
-from diagnostics import schema
+from diagnostics import mixing, paths, schema
+from diagnostics.connections import over_last
 
 LEVELS = [0.5, 0.01, 0.99]
 
@@ -61,22 +61,17 @@ def test_attenuation_is_the_weakest_sum(analysis, products):
     )
 
 
-def test_pair_gain_puts_the_later_matrix_left(analysis, matrices):
+def test_pair_gain_is_that_of_every_product_reduced_over_tokens(analysis, matrices):
     found = analysis["pair_gain"].isel(step=0)
-    product = matrices[5] @ matrices[4] @ matrices[3]
-    for direction, gain in gains(product).items():
-        assert float(found.sel(direction=direction)[3, 5]) == pytest.approx(gain.max(), rel=1e-10)
-    assert np.isnan(found.sel(direction="forward").values[5, 3])
-    np.testing.assert_allclose(
-        found.sel(direction="forward").values[0],
-        analysis["composite_gain"].sel(direction="forward", reduction="max")[0],
-    )
-
-
-def test_pair_gain_does_not_depend_on_the_block_of_tokens(analysis, hc_run, monkeypatch):
-    monkeypatch.setattr("diagnostics.connections.BLOCK", 12 * 16 * 5)
-    again = diagnostics.analyze(hc_run, metrics=["pair_gain"])
-    xr.testing.assert_equal(again["pair_gain"], analysis["pair_gain"])
+    for a in range(len(matrices)):
+        product = np.eye(4)
+        for b in range(a, len(matrices)):
+            product = matrices[b] @ product
+            for direction, gain in gains(product).items():
+                expected = reduced(gain[None])[0]
+                np.testing.assert_allclose(found.sel(direction=direction)[a, b], expected, rtol=1e-10)
+    assert np.isnan(found.values[:, 5, 3]).all()
+    np.testing.assert_allclose(found[:, 0], analysis["composite_gain"].isel(step=0), rtol=1e-10)
 
 
 def test_spectra(analysis, matrices, products):
@@ -89,6 +84,54 @@ def test_spectra(analysis, matrices, products):
         ("mixing_eigenvalue_modulus", moduli),
     ):
         np.testing.assert_allclose(analysis[name].isel(step=0), reduced(values), rtol=1e-8)
+
+
+def test_weakest_sums_deviation_and_contraction(hc_run, matrices, products):
+    single = mixing.mixing_attenuation(hc_run)
+    for direction, axis in (("forward", -1), ("backward", -2)):
+        expected = reduced(np.abs(matrices.sum(axis)).min(-1))
+        np.testing.assert_allclose(single.sel(direction=direction), expected, rtol=1e-9)
+    sums = np.concatenate([products.sum(-1), products.sum(-2)], axis=-1)
+    expected = reduced(np.abs(np.log(np.abs(sums))).max(-1))
+    np.testing.assert_allclose(mixing.composite_deviation(hc_run), expected, rtol=1e-8)
+    apart = np.abs(products[..., :, None, :] - products[..., None, :, :]).sum(-1).max((-1, -2)) / 2
+    np.testing.assert_allclose(mixing.composite_dobrushin(hc_run), reduced(apart), rtol=1e-9)
+
+
+def test_what_is_left_of_a_difference_on_its_way_to_the_head(mhc_run):
+    found = mixing.suffix_deflated_gain(mhc_run).sel(reduction="mean")
+    h = mhc_run.trace.h_res.values[:, mhc_run.trace.mask.values].astype(float)
+    product = np.eye(4)
+    for start in reversed(range(len(h))):
+        product = product @ h[start]
+        left = np.linalg.svd(product - 0.25, compute_uv=False)[:, 0]
+        assert float(found[start]) == pytest.approx(np.log10(left).mean(), abs=1e-4)
+
+
+def test_streams_in_use_count_from_one_to_all(make_run):
+    run = make_run("hc", layers=1)
+    trace = run["trace"].to_dataset().load()
+    trace["h_pre"].values[:] = [0.0, -2.0, 0.0, 0.0]
+    trace["h_post"].values[0], trace["h_post"].values[1] = 0.5, [1.0, 1.0, 0.0, 0.0]
+    assert paths.read_streams(trace).values == pytest.approx([1, 1])
+    assert paths.write_streams(trace).values == pytest.approx([4, 2])
+
+
+def test_a_broken_connection_spoils_what_the_gradient_passes_after_it(make_run):
+    matrices = np.stack([np.eye(2) * 2.0] * 6)
+    matrices[3] = np.nan
+    trace = static_run(make_run, matrices)["trace"].to_dataset()
+    found = mixing.suffix_deflated_gain(trace).sel(reduction="max")
+    np.testing.assert_allclose(found, [np.nan] * 4 + [2 * np.log10(2), np.log10(2)], rtol=1e-12)
+
+
+def test_reductions_between_infinities_take_the_nearest_rank():
+    values = np.array([-np.inf, -np.inf, 0.0, 1.0, np.inf])
+    assert over_last(values)[1:].tolist() == [0.0, -np.inf, np.inf, np.inf]
+    finite = np.random.default_rng(0).normal(size=(3, 1001))
+    expected = [finite.mean(1), *(np.quantile(finite, q, axis=1) for q in LEVELS), finite.max(1)]
+    np.testing.assert_allclose(over_last(finite), np.stack(expected, axis=-1), rtol=1e-12)
+    assert np.isnan(over_last(np.array([1.0, np.nan, 2.0]))).all()
 
 
 def test_violation_entropy_and_distance(analysis, matrices):
@@ -162,7 +205,7 @@ def test_deep_products_overflow_to_infinity(make_run):
     gain = found["composite_gain"].sel(direction="forward", reduction="mean").values[0]
     np.testing.assert_allclose(np.log10(gain[:8]), 38 * np.arange(1, 9), rtol=1e-6)
     assert np.isinf(gain[8:]).all()
-    assert np.isinf(found["pair_gain"].values[0, 0, 0, 9])
+    assert np.isinf(found["pair_gain"].values[0, 0, 0, 9]).all()
 
 
 def test_one_broken_connection_leaves_the_others(make_run):
@@ -173,7 +216,7 @@ def test_one_broken_connection_leaves_the_others(make_run):
     np.testing.assert_allclose(single, [2, 2, 2, np.nan, 2, 2])
     composed = found["composite_gain"].sel(direction="forward", reduction="mean").values[0]
     np.testing.assert_allclose(composed, [2, 4, 8, np.nan, np.nan, np.nan])
-    pairs = found["pair_gain"].sel(direction="forward").values[0]
+    pairs = found["pair_gain"].sel(direction="forward", reduction="max").values[0]
     assert pairs[4, 5] == pytest.approx(4)
     assert np.isnan(pairs[2, 4])
     assert "connection 3" in found.attrs["not_computed"]["depth_kernel"]

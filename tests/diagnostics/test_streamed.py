@@ -16,8 +16,8 @@ NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "strea
 @pytest.mark.parametrize("family", ["residual", "mhc"])
 def test_they_equal_the_metrics_of_a_trace_that_holds_every_token(make_run, family):
     found = diagnostics.analyze(make_run(family, layers=3))
-    for name in RANKS:
-        exact = found[name].sel(scope="data", tokens="all", stream="mean", drop=True)
+    for name in (*RANKS, "top_energy", "alpha_req"):
+        exact = found[name].sel(scope="data", tokens="all", drop=True)
         np.testing.assert_allclose(found[f"streamed_{name}"].transpose(*exact.dims), exact, rtol=1e-6)
     exact = found.cka.sel(estimator="unbiased", tokens="all")
     np.testing.assert_allclose(found.streamed_cka.values, exact.values, atol=1e-6)
@@ -51,10 +51,11 @@ def spectra(small: float) -> dict[str, xr.DataArray]:
     shaken[1, 1, 4:] = small
     dims = ("centering", "depth", "component")
     coords = {"centering": ["raw", "centred"], "depth": [4, 9]}
-    return {
+    found = {
         "eigenvalue": xr.DataArray(values, coords, dims),
         "eigenvalue_shaken": xr.DataArray(shaken, coords, dims),
     }
+    return found | {f"stream_{name}": value.expand_dims(stream=[0]) for name, value in found.items()}
 
 
 def of(name: str, small: float, centering: tuple[str, ...] = ("raw", "centred")) -> xr.DataArray:
@@ -65,11 +66,11 @@ def of(name: str, small: float, centering: tuple[str, ...] = ("raw", "centred"))
 
 def test_a_rank_that_rounding_decides_is_undefined_and_says_why():
     found = of("streamed_effective_rank", 1e-8)  # four σ of 1e-4 beside four of 1: exp H moves by 1e-3
-    np.testing.assert_allclose(found.sel(centering="raw"), [8, 4])
-    np.testing.assert_allclose(found.sel(centering="centred"), [8, np.nan])
+    np.testing.assert_allclose(found.sel(centering="raw", stream="mean"), [8, 4])
+    np.testing.assert_allclose(found.sel(centering="centred", stream="mean"), [8, np.nan])
     assert "centred at depth 9" in found.attrs["undefined_because"]
     energies = of("streamed_entropy_rank", 1e-8)  # λ of 1e-8 are nothing beside 1
-    np.testing.assert_allclose(energies.sel(centering="centred"), [8, 4])
+    np.testing.assert_allclose(energies.sel(centering="centred", stream="mean"), [8, 4])
     assert "undefined_because" not in energies.attrs
 
 

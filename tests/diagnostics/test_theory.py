@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.integrate import quad
 from scipy.special import digamma, erf, expit
 
 import diagnostics
@@ -396,12 +397,71 @@ def test_a_product_of_undefined_connections_has_no_law():
     assert "not defined everywhere" in beside(values, analysis)[0].reason
 
 
+SINGLE = (
+    "mixing_eigenvalue_modulus",
+    "mixing_singular_value",
+    "identity_distance",
+    "doubly_stochastic_violation",
+)
+
+
+@pytest.mark.parametrize("name", SINGLE[:2])
+@pytest.mark.parametrize("middle", [0.0, 1.0])
+def test_random_connections_have_the_spectrum_of_the_law(name, middle):
+    matrices = middle * np.eye(4) + 0.3 * np.random.default_rng(3).standard_normal((3, 2000, 4, 4))
+    analysis = analyze(product_run(matrices), metrics=SINGLE)
+    values = analysis[name].isel(step=0).sel(reduction="mean")
+    for i in range(4):
+        (found,) = beside(values.isel(component=i), analysis)
+        np.testing.assert_allclose(found.values, values.isel(component=i), rtol=0.05, atol=0.02)
+
+
+def test_eigenvalues_of_a_large_random_connection_fill_ginibres_disc():
+    n, scale = 24, 0.5
+    matrices = scale / n**0.5 * np.random.default_rng(0).standard_normal((2, 40, n, n))
+    analysis = analyze(product_run(matrices), metrics=SINGLE)
+    moduli = analysis["mixing_eigenvalue_modulus"].isel(step=0).sel(reduction="median")
+    law = np.array([beside(moduli.isel(component=i), analysis)[0].values for i in range(n)])[:, 0]
+    share = (np.arange(n, 0, -1.0) - 0.5) / n  # of the disc's area that lies inside
+    np.testing.assert_allclose(law, scale * share**0.5, atol=0.08)
+    assert law[0] < 1.2 * scale
+
+
+def test_a_doubly_stochastic_connection_keeps_what_all_streams_share():
+    matrices = mixing.sinkhorn(np.random.default_rng(2).standard_normal((2, 400, 4, 4)), steps=200)
+    analysis = analyze(product_run(matrices), metrics=SINGLE)
+    values = analysis["mixing_singular_value"].isel(step=0).sel(reduction="mean")
+    first, second = (beside(values.isel(component=i), analysis)[0].values for i in (0, 1))
+    np.testing.assert_array_equal(first, 1.0)
+    np.testing.assert_allclose(second, values.isel(component=1), rtol=0.15)
+
+
+# --- activations
+
+
+@pytest.mark.parametrize("name", meanfield.ACTIVATIONS)
+def test_maps_of_an_activation_equal_adaptive_quadrature_and_its_slope(name):
+    phi, slope = meanfield.ACTIVATIONS[name]
+    q, sigma_w, sigma_b = 1.3, 1.2, 0.3
+    normal = lambda h: np.exp(-(h**2) / (2 * q)) / np.sqrt(2 * np.pi * q)  # noqa: E731
+    square, _ = quad(lambda h: float(phi(np.array(h))) ** 2 * normal(h), -12, 12, points=[0.0])
+    steep, _ = quad(lambda h: float(slope(np.array(h))) ** 2 * normal(h), -12, 12, points=[0.0])
+    assert meanfield.q_map(q, sigma_w, sigma_b, name) == pytest.approx(sigma_w**2 * square + sigma_b**2)
+    assert meanfield.chi_1(sigma_w, sigma_b, name, q) == pytest.approx(sigma_w**2 * steep)
+    points = np.array([-2.1, -0.4, 0.7, 3.0])
+    np.testing.assert_allclose((phi(points + 1e-6) - phi(points - 1e-6)) / 2e-6, slope(points), atol=1e-8)
+
+
 # --- declarations
 
 
 def test_ranks_have_the_marchenko_pastur_law_as_their_null(residual_run):
     analysis = analyze(residual_run, metrics=["participation_ratio"])
-    assert null_law("participation_ratio") is LAWS["marchenko_pastur"]
+    assert (
+        null_law("participation_ratio")
+        is null_law("streamed_participation_ratio")
+        is LAWS["marchenko_pastur"]
+    )
     assert null_law("dong_residual") is None
     null = analysis["participation_ratio_null"].sel(scope="data", tokens="all")
     count = int(residual_run["trace"]["mask"].sum())

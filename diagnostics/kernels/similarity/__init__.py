@@ -3,7 +3,7 @@
 from diagnostics.kernels.similarity.canonical import pwcca, svcca
 from diagnostics.kernels.similarity.cka import cka_from_hsic, cka_null, hsic1, linear_cka, linear_hsic1
 from diagnostics.kernels.similarity.distances import rbf_cka, rsa
-from diagnostics.kernels.similarity.layers import cka_matrix, hsic_matrix, minibatch_cka
+from diagnostics.kernels.similarity.layers import cka_matrices, cka_matrix, hsic_matrix, minibatch_cka
 from diagnostics.kernels.similarity.neighbours import cknna, mutual_knn
 from diagnostics.kernels.similarity.shapes import procrustes
 from diagnostics.kernels.similarity.sketches import cka_from_sketch, row_sketch
@@ -11,6 +11,7 @@ from diagnostics.kernels.similarity.sketches import cka_from_sketch, row_sketch
 __all__ = [
     "cka_from_hsic",
     "cka_from_sketch",
+    "cka_matrices",
     "cka_matrix",
     "cka_null",
     "cknna",

@@ -7,13 +7,13 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array
+from diagnostics.kernels._arrays import Array, peak
 from diagnostics.kernels.similarity.pair import each
 
 
 def _basis(xp: Any, x: Array, energy: float) -> tuple[Array, Array]:
     """Left singular vectors that hold a share ``energy`` of the variance, and their singular values."""
-    u, s, _ = xp.linalg.svd(x, full_matrices=False)
+    u, s, _ = xp.linalg.svd(x / peak(xp, x), full_matrices=False)
     kept = s > s[0] * max(x.shape) * xp.finfo(xp.float64).eps
     if energy < 1:
         before = xp.cumulative_sum(s * s) - s * s

@@ -7,17 +7,33 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, peak, ratio, rows, unit_rows
+from diagnostics.kernels._arrays import Array, first_equal, peak, ratio, rows, unit_rows
 from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from diagnostics.kernels.similarity.pair import each
 
+# Distances this near, as a share of themselves, are ties: rounding alone parts them.
+TIE = 1e-12
 
-def _square_distances(xp: Any, x: Array) -> Array:
-    """Squared distances between the rows of a centred matrix (N, d), zero on the diagonal."""
+
+def square_distances(xp: Any, x: Array) -> Array:
+    """Squared distances between rows (N, d); those of equal rows are equal to the last bit, and 0 among them.
+
+    A product of matrices rounds equal rows differently by their place, and ranks would see it.
+    """
+    x = rows(x, center=True).values
     square = xp.linalg.vecdot(x, x)
-    apart = square[:, None] + square[None, :] - 2.0 * (x @ x.T)
-    off = 1.0 - xp.eye(x.shape[0], dtype=xp.float64, device=device(x))
-    return xp.clip(apart, min=0.0) * off
+    apart = xp.clip(square[:, None] + square[None, :] - 2.0 * (x @ x.T), min=0.0)
+    own, same = xp.arange(x.shape[0], device=device(x)), first_equal(xp, x)
+    if bool(xp.any(same != own)):
+        apart = (0.5 * (apart + apart.T))[same][:, same]
+        apart[same[:, None] == same[None, :]] = 0.0
+    apart[own, own] = 0.0
+    return apart
+
+
+def cosine_distances(xp: Any, x: Array) -> Array:
+    """1 − cos of all pairs of rows as ½‖u − w‖², which keeps its digits where all rows point one way."""
+    return 0.5 * square_distances(xp, unit_rows(xp, x)[0])
 
 
 def _upper(xp: Any, square: Array) -> Array:
@@ -81,7 +97,7 @@ def rbf_cka(
 
 def _rbf(xp: Any, x: Array, fraction: float) -> Array:
     """The RBF kernel; all ones, and so without variance, where the median distance is zero."""
-    square = _square_distances(xp, x / peak(xp, x))
+    square = square_distances(xp, x / peak(xp, x))
     width = fraction * _median(xp, xp.sqrt(_upper(xp, square)))
     safe = xp.where(width > 0, width, xp.ones_like(width))
     return xp.where(width > 0, xp.exp(-square / (2.0 * safe**2)), xp.ones_like(square))
@@ -151,22 +167,26 @@ def rsa(
 def _dissimilarities(xp: Any, x: Array, metric: str) -> Array:
     """Dissimilarities of all pairs of rows, flat; NaN where a row has no direction."""
     if metric == "euclidean":
-        return xp.sqrt(_upper(xp, _square_distances(xp, rows(x, center=True).values)))
+        x = rows(x, center=True).values
+        return xp.sqrt(_upper(xp, square_distances(xp, x / peak(xp, x))))
     if metric == "correlation":
         x = xp.matrix_transpose(rows(xp.matrix_transpose(x), center=True).values)
-    unit, length = unit_rows(xp, x)
-    unit = xp.where((length > 0)[:, None], unit, xp.full_like(unit, xp.nan))
-    return _upper(xp, 1.0 - unit @ unit.T)
+    found = _upper(xp, cosine_distances(xp, x))
+    return found if bool(xp.all(unit_rows(xp, x)[1] > 0)) else xp.full_like(found, xp.nan)
 
 
 def _ranks(xp: Any, values: Array) -> Array:
     """Ranks from 1, the mean rank for ties; NaN anywhere leaves NaN."""
     if bool(xp.any(xp.isnan(values))):
         return values
-    ordered = xp.sort(values)
-    below = xp.searchsorted(ordered, values, side="left")
-    upto = xp.searchsorted(ordered, values, side="right")
-    return (xp.astype(below, xp.float64) + xp.astype(upto, xp.float64) + 1.0) / 2.0
+    order = xp.argsort(values, stable=True)
+    ordered = values[order]
+    fresh = xp.concat([ordered[:1] == ordered[:1], ordered[1:] - ordered[:-1] > TIE * ordered[1:]])
+    first = xp.astype(xp.nonzero(fresh)[0], xp.float64)
+    end = xp.concat([first[1:], xp.full_like(first[:1], float(values.shape[0]))])
+    ranks = xp.zeros_like(values)
+    ranks[order] = ((first + end + 1.0) / 2.0)[xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
+    return ranks
 
 
 def _pearson(xp: Any, a: Array, b: Array) -> Array:

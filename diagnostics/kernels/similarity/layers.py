@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, as_array, rows, scaled
+from diagnostics.kernels._arrays import Array, Rows, as_array, rows, scaled
 from diagnostics.kernels.similarity.cka import cka_from_hsic, linear_hsic
 
 # Numbers of one block of Gram rows over all layers: 32 MB in float32.
@@ -53,7 +53,8 @@ def hsic_matrix(
     >>> hsic_matrix(np.array([[[1.0], [-1.0], [1.0], [-1.0]]])).round(9).tolist()
     [[2.666666667]]
     """
-    return _hsic(x, y, mask, unbiased)[0]
+    found = _hsic(x, y, mask, unbiased)
+    return found.table * found.size_x[:, None] ** 2 * found.size_y[None, :] ** 2
 
 
 def cka_matrix(
@@ -89,32 +90,85 @@ def cka_matrix(
     >>> cka_matrix(np.stack([x, 3 * x[:, ::-1] + 1e4])).round(12).tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    table, own_x, own_y = _hsic(x, y, mask, unbiased)
-    return cka_from_hsic(table, own_x[:, None], own_y[None, :])
+    found = _hsic(x, y, mask, unbiased)
+    return cka_from_hsic(found.table, found.own_x[:, None], found.own_y[None, :])
 
 
-def _hsic(x: Array, y: Array | None, mask: Array | None, unbiased: bool) -> tuple[Array, Array, Array]:
-    """The HSIC table (L, M) and the HSIC of each layer with itself, (L,) and (M,)."""
+def cka_matrices(x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
+    """Biased and unbiased linear CKA of every layer with every other, from the same products.
+
+    Parameters
+    ----------
+    x
+        Layers (L, N, d) over the same tokens.
+    mask
+        Booleans (N,), False for tokens that do not count.
+
+    Returns
+    -------
+    tuple
+        `cka_matrix` biased and unbiased, (L, L) each, at the cost of one.
+
+    Raises
+    ------
+    ValueError
+        If the shape is another or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> biased, unbiased = cka_matrices(np.random.default_rng(0).normal(size=(2, 20, 30)))
+    >>> bool(biased[0, 1] > 0.5), bool(abs(unbiased[0, 1]) < 0.2)
+    (True, True)
+    """
+    (biased, unbiased), _ = _own_tables(x, mask, (False, True))
+    return _ratio_to_own(biased), _ratio_to_own(unbiased)
+
+
+def _ratio_to_own(table: Array) -> Array:
+    own = array_namespace(table).linalg.diagonal(table)
+    return cka_from_hsic(table, own[:, None], own[None, :])
+
+
+class _Hsic(NamedTuple):
+    """HSIC of layers at unit size, and what brings it back to the size they came in."""
+
+    table: Array  # (L, M)
+    own_x: Array  # (L,), of each layer with itself
+    own_y: Array  # (M,)
+    size_x: Array  # (L,), lengths: to be squared on each side
+    size_y: Array  # (M,)
+
+
+def _hsic(x: Array, y: Array | None, mask: Array | None, unbiased: bool) -> _Hsic:
+    """The HSIC table and that of each layer with itself."""
     if y is None:
-        table, losing = _hsic_table(x, None, mask, unbiased, lean=True)
-        if losing:
-            table, _ = _hsic_table(x, None, mask, unbiased, lean=False)
+        (table,), size = _own_tables(x, mask, (unbiased,))
         own = array_namespace(table).linalg.diagonal(table)
-        return table, own, own
-    own_x, own_y = _own_hsic(x, mask, unbiased), _own_hsic(y, mask, unbiased)
-    return _hsic_table(x, y, mask, unbiased, lean=not unbiased)[0], own_x, own_y
+        return _Hsic(table, own, own, size, size)
+    products = _products(x, y, mask, lean=not unbiased)
+    table = _unbiased(products) if unbiased else _biased(products)
+    return _Hsic(
+        table, _own_hsic(x, mask, unbiased), _own_hsic(y, mask, unbiased), products.size_x, products.size_y
+    )
+
+
+def _own_tables(x: Array, mask: Array | None, estimators: tuple[bool, ...]) -> tuple[list[Array], Array]:
+    """HSIC tables (L, L) of layers among themselves, unbiased or not; in float64 throughout where float32 loses."""
+    products = _products(x, None, mask, lean=True)
+    if True in estimators and _loses(products):
+        products = _products(x, None, mask, lean=False)
+    tables = [_unbiased(products) if unbiased else _biased(products) for unbiased in estimators]
+    return tables, products.size_x
 
 
 def _own_hsic(x: Array, mask: Array | None, unbiased: bool) -> Array:
-    """HSIC of each layer with itself, (L,), one layer at a time in float64."""
+    """HSIC of each layer with itself at unit size, (L,), one layer at a time in float64."""
     found = []
     for layer in as_array(x):
-        matrix = rows(layer, mask=mask, center=True)
-        values, top = scaled(matrix)
-        even = matrix._replace(values=values)
-        value = linear_hsic(even, even, unbiased)
-        value = value if unbiased else value / matrix.xp.clip(matrix.count - 1.0, min=1.0) ** 2
-        found.append(value * top[0, 0] ** 4)
+        matrix, _, _ = _unit(layer, mask, "x")
+        value = linear_hsic(matrix, matrix, unbiased)
+        found.append(value if unbiased else value / matrix.xp.clip(matrix.count - 1.0, min=1.0) ** 2)
     return matrix.xp.stack(found)
 
 
@@ -126,10 +180,20 @@ class _Layers(NamedTuple):
     scales: Array  # (L,), what they were divided by
 
 
-def _hsic_table(
-    x: Array, y: Array | None, mask: Array | None, unbiased: bool, *, lean: bool
-) -> tuple[Array, bool]:
-    """The HSIC table, and whether float32 tiles were used where they lose too much."""
+class _Products(NamedTuple):
+    """What both estimators are made of, for layers of unit size."""
+
+    distinct: Array  # (L, M), Σ_{i≠j} K_ij L_ij
+    shared: Array  # (L, M), Σ_i K_ii L_ii
+    traces: Array  # (L, M), tr K tr L
+    size_x: Array  # (L,), the lengths that the layers came in
+    size_y: Array  # (M,)
+    num_rows: int
+    lean: bool  # whether float32 tiles were added
+
+
+def _products(x: Array, y: Array | None, mask: Array | None, *, lean: bool) -> _Products:
+    """The products of all pairs of layers."""
     xp, a = _layers(x, mask, lean, "x")
     b = a if y is None else _layers(y, mask, lean, "y")[1]
     n = a.values.shape[1]
@@ -139,21 +203,45 @@ def _hsic_table(
         )
     k, q = a.square_lengths, b.square_lengths
     shared = k @ xp.matrix_transpose(q)
-    off = _distinct_products(xp, a.values, None if y is None else b.values, shared)
-    scale = (a.scales**2)[:, None] * (b.scales**2)[None, :]
-    if not unbiased:
-        return (off + shared) / max(n - 1, 1) ** 2 * scale, False
+    return _Products(
+        distinct=_distinct_products(xp, a.values, None if y is None else b.values, shared),
+        shared=shared,
+        traces=xp.sum(k, axis=-1)[:, None] * xp.sum(q, axis=-1)[None, :],
+        size_x=a.scales,
+        size_y=b.scales,
+        num_rows=n,
+        lean=a.values.dtype != xp.float64,
+    )
+
+
+def _biased(of: _Products) -> Array:
+    """⟨K_c, L_c⟩ / (n − 1)², NaN for no rows."""
+    if of.num_rows == 0:
+        return array_namespace(of.distinct).full_like(of.distinct, float("nan"))
+    return (of.distinct + of.shared) / max(of.num_rows - 1, 1) ** 2
+
+
+def _unbiased(of: _Products) -> Array:
+    """HSIC₁, NaN below 4 rows."""
+    n = of.num_rows
     if n < 4:
-        return xp.full_like(off, xp.nan), False
-    link = xp.sum(k, axis=-1)[:, None] * xp.sum(q, axis=-1)[None, :] / ((n - 1) * (n - 2))
-    total = off - 2.0 / (n - 2) * shared + link
-    losing = y is None and a.values.dtype != xp.float64 and _cancels(xp, off + link, total)
-    return total / (n * (n - 3)) * scale, losing
+        return array_namespace(of.distinct).full_like(of.distinct, float("nan"))
+    return (of.distinct + _correction(of)) / (n * (n - 3))
 
 
-def _cancels(xp: Any, terms: Array, total: Array) -> bool:
-    """Whether any layer's own HSIC₁ is much less than the terms it is the difference of."""
-    return bool(xp.any(xp.linalg.diagonal(terms) > CANCELLATION * xp.linalg.diagonal(total)))
+def _correction(of: _Products) -> Array:
+    """What HSIC₁ adds to the products of distinct rows."""
+    n = of.num_rows
+    return of.traces / ((n - 1) * (n - 2)) - 2.0 / (n - 2) * of.shared
+
+
+def _loses(of: _Products) -> bool:
+    """Whether a layer's own HSIC₁ is much less than the float32 terms that it is the difference of."""
+    if not of.lean or of.num_rows < 4:
+        return False
+    xp, n = array_namespace(of.distinct), of.num_rows
+    terms = xp.linalg.diagonal(of.distinct + of.traces / ((n - 1) * (n - 2)))
+    return bool(xp.any(terms > CANCELLATION * xp.linalg.diagonal(of.distinct + _correction(of))))
 
 
 def _layers(x: Array, mask: Array | None, lean: bool, name: str) -> tuple[Any, _Layers]:
@@ -165,21 +253,29 @@ def _layers(x: Array, mask: Array | None, lean: bool, name: str) -> tuple[Any, _
     lean = lean and x.dtype != xp.float64 and xp.isdtype(x.dtype, "real floating")
     kept, square_lengths, scales = None, [], []
     for index in range(x.shape[0]):  # one at a time: a single float64 copy is alive
-        matrix = rows(x[index], mask=mask, center=True, name=name)
-        values, top = scaled(matrix)
-        square = xp.linalg.vecdot(values, values)
-        length = xp.sqrt(xp.max(square))
-        length = xp.where(length > 0, length, xp.ones_like(length))
+        matrix, square, scale = _unit(x[index], mask, f"{name}[{index}]")
+        values = matrix.values
         if matrix.mask is not None:
             values, square = values[matrix.mask], square[matrix.mask]
         if kept is None:
             dtype = xp.float32 if lean else xp.float64
             kept = xp.empty((x.shape[0], *values.shape), dtype=dtype, device=device(values))
-        values /= length
         kept[index] = values
-        square_lengths.append(square / length**2)
-        scales.append(length * top[0, 0])
+        square_lengths.append(square)
+        scales.append(scale)
     return xp, _Layers(kept, xp.stack(square_lengths), xp.stack(scales))
+
+
+def _unit(layer: Array, mask: Array | None, name: str) -> tuple[Rows, Array, Array]:
+    """A centred layer whose longest row has length 1, its squared row lengths (N,), and what it was divided by."""
+    matrix = rows(layer, mask=mask, center=True, name=name)
+    xp = matrix.xp
+    values, top = scaled(matrix)
+    square = xp.linalg.vecdot(values, values)
+    length = xp.sqrt(xp.max(square))
+    length = xp.where(length > 0, length, xp.ones_like(length))
+    values /= length
+    return matrix._replace(values=values), square / length**2, length * top[0, 0]
 
 
 def _distinct_products(xp: Any, a: Array, b: Array | None, shared: Array) -> Array:
@@ -193,8 +289,9 @@ def _distinct_products(xp: Any, a: Array, b: Array | None, shared: Array) -> Arr
 def _gram_products(xp: Any, a: Array, b: Array | None) -> Array:
     """The same from blocks of rows of the Gram matrices on and right of the diagonal."""
     n = a.shape[1]
-    block = max(1, min(n, BLOCK // (a.shape[0] * n)))
-    total = 0.0
+    block = max(1, min(n, BLOCK // max(1, a.shape[0] * n)))
+    others = a.shape[0] if b is None else b.shape[0]
+    total = xp.zeros((a.shape[0], others), dtype=xp.float64, device=device(a))
     for start in range(0, n, block):
         tile_a = _gram_tile(xp, a, start, block)
         tile_b = tile_a if b is None else _gram_tile(xp, b, start, block)
@@ -267,12 +364,16 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     total_xx: Any = 0.0
     total_yy: Any = 0.0
     for x, y in zip(sides_x, sides_y, strict=True):
-        if x.shape[-2] < 4:
+        if x.ndim < 2 or x.shape[-2] < 4:
             raise ValueError(
-                f"a batch has {x.shape[-2]} rows; HSIC₁ needs at least 4: drop it or join batches"
+                f"a batch has shape {tuple(x.shape)}; HSIC₁ needs at least 4 rows (n, d): drop it or join batches"
             )
         stack_x, stack_y = (side if side.ndim == 3 else side[None] for side in (x, y))
-        xy, xx, yy = _hsic(stack_x, None if batches_y is None else stack_y, None, True)
-        total_xy, total_xx, total_yy = total_xy + xy, total_xx + xx, total_yy + yy
+        found = _hsic(stack_x, None if batches_y is None else stack_y, None, True)
+        total_xy = total_xy + found.table * found.size_x[:, None] ** 2 * found.size_y[None, :] ** 2
+        total_xx, total_yy = (
+            total_xx + found.own_x * found.size_x**4,
+            total_yy + found.own_y * found.size_y**4,
+        )
     table = cka_from_hsic(total_xy, total_xx[:, None], total_yy[None, :])
     return table if sides_x[0].ndim == 3 else table[0, 0]

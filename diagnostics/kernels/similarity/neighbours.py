@@ -9,6 +9,7 @@ from array_api_compat import device
 
 from diagnostics.kernels._arrays import Array, unit_rows
 from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
+from diagnostics.kernels.similarity.distances import cosine_distances
 from diagnostics.kernels.similarity.pair import each
 
 
@@ -68,9 +69,10 @@ def mutual_knn(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) ->
 
 
 def _cosines(xp: Any, x: Array) -> Array:
-    """Cosines of all pairs of rows (n, n), 0 for zero rows."""
-    unit = unit_rows(xp, x)[0]
-    return unit @ unit.T
+    """Cosines of all pairs of rows (n, n), 0 for zero rows; equal for equal rows, to the last bit."""
+    directed = unit_rows(xp, x)[1] > 0
+    cosines = 1.0 - cosine_distances(xp, x)
+    return xp.where(directed[:, None] & directed[None, :], cosines, xp.zeros_like(cosines))
 
 
 def cknna(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Array:

@@ -46,6 +46,8 @@ def procrustes(x: Array, y: Array, *, squared: bool = False, mask: Array | None 
     """
 
     def of(xp: Any, left: Array, right: Array) -> Array:
+        if left.shape[0] == 0:
+            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
         residual = _rotation_residual(xp, left, right)
         return residual**2 if squared else 2.0 * xp.asin(xp.clip(residual / 2.0, max=1.0))
 

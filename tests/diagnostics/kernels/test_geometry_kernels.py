@@ -219,7 +219,7 @@ def test_two_nn_counts_duplicates_once(array, rng):
 def test_two_nn_blocks_and_masks(monkeypatch, rng):
     x = rng.normal(size=(2, 90, 3))
     whole = geometry.two_nn(x)
-    monkeypatch.setattr(geometry, "BLOCK", 1000)
+    monkeypatch.setattr(geometry.dimension, "BLOCK", 1000)
     np.testing.assert_allclose(geometry.two_nn(x), whole, rtol=1e-9)
     mask = rng.random((2, 90)) < 0.7
     np.testing.assert_allclose(geometry.two_nn(x, mask=mask)[1], geometry.two_nn(x[1][mask[1]]), rtol=1e-9)

@@ -2,30 +2,33 @@
 
 import doctest
 import importlib
-import inspect
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
-MODULES = ["rank", "geometry", "similarity", "mixing", "gradients", "meanfield"]
+from diagnostics import kernels
+from tests.diagnostics.kernels.catalogue import public_kernels
+
+MODULES = [
+    m.name for m in pkgutil.walk_packages(kernels.__path__, "diagnostics.kernels.") if "._" not in m.name
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    outcome = doctest.testmod(importlib.import_module(f"diagnostics.kernels.{name}"))
-    assert outcome.attempted > 0
-    assert outcome.failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", kernels.__all__)
 def test_every_public_function_has_an_example_and_sections(name):
-    module = importlib.import_module(f"diagnostics.kernels.{name}")
-    for key, value in inspect.getmembers(module, inspect.isfunction):
-        if not key.startswith("_") and value.__module__ == module.__name__:
-            doc = value.__doc__ or ""
-            assert ">>>" in doc, f"{name}.{key} has no example"
-            assert "Parameters\n" in doc, f"{name}.{key} has no parameters"
+    found = public_kernels(name)
+    assert found
+    for key, value in found.items():
+        doc = value.__doc__ or ""
+        assert ">>>" in doc, f"{key} has no example"
+        assert "Parameters\n" in doc, f"{key} has no parameters"
 
 
 def test_no_torch_is_imported():

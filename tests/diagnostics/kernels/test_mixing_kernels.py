@@ -247,7 +247,7 @@ def test_unbatched_and_single_layers(array, rng):
 def test_all_pairs_reduced_in_blocks(array, rng, monkeypatch):
     h = rng.normal(size=(6, 7, 3, 3))
     whole = mixing.all_pairs(array(h))
-    monkeypatch.setattr(mixing, "BLOCK", 6 * 9 * 2)
+    monkeypatch.setattr("diagnostics.kernels.mixing.pairs.BLOCK", 6 * 9 * 2)
     got = np.asarray(mixing.all_pairs(array(h), reduce=mixing.forward_gain))
     upper = np.triu_indices(6)
     np.testing.assert_allclose(got[upper], np.asarray(mixing.forward_gain(whole[upper])), rtol=1e-12)

@@ -1,0 +1,126 @@
+"""How are results told? As tables for a terminal and for a page, with the circumstances that they were taken in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Table = tuple[str, list[str], list[list[str]]]
+OWN = ("torch", "depthscope", "transformers")  # what a reader has installed with this package
+
+
+def circumstances(script: str, packages: Iterable[str]) -> dict[str, Any]:
+    """Day, machine, versions and command of a run.
+
+    Parameters
+    ----------
+    script : str
+        Its file, from the root of the repository.
+    packages : iterable of str
+        Whose versions are asked for; those that are not installed are left out.
+
+    Returns
+    -------
+    dict
+    """
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used",
+        "versions": versions(packages),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def pinned(found: Mapping[str, str]) -> str:
+    """What to give to pip so as to have the same peers."""
+    return " ".join(f"{name}=={version}" for name, version in found.items() if name not in OWN)
+
+
+def named(found: Mapping[str, str]) -> str:
+    """A sentence with every version."""
+    return "Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()) + "."
+
+
+def as_text(tables: Iterable[Table]) -> str:
+    """Tables for a terminal.
+
+    Parameters
+    ----------
+    tables : iterable of Table
+        Title, header and rows of each.
+
+    Returns
+    -------
+    str
+    """
+    lines = []
+    for title, header, rows in tables:
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines.append(title)
+        for row in (header, *rows):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            lines.append("  ".join(cells).rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_markdown(table: Table, *, level: int = 3) -> str:
+    """A table under its title.
+
+    Parameters
+    ----------
+    table : Table
+        Title, header and rows.
+    level : int
+        Of the title.
+
+    Returns
+    -------
+    str
+    """
+    title, header, rows = table
+    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+    return "\n".join([f"{'#' * level} {title}", "", *lines, ""])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def put_section(path: Path, name: str, text: str) -> None:
+    """Write one part of a page that several scripts write, and leave the other parts as they are.
+
+    Parameters
+    ----------
+    path : Path
+        The page; it need not exist.
+    name : str
+        Of the part; a new one goes to the end.
+    text : str
+        What it says.
+    """
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    part = f"{start}{text.rstrip()}\n{end}"
+    if start not in page:
+        path.write_text(f"{page.rstrip()}\n\n{part}".lstrip(), encoding="utf-8")
+        return
+    before, rest = page.split(start, 1)
+    path.write_text(before + part + rest.split(end, 1)[1], encoding="utf-8")

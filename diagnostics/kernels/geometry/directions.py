@@ -1,0 +1,219 @@
+"""Which way tokens point, and how far a layer, or the step to the next token, turns them.
+
+Shapes: ``...`` batch, ``N`` rows (tokens, in order), ``d`` columns (features).
+"""
+
+from typing import Any
+
+from array_api_compat import device
+
+from diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
+
+# Centring leaves this share of the longest row as rounding, which is no direction.
+ROUNDING = 1e-14
+
+
+def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -> Array:
+    """Mean cosine between different tokens: (‖Σu‖² − Σ‖u‖²) / (m(m − 1)) with the unit vectors u = x/‖x‖.
+
+    Exact over all m(m − 1)/2 pairs at the price of one sum. Zero rows, and with ``center`` rows at the mean,
+    have no direction and do not count.
+
+    Parameters
+    ----------
+    x
+        Matrices (..., N, d).
+    center
+        Remove the mean row first (the mean-removed anisotropy).
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), between −1/(m − 1) and 1; NaN with fewer than two rows that have a direction.
+
+    Raises
+    ------
+    ValueError
+        If a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    Three pairs: one parallel, two orthogonal.
+
+    >>> import numpy as np
+    >>> float(token_cosine(np.array([[2.0, 0.0], [5.0, 0.0], [0.0, 1.0]])).round(12)) == round(1 / 3, 12)
+    True
+    """
+    matrix = rows(x, mask=mask, center=center)
+    xp = matrix.xp
+    unit, length = unit_rows(xp, matrix.values)
+    directed = length > (ROUNDING if center else 0.0) * xp.max(length, axis=-1, keepdims=True)
+    unit = unit * xp.astype(directed, xp.float64)[..., None]
+    m = xp.sum(xp.astype(directed, xp.float64), axis=-1)
+    total = xp.sum(unit, axis=-2)
+    pairs = xp.sum(total * total, axis=-1) - xp.sum(unit * unit, axis=(-2, -1))
+    return ratio(xp, pairs, m * xp.clip(m - 1.0, min=0.0))
+
+
+def _paired_rows(x: Array, y: Array, mask: Array | None) -> tuple[Any, Array, Array, Array]:
+    """Unit rows of two batches of the same shape, and which pairs have a direction on both sides."""
+    a, b = rows(x, mask=mask), rows(y, mask=mask, name="y")
+    if a.values.shape != b.values.shape:
+        raise ValueError(
+            f"x and y have shapes {tuple(a.values.shape)} and {tuple(b.values.shape)}; expected equal shapes"
+        )
+    xp = a.xp
+    (u, length_u), (w, length_w) = unit_rows(xp, a.values), unit_rows(xp, b.values)
+    return xp, u, w, _kept(xp, length_u, a.mask) & _kept(xp, length_w, b.mask)
+
+
+def _kept(xp: Any, length: Array, mask: Array | None) -> Array:
+    """Rows that count and are not zero, (..., N)."""
+    return length > 0 if mask is None else (length > 0) & mask
+
+
+def row_cosine(x: Array, y: Array, *, mask: Array | None = None) -> Array:
+    """Cosine of each row of x with the same row of y.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d) of the same shape.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (..., N), between −1 and 1; NaN for masked rows and where either row is zero.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> row_cosine(np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[0.0, 3.0], [0.0, 1.0]])).tolist()
+    [0.0, 1.0]
+    """
+    xp, u, w, keep = _paired_rows(x, y, mask)
+    cosine = xp.sum(u * w, axis=-1)
+    return xp.where(keep, cosine, xp.full_like(cosine, xp.nan))
+
+
+def _angles(xp: Any, u: Array, w: Array) -> Array:
+    """Angles between unit rows, 2 atan2(‖u − w‖, ‖u + w‖): accurate near 0 and near π."""
+    apart, together = u - w, u + w
+    half = xp.atan2(xp.sqrt(xp.sum(apart * apart, axis=-1)), xp.sqrt(xp.sum(together * together, axis=-1)))
+    return 2.0 * half
+
+
+def angular_distance(x: Array, y: Array, *, mask: Array | None = None) -> Array:
+    """Mean angle between each row of x and the same row of y, as a share of π: arccos(cos)/π.
+
+    Computed as 2 atan2(‖u − w‖, ‖u + w‖)/π, right down to angles of 1e-16.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d) of the same shape: states before and after.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), between 0 (same direction) and 1 (opposite); NaN when no pair has a direction.
+        Source: Gromov et al. 2403.17887.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(angular_distance(np.array([[1.0, 0.0]]), np.array([[0.0, 5.0]])))
+    0.5
+    """
+    xp, u, w, keep = _paired_rows(x, y, mask)
+    return masked_mean(xp, _angles(xp, u, w) / xp.pi, keep)
+
+
+def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
+    """Block influence: mean of 1 − cos(x_i, y_i) over rows, computed as ‖u − w‖²/2.
+
+    Parameters
+    ----------
+    x, y
+        Matrices (..., N, d) of the same shape: states before and after.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), between 0 (no change of direction) and 2; NaN when no pair has a direction.
+        Source: Men et al. 2403.03853 (ShortGPT).
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(block_influence(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])))
+    2.0
+    """
+    xp, u, w, keep = _paired_rows(x, y, mask)
+    return masked_mean(xp, xp.sum((u - w) ** 2, axis=-1) / 2.0, keep)
+
+
+def curvature(x: Array, *, mask: Array | None = None) -> Array:
+    """Mean turning angle of the token path: the angle between v_k = x_{k+1} − x_k and v_{k+1}.
+
+    Equal neighbours give a step without direction, whose angles do not count. Masked rows drop out of the
+    path: the rows around them become neighbours.
+
+    Parameters
+    ----------
+    x
+        Token paths (..., N, d), rows in order.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...), in radians between 0 (straight) and π (back and forth); NaN without two successive steps.
+        Source: Skean et al. 2502.02013, after Hosseini & Fedorenko 2023.
+
+    Raises
+    ------
+    ValueError
+        If a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(np.degrees(curvature(np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))).round(9))
+    90.0
+    """
+    matrix = rows(x, mask=mask)
+    xp, path = matrix.xp, matrix.values
+    if matrix.mask is not None:
+        order = xp.argsort(xp.astype(~matrix.mask, xp.int64), axis=-1, stable=True)
+        path = xp.take_along_axis(path, xp.broadcast_to(order[..., None], path.shape), axis=-2)
+    if path.shape[-2] < 3:
+        return xp.full_like(matrix.count, xp.nan)
+    unit, length = unit_rows(xp, path[..., 1:, :] - path[..., :-1, :])
+    moved = (length > 0) & (xp.arange(1, path.shape[-2], device=device(path)) < matrix.count[..., None])
+    angles = _angles(xp, unit[..., 1:, :], unit[..., :-1, :])
+    return masked_mean(xp, angles, moved[..., 1:] & moved[..., :-1])

@@ -1,0 +1,101 @@
+"""Which activations are massive, and in which tokens.
+
+Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
+"""
+
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from diagnostics.kernels._arrays import Array, rows
+
+
+def massive_activations(
+    x: Array, *, absolute: float = 100.0, relative: float = 1000.0, mask: Array | None = None
+) -> Array:
+    """Which entries are massive: magnitude above ``absolute`` and above ``relative`` × the matrix's median.
+
+    Parameters
+    ----------
+    x
+        Matrices (..., N, d).
+    absolute
+        Least magnitude, in the units of ``x``.
+    relative
+        Least multiple of the median magnitude over the rows that count.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        Booleans (..., N, d), False in masked rows. Source: Sun et al. 2402.17762.
+
+    Raises
+    ------
+    ValueError
+        If a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.full((3, 2), 0.1)
+    >>> x[1, 0] = -500.0
+    >>> massive_activations(x).tolist()
+    [[False, False], [True, False], [False, False]]
+    """
+    matrix = rows(x, mask=mask)
+    xp = matrix.xp
+    size = xp.abs(matrix.values)
+    large = size > absolute
+    if not bool(xp.any(large)):
+        return large
+    return large & (size > relative * _median_entry(xp, size, matrix.mask, matrix.count)[..., None, None])
+
+
+def _median_entry(xp: Any, size: Array, mask: Array | None, count: Array) -> Array:
+    """The median over the entries of the rows that count, (...)."""
+    width = size.shape[-1]
+    if mask is not None:
+        size = xp.where(mask[..., None], size, xp.full_like(size, xp.inf))
+    ordered = xp.sort(xp.reshape(size, (*size.shape[:-2], -1)), axis=-1)
+    entries = xp.astype(count, xp.int64) * width
+    last = ordered.shape[-1] - 1
+    pair = xp.stack([(entries - 1) // 2, entries // 2], axis=-1)
+    return xp.mean(xp.take_along_axis(ordered, xp.clip(pair, min=0, max=last), axis=-1), axis=-1)
+
+
+def massive_tokens(
+    x: Array, *, absolute: float = 100.0, relative: float = 1000.0, mask: Array | None = None
+) -> Array:
+    """Which tokens hold a massive activation; ``mask=~massive_tokens(x)`` gives any number without them.
+
+    Parameters
+    ----------
+    x
+        Matrices (..., N, d).
+    absolute
+        Least magnitude, in the units of ``x``.
+    relative
+        Least multiple of the median magnitude.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        Booleans (..., N). Source: Sun et al. 2402.17762.
+
+    Raises
+    ------
+    ValueError
+        If a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> massive_tokens(np.array([[0.1, 0.1], [0.1, 200.0], [0.1, 0.1]])).tolist()
+    [False, True, False]
+    """
+    massive = massive_activations(x, absolute=absolute, relative=relative, mask=mask)
+    return array_namespace(massive).any(massive, axis=-1)

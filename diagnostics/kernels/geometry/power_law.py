@@ -1,0 +1,123 @@
+"""How fast the variance falls from direction to direction: the power law of a spectrum (α-ReQ).
+
+Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features), ``k`` singular values.
+"""
+
+from typing import Any, NamedTuple
+
+from array_api_compat import device
+
+from diagnostics.kernels._arrays import Array, as_array, as_float64, masked_mean, ratio
+from diagnostics.kernels.rank import singular_values
+
+# Singular values below this share of the largest are rounding of a matrix of lower rank.
+ROUNDING = 1e-12
+
+
+class PowerLaw(NamedTuple):
+    """A power law λ_i ∝ i^(−alpha) fitted to a spectrum by least squares in log-log."""
+
+    alpha: Array  # (...), the exponent; NaN where fewer than three values are fitted
+    error: Array  # (...), its standard error
+    residual: Array  # (...), root mean square of the misfit in ln λ
+    first: int  # the first index fitted, counted from 1
+    last: Array  # (...), the last one
+
+
+def alpha_req_of(s: Array, *, first: int = 11, last: int | None = 500) -> PowerLaw:
+    """Power-law exponent α of a spectrum: σ_i² ∝ i^(−α) over first ≤ i ≤ last.
+
+    Parameters
+    ----------
+    s
+        Singular values (..., k), descending.
+    first
+        The first index that is fitted, counted from 1 (the leading ones are rarely on the law).
+    last
+        The last index; shortened to the values that stand above rounding, all of those when ``None``.
+
+    Returns
+    -------
+    PowerLaw
+        The exponent, its standard error, the misfit and the range. Source: Agrawal et al., NeurIPS 2022.
+
+    Raises
+    ------
+    ValueError
+        If the range is empty.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> fit = alpha_req_of(1.0 / np.arange(1.0, 101.0), first=5)
+    >>> float(fit.alpha.round(9)), int(fit.last)
+    (2.0, 100)
+    """
+    if first < 1 or (last is not None and last <= first):
+        raise ValueError(f"the range is {first} to {last}; expected 1 ≤ first < last, indices counted from 1")
+    xp, s = as_float64(s, name="s")
+    index = xp.arange(1, s.shape[-1] + 1, dtype=xp.float64, device=device(s))
+    fitted = (
+        (s > ROUNDING * xp.max(s, axis=-1, keepdims=True))
+        & (index >= first)
+        & (index <= (last or s.shape[-1]))
+    )
+    logs = 2.0 * xp.log(xp.where(fitted, s, xp.ones_like(s)))
+    steps = xp.broadcast_to(xp.log(index), s.shape)
+    last_fitted = xp.max(xp.where(fitted, index, xp.zeros_like(s)), axis=-1)
+    return PowerLaw(*_line(xp, steps, logs, fitted), first, xp.astype(last_fitted, xp.int64))
+
+
+def _line(xp: Any, t: Array, y: Array, keep: Array) -> tuple[Array, Array, Array]:
+    """Least squares y = c − αt over the kept points: α, its standard error, the root mean square misfit."""
+    count = xp.sum(xp.astype(keep, xp.float64), axis=-1)
+    dt = xp.where(keep, t - masked_mean(xp, t, keep)[..., None], xp.zeros_like(t))
+    dy = xp.where(keep, y - masked_mean(xp, y, keep)[..., None], xp.zeros_like(t))
+    enough = count >= 3
+    spread = xp.where(enough, xp.sum(dt * dt, axis=-1), xp.zeros_like(count))
+    alpha = -ratio(xp, xp.sum(dt * dy, axis=-1), spread)
+    misfit = xp.sum((dy + alpha[..., None] * dt) ** 2, axis=-1)
+    error = xp.sqrt(ratio(xp, misfit, xp.where(enough, count - 2.0, 0.0 * count) * spread))
+    return alpha, error, xp.sqrt(ratio(xp, misfit, count))
+
+
+def alpha_req(
+    x: Array,
+    *,
+    first: int = 11,
+    last: int | None = 500,
+    center: bool = True,
+    mask: Array | None = None,
+) -> PowerLaw:
+    """α-ReQ: power-law exponent of the covariance eigenvalues, λ_i ∝ i^(−α) over first ≤ i ≤ last.
+
+    Parameters
+    ----------
+    x
+        Matrices (..., N, d); a single spectrum (k,) of singular values is fitted as it is.
+    first, last
+        The range of indices, counted from 1; shortened to the eigenvalues that stand above rounding.
+    center
+        Remove the mean row first (a covariance; the default).
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    PowerLaw
+        The exponent, its standard error, the misfit and the range. Source: Agrawal et al., NeurIPS 2022.
+
+    Raises
+    ------
+    ValueError
+        If the range is empty or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(alpha_req(np.diag(1.0 / np.arange(1.0, 33.0)), first=4, center=False).alpha.round(9))
+    2.0
+    """
+    x = as_array(x)
+    s = x if x.ndim == 1 else singular_values(x, center=center, mask=mask)
+    return alpha_req_of(s, first=first, last=last)

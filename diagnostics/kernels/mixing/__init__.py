@@ -1,0 +1,81 @@
+"""What mixing matrices do to the streams, one by one and multiplied over depth.
+
+Shapes: ``L`` depth, ``...`` batch (tokens), ``n`` streams; matrices ``H[..., out, in]``, a row is a
+destination. Composites put the later layer on the LEFT: P_{a→b} = H_b … H_{a+1} H_a. Always float64;
+products keep a running log scale, so that no depth overflows.
+
+>>> half = [[0.75, 0.25], [0.25, 0.75]]
+>>> composite([half, half]).tolist()
+[[0.625, 0.375], [0.375, 0.625]]
+"""
+
+from diagnostics.kernels.mixing.collapse import deflated_gain, depth_to_collapse, lyapunov_spectrum
+from diagnostics.kernels.mixing.depth import depth_kernel
+from diagnostics.kernels.mixing.gains import (
+    Attenuation,
+    attenuation,
+    backward_gain,
+    forward_gain,
+    log_backward_gain,
+    log_deviation,
+    log_forward_gain,
+    operator_gain,
+)
+from diagnostics.kernels.mixing.pairs import all_pairs, pair_columns, pair_gains
+from diagnostics.kernels.mixing.paths import (
+    effective_path_depth,
+    effective_streams,
+    read_mass,
+    stream_shares,
+    wasted_layers,
+)
+from diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
+from diagnostics.kernels.mixing.radius import numerical_radius
+from diagnostics.kernels.mixing.singular import singular_values
+from diagnostics.kernels.mixing.spectra import condition_number, eigenvalues, henrici, spectral_gap
+from diagnostics.kernels.mixing.stochastic import (
+    Violation,
+    dobrushin,
+    doubly_stochastic_violation,
+    identity_distance,
+    mixing_entropy,
+    sinkhorn,
+)
+
+__all__ = [
+    "Attenuation",
+    "Violation",
+    "all_pairs",
+    "attenuation",
+    "backward_gain",
+    "composite",
+    "condition_number",
+    "deflated_gain",
+    "depth_kernel",
+    "depth_to_collapse",
+    "dobrushin",
+    "doubly_stochastic_violation",
+    "effective_path_depth",
+    "effective_streams",
+    "eigenvalues",
+    "forward_gain",
+    "henrici",
+    "identity_distance",
+    "log_backward_gain",
+    "log_deviation",
+    "log_forward_gain",
+    "lyapunov_spectrum",
+    "mixing_entropy",
+    "numerical_radius",
+    "operator_gain",
+    "pair_columns",
+    "pair_gains",
+    "prefix_composites",
+    "read_mass",
+    "singular_values",
+    "sinkhorn",
+    "spectral_gap",
+    "stream_shares",
+    "suffix_composites",
+    "wasted_layers",
+]

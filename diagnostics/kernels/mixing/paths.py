@@ -1,0 +1,174 @@
+"""Which paths does a depth kernel hold? Streams in use, hops back, mass read, layers that none reads."""
+
+from typing import Any
+
+from array_api_compat import device
+
+from diagnostics.kernels._arrays import Array, as_float64, ratio
+from diagnostics.kernels.rank import effective_rank_of
+
+
+def effective_streams(m: Array, *, embedding: bool = False) -> Array:
+    """Effective streams at each cut c: exp-entropy of the singular values of M[k ≥ c, j < c], a Hankel block.
+
+    The block is all that later sublayers can read of earlier ones; its rank is at most n.
+
+    Parameters
+    ----------
+    m
+        Depth kernels (..., K, S).
+    embedding
+        Whether the first column is the embedding.
+
+    Returns
+    -------
+    Array
+        (..., cuts), for c = 1 … K − 1, from c = 0 with an embedding; NaN where nothing is read across.
+
+    Raises
+    ------
+    ValueError
+        If ``m`` is not finite.
+
+    Examples
+    --------
+    >>> effective_streams([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]).round(9).tolist()
+    [1.0, 1.0]
+    """
+    xp, m = as_float64(m, name="m", ndim=2)
+    ahead = int(embedding)
+    blocks = [m[..., c:, : c + ahead] for c in range(1 - ahead, m.shape[-2])]
+    found = [effective_rank_of(xp.linalg.svdvals(block)) for block in blocks]
+    return (
+        xp.stack(found, axis=-1)
+        if found
+        else xp.zeros((*m.shape[:-2], 0), dtype=xp.float64, device=device(m))
+    )
+
+
+def stream_shares(weights: Array) -> Array:
+    """Read or write shares of the streams: Σ_l |w_ls| / Σ_l Σ_s |w_ls|.
+
+    Below 1/(10 n) a stream is dead; ``rank.effective_rank_of`` of the shares counts the streams in use.
+
+    Parameters
+    ----------
+    weights
+        H_pre or H_post (L, ..., n).
+
+    Returns
+    -------
+    Array
+        (..., n), adding to 1; NaN when all weights are zero.
+
+    Raises
+    ------
+    ValueError
+        If the weights are not finite.
+
+    Examples
+    --------
+    >>> stream_shares([[1.0, 0.0], [1.0, 2.0]]).tolist()
+    [0.5, 0.5]
+    """
+    xp, weights = as_float64(weights, name="weights", ndim=2)
+    total = xp.sum(xp.abs(weights), axis=0)
+    return ratio(xp, total, xp.broadcast_to(xp.sum(total, axis=-1, keepdims=True), total.shape))
+
+
+def _hops(xp: Any, m: Array, ahead: int) -> Array:
+    """How many sublayers reader k lies above source j, (K, S); not positive where it cannot read it."""
+    readers = xp.arange(m.shape[-2], dtype=xp.float64, device=device(m))
+    sources = xp.arange(m.shape[-1], dtype=xp.float64, device=device(m)) - ahead
+    return readers[:, None] - sources[None, :]
+
+
+def effective_path_depth(m: Array, *, embedding: bool = False) -> Array:
+    """Effective path depth: mean hops back Σ_j |M_kj| (k − j) / Σ_j |M_kj| for each reader k.
+
+    Parameters
+    ----------
+    m
+        Depth kernels (..., K, S).
+    embedding
+        Whether the first column is the embedding; it lies k + 1 hops back.
+
+    Returns
+    -------
+    Array
+        (..., K), in sublayers, at least 1; NaN for a reader that reads nothing.
+
+    Raises
+    ------
+    ValueError
+        If ``m`` is not finite.
+
+    Examples
+    --------
+    >>> effective_path_depth([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]).tolist()[1:]
+    [1.0, 1.5]
+    """
+    xp, m = as_float64(m, name="m", ndim=2)
+    size = xp.abs(m)
+    return ratio(xp, xp.sum(size * _hops(xp, m, int(embedding)), axis=-1), xp.sum(size, axis=-1))
+
+
+def read_mass(m: Array, *, embedding: bool = False) -> Array:
+    """Read mass Σ_k |M_kj|: how much of source j all later readers take in together.
+
+    Parameters
+    ----------
+    m
+        Depth kernels (..., K, S).
+    embedding
+        Whether the first column is the embedding.
+
+    Returns
+    -------
+    Array
+        (..., S); NaN for a source that no row lies above (the last sublayer without a head).
+
+    Raises
+    ------
+    ValueError
+        If ``m`` is not finite.
+
+    Examples
+    --------
+    >>> read_mass([[0.0, 0.0], [1.0, 0.0]]).tolist()
+    [1.0, nan]
+    """
+    xp, m = as_float64(m, name="m", ndim=2)
+    readable = xp.any(_hops(xp, m, int(embedding)) > 0, axis=0)
+    mass = xp.sum(xp.abs(m), axis=-2)
+    return xp.where(readable, mass, xp.full_like(mass, xp.nan))
+
+
+def wasted_layers(m: Array, *, tolerance: float = 0.01, embedding: bool = False) -> Array:
+    """Wasted layers: sources whose read mass Σ_k |M_kj| is at most ``tolerance``.
+
+    Parameters
+    ----------
+    m
+        Depth kernels (..., K, S).
+    tolerance
+        Read mass that counts as nothing; a residual connection reads 1 per reader.
+    embedding
+        Whether the first column is the embedding.
+
+    Returns
+    -------
+    Array
+        Booleans (..., S); False for a source that no row lies above. Source: 2409.19606 (DHC×1, layer 17).
+
+    Raises
+    ------
+    ValueError
+        If ``m`` is not finite.
+
+    Examples
+    --------
+    >>> wasted_layers([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).tolist()
+    [True, False, False]
+    """
+    return read_mass(m, embedding=embedding) <= tolerance

@@ -1,0 +1,163 @@
+"""What is the mapping from one depth to another? Products of mixing matrices at any depth, without overflow.
+
+Shapes: ``L`` depth, ``...`` batch (tokens), ``B`` the batch flattened and put last, ``n`` streams. Composites put
+the later layer on the LEFT: P_{a→b} = H_b … H_{a+1} H_a.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from diagnostics.kernels._arrays import Array
+from diagnostics.kernels.mixing._matrices import as_given, rescaled, square_in_memory, unscaled
+
+# Up to this size products run entry by entry over the batch, which beats a call per matrix.
+ENTRYWISE = 8
+
+
+def stacked(h: Array) -> tuple[Any, Array, tuple[int, ...]]:
+    """Namespace, matrices (L, ..., n, n) as contiguous (L, n, n, B), and the shape of the batch.
+
+    They are numpy's wherever the processor can reach them.
+    """
+    xp, h = square_in_memory(h, name="h", ndim=3)
+    flat = xp.reshape(h, (h.shape[0], -1, *h.shape[-2:]))
+    return xp, contiguous(xp.permute_dims(flat, (0, 2, 3, 1))), tuple(h.shape[1:-2])
+
+
+def contiguous(x: Array) -> Array:
+    """A view laid out in its own order."""
+    return x.contiguous() if hasattr(x, "contiguous") else np.ascontiguousarray(x)
+
+
+def unstacked(xp: Any, p: Array, shape: tuple[int, ...]) -> Array:
+    """Batch-last matrices (..., n, n, B) in the batch shape and order of the caller."""
+    lead = tuple(range(p.ndim - 3))
+    last = p.ndim - 1
+    moved = xp.permute_dims(p, (*lead, last, last - 2, last - 1))
+    return xp.reshape(moved, (*p.shape[:-3], *shape, *p.shape[-3:-1]))
+
+
+def multiply(xp: Any, a: Array, b: Array) -> Array:
+    """Product of batch-last matrices (n, n, ...) and (n, m, ...)."""
+    if a.shape[0] > ENTRYWISE:
+        order, back = (*range(2, a.ndim), 0, 1), (a.ndim - 2, a.ndim - 1, *range(a.ndim - 2))
+        return xp.permute_dims(xp.permute_dims(a, order) @ xp.permute_dims(b, order), back)
+    return xp.einsum("ij...,jk...->ik...", a, b)
+
+
+def _running(xp: Any, stack: Array, *, reverse: bool) -> Iterator[tuple[int, Array, Array]]:
+    """Layer by layer (reversed: from the last): its index, the product so far (n, n, B) and its log scale."""
+    order = range(stack.shape[0])
+    product, log_scale = None, xp.zeros_like(stack[0, 0, 0])
+    for layer in reversed(order) if reverse else order:
+        new, log_scale = rescaled(xp, stack[layer], log_scale, dims=2)
+        if product is not None:
+            new = multiply(xp, *((product, new) if reverse else (new, product)))
+            new, log_scale = rescaled(xp, new, log_scale, dims=2)
+        product = new
+        yield layer, product, log_scale
+
+
+def _composites(h: Array, *, reverse: bool, return_log_scale: bool) -> Any:
+    """All prefix or suffix products (L, ..., n, n), with their log scales (L, ...) if asked."""
+    xp, stack, batch = stacked(h)
+    products, scales = xp.empty_like(stack), xp.empty_like(stack[:, 0, 0])
+    for layer, product, log_scale in _running(xp, stack, reverse=reverse):
+        products[layer], scales[layer] = product, log_scale
+    return _labelled(h, xp, (products, scales), batch, return_log_scale)
+
+
+def _labelled(h: Array, xp: Any, found: tuple[Array, Array], batch: tuple[int, ...], logs: bool) -> Any:
+    """Products (..., n, n, B) and log scales (..., B) in the batch shape and of the kind of ``h``."""
+    p, log_scale = unstacked(xp, found[0], batch), xp.reshape(found[1], (*found[1].shape[:-1], *batch))
+    if not logs:
+        return as_given(h, unscaled(xp, p, log_scale[..., None, None]))
+    return as_given(h, p), as_given(h, log_scale)
+
+
+def composite(h: Array, *, return_log_scale: bool = False) -> Any:
+    """Composite mapping H_L … H_2 H_1 of a stack of mixing matrices.
+
+    Parameters
+    ----------
+    h
+        (L, ..., n, n), from the first layer to the last.
+    return_log_scale
+        Give (P, s) with the composite P · e^s, finite at any depth.
+
+    Returns
+    -------
+    Array or tuple
+        (..., n, n), infinite where a product exceeds float64; or with its log scale (...).
+
+    Raises
+    ------
+    ValueError
+        If ``h`` is not a stack of square matrices or not finite.
+
+    Examples
+    --------
+    >>> composite([[[1.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]]).tolist()
+    [[0.0, 1.0], [1.0, 1.0]]
+    """
+    xp, stack, batch = stacked(h)
+    *_, (_, product, log_scale) = _running(xp, stack, reverse=False)
+    return _labelled(h, xp, (product, log_scale), batch, return_log_scale)
+
+
+def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
+    """Composites from the input: entry l is H_l … H_1, what the streams have gone through by depth l.
+
+    Parameters
+    ----------
+    h
+        (L, ..., n, n), from the first layer to the last.
+    return_log_scale
+        Give (P, s) with the composites P · e^s.
+
+    Returns
+    -------
+    Array or tuple
+        (L, ..., n, n), or with its log scales (L, ...).
+
+    Raises
+    ------
+    ValueError
+        If ``h`` is not a stack of square matrices or not finite.
+
+    Examples
+    --------
+    >>> prefix_composites([[[2.0]], [[3.0]]])[:, 0, 0].tolist()
+    [2.0, 6.0]
+    """
+    return _composites(h, reverse=False, return_log_scale=return_log_scale)
+
+
+def suffix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
+    """Composites to the output: entry l is H_L … H_l, what the gradient has gone through down to depth l.
+
+    Parameters
+    ----------
+    h
+        (L, ..., n, n), from the first layer to the last.
+    return_log_scale
+        Give (P, s) with the composites P · e^s.
+
+    Returns
+    -------
+    Array or tuple
+        (L, ..., n, n), or with its log scales (L, ...).
+
+    Raises
+    ------
+    ValueError
+        If ``h`` is not a stack of square matrices or not finite.
+
+    Examples
+    --------
+    >>> suffix_composites([[[2.0]], [[3.0]]])[:, 0, 0].tolist()
+    [6.0, 3.0]
+    """
+    return _composites(h, reverse=True, return_log_scale=return_log_scale)

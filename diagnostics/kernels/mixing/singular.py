@@ -1,0 +1,79 @@
+"""How much does a mixing matrix stretch? Singular values of many small matrices."""
+
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from diagnostics.kernels._arrays import Array, peak
+from diagnostics.kernels.mixing._jacobi import ROUNDS, small_singular_values
+from diagnostics.kernels.mixing._matrices import as_given, square_in_memory
+
+# Matrices of one block: with what a rotation needs they stay in a core's cache. LAPACK is as quick for few.
+BLOCK, FEW = 8192, 256
+
+
+def singular_values(p: Array) -> Array:
+    """Singular values of small matrices, descending, to LAPACK's accuracy (an error of some 1e-15 σ₁).
+
+    Two streams have a closed form; three and four are rotated many matrices at a time.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (..., n).
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> singular_values([[0.0, 2.0], [1.0, 0.0]]).tolist()
+    [2.0, 1.0]
+    """
+    xp, matrices = square_in_memory(p)
+    n = matrices.shape[-1]
+    if n == 1:
+        return as_given(p, xp.abs(matrices[..., 0]))
+    if n == 2:
+        return as_given(p, _of_two(xp, matrices))
+    if n in ROUNDS and isinstance(matrices, np.ndarray) and matrices.size >= FEW * n * n:
+        return as_given(p, _of_many(matrices))
+    given = as_given(p, matrices)
+    return array_namespace(given).linalg.svdvals(given)
+
+
+def _of_two(xp: Any, p: Array) -> Array:
+    """Singular values of 2×2 matrices: σ₁ from the two conformal parts, σ₂ = |det|/σ₁."""
+    scale = peak(xp, p)[..., 0, 0]
+    a, b, c, d = (p[..., i, j] / scale for i in (0, 1) for j in (0, 1))
+    first = (xp.sqrt((a + d) ** 2 + (b - c) ** 2) + xp.sqrt((a - d) ** 2 + (b + c) ** 2)) / 2.0
+    second = xp.abs(a * d - b * c) / xp.where(first > 0, first, xp.ones_like(first))
+    return xp.stack([first, xp.minimum(first, second)], axis=-1) * scale[..., None]
+
+
+def _of_many(p: np.ndarray) -> np.ndarray:
+    """Singular values of 3×3 and 4×4 matrices in blocks, the batch last in each; the few doubtful ones by LAPACK."""
+    n = p.shape[-1]
+    flat = p.reshape(-1, n * n)
+    found = np.empty((len(flat), n))
+    for start in range(0, len(flat), BLOCK):
+        part = flat[start : start + BLOCK]
+        entries = np.ascontiguousarray(part.T)
+        top = np.abs(entries).max(axis=0)
+        top[top == 0] = 1.0
+        entries /= top
+        values, doubtful = small_singular_values(entries.reshape(n, n, -1))
+        values *= top
+        found[start : start + BLOCK] = values.T
+        if doubtful.any():
+            again = np.linalg.svd(part[doubtful].reshape(-1, n, n), compute_uv=False)
+            found[start : start + BLOCK][doubtful] = again
+    return found.reshape(p.shape[:-1])

@@ -1,0 +1,120 @@
+"""Which directions of the streams grow or fade? Eigenvalues, gap, condition, departure from normality."""
+
+from diagnostics.kernels._arrays import Array, peak
+from diagnostics.kernels.mixing._matrices import square
+from diagnostics.kernels.mixing.singular import singular_values
+from diagnostics.kernels.rank import condition_of
+
+
+def eigenvalues(p: Array) -> Array:
+    """Eigenvalues, complex, in descending order of magnitude.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (..., n), complex128.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> eigenvalues([[0.5, 0.5], [0.5, 0.5]]).real.round(12).tolist()
+    [1.0, 0.0]
+    """
+    xp, p = square(p)
+    values = xp.astype(xp.linalg.eigvals(p), xp.complex128)
+    return xp.take_along_axis(values, xp.argsort(-xp.abs(values), axis=-1, stable=True), axis=-1)
+
+
+def spectral_gap(p: Array) -> Array:
+    """Spectral gap 1 − |λ₂|: how fast streams become equal under repeated mixing.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...); NaN for a single stream.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> float(spectral_gap([[0.75, 0.25], [0.25, 0.75]]).round(12))
+    0.5
+    """
+    xp, p = square(p)
+    if p.shape[-1] == 1:
+        return xp.full_like(p[..., 0, 0], xp.nan)
+    return 1.0 - xp.abs(eigenvalues(p)[..., 1])
+
+
+def condition_number(p: Array) -> Array:
+    """Condition number σ_max/σ_min.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...), at least 1; infinite when singular, NaN for a zero matrix.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> float(condition_number([[4.0, 0.0], [0.0, 2.0]]))
+    2.0
+    """
+    return condition_of(singular_values(p))
+
+
+def henrici(p: Array) -> Array:
+    """Henrici's departure from normality √(‖A‖_F² − Σ|λ|²).
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...); 0 for a normal matrix: a difference within rounding, 8 n ε ‖A‖_F², counts as zero.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> float(henrici([[1.0, 2.0], [0.0, 1.0]]).round(9))
+    2.0
+    """
+    xp, p = square(p)
+    scale = peak(xp, p)
+    size = xp.sum((p / scale) ** 2, axis=(-2, -1))
+    excess = size - xp.sum(xp.abs(eigenvalues(p / scale)) ** 2, axis=-1)
+    rounding = 8.0 * p.shape[-1] * xp.finfo(xp.float64).eps * size
+    return scale[..., 0, 0] * xp.sqrt(xp.where(excess > rounding, excess, xp.zeros_like(excess)))

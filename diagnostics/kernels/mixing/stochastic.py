@@ -1,0 +1,173 @@
+"""How near is a mixing matrix to an average of the streams? Sinkhorn, sums, entropy, contraction."""
+
+from typing import NamedTuple
+
+from diagnostics.kernels._arrays import Array, ratio
+from diagnostics.kernels.mixing._matrices import identity, square
+
+
+def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
+    """Sinkhorn-Knopp of exp(logits): columns and rows normalised in turn, ``steps`` times, in logarithms.
+
+    Parameters
+    ----------
+    logits
+        (..., n, n).
+    steps
+        Number of (column, row) rounds; mHC uses 20.
+    last
+        ``"row"`` (mHC: row sums exact, truncation error in the columns) or ``"column"``.
+
+    Returns
+    -------
+    Array
+        Nearly doubly stochastic matrices (..., n, n). Source: mHC 2512.24880, Eq. 9.
+
+    Raises
+    ------
+    ValueError
+        If ``last`` or ``steps`` is not one of those, or logits are not finite.
+
+    Examples
+    --------
+    >>> sinkhorn([[0.0, 0.0], [0.0, 0.0]]).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
+    """
+    if last not in ("row", "column") or steps < 1:
+        raise ValueError(
+            f"last is {last!r} and steps {steps}; expected 'row' or 'column', and at least 1 step"
+        )
+    xp, logs = square(logits, name="logits")
+    order = (-2, -1) if last == "row" else (-1, -2)
+    for _ in range(steps):
+        for axis in order:
+            top = xp.max(logs, axis=axis, keepdims=True)
+            logs = logs - top
+            logs = logs - xp.log(xp.sum(xp.exp(logs), axis=axis, keepdims=True))
+    return xp.exp(logs)
+
+
+def dobrushin(p: Array) -> Array:
+    """Dobrushin coefficient τ = ½ max_{i,k} ‖A_i − A_k‖₁ over rows; submultiplicative.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...); between 0 (equal rows) and 1 for row-stochastic matrices.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> float(dobrushin([[1.0, 0.0], [0.25, 0.75]]))
+    0.75
+    """
+    xp, p = square(p)
+    found = xp.zeros_like(p[..., 0, 0])
+    for i in range(1, p.shape[-1]):
+        apart = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
+        found = xp.maximum(found, xp.max(apart, axis=-1))
+    return found / 2.0
+
+
+class Violation(NamedTuple):
+    """How far a matrix is from doubly stochastic, cause by cause."""
+
+    row: Array  # (...), max_i |Σ_j P_ij − 1|
+    column: Array  # (...), max_j |Σ_i P_ij − 1|
+    negativity: Array  # (...), size of the most negative entry, 0 if none
+
+
+def doubly_stochastic_violation(p: Array) -> Violation:
+    """Doubly-stochastic violation: row error, column error and negativity, separately.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Violation
+        row, column and negativity, (...) each; all zero for a doubly stochastic matrix.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> found = doubly_stochastic_violation([[1.0, 0.0], [0.5, 0.5]])
+    >>> float(found.row), float(found.column), float(found.negativity)
+    (0.0, 0.5, 0.0)
+    """
+    xp, p = square(p)
+    row = xp.max(xp.abs(xp.sum(p, axis=-1) - 1.0), axis=-1)
+    column = xp.max(xp.abs(xp.sum(p, axis=-2) - 1.0), axis=-1)
+    return Violation(row, column, xp.max(xp.where(p < 0, -p, xp.zeros_like(p)), axis=(-2, -1)))
+
+
+def mixing_entropy(p: Array) -> Array:
+    """Mixing entropy: mean over rows of −Σ_j s_ij ln s_ij with the shares s = |P_ij| / Σ_j |P_ij|.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...), in nats: 0 for a permutation, ln n for J/n; NaN when a row is zero.
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> float(mixing_entropy([[1.0, 0.0], [0.5, 0.5]]).round(4))
+    0.3466
+    """
+    xp, p = square(p)
+    size = xp.abs(p)
+    share = ratio(xp, size, xp.broadcast_to(xp.sum(size, axis=-1, keepdims=True), size.shape))
+    logs = xp.log(xp.where(share > 0, share, xp.ones_like(share)))
+    return xp.mean(-xp.sum(share * logs, axis=-1), axis=-1)
+
+
+def identity_distance(p: Array) -> Array:
+    """Distance from the identity ‖A − I‖_F / √n: below 0.05 the streams are stuck.
+
+    Parameters
+    ----------
+    p
+        Matrices (..., n, n).
+
+    Returns
+    -------
+    Array
+        (...).
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not square or not finite.
+
+    Examples
+    --------
+    >>> float(identity_distance([[0.0, 1.0], [1.0, 0.0]]).round(12)) == round(2**0.5, 12)
+    True
+    """
+    xp, p = square(p)
+    return xp.sqrt(xp.sum((p - identity(xp, p)) ** 2, axis=(-2, -1)) / p.shape[-1])

@@ -1,0 +1,18 @@
+"""What would noise give? The Marchenko-Pastur law, which is the null of ranks and of spectra."""
+
+from diagnostics.states import RANKS
+from diagnostics.theory.laws import LAWS, Law
+
+MARCHENKO_PASTUR = Law(
+    name="marchenko_pastur",
+    label="Marchenko-Pastur law",
+    equation=r"\rho(\lambda) = \frac{\sqrt{(\lambda_+ - \lambda)(\lambda - \lambda_-)}}{2\pi\gamma\lambda}, \quad "
+    r"\lambda_\pm = (1 \pm \sqrt{\gamma})^2, \quad \gamma = d/N",
+    cite="marchenko1967distribution",
+    assumption="independent entries of equal variance, at the same number of tokens and features",
+    metrics=(*RANKS, *(f"streamed_{name}" for name in RANKS), "singular_value"),
+    description="Ranks of noise: it is the null of these metrics, beside them in every analysis.",
+    function=None,
+)
+
+LAWS[MARCHENKO_PASTUR.name] = MARCHENKO_PASTUR

@@ -1,0 +1,409 @@
+"""What would endless precision give? Kernels of small matrices in 50 digits, and where they are undefined.
+
+Matrices are numpy arrays of mpmath numbers, (N, d); NaN is what has no value. Written from the definitions, without
+regard to speed.
+"""
+
+from itertools import combinations
+
+import numpy as np
+from mpmath import acos, eigsy, exp, log, matrix, mp, mpf, pi, sqrt, svd_r
+
+mp.dps = 50
+NAN = mpf("nan")
+# What 50 digits leave of a zero.
+NOTHING = mpf(10) ** -40
+
+square_root = np.vectorize(sqrt, otypes=[object])
+
+
+def remembered(of):
+    """The same function of one matrix, asked once about each."""
+    known = {}
+
+    def answer(x):
+        key = (x.shape, *x.ravel())
+        if key not in known:
+            known[key] = of(x)
+        return known[key]
+
+    return answer
+
+
+def wide(x):
+    """The same numbers in 50 digits."""
+    return np.vectorize(mpf, otypes=[object])(np.asarray(x, dtype=float))
+
+
+def largest(x):
+    return max((abs(v) for v in np.ravel(x)), default=mpf(0))
+
+
+def cleaned(x, scale):
+    """Rounding set to zero."""
+    x = np.array(x, dtype=object)
+    x[np.abs(x) <= NOTHING * scale] = mpf(0)
+    return x
+
+
+def centred(x):
+    apart = x - x[:1]
+    return cleaned(apart - apart.sum(axis=0) / len(x), largest(apart))
+
+
+def over(a, b):
+    return NAN if b == 0 else a / b
+
+
+def settled(value):
+    """A number without its last digits, so that what is equal is equal; zero where those are all it has."""
+    return mpf(mp.nstr(value, 35)) if abs(value) > NOTHING else mpf(0)
+
+
+def mean(values):
+    return sum(values) / len(values) if len(values) else NAN
+
+
+@remembered
+def symmetric(x):
+    """Eigenvalues, descending, and eigenvectors of a symmetric matrix."""
+    values, vectors = eigsy(matrix(x.tolist()))
+    order = sorted(range(len(x)), key=lambda i: -values[i])
+    vectors = np.array(vectors.tolist(), dtype=object)
+    return cleaned(np.array(list(values))[order], largest(values)), vectors[:, order]
+
+
+def energies(x):
+    small = x @ x.T if len(x) <= x.shape[1] else x.T @ x
+    return symmetric(small)[0]
+
+
+# Ranks
+
+
+def singular_values(x):
+    return square_root(energies(x))
+
+
+def entropy(weights):
+    total = sum(weights)
+    return NAN if total == 0 else exp(-sum(w / total * log(w / total) for w in weights if w > 0))
+
+
+def effective_rank(x):
+    return entropy(singular_values(x))
+
+
+def entropy_rank(x):
+    return entropy(energies(x))
+
+
+def participation_ratio(x):
+    e = energies(x)
+    return over(sum(e) ** 2, sum(e * e))
+
+
+def participation_ratio_of_pairs(x):
+    """Rows kept distinct, uncentred."""
+    k = x @ x.T
+    d = np.diag(k)
+    return over(sum(d) ** 2 - sum(d * d), np.sum(k * k) - sum(d * d)) if len(x) > 1 else NAN
+
+
+def stable_rank(x):
+    e = energies(x)
+    return over(sum(e), e[0])
+
+
+def numerical_rank(x, rtol):
+    s = singular_values(x)
+    return mpf(sum(v > rtol * s[0] for v in s))
+
+
+def top_energy(x, k):
+    e = energies(x)
+    return over(sum(e[:k]), sum(e))
+
+
+def path_norm(x):
+    size = np.abs(x)
+    return sqrt(max(size.sum(axis=0)) * max(size.sum(axis=1)))
+
+
+def dong_residual(x):
+    return over(path_norm(centred(x)), path_norm(x))
+
+
+# Geometry
+
+
+def lengths(x):
+    return square_root((x * x).sum(axis=1))
+
+
+def units(x):
+    """Unit rows, and which rows have a direction."""
+    size = lengths(x)
+    safe = np.where(size == 0, mpf(1), size)
+    return x / safe[:, None], size != 0
+
+
+def angle(u, w):
+    """In radians, of unit vectors; acos is sharp enough at 50 digits."""
+    return acos(max(mpf(-1), min(mpf(1), u @ w)))
+
+
+def token_cosine(x):
+    u, kept = units(x)
+    return mean([a @ b for a, b in combinations(u[kept], 2)])
+
+
+def row_cosine(x, y):
+    (u, a), (w, b) = units(x), units(y)
+    return np.where(a & b, (u * w).sum(axis=1), NAN)
+
+
+def angular_distance(x, y):
+    (u, a), (w, b) = units(x), units(y)
+    return mean([angle(*pair) / pi for pair in zip(u[a & b], w[a & b], strict=True)])
+
+
+def block_influence(x, y):
+    (u, a), (w, b) = units(x), units(y)
+    return mean([1 - p @ q for p, q in zip(u[a & b], w[a & b], strict=True)])
+
+
+def curvature(x):
+    u, moved = units(x[1:] - x[:-1])
+    return mean([angle(u[k], u[k + 1]) for k in range(len(u) - 1) if moved[k] and moved[k + 1]])
+
+
+def dirichlet_energy(x):
+    apart = centred(x)
+    return over((apart * apart).sum(), (x * x).sum())
+
+
+def dirichlet_energy_of_path(x):
+    steps = x[1:] - x[:-1]
+    return over((steps * steps).sum(), (x * x).sum())
+
+
+def massive_activations(x):
+    size = np.abs(x)
+    ordered = sorted(size.ravel())
+    middle = (ordered[(size.size - 1) // 2] + ordered[size.size // 2]) / 2
+    return (size > 100) & (size > 1000 * middle)
+
+
+def massive_tokens(x):
+    return massive_activations(x).any(axis=1)
+
+
+def alpha_req(x):
+    """Slope over all eigenvalues above 10⁻²⁴ of the largest."""
+    e = energies(centred(x))
+    points = [(log(mpf(i + 1)), log(v)) for i, v in enumerate(e) if v > mpf(10) ** -24 * e[0]]
+    if len(points) < 3:
+        return NAN
+    middle = [mean([p[axis] for p in points]) for axis in (0, 1)]
+    spread = sum((t - middle[0]) ** 2 for t, _ in points)
+    return -sum((t - middle[0]) * (v - middle[1]) for t, v in points) / spread
+
+
+def two_nn(x):
+    rows = np.array(sorted(set(map(tuple, x))), dtype=object)
+    n = len(rows)
+    fitted = int(n * 0.9)
+    if n < 3 or fitted < 2:
+        return NAN
+    apart = [
+        sorted(sqrt(((p - q) ** 2).sum()) for j, q in enumerate(rows) if j != i) for i, p in enumerate(rows)
+    ]
+    stretch = sorted(log(d[1] / d[0]) for d in apart)[:fitted]
+    level = [-log(1 - mpf(i + 1) / n) for i in range(fitted)]
+    return over(sum(s * v for s, v in zip(stretch, level, strict=True)), sum(s * s for s in stretch))
+
+
+# Similarity
+
+
+def off_diagonal(k):
+    k = k.copy()
+    np.fill_diagonal(k, mpf(0))
+    return k
+
+
+def song(k, q):
+    n = len(k)
+    if n < 4:
+        return NAN
+    k, q = off_diagonal(k), off_diagonal(q)
+    sums = k.sum() * q.sum() / ((n - 1) * (n - 2))
+    return ((k * q.T).sum() + sums - mpf(2) / (n - 2) * (k.sum(axis=0) @ q.sum(axis=1))) / (n * (n - 3))
+
+
+def biased(k, q):
+    def both(m):
+        return m - m.sum(axis=0) / len(m) - m.sum(axis=1)[:, None] / len(m) + m.sum() / len(m) ** 2
+
+    return (both(k) * both(q)).sum() / max(len(k) - 1, 1) ** 2
+
+
+def alignment(hsic, k, q):
+    own = [hsic(m, m) for m in (k, q)]
+    defined = all(v > NOTHING * largest(m) ** 2 for v, m in zip(own, (k, q), strict=True))
+    return hsic(k, q) / sqrt(own[0]) / sqrt(own[1]) if defined else NAN
+
+
+@remembered
+def kernel(x):
+    x = centred(x)
+    return x @ x.T
+
+
+def linear_cka(x, y, hsic=biased):
+    return alignment(hsic, kernel(x), kernel(y))
+
+
+def linear_hsic(x, y, hsic=song):
+    return hsic(kernel(x), kernel(y))
+
+
+@remembered
+def distances(x):
+    apart = [sqrt(((p - q) ** 2).sum()) for p, q in combinations(x, 2)]
+    return np.array([mpf(mp.nstr(d, 35)) for d in apart], dtype=object)
+
+
+def square(flat, n):
+    table = np.full((n, n), mpf(0))
+    for value, (i, j) in zip(flat, combinations(range(n), 2), strict=True):
+        table[i, j] = table[j, i] = value
+    return table
+
+
+def rbf_cka(x, y, hsic=biased):
+    kernels = []
+    for side in (x, y):
+        apart = sorted(d := distances(side))
+        middle = (apart[(len(d) - 1) // 2] + apart[len(d) // 2]) / 2 if len(d) else mpf(0)
+        if middle == 0:
+            return NAN
+        kernels.append(
+            np.vectorize(exp, otypes=[object])(-square(d * d, len(side)) / (2 * (middle / 2) ** 2))
+        )
+    return alignment(hsic, *kernels)
+
+
+def directions(x, energy=1):
+    """Left singular vectors (N, k) that hold that share of the variance."""
+    e, vectors = symmetric(kernel(x))
+    before = np.cumsum(e) - e
+    return vectors[:, (e > mpf(10) ** -26 * e[0]) & (before < energy * sum(e))]
+
+
+def rotations(u, w):
+    left, rho, _ = svd_r(matrix((u.T @ w).tolist()))
+    return np.array(left.tolist(), dtype=object), np.array(list(rho), dtype=object)
+
+
+def svcca(x, y):
+    u, w = (directions(side, mpf("0.99")) for side in (x, y))
+    if min(u.shape[1], w.shape[1]) == 0:
+        return NAN
+    return mean(rotations(u, w)[1])
+
+
+def pwcca(x, y):
+    u, w = directions(x), directions(y)
+    if min(u.shape[1], w.shape[1]) == 0:
+        return NAN
+    rotation, rho = rotations(u, w)
+    weight = np.abs((u @ rotation[:, : len(rho)]).T @ centred(x)).sum(axis=1)
+    return weight @ rho / weight.sum()
+
+
+def procrustes(x, y):
+    a, b = centred(x), centred(y)
+    sizes = sqrt((a * a).sum()), sqrt((b * b).sum())
+    if 0 in sizes:
+        return NAN
+    shared = sum(singular_values(a.T @ b)) / sizes[0] / sizes[1]
+    return acos(min(shared, mpf(1)))
+
+
+def ranks(values):
+    return np.array([sum(w < v for w in values) + (sum(w == v for w in values) + 1) / mpf(2) for v in values])
+
+
+def pearson(a, b):
+    a, b = a - mean(a), b - mean(b)
+    a, b = cleaned(a, largest(a)), cleaned(b, largest(b))
+    return over((a * b).sum(), sqrt((a * a).sum()) * sqrt((b * b).sum()))
+
+
+def dissimilarities(x, metric):
+    """Of all pairs of rows; none where a row has no direction."""
+    if metric == "euclidean":
+        return distances(x)
+    u, kept = units(centred(x.T).T if metric == "correlation" else x)
+    return np.array([settled(1 - p @ q) for p, q in combinations(u, 2)]) if kept.all() else None
+
+
+def rsa(x, y, metric, compare):
+    a, b = (dissimilarities(side, metric) for side in (x, y))
+    if a is None or b is None or len(x) < 3:
+        return NAN
+    if compare == "spearman":
+        a, b = ranks(a), ranks(b)
+    return pearson(a, b)
+
+
+@remembered
+def cosines(x):
+    u, _ = units(x)
+    return u @ u.T
+
+
+def near(similarity, k):
+    n = len(similarity)
+    chosen = np.zeros((n, n), dtype=bool)
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        chosen[i, sorted(others, key=lambda j: -settled(similarity[i, j]))[:k]] = True
+    return chosen
+
+
+def mutual_knn(x, y, k):
+    return mpf(int((near(cosines(x), k) & near(cosines(y), k)).sum())) / (len(x) * k)
+
+
+def cknna(x, y, k):
+    a, b = cosines(x), cosines(y)
+    near_a, near_b = near(a, k), near(b, k)
+    terms = [
+        song(np.where(m, p, mpf(0)), np.where(m, q, mpf(0)))
+        for m, p, q in ((near_a & near_b, a, b), (near_a, a, a), (near_b, b, b))
+    ]
+    return terms[0] / sqrt(terms[1]) / sqrt(terms[2]) if terms[1] > 0 and terms[2] > 0 else NAN
+
+
+# Gradients
+
+
+def gradient_norm(g):
+    return sqrt((g * g).sum())
+
+
+def noise_scale_of_samples(g):
+    n, apart = len(g), centred(g)
+    trace = over((apart * apart).sum(), mpf(n - 1))
+    square_of_mean = ((g.sum(axis=0) / n) ** 2).sum() - trace / n
+    return np.array([over(trace, square_of_mean), trace, square_of_mean], dtype=object)
+
+
+def signal_propagation(x):
+    apart = centred(x)
+    return np.array(
+        [mean((x.sum(axis=0) / len(x)) ** 2), mean((apart**2).sum(axis=0) / len(x))], dtype=object
+    )

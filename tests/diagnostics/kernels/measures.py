@@ -1,0 +1,142 @@
+"""What is measured? Every kernel of one or two matrices, beside what 50 digits give."""
+
+import numpy as np
+import torch
+
+from diagnostics.kernels import geometry, gradients, rank, similarity
+from tests.diagnostics.kernels import exact
+
+
+def both(of_x):
+    """A measure of one matrix, in the place of one of two."""
+    return lambda x, y, **options: of_x(x, **options)
+
+
+def stacked(*layers):
+    """Layers as one array of their kind; lists as a list."""
+    if isinstance(layers[0], list):
+        return list(layers)
+    return np.stack(layers) if isinstance(layers[0], np.ndarray) else torch.stack(layers)
+
+
+def table(of, *options):
+    """The same as the table of two layers by a function of pairs."""
+    return lambda x, y: np.array([[of(p, q, *options) for q in (x, y)] for p in (x, y)], dtype=object)
+
+
+# Ours and the exact one, both of two matrices; those of one matrix forget the other.
+ONE = {
+    "singular_values": (rank.singular_values, exact.singular_values),
+    "effective_rank": (rank.effective_rank, exact.effective_rank),
+    "entropy_rank": (rank.entropy_rank, exact.entropy_rank),
+    "participation_ratio": (rank.participation_ratio, exact.participation_ratio),
+    "stable_rank": (rank.stable_rank, exact.stable_rank),
+    "numerical_rank": (
+        lambda x, **k: rank.numerical_rank(x, rtol=1e-9, **k),
+        lambda x: exact.numerical_rank(x, 1e-9),
+    ),
+    "top_energy": (lambda x, **k: rank.top_energy(x, 2, **k), lambda x: exact.top_energy(x, 2)),
+    "token_cosine": (geometry.token_cosine, exact.token_cosine),
+}
+ALONE = {
+    "participation_ratio of pairs": (
+        lambda x, **k: rank.participation_ratio(x, correct="rows", **k),
+        exact.participation_ratio_of_pairs,
+    ),
+    "dong_residual": (rank.dong_residual, exact.dong_residual),
+    "curvature": (geometry.curvature, exact.curvature),
+    "dirichlet_energy": (geometry.dirichlet_energy, exact.dirichlet_energy),
+    "dirichlet_energy of the path": (
+        lambda x, **k: geometry.dirichlet_energy(x, graph="path", **k),
+        exact.dirichlet_energy_of_path,
+    ),
+    "massive_activations": (geometry.massive_activations, exact.massive_activations),
+    "massive_tokens": (geometry.massive_tokens, exact.massive_tokens),
+    "alpha_req": (lambda x, **k: geometry.alpha_req(x, first=1, **k).alpha, exact.alpha_req),
+    "two_nn": (geometry.two_nn, exact.two_nn),
+    "gradient_norm": (gradients.gradient_norm, exact.gradient_norm),
+    "noise_scale_of_samples": (gradients.noise_scale_of_samples, exact.noise_scale_of_samples),
+    "cosine_across_samples": (gradients.cosine_across_samples, exact.token_cosine),
+    "signal_propagation": (gradients.signal_propagation, exact.signal_propagation),
+}
+PAIRS = {
+    "row_cosine": (geometry.row_cosine, exact.row_cosine),
+    "angular_distance": (geometry.angular_distance, exact.angular_distance),
+    "block_influence": (geometry.block_influence, exact.block_influence),
+    "linear_cka": (similarity.linear_cka, exact.linear_cka),
+    "unbiased linear_cka": (
+        lambda x, y, **k: similarity.linear_cka(x, y, unbiased=True, **k),
+        lambda x, y: exact.linear_cka(x, y, exact.song),
+    ),
+    "linear_hsic1": (similarity.linear_hsic1, exact.linear_hsic),
+    "rbf_cka": (similarity.rbf_cka, exact.rbf_cka),
+    "unbiased rbf_cka": (
+        lambda x, y, **k: similarity.rbf_cka(x, y, unbiased=True, **k),
+        lambda x, y: exact.rbf_cka(x, y, exact.song),
+    ),
+    "svcca": (similarity.svcca, exact.svcca),
+    "pwcca": (similarity.pwcca, exact.pwcca),
+    "procrustes": (similarity.procrustes, exact.procrustes),
+    **{
+        f"rsa {metric} {compare}": (
+            lambda x, y, m=metric, c=compare, **k: similarity.rsa(x, y, metric=m, compare=c, **k),
+            lambda x, y, m=metric, c=compare: exact.rsa(x, y, m, c),
+        )
+        for metric in ("correlation", "cosine", "euclidean")
+        for compare in ("spearman", "pearson")
+    },
+    "mutual_knn": (
+        lambda x, y, **k: similarity.mutual_knn(x, y, 2, **k),
+        lambda x, y: exact.mutual_knn(x, y, 2),
+    ),
+    "cknna": (lambda x, y, **k: similarity.cknna(x, y, 3, **k), lambda x, y: exact.cknna(x, y, 3)),
+}
+# Of layers or batches, which share one mask or none.
+LAYERS = {
+    "cka_matrix": (lambda x, y, **k: similarity.cka_matrix(stacked(x, y), **k), table(exact.linear_cka)),
+    "unbiased cka_matrix": (
+        lambda x, y, **k: similarity.cka_matrix(stacked(x, y), unbiased=True, **k),
+        table(exact.linear_cka, exact.song),
+    ),
+    "unbiased of cka_matrices": (
+        lambda x, y, **k: similarity.cka_matrices(stacked(x, y), **k)[1],
+        table(exact.linear_cka, exact.song),
+    ),
+    "cka_matrix of two sides": (
+        lambda x, y, **k: similarity.cka_matrix(stacked(x), y=stacked(y), **k)[0, 0],
+        exact.linear_cka,
+    ),
+    "hsic_matrix": (lambda x, y, **k: similarity.hsic_matrix(stacked(x, y), **k), table(exact.linear_hsic)),
+    "biased hsic_matrix": (
+        lambda x, y, **k: similarity.hsic_matrix(stacked(x, y), unbiased=False, **k),
+        table(exact.linear_hsic, exact.biased),
+    ),
+}
+MEASURES = {
+    **{name: tuple(map(both, pair)) for name, pair in (ONE | ALONE).items()},
+    **{
+        f"centred {name}": (
+            both(lambda x, f=ours, **k: f(x, center=True, **k)),
+            both(lambda x, f=theirs: f(exact.centred(x))),
+        )
+        for name, (ours, theirs) in ONE.items()
+    },
+    **PAIRS,
+    **LAYERS,
+    "minibatch_cka": (
+        lambda x, y: similarity.minibatch_cka([x, x], [y, y]),
+        lambda x, y: exact.linear_cka(x, y, exact.song),
+    ),
+}
+# What is measured in units of the input, and what no common factor changes.
+OF_UNITS = (
+    *("singular_values", "centred singular_values", "massive_activations", "massive_tokens", "gradient_norm"),
+    *("noise_scale_of_samples", "signal_propagation", "linear_hsic1", "hsic_matrix", "biased hsic_matrix"),
+)
+UNIT_FREE = [name for name in MEASURES if name not in OF_UNITS]
+
+
+def measured(name, x, y, **options):
+    """A measure of two matrices; the parts of a tuple as one array."""
+    found = MEASURES[name][0](x, y, **options)
+    return np.stack([np.asarray(v) for v in found]) if isinstance(found, tuple) else np.asarray(found)

