@@ -47,6 +47,7 @@ class Sums:
 
     def __init__(self, streaming: Streaming | None = None) -> None:
         self.streaming = streaming
+        self._owns_streaming = False
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
         self._last: tuple[int, torch.Size] | None = None
@@ -169,8 +170,16 @@ class Sums:
             for key, value in parts.items():
                 self._top(name, key, value)
         if other.streaming is not None:
-            held = self.streaming
-            self.streaming = other.streaming if held is None else held.joined(other.streaming)
+            self._merge_streaming(other.streaming)
+
+    def _merge_streaming(self, other: Streaming) -> None:
+        """Add to what this one has made itself; what it was given, others hold too."""
+        if self.streaming is None:
+            self.streaming = other
+        elif self._owns_streaming:
+            self.streaming.add(other)
+        else:
+            self.streaming, self._owns_streaming = self.streaming.joined(other), True
 
     def compact(self) -> Sums:
         """The same statistics without their feature axis, to be kept as one row among many.

@@ -6,6 +6,7 @@ common offset and no first forward, however odd, costs digits: the products are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 ADDED = (
     256  # tokens in a product at most, since they are added in float32, where equal ones round the same way
 )
+IN_FLOAT32 = 8  # products, added in float32 before they are added to what is held
 STRIP = 96  # features: whole strips left of the diagonal are not computed
 # Relative to √(C_ii C_jj): the most that the products are off by where rounding adds up; of text it is a tenth at most.
 SINGLE, DOUBLE = 2.0**-17, 2.0**-46
@@ -33,10 +35,59 @@ class Block(NamedTuple):
 
     signed_tD: torch.Tensor  # float32; float64 for tokens that repeat, whose small directions are exact zeros
     sign_t: torch.Tensor
-    lengths: tuple[int, ...]  # of the forwards
-    count_k: torch.Tensor  # real tokens of each, float64
+    count_k: torch.Tensor  # real tokens of each forward, float64
     shift_kD: torch.Tensor  # float64
+    total_kD: torch.Tensor  # Σ (x − shift) of each, float64
     size: torch.Tensor  # a power of two, so that nothing is rounded by it
+
+
+class Means(NamedTuple):
+    """What was held and each forward of a block: their counts and means, and the mean of all; float64."""
+
+    counts_k: torch.Tensor
+    means_kD: torch.Tensor
+    mean_D: torch.Tensor
+
+
+def totals(signed_tD: torch.Tensor, sign_t: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Sums of the tokens of each forward.
+
+    Parameters
+    ----------
+    signed_tD, sign_t : Tensor
+        Of a block.
+    lengths : sequence of int
+        How many tokens each forward has.
+
+    Returns
+    -------
+    Tensor
+        (k, D), float64.
+    """
+    places = pairwise(accumulate(lengths, initial=0))
+    return torch.stack([sign_t[a:b] @ signed_tD[a:b] for a, b in places]).double()
+
+
+def means(count: torch.Tensor | None, mean_D: torch.Tensor | None, block: Block) -> Means:
+    """Counts and means, of what was held first where there is any.
+
+    Parameters
+    ----------
+    count, mean_D : Tensor or None
+        Of the tokens held.
+    block : Block
+        Further tokens.
+
+    Returns
+    -------
+    Means
+    """
+    counts_k = block.count_k
+    means_kD = block.shift_kD + block.total_kD / counts_k[:, None].clamp_min(1)
+    if count is not None and mean_D is not None:
+        counts_k, means_kD = torch.cat([count[None], counts_k]), torch.cat([mean_D[None], means_kD])
+    near_D = means_kD[-1]  # near the others, so that no digits are lost
+    return Means(counts_k, means_kD, near_D + counts_k @ (means_kD - near_D) / counts_k.sum().clamp_min(1))
 
 
 def added(held: Moments | None, block: Block) -> Moments:
@@ -45,7 +96,7 @@ def added(held: Moments | None, block: Block) -> Moments:
     Parameters
     ----------
     held : Moments or None
-        Of earlier tokens; not written.
+        Of earlier tokens; its scatter is written, and handed on.
     block : Block
         Further tokens. Signs change no product.
 
@@ -53,45 +104,35 @@ def added(held: Moments | None, block: Block) -> Moments:
     -------
     Moments
     """
-    places = list(pairwise(accumulate(block.lengths, initial=0)))
-    sums = [block.sign_t[a:b] @ block.signed_tD[a:b] for a, b in places]
-    total_kD = torch.stack(sums).double() * block.size
-    away_kD = total_kD / block.count_k[:, None].clamp_min(1)
     rounding = DOUBLE if block.signed_tD.dtype == torch.float64 else SINGLE
+    width = block.signed_tD.shape[1]
     if held is None:
-        nothing = total_kD.new_zeros(())
-        held = Moments(nothing, block.shift_kD[-1], total_kD.new_zeros(len(total_kD.T), 1), rounding)
-    means = torch.cat([held.mean_D[None], block.shift_kD + away_kD])
-    counts = torch.cat([held.count[None], block.count_k])
-    mean = _mean(means, counts)
-    apart = means - mean
-    left, right = torch.cat([-away_kD, counts[:, None] * apart]), torch.cat([total_kD, apart])
-    scatter = _products(held.scatter_DD, block, left, right)
-    return Moments(counts.sum(), mean, scatter, max(held.rounding, rounding))
+        counts_k, means_kD, mean_D = means(None, None, block)
+        scatter, rounding_held = block.total_kD.new_zeros(width, width), rounding
+    else:
+        counts_k, means_kD, mean_D = means(held.count, held.mean_D, block)
+        scatter, rounding_held = held.scatter_DD, held.rounding
+    apart, away_kD = means_kD - mean_D, block.total_kD / block.count_k[:, None].clamp_min(1)
+    left, right = torch.cat([-away_kD, counts_k[:, None] * apart]), torch.cat([block.total_kD, apart])
+    _add_products(scatter, block, left, right)
+    return Moments(counts_k.sum(), mean_D, scatter, max(rounding_held, rounding))
 
 
-def _mean(means_kD: torch.Tensor, counts_k: torch.Tensor) -> torch.Tensor:
-    """The common mean, added up from the last one, which is near the others."""
-    near_D = means_kD[-1]
-    return near_D + counts_k @ (means_kD - near_D) / counts_k.sum().clamp_min(1)
-
-
-def _products(
-    held_DD: torch.Tensor, block: Block, left_kD: torch.Tensor, right_kD: torch.Tensor
-) -> torch.Tensor:
-    """What was held, the block's Gram matrix and leftᵀ right, on and right of the diagonal: strip by strip, in the cache."""
+def _add_products(
+    scatter_DD: torch.Tensor, block: Block, left_kD: torch.Tensor, right_kD: torch.Tensor
+) -> None:
+    """Add the block's Gram matrix and leftᵀ right, on and right of the diagonal: strip by strip, in the cache."""
     parts = block.signed_tD.split(ADDED)
-    width, square = block.signed_tD.shape[1], block.size.double().square()
-    scatter = held_DD.new_empty(width, width)
-    for start in range(0, width, STRIP):
+    square = block.size.double().square()
+    for start in range(0, len(scatter_DD), STRIP):
         rows = slice(start, start + STRIP)
-        scatter[rows, :start] = 0
-        strip = scatter[rows, start:]
-        old = held_DD[rows, start:] if held_DD.shape[1] == width else torch.zeros_like(strip)
-        for part in parts:
-            old = torch.addcmul(old, part[:, rows].T @ part[:, start:], square, out=strip)
+        strip = scatter_DD[rows, start:]
+        for some in (parts[i : i + IN_FLOAT32] for i in range(0, len(parts), IN_FLOAT32)):
+            product = some[0][:, rows].T @ some[0][:, start:]
+            for part in some[1:]:
+                product.addmm_(part[:, rows].T, part[:, start:])
+            strip.addcmul_(product, square)
         strip.addmm_(left_kD[:, rows].T, right_kD[:, start:])
-    return scatter
 
 
 def together(a: Moments, b: Moments) -> Moments:

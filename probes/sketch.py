@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from probes.moments import Block
+from probes.moments import Block, means
 
 BUCKETS = 512
 HEAVY = 128
@@ -27,6 +27,8 @@ class Sketch(NamedTuple):
     """What is kept of all tokens seen, at some depths of one width."""
 
     count: torch.Tensor
+    mean_LD: torch.Tensor
+    trace_L: torch.Tensor  # Σ ‖x − mean‖²
     buckets_LmD: torch.Tensor
     signs_m: torch.Tensor
     heavy_LhD: torch.Tensor
@@ -122,12 +124,12 @@ def placed(
 
 
 class Growing:
-    """A sketch to which some forwards are added, depth by depth; what was held is not written.
+    """A sketch to which some forwards are added, depth by depth.
 
     Parameters
     ----------
     held : Sketch or None
-        Of earlier tokens.
+        Of earlier tokens; its numbers of every depth are written, and handed on.
     places : Places
         Where the tokens go.
     num_depths, width : int
@@ -144,11 +146,15 @@ class Growing:
             score, index = torch.cat([held.score_h, score]), torch.cat([held.index_h, index])
         self._choice = choice = _choose(score, index)
         signs_m.index_add_(0, choice.bucket, choice.sign)
-        heavy = new(num_depths, len(choice.kept), width)
-        buckets = new(num_depths, BUCKETS, width)
-        self.sketch = Sketch(count, buckets, signs_m, heavy, index[choice.kept], score[choice.kept])
+        if held is None:
+            of_all = new(num_depths, width), new(num_depths), new(num_depths, BUCKETS, width)
+        else:
+            of_all = held.mean_LD, held.trace_L, held.buckets_LmD
+        full = held is not None and held.heavy_LhD.shape[1] == len(choice.kept)
+        heavy = held.heavy_LhD if full else new(num_depths, len(choice.kept), width)
+        self.sketch = Sketch(count, *of_all, signs_m, heavy, index[choice.kept], score[choice.kept])
 
-    def add(self, depth: int, block: Block) -> None:
+    def add(self, depth: int, block: Block, square_k: torch.Tensor) -> None:
         """Add the tokens of one depth, which may lie elsewhere: a model may be spread over devices.
 
         Parameters
@@ -157,25 +163,32 @@ class Growing:
             Its position in the sketch.
         block : Block
             Its tokens.
+        square_k : Tensor
+            Σ ‖x − shift‖² of each forward, float64.
         """
         places, near, home = self._places, block.signed_tD.device, self.sketch.signs_m.device
         bucket, top, forward = (x.to(near) for x in (places.bucket_t, places.top_h, places.forward_h))
         light = block.signed_tD.new_zeros(BUCKETS + 1, block.signed_tD.shape[1])
         light = light.index_add_(0, bucket, block.signed_tD)[:BUCKETS].to(home)
-        sign_h, size, shift_kD = (
-            block.sign_t[top, None].double(),
-            block.size.to(home),
-            block.shift_kD.to(home),
-        )
+        sign_h, size = block.sign_t[top, None].double(), block.size.to(home)
         heavy = block.signed_tD[top] * sign_h * block.size + sign_h.abs() * block.shift_kD[forward]
         heavy, buckets = heavy.to(home), self.sketch.buckets_LmD[depth]
-        if self._held is None:
-            torch.mul(light, size, out=buckets)
-        else:
-            torch.addcmul(self._held.buckets_LmD[depth], light, size, out=buckets)
+        if self._held is not None:
             heavy = torch.cat([self._held.heavy_LhD[depth], heavy])
-        buckets.addmm_(places.signs_km.T, shift_kD)
+        buckets.addcmul_(light, size).addmm_(places.signs_km.T, block.shift_kD.to(home))
         _settle(heavy, self._choice, buckets, self.sketch.heavy_LhD[depth])
+        self._add_spread(depth, block, square_k)
+
+    def _add_spread(self, depth: int, block: Block, square_k: torch.Tensor) -> None:
+        """Add to the mean and to Σ ‖x − mean‖²."""
+        mean_D, trace = self.sketch.mean_LD[depth], self.sketch.trace_L[depth]
+        near = block.total_kD.device
+        held = (None, None) if self._held is None else (self._held.count.to(near), mean_D.to(near))
+        counts_k, means_kD, new_D = means(*held, block)
+        inside = square_k - block.total_kD.square().sum(1) / block.count_k.clamp_min(1)
+        between = counts_k * (means_kD - new_D).square().sum(1)
+        trace += (inside.sum() + between.sum()).to(trace.device)
+        mean_D.copy_(new_D)
 
 
 class Choice(NamedTuple):
@@ -226,11 +239,22 @@ def joined(a: Sketch, b: Sketch) -> Sketch:
     heavy = a.heavy_LhD.new_empty(len(a.heavy_LhD), len(choice.kept), a.heavy_LhD.shape[2])
     for depth, tokens in enumerate(zip(a.heavy_LhD, b.heavy_LhD, strict=True)):
         _settle(torch.cat(tokens), choice, buckets[depth], heavy[depth])
-    signs = (a.signs_m + b.signs_m).index_add_(0, choice.bucket, choice.sign)
-    return Sketch(a.count + b.count, buckets, signs, heavy, index[choice.kept], score[choice.kept])
+    signs_m = (a.signs_m + b.signs_m).index_add_(0, choice.bucket, choice.sign)
+    count, apart_LD = a.count + b.count, b.mean_LD - a.mean_LD
+    share = b.count / count.clamp_min(1)
+    return Sketch(
+        count=count,
+        mean_LD=torch.where(a.count > 0, a.mean_LD + share * apart_LD, b.mean_LD),
+        trace_L=a.trace_L + b.trace_L + a.count * share * apart_LD.square().sum(1),
+        buckets_LmD=buckets,
+        signs_m=signs_m,
+        heavy_LhD=heavy,
+        index_h=index[choice.kept],
+        score_h=score[choice.kept],
+    )
 
 
-def hsic(sketch: Sketch, mean_LD: torch.Tensor, trace_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hsic(sketch: Sketch) -> tuple[torch.Tensor, torch.Tensor]:
     """Estimates of the unbiased HSIC₁ of linear kernels between depths; exact where every token is kept as it is.
 
     Over pairs of buckets, and of a bucket and a heavy token, Σ_{i≠j} K_ij L_ij is estimated without bias, the mean removed
@@ -241,8 +265,6 @@ def hsic(sketch: Sketch, mean_LD: torch.Tensor, trace_L: torch.Tensor) -> tuple[
     ----------
     sketch : Sketch
         Of all tokens.
-    mean_LD, trace_L : Tensor
-        The mean token and Σ ‖x − mean‖² of every depth, float64.
 
     Returns
     -------
@@ -250,7 +272,7 @@ def hsic(sketch: Sketch, mean_LD: torch.Tensor, trace_L: torch.Tensor) -> tuple[
         By all buckets, and with a group of them left out at a time; in units of each depth's mean square deviation. NaN for
         fewer than 4 tokens.
     """
-    n = float(sketch.count)
+    n, mean_LD, trace_L = float(sketch.count), sketch.mean_LD, sketch.trace_L
     if n < 4:
         nothing = mean_LD.new_full((GROUPS + 1, len(mean_LD), len(mean_LD)), torch.nan)
         return nothing[0], nothing[1:]

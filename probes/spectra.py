@@ -39,7 +39,9 @@ def streamed_variables(streaming: Streaming, depths: Sequence[int]) -> tuple[dic
     whole = streaming.settled()
     count = np.array([float(whole.moments[depth, MEAN].count) for depth in depths])
     left_out = sum(int(number) for key, number in whole.left_out.items() if set(depths) <= set(key))
-    variables: dict[str, Any] = {"streamed_count": ("depth", count, _why_fewer(left_out))}
+    tokens = [float(whole.counts[depth]) for depth in depths]
+    told = _why_fewer(left_out) | {"tokens": tokens, "spectra_every": whole.spectra_every}
+    variables: dict[str, Any] = {"streamed_count": ("depth", count, told)}
     variables |= _of_views(whole, depths) | kept(whole, depths)
     coords: dict[str, Any] = {"centering": CENTERING}
     tables = similarity(whole, depths)
@@ -104,14 +106,8 @@ def similarity(streaming: Streaming, depths: Sequence[int]) -> tuple[torch.Tenso
     (L, L) and (g, L, L), or None
         None where the depths were not always of one width and number of tokens, so that no sketch has seen every token.
     """
-    whole = [streaming.moments[depth, MEAN] for depth in depths]
     sketch = streaming.sketch_of(depths)
-    if sketch is None:
-        return None
-    near = sketch.signs_m.device
-    mean = torch.stack([of.mean_D.to(near) for of in whole])
-    trace = torch.stack([of.scatter_DD.trace().to(near) for of in whole])
-    return hsic(sketch, mean, trace)
+    return None if sketch is None else hsic(sketch)
 
 
 def spectra(of: Moments) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ are not finite at some depth are left out at all, and counted.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeVar
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from probes.inputs import CaptureError
-from probes.moments import Block, Moments, added, together
+from probes.moments import Block, Moments, added, together, totals
 from probes.sketch import Growing, Places, Sketch, joined, placed, scores, token_index
 
 # Bytes of one depth's sums: all streams' beyond the first limit are left out, one view's beyond the second refused.
@@ -24,6 +25,7 @@ MEAN = 0  # the view
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+Summed = TypeVar("Summed", Moments, Sketch)
 
 
 class View(NamedTuple):
@@ -49,6 +51,8 @@ class Part(NamedTuple):
     real_t: torch.Tensor
     score_t: torch.Tensor
     index_t: torch.Tensor
+    square_L: torch.Tensor  # Σ of squared deviations, over the size, float64
+    rows: torch.Tensor | None  # tokens of the sequences whose moments are taken; None for all
     lost: torch.Tensor  # tokens that are not finite at some depth
     clean: bool  # nothing is known not to be finite, padding included
 
@@ -60,10 +64,13 @@ class Streaming:
     ----------
     first_index : int
         Index of the first sequence of the forward that is to be seen.
+    spectra_every : int
+        Moments, which the spectra are of, are taken of one sequence in so many. The sketch is of all.
     """
 
-    def __init__(self, first_index: int = 0) -> None:
-        self.first_index = first_index
+    def __init__(self, first_index: int = 0, spectra_every: int = 1) -> None:
+        self.first_index, self.spectra_every = first_index, spectra_every
+        self.counts: dict[int, torch.Tensor] = {}  # tokens seen, by depth
         self.moments: dict[tuple[int, int], Moments] = {}  # by depth and view
         self.sketches: dict[tuple[int, ...], Sketch] = {}  # by depths
         self.left_out: dict[tuple[int, ...], torch.Tensor] = {}
@@ -116,8 +123,16 @@ class Streaming:
         mean = near.mean(2) if shape[2] > 1 else near.squeeze(2)
         views = [View(mean.flatten(0, 1), shift_ND.double().mean(0))]
         if shape[2] > 1 and not self._leaves_streams(shape):
-            views += [View(near[:, :, i].flatten(0, 1), shift_ND[i].double()) for i in range(shape[2])]
+            drawn = self._drawn(shape[0])
+            some = near if drawn is None else near[torch.tensor(drawn, dtype=torch.long, device=near.device)]
+            views += [View(some[:, :, i].flatten(0, 1), shift_ND[i].double()) for i in range(shape[2])]
         self._held[depth] = Held(shape, views, size, mask_BT)
+
+    def _drawn(self, sequences: int) -> list[int] | None:
+        """The sequences of the forward whose moments are taken; None for all."""
+        if self.spectra_every == 1:
+            return None
+        return [i for i in range(sequences) if is_drawn(self.first_index + i, self.spectra_every)]
 
     def _leaves_streams(self, shape: torch.Size) -> bool:
         needed = shape[2] * shape[3] ** 2 * 8
@@ -133,8 +148,10 @@ class Streaming:
         """Let the depths of the forward wait together, those of each width and number of tokens by themselves."""
         for _, stage in groupby(sorted(self._held), key=lambda depth: self._held[depth].shape):
             depths = tuple(stage)
-            part = _part([self._held[depth] for depth in depths], self.first_index)
+            states = [self._held[depth] for depth in depths]
+            part = _part(states, self.first_index, self._drawn(states[0].shape[0]))
             self._waiting[depths] = (part,)
+            self.counts |= dict.fromkeys(depths, part.real_t.sum().double())
             self.sequences = ((self.first_index, self.first_index + part.states[0].shape[0]),)
         self._held.clear()
 
@@ -150,16 +167,29 @@ class Streaming:
         -------
         Streaming
         """
-        both = Streaming()
-        both.num_streams = max(self.num_streams, other.num_streams)
-        both.unseen_streams = self.unseen_streams or other.unseen_streams
-        both.moments = _joined(self.moments, other.moments, together)
-        both.sketches = _joined(self.sketches, other.sketches, joined)
-        both.sequences = _spans(self.sequences + other.sequences)
-        both.left_out = _joined(self.left_out, other.left_out, torch.add)
-        both._waiting = _joined(self._waiting, other._waiting, lambda a, b: a + b)
-        enough = [depths for depths, parts in both._waiting.items() if _enough(parts)]
-        return both._add(enough)
+        both = Streaming(spectra_every=self.spectra_every)
+        both.add(self)
+        both.add(other)
+        return both
+
+    def add(self, other: Streaming) -> None:
+        """Add what another has seen, which is not written; nor is it kept, but for tokens that wait.
+
+        Parameters
+        ----------
+        other : Streaming
+            Of the same chain, over other tokens.
+        """
+        self.num_streams = max(self.num_streams, other.num_streams)
+        self.spectra_every = max(self.spectra_every, other.spectra_every)
+        self.unseen_streams = self.unseen_streams or other.unseen_streams
+        self.moments = _joined(self.moments, _apart(other.moments, self.moments), together)
+        self.sketches = _joined(self.sketches, _apart(other.sketches, self.sketches), joined)
+        self.sequences = _spans(self.sequences + other.sequences)
+        self.counts = _joined(self.counts, other.counts, torch.add)
+        self.left_out = _joined(self.left_out, other.left_out, torch.add)
+        self._waiting = _joined(self._waiting, other._waiting, lambda a, b: a + b)
+        self._add_waiting([depths for depths, parts in self._waiting.items() if _enough(parts)])
 
     def settled(self) -> Streaming:
         """The same with nothing waiting.
@@ -168,8 +198,12 @@ class Streaming:
         -------
         Streaming
         """
-        whole = Streaming().joined(self)
-        return whole._add(list(whole._waiting))
+        if not self._waiting:
+            return self
+        whole = Streaming()
+        whole.add(self)
+        whole._add_waiting(list(whole._waiting))
+        return whole
 
     def sketch_of(self, depths: Sequence[int]) -> Sketch | None:
         """The sketch of some depths.
@@ -185,13 +219,14 @@ class Streaming:
             None where no sketch has seen every token of theirs: they were not always of one width and number of tokens.
         """
         key = next((key for key in self.sketches if set(depths) <= set(key)), None)
-        if key is None or float(self.sketches[key].count) != float(self.moments[depths[0], MEAN].count):
+        if key is None or float(self.sketches[key].count) != float(self.counts[depths[0]]):
             return None
         sketch = self.sketches[key]
         places = torch.tensor([key.index(depth) for depth in depths], device=sketch.signs_m.device)
-        return sketch._replace(buckets_LmD=sketch.buckets_LmD[places], heavy_LhD=sketch.heavy_LhD[places])
+        by_depth = ("mean_LD", "trace_L", "buckets_LmD", "heavy_LhD")
+        return sketch._replace(**{name: getattr(sketch, name)[places] for name in by_depth})
 
-    def _add(self, stages: Iterable[tuple[int, ...]]) -> Streaming:
+    def _add_waiting(self, stages: Iterable[tuple[int, ...]]) -> None:
         """Add what waits at some depths."""
         for depths in stages:
             parts = self._waiting.pop(depths)
@@ -204,19 +239,40 @@ class Streaming:
             width = parts[0].states[0].shape[3]
             growing = Growing(self.sketches.get(depths), places, len(depths), width)
             for position, depth in enumerate(depths):
-                growing.add(position, self._add_depth(depth, parts, position, places))
+                block = _block(parts, position, MEAN, places)
+                growing.add(position, block, _squares(parts, position))
+                self._add_moments(depth, parts, position, places, block)
             self.sketches[depths] = growing.sketch
             for part in parts:
                 self.left_out = _joined(self.left_out, {depths: part.lost}, torch.add)
-        return self
 
-    def _add_depth(self, depth: int, parts: tuple[Part, ...], position: int, places: Places) -> Block:
-        """Add the views of one depth to the moments; the mean's tokens."""
-        for view in reversed(range(len(parts[0].states[position].views))):
-            block = _block(parts, position, view, places)
-            held = self.moments.get((depth, view))
-            self.moments[depth, view] = added(held, block)
-        return block  # the mean's, which comes last
+    def _add_moments(
+        self, depth: int, parts: tuple[Part, ...], position: int, places: Places, whole: Block
+    ) -> None:
+        """Add the views of one depth to the moments, of the sequences drawn; ``whole`` is of the mean and of all."""
+        drawn = parts[0].rows is not None
+        for view in range(len(parts[0].states[position].views)):
+            block = (
+                whole if view == MEAN and not drawn else _block(parts, position, view, places, drawn=drawn)
+            )
+            self.moments[depth, view] = added(self.moments.get((depth, view)), block)
+
+
+def is_drawn(sequence: int, every: int) -> bool:
+    """Whether a sequence is the one in ``every`` that is taken: one of each so many that follow each other, at random.
+
+    Parameters
+    ----------
+    sequence : int
+        Its index.
+    every : int
+        How many share one.
+
+    Returns
+    -------
+    bool
+    """
+    return sequence % every == random.Random(sequence // every).randrange(every)
 
 
 def _require_room(width: int) -> None:
@@ -240,7 +296,7 @@ def _shift(state_BTND: torch.Tensor, mean_ND: torch.Tensor, good_t: torch.Tensor
     return torch.where(mean_ND.isfinite(), mean_ND, token_ND.double()).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _part(states: list[Held], first_index: int) -> Part:
+def _part(states: list[Held], first_index: int, drawn: list[int] | None) -> Part:
     """What the depths of a stage show together: which tokens are left out, and which are heavy."""
     B, T, *_ = states[0].shape
     mask_BT, tokens = states[0].real_BT, states[0].views[MEAN].deviation_tD
@@ -252,7 +308,13 @@ def _part(states: list[Held], first_index: int) -> Part:
     real_t = masked_t & finite_t
     known = tokens.device.type == "cpu" and bool(finite_t.all())  # elsewhere asking would wait for the device
     index_t = token_index(first_index, B, T, tokens.device)
-    return Part(tuple(states), real_t, scores(norm_Lt, real_t), index_t, (masked_t & ~finite_t).sum(), known)
+    square_L = torch.where(real_t, norm_Lt, 0.0).double().square().sum(1)
+    rows = None
+    if drawn is not None:
+        places = torch.arange(B * T).reshape(B, T)[drawn].flatten()
+        rows = places.to(tokens.device)
+    lost = (masked_t & ~finite_t).sum()
+    return Part(tuple(states), real_t, scores(norm_Lt, real_t), index_t, square_L, rows, lost, known)
 
 
 def _enough(parts: tuple[Part, ...]) -> bool:
@@ -266,37 +328,61 @@ def _exactly(depth: int) -> bool:
     return depth == 0 or torch.get_float32_matmul_precision() != "highest"
 
 
-def _block(parts: tuple[Part, ...], position: int, view: int, places: Places) -> Block:
-    """The tokens of one view that wait at a depth, one after another."""
+def _squares(parts: tuple[Part, ...], position: int) -> torch.Tensor:
+    """Σ ‖x − shift‖² of one depth of each forward."""
+    size = torch.stack([part.states[position].size for part in parts]).double()
+    return torch.stack([part.square_L[position].to(size.device) for part in parts]) * size.square()
+
+
+def _block(
+    parts: tuple[Part, ...], position: int, view: int, places: Places, *, drawn: bool = False
+) -> Block:
+    """The tokens of one view that wait at a depth, one after another; those of the sequences drawn alone."""
     views = [part.states[position].views[view] for part in parts]
     near = views[0].deviation_tD.device
+    signs, reals = places.sign_t.split(places.lengths), places.real_t.split(places.lengths)
+    tokens = [seen.deviation_tD for seen in views]
+    if drawn:
+        chosen = [part.rows for part in parts]
+        signs, reals = _rows(signs, chosen), _rows(reals, chosen)
+        tokens = _rows(tokens, chosen) if view == MEAN else tokens
+    lengths = [len(x_tD) for x_tD in tokens]
     sizes = torch.stack([part.states[position].size for part in parts])
     size = sizes.amax()
-    sign_t, real_t = places.sign_t.to(near), places.real_t.to(near)
-    signed_tD = views[0].deviation_tD.new_empty(len(sign_t), views[0].deviation_tD.shape[1])
-    rows = signed_tD.split(places.lengths)
-    for out, seen, share, sign, real, part in zip(
-        rows,
-        views,
-        sizes / size,
-        sign_t.split(places.lengths),
-        real_t.split(places.lengths),
-        parts,
-        strict=True,
+    sign_t = torch.cat(signs).to(near)
+    signed_tD = tokens[0].new_empty(len(sign_t), tokens[0].shape[1])
+    for out, x_tD, share, sign, real, part in zip(
+        signed_tD.split(lengths), tokens, sizes / size, sign_t.split(lengths), reals, parts, strict=True
     ):
-        torch.mul(seen.deviation_tD, (sign * share).to(out.dtype)[:, None], out=out)
+        torch.mul(x_tD, (sign * share).to(out.dtype)[:, None], out=out)
         if not part.clean:
             bits = out.view(torch.int32 if out.dtype == torch.float32 else torch.int64)
-            bits.bitwise_and_(real.to(bits.dtype).neg()[:, None])  # NaN times zero is NaN
-    shift_kD = torch.stack([seen.shift_D for seen in views])
+            bits.bitwise_and_(real.to(near, bits.dtype).neg()[:, None])  # NaN times zero is NaN
+    sign_t = sign_t.to(signed_tD.dtype)
     return Block(
-        signed_tD,
-        sign_t.to(signed_tD.dtype),
-        places.lengths,
-        places.count_k.to(near),
-        shift_kD,
-        size.double(),
+        signed_tD=signed_tD,
+        sign_t=sign_t,
+        count_k=torch.stack([real.sum() for real in reals]).double().to(near),
+        shift_kD=torch.stack([seen.shift_D for seen in views]),
+        total_kD=totals(signed_tD, sign_t, lengths) * size,
+        size=size.double(),
     )
+
+
+def _rows(parts: Sequence[torch.Tensor], chosen: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [
+        part if rows is None else part[rows.to(part.device)] for part, rows in zip(parts, chosen, strict=True)
+    ]
+
+
+def _apart(of: dict[Key, Summed], held: dict[Key, Summed]) -> dict[Key, Summed]:
+    """What is to be held in memory of its own, since it will be written: copies, where nothing is held."""
+    return {key: value if key in held else _copied(value) for key, value in of.items()}
+
+
+def _copied(value: Summed) -> Summed:
+    parts = (part.clone() if isinstance(part, torch.Tensor) else part for part in value)
+    return type(value)(*parts)
 
 
 def _joined(

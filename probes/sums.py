@@ -21,7 +21,10 @@ from probes.streaming import MEAN, Streaming
 KEPT = 2**28  # bytes of a stage's sums that a run keeps at most
 HASH = "multiply-xorshift 0x45D9F3B, of sequence and position"
 OF_MOMENTS = ("sum_mean", "sum_size", "sum_product")
-OF_SKETCH = ("sum_bucket", "sum_sign", "sum_heavy", "sum_index", "sum_score")
+OF_SKETCH = (
+    *("sum_token_mean", "sum_token_square", "sum_bucket", "sum_sign"),
+    *("sum_heavy", "sum_index", "sum_score"),
+)
 
 
 def kept(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
@@ -56,12 +59,11 @@ def kept(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
     sketch = whole.sketch_of(depths)
     if sketch is None:
         return variables
-    mean_LD = torch.stack([row[0].mean_D.cpu() for row in moments])
-    return variables | _of_sketch(sketch, mean_LD, size[:, 0], whole.sequences)
+    return variables | _of_sketch(sketch, size[:, 0], whole.sequences)
 
 
 def _told(whole: Streaming, rounding: list[float]) -> dict[str, Any]:
-    told = {"rounding": rounding, "num_streams": whole.num_streams}
+    told = {"rounding": rounding, "num_streams": whole.num_streams, "spectra_every": whole.spectra_every}
     return told | ({"streams_left_out": whole.unseen_streams} if whole.unseen_streams else {})
 
 
@@ -81,18 +83,18 @@ def _numbers(rows: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
     return torch.stack([torch.stack([value.cpu() for value in row]) for row in rows]).numpy()
 
 
-def _of_sketch(
-    sketch: Sketch, mean_LD: torch.Tensor, size_LD: torch.Tensor, sequences: Sequence[tuple[int, int]]
-) -> dict[str, Any]:
+def _of_sketch(sketch: Sketch, size_LD: torch.Tensor, sequences: Sequence[tuple[int, int]]) -> dict[str, Any]:
     sketch = Sketch(*(value.cpu() for value in sketch))
     known_h = (sketch.score_h >= 0).double()
-    mean, size = mean_LD[:, None], size_LD[:, None]
+    mean, size = sketch.mean_LD[:, None], size_LD[:, None]
     light = (sketch.buckets_LmD - sketch.signs_m[:, None] * mean) / size
     heavy = (sketch.heavy_LhD - known_h[:, None] * mean) / size
-    told = {"hash": HASH, "sequences": [list(span) for span in sequences]}
+    told = {"hash": HASH, "sequences": [list(span) for span in sequences], "tokens": float(sketch.count)}
     return {
         "sum_bucket": (("depth", "bucket", "feature"), light.float().numpy()),
         "sum_sign": ("bucket", sketch.signs_m.numpy(), told),
+        "sum_token_mean": (("depth", "feature"), sketch.mean_LD.numpy()),
+        "sum_token_square": ("depth", sketch.trace_L.numpy()),
         "sum_heavy": (("depth", "heavy", "feature"), heavy.float().numpy()),
         "sum_index": ("heavy", sketch.index_h.numpy()),
         "sum_score": ("heavy", sketch.score_h.numpy()),
@@ -134,9 +136,12 @@ def restored(statistics: xr.Dataset) -> Streaming:
         for view in range(mean.shape[1]):
             scatter = _scatter(product[i, view], size[i, view])
             found.moments[depth, view] = Moments(count[i], mean[i, view], scatter, told["rounding"][i])
+    found.spectra_every = told["spectra_every"]
+    tokens = torch.tensor(statistics["streamed_count"].attrs["tokens"], dtype=torch.float64)
+    found.counts = dict(zip(depths, tokens, strict=True))
     found.left_out[depths] = torch.tensor(statistics["streamed_count"].attrs["left_out"])
     if all(name in statistics for name in OF_SKETCH):
-        found.sketches[depths] = _sketch(statistics, count[0], mean[:, MEAN], size[:, MEAN])
+        found.sketches[depths] = _sketch(statistics, size[:, MEAN])
         found.sequences = tuple((a, b) for a, b in statistics["sum_sign"].attrs["sequences"])
     return found
 
@@ -149,16 +154,16 @@ def _scatter(product_P: torch.Tensor, size_D: torch.Tensor) -> torch.Tensor:
     return scatter
 
 
-def _sketch(
-    statistics: xr.Dataset, count: torch.Tensor, mean_LD: torch.Tensor, size_LD: torch.Tensor
-) -> Sketch:
-    bucket, signs_m, heavy, index_h, score_h = (
+def _sketch(statistics: xr.Dataset, size_LD: torch.Tensor) -> Sketch:
+    mean_LD, trace_L, bucket, signs_m, heavy, index_h, score_h = (
         torch.from_numpy(statistics[name].values) for name in OF_SKETCH
     )
     mean, size = mean_LD[:, None], size_LD[:, None]
     known_h = (score_h >= 0).double()
     return Sketch(
-        count=count,
+        count=torch.tensor(statistics["sum_sign"].attrs["tokens"], dtype=torch.float64),
+        mean_LD=mean_LD,
+        trace_L=trace_L,
         buckets_LmD=bucket.double() * size + signs_m[:, None] * mean,
         signs_m=signs_m,
         heavy_LhD=heavy.double() * size + known_h[:, None] * mean,

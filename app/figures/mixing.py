@@ -47,6 +47,18 @@ _GAINS = (
     ),
     (
         _along(
+            "mixing_attenuation",
+            "Attenuation of each connection",
+            "least sum of H_res",
+            over="direction",
+            log_y=True,
+            thresholds=((0.5, "attenuated: 0.5"),),
+            note="Smallest signed row sum (forward) or column sum (backward) of H_res.",
+        ),
+        _GAIN_USES,
+    ),
+    (
+        _along(
             "composite_attenuation",
             "Attenuation of the composite",
             "least sum of the product",
@@ -56,6 +68,16 @@ _GAINS = (
             note="Smallest signed row sum (forward) or column sum (backward) of the product: the gain hides it.",
         ),
         _GAIN_USES,
+    ),
+    (
+        _along(
+            "composite_deviation",
+            "Sums of the composite, away from 1",
+            "largest |ln |sum||",
+            thresholds=((0.7, "a factor of two: 0.7"),),
+            note="Of the rows and columns of the product: up as the gain, down as the attenuation.",
+        ),
+        _REDUCED,
     ),
     (
         _along(
@@ -166,6 +188,17 @@ _STREAMS = (
     ),
     (
         _along(
+            "suffix_deflated_gain",
+            "Stream collapse on the way to the head",
+            "log₁₀ σ₁ of the product on 1⊥",
+            thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
+            note="Product of H_res from this connection through the last: below −2 the head cannot tell to which stream a "
+            "connection wrote.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
             "effective_streams",
             "Effective streams between earlier and later connections",
             "effective streams",
@@ -189,6 +222,16 @@ _STREAMS = (
             "Dobrushin coefficient of each connection",
             "τ(H_res)",
             note="The most that a difference between streams may keep: 1 for the identity, 0 for uniform mixing.",
+        ),
+        _REDUCED,
+    ),
+    (
+        _along(
+            "composite_dobrushin",
+            "Dobrushin coefficient of the composite",
+            "τ of the product",
+            log_y=True,
+            note="Product of H_res from the first connection through this one; it stops at rounding, near 1e-16.",
         ),
         _REDUCED,
     ),
@@ -234,6 +277,24 @@ _STREAMS = (
     ),
     (
         _along("write_share", "Where each sublayer writes", "share of the write weight", over="stream"),
+        ("axis", "step"),
+    ),
+    (
+        _along(
+            "read_streams",
+            "How many streams each sublayer reads",
+            "streams",
+            note="1 where one stream gives all it reads.",
+        ),
+        ("axis", "step"),
+    ),
+    (
+        _along(
+            "write_streams",
+            "How many streams each sublayer writes to",
+            "streams",
+            note="1 where one stream takes all it writes.",
+        ),
         ("axis", "step"),
     ),
 )

@@ -47,14 +47,17 @@ def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -
     True
     """
     matrix = rows(x, mask=mask, center=center)
-    xp = matrix.xp
-    unit, length = unit_rows(xp, matrix.values)
+    xp, values = matrix.xp, matrix.values
+    if matrix.narrow:  # squares stay within float64: the lengths need no unit rows
+        length = xp.linalg.vector_norm(values, axis=-1)
+    else:
+        values, length = unit_rows(xp, values)
     directed = length > (ROUNDING if center else 0.0) * xp.max(length, axis=-1, keepdims=True)
-    unit = unit * xp.astype(directed, xp.float64)[..., None]
+    size = length if matrix.narrow else xp.ones_like(length)
+    weight = xp.astype(directed, xp.float64) / xp.where(directed, size, xp.ones_like(size))
+    total = (weight[..., None, :] @ values)[..., 0, :]
     m = xp.sum(xp.astype(directed, xp.float64), axis=-1)
-    total = xp.sum(unit, axis=-2)
-    pairs = xp.sum(total * total, axis=-1) - xp.sum(unit * unit, axis=(-2, -1))
-    return ratio(xp, pairs, m * xp.clip(m - 1.0, min=0.0))
+    return ratio(xp, xp.linalg.vecdot(total, total) - m, m * xp.clip(m - 1.0, min=0.0))
 
 
 def _paired_rows(x: Array, y: Array, mask: Array | None) -> tuple[Any, Array, Array, Array]:

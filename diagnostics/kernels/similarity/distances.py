@@ -13,6 +13,8 @@ from diagnostics.kernels.similarity.pair import each
 
 # Distances this near, as a share of themselves, are ties: rounding alone parts them.
 TIE = 1e-12
+# Only rows nearer than this share of their square can be equal: rounding does not reach so far.
+NEAR = 1e-9
 
 
 def square_distances(xp: Any, x: Array) -> Array:
@@ -21,13 +23,24 @@ def square_distances(xp: Any, x: Array) -> Array:
     A product of matrices rounds equal rows differently by their place, and ranks would see it.
     """
     x = rows(x, center=True).values
-    square = xp.linalg.vecdot(x, x)
-    apart = xp.clip(square[:, None] + square[None, :] - 2.0 * (x @ x.T), min=0.0)
-    own, same = xp.arange(x.shape[0], device=device(x)), first_equal(xp, x)
-    if bool(xp.any(same != own)):
-        apart = (0.5 * (apart + apart.T))[same][:, same]
-        apart[same[:, None] == same[None, :]] = 0.0
+    square, own = xp.linalg.vecdot(x, x), xp.arange(x.shape[0], device=device(x))
+    apart = x @ x.T
+    apart *= -2.0
+    apart += square[:, None]
+    apart += square
+    apart[own, own] = xp.inf
+    if bool(xp.any(xp.min(apart, axis=-1) <= NEAR * square)):
+        apart = _equal_where_rows_are(xp, xp.clip(apart, min=0.0), first_equal(xp, x))
     apart[own, own] = 0.0
+    return apart
+
+
+def _equal_where_rows_are(xp: Any, apart: Array, same: Array) -> Array:
+    """Distances made equal for equal rows, given for each row the first of those equal to it."""
+    if bool(xp.all(same == xp.arange(same.shape[0], device=device(same)))):
+        return apart
+    apart = (0.5 * (apart + apart.T))[same][:, same]
+    apart[same[:, None] == same[None, :]] = 0.0
     return apart
 
 
@@ -38,9 +51,7 @@ def cosine_distances(xp: Any, x: Array) -> Array:
 
 def _upper(xp: Any, square: Array) -> Array:
     """Entries above the diagonal of (n, n), flat."""
-    n = square.shape[0]
-    index = xp.arange(n, device=device(square))
-    return square[index[:, None] < index[None, :]]
+    return xp.concat([square[row, row + 1 :] for row in range(square.shape[0])])
 
 
 def _median(xp: Any, values: Array) -> Array:
@@ -171,25 +182,34 @@ def _dissimilarities(xp: Any, x: Array, metric: str) -> Array:
         return xp.sqrt(_upper(xp, square_distances(xp, x / peak(xp, x))))
     if metric == "correlation":
         x = xp.matrix_transpose(rows(xp.matrix_transpose(x), center=True).values)
-    found = _upper(xp, cosine_distances(xp, x))
-    return found if bool(xp.all(unit_rows(xp, x)[1] > 0)) else xp.full_like(found, xp.nan)
+    unit, length = unit_rows(xp, x)
+    found = _upper(xp, square_distances(xp, unit))
+    return found if bool(xp.all(length > 0)) else xp.full_like(found, xp.nan)
 
 
 def _ranks(xp: Any, values: Array) -> Array:
     """Ranks from 1, the mean rank for ties; NaN anywhere leaves NaN."""
-    if bool(xp.any(xp.isnan(values))):
+    if bool(xp.isnan(xp.max(values))):
         return values
-    order = xp.argsort(values, stable=True)
+    order = xp.argsort(values, stable=False)
     ordered = values[order]
-    fresh = xp.concat([ordered[:1] == ordered[:1], ordered[1:] - ordered[:-1] > TIE * ordered[1:]])
-    first = xp.astype(xp.nonzero(fresh)[0], xp.float64)
-    end = xp.concat([first[1:], xp.full_like(first[:1], float(values.shape[0]))])
-    ranks = xp.zeros_like(values)
-    ranks[order] = ((first + end + 1.0) / 2.0)[xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
+    ranks = xp.empty_like(values)
+    ranks[order] = _ranks_in_order(xp, ordered, ordered[:-1] < (1.0 - TIE) * ordered[1:])
     return ranks
+
+
+def _ranks_in_order(xp: Any, ordered: Array, grows: Array) -> Array:
+    """Ranks of values in order, given where the next one is larger."""
+    ranks = xp.arange(1, ordered.shape[0] + 1, dtype=xp.float64, device=device(ordered))
+    if bool(xp.all(grows)):
+        return ranks
+    fresh = xp.concat([xp.ones_like(grows[:1]), grows])
+    first = ranks[fresh]
+    last = xp.concat([first[1:] - 1.0, ranks[-1:]])
+    return ((first + last) / 2.0)[xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
 
 
 def _pearson(xp: Any, a: Array, b: Array) -> Array:
     """Pearson correlation of flat values, NaN where a side is constant."""
     a, b = a - xp.mean(a), b - xp.mean(b)
-    return ratio(xp, xp.sum(a * b), xp.sqrt(xp.sum(a * a)) * xp.sqrt(xp.sum(b * b)))
+    return ratio(xp, xp.linalg.vecdot(a, b), xp.linalg.vector_norm(a) * xp.linalg.vector_norm(b))

@@ -5,11 +5,14 @@ Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns
 
 from typing import Any
 
+import numpy as np
 from array_api_compat import device
 
 from diagnostics.kernels._arrays import Array, peak
 from diagnostics.kernels.similarity.pair import each
 
+# Above this squared distance between shapes of unit size the singular values alone give twelve digits.
+FAR = 1e-2
 
 def procrustes(x: Array, y: Array, *, squared: bool = False, mask: Array | None = None) -> Array:
     """Procrustes shape distance: the angle arccos ‖XᵀY‖_* of centred sides at ‖·‖_F = 1.
@@ -61,7 +64,11 @@ def _rotation_residual(xp: Any, x: Array, y: Array) -> Array:
     if bool((size_a == 0) | (size_b == 0)):
         return size_a * xp.nan
     a, b = a / size_a, b / size_b
-    u, _, vt = xp.linalg.svd(b.T @ a, full_matrices=False)
+    shared = b.T @ a
+    far = 2.0 - 2.0 * xp.sum(xp.linalg.svdvals(shared))
+    if bool(far > FAR):
+        return xp.sqrt(far)
+    u, _, vt = xp.linalg.svd(shared, full_matrices=False)
     return xp.linalg.vector_norm(a - b @ (u @ vt))
 
 
@@ -69,8 +76,15 @@ def _compact(xp: Any, x: Array, width: int) -> Array:
     """The same shape in as few columns as two sides need: rotated to min(N, width) ones, zeros added."""
     x = x / peak(xp, x)
     if x.shape[0] < x.shape[1]:
-        x = xp.linalg.qr(x.T, mode="reduced")[1].T
+        x = _triangle(xp, x.T).T
     missing = min(x.shape[0], width) - x.shape[1]
     if missing <= 0:
         return x
     return xp.concat([x, xp.zeros((x.shape[0], missing), dtype=xp.float64, device=device(x))], axis=1)
+
+
+def _triangle(xp: Any, tall: Array) -> Array:
+    """R of the QR decomposition, for a third of the price of both."""
+    if isinstance(tall, np.ndarray):
+        return np.linalg.qr(tall, mode="r")
+    return xp.linalg.qr(tall, mode="r")[1]
