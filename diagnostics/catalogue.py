@@ -97,6 +97,7 @@ CATALOGUE: dict[str, Metric] = {
         gradients.residual_norm,
         gradients.gradient_norm,
         gradients.backward_gain,
+        gradients.relative_gradient,
         gradients.gradient_rank,
         gradients.gradient_cosine,
         propagation.channel_squared_mean,

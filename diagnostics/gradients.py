@@ -78,6 +78,36 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     return (gradient_norms / last.where(last > 0)).assign_coords(gradient_norms.coords)
 
 
+@metric(
+    symbol=r"\sqrt{\textstyle\sum_i \|\delta_i\|^2 \|x_i\|^2}",
+    units="loss",
+    cite="pascanu2013difficulty",
+    basis="stream",
+    null="none: the scale is the loss's; compare depths",
+    estimator="norms of every real token multiplied, then the root of the sum of squares over tokens",
+)
+def relative_gradient(residual_states: States, gradient_states: States) -> xr.DataArray:
+    r"""Sensitivity of the loss to a relative change of the state, token by token.
+
+    .. math:: \sqrt{\textstyle\sum_i \|\delta_i\|^2 \, \|x_i\|^2}
+
+    Branches that normalise their input make the gradient of a token inversely proportional to the token: this
+    is what then stays constant across depth, for tokens of any size.
+    """
+    depths = [_product_of_norms(residual_states, gradient_states, d) for d in range(len(gradient_states))]
+    return gradient_states.labelled(np.stack(depths), ("depth", "stream"))
+
+
+def _product_of_norms(states: States, gradients: States, depth: int) -> np.ndarray:
+    """The relative gradient of every view at one depth, (V,); NaN where either is not finite."""
+    known, sizes = [], []
+    for of in (states, gradients):
+        views, finite = of.load(depth)
+        known.append(finite)
+        sizes.append(np.linalg.norm(of.rows(views).astype(np.float64), axis=-1))
+    return np.where(known[0] & known[1], np.linalg.norm(sizes[0] * sizes[1], axis=-1), np.nan)
+
+
 def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Gradients summed over the tokens of each sequence that has some, (V, S, D)."""
     return views[:, mask.any(axis=1)].sum(axis=2, dtype=np.float64)

@@ -15,6 +15,9 @@ from diagnostics.quantities import LABELS, Quantities
 
 Null = Callable[..., xr.DataArray] | float | str
 
+# Why a metric has no value anywhere, where it does not say so itself.
+UNDEFINED = "too few tokens, or states that are zero, equal to each other or not finite"
+
 # What a bare array is measured by where the caller names nothing else; a run gives every variant.
 PLAIN = {"scope": "sequence", "tokens": "all", "centering": "raw"}
 
@@ -124,6 +127,8 @@ class Metric:
             Where the run lacks what the metric needs.
         """
         value, stderr = self.measure(source)
+        if value.isnull().all():
+            value = value.assign_attrs({"undefined_because": UNDEFINED} | value.attrs)
         found = {self.name: self.stamp(value)}
         if callable(self.null):
             null = sequences.fold(source.call(self.null))[0]

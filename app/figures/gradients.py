@@ -29,6 +29,14 @@ _STATES = (
         note="Gradient norm relative to the last state.",
     ),
     Profile(
+        "relative_gradient",
+        "Sensitivity to a relative change of the state",
+        "√Σ ‖gradient‖² ‖state‖²",
+        "relative_gradient",
+        log_y=True,
+        note="Token by token; it stays level where branches normalise their input. " + _REDUCTION,
+    ),
+    Profile(
         "residual_norm",
         "Residual norm across depth",
         "rms norm of a token",

@@ -105,35 +105,43 @@ def attenuation(
 
 
 @verdict(metric="backward_gain", limits=Limits(warn=10.0, fail=1000.0))
-def exploding_gradient(backward_gain: xr.DataArray, residual_norm: xr.DataArray) -> Iterator[Profile]:
+def exploding_gradient(
+    backward_gain: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """The gradient grows on its way back through the depth.
 
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """
-    yield from _gradient_profiles(backward_gain, residual_norm, growing=True)
+    sensitivity = backward_gain * residual_norm if relative_gradient is None else relative_gradient
+    yield from _gradient_profiles(backward_gain, sensitivity, growing=True)
 
 
 @verdict(metric="backward_gain", limits=Limits(warn=0.1, fail=1e-3, above=False))
-def vanishing_gradient(backward_gain: xr.DataArray, residual_norm: xr.DataArray) -> Iterator[Profile]:
+def vanishing_gradient(
+    backward_gain: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """The gradient vanishes on its way back through the depth.
 
     Check that the skip path is unbroken and not scaled down, and that no norm sits on it; raise the branches'
     initial scale in the early blocks.
     """
-    yield from _gradient_profiles(backward_gain, residual_norm, growing=False)
+    sensitivity = backward_gain * residual_norm if relative_gradient is None else relative_gradient
+    yield from _gradient_profiles(backward_gain, sensitivity, growing=False)
 
 
-def _gradient_profiles(gain: xr.DataArray, norm: xr.DataArray, *, growing: bool) -> Iterator[Profile]:
+def _gradient_profiles(gain: xr.DataArray, sensitivity: xr.DataArray, *, growing: bool) -> Iterator[Profile]:
     """Gain against the last state before a final norm; no more than INFO where the states' size explains it.
 
-    Branches that normalise their input make the gradient inversely proportional to the state: ‖δ‖·‖x‖ is what
-    then stays constant, and only its growth is the network's fault.
+    Branches that normalise their input make the gradient inversely proportional to the state: ‖δ‖·‖x‖, of
+    every token where it is known, is what then stays constant, and only its growth is the network's fault.
     """
-    gain, norm = _one_view(_before_final_norm(gain)), _one_view(_before_final_norm(norm))
+    gain, sensitivity = (_one_view(_before_final_norm(profile)) for profile in (gain, sensitivity))
     if gain.sizes["depth"] < 2:
         return
-    gain = gain / gain.isel(depth=-1, drop=True).where(lambda last: last > 0)
-    sensitivity = gain * norm / norm.isel(depth=-1, drop=True).where(lambda last: last > 0)
+    gain, sensitivity = (
+        profile / profile.isel(depth=-1, drop=True).where(lambda last: last > 0)
+        for profile in (gain, sensitivity)
+    )
     worst = sensitivity.max() if growing else sensitivity.min()
     explained = bool(worst <= 10.0 if growing else worst >= 0.1)
     more = (

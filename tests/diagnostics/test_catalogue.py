@@ -94,6 +94,7 @@ DIMS = {
     "residual_norm": "step depth stream",
     "gradient_norm": "step depth stream",
     "backward_gain": "step depth stream",
+    "relative_gradient": "step depth stream",
     "gradient_rank": "step depth stream",
     "gradient_cosine": "step depth stream",
     "channel_squared_mean": "step depth stream",

@@ -14,7 +14,9 @@ import xarray as xr
 from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
+from torchvision.models import VisionTransformer
 
+import diagnostics
 import probes
 from diagnostics import Severity
 from probes.load import encode_text, load_checkpoint, sample_text
@@ -99,7 +101,44 @@ HEALTHY: dict[str, Callable[[], xr.DataTree]] = {
     "fresh bert, whose branches begin near zero": lambda: fresh("bert", "transformers"),
     "fresh resnet18": lambda: fresh("resnet18", "torchvision"),
     "fresh convnext, whose branches begin at zero": lambda: fresh("convnext", "torchvision"),
+    "fresh ViT, whose class token is small": lambda: vision_transformer(),
+    "fresh Pre-LN with frozen first blocks": lambda: frozen(2),
 }
+
+
+def vision_transformer() -> xr.DataTree:
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, num_layers=6, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # it begins at zero, and so would the gradient
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    return probes.capture(
+        model.eval(),
+        images,
+        gradients=True,
+        loss=lambda output, batch: nn.functional.cross_entropy(output, labels),
+    )
+
+
+def frozen(blocks: int) -> xr.DataTree:
+    model = pre_norm()
+    for part in (model.embed, *model.blocks[:blocks]):
+        part.requires_grad_(False)
+    return captured(model)
+
+
+def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
+    path = diagnostics.save_run(frozen(2), tmp_path / "frozen.nc")
+    run = diagnostics.open_run(path)
+    assert run["trace"]["gradient"].attrs["without_gradient"] == [0, 1, 2]
+    analysis = diagnostics.analyze(run)
+    assert (
+        analysis["gradient_norm"].isnull().any("stream").values.ravel().tolist() == [True] * 3 + [False] * 4
+    )
+    assert "gradient_not_finite" not in {finding.verdict for finding in diagnostics.judge(analysis)}
+    spoilt = run["trace"].to_dataset().load().copy(deep=True)
+    spoilt["gradient"][5, 0, 0] = float("nan")
+    found = diagnostics.judge(diagnostics.analyze(diagnostics.create_run(spoilt, attrs=run.attrs)))
+    assert [(f.first, f.last) for f in found if f.verdict == "gradient_not_finite"] == [(5, 5)]
 
 
 @pytest.mark.parametrize("name", HEALTHY)

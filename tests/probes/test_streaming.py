@@ -421,7 +421,7 @@ def test_no_number_of_batches_enlarges_what_is_held():
         held[count] = sum(value.numel() for value in numbers(whole))
     assert held[2] == held[8] == held[24]
     of_moments = L * (D * D + D + 1)
-    of_sketch = L * (sketch.BUCKETS + sketch.HEAVY) * D + sketch.BUCKETS + 2 * sketch.HEAVY + 1
+    of_sketch = L * (sketch.BUCKETS + sketch.HEAVY + 1) * D + L + sketch.BUCKETS + 2 * sketch.HEAVY + 1
     assert held[24] == of_moments + of_sketch
 
 

@@ -48,12 +48,12 @@ def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -
     """
     matrix = rows(x, mask=mask, center=center)
     xp, values = matrix.xp, matrix.values
-    if matrix.narrow:  # squares stay within float64: the lengths need no unit rows
-        length = xp.linalg.vector_norm(values, axis=-1)
+    if matrix.narrow:  # squares stay within float64: no need of unit rows
+        size = length = xp.sqrt(xp.linalg.vecdot(values, values))
     else:
         values, length = unit_rows(xp, values)
+        size = xp.ones_like(length)
     directed = length > (ROUNDING if center else 0.0) * xp.max(length, axis=-1, keepdims=True)
-    size = length if matrix.narrow else xp.ones_like(length)
     weight = xp.astype(directed, xp.float64) / xp.where(directed, size, xp.ones_like(size))
     total = (weight[..., None, :] @ values)[..., 0, :]
     m = xp.sum(xp.astype(directed, xp.float64), axis=-1)
@@ -104,15 +104,15 @@ def row_cosine(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     [0.0, 1.0]
     """
     xp, u, w, keep = _paired_rows(x, y, mask)
-    cosine = xp.sum(u * w, axis=-1)
+    cosine = xp.linalg.vecdot(u, w)
     return xp.where(keep, cosine, xp.full_like(cosine, xp.nan))
 
 
 def _angles(xp: Any, u: Array, w: Array) -> Array:
     """Angles between unit rows, 2 atan2(‖u − w‖, ‖u + w‖): accurate near 0 and near π."""
     apart, together = u - w, u + w
-    half = xp.atan2(xp.sqrt(xp.sum(apart * apart, axis=-1)), xp.sqrt(xp.sum(together * together, axis=-1)))
-    return 2.0 * half
+    squares = xp.linalg.vecdot(apart, apart), xp.linalg.vecdot(together, together)
+    return 2.0 * xp.atan2(*map(xp.sqrt, squares))
 
 
 def angular_distance(x: Array, y: Array, *, mask: Array | None = None) -> Array:
@@ -176,7 +176,8 @@ def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     2.0
     """
     xp, u, w, keep = _paired_rows(x, y, mask)
-    return masked_mean(xp, xp.sum((u - w) ** 2, axis=-1) / 2.0, keep)
+    apart = u - w
+    return masked_mean(xp, xp.linalg.vecdot(apart, apart) / 2.0, keep)
 
 
 def curvature(x: Array, *, mask: Array | None = None) -> Array:

@@ -44,11 +44,6 @@ def _equal_where_rows_are(xp: Any, apart: Array, same: Array) -> Array:
     return apart
 
 
-def cosine_distances(xp: Any, x: Array) -> Array:
-    """1 − cos of all pairs of rows as ½‖u − w‖², which keeps its digits where all rows point one way."""
-    return 0.5 * square_distances(xp, unit_rows(xp, x)[0])
-
-
 def _upper(xp: Any, square: Array) -> Array:
     """Entries above the diagonal of (n, n), flat."""
     return xp.concat([square[row, row + 1 :] for row in range(square.shape[0])])
@@ -183,7 +178,7 @@ def _dissimilarities(xp: Any, x: Array, metric: str) -> Array:
     if metric == "correlation":
         x = xp.matrix_transpose(rows(xp.matrix_transpose(x), center=True).values)
     unit, length = unit_rows(xp, x)
-    found = _upper(xp, square_distances(xp, unit))
+    found = 0.5 * _upper(xp, square_distances(xp, unit))  # 1 − cos, with its digits where all point one way
     return found if bool(xp.all(length > 0)) else xp.full_like(found, xp.nan)
 
 

@@ -9,19 +9,26 @@ from array_api_compat import device
 
 from diagnostics.kernels._arrays import Array, unit_rows
 from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
-from diagnostics.kernels.similarity.distances import cosine_distances
+from diagnostics.kernels.similarity.distances import square_distances
 from diagnostics.kernels.similarity.pair import each
 
+# As many searches for the largest of a row are cheaper than its sort.
+PASSES = 50
 
 def _neighbours(xp: Any, similarity: Array, k: int) -> Array:
     """Booleans (n, n): j is among the k most similar to i, never i itself; the first index wins ties."""
     n = similarity.shape[0]
     own = xp.arange(n, device=device(similarity))
-    ranked = xp.where(own[:, None] == own[None, :], xp.full_like(similarity, -xp.inf), similarity)
-    nearest = xp.argsort(-ranked, axis=-1, stable=True)[:, :k]
-    chosen = xp.zeros((n, n), dtype=xp.bool, device=device(similarity))
-    chosen[own[:, None], nearest] = True
-    return chosen
+    left = xp.asarray(similarity, copy=True)
+    left[own, own] = -xp.inf
+    if k > PASSES:
+        chosen = xp.zeros((n, n), dtype=xp.bool, device=device(similarity))
+        chosen[own[:, None], xp.argsort(-left, axis=-1, stable=True)[:, :k]] = True
+        return chosen
+    for _ in range(k):
+        left[own, xp.argmax(left, axis=-1)] = -xp.inf
+    left[own, own] = 0.0
+    return left == -xp.inf
 
 
 def _require_neighbours(n: int, k: int, least: int) -> None:
@@ -70,8 +77,9 @@ def mutual_knn(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) ->
 
 def _cosines(xp: Any, x: Array) -> Array:
     """Cosines of all pairs of rows (n, n), 0 for zero rows; equal for equal rows, to the last bit."""
-    directed = unit_rows(xp, x)[1] > 0
-    cosines = 1.0 - cosine_distances(xp, x)
+    unit, length = unit_rows(xp, x)
+    directed = length > 0
+    cosines = 1.0 - 0.5 * square_distances(xp, unit)
     return xp.where(directed[:, None] & directed[None, :], cosines, xp.zeros_like(cosines))
 
 

@@ -14,6 +14,7 @@ from diagnostics.kernels.similarity.pair import each
 # Above this squared distance between shapes of unit size the singular values alone give twelve digits.
 FAR = 1e-2
 
+
 def procrustes(x: Array, y: Array, *, squared: bool = False, mask: Array | None = None) -> Array:
     """Procrustes shape distance: the angle arccos ‖XᵀY‖_* of centred sides at ‖·‖_F = 1.
 
