@@ -303,6 +303,18 @@ def _analyze(command: argparse.ArgumentParser) -> None:
         help="standard errors of pooled metrics too, by leaving out one sequence at a time (slow)",
     )
     command.add_argument(
+        "--initial",
+        metavar="CHECKPOINT",
+        help="what training began with: tells what it moved in the mixing of an mHC, beside weight decay alone",
+    )
+    command.add_argument(
+        "--decay",
+        type=float,
+        metavar="FACTOR",
+        help="what weight decay left of the initial logits, ∏(1 − learning rate × weight decay) over the steps (default "
+        "1: they are not decayed)",
+    )
+    command.add_argument(
         "--out", metavar="RUN", help="save the metrics alone here, and leave the run as it is"
     )
     _view(command)

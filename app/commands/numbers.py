@@ -86,7 +86,7 @@ def analyze(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : Namespace
-        ``run, metrics, jackknife, out, json`` and the slice.
+        ``run, metrics, jackknife, initial, decay, out, json`` and the slice.
 
     Returns
     -------
@@ -98,12 +98,26 @@ def analyze(args: argparse.Namespace) -> int:
     with working(f"analysing {args.run}") as progress:
         run.load()
         run.close()
+        run = _with_replay(run, args.initial, args.decay)
         analysis = diagnostics.analyze(run, metrics=names, jackknife=args.jackknife, progress=progress)
     written = _write_metrics(run, analysis, args, complete=names is None)
     analysed = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **_metric_nodes(analysis)})
     readings = read_runs({without_ending(Path(args.run).name): analysed})
     _print_analysis(readings, written, args)
     return FINE
+
+
+def _with_replay(run: xr.DataTree, initial: str | None, decay: float | None) -> xr.DataTree:
+    """The run with the logits that its training began with, where they are given."""
+    if initial is None:
+        if decay is not None:
+            raise ValueError(
+                "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
+            )
+        return run
+    import probes
+
+    return diagnostics.with_replay(run, probes.initial_logits(initial), decay=1.0 if decay is None else decay)
 
 
 def _write_metrics(

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import xarray as xr
 
 import probes
@@ -15,6 +16,7 @@ from app import cli
 from app.analyses import read_runs
 from diagnostics import schema
 from diagnostics.verdicts import VERDICTS
+from tests.probes.stream_models import deepseek_v4
 
 HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "xarray", "numpy", "rich")
 
@@ -199,6 +201,22 @@ def test_errors_of_pooled_metrics_are_a_choice(saved, tmp_path, capsys):
     assert "cka_stderr" in schema.open_run(out)["metrics"]
     assert cli.main(asked) == cli.FINE
     assert "cka_stderr" not in schema.open_run(out)["metrics"]
+
+
+def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
+    model = deepseek_v4(2)
+    model.save_pretrained(tmp_path / "initial")
+    ids = torch.arange(24).reshape(2, 12) + 1
+    path = str(schema.save_run(probes.capture(model, {"input_ids": ids}), tmp_path / "r.nc"))
+    asked = ["analyze", path, "--metrics", "initial_distance,replay_distance"]
+    assert cli.main([*asked, "--decay", "0.5"]) == cli.USAGE
+    assert "expected --initial CHECKPOINT too" in capsys.readouterr().err
+    assert cli.main([*asked, "--initial", str(tmp_path / "initial"), "--decay", "0.5"]) == cli.FINE
+    run = schema.open_run(path)
+    assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
+    assert set(run["metrics"].data_vars) == {"initial_distance", "replay_distance"}
+    assert cli.main([*asked, "--initial", str(tmp_path / "nowhere")]) == cli.USAGE
+    assert "no checkpoint at" in capsys.readouterr().err
 
 
 def test_partial_metrics_in_a_run_are_not_taken_for_all(saved, tmp_path, capsys):
