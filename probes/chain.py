@@ -102,9 +102,8 @@ def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
 
 
 def _is_block_run(run: list[Call]) -> bool:
-    """Whether all calls but those between stages are of one class that has parts of its own."""
-    kinds = {type(call.module) for call in run if call.x_shape == call.y_shape}
-    return len(kinds) == 1 and _is_block(run[0])
+    """Whether all calls but those between stages have parts of their own; their classes may differ."""
+    return all(_is_block(call) for call in run if call.x_shape == call.y_shape)
 
 
 def _candidates(tape: Tape) -> list[list[Call]]:
@@ -150,9 +149,12 @@ def _trunk_size(model: nn.Module) -> int:
 
 
 def _covers(container: list[Call], run: list[Call]) -> bool:
-    """Whether a run of one class makes up nearly all of a container's run, so that the rest are norms and heads."""
-    inside = set(map(id, run)) <= set(map(id, container))
-    return inside and _size(c.module for c in run) >= SHARE * _size(c.module for c in container)
+    """Whether a run of one class makes up nearly all of a container's run, and the rest has no parts: norms and heads."""
+    held = set(map(id, run))
+    rest = [call for call in container if id(call) not in held]
+    if len(rest) + len(run) > len(container) or any(_is_block(call) for call in rest):
+        return False
+    return _size(c.module for c in run) >= SHARE * _size(c.module for c in container)
 
 
 def _entangled(a: list[Call], b: list[Call]) -> bool:
@@ -283,7 +285,7 @@ def _chain(blocks: list[Call], name: str) -> Chain:
         places=tuple(places),
         links=(),
         blocks=tuple(dict.fromkeys(call.path for call in blocks)),
-        block_class=type(blocks[0].module).__name__,
+        block_class="/".join(dict.fromkeys(type(call.module).__name__ for call in blocks)),
         shapes=(*(call.x_shape for call in blocks), blocks[-1].y_shape),
     )
     return with_adds(chain, blocks)
