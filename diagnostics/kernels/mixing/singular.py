@@ -42,25 +42,26 @@ def singular_values(p: Array) -> Array:
     n = matrices.shape[-1]
     if n == 1:
         return as_given(p, xp.abs(matrices[..., 0]))
-    if n == 2:
-        return as_given(p, _of_two(xp, matrices))
-    if n in ROUNDS and isinstance(matrices, np.ndarray) and matrices.size >= FEW * n * n:
+    many = isinstance(matrices, np.ndarray) and matrices.size >= FEW * n * n
+    if many and (n == 2 or n in ROUNDS):
         return as_given(p, _of_many(matrices))
+    if n == 2:
+        scale = peak(xp, matrices)
+        entries = [(matrices / scale)[..., i, j] for i in (0, 1) for j in (0, 1)]
+        return as_given(p, xp.stack(_of_two(xp, *entries), axis=-1) * scale[..., 0])
     given = as_given(p, matrices)
     return array_namespace(given).linalg.svdvals(given)
 
 
-def _of_two(xp: Any, p: Array) -> Array:
-    """Singular values of 2×2 matrices: σ₁ from the two conformal parts, σ₂ = |det|/σ₁."""
-    scale = peak(xp, p)[..., 0, 0]
-    a, b, c, d = (p[..., i, j] / scale for i in (0, 1) for j in (0, 1))
+def _of_two(xp: Any, a: Array, b: Array, c: Array, d: Array) -> list[Array]:
+    """Singular values of [[a, b], [c, d]] of size 1: σ₁ from the two conformal parts, σ₂ = |det|/σ₁."""
     first = (xp.sqrt((a + d) ** 2 + (b - c) ** 2) + xp.sqrt((a - d) ** 2 + (b + c) ** 2)) / 2.0
     second = xp.abs(a * d - b * c) / xp.where(first > 0, first, xp.ones_like(first))
-    return xp.stack([first, xp.minimum(first, second)], axis=-1) * scale[..., None]
+    return [first, xp.minimum(first, second)]
 
 
 def _of_many(p: np.ndarray) -> np.ndarray:
-    """Singular values of 3×3 and 4×4 matrices in blocks, the batch last in each; the few doubtful ones by LAPACK."""
+    """Singular values of matrices up to 4×4 in blocks, the batch last in each; the few doubtful ones by LAPACK."""
     n = p.shape[-1]
     flat = p.reshape(-1, n * n)
     found = np.empty((len(flat), n))
@@ -70,6 +71,10 @@ def _of_many(p: np.ndarray) -> np.ndarray:
         top = np.abs(entries).max(axis=0)
         top[top == 0] = 1.0
         entries /= top
+        if n == 2:
+            for column, value in enumerate(_of_two(np, *entries)):
+                np.multiply(value, top, out=found[start : start + BLOCK, column])
+            continue
         values, doubtful = small_singular_values(entries.reshape(n, n, -1))
         values *= top
         found[start : start + BLOCK] = values.T
