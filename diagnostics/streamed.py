@@ -36,7 +36,13 @@ def streamed_spectra(
     """Singular values of all tokens, and the same as far as rounding may have moved them."""
     pairs = ((eigenvalue, stream_eigenvalue), (eigenvalue_shaken, stream_eigenvalue_shaken))
     plain, shaken = (_of_views(*pair).sel(centering=list(centering)) ** 0.5 for pair in pairs)
-    return plain, shaken
+    return plain.assign_attrs(_of_part(eigenvalue)), shaken
+
+
+def _of_part(of: xr.DataArray) -> dict[str, str]:
+    """That not every sequence was streamed, where it is so."""
+    every = of.attrs.get("every", 1)
+    return {"sequences": f"one in {every}; streamed_count is of their tokens"} if every > 1 else {}
 
 
 def _of_views(mean: xr.DataArray, streams: xr.DataArray) -> xr.DataArray:
@@ -54,7 +60,7 @@ def _resolved(measure: Callable[[Any], Any], spectra: tuple[xr.DataArray, xr.Dat
     )
     moved = abs(shaken - plain) / abs(plain)
     known = moved <= RESOLVED
-    found = plain.where(known)
+    found = plain.where(known).assign_attrs(spectra[0].attrs)
     if bool(known.any()):
         found = found.assign_attrs(relative_error=2.0 * float(moved.where(known).max()) + OF_FLOAT32)
     lost = ~known & plain.notnull()
@@ -212,7 +218,8 @@ def streamed_alpha_req(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> x
 def _cka(hsic: xr.DataArray) -> xr.DataArray:
     table = hsic.transpose(..., "depth", "other_depth")
     own = np.diagonal(table.values, axis1=-2, axis2=-1)
-    return table.copy(data=cka_from_hsic(table.values, own[..., :, None], own[..., None, :]))
+    found = table.copy(data=cka_from_hsic(table.values, own[..., :, None], own[..., None, :]))
+    return found.drop_attrs().assign_attrs(_of_part(hsic))
 
 
 @metric(

@@ -145,7 +145,10 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """
     if "notes" not in attrs:
         return None
-    notes: Mapping[str, str] = attrs["notes"]
-    told = " ".join(f"{name}: {note}." for name, note in notes.items())
+    # The rank of gradients is at most the number of sequences, a handful in every run; its null stands beside it.
+    notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
+    told = " ".join(
+        f"The sample is small for {name.replace('_', ' ')}: {note}." for name, note in notes.items()
+    )
     words = "the number of quantities that the sample is small for is"
-    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, more=told)]
+    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, told=told)]

@@ -73,6 +73,8 @@ class Profile:
         A sentence that follows.
     shown : function, optional
         The number as people read it, where the profile holds another form of it.
+    told : str
+        The whole sentence, where place and number would say nothing.
     """
 
     values: xr.DataArray
@@ -82,6 +84,7 @@ class Profile:
     ceiling: Severity = Severity.FAIL
     more: str = ""
     shown: Callable[[float], float] | None = None
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,8 @@ class Verdict:
     def _sentence(
         self, profile: Profile, value: float, limit: float, severity: Severity, at: int, beyond: np.ndarray
     ) -> str:
+        if profile.told:
+            return profile.told
         side = "above" if self.limits.above else "below"
         held = f"{'' if severity else 'not '}{side} {number(_shown(profile, limit))}"
         where = f" {place(profile.values, at)}" if profile.values.dims else ""

@@ -104,3 +104,15 @@ def test_a_run_that_did_not_stream_says_how_to(make_run, name):
     bare = diagnostics.create_run(run["trace"].to_dataset(), attrs=run.attrs)
     found = diagnostics.analyze(bare, metrics=[name])
     assert "streaming=True" in found.attrs["not_computed"][name]
+
+
+def test_a_part_of_the_sequences_is_named(make_run):
+    run = make_run("residual", layers=2)
+    assert not any("sequences" in value.attrs for value in diagnostics.analyze(run, metrics=NAMES).values())
+    statistics = run["statistics"].to_dataset()
+    for name in ("eigenvalue", "hsic", "hsic_without"):
+        statistics[name].attrs["every"] = 4
+    part = diagnostics.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=run.attrs)
+    found = diagnostics.analyze(part, metrics=NAMES)
+    for name in ("streamed_effective_rank", "streamed_cka"):
+        assert found[name].attrs["sequences"] == "one in 4; streamed_count is of their tokens"

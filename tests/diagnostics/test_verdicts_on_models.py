@@ -225,7 +225,7 @@ CASES: dict[str, Case] = {
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; token positions 0"
     ),
     "few_tokens_for_cka": case(pre_norm, INFO, batch=tokens(1, 8), says="0.8"),
-    "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="cka: 8 tokens"),
+    "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="small for cka: 8 tokens"),
     "large_update": Case(lambda: one_step("blocks.3.mlp.branch.2", 1.0), FAIL, says="in blocks.3.mlp.branch.2"),
     "lost_update": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
 }  # fmt: skip

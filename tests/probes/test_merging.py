@@ -78,6 +78,30 @@ def test_sequences_numbered_alike_add_their_moments_only():
     assert "hsic" not in merged.statistics
 
 
+def test_other_weights_are_refused_and_unknown_ones_are_not():
+    model, parts = llama(), batches(6)
+    before = captured(model, parts[:2])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    after = captured(model, parts[2:4], first=4)
+    with pytest.raises(ValueError, match="measured with other weights"):
+        merge_runs([before, after])
+    del after.attrs["weights_digest"]
+    assert merge_runs([before, after]).attrs["merged_tokens"] == 4 * 18
+
+
+def test_weights_that_were_trained_further_are_not_named():
+    model = llama()
+    with probes.record(model, streaming=True) as recorder:
+        model(**batches(1)[0])
+        recorder.step()
+    assert len(recorder.run.attrs["weights_digest"]) == 64
+    with torch.no_grad():
+        next(model.parameters()).mul_(2.0)
+    assert "weights_digest" not in recorder.run.attrs
+
+
 def test_the_same_data_twice_is_refused():
     run = captured(llama(), batches(3))
     with pytest.raises(ValueError, match="runs 0 and 1 show the same sequences"):

@@ -249,7 +249,7 @@ def test_buckets_and_signs_are_those_of_the_kernel(monkeypatch):
     monkeypatch.setattr(sketch, "HEAVY", 1)
     states = walk(4)
     found = seen(states, None, first=7).sketches[0, 1, 2]
-    index = sketch.token_index(7, 4, T, torch.device("cpu"))
+    index = sketch.token_index(torch.arange(7, 11), T)
     x = tokens_of(states)
     expected, signs = similarity.row_sketch(x, index.numpy(), sketch.BUCKETS)
     heavy = similarity.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), sketch.BUCKETS)
@@ -258,9 +258,9 @@ def test_buckets_and_signs_are_those_of_the_kernel(monkeypatch):
 
 
 def test_token_numbers_are_distinct():
-    index = torch.cat([sketch.token_index(first, 500, 2000, torch.device("cpu")) for first in (0, 40_000)])
+    index = torch.cat([sketch.token_index(torch.arange(first, first + 500), 2000) for first in (0, 40_000)])
     assert len(index.unique()) == len(index) == 2_000_000
-    assert torch.equal(index[3 * 2000 : 4 * 2000], sketch.token_index(3, 1, 2000, torch.device("cpu")))
+    assert torch.equal(index[3 * 2000 : 4 * 2000], sketch.token_index(torch.tensor([3]), 2000))
 
 
 def test_up_to_the_number_of_heavy_tokens_cka_is_exact():
@@ -318,7 +318,7 @@ def test_heavy_tokens_found_on_the_way_are_the_heaviest_of_all(monkeypatch):
     heavy = [(1, 7), (4, 11), (9, 6), (9, 10), (16, 5)]
     for sequence, position in heavy:
         states[:, sequence, position] *= 100.0
-    index = sketch.token_index(0, 20, T, torch.device("cpu")).reshape(20, T)
+    index = sketch.token_index(torch.arange(20), T).reshape(20, T)
     for cuts in ([], [5], [2, 9, 10, 17]):
         found = joined(in_parts(states, mask, cuts)).sketches[0, 1, 2]
         assert set(found.index_h.tolist()) == {int(index[place]) for place in heavy}
@@ -407,7 +407,7 @@ def test_merging_writes_neither_side():
 def numbers(of: Streaming) -> list[torch.Tensor]:
     """Every tensor that is held, those that wait included."""
     parts = [part for waiting in of._waiting.values() for part in waiting]
-    waiting = [view.deviation_tD for part in parts for state in part.states for view in state.views]
+    waiting = [view.signed_tD for part in parts for state in part.states for view in state.views]
     kept = [value for part in (*of.moments.values(), *of.sketches.values()) for value in part]
     return waiting + [value for value in kept if isinstance(value, torch.Tensor)]
 
@@ -417,7 +417,7 @@ def test_no_number_of_batches_enlarges_what_is_held():
     for count in (2, 8, 24):
         parts = (forward(walk(16, seed=i), None, 16 * i) for i in range(count))
         whole = reduce(Streaming.joined, parts)
-        assert sum(len(part.index_t) for waiting in whole._waiting.values() for part in waiting) < 2 * D
+        assert sum(len(part.places.real_t) for waiting in whole._waiting.values() for part in waiting) < 2 * D
         held[count] = sum(value.numel() for value in numbers(whole))
     assert held[2] == held[8] == held[24]
     of_moments = L * (D * D + D + 1)
@@ -444,6 +444,70 @@ def test_depths_of_another_width_or_number_of_tokens_are_sketched_apart():
     assert set(found.sketches) == {(0, 1), (2, 3)}
     assert streamed_similarity(found, [2, 3])[0].shape == (2, 2)
     assert streamed_similarity(found, [1, 2]) is None
+
+
+# A part of the sequences
+
+
+def test_of_each_so_many_sequences_one_is_drawn_at_random():
+    drawn = [i for i in range(4000) if streaming.is_drawn(i, 4)]
+    assert [i // 4 for i in drawn] == list(range(1000))
+    shares = np.bincount([i % 4 for i in drawn]) / 1000
+    assert (np.abs(shares - 0.25) < 0.05).all()
+    assert all(streaming.is_drawn(i, 1) for i in range(9))
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_what_is_drawn_is_all_that_is_streamed_in_any_split(streams):
+    states, mask = walk(30, streams=streams) + 1e3, padding(30)
+    places = [i for i in range(30) if streaming.is_drawn(7 + i, 3)]
+    whole = [seen(states[:, [i]], mask[[i]], 7 + i) for i in places]
+    for cuts in ([], [1, 2, 9, 25], [20]):
+        found = Streaming(7, every=3)
+        for a, b in pairwise([0, *cuts, 30]):
+            sums = Sums(Streaming(7 + a, every=3))
+            for depth, state in enumerate(states[:, a:b]):
+                sums.see_state(depth, state, mask[a:b])
+            sums.end_forward()
+            found = found.joined(sums.streaming)
+        found, expected = found.settled(), joined(whole)
+        assert found.every == 3
+        assert set(found.moments) == set(expected.moments)
+        for key, of in expected.moments.items():
+            assert_close(found.moments[key], of, rtol=1e-5, atol=1e-3)
+        np.testing.assert_allclose(cka_of(found), cka_of(expected), atol=1e-6)
+
+
+def test_where_nothing_is_drawn_nothing_is_known():
+    place = next(i for i in range(4) if not streaming.is_drawn(i, 4))
+    sums = Sums(Streaming(place, every=4))
+    for depth, state in enumerate(walk(1)):
+        sums.see_state(depth, state, None)
+    sums.end_forward()
+    variables, _ = streamed_variables(sums.streaming, range(L))
+    assert not variables["streamed_count"][1].any()
+    assert np.isnan(variables["hsic"][1]).all()
+
+
+# In place, where nobody else holds it
+
+
+def test_sums_write_what_they_made_and_not_what_they_were_given():
+    states, mask = walk(30), padding(30)
+    parts = [Sums(part) for part in in_parts(states, mask, [10, 20])]
+    given = parts[0].streaming.settled()
+    before = [value.clone() for value in numbers(given)]
+    whole = Sums(given)
+    for part in parts[1:]:
+        whole.merge(part)
+    assert all(torch.equal(a, b) for a, b in zip(before, numbers(given), strict=True))
+    held = whole.streaming.settled()
+    whole = Sums(held)
+    whole.merge(Sums(forward(walk(30, seed=2), None, 30)))
+    place = whole.streaming.moments[1, 0].scatter_DD.data_ptr()
+    whole.merge(Sums(forward(walk(30, seed=3), None, 60)))
+    assert whole.streaming.moments[1, 0].scatter_DD.data_ptr() == place
+    assert held.moments[1, 0].scatter_DD.data_ptr() != place
 
 
 # Through the model

@@ -8,26 +8,26 @@ from typing import Any
 from array_api_compat import device
 
 from diagnostics.kernels._arrays import Array, peak
-from diagnostics.kernels.similarity.pair import each
+from diagnostics.kernels.similarity.sides import compared
 
 
-def _basis(xp: Any, x: Array, energy: float) -> tuple[Array, Array]:
-    """Left singular vectors that hold a share ``energy`` of the variance, and their singular values."""
+def _basis(xp: Any, x: Array, energy: float) -> Array:
+    """Left singular vectors that hold a share ``energy`` of the variance."""
     u, s, _ = xp.linalg.svd(x / peak(xp, x), full_matrices=False)
     kept = s > s[0] * max(x.shape) * xp.finfo(xp.float64).eps
     if energy < 1:
         before = xp.cumulative_sum(s * s) - s * s
         kept = kept & (before < energy * xp.sum(s * s))
-    return u[:, kept], s[kept]
+    return u[:, kept]
 
 
-def svcca(x: Array, y: Array, *, energy: float = 0.99, mask: Array | None = None) -> Array:
+def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array | None = None) -> Array:
     """SVCCA: mean canonical correlation of the leading singular directions of each side.
 
     Parameters
     ----------
     x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; without y all pairs of layers (L, N, d).
     energy
         Share of the variance that the kept directions hold.
     mask
@@ -36,7 +36,7 @@ def svcca(x: Array, y: Array, *, energy: float = 0.99, mask: Array | None = None
     Returns
     -------
     Array
-        (...), between 0 and 1, over the smaller number of directions; NaN for a side without variance.
+        (...) or (L, L), between 0 and 1, over the smaller number of directions; NaN for a side without variance.
         Source: Raghu et al. 1706.05806.
 
     Raises
@@ -54,18 +54,21 @@ def svcca(x: Array, y: Array, *, energy: float = 0.99, mask: Array | None = None
     if not 0 < energy <= 1:
         raise ValueError(f"energy is {energy}; expected a share of the variance, above 0 and at most 1")
 
-    def of(xp: Any, left: Array, right: Array) -> Array:
-        _require_rows(left.shape[0], 1)
-        (u, _), (w, _) = _basis(xp, left, energy), _basis(xp, right, energy)
-        _require_rows(left.shape[0] - 1, max(u.shape[1], w.shape[1]))
+    def alone(xp: Any, side: Array) -> Array:
+        _require_rows(side.shape[0], 1)
+        u = _basis(xp, side, energy)
+        _require_rows(side.shape[0] - 1, u.shape[1])
+        return u
+
+    def together(xp: Any, u: Array, w: Array) -> Array:
         if min(u.shape[1], w.shape[1]) == 0:
-            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
+            return xp.asarray(xp.nan, dtype=xp.float64, device=device(u))
         return xp.mean(xp.clip(xp.linalg.svdvals(u.T @ w), max=1.0))
 
-    return each(of, x, y, mask)
+    return compared(alone, together, x, y, mask)
 
 
-def pwcca(x: Array, y: Array, *, mask: Array | None = None) -> Array:
+def pwcca(x: Array, y: Array | None = None, *, mask: Array | None = None) -> Array:
     """PWCCA: canonical correlations weighted by how much of x each canonical direction accounts for.
 
     Σ_i α_i ρ_i / Σ_i α_i with α_i = Σ_j |⟨h_i, x_j⟩|, h_i the canonical variates and x_j the features of x;
@@ -74,14 +77,14 @@ def pwcca(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     Parameters
     ----------
     x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; without y all pairs of layers (L, N, d).
     mask
         Booleans (..., N), False for rows that do not count.
 
     Returns
     -------
     Array
-        (...), between 0 and 1; NaN for a side without variance. Source: Morcos et al. 1806.05759.
+        (...) or (L, L), between 0 and 1; NaN for a side without variance. Source: Morcos et al. 1806.05759.
 
     Raises
     ------
@@ -96,16 +99,20 @@ def pwcca(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     1.0
     """
 
-    def of(xp: Any, left: Array, right: Array) -> Array:
-        _require_rows(left.shape[0], max(left.shape[1], right.shape[1]))
-        (u, _), (w, _) = _basis(xp, left, 1.0), _basis(xp, right, 1.0)
+    def alone(xp: Any, side: Array) -> tuple[Array, Array]:
+        _require_rows(*side.shape)
+        u = _basis(xp, side, 1.0)
+        return u, u.T @ side
+
+    def together(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
+        (u, features), (w, _) = left, right
         if min(u.shape[1], w.shape[1]) == 0:
-            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
+            return xp.asarray(xp.nan, dtype=xp.float64, device=device(u))
         rotation, correlation, _ = xp.linalg.svd(u.T @ w, full_matrices=False)
-        weight = xp.sum(xp.abs((u @ rotation).T @ left), axis=-1)
+        weight = xp.sum(xp.abs(rotation.T @ features), axis=-1)
         return xp.sum(weight * xp.clip(correlation, max=1.0)) / xp.sum(weight)
 
-    return each(of, x, y, mask)
+    return compared(alone, together, x, y, mask, symmetric=False)
 
 
 def _require_rows(n: int, p: int) -> None:

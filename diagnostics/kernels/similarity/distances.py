@@ -7,9 +7,9 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, first_equal, peak, ratio, rows, unit_rows
+from diagnostics.kernels._arrays import Array, first_equal, peak, rows, unit_rows
 from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
-from diagnostics.kernels.similarity.pair import each
+from diagnostics.kernels.similarity.sides import compared
 
 # Distances this near, as a share of themselves, are ties: rounding alone parts them.
 TIE = 1e-12
@@ -56,14 +56,19 @@ def _median(xp: Any, values: Array) -> Array:
 
 
 def rbf_cka(
-    x: Array, y: Array, *, fraction: float = 0.5, unbiased: bool = False, mask: Array | None = None
+    x: Array,
+    y: Array | None = None,
+    *,
+    fraction: float = 0.5,
+    unbiased: bool = False,
+    mask: Array | None = None,
 ) -> Array:
     """RBF CKA: the kernel exp(−‖x_i − x_j‖²/(2σ²)), σ a fraction of the median distance of each side.
 
     Parameters
     ----------
     x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; without y all pairs of layers (L, N, d).
     fraction
         σ as a multiple of the median distance between different rows.
     unbiased
@@ -74,7 +79,7 @@ def rbf_cka(
     Returns
     -------
     Array
-        (...); NaN where the median distance of a side is zero. Source: Kornblith et al. 1905.00414.
+        (...) or (L, L); NaN where the median distance of a side is zero. Source: Kornblith et al. 1905.00414.
 
     Raises
     ------
@@ -91,14 +96,20 @@ def rbf_cka(
     if not fraction > 0:
         raise ValueError(f"fraction is {fraction}; expected a positive multiple of the median distance")
 
-    def of(xp: Any, left: Array, right: Array) -> Array:
-        if left.shape[0] < 2:
-            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
-        k, q = (_rbf(xp, side, fraction) for side in (left, right))
-        hsic = hsic1 if unbiased else _biased_hsic
-        return cka_from_hsic(hsic(k, q), hsic(k, k), hsic(q, q))
+    hsic = hsic1 if unbiased else _product
 
-    return each(of, x, y, mask)
+    def alone(xp: Any, side: Array) -> tuple[Array, Array]:
+        if side.shape[0] < 2:
+            return side, xp.asarray(xp.nan, dtype=xp.float64, device=device(side))
+        kernel = _rbf(xp, side, fraction)
+        kernel = kernel if unbiased else _centred(xp, kernel)
+        return kernel, hsic(kernel, kernel)
+
+    def together(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
+        (k, own_k), (q, own_q) = left, right
+        return own_k if k.shape[0] < 2 else cka_from_hsic(hsic(k, q), own_k, own_q)
+
+    return compared(alone, together, x, y, mask)
 
 
 def _rbf(xp: Any, x: Array, fraction: float) -> Array:
@@ -109,25 +120,30 @@ def _rbf(xp: Any, x: Array, fraction: float) -> Array:
     return xp.where(width > 0, xp.exp(-square / (2.0 * safe**2)), xp.ones_like(square))
 
 
-def _biased_hsic(k: Array, q: Array) -> Array:
-    """⟨K_c, L_c⟩ of doubly centred kernels."""
-    xp = array_namespace(k)
-    centered = [
-        m - xp.mean(m, axis=-1, keepdims=True) - xp.mean(m, axis=-2, keepdims=True) + xp.mean(m)
-        for m in (k, q)
-    ]
-    return xp.sum(centered[0] * centered[1])
+def _centred(xp: Any, kernel: Array) -> Array:
+    """A kernel less the means of its rows and columns."""
+    return kernel - xp.mean(kernel, axis=-1, keepdims=True) - xp.mean(kernel, axis=-2) + xp.mean(kernel)
+
+
+def _product(k: Array, q: Array) -> Array:
+    """⟨K, L⟩ of kernels, which is the biased HSIC of centred ones."""
+    return array_namespace(k).sum(k * q)
 
 
 def rsa(
-    x: Array, y: Array, *, metric: str = "correlation", compare: str = "spearman", mask: Array | None = None
+    x: Array,
+    y: Array | None = None,
+    *,
+    metric: str = "correlation",
+    compare: str = "spearman",
+    mask: Array | None = None,
 ) -> Array:
     """RSA: correlation between the dissimilarities of all pairs of rows on the two sides.
 
     Parameters
     ----------
     x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; without y all pairs of layers (L, N, d).
     metric
         ``"correlation"`` (1 − Pearson over features), ``"cosine"`` or ``"euclidean"``.
     compare
@@ -138,7 +154,7 @@ def rsa(
     Returns
     -------
     Array
-        (...), between −1 and 1; NaN when all dissimilarities of a side are equal or a row has no
+        (...) or (L, L), between −1 and 1; NaN when all dissimilarities of a side are equal or a row has no
         direction. Source: Kriegeskorte et al. 2008.
 
     Raises
@@ -159,15 +175,16 @@ def rsa(
             "and 'spearman' or 'pearson'"
         )
 
-    def of(xp: Any, left: Array, right: Array) -> Array:
-        if left.shape[0] < 3:
-            return xp.asarray(xp.nan, dtype=xp.float64, device=device(left))
-        a, b = (_dissimilarities(xp, side, metric) for side in (left, right))
-        if compare == "spearman":
-            a, b = _ranks(xp, a), _ranks(xp, b)
-        return _pearson(xp, a, b)
+    def alone(xp: Any, side: Array) -> Array:
+        if side.shape[0] < 3:
+            return xp.full((1,), xp.nan, dtype=xp.float64, device=device(side))
+        found = _dissimilarities(xp, side, metric)
+        return _standardised(xp, _ranks(xp, found) if compare == "spearman" else found)
 
-    return each(of, x, y, mask, center=False)
+    def together(xp: Any, a: Array, b: Array) -> Array:
+        return xp.linalg.vecdot(a, b)
+
+    return compared(alone, together, x, y, mask, center=False)
 
 
 def _dissimilarities(xp: Any, x: Array, metric: str) -> Array:
@@ -204,7 +221,8 @@ def _ranks_in_order(xp: Any, ordered: Array, grows: Array) -> Array:
     return ((first + last) / 2.0)[xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
 
 
-def _pearson(xp: Any, a: Array, b: Array) -> Array:
-    """Pearson correlation of flat values, NaN where a side is constant."""
-    a, b = a - xp.mean(a), b - xp.mean(b)
-    return ratio(xp, xp.linalg.vecdot(a, b), xp.linalg.vector_norm(a) * xp.linalg.vector_norm(b))
+def _standardised(xp: Any, values: Array) -> Array:
+    """Flat values less their mean, at unit length, so that a product is Pearson's correlation; NaN if constant."""
+    values = values - xp.mean(values)
+    size = xp.linalg.vector_norm(values)
+    return values / xp.where(size > 0, size, xp.nan)

@@ -10,10 +10,11 @@ from array_api_compat import device
 from diagnostics.kernels._arrays import Array, unit_rows
 from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from diagnostics.kernels.similarity.distances import square_distances
-from diagnostics.kernels.similarity.pair import each
+from diagnostics.kernels.similarity.sides import compared
 
 # As many searches for the largest of a row are cheaper than its sort.
 PASSES = 50
+
 
 def _neighbours(xp: Any, similarity: Array, k: int) -> Array:
     """Booleans (n, n): j is among the k most similar to i, never i itself; the first index wins ties."""
@@ -37,13 +38,13 @@ def _require_neighbours(n: int, k: int, least: int) -> None:
         raise ValueError(f"k is {k} for {n} rows; expected {least} ≤ k < {n}")
 
 
-def mutual_knn(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Array:
+def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None = None) -> Array:
     """Mutual k-nearest neighbours: mean share of each row's k nearest, by cosine, that both sides agree on.
 
     Parameters
     ----------
     x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; without y all pairs of layers (L, N, d).
     k
         Number of neighbours, below N.
     mask
@@ -52,7 +53,7 @@ def mutual_knn(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) ->
     Returns
     -------
     Array
-        (...), between 0 and 1; about k/(N − 1) for unrelated data. Source: Huh et al. 2405.07987.
+        (...) or (L, L), between 0 and 1; about k/(N − 1) for unrelated data. Source: Huh et al. 2405.07987.
 
     Raises
     ------
@@ -67,12 +68,14 @@ def mutual_knn(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) ->
     1.0
     """
 
-    def of(xp: Any, left: Array, right: Array) -> Array:
-        _require_neighbours(left.shape[0], k, 1)
-        both = _neighbours(xp, _cosines(xp, left), k) & _neighbours(xp, _cosines(xp, right), k)
-        return xp.sum(xp.astype(both, xp.float64)) / (left.shape[0] * k)
+    def alone(xp: Any, side: Array) -> Array:
+        _require_neighbours(side.shape[0], k, 1)
+        return _neighbours(xp, _cosines(xp, side), k)
 
-    return each(of, x, y, mask, center=False)
+    def together(xp: Any, a: Array, b: Array) -> Array:
+        return xp.sum(xp.astype(a & b, xp.float64)) / (a.shape[0] * k)
+
+    return compared(alone, together, x, y, mask, center=False)
 
 
 def _cosines(xp: Any, x: Array) -> Array:
@@ -83,13 +86,14 @@ def _cosines(xp: Any, x: Array) -> Array:
     return xp.where(directed[:, None] & directed[None, :], cosines, xp.zeros_like(cosines))
 
 
-def cknna(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Array:
+def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None = None) -> Array:
     """CKNNA: unbiased CKA restricted to pairs that are k-nearest neighbours on both sides.
 
     Parameters
     ----------
     x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; rows are set to length 1.
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows, which are set to length 1; without y all
+        pairs of layers (L, N, d).
     k
         Number of neighbours, at least 2 and below N.
     mask
@@ -98,7 +102,9 @@ def cknna(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Arra
     Returns
     -------
     Array
-        (...), 1 for x against itself; NaN where a denominator is not positive. Source: Huh et al. 2405.07987.
+        (...) or (L, L), 1 for x against itself; NaN where a denominator is not positive. Neighbourhood is not
+        mutual, so the order of two sides tells a little: of two layers the earlier one is x.
+        Source: Huh et al. 2405.07987.
 
     Raises
     ------
@@ -113,13 +119,15 @@ def cknna(x: Array, y: Array, k: int = 10, *, mask: Array | None = None) -> Arra
     1.0
     """
 
-    def of(xp: Any, left: Array, right: Array) -> Array:
-        _require_neighbours(left.shape[0], k, 2)
-        a, b = _cosines(xp, left), _cosines(xp, right)
-        near_a, near_b = (xp.astype(_neighbours(xp, side, k), xp.float64) for side in (a, b))
-        both = near_a * near_b
-        return cka_from_hsic(
-            hsic1(both * a, both * b), hsic1(near_a * a, near_a * a), hsic1(near_b * b, near_b * b)
-        )
+    def alone(xp: Any, side: Array) -> tuple[Array, Array, Array]:
+        _require_neighbours(side.shape[0], k, 2)
+        cosines = _cosines(xp, side)
+        near = xp.astype(_neighbours(xp, cosines, k), xp.float64)
+        kernel = near * cosines
+        return near, kernel, hsic1(kernel, kernel)
 
-    return each(of, x, y, mask, center=False)
+    def together(xp: Any, left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
+        (near_a, a, own_a), (near_b, b, own_b) = left, right
+        return cka_from_hsic(hsic1(near_b * a, near_a * b), own_a, own_b)
+
+    return compared(alone, together, x, y, mask, center=False)

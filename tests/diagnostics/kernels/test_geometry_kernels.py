@@ -216,6 +216,30 @@ def test_two_nn_counts_duplicates_once(array, rng):
     assert np.isnan(float(geometry.two_nn(array(x[:2]))))
 
 
+def two_nn_of_differences(x):
+    """Distances from differences, the line by least squares; 1 − F = 1/10 at the last tenth."""
+    apart = np.sort(np.linalg.norm(x[:, None] - x[None, :], axis=-1), axis=1)
+    stretch = np.sort(np.log(apart[:, 2] / apart[:, 1]))[: int(0.9 * len(x))]
+    level = -np.log(1 - np.arange(1, len(stretch) + 1) / len(x))
+    return (stretch @ level) / (stretch @ stretch)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_two_nn_of_tight_clusters_among_scattered_points(array, rng, size):
+    """A Gram matrix alone has lost the distances inside a cluster."""
+    centres = np.repeat(rng.normal(size=(8, 5)), 15, axis=0)
+    x = np.concatenate([centres + size * rng.normal(size=centres.shape), rng.normal(size=(30, 5))])
+    assert float(geometry.two_nn(array(x))) == pytest.approx(two_nn_of_differences(x), rel=1e-8)
+
+
+def test_two_nn_tells_rows_apart_by_any_column(array, rng):
+    """Equal in all columns that are looked at first, and a few equal in all."""
+    x = np.concatenate([np.ones((60, 31)), rng.normal(size=(60, 9))], axis=1)
+    x[:, ::5] = 1.0
+    due = two_nn_of_differences(x)
+    assert float(geometry.two_nn(array(np.concatenate([x, x[:7]])))) == pytest.approx(due, rel=1e-9)
+
+
 def test_two_nn_blocks_and_masks(monkeypatch, rng):
     x = rng.normal(size=(2, 90, 3))
     whole = geometry.two_nn(x)

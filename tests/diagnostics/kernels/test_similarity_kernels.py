@@ -13,7 +13,8 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
 from diagnostics.kernels import similarity
-from diagnostics.kernels.similarity import distances, layers, sketches
+from diagnostics.kernels.similarity import distances, layers, neighbours, sides, sketches
+from tests.diagnostics.kernels import exact
 
 PAIRWISE = {
     "linear_cka": similarity.linear_cka,
@@ -100,6 +101,32 @@ def test_batched_masked_and_of_the_same_kind(array, rng, name):
     for b in np.ndindex(2, 3):
         expected = float(measure(array(x[b][mask[b]]), array(y[b][mask[b]])))
         assert float(got[b]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+LAYERED = [name for name in PAIRWISE if name not in ("linear_cka", "unbiased_cka", "linear_hsic1")]
+
+
+@pytest.mark.parametrize("kept", [sides.KEPT, 1])
+@pytest.mark.parametrize("name", LAYERED)
+def test_one_stack_gives_all_pairs_of_its_layers(monkeypatch, array, rng, name, kept):
+    monkeypatch.setattr(sides, "KEPT", kept)
+    measure, stack = PAIRWISE[name], rng.normal(size=(3, 24, 5))
+    stack[1] += stack[0]
+    mask = rng.random(24) < 0.8
+    got = measure(array(stack), None, mask=mask)
+    assert type(got) is type(array(stack))
+    pairs = np.array([[float(measure(a[mask], b[mask])) for b in stack] for a in stack])
+    if name != "pwcca":  # the others give one number for both orders, that of the earlier layer first
+        pairs = np.triu(pairs) + np.triu(pairs, 1).T
+    np.testing.assert_allclose(got, pairs, rtol=1e-11, atol=1e-12)
+
+
+def test_what_is_no_stack_of_layers_is_refused(array, rng):
+    for shape in ((24, 5), (2, 3, 24, 5), (0, 24, 5)):
+        with pytest.raises(ValueError, match=r"expected layers \(L, N, d\)"):
+            similarity.rsa(array(np.ones(shape)))
+    with pytest.raises(ValueError, match="all layers have the same rows"):
+        similarity.rsa(array(rng.normal(size=(2, 9, 5))), mask=np.ones((2, 9), bool))
 
 
 @pytest.mark.parametrize("name", [n for n in PAIRWISE if n != "linear_hsic1"])
@@ -353,6 +380,16 @@ def test_procrustes_is_a_metric_and_sharp_near_zero(rng):
     assert 1e-11 < float(d(x, moved)) < 1e-9
 
 
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
+@pytest.mark.parametrize("noise", [1e-7, 1e-3, 0.05, 0.1, 0.2, 1.0])
+def test_procrustes_is_as_sharp_near_as_far(rng, shape, noise):
+    x = rng.normal(size=shape)
+    turn = np.linalg.qr(rng.normal(size=(shape[1], shape[1])))[0]
+    y = x @ turn + noise * rng.normal(size=shape)
+    due = float(exact.procrustes(exact.wide(x), exact.wide(y)))
+    assert float(similarity.procrustes(x, y)) == pytest.approx(due, rel=2e-8 if noise < 1e-6 else 1e-11)
+
+
 # Neighbours and distances
 
 
@@ -402,6 +439,18 @@ def test_cknna_by_loops(array, x, y):
     assert float(similarity.cknna(array(x), array(y), 6)) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="expected 2 ≤ k"):
         similarity.cknna(x, y, 1)
+
+
+def test_a_sort_finds_the_neighbours_that_single_searches_find(monkeypatch, array, rng):
+    x = np.round(rng.normal(size=(40, 2)))  # many ties
+    similar = array(distances.square_distances(np, x))
+    found = {}
+    for passes in (0, 50):
+        monkeypatch.setattr(neighbours, "PASSES", passes)
+        found[passes] = [neighbours._neighbours(array_namespace(similar), similar, k) for k in (1, 7, 39)]
+    for k, searched, ordered in zip((1, 7, 39), found[50], found[0], strict=True):
+        np.testing.assert_array_equal(searched, ordered)
+        assert set(searched.sum(1).tolist()) == {k}
 
 
 # The row sketch
