@@ -1,6 +1,6 @@
 """Do depths agree by another measure than CKA? Canonical correlations, shapes, distances, neighbours.
 
-States are compared in the mean over streams. All cost much, about a second for twenty-five depths of 384 features:
+States are compared in the mean over streams. All cost much, up to seconds for a few tens of depths:
 they are computed when asked for by name, over at most `ROWS` tokens.
 """
 

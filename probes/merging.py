@@ -27,7 +27,8 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     ----------
     runs : sequence of DataTree
         Captured with ``streaming=True``, over different sequences, with the same weights. Where two of them number their
-        sequences alike, their sketches cannot be added: then ``hsic`` is left out, and ``merged_without`` says why.
+        sequences alike, their sketches cannot be added: then ``hsic`` is left out, and ``merged_without`` says why;
+        ``streaming={"first_sequence": …}`` numbers them apart.
 
     Returns
     -------
@@ -36,8 +37,8 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     Raises
     ------
     ValueError
-        For fewer than two runs, for runs of different models, depths or hashes, for the same data twice, and for a run that
-        keeps no sums.
+        For fewer than two runs, for runs of different models, weights, depths or hashes, for the same data twice, and for
+        a run that keeps no sums.
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run; expected at least two, to be added")
@@ -57,6 +58,11 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
 
 
 def _require_same(first: Mapping[Any, Any], other: Mapping[Any, Any]) -> None:
+    weights = {of.get("weights_digest") for of in (first, other)}
+    if len(weights) == 2 and None not in weights:
+        raise ValueError(
+            "the runs were measured with other weights (weights_digest differs); expected runs of one model at one step"
+        )
     for name in SAME:
         if first.get(name) != other.get(name):
             raise ValueError(

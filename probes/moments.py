@@ -7,7 +7,6 @@ common offset and no first forward, however odd, costs digits: the products are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,8 +32,10 @@ class Moments(NamedTuple):
 class Block(NamedTuple):
     """Tokens of some forwards, each less its forward's shift, over a common size, times a random sign; zero on padding."""
 
-    signed_tD: torch.Tensor  # float32; float64 for tokens that repeat, whose small directions are exact zeros
-    sign_t: torch.Tensor
+    signed: Sequence[
+        torch.Tensor
+    ]  # (t, D) float32; float64 for repeated tokens: small directions are exact zeros
+    signs: Sequence[torch.Tensor]  # (t,) of the same kind
     count_k: torch.Tensor  # real tokens of each forward, float64
     shift_kD: torch.Tensor  # float64
     total_kD: torch.Tensor  # Σ (x − shift) of each, float64
@@ -49,32 +50,15 @@ class Means(NamedTuple):
     mean_D: torch.Tensor
 
 
-def totals(signed_tD: torch.Tensor, sign_t: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Sums of the tokens of each forward.
-
-    Parameters
-    ----------
-    signed_tD, sign_t : Tensor
-        Of a block.
-    lengths : sequence of int
-        How many tokens each forward has.
-
-    Returns
-    -------
-    Tensor
-        (k, D), float64.
-    """
-    places = pairwise(accumulate(lengths, initial=0))
-    return torch.stack([sign_t[a:b] @ signed_tD[a:b] for a, b in places]).double()
-
-
-def means(count: torch.Tensor | None, mean_D: torch.Tensor | None, block: Block) -> Means:
+def means(count: torch.Tensor | None, mean_D: torch.Tensor, block: Block) -> Means:
     """Counts and means, of what was held first where there is any.
 
     Parameters
     ----------
-    count, mean_D : Tensor or None
-        Of the tokens held.
+    count : Tensor or None
+        Of the tokens held; None where there are none.
+    mean_D : Tensor
+        Of these.
     block : Block
         Further tokens.
 
@@ -84,7 +68,7 @@ def means(count: torch.Tensor | None, mean_D: torch.Tensor | None, block: Block)
     """
     counts_k = block.count_k
     means_kD = block.shift_kD + block.total_kD / counts_k[:, None].clamp_min(1)
-    if count is not None and mean_D is not None:
+    if count is not None:
         counts_k, means_kD = torch.cat([count[None], counts_k]), torch.cat([mean_D[None], means_kD])
     near_D = means_kD[-1]  # near the others, so that no digits are lost
     return Means(counts_k, means_kD, near_D + counts_k @ (means_kD - near_D) / counts_k.sum().clamp_min(1))
@@ -104,25 +88,27 @@ def added(held: Moments | None, block: Block) -> Moments:
     -------
     Moments
     """
-    rounding = DOUBLE if block.signed_tD.dtype == torch.float64 else SINGLE
-    width = block.signed_tD.shape[1]
+    rounding = DOUBLE if block.signed[0].dtype == torch.float64 else SINGLE
+    width = block.signed[0].shape[1]
     if held is None:
-        counts_k, means_kD, mean_D = means(None, None, block)
-        scatter, rounding_held = block.total_kD.new_zeros(width, width), rounding
+        nothing = block.total_kD.new_zeros(width)
+        held = Moments(block.size.new_zeros(()), nothing, nothing.new_zeros(width, width), rounding)
+        counts_k, means_kD, mean_D = means(None, nothing, block)
     else:
         counts_k, means_kD, mean_D = means(held.count, held.mean_D, block)
-        scatter, rounding_held = held.scatter_DD, held.rounding
     apart, away_kD = means_kD - mean_D, block.total_kD / block.count_k[:, None].clamp_min(1)
     left, right = torch.cat([-away_kD, counts_k[:, None] * apart]), torch.cat([block.total_kD, apart])
-    _add_products(scatter, block, left, right)
-    return Moments(counts_k.sum(), mean_D, scatter, max(rounding_held, rounding))
+    _add_products(held.scatter_DD, block, left, right)
+    return Moments(counts_k.sum(), mean_D, held.scatter_DD, max(held.rounding, rounding))
 
 
 def _add_products(
     scatter_DD: torch.Tensor, block: Block, left_kD: torch.Tensor, right_kD: torch.Tensor
 ) -> None:
     """Add the block's Gram matrix and leftᵀ right, on and right of the diagonal: strip by strip, in the cache."""
-    parts = block.signed_tD.split(ADDED)
+    short = min(len(signed_tD) for signed_tD in block.signed) < ADDED // 2
+    whole = [torch.cat(tuple(block.signed))] if short else block.signed  # small products are slow
+    parts = [part for signed_tD in whole for part in signed_tD.split(ADDED) if len(part)]
     square = block.size.double().square()
     for start in range(0, len(scatter_DD), STRIP):
         rows = slice(start, start + STRIP)

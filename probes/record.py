@@ -17,11 +17,12 @@ from diagnostics import schema
 from probes.accumulate import Sums
 from probes.connected import changes_outside, connection_coords, connection_variables
 from probes.coverage import Coverage, coverage
+from probes.fingerprint import weights_digest
 from probes.forward import FINAL
 from probes.parts import tolerance
 from probes.place import Chain
 from probes.proof import Evidence, gather_evidence
-from probes.sampling import Sequence, padded, token_masks
+from probes.sampling import Sequence, padded, token_masks, weights_stamp
 from probes.session import Session
 from probes.spectra import streamed_variables
 from probes.updates import WeightRow, weight_variables
@@ -346,6 +347,7 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
         "num_parameters": sum(p.numel() for p in session.model.parameters()),
         "seed": settings.seed,
         "data_digest": _digest(sequences),
+        "weights_digest": _weights_digest(session),
         "sampling": {
             "max_sequences": settings.max_sequences,
             "seed": settings.seed,
@@ -357,6 +359,13 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
         "forwards_skipped": session.skipped or None,
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _weights_digest(session: Session) -> str | None:
+    """Of the weights that the run was measured with; they may have been trained further since."""
+    if weights_stamp(session.model) != session.reservoir.held_stamp:
+        return None
+    return weights_digest(session.model)
 
 
 def _digest(sequences: list[Sequence]) -> str:

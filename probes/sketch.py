@@ -8,6 +8,7 @@ displaces goes to its bucket. What is held is the same in any order of merging.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,39 +38,34 @@ class Sketch(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens of some forwards go, at every depth alike."""
+    """Where the tokens of a forward go, at every depth alike."""
 
-    lengths: tuple[int, ...]  # of the forwards
     real_t: torch.Tensor
-    count_k: torch.Tensor  # real tokens of each forward, float64
+    count: torch.Tensor  # of real tokens, float64
     sign_t: torch.Tensor  # float32; 0 on padding
-    bucket_t: torch.Tensor  # the one behind the last for what is in no bucket
-    signs_km: torch.Tensor  # of each forward, float64
-    top_h: torch.Tensor
-    forward_h: torch.Tensor
+    bucket_t: torch.Tensor  # of every token
+    top_h: torch.Tensor  # the heaviest
     index_h: torch.Tensor
     score_h: torch.Tensor  # negative where padding fills a place
 
 
-def token_index(first: int, sequences: int, tokens: int, device: torch.device) -> torch.Tensor:
+def token_index(sequences: torch.Tensor, tokens: int) -> torch.Tensor:
     """Numbers of tokens by their sequence and position; distinct for the first 10⁹ tokens at least.
 
     Parameters
     ----------
-    first : int
-        Index of the first sequence.
-    sequences, tokens : int
-        How many sequences, and how many tokens in each.
-    device : device
-        Where they are made.
+    sequences : Tensor
+        Indices of the sequences.
+    tokens : int
+        How many tokens are in each.
 
     Returns
     -------
     Tensor
         (sequences × tokens,), int64 below 2³².
     """
-    start = (torch.arange(first, first + sequences, device=device) & LOW) * GOLDEN
-    return ((start[:, None] + torch.arange(tokens, device=device)) & LOW).flatten()
+    start = (sequences & LOW) * GOLDEN
+    return ((start[:, None] + torch.arange(tokens, device=start.device)) & LOW).flatten()
 
 
 def scores(norm_Lt: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
@@ -92,35 +88,22 @@ def scores(norm_Lt: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
     return torch.where(real_t, (norm_Lt / torch.where(mean_L > 0, mean_L, 1.0)).amax(0), -1.0)
 
 
-def placed(
-    index_t: torch.Tensor, real_t: torch.Tensor, score_t: torch.Tensor, lengths: tuple[int, ...]
-) -> Places:
-    """Choose the heaviest tokens of some forwards, and the buckets of the others.
+def placed(index_t: torch.Tensor, real_t: torch.Tensor, score_t: torch.Tensor) -> Places:
+    """Find the heaviest tokens of a forward, and the bucket and the sign of each.
 
     Parameters
     ----------
     index_t, real_t, score_t : Tensor
-        As `token_index` and `scores` give them, one forward after another.
-    lengths : tuple of int
-        How many tokens each forward has.
+        As `token_index` and `scores` give them.
 
     Returns
     -------
     Places
     """
     score_h, top = score_t.topk(min(HEAVY, len(score_t)))
-    bucket, sign = _hashed(index_t)
-    sign = torch.where(real_t, sign, 0.0)
-    bucket = torch.where(real_t, bucket, BUCKETS).index_fill(0, top, BUCKETS)
-    forward_t = torch.arange(len(lengths), device=top.device).repeat_interleave(
-        torch.tensor(lengths, device=top.device), output_size=len(score_t)
-    )
-    signs = sign.new_zeros(len(lengths), BUCKETS + 1, dtype=torch.float64)
-    signs_km = signs.index_put_((forward_t, bucket), sign.double(), accumulate=True)[:, :BUCKETS]
-    count_k = torch.stack([real.sum() for real in real_t.split(lengths)]).double()
-    return Places(
-        lengths, real_t, count_k, sign, bucket, signs_km, top, forward_t[top], index_t[top], score_h
-    )
+    bucket, sign = hashed(index_t)
+    sign_t = torch.where(real_t, sign, 0.0)
+    return Places(real_t, real_t.sum().double(), sign_t, bucket, top, index_t[top], score_h)
 
 
 class Growing:
@@ -130,29 +113,47 @@ class Growing:
     ----------
     held : Sketch or None
         Of earlier tokens; its numbers of every depth are written, and handed on.
-    places : Places
-        Where the tokens go.
+    places : sequence of Places
+        Where the tokens of each forward go.
     num_depths, width : int
         Of the blocks.
     """
 
-    def __init__(self, held: Sketch | None, places: Places, num_depths: int, width: int) -> None:
+    def __init__(self, held: Sketch | None, places: Sequence[Places], num_depths: int, width: int) -> None:
         self._held, self._places = held, places
-        new = places.signs_km.new_zeros
-        count, signs_m = places.count_k.sum(), places.signs_km.sum(0)
-        score, index = places.score_h, places.index_h
+        self._forward_h = torch.cat([torch.full_like(of.top_h, k) for k, of in enumerate(places)])
+        score, index = torch.cat([of.score_h for of in places]), torch.cat([of.index_h for of in places])
+        # Of all that may be heavy only the heaviest are treated as such: the others go into their buckets in float32.
+        score, self._top = score.topk(min(HEAVY, len(score)))
+        index = index[self._top]
+        self._buckets = self._without_heavy()
+        self._signs_km = torch.stack(
+            [_signs(of, bucket) for of, bucket in zip(places, self._buckets, strict=True)]
+        )
+        count, signs_m = torch.stack([of.count for of in places]).sum(), self._signs_km.sum(0)
         if held is not None:
             count, signs_m = count + held.count, signs_m + held.signs_m
             score, index = torch.cat([held.score_h, score]), torch.cat([held.index_h, index])
         self._choice = choice = _choose(score, index)
         signs_m.index_add_(0, choice.bucket, choice.sign)
+        new = signs_m.new_zeros
         if held is None:
             of_all = new(num_depths, width), new(num_depths), new(num_depths, BUCKETS, width)
         else:
             of_all = held.mean_LD, held.trace_L, held.buckets_LmD
-        full = held is not None and held.heavy_LhD.shape[1] == len(choice.kept)
-        heavy = held.heavy_LhD if full else new(num_depths, len(choice.kept), width)
+        heavy = new(num_depths, len(choice.kept), width) if held is None else held.heavy_LhD
+        if heavy.shape[1] < len(choice.kept):
+            heavy = new(num_depths, len(choice.kept), width)
         self.sketch = Sketch(count, *of_all, signs_m, heavy, index[choice.kept], score[choice.kept])
+
+    def _without_heavy(self) -> list[torch.Tensor]:
+        """The buckets of each forward's tokens, the one behind the last for the heaviest."""
+        is_top = torch.zeros_like(self._forward_h, dtype=torch.bool).index_fill_(0, self._top, True)
+        tops = is_top.split([len(of.top_h) for of in self._places])
+        return [
+            of.bucket_t.index_copy(0, of.top_h, torch.where(top, BUCKETS, of.bucket_t[of.top_h]))
+            for of, top in zip(self._places, tops, strict=True)
+        ]
 
     def add(self, depth: int, block: Block, square_k: torch.Tensor) -> None:
         """Add the tokens of one depth, which may lie elsewhere: a model may be spread over devices.
@@ -166,29 +167,44 @@ class Growing:
         square_k : Tensor
             Σ ‖x − shift‖² of each forward, float64.
         """
-        places, near, home = self._places, block.signed_tD.device, self.sketch.signs_m.device
-        bucket, top, forward = (x.to(near) for x in (places.bucket_t, places.top_h, places.forward_h))
-        light = block.signed_tD.new_zeros(BUCKETS + 1, block.signed_tD.shape[1])
-        light = light.index_add_(0, bucket, block.signed_tD)[:BUCKETS].to(home)
-        sign_h, size = block.sign_t[top, None].double(), block.size.to(home)
-        heavy = block.signed_tD[top] * sign_h * block.size + sign_h.abs() * block.shift_kD[forward]
-        heavy, buckets = heavy.to(home), self.sketch.buckets_LmD[depth]
+        near, home = block.shift_kD.device, self.sketch.signs_m.device
+        light = block.signed[0].new_zeros(BUCKETS + 1, block.signed[0].shape[1])
+        for bucket, signed_tD in zip(self._buckets, block.signed, strict=True):
+            light.index_add_(0, bucket.to(near), signed_tD)
+        heavy, buckets = self._heavy(block).to(home), self.sketch.buckets_LmD[depth]
         if self._held is not None:
             heavy = torch.cat([self._held.heavy_LhD[depth], heavy])
-        buckets.addcmul_(light, size).addmm_(places.signs_km.T, block.shift_kD.to(home))
+        buckets.addcmul_(light[:BUCKETS].to(home), block.size.to(home))
+        buckets.addmm_(self._signs_km.T, block.shift_kD.to(home))
         _settle(heavy, self._choice, buckets, self.sketch.heavy_LhD[depth])
         self._add_spread(depth, block, square_k)
+
+    def _heavy(self, block: Block) -> torch.Tensor:
+        """The heaviest tokens of a block as they are, float64; 0 on padding."""
+        near = block.shift_kD.device
+        tops = [of.top_h.to(near) for of in self._places]
+        top, forward_h = self._top.to(near), self._forward_h.to(near)[self._top.to(near)]
+        signed_hD = torch.cat([x_tD[h] for x_tD, h in zip(block.signed, tops, strict=True)])[top]
+        sign_h = torch.cat([sign_t[h] for sign_t, h in zip(block.signs, tops, strict=True)])[top, None]
+        shift_hD = block.shift_kD[forward_h] * sign_h.abs()
+        return shift_hD.addcmul_(signed_hD * sign_h, block.size)
 
     def _add_spread(self, depth: int, block: Block, square_k: torch.Tensor) -> None:
         """Add to the mean and to Σ ‖x − mean‖²."""
         mean_D, trace = self.sketch.mean_LD[depth], self.sketch.trace_L[depth]
         near = block.total_kD.device
-        held = (None, None) if self._held is None else (self._held.count.to(near), mean_D.to(near))
-        counts_k, means_kD, new_D = means(*held, block)
+        count = None if self._held is None else self._held.count.to(near)
+        counts_k, means_kD, new_D = means(count, mean_D.to(near), block)
         inside = square_k - block.total_kD.square().sum(1) / block.count_k.clamp_min(1)
         between = counts_k * (means_kD - new_D).square().sum(1)
         trace += (inside.sum() + between.sum()).to(trace.device)
         mean_D.copy_(new_D)
+
+
+def _signs(of: Places, bucket_t: torch.Tensor) -> torch.Tensor:
+    """The signed number of tokens of a forward in each bucket, float64."""
+    signs = of.count.new_zeros(BUCKETS + 1)
+    return signs.index_add_(0, bucket_t, of.sign_t.double())[:BUCKETS]
 
 
 class Choice(NamedTuple):
@@ -203,7 +219,7 @@ class Choice(NamedTuple):
 def _choose(score: torch.Tensor, index: torch.Tensor) -> Choice:
     order = score.argsort(descending=True, stable=True)
     kept, left = order[:HEAVY], order[HEAVY:]
-    bucket, sign = _hashed(index[left])
+    bucket, sign = hashed(index[left])
     return Choice(kept, left, bucket, torch.where(score[left] >= 0, sign, 0.0).double())
 
 
@@ -213,8 +229,19 @@ def _settle(tokens: torch.Tensor, choice: Choice, buckets_mD: torch.Tensor, heav
     buckets_mD.index_add_(0, choice.bucket, tokens[choice.left] * choice.sign[:, None])
 
 
-def _hashed(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bucket and sign of each token, those of ``diagnostics.kernels.similarity.row_sketch``."""
+def hashed(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bucket and sign of each token, those of ``diagnostics.kernels.similarity.row_sketch``.
+
+    Parameters
+    ----------
+    index : Tensor
+        Numbers of tokens.
+
+    Returns
+    -------
+    bucket, sign : Tensor
+        int64, and 1 or −1 in float32.
+    """
     for _ in range(3):
         index = ((index ^ (index >> 16)) * 0x45D9F3B) & LOW
     index = index ^ (index >> 16)
@@ -277,17 +304,26 @@ def hsic(sketch: Sketch) -> tuple[torch.Tensor, torch.Tensor]:
         nothing = mean_LD.new_full((GROUPS + 1, len(mean_LD), len(mean_LD)), torch.nan)
         return nothing[0], nothing[1:]
     size = torch.where(trace_L > 0, trace_L / n, 1.0).sqrt()[:, None, None]
-    mean = mean_LD[:, None]
-    light = (sketch.buckets_LmD - sketch.signs_m[:, None] * mean) / size
-    heavy = torch.where(sketch.score_h[:, None] >= 0, sketch.heavy_LhD - mean, 0.0) / size
+    heavy = torch.where(sketch.score_h[:, None] >= 0, sketch.heavy_LhD - mean_LD[:, None], 0.0) / size
     own = _own_terms(heavy, trace_L / size[:, 0, 0].square(), n, int((sketch.score_h >= 0).sum()))
-    pairs_ggLL, mixed_gLL = _pairs(light), _mixed(heavy, light)
+    light = _centred(sketch, size)
+    pairs_ggLL, mixed_gLL = _pairs(light), _mixed(heavy.to(light.dtype), light)
     kept = BUCKETS - BUCKETS // GROUPS
     whole = pairs_ggLL.sum((0, 1)) * (BUCKETS / (BUCKETS - 1)) + 2 * mixed_gLL.sum(0)
     lost = pairs_ggLL.sum(0) + pairs_ggLL.sum(1) - pairs_ggLL.diagonal().movedim(-1, 0)
     pairs = (pairs_ggLL.sum((0, 1)) - lost) * (BUCKETS**2 / (kept * (kept - 1)))
     without = pairs + 2 * (mixed_gLL.sum(0) - mixed_gLL) * (BUCKETS / kept)
     return (whole + own) / (n * (n - 3)), (without + own) / (n * (n - 3))
+
+
+def _centred(sketch: Sketch, size_L: torch.Tensor) -> torch.Tensor:
+    """The buckets about the mean, in float32: that is far nearer than a sketch is."""
+    light_LmD = sketch.buckets_LmD.new_empty(sketch.buckets_LmD.shape, dtype=torch.float32)
+    for light, bucket, mean_D, size in zip(
+        light_LmD, sketch.buckets_LmD, sketch.mean_LD, size_L, strict=True
+    ):
+        light.copy_(torch.addr(bucket, sketch.signs_m, mean_D, alpha=-1).div_(size))
+    return light_LmD
 
 
 def _own_terms(heavy_LhD: torch.Tensor, trace_L: torch.Tensor, n: float, num_heavy: int) -> torch.Tensor:
@@ -305,10 +341,10 @@ def _pairs(light_LmD: torch.Tensor) -> torch.Tensor:
     gram = light_LmD @ light_LmD.mT
     gram.diagonal(dim1=1, dim2=2).zero_()
     blocks = gram.unflatten(2, (GROUPS, -1)).unflatten(1, (GROUPS, -1)).permute(1, 3, 0, 2, 4).flatten(3)
-    return blocks @ blocks.mT
+    return (blocks @ blocks.mT).double()
 
 
 def _mixed(heavy_LhD: torch.Tensor, light_LmD: torch.Tensor) -> torch.Tensor:
     """Products between heavy tokens and buckets, by the group of buckets: (g, L, L)."""
     blocks = (heavy_LhD @ light_LmD.mT).unflatten(2, (GROUPS, -1)).permute(2, 0, 1, 3).flatten(2)
-    return blocks @ blocks.mT
+    return (blocks @ blocks.mT).double()

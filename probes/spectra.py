@@ -39,15 +39,14 @@ def streamed_variables(streaming: Streaming, depths: Sequence[int]) -> tuple[dic
     whole = streaming.settled()
     count = np.array([float(whole.moments[depth, MEAN].count) for depth in depths])
     left_out = sum(int(number) for key, number in whole.left_out.items() if set(depths) <= set(key))
-    tokens = [float(whole.counts[depth]) for depth in depths]
-    told = _why_fewer(left_out) | {"tokens": tokens, "spectra_every": whole.spectra_every}
+    told = _why_fewer(left_out) | _of_part(whole)
     variables: dict[str, Any] = {"streamed_count": ("depth", count, told)}
     variables |= _of_views(whole, depths) | kept(whole, depths)
     coords: dict[str, Any] = {"centering": CENTERING}
     tables = similarity(whole, depths)
     if tables is not None:
         for name, table in zip(("hsic", "hsic_without"), tables, strict=True):
-            variables[name] = (schema.STATISTICS[name].dims, table.cpu().numpy())
+            variables[name] = (schema.STATISTICS[name].dims, table.cpu().numpy(), _of_part(whole))
         coords["other_depth"] = np.array(depths)
     return variables, coords
 
@@ -57,10 +56,16 @@ def _why_fewer(left_out: int) -> dict[str, Any]:
     return {"left_out": left_out, "left_out_because": because} if left_out else {"left_out": 0}
 
 
+def _of_part(whole: Streaming) -> dict[str, Any]:
+    """Of which sequences, where they are not all."""
+    return {"every": whole.every} if whole.every > 1 else {}
+
+
 def _of_views(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
     """Spectra of the mean over streams, and of each stream: NaN where these were left out."""
     moments = [whole.moments[depth, MEAN] for depth in depths]
     told: dict[str, Any] = {"rounding": [of.rounding for of in moments]}  # relative to √(C_ii C_jj)
+    told |= _of_part(whole)
     told |= {"streams_left_out": whole.unseen_streams} if whole.unseen_streams else {}
     of_mean, of_streams = _spectra_of(moments), _of_streams(whole, depths)
     if whole.num_streams == 1:

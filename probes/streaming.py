@@ -2,7 +2,8 @@
 
 Shapes: B batch, T token, t = B T, N stream, V view of the streams (their mean, then each of several), D feature. A forward's
 tokens wait until there are enough for one product; then they are added, and the mean's also go into the sketch. Tokens that
-are not finite at some depth are left out at all, and counted.
+are not finite at some depth are left out at all, and counted. Where only one sequence in so many is streamed, the numbers of
+the sequences decide which, so that every depth, batch and process agrees.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from probes.inputs import CaptureError
-from probes.moments import Block, Moments, added, together, totals
-from probes.sketch import Growing, Places, Sketch, joined, placed, scores, token_index
+from probes.moments import Block, Moments, added, together
+from probes.sketch import Growing, Places, Sketch, hashed, joined, placed, scores, token_index
 
 # Bytes of one depth's sums: all streams' beyond the first limit are left out, one view's beyond the second refused.
 ALL_STREAMS, ONE_VIEW = 2**25, 2**28
@@ -29,10 +30,18 @@ Summed = TypeVar("Summed", Moments, Sketch)
 
 
 class View(NamedTuple):
-    """The tokens of a forward at one depth, less a shift and over a size: all streams' mean, or one stream."""
+    """The tokens of a forward at one depth, less a shift and over a size: the mean over streams, or one stream."""
 
-    deviation_tD: torch.Tensor  # float32, or float64 where products are to be exact
+    signed_tD: torch.Tensor  # float32, or float64 where products are to be exact; a random sign to each token
     shift_D: torch.Tensor
+
+
+class Drawn(NamedTuple):
+    """The sequences of a forward that are looked at; its depths share them."""
+
+    sequences: torch.Tensor | None  # positions in the batch; None for all
+    index_t: torch.Tensor
+    sign_t: torch.Tensor
 
 
 class Held(NamedTuple):
@@ -41,18 +50,16 @@ class Held(NamedTuple):
     shape: torch.Size
     views: list[View]
     size: torch.Tensor
-    real_BT: torch.Tensor | None
+    real_t: torch.Tensor | None
+    drawn: Drawn
 
 
 class Part(NamedTuple):
     """Some depths of one width of a whole forward, waiting to be added."""
 
     states: tuple[Held, ...]
-    real_t: torch.Tensor
-    score_t: torch.Tensor
-    index_t: torch.Tensor
+    places: Places
     square_L: torch.Tensor  # Σ of squared deviations, over the size, float64
-    rows: torch.Tensor | None  # tokens of the sequences whose moments are taken; None for all
     lost: torch.Tensor  # tokens that are not finite at some depth
     clean: bool  # nothing is known not to be finite, padding included
 
@@ -64,13 +71,12 @@ class Streaming:
     ----------
     first_index : int
         Index of the first sequence of the forward that is to be seen.
-    spectra_every : int
-        Moments, which the spectra are of, are taken of one sequence in so many. The sketch is of all.
+    every : int
+        One sequence in so many is looked at: see `is_drawn`.
     """
 
-    def __init__(self, first_index: int = 0, spectra_every: int = 1) -> None:
-        self.first_index, self.spectra_every = first_index, spectra_every
-        self.counts: dict[int, torch.Tensor] = {}  # tokens seen, by depth
+    def __init__(self, first_index: int = 0, every: int = 1) -> None:
+        self.first_index, self.every = first_index, every
         self.moments: dict[tuple[int, int], Moments] = {}  # by depth and view
         self.sketches: dict[tuple[int, ...], Sketch] = {}  # by depths
         self.left_out: dict[tuple[int, ...], torch.Tensor] = {}
@@ -81,6 +87,7 @@ class Streaming:
         self.unseen_streams = ""  # why streams one by one are not
         self._waiting: dict[tuple[int, ...], tuple[Part, ...]] = {}
         self._held: dict[int, Held] = {}
+        self._drawn: dict[tuple[torch.Size, torch.device], Drawn] = {}
 
     def see_state(
         self,
@@ -118,21 +125,31 @@ class Streaming:
         good_t = finite_t if mask_BT is None else finite_t & mask_BT.flatten()
         wanted = torch.float64 if _exactly(depth) else torch.float32
         shift_ND = _shift(state, mean_ND, good_t).to(torch.promote_types(state.dtype, wanted))
-        inverse = size.reciprocal().to(shift_ND.dtype)
-        near = torch.addcmul(-shift_ND * inverse, state, inverse).to(wanted)  # exact where offsets are large
-        mean = near.mean(2) if shape[2] > 1 else near.squeeze(2)
-        views = [View(mean.flatten(0, 1), shift_ND.double().mean(0))]
+        drawn = self._draw(shape, state.device)
+        if drawn.sequences is not None:
+            state = state[drawn.sequences]
+            mask_BT = None if mask_BT is None else mask_BT[drawn.sequences]
+        real_t = None if mask_BT is None else mask_BT.flatten()
+        sign_t = drawn.sign_t * size.reciprocal()
+        sign_t = (sign_t if real_t is None else sign_t * real_t).to(shift_ND.dtype)
+        near = torch.sub(state.flatten(0, 1), shift_ND)  # exact where offsets are large
+        near = near.mul_(sign_t[:, None, None]).to(wanted)
+        mean = near.mean(1) if shape[2] > 1 else near.squeeze(1)
+        views = [View(mean, shift_ND.double().mean(0))]
         if shape[2] > 1 and not self._leaves_streams(shape):
-            drawn = self._drawn(shape[0])
-            some = near if drawn is None else near[torch.tensor(drawn, dtype=torch.long, device=near.device)]
-            views += [View(some[:, :, i].flatten(0, 1), shift_ND[i].double()) for i in range(shape[2])]
-        self._held[depth] = Held(shape, views, size, mask_BT)
+            views += [View(near[:, i].contiguous(), shift_ND[i].double()) for i in range(shape[2])]
+        self._held[depth] = Held(shape, views, size, real_t, drawn)
 
-    def _drawn(self, sequences: int) -> list[int] | None:
-        """The sequences of the forward whose moments are taken; None for all."""
-        if self.spectra_every == 1:
-            return None
-        return [i for i in range(sequences) if is_drawn(self.first_index + i, self.spectra_every)]
+    def _draw(self, shape: torch.Size, device: torch.device) -> Drawn:
+        """The same for every depth of a forward."""
+        key = shape[:2], device
+        if key not in self._drawn:
+            places = [i for i in range(shape[0]) if is_drawn(self.first_index + i, self.every)]
+            sequences = torch.tensor(places, dtype=torch.long, device=device)
+            index_t = token_index(sequences + self.first_index, shape[1])
+            some = None if len(places) == shape[0] else sequences
+            self._drawn[key] = Drawn(some, index_t, hashed(index_t)[1])
+        return self._drawn[key]
 
     def _leaves_streams(self, shape: torch.Size) -> bool:
         needed = shape[2] * shape[3] ** 2 * 8
@@ -149,11 +166,10 @@ class Streaming:
         for _, stage in groupby(sorted(self._held), key=lambda depth: self._held[depth].shape):
             depths = tuple(stage)
             states = [self._held[depth] for depth in depths]
-            part = _part(states, self.first_index, self._drawn(states[0].shape[0]))
-            self._waiting[depths] = (part,)
-            self.counts |= dict.fromkeys(depths, part.real_t.sum().double())
-            self.sequences = ((self.first_index, self.first_index + part.states[0].shape[0]),)
+            self._waiting[depths] = (_part(states),)
+            self.sequences = ((self.first_index, self.first_index + states[0].shape[0]),)
         self._held.clear()
+        self._drawn.clear()
 
     def joined(self, other: Streaming) -> Streaming:
         """What both have seen; neither is written.
@@ -167,7 +183,7 @@ class Streaming:
         -------
         Streaming
         """
-        both = Streaming(spectra_every=self.spectra_every)
+        both = Streaming(every=self.every)
         both.add(self)
         both.add(other)
         return both
@@ -181,12 +197,11 @@ class Streaming:
             Of the same chain, over other tokens.
         """
         self.num_streams = max(self.num_streams, other.num_streams)
-        self.spectra_every = max(self.spectra_every, other.spectra_every)
+        self.every = max(self.every, other.every)
         self.unseen_streams = self.unseen_streams or other.unseen_streams
         self.moments = _joined(self.moments, _apart(other.moments, self.moments), together)
         self.sketches = _joined(self.sketches, _apart(other.sketches, self.sketches), joined)
         self.sequences = _spans(self.sequences + other.sequences)
-        self.counts = _joined(self.counts, other.counts, torch.add)
         self.left_out = _joined(self.left_out, other.left_out, torch.add)
         self._waiting = _joined(self._waiting, other._waiting, lambda a, b: a + b)
         self._add_waiting([depths for depths, parts in self._waiting.items() if _enough(parts)])
@@ -219,9 +234,11 @@ class Streaming:
             None where no sketch has seen every token of theirs: they were not always of one width and number of tokens.
         """
         key = next((key for key in self.sketches if set(depths) <= set(key)), None)
-        if key is None or float(self.sketches[key].count) != float(self.counts[depths[0]]):
+        if key is None or float(self.sketches[key].count) != float(self.moments[depths[0], MEAN].count):
             return None
         sketch = self.sketches[key]
+        if tuple(depths) == key:
+            return self.sketches[key]
         places = torch.tensor([key.index(depth) for depth in depths], device=sketch.signs_m.device)
         by_depth = ("mean_LD", "trace_L", "buckets_LmD", "heavy_LhD")
         return sketch._replace(**{name: getattr(sketch, name)[places] for name in by_depth})
@@ -230,32 +247,21 @@ class Streaming:
         """Add what waits at some depths."""
         for depths in stages:
             parts = self._waiting.pop(depths)
-            places = placed(
-                torch.cat([part.index_t for part in parts]),
-                torch.cat([part.real_t for part in parts]),
-                torch.cat([part.score_t for part in parts]),
-                tuple(len(part.index_t) for part in parts),
-            )
             width = parts[0].states[0].shape[3]
-            growing = Growing(self.sketches.get(depths), places, len(depths), width)
+            growing = Growing(self.sketches.get(depths), [part.places for part in parts], len(depths), width)
             for position, depth in enumerate(depths):
-                block = _block(parts, position, MEAN, places)
+                block = self._add_moments(depth, parts, position)
                 growing.add(position, block, _squares(parts, position))
-                self._add_moments(depth, parts, position, places, block)
             self.sketches[depths] = growing.sketch
             for part in parts:
                 self.left_out = _joined(self.left_out, {depths: part.lost}, torch.add)
 
-    def _add_moments(
-        self, depth: int, parts: tuple[Part, ...], position: int, places: Places, whole: Block
-    ) -> None:
-        """Add the views of one depth to the moments, of the sequences drawn; ``whole`` is of the mean and of all."""
-        drawn = parts[0].rows is not None
-        for view in range(len(parts[0].states[position].views)):
-            block = (
-                whole if view == MEAN and not drawn else _block(parts, position, view, places, drawn=drawn)
-            )
+    def _add_moments(self, depth: int, parts: tuple[Part, ...], position: int) -> Block:
+        """Add the views of one depth to the moments; the mean's tokens."""
+        for view in reversed(range(len(parts[0].states[position].views))):
+            block = _block(parts, position, view)
             self.moments[depth, view] = added(self.moments.get((depth, view)), block)
+        return block  # the mean's, which comes last
 
 
 def is_drawn(sequence: int, every: int) -> bool:
@@ -272,7 +278,7 @@ def is_drawn(sequence: int, every: int) -> bool:
     -------
     bool
     """
-    return sequence % every == random.Random(sequence // every).randrange(every)
+    return every == 1 or sequence % every == random.Random(sequence // every).randrange(every)
 
 
 def _require_room(width: int) -> None:
@@ -296,31 +302,24 @@ def _shift(state_BTND: torch.Tensor, mean_ND: torch.Tensor, good_t: torch.Tensor
     return torch.where(mean_ND.isfinite(), mean_ND, token_ND.double()).nan_to_num(0.0, 0.0, 0.0)
 
 
-def _part(states: list[Held], first_index: int, drawn: list[int] | None) -> Part:
+def _part(states: list[Held]) -> Part:
     """What the depths of a stage show together: which tokens are left out, and which are heavy."""
-    B, T, *_ = states[0].shape
-    mask_BT, tokens = states[0].real_BT, states[0].views[MEAN].deviation_tD
-    rows = [held.views[MEAN].deviation_tD for held in states]
-    norms = [torch.linalg.vector_norm(x_tD, dim=1).to(tokens.device, torch.float32) for x_tD in rows]
-    norm_Lt = torch.stack(norms)
+    rows = [held.views[MEAN].signed_tD for held in states]
+    near, drawn, masked_t = rows[0].device, states[0].drawn, states[0].real_t
+    norm_Lt = torch.stack([torch.linalg.vector_norm(x_tD, dim=1).to(near, torch.float32) for x_tD in rows])
     finite_t = norm_Lt.isfinite().all(0)
-    masked_t = torch.ones_like(finite_t) if mask_BT is None else mask_BT.flatten()
-    real_t = masked_t & finite_t
-    known = tokens.device.type == "cpu" and bool(finite_t.all())  # elsewhere asking would wait for the device
-    index_t = token_index(first_index, B, T, tokens.device)
+    real_t = finite_t if masked_t is None else masked_t & finite_t
+    left_out = ~finite_t if masked_t is None else masked_t & ~finite_t
+    known = near.type == "cpu" and bool(finite_t.all())  # elsewhere asking would wait for the device
+    places = placed(drawn.index_t, real_t, scores(norm_Lt, real_t))
     square_L = torch.where(real_t, norm_Lt, 0.0).double().square().sum(1)
-    rows = None
-    if drawn is not None:
-        places = torch.arange(B * T).reshape(B, T)[drawn].flatten()
-        rows = places.to(tokens.device)
-    lost = (masked_t & ~finite_t).sum()
-    return Part(tuple(states), real_t, scores(norm_Lt, real_t), index_t, square_L, rows, lost, known)
+    return Part(tuple(states), places, square_L, left_out.sum(), known)
 
 
 def _enough(parts: tuple[Part, ...]) -> bool:
     """Whether the tokens that wait are as many numbers as the sums that they go into."""
     width = parts[0].states[0].shape[3]
-    return sum(len(part.index_t) for part in parts) >= 2 * width
+    return sum(len(part.places.real_t) for part in parts) >= 2 * width
 
 
 def _exactly(depth: int) -> bool:
@@ -334,45 +333,37 @@ def _squares(parts: tuple[Part, ...], position: int) -> torch.Tensor:
     return torch.stack([part.square_L[position].to(size.device) for part in parts]) * size.square()
 
 
-def _block(
-    parts: tuple[Part, ...], position: int, view: int, places: Places, *, drawn: bool = False
-) -> Block:
-    """The tokens of one view that wait at a depth, one after another; those of the sequences drawn alone."""
-    views = [part.states[position].views[view] for part in parts]
-    near = views[0].deviation_tD.device
-    signs, reals = places.sign_t.split(places.lengths), places.real_t.split(places.lengths)
-    tokens = [seen.deviation_tD for seen in views]
-    if drawn:
-        chosen = [part.rows for part in parts]
-        signs, reals = _rows(signs, chosen), _rows(reals, chosen)
-        tokens = _rows(tokens, chosen) if view == MEAN else tokens
-    lengths = [len(x_tD) for x_tD in tokens]
-    sizes = torch.stack([part.states[position].size for part in parts])
+def _block(parts: tuple[Part, ...], position: int, view: int) -> Block:
+    """The tokens of one view that wait at a depth, forward by forward."""
+    states = [part.states[position] for part in parts]
+    views = [state.views[view] for state in states]
+    signed, near = [seen.signed_tD for seen in views], views[0].signed_tD.device
+    reals = [part.places.real_t.to(near) for part in parts]
+    signs = [part.places.sign_t.to(near, signed[0].dtype) for part in parts]
+    sizes = torch.stack([state.size for state in states])
     size = sizes.amax()
-    sign_t = torch.cat(signs).to(near)
-    signed_tD = tokens[0].new_empty(len(sign_t), tokens[0].shape[1])
-    for out, x_tD, share, sign, real, part in zip(
-        signed_tD.split(lengths), tokens, sizes / size, sign_t.split(lengths), reals, parts, strict=True
-    ):
-        torch.mul(x_tD, (sign * share).to(out.dtype)[:, None], out=out)
-        if not part.clean:
-            bits = out.view(torch.int32 if out.dtype == torch.float32 else torch.int64)
-            bits.bitwise_and_(real.to(near, bits.dtype).neg()[:, None])  # NaN times zero is NaN
-    sign_t = sign_t.to(signed_tD.dtype)
+    signed = [
+        x_tD if part.clean else _without(x_tD, real)
+        for x_tD, real, part in zip(signed, reals, parts, strict=True)
+    ]
+    if not (near.type == "cpu" and bool((sizes == size).all())):
+        shares = (sizes / size).to(signed[0].dtype)
+        signed = [x_tD * share for x_tD, share in zip(signed, shares, strict=True)]
+    total = torch.stack([sign_t @ x_tD for sign_t, x_tD in zip(signs, signed, strict=True)])
     return Block(
-        signed_tD=signed_tD,
-        sign_t=sign_t,
-        count_k=torch.stack([real.sum() for real in reals]).double().to(near),
+        signed=signed,
+        signs=signs,
+        count_k=torch.stack([real.sum() for real in reals]).double(),
         shift_kD=torch.stack([seen.shift_D for seen in views]),
-        total_kD=totals(signed_tD, sign_t, lengths) * size,
+        total_kD=total.double() * size,
         size=size.double(),
     )
 
 
-def _rows(parts: Sequence[torch.Tensor], chosen: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [
-        part if rows is None else part[rows.to(part.device)] for part, rows in zip(parts, chosen, strict=True)
-    ]
+def _without(x_tD: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
+    """Zero what is not real, by its bits: NaN times zero is NaN."""
+    bits = x_tD.view(torch.int32 if x_tD.dtype == torch.float32 else torch.int64)
+    return (bits & real_t.to(bits.dtype).neg()[:, None]).view(x_tD.dtype)
 
 
 def _apart(of: dict[Key, Summed], held: dict[Key, Summed]) -> dict[Key, Summed]:

@@ -63,7 +63,7 @@ def kept(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
 
 
 def _told(whole: Streaming, rounding: list[float]) -> dict[str, Any]:
-    told = {"rounding": rounding, "num_streams": whole.num_streams, "spectra_every": whole.spectra_every}
+    told = {"rounding": rounding, "num_streams": whole.num_streams, "every": whole.every}
     return told | ({"streams_left_out": whole.unseen_streams} if whole.unseen_streams else {})
 
 
@@ -89,7 +89,7 @@ def _of_sketch(sketch: Sketch, size_LD: torch.Tensor, sequences: Sequence[tuple[
     mean, size = sketch.mean_LD[:, None], size_LD[:, None]
     light = (sketch.buckets_LmD - sketch.signs_m[:, None] * mean) / size
     heavy = (sketch.heavy_LhD - known_h[:, None] * mean) / size
-    told = {"hash": HASH, "sequences": [list(span) for span in sequences], "tokens": float(sketch.count)}
+    told = {"hash": HASH, "sequences": [list(span) for span in sequences]}
     return {
         "sum_bucket": (("depth", "bucket", "feature"), light.float().numpy()),
         "sum_sign": ("bucket", sketch.signs_m.numpy(), told),
@@ -136,12 +136,10 @@ def restored(statistics: xr.Dataset) -> Streaming:
         for view in range(mean.shape[1]):
             scatter = _scatter(product[i, view], size[i, view])
             found.moments[depth, view] = Moments(count[i], mean[i, view], scatter, told["rounding"][i])
-    found.spectra_every = told["spectra_every"]
-    tokens = torch.tensor(statistics["streamed_count"].attrs["tokens"], dtype=torch.float64)
-    found.counts = dict(zip(depths, tokens, strict=True))
+    found.every = told["every"]
     found.left_out[depths] = torch.tensor(statistics["streamed_count"].attrs["left_out"])
     if all(name in statistics for name in OF_SKETCH):
-        found.sketches[depths] = _sketch(statistics, size[:, MEAN])
+        found.sketches[depths] = _sketch(statistics, count[0], size[:, MEAN])
         found.sequences = tuple((a, b) for a, b in statistics["sum_sign"].attrs["sequences"])
     return found
 
@@ -154,14 +152,14 @@ def _scatter(product_P: torch.Tensor, size_D: torch.Tensor) -> torch.Tensor:
     return scatter
 
 
-def _sketch(statistics: xr.Dataset, size_LD: torch.Tensor) -> Sketch:
+def _sketch(statistics: xr.Dataset, count: torch.Tensor, size_LD: torch.Tensor) -> Sketch:
     mean_LD, trace_L, bucket, signs_m, heavy, index_h, score_h = (
         torch.from_numpy(statistics[name].values) for name in OF_SKETCH
     )
     mean, size = mean_LD[:, None], size_LD[:, None]
     known_h = (score_h >= 0).double()
     return Sketch(
-        count=torch.tensor(statistics["sum_sign"].attrs["tokens"], dtype=torch.float64),
+        count=count,
         mean_LD=mean_LD,
         trace_L=trace_L,
         buckets_LmD=bucket.double() * size + signs_m[:, None] * mean,

@@ -273,11 +273,17 @@ def recording(
     start: int = 0,
     trains: bool = True,
     statistics: bool = True,
+    streaming: bool = False,
 ) -> Tool:
     import probes
 
     recorder = probes.record(
-        case.model, start_step=start, gradients=backward, max_sequences=sequences, every=1
+        case.model,
+        start_step=start,
+        gradients=backward,
+        max_sequences=sequences,
+        every=1,
+        streaming=streaming,
     )
 
     @contextmanager
@@ -305,6 +311,12 @@ def evaluated(case: Case, backward: bool) -> Tool:
     if backward:
         raise CannotTakeError("an evaluation has no backward")
     return recording(case, backward, trains=False)
+
+
+def streamed(case: Case, backward: bool) -> Tool:
+    if backward:
+        raise CannotTakeError("an evaluation has no backward")
+    return recording(case, backward, trains=False, streaming=True)
 
 
 def between(case: Case, backward: bool) -> Tool:
@@ -344,7 +356,8 @@ OWN: dict[str, Prepare] = {
     "probes.record, a measured step": measured,
     "· 1 sequence kept raw": measured_one,
     "· 1 sequence, no statistics": without_statistics,
-    "probes.record, streaming evaluation": evaluated,
+    "probes.record, streaming evaluation": streamed,
+    "· statistics without streaming=True": evaluated,
     "probes.record, between measured steps": between,
 }
 PEERS: dict[str, Prepare] = {

@@ -160,6 +160,13 @@ def gram(xp: Any, x: Array) -> Array:
     return x @ xt if x.shape[-2] <= x.shape[-1] else xt @ x
 
 
+def triangle(xp: Any, tall: Array) -> Array:
+    """R of the QR decomposition, for a third of the price of both."""
+    if isinstance(tall, np.ndarray):
+        return np.linalg.qr(tall, mode="r")
+    return xp.linalg.qr(tall, mode="r")[1]
+
+
 def unit_rows(xp: Any, x: Array) -> tuple[Array, Array]:
     """Rows at length 1 (zero rows stay zero) and the lengths (...,), safe against over- and underflow."""
     top = peak(xp, x, axis=-1)

@@ -14,7 +14,18 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from scipy.integrate import quad
 
-from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, gram, peak, ratio, rows, scaled
+from diagnostics.kernels._arrays import (
+    Array,
+    Rows,
+    as_array,
+    as_float64,
+    gram,
+    peak,
+    ratio,
+    rows,
+    scaled,
+    triangle,
+)
 
 # Below this λ_min/λ_max a float64 Gram can move the effective rank by 1e-7: decompose the matrix itself.
 GRAM_LIMIT = 1e-11
@@ -89,7 +100,7 @@ def _direct_singular_values(xp: Any, x: Array) -> Array:
     """Singular values without squaring: SVD, after a QR where the matrix is long and narrow."""
     tall = xp.matrix_transpose(x) if x.shape[-2] < x.shape[-1] else x
     if tall.shape[-2] > 1.5 * tall.shape[-1]:
-        tall = xp.linalg.qr(tall, mode="reduced")[1]
+        tall = triangle(xp, tall)
     return xp.linalg.svdvals(tall)
 
 

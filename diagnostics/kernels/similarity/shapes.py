@@ -5,10 +5,9 @@ Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns
 
 from typing import Any
 
-import numpy as np
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, peak
+from diagnostics.kernels._arrays import Array, peak, triangle
 from diagnostics.kernels.similarity.sides import compared
 
 # Above this squared distance between shapes of unit size the singular values alone give twelve digits.
@@ -65,7 +64,7 @@ def _shape(xp: Any, x: Array) -> Array:
         return xp.full((1, 1), xp.nan, dtype=xp.float64, device=device(x))
     x = x / peak(xp, x)
     if x.shape[0] < x.shape[1]:
-        x = _triangle(xp, x.T).T
+        x = triangle(xp, x.T).T
     size = xp.linalg.vector_norm(x)
     return x / xp.where(size > 0, size, xp.nan)
 
@@ -82,10 +81,3 @@ def _rotation_residual(xp: Any, a: Array, b: Array) -> Array:
         return xp.sqrt(far)
     u, _, vt = xp.linalg.svd(shared, full_matrices=False)
     return xp.linalg.vector_norm(a - b @ (u @ vt))
-
-
-def _triangle(xp: Any, tall: Array) -> Array:
-    """R of the QR decomposition, for a third of the price of both."""
-    if isinstance(tall, np.ndarray):
-        return np.linalg.qr(tall, mode="r")
-    return xp.linalg.qr(tall, mode="r")[1]
