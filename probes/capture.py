@@ -17,6 +17,7 @@ from probes.inputs import CaptureError, Mask
 from probes.record import Row, build_run
 from probes.session import RewrittenError, Session, Settings
 from probes.sites import select
+from probes.streaming import Streaming
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -36,7 +37,7 @@ def capture(
     seed: int = 0,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
-    streaming: bool = False,
+    streaming: bool | Mapping[str, int] = False,
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
 
@@ -76,14 +77,17 @@ def capture(
         Text of the tokens, by the sequence's index over all batches.
     attrs : mapping, optional
         Attributes to add to the run, such as ``{"commit": …}``.
-    streaming : bool
+    streaming : bool or mapping
         Also keep, over every token of every batch, the spectra of the moments of the mean over streams and of each stream,
         and the similarity of all depths in the mean (metrics ``streamed_…``). It holds L·D² float64 numbers for the
         moments of the mean and of each of several streams, L·(512 + 128)·D for the sketch, at L depths of D features,
         and float32 states of at most 2·D tokens and one forward, which wait to be added; that no number of batches adds
         to. Streams one by one are left out where theirs take more than 32 MiB a depth (N·D² > 4 million); more than 256
         MiB for the mean (D > 5792) is refused. When the run is built four symmetric D×D matrices a depth and view are
-        decomposed. Runs of parts of the data can be added: `probes.merge_runs`.
+        decomposed. Runs of parts of the data can be added: `probes.merge_runs`. True is for every token;
+        ``{"every": 4}`` streams one sequence in four, drawn by its number, for a quarter of the cost: the metrics are then
+        of these tokens, whose number is ``streamed_count``. ``{"first_sequence": 1000}`` numbers the sequences from there
+        on, so that several processes, each on its part of the data, number theirs apart.
 
     Returns
     -------
@@ -127,7 +131,7 @@ def settings(
     max_sequences: int,
     seed: int,
     sites: str | Iterable[str] | None = None,
-    streaming: bool = False,
+    streaming: bool | Mapping[str, int] = False,
 ) -> Settings:
     """The settings of a session from what a user passes.
 
@@ -146,7 +150,21 @@ def settings(
             f"layers is {layers!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
         )
     chosen = select(sites if sites is None or isinstance(sites, str) else list(sites))
-    return Settings(gradients, named, layout, streams, max_sequences, seed, mask, chosen, streaming=streaming)
+    streamed = _streamed(streaming)
+    return Settings(gradients, named, layout, streams, max_sequences, seed, mask, chosen, streaming=streamed)
+
+
+def _streamed(streaming: bool | Mapping[str, int]) -> Callable[[int], Streaming] | None:
+    """What makes the streaming of a forward, from the index of its first sequence."""
+    if not isinstance(streaming, Mapping):
+        return Streaming if streaming else None
+    told = {"every": 1, "first_sequence": 0} | dict(streaming)
+    every, first = told.pop("every"), told.pop("first_sequence")
+    if told or not all(isinstance(value, int) for value in (every, first)) or every < 1 or first < 0:
+        raise ValueError(
+            f"streaming is {dict(streaming)}; expected True, or some of every (1 or more) and first_sequence (0 or more)"
+        )
+    return lambda index: Streaming(first + index, every)
 
 
 def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:

@@ -35,7 +35,7 @@ class Settings:
     mask: Mask = None
     selection: Selection = field(default_factory=Selection)
     scale: Callable[[], torch.Tensor | None] | None = None
-    streaming: bool = False
+    streaming: Callable[[int], Streaming] | None = None  # from a forward's first index
 
 
 class Sight:
@@ -126,8 +126,8 @@ class Sight:
         if len(forward.rows):
             forward.states[number, depth] = forward.sampled(state)
         sums = forward.chain_sums(number)
-        if self.settings.streaming and sums.streaming is None:
-            sums.streaming = Streaming(forward.first_index)
+        if self.settings.streaming is not None and sums.streaming is None:
+            sums.streaming = self.settings.streaming(forward.first_index)
         sums.see_state(depth, state, mask)
 
     def listen(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:

@@ -264,7 +264,7 @@ def record(
     weights: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     loss_reduction: str | None = None,
-    streaming: bool = False,
+    streaming: bool | Mapping[str, int] = False,
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
 
@@ -295,7 +295,7 @@ def record(
         for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
     loss_reduction : {"mean", "sum"}, optional
         How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
-    streaming : bool
+    streaming : bool or mapping
         As in `probes.capture`, over every token since the weights last changed: of a whole evaluation, or in training of
         the last measured step.
 

@@ -273,7 +273,7 @@ def recording(
     start: int = 0,
     trains: bool = True,
     statistics: bool = True,
-    streaming: bool = False,
+    streaming: bool | dict[str, int] = False,
 ) -> Tool:
     import probes
 
@@ -319,6 +319,12 @@ def streamed(case: Case, backward: bool) -> Tool:
     return recording(case, backward, trains=False, streaming=True)
 
 
+def streamed_in_part(case: Case, backward: bool) -> Tool:
+    if backward:
+        raise CannotTakeError("an evaluation has no backward")
+    return recording(case, backward, trains=False, streaming={"every": 4})
+
+
 def between(case: Case, backward: bool) -> Tool:
     return recording(case, backward, start=10**9)
 
@@ -357,6 +363,7 @@ OWN: dict[str, Prepare] = {
     "· 1 sequence kept raw": measured_one,
     "· 1 sequence, no statistics": without_statistics,
     "probes.record, streaming evaluation": streamed,
+    "· one sequence in four": streamed_in_part,
     "· statistics without streaming=True": evaluated,
     "probes.record, between measured steps": between,
 }

@@ -21,8 +21,7 @@ def batches(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def captured(model, parts, *, first: int = 0):
     """A run whose sequences are numbered from some number on, as those of another process may be."""
-    with probes.record(model, max_sequences=2, streaming=True) as recorder:
-        recorder._session.reservoir.total = first
+    with probes.record(model, max_sequences=2, streaming={"first_sequence": first}) as recorder:
         for part in parts:
             with torch.no_grad():
                 model(**part)

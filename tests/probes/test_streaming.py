@@ -565,6 +565,24 @@ def test_a_loop_streams_every_batch_and_begins_anew_with_other_weights(models):
     assert float(last.streamed_count[0]) == 15
 
 
+def test_one_sequence_in_four_says_of_how_many_tokens(models):
+    parts = batches(12)
+    run = probes.capture(models["llama"](), parts, streaming={"every": 4, "first_sequence": 40})
+    drawn = [i for i in range(24) if streaming.is_drawn(40 + i, 4)]
+    expected = sum(int(parts[i // 2]["attention_mask"][i % 2].sum()) for i in drawn)
+    count = run.statistics.streamed_count
+    assert len(drawn) == 6
+    assert (count == expected).all()
+    assert count.attrs["every"] == 4
+    assert int(run.trace["sample"].max()) < 24  # the sample's numbers stay
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"every": 0.25}, {"first_sequence": -1}, {"share": 4}])
+def test_other_ways_of_streaming_are_refused(models, wrong):
+    with pytest.raises(ValueError, match="expected True, or some of every"):
+        probes.capture(models["llama"](), batches(1), streaming=wrong)
+
+
 def test_off_by_default(models):
     run = probes.capture(models["llama"](), batches(1))
     assert not {"eigenvalue", "hsic"} & set(run.statistics.data_vars)
