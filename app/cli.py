@@ -276,10 +276,11 @@ def _probe(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    if not text.isascii() or not text.removeprefix("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 1 on")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive; give a whole number from 1 on")
+    return int(text)
 
 
 def _describe(command: argparse.ArgumentParser) -> None:
@@ -322,7 +323,12 @@ def _analyze(command: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} names nothing; give one name or several with commas between, or leave the option out"
+        )
+    return names
 
 
 def _check(command: argparse.ArgumentParser) -> None:

@@ -20,6 +20,9 @@ WHOLE = 1e-6
 _WORDS = """\
 Numbers that papers print, or that closed forms give, beside those that this code computes, as
 `python benchmarks/published.py` does. Nothing is trained. A number that misses its tolerance fails the tests.
+A dash: no paper prints it. In brackets: a paper prints it for a model whose weights are not public, and what is found
+is the same curve of the network that the table names. `--runs FOLDER` adds these curves of the models that
+`depthscope study` trained.
 """
 
 
@@ -55,12 +58,18 @@ def _script() -> ModuleType:
 
 def _table(title: str, rows: Sequence[Any]) -> str:
     head = f"### {title.partition(chr(10))[0].rstrip('.')}\n\n| | printed | found |\n|---|---:|---:|"
-    lines = (f"| {_cell(row.name)} | {_short(row.printed)} | {_digits(row.found)} |" for row in rows)
+    lines = (f"| {_cell(row.name)} | {_printed(row)} | {_digits(row.found)} |" for row in rows)
     return "\n".join([head, *lines]) + "\n"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _printed(row: Any) -> str:
+    if row.printed is not None:
+        return _short(row.printed)
+    return "–" if row.elsewhere is None else f"({_short(row.elsewhere)})"
 
 
 def _short(value: float) -> str:

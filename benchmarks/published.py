@@ -1,7 +1,8 @@
 """Published numbers beside those that this code computes: ``python benchmarks/published.py``.
 
 Numpy alone; nothing is trained. Each table names its source; a row that misses its tolerance is marked, and
-the exit code is then 1.
+the exit code is then 1. A dash: no paper prints it; in brackets: printed for a model whose weights are not
+public, of which only the curve can be shown. ``--runs`` adds the same curves of trained models.
 """
 
 from __future__ import annotations
@@ -10,43 +11,24 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+from publishing import gains, reading, trained  # noqa: E402
+from publishing.row import Row  # noqa: E402
 
 from diagnostics.kernels import meanfield, mixing, rank, similarity  # noqa: E402
 
 FIGURE_8 = ROOT / "tests" / "diagnostics" / "kernels" / "data" / "mhc_fig8.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number twice.
-
-    Parameters
-    ----------
-    name : str
-        What it is.
-    printed : float
-        In the paper, or in closed form.
-    found : float
-        Here.
-    tolerance : float
-        How far apart they may be; two decimals are printed with an error of 0.005.
-    """
-
-    name: str
-    printed: float
-    found: float
-    tolerance: float
-
-    @property
-    def holds(self) -> bool:
-        return bool(abs(self.printed - self.found) <= self.tolerance)
+LAYERS = 8
+TINY = 1e-30  # below this exp(s) − 1 is s in all its digits
 
 
 def matrices(family: str) -> dict[str, np.ndarray]:
@@ -78,6 +60,23 @@ def truncated_sinkhorn() -> Iterator[Row]:
     yield Row("spectral norm of P31-60", 1.14, mixing.operator_gain(late, 2), 0.02)
 
 
+def gains_of_printed_matrices() -> Iterator[Row]:
+    """mHC Fig. 3 and 7: Amax gains of the only 27B matrices that are printed, those of Fig. 8."""
+    orders = {"HC": gains.HC_ORDER, "mHC": gains.MHC_ORDER}
+    for family, order in orders.items():
+        part = matrices(family)
+        for direction, gain in gains.DIRECTIONS.items():
+            single = max(gain(part[name]) for name in ("H1", "H30", "H60"))
+            product = max(gain(part[name]) for name in ("P1-30", "P31-60", "P1-60"))
+            yield Row(f"{family}: largest of three connections, {direction}", None, single)
+            yield Row(
+                f"{family}: largest of three products, {direction} (in brackets: whole curve)",
+                None,
+                product,
+                elsewhere=order,
+            )
+
+
 def uniform_start() -> Iterator[Row]:
     """A fresh mHC with zero logits mixes uniformly: gain 1 hides rank 1 (closed form)."""
     h = mixing.sinkhorn(np.zeros((6, 4, 4)))
@@ -90,35 +89,46 @@ def uniform_start() -> Iterator[Row]:
 
 def rank_collapse() -> Iterator[Row]:
     """Attention without skips loses rank doubly exponentially, skips prevent it (Dong et al. 2103.03404)."""
-    alone, kept = (np.asarray(attention_residuals(skip)) for skip in (0.0, 1.0))
-    logs = np.log(alone)
-    for step in range(len(alone) - 1):
-        ratio = logs[step + 1] / logs[step]
-        yield Row(f"without skips: log r[{step + 1}] / log r[{step}]", 3.0, ratio, 1.0 if step == 0 else 0.3)
-    yield Row("with skips: share of the residual left after as many layers", 1.0, kept[-1] / kept[0], 0.05)
+    logs = log_residuals(skip=False)
+    for layer in (1, 2, 4):
+        ratio = logs[layer] / logs[layer - 1]
+        yield Row(f"without skips, on the way: log r[{layer}] / log r[{layer - 1}]", None, ratio)
+    yield Row(
+        f"without skips, the limit: log r[{LAYERS}] / log r[{LAYERS - 1}]", 3.0, logs[-1] / logs[-2], 0.003
+    )
+    kept = log_residuals(skip=True)
+    yield Row(
+        "with skips: share of the residual left after as many layers", 1.0, np.exp(kept[-1] - kept[0]), 0.05
+    )
 
 
-def attention_residuals(skip: float, *, layers: int = 3, seed: int = 0) -> list[float]:
-    """Residuals √(‖R‖₁ ‖R‖_∞) of tokens through layers of self-attention, from 1e-2 down to 1e-160.
+def log_residuals(*, skip: bool, seed: int = 0) -> np.ndarray:
+    """Logarithms of √(‖R‖₁ ‖R‖_∞) of tokens through layers of self-attention, without and after each.
 
-    What all tokens share is taken out after each layer, so that the residual is followed far below the
-    rounding of the states. The softmax is exact: less its uniform part, which does nothing to what is left, it
-    is (e − mean e)/(N + Σe) with e = exp(score) − 1.
+    What all tokens share is taken out after each layer and the size is kept as a logarithm, so that the residual
+    is followed far below the smallest number. The softmax is exact: less its uniform part, which does nothing to
+    what is left, it is (e − mean e)/(N + Σe) with e = exp(score) − 1; for tiny scores e is the score itself.
     """
     rng = np.random.default_rng(seed)
     tokens, width = 12, 32
     scoring = rng.standard_normal((width, width)) / np.sqrt(width)
     x = rng.standard_normal((tokens, width))
     x = 1e-2 * (x - x.mean(0)) / np.abs(x).sum(-1).max()
-    sizes = [_residual(x)]
-    for _ in range(layers):
+    logs = [np.log(_residual(x))]
+    x /= _residual(x)
+    for _ in range(LAYERS):
+        square = np.exp(2 * logs[-1])
         scores = x @ scoring @ x.T
-        raised = np.expm1(scores)
-        weights = (raised - raised.mean(-1, keepdims=True)) / (tokens + raised.sum(-1, keepdims=True))
-        x = skip * x + weights @ x
+        raised = np.expm1(square * scores) / square if square > TINY else scores
+        weights = (raised - raised.mean(-1, keepdims=True)) / (
+            tokens + square * raised.sum(-1, keepdims=True)
+        )
+        # With a skip the branch is added at its own size; without, its size goes into the logarithm.
+        x = x + square * weights @ x if skip else weights @ x
         x = x - x.mean(0)
-        sizes.append(_residual(x))
-    return sizes
+        logs.append(logs[-1] + (0 if skip else 2 * logs[-1]) + np.log(_residual(x)))
+        x /= _residual(x)
+    return np.array(logs)
 
 
 def _residual(x: np.ndarray) -> float:
@@ -194,7 +204,12 @@ def memory_traffic() -> Iterator[Row]:
 RESULTS = (
     order_of_products,
     truncated_sinkhorn,
+    gains_of_printed_matrices,
+    gains.gains_of_free_mixing,
+    gains.gains_of_constrained_mixing,
     uniform_start,
+    reading.adjacent_cosine,
+    reading.dense_connections,
     rank_collapse,
     pre_norm_growth,
     cka_of_noise,
@@ -207,36 +222,59 @@ def main(arguments: list[str] | None = None) -> int:
     """Print every table; 1 where a number misses its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one object by result, for machines")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of depthscope study: the same curves of trained models"
+    )
     asked = parser.parse_args(arguments)
-    tables = {result: list(result()) for result in RESULTS}
+    tables: dict[Any, list[Row]] = {}
+    pictures: dict[Any, Any] = {reading.dense_connections: reading.drawn}
+    if asked.runs:
+        try:
+            tables |= {result: list(result(asked.runs)) for result in (trained.gains, trained.cosines)}
+        except ValueError as error:
+            parser.error(str(error))
+        pictures[trained.cosines] = partial(trained.drawn, asked.runs)
+    tables = {result: list(result()) for result in RESULTS} | tables
     if asked.json:
-        plain = {
-            result.__name__: [
-                {
-                    "name": row.name,
-                    "printed": float(row.printed),
-                    "found": float(row.found),
-                    "holds": row.holds,
-                }
-                for row in rows
-            ]
-            for result, rows in tables.items()
-        }
-        print(json.dumps(plain, indent=2))
+        print(
+            json.dumps({name_of(result): list(map(plain, rows)) for result, rows in tables.items()}, indent=2)
+        )
     else:
         for result, rows in tables.items():
             print_table(result.__doc__, rows)
+            if result in pictures:
+                print(pictures[result](), end="\n\n")
     return int(not all(row.holds for rows in tables.values() for row in rows))
+
+
+def name_of(result: Any) -> str:
+    """Name of a result for machines; those of trained models say so."""
+    return f"trained_{result.__name__}" if result.__module__ == trained.__name__ else result.__name__
+
+
+def plain(row: Row) -> dict[str, Any]:
+    """One row for machines."""
+    numbers = {"printed": row.printed, "printed_of_another_model": row.elsewhere, "found": row.found}
+    told = {name: None if value is None else float(value) for name, value in numbers.items()}
+    return {"name": row.name, **told, "holds": row.holds}
 
 
 def print_table(title: str, rows: list[Row]) -> None:
     """One table as text."""
     print(title.partition("\n")[0])
-    print(f"  {'':<62} {'printed':>12} {'found':>12}")
+    width = max(len(row.name) for row in rows)
+    print(f"  {'':<{width}} {'printed':>12} {'found':>12}")
     for row in rows:
         mark = "" if row.holds else f"  MISSED (tolerance {row.tolerance:g})"
-        print(f"  {row.name:<62} {row.printed:>12.6g} {float(row.found):>12.6g}{mark}")
+        print(f"  {row.name:<{width}} {printed(row):>12} {float(row.found):>12.6g}{mark}")
     print()
+
+
+def printed(row: Row) -> str:
+    """The printed number; in brackets that of another model."""
+    if row.printed is not None:
+        return f"{row.printed:.6g}"
+    return "–" if row.elsewhere is None else f"({row.elsewhere:.6g})"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 def analyze(
     run: xr.DataTree,
     *,
-    metrics: Iterable[str] | None = None,
+    metrics: str | Iterable[str] | None = None,
     jackknife: bool = False,
     progress: Progress | None = None,
 ) -> xr.Dataset | xr.DataTree:
@@ -33,8 +34,8 @@ def analyze(
     ----------
     run : DataTree
         A run with a trace; one that holds only statistics gives its training curves.
-    metrics : iterable of str, optional
-        Names of `CATALOGUE`; by default all but the costly ones (``Metric.default`` is false). Nothing is
+    metrics : str or iterable of str, optional
+        One name of `CATALOGUE` or several; by default all but the costly ones (``Metric.default`` is false). Nothing is
         computed that these do not need.
     jackknife : bool
         Estimate the standard errors of metrics over pooled tokens too, by leaving out one sequence at a time: it
@@ -54,13 +55,13 @@ def analyze(
     Raises
     ------
     ValueError
-        For an unknown metric, or a run that holds neither a trace nor statistics.
+        For an unknown metric, what is no run, or a run that holds neither a trace nor statistics.
     """
+    _require_run(run)
     unasked, costly = (
         [name for name, metric in CATALOGUE.items() if metric.default is default] for default in (True, False)
     )
-    names = tuple(unasked) if metrics is None else tuple(dict.fromkeys(metrics))
-    chosen = {name: find_metric(name) for name in names}
+    chosen = {name: find_metric(name) for name in (unasked if metrics is None else _names(metrics))}
     chains = schema.chains(run)
     rounds = [len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains]
     report = _counted(progress, sum(rounds))
@@ -71,6 +72,25 @@ def analyze(
     if list(analyses) == [""]:
         return analyses[""]
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+
+
+def _names(metrics: str | Iterable[str]) -> list[str]:
+    if isinstance(metrics, str):
+        return [metrics]
+    if not isinstance(metrics, Iterable):
+        raise ValueError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
+    return list(metrics)
+
+
+def _require_run(run: xr.DataTree) -> None:
+    if isinstance(run, xr.DataTree):
+        return
+    came, then = f"a {type(run).__name__}", "capture one with probes.capture(...)"
+    if isinstance(run, (str, os.PathLike)):
+        came, then = f"the path {os.fspath(run)!r}", "open it: analyze(diagnostics.open_run(path))"
+    elif isinstance(run, xr.Dataset):
+        then = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
+    raise ValueError(f"came {came}; expected a run, a DataTree; {then}")
 
 
 def find_metric(name: str) -> Metric:
@@ -90,6 +110,8 @@ def find_metric(name: str) -> Metric:
     ValueError
         For an unknown name, with the closest ones.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
     if name in CATALOGUE:
         return CATALOGUE[name]
     close = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.4) or list(CATALOGUE)

@@ -10,7 +10,7 @@ import xarray as xr
 
 from diagnostics.kernels import geometry, rank
 from diagnostics.metric import Null, Range, metric
-from diagnostics.states import Massive, States, kept_rows, noise_ranks, partial_mask
+from diagnostics.states import Massive, States, free_rows, kept_rows, noise_ranks, partial_mask
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 
@@ -23,11 +23,12 @@ def _of_spectrum(measure: Callable[[Any], Any], singular_values: xr.DataArray) -
 def _of_noise(name: str) -> Null:
     """The same rank of iid noise at the same number of tokens and features."""
 
-    def expectation(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
+    def expectation(
+        token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
+    ) -> xr.DataArray:
         width = residual_states.num_features
-        return xr.apply_ufunc(
-            np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float]), token_counts
-        )
+        ranks = np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float])
+        return xr.apply_ufunc(ranks, free_rows(token_counts, centering))
 
     return expectation
 

@@ -283,7 +283,10 @@ def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     for start in range(0, num_tokens, block):
         part = slice(start, start + block)
         weights = mixing.matrices[:, part], read_weights[:, part], write_weights[:, part]
-        total += np.abs(kernel.depth_kernel(*weights)).sum(axis=0)
+        with np.errstate(over="ignore"):
+            total += np.abs(kernel.depth_kernel(*weights)).sum(axis=0)
+    if not np.isfinite(total).all():
+        raise Unavailable("what connections read of each other grows beyond float64: see the composite gain")
     return total / num_tokens
 
 

@@ -131,7 +131,7 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
 def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     """Singular values of the product of all connections from the embedding on, the largest first."""
     product, scale = mixing.prefix
-    values = kernel.singular_values(product) * exponential(scale)[..., None]
+    values = plain(kernel.singular_values(product), scale[..., None])
     return _components(mixing, values, composed=True)
 
 

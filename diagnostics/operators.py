@@ -7,21 +7,19 @@ import math
 import numpy as np
 import xarray as xr
 
-from diagnostics.connections import REDUCTIONS, Mixing, over_tokens
+from diagnostics.connections import REDUCTIONS, Mixing, over_tokens, plain
 from diagnostics.kernels import mixing as kernel
 from diagnostics.kernels import rank
 from diagnostics.metric import Range, metric
-from diagnostics.mixing import GAIN, PER_PRODUCT, PER_TOKEN, exponential
+from diagnostics.mixing import GAIN, PER_PRODUCT, PER_TOKEN
 
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
 
 
-def _norms(
-    mixing: Mixing, matrices: np.ndarray, scale: np.ndarray | float, *, composed: bool
-) -> xr.DataArray:
+def _norms(mixing: Mixing, matrices: np.ndarray, scale: np.ndarray, *, composed: bool) -> xr.DataArray:
     """Operator norms of matrices (C, N, n, n), by name of the norm."""
     found = [
-        mixing.reduced(kernel.operator_gain(matrices, order) * scale, composed=composed)
+        mixing.reduced(plain(kernel.operator_gain(matrices, order), scale), composed=composed)
         for order in NORMS.values()
     ]
     return xr.concat(found, xr.Variable("norm", list(NORMS)))
@@ -40,7 +38,7 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \|H\|_\infty = \max_i \textstyle\sum_j |H_{ij}|, \quad \|H\|_1 = \max_j \sum_i |H_{ij}|, \quad \|H\|_2 = \sigma_1
     """
-    return _norms(mixing, mixing.matrices, 1.0, composed=False)
+    return _norms(mixing, mixing.matrices, np.zeros(()), composed=False)
 
 
 @metric(
@@ -57,7 +55,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     .. math:: P = H_c \cdots H_2 H_1
     """
     product, scale = mixing.prefix
-    return _norms(mixing, product, exponential(scale), composed=True)
+    return _norms(mixing, product, scale, composed=True)
 
 
 @metric(

@@ -39,9 +39,9 @@ def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     their basis. Below 1.5 one stream does all.
     """
     kept = evenly_spaced(mixing.matrices.shape[1], TOKENS)
-    kernels = kernel.depth_kernel(mixing.matrices[:, kept], read_weights[:, kept], write_weights[:, kept])
+    weights = mixing.matrices[:, kept], read_weights[:, kept], write_weights[:, kept]
     cuts = np.full((len(mixing), len(kept)), np.nan)
-    cuts[1:] = kernel.effective_streams(kernels).T
+    cuts[1:] = kernel.streams_across(*weights).T
     return mixing.reduced(cuts, composed=True)
 
 

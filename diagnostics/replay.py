@@ -17,6 +17,8 @@ import xarray as xr
 from diagnostics import schema
 from diagnostics.connections import Mixing
 from diagnostics.kernels import mixing as kernel
+from diagnostics.kernels._arrays import as_float64
+from diagnostics.kernels._counts import whole
 from diagnostics.metric import metric
 from diagnostics.mixing import PER_TOKEN
 from diagnostics.quantities import quantity
@@ -48,7 +50,8 @@ def decay_factor(
     Raises
     ------
     ValueError
-        For steps beside a schedule, none beside one rate, or a step that leaves nothing or adds to the weight.
+        For steps beside a schedule, none beside one rate or not a whole number of them, a schedule of no step, or a
+        step that leaves nothing or adds to the weight.
 
     Examples
     --------
@@ -56,18 +59,28 @@ def decay_factor(
     (0.81, 0.9)
     """
     scheduled = np.ndim(learning_rate) > 0
-    if scheduled != (steps is None) or (steps is not None and steps < 0):
+    if scheduled != (steps is None):
         raise ValueError(
             f"steps is {steps} beside {'a schedule' if scheduled else 'one learning rate'}; expected the number of "
             "steps beside one rate, and None beside a schedule"
         )
-    lost = np.asarray(learning_rate, dtype=float) * weight_decay
+    times = 1 if steps is None else whole(steps, name="steps", least=0)
+    if np.ndim(learning_rate) > 1 or np.size(learning_rate) == 0 or np.ndim(weight_decay) > 0:
+        raise ValueError(
+            f"learning_rate has shape {np.shape(learning_rate)} and weight_decay {np.shape(weight_decay)}; expected one "
+            "rate or a schedule of a step or more, and one weight decay"
+        )
+    (_, rate), (_, decay) = (
+        as_float64(value, name=name, ndim=0)
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay))
+    )
+    lost = np.asarray(rate) * np.asarray(decay)
     if not (np.all(lost >= 0.0) and np.all(lost < 1.0)):
         raise ValueError(
             f"a step takes a share of {np.max(lost):g} to {np.min(lost):g} of the weight; expected 0 to below 1: "
             "learning rate times weight decay"
         )
-    return math.exp(float(np.sum(np.log1p(-lost))) * (1 if steps is None else steps))
+    return math.exp(float(np.sum(np.log1p(-lost))) * times)
 
 
 def with_replay(
@@ -103,9 +116,12 @@ def with_replay(
     Raises
     ------
     ValueError
-        Where the run holds no ``h_res``, or a connection of it is not among the logits.
+        Where the run holds no ``h_res``, a connection of it is not among the logits or has some that are not finite,
+        or ``sinkhorn_steps`` is no whole number of 1 or more.
     """
-    given = initial if isinstance(initial, xr.DataArray) else _in_order(np.asarray(initial, dtype=float))
+    if sinkhorn_steps is not None:
+        sinkhorn_steps = whole(sinkhorn_steps, name="sinkhorn_steps")
+    given = initial if isinstance(initial, xr.DataArray) else _in_order(np.asarray(initial))
     told = {"decay": decay, "sinkhorn_steps": sinkhorn_steps, "last": last, "floor": floor}
     attrs = {"sinkhorn_steps": 20, "last": "row", "floor": 0.0} | dict(given.attrs)
     attrs |= {name: value for name, value in told.items() if value is not None}
@@ -131,7 +147,7 @@ def _in_order(logits: np.ndarray) -> xr.DataArray:
 
 def _matched(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
     """The logits of a chain's connections, in its order."""
-    values = given.transpose(*schema.TRACE[LOGITS].dims).values.astype(float)
+    values = given.transpose(*schema.TRACE[LOGITS].dims).values
     if "connection_module" in given.coords and "connection_module" in trace.coords:
         names, places = _modules(given), _places(given)
         found = [_position(*key, names, places) for key in zip(_modules(trace), _places(trace), strict=True)]
@@ -142,7 +158,7 @@ def _matched(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
             f"the initial logits have shape {values.shape}, the run's connections {shape}; expected one square of "
             "logits for each connection, in the run's order"
         )
-    return values
+    return np.asarray(as_float64(values, name="initial, in the run's order,")[1])
 
 
 def _modules(data: xr.DataArray | xr.Dataset) -> list[str]:

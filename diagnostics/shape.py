@@ -11,7 +11,7 @@ import xarray as xr
 from diagnostics.kernels import geometry, rank
 from diagnostics.metric import metric
 from diagnostics.quantities import quantity
-from diagnostics.states import States, partial_mask
+from diagnostics.states import States, free_rows, partial_mask
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 PER_SEQUENCE = "per sequence, mean over sequences"
@@ -30,9 +30,11 @@ def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.D
             return float("nan")
         return float(measure(rank.marchenko_pastur(int(count), width).singular_values(), int(count)))
 
-    def expectation(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
-        width = residual_states.num_features
-        return xr.apply_ufunc(np.vectorize(lambda n: of_size(n, width), otypes=[float]), token_counts)
+    def expectation(
+        token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
+    ) -> xr.DataArray:
+        numbers = np.vectorize(lambda n: of_size(n, residual_states.num_features), otypes=[float])
+        return xr.apply_ufunc(numbers, free_rows(token_counts, centering))
 
     return expectation
 

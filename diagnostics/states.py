@@ -416,6 +416,25 @@ _spectra_of = {"sequence": _sequence_spectra, "data": _pooled_spectra}
 RANKS = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
 
 
+def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
+    """How many rows noise has that are free: one fewer where the mean is removed; NaN for none.
+
+    Parameters
+    ----------
+    token_counts : DataArray
+        Numbers of tokens.
+    centering : tuple of str
+        "raw" and "centred".
+
+    Returns
+    -------
+    DataArray
+        With the dim ``centering``.
+    """
+    of_each = {"raw": token_counts, "centred": (token_counts - 1.0).where(token_counts > 1)}
+    return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
+
+
 @lru_cache(maxsize=4096)
 def noise_ranks(num_tokens: float, num_features: int) -> dict[str, float]:
     """The ranks of iid noise of that size, by the Marchenko-Pastur law; NaN for no tokens.

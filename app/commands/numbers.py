@@ -16,9 +16,11 @@ from app.cli import FINE, FOUND, closest
 from app.comparison import COMPARED_METRICS, comparison_table, differences, summary_table
 from app.figures.specification import Selection
 from app.findings import count_words, findings_text
+from app.stored import renewed
 from app.tables import Table, depth_table, mixing_table
 from app.terminal import emit, remark, say, show_rows, working
 from diagnostics import CATALOGUE, Finding, Severity, schema
+from diagnostics.replay import LOGITS
 from diagnostics.verdicts import VERDICTS
 
 
@@ -94,17 +96,26 @@ def analyze(args: argparse.Namespace) -> int:
         Exit code.
     """
     names = known_metrics(args.metrics) if args.metrics else None
+    view = view_of(args)
+    _require_run_name(args.out)
     run = schema.open_run(args.run)
     with working(f"analysing {args.run}") as progress:
         run.load()
         run.close()
         run = _with_replay(run, args.initial, args.decay)
         analysis = diagnostics.analyze(run, metrics=names, jackknife=args.jackknife, progress=progress)
-    written = _write_metrics(run, analysis, args, complete=names is None)
+    written = _write_metrics(run, analysis, args)
     analysed = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **_metric_nodes(analysis)})
     readings = read_runs({without_ending(Path(args.run).name): analysed})
-    _print_analysis(readings, written, args)
+    _print_analysis(readings, written, view, args)
     return FINE
+
+
+def _require_run_name(out: str | None) -> None:
+    if out and not out.endswith(schema.SUFFIXES):
+        raise ValueError(
+            f"--out {out!r} is no run; expected a name that ends in {', '.join(schema.SUFFIXES)}"
+        )
 
 
 def _with_replay(run: xr.DataTree, initial: str | None, decay: float | None) -> xr.DataTree:
@@ -120,19 +131,29 @@ def _with_replay(run: xr.DataTree, initial: str | None, decay: float | None) -> 
     return diagnostics.with_replay(run, probes.initial_logits(initial), decay=1.0 if decay is None else decay)
 
 
-def _write_metrics(
-    run: xr.DataTree, analysis: xr.Dataset | xr.DataTree, args: argparse.Namespace, *, complete: bool
-) -> Path:
-    nodes = {"/": xr.Dataset(attrs=run.attrs)}
-    if not args.out:
-        kept = (
-            node for name in ("trace", "statistics") if name in run.children for node in run[name].subtree
-        )
-        nodes |= {node.path: node.to_dataset() for node in kept}
-    measured = {
-        path: part.assign_attrs({COMPLETE: complete}) for path, part in _metric_nodes(analysis).items()
-    }
-    return schema.save_run(xr.DataTree.from_dict(nodes | measured), args.out or args.run)
+def _write_metrics(run: xr.DataTree, analysis: xr.Dataset | xr.DataTree, args: argparse.Namespace) -> Path:
+    measured = _metric_nodes(analysis)
+    complete = not args.metrics
+    if args.out:
+        kept = {}
+        measured = {path: part.assign_attrs({COMPLETE: complete}) for path, part in measured.items()}
+    else:
+        kept = {node.path: node.to_dataset() for node in run.subtree if node.path not in measured}
+        outdated = REPLAYED if args.initial else ()
+        measured = {
+            path: renewed(part, _stored(run, path), complete=complete, outdated=outdated)
+            for path, part in measured.items()
+        }
+    nodes = {"/": xr.Dataset(attrs=run.attrs)} | kept | measured
+    return schema.save_run(xr.DataTree.from_dict(nodes), args.out or args.run)
+
+
+REPLAYED = frozenset(name for name, metric in CATALOGUE.items() if LOGITS in metric.roots)
+"""Metrics that other initial logits change."""
+
+
+def _stored(run: xr.DataTree, path: str) -> xr.Dataset | None:
+    return schema.chain_dataset(run, "metrics", path.removeprefix("/metrics").strip("/"))
 
 
 def _metric_nodes(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
@@ -141,9 +162,14 @@ def _metric_nodes(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
     return {f"/metrics/{chain}": node.to_dataset() for chain, node in analysis.children.items()}
 
 
-def _print_analysis(readings: Sequence[Reading], written: Path, args: argparse.Namespace) -> None:
-    view = view_of(args)
+def _print_analysis(
+    readings: Sequence[Reading], written: Path, view: Selection, args: argparse.Namespace
+) -> None:
     tables = {reading.name: (depth_table(reading, view), mixing_table(reading, view)) for reading in readings}
+    apart = {
+        reading.name: _apart(reading.analysis, tables[reading.name], args.metrics or ())
+        for reading in readings
+    }
     if args.json:
         emit(
             {
@@ -154,16 +180,63 @@ def _print_analysis(readings: Sequence[Reading], written: Path, args: argparse.N
                 "connection": {
                     run: mixing.data.to_dict("records") for run, (_, mixing) in tables.items() if mixing
                 },
+                "apart": {
+                    reading.name: {
+                        name: _sliced(reading.analysis[name], view) for name in apart[reading.name]
+                    }
+                    for reading in readings
+                },
             }
         )
         return
     for table in (table for pair in tables.values() for table in pair if table is not None):
-        show(table)
-        say()
+        if table.metrics or "num_tokens" in table.data:
+            show(table)
+            say()
     for reading in readings:
-        for reason, names in reading.not_computed.items():
-            say(textwrap.fill(f"Not computed: {', '.join(names)}: {reason}", 100, subsequent_indent="  "))
+        _say_what_is_not_printed(reading, apart[reading.name], written)
     say(f"Metrics written to {written}")
+
+
+def _apart(analysis: xr.Dataset, tables: Iterable[Table | None], asked: Iterable[str]) -> list[str]:
+    """Measured metrics without a column: those named, and every table over pairs."""
+    columns = {metric for table in tables if table is not None for metric in table.metrics} | {"num_tokens"}
+    pairs = [
+        str(name)
+        for name, values in analysis.data_vars.items()
+        if name in CATALOGUE and {"other_depth", "other_connection"} & set(values.dims)
+    ]
+    named = [name for name in asked if name in analysis and name not in columns]
+    return list(dict.fromkeys([*named, *pairs]))
+
+
+def _sliced(values: xr.DataArray, view: Selection) -> dict[str, Any]:
+    """One metric at the last step in the slice asked for: what is left of its dims, their labels, its values."""
+    last = values.isel(step=-1) if "step" in values.dims else values
+    asked = {dim: getattr(view, str(dim), None) for dim in last.dims}
+    part = last.sel({dim: label for dim, label in asked.items() if label in last[dim].values})
+    return {
+        "dims": part.dims,
+        "labels": {dim: part[dim].values for dim in part.dims},
+        "values": part.values,
+    }
+
+
+def _say_what_is_not_printed(reading: Reading, apart: Sequence[str], written: Path) -> None:
+    if apart:
+        shapes = [f"{name} ({_shape(reading.analysis[name])})" for name in apart]
+        where = f"they are in /metrics of {written}, in --json, and in: depthscope dashboard {written}"
+        _say_wrapped(f"Measured in {reading.name}, not printed: {', '.join(shapes)}: {where}")
+    for reason, names in reading.not_computed.items():
+        _say_wrapped(f"Not computed: {', '.join(names)}: {reason}")
+
+
+def _shape(values: xr.DataArray) -> str:
+    return " × ".join(str(dim).replace("_", " ") for dim in values.dims if dim != "step")
+
+
+def _say_wrapped(text: str) -> None:
+    say(textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
 # --- check

@@ -3,6 +3,7 @@
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,9 @@ Array = Any
 
 # Between these, fourth powers of values and their sums stay exact in float64 without scaling.
 TINY, HUGE = 1e-50, 1e50
+
+NO_MASK: Any = object()
+"""What stands for the mask in a function that takes none: its errors do not advise one."""
 
 
 class Rows(NamedTuple):
@@ -25,11 +29,32 @@ class Rows(NamedTuple):
     narrow: bool  # whether they came as floats of 32 bits or fewer: fourth powers stay within float64
 
 
-def as_array(x: Array) -> Array:
+def as_array(x: Array, *, name: str = "x") -> Array:
     """The array itself, cut off from any autograd graph; lists and numbers become numpy arrays."""
     if not is_array_api_obj(x):
-        return np.asarray(x)
+        x = np.asarray(x)
+    if not array_namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")):
+        raise ValueError(f"{name} has dtype {x.dtype}; expected real numbers: {_what_to_give(x)}")
     return x.detach() if hasattr(x, "detach") else x
+
+
+def _what_to_give(x: Array) -> str:
+    """Advice in place of what is not real numbers."""
+    if array_namespace(x).isdtype(x.dtype, "complex floating"):
+        return "take the real part, the imaginary part or the size"
+    return "give numbers only"
+
+
+def of_one_library(x: Array, y: Array, *, names: tuple[str, str] = ("x", "y")) -> tuple[Array, Array]:
+    """Both arrays, refused where one is numpy's and the other torch's: the result could be either."""
+    x, y = (as_array(side, name=name) for side, name in zip((x, y), names, strict=True))
+    if array_namespace(x) is not array_namespace(y):
+        kinds = [f"{type(side).__module__}.{type(side).__name__}" for side in (x, y)]
+        raise ValueError(
+            f"{names[0]} is a {kinds[0]} and {names[1]} a {kinds[1]}; expected both of one library: "
+            "convert one of them, by torch.as_tensor or numpy.asarray"
+        )
+    return x, y
 
 
 def as_float64(x: Array, *, name: str = "x", ndim: int = 1) -> tuple[Any, Array]:
@@ -41,7 +66,7 @@ def as_float64(x: Array, *, name: str = "x", ndim: int = 1) -> tuple[Any, Array]
 
 def checked(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
     """The namespace of ``x`` and ``x`` as it came, its shape checked and its values not."""
-    x = as_array(x)
+    x = as_array(x, name=name)
     if x.ndim < ndim or 0 in x.shape:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; expected at least {ndim} dims, none of them empty: "
@@ -50,16 +75,16 @@ def checked(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
     return array_namespace(x), x
 
 
-def require_finite(xp: Any, x: Array, name: str) -> None:
+def require_finite(xp: Any, x: Array, name: str, *, advice: str = "find what made them") -> None:
     """Refuse NaN and infinities, saying how many there are and where the first one is."""
     if _all_finite(xp, x):
         return
-    finite = xp.isfinite(x)
-    places = [int(axis[0]) for axis in xp.nonzero(~finite)]
+    if x.ndim == 0:
+        raise ValueError(f"{name} is {float(x)}; expected a finite number: {advice}")
+    wrong = xp.nonzero(~xp.isfinite(x))
     raise ValueError(
-        f"{name} holds {int(xp.sum(xp.astype(~finite, xp.int64)))} NaN or infinite values of "
-        f"{finite.size if isinstance(finite, np.ndarray) else finite.numel()}, the first at index "
-        f"{tuple(places)}; expected finite numbers: mask those rows out with mask=, or find what made them"
+        f"{name} holds {wrong[0].shape[0]} NaN or infinite values of {math.prod(x.shape)}, the first at index "
+        f"{tuple(int(axis[0]) for axis in wrong)}; expected finite numbers: {advice}"
     )
 
 
@@ -72,7 +97,7 @@ def _all_finite(xp: Any, x: Array) -> bool:
 
 def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
     """The mask broadcast to the rows of ``x``: boolean, (..., N)."""
-    if mask is None:
+    if mask is None or mask is NO_MASK:
         return None
     mask = xp.asarray(mask, device=device(x))
     if mask.dtype != xp.bool:
@@ -87,7 +112,7 @@ def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
         ) from None
 
 
-def rows(x: Array, *, mask: Array | None = None, center: bool = False, name: str = "x") -> Rows:
+def rows(x: Array, *, mask: Array | None = NO_MASK, center: bool = False, name: str = "x") -> Rows:
     """A batch of matrices in float64, finite, masked rows zero, the mean row removed if asked.
 
     Parameters
@@ -95,7 +120,8 @@ def rows(x: Array, *, mask: Array | None = None, center: bool = False, name: str
     x
         Matrices (..., N, d).
     mask
-        Booleans that broadcast to (..., N); a row that is False is as if absent, whatever it holds.
+        Booleans that broadcast to (..., N); a row that is False is as if absent, whatever it holds. None where
+        the caller's caller gave none, ``NO_MASK`` where there is none to give.
     center
         Remove the mean of the rows that count.
     name
@@ -107,13 +133,16 @@ def rows(x: Array, *, mask: Array | None = None, center: bool = False, name: str
         The namespace, the values, the mask and the number of rows that count.
     """
     xp, x = checked(x, name=name, ndim=2)
+    advice = "find what made them"
+    if mask is not NO_MASK:
+        advice = f"mask those rows out with mask=, or {advice}"
     mask = row_mask(xp, x, mask)
     if mask is None:
         count = xp.full(x.shape[:-2], float(x.shape[-2]), dtype=xp.float64, device=device(x))
     else:
         x = xp.where(mask[..., None], x, xp.zeros_like(x))
         count = xp.sum(xp.astype(mask, xp.float64), axis=-1)
-    require_finite(xp, x, name)
+    require_finite(xp, x, name, advice=advice)
     narrow = xp.isdtype(x.dtype, "real floating") and x.dtype != xp.float64
     matrix = Rows(xp, xp.astype(x, xp.float64, copy=center), mask, count, narrow)
     return _centered(matrix) if center else matrix

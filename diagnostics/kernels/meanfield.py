@@ -11,6 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import erf, expit, ndtr
 
+from diagnostics.kernels._arrays import as_float64
+from diagnostics.kernels._counts import whole
+
 # The midpoint rule: how far out, and the widest step, for pre-activations of variance up to 6; then as 1/√q.
 REACH, STEP, STEP_OF_SLOPE = 13.0, 0.1, 0.25
 # The most nodes on a side, in one and in two dimensions: variances up to 1e6 and 1500.
@@ -50,15 +53,30 @@ def _pair(phi: Activation) -> tuple[Callable, Callable]:
     """An activation and its derivative; of a bare function by central differences."""
     if callable(phi):
         return phi, lambda h: (phi(h + 1e-5) - phi(h - 1e-5)) / 2e-5
-    if phi not in ACTIVATIONS:
+    if not isinstance(phi, str) or phi not in ACTIVATIONS:
         raise ValueError(f"phi is {phi!r}; expected one of {', '.join(ACTIVATIONS)} or a function")
     return ACTIVATIONS[phi]
 
 
+def _is_number(value: float) -> bool:
+    """Whether this is one real number, neither NaN nor infinite."""
+    array = np.asarray(value)
+    return array.ndim == 0 and array.dtype.kind in "iuf" and bool(np.isfinite(array))
+
+
 def _require_length(q: float) -> None:
     """Refuse a squared length below zero or not finite."""
-    if not 0 <= q < np.inf:
-        raise ValueError(f"q is {q}; expected a squared length, finite and not negative")
+    if not (_is_number(q) and q >= 0):
+        raise ValueError(f"q is {q!r}; expected a squared length, one number, finite and not negative")
+
+
+def _require_scales(sigma_w: float, sigma_b: float) -> None:
+    """Refuse scales of weights and bias that are no numbers."""
+    if not (_is_number(sigma_w) and _is_number(sigma_b)):
+        raise ValueError(
+            f"sigma_w is {sigma_w!r} and sigma_b {sigma_b!r}; expected one finite number each: the scales of weights "
+            "and bias"
+        )
 
 
 def q_map(q: float, sigma_w: float, sigma_b: float, phi: Activation) -> float:
@@ -81,7 +99,7 @@ def q_map(q: float, sigma_w: float, sigma_b: float, phi: Activation) -> float:
     Raises
     ------
     ValueError
-        If ``q`` is negative or ``phi`` unknown.
+        If ``q`` is negative, a scale is not finite or ``phi`` unknown.
 
     Examples
     --------
@@ -89,6 +107,7 @@ def q_map(q: float, sigma_w: float, sigma_b: float, phi: Activation) -> float:
     2.0
     """
     _require_length(q)
+    _require_scales(sigma_w, sigma_b)
     z, weight = _nodes(q)
     return float(sigma_w**2 * np.sum(weight * _pair(phi)[0](np.sqrt(q) * z) ** 2) + sigma_b**2)
 
@@ -117,15 +136,15 @@ def c_map(c: float, q: float, sigma_w: float, sigma_b: float, phi: Activation) -
     Raises
     ------
     ValueError
-        If ``c`` is not a correlation, ``q`` is negative or ``phi`` unknown.
+        If ``c`` is not a correlation, ``q`` is negative, a scale is not finite or ``phi`` unknown.
 
     Examples
     --------
     >>> round(c_map(0.0, 1.0, 2.0**0.5, 0.0, "relu"), 9) == round(1 / 3.141592653589793, 9)
     True
     """
-    if not -1 <= c <= 1:
-        raise ValueError(f"c is {c}; expected a correlation between -1 and 1")
+    if not (_is_number(c) and -1 <= c <= 1):
+        raise ValueError(f"c is {c!r}; expected a correlation, one number between -1 and 1")
     length = q_map(q, sigma_w, sigma_b, phi)
     if length == 0:
         return float("nan")
@@ -170,15 +189,15 @@ def chi_1(sigma_w: float, sigma_b: float, phi: Activation, q: float) -> float:
     Raises
     ------
     ValueError
-        If ``q`` is negative or ``phi`` unknown.
+        If ``q`` is negative, a scale is not finite or ``phi`` unknown.
 
     Examples
     --------
     >>> round(chi_1(2.0**0.5, 0.0, "relu", 1.0), 9)
     1.0
     """
-    del sigma_b
     _require_length(q)
+    _require_scales(sigma_w, sigma_b)
     z, weight = _nodes(q)
     return float(sigma_w**2 * np.sum(weight * _pair(phi)[1](np.sqrt(q) * z) ** 2))
 
@@ -207,7 +226,7 @@ def fixed_point(
     Raises
     ------
     ValueError
-        If ``start`` is negative or ``phi`` unknown.
+        If ``start`` is negative, ``steps`` not a whole number of 1 or more, a scale not finite or ``phi`` unknown.
 
     Examples
     --------
@@ -215,7 +234,7 @@ def fixed_point(
     1.333333333
     """
     q = start
-    for _ in range(steps):
+    for _ in range(whole(steps, name="steps")):
         following = q_map(q, sigma_w, sigma_b, phi)
         if abs(following - q) <= 1e-12 * max(q, 1.0):
             return following
@@ -248,7 +267,7 @@ def pre_ln_growth(depth: int | np.ndarray) -> PreNormGrowth:
     Raises
     ------
     ValueError
-        If a depth is below 1.
+        If a depth is below 1 or not finite.
 
     Examples
     --------
@@ -256,7 +275,7 @@ def pre_ln_growth(depth: int | np.ndarray) -> PreNormGrowth:
     >>> float(found.squared_norm), float(found.cosine) == 0.75**0.5
     (3.0, True)
     """
-    depth = np.asarray(depth, dtype=float)
+    depth = np.asarray(as_float64(depth, name="depth", ndim=0)[1])
     if np.any(depth < 1):
         raise ValueError(f"depth is {depth.min():g} at its least; expected at least 1 term")
     return PreNormGrowth(depth, np.sqrt(depth / (depth + 1)))

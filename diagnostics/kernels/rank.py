@@ -26,6 +26,7 @@ from diagnostics.kernels._arrays import (
     scaled,
     triangle,
 )
+from diagnostics.kernels._counts import whole
 
 # Below this λ_min/λ_max a float64 Gram can move the effective rank by 1e-7: decompose the matrix itself.
 GRAM_LIMIT = 1e-11
@@ -633,7 +634,7 @@ def marchenko_pastur(n: int, d: int) -> MarchenkoPastur:
     Raises
     ------
     ValueError
-        If ``n`` or ``d`` is below 1.
+        If ``n`` or ``d`` is below 1 or not a whole number.
 
     Examples
     --------
@@ -641,8 +642,7 @@ def marchenko_pastur(n: int, d: int) -> MarchenkoPastur:
     >>> float(null.participation_ratio), round(null.stable_rank, 4), round(null.effective_rank, 2)
     (80.0, 44.4444, 96.62)
     """
-    if min(n, d) < 1:
-        raise ValueError(f"n, d is {n}, {d}; expected at least one row and one column")
+    n, d = whole(n, name="n"), whole(d, name="d")
     few = min(n, d)
     gamma = few / max(n, d)
     mean = _expectation(lambda energy: np.sqrt(energy), gamma)

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import xarray as xr
 
+from diagnostics import schema
+from diagnostics.catalogue import CATALOGUE
 from diagnostics.finding import Finding, Severity
 from diagnostics.verdicts import learning, representation, signal, streams, training
 from diagnostics.verdicts.causes import traced
@@ -66,18 +68,41 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
     list of Finding
         Within a severity the furthest beyond its threshold first. What follows from another finding is INFO and
         names it.
+
+    Raises
+    ------
+    ValueError
+        For what is no analysis, such as a run.
     """
-    if isinstance(analysis, xr.DataTree):
-        found = [
-            replace(each, chain=chain)
-            for chain, node in analysis.children.items()
-            for each in _judge(node.to_dataset())
-        ]
-        found += _judge(analysis.to_dataset())
-    else:
-        found = _judge(analysis)
+    found = [
+        replace(each, chain=chain) if chain else each
+        for chain, part in _parts(analysis).items()
+        for each in _judge(part)
+    ]
     kept = [finding for finding in found if passed or finding.severity > Severity.PASS]
     return sorted(kept, key=_order)
+
+
+def _parts(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    """The analyses of an analysis, by chain."""
+    if isinstance(analysis, xr.Dataset):
+        parts = {"": analysis}
+    elif not isinstance(analysis, xr.DataTree):
+        raise _no_analysis(f"a {type(analysis).__name__}")
+    elif set(schema.GROUPS) & set(analysis.children):
+        raise _no_analysis("a run")
+    elif analysis.children:
+        parts = {chain: node.to_dataset() for chain, node in analysis.children.items()}
+    else:
+        parts = {"": analysis.to_dataset()}
+    for chain, part in parts.items():
+        if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
+            raise _no_analysis(f"a dataset without any metric{f' at {chain}' if chain else ''}")
+    return parts
+
+
+def _no_analysis(came: str) -> ValueError:
+    return ValueError(f"came {came}; expected what diagnostics.analyze gives: judge(analyze(run))")
 
 
 def _order(finding: Finding) -> tuple[float, bool, float]:

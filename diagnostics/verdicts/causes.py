@@ -71,7 +71,10 @@ def _traced(finding: Finding, findings: Sequence[Finding], analysis: xr.Dataset)
     if finding.severity <= Severity.INFO:
         return finding
     for cause in findings:
-        for effect, where in CONSEQUENCES.get(cause.verdict, ()) if cause.severity > Severity.INFO else ():
+        # What is worse than its cause is told for itself.
+        for effect, where in (
+            CONSEQUENCES.get(cause.verdict, ()) if cause.severity >= finding.severity else ()
+        ):
             if effect == finding.verdict and where(_depths(finding, analysis), _depths(cause, analysis)):
                 told = (
                     f"{finding.sentence} It follows from another finding: {cause.verdict.replace('_', ' ')}."

@@ -41,7 +41,7 @@ def rank_collapse(
     """
     pick = {"scope": "sequence", "tokens": "ordinary", "centering": "raw", "stream": "mean"}
     value = effective_rank.sel(pick, drop=True)
-    null = effective_rank_null.sel(scope="sequence", tokens="ordinary", drop=True)
+    null = effective_rank_null.sel(scope="sequence", tokens="ordinary", centering="raw", drop=True)
     share = _share_of_null(value, null)
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
     # Both must be low: a common mean alone lowers the one, a single loud feature the other.
@@ -64,7 +64,7 @@ def dimensional_collapse(
     """
     pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
     value = effective_rank.sel(pick, drop=True)
-    null = effective_rank_null.sel(scope="data", tokens="ordinary", drop=True)
+    null = effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
     share = _share_of_null(value, null)
     words = "over the data the effective rank, as a share of that of noise, is"
     yield Profile(share, words, more=_beside(value, share, float(null)))

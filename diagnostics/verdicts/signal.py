@@ -13,6 +13,8 @@ from diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 DIRECTIONS = ("forward", "backward")
 
+# Over the later half of the depth a sum of like branches grows by √2, and by 2 where they all agree.
+LATE_GROWTH = 3.0
 # Below this share of its sum a stream counts as faded.
 FADED = 0.5
 
@@ -113,7 +115,7 @@ def exploding_gradient(
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """
     sensitivity = backward_gain * residual_norm if relative_gradient is None else relative_gradient
-    yield from _gradient_profiles(backward_gain, sensitivity, growing=True)
+    yield from _gradient_profiles(backward_gain, sensitivity, residual_norm, growing=True)
 
 
 @verdict(metric="backward_gain", limits=Limits(warn=0.1, fail=1e-3, above=False))
@@ -126,27 +128,32 @@ def vanishing_gradient(
     initial scale in the early blocks.
     """
     sensitivity = backward_gain * residual_norm if relative_gradient is None else relative_gradient
-    yield from _gradient_profiles(backward_gain, sensitivity, growing=False)
+    yield from _gradient_profiles(backward_gain, sensitivity, residual_norm, growing=False)
 
 
-def _gradient_profiles(gain: xr.DataArray, sensitivity: xr.DataArray, *, growing: bool) -> Iterator[Profile]:
-    """Gain against the last state before a final norm; no more than INFO where the states' size explains it.
+def _gradient_profiles(
+    gain: xr.DataArray, sensitivity: xr.DataArray, norm: xr.DataArray, *, growing: bool
+) -> Iterator[Profile]:
+    """Gain against the last state before a final norm; no more than INFO where a sum of branches explains it.
 
     Branches that normalise their input make the gradient inversely proportional to the state: ‖δ‖·‖x‖, of
-    every token where it is known, is what then stays constant, and only its growth is the network's fault.
+    every token where it is known, is what then stays constant. So it does in any network that multiplies the
+    state by a factor; but a sum of such branches does not shrink, and does not multiply late in the depth.
     """
-    gain, sensitivity = (_one_view(_before_final_norm(profile)) for profile in (gain, sensitivity))
+    gain, sensitivity, norm = (
+        _one_view(_before_final_norm(profile)) for profile in (gain, sensitivity, norm)
+    )
     if gain.sizes["depth"] < 2:
         return
     gain, sensitivity = (
         profile / profile.isel(depth=-1, drop=True).where(lambda last: last > 0)
         for profile in (gain, sensitivity)
     )
-    worst = sensitivity.max() if growing else sensitivity.min()
-    explained = bool(worst <= 10.0 if growing else worst >= 0.1)
+    summed = bool(norm.isel(depth=-1) <= LATE_GROWTH * norm.isel(depth=norm.sizes["depth"] // 2))
+    explained = growing and summed and bool(sensitivity.max() <= 10.0)
     more = (
-        "Relative to the size of the state it stays within a factor of 10: it follows the residual's norm, "
-        "as in any network that normalises before its branches."
+        "Relative to the size of the state it stays within a factor of 10: it follows the size of the states, "
+        "as where every branch normalises its input and is added."
     )
     yield Profile(
         gain,

@@ -70,6 +70,10 @@ def test_version_is_one_line(capsys):
         (["zzz"], "expected one of demo, probe"),
         (["export", "a.nc"], "the following arguments are required: --out"),
         (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),
+        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "ten"], "'ten' is no whole number"),
+        (["analyze", "a.nc", "--metrics", ""], "argument --metrics: '' names nothing; give one name or"),
+        (["compare", "a.nc", "--metrics", " , "], "argument --metrics: ' , ' names nothing"),
+        (["check", "a.nc", "--fail-on", ""], "argument --fail-on: '' names nothing"),
     ],
 )
 def test_wrong_usage_is_one_line_and_two(words, said, capsys):
@@ -185,6 +189,88 @@ def test_analyze_out_leaves_the_run_alone(saved, tmp_path, capsys):
     assert "effective rank" in capsys.readouterr().out
 
 
+WRONG_OPTIONS = {
+    "scope": (["--scope", "nonsense"], "expected one of sequence, data"),
+    "metric": (["--metrics", "effective_rank,nonsense"], "no metric 'nonsense'"),
+    "decay": (["--decay", "0.5"], "expected --initial CHECKPOINT too"),
+    "out": (["--out", "metrics.npy"], "expected a name that ends in .nc, .zarr, .zarr.zip"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, options, said):
+    path = tmp_path / "r.nc"
+    path.write_bytes((saved / "residual.nc").read_bytes())
+    before = path.read_bytes(), path.stat().st_ino
+    assert cli.main(["analyze", str(path), *options]) == cli.USAGE
+    assert said in capsys.readouterr().err
+    assert (path.read_bytes(), path.stat().st_ino) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_that_a_run_holds_stay_beside_those_measured_again(saved, tmp_path):
+    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+    assert cli.main(["analyze", str(path), "--jackknife"]) == cli.FINE
+    first = schema.open_run(path)["metrics"].to_dataset().load()
+    assert cli.main(["analyze", str(path), "--metrics", "effective_rank,composite_gain,rbf_cka"]) == cli.FINE
+    second = schema.open_run(path)["metrics"].to_dataset().load()
+    assert set(second.data_vars) - set(first.data_vars) == {"rbf_cka"}
+    xr.testing.assert_allclose(second.drop_vars("rbf_cka"), first)
+    assert second.attrs["complete"] is True
+    assert second["effective_rank_stderr"].sel(scope="data").notnull().any()
+    assert "rbf_cka" in first.attrs["on_request"]
+    assert "rbf_cka" not in second.attrs["on_request"]
+    for attr in ("not_computed", "notes"):
+        assert second.attrs[attr] == first.attrs[attr]
+
+
+def test_what_a_part_leaves_is_not_complete(saved, tmp_path):
+    path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
+    for name in ("token_cosine", "effective_rank"):
+        assert cli.main(["analyze", str(path), "--metrics", name]) == cli.FINE
+    stored = schema.open_run(path)["metrics"]
+    assert {"token_cosine", "effective_rank"} <= set(stored.data_vars)
+    assert stored.attrs["complete"] is False
+
+
+def test_every_chain_keeps_its_metrics(make_run, tmp_path):
+    part = make_run("residual", layers=2)["trace"].to_dataset()
+    run = schema.create_run({"encoder": part, "decoder": part}, attrs={"family": "residual", "n_streams": 1})
+    path = schema.save_run(run, tmp_path / "r.nc")
+    for name in ("residual_norm", "curvature"):
+        assert cli.main(["analyze", str(path), "--metrics", name]) == cli.FINE
+    stored = schema.open_run(path)
+    for chain in ("encoder", "decoder"):
+        assert {"residual_norm", "curvature"} <= set(stored[f"metrics/{chain}"].data_vars)
+        assert "residual" in stored[f"trace/{chain}"]
+
+
+def test_metrics_of_another_trace_are_not_mixed(saved, tmp_path, capsys):
+    run = schema.open_run(saved / "residual.nc").load()
+    run["metrics"] = xr.Dataset({"token_cosine": ("step", [0.0, 1.0])}, {"step": [5, 6]})
+    path = schema.save_run(run, tmp_path / "r.nc")
+    before = path.read_bytes()
+    assert cli.main(["analyze", str(path), "--metrics", "residual_norm"]) == cli.USAGE
+    assert "their step is not that of its trace" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+    asked = ["analyze", str(path), "--metrics", "cka,pair_gain,curvature"]
+    assert cli.main(asked) == cli.FINE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not printed: cka (estimator × tokens × depth × other depth), pair_gain (" in said
+    assert "curvature (" in said
+    assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
+    assert cli.main([*asked, "--json"]) == cli.FINE
+    told = json.loads(capsys.readouterr().out)["apart"]["m"]
+    assert told["cka"]["dims"] == ["depth", "other_depth"]
+    stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
+    assert told["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
+    assert told["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
+
+
 def test_metrics_computed_on_request_stand_beside_the_others(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
     assert cli.main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == cli.FINE
@@ -215,6 +301,10 @@ def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
     run = schema.open_run(path)
     assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
     assert set(run["metrics"].data_vars) == {"initial_distance", "replay_distance"}
+    assert set(run.children) == {"trace", "coverage", "metrics"}
+    again = ["analyze", path, "--metrics", "mixing_gain", "--initial", str(tmp_path / "initial")]
+    assert cli.main(again) == cli.FINE  # with another decay: what rested on the old one no longer holds
+    assert set(schema.open_run(path)["metrics"].data_vars) == {"mixing_gain"}
     assert cli.main([*asked, "--initial", str(tmp_path / "nowhere")]) == cli.USAGE
     assert "no checkpoint at" in capsys.readouterr().err
 

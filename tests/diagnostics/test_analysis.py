@@ -148,6 +148,30 @@ def test_an_unknown_metric_is_refused_with_the_closest(residual_run):
         diagnostics.analyze(residual_run, metrics=["efective_rank"])
 
 
+def test_one_name_is_one_metric(residual_run):
+    one = diagnostics.analyze(residual_run, metrics="residual_norm")
+    xr.testing.assert_identical(one, diagnostics.analyze(residual_run, metrics=["residual_norm"]))
+
+
+@pytest.mark.parametrize("metrics", [[None], [3], 3])
+def test_what_is_no_name_of_a_metric_is_refused(residual_run, metrics):
+    with pytest.raises(ValueError, match=r"came .*(None|3).*; expected .*'effective_rank'"):
+        diagnostics.analyze(residual_run, metrics=metrics)
+
+
+def test_what_is_no_run_is_refused(residual_run):
+    wrong = {
+        "came a NoneType; expected a run, a DataTree; capture one with": None,
+        r"came the path 'w.nc'; expected a run, .*analyze\(diagnostics.open_run": "w.nc",
+        r"came a Dataset; expected a run, .*diagnostics.create_run\(trace": residual_run[
+            "trace"
+        ].to_dataset(),
+    }
+    for said, came in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            diagnostics.analyze(came)
+
+
 def test_what_cannot_be_fed_is_listed_with_its_reason(make_run):
     found = diagnostics.analyze(make_run("residual", gradients=False, layers=2))
     reasons = found.attrs["not_computed"]

@@ -209,7 +209,7 @@ def test_labels_are_those_of_the_contract(analyses, family):
 def test_ranks_carry_null_and_standard_error(analyses, family):
     for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
         assert analyses[family][f"{name}_stderr"].dims == analyses[family][name].dims
-        assert analyses[family][f"{name}_null"].dims == ("scope", "tokens")
+        assert analyses[family][f"{name}_null"].dims == ("scope", "tokens", "centering")
         assert analyses[family][f"{name}_stderr"].sel(scope="data").isnull().all()
         assert analyses[family][f"{name}_stderr"].sel(scope="sequence").notnull().all()
     assert analyses[family]["cka_null"].dims == ("estimator", "tokens")

@@ -57,6 +57,14 @@ def test_a_decay_is_the_product_of_the_steps():
     [
         (0.1, 0.1, None, "one learning rate"),
         ([0.1, 0.2], 0.1, 2, "a schedule"),
+        ([], 0.1, None, r"shape \(0,\) .* expected one rate or a schedule of a step or more"),
+        ([[0.1], [0.2]], 0.1, None, r"learning_rate has shape \(2, 1\)"),
+        (0.1, [0.1, 0.2], 2, r"weight_decay \(2,\); expected .* one weight decay"),
+        (0.1, 0.1, 2.5, r"steps is 2\.5; expected a whole number"),
+        (np.nan, 0.1, 2, "learning_rate is nan; expected a finite number"),
+        (0.1, np.nan, 2, "weight_decay is nan; expected a finite number"),
+        (0.1j, 0.1, 2, "learning_rate has dtype complex128; expected real numbers"),
+        (0.1, "0.1", 2, "weight_decay has dtype .*; expected real numbers: give numbers only"),
         (0.1, 0.1, -1, "steps is -1"),
         (2.0, 0.5, 1, "share of 1"),
         (0.1, -0.5, 1, "share of -0.05"),
@@ -142,11 +150,28 @@ def test_the_run_that_came_is_left_alone(run_of):
 
 @pytest.mark.parametrize(
     "how",
-    [{"decay": 0.0}, {"decay": 1.5}, {"decay": 0.5, "last": "rows"}, {"decay": 0.5, "sinkhorn_steps": 0}],
+    [{"decay": 0.0}, {"decay": 1.5}, {"decay": np.nan}, {"decay": 0.5, "last": "rows"}],
 )
 def test_a_replay_that_is_none_is_refused(run_of, how):
     with pytest.raises(schema.SchemaError, match=r"initial_logits has decay .* expected a decay in \(0, 1\]"):
         diagnostics.with_replay(run_of(0.5), TWO, **how)
+
+
+def test_rounds_and_logits_that_are_no_numbers_are_refused(run_of):
+    for steps in (0, 2.5, "20"):
+        with pytest.raises(ValueError, match=r"sinkhorn_steps is .*; expected a whole number, 1 or more"):
+            diagnostics.with_replay(run_of(0.5), TWO, decay=0.5, sinkhorn_steps=steps)
+    spoilt = TWO.copy()
+    spoilt[2, 0, 1] = np.nan
+    dims = ("connection", "stream_out", "stream_in")
+    for logits, words in (
+        (spoilt, r"holds 1 NaN or infinite values of 16, the first at index \(2, 0, 1\)"),
+        (TWO + 1j, "complex128; expected real numbers"),
+        (TWO.astype(str), "expected real numbers: give numbers only"),
+    ):
+        for given in (logits, xr.DataArray(logits, dims=dims)):
+            with pytest.raises(ValueError, match=f"initial.* {words}"):
+                diagnostics.with_replay(run_of(0.5), given, decay=0.5)
 
 
 def test_logits_of_another_model_are_refused(run_of, residual_run):

@@ -463,7 +463,7 @@ def test_ranks_have_the_marchenko_pastur_law_as_their_null(residual_run):
         is LAWS["marchenko_pastur"]
     )
     assert null_law("dong_residual") is None
-    null = analysis["participation_ratio_null"].sel(scope="data", tokens="all")
+    null = analysis["participation_ratio_null"].sel(scope="data", tokens="all", centering="raw")
     count = int(residual_run["trace"]["mask"].sum())
     np.testing.assert_allclose(null, marchenko_pastur(count, 32).participation_ratio)
     assert beside(curve_of(analysis, "participation_ratio"), analysis) == []

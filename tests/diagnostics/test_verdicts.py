@@ -163,12 +163,17 @@ def test_vanishing_and_exploding_gradients():
 
 
 def test_a_gradient_that_follows_the_residual_norm_is_only_information():
-    states = walk(8) * 1.8 ** np.arange(9)[:, None, None, None]
-    size = np.sqrt((states**2).mean((1, 2, 3), keepdims=True))
-    gradient = np.random.default_rng(1).standard_normal(states.shape) / size
-    found = findings(residual_run(states, gradient))["exploding_gradient"][0]
-    assert found.severity == Severity.INFO
-    assert "normalises before its branches" in found.sentence
+    states = walk(8)
+    states[0] /= 40  # a small embedding; a state that every block multiplies has no such excuse
+    for states, severity in (
+        (states, Severity.INFO),
+        (walk(8) * 1.8 ** np.arange(9)[:, None, None, None], Severity.WARN),
+    ):
+        size = np.sqrt((states**2).mean((1, 2, 3), keepdims=True))
+        gradient = np.random.default_rng(1).standard_normal(states.shape) / size
+        found = findings(residual_run(states, gradient))["exploding_gradient"][0]
+        assert found.severity == severity
+        assert ("normalises its input and is added" in found.sentence) == (severity == Severity.INFO)
 
 
 def test_a_final_norm_is_neither_gradient_loss_nor_idle():
@@ -503,3 +508,21 @@ def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
         "single_gain_explosion",
         "small_sample",
     }
+
+
+def test_what_is_no_analysis_is_refused(mhc_run):
+    trace = mhc_run["trace"].to_dataset()
+    wrong = {
+        "a run": mhc_run,
+        "a NoneType": None,
+        "a dataset without any metric": xr.Dataset(),
+        "a dataset without any metric;": trace.assign_coords(step=3),
+        "a dataset without any metric at encoder": xr.DataTree.from_dict({"/encoder": trace}),
+    }
+    for said, came in wrong.items():
+        with pytest.raises(ValueError, match=rf"came {said}.*judge\(analyze\(run\)\)"):
+            diagnostics.judge(came)
+
+
+def test_an_analysis_without_what_verdicts_need_has_no_finding(mhc_run):
+    assert diagnostics.judge(diagnostics.analyze(mhc_run, metrics="pair_gain")) == []

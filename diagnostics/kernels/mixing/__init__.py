@@ -27,6 +27,7 @@ from diagnostics.kernels.mixing.paths import (
     effective_streams,
     read_mass,
     stream_shares,
+    streams_across,
     wasted_layers,
 )
 from diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
@@ -76,6 +77,7 @@ __all__ = [
     "sinkhorn",
     "spectral_gap",
     "stream_shares",
+    "streams_across",
     "suffix_composites",
     "wasted_layers",
 ]

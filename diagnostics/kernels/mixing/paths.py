@@ -4,7 +4,8 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, as_float64, ratio
+from diagnostics.kernels._arrays import Array, as_float64, ratio, triangle
+from diagnostics.kernels.mixing._matrices import log, square
 from diagnostics.kernels.rank import effective_rank_of
 
 
@@ -44,6 +45,76 @@ def effective_streams(m: Array, *, embedding: bool = False) -> Array:
         if found
         else xp.zeros((*m.shape[:-2], 0), dtype=xp.float64, device=device(m))
     )
+
+
+def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
+    """Effective streams at each cut from the connections themselves, at any depth and any gain.
+
+    The Hankel block at a cut is R W, with the reads behind it R (K − c, n) and the writes before it W (n, c); its
+    singular values are those of the n×n product of their triangles, which grow by a row at each connection. Each is
+    kept at size 1: the entropy does not see the scale.
+
+    Parameters
+    ----------
+    h_res
+        (L, ..., n, n), from the first connection to the last.
+    h_pre, h_post
+        (L, ..., n), read and write weights.
+
+    Returns
+    -------
+    Array
+        (..., L − 1), what `effective_streams` gives of the `depth_kernel`; NaN where nothing is read across.
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree or values are not finite.
+
+    Examples
+    --------
+    >>> one = [[1.0]] * 3
+    >>> streams_across([[[1.0]]] * 3, one, one).round(9).tolist()
+    [1.0, 1.0]
+    """
+    xp, h = square(h_res, name="h_res", ndim=3)
+    reads, writes = (as_float64(w, name=name)[1] for w, name in ((h_pre, "h_pre"), (h_post, "h_post")))
+    if reads.shape != h.shape[:-1] or writes.shape != h.shape[:-1]:
+        raise ValueError(
+            f"h_pre and h_post have shapes {tuple(reads.shape)} and {tuple(writes.shape)}; expected "
+            f"{tuple(h.shape[:-1])}, as h_res has"
+        )
+    depth = h.shape[0]
+    before = _triangles(xp, [xp.matrix_transpose(h[c]) for c in range(depth)], list(writes))
+    behind = _triangles(
+        xp, [h[c] for c in reversed(range(depth))], [reads[c] for c in reversed(range(depth))]
+    )
+    if depth < 2:
+        return xp.zeros((*h.shape[1:-2], 0), dtype=xp.float64, device=device(h))
+    blocks = [behind[depth - 1 - cut] @ xp.matrix_transpose(before[cut - 1]) for cut in range(1, depth)]
+    return xp.stack([effective_rank_of(xp.linalg.svdvals(block)) for block in blocks], axis=-1)
+
+
+def _triangles(xp: Any, moves: list[Array], rows: list[Array]) -> list[Array]:
+    """Triangles (..., n, n) of all rows so far, each moved by every later connection, at size 1."""
+    held, log_size = xp.zeros_like(moves[0]), xp.full_like(moves[0][..., 0, 0], -xp.inf)
+    found = []
+    for move, row in zip(moves, rows, strict=True):
+        moved, top = _even(xp, held @ move)
+        fresh, own = _even(xp, row[..., None, :])
+        log_moved = log_size + top
+        log_size = xp.where(log_moved > own, log_moved, own)
+        known = xp.where(xp.isfinite(log_size), log_size, xp.zeros_like(log_size))
+        shares = [xp.exp(size - known)[..., None, None] for size in (log_moved, own)]
+        held = triangle(xp, xp.concat([moved * shares[0], fresh * shares[1]], axis=-2))
+        found.append(held)
+    return found
+
+
+def _even(xp: Any, x: Array) -> tuple[Array, Array]:
+    """Matrices at a largest entry of 1, and the logarithm of what it was: −inf for zero."""
+    top = xp.max(xp.abs(x), axis=(-2, -1))
+    return x / xp.where(top > 0, top, xp.ones_like(top))[..., None, None], log(xp, top)
 
 
 def stream_shares(weights: Array) -> Array:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from diagnostics.kernels._arrays import Array, ratio
+from diagnostics.kernels._counts import whole
 from diagnostics.kernels.mixing._matrices import identity, square
 
 
@@ -26,17 +27,16 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
     Raises
     ------
     ValueError
-        If ``last`` or ``steps`` is not one of those, or logits are not finite.
+        If ``last`` is not one of those, ``steps`` not a whole number of 1 or more, or logits are not finite.
 
     Examples
     --------
     >>> sinkhorn([[0.0, 0.0], [0.0, 0.0]]).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
-    if last not in ("row", "column") or steps < 1:
-        raise ValueError(
-            f"last is {last!r} and steps {steps}; expected 'row' or 'column', and at least 1 step"
-        )
+    if last not in ("row", "column"):
+        raise ValueError(f"last is {last!r}; expected 'row' or 'column': which of the two sums are exact")
+    steps = whole(steps, name="steps")
     xp, logs = square(logits, name="logits")
     order = (-2, -1) if last == "row" else (-1, -2)
     for _ in range(steps):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, Rows, as_array, rows, scaled
+from diagnostics.kernels._arrays import NO_MASK, Array, Rows, as_array, of_one_library, rows, scaled
 from diagnostics.kernels.similarity.cka import cka_from_hsic, linear_hsic
 
 # Numbers of one block of Gram rows over all layers: 32 MB in float32.
@@ -146,6 +146,7 @@ def _hsic(x: Array, y: Array | None, mask: Array | None, unbiased: bool) -> _Hsi
         (table,), size = _own_tables(x, mask, (unbiased,))
         own = array_namespace(table).linalg.diagonal(table)
         return _Hsic(table, own, own, size, size)
+    x, y = of_one_library(x, y)
     products = _products(x, y, mask, lean=not unbiased)
     table = _unbiased(products) if unbiased else _biased(products)
     return _Hsic(
@@ -246,7 +247,7 @@ def _loses(of: _Products) -> bool:
 
 def _layers(x: Array, mask: Array | None, lean: bool, name: str) -> tuple[Any, _Layers]:
     """Layers (L, N, d) centred in float64 and kept in float32 if ``lean`` and no wider than that."""
-    x = as_array(x)
+    x = as_array(x, name=name)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected layers (L, N, d), none of them empty")
     xp = array_namespace(x)
@@ -332,9 +333,10 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     Parameters
     ----------
     batches_x
-        Batches (n_i, d), or stacks of layers (L, n_i, d) for an (L, L) table; 4 rows or more each.
+        Batches (n_i, d), or stacks of layers (L, n_i, d) for an (L, L) table; 4 rows or more each, all of the
+        same layers and features.
     batches_y
-        As many batches of the other side; the same side when ``None``.
+        As many batches of the other side, of any width; the same side when ``None``.
 
     Returns
     -------
@@ -345,7 +347,8 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     Raises
     ------
     ValueError
-        If there is no batch, one has fewer than 4 rows, or the two sides differ in number.
+        If there is no batch, one has fewer than 4 rows, batches of a side differ in layers or width, or the two
+        sides differ in number.
 
     Examples
     --------
@@ -354,22 +357,23 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     >>> round(float(minibatch_cka(list(x), list(2 * x + 1))), 12)
     1.0
     """
-    sides_x = [as_array(batch) for batch in batches_x]
-    sides_y = sides_x if batches_y is None else [as_array(batch) for batch in batches_y]
+    sides_x = _side(batches_x, "batches_x")
+    sides_y = sides_x if batches_y is None else _side(batches_y, "batches_y")
     if not sides_x or len(sides_x) != len(sides_y):
         raise ValueError(
             f"came {len(sides_x)} and {len(sides_y)} batches; expected as many on both sides, one at least"
+        )
+    if sides_x[0].ndim != sides_y[0].ndim:
+        raise ValueError(
+            f"batches have shapes {tuple(sides_x[0].shape)} and {tuple(sides_y[0].shape)}; "
+            "expected (n, d) on both sides, or (L, n, d) on both"
         )
     total_xy: Any = 0.0
     total_xx: Any = 0.0
     total_yy: Any = 0.0
     for x, y in zip(sides_x, sides_y, strict=True):
-        if x.ndim < 2 or x.shape[-2] < 4:
-            raise ValueError(
-                f"a batch has shape {tuple(x.shape)}; HSIC₁ needs at least 4 rows (n, d): drop it or join batches"
-            )
         stack_x, stack_y = (side if side.ndim == 3 else side[None] for side in (x, y))
-        found = _hsic(stack_x, None if batches_y is None else stack_y, None, True)
+        found = _hsic(stack_x, None if batches_y is None else stack_y, NO_MASK, True)
         total_xy = total_xy + found.table * found.size_x[:, None] ** 2 * found.size_y[None, :] ** 2
         total_xx, total_yy = (
             total_xx + found.own_x * found.size_x**4,
@@ -377,3 +381,24 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
         )
     table = cka_from_hsic(total_xy, total_xx[:, None], total_yy[None, :])
     return table if sides_x[0].ndim == 3 else table[0, 0]
+
+
+def _side(batches: Iterable[Array], side: str) -> list[Array]:
+    """The batches of one side: all large enough, of the same layers and features."""
+    found: list[Array] = []
+    for index, batch in enumerate(batches):
+        name = f"{side}[{index}]"
+        batch = as_array(batch, name=name)
+        if batch.ndim not in (2, 3) or batch.shape[-2] < 4:
+            raise ValueError(
+                f"{name} has shape {tuple(batch.shape)}; expected (n, d) or (L, n, d), and HSIC₁ needs at least "
+                "4 rows: drop it or join batches"
+            )
+        found.append(batch)
+        first, _ = of_one_library(found[0], batch, names=(f"{side}[0]", name))
+        if (*first.shape[:-2], first.shape[-1]) != (*batch.shape[:-2], batch.shape[-1]):
+            raise ValueError(
+                f"{name} has shape {tuple(batch.shape)} and {side}[0] {tuple(first.shape)}; expected batches of the "
+                "same layers and features, only rows may differ: compare layers of different widths two by two"
+            )
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 from array_api_compat import device
 
 from diagnostics.kernels._arrays import Array, unit_rows
+from diagnostics.kernels._counts import whole
 from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from diagnostics.kernels.similarity.distances import square_distances
 from diagnostics.kernels.similarity.sides import compared
@@ -58,7 +59,7 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
     Raises
     ------
     ValueError
-        If ``k`` is not between 1 and N − 1, or rows do not match.
+        If ``k`` is not a whole number between 1 and N − 1, or rows do not match.
 
     Examples
     --------
@@ -67,6 +68,7 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
     >>> float(mutual_knn(x, x[:, ::-1], 1))
     1.0
     """
+    k = whole(k, name="k")
 
     def alone(xp: Any, side: Array) -> Array:
         _require_neighbours(side.shape[0], k, 1)
@@ -109,7 +111,7 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
     Raises
     ------
     ValueError
-        If ``k`` is not between 2 and N − 1, or rows do not match.
+        If ``k`` is not a whole number between 2 and N − 1, or rows do not match.
 
     Examples
     --------
@@ -118,6 +120,7 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
     >>> round(float(cknna(x, 2 * x, 5)), 12)
     1.0
     """
+    k = whole(k, name="k")
 
     def alone(xp: Any, side: Array) -> tuple[Array, Array, Array]:
         _require_neighbours(side.shape[0], k, 2)

@@ -6,11 +6,12 @@ Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns
 from collections.abc import Callable
 from typing import Any
 
-from diagnostics.kernels._arrays import Array, Rows, rows, selected
+from diagnostics.kernels._arrays import Array, Rows, of_one_library, rows, selected
 
 
 def pair(x: Array, y: Array, mask: Array | None, *, center: bool) -> tuple[Rows, Rows]:
     """Two batches of matrices with the same batch and rows."""
+    x, y = of_one_library(x, y)
     a = rows(x, mask=mask, center=center)
     b = rows(y, mask=mask, center=center, name="y")
     if a.values.shape[:-1] != b.values.shape[:-1]:

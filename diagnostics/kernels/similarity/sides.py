@@ -68,7 +68,7 @@ def compared(
 
 def _layers(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
     """The layers and their mask, refused where they cannot be compared row by row."""
-    x, mask = as_array(x), None if mask is None else as_array(mask)
+    x, mask = as_array(x), None if mask is None else as_array(mask, name="mask")
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and y is None; expected layers (L, N, d), none of them empty: "

@@ -106,6 +106,23 @@ def test_numpy_and_torch_agree_to_twelve_digits(name):
     np.testing.assert_allclose(got, measured(name, x, y), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("convert", "words"),
+    [
+        (lambda x: x + 1j, "complex128; expected real numbers: take the real part"),
+        (lambda x: torch.tensor(x + 1j), "complex128; expected real numbers: take the real part"),
+        (lambda x: x.astype(str), "expected real numbers: give numbers only"),
+        (lambda x: x.astype(object), "object; expected real numbers: give numbers only"),
+        (lambda x: np.full(x.shape, np.datetime64("2026-01-01")), "datetime64.*: give numbers only"),
+    ],
+    ids=["complex", "complex tensor", "text", "objects", "dates"],
+)
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_is_not_real_numbers_is_refused(name, convert, words):
+    with pytest.raises(ValueError, match=f"has dtype .*{words}"):
+        measured(name, convert(X), convert(Y))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (12, 0), (0, 0)])
 @pytest.mark.parametrize("name", MEASURES)
 def test_empty_arrays_are_refused(name, shape):

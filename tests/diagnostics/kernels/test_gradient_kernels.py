@@ -120,6 +120,32 @@ def test_relu_and_the_edge_of_chaos():
         meanfield.c_map(1.1, 1.0, 1.0, 0.0, "relu")
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1j, "1", None, np.ones(2)], ids=repr)
+def test_arguments_of_the_maps_that_are_no_number_are_refused(bad):
+    for scales in ((bad, 0.0), (1.0, bad)):
+        for call in (
+            lambda w, b: meanfield.q_map(1.0, w, b, "relu"),
+            lambda w, b: meanfield.c_map(0.5, 1.0, w, b, "relu"),
+            lambda w, b: meanfield.chi_1(w, b, "relu", 1.0),
+            lambda w, b: meanfield.fixed_point(w, b, "relu"),
+        ):
+            with pytest.raises(ValueError, match="expected one finite number each"):
+                call(*scales)
+    with pytest.raises(ValueError, match="expected a squared length"):
+        meanfield.q_map(bad, 1.0, 0.0, "relu")
+    with pytest.raises(ValueError, match="expected a correlation"):
+        meanfield.c_map(bad, 1.0, 1.0, 0.0, "relu")
+    with pytest.raises(ValueError, match=r"steps is .*; expected a whole number, 1 or more"):
+        meanfield.fixed_point(1.0, 0.0, "relu", steps=bad)
+    with pytest.raises(ValueError, match=r"phi is .*; expected one of linear"):
+        meanfield.q_map(1.0, 1.0, 0.0, [bad])
+
+
+def test_the_maps_take_the_numbers_of_numpy():
+    for one in (np.float32(1.0), np.int64(1), np.array(1.0)):
+        assert meanfield.q_map(one, one, one, "linear") == pytest.approx(2.0)
+
+
 def test_wide_random_network_follows_the_maps(rng):
     width = 2000
     x = rng.normal(size=(2, width))
@@ -139,3 +165,5 @@ def test_pre_ln_growth_is_that_of_random_sums(rng):
     np.testing.assert_allclose(cosine, found.cosine, rtol=0.02)
     with pytest.raises(ValueError, match="at least 1 term"):
         meanfield.pre_ln_growth(0)
+    with pytest.raises(ValueError, match="depth holds 1 NaN or infinite values of 2"):
+        meanfield.pre_ln_growth([1.0, np.nan])

@@ -105,8 +105,9 @@ def test_what_is_not_finite_is_refused_by_number_and_place(name, bad):
     for spoilt, sound in kinds(x, y):
         with pytest.raises(
             ValueError, match=r" holds 2 NaN or infinite values of \d+, the first at index \(.*3, 2\)"
-        ):
+        ) as told:
             measured(name, spoilt, sound)
+        assert ("mask=" in str(told.value)) == (name in MASKED)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *LAYERS])

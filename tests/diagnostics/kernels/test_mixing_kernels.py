@@ -189,6 +189,14 @@ def test_refusals():
         mixing.henrici(bad)
     with pytest.raises(ValueError, match="'row' or 'column'"):
         mixing.sinkhorn(np.eye(2), last="rows")
+    for steps in (0, 2.5, np.nan, "20"):
+        with pytest.raises(ValueError, match=r"steps is .*; expected a whole number, 1 or more"):
+            mixing.sinkhorn(np.eye(2), steps=steps)
+    with pytest.raises(ValueError, match="find what made them") as told:
+        mixing.sinkhorn(bad)
+    assert "mask" not in str(told.value)
+    with pytest.raises(ValueError, match="lambda2 is nan; expected a finite number"):
+        mixing.depth_to_collapse(np.nan)
 
 
 # Sinkhorn
@@ -440,3 +448,25 @@ def test_results_are_float64_of_the_same_kind(rng):
         out = kernel(h)
         assert isinstance(out, torch.Tensor)
         assert out.dtype == torch.float64
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_streams_across_cuts_are_those_of_the_depth_kernel(array, rng, n):
+    h = np.eye(n) + 0.4 * rng.normal(size=(12, 5, n, n))
+    reads, writes = rng.normal(size=(2, 12, 5, n))
+    reads[4:] = 0.0 if n == 2 else reads[4:]  # nothing is read behind the fifth
+    found = np.asarray(mixing.streams_across(*map(array, (h, reads, writes))))
+    expected = mixing.effective_streams(mixing.depth_kernel(h, reads, writes))
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_streams_across_cuts_know_no_overflow(rng):
+    h = 3 * rng.normal(size=(1000, 2, 4, 4))
+    reads, writes = rng.normal(size=(2, 1000, 2, 4))
+    found = mixing.streams_across(h, reads, writes)
+    assert (found >= 1 - 1e-12).all()
+    assert (found <= 4 + 1e-12).all()
+    scaled = mixing.streams_across(h[:40] * 1e30, reads[:40] * 1e-150, writes[:40] * 1e150)
+    assert np.isfinite(scaled).all()
+    with pytest.raises(ValueError, match=r"h_pre and h_post have shapes"):
+        mixing.streams_across(h, reads[:2], writes)

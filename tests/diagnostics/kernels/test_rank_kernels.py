@@ -346,5 +346,11 @@ def test_null_is_symmetric_and_consistent():
     np.testing.assert_allclose(
         null.quantile([0.0, 1.0]), [2000**0.5 - 1000**0.5, 2000**0.5 + 1000**0.5], rtol=1e-9
     )
-    with pytest.raises(ValueError, match="at least one row"):
-        rank.marchenko_pastur(0, 4)
+    for n, d, words in (
+        (0, 4, "n is 0; expected a whole number, 1 or more"),
+        (4, 0, "d is 0"),
+        (2.5, 4, r"n is 2\.5"),
+        (4, np.nan, "d is nan"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rank.marchenko_pastur(n, d)

@@ -185,6 +185,32 @@ def test_mismatched_rows_and_bad_values_are_refused(x, name):
         PAIRWISE[name](x, bad)
 
 
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_an_array_beside_a_tensor_is_refused(x, y, name):
+    for a, b in ((x, torch.tensor(y)), (torch.tensor(x), y), (torch.tensor(x), y.tolist())):
+        with pytest.raises(ValueError, match=r"x is a .* and y a .*; expected both of one library: convert"):
+            PAIRWISE[name](a, b)
+
+
+def test_layers_and_batches_of_two_libraries_are_refused(x):
+    arrays, tensors = np.stack([x, 2 * x]), torch.tensor(np.stack([x, 2 * x]))
+    for table in (similarity.cka_matrix, similarity.hsic_matrix):
+        with pytest.raises(ValueError, match=r"x is a numpy.ndarray and y a torch.Tensor"):
+            table(arrays, y=tensors)
+    with pytest.raises(ValueError, match=r"x is a torch.Tensor and y a numpy.ndarray"):
+        similarity.minibatch_cka([tensors], [arrays])
+    with pytest.raises(ValueError, match=r"batches_x\[0\] is a numpy.ndarray and batches_x\[1\] a torch"):
+        similarity.minibatch_cka([arrays, tensors])
+
+
+@pytest.mark.parametrize("k", [0, 2.0, 2.5, np.nan, "3", None])
+@pytest.mark.parametrize("measure", [similarity.mutual_knn, similarity.cknna])
+def test_a_number_of_neighbours_is_whole(x, y, measure, k):
+    with pytest.raises(ValueError, match=r"k is .*; expected a whole number, 1 or more"):
+        measure(x, y, k)
+    assert float(measure(x, y, np.int8(5))) == float(measure(x, y, 5))
+
+
 # CKA
 
 
@@ -309,6 +335,22 @@ def test_minibatches_add_up(array, rng):
         similarity.minibatch_cka([x[0, :3]])
     with pytest.raises(ValueError, match="as many on both sides"):
         similarity.minibatch_cka([x[0]], [])
+
+
+def test_batches_that_are_not_of_the_same_layers_are_refused(array, rng):
+    x = walk(rng, 3, 10, 6)
+    whole, narrow, fewer, one = array(x), array(x[..., :4]), array(x[:2]), array(x[0])
+    for batches in ([whole, narrow], [whole, fewer], [one, whole], [one, array(x[1, :, :4])]):
+        for both in ((batches, None), ([whole, whole], batches), (batches, [whole, whole])):
+            with pytest.raises(ValueError, match="expected batches of the same layers and features"):
+                similarity.minibatch_cka(*both)
+    with pytest.raises(ValueError, match=r"\(10, 6\) and \(3, 10, 6\); expected \(n, d\) on both sides"):
+        similarity.minibatch_cka([one], [whole])
+    with pytest.raises(ValueError, match=r"batches_x\[0\] has shape \(1, 3, 10, 6\); expected \(n, d\)"):
+        similarity.minibatch_cka([whole[None]])
+    found = similarity.minibatch_cka([one, one], [narrow[1], narrow[1]])  # two sides may differ in width
+    due = similarity.linear_cka(x[0], x[1, :, :4], unbiased=True)
+    assert float(found) == pytest.approx(float(due), rel=1e-9)
 
 
 def test_rbf_cka_by_scipy(array, x, y):
