@@ -61,7 +61,7 @@ def truncated_sinkhorn() -> Iterator[Row]:
 
 
 def gains_of_printed_matrices() -> Iterator[Row]:
-    """mHC Fig. 3 and 7: Amax gains of the only 27B matrices that are printed, those of Fig. 8."""
+    """mHC Fig. 3 and 7: Amax gains of the learned matrices that are printed, those of Fig. 8 (means over tokens)."""
     orders = {"HC": gains.HC_ORDER, "mHC": gains.MHC_ORDER}
     for family, order in orders.items():
         part = matrices(family)

@@ -33,7 +33,9 @@ class Mixing:
 
     def __init__(self, h_res: xr.DataArray, mask: xr.DataArray) -> None:
         matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)
-        self.finite = np.isfinite(matrices).all(axis=(1, 2, 3))
+        bad = ~np.isfinite(matrices).all(axis=(2, 3))
+        self.finite = ~bad.any(axis=1)
+        self.spoilt = {str(c): int(bad[c].sum()) for c in np.flatnonzero(~self.finite)}
         matrices[~self.finite] = np.eye(matrices.shape[-1])
         # Tokens lie last in memory: sums over streams and products run along them.
         self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)

@@ -30,13 +30,14 @@ def residual_norm(residual_states: States) -> xr.DataArray:
 
     .. math:: \sqrt{\tfrac{1}{N} \textstyle\sum_i \|x_i\|^2}
     """
-    return _norms(residual_states) / np.sqrt(residual_states.mask.sum())
+    norms = _norms(residual_states) / np.sqrt(residual_states.mask.sum())
+    return norms.assign_attrs(residual_states.spoilt)
 
 
 @quantity
 def gradient_norms(gradient_states: States) -> xr.DataArray:
     """Norms of the gradient over all real tokens."""
-    return _norms(gradient_states)
+    return _norms(gradient_states).assign_attrs(gradient_states.spoilt)
 
 
 @metric(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from diagnostics import schema
 from diagnostics.connections import REDUCTIONS, Mixing, plain
 from diagnostics.kernels import mixing as kernel
 from diagnostics.metric import Range, metric
@@ -55,7 +56,8 @@ def mixing_gain(mixing: Mixing) -> xr.DataArray:
     1 for a doubly stochastic matrix. Signed sums hide cancellation: read the singular values too.
     """
     gains = (kernel.forward_gain, kernel.backward_gain)
-    return _by_direction([mixing.reduced(mixing.each(gain)) for gain in gains])
+    found = _by_direction([mixing.reduced(mixing.each(gain)) for gain in gains])
+    return found.assign_attrs({schema.NOT_FINITE: mixing.spoilt} if mixing.spoilt else {})
 
 
 @metric(

@@ -25,6 +25,9 @@ SUFFIXES = (".nc", ".zarr", ".zarr.zip")
 WITHOUT_GRADIENT = "without_gradient"
 """Attribute of gradients: the depths that none reached, as below frozen weights; NaN there is no failure."""
 
+NOT_FINITE = "not_finite_tokens"
+"""Attribute of a metric: how many tokens hold NaN or infinities, by depth or connection."""
+
 STATE = ("depth", "sample", "token", "stream", "feature")
 ROUTE = ("connection", "sample", "token")
 PROFILE = ("step", "depth", "stream")

@@ -41,6 +41,7 @@ class States:
         self.num_features = states.sizes["feature"]
         self.num_streams = states.sizes["stream"]
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._spoilt: dict[str, int] = {}
 
     def __len__(self) -> int:
         return int(self._states.sizes["depth"])
@@ -81,12 +82,19 @@ class States:
         streams = streams[:] if self.mask.all() else np.where(self.mask[..., None], streams, 0)
         finite = np.isfinite(streams).all(axis=(1, 2, 3))
         if not finite.all():
+            bad = ~np.isfinite(streams).all(axis=(0, 3))
+            self._spoilt[str(self._states["depth"].values[depth])] = int(bad.sum())
             streams = np.where(finite[:, None, None, None], streams, 0)
         if len(streams) > 1:
             mean = streams.mean(axis=0, keepdims=True, dtype=np.float64).astype(streams.dtype) * finite.all()
             streams, finite = np.concatenate([mean, streams]), np.concatenate([[finite.all()], finite])
         streams.flags.writeable = False
         return streams, finite
+
+    @property
+    def spoilt(self) -> dict[str, dict[str, int]]:
+        """An attribute for a metric that has read every depth: tokens that are not finite, by depth; none where all are."""
+        return {schema.NOT_FINITE: dict(sorted(self._spoilt.items()))} if self._spoilt else {}
 
     def rows(self, views: np.ndarray) -> np.ndarray:
         """The real tokens of views, sequences and tokens as one axis.

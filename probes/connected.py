@@ -129,7 +129,7 @@ def _named(arrays: dict[str, np.ndarray], *, single: bool) -> dict[str, np.ndarr
 
 def _read_error(joint: Joint) -> float:
     flat = joint.tokens()
-    if flat.parts.read is None or flat.parts.read.shape[-2] != 1:
+    if not len(flat.mask) or flat.parts.read is None or flat.parts.read.shape[-2] != 1:
         return math.nan
     return read_error(
         flat.x_in.unsqueeze(0), flat.parts.read.mT[None, ..., 0], flat.parts.branch_in[None, :, 0]

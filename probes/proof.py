@@ -5,6 +5,7 @@ Shapes: K sequence, T token, N stream, V view, D feature; flattened tokens are `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -41,11 +42,14 @@ class Proof:
         The same with the other orientation.
     reading : Reading
         The reading that gave ``error``.
+    known : bool
+        Whether any token could be looked at: false where no state beside the connection is finite; the errors are NaN.
     """
 
     error: float
     other: float
     reading: Reading
+    known: bool = True
 
     def ambiguous(self, limit: float) -> bool:
         """Whether both orientations fit equally well, so that this site cannot tell them apart."""
@@ -63,8 +67,9 @@ class Joint:
     dtype: torch.dtype
 
     def tokens(self) -> Joint:
-        """At most `PROOF_TOKENS` real tokens, flattened to (n, …), spread over the sample."""
-        index = self.mask.flatten().nonzero().squeeze(-1)
+        """At most `PROOF_TOKENS` real tokens with finite states, flattened to (n, …), spread over the sample."""
+        finite = self.x_in.isfinite().all(-1).all(-1) & self.x_out.isfinite().all(-1).all(-1)
+        index = (self.mask & finite).flatten().nonzero().squeeze(-1)
         index = index[spread(len(index), PROOF_TOKENS)]
 
         def pick(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,6 +105,8 @@ def prove(joint: Joint) -> Proof:
     Proof
     """
     tokens = joint.tokens()
+    if not len(tokens.mask):
+        return Proof(math.nan, math.nan, next(readings(joint)), known=False)
     errors = {reading: reconstruction_error(tokens, reading) for reading in readings(tokens)}
     limit = tolerance(joint.dtype)
     seen = [r for r in errors if r.observed and errors[r] <= limit]
@@ -232,7 +239,9 @@ def _majority(proofs: list[Proof]) -> bool:
 
 
 def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
-    errors = evidence.errors
+    errors = [
+        error if proof.known else 0.0 for error, proof in zip(evidence.errors, evidence.proofs, strict=True)
+    ]
     worst = int(np.argmax(errors))
     if not errors[worst] <= limit:
         link, dtype = session.links[worst], str(session.precision).removeprefix("torch.")

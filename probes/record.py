@@ -336,7 +336,7 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
         "layout": session.layouts[0],
         "layouts": session.layouts if len(set(session.layouts)) > 1 else None,
         "orientation": evidence.orientation,
-        "reconstruction_error": max(evidence.errors) if evidence.proofs else None,
+        "reconstruction_error": max((e for e in evidence.errors if not math.isnan(e)), default=None),
         "reconstruction_tolerance": tolerance(session.precision) if evidence.proofs else None,
         "dtype": str(session.dtype).removeprefix("torch."),
         "autocast": str(session.precision).removeprefix("torch.")

@@ -203,7 +203,10 @@ def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor
     Returns
     -------
     Tensor
-        (..., N). By pseudo-inverse, since the streams may be copies of one another.
+        (..., N). By pseudo-inverse, since the streams may be copies of one another; NaN where they are not finite.
     """
-    inverse = torch.linalg.pinv(x.double().mT, rtol=1e-6)
-    return (inverse @ branch_in.double().unsqueeze(-1)).squeeze(-1).float()
+    known = (x.isfinite().all(-1).all(-1) & branch_in.isfinite().all(-1)).unsqueeze(-1)
+    finite = torch.where(known.unsqueeze(-1), x, 0.0).double()
+    inverse = torch.linalg.pinv(finite.mT, rtol=1e-6)
+    found = (inverse @ torch.where(known, branch_in, 0.0).double().unsqueeze(-1)).squeeze(-1).float()
+    return torch.where(known, found, torch.nan)

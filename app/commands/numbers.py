@@ -97,7 +97,7 @@ def analyze(args: argparse.Namespace) -> int:
     """
     names = known_metrics(args.metrics) if args.metrics else None
     view = view_of(args)
-    _require_run_name(args.out)
+    _require_place(args.out, beside=args.run)
     run = schema.open_run(args.run)
     with working(f"analysing {args.run}") as progress:
         run.load()
@@ -111,10 +111,16 @@ def analyze(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _require_run_name(out: str | None) -> None:
-    if out and not out.endswith(schema.SUFFIXES):
+def _require_place(out: str | None, *, beside: str) -> None:
+    if out is None:
+        return
+    if not out.endswith(schema.SUFFIXES):
         raise ValueError(
             f"--out {out!r} is no run; expected a name that ends in {', '.join(schema.SUFFIXES)}"
+        )
+    if Path(out).resolve() == Path(beside).resolve():
+        raise ValueError(
+            f"--out {out!r} is the run itself, whose trace it would replace; name another file, or leave --out out"
         )
 
 

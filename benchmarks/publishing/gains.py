@@ -16,7 +16,7 @@ from diagnostics.kernels import mixing
 # Shapes: C connections, T tokens, N streams.
 
 STREAMS, CONNECTIONS, TOKENS = 4, 60, 1024
-HC_ORDER, MHC_ORDER = 3000.0, 1.6  # the largest composite gains of the paper's 27B models
+HC_ORDER, MHC_ORDER = 3000.0, 1.6  # about: the largest composite gains of the 27B models of the paper
 DRIFT = HC_ORDER ** (1 / CONNECTIONS)
 HC_SPREADS = (0.05, 0.03)  # of the weights around their mean, attention and MLP
 LARGEST_OF_FOUR = 1.029  # expected largest of four standard normal numbers

@@ -33,22 +33,30 @@ def as_array(x: Array, *, name: str = "x") -> Array:
     """The array itself, cut off from any autograd graph; lists and numbers become numpy arrays."""
     if not is_array_api_obj(x):
         x = np.asarray(x)
-    if not array_namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")):
+    if not _is_real(x):
         raise ValueError(f"{name} has dtype {x.dtype}; expected real numbers: {_what_to_give(x)}")
     return x.detach() if hasattr(x, "detach") else x
+
+
+def _is_real(x: Array) -> bool:
+    if isinstance(
+        x, np.ndarray | np.generic
+    ):  # what is asked of the namespace costs more than a small kernel
+        return x.dtype.kind in "biuf"
+    return bool(array_namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")))
 
 
 def _what_to_give(x: Array) -> str:
     """Advice in place of what is not real numbers."""
     if array_namespace(x).isdtype(x.dtype, "complex floating"):
         return "take the real part, the imaginary part or the size"
-    return "give numbers only"
+    return "give numbers only, as float32 or float64"
 
 
 def of_one_library(x: Array, y: Array, *, names: tuple[str, str] = ("x", "y")) -> tuple[Array, Array]:
     """Both arrays, refused where one is numpy's and the other torch's: the result could be either."""
     x, y = (as_array(side, name=name) for side, name in zip((x, y), names, strict=True))
-    if array_namespace(x) is not array_namespace(y):
+    if type(x) is not type(y) and array_namespace(x) is not array_namespace(y):
         kinds = [f"{type(side).__module__}.{type(side).__name__}" for side in (x, y)]
         raise ValueError(
             f"{names[0]} is a {kinds[0]} and {names[1]} a {kinds[1]}; expected both of one library: "
@@ -121,7 +129,7 @@ def rows(x: Array, *, mask: Array | None = NO_MASK, center: bool = False, name: 
         Matrices (..., N, d).
     mask
         Booleans that broadcast to (..., N); a row that is False is as if absent, whatever it holds. None where
-        the caller's caller gave none, ``NO_MASK`` where there is none to give.
+        all rows count, left out where the function that asks takes no mask.
     center
         Remove the mean of the rows that count.
     name

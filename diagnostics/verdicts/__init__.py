@@ -19,6 +19,10 @@ VERDICTS: dict[str, Verdict] = {
     each.name: each
     for each in (
         signal.residual_not_finite,
+        signal.mixing_not_finite,
+        signal.dead_state,
+        signal.exploding_state,
+        signal.vanishing_state,
         signal.gradient_not_finite,
         signal.gain_explosion,
         signal.single_gain_explosion,

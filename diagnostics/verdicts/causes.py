@@ -17,6 +17,11 @@ def _behind(effect: Span, cause: Span) -> bool:
     return effect[0] >= cause[0]
 
 
+def _after(effect: Span, cause: Span) -> bool:
+    """It begins deeper than the cause does."""
+    return effect[0] > cause[0]
+
+
 def _within(effect: Span, cause: Span) -> bool:
     """It holds at no other place than the cause."""
     return cause[0] <= effect[0] and effect[1] <= cause[1]
@@ -34,7 +39,11 @@ def _anywhere(effect: Span, cause: Span) -> bool:
 
 # By cause: what it brings about, and where.
 CONSEQUENCES: dict[str, tuple[tuple[str, Callable[[Span, Span], bool]], ...]] = {
-    "residual_not_finite": (("gradient_not_finite", _anywhere),),
+    "residual_not_finite": (("gradient_not_finite", _anywhere), ("mixing_not_finite", _after)),
+    "mixing_not_finite": (("residual_not_finite", _behind), ("gradient_not_finite", _anywhere)),
+    "dead_state": (("vanishing_gradient", _anywhere), ("rank_collapse", _behind)),
+    "exploding_gradient": (("exploding_state", _anywhere),),
+    "vanishing_gradient": (("vanishing_state", _anywhere),),
     "single_gain_explosion": (("gain_explosion", _behind), ("idle_layer", _behind)),
     "gain_explosion": (("idle_layer", _beside), ("exploding_gradient", _anywhere)),
     "uniform_mixing": (("stream_collapse", _behind), ("copied_streams", _behind)),

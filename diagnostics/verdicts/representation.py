@@ -125,7 +125,7 @@ def _where_massive(places: Mapping[str, Any], largest: float) -> str:
     )
 
 
-@verdict(metric="cka_null", limits=Limits(info=0.5, source="kornblith2019similarity"))
+@verdict(metric="cka_null", limits=Limits(info=0.5))
 def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     """There are too few tokens for the biased CKA.
 

@@ -9,6 +9,7 @@ import xarray as xr
 
 from diagnostics import schema
 from diagnostics.finding import Severity
+from diagnostics.verdicts.places import place, span
 from diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 DIRECTIONS = ("forward", "backward")
@@ -24,10 +25,15 @@ CANCELLED = (
 )
 
 
-def _count_not_finite(norm: xr.DataArray) -> xr.DataArray:
-    """How many streams have no norm at each depth; the mean view counts only where it is alone."""
-    streams = [s for s in norm["stream"].values.tolist() if s != "mean"] or ["mean"]
-    return norm.sel(stream=streams).isnull().sum("stream")
+def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
+    """How many tokens are not finite at each place of an axis; 1 where that was not counted."""
+    missing = values.isnull().any([dim for dim in values.dims if dim != axis]).astype(float)
+    counts = values.attrs.get(schema.NOT_FINITE, {})
+    told = [
+        counts.get(str(place), found)
+        for place, found in zip(missing[axis].values, missing.values, strict=True)
+    ]
+    return missing.copy(data=np.array(told, dtype=float)).where(missing > 0, 0.0)
 
 
 @verdict(metric="residual_norm", limits=Limits(fail=0.0))
@@ -38,7 +44,67 @@ def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     or exploded weights. Rerun that block in float32 and lower the learning rate.
     """
     yield Profile(
-        _count_not_finite(residual_norm), "the number of streams that are not finite is", first=True
+        _not_finite(residual_norm, "depth"), "the number of tokens whose state is not finite is", first=True
+    )
+
+
+@verdict(metric="mixing_gain", limits=Limits(fail=0.0))
+def mixing_not_finite(mixing_gain: xr.DataArray) -> Iterator[Profile]:
+    """Mixing matrices hold NaN or infinities.
+
+    Look at the logits of that connection, and at the norm of what they are computed from: overflow in half
+    precision, or a division by zero. No product with it is known, so later composites are undefined.
+    """
+    yield Profile(
+        _not_finite(mixing_gain, "connection"),
+        "the number of tokens whose mixing matrix is not finite is",
+        first=True,
+    )
+
+
+@verdict(metric="residual_norm", limits=Limits(fail=0.0))
+def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """The state is zero: nothing is passed on.
+
+    Look at the block before the first such depth: a branch or a skip that is multiplied by zero, a ReLU that no
+    token passes, or values below what half precision holds.
+    """
+    norm = _one_view(residual_norm)
+    zero = np.flatnonzero(norm.values == 0)
+    where = "" if not len(zero) else span(norm, zero) if len(zero) > 1 else place(norm, int(zero[0]))
+    yield Profile(
+        (norm == 0).astype(float).where(norm.notnull()),
+        "the number of depths at which the state is zero is",
+        first=True,
+        told=f"The state is zero {where}, where any size above 0 is expected (heuristic)." if where else "",
+    )
+
+
+@verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8))
+def exploding_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """The state grows without measure through the depth.
+
+    Scale branches by 1/√depth, normalise their input, or look for a skip that multiplies by more than 1.
+    """
+    yield from _growth(residual_norm)
+
+
+@verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False))
+def vanishing_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """The state fades through the depth.
+
+    Keep the skip path at full strength, or raise the initial scale of layers without one.
+    """
+    yield from _growth(residual_norm)
+
+
+def _growth(norm: xr.DataArray) -> Iterator[Profile]:
+    """Size of the state over that of the embedding, where neither is zero."""
+    norm = _one_view(_before_final_norm(norm))
+    first = norm.isel(depth=0, drop=True)
+    yield Profile(
+        (norm / first.where(first > 0)).where(norm > 0),
+        "the size of the states, relative to that at the embedding, is",
     )
 
 
@@ -50,12 +116,12 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
     """
     absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(schema.WITHOUT_GRADIENT, []))
     yield Profile(
-        _count_not_finite(gradient_norm).where(~absent),
-        "the number of streams whose gradient is not finite is",
+        _not_finite(gradient_norm, "depth").where(~absent),
+        "the number of tokens whose gradient is not finite is",
     )
 
 
-@verdict(metric="composite_gain", limits=Limits(warn=10.0, fail=100.0, source="xie2025mhc"), not_for=ALTUP)
+@verdict(metric="composite_gain", limits=Limits(warn=10.0, fail=100.0), not_for=ALTUP)
 def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
     """The signal explodes through the product of the mixing matrices.
 
@@ -70,7 +136,7 @@ def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
         )
 
 
-@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0, source="xie2025mhc"))
+@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0))
 def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     """One mixing matrix alone amplifies the streams.
 

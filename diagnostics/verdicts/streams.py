@@ -42,7 +42,7 @@ def _claims_doubly_stochastic(attrs: Mapping[str, Any]) -> bool:
     return attrs.get("family") == "mhc"
 
 
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-2, fail=1e-1, source="xie2025mhc"))
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-2, fail=1e-1))
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -58,7 +58,7 @@ def sinkhorn_not_converged(
     return [Profile(values, f"the worst error of a {kind} sum is") for values, kind in sides]
 
 
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=1e-2, source="xie2025mhc"))
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=1e-2))
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -72,7 +72,7 @@ def negative_mixing(
     return [Profile(size, "the most negative entry of a mixing matrix has the size")]
 
 
-@verdict(metric="composite_singular_value", limits=Limits(warn=1.05, fail=2.0, source="xie2025mhc"))
+@verdict(metric="composite_singular_value", limits=Limits(warn=1.05, fail=2.0))
 def expansive_mixing(
     mixing_singular_value: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -244,7 +244,7 @@ def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
     ]
 
 
-@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source="zhu2024hyper"), not_for=ALTUP)
+@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False), not_for=ALTUP)
 def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """No later connection reads what a sublayer writes.
 

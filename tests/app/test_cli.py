@@ -194,6 +194,8 @@ WRONG_OPTIONS = {
     "metric": (["--metrics", "effective_rank,nonsense"], "no metric 'nonsense'"),
     "decay": (["--decay", "0.5"], "expected --initial CHECKPOINT too"),
     "out": (["--out", "metrics.npy"], "expected a name that ends in .nc, .zarr, .zarr.zip"),
+    "empty out": (["--out", ""], "expected a name that ends in .nc, .zarr, .zarr.zip"),
+    "out of the run": (["--out", "RUN"], "is the run itself"),
 }
 
 
@@ -202,7 +204,8 @@ def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, optio
     path = tmp_path / "r.nc"
     path.write_bytes((saved / "residual.nc").read_bytes())
     before = path.read_bytes(), path.stat().st_ino
-    assert cli.main(["analyze", str(path), *options]) == cli.USAGE
+    words = ["analyze", str(path), *(option.replace("RUN", str(path)) for option in options)]
+    assert cli.main(words) == cli.USAGE
     assert said in capsys.readouterr().err
     assert (path.read_bytes(), path.stat().st_ino) == before
     assert list(tmp_path.iterdir()) == [path]
@@ -301,7 +304,7 @@ def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
     run = schema.open_run(path)
     assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
     assert set(run["metrics"].data_vars) == {"initial_distance", "replay_distance"}
-    assert set(run.children) == {"trace", "coverage", "metrics"}
+    assert set(run.children) == {"trace", "statistics", "coverage", "metrics"}
     again = ["analyze", path, "--metrics", "mixing_gain", "--initial", str(tmp_path / "initial")]
     assert cli.main(again) == cli.FINE  # with another decay: what rested on the old one no longer holds
     assert set(schema.open_run(path)["metrics"].data_vars) == {"mixing_gain"}

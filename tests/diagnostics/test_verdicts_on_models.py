@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +167,20 @@ def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **mo
 CASES: dict[str, Case] = {
     "residual_not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
+    ),
+    "mixing_not_finite": case(
+        lambda: streams(with_one(5, math.inf * IDENTITY)), FAIL, "connection", 5, 5, says="is 96 at connection 5"
+    ),
+    "dead_state": case(
+        lambda: plain(at(3, lambda: step(lambda x: 0 * x))), FAIL, "depth", 4, 4, says="zero after block 3 (depth 4)"
+    ),
+    "exploding_state": Case(
+        lambda: probes.capture(plain(partial(without_skip, gain=4.0, activation=torch.relu), 20), tokens()),
+        FAIL, "depth", 9, 20, beside=("massive_activations",),
+    ),
+    "vanishing_state": Case(
+        lambda: probes.capture(plain(partial(without_skip, gain=0.5, activation=torch.relu), 16), tokens()),
+        WARN, "depth", 9, 16,
     ),
     "gradient_not_finite": case(pre_norm, FAIL, "depth", 0, 6, loss=bottomless),
     "gain_explosion": case(lambda: streams(2 * NEAR), FAIL, "connection", 3, 11, says="is 4096"),
