@@ -506,6 +506,7 @@ def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
     part = diagnostics.analyze(mhc_run, metrics=["mixing_gain"])
     assert {f.verdict for f in diagnostics.judge(part, passed=True)} == {
         "single_gain_explosion",
+        "mixing_not_finite",
         "small_sample",
     }
 
