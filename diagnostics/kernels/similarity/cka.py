@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, scaled
+from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, of_one_library, scaled
 from diagnostics.kernels.similarity.pair import pair
 
 
@@ -169,6 +169,7 @@ def hsic1(k: Array, q: Array) -> Array:
     >>> round(abs(float(hsic1(np.ones((5, 5)), np.ones((5, 5))))), 12)
     0.0
     """
+    k, q = of_one_library(k, q, names=("k", "q"))
     xp, k = as_float64(k, name="k", ndim=2)
     _, q = as_float64(q, name="q", ndim=2)
     n = k.shape[-1]
