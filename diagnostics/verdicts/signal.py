@@ -56,7 +56,7 @@ def mixing_not_finite(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     precision, or a division by zero. No product with it is known, so later composites are undefined.
     """
     yield Profile(
-        _not_finite(mixing_gain, "connection"),
+        _not_finite(mixing_gain.sel(reduction="mean"), "connection"),  # statistics keep no quantiles
         "the number of tokens whose mixing matrix is not finite is",
         first=True,
     )
