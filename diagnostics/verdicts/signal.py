@@ -27,6 +27,8 @@ CANCELLED = (
 
 def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
     """How many tokens are not finite at each place of an axis; 1 where that was not counted."""
+    if "stream" in values.dims:  # their mean is not known of every run, and counts only where it is alone
+        values = values.sel(stream=[s for s in values["stream"].values.tolist() if s != "mean"] or ["mean"])
     missing = values.isnull().any([dim for dim in values.dims if dim != axis]).astype(float)
     counts = values.attrs.get(schema.NOT_FINITE, {})
     told = [
