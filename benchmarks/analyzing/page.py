@@ -129,5 +129,6 @@ its own, with what it is compared with. A tool that takes more than some seconds
 
 **Not tried:** GPUs, several threads, other sizes than these; where a cell says so, a size that would take minutes.
 
-Peers: `pip install {peers}`; netrep is not on PyPI, and is measured where its modules are installed.
+Peers: `pip install {peers}`; netrep is not on PyPI, and is measured where its modules are installed;
+for the page in the repository these were its two classes, re-typed from its text without branches that are not called here.
 """
