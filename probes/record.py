@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -151,12 +151,7 @@ def _trace(
     }
     if any(sequence.gradients for sequence in sequences):
         values = _gradients(number, depths, sequences, residual.shape)
-        seen = {
-            depth
-            for sequence in sequences
-            for chain_number, depth in sequence.gradients
-            if chain_number == number
-        }
+        seen = {depth for sequence in sequences for owner, depth in sequence.gradients if owner == number}
         variables["gradient"] = (schema.STATE, values, _without(depths, seen))
     coords: dict[str, Any] = _depth_coords(chain, depths) | {
         "sample": np.array([sequence.index for sequence in sequences]),
@@ -191,9 +186,9 @@ def _gradients(
     return out
 
 
-def _without(depths: list[int], seen: Iterable[int]) -> dict[str, list[int]]:
+def _without(depths: list[int], seen: set[int]) -> dict[str, list[int]]:
     """Which depths no gradient reached, as below frozen weights: they hold NaN, and nothing is wrong there."""
-    missing = [depth for depth in depths if depth not in set(seen)]
+    missing = [depth for depth in depths if depth not in seen]
     return {schema.WITHOUT_GRADIENT: missing} if missing else {}
 
 

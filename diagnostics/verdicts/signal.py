@@ -182,8 +182,7 @@ def exploding_gradient(
 
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """
-    sensitivity = backward_gain * residual_norm if relative_gradient is None else relative_gradient
-    yield from _gradient_profiles(backward_gain, sensitivity, residual_norm, growing=True)
+    yield from _gradient_profiles(backward_gain, residual_norm, relative_gradient, growing=True)
 
 
 @verdict(metric="backward_gain", limits=Limits(warn=0.1, fail=1e-3, above=False))
@@ -195,12 +194,11 @@ def vanishing_gradient(
     Check that the skip path is unbroken and not scaled down, and that no norm sits on it; raise the branches'
     initial scale in the early blocks.
     """
-    sensitivity = backward_gain * residual_norm if relative_gradient is None else relative_gradient
-    yield from _gradient_profiles(backward_gain, sensitivity, residual_norm, growing=False)
+    yield from _gradient_profiles(backward_gain, residual_norm, relative_gradient, growing=False)
 
 
 def _gradient_profiles(
-    gain: xr.DataArray, sensitivity: xr.DataArray, norm: xr.DataArray, *, growing: bool
+    gain: xr.DataArray, norm: xr.DataArray, relative: xr.DataArray | None, *, growing: bool
 ) -> Iterator[Profile]:
     """Gain against the last state before a final norm; no more than INFO where a sum of branches explains it.
 
@@ -208,6 +206,7 @@ def _gradient_profiles(
     every token where it is known, is what then stays constant. So it does in any network that multiplies the
     state by a factor; but a sum of such branches does not shrink, and does not multiply late in the depth.
     """
+    sensitivity = gain * norm if relative is None else relative
     gain, sensitivity, norm = (
         _one_view(_before_final_norm(profile)) for profile in (gain, sensitivity, norm)
     )
