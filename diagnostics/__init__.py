@@ -9,8 +9,8 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from diagnostics import schema
-from diagnostics.schema import (
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import (
     SCHEMA_VERSION,
     SchemaError,
     chain_dataset,
@@ -23,25 +23,25 @@ from diagnostics.schema import (
 )
 
 if TYPE_CHECKING:
-    from diagnostics import kernels
-    from diagnostics.analysis import analyze
-    from diagnostics.catalogue import CATALOGUE
-    from diagnostics.curves import training_curves
-    from diagnostics.finding import Finding, Severity
-    from diagnostics.metric import Metric, Range
-    from diagnostics.replay import decay_factor, with_replay
-    from diagnostics.verdicts import judge
+    from depthscope.diagnostics import kernels
+    from depthscope.diagnostics.analysis.analyze import analyze
+    from depthscope.diagnostics.analysis.training_curves import training_curves
+    from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+    from depthscope.diagnostics.metrics.declaration import Metric, Range
+    from depthscope.diagnostics.metrics.replay import decay_factor, with_replay
+    from depthscope.diagnostics.verdicts import judge
+    from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
 _HOMES = {
-    "analyze": "analysis",
-    "CATALOGUE": "catalogue",
-    "training_curves": "curves",
-    "Finding": "finding",
-    "Severity": "finding",
-    "Metric": "metric",
-    "Range": "metric",
-    "decay_factor": "replay",
-    "with_replay": "replay",
+    "analyze": "analysis.analyze",
+    "CATALOGUE": "metrics.catalogue",
+    "training_curves": "analysis.training_curves",
+    "Finding": "verdicts.finding",
+    "Severity": "verdicts.finding",
+    "Metric": "metrics.declaration",
+    "Range": "metrics.declaration",
+    "decay_factor": "metrics.replay",
+    "with_replay": "metrics.replay",
     "judge": "verdicts",
 }
 
@@ -74,16 +74,18 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     if name in _HOMES:
-        return getattr(importlib.import_module(f"diagnostics.{_HOMES[name]}"), name)
-    if importlib.util.find_spec(f"diagnostics.{name}"):  # a module, asked for before it was imported
-        return importlib.import_module(f"diagnostics.{name}")
-    catalogue = importlib.import_module("diagnostics.catalogue").CATALOGUE
+        return getattr(importlib.import_module(f"depthscope.diagnostics.{_HOMES[name]}"), name)
+    if importlib.util.find_spec(
+        f"depthscope.diagnostics.{name}"
+    ):  # a module, asked for before it was imported
+        return importlib.import_module(f"depthscope.diagnostics.{name}")
+    catalogue = importlib.import_module("depthscope.diagnostics.metrics.catalogue").CATALOGUE
     if name in catalogue:
         return catalogue[name]
     raise AttributeError(
-        f"module 'diagnostics' has no attribute {name!r}; metrics are in diagnostics.CATALOGUE"
+        f"module 'depthscope.diagnostics' has no attribute {name!r}; metrics are in depthscope.CATALOGUE"
     )
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *importlib.import_module("diagnostics.catalogue").CATALOGUE})
+    return sorted({*__all__, *importlib.import_module("depthscope.diagnostics.metrics.catalogue").CATALOGUE})

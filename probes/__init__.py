@@ -1,16 +1,16 @@
 """Probes: torch in, labelled arrays out. Attach them to a model, keep what its residual streams show."""
 
-from probes.capture import capture
-from probes.connections import ConnectionError, ReconstructionError
-from probes.describe import describe
-from probes.inputs import CaptureError
-from probes.layout import LayoutError
-from probes.merging import merge_runs
-from probes.replay import initial_logits
-from probes.sites import SiteError
-from probes.static import describe_weights
-from probes.tape import ChainError
-from probes.training import ProbeWarning, Recorder, record
+from depthscope.probes.connections.detection import ConnectionError, ReconstructionError
+from depthscope.probes.description import describe
+from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.model.layout import LayoutError
+from depthscope.probes.one_shot import capture
+from depthscope.probes.run.merge import merge_runs
+from depthscope.probes.static.describe import describe_weights
+from depthscope.probes.static.initial_logits import initial_logits
+from depthscope.probes.structure.sites import SiteError
+from depthscope.probes.structure.tape import ChainError
+from depthscope.probes.training.recorder import ProbeWarning, Recorder, record
 
 __all__ = [
     "CaptureError",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from diagnostics import schema
-from diagnostics.kernels import similarity
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.kernels import similarity
 
 
 def _doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:

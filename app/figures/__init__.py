@@ -1,7 +1,8 @@
 """Which figures are there? One specification of each, drawn on the screen and on paper."""
 
-from app.figures import collapse, gradients, mixing, similarity
-from app.figures.specification import (
+from depthscope.app.figures.build.values import feeds
+from depthscope.app.figures.catalogue import collapse, gradients, mixing, similarity
+from depthscope.app.figures.specification import (
     CHOICES,
     Analyses,
     Figure,
@@ -11,7 +12,6 @@ from app.figures.specification import (
     Lines,
     Selection,
 )
-from app.figures.values import feeds
 
 __all__ = [
     "CHOICES",

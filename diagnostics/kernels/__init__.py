@@ -5,6 +5,6 @@ input; NaN means undefined and 0 is a value. Input that holds NaN or infinities 
 are masked out.
 """
 
-from diagnostics.kernels import geometry, gradients, meanfield, mixing, rank, similarity
+from depthscope.diagnostics.kernels import geometry, gradients, meanfield, mixing, rank, similarity
 
 __all__ = ["geometry", "gradients", "meanfield", "mixing", "rank", "similarity"]

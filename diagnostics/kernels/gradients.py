@@ -5,8 +5,8 @@ Shapes: ``...`` batch, ``N`` rows (tokens or samples), ``d`` columns (features o
 
 from typing import NamedTuple
 
-from diagnostics.kernels._arrays import Array, as_float64, peak, ratio, rows
-from diagnostics.kernels.geometry import token_cosine
+from depthscope.diagnostics.kernels._arrays import Array, as_float64, peak, ratio, rows
+from depthscope.diagnostics.kernels.geometry import token_cosine
 
 
 def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> Array:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import erf, expit, ndtr
 
-from diagnostics.kernels._arrays import as_float64
-from diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import as_float64
+from depthscope.diagnostics.kernels._counts import whole
 
 # The midpoint rule: how far out, and the widest step, for pre-activations of variance up to 6; then as 1/√q.
 REACH, STEP, STEP_OF_SLOPE = 13.0, 0.1, 0.25

@@ -14,7 +14,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 from scipy.integrate import quad
 
-from diagnostics.kernels._arrays import (
+from depthscope.diagnostics.kernels._arrays import (
     Array,
     Rows,
     as_array,
@@ -26,7 +26,7 @@ from diagnostics.kernels._arrays import (
     scaled,
     triangle,
 )
-from diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._counts import whole
 
 # Below this λ_min/λ_max a float64 Gram can move the effective rank by 1e-7: decompose the matrix itself.
 GRAM_LIMIT = 1e-11

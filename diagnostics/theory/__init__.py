@@ -1,10 +1,10 @@
 """Which law stands beside a measured curve? Its values on the same axis, or the reason why it says nothing here."""
 
-from diagnostics.theory.laws import LAWS, Law, Measured, Overlay, beside, law, null_law
-from diagnostics.theory.noise import MARCHENKO_PASTUR
-from diagnostics.theory.products import DRAWS, STOCHASTIC
-from diagnostics.theory.residual import ALIGNED, cubic_collapse
-from diagnostics.theory.wide import MeanField, mean_field_curve
+from depthscope.diagnostics.theory.laws import LAWS, Law, Measured, Overlay, beside, law, null_law
+from depthscope.diagnostics.theory.mean_field import MeanField, mean_field_curve
+from depthscope.diagnostics.theory.noise import MARCHENKO_PASTUR
+from depthscope.diagnostics.theory.products import DRAWS, STOCHASTIC
+from depthscope.diagnostics.theory.residual import ALIGNED, cubic_collapse
 
 __all__ = [
     "ALIGNED",

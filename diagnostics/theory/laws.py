@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from diagnostics.quantities import Unavailable
+from depthscope.diagnostics.quantities.registry import Unavailable
 
 
 @dataclass(frozen=True, eq=False)

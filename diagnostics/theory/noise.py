@@ -1,7 +1,7 @@
 """What would noise give? The Marchenko-Pastur law, which is the null of ranks and of spectra."""
 
-from diagnostics.states import RANKS
-from diagnostics.theory.laws import LAWS, Law
+from depthscope.diagnostics.quantities.states import RANKS
+from depthscope.diagnostics.theory.laws import LAWS, Law
 
 MARCHENKO_PASTUR = Law(
     name="marchenko_pastur",

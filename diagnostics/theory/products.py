@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp, ndtri
 
-from diagnostics.quantities import Unavailable
-from diagnostics.theory.laws import Measured, law
+from depthscope.diagnostics.quantities.registry import Unavailable
+from depthscope.diagnostics.theory.laws import Measured, law
 
 STOCHASTIC = 0.05
 """Mean violation up to which connections count as doubly stochastic. Heuristic."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from diagnostics.quantities import Unavailable
-from diagnostics.theory.laws import Measured, law
+from depthscope.diagnostics.quantities.registry import Unavailable
+from depthscope.diagnostics.theory.laws import Measured, law
 
 ALIGNED = 0.2
 """Cosine of branch and stream from which they are not independent: fresh networks stay below 0.1. Heuristic."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import xarray as xr
 
-from diagnostics import schema
-from diagnostics.catalogue import CATALOGUE
-from diagnostics.finding import Finding, Severity
-from diagnostics.verdicts import learning, representation, signal, streams, training
-from diagnostics.verdicts.causes import traced
-from diagnostics.verdicts.verdict import Limits, Profile, Verdict, verdict
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.verdicts import learning, representation, signal, streams, training
+from depthscope.diagnostics.verdicts.causes import traced
+from depthscope.diagnostics.verdicts.finding import Finding, Severity
+from depthscope.diagnostics.verdicts.verdict import Limits, Profile, Verdict, verdict
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 

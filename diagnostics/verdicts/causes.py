@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import xarray as xr
 
-from diagnostics.finding import Finding, Severity
+from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
 Span = tuple[int, int]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xarray as xr
 
-from diagnostics.verdicts.verdict import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.verdict import Limits, Profile, number, verdict
 
 HALF = float(np.log10(0.5))
 NOTHING = -300.0  # log₁₀ that stands for exactly nothing

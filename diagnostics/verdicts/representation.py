@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from diagnostics.finding import Severity
-from diagnostics.verdicts.verdict import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.verdict import Limits, Profile, number, verdict
 
 # Angle, as a share of π, below which a layer counts as doing nothing.
 IDLE = 0.01

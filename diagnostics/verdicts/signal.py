@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xarray as xr
 
-from diagnostics import schema
-from diagnostics.finding import Severity
-from diagnostics.verdicts.places import place, span
-from diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.locations import place, span
+from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 DIRECTIONS = ("forward", "backward")
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from diagnostics.finding import Severity
-from diagnostics.kernels import mixing as kernel
-from diagnostics.kernels import rank
-from diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 # Families whose streams never mix by construction: an identity says nothing about them.
 UNMIXED = ("residual", "independent_hc", "gated")

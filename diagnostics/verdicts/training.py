@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import xarray as xr
 
-from diagnostics.verdicts.verdict import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.verdict import Limits, Profile, verdict
 
 
 # The ratio is to the weights after the step: a step that rewrites a module wholly has 1.

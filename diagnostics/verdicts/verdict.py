@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
-from diagnostics.finding import Finding, Severity
-from diagnostics.verdicts.places import place, span
+from depthscope.diagnostics.verdicts.finding import Finding, Severity
+from depthscope.diagnostics.verdicts.locations import place, span
 
 # AltUp's branch output holds the active stream itself: its matrix gives that stream up, and products of matrices tell
 # nothing; it always reads the active stream alone.

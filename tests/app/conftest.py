@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from diagnostics import CATALOGUE, analyze
-from diagnostics.quantities import Quantities
-from diagnostics.replay import with_replay
-from diagnostics.spectrum import singular_value
+from depthscope.diagnostics import CATALOGUE, analyze
+from depthscope.diagnostics.metrics.replay import with_replay
+from depthscope.diagnostics.metrics.spectrum import singular_value
+from depthscope.diagnostics.quantities.registry import Quantities
 
 
 def with_spectrum(run: xr.DataTree, analysis: xr.Dataset) -> xr.Dataset:

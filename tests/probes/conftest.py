@@ -11,7 +11,7 @@ from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
 
-from tests.probes.stream_models import deepseek_v4, perturbed
+from tests.models.stream_models import deepseek_v4, perturbed
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(

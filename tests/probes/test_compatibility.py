@@ -22,9 +22,9 @@ import xarray as xr
 from einops import rearrange
 from torch import nn
 
-import probes
-from diagnostics import schema
-from tests.probes.families import FAMILIES, Family, built, floats, tilted
+from depthscope import probes
+from depthscope.diagnostics import schema
+from tests.models.families import FAMILIES, Family, built, floats, tilted
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compatibility.md"
@@ -304,7 +304,7 @@ bit. This page is written by `{COMMAND}`.
 
 A model with streams that is not in this table is found by what its connections take and give, or refused with the override
 that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one. The last rows are such models, and
-`tests/probes/test_unseen_streams.py` tries many more.
+`tests/probes/connections/test_unseen_streams.py` tries many more.
 """
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import probes
-from tests.probes.stream_models import gemma3n, glm5_next, hy_v4, qwen4_exp, seeded
+from depthscope import probes
+from tests.models.stream_models import gemma3n, glm5_next, hy_v4, qwen4_exp, seeded
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,16 @@
 """How tokens lie in feature space, and how far a layer moves them."""
 
-from diagnostics.kernels.geometry.dimension import two_nn
-from diagnostics.kernels.geometry.directions import (
+from depthscope.diagnostics.kernels.geometry.directions import (
     angular_distance,
     block_influence,
     curvature,
     row_cosine,
     token_cosine,
 )
-from diagnostics.kernels.geometry.massive import massive_activations, massive_tokens
-from diagnostics.kernels.geometry.power_law import PowerLaw, alpha_req, alpha_req_of
-from diagnostics.kernels.geometry.smoothness import dirichlet_energy
+from depthscope.diagnostics.kernels.geometry.intrinsic_dimension import two_nn
+from depthscope.diagnostics.kernels.geometry.massive import massive_activations, massive_tokens
+from depthscope.diagnostics.kernels.geometry.power_law import PowerLaw, alpha_req, alpha_req_of
+from depthscope.diagnostics.kernels.geometry.smoothness import dirichlet_energy
 
 __all__ = [
     "PowerLaw",

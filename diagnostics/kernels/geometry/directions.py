@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
+from depthscope.diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
 
 # Centring leaves this share of the longest row as rounding, which is no direction.
 ROUNDING = 1e-14

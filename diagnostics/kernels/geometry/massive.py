@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from diagnostics.kernels._arrays import Array, rows
+from depthscope.diagnostics.kernels._arrays import Array, rows
 
 
 def massive_activations(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, as_array, as_float64, masked_mean, ratio
-from diagnostics.kernels.rank import singular_values
+from depthscope.diagnostics.kernels._arrays import Array, as_array, as_float64, masked_mean, ratio
+from depthscope.diagnostics.kernels.rank import singular_values
 
 # Singular values below this share of the largest are rounding of a matrix of lower rank.
 ROUNDING = 1e-12

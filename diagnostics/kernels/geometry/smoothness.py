@@ -5,7 +5,7 @@ Shapes: ``...`` batch, ``N`` rows (tokens, in order), ``d`` columns (features).
 
 from typing import Any
 
-from diagnostics.kernels._arrays import Array, peak, ratio, rows
+from depthscope.diagnostics.kernels._arrays import Array, peak, ratio, rows
 
 
 def dirichlet_energy(x: Array, *, graph: str = "complete", mask: Array | None = None) -> Array:

@@ -9,9 +9,9 @@ products keep a running log scale, so that no depth overflows.
 [[0.625, 0.375], [0.375, 0.625]]
 """
 
-from diagnostics.kernels.mixing.collapse import deflated_gain, depth_to_collapse, lyapunov_spectrum
-from diagnostics.kernels.mixing.depth import depth_kernel
-from diagnostics.kernels.mixing.gains import (
+from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, depth_to_collapse, lyapunov_spectrum
+from depthscope.diagnostics.kernels.mixing.depth_kernels import depth_kernel
+from depthscope.diagnostics.kernels.mixing.gains import (
     Attenuation,
     attenuation,
     backward_gain,
@@ -21,8 +21,8 @@ from diagnostics.kernels.mixing.gains import (
     log_forward_gain,
     operator_gain,
 )
-from diagnostics.kernels.mixing.pairs import all_pairs, pair_columns, pair_gains
-from diagnostics.kernels.mixing.paths import (
+from depthscope.diagnostics.kernels.mixing.pairs import all_pairs, pair_columns, pair_gains
+from depthscope.diagnostics.kernels.mixing.paths import (
     effective_path_depth,
     effective_streams,
     read_mass,
@@ -30,11 +30,11 @@ from diagnostics.kernels.mixing.paths import (
     streams_across,
     wasted_layers,
 )
-from diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
-from diagnostics.kernels.mixing.radius import numerical_radius
-from diagnostics.kernels.mixing.singular import singular_values
-from diagnostics.kernels.mixing.spectra import condition_number, eigenvalues, henrici, spectral_gap
-from diagnostics.kernels.mixing.stochastic import (
+from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
+from depthscope.diagnostics.kernels.mixing.radius import numerical_radius
+from depthscope.diagnostics.kernels.mixing.singular import singular_values
+from depthscope.diagnostics.kernels.mixing.spectra import condition_number, eigenvalues, henrici, spectral_gap
+from depthscope.diagnostics.kernels.mixing.stochastic import (
     Violation,
     dobrushin,
     doubly_stochastic_violation,

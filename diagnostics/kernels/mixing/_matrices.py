@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj
 
-from diagnostics.kernels._arrays import Array, as_float64, checked
+from depthscope.diagnostics.kernels._arrays import Array, as_float64, checked
 
 # A running product is rescaled when its size leaves this range; inside, it is the plain product.
 SMALL, LARGE = 1e-100, 1e100

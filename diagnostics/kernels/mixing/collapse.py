@@ -5,10 +5,15 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, as_float64
-from diagnostics.kernels.mixing._matrices import as_given, identity, log, square
-from diagnostics.kernels.mixing.products import prefix_composites, stacked, suffix_composites, unstacked
-from diagnostics.kernels.mixing.singular import singular_values
+from depthscope.diagnostics.kernels._arrays import Array, as_float64
+from depthscope.diagnostics.kernels.mixing._matrices import as_given, identity, log, square
+from depthscope.diagnostics.kernels.mixing.products import (
+    prefix_composites,
+    stacked,
+    suffix_composites,
+    unstacked,
+)
+from depthscope.diagnostics.kernels.mixing.singular import singular_values
 
 
 def depth_to_collapse(lambda2: Array, fraction: float = 0.01) -> Array:

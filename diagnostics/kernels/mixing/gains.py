@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-from diagnostics.kernels._arrays import Array
-from diagnostics.kernels.mixing._matrices import log, square
-from diagnostics.kernels.mixing.singular import singular_values
+from depthscope.diagnostics.kernels._arrays import Array
+from depthscope.diagnostics.kernels.mixing._matrices import log, square
+from depthscope.diagnostics.kernels.mixing.singular import singular_values
 
 
 def forward_gain(p: Array) -> Array:

@@ -8,10 +8,17 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array
-from diagnostics.kernels.mixing._matrices import LARGE, SMALL, as_given, in_memory, rescaled, unscaled
-from diagnostics.kernels.mixing.gains import backward_gain, forward_gain
-from diagnostics.kernels.mixing.products import contiguous, multiply, stacked, unstacked
+from depthscope.diagnostics.kernels._arrays import Array
+from depthscope.diagnostics.kernels.mixing._matrices import (
+    LARGE,
+    SMALL,
+    as_given,
+    in_memory,
+    rescaled,
+    unscaled,
+)
+from depthscope.diagnostics.kernels.mixing.gains import backward_gain, forward_gain
+from depthscope.diagnostics.kernels.mixing.products import contiguous, multiply, stacked, unstacked
 
 # Numbers of one block of products or vectors: half a MB, to stay in a core's cache.
 BLOCK = 65_536

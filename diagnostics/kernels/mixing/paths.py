@@ -4,9 +4,9 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, as_float64, ratio, triangle
-from diagnostics.kernels.mixing._matrices import log, square
-from diagnostics.kernels.rank import effective_rank_of
+from depthscope.diagnostics.kernels._arrays import Array, as_float64, ratio, triangle
+from depthscope.diagnostics.kernels.mixing._matrices import log, square
+from depthscope.diagnostics.kernels.rank import effective_rank_of
 
 
 def effective_streams(m: Array, *, embedding: bool = False) -> Array:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.kernels._arrays import Array
-from diagnostics.kernels.mixing._matrices import as_given, rescaled, square_in_memory, unscaled
+from depthscope.diagnostics.kernels._arrays import Array
+from depthscope.diagnostics.kernels.mixing._matrices import as_given, rescaled, square_in_memory, unscaled
 
 # Up to this size products run entry by entry over the batch, which beats a call per matrix.
 ENTRYWISE = 8

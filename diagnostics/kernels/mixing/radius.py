@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from diagnostics.kernels._arrays import Array
-from diagnostics.kernels.mixing._matrices import as_given, square_in_memory
+from depthscope.diagnostics.kernels._arrays import Array
+from depthscope.diagnostics.kernels.mixing._matrices import as_given, square_in_memory
 
 TOLERANCE = 1e-13
 # Angles between 0 and π/2 to start from (those up to π follow), cuts at corners, then steps to the top itself.

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from diagnostics.kernels._arrays import Array, peak
-from diagnostics.kernels.mixing._jacobi import ROUNDS, small_singular_values
-from diagnostics.kernels.mixing._matrices import as_given, square_in_memory
+from depthscope.diagnostics.kernels._arrays import Array, peak
+from depthscope.diagnostics.kernels.mixing._jacobi import ROUNDS, small_singular_values
+from depthscope.diagnostics.kernels.mixing._matrices import as_given, square_in_memory
 
 # Matrices of one block: with what a rotation needs they stay in a core's cache. LAPACK is as quick for few.
 BLOCK, FEW = 8192, 256

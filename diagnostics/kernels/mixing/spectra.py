@@ -1,9 +1,9 @@
 """Which directions of the streams grow or fade? Eigenvalues, gap, condition, departure from normality."""
 
-from diagnostics.kernels._arrays import Array, peak
-from diagnostics.kernels.mixing._matrices import square
-from diagnostics.kernels.mixing.singular import singular_values
-from diagnostics.kernels.rank import condition_of
+from depthscope.diagnostics.kernels._arrays import Array, peak
+from depthscope.diagnostics.kernels.mixing._matrices import square
+from depthscope.diagnostics.kernels.mixing.singular import singular_values
+from depthscope.diagnostics.kernels.rank import condition_of
 
 
 def eigenvalues(p: Array) -> Array:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from diagnostics.kernels._arrays import Array, ratio
-from diagnostics.kernels._counts import whole
-from diagnostics.kernels.mixing._matrices import identity, square
+from depthscope.diagnostics.kernels._arrays import Array, ratio
+from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
 
 def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:

@@ -1,12 +1,23 @@
 """How alike two representations of the same tokens are, and how alike unrelated ones would look."""
 
-from diagnostics.kernels.similarity.canonical import pwcca, svcca
-from diagnostics.kernels.similarity.cka import cka_from_hsic, cka_null, hsic1, linear_cka, linear_hsic1
-from diagnostics.kernels.similarity.distances import rbf_cka, rsa
-from diagnostics.kernels.similarity.layers import cka_matrices, cka_matrix, hsic_matrix, minibatch_cka
-from diagnostics.kernels.similarity.neighbours import cknna, mutual_knn
-from diagnostics.kernels.similarity.shapes import procrustes
-from diagnostics.kernels.similarity.sketches import cka_from_sketch, row_sketch
+from depthscope.diagnostics.kernels.similarity.canonical import pwcca, svcca
+from depthscope.diagnostics.kernels.similarity.cka import (
+    cka_from_hsic,
+    cka_null,
+    hsic1,
+    linear_cka,
+    linear_hsic1,
+)
+from depthscope.diagnostics.kernels.similarity.distances import rbf_cka, rsa
+from depthscope.diagnostics.kernels.similarity.layer_cka import (
+    cka_matrices,
+    cka_matrix,
+    hsic_matrix,
+    minibatch_cka,
+)
+from depthscope.diagnostics.kernels.similarity.neighbours import cknna, mutual_knn
+from depthscope.diagnostics.kernels.similarity.procrustes_distance import procrustes
+from depthscope.diagnostics.kernels.similarity.sketches import cka_from_sketch, row_sketch
 
 __all__ = [
     "cka_from_hsic",

@@ -7,8 +7,8 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, peak
-from diagnostics.kernels.similarity.sides import compared
+from depthscope.diagnostics.kernels._arrays import Array, peak
+from depthscope.diagnostics.kernels.similarity.one_side import compared
 
 
 def _basis(xp: Any, x: Array, energy: float) -> Array:

@@ -7,8 +7,8 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, of_one_library, scaled
-from diagnostics.kernels.similarity.pair import pair
+from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, of_one_library, scaled
+from depthscope.diagnostics.kernels.similarity.pair import pair
 
 
 def _inner(xp: Any, x: Array, y: Array) -> Array:

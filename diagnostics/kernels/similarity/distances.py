@@ -7,9 +7,9 @@ from typing import Any
 
 from array_api_compat import array_namespace, device
 
-from diagnostics.kernels._arrays import Array, first_equal, peak, rows, unit_rows
-from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
-from diagnostics.kernels.similarity.sides import compared
+from depthscope.diagnostics.kernels._arrays import Array, first_equal, peak, rows, unit_rows
+from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
+from depthscope.diagnostics.kernels.similarity.one_side import compared
 
 # Distances this near, as a share of themselves, are ties: rounding alone parts them.
 TIE = 1e-12

@@ -7,11 +7,11 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, unit_rows
-from diagnostics.kernels._counts import whole
-from diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
-from diagnostics.kernels.similarity.distances import square_distances
-from diagnostics.kernels.similarity.sides import compared
+from depthscope.diagnostics.kernels._arrays import Array, unit_rows
+from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
+from depthscope.diagnostics.kernels.similarity.distances import square_distances
+from depthscope.diagnostics.kernels.similarity.one_side import compared
 
 # As many searches for the largest of a row are cheaper than its sort.
 PASSES = 50

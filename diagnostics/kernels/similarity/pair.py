@@ -6,7 +6,7 @@ Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns
 from collections.abc import Callable
 from typing import Any
 
-from diagnostics.kernels._arrays import Array, Rows, of_one_library, rows, selected
+from depthscope.diagnostics.kernels._arrays import Array, Rows, of_one_library, rows, selected
 
 
 def pair(x: Array, y: Array, mask: Array | None, *, center: bool) -> tuple[Rows, Rows]:

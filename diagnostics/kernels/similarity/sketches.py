@@ -7,8 +7,8 @@ from typing import Any
 
 from array_api_compat import device
 
-from diagnostics.kernels._arrays import Array, as_float64, peak, rows
-from diagnostics.kernels.similarity.cka import cka_from_hsic
+from depthscope.diagnostics.kernels._arrays import Array, as_float64, peak, rows
+from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic
 
 
 def _hashed(xp: Any, index: Array, seed: int) -> Array:

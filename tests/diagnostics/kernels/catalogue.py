@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 
 def public_kernels(module: str) -> dict[str, Callable]:
-    """Functions that ``diagnostics.kernels.<module>`` defines and shows, wherever in its package they live."""
-    found = importlib.import_module(f"diagnostics.kernels.{module}")
+    """Functions that ``depthscope.diagnostics.kernels.<module>`` defines and shows, wherever in its package they live."""
+    found = importlib.import_module(f"depthscope.diagnostics.kernels.{module}")
     return {
         f"{module}.{name}": value
         for name, value in inspect.getmembers(found, inspect.isfunction)

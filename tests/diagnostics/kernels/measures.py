@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from diagnostics.kernels import geometry, gradients, rank, similarity
+from depthscope.diagnostics.kernels import geometry, gradients, rank, similarity
 from tests.diagnostics.kernels import exact
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.kernels import similarity
+from depthscope.diagnostics.kernels import similarity
 from tests.diagnostics.kernels.formula_data import noise
 from tests.diagnostics.kernels.measures import MEASURES, measured
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.kernels import geometry
+from depthscope.diagnostics.kernels import geometry
 
 
 def as_mask(array, mask):
@@ -243,7 +243,7 @@ def test_two_nn_tells_rows_apart_by_any_column(array, rng):
 def test_two_nn_blocks_and_masks(monkeypatch, rng):
     x = rng.normal(size=(2, 90, 3))
     whole = geometry.two_nn(x)
-    monkeypatch.setattr(geometry.dimension, "BLOCK", 1000)
+    monkeypatch.setattr(geometry.intrinsic_dimension, "BLOCK", 1000)
     np.testing.assert_allclose(geometry.two_nn(x), whole, rtol=1e-9)
     mask = rng.random((2, 90)) < 0.7
     np.testing.assert_allclose(geometry.two_nn(x, mask=mask)[1], geometry.two_nn(x[1][mask[1]]), rtol=1e-9)

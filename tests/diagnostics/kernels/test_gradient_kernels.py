@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.kernels import gradients, meanfield
+from depthscope.diagnostics.kernels import gradients, meanfield
 
 
 def test_gradient_norm(array, rng):

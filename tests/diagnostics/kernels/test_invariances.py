@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diagnostics.kernels import geometry, gradients, rank, similarity
+from depthscope.diagnostics.kernels import geometry, gradients, rank, similarity
 from tests.diagnostics.kernels.measures import MEASURES, ONE, UNIT_FREE, measured
 
 SEEDS = st.integers(0, 2**32 - 1)

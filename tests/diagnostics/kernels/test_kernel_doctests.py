@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
-from diagnostics import kernels
+from depthscope.diagnostics import kernels
 from tests.diagnostics.kernels.catalogue import public_kernels
 
 MODULES = [
-    m.name for m in pkgutil.walk_packages(kernels.__path__, "diagnostics.kernels.") if "._" not in m.name
+    m.name
+    for m in pkgutil.walk_packages(kernels.__path__, "depthscope.diagnostics.kernels.")
+    if "._" not in m.name
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.kernels import mixing, rank
+from depthscope.diagnostics.kernels import mixing, rank
 
 FIGURE = json.loads((Path(__file__).parent / "data" / "mhc_fig8.json").read_text())
 
@@ -255,7 +255,7 @@ def test_unbatched_and_single_layers(array, rng):
 def test_all_pairs_reduced_in_blocks(array, rng, monkeypatch):
     h = rng.normal(size=(6, 7, 3, 3))
     whole = mixing.all_pairs(array(h))
-    monkeypatch.setattr("diagnostics.kernels.mixing.pairs.BLOCK", 6 * 9 * 2)
+    monkeypatch.setattr("depthscope.diagnostics.kernels.mixing.pairs.BLOCK", 6 * 9 * 2)
     got = np.asarray(mixing.all_pairs(array(h), reduce=mixing.forward_gain))
     upper = np.triu_indices(6)
     np.testing.assert_allclose(got[upper], np.asarray(mixing.forward_gain(whole[upper])), rtol=1e-12)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnostics.kernels import mixing
+from depthscope.diagnostics.kernels import mixing
 
 
 def exact_products(h):
@@ -82,7 +82,7 @@ def test_reduced_tables_are_those_of_the_products(array, rng):
 def test_blocks_change_nothing(array, rng, block, monkeypatch):
     h = rng.normal(size=(6, 17, 4, 4))
     expected = [np.asarray(gain) for _, gain, _ in mixing.pair_gains(h)]
-    monkeypatch.setattr("diagnostics.kernels.mixing.pairs.BLOCK", block * 4)
+    monkeypatch.setattr("depthscope.diagnostics.kernels.mixing.pairs.BLOCK", block * 4)
     for before, (_, gain, _) in zip(expected, mixing.pair_gains(array(h)), strict=True):
         np.testing.assert_allclose(gain, before, rtol=1e-14)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.kernels import mixing
+from depthscope.diagnostics.kernels import mixing
 
 COUNT = 600
 

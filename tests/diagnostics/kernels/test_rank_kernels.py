@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from diagnostics.kernels import rank
+from depthscope.diagnostics.kernels import rank
 
 ON_MATRICES = [
     rank.effective_rank,

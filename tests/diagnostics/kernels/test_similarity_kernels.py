@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 
-from diagnostics.kernels import similarity
-from diagnostics.kernels.similarity import distances, layers, neighbours, sides, sketches
+from depthscope.diagnostics.kernels import similarity
+from depthscope.diagnostics.kernels.similarity import distances, layer_cka, neighbours, one_side, sketches
 from tests.diagnostics.kernels import exact
 
 PAIRWISE = {
@@ -106,10 +106,10 @@ def test_batched_masked_and_of_the_same_kind(array, rng, name):
 LAYERED = [name for name in PAIRWISE if name not in ("linear_cka", "unbiased_cka", "linear_hsic1")]
 
 
-@pytest.mark.parametrize("kept", [sides.KEPT, 1])
+@pytest.mark.parametrize("kept", [one_side.KEPT, 1])
 @pytest.mark.parametrize("name", LAYERED)
 def test_one_stack_gives_all_pairs_of_its_layers(monkeypatch, array, rng, name, kept):
-    monkeypatch.setattr(sides, "KEPT", kept)
+    monkeypatch.setattr(one_side, "KEPT", kept)
     measure, stack = PAIRWISE[name], rng.normal(size=(3, 24, 5))
     stack[1] += stack[0]
     mask = rng.random(24) < 0.8
@@ -288,11 +288,11 @@ def test_cka_matrix_with_a_massive_token_and_equal_layers(array, rng):
 
 def test_both_costs_give_the_same_matrix_and_blocks_do_not_matter(monkeypatch, rng):
     x = walk(rng, 3, 50, 20)
-    gram = layers._gram_products(np, x, None)
-    cross = layers._covariance_products(np, x, None) - np.einsum("lid,lid,mie,mie->lm", x, x, x, x)
+    gram = layer_cka._gram_products(np, x, None)
+    cross = layer_cka._covariance_products(np, x, None) - np.einsum("lid,lid,mie,mie->lm", x, x, x, x)
     np.testing.assert_allclose(gram, cross, rtol=1e-9)
-    monkeypatch.setattr(layers, "BLOCK", 3 * 50 * 7)
-    np.testing.assert_allclose(layers._gram_products(np, x, None), gram, rtol=1e-12)
+    monkeypatch.setattr(layer_cka, "BLOCK", 3 * 50 * 7)
+    np.testing.assert_allclose(layer_cka._gram_products(np, x, None), gram, rtol=1e-12)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])

@@ -8,7 +8,7 @@ from scipy.spatial.distance import cosine, pdist
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
-from diagnostics.kernels import geometry
+from depthscope.diagnostics.kernels import geometry
 from tests.diagnostics.kernels.formula_data import noise, uniform
 from tests.diagnostics.kernels.references.reference import EQUAL_PAIRS, FEW, SPECTRA, STATES, Reference
 
@@ -142,7 +142,11 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     ),
     "geometry.two_nn": (
         Reference(
-            "skdim.id.TwoNN", geometry.two_nn, lambda x: skdim.id.TwoNN().fit(x).dimension_, CLOUDS, rtol=1e-7
+            "skdim.id.TwoNN",
+            geometry.two_nn,
+            lambda x: skdim.id.TwoNN().fit(x).dimension_,
+            CLOUDS,
+            rtol=1e-7,
         ),
     ),
 }

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from diagnostics.kernels import gradients
+from depthscope.diagnostics.kernels import gradients
 from tests.diagnostics.kernels.formula_data import noise
 from tests.diagnostics.kernels.references.reference import FEW, STATES, Reference
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import integrate, optimize, special, stats
 
-from diagnostics.kernels import meanfield
+from depthscope.diagnostics.kernels import meanfield
 from tests.diagnostics.kernels.references.reference import Reference
 
 FUNCTIONS = {

@@ -9,7 +9,7 @@ import skdim
 from scipy import integrate, stats
 from sklearn.decomposition import PCA
 
-from diagnostics.kernels import rank
+from depthscope.diagnostics.kernels import rank
 from tests.diagnostics.kernels.references.reference import FEW, SPECTRA, STATES, Reference
 
 MATRICES = STATES + FEW

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cosine, pdist, squareform
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import KernelCenterer
 
-from diagnostics.kernels import similarity
+from depthscope.diagnostics.kernels import similarity
 from tests.diagnostics.kernels import peer_values
 from tests.diagnostics.kernels.formula_data import walk
 from tests.diagnostics.kernels.references.reference import PAIRS, Reference

@@ -1,0 +1,1 @@
+"""How are runs browsed? Pages, the components they share, and the state of a session."""

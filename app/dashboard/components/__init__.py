@@ -1,0 +1,1 @@
+"""What do pages share? Cards, controls, grids, texts."""

@@ -1,0 +1,251 @@
+"""How does the dashboard start? One server on 127.0.0.1 that shows the named runs and sends nothing out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+__all__ = ["CONFIG", "free_port", "launch", "serve"]
+
+HOST = "127.0.0.1"
+FIRST_PORT = 8501
+TRIED_PORTS = 100
+START_SECONDS = 60.0
+
+_LIGHT = {
+    "primaryColor": "#35618E",
+    "backgroundColor": "#FFFFFF",
+    "secondaryBackgroundColor": "#F5F6F8",
+    "textColor": "#1D232B",
+    "borderColor": "#E2E5EA",
+}
+_DARK = {
+    "primaryColor": "#7FB0DD",
+    "backgroundColor": "#12161C",
+    "secondaryBackgroundColor": "#1A2029",
+    "textColor": "#E4E8EE",
+    "borderColor": "#2C3440",
+}
+
+CONFIG: dict[str, Any] = {
+    "server.address": HOST,
+    "server.allowedHosts": ["localhost", HOST],
+    "server.headless": True,
+    "server.fileWatcherType": "none",
+    "server.runOnSave": False,
+    "runner.magicEnabled": False,
+    "browser.gatherUsageStats": False,
+    "client.toolbarMode": "minimal",
+    "client.showErrorDetails": "type",
+    "logger.level": "warning",
+    "theme.baseRadius": "8px",
+    **{f"theme.light.{name}": value for name, value in _LIGHT.items()},
+    **{f"theme.dark.{name}": value for name, value in _DARK.items()},
+}
+"""Local only, no telemetry, no file watcher; cross-site protection stays on as it is by default."""
+
+
+def launch(
+    paths: Sequence[Path], *, port: int | None = None, open_browser: bool = True, block: bool = True
+) -> str:
+    """Show runs in a dashboard at a local address.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Run files, or folders of runs; nothing else can be opened from the dashboard.
+    port : int or None
+        Port to use; None takes the first free one from 8501.
+    open_browser : bool
+        Open the address in the default browser once the server answers.
+    block : bool
+        Serve until interrupted. False serves from a process of its own, which ends with this one.
+
+    Returns
+    -------
+    str
+        The address, such as ``http://127.0.0.1:8501``.
+
+    Raises
+    ------
+    ValueError
+        For no path at all, or a port that is taken.
+    FileNotFoundError
+        Where nothing lies at a path.
+    """
+    _check(paths)
+    importlib.import_module("streamlit")  # a missing extra is said before an address is promised
+    chosen = free_port(port)
+    address = f"http://{HOST}:{chosen}"
+    if not block:
+        _start_beside(paths, chosen, address)
+    if open_browser:
+        Thread(target=_open_when_ready, args=(address,), daemon=True).start()
+    if block:
+        sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
+        sys.stderr.flush()
+        serve(paths, chosen)
+    return address
+
+
+def _check(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise ValueError(
+            "no run was given; name a run file or a folder of runs, such as: depthscope dashboard runs"
+        )
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"nothing lies at {path}; make a run with: depthscope demo")
+
+
+def free_port(port: int | None = None) -> int:
+    """A port that nobody listens on.
+
+    Parameters
+    ----------
+    port : int or None
+        The one that must be free; None looks from 8501 upwards.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        Where it is taken, or all that were tried are.
+    """
+    wanted = range(FIRST_PORT, FIRST_PORT + TRIED_PORTS) if port is None else (port,)
+    for candidate in wanted:
+        if _is_free(candidate):
+            return candidate
+    if port is not None:
+        raise ValueError(f"port {port} is taken; name another one, or leave --port out to take a free one")
+    raise ValueError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # as the server does: a port in TIME_WAIT counts as free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def serve(paths: Sequence[Path], port: int) -> None:
+    """Serve the dashboard in this process until it is interrupted.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Run files, or folders of runs.
+    port : int
+        A free port.
+    """
+    import streamlit as st
+    from starlette.middleware import Middleware
+    from starlette.routing import Mount
+    from starlette.staticfiles import StaticFiles
+
+    from depthscope.app.dashboard.components import chart
+    from depthscope.app.dashboard.state import run_library
+
+    run_library.allow(paths)
+    plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
+    entry = (
+        Path(__file__).resolve().parent / "pages" / "entry.py"
+    )  # in a checkout the package is a link: Streamlit compares real paths
+    application = st.App(
+        entry, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[Middleware(refuse_other_hosts)]
+    )
+    application.run(config=CONFIG | {"server.port": port})
+
+
+def refuse_other_hosts(application: Any) -> Any:
+    """Answer 403 to a request whose Host header names another machine.
+
+    Streamlit checks the hosts of its web sockets alone; a page of another name that points here (DNS rebinding)
+    could still fetch downloads.
+
+    Parameters
+    ----------
+    application : ASGI application
+        What answers the others.
+
+    Returns
+    -------
+    ASGI application
+    """
+    from starlette.responses import PlainTextResponse
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        host = dict(scope.get("headers", [])).get(b"host", b"").decode("latin-1")
+        known = host.partition(":")[0] in CONFIG["server.allowedHosts"]
+        refusal = PlainTextResponse(f"this dashboard answers at {HOST} only", status_code=403)
+        await (application if known or scope["type"] != "http" else refusal)(scope, receive, send)
+
+    return answer
+
+
+def _start_beside(paths: Sequence[Path], port: int, address: str) -> None:
+    """Serve from a process of its own and wait until it answers."""
+    import atexit
+
+    request = json.dumps({"paths": [str(path.resolve()) for path in paths], "port": port})
+    code = "import sys; from app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, request],
+        env=environment,
+        stdin=subprocess.PIPE,  # it ends with this process, however that ends: the server stops then
+        stdout=subprocess.DEVNULL,
+    )
+    atexit.register(process.terminate)
+    if not _answers(address, process):
+        process.kill()
+        raise RuntimeError(f"the dashboard did not answer at {address} within {START_SECONDS:g} s")
+
+
+def _serve_request(request: str) -> None:
+    wanted = json.loads(request)
+    Thread(target=_end_with_parent, daemon=True).start()
+    serve([Path(path) for path in wanted["paths"]], wanted["port"])
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _answers(address: str, process: subprocess.Popen | None = None) -> bool:
+    """Whether the server's health check passes before the time is up."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and (process is None or process.poll() is None):
+        try:
+            with urllib.request.urlopen(f"{address}/_stcore/health", timeout=2) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    return False
+
+
+def _open_when_ready(address: str) -> None:
+    if _answers(address):
+        webbrowser.open(address)

@@ -1,0 +1,1 @@
+"""What does a dashboard session keep? The runs that may be opened and those chosen."""

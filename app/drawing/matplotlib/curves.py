@@ -1,0 +1,274 @@
+"""How are curves drawn on paper? Colour by run, dashes by variant, nulls and laws dashed, limits in grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from depthscope.app.drawing.matplotlib.style import Width, plain, plain_ticks, whole, wrapped
+from depthscope.app.figures.build.laws import apart, reach
+from depthscope.app.figures.specification import Line, Lines
+
+# Okabe and Ito's colours, in an order in which neighbours differ in grey too; yellow is too light for a line.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
+HEALTHY = "#E4F2E7"
+NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
+THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
+LONGEST_INSIDE = 28  # letters
+LEGEND_INSIDE = 4  # more entries than these hide the curves, and go below the axes, still inside the figure
+
+
+def draw_lines(figure: Lines, size: Width) -> Canvas:
+    """Draw curves with their bands, nulls, laws, thresholds and healthy range.
+
+    Parameters
+    ----------
+    figure : Lines
+        What to draw.
+    size : Width
+        Inches across and type size; `style` must be active.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    measured = [line for line in figure.lines if line.role == "measured"]
+    looks = _looks(measured)
+    canvas = Canvas(figsize=(size.inches, _height(size, _entries(figure, measured))), layout="constrained")
+    axes = canvas.add_subplot()
+    if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
+        axes.set_yscale("log", nonpositive="mask")
+    if figure.log_x:
+        axes.set_xscale("log", nonpositive="mask")
+    _draw_roles(axes, figure, looks, ("measured", "null"))
+    _limit(axes, figure)
+    _draw_roles(axes, figure, looks, ("theory",))
+    _draw_limits(axes, figure)
+    axes.set_xlabel(plain(figure.x_label))
+    axes.set_ylabel(wrapped(figure.y_label, 0.7 * _axes_height(size)))
+    _legend(canvas, axes, figure, size)
+    return canvas
+
+
+def _entries(figure: Lines, measured: Sequence[Line]) -> list[str]:
+    """What the legend may list, before the axes are drawn: some thresholds are named there instead."""
+    others = {(line.role, line.law or line.role) for line in figure.lines if line.role != "measured"}
+    return [*(line.label for line in measured), *(label for _, label in sorted(others))]
+
+
+def _height(size: Width, entries: Sequence[str]) -> float:
+    below = 0 if _fits_inside(entries) else math.ceil(len(entries) / _num_columns(entries, size))
+    return _axes_height(size) + below * 1.45 * size.points / 72
+
+
+def _fits_inside(entries: Sequence[str]) -> bool:
+    """Whether a legend hides little of the curves: few entries, and short ones."""
+    return len(entries) <= LEGEND_INSIDE and max(map(len, entries), default=0) <= LONGEST_INSIDE
+
+
+def _num_columns(entries: Sequence[str], size: Width) -> int:
+    """Columns of a legend below the axes, so that the longest entry fits: a letter is half an em, a handle four."""
+    across = (0.5 * max(map(len, entries)) + 4.5) * (size.points - 1) / 72
+    return max(1, min(int(size.inches // across), int(size.inches // 1.6)))
+
+
+def _axes_height(size: Width) -> float:
+    return 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
+
+
+def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
+    """Colour by run where there are several, else by line; what colour leaves equal, dashes tell apart."""
+    groups = list(dict.fromkeys(line.group for line in lines))
+    if len(groups) < 2:
+        return {id(line): _look(position, 0, len(lines)) for position, line in enumerate(lines)}
+    seen: dict[str, int] = dict.fromkeys(groups, 0)
+    looks = {}
+    for line in lines:
+        looks[id(line)] = _look(groups.index(line.group), seen[line.group], len(groups))
+        seen[line.group] += 1
+    return looks
+
+
+def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
+    marker = MARKERS[(colour + 3 * variant) % len(MARKERS)]
+    shade = (
+        COLOURS[colour % len(COLOURS)]
+        if count <= len(COLOURS)
+        else mpl.colormaps["cividis"](0.9 * colour / count)
+    )
+    return {
+        "color": shade,
+        "linestyle": DASHES[variant % len(DASHES)],
+        "marker": marker if count <= len(COLOURS) else "",
+        "markerfacecolor": "white" if (colour + variant) % 2 else shade,
+        "markeredgewidth": 0.7,
+    }
+
+
+def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
+    thinned = max(1, math.ceil(len(line.x) / 12))
+    hidden = axes.get_yscale() == "log" and not np.any(line.y > 0)
+    label = f"{line.label} (never above 0)" if hidden else line.label
+    axes.plot(line.x, line.y, label=plain(label), markevery=thinned, zorder=3, **look)
+    if line.lower is not None and line.upper is not None:
+        axes.fill_between(
+            line.x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0, zorder=2
+        )
+    if line.error is not None:
+        axes.errorbar(line.x, line.y, line.error, fmt="none", ecolor=look["color"], elinewidth=0.6, zorder=2)
+
+
+def _draw_roles(
+    axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]], roles: Sequence[str]
+) -> None:
+    """The lines of some roles; nulls and laws take the colour of the measured line before them."""
+    colour = "0.4"
+    for line in figure.lines:
+        look = looks.get(id(line), {})
+        colour = look.get("color", colour)
+        if line.role not in roles:
+            continue
+        if line.role == "measured":
+            _draw_measured(axes, line, look)
+        else:
+            axes.plot(line.x, line.y, color=colour, alpha=0.8, **(NULL if line.role == "null" else THEORY))
+
+
+def _limit(axes: Axes, figure: Lines) -> None:
+    """Limits set by what was measured, not by far laws and thresholds; ticks as plain as they can be."""
+    if not figure.log_x and all(whole(line.x) for line in figure.lines):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.margins(x=0.02)
+    axes.autoscale_view()
+    _move_apart(axes, figure)
+    if any(line.role == "theory" for line in figure.lines):
+        _make_room(axes, figure)
+    low, high = axes.get_ylim()
+    for line in figure.lines:
+        if line.role == "threshold" and _near(line.y[0], low, high, axes):
+            axes.set_ylim(*_around(line.y[0], axes))
+    if axes.get_yscale() == "log":
+        plain_ticks(axes.yaxis, *axes.get_ylim())
+
+
+def _move_apart(axes: Axes, figure: Lines) -> None:
+    """Limits around curves that are flat but for rounding."""
+    lines = [line for line in figure.lines if line.role in ("measured", "null")]
+    values = np.concatenate(
+        [part for line in lines for part in (line.y, line.lower, line.upper) if part is not None]
+    )
+    values = values[np.isfinite(values)]
+    if values.size:
+        low, high = float(values.min()), float(values.max())
+        if apart(low, high) != (low, high):
+            axes.set_ylim(*apart(low, high))
+
+
+def _make_room(axes: Axes, figure: Lines) -> None:
+    """Limits widened for the laws as far as `reach`; from here on they are fixed."""
+    log_y = axes.get_yscale() == "log"
+    known: dict[str, list[float]] = {"measured": [], "theory": []}
+    for line in figure.lines:
+        if line.role in known:
+            known[line.role].extend(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log_y))])
+    if known["measured"]:
+        low, high = min(known["measured"]), max(known["measured"])
+        for end in reach(np.array(known["measured"]), np.array(known["theory"]), log_y):
+            axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _around(end, axes)))
+
+
+def _near(value: float, low: float, high: float, axes: Axes) -> bool:
+    if axes.get_yscale() == "log":
+        return value > 0 and low / 10 <= value <= high * 10
+    return low - (high - low) / 2 <= value <= high + (high - low) / 2
+
+
+def _around(value: float, axes: Axes) -> tuple[float, float]:
+    """The limits of the axis, widened so that a value lies a little inside."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        return min(low, value / 1.15), max(high, value * 1.15)
+    room = 0.03 * (high - low)
+    return min(low, value - room), max(high, value + room)
+
+
+def _draw_limits(axes: Axes, figure: Lines) -> None:
+    """Thresholds and the healthy band, as far as they lie in view; they never move the axes."""
+    low, high = axes.get_ylim()
+    for line in figure.lines:
+        if line.role == "threshold" and low <= line.y[0] <= high:
+            side = _free_side(axes, figure, line.y[0])
+            label = "" if side else plain(line.label)  # crowded at both ends: named in the legend
+            axes.plot(line.x, line.y, color="0.35", linestyle=":", linewidth=0.9, zorder=1, label=label)
+            if side:
+                _name_threshold(axes, line, side)
+    if figure.healthy is not None:
+        bottom, top = max(low, figure.healthy[0]), min(high, figure.healthy[1])
+        if bottom < top:
+            axes.axhspan(bottom, top, color=HEALTHY, linewidth=0, zorder=0, label="healthy")
+    axes.set_ylim(low, high)
+
+
+def _free_side(axes: Axes, figure: Lines, value: float) -> str:
+    """The end of the axes where no curve runs through the words above a threshold, or nothing."""
+    measured = [line for line in figure.lines if line.role != "threshold" and line.x.size]
+    first, last = min(line.x.min() for line in measured), max(line.x.max() for line in measured)
+    low, high = (_height_of(axes, value) + shift for shift in (-0.02, 0.09))
+    for side, near in (
+        ("right", lambda x: x >= last - 0.3 * (last - first)),
+        ("left", lambda x: x <= first + 0.3 * (last - first)),
+    ):
+        heights = [
+            _height_of(axes, y) for line in measured for x, y in zip(line.x, line.y, strict=True) if near(x)
+        ]
+        if not any(low <= height <= high for height in heights):
+            return side
+    return ""
+
+
+def _height_of(axes: Axes, value: float) -> float:
+    """Where a value lies between the bottom (0) and the top (1) of the axes; NaN where it has no place."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        return math.log(value / low) / math.log(high / low) if value > 0 else math.nan
+    return (value - low) / (high - low)
+
+
+def _name_threshold(axes: Axes, line: Line, side: str) -> None:
+    axes.annotate(
+        plain(line.label),
+        (1 if side == "right" else 0, line.y[0]),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2 if side == "right" else 2, 1.5),
+        textcoords="offset points",
+        ha=side,
+        va="bottom",
+        color="0.35",
+        fontsize=mpl.rcParams["font.size"] - 2,
+    )
+
+
+def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if any(line.role == "null" for line in figure.lines):
+        handles.append(Line2D([], [], color="0.4", **NULL))
+        labels.append("null")
+    for law in dict.fromkeys(line.law for line in figure.lines if line.role == "theory"):
+        handles.append(Line2D([], [], color="0.4", **THEORY))
+        labels.append(law)
+    if len(handles) < 2:
+        return
+    if _fits_inside(labels):
+        axes.legend(handles, labels, loc="best")
+    else:
+        canvas.legend(handles, labels, loc="outside lower center", ncols=_num_columns(labels, size))

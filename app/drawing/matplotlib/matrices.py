@@ -1,0 +1,101 @@
+"""How is a matrix drawn on paper? Cells at their positions, undefined ones in grey, rasterised when dense."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
+
+from depthscope.app.drawing.matplotlib.style import Width, plain, plain_ticks, whole
+from depthscope.app.figures.specification import Array, Heatmap
+
+DENSE = 400  # cells from which a mesh is rasterised inside the vector file
+
+
+def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
+    """Draw a matrix with its colour bar.
+
+    Parameters
+    ----------
+    figure : Heatmap
+        What to draw.
+    size : Width
+        Inches across and type size; `style` must be active.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    across = min(size.inches, 4.2)
+    canvas = Canvas(figsize=(size.inches, 0.82 * across), layout="compressed")
+    axes = canvas.add_subplot()
+    mesh = axes.pcolormesh(
+        edges(figure.x),
+        edges(figure.y),
+        np.ma.masked_invalid(figure.z),
+        norm=_norm(figure),
+        cmap=_colour_map(figure),
+        rasterized=figure.z.size > DENSE,
+        edgecolors="face",
+        linewidth=0.1,
+    )
+    axes.set_facecolor("0.9")  # undefined cells
+    if figure.z.shape[0] == figure.z.shape[1]:
+        axes.set_aspect("equal")
+    axes.spines[["top", "right"]].set_visible(True)
+    for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=whole(values)))
+    axes.set_xlabel(plain(figure.x_label))
+    axes.set_ylabel(plain(figure.y_label))
+    bar = canvas.colorbar(mesh, ax=axes, label=plain(figure.z_label), fraction=0.06, pad=0.03)
+    bar.outline.set_linewidth(0.4)
+    if isinstance(mesh.norm, LogNorm):
+        plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
+    return canvas
+
+
+def _colour_map(figure: Heatmap) -> Colormap:
+    """Both grow lighter from end to end, so they survive grey; cividis turns from blue to yellow at zero."""
+    return mpl.colormaps["cividis" if figure.diverging else "viridis"]
+
+
+def _norm(figure: Heatmap) -> Normalize:
+    known = figure.z[np.isfinite(figure.z)]
+    if figure.log_z and bool(np.any(known > 0)):
+        positive = known[known > 0]
+        low, high = figure.limits or (float(positive.min()), float(positive.max()))
+        low = low if low > 0 else float(positive.min())
+        return LogNorm(low, high if high > low else low * 1.01)
+    low, high = figure.limits or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
+    if figure.diverging:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    return Normalize(low, high if high > low else low + 1e-6)
+
+
+def edges(centres: Array) -> Array:
+    """Borders between the cells around positions; one more than there are positions.
+
+    Parameters
+    ----------
+    centres : numpy.ndarray
+        Positions in growing order.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Examples
+    --------
+    >>> edges(np.array([0.0, 1.0, 3.0])).tolist()
+    [-0.5, 0.5, 2.0, 4.0]
+    """
+    centres = np.asarray(centres, dtype=np.float64)
+    if centres.size < 2:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middle = np.array([(a + b) / 2 for a, b in pairwise(centres)])
+    first, last = centres[0] - (middle[0] - centres[0]), centres[-1] + (centres[-1] - middle[-1])
+    return np.concatenate([[first], middle, [last]])

@@ -1,0 +1,199 @@
+"""What does a venue ask of a figure? A width, a type size, TrueType fonts, the same bytes again."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.mathtext import MathTextParser
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
+
+
+@dataclass(frozen=True)
+class Width:
+    """Inches across and type size in points of a place in a paper."""
+
+    inches: float
+    points: float
+
+
+WIDTHS: dict[str, Width] = {
+    "icml": Width(3.25, 8),
+    "neurips": Width(5.5, 9),
+    "full": Width(6.75, 8),
+}
+"""Text widths that venues ask for: an ICML column, NeurIPS and ICLR text, both ICML columns."""
+
+
+@contextmanager
+def style(width: str = "icml") -> Iterator[Width]:
+    """Matplotlib's settings for one width, undone on leaving.
+
+    Parameters
+    ----------
+    width : str
+        A key of `WIDTHS`.
+
+    Yields
+    ------
+    Width
+
+    Raises
+    ------
+    ValueError
+        For a width that is not known.
+    """
+    if width not in WIDTHS:
+        raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
+    size = WIDTHS[width]
+    with mpl.rc_context(_settings(size)):
+        yield size
+
+
+@contextmanager
+def pgf_style() -> Iterator[None]:
+    """Matplotlib's settings for PGF, which LaTeX sets in the fonts of the document.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ValueError
+        Without a LaTeX installation.
+    """
+    if shutil.which("pdflatex") is None:
+        raise ValueError("PGF figures need pdflatex to measure their text; install LaTeX, or leave --pgf out")
+    from depthscope.app.paper.latex_snippets import preamble_tex
+
+    settings = {"pgf.texsystem": "pdflatex", "pgf.rcfonts": False, "pgf.preamble": preamble_tex()}
+    with mpl.rc_context(settings):
+        yield
+
+
+def plain_ticks(axis: Axis, low: float, high: float) -> None:
+    """Number the ticks of a logarithmic axis plainly where it spans little: 0.9 and 1.2, not 9 × 10⁻¹.
+
+    Parameters
+    ----------
+    axis : matplotlib.axis.Axis
+        A logarithmic axis.
+    low, high : float
+        Its limits.
+    """
+    if not 0 < low < high or high / low > 30:
+        return
+    few = high / low < 4
+    axis.set_major_locator(MaxNLocator(nbins=5) if few else LogLocator(subs=(1, 2, 5)))
+    nearly_equal = few and low >= 1e-3  # then the formatter of linear axes finds as many digits as it takes
+    plain_number = FuncFormatter(lambda value, _: f"{value:.4g}")
+    axis.set_major_formatter(ScalarFormatter(useOffset=False) if nearly_equal else plain_number)
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _settings(size: Width) -> dict[str, Any]:
+    small = size.points - 1
+    return {
+        "font.family": ["STIXGeneral", "DejaVu Sans"],
+        "mathtext.fontset": "stix",
+        "font.size": size.points,
+        "axes.labelsize": size.points,
+        "axes.titlesize": size.points,
+        "xtick.labelsize": small,
+        "ytick.labelsize": small,
+        "legend.fontsize": small,
+        "legend.frameon": True,
+        "legend.framealpha": 0.85,
+        "legend.edgecolor": "none",
+        "legend.handlelength": 2.2,
+        "legend.borderpad": 0.25,
+        "legend.labelspacing": 0.3,
+        "legend.columnspacing": 1.2,
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.formatter.useoffset": False,
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "xtick.minor.width": 0.4,
+        "ytick.minor.width": 0.4,
+        "lines.linewidth": 1.1,
+        "lines.markersize": 3.2,
+        "figure.dpi": 150,
+        "savefig.dpi": 400,
+        "pdf.fonttype": 42,  # TrueType: venues reject the default, Type 3
+        "svg.fonttype": "path",
+        "svg.hashsalt": "depthscope",  # the same bytes on a rerun
+    }
+
+
+@functools.cache
+def plain(text: str) -> str:
+    """Text that matplotlib can set: dollars that are no mathematics, as in a run's name, are escaped.
+
+    Parameters
+    ----------
+    text : str
+        Any label.
+
+    Returns
+    -------
+    str
+    """
+    if "$" not in text:
+        return text
+    try:
+        MathTextParser("path").parse(text)
+    except ValueError:
+        return text.replace("$", r"\$")
+    return text
+
+
+def whole(values: np.ndarray) -> bool:
+    """Whether positions are whole numbers, so that their axis has no ticks between them.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        Positions.
+
+    Returns
+    -------
+    bool
+    """
+    return bool(np.all(np.mod(values, 1) == 0))
+
+
+def wrapped(text: str, inches: float) -> str:
+    """A label in as many lines as it takes to fit along an axis.
+
+    Parameters
+    ----------
+    text : str
+        A label; one with mathematics stays as it is.
+    inches : float
+        Length of the axis.
+
+    Returns
+    -------
+    str
+    """
+    letters = max(int(inches * 72 / (0.5 * mpl.rcParams["font.size"])), 8)
+    return plain(text if "$" in text else textwrap.fill(text, letters, break_long_words=False))

@@ -1,0 +1,96 @@
+"""How is a figure drawn on a screen? By plotly, on the same numbers that paper gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, shrink
+from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
+from depthscope.app.drawing.plotly.curves import draw_lines
+from depthscope.app.figures import Figure, Lines
+
+__all__ = ["LARGEST_SIDE", "PALETTE", "shrink", "to_plotly"]
+
+
+def to_plotly(
+    figure: Figure, *, mark: tuple[float, float] | None = None, runs: Sequence[str] = ()
+) -> go.Figure:
+    """Plotly figure of a specification; numbers stay typed arrays.
+
+    Parameters
+    ----------
+    figure : Lines or Heatmap
+        What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
+    mark : tuple of float or None
+        Cell of a heat map, (x, y), to ring.
+    runs : sequence of str
+        Runs in the order of their colours, so that a run keeps its colour in figures that lack another one;
+        empty takes the order of the figure.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+
+    Examples
+    --------
+    >>> from app.figures import Line
+    >>> line = Line(np.arange(3.0), np.array([4.0, 2.0, 1.0]), "a")
+    >>> drawn = to_plotly(Lines("rank", "Rank", "depth", "rank", (line,)))
+    >>> drawn.data[0].y.tolist()
+    [4.0, 2.0, 1.0]
+    """
+    drawn = draw_lines(figure, runs) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
+    drawn.update_layout(**_layout(figure))
+    return drawn
+
+
+_LOG = {"type": "log", "exponentformat": "power", "tickfont": {"size": 11}}
+
+
+def _layout(figure: Figure) -> dict[str, Any]:
+    """Quiet axes on a transparent page; `uirevision` keeps zoom and hidden lines when the data change."""
+    axis = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "ticks": "", "automargin": True}
+    x_axis = {**axis, "title": {"text": figure.x_label, "standoff": 6, "font": {"size": 12.5}}}
+    y_axis = {**axis, "title": {"text": figure.y_label, "standoff": 6, "font": {"size": 12.5}}}
+    if isinstance(figure, Lines):
+        return _frame(figure) | {
+            "xaxis": {**x_axis, "showgrid": False, **(_LOG if figure.log_x else _whole_ticks(figure))},
+            "yaxis": y_axis,
+            "hovermode": "x unified",
+        }
+    bare = {"showgrid": False, "showline": False}
+    return _frame(figure) | {
+        "xaxis": x_axis | bare | {"constrain": "domain"},
+        "yaxis": y_axis | bare | {"scaleanchor": "x", "constrain": "domain"},
+    }
+
+
+def _whole_ticks(figure: Lines) -> dict[str, Any]:
+    """A tick for every index where there are few, so that no half depth is named."""
+    x = np.concatenate([line.x for line in figure.lines] or [np.zeros(1)])
+    return {"dtick": 1} if bool(np.all(x == np.round(x))) and 1 < x.max() <= 12 else {}
+
+
+def _frame(figure: Figure) -> dict[str, Any]:
+    return {
+        "uirevision": figure.name,
+        "template": "none",
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "font": {"family": FONT, "size": 12.5},
+        "margin": {"l": 56, "r": 32 if getattr(figure, "missing", ()) else 16, "t": 12, "b": 44},
+        "legend": {
+            "orientation": "h",
+            "yanchor": "bottom",
+            "y": 1.0,
+            "xanchor": "left",
+            "x": 0,
+            "font": {"size": 12},
+        },
+        "hoverlabel": {"font": {"family": FONT, "size": 12}},
+        "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": "rgba(128, 128, 128, 0.6)"},
+    }

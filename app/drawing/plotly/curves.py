@@ -1,0 +1,252 @@
+"""How are curves drawn on a screen? A run keeps its colour, nulls and laws are dashed, thresholds carry their name."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
+from depthscope.app.figures import Line, Lines
+from depthscope.app.figures.build.laws import apart, reach
+
+__all__ = ["draw_lines"]
+
+
+def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
+    """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later.
+
+    Parameters
+    ----------
+    figure : Lines
+        What to draw.
+    runs : sequence of str
+        Runs in the order of their colours.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+    """
+    drawn = go.Figure()
+    looks = _looks(figure.lines, runs)
+    crowded = any(look.dash != DASHES[0] for look in looks if look.measured)
+    num_bands = sum(line.lower is not None for line in figure.lines)
+    for line, look in zip(figure.lines, looks, strict=True):
+        if line.lower is not None and line.upper is not None:
+            drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
+    num_measured = sum(look.measured for look in looks)
+    laws = {line.law: None for line in figure.lines if line.role == "theory"}
+    for line, look in zip(figure.lines, looks, strict=True):
+        drawn.add_trace(
+            _curve(
+                line,
+                look,
+                marked=num_measured <= 4 and len(line.x) <= 40 and not figure.log_x,
+                named=(num_measured > 1 or bool(laws)) and not crowded,
+            )
+        )
+        if line.role == "threshold":
+            _name_threshold(drawn, line, figure)
+    if crowded:
+        drawn.add_traces(_key(figure.lines, looks))
+    drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])
+    if figure.missing:
+        _tell_missing(drawn, figure.missing)
+    span = _y_range(figure)
+    if figure.healthy is not None and span is not None:
+        _shade(drawn, figure.healthy, span)
+    drawn.update_yaxes(**_scale(span, figure.log_y))
+    return drawn
+
+
+def _name_threshold(drawn: go.Figure, line: Line, figure: Lines) -> None:
+    """Label at that end of a threshold where the curves are farther away, instead of an entry in the legend."""
+    level = _on_axis(np.asarray(line.y[:1]), figure.log_y)[0]
+    side = "right" if _clearance(figure, level, -1) >= _clearance(figure, level, 0) else "left"
+    drawn.add_annotation(
+        x=1 if side == "right" else 0,
+        xref="paper",
+        xanchor=side,
+        y=level,
+        yanchor="bottom",
+        showarrow=False,
+        text=line.label,
+        font={"size": 11, "color": GREY},
+    )
+
+
+def _clearance(figure: Lines, level: float, end: int) -> float:
+    """Distance on the axis from a level to the nearest curve, at the first (0) or last (-1) point."""
+    ends = [line.y[[end]] for line in figure.lines if line.role == "measured" and len(line.y)]
+    values = _on_axis(np.concatenate(ends), figure.log_y) if ends else np.zeros(0)
+    return float(np.abs(values[np.isfinite(values)] - level).min(initial=np.inf))
+
+
+def _on_axis(values: np.ndarray, log_y: bool) -> np.ndarray:
+    """Values in the axis' own units: decades on a log axis, NaN for what it cannot show."""
+    if not log_y:
+        return values
+    return np.log10(values, out=np.full(values.shape, np.nan), where=values > 0)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How one line is drawn."""
+
+    colour: str
+    dash: str
+    measured: bool
+
+
+def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
+    """Colour and dash of every line: a run keeps one colour; within it dashes tell lines apart."""
+    groups = list(runs) or list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
+    several = len(groups) > 1
+    seen: dict[str, int] = {}
+    looks: list[_Look] = []
+    for line in lines:
+        if line.role == "threshold":
+            looks.append(_Look(GREY, "dot", measured=False))
+        elif line.role in ("null", "theory"):
+            colour = looks[-1].colour if looks else PALETTE[0]
+            looks.append(_Look(colour, "dash" if line.role == "null" else THEORY, measured=False))
+        else:
+            rank = seen.get(line.group, 0)
+            seen[line.group] = rank + 1
+            colour = PALETTE[(groups.index(line.group) if several else rank) % len(PALETTE)]
+            looks.append(_Look(colour, DASHES[rank % len(DASHES)] if several else "solid", measured=True))
+    return looks
+
+
+def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
+    return go.Scatter(
+        x=line.x,
+        y=line.y,
+        name=line.label,
+        mode="lines+markers" if look.measured and marked else "lines",
+        line={"color": look.colour, "dash": look.dash, "width": 2.2 if look.measured else 1.3},
+        marker={"size": 4.5},
+        error_y=_whiskers(line, look.colour),
+        opacity=1.0 if look.measured else 0.7,
+        legendgroup=line.law or (line.label if named else line.group),
+        text=None if line.text is None else list(line.text),
+        hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
+        hoverinfo="skip" if line.role == "threshold" else None,
+        showlegend=look.measured and named,
+    )
+
+
+def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:
+    """± one standard error at every point, where the band is something else."""
+    if line.error is None:
+        return None
+    return {"type": "data", "array": line.error, "color": colour, "thickness": 1.2, "width": 2}
+
+
+def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
+    """Legend of many lines: one entry for each run by colour, one for each variant by dash."""
+    entries: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
+    for line, look in zip(lines, looks, strict=True):
+        if look.measured:
+            entries.setdefault(line.group, {"color": look.colour, "width": 4})
+            variant = line.label.removeprefix(f"{line.group} · ")
+            variants.setdefault(variant, {"color": GREY, "width": 1.8, "dash": look.dash})
+    return [_legend_entry(name, style) for name, style in (entries | variants).items()]
+
+
+def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
+    """An entry of the legend without a line of its own."""
+    return go.Scatter(
+        x=[None], y=[None], mode="lines", name=name, line=style, legendgroup=name, hoverinfo="skip"
+    )
+
+
+def _tell_missing(drawn: go.Figure, reasons: Sequence[str]) -> None:
+    """Words along the right side, where the hover has room, that tell why a law is not drawn."""
+    lines = ["<br>".join(textwrap.wrap(reason, 70)) for reason in reasons]
+    drawn.add_annotation(
+        x=1,
+        xref="paper",
+        xanchor="left",
+        xshift=4,
+        y=0.5,
+        yref="paper",
+        yanchor="middle",
+        textangle=90,
+        showarrow=False,
+        text="laws not drawn: why?",
+        hovertext="<br>".join(lines),
+        font={"size": 11, "color": GREY},
+    )
+
+
+def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
+    """Closed outline of the spread; NaN and, on a log axis, what is not positive is left out."""
+    assert line.lower is not None
+    assert line.upper is not None
+    known = np.isfinite(line.lower) & np.isfinite(line.upper)
+    lower = np.where(line.lower > 0, line.lower, np.nan) if log_y else line.lower
+    known &= np.isfinite(lower)
+    x, low, high = line.x[known], lower[known], line.upper[known]
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([high, low[::-1]]),
+        fill="toself",
+        fillcolor=f"rgba({red}, {green}, {blue}, {opacity})",
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=line.label,
+        name=f"{line.label} · spread",
+    )
+
+
+def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, float]) -> None:
+    """Healthy band behind the curves, cut at the ends of the axis."""
+    low, high = max(healthy[0], span[0]), min(healthy[1], span[1])
+    if low < high:
+        drawn.add_hrect(y0=low, y1=high, fillcolor=HEALTHY, line_width=0, layer="below")
+
+
+def _y_range(figure: Lines) -> tuple[float, float] | None:
+    """Ends of the vertical axis: the curves, their bands, laws as far as `reach`, and the next thresholds."""
+    known = _drawable(figure, ("measured", "null"))
+    if known.size == 0:
+        return None
+    low, high = apart(*reach(known, _drawable(figure, ("theory",)), figure.log_y))
+    limits = _drawable(figure, ("threshold",))
+    above, below = limits[limits > high], limits[limits < low]
+    high = float(above.min()) if above.size else high
+    low = float(below.max()) if below.size else low
+    if figure.log_y:
+        margin = (high / low) ** 0.08 if high > low else 2.0
+        return low / margin, high * margin
+    margin = 0.08 * (high - low) if high > low else 0.1 * abs(high) or 0.5
+    return low - margin, high + margin
+
+
+def _drawable(figure: Lines, roles: tuple[str, ...]) -> np.ndarray:
+    """All values of the lines of some roles that the axis can show."""
+    lines = [line for line in figure.lines if line.role in roles]
+    parts = [part for line in lines for part in (line.y, line.lower, line.upper) if part is not None]
+    values = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts] or [np.zeros(0)])
+    return values[np.isfinite(values) & ((values > 0) | (not figure.log_y))]
+
+
+def _scale(span: tuple[float, float] | None, log_y: bool) -> dict[str, Any]:
+    """Range and ticks of the vertical axis: decades on a long log axis, 1-2-5 on a short one."""
+    if span is None:
+        return {"type": "log"} if log_y else {}
+    if not log_y:
+        return {"range": list(span)}
+    ends = [float(np.log10(end)) for end in span]
+    decades = ends[1] - ends[0]
+    ticks = {"dtick": max(1, round(decades / 6))} if decades > 2 else {"dtick": "D2"} if decades > 0.8 else {}
+    return {"type": "log", "range": ends, "exponentformat": "power", "tickfont": {"size": 11}, **ticks}

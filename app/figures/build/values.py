@@ -1,0 +1,189 @@
+"""Which numbers of an analysis does a selection name? One labelled slice and its positions."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.specification import Analyses, Array, Selection
+
+__all__ = ["fed", "feeds", "names_of", "pick", "positions", "reduce_blocks", "streams_of"]
+
+_LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
+
+
+def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
+    """Whether an analysis holds a defined number of every variable named.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+        Analysis of one run.
+    needs : tuple of str
+        Names of variables.
+
+    Returns
+    -------
+    bool
+    """
+    return all(name in data and bool(data[name].notnull().any()) for name in needs)
+
+
+def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.DataArray | None:
+    """The slice of one variable that a selection names.
+
+    Parameters
+    ----------
+    data : xarray.Dataset
+        Analysis of one run.
+    name : str
+        Variable.
+    choice : Selection
+        What is asked for.
+    **fixed : str
+        Labels that override the selection.
+
+    Returns
+    -------
+    xarray.DataArray or None
+        None where the run has no such variable or no such label (stream "2" of a residual run).
+    """
+    if name not in data:
+        return None
+    array = data[name]
+    if "step" in array.dims:
+        array = array.isel(step=-1) if choice.step is None else array.sel(step=choice.step, method="nearest")
+    for dim in _LABELLED:
+        if dim not in array.dims:
+            continue
+        label = fixed.get(dim, getattr(choice, dim))
+        if label not in array[dim].values:
+            return None
+        array = array.sel({dim: label})
+    return array
+
+
+def fed(
+    analyses: Analyses, name: str, choice: Selection, **fixed: str
+) -> Iterator[tuple[str, xr.Dataset, xr.DataArray]]:
+    """Runs that can feed a variable under a selection, with the slice.
+
+    Parameters
+    ----------
+    analyses : mapping
+        Run name → analysis.
+    name : str
+        Variable.
+    choice : Selection
+        What is asked for.
+    **fixed : str
+        Labels that override the selection.
+
+    Yields
+    ------
+    tuple
+        Run name, analysis, slice.
+    """
+    for run, data in analyses.items():
+        array = pick(data, name, choice, **fixed)
+        if array is not None and bool(array.notnull().any()):
+            yield run, data, array
+
+
+def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
+    """Where the values of a slice lie: indices, or fractions of the last index.
+
+    Parameters
+    ----------
+    array : xarray.DataArray
+        Slice that has the dimension `along`.
+    along : str
+        "depth", "connection" or "weight".
+    axis : {"depth", "relative"}
+        Index, or index divided by the last one.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (size of the dimension,).
+    """
+    numbered = along in array.coords and along != "weight"  # modules have names only
+    index = array[along].values if numbered else np.arange(array.sizes[along])
+    index = np.asarray(index, dtype=np.float64)
+    last = index.max(initial=0.0)
+    return index / last if axis == "relative" and last > 0 else index
+
+
+def names_of(array: xr.DataArray, along: str) -> list[str]:
+    """What people call each position: module path, else layer and site.
+
+    Parameters
+    ----------
+    array : xarray.DataArray
+        Slice that has the dimension `along`.
+    along : str
+        "depth", "other_depth", "connection", "other_connection" or "weight".
+
+    Returns
+    -------
+    list of str
+    """
+    base = along.removeprefix("other_")
+    if base == "weight":
+        return [str(path) for path in array["weight"].values]
+    prefix, part = ("", "site") if base == "depth" else ("connection_", "branch")
+    layer = _labels(array, f"{prefix}layer", base)
+    kind = _labels(array, part, base)
+    if layer is None or kind is None:
+        return [f"{base} {i}" for i in range(array.sizes[along])]
+    return [str(k) if int(n) < 0 else f"layer {int(n)} {k}" for n, k in zip(layer, kind, strict=True)]
+
+
+def _labels(array: xr.DataArray, name: str, base: str) -> list | None:
+    """Values of a label coordinate along `base`, None where the analysis does not carry it."""
+    return list(array[name].values) if name in array.coords and array[name].dims == (base,) else None
+
+
+def streams_of(analyses: Analyses) -> list[str]:
+    """Stream labels of all runs together, "mean" first.
+
+    Parameters
+    ----------
+    analyses : mapping
+        Run name → analysis.
+
+    Returns
+    -------
+    list of str
+    """
+    found = {str(s) for data in analyses.values() if "stream" in data.coords for s in data["stream"].values}
+    numbered = sorted((s for s in found if s.isdigit()), key=int)
+    return (["mean"] if "mean" in found or not numbered else []) + numbered
+
+
+def reduce_blocks(matrix: Array, largest: int = 300) -> tuple[Array, int]:
+    """Matrix small enough for a screen: means over square blocks, NaN left out.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray
+        Shape (rows, columns).
+    largest : int
+        Most rows or columns kept.
+
+    Returns
+    -------
+    tuple
+        The matrix (float32) and the side of a block, 1 where nothing was reduced.
+    """
+    side = -(-max(matrix.shape) // largest)
+    if side <= 1:
+        return np.asarray(matrix, dtype=np.float32), 1
+    rows, columns = (-(-size // side) for size in matrix.shape)
+    padded = np.full((rows * side, columns * side), np.nan)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    blocks = padded.reshape(rows, side, columns, side)
+    count = np.isfinite(blocks).sum(axis=(1, 3))
+    total = np.nansum(blocks, axis=(1, 3))
+    means = np.divide(total, count, out=np.full((rows, columns), np.nan), where=count > 0)
+    return means.astype(np.float32), side

@@ -1,0 +1,1 @@
+"""Which figures are there? One file a question."""

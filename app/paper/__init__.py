@@ -1,0 +1,1 @@
+"""How does a run go into a paper? Figures, tables, snippets, sources and a manifest."""

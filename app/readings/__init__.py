@@ -1,0 +1,1 @@
+"""How are saved runs opened, analysed and judged? The same way in every face."""

@@ -1,0 +1,177 @@
+"""What there is to say about each run: its provenance, its analysis and its findings, one reading a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics import Finding, analyze, judge, schema
+
+COMPLETE = "complete"
+"""Attribute of /metrics: true where they are all that the run can feed."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One chain of one run, analysed and judged.
+
+    Parameters
+    ----------
+    name : str
+        The run's name; ``run/chain`` where the run has several chains.
+    attrs : mapping
+        The run's attributes: model, family, seed, …
+    analysis : Dataset
+        What `diagnostics.analyze` gives, or what the run holds in /metrics.
+    findings : tuple of Finding
+        Worst first.
+    """
+
+    name: str
+    attrs: Mapping[str, Any]
+    analysis: xr.Dataset
+    findings: tuple[Finding, ...]
+
+    @property
+    def not_computed(self) -> dict[str, list[str]]:
+        """Metrics that the run could not feed, by the reason."""
+        reasons: dict[str, list[str]] = {}
+        for metric, reason in self.analysis.attrs.get("not_computed", {}).items():
+            reasons.setdefault(str(reason), []).append(str(metric))
+        return reasons
+
+
+def read_runs(
+    runs: Mapping[str, xr.DataTree], *, progress: Callable[[str, int, int], None] | None = None
+) -> list[Reading]:
+    """Analyse and judge runs; metrics that a run already holds are taken as they are.
+
+    Parameters
+    ----------
+    runs : mapping of str to DataTree
+        Runs by the names to print.
+    progress : function, optional
+        Called with (metric, number done, number in all) for each run.
+
+    Returns
+    -------
+    list of Reading
+
+    Raises
+    ------
+    ValueError
+        For no run at all, or a run without a trace and without metrics.
+    """
+    if not runs:
+        raise ValueError("no run was given; name at least one, such as runs/a.nc")
+    return [
+        Reading(
+            label, {str(key): value for key, value in run.attrs.items()}, analysis, tuple(judge(analysis))
+        )
+        for name, run in runs.items()
+        for label, analysis in _analyses(name, run, progress)
+    ]
+
+
+def _analyses(
+    name: str, run: xr.DataTree, progress: Callable[[str, int, int], None] | None
+) -> list[tuple[str, xr.Dataset]]:
+    stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
+    known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
+    if not _suffices(run, stored, known):
+        fresh = _by_chain(analyze(run, progress=progress))
+        known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
+    return [(f"{name}/{chain}" if chain else name, dataset.load()) for chain, dataset in known.items()]
+
+
+def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, xr.Dataset]) -> bool:
+    """Whether the metrics that a run holds are complete, a history, or all that is left of it."""
+    if len(known) < len(stored):
+        return False
+    has_trace = any(schema.chain_dataset(run, "trace", chain) is not None for chain in stored)
+    whole = all(data.attrs.get(COMPLETE) or data.sizes.get("step", 1) > 1 for data in known.values())
+    return bool(known) and (whole or not has_trace)
+
+
+def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
+    """An analysis with the metrics that the run holds beside it, such as those computed on request."""
+    if stored is None or not fresh["step"].equals(stored["step"]):
+        return fresh
+    added = {name: stored[name] for name in stored.data_vars if name not in fresh}
+    costly = [name for name in fresh.attrs.get("on_request", ()) if name not in added]
+    return fresh.assign(added).assign_attrs(on_request=costly)
+
+
+def _by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    if isinstance(analysis, xr.Dataset):
+        return {"": analysis}
+    return {chain: node.to_dataset() for chain, node in analysis.children.items()}
+
+
+def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
+    """Open runs, and folders of runs, under names that are short and differ.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Run files, or folders that hold some.
+
+    Returns
+    -------
+    dict of str to DataTree
+
+    Raises
+    ------
+    FileNotFoundError
+        Where nothing lies at a path.
+    ValueError
+        Where a folder holds no run.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found += _runs_at(path)
+    return {name: schema.open_run(path) for name, path in _short_names(found).items()}
+
+
+def _runs_at(path: Path) -> list[Path]:
+    if not path.exists() or path.name.endswith(schema.SUFFIXES):
+        return [path]
+    below = list(schema.list_runs(path).values())
+    if not below:
+        raise ValueError(
+            f"no run in {path}: expected files or folders ending in {', '.join(schema.SUFFIXES)}; "
+            "make one with: depthscope probe CHECKPOINT --text FILE --out RUN.nc"
+        )
+    return below
+
+
+def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """The file's name, with as many folders before it as it takes to tell the runs apart."""
+    unique = list(dict.fromkeys(path.resolve() for path in paths))
+    for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
+        names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
+        if len(set(names)) == len(unique):
+            return dict(zip(names, unique, strict=True))
+    return {path.name: path for path in unique}
+
+
+def without_ending(name: str) -> str:
+    """A run's file name without what says its format.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``a.zarr.zip``.
+
+    Returns
+    -------
+    str
+    """
+    for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name

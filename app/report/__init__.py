@@ -1,0 +1,1 @@
+"""How is a run sent around? As one HTML page."""

@@ -1,0 +1,1 @@
+"""How do small models of each family compare? The demo and the study."""

@@ -1,0 +1,212 @@
+"""What does the connection alone change? Three small language models trained side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from safetensors.torch import save_model
+
+from depthscope import probes
+from depthscope.app.study.small_lm import CONNECTIONS
+from depthscope.app.study.training import (
+    TITLES,
+    Corpus,
+    Learner,
+    Recipe,
+    connection_movement,
+    held_out_loss,
+    learner,
+    single_threaded,
+    split,
+    train_side_by_side,
+)
+from depthscope.diagnostics import schema
+from depthscope.probes.checkpoints.load import LoadedModel, encode_text, sample_text, token_texts
+from depthscope.probes.checkpoints.weight_files import file_digest
+
+
+class StudyError(ValueError):
+    """A study that cannot be run as asked."""
+
+
+def main(args: argparse.Namespace) -> int:
+    """The command ``depthscope study``.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        With `out` and `minutes`.
+
+    Returns
+    -------
+    int
+        Exit code 0.
+    """
+    for path in run_study(Path(args.out), seconds=60 * args.minutes).values():
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def run_study(
+    out: Path, *, seconds: float = 60.0, seed: int = 0, progress: bool = True, recipe: Recipe | None = None
+) -> dict[str, Path]:
+    """Train a residual, an HC and an mHC model side by side, probe each, save runs and weights.
+
+    Parameters
+    ----------
+    out : Path
+        Folder for ``residual.nc``, ``hc.nc``, ``mhc.nc`` and their weights; earlier ones are replaced.
+    seconds : float
+        Training time of the three together; probing comes on top.
+    seed : int
+        Of the weights and of the order of the data.
+    progress : bool
+        Show a bar with the three losses on stderr.
+    recipe : Recipe, optional
+        Everything else; its own seconds and seed are replaced by the two above.
+
+    Returns
+    -------
+    dict of str to Path
+        The saved runs by family: residual, hc, mhc.
+
+    Raises
+    ------
+    StudyError
+        If the time is not positive.
+    """
+    recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
+    if recipe.seconds <= 0 or (recipe.steps is not None and recipe.steps < 1):
+        raise StudyError(f"got {recipe.seconds:g} s and {recipe.steps} steps; expected more than 0")
+    text = sample_text()
+    corpus = split(text)
+    learners = [learner(kind, recipe) for kind in CONNECTIONS]
+    with single_threaded():
+        spent = train_side_by_side(
+            learners,
+            corpus,
+            recipe,
+            measure=lambda step: _measure_all(learners, corpus, recipe, step),
+            progress=progress,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        return {each.kind: _saved(each, corpus, recipe, out, spent) for each in learners}
+
+
+def _probe(each: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str, Any]) -> xr.DataTree:
+    """Measure a model on the same held-out windows every time."""
+    loaded = LoadedModel(each.model, None, TITLES[each.kind], "", each.kind)
+    text = bytes(corpus.held_out.tolist()).decode(errors="replace")
+    batch = encode_text(
+        loaded, text, sequences=recipe.probed_sequences, length=recipe.probed_length, seed=recipe.seed
+    )
+    each.model.eval()
+    try:
+        return probes.capture(
+            each.model,
+            batch,
+            gradients=True,
+            token_text=token_texts(loaded, batch),
+            max_sequences=recipe.probed_sequences,
+            attrs=attrs,
+        )
+    finally:
+        each.model.train()
+
+
+def _measure_all(learners: Sequence[Learner], corpus: Corpus, recipe: Recipe, step: int) -> None:
+    for each in learners:
+        run = _probe(each, corpus, recipe, {})
+        each.history.append(_statistics(run, step))
+
+
+def _statistics(run: xr.DataTree, step: int) -> xr.Dataset:
+    return run["statistics"].to_dataset().assign_coords(step=[step])
+
+
+def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> xr.DataTree:
+    """The final run with the statistics of earlier steps before its own.
+
+    Parameters
+    ----------
+    run : DataTree
+        Captured at the end of training.
+    history : sequence of Dataset
+        Statistics of earlier captures on the same batch.
+    step : int
+        How many training steps the final one comes after.
+
+    Returns
+    -------
+    DataTree
+        Sums over all tokens (without a step) are those of the final weights.
+    """
+    final = _statistics(run, step)
+    stepwise = [name for name, value in final.data_vars.items() if "step" in value.dims]
+    rows = [dataset[stepwise] for dataset in (*history, final)]
+    joined = xr.concat(rows, dim="step", data_vars="all", coords="minimal", compat="override", join="exact")
+    attrs = {str(name): value for name, value in run.attrs.items()}
+    statistics = joined.merge(final.drop_vars([*stepwise, "step"]), compat="override")
+    return schema.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=attrs)
+
+
+def _saved(each: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
+    step = len(each.losses)
+    weights = out / f"{each.kind}.safetensors"
+    save_model(each.model, str(weights), metadata={"format": "pt"})
+    attrs = {
+        "model": f"small LM, {TITLES[each.kind]}",
+        "seed": recipe.seed,
+        "loss_reduction": "mean",
+        "weights_digest": file_digest([weights]),
+        "training": training_facts(each, corpus, recipe, spent),
+    }
+    run = with_history(_probe(each, corpus, recipe, attrs), each.history, step)
+    return schema.save_run(run, out / f"{each.kind}.nc")
+
+
+def training_facts(each: Learner, corpus: Corpus, recipe: Recipe, spent: float) -> dict[str, Any]:
+    """What a reader has to know about the training to judge the comparison.
+
+    Parameters
+    ----------
+    each : Learner
+        A trained learner.
+    corpus : Corpus
+        What it read.
+    recipe : Recipe
+        How.
+    spent : float
+        Seconds, of all three together.
+
+    Returns
+    -------
+    dict
+        Losses in nats a byte.
+    """
+    steps = len(each.losses)
+    return {
+        "corpus": "pydoc_data.topics, bytes; the last tenth held out",
+        "steps": steps,
+        "bytes": steps * recipe.batch * recipe.length,
+        "seconds_side_by_side": round(spent, 1),
+        "batch": recipe.batch,
+        "length": recipe.length,
+        "optimiser": "AdamW, betas 0.9 0.95, gradient norm clipped at " + format(recipe.clip, "g"),
+        "weight_decay": recipe.weight_decay,
+        "learning_rate": recipe.learning_rate,
+        "schedule": "linear warm-up, cosine to zero, by "
+        + ("the clock" if recipe.steps is None else "steps"),
+        "initial_loss": each.losses[0],
+        "final_loss": float(np.mean(each.losses[-10:])),
+        "held_out_loss": held_out_loss(each.model, corpus),
+        "unigram_entropy": corpus.unigram_entropy,
+        "connection_movement": connection_movement(each),
+    }

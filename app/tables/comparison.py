@@ -1,0 +1,299 @@
+"""How do runs compare? One row a run, and the same metrics side by side at the same relative depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from depthscope.app.figures.build.values import pick, positions
+from depthscope.app.figures.build.words import reduction_of
+from depthscope.app.figures.specification import Selection
+from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.tables import Column, Table, column_of
+from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
+
+COMPARED_METRICS = ("effective_rank", "token_cosine", "residual_norm", "gradient_norm", "composite_gain")
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """One summary number of a run: a metric at the place that matters.
+
+    Parameters
+    ----------
+    metric : str
+        Variable of the analysis.
+    place : {"last", "lowest", "highest", "span"}
+        The last position, an extreme, or largest over smallest magnitude along the depth.
+    fixed : mapping of str to str
+        Labels that override the selection.
+    """
+
+    metric: str
+    place: str
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+
+SUMMARY = (
+    Extreme("effective_rank", "last"),
+    Extreme("effective_rank", "lowest"),
+    Extreme("streamed_effective_rank", "last"),
+    Extreme("token_cosine", "last"),
+    Extreme("adjacent_cka", "lowest"),
+    Extreme("gradient_norm", "span"),
+    Extreme("composite_gain", "highest", {"direction": "forward"}),
+    Extreme("composite_gain", "highest", {"direction": "backward"}),
+    Extreme("deflated_gain", "last"),
+    Extreme("effective_streams", "lowest"),
+)
+
+_SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
+
+
+def summary_table(readings: Sequence[Reading], view: Selection | None = None) -> Table:
+    """One row a run: what it is, its decisive numbers, how much was found.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Runs.
+    view : Selection, optional
+        Slice; the figures' own by default.
+
+    Returns
+    -------
+    Table
+    """
+    view = view or Selection()
+    facts = [_facts(reading, view) for reading in readings]
+    data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
+    symbols: dict[str, str] = {}
+    shown: list[str] = []
+    for extreme in SUMMARY:
+        columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
+        known = next((column for column in columns if column is not None), None)
+        if known is None:
+            continue
+        cells = [_at_extreme(column, extreme.place) for column in columns]
+        key = f"{known.key}_{extreme.place}"
+        data = data.assign(
+            **{key + end: [cell[end] for cell in cells] for end in ("", "_stderr", "_null", "_at")}
+        )
+        heading = f"{known.label}, {_SHORT[extreme.place]}"
+        printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
+        symbols[extreme.metric] = known.symbol
+        shown.append(extreme.metric)
+    printed = printed.drop(columns="model")  # the widest cell; the data keep it
+    for severity in ("fail", "warn"):
+        counts = [
+            sum(found.severity.name.lower() == severity for found in reading.findings) for reading in readings
+        ]
+        data[f"num_{severity}"], printed[severity] = counts, [str(count) for count in counts]
+    return Table(
+        name="summary",
+        title="Summary of runs",
+        caption=f"Summary of runs. {_summary_words(readings, shown, view)}",
+        data=data.dropna(axis="columns", how="all"),
+        printed=printed,
+        symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
+        metrics=tuple(dict.fromkeys(shown)),
+        stacked=True,
+    )
+
+
+def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
+    analysis, attrs = reading.analysis, reading.attrs
+    layers = analysis["layer"].values if "layer" in analysis.coords else np.array([-1])
+    counts = pick(analysis, "num_tokens", view)
+    return {
+        "run": reading.name,
+        "model": str(attrs.get("model") or UNDEFINED),
+        "family": str(attrs.get("family") or UNDEFINED),
+        "streams": int(attrs.get("n_streams") or 1),
+        "layers": int(layers.max()) + 1,
+        "num_tokens": math.nan if counts is None else float(counts.max()),
+    }
+
+
+def _printed_facts(facts: Mapping[str, Any]) -> dict[str, str]:
+    headings = {"streams": "n", "layers": "L", "num_tokens": "N"}
+    return {
+        headings.get(name, name): f"{value:g}" if isinstance(value, float) else str(value)
+        for name, value in facts.items()
+    }
+
+
+def _at_extreme(column: Column | None, place: str) -> dict[str, float]:
+    empty = {"": math.nan, "_stderr": math.nan, "_null": math.nan, "_at": math.nan}
+    if column is None:
+        return empty
+    numbers = column.numbers()
+    values = numbers[column.key]
+    known = np.flatnonzero(np.isfinite(values))
+    if known.size == 0:
+        return empty
+    if place == "span":
+        size = np.abs(values[known])
+        return empty | {"": float(size.max() / size.min()) if size.min() > 0 else math.inf}
+    index = {
+        "last": known[-1],
+        "lowest": known[np.argmin(values[known])],
+        "highest": known[np.argmax(values[known])],
+    }
+    at = int(index[place])
+    errors, nulls = (numbers.get(column.key + end) for end in ("_stderr", "_null"))
+    return {
+        "": float(values[at]),
+        "_stderr": math.nan if errors is None else float(errors[at]),
+        "_null": math.nan if nulls is None else float(nulls[at]),
+        "_at": float(at),
+    }
+
+
+def _cell_text(cell: Mapping[str, float], place: str) -> str:
+    text = quantity(cell[""], cell["_stderr"], cell["_null"])
+    where = cell["_at"]
+    return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
+
+
+def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
+    dims = {
+        str(dim)
+        for reading in readings
+        for metric in shown
+        if metric in reading.analysis
+        for dim in reading.analysis[metric].dims
+    }
+    parts = [
+        reduction_of(dims, view),
+        "@ is the depth or connection index of the extreme",
+        "± is one standard error over sequences",
+        "null is the value expected of independent entries",
+        "fail and warn count findings",
+    ]
+    return sentence(parts)
+
+
+# --- the same relative depth
+
+
+def comparison_table(
+    readings: Sequence[Reading],
+    metrics: Sequence[str] = COMPARED_METRICS,
+    view: Selection | None = None,
+    *,
+    points: int = 6,
+) -> Table:
+    """Metrics of several runs side by side, each at the measured depth nearest to a relative depth.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Runs.
+    metrics : sequence of str
+        Metrics along depth or connections.
+    view : Selection, optional
+        Slice.
+    points : int
+        Relative depths from 0 to 1.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    ValueError
+        Where no run holds any of the metrics along its depth.
+    """
+    view = view or Selection()
+    where = np.linspace(0.0, 1.0, points)
+    rows: list[dict[str, Any]] = []
+    text: list[dict[str, str]] = []
+    for metric in metrics:
+        columns = {reading.name: _profile(reading, metric, view) for reading in readings}
+        known = [column for column in columns.values() if column is not None]
+        for fraction in where if known else ():
+            cells = {run: _nearest(column, fraction) for run, column in columns.items()}
+            start = {"metric": metric, "relative depth": float(fraction)}
+            rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in cell})
+            printed = {run: quantity(cell[""], cell["_stderr"], cell["_null"]) for run, cell in cells.items()}
+            text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
+    if not rows:
+        raise ValueError(
+            f"no run holds {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
+        )
+    used = tuple(dict.fromkeys(row["metric"] for row in rows))
+    dims = {
+        str(dim)
+        for reading in readings
+        for name in used
+        if name in reading.analysis
+        for dim in reading.analysis[name].dims
+    }
+    return Table(
+        name="comparison",
+        title="Runs side by side",
+        caption="Runs side by side at the measured depth nearest to the relative depth. "
+        f"{sentence([reduction_of(dims, view)])}",
+        data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
+        printed=pd.DataFrame(text),
+        metrics=used,
+    )
+
+
+def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
+    dims = reading.analysis[metric].dims if metric in reading.analysis else ()
+    fixed = {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
+    column = column_of(reading.analysis, metric, view, **fixed)
+    return column if column is None or column.value.dims[0] in ("depth", "connection") else None
+
+
+def _nearest(column: Column | None, fraction: float) -> dict[str, float]:
+    if column is None:
+        return {"": math.nan, "_stderr": math.nan, "_null": math.nan}
+    along = positions(column.value, str(column.value.dims[0]), "relative")
+    at = int(np.argmin(np.abs(along - fraction)))
+    numbers = column.numbers()
+    parts = {end: numbers.get(column.key + end) for end in ("", "_stderr", "_null")}
+    return {end: math.nan if values is None else float(values[at]) for end, values in parts.items()}
+
+
+def differences(readings: Sequence[Reading], view: Selection | None = None) -> list[str]:
+    """What makes runs hard to compare: other data, other token counts, other precision.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Runs.
+    view : Selection, optional
+        Slice whose token counts are compared.
+
+    Returns
+    -------
+    list of str
+        One sentence a difference; empty where there is none.
+    """
+    facts = {reading.name: _facts(reading, view or Selection()) | dict(reading.attrs) for reading in readings}
+    said = []
+    for key, words in (
+        ("num_tokens", "different numbers of tokens, and ranks grow with N"),
+        ("data_digest", "different data"),
+        ("dtype", "different precision"),
+    ):
+        known = {run: row[key] for run, row in facts.items() if not _unknown(row.get(key))}
+        if len(set(map(str, known.values()))) > 1:
+            listed = ", ".join(
+                f"{run}: {value if isinstance(value, str) else number(value)}" for run, value in known.items()
+            )
+            said.append(f"the runs have {words} ({listed})")
+    return said
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,142 @@
+"""What was found, in plain words for the terminal and as a table for a paper."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.tables import Table, spoken
+from depthscope.app.text.bibliography import cited, source_words
+from depthscope.app.text.numbers import number
+from depthscope.diagnostics import Finding
+
+NOTHING = "Nothing found: no metric crossed its threshold."
+
+
+def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
+    """Findings as paragraphs: severity, verdict and place, the sentence, what to try, the threshold's source.
+
+    Parameters
+    ----------
+    findings : iterable of Finding
+        In the order to print.
+    width : int
+        Columns to wrap at.
+
+    Returns
+    -------
+    str
+        Plain text without a final newline.
+    """
+    paragraphs = [_paragraph(finding, width) for finding in findings]
+    return "\n\n".join(paragraphs) if paragraphs else NOTHING
+
+
+def _paragraph(finding: Finding, width: int) -> str:
+    heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{_where(finding)}"
+    lines = [cited(finding.sentence)]
+    if finding.advice:
+        lines.append(f"Try: {finding.advice}")
+    if finding.source not in finding.sentence:
+        lines.append(f"Threshold from {source_words(finding.source)}.")
+    wrapped = [
+        textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 6) for line in lines
+    ]
+    return "\n".join([heading, *wrapped])
+
+
+def place_of(finding: Finding) -> str:
+    """Where a finding lies, such as ``depth 3-7`` or ``whole run``.
+
+    Parameters
+    ----------
+    finding : Finding
+        A finding.
+
+    Returns
+    -------
+    str
+    """
+    if finding.axis == "run" or finding.first < 0:
+        place = "whole run"
+    elif finding.last == finding.first:
+        place = f"{finding.axis} {finding.first}"
+    else:
+        place = f"{finding.axis} {finding.first}–{finding.last}"
+    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+
+
+def _where(finding: Finding) -> str:
+    place = place_of(finding)
+    return "" if place == "whole run" else f", {place}"
+
+
+def count_words(findings: Sequence[Finding]) -> str:
+    """How many findings of each severity, such as ``1 fail, 2 warn``.
+
+    Parameters
+    ----------
+    findings : sequence of Finding
+        Findings of one run.
+
+    Returns
+    -------
+    str
+    """
+    counts: dict[str, int] = {}
+    for finding in findings:
+        counts[finding.severity.name.lower()] = counts.get(finding.severity.name.lower(), 0) + 1
+    return ", ".join(f"{count} {severity}" for severity, count in counts.items()) or "nothing found"
+
+
+def findings_table(readings: Sequence[Reading]) -> Table:
+    """Every finding of every run with its number, threshold and source.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Runs.
+
+    Returns
+    -------
+    Table
+    """
+    found = [(reading.name, finding) for reading in readings for finding in reading.findings]
+    data = pd.DataFrame(
+        [{"run": run} | finding.as_dict() for run, finding in found],
+        columns=None if found else ["run", "verdict", "severity", "sentence"],
+    )
+    printed = pd.DataFrame(
+        [_row(run, finding) for run, finding in found],
+        columns=["run", "severity", "verdict", "where", "value", "threshold", "source", "finding"],
+    )
+    metrics = tuple(dict.fromkeys(finding.metric for _, finding in found))
+    caption = (
+        "Findings, worst first: the number, the threshold that it crossed and where the threshold comes from."
+    )
+    return Table(
+        "findings",
+        "Findings",
+        caption,
+        data,
+        printed,
+        metrics=metrics,
+        cited=("source",),
+        wrapped=("finding",),
+    )
+
+
+def _row(run: str, finding: Finding) -> dict[str, str]:
+    return {
+        "run": run,
+        "severity": finding.severity.name.lower(),
+        "verdict": spoken(finding.verdict),
+        "where": place_of(finding),
+        "value": number(float(finding.value)),
+        "threshold": number(float(finding.threshold)),
+        "source": finding.source,
+        "finding": finding.sentence,
+    }

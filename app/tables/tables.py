@@ -1,0 +1,365 @@
+"""Which numbers does a paper print? One row a depth, one row a connection, with errors and nulls."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.build.words import counted, reduction_of
+from depthscope.app.figures.specification import Selection
+from depthscope.app.readings.readings import Reading
+from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
+
+DEPTH_METRICS = (
+    "effective_rank",
+    "streamed_effective_rank",
+    "participation_ratio",
+    "dong_residual",
+    "token_cosine",
+    "adjacent_cka",
+    "residual_norm",
+    "gradient_norm",
+)
+"""Columns of the table by depth; a run that lacks one has no such column."""
+
+MIXING_METRICS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("mixing_gain", {"direction": "forward"}),
+    ("mixing_gain", {"direction": "backward"}),
+    ("composite_gain", {"direction": "forward"}),
+    ("composite_gain", {"direction": "backward"}),
+    ("doubly_stochastic_violation", {"kind": "row"}),
+    ("doubly_stochastic_violation", {"kind": "column"}),
+    ("deflated_gain", {}),
+    ("effective_streams", {}),
+    ("mixing_entropy", {}),
+    ("identity_distance", {}),
+)
+"""Columns of the table by connection."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One table twice: as numbers for machines and as text for people.
+
+    Parameters
+    ----------
+    name : str
+        File name and LaTeX label.
+    title, caption : str
+        The caption says which slice was taken, and what was left out of the printed rows.
+    data : DataFrame
+        Every number in a column of its own; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
+    printed : DataFrame
+        The same as text.
+    symbols : mapping of str to str
+        TeX symbol by metric, where it has one.
+    metrics : tuple of str
+        All metrics that the table rests on, for the bibliography.
+    cited : tuple of str
+        Printed columns whose cells are bibliography keys.
+    wrapped : tuple of str
+        Printed columns of running text.
+    stacked : bool
+        Whether LaTeX sets the null below the value, for tables of few rows and many columns.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: pd.DataFrame
+    printed: pd.DataFrame
+    symbols: Mapping[str, str] = field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
+    cited: tuple[str, ...] = ()
+    wrapped: tuple[str, ...] = ()
+    stacked: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One measured column: values with their errors, their nulls and the names that people read.
+
+    Parameters
+    ----------
+    key, label, symbol, metric : str
+        Machine name, printed name, TeX symbol (or empty) and metric.
+    value : DataArray
+        One dimension.
+    stderr, null : DataArray or None
+        Same dimension.
+    """
+
+    key: str
+    label: str
+    symbol: str
+    metric: str
+    value: xr.DataArray
+    stderr: xr.DataArray | None = None
+    null: xr.DataArray | None = None
+
+    def numbers(self) -> dict[str, np.ndarray]:
+        """Machine columns: the value, then its error and null where known."""
+        parts = {"": self.value, "_stderr": self.stderr, "_null": self.null}
+        return {
+            self.key + ending: _along(part, self.value) for ending, part in parts.items() if part is not None
+        }
+
+    def text(self) -> list[str]:
+        """Printed cells."""
+        missing = np.full(self.value.size, math.nan)
+        errors, nulls = (
+            missing if part is None else _along(part, self.value) for part in (self.stderr, self.null)
+        )
+        return [quantity(*cell) for cell in zip(_along(self.value, self.value), errors, nulls, strict=True)]
+
+
+def _along(part: xr.DataArray, value: xr.DataArray) -> np.ndarray:
+    return np.broadcast_to(np.asarray(part.values, dtype=np.float64), value.shape)
+
+
+def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) -> Column | None:
+    """The slice of a metric that a selection names, with its standard error and null.
+
+    Parameters
+    ----------
+    analysis : Dataset
+        Analysis of one run.
+    metric : str
+        Variable.
+    view : Selection
+        Slice.
+    **fixed : str
+        Labels that override the selection.
+
+    Returns
+    -------
+    Column or None
+        None where the run has no such variable, label or defined value.
+    """
+    value = _picked(analysis, metric, view, fixed)
+    if value is None or value.ndim != 1 or not bool(value.notnull().any()):
+        return None
+    attrs = analysis[metric].attrs
+    words = [word for word in fixed.values() if word]
+    return Column(
+        key="_".join((metric, *words)),
+        label=" ".join((spoken(metric), *words)),
+        symbol=str(attrs.get("symbol") or ""),
+        metric=metric,
+        value=value,
+        stderr=_picked(analysis, f"{metric}_stderr", view, fixed),
+        null=_picked(analysis, f"{metric}_null", view, fixed),
+    )
+
+
+def _picked(
+    analysis: xr.Dataset, name: str, view: Selection, fixed: Mapping[str, str]
+) -> xr.DataArray | None:
+    """As `pick`, and along dimensions that no selection knows, such as ``kind``, too."""
+    value = pick(analysis, name, view, **fixed)
+    return (
+        value
+        if value is None
+        else value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
+    )
+
+
+def spoken(metric: str) -> str:
+    """A metric's name as people write it.
+
+    Parameters
+    ----------
+    metric : str
+        Name in the catalogue.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> spoken("adjacent_cka"), spoken("dong_residual")
+    ('adjacent CKA', 'Dong residual')
+    """
+    proper = {"cka": "CKA", "dong": "Dong"}
+    return " ".join(proper.get(word, word) for word in metric.split("_"))
+
+
+# --- one row a depth, one row a connection
+
+
+def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table:
+    """Rank, cosine, similarity and norms by depth.
+
+    Parameters
+    ----------
+    reading : Reading
+        One run.
+    view : Selection, optional
+        Slice; the figures' own by default.
+    rows : int
+        Most rows printed; the data hold all.
+
+    Returns
+    -------
+    Table
+    """
+    view = view or Selection()
+    columns = _columns(reading.analysis, [(metric, {}) for metric in DEPTH_METRICS], view)
+    place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
+    counts = pick(reading.analysis, "num_tokens", view)
+    if counts is not None:
+        place["num_tokens"] = np.broadcast_to(counts.values, len(place["depth"]))
+    title = f"Signal by depth: {reading.name}"
+    return _measured_table(reading, "depth", title, columns, place, view, rows)
+
+
+def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table | None:
+    """Gains, violations and collapse of the stream mixing by connection.
+
+    Parameters
+    ----------
+    reading : Reading
+        One run.
+    view : Selection, optional
+        Slice.
+    rows : int
+        Most rows printed; the data hold all.
+
+    Returns
+    -------
+    Table or None
+        None for a run without stream mixing.
+    """
+    view = view or Selection()
+    columns = _columns(reading.analysis, MIXING_METRICS, view)
+    if not columns:
+        return None
+    names = (("connection_layer", "layer"), ("branch", "branch"), ("connection_branch", "branch"))
+    place = _places(reading.analysis, "connection", names)
+    return _measured_table(
+        reading, "mixing", f"Stream mixing by connection: {reading.name}", columns, place, view, rows
+    )
+
+
+def _columns(
+    analysis: xr.Dataset, wanted: Sequence[tuple[str, Mapping[str, str]]], view: Selection
+) -> list[Column]:
+    found = (column_of(analysis, metric, view, **fixed) for metric, fixed in wanted)
+    return [column for column in found if column is not None]
+
+
+def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    size = analysis.sizes.get(along, 0)
+    place = {along: np.asarray(analysis[along].values) if along in analysis.coords else np.arange(size)}
+    for coord, printed in names:
+        if coord in analysis.coords and analysis[coord].dims == (along,):
+            place[printed] = np.asarray(analysis[coord].values)
+    return place
+
+
+def _measured_table(
+    reading: Reading,
+    kind: str,
+    title: str,
+    columns: Sequence[Column],
+    place: Mapping[str, np.ndarray],
+    view: Selection,
+    rows: int,
+) -> Table:
+    data = pd.DataFrame(dict(place))
+    printed = pd.DataFrame(
+        {_heading(name): _cells(values) for name, values in place.items() if name != "module"}
+    )
+    for column in columns:
+        data = data.assign(**column.numbers())
+        printed[column.label] = column.text()
+    kept = evenly(len(printed), rows)
+    left_out = "" if len(kept) == len(printed) else f" {len(kept)} of {len(printed)} rows; the CSV has all."
+    return Table(
+        name=f"{kind}_{slug(reading.name)}",
+        title=title,
+        caption=f"{title}. {_slice_words(reading, columns, view)}{left_out}",
+        data=data,
+        printed=printed.iloc[kept].reset_index(drop=True),
+        symbols={column.metric: column.symbol for column in columns if column.symbol},
+        metrics=tuple(dict.fromkeys(column.metric for column in columns)),
+    )
+
+
+def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -> str:
+    dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
+    errors = any(column.stderr is not None for column in columns)
+    nulls = any(column.null is not None for column in columns)
+    streamed = any(column.metric.startswith("streamed_") for column in columns)
+    parts = [
+        reduction_of(dims, view),
+        counted({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
+        "streamed: over every token seen, all sequences pooled" if streamed else "",
+        "± is one standard error over sequences" if errors else "",
+        "null is the value expected of independent entries" if nulls else "",
+    ]
+    return sentence(parts)
+
+
+def _cells(values: np.ndarray) -> list[str]:
+    if values.dtype.kind == "i":
+        return [UNDEFINED if value < 0 else str(value) for value in values]  # the embedding has no layer
+    if values.dtype.kind == "f":
+        return [UNDEFINED if math.isnan(value) else f"{value:g}" for value in values]
+    return [str(value) for value in values]
+
+
+def _heading(name: str) -> str:
+    return {"num_tokens": "N"}.get(name, name)
+
+
+def evenly(size: int, most: int) -> list[int]:
+    """Positions of at most so many rows, the first and the last among them.
+
+    Parameters
+    ----------
+    size, most : int
+        Rows there are, rows wanted.
+
+    Returns
+    -------
+    list of int
+
+    Examples
+    --------
+    >>> evenly(9, 5)
+    [0, 2, 4, 6, 8]
+    """
+    if size <= most:
+        return list(range(size))
+    return sorted({round(position) for position in np.linspace(0, size - 1, most)})
+
+
+def slug(name: str) -> str:
+    """A file name and LaTeX label from a run's name: letters, digits, dots and dashes.
+
+    Parameters
+    ----------
+    name : str
+        Any text.
+
+    Returns
+    -------
+    str
+    """
+    kept = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
+    )
+    kept = kept.strip("-.")[:60]
+    if kept and kept == name:
+        return name
+    mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never become one
+    return f"{kept}-{mark}" if kept else f"run-{mark}"

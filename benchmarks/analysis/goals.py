@@ -1,0 +1,216 @@
+"""Were the goals met? Each is a number computed from the results, and the limit that it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.analysis.measure import NO_DATA
+
+Rows = dict[str, dict[str, Any]]
+OWN = "depthscope, numpy"
+
+
+class NotMeasuredError(Exception):
+    """Why there is no number."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number that is to be at most, or at least, so large.
+
+    Parameters
+    ----------
+    text : str
+        What is asked for.
+    question : str
+        Where the number is found.
+    found : callable
+        From the rows of that question to the number.
+    limit : float
+        What it is held against.
+    least : bool
+        Whether it is to be at least that.
+    """
+
+    text: str
+    question: str
+    found: Callable[[Rows], float]
+    limit: float
+    least: bool = False
+
+    def judged(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The number beside its limit, and whether it is met; None where it was not measured."""
+        row = {"text": self.text, "limit": self.limit, "least": self.least, "found": None, "met": None}
+        if self.question not in results:
+            return row | {"reason": "not asked in this run"}
+        try:
+            number = self.found(results[self.question]["rows"])
+        except NotMeasuredError as reason:
+            return row | {"reason": str(reason)}
+        return row | {"found": number, "met": number >= self.limit if self.least else number <= self.limit}
+
+
+def cells(rows: Rows, tool: str, part: str) -> list[str]:
+    """Which variants or sizes a tool was asked about, refused where there are none."""
+    row = rows.get(tool, {})
+    found = row.get(part, {})
+    known = [key for key, cell in found.items() if not (isinstance(cell, str) and cell.startswith(NO_DATA))]
+    if not known:
+        raise NotMeasuredError(row.get("reason", "not asked"))
+    return known
+
+
+def number(rows: Rows, tool: str, part: str, key: str) -> Any:
+    """A cell of the results, refused where it holds a reason."""
+    row = rows.get(tool, {})
+    cell = row.get(part, {}).get(key, row.get("reason", "not asked"))
+    if isinstance(cell, str):
+        raise NotMeasuredError(cell)
+    if isinstance(cell, dict) and "ratio" not in cell:
+        raise NotMeasuredError(cell.get("reason", "not timed"))
+    return cell
+
+
+def worst_error(tool: str) -> Callable[[Rows], float]:
+    """The largest of a tool's errors; one that is not a number is the largest."""
+    return lambda rows: float(
+        np.max([number(rows, tool, "errors", key) for key in cells(rows, tool, "errors")])
+    )
+
+
+def root_mean_square(tool: str) -> Callable[[Rows], float]:
+    """Of a tool's errors."""
+
+    def found(rows: Rows) -> float:
+        errors = [number(rows, tool, "errors", key) for key in cells(rows, tool, "errors")]
+        return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+
+    return found
+
+
+def largest(rows: Rows, of: str) -> str:
+    """The last of the sizes at which a tool was timed."""
+    return cells(rows, of, "times")[-1]
+
+
+def slower(tools: Iterable[str], *, by: str = OWN) -> Callable[[Rows], float]:
+    """How many times the baseline's time the fastest of some tools takes at the largest size."""
+    return lambda rows: min(number(rows, tool, "times", largest(rows, by))["ratio"] for tool in tools)
+
+
+def ratio(tool: str, *, sizes: str = "") -> Callable[[Rows], float]:
+    """The largest ratio of a tool to the baseline, over sizes that begin so."""
+    return lambda rows: max(
+        number(rows, tool, "times", size)["ratio"]
+        for size in cells(rows, tool, "times")
+        if size.startswith(sizes)
+    )
+
+
+def times_faster(tool: str) -> Callable[[Rows], float]:
+    """How many times less than the baseline a tool takes, at the worst size."""
+    return lambda rows: 1.0 / ratio(tool)(rows)
+
+
+def share_of_memory(tool: str, other: str) -> Callable[[Rows], float]:
+    """Peak memory of a tool over that of another at the largest size."""
+
+    def found(rows: Rows) -> float:
+        size = largest(rows, tool)
+        mine, theirs = (number(rows, name, "times", size)["peak"] for name in (tool, other))
+        return mine / theirs
+
+    return found
+
+
+def sketch_alone(rows: Rows) -> float:
+    """How many times less than exact the sketch takes, beyond the statistics and the Gram matrices of the features."""
+    whole, *others = (
+        ratio(tool)(rows)
+        for tool in (
+            "probes, streaming=True",
+            "· the other statistics alone",
+            "· plain Gram matrices of the features",
+        )
+    )
+    return 1.0 / max(whole - sum(others), 1e-6)
+
+
+MEASURED = "capture and every default metric"
+STREAMED = "statistics, streaming=True"
+GOALS = (
+    Goal("exact CKA: error at any offset", "cka", worst_error(OWN), 1e-6),
+    Goal(
+        "exact CKA: × faster than torch-cka, cka-pytorch and ckatorch",
+        "cka",
+        slower(("torch-cka", "cka-pytorch", "ckatorch cka_base")),
+        60,
+        least=True,
+    ),
+    Goal("exact CKA: × faster than netrep", "cka", slower(["netrep LinearCKA"]), 15, least=True),
+    Goal("exact CKA: × faster than pytorch-cka", "cka", slower(["pytorch-cka"]), 2, least=True),
+    Goal("exact CKA: memory, as a share of pytorch-cka's", "cka", share_of_memory(OWN, "pytorch-cka"), 0.25),
+    Goal("one-pass CKA: rms error", "one pass", root_mean_square("probes, streaming=True"), 0.007),
+    Goal(
+        "one-pass CKA, beyond statistics and moments: × less than exact",
+        "one pass",
+        sketch_alone,
+        15,
+        least=True,
+    ),
+    Goal("effective rank: worst relative error", "ranks", worst_error(OWN), 1e-6),
+    Goal(
+        "effective rank: time over a float32 Gram's, harmless condition",
+        "ranks",
+        ratio(OWN, sizes="noise"),
+        1.3,
+    ),
+    *(
+        Goal(
+            f"singular values, n = {n}: × faster than torch svdvals, worst kind",
+            f"singular values {n}",
+            times_faster(OWN),
+            3,
+            least=True,
+        )
+        for n in (2, 3, 4)
+    ),
+    Goal(
+        "all pairs with every reduction: over one prefix pass",
+        "all pairs",
+        ratio("depthscope, pair_gain of a run"),
+        10,
+    ),
+    Goal(
+        "measured step with every default metric, residual: over plain",
+        "training step, residual",
+        ratio(MEASURED),
+        1.12,
+    ),
+    Goal(
+        "measured step with every default metric, mHC: over plain",
+        "training step, mHC",
+        ratio(MEASURED),
+        1.12,
+    ),
+    Goal("streaming evaluation, every token: over plain", "evaluation", ratio(STREAMED), 1.05),
+)
+
+
+def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every goal beside what was found.
+
+    Parameters
+    ----------
+    results : dict
+        Question to its title and rows.
+
+    Returns
+    -------
+    list of dict
+    """
+    return [goal.judged(results) for goal in GOALS]

@@ -1,0 +1,149 @@
+"""Similarity from one pass over the tokens, against the exact one: sketches, minibatches, a subsample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from benchmarks.analysis.question import Question, Step, Tool
+from benchmarks.analysis.states import in_order, massive, smollm2
+from depthscope.diagnostics.kernels import similarity
+from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
+from depthscope.probes.statistics.streaming import Streaming
+from depthscope.probes.statistics.token_sums import Sums
+
+# --- ways; data are states (L, B, T, D) in float32 ---
+
+
+def exact(states: np.ndarray) -> Step:
+    return partial(similarity.cka_matrix, flat(states), unbiased=True)
+
+
+def flat(states: np.ndarray) -> np.ndarray:
+    return states.reshape(len(states), -1, states.shape[-1])
+
+
+def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], Sums]:
+    """What `probes` adds up forward by forward: the statistics of every token; with `streaming`, moments and sketch too."""
+    parts = [part.unsqueeze(3) for part in torch.from_numpy(states).chunk(forwards, 1)]
+
+    def step() -> Sums:
+        whole, first = Sums(), 0
+        for part in parts:
+            sums = Sums(Streaming(first)) if streaming else Sums()
+            for depth, state in enumerate(part):
+                sums.see_state(depth, state, None)
+            sums.end_forward()
+            whole.merge(sums)
+            first += part.shape[1]
+        return whole
+
+    return step
+
+
+def streamed(states: np.ndarray) -> Step:
+    sums = seen(states, streaming=True)
+
+    def step() -> np.ndarray:
+        streaming = sums().streaming
+        assert streaming is not None
+        tables = streamed_similarity(streaming.settled(), range(len(states)))
+        assert tables is not None, "the depths are of one width"
+        return correlation(tables[0].numpy())
+
+    return step
+
+
+def moments(states: np.ndarray) -> Step:
+    """A Gram matrix of features for each depth, as plainly as can be."""
+    x = torch.from_numpy(flat(states))
+    return lambda: [part.T @ part for part in x]
+
+
+def correlation(hsic: np.ndarray) -> np.ndarray:
+    own = np.sqrt(np.diagonal(hsic))
+    return hsic / np.outer(own, own)
+
+
+def row_sketch(states: np.ndarray, *, buckets: int) -> Step:
+    """The kernel alone, without heavy tokens."""
+    x = flat(states)
+
+    def step() -> np.ndarray:
+        mean = x.mean(1, dtype=np.float64)
+        square = np.einsum("lnd,lnd->l", x, x, dtype=np.float64) - x.shape[1] * (mean**2).sum(1)
+        sketch, signs = similarity.row_sketch(x, np.arange(x.shape[1]), buckets)
+        return similarity.cka_from_sketch(sketch, signs, mean, diagonals=square, count=x.shape[1])
+
+    return step
+
+
+def minibatches(states: np.ndarray, *, size: int) -> Step:
+    x = flat(states)
+    batches = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
+    return partial(similarity.minibatch_cka, batches)
+
+
+def subsample(states: np.ndarray, *, size: int) -> Step:
+    x = flat(states)
+    chosen = np.linspace(0, x.shape[1] - 1, size).round().astype(int)
+    return lambda: similarity.cka_matrix(x[:, chosen], unbiased=True)
+
+
+TOOLS = {
+    "exact (cka_matrix)": Tool(exact, answers=False),
+    "probes, streaming=True": Tool(streamed),
+    "· the other statistics alone": Tool(partial(seen, streaming=False), answers=False),
+    "· plain Gram matrices of the features": Tool(moments, answers=False),
+    "row sketch, 256 buckets": Tool(partial(row_sketch, buckets=256)),
+    "minibatches of 64": Tool(partial(minibatches, size=64)),
+    "minibatches of 256": Tool(partial(minibatches, size=256)),
+    "subsample of 512": Tool(partial(subsample, size=512)),
+}
+
+
+def rms(found: np.ndarray, truth: np.ndarray) -> float:
+    """Root mean square over pairs of different depths."""
+    away = (found - truth)[np.triu_indices(len(truth), 1)]
+    return float(np.sqrt((away**2).mean()))
+
+
+def in_orders(make: Callable[[], np.ndarray], what: str, count: int) -> dict[str, Callable[[], np.ndarray]]:
+    """The same states with their sequences in another order or two."""
+    return {
+        f"{what}order {number}": lambda number=number: in_order(make(), number)
+        for number in range(1, count + 1)
+    }
+
+
+def questions(quick: bool) -> dict[str, Question]:
+    """The same depths in several orders of the sequences: other hashes, other batches, the same answer."""
+    shape, width = ((9, 8, 32), 64) if quick else ((31, 32, 128), 576)
+    make: Callable[..., np.ndarray] = partial(massive, *shape, width=width)
+
+    def truth(states: np.ndarray) -> np.ndarray:
+        return exact(states)()
+
+    layers, sequences, tokens = shape
+    return {
+        "one pass": Question(
+            title=f"CKA of {layers} depths over {sequences * tokens} tokens with massive ones, in one pass",
+            tools=TOOLS,
+            baseline="exact (cka_matrix)",
+            sizes={f"{layers} × {sequences * tokens} × {width}": make},
+            variants=in_orders(make, "walk, ", 1)
+            | ({} if quick else in_orders(partial(smollm2, 8, 512), "SmolLM2, ", 2)),
+            truths={"": truth},
+            error=rms,
+            note=NOTE,
+        )
+    }
+
+
+NOTE = """Errors are root mean squares over pairs of depths, against the exact kernel, whose own error the first table has.
+The states are a walk whose first tokens are massive at all but the first and the last depths, and those of SmolLM2-135M on 8
+sequences. Another order of the sequences changes the hashes and the batches, and not the answer. `probes` computes the second
+moments of every depth too, for the streamed ranks, and finds the heavy tokens on the way."""

@@ -1,0 +1,134 @@
+"""The measured numbers as tables and as a page: goals first, then each question's answers, times and memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from benchmarks.shared import tables as layout
+from benchmarks.shared.tables import Table
+
+PACKAGES = ("torch", "numpy", "scipy", "transformers", "hyper-connections", "depthscope")
+
+
+def text(results: dict[str, Any]) -> str:
+    """Tables for a terminal.
+
+    Parameters
+    ----------
+    results : dict
+        Of a run.
+
+    Returns
+    -------
+    str
+    """
+    head = f"{results['machine']}; medians of up to {results['rounds']} interleaved rounds"
+    return f"{head}\n\n{layout.as_text(tables(results))}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """This benchmark's part of docs/analyzers.md.
+
+    Parameters
+    ----------
+    results : dict
+        Of a run.
+
+    Returns
+    -------
+    str
+    """
+    parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
+    parts.append(layout.as_markdown(goals(results["goals"]), level=2))
+    for question in results["questions"].values():
+        note = question["note"]
+        answers, times = tables_of(question)
+        parts.append(f"## {question['title']}\n")
+        parts += [f"{note}\n"] if note else []
+        parts += [layout.as_markdown(table) for table in (answers, times) if table[2]]
+    return "\n".join([*parts, layout.named(results["versions"]), ""])
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Every table."""
+    found = [goals(results["goals"])]
+    for question in results["questions"].values():
+        for title, header, rows in tables_of(question):
+            found += [(f"{question['title']}: {title}", header, rows)] if rows else []
+    return found
+
+
+def goals(judged: list[dict[str, Any]]) -> Table:
+    """What was to be reached, what was found, and whether that is enough."""
+    rows = []
+    for goal in judged:
+        sign = "≥" if goal["least"] else "≤"
+        found = goal["reason"] if goal["found"] is None else short(goal["found"])
+        verdict = {True: "met", False: "**missed**", None: "not measured"}[goal["met"]]
+        rows.append([goal["text"], f"{sign} {goal['limit']:g}", found, verdict])
+    return "Goals", ["", "goal", "found", ""], rows
+
+
+def tables_of(question: dict[str, Any]) -> tuple[Table, Table]:
+    """Answers, then times with memory; either may be without rows."""
+    rows = question["rows"]
+    variants = list(dict.fromkeys(key for row in rows.values() for key in row.get("errors", {})))
+    sizes = list(dict.fromkeys(key for row in rows.values() for key in row.get("times", {})))
+    answers = [
+        [name, *(error(row["errors"].get(variant)) for variant in variants)]
+        for name, row in rows.items()
+        if row.get("errors")
+    ]
+    taken = [[name, *(cost(of(row, size)) for size in sizes)] for name, row in rows.items()]
+    title = f"Time as a ratio to *{question['baseline']}*, and peak memory"
+    return ("Error", ["", *variants], answers), (title, ["", *sizes], taken)
+
+
+def of(row: dict[str, Any], size: str) -> dict[str, Any]:
+    return row.get("times", {}).get(size, {"reason": row.get("reason", "–")})
+
+
+def error(cell: float | str | None) -> str:
+    if cell is None or isinstance(cell, str):
+        return cell or "–"
+    return "NaN" if math.isnan(cell) else f"{cell:.0e}" if cell else "0"
+
+
+def cost(cell: dict[str, Any]) -> str:
+    """Ratio with quartiles, or that there was one round, then the time and the memory."""
+    if "ratio" not in cell:
+        return cell.get("reason", "–")
+    low, high = cell["quartiles"]
+    spread = f"{short(low)}–{short(high)}" if cell["rounds"] > 1 else "one round"
+    return f"{short(cell['ratio'])} ({spread}), {duration(cell['seconds'])}, {cell['peak']:.0f} MiB"
+
+
+def short(value: float) -> str:
+    """Three digits or so."""
+    if value != 0 and abs(value) < 0.01:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+HEAD = """# What analysing costs, and how right it is
+
+Written by `{command}` on {date}; {machine}. Not edited by hand.
+
+**How.** First every tool answers the same questions, and is held against a float64 reference that shares no code with it. Then
+all are timed in turn, up to {rounds} rounds. A ratio is the median over that of the tool that the table names, in the same
+rounds, with the quartiles in brackets, then the median time. Times are of the processor (one thread), which a busy machine
+disturbs less than the clock on the wall. Tools of this package, of numpy and of torch share a process; each peer has one of
+its own, with what it is compared with. A tool that takes more than some seconds is run once.
+
+**Memory** is the kernel's high-water mark of resident memory above what the data and the loaded tools hold, in the first run.
+
+**Not tried:** GPUs, several threads, other sizes than these; where a cell says so, a size that would take minutes.
+
+Peers: `pip install {peers}`; netrep is not on PyPI, and is measured where its modules are installed;
+for the page in the repository these were its two classes, re-typed from its text without branches that are not called here.
+"""

@@ -1,0 +1,180 @@
+"""One process's measurements: do the tools give the same states, what do they take, how much memory do they need?"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.capture.cases import Case, Sizes, build
+from benchmarks.capture.tools import TOOLS, CannotTakeError, Captured, Tool
+from benchmarks.shared.memory import forget_peak, status, trimmed
+from benchmarks.shared.rounds import ratio
+
+MODES = {"forward": False, "forward + backward": True}
+WARM_UPS = 2
+MINIATURE = Sizes(layers=2, width=32, batch=1, tokens=8)
+PATIENCE = 30.0  # seconds for one tool; one that takes no more than three times plain is never cut short
+
+
+def times(case_name: str, sizes: Sizes, *, names: list[str], rounds: int) -> dict[str, Any]:
+    """What every tool takes, with and without a backward, or why it takes nothing.
+
+    Parameters
+    ----------
+    case_name : str
+        Which model.
+    sizes : Sizes
+        Of it.
+    names : list of str
+        Tools, ``"plain"`` first.
+    rounds : int
+        Steps of each tool that count.
+
+    Returns
+    -------
+    dict
+        ``modes`` to rows, one per tool, and the case's ``parameters``, ``sites`` and ``sizes``.
+    """
+    case = build(case_name, sizes)
+    return {
+        "modes": {mode: interleaved(case, names, backward, rounds) for mode, backward in MODES.items()},
+        "parameters": sum(p.numel() for p in case.model.parameters()),
+        "sites": len(case.sites),
+        "sizes": vars(case.sizes),
+    }
+
+
+def interleaved(case: Case, names: list[str], backward: bool, rounds: int) -> dict[str, dict[str, Any]]:
+    """Rows of every tool, its steps taken in turn with those of the others."""
+    rows: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Tool] = {}
+    for name in names:
+        try:
+            ready[name] = TOOLS[name](case, backward)
+            rows[name] = agreement(case, ready[name], backward)
+        except Exception as error:
+            ready.pop(name, None)
+            rows[name] = {"reason": reason(error)}
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    batch = case.batch()
+    for _ in range(WARM_UPS + rounds):
+        for name, tool in ready.items():
+            if sum(seconds[name]) <= max(PATIENCE, 3 * sum(seconds["plain"])):
+                seconds[name].append(timed(case, tool, batch))
+    for name, values in seconds.items():
+        rows[name] |= ratio(values[WARM_UPS:] or values[-1:], seconds["plain"][WARM_UPS:])
+    return rows
+
+
+def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
+    """Seconds of one step."""
+    if tool.trains:
+        with torch.no_grad():
+            next(case.model.parameters()).view(-1)[0].add_(
+                0.0
+            )  # the version of the weights, as an optimiser moves it
+    with tool.around():
+        started = time.perf_counter()
+        kept = tool.step(batch)
+        seconds = time.perf_counter() - started
+    del kept
+    case.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def agreement(case: Case, tool: Tool, backward: bool) -> dict[str, Any]:
+    """Largest difference from the hooks' states and gradients; 0 is bitwise equality."""
+    batch = case.batch()
+    with tool.around():
+        kept = tool.step(batch)
+        found = None if tool.read is None else tool.read(kept)
+    case.model.zero_grad(set_to_none=True)
+    if found is None:
+        return {}
+    truth: Captured = TOOLS["hooks, clones"](case, backward).step(batch)
+    case.model.zero_grad(set_to_none=True)
+    row = {"states": len(found.states), "difference": difference(case, found.states, truth.states)}
+    if backward:
+        row["gradients"] = len(found.gradients)
+        row["gradient_difference"] = difference(case, found.gradients, truth.gradients)
+    return row
+
+
+def difference(case: Case, found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """Largest absolute difference, state by state from the first; fewer states than the hooks' are only counted."""
+    worst = 0.0
+    for one, other in zip(found, truth, strict=False):
+        expected = case.canonical(other)
+        came = one.detach() if one.ndim == 4 else case.canonical(one.detach())
+        if came.shape != expected.shape:
+            raise CannotTakeError(f"gave a state of shape {tuple(came.shape)}, not {tuple(expected.shape)}")
+        worst = max(worst, float((came - expected).abs().max()))
+    return worst
+
+
+def reason(error: Exception) -> str:
+    """Why a tool is left out, in a line."""
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    return first if isinstance(error, CannotTakeError) else f"failed: {type(error).__name__}: {first[:150]}"
+
+
+# --- memory ---
+
+
+def peaks(
+    case_name: str, sizes: Sizes, *, name: str, backward: bool, counts: tuple[int, ...]
+) -> dict[str, Any]:
+    """Highest resident memory above the loaded model: in the first batch, and from the second to some others, in MiB.
+
+    What a step gives is kept for every batch, as it must be where something is to be computed over all of them.
+
+    Parameters
+    ----------
+    case_name : str
+        Which model.
+    sizes : Sizes
+        Of it.
+    name : str
+        The tool.
+    backward : bool
+        Whether a step has a backward.
+    counts : tuple of int
+        Numbers of batches, ascending.
+
+    Returns
+    -------
+    dict
+        MiB by number of batches; or ``reason``.
+    """
+    case = build(case_name, sizes)
+    try:
+        warm_up(name, case_name, backward)
+        tool = TOOLS[name](case, backward)
+    except Exception as error:
+        return {"reason": reason(error)}
+    found, kept = {}, []
+    floor, started = trimmed(), time.perf_counter()
+    try:
+        with tool.around():
+            for number in range(1, max(counts) + 1):
+                if time.perf_counter() - started > PATIENCE:
+                    break
+                kept.append(tool.step(case.batch(number)))
+                case.model.zero_grad(set_to_none=True)
+                if number in counts:
+                    found[str(number)] = status("VmHWM") - floor
+                if number == 1:
+                    forget_peak()  # the first batch, in which chains are found, must not hide the others
+    except Exception as error:
+        return {"reason": reason(error)}
+    return found
+
+
+def warm_up(name: str, case_name: str, backward: bool) -> None:
+    """Load what a tool loads at its first use, which is not what it keeps of a model."""
+    case = build(case_name, MINIATURE)
+    tool = TOOLS[name](case, backward)
+    with tool.around():
+        tool.step(case.batch())

@@ -1,0 +1,385 @@
+"""Every tool that captures residual states, with one step of it as its own documentation writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from benchmarks.capture.cases import Case, build, run
+from depthscope import probes
+
+Batch = dict[str, torch.Tensor]
+
+
+class CannotTakeError(Exception):
+    """Why a tool is not measured on a model."""
+
+
+@dataclass
+class Captured:
+    """What a tool hands over: states by depth, and gradients by depth where a backward was run."""
+
+    states: list[torch.Tensor]
+    gradients: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Tool:
+    """A tool made ready for one model.
+
+    Parameters
+    ----------
+    step : callable
+        One forward, with a backward where asked, on one batch; this is what is timed.
+    read : callable
+        From what a step gives to states and gradients; not timed.
+    around : context manager factory
+        What is open around a step, not timed.
+    trains : bool
+        Whether the weights change between two steps, as in training.
+    """
+
+    step: Callable[[Batch], Any]
+    read: Callable[[Any], Captured] | None = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    trains: bool = True
+
+
+# --- hooks as one writes them by hand ---
+
+
+def plain(case: Case, backward: bool) -> Tool:
+    def step(batch: Batch) -> None:
+        run(case, batch, backward=backward)
+
+    return Tool(step)
+
+
+def hooks(case: Case, backward: bool, keep: Callable[[torch.Tensor], torch.Tensor]) -> Tool:
+    modules = [case.model.get_submodule(site) for site in case.sites]
+
+    def step(batch: Batch) -> Captured:
+        captured = Captured([])
+
+        def see(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+            captured.states.append(keep(output.detach()))
+            if backward:
+                output.register_hook(lambda gradient: captured.gradients.append(keep(gradient)))
+
+        handles = [module.register_forward_hook(see) for module in modules]
+        try:
+            run(case, batch, backward=backward)
+        finally:
+            for handle in handles:
+                handle.remove()
+        captured.gradients.reverse()
+        return captured
+
+    return Tool(step, lambda captured: captured)
+
+
+def references(case: Case, backward: bool) -> Tool:
+    return hooks(case, backward, lambda tensor: tensor)
+
+
+def clones(case: Case, backward: bool) -> Tool:
+    return hooks(case, backward, torch.clone)
+
+
+# --- peers ---
+
+
+def hidden_states(case: Case, backward: bool) -> Tool:
+    if case.streams > 1:
+        raise CannotTakeError("a switch of transformers' own models")
+
+    def step(batch: Batch) -> Captured:
+        with torch.set_grad_enabled(backward):
+            output = case.model(**batch, output_hidden_states=True)
+        if backward:
+            for state in output.hidden_states:
+                state.retain_grad()
+            output.loss.backward()
+        own = output.hidden_states[
+            :-1
+        ]  # the last one has passed the final norm: the last block's output is missing
+        return Captured([state.detach() for state in own], [state.grad for state in own] if backward else [])
+
+    return Tool(step, lambda captured: captured)
+
+
+def nnsight(case: Case, backward: bool) -> Tool:
+    import nnsight
+
+    wrapped = nnsight.NNsight(case.model)
+
+    def inside(path: str) -> Any:
+        place = wrapped
+        for part in path.split("."):
+            place = place[int(part)] if part.isdigit() else getattr(place, part)
+        return place
+
+    places = [inside(site) for site in case.sites]
+
+    def forward(batch: Batch) -> Captured:
+        with torch.no_grad(), wrapped.trace(**batch):
+            states = nnsight.save([place.output for place in places])
+        return Captured(states)
+
+    def both(batch: Batch) -> Captured:
+        with wrapped.trace(**batch):
+            states = nnsight.save([place.output for place in places])
+            loss = wrapped.output["loss"]
+            with loss.backward():
+                gradients = nnsight.save([state.grad for state in states[::-1]])
+        return Captured(states, gradients[::-1])
+
+    return Tool(both if backward else forward, lambda captured: captured)
+
+
+def transformer_lens(case: Case, backward: bool) -> Tool:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    if case.streams > 1:
+        raise CannotTakeError("takes the architectures that it has an adapter for")
+    own = build(
+        "tiny" if "tiny" in case.name else "residual", case.sizes
+    ).model  # the bridge rebuilds its model
+    bridge = build_bridge_from_module(own, "GPT2LMHeadModel", hf_config=own.config)
+    names = ["blocks.0.hook_in", *(f"blocks.{i}.hook_out" for i in range(case.sizes.layers))]
+
+    def step(batch: Batch) -> Any:
+        own.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(backward):
+            return bridge.run_with_cache(
+                batch["input_ids"], names_filter=names, return_type="loss", incl_bwd=backward
+            )[1]
+
+    def read(cache: Any) -> Captured:
+        gradients = [cache[f"{name}_grad"] for name in names] if backward else []
+        return Captured([cache[name] for name in names], gradients)
+
+    return Tool(step, read)
+
+
+class WithLoss(nn.Module):
+    """The model with token numbers as its only argument, for tools that pass no more; it still computes its loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, labels=ids)["loss"]
+
+
+def captum(case: Case, backward: bool) -> Tool:
+    from captum.attr import LayerActivation
+
+    if backward:
+        raise CannotTakeError("forward only here: its layer gradients come one layer a run")
+    modules = [case.model.get_submodule(site) for site in case.sites]
+    activation = LayerActivation(WithLoss(case.model), modules)
+
+    def step(batch: Batch) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return list(activation.attribute(batch["input_ids"]))
+
+    return Tool(step, Captured)
+
+
+def pyvene(case: Case, backward: bool) -> Tool:
+    import pyvene
+
+    if case.streams > 1:
+        raise CannotTakeError("takes the model types in its own table")
+    if backward:
+        raise CannotTakeError("collects activations only")
+    kept: list[torch.Tensor] = []
+
+    def collect(base: torch.Tensor, _source: Any = None) -> torch.Tensor:
+        kept.append(base.clone())
+        return base
+
+    paths = ["transformer.drop", *(f"transformer.h[{i}]" for i in range(case.sizes.layers))]
+    places = [{"component": f"{path}.output", "intervention": collect} for path in paths]
+    model = pyvene.IntervenableModel(pyvene.IntervenableConfig(places), model=case.model)
+
+    def step(batch: Batch) -> list[torch.Tensor]:
+        kept.clear()
+        with torch.no_grad():
+            model(batch)
+        return list(kept)
+
+    return Tool(step, Captured)
+
+
+def torchlens(case: Case, backward: bool) -> Tool:
+    import torchlens
+
+    if backward:
+        raise CannotTakeError("its extract() is of a forward")
+
+    model, sites = WithLoss(case.model), [f"model.{site}" for site in case.sites]
+
+    def step(batch: Batch) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return list(torchlens.extract(model, batch["input_ids"], sites).values())
+
+    return Tool(step, Captured)
+
+
+def baukit(case: Case, backward: bool) -> Tool:
+    from baukit import TraceDict
+
+    def step(batch: Batch) -> Captured:
+        with TraceDict(case.model, list(case.sites), retain_grad=backward) as traced:
+            run(case, batch, backward=backward)
+        outputs = [traced[site].output for site in case.sites]
+        return Captured([x.detach() for x in outputs], [x.grad for x in outputs if x.grad is not None])
+
+    return Tool(step, lambda captured: captured)
+
+
+# --- this package ---
+
+
+def capture(case: Case, backward: bool) -> Tool:
+
+    def step(batch: Batch) -> Any:
+        return probes.capture(case.model, batch, gradients=backward, loss=lambda output, _: output["loss"])
+
+    return Tool(step, read_run)
+
+
+def read_run(tree: Any) -> Captured:
+    """States (B, T, N, D) of a run, in the order of the batch."""
+    trace = tree.trace.to_dataset().sortby("sample")
+    states = [torch.from_numpy(state) for state in trace.residual.values]
+    gradients = [torch.from_numpy(g) for g in trace.gradient.values] if "gradient" in trace else []
+    return Captured(states, gradients)
+
+
+def recording(
+    case: Case,
+    backward: bool,
+    *,
+    sequences: int = 8,
+    start: int = 0,
+    trains: bool = True,
+    statistics: bool = True,
+    streaming: bool | dict[str, int] = False,
+) -> Tool:
+
+    recorder = probes.record(
+        case.model,
+        start_step=start,
+        gradients=backward,
+        max_sequences=sequences,
+        every=1,
+        streaming=streaming,
+    )
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with nullcontext() if statistics else no_statistics(), recorder:
+            yield
+
+    def step(batch: Batch) -> None:
+        run(case, batch, backward=backward)
+        recorder.step()
+
+    whole = sequences >= case.sizes.batch and not start and statistics
+    return Tool(step, (lambda _: read_run(recorder.run)) if whole else None, around, trains)
+
+
+def measured(case: Case, backward: bool) -> Tool:
+    return recording(case, backward)
+
+
+def measured_one(case: Case, backward: bool) -> Tool:
+    return recording(case, backward, sequences=1)
+
+
+def evaluated(case: Case, backward: bool) -> Tool:
+    if backward:
+        raise CannotTakeError("an evaluation has no backward")
+    return recording(case, backward, trains=False)
+
+
+def streamed(case: Case, backward: bool) -> Tool:
+    if backward:
+        raise CannotTakeError("an evaluation has no backward")
+    return recording(case, backward, trains=False, streaming=True)
+
+
+def streamed_in_part(case: Case, backward: bool) -> Tool:
+    if backward:
+        raise CannotTakeError("an evaluation has no backward")
+    return recording(case, backward, trains=False, streaming={"every": 4})
+
+
+def between(case: Case, backward: bool) -> Tool:
+    return recording(case, backward, start=10**9)
+
+
+def without_statistics(case: Case, backward: bool) -> Tool:
+    return recording(case, backward, sequences=1, statistics=False)
+
+
+@contextmanager
+def no_statistics() -> Iterator[None]:
+    """Leave out what `Sums` computes, and only that; a session still wants to know that a state came."""
+    from depthscope.probes.statistics.token_sums import Sums
+
+    def note(self: Sums, depth: int, *_: Any, **__: Any) -> None:
+        self._add("token_count", depth, torch.ones((), dtype=torch.float64))
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    with patch.multiple(Sums, see_state=note, see_gradient=nothing, see_mixing=nothing):
+        yield
+
+
+Prepare = Callable[[Case, bool], Tool]
+
+PLAIN: dict[str, Prepare] = {
+    "plain": plain,
+    "plain again": plain,
+    "hooks, references kept": references,
+    "hooks, clones": clones,
+    "transformers output_hidden_states": hidden_states,
+}
+OWN: dict[str, Prepare] = {
+    "depthscope.probes.one_shot": capture,
+    "depthscope.probes.run.build_run, a measured step": measured,
+    "· 1 sequence kept raw": measured_one,
+    "· 1 sequence, no statistics": without_statistics,
+    "depthscope.probes.run.build_run, streaming evaluation": streamed,
+    "· one sequence in four": streamed_in_part,
+    "· statistics without streaming=True": evaluated,
+    "depthscope.probes.run.build_run, between measured steps": between,
+}
+PEERS: dict[str, Prepare] = {
+    "nnsight": nnsight,
+    "transformer-lens": transformer_lens,
+    "captum": captum,
+    "pyvene": pyvene,
+    "torchlens": torchlens,
+    "baukit": baukit,
+}
+TOOLS = PLAIN | OWN | PEERS
+
+
+def groups() -> Iterable[list[str]]:
+    """Tools that share a process; peers patch torch when they are imported, so each has one of its own, with plain."""
+    yield [*PLAIN, *OWN]
+    for name in PEERS:
+        yield ["plain", name]

@@ -1,0 +1,236 @@
+"""What is every number and law, by which formula, from which paper? The methods page, from the declarations.
+
+``python -m benchmarks.docs.methods`` writes docs/methods.md; with ``--check`` it only says whether the page is current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.docs.published import published_results
+from depthscope.app.cli.terminal import say
+from depthscope.app.text.bibliography import bibliography, entries, without_tex
+from depthscope.diagnostics import CATALOGUE, Metric, Range
+from depthscope.diagnostics.theory import LAWS, Law
+from depthscope.diagnostics.verdicts import VERDICTS, Limits, Verdict
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+
+HEADER = """\
+# Methods
+
+Every metric, every verdict and every law drawn beside a curve, written from their declarations by
+`python -m benchmarks.docs.methods`: change the declaration, not this page. Logarithms are natural. `N` tokens, `d` features,
+`n` streams, depth `l`, connection `c`; rows of a mixing matrix are destinations, and later connections stand on
+the left of a product. NaN is undefined; 0 is a value. Padding never counts.
+
+*Basis* says what a number depends on: `invariant` numbers do not change with the basis of the features or the
+streams, `feature` and `stream` ones do. *Null* is what data without structure give at the same size. Metrics
+*on request* cost too much for every analysis: name them in `diagnostics.analyze(run, metrics=[...])` or
+`depthscope analyze --metrics`.
+"""
+
+_EQUATION = re.compile(r"^\.\. math::[ ]*(.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
+_FIELD = re.compile(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", re.MULTILINE)
+
+
+def methods_page() -> str:
+    """The page as Markdown.
+
+    Returns
+    -------
+    str
+    """
+    parts = [HEADER, "## Metrics\n"]
+    for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question):
+        parts += [_question(question), *map(_metric, metrics)]
+    parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
+    parts += ["## Laws\n", _LAWS, *map(_law, LAWS.values())]
+    parts += ["## Published results\n", published_results()]
+    parts += ["## Sources\n", _sources()]
+    return "\n".join(parts)
+
+
+_VERDICTS = """\
+A verdict tells one number against its limits, in the sentence that `depthscope check` prints. A limit without a
+paper is called heuristic: it is ours, and it may be wrong for your network.
+"""
+
+_LAWS = """\
+What theory says beside a measured curve, drawn in long dashes. A law is drawn only where the run meets what it
+assumes, as far as the run can tell; on the screen "laws not drawn: why?" gives the reason, and
+`depthscope.diagnostics.theory.beside(curve, analysis)` gives values and reasons in a script. A law fits nothing but what its
+text says.
+"""
+
+
+def _question(name: str) -> str:
+    """The heading of a module: its own docstring, which asks and answers."""
+    text = (importlib.import_module(f"depthscope.diagnostics.metrics.{name}").__doc__ or "").partition("\n")[
+        0
+    ]
+    return f"### {text}\n"
+
+
+def _metric(metric: Metric) -> str:
+    first, equations, text = _docstring(metric.__doc__ or "")
+    facts = {
+        "Symbol": _inline(metric.symbol),
+        "Unit": metric.units,
+        "Healthy": _healthy(metric.healthy),
+        "Null": _null(metric),
+        "Basis": metric.basis,
+        "Estimator": metric.estimator,
+        "Needs": ", ".join(f"`{name}`" for name in metric.roots),
+        "Cost": "in every analysis" if metric.default else "on request",
+        "Source": _cited([metric.cite]),
+    }
+    return _section(metric.name, [first, *map(_block, equations), text], facts)
+
+
+def _verdict(verdict: Verdict) -> str:
+    facts = {
+        "Metric": f"`{verdict.metric}`",
+        "Limits": _limits(verdict.limits),
+        "Source": _cited([verdict.limits.source]),
+        "Advice": verdict.advice,
+    }
+    return _section(verdict.name, [verdict.title], facts)
+
+
+def _law(law: Law) -> str:
+    text = _docstring(law.function.__doc__ or "")[2] if law.function else ""
+    facts = {
+        "Drawn as": law.label if law.function else "the null",
+        "Beside": ", ".join(f"`{name}`" for name in law.metrics),
+        "Holds for": law.assumption,
+        "Source": _cited([law.cite]),
+    }
+    return _section(law.name, [law.description, _block(law.equation), text], facts)
+
+
+def _section(name: str, paragraphs: Iterable[str], facts: dict[str, str]) -> str:
+    body = "\n\n".join(part for part in paragraphs if part)
+    listed = "\n".join(f"- {label}: {fact}" for label, fact in facts.items() if fact)
+    return f"#### `{name}`\n\n{body}\n\n{listed}\n"
+
+
+def _docstring(text: str) -> tuple[str, list[str], str]:
+    """First line, equations and the rest of a docstring."""
+    first, _, rest = text.partition("\n")
+    equations = [" ".join(found.split()) for found in _EQUATION.findall(rest)]
+    paragraphs = [" ".join(part.split()) for part in _EQUATION.sub("", rest).split("\n\n")]
+    return first, equations, "\n\n".join(part for part in paragraphs if part)
+
+
+def _inline(formula: str) -> str:
+    return f"$`{formula}`$"
+
+
+def _block(formula: str) -> str:
+    return f"```math\n{formula}\n```"
+
+
+def _healthy(healthy: Range | None) -> str:
+    if healthy is None:
+        return "no range holds for every network: read it against its null"
+    ends = [
+        f"{word} {end:g}"
+        for word, end in (("at least", healthy.low), ("at most", healthy.high))
+        if end is not None
+    ]
+    return f"{' and '.join(ends)} ({_cited([healthy.source])})"
+
+
+def _null(metric: Metric) -> str:
+    if not callable(metric.null):
+        return f"{metric.null:.4g}" if isinstance(metric.null, float) else metric.null
+    words = (metric.null.__doc__ or "that of iid noise of the same size").partition("\n")[0].rstrip(".")
+    return f"{words}; beside it as `{metric.name}_null`"
+
+
+def _limits(limits: Limits) -> str:
+    side = "above" if limits.above else "below"
+    return ", ".join(f"{severity.name} {side} {limit:g}" for severity, limit in limits.levels)
+
+
+def _fields(key: str) -> dict[str, str]:
+    return dict(_FIELD.findall(entries(bibliography())[key]))
+
+
+def _cited(keys: Iterable[str]) -> str:
+    """Authors, year and a link; ``heuristic`` as it is."""
+    return ", ".join(key if key == "heuristic" else _short(key) for key in keys)
+
+
+def _short(key: str) -> str:
+    found = _fields(key)
+    surnames = [name.partition(",")[0] for name in found["author"].split(" and ")]
+    who = f"{surnames[0]} et al." if len(surnames) > 2 else " & ".join(surnames)
+    words = f"{without_tex(who)} {found['year']}"
+    link = _link(found)
+    return f"[{words}]({link})" if link else words
+
+
+def _link(found: dict[str, str]) -> str:
+    if "eprint" in found:
+        return f"https://arxiv.org/abs/{found['eprint']}"
+    return f"https://doi.org/{found['doi']}" if "doi" in found else ""
+
+
+def _sources() -> str:
+    named = [source for metric in CATALOGUE.values() for source in (metric.cite, _source(metric.healthy))]
+    named += [verdict.limits.source for verdict in VERDICTS.values()]
+    named += [law.cite for law in LAWS.values()]
+    keys = sorted(set(named) - {"heuristic"})
+    return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"
+
+
+def _source(healthy: Range | None) -> str:
+    return healthy.source if healthy else "heuristic"
+
+
+def _full(key: str) -> str:
+    found = _fields(key)
+    arxiv = f" arXiv {found['eprint']}." if "eprint" in found else ""
+    return f"{_short(key)}, *{without_tex(found['title'])}*.{arxiv}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page, or check it.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Command line.
+
+    Returns
+    -------
+    int
+        1 where ``--check`` finds an old page.
+    """
+    parser = argparse.ArgumentParser(description="write docs/methods.md from the declarations")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where the page is old")
+    page = methods_page()
+    if parser.parse_args(arguments).check:
+        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == page
+        say(
+            "docs/methods.md is current"
+            if current
+            else "docs/methods.md is old: run python -m benchmarks.docs.methods"
+        )
+        return int(not current)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page, encoding="utf-8")
+    say(f"written: {PAGE.name}, {len(CATALOGUE)} metrics and {len(VERDICTS)} verdicts")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""How does the cost of an analysis grow? One factor at a time, with the exponent: ``python -m benchmarks.growth``.
+
+An mHC decoder is trained for a step with gradients, captured, and analysed by one group of metrics at a time; depth, width,
+tokens and streams are varied one by one. Beside the exponent that was measured stands the one that counting operations gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.capture.cases import Sizes, build
+from benchmarks.growth import growth, operations
+from benchmarks.shared import process, tables
+
+SECOND = 1.0
+BASE = Sizes(layers=4, width=256, batch=2, tokens=256)
+FACTORS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "depth": ("layers", (2, 4, 8, 16)),
+    "width": ("width", (128, 256, 512, 1024)),
+    "tokens": ("tokens", (64, 128, 256, 512)),
+    "streams": ("streams", (2, 4, 8, 16)),
+}
+
+
+def main() -> None:
+    """Measure, print the tables, draw the figures, and write what was asked for."""
+    arguments = parsed()
+    if arguments.worker:
+        print(json.dumps(work(json.loads(arguments.worker))))
+        return
+    results = {"factors": {name: points(name, arguments) for name in FACTORS}, "base": asdict(BASE)}
+    results |= tables.circumstances("benchmarks.growth", growth.PACKAGES) | {"rounds": arguments.rounds}
+    print(json.dumps(results, indent=1) if arguments.json else growth.text(results))
+    if arguments.markdown:
+        growth.draw(results, arguments.markdown.parent / "images")
+        tables.put_section(arguments.markdown, "benchmarks.growth", growth.markdown(results))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="three small sizes of each: only to see it run")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--markdown", type=Path, help="write its part of this page, docs/analyzers.md, and its figures"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def points(factor: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Sizes with the seconds that each part takes, from the smallest."""
+    field, values = FACTORS[factor]
+    values = values[:3] if arguments.quick else values
+    print(f"{factor}: {', '.join(map(str, values))}", file=sys.stderr)
+    sizes = [asdict(replace(BASE, **{field: value})) for value in values]
+    answer = process.ask("benchmarks.growth", {"sizes": sizes, "rounds": arguments.rounds})
+    if "reason" in answer:
+        raise SystemExit(f"{factor}: {answer['reason']}")
+    return [point | {"value": value} for point, value in zip(answer["points"], values, strict=True)]
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """What a worker process does: seconds of each part, and operations that it should take, at some sizes."""
+    import torch
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = []
+    for fields in task["sizes"]:
+        sizes = Sizes(**fields)
+        found.append({"seconds": seconds(sizes, task["rounds"]), "operations": operations.of(sizes)})
+    return {"points": found}
+
+
+def seconds(sizes: Sizes, rounds: int) -> dict[str, float]:
+    """Median seconds of capturing a step, beyond the plain step, and of each group of metrics."""
+    from benchmarks.analysis import steps
+    from depthscope.diagnostics import analyze
+
+    plain = steps.plain(build("mhc", sizes), backward=True)
+    captured = steps.measured(build("mhc", sizes), backward=True, analysis=False)
+    run = captured()
+    groups = operations.groups()
+    parts: dict[str, Callable[[], Any]] = {"plain": plain, "captured": captured}
+    parts |= {name: lambda chosen=chosen: analyze(run, metrics=chosen) for name, chosen in groups.items()}
+    taken = medians(parts, rounds)
+    beyond = max(taken.pop("captured") - taken["plain"], 1e-6)
+    return {"capture": beyond, "a plain step": taken.pop("plain"), **taken}
+
+
+def medians(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of each part, taken in turn; the first round counts only for what takes more than a second."""
+    from benchmarks.analysis.measure import timed
+
+    taken = {name: [timed(part, 1)] for name, part in parts.items()}
+    short = {name: values[0] < SECOND for name, values in taken.items()}
+    for _ in range(rounds):
+        for name, part in parts.items():
+            if short[name]:
+                taken[name].append(timed(part, 1))
+    return {name: statistics.median(values[short[name] :]) for name, values in taken.items()}
+
+
+if __name__ == "__main__":
+    main()

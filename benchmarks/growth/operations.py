@@ -1,0 +1,74 @@
+"""How many operations should a group of metrics take? The terms that count, weighed roughly; so are exponents expected.
+
+S states, C connections, B sequences of T tokens, N = B T, D features, n streams; V = n + 1 views of a state, its mean and its
+streams.
+"""
+
+from __future__ import annotations
+
+from benchmarks.capture.cases import Sizes
+
+NAMES = {
+    "ranks": (
+        *("effective_rank", "entropy_rank", "participation_ratio", "stable_rank", "numerical_rank"),
+        "top_energy",
+    ),
+    "geometry": (
+        *("token_cosine", "massive_token_fraction", "massive_activation", "dong_residual"),
+        *("dirichlet_energy", "curvature", "intrinsic_dimension"),
+    ),
+}
+QUESTIONS = {
+    "similarity": ("similarity",),
+    "mixing": ("mixing", "operators", "paths"),
+    "gradients": ("gradients",),
+}
+EIGEN = 4  # products of two square matrices that all eigenvalues of one cost, roughly
+PASSES = 150  # multiplications in a matrix product that take as long as the passes over one number of a state, roughly
+SMALL = 50  # products of two n × n matrices that the decompositions of one cost, roughly
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Default metrics by group."""
+    from depthscope.diagnostics import CATALOGUE
+
+    chosen = {name: tuple(n for n in metrics if n in CATALOGUE) for name, metrics in NAMES.items()}
+    for name, questions in QUESTIONS.items():
+        chosen[name] = tuple(
+            metric.name for metric in CATALOGUE.values() if metric.default and metric.question in questions
+        )
+    return chosen
+
+
+def of(sizes: Sizes) -> dict[str, float]:
+    """Operations by group.
+
+    Parameters
+    ----------
+    sizes : Sizes
+        Of an mHC model and its batch.
+
+    Returns
+    -------
+    dict
+    """
+    states, connections = 2 * sizes.layers + 1, 2 * sizes.layers
+    n, d, tokens = sizes.streams, sizes.width, sizes.batch * sizes.tokens
+    views, passes = states * (n + 1), PASSES * states * (n + 1) * tokens * d
+    pooled = spectrum(tokens, d)
+    each = sizes.batch * spectrum(sizes.tokens, d)
+    lower = min(states * tokens**2 * d + states**2 * tokens**2, states**2 * tokens * d**2)
+    return {
+        "capture": states * tokens * n * d,
+        "ranks": views * (pooled + each) + passes,
+        "geometry": views * tokens**2 * d + passes,
+        "similarity": lower + states**2 * tokens * d + states * n * tokens**2 * d + passes,
+        "mixing": connections**2 * tokens * n**2 + SMALL * connections * tokens * n**3,
+        "gradients": states * each + passes,
+    }
+
+
+def spectrum(rows: int, columns: int) -> float:
+    """Of one matrix: its smaller Gram matrix, and the eigenvalues of that."""
+    small, large = sorted((rows, columns))
+    return small**2 * large + EIGEN * small**3

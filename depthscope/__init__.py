@@ -1,0 +1,112 @@
+"""What happens to the signal on its way through the depth of a network, forward and backward.
+
+The public names, each loaded when it is first used: importing this package costs no torch, and a saved run is opened,
+analysed and judged without it.
+
+    import depthscope as ds
+
+    run = ds.capture(model, batch, gradients=True)
+    analysis = ds.analyze(run)
+    findings = ds.judge(analysis)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from depthscope import app, diagnostics, probes
+    from depthscope.diagnostics import (
+        CATALOGUE,
+        Finding,
+        SchemaError,
+        Severity,
+        analyze,
+        judge,
+        kernels,
+        metrics,
+        open_run,
+        save_run,
+        training_curves,
+        validate,
+        with_replay,
+    )
+    from depthscope.probes import (
+        CaptureError,
+        ChainError,
+        ConnectionError,
+        LayoutError,
+        ProbeWarning,
+        ReconstructionError,
+        Recorder,
+        SiteError,
+        capture,
+        describe,
+        describe_weights,
+        initial_logits,
+        merge_runs,
+        record,
+    )
+    from depthscope.probes.jacobian import jacobian
+
+_PROBES = (
+    *("capture", "record", "Recorder", "describe", "describe_weights", "initial_logits", "merge_runs"),
+    *("CaptureError", "ChainError", "ConnectionError", "LayoutError", "ReconstructionError", "SiteError"),
+    "ProbeWarning",
+)
+_DIAGNOSTICS = (
+    *("analyze", "judge", "Finding", "Severity", "CATALOGUE", "training_curves", "with_replay"),
+    *("open_run", "save_run", "validate", "SchemaError", "kernels", "metrics"),
+)
+_HOMES = (
+    {name: "depthscope.probes" for name in _PROBES}
+    | {name: "depthscope.diagnostics" for name in _DIAGNOSTICS}
+    | {"jacobian": "depthscope.probes.jacobian"}
+)
+
+__all__ = [
+    "CATALOGUE",
+    "CaptureError",
+    "ChainError",
+    "ConnectionError",
+    "Finding",
+    "LayoutError",
+    "ProbeWarning",
+    "ReconstructionError",
+    "Recorder",
+    "SchemaError",
+    "Severity",
+    "SiteError",
+    "analyze",
+    "app",
+    "capture",
+    "describe",
+    "describe_weights",
+    "diagnostics",
+    "initial_logits",
+    "jacobian",
+    "judge",
+    "kernels",
+    "merge_runs",
+    "metrics",
+    "open_run",
+    "probes",
+    "record",
+    "save_run",
+    "training_curves",
+    "validate",
+    "with_replay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("app", "diagnostics", "probes"):
+        return importlib.import_module(f"depthscope.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'depthscope' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

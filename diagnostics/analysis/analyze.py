@@ -1,0 +1,235 @@
+"""What can be said about a run? Every metric that its trace can feed, and why one is missing."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.analysis import sample_size
+from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
+from depthscope.diagnostics.analysis.jackknife import num_replicas
+from depthscope.diagnostics.analysis.training_curves import training_curves
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.declaration import Metric
+from depthscope.diagnostics.quantities.registry import Quantities, Unavailable, sources
+
+Progress = Callable[[str, int, int], None]
+
+
+def analyze(
+    run: xr.DataTree,
+    *,
+    metrics: str | Iterable[str] | None = None,
+    jackknife: bool = False,
+    progress: Progress | None = None,
+) -> xr.Dataset | xr.DataTree:
+    """Measure a run with every metric of the catalogue that it can feed.
+
+    Parameters
+    ----------
+    run : DataTree
+        A run with a trace; one that holds only statistics gives its training curves.
+    metrics : str or iterable of str, optional
+        One name of `CATALOGUE` or several; by default all but the costly ones (``Metric.default`` is false). Nothing is
+        computed that these do not need.
+    jackknife : bool
+        Estimate the standard errors of metrics over pooled tokens too, by leaving out one sequence at a time: it
+        costs about one more analysis for each sequence. See `diagnostics.analysis.jackknife`. Means over sequences have
+        theirs always.
+    progress : function, optional
+        Called with (metric, number done, number in all) before each metric and once at the end.
+
+    Returns
+    -------
+    Dataset or DataTree
+        ``step`` first, with nulls and standard errors beside the metrics; a tree with one child per chain
+        where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
+        where no metric was named ``on_request``: the names of those that were left out for their cost. ``notes``
+        says, by metric, where the sample is too small for the question.
+
+    Raises
+    ------
+    ValueError
+        For an unknown metric, what is no run, or a run that holds neither a trace nor statistics.
+    """
+    _require_run(run)
+    unasked, costly = (
+        [name for name, metric in CATALOGUE.items() if metric.default is default] for default in (True, False)
+    )
+    chosen = {name: find_metric(name) for name in (unasked if metrics is None else _names(metrics))}
+    chains = schema.chains(run)
+    rounds = [len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains]
+    report = _counted(progress, sum(rounds))
+    analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains}
+    if metrics is None:
+        analyses = {chain: found.assign_attrs(on_request=costly) for chain, found in analyses.items()}
+    report("")
+    if list(analyses) == [""]:
+        return analyses[""]
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+
+
+def _names(metrics: str | Iterable[str]) -> list[str]:
+    if isinstance(metrics, str):
+        return [metrics]
+    if not isinstance(metrics, Iterable):
+        raise ValueError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
+    return list(metrics)
+
+
+def _require_run(run: xr.DataTree) -> None:
+    if isinstance(run, xr.DataTree):
+        return
+    came, then = f"a {type(run).__name__}", "capture one with probes.capture(...)"
+    if isinstance(run, (str, os.PathLike)):
+        came, then = f"the path {os.fspath(run)!r}", "open it: analyze(diagnostics.open_run(path))"
+    elif isinstance(run, xr.Dataset):
+        then = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
+    raise ValueError(f"came {came}; expected a run, a DataTree; {then}")
+
+
+def find_metric(name: str) -> Metric:
+    """A metric by name.
+
+    Parameters
+    ----------
+    name : str
+        A name of `CATALOGUE`.
+
+    Returns
+    -------
+    Metric
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, with the closest ones.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    close = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.4) or list(CATALOGUE)
+    raise ValueError(f"no metric {name!r}; closest: {', '.join(map(repr, close))}")
+
+
+def _counted(progress: Progress | None, total: int) -> Callable[[str], None]:
+    done = iter(range(total + 1))
+    return lambda name: progress(name, next(done), total) if progress else None
+
+
+def _analyze_chain(
+    run: xr.DataTree, chain: str, chosen: Mapping[str, Metric], report: Callable[[str], None], jackknife: bool
+) -> xr.Dataset:
+    trace = schema.chain_dataset(run, "trace", chain)
+    if trace is None:
+        for name in chosen:
+            report(name)
+        return _curves_alone(run, chain, chosen)
+    source = Quantities(sources(trace, schema.chain_dataset(run, "statistics", chain)))
+    found: dict[str, xr.DataArray] = {}
+    reasons: dict[str, str] = {}
+    for name, metric in chosen.items():
+        report(name)
+        try:
+            found |= metric.evaluate(source)
+        except Unavailable as reason:
+            reasons[name] = str(reason)
+    if jackknife:
+        known = [metric for name, metric in chosen.items() if name in found]
+        _add_errors(found, jackknife_errors(trace, known, report), chosen)
+    dataset = assemble(found, _step(run, trace))
+    notes = _notes(dataset, source, jackknife)
+    return dataset.assign_attrs(dict(run.attrs) | {"not_computed": reasons, "notes": notes})
+
+
+def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:
+    mask = source["mask"].transpose("sample", "token")
+    return sample_size.notes(
+        analysis,
+        num_tokens=int(mask.sum()),
+        num_sequences=int(mask.any("token").sum()),
+        num_features=source.trace.sizes.get("feature", 1),
+        errors=jackknife,
+    )
+
+
+def _num_replicas(run: xr.DataTree, chain: str) -> int:
+    trace = schema.chain_dataset(run, "trace", chain)
+    return 0 if trace is None else num_replicas(trace)
+
+
+def _add_errors(
+    found: dict[str, xr.DataArray], errors: Mapping[str, xr.DataArray], chosen: Mapping[str, Metric]
+) -> None:
+    """Put jackknife errors beside the metrics; those of means over sequences stay as they are."""
+    for name, error in errors.items():
+        own = found.get(f"{name}_stderr")
+        if own is None:
+            found[f"{name}_stderr"] = chosen[name].stamp_error(error)
+        elif "scope" in own.dims:
+            both = f"{own.attrs['estimator']}; over the data: {error.attrs['estimator']}"
+            filled = own.fillna(error.reindex(scope=own["scope"]))
+            found[f"{name}_stderr"] = filled.assign_attrs(own.attrs | {"estimator": both})
+
+
+def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
+    """Put measured variables to one dataset, ``step`` first; nulls and counts have no step.
+
+    Parameters
+    ----------
+    variables : mapping of str to DataArray
+        Metrics with their nulls and standard errors, without ``step``.
+    step : int
+        The training step of the trace.
+
+    Returns
+    -------
+    Dataset
+    """
+    labels = [value["stream"].values.tolist() for value in variables.values() if "stream" in value.dims]
+    streams = list(dict.fromkeys(label for of_one in labels for label in of_one))
+    coords: dict[str, Any] = {}
+    data: dict[str, xr.Variable] = {}
+    for name, value in variables.items():
+        if "stream" in value.dims and value["stream"].values.tolist() != streams:
+            value = value.reindex(stream=streams)
+        dims = value.dims if name.endswith("_null") or name in STEPLESS else ("step", *value.dims)
+        data[name] = value.variable.set_dims(dims).transpose(*_ordered(dims))
+        coords |= {str(label): coord.variable for label, coord in value.coords.items()}
+    return xr.Dataset(data, coords | {"step": [step]})
+
+
+# Facts about the sample, not about the network at a step.
+STEPLESS = ("num_tokens",)
+# The order of dims in an analysis; a variable has those that it needs.
+DIMS = (
+    *("step", "estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
+    *("other_depth", "connection", "other_connection", "weight"),
+    *("component", "order", "stream", "quantile", "reduction"),
+)
+
+
+def _ordered(dims: Iterable[Any]) -> list[str]:
+    return sorted(map(str, dims), key=DIMS.index)
+
+
+def _step(run: xr.DataTree, trace: xr.Dataset) -> int:
+    """The training step of a trace, 0 where unknown."""
+    known = trace.coords.get("step", trace.attrs.get("step", run.attrs.get("step")))
+    return 0 if known is None else int(np.asarray(known))
+
+
+def _curves_alone(run: xr.DataTree, chain: str, chosen: Mapping[str, Metric]) -> xr.Dataset:
+    """What the exact statistics of a run without a trace say about the chosen metrics."""
+    curves = training_curves(run, chain=chain)
+    kept = curves[[name for name in curves.data_vars if name in chosen or name not in CATALOGUE]]
+    reason = "the run holds no trace: capture one with probes.capture(...)"
+    missing = {name: reason for name in chosen if name not in kept}
+    return kept.assign_attrs(dict(run.attrs) | {"not_computed": missing})

@@ -1,0 +1,152 @@
+"""How did training go, step by step? What the exact statistics over every token can say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.metrics import collapse, gradients, mixing, propagation, streamed, weight_updates
+from depthscope.diagnostics.metrics.declaration import Metric
+from depthscope.diagnostics.quantities.registry import Quantities, sources
+from depthscope.diagnostics.quantities.states import RANKS
+
+EXACT = "exact over every token of the step"
+
+
+def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
+    """Metrics by training step, from the additive statistics of a run.
+
+    Parameters
+    ----------
+    run : DataTree
+        A run with statistics.
+    chain : str
+        A name of `schema.chains`, where there are several.
+
+    Returns
+    -------
+    Dataset
+        Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
+        stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
+        ``mixing_gain`` (mean and max), the metrics of `weights` (step, weight), the ``streamed_`` ranks with
+        their nulls; and ``loss`` (step); as far as the statistics hold them. Streamed sums are of the tokens since
+        the weights last changed: their ranks stand at the last step and are NaN before it.
+        The stream ``mean`` of several streams is not in the statistics and NaN.
+
+    Raises
+    ------
+    ValueError
+        Where the run holds no statistics.
+    """
+    statistics = schema.chain_dataset(run, "statistics", chain)
+    if statistics is None:
+        raise ValueError(
+            "the run holds no statistics; record it with probes.record(...), or analyze a run with a trace"
+        )
+    statistics = _with_stream_labels(statistics)
+    curves: dict[str, xr.DataArray] = {}
+    for needs, build in _CURVES.items():
+        if all(name in statistics for name in needs):
+            curves |= build(statistics)
+    return xr.Dataset(curves)
+
+
+def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
+    """Streams under the labels of an analysis: ``mean``, and for several their numbers."""
+    streams = statistics.sizes.get("stream", 0)
+    if streams < 2:
+        return statistics.assign_coords(stream=["mean"]) if streams else statistics
+    labels = list(map(str, range(streams)))
+    return statistics.assign_coords(stream=labels).reindex(stream=["mean", *labels])
+
+
+def _exact(metric: Metric, value: xr.DataArray) -> xr.DataArray:
+    return metric.stamp(value).assign_attrs(estimator=EXACT)
+
+
+def _residual_norm(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    mean = statistics["square_norm_sum"] / statistics["token_count"]
+    return {"residual_norm": _exact(gradients.residual_norm, mean**0.5)}
+
+
+def _gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    square = statistics["gradient_square_norm_sum"]
+    norm = square**0.5
+    if held := square.attrs.get(schema.WITHOUT_GRADIENT):
+        norm = norm.assign_attrs({schema.WITHOUT_GRADIENT: held})
+    last = norm.isel(depth=-1, drop=True)
+    gain = (norm / last.where(last > 0)).transpose(*norm.dims)
+    return {
+        "gradient_norm": _exact(gradients.gradient_norm, norm),
+        "backward_gain": _exact(gradients.backward_gain, gain),
+    }
+
+
+def _token_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    count = statistics["token_count"]
+    cosine = statistics["unit_pair_sum"] / (count * (count - 1)).where(count > 1)
+    labelled = cosine.transpose("step", "depth", "stream").expand_dims(
+        scope=["data"], tokens=["all"], centering=["raw"]
+    )
+    ordered = labelled.transpose("step", "scope", "tokens", "centering", "depth", "stream")
+    return {"token_cosine": _exact(collapse.token_cosine, ordered)}
+
+
+def _adjacent_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    cosine = statistics["adjacent_cosine_sum"] / statistics["token_count"]
+    return {
+        "adjacent_cosine": _exact(propagation.adjacent_cosine, cosine.transpose("step", "depth", "stream"))
+    }
+
+
+def _mixing_gain(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    parts = [statistics["gain_sum"] / statistics["token_count"], statistics["gain_max"]]
+    gain = xr.concat(parts, xr.Variable("reduction", ["mean", "max"]), coords="minimal", compat="override")
+    gain = gain.assign_coords(direction=list(mixing.DIRECTIONS))
+    return {
+        "mixing_gain": _exact(
+            mixing.mixing_gain, gain.transpose("step", "direction", "connection", "reduction")
+        )
+    }
+
+
+def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    return {"loss": statistics["loss"].assign_attrs(long_name="Loss", units="1", symbol=r"\mathcal{L}")}
+
+
+def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    source = Quantities(sources(xr.Dataset(), statistics))
+    found: dict[str, xr.DataArray] = {}
+    for name in RANKS:
+        found |= getattr(streamed, f"streamed_{name}").evaluate(source)
+    steps = statistics["step"].values
+    return {
+        name: value if name.endswith("_null") else value.expand_dims(step=steps[-1:]).reindex(step=steps)
+        for name, value in found.items()
+    }
+
+
+def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    return {metric.name: metric.stamp(metric.function(*(statistics[name] for name in metric.needs)))}
+
+
+_WEIGHTS = (
+    weight_updates.weight_norm,
+    weight_updates.weight_gradient_norm,
+    weight_updates.weight_gradient_ratio,
+    weight_updates.update_ratio,
+)
+
+_CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] = {
+    ("square_norm_sum", "token_count"): _residual_norm,
+    ("gradient_square_norm_sum",): _gradients,
+    ("unit_pair_sum", "token_count"): _token_cosine,
+    ("adjacent_cosine_sum", "token_count"): _adjacent_cosine,
+    ("gain_sum", "gain_max", "token_count"): _mixing_gain,
+    ("loss",): _loss,
+    ("eigenvalue", "stream_eigenvalue", "streamed_count"): _streamed_ranks,
+    **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},
+}

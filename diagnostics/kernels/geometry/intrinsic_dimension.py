@@ -1,0 +1,134 @@
+"""On how many dimensions the cloud of tokens lies: TwoNN.
+
+Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
+"""
+
+from typing import Any
+
+from array_api_compat import device
+
+from depthscope.diagnostics.kernels._arrays import Array, ratio, row_hash, rows, scaled, selected
+
+# Rows of a distance matrix held at once, in numbers: 32 MB of float64.
+BLOCK = 4_000_000
+# Below this share of a row's square a squared distance from a Gram matrix has lost digits.
+NEAR = 1e-3
+
+
+def two_nn(x: Array, *, discard: float = 0.1, mask: Array | None = None) -> Array:
+    """Intrinsic dimension from two nearest neighbours: −ln(1 − F(μ)) = d ln μ with μ = r₂/r₁.
+
+    The line through the origin is fitted over all but the largest share ``discard`` of the ratios.
+    Duplicates count once: repeated tokens would give r₁ = 0 and, to others, μ = 1.
+
+    Parameters
+    ----------
+    x
+        Matrices (..., N, d); every matrix of the batch costs N² d.
+    discard
+        Share of the largest ratios that is left out, at least 0 and below 1.
+    mask
+        Booleans (..., N), False for rows that do not count.
+
+    Returns
+    -------
+    Array
+        (...); NaN with fewer than three distinct rows or two ratios to fit. Source: Facco et al. 2017.
+
+    Raises
+    ------
+    ValueError
+        If ``discard`` is out of range or a row that counts holds NaN or infinities.
+
+    Examples
+    --------
+    Points on a line, even gaps doubling: μ is the same for most, d is small and finite.
+
+    >>> import numpy as np
+    >>> bool(0.5 < two_nn(np.random.default_rng(0).random((200, 1)) @ np.ones((1, 5))) < 1.5)
+    True
+    """
+    if not 0 <= discard < 1:
+        raise ValueError(f"discard is {discard}; expected a share from 0 up to but not including 1")
+    matrix = rows(x, mask=mask, center=True)
+    xp = matrix.xp
+    matrix = matrix._replace(values=scaled(matrix)[0])
+    each = [_two_nn(xp, points, discard) for points in selected(matrix)]
+    return xp.reshape(xp.stack(each), matrix.values.shape[:-2])
+
+
+def _two_nn(xp: Any, points: Array, discard: float) -> Array:
+    """TwoNN of one cloud of points (N, d)."""
+    undefined = xp.asarray(xp.nan, dtype=xp.float64, device=device(points))
+    points = _distinct(xp, points)
+    count = points.shape[0]
+    fitted = int(count * (1 - discard))
+    if count < 3 or fitted < 2:
+        return undefined
+    nearest, second = _nearest_two(xp, points)
+    stretch = xp.log(xp.sort(second / nearest)[:fitted])
+    share = xp.arange(1, fitted + 1, dtype=xp.float64, device=device(points)) / count
+    usable = share < 1  # the last point of an uncut fit lies at infinity
+    stretch, level = stretch[usable], -xp.log(1 - share[usable])
+    return ratio(xp, xp.sum(stretch * level), xp.sum(stretch * stretch))
+
+
+def _distinct(xp: Any, points: Array) -> Array:
+    """The rows without exact repetitions; in another order if there were some."""
+    few = row_hash(xp, points[:, :: max(1, points.shape[1] // 8)])
+    order = xp.argsort(few)
+    if bool(xp.all(few[order[1:]] != few[order[:-1]])):  # a few columns tell rows apart, and cost little
+        return points
+    points = points[xp.argsort(row_hash(xp, points))]
+    fresh = xp.any(points[1:] != points[:-1], axis=-1)
+    return xp.concat([points[:1], points[1:][fresh]])
+
+
+def _nearest_two(xp: Any, points: Array) -> tuple[Array, Array]:
+    """Distances of every point to its two nearest others, from Gram blocks; from differences where near."""
+    count = points.shape[0]
+    square = xp.linalg.vecdot(points, points)
+    half = 0.5 * square
+    block, pairs = max(1, BLOCK // max(points.shape)), []
+    for start in range(0, count, block):
+        part = slice(start, start + block)
+        close = points[part] @ points.T
+        close -= half  # (‖x_i‖² − ‖x_i − x_j‖²)/2: the largest is nearest
+        own = xp.arange(close.shape[0], device=device(points))
+        close[own, own + start] = -xp.inf
+        pairs.append(_two_squares(xp, points, part, close, square[part]))
+    both = xp.sqrt(xp.concat(pairs))
+    return both[:, 0], both[:, 1]
+
+
+def _two_squares(xp: Any, points: Array, part: slice, close: Array, square: Array) -> Array:
+    """The two least squared distances (n, 2) of a part of the points; overwrites ``close``."""
+    own = xp.arange(close.shape[0], device=device(points))
+    first = xp.argmax(close, axis=-1)
+    top = close[own, first]
+    close[own, first] = -xp.inf
+    least = square[:, None] - 2.0 * xp.stack([top, xp.max(close, axis=-1)], axis=-1)
+    near = least[:, 0] <= NEAR * square
+    if bool(xp.any(near)):
+        others = _largest(xp, close[near], min(5, points.shape[0] - 2))
+        least[near] = _by_differences(xp, points, points[part][near], [first[near], *others])
+    return least
+
+
+def _largest(xp: Any, values: Array, k: int) -> list[Array]:
+    """Where the k largest entries of each row are; overwrites them, for passes beat a full sort."""
+    found = []
+    own = xp.arange(values.shape[0], device=device(values))
+    for _ in range(k):
+        found.append(xp.argmax(values, axis=-1))
+        values[own, found[-1]] = -xp.inf
+    return found
+
+
+def _by_differences(xp: Any, points: Array, part: Array, candidates: list[Array]) -> Array:
+    """The two least squared distances (n, 2) to candidates, exact however near they are."""
+    squares = []
+    for index in candidates:
+        apart = points[index] - part
+        squares.append(xp.linalg.vecdot(apart, apart))
+    return xp.sort(xp.stack(squares, axis=-1), axis=-1)[:, :2]

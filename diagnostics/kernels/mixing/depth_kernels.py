@@ -1,0 +1,92 @@
+"""How much of an earlier output does a sublayer read? The depth kernel, HC's dense connection matrix."""
+
+from typing import Any
+
+from array_api_compat import device
+
+from depthscope.diagnostics.kernels._arrays import Array, as_float64
+from depthscope.diagnostics.kernels.mixing._matrices import as_given, in_memory, unscaled
+from depthscope.diagnostics.kernels.mixing.pairs import mix_on
+from depthscope.diagnostics.kernels.mixing.products import contiguous, stacked
+
+
+def depth_kernel(
+    h_res: Array, h_pre: Array, h_post: Array, *, embedding: Array | None = None, head: Array | None = None
+) -> Array:
+    """Depth kernel M_kj = H_pre,k (∏_{t=j+1}^{k−1} H_res,t) H_postᵀ_j: how much of output j sublayer k reads.
+
+    Unchanged by a change of the stream basis, unlike the spectra of H_res. Strictly lower triangular.
+
+    Parameters
+    ----------
+    h_res
+        (L, ..., n, n).
+    h_pre, h_post
+        (L, ..., n), read and write weights.
+    embedding
+        (..., n), weights by which the embedding enters the streams (ones where it is copied): adds a first
+        column, the embedding read through ∏_{t<k} H_res,t.
+    head
+        (..., n), weights by which the head reads the streams: adds a last row.
+
+    Returns
+    -------
+    Array
+        (..., K, S): readers by sources, K = L or L + 1 with a head, S = L or L + 1 with an embedding.
+        Source: Zhu et al. 2409.19606, Fig. 7 (dense connection matrix).
+
+    Raises
+    ------
+    ValueError
+        If shapes disagree or values are not finite.
+
+    Examples
+    --------
+    A plain residual network: every sublayer reads all earlier outputs in full.
+
+    >>> one = [[1.0]] * 3
+    >>> depth_kernel([[[1.0]]] * 3, one, one).tolist()
+    [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+    """
+    xp, stack, batch = stacked(h_res)
+    reads, writes = (
+        _weights(xp, stack, batch, each, name) for each, name in ((h_pre, "h_pre"), (h_post, "h_post"))
+    )
+    ahead = 0 if embedding is None else 1
+    depth, n, _, total = stack.shape
+    vectors = xp.zeros((depth + ahead, n, total), dtype=xp.float64, device=device(stack))
+    log_scale = xp.zeros_like(vectors[:, 0])
+    if embedding is not None:
+        vectors[0] = _edge(xp, stack, batch, embedding, "embedding")
+    readers = [*reads] if head is None else [*reads, _edge(xp, stack, batch, head, "head")]
+    kernel = xp.zeros((len(readers), depth + ahead, total), dtype=xp.float64, device=device(stack))
+    for k, read in enumerate(readers):
+        known = slice(0, k + ahead)
+        kernel[k, known] = unscaled(xp, xp.einsum("ib,aib->ab", read, vectors[known]), log_scale[known])
+        if k < depth:
+            if k + ahead:
+                mix_on(xp, stack[k], vectors[known], log_scale[known])
+            vectors[k + ahead] = writes[k]
+    moved = xp.permute_dims(kernel, (2, 0, 1))
+    return as_given(h_res, xp.reshape(moved, (*batch, *kernel.shape[:2])))
+
+
+def _weights(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name: str) -> Array:
+    """Read or write weights (L, ..., n) as (L, n, B)."""
+    _, weights = as_float64(weights, name=name)
+    expected = (stack.shape[0], *batch, stack.shape[1])
+    if tuple(weights.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected {expected}, as h_res has")
+    flat = xp.reshape(in_memory(weights), (stack.shape[0], -1, stack.shape[1]))
+    return contiguous(xp.permute_dims(flat, (0, 2, 1)))
+
+
+def _edge(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name: str) -> Array:
+    """Weights of the embedding or the head, (..., n) broadcast to (n, B)."""
+    _, weights = as_float64(weights, name=name)
+    expected = (*batch, stack.shape[1])
+    try:
+        whole = xp.broadcast_to(xp.asarray(in_memory(weights), device=device(stack)), expected)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected (..., n) = {expected}") from None
+    return xp.permute_dims(xp.reshape(whole, (-1, stack.shape[1])), (1, 0))

@@ -1,0 +1,265 @@
+"""Do depths agree by another measure than CKA? Canonical correlations, shapes, distances, neighbours.
+
+States are compared in the mean over streams. All cost much, up to seconds for a few tens of depths:
+they are computed when asked for by name, over at most `ROWS` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import similarity as kernel
+from depthscope.diagnostics.metrics.declaration import Null, metric
+from depthscope.diagnostics.quantities.registry import Unavailable, quantity
+from depthscope.diagnostics.quantities.states import MeanStates, States
+
+# Tokens compared, evenly spaced over all of them: neighbours and distances cost their square.
+ROWS = 512
+NEIGHBOURS = 10
+SAMPLED = f"over at most {ROWS} tokens, evenly spaced"
+# Canonical correlations need more tokens than directions.
+SPARE = f"over at most {ROWS} tokens or twice as many as features, evenly spaced"
+
+# One stack of states (L, N, D) in, all pairs (L, L) out; or two states (N, D) in, a number out.
+Compare = Callable[..., np.ndarray]
+
+
+def _rows(width: int) -> int:
+    return ROWS
+
+
+def _rows_to_spare(width: int) -> int:
+    return max(ROWS, 2 * width)
+
+
+class Pairs:
+    """Pairs of depths of one chain.
+
+    Parameters
+    ----------
+    states : States
+        The states, for their labels.
+    mean_states : MeanStates
+        The mean over streams.
+    masks : DataArray
+        Dims (tokens, sample, token): which tokens count, by kind.
+    """
+
+    def __init__(self, states: States, mean_states: MeanStates, masks: xr.DataArray) -> None:
+        self._states, self._mean, self._kinds = states, mean_states, masks["tokens"]
+
+    def compare(self, measure: Compare, *, most: Callable[[int], int] = _rows) -> xr.DataArray:
+        """Compare every depth with every other.
+
+        Parameters
+        ----------
+        measure : function
+            States (L, N, D) in, all pairs (L, L) out; a ValueError is its refusal.
+        most : function
+            The number of features in, the most tokens that are taken out.
+
+        Returns
+        -------
+        DataArray
+            Dims (tokens, depth, other_depth): ``depth`` is the first of the two. NaN where a state is not
+            finite, and for a kind of token that the measure refuses.
+
+        Raises
+        ------
+        Unavailable
+            Where it refuses every kind, with its words.
+        """
+        refusals: list[str] = []
+        limit = most(self._states.num_features)
+        tables = self._mean.over_kinds(partial(self._table, measure, refusals, limit))
+        if np.isnan(tables).all() and refusals:
+            raise Unavailable(refusals[0])
+        finite = self._mean.finite
+        tables = np.where(finite[:, None] & finite[None, :], tables, np.nan)
+        return self._states.labelled(tables, ("tokens", "depth", "other_depth"), tokens=self._kinds)
+
+    @staticmethod
+    def _table(measure: Compare, refusals: list[str], most: int, states: np.ndarray) -> np.ndarray:
+        states = states[:, evenly_spaced(states.shape[1], most)]
+        try:
+            if not states.shape[1]:
+                raise ValueError("no token of this kind is left")
+            return measure(states)
+        except ValueError as refusal:
+            refusals.append(str(refusal))
+            return np.full((len(states), len(states)), np.nan)
+
+
+def evenly_spaced(count: int, most: int = ROWS) -> np.ndarray:
+    """Positions of at most so many of ``count`` things, evenly spaced, the first and the last among them.
+
+    Parameters
+    ----------
+    count, most : int
+        How many there are, how many are wanted.
+
+    Returns
+    -------
+    ndarray of int
+
+    Examples
+    --------
+    >>> evenly_spaced(9, 5).tolist()
+    [0, 2, 4, 6, 8]
+    """
+    return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int))
+
+
+@quantity
+def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> Pairs:
+    """Every depth beside every other."""
+    return Pairs(residual_states, mean_states, token_masks)
+
+
+def _of_noise(measure: Compare, most: Callable[[int], int] = _rows, draws: int = 1) -> Null:
+    """What a measure gives for independent noise of the same size; NaN where it refuses that size."""
+
+    @lru_cache(maxsize=256)
+    def of_size(count: int, width: int) -> float:
+        rng = np.random.default_rng(0)
+        sides = (rng.standard_normal((2, count, width)) for _ in range(draws))
+        try:
+            return float(np.mean([measure(left, right) for left, right in sides]))
+        except ValueError:
+            return float("nan")
+
+    def expectation(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
+        """That of two independent sets of iid noise of the same size, drawn with a fixed seed."""
+        width = residual_states.num_features
+        counts = token_masks.sum(("sample", "token")).clip(max=most(width))
+        return xr.apply_ufunc(np.vectorize(lambda n: of_size(int(n), width), otypes=[float]), counts)
+
+    return expectation
+
+
+@metric(
+    symbol=r"\mathrm{CKA}_{\mathrm{RBF}}",
+    cite="kornblith2019similarity",
+    basis="stream",
+    null=0.0,
+    estimator=f"unbiased HSIC1, σ half the median distance; {SAMPLED}",
+    default=False,
+    most_tokens=_rows,
+)
+def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
+    r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
+
+    .. math:: k(x, y) = \exp(-\|x - y\|^2 / 2\sigma^2)
+    """
+    return depth_pairs.compare(partial(kernel.rbf_cka, unbiased=True))
+
+
+@metric(
+    symbol=r"\overline{\rho}_{\mathrm{SVCCA}}",
+    cite="raghu2017svcca",
+    basis="stream",
+    null=_of_noise(kernel.svcca, _rows_to_spare),
+    estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
+    default=False,
+    most_tokens=_rows_to_spare,
+)
+def svcca(depth_pairs: Pairs) -> xr.DataArray:
+    r"""SVCCA between depths: mean canonical correlation of the leading directions.
+
+    .. math:: \tfrac{1}{k} \textstyle\sum_i \rho_i
+
+    Blind to any invertible map of the leading directions. Refused without more tokens than directions.
+    """
+    return depth_pairs.compare(kernel.svcca, most=_rows_to_spare)
+
+
+@metric(
+    symbol=r"\overline{\rho}_{\mathrm{PWCCA}}",
+    cite="morcos2018insights",
+    basis="feature",
+    null=_of_noise(kernel.pwcca, _rows_to_spare),
+    estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
+    default=False,
+    most_tokens=_rows_to_spare,
+)
+def pwcca(depth_pairs: Pairs) -> xr.DataArray:
+    r"""PWCCA between depths: canonical correlations weighted by how much of the first depth they explain.
+
+    .. math:: \textstyle\sum_i \alpha_i \rho_i / \sum_i \alpha_i, \quad \alpha_i = \sum_j |\langle h_i, x_j \rangle|
+
+    Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
+    """
+    return depth_pairs.compare(kernel.pwcca, most=_rows_to_spare)
+
+
+@metric(
+    symbol=r"\theta_{\mathrm{Procrustes}}",
+    units="rad",
+    cite="williams2021generalized",
+    basis="stream",
+    null=_of_noise(kernel.procrustes),
+    estimator=f"exact; {SAMPLED}",
+    default=False,
+    most_tokens=_rows,
+)
+def procrustes(depth_pairs: Pairs) -> xr.DataArray:
+    r"""Procrustes distance between depths: the angle left after the best rotation, 0 for the same shape.
+
+    .. math:: \arccos \|X^\top Y\|_* \quad\text{of centred states at } \|\cdot\|_F = 1
+    """
+    return depth_pairs.compare(kernel.procrustes)
+
+
+@metric(
+    symbol=r"\rho_{\mathrm{RSA}}",
+    cite="kriegeskorte2008representational",
+    basis="feature",
+    null=0.0,
+    estimator=f"Spearman correlation of 1 − Pearson dissimilarities; {SAMPLED}",
+    default=False,
+    most_tokens=_rows,
+)
+def rsa(depth_pairs: Pairs) -> xr.DataArray:
+    """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
+    return depth_pairs.compare(kernel.rsa)
+
+
+def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
+    """k/(N − 1)."""
+    count = token_masks.sum(("sample", "token")).clip(max=ROWS)
+    return (NEIGHBOURS / (count - 1.0).where(count > NEIGHBOURS)).clip(max=1.0)
+
+
+@metric(
+    symbol=r"m_{\mathrm{kNN}}",
+    cite="huh2024platonic",
+    basis="stream",
+    null=_shared_by_chance,
+    estimator=f"{NEIGHBOURS} nearest by cosine; {SAMPLED}",
+    default=False,
+    most_tokens=_rows,
+)
+def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
+    """Mutual nearest neighbours: the share of a token's ten nearest that two depths agree on."""
+    return depth_pairs.compare(partial(kernel.mutual_knn, k=NEIGHBOURS))
+
+
+@metric(
+    symbol=r"\mathrm{CKNNA}",
+    cite="huh2024platonic",
+    basis="stream",
+    null=_of_noise(partial(kernel.cknna, k=NEIGHBOURS), draws=4),
+    estimator=f"unbiased HSIC1 over the pairs among {NEIGHBOURS} nearest on both sides; {SAMPLED}",
+    default=False,
+    most_tokens=_rows,
+)
+def cknna(depth_pairs: Pairs) -> xr.DataArray:
+    """CKA over shared nearest neighbours: agreement of the local geometry alone.
+
+    Of unrelated data it is not 0 but about k/(N − 1), the share of neighbours that agree by chance.
+    """
+    return depth_pairs.compare(partial(kernel.cknna, k=NEIGHBOURS))

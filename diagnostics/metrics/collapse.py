@@ -1,0 +1,215 @@
+"""Do tokens become equal, or the representation flat, through depth? Ranks, cosines and outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import geometry, rank
+from depthscope.diagnostics.metrics.declaration import Null, Range, metric
+from depthscope.diagnostics.quantities.states import (
+    Massive,
+    States,
+    free_rows,
+    kept_rows,
+    noise_ranks,
+    partial_mask,
+)
+
+SPECTRAL = "plug-in; within a sequence: mean over sequences"
+
+
+def _of_spectrum(measure: Callable[[Any], Any], singular_values: xr.DataArray) -> xr.DataArray:
+    """A rank of every spectrum; NaN where all singular values are zero or undefined."""
+    return xr.apply_ufunc(measure, singular_values.fillna(0.0), input_core_dims=[["component"]])
+
+
+def _of_noise(name: str) -> Null:
+    """The same rank of iid noise at the same number of tokens and features."""
+
+    def expectation(
+        token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
+    ) -> xr.DataArray:
+        width = residual_states.num_features
+        ranks = np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float])
+        return xr.apply_ufunc(ranks, free_rows(token_counts, centering))
+
+    return expectation
+
+
+@metric(
+    symbol=r"\mathrm{erank}",
+    cite="roy2007effective",
+    basis="stream",
+    null=_of_noise("effective_rank"),
+    estimator=SPECTRAL,
+)
+def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
+    r"""Effective rank: how many directions carry the size of the signal.
+
+    .. math:: \mathrm{erank}(X) = \exp H(\sigma / \textstyle\sum\sigma)
+
+    Between 1 and min(N, d). Read it against its null, and with the massive tokens left out: one huge token
+    brings it down alone.
+    """
+    return _of_spectrum(rank.effective_rank_of, singular_values)
+
+
+@metric(
+    symbol=r"\exp S_1",
+    cite="skean2025layer",
+    basis="stream",
+    null=_of_noise("entropy_rank"),
+    estimator=SPECTRAL,
+)
+def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
+    r"""Matrix-entropy rank: how many directions carry the energy of the signal.
+
+    .. math:: \exp H(\lambda / \textstyle\sum\lambda), \quad \lambda = \sigma^2
+    """
+    return _of_spectrum(rank.entropy_rank_of, singular_values)
+
+
+@metric(
+    symbol=r"\mathrm{PR}",
+    cite="chun2026estimating",
+    basis="stream",
+    null=_of_noise("participation_ratio"),
+    estimator=SPECTRAL,
+)
+def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
+    r"""Participation ratio: how many directions share the variance.
+
+    .. math:: \mathrm{PR} = (\textstyle\sum\lambda)^2 / \sum\lambda^2
+
+    Biased by the finite sample: 1/PR is about 1/N + 1/d + 1/(true value).
+    """
+    return _of_spectrum(rank.participation_ratio_of, singular_values)
+
+
+@metric(
+    symbol=r"\mathrm{srank}",
+    cite="rudelson2007sampling",
+    basis="stream",
+    null=_of_noise("stable_rank"),
+    estimator=SPECTRAL,
+)
+def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
+    r"""Stable rank: the energy in units of the strongest direction.
+
+    .. math:: \|X\|_F^2 / \|X\|_2^2
+    """
+    return _of_spectrum(rank.stable_rank_of, singular_values)
+
+
+@metric(
+    symbol=r"r(X)/\|X\|",
+    healthy=Range(low=0.05, source="heuristic"),
+    cite="dong2021attention",
+    basis="feature",
+    null="none in closed form: it depends on the feature basis; compare with depth 0",
+    estimator="per sequence, mean over sequences",
+)
+def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+    r"""Relative rank-collapse residual: how far the tokens of a sequence are from being equal.
+
+    .. math:: \sqrt{\|R\|_1 \|R\|_\infty} \big/ \sqrt{\|X\|_1 \|X\|_\infty}, \quad R = X - 1\bar{x}^\top
+
+    0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially.
+    """
+    return residual_states.over_sequences(
+        lambda views, keep: rank.dong_residual(views, mask=keep), token_masks
+    )
+
+
+def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
+    """0 for raw noise; removing the mean leaves −1/(N − 1)."""
+    of_each = {"raw": 0.0 * token_counts, "centred": -1.0 / (token_counts - 1.0).where(token_counts > 1)}
+    return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
+
+
+@metric(
+    symbol=r"\overline{\cos}",
+    healthy=Range(high=0.95, source="heuristic"),
+    cite="ethayarajh2019contextual",
+    basis="stream",
+    null=_cosine_of_noise,
+    estimator="exact over all pairs of tokens",
+)
+def token_cosine(
+    residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
+) -> xr.DataArray:
+    r"""Mean cosine between different tokens: 1 when all point one way.
+
+    .. math:: \frac{\|\sum_i u_i\|^2 - m}{m (m - 1)}, \quad u_i = x_i / \|x_i\|
+    """
+    scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        return np.stack(
+            [[_cosines(views, keep, scopes, label) for label in centering] for keep in token_masks.values]
+        ).transpose(3, 0, 1, 2)
+
+    labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
+    return residual_states.over_depth(measure, ("tokens", "centering", "group"), **labels)
+
+
+def _cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: str) -> np.ndarray:
+    """Cosines (group, V) of the kept tokens of views (V, S, T, D)."""
+    center, found = centering == "centred", []
+    if "sequence" in scopes:
+        found.append(geometry.token_cosine(views, center=center, mask=partial_mask(keep)).T)
+    if "data" in scopes:
+        found.append(_pooled_cosine(kept_rows(views, keep), center)[None])
+    return np.concatenate(found)
+
+
+def _pooled_cosine(rows: np.ndarray, center: bool) -> np.ndarray:
+    return geometry.token_cosine(rows, center=center) if rows.shape[1] else np.full(len(rows), np.nan)
+
+
+@metric(
+    symbol=r"p_{\mathrm{massive}}",
+    cite="sun2024massive",
+    basis="feature",
+    null=0.0,
+    estimator="share of all real tokens",
+)
+def massive_token_fraction(massive: Massive) -> xr.DataArray:
+    r"""Share of tokens with a massive activation.
+
+    .. math:: |a| > 100 \quad\text{and}\quad |a| > 1000 \cdot \mathrm{median}\,|a|
+    """
+    return massive.fraction.assign_attrs(massive.places)
+
+
+@metric(
+    symbol=r"\max|a| / \mathrm{median}|a|",
+    cite="sun2024massive",
+    basis="feature",
+    null="about 6 for Gaussian activations; it grows with the logarithm of their number",
+    estimator="over all real tokens and features",
+    smooth=False,
+)
+def massive_activation(massive: Massive) -> xr.DataArray:
+    """Largest activation over the median one; normal in trained language models, on a few fixed features."""
+    return massive.ratio.assign_attrs(massive.places)
+
+
+@metric(
+    symbol=r"N",
+    cite="marchenko1967distribution",
+    basis="invariant",
+    null="none: it is what the nulls rest on",
+    estimator="count; within a sequence: mean over sequences",
+    smooth=False,
+)
+def num_tokens(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
+    """Number of tokens behind each number."""
+    template = residual_states.labelled(
+        np.ones((len(residual_states), len(residual_states.streams))), ("depth", "stream")
+    )
+    return token_counts * template

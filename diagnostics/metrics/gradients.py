@@ -1,0 +1,158 @@
+"""How large are the states and the gradients at every depth, and do samples agree? Norms, rank, cosine."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.kernels import gradients as kernel
+from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.states import States, noise_ranks
+
+
+def _norms(states: States) -> xr.DataArray:
+    """Frobenius norms over all real tokens, by depth and stream."""
+    return states.over_depth(lambda views: kernel.gradient_norm(states.rows(views)))
+
+
+@metric(
+    symbol=r"\sqrt{\overline{\|x\|^2}}",
+    cite="brock2021characterizing",
+    basis="stream",
+    null="none: the scale is the model's; independent unit branches give the square root of the depth",
+    estimator="root mean square over all real tokens",
+)
+def residual_norm(residual_states: States) -> xr.DataArray:
+    r"""Size of the residual state of a token, root mean square over tokens.
+
+    .. math:: \sqrt{\tfrac{1}{N} \textstyle\sum_i \|x_i\|^2}
+    """
+    norms = _norms(residual_states) / np.sqrt(residual_states.mask.sum())
+    return norms.assign_attrs(residual_states.spoilt)
+
+
+@quantity
+def gradient_norms(gradient_states: States) -> xr.DataArray:
+    """Norms of the gradient over all real tokens."""
+    return _norms(gradient_states).assign_attrs(gradient_states.spoilt)
+
+
+@metric(
+    symbol=r"\|\delta_l\|",
+    units="loss per activation",
+    cite="pascanu2013difficulty",
+    basis="stream",
+    null="none: the scale is the loss's; compare depths",
+    estimator="Frobenius norm over all real tokens",
+)
+def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.DataArray:
+    r"""Norm of the gradient of the loss with respect to the residual state.
+
+    .. math:: \|\delta_l\|_F, \quad \delta_l = \partial \mathcal{L} / \partial x_l
+
+    Over all tokens together; a loss that is a mean over N tokens carries a factor 1/N (the run's
+    ``loss_reduction``). The stream ``mean`` is the gradient averaged over streams: what a perturbation
+    common to all of them would do, divided by n. NaN at depths that no gradient reached, as below frozen
+    weights: the attribute ``without_gradient`` names them.
+    """
+    held = gradient.attrs.get(schema.WITHOUT_GRADIENT)
+    return gradient_norms.assign_attrs({schema.WITHOUT_GRADIENT: held} if held else {})
+
+
+@metric(
+    symbol=r"\|\delta_l\| / \|\delta_D\|",
+    healthy=Range(low=0.1, high=10.0, source="heuristic"),
+    cite="pascanu2013difficulty",
+    basis="stream",
+    null=1.0,
+    estimator="ratio of Frobenius norms over all real tokens",
+)
+def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
+    r"""Gradient at a depth over the gradient at the last depth: growth on the way back.
+
+    .. math:: \|\delta_l\| / \|\delta_D\|
+    """
+    last = gradient_norms.isel(depth=-1, drop=True)
+    return (gradient_norms / last.where(last > 0)).assign_coords(gradient_norms.coords)
+
+
+@metric(
+    symbol=r"\sqrt{\textstyle\sum_i \|\delta_i\|^2 \|x_i\|^2}",
+    units="loss",
+    cite="pascanu2013difficulty",
+    basis="stream",
+    null="none: the scale is the loss's; compare depths",
+    estimator="norms of every real token multiplied, then the root of the sum of squares over tokens",
+)
+def relative_gradient(residual_states: States, gradient_states: States) -> xr.DataArray:
+    r"""Sensitivity of the loss to a relative change of the state, token by token.
+
+    .. math:: \sqrt{\textstyle\sum_i \|\delta_i\|^2 \, \|x_i\|^2}
+
+    Branches that normalise their input make the gradient of a token inversely proportional to the token: this
+    is what then stays constant across depth, for tokens of any size.
+    """
+    depths = [_product_of_norms(residual_states, gradient_states, d) for d in range(len(gradient_states))]
+    return gradient_states.labelled(np.stack(depths), ("depth", "stream"))
+
+
+def _product_of_norms(states: States, gradients: States, depth: int) -> np.ndarray:
+    """The relative gradient of every view at one depth, (V,); NaN where either is not finite."""
+    known, sizes = [], []
+    for of in (states, gradients):
+        views, finite = of.load(depth)
+        known.append(finite)
+        sizes.append(np.linalg.norm(of.rows(views).astype(np.float64), axis=-1))
+    return np.where(known[0] & known[1], np.linalg.norm(sizes[0] * sizes[1], axis=-1), np.nan)
+
+
+def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Gradients summed over the tokens of each sequence that has some, (V, S, D)."""
+    return views[:, mask.any(axis=1)].sum(axis=2, dtype=np.float64)
+
+
+def _rank_of_noise(gradient_states: States) -> xr.DataArray:
+    """The effective rank of iid noise at the number of sequences and features."""
+    count = float(gradient_states.mask.any(axis=1).sum())
+    return xr.DataArray(noise_ranks(count, gradient_states.num_features)["effective_rank"])
+
+
+@metric(
+    symbol=r"\mathrm{erank}(G)",
+    cite="roy2007effective",
+    basis="stream",
+    null=_rank_of_noise,
+    estimator="plug-in, over the sampled sequences",
+)
+def gradient_rank(gradient_states: States) -> xr.DataArray:
+    r"""Effective rank of the gradients of different sequences: in how many directions they pull.
+
+    .. math:: \mathrm{erank}(G), \quad G_s = \textstyle\sum_t \delta_{s,t}
+
+    At most the number of sequences; 1 where all pull one way.
+    """
+    return gradient_states.over_depth(
+        lambda views: rank.effective_rank(_sample_gradients(views, gradient_states.mask))
+    )
+
+
+@metric(
+    symbol=r"\overline{\cos}(g_s, g_{s'})",
+    cite="yu2020gradient",
+    basis="stream",
+    null=0.0,
+    estimator="exact over all pairs of the sampled sequences",
+)
+def gradient_cosine(gradient_states: States) -> xr.DataArray:
+    r"""Mean cosine between the gradients of different sequences: 1 when they agree, about 0 when none do.
+
+    .. math:: \cos(g_s, g_{s'}), \quad g_s = \textstyle\sum_t \delta_{s,t}
+
+    NaN for a single sequence.
+    """
+    return gradient_states.over_depth(
+        lambda views: kernel.cosine_across_samples(_sample_gradients(views, gradient_states.mask))
+    )

@@ -1,0 +1,133 @@
+"""Which paths does the signal take? How many streams it uses, how far back connections read, what none reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.metrics.alignment import evenly_spaced
+from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+
+# Every cut of every token takes a decomposition of a matrix as large as the depth.
+TOKENS = 64
+
+
+def _one_stream(mixing: Mixing) -> xr.DataArray:
+    """1: a plain residual network passes one sum on; NaN before the first connection."""
+    cuts = np.where(np.arange(len(mixing)) > 0, 1.0, np.nan)
+    return mixing.labelled(cuts, ("connection",))
+
+
+@metric(
+    symbol=r"n_{\mathrm{eff}}",
+    healthy=Range(low=1.5, source="heuristic"),
+    cite="roy2007effective",
+    basis="invariant",
+    null=_one_stream,
+    most_tokens=lambda width: TOKENS,
+    estimator=f"per token in float64, over at most {TOKENS} tokens, evenly spaced, then reduced over them",
+)
+def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> xr.DataArray:
+    r"""Effective streams: how many independent signals pass from the earlier connections to the later ones.
+
+    .. math:: \exp H(\sigma / \textstyle\sum\sigma) \text{ of } \sigma(M_{k \ge c,\, j < c})
+
+    At the cut before a connection; NaN at the first. At most the number of streams; it does not change with
+    their basis. Below 1.5 one stream does all.
+    """
+    kept = evenly_spaced(mixing.matrices.shape[1], TOKENS)
+    weights = mixing.matrices[:, kept], read_weights[:, kept], write_weights[:, kept]
+    cuts = np.full((len(mixing), len(kept)), np.nan)
+    cuts[1:] = kernel.streams_across(*weights).T
+    return mixing.reduced(cuts, composed=True)
+
+
+def _residual_hops(mixing: Mixing) -> xr.DataArray:
+    """(k + 1)/2: a plain residual network reads all earlier outputs alike."""
+    readers = np.arange(len(mixing))
+    return mixing.labelled(np.where(readers > 0, (readers + 1) / 2, np.nan), ("connection",))
+
+
+@metric(
+    symbol=r"\overline{k - j}",
+    units="connections",
+    cite="zhu2024hyper",
+    basis="invariant",
+    null=_residual_hops,
+    estimator="weights per token in float64, mean of their magnitude over tokens, then the mean of hops",
+)
+def effective_path_depth(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+    r"""Effective path depth: how many connections back the outputs lie that a connection reads.
+
+    .. math:: \textstyle\sum_j |M_{kj}| (k - j) / \sum_j |M_{kj}|
+
+    NaN at the first, which reads the embedding alone.
+    """
+    return mixing.labelled(kernel.effective_path_depth(mean_depth_kernel), ("connection",))
+
+
+def _residual_mass(mixing: Mixing) -> xr.DataArray:
+    """How many later connections there are: a plain residual network reads each output in full."""
+    later = np.arange(len(mixing))[::-1].astype(float)
+    return mixing.labelled(np.where(later > 0, later, np.nan), ("connection",))
+
+
+@metric(
+    symbol=r"\textstyle\sum_k |M_{kj}|",
+    healthy=Range(low=0.01, source="zhu2024hyper"),
+    cite="zhu2024hyper",
+    basis="invariant",
+    null=_residual_mass,
+    estimator="per token in float64, mean of the magnitude over tokens, then the sum over readers",
+)
+def read_mass(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+    r"""Read mass: how much of a connection's output all later connections read together.
+
+    .. math:: \textstyle\sum_k |M_{kj}|
+
+    Near 0 for a wasted layer; NaN for the last, which only the head reads.
+    """
+    return mixing.labelled(kernel.read_mass(mean_depth_kernel), ("connection",))
+
+
+def _all_streams(mixing: Mixing) -> xr.DataArray:
+    """How many streams there are: equal shares."""
+    return mixing.labelled(np.full(len(mixing), float(mixing.num_streams)), ("connection",))
+
+
+def _in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+    """Exponential of the entropy of the shares of the streams, connection by connection."""
+    return mixing.labelled(rank.effective_rank_of(np.abs(weights).sum(axis=1)), ("connection",))
+
+
+@metric(
+    symbol=r"n_{\mathrm{read}}",
+    cite="roy2007effective",
+    basis="stream",
+    null=_all_streams,
+    estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
+)
+def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
+    r"""Streams that a connection reads: 1 where one stream gives all, n where all give alike.
+
+    .. math:: \exp H\big(|H^{pre}_s| / \textstyle\sum_s |H^{pre}_s|\big)
+    """
+    return _in_use(mixing, read_weights)
+
+
+@metric(
+    symbol=r"n_{\mathrm{write}}",
+    cite="roy2007effective",
+    basis="stream",
+    null=_all_streams,
+    estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
+)
+def write_streams(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
+    r"""Streams that a connection writes to: 1 where one stream takes all, n where all take alike.
+
+    .. math:: \exp H\big(|H^{post}_s| / \textstyle\sum_s |H^{post}_s|\big)
+    """
+    return _in_use(mixing, write_weights)

@@ -1,0 +1,150 @@
+"""How does the signal grow from step to step? Channel mean and variance, and what each branch adds."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import geometry
+from depthscope.diagnostics.kernels import gradients as kernel
+from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.states import States
+
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+@quantity
+def channel_statistics(residual_states: States) -> xr.DataArray:
+    """Average channel squared mean and average channel variance, by depth and stream."""
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        return np.stack(kernel.signal_propagation(residual_states.rows(views)), axis=1)
+
+    return residual_states.over_depth(measure, ("statistic",))
+
+
+@metric(
+    symbol=r"\overline{\mu_c^2}",
+    units="activation²",
+    cite="brock2021characterizing",
+    basis="stream",
+    null="the variance over the number of tokens for activations of mean zero",
+    estimator="over all real tokens, then the mean over channels",
+)
+def channel_squared_mean(channel_statistics: xr.DataArray) -> xr.DataArray:
+    r"""Average over channels of the squared mean over tokens: what all tokens have in common.
+
+    .. math:: \tfrac{1}{d} \textstyle\sum_c \mu_c^2
+    """
+    return channel_statistics.isel(statistic=0)
+
+
+@metric(
+    symbol=r"\overline{\sigma_c^2}",
+    units="activation²",
+    cite="brock2021characterizing",
+    basis="stream",
+    null="none: the scale is the model's; independent unit branches give l",
+    estimator="over all real tokens, then the mean over channels",
+)
+def channel_variance(channel_statistics: xr.DataArray) -> xr.DataArray:
+    r"""Average over channels of the variance over tokens: what tells them apart.
+
+    .. math:: \tfrac{1}{d} \textstyle\sum_c \sigma_c^2
+    """
+    return channel_statistics.isel(statistic=1)
+
+
+@metric(
+    symbol=r"\overline{\sigma_c^2}(x_l - x_{l-1})",
+    units="activation²",
+    cite="brock2021characterizing",
+    basis="stream",
+    null="none: the scale is the model's; compare depths",
+    estimator="over all real tokens, then the mean over channels",
+)
+def branch_variance(residual_states: States) -> xr.DataArray:
+    r"""Average channel variance of what a step adds; NaN at the embedding.
+
+    .. math:: \tfrac{1}{d} \textstyle\sum_c \mathrm{Var}_i\,(x_l - x_{l-1})_{ic}
+
+    Of a plain residual step it is the branch's own variance; in a stream it holds what mixing moved too.
+    """
+    return residual_states.over_steps(
+        lambda before, after: kernel.signal_propagation(after - before).variance
+    )
+
+
+def _share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    size, added = (np.linalg.norm(x, axis=-1) for x in (before, after - before))
+    defined = size > 0
+    shares = np.where(defined, added / np.where(defined, size, 1.0), 0.0)
+    count = defined.sum(axis=-1)
+    return shares.sum(axis=-1) / np.where(count > 0, count, np.nan)
+
+
+@metric(
+    symbol=r"\|x_l - x_{l-1}\| / \|x_{l-1}\|",
+    cite="brock2021characterizing",
+    basis="stream",
+    null="none in general: independent unit branches give the inverse square root of the depth",
+    estimator="mean over real tokens",
+)
+def branch_share(residual_states: States) -> xr.DataArray:
+    r"""Size of what a step adds relative to the state that it is added to; NaN at the embedding.
+
+    .. math:: \|x_l - x_{l-1}\| / \|x_{l-1}\|
+
+    Of a final norm it is the change of scale.
+    """
+    return residual_states.over_steps(_share)
+
+
+@quantity
+def adjacent_cosines(residual_states: States) -> xr.DataArray:
+    """Mean and 5, 50, 95 % quantiles over tokens of the cosine with the depth before."""
+
+    def measure(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+        cosines = geometry.row_cosine(before, after)
+        return np.stack([_summary(of_view) for of_view in cosines])
+
+    return residual_states.over_steps(measure, ("summary",))
+
+
+def _summary(cosines: np.ndarray) -> np.ndarray:
+    known = cosines[np.isfinite(cosines)]
+    if not known.size:
+        return np.full(1 + len(QUANTILES), np.nan)
+    return np.array([known.mean(), *np.quantile(known, QUANTILES)])
+
+
+@metric(
+    symbol=r"\cos(x_{l-1}, x_l)",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=0.0,
+    estimator="mean over real tokens",
+)
+def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
+    r"""Mean cosine of a token's state with its state at the depth before; NaN at the embedding.
+
+    .. math:: \cos(x_{l-1}, x_l)
+
+    Independent unit branches give √(l/(l+1)).
+    """
+    return adjacent_cosines.isel(summary=0)
+
+
+@metric(
+    symbol=r"q_p \cos(x_{l-1}, x_l)",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=0.0,
+    estimator="quantiles over real tokens, along the dim quantile",
+    smooth=False,
+)
+def adjacent_cosine_band(adjacent_cosines: xr.DataArray) -> xr.DataArray:
+    """Band of the cosine with the depth before: 5, 50 and 95 % of the tokens lie below."""
+    band = adjacent_cosines.isel(summary=slice(1, None)).rename(summary="quantile")
+    return band.assign_coords(quantile=list(QUANTILES))

@@ -1,0 +1,203 @@
+"""What shape does the cloud of tokens have? Its spectrum's tail, its dimension, and the path through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import geometry, rank
+from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.states import States, free_rows, partial_mask
+
+SPECTRAL = "plug-in; within a sequence: mean over sequences"
+PER_SEQUENCE = "per sequence, mean over sequences"
+
+# How many directions count as the top ones, and the first index that the power law is fitted to.
+TOP = 10
+FIRST, LAST = 11, 500
+
+
+def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.DataArray]:
+    """A number of the expected spectrum of iid noise at the same number of tokens and features."""
+
+    @lru_cache(maxsize=4096)
+    def of_size(count: float, width: int) -> float:
+        if np.isnan(count):
+            return float("nan")
+        return float(measure(rank.marchenko_pastur(int(count), width).singular_values(), int(count)))
+
+    def expectation(
+        token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
+    ) -> xr.DataArray:
+        numbers = np.vectorize(lambda n: of_size(n, residual_states.num_features), otypes=[float])
+        return xr.apply_ufunc(numbers, free_rows(token_counts, centering))
+
+    return expectation
+
+
+@metric(
+    symbol=r"\mathrm{rank}_\varepsilon",
+    cite="golub2013matrix",
+    basis="stream",
+    null=_of_noise(lambda s, count: float(len(s))),
+    estimator=SPECTRAL,
+)
+def numerical_rank(
+    singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
+) -> xr.DataArray:
+    r"""Numerical rank: how many directions stand above the rounding of float32.
+
+    .. math:: \#\{i : \sigma_i > \max(N, d)\, \varepsilon\, \sigma_1\}
+    """
+    sizes = token_counts.clip(min=residual_states.num_features)
+
+    def measure(s: np.ndarray, size: np.ndarray) -> np.ndarray:
+        return rank.numerical_rank_of(s, rtol=float(np.finfo(np.float32).eps) * size[..., None])
+
+    found = xr.apply_ufunc(measure, singular_values.fillna(0.0), sizes, input_core_dims=[["component"], []])
+    defined = singular_values.notnull().all("component") & token_counts.notnull()
+    return found.where(defined)
+
+
+@metric(
+    symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
+    cite="marchenko1967distribution",
+    basis="stream",
+    null=_of_noise(lambda s, count: rank.top_energy_of(s, TOP)),
+    estimator=SPECTRAL,
+)
+def top_energy(singular_values: xr.DataArray) -> xr.DataArray:
+    r"""Share of the energy in the ten strongest directions.
+
+    .. math:: \textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i, \quad \lambda = \sigma^2
+    """
+    return xr.apply_ufunc(
+        lambda s: rank.top_energy_of(s, TOP), singular_values.fillna(0.0), input_core_dims=[["component"]]
+    )
+
+
+@quantity
+def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Exponent of every spectrum and its standard error."""
+    alpha, error = xr.apply_ufunc(
+        lambda s: geometry.alpha_req_of(s, first=FIRST, last=LAST)[:2],
+        singular_values.fillna(0.0),
+        input_core_dims=[["component"]],
+        output_core_dims=[[], []],
+    )
+    return alpha, error
+
+
+@metric(
+    symbol=r"\alpha",
+    cite="agrawal2022alpha",
+    basis="stream",
+    null=_of_noise(lambda s, count: geometry.alpha_req_of(s, first=FIRST, last=LAST).alpha),
+    estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
+)
+def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
+    r"""Power-law exponent of the spectrum: how fast the variance falls from direction to direction.
+
+    .. math:: \lambda_i \propto i^{-\alpha}
+
+    Near 1 in good representations (Agrawal et al. 2022); larger: few directions hold the variance, smaller: it
+    spreads as noise does. NaN where fewer than three eigenvalues lie in the range. Centred is the published form.
+    """
+    return power_law[0]
+
+
+@metric(
+    symbol=r"\Delta\alpha",
+    cite="agrawal2022alpha",
+    basis="stream",
+    null="0 for an exact power law; noise has none, so its fit is poor",
+    estimator=f"standard error of the slope over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
+    smooth=False,
+)
+def alpha_req_error(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
+    """Standard error of the power-law exponent: how well a power law describes the spectrum."""
+    return power_law[1]
+
+
+def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> xr.DataArray:
+    """(N − 1)/N, mean over sequences."""
+    count = token_masks.sum("token").astype(float)
+    return (1.0 - 1.0 / count.where(count > 0)).mean("sample")
+
+
+@metric(
+    symbol=r"\mathcal{E}(X)",
+    cite="cai2020note",
+    basis="stream",
+    null=_energy_of_noise,
+    estimator=PER_SEQUENCE,
+)
+def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+    r"""Relative Dirichlet energy: the share of a sequence's energy that is not common to its tokens.
+
+    .. math:: \mathrm{tr}(X^\top L X) / \|X\|_F^2, \quad L = I - 11^\top / N
+
+    0 when all tokens are equal (oversmoothed), near 1 when they have no common part.
+    """
+    return residual_states.over_sequences(
+        lambda views, keep: geometry.dirichlet_energy(views, mask=keep), token_masks
+    )
+
+
+@metric(
+    symbol=r"\overline{\angle}(v_k, v_{k+1})",
+    units="rad",
+    cite="skean2025layer",
+    basis="stream",
+    null=2.0 * np.pi / 3.0,
+    estimator=PER_SEQUENCE,
+)
+def curvature(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+    r"""Curvature of the path of tokens: the mean angle between its successive steps.
+
+    .. math:: \angle(v_k, v_{k+1}), \quad v_k = x_{k+1} - x_k
+
+    0 for a straight path, π for one that goes back and forth; independent tokens turn by 2π/3.
+    """
+    return residual_states.over_sequences(
+        lambda views, keep: geometry.curvature(views, mask=keep), token_masks
+    )
+
+
+@lru_cache(maxsize=256)
+def _dimension_of_size(count: int, width: int) -> float:
+    clouds = np.random.default_rng(0).standard_normal((4, count, width)) if count else np.empty(0)
+    return float(np.mean([geometry.two_nn(cloud) for cloud in clouds])) if count else float("nan")
+
+
+def _dimension_of_noise(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
+    """That of iid noise of the same size, drawn with a fixed seed: less than the number of features."""
+    counts, width = token_masks.sum(("sample", "token")), residual_states.num_features
+    return xr.apply_ufunc(np.vectorize(lambda n: _dimension_of_size(int(n), width), otypes=[float]), counts)
+
+
+@metric(
+    symbol=r"d_{\mathrm{TwoNN}}",
+    cite="facco2017estimating",
+    basis="stream",
+    null=_dimension_of_noise,
+    estimator="all tokens pooled, repeated ones once; the largest tenth of the ratios left out",
+    default=False,
+)
+def intrinsic_dimension(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
+    r"""Intrinsic dimension of the cloud of tokens, from the two nearest neighbours of each.
+
+    .. math:: -\ln(1 - F(\mu)) = d \ln \mu, \quad \mu = r_2 / r_1
+    """
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        pooled = views.reshape(len(views), -1, views.shape[-1])
+        kinds = [geometry.two_nn(pooled, mask=partial_mask(keep.ravel())) for keep in token_masks.values]
+        return np.stack(kinds, axis=1)
+
+    found = residual_states.over_depth(measure, ("tokens",), tokens=token_masks["tokens"])
+    return found.transpose("tokens", "depth", "stream")

@@ -1,0 +1,213 @@
+"""Which depths say the same? CKA, angles and block influence between depths, cosines between streams.
+
+States are compared in the mean over streams, which a plain head reads.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import geometry
+from depthscope.diagnostics.kernels import similarity as kernel
+from depthscope.diagnostics.metrics.alignment import evenly_spaced
+from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.quantities.registry import Unavailable, quantity
+from depthscope.diagnostics.quantities.states import MeanStates, States
+
+# Tokens that CKA between streams is taken over: it costs their square, at every depth.
+ROWS = 1024
+# Unit vectors of one block of tokens over all depths hold about so many numbers: they stay in the cache.
+BLOCK = 250_000
+
+
+def _between_depths(
+    values: np.ndarray, dims: tuple[str, ...], states: States, mean_states: MeanStates, masks: xr.DataArray
+) -> xr.DataArray:
+    """Values (..., L, L) labelled; NaN where either depth is not finite."""
+    finite = mean_states.finite
+    values = np.where(finite[:, None] & finite[None, :], values, np.nan)
+    return states.labelled(values, (*dims, "depth", "other_depth"), tokens=masks["tokens"])
+
+
+@quantity
+def cka_table(
+    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray, estimator: tuple[str, ...]
+) -> xr.DataArray:
+    """CKA of every depth with every other, by estimator and kind of token."""
+    tables = mean_states.over_kinds(partial(_cka, estimator=estimator))
+    table = _between_depths(tables, ("tokens", "estimator"), residual_states, mean_states, token_masks)
+    return table.assign_coords(estimator=list(estimator)).transpose("estimator", ...)
+
+
+def _cka(states: np.ndarray, estimator: tuple[str, ...]) -> np.ndarray:
+    """CKA by every estimator asked for, (E, L, L), from products that are computed once."""
+    depths, num_tokens, _ = states.shape
+    if not num_tokens:
+        return np.full((len(estimator), depths, depths), np.nan)
+    if len(estimator) == 1:
+        return kernel.cka_matrix(states, unbiased=estimator == ("unbiased",))[None]
+    tables = dict(zip(("biased", "unbiased"), kernel.cka_matrices(states), strict=True))
+    return np.stack([tables[name] for name in estimator])
+
+
+def _cka_of_noise(
+    token_masks: xr.DataArray, residual_states: States, estimator: tuple[str, ...]
+) -> xr.DataArray:
+    """CKA of independent iid noise at that size: 0 when unbiased."""
+    width = residual_states.num_features
+    count = token_masks.sum(("sample", "token"))
+    null = np.vectorize(lambda n: kernel.cka_null(int(n), width), otypes=[float])
+    biased = xr.apply_ufunc(null, count.clip(1)).where(count > 0)
+    of_each = {"biased": biased, "unbiased": 0.0 * biased}
+    return xr.concat([of_each[name] for name in estimator], xr.Variable("estimator", list(estimator)))
+
+
+@metric(
+    symbol=r"\mathrm{CKA}",
+    cite="kornblith2019similarity",
+    basis="stream",
+    null=_cka_of_noise,
+    estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+)
+def cka(cka_table: xr.DataArray) -> xr.DataArray:
+    r"""Linear CKA between depths: 1 for the same geometry of tokens.
+
+    .. math:: \mathrm{HSIC}(X, Y) / \sqrt{\mathrm{HSIC}(X, X)\,\mathrm{HSIC}(Y, Y)}
+
+    The biased value of unrelated data is near 1 for few tokens and many features: read it against its null.
+    """
+    return cka_table
+
+
+@metric(
+    symbol=r"\mathrm{CKA}_{l, l-1}",
+    cite="kornblith2019similarity",
+    basis="stream",
+    null=_cka_of_noise,
+    estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+)
+def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
+    """Linear CKA of each depth with the one before; NaN at the embedding."""
+    table = cka_table.transpose("estimator", "tokens", "depth", "other_depth")
+    values = np.full(table.shape[:-1], np.nan)
+    values[..., 1:] = np.diagonal(table.values, offset=-1, axis1=-2, axis2=-1)
+    return table.isel(other_depth=0, drop=True).copy(data=values)
+
+
+@metric(
+    symbol=r"\arccos(\cos) / \pi",
+    cite="gromov2024unreasonable",
+    basis="stream",
+    null=0.5,
+    estimator="mean over tokens",
+)
+def angular_distance(
+    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
+) -> xr.DataArray:
+    r"""Mean angle between a token's states at two depths, as a share of π.
+
+    .. math:: \frac{1}{\pi} \arccos \frac{x \cdot y}{\|x\| \|y\|}
+
+    0 for the same direction, ½ for unrelated ones.
+    """
+    values = mean_states.over_kinds(_angles_between)
+    return _between_depths(values, ("tokens",), residual_states, mean_states, token_masks)
+
+
+def _angles_between(states: np.ndarray) -> np.ndarray:
+    """Mean angles (L, L) over the tokens of states (L, N, D) that have a direction at both depths."""
+    depths, num_tokens, width = states.shape
+    total, count = np.zeros((depths, depths)), np.zeros((depths, depths))
+    block = max(1, BLOCK // (depths * width))
+    for start in range(0, num_tokens, block):
+        part = np.moveaxis(states[:, start : start + block], 0, 1).astype(np.float64)
+        length = np.linalg.norm(part, axis=-1, keepdims=True)
+        unit = part / np.where(length > 0, length, 1.0)
+        both = (length > 0) & np.swapaxes(length > 0, 1, 2)
+        angles = np.arccos(np.clip(unit @ np.swapaxes(unit, 1, 2), -1.0, 1.0)) / np.pi
+        total += np.where(both, angles, 0.0).sum(axis=0)
+        count += both.sum(axis=0)
+    np.fill_diagonal(total, 0.0)  # exactly, where rounding leaves 1e-8
+    return total / np.where(count > 0, count, np.nan)
+
+
+@metric(
+    symbol=r"1 - \cos(x_{l-1}, x_l)",
+    cite="men2024shortgpt",
+    basis="stream",
+    null=1.0,
+    estimator="mean over tokens",
+)
+def block_influence(
+    residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
+) -> xr.DataArray:
+    """Block influence: how far the step to a depth turns the states, 1 − cos; NaN at the embedding.
+
+    0 for a step that does nothing but scale. Independent unit branches give 1 − √(l/(l+1)).
+    """
+    values = mean_states.over_kinds(_influences)
+    values[:, 1:][:, ~(mean_states.finite[1:] & mean_states.finite[:-1])] = np.nan
+    return residual_states.labelled(values, ("tokens", "depth"), tokens=token_masks["tokens"])
+
+
+def _influences(states: np.ndarray) -> np.ndarray:
+    values = np.full(len(states), np.nan)
+    if states.shape[1]:
+        values[1:] = [geometry.block_influence(before, after) for before, after in pairwise(states)]
+    return values
+
+
+@metric(
+    symbol=r"\overline{\cos}(x_i, x_j)",
+    healthy=Range(high=0.99, source="heuristic"),
+    cite="zhu2024hyper",
+    basis="stream",
+    null=0.0,
+    estimator="exact over all pairs of streams, mean over tokens",
+)
+def stream_cosine(residual_states: States) -> xr.DataArray:
+    """Mean cosine between the streams of a token: 1 where they are copies, as at the embedding."""
+    if residual_states.num_streams == 1:
+        raise Unavailable("the run has one stream")
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        streams = np.moveaxis(residual_states.rows(views[1:]), 0, 1)
+        cosines = geometry.token_cosine(streams)
+        mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
+        return np.full(len(views), mean)
+
+    return residual_states.over_depth(measure).isel(stream=0, drop=True)
+
+
+def _stream_cka_of_noise(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+    """CKA of independent iid noise at that size: 0 when unbiased."""
+    count = min(int(residual_states.mask.sum()), ROWS)
+    of_each = {"biased": kernel.cka_null(count, residual_states.num_features), "unbiased": 0.0}
+    return xr.DataArray([of_each[name] for name in estimator], coords={"estimator": list(estimator)})
+
+
+@metric(
+    symbol=r"\overline{\mathrm{CKA}}(x_i, x_j)",
+    cite="kornblith2019similarity",
+    basis="stream",
+    null=_stream_cka_of_noise,
+    estimator=f"mean over pairs of streams; over at most {ROWS} tokens, evenly spaced",
+    most_tokens=lambda width: ROWS,
+)
+def stream_cka(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+    """Mean linear CKA between the streams: 1 where they hold the same geometry of tokens, even if rotated."""
+    if residual_states.num_streams == 1:
+        raise Unavailable("the run has one stream")
+    pairs = ~np.eye(residual_states.num_streams, dtype=bool)
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        rows = residual_states.rows(views[1:])
+        rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
+        return np.tile(_cka(rows, estimator)[:, pairs].mean(axis=-1), (len(views), 1))
+
+    found = residual_states.over_depth(measure, ("estimator",), estimator=list(estimator))
+    return found.isel(stream=0, drop=True).transpose("estimator", "depth")

@@ -1,0 +1,101 @@
+"""Which singular values does the cloud of tokens have? Some of them by their order, with those of noise beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.quantities.states import States
+
+# Orders that are kept: so many in equal steps of their logarithm, and so many in equal steps.
+STEPS = 32
+
+
+def kept_orders(num_features: int) -> np.ndarray:
+    """The orders at which a spectrum is kept: dense at the top, even over the bulk.
+
+    They do not depend on the tokens, so that padding and left-out sequences change none.
+
+    Parameters
+    ----------
+    num_features : int
+        The most singular values that there can be.
+
+    Returns
+    -------
+    ndarray of int
+        Growing, from 1 to the number of features; all of them where they are few.
+
+    Examples
+    --------
+    >>> kept_orders(4).tolist()
+    [1, 2, 3, 4]
+    """
+    parts = np.geomspace(1, num_features, STEPS), np.linspace(1, num_features, STEPS)
+    return np.unique(np.round(np.concatenate(parts)).astype(int))
+
+
+@lru_cache(maxsize=4096)
+def _spectrum_of_noise(count: int, width: int) -> np.ndarray:
+    """The expected singular values of noise, of energy 1."""
+    expected = rank.marchenko_pastur(count, width).singular_values()
+    return expected / np.linalg.norm(expected)
+
+
+def _of_groups(
+    singular_values: xr.DataArray,
+    token_counts: xr.DataArray,
+    states: States,
+    measure: Callable[[np.ndarray, int], np.ndarray],
+) -> xr.DataArray:
+    """What is measured of every spectrum of the mean over streams, at the orders kept; NaN beyond the rank."""
+    spectra = singular_values.isel(stream=0, drop=True).transpose(
+        "depth", "tokens", "centering", "group", "component"
+    )
+    orders = kept_orders(states.num_features)
+    rows = token_counts.transpose("tokens", "group").fillna(0).astype(int).values
+    found = np.full((*spectra.shape[:-1], len(orders)), np.nan)
+    for t, c, g in np.ndindex(spectra.shape[1:4]):
+        count = int(rows[t, g]) - (spectra["centering"].values[c] == "centred")
+        inside = orders[orders <= min(count, states.num_features)]
+        if inside.size:
+            found[:, t, c, g, : inside.size] = measure(spectra.values[:, t, c, g], count)[:, inside - 1]
+    dims = (*spectra.dims[:-1], "order")
+    return xr.DataArray(found, dims=dims, coords=dict(spectra.coords) | {"order": orders})
+
+
+def _noise_beside(
+    singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
+) -> xr.DataArray:
+    """The Marchenko-Pastur law at that number of tokens and features, scaled to the energy of the states."""
+
+    def measure(values: np.ndarray, count: int) -> np.ndarray:
+        energy = np.linalg.norm(values, axis=-1, keepdims=True)
+        return energy * _spectrum_of_noise(count, residual_states.num_features)
+
+    return _of_groups(singular_values, token_counts, residual_states, measure)
+
+
+@metric(
+    symbol=r"\sigma_i",
+    units="activation",
+    cite="marchenko1967distribution",
+    basis="stream",
+    null=_noise_beside,
+    estimator="of the mean over streams; within a sequence: mean over sequences of the value of that order",
+)
+def singular_value(
+    singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
+) -> xr.DataArray:
+    r"""Singular values of the states, by their order: 1 is the largest.
+
+    .. math:: X = U\, \mathrm{diag}(\sigma)\, V^\top
+
+    Of large spectra some orders are kept: the first ones, and even steps over all. NaN beyond min(N, d).
+    """
+    return _of_groups(singular_values, token_counts, residual_states, lambda values, count: values)

@@ -1,0 +1,90 @@
+"""How far does one step move each module? Norms of weights and of their gradients, and the relative update."""
+
+from __future__ import annotations
+
+import xarray as xr
+
+from depthscope.diagnostics.metrics.declaration import Range, metric
+
+OF_A_MODULE = "exact, over all parameters that the module owns"
+
+
+def _over(above: xr.DataArray, below: xr.DataArray) -> xr.DataArray:
+    """The ratio of two norms from their squares; NaN where the weights are zero."""
+    return (above / below.where(below > 0)) ** 0.5
+
+
+@metric(
+    symbol=r"\|W_m\|_F",
+    cite="you2017large",
+    basis="invariant",
+    null="none: the scale is the initialisation's; iid entries of variance s² give s times the root of their number",
+    estimator=OF_A_MODULE,
+)
+def weight_norm(weight_square_norm: xr.DataArray) -> xr.DataArray:
+    r"""Norm of the weights of a module.
+
+    .. math:: \|W_m\|_F
+
+    As they stand at the end of the step. A parameter that two modules share counts for the first of them.
+    """
+    return weight_square_norm**0.5
+
+
+@metric(
+    symbol=r"\|\partial \mathcal{L} / \partial W_m\|_F",
+    units="loss per weight",
+    cite="pascanu2013difficulty",
+    basis="invariant",
+    null="none: the scale is the loss's; compare modules",
+    estimator=OF_A_MODULE,
+)
+def weight_gradient_norm(weight_gradient_square_norm: xr.DataArray) -> xr.DataArray:
+    r"""Norm of the gradient of the loss with respect to the weights of a module.
+
+    .. math:: \|\partial \mathcal{L} / \partial W_m\|_F
+
+    Accumulated over the backwards of the step, before clipping, divided by the loss scale where it is known.
+    """
+    return weight_gradient_square_norm**0.5
+
+
+@metric(
+    symbol=r"\|\partial \mathcal{L} / \partial W_m\|_F / \|W_m\|_F",
+    units="loss per weight²",
+    cite="you2017large",
+    basis="invariant",
+    null="none: the scale is the loss's; a spread over modules asks for a learning rate of each",
+    estimator=OF_A_MODULE,
+)
+def weight_gradient_ratio(
+    weight_gradient_square_norm: xr.DataArray, weight_square_norm: xr.DataArray
+) -> xr.DataArray:
+    r"""Norm of a module's gradient relative to that of its weights.
+
+    .. math:: \|\partial \mathcal{L} / \partial W_m\|_F / \|W_m\|_F
+
+    Plain gradient descent moves a module by the learning rate times this share of itself. Its inverse is the
+    trust ratio of LARS.
+    """
+    return _over(weight_gradient_square_norm, weight_square_norm)
+
+
+@metric(
+    symbol=r"\|\Delta W_m\|_F / \|W_m\|_F",
+    healthy=Range(low=1e-5, high=1e-2, source="heuristic"),
+    cite="bernstein2020distance",
+    basis="invariant",
+    null="none: the learning rate decides; the rule of thumb is 1e-3 (Stanford CS231n, course notes)",
+    estimator=f"{OF_A_MODULE}; the change during one step of the optimiser",
+)
+def update_ratio(weight_update_square_norm: xr.DataArray, weight_square_norm: xr.DataArray) -> xr.DataArray:
+    r"""Change of a module's weights in one step of the optimiser, relative to the weights.
+
+    .. math:: \|\Delta W_m\|_F / \|W_m\|_F
+
+    What a network computes changes by at most about the product over its layers of one plus this, less one
+    (Bernstein et al. 2020), so deeper networks bear less of it. NaN where no optimiser ran during the step, 0
+    where it ran and left the module as it was.
+    """
+    return _over(weight_update_square_norm, weight_square_norm)

@@ -1,0 +1,1 @@
+"""Which quantities do metrics share? Derived from a run once and kept."""

@@ -1,0 +1,324 @@
+"""What becomes of the connections? Mixing matrices of every real token, their products, their reductions.
+
+Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.quantities.registry import LABELS, Unavailable, quantity
+
+REDUCTIONS = LABELS["reduction"]
+QUANTILES = (0.5, 0.01, 0.99)
+
+
+class Mixing:
+    """Mixing matrices of one chain in float64: one by one, and multiplied from the embedding on.
+
+    Where a connection is not finite it stands as the identity here, and every value that rests on it is NaN.
+
+    Parameters
+    ----------
+    h_res : DataArray
+        Dims (connection, sample, token, stream_out, stream_in).
+    mask : DataArray
+        Dims (sample, token).
+    """
+
+    def __init__(self, h_res: xr.DataArray, mask: xr.DataArray) -> None:
+        matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)
+        bad = ~np.isfinite(matrices).all(axis=(2, 3))
+        self.finite = ~bad.any(axis=1)
+        self.spoilt = {str(c): int(bad[c].sum()) for c in np.flatnonzero(~self.finite)}
+        matrices[~self.finite] = np.eye(matrices.shape[-1])
+        # Tokens lie last in memory: sums over streams and products run along them.
+        self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
+        self.num_streams = matrices.shape[-1]
+        self._coords = connection_coords(h_res)
+        self._prefix: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def reached(self) -> np.ndarray:
+        """Which connections have only finite ones up to them, (C,)."""
+        return np.logical_and.accumulate(self.finite)
+
+    @property
+    def prefix(self) -> tuple[np.ndarray, np.ndarray]:
+        """Products from the embedding through each connection (C, N, n, n) and their log scales (C, N)."""
+        if self._prefix is None:
+            self._prefix = kernel.prefix_composites(self.matrices, return_log_scale=True)
+        return self._prefix
+
+    @property
+    def leaving(self) -> np.ndarray:
+        """Which connections have only finite ones from them to the last, (C,)."""
+        return np.logical_and.accumulate(self.finite[::-1])[::-1]
+
+    def each(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Measure one connection after the other, which takes the memory of one.
+
+        Parameters
+        ----------
+        measure : function
+            Matrices (N, n, n) in, values (N, ...) out.
+
+        Returns
+        -------
+        ndarray
+            (C, N, ...).
+        """
+        return np.stack([measure(of_one) for of_one in self.matrices])
+
+    def each_product(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Measure the products from the embedding on, one after the other.
+
+        Parameters
+        ----------
+        measure : function
+            Matrices (N, n, n) and their log scales (N,) in, values (N, ...) out.
+
+        Returns
+        -------
+        ndarray
+            (C, N, ...).
+        """
+        return np.stack([measure(*of_one) for of_one in zip(*self.prefix, strict=True)])
+
+    def reduced(
+        self,
+        values: np.ndarray,
+        dims: tuple[str, ...] = (),
+        *,
+        composed: bool = False,
+        onward: bool = False,
+        **coords: Any,
+    ) -> xr.DataArray:
+        """Reduce values of every token and label them.
+
+        Parameters
+        ----------
+        values : ndarray
+            (C, N, ...): the tokens are the second axis.
+        dims : tuple of str
+            Names of the further dims.
+        composed : bool
+            Whether a value rests on every earlier connection too.
+        onward : bool
+            Whether it rests on every later one instead.
+        **coords
+            Coordinates of the further dims.
+
+        Returns
+        -------
+        DataArray
+            Dims (connection, *dims, reduction).
+        """
+        found = over_tokens(values)
+        whole = self.leaving if onward else self.reached if composed else self.finite
+        found[~whole] = np.nan
+        return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
+
+    def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
+        """Put the chain's coordinates on values.
+
+        Parameters
+        ----------
+        values : ndarray
+            Any values.
+        dims : tuple of str
+            Their dims; ``connection`` and ``other_connection`` get the chain's coordinates.
+        **coords
+            Further coordinates.
+
+        Returns
+        -------
+        DataArray
+        """
+        known = dict(self._coords)
+        if "other_connection" in dims:
+            known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
+        return xr.DataArray(values, dims=dims, coords=known | coords)
+
+
+def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """Values of the real tokens in float64, sequences and tokens as one axis.
+
+    Parameters
+    ----------
+    values : DataArray
+        Dims (connection, sample, token, ...).
+    mask : DataArray
+        Dims (sample, token).
+
+    Returns
+    -------
+    ndarray
+        (C, N, ...).
+
+    Raises
+    ------
+    Unavailable
+        Where the mask leaves no token.
+    """
+    keep = mask.transpose("sample", "token").values.astype(bool)
+    if not keep.any():
+        raise Unavailable("the mask leaves no token: every position is marked as padding")
+    return values.transpose("connection", "sample", "token", ...).values[:, keep].astype(np.float64)
+
+
+def connection_coords(values: xr.DataArray) -> dict[str, Any]:
+    """Coordinates of the connections that a variable carries.
+
+    Parameters
+    ----------
+    values : DataArray
+        A variable with the dim ``connection``.
+
+    Returns
+    -------
+    dict
+    """
+    coords = {str(name): c for name, c in values.coords.items() if c.dims == ("connection",)}
+    return {"connection": xr.DataArray(np.arange(values.sizes["connection"]), dims="connection")} | coords
+
+
+def over_tokens(values: np.ndarray) -> np.ndarray:
+    """Mean, median, 1st and 99th percentile and maximum over the tokens, as a last axis.
+
+    Parameters
+    ----------
+    values : ndarray
+        (C, N, ...); infinities stand for what exceeds float64 or for the logarithm of zero.
+
+    Returns
+    -------
+    ndarray
+        (C, ..., reduction) in the order of `REDUCTIONS`.
+    """
+    return over_last(np.moveaxis(values, 1, -1))
+
+
+def over_last(values: np.ndarray) -> np.ndarray:
+    """The reductions over the last axis, in its place.
+
+    Parameters
+    ----------
+    values : ndarray
+        (..., N), not empty.
+
+    Returns
+    -------
+    ndarray
+        (..., reduction) in the order of `REDUCTIONS`; NaN where a value is.
+    """
+    ranked = np.sort(values, axis=-1)
+    places = [share * (ranked.shape[-1] - 1) for share in QUANTILES]
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = values.mean(axis=-1)
+        return np.stack([mean, *(_between(ranked, place) for place in places), ranked[..., -1]], axis=-1)
+
+
+def _between(ranked: np.ndarray, place: float) -> np.ndarray:
+    """Ranked values at a place between two ranks; the nearer one where nothing lies between, as at an infinity."""
+    below, share = int(place), place - int(place)
+    low, high = ranked[..., below], ranked[..., min(below + 1, ranked.shape[-1] - 1)]
+    value = low + share * (high - low)
+    found = np.where(np.isfinite(value), value, low if share < 0.5 else high)
+    return np.where(np.isnan(ranked[..., -1]), np.nan, found)
+
+
+@quantity
+def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
+    """The mixing matrices of every real token."""
+    if h_res.sizes["stream_in"] == 1:
+        raise Unavailable("the run has one stream: nothing mixes")
+    return Mixing(h_res, mask)
+
+
+@quantity
+def connection_spectrum(mixing: Mixing) -> np.ndarray:
+    """Singular values of every connection, (C, N, n), descending."""
+    return kernel.singular_values(mixing.matrices)
+
+
+@quantity
+def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
+    """Magnitudes of the eigenvalues of every connection, (C, N, n), descending."""
+    return mixing.each(lambda h: np.abs(kernel.eigenvalues(h)))
+
+
+@quantity
+def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """Weights by which every connection reads the streams, (C, N, n)."""
+    return _finite(real_tokens(h_pre, mask), "h_pre")
+
+
+@quantity
+def write_weights(h_post: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """Weights by which every connection writes to the streams, (C, N, n)."""
+    return _finite(real_tokens(h_post, mask), "h_post")
+
+
+def _finite(weights: np.ndarray, name: str) -> np.ndarray:
+    bad = ~np.isfinite(weights).all(axis=(1, 2))
+    if bad.any():
+        raise Unavailable(f"{name} is not finite at connection {int(np.argmax(bad))}")
+    return weights
+
+
+@quantity
+def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> np.ndarray:
+    """Mean |M| over tokens, (C, C), a block of tokens at a time."""
+    if not mixing.finite.all():
+        raise Unavailable(f"h_res is not finite at connection {int(np.argmin(mixing.finite))}")
+    count, num_tokens = mixing.matrices.shape[:2]
+    total, block = np.zeros((count, count)), max(1, 4_000_000 // count**2)
+    for start in range(0, num_tokens, block):
+        part = slice(start, start + block)
+        weights = mixing.matrices[:, part], read_weights[:, part], write_weights[:, part]
+        with np.errstate(over="ignore"):
+            total += np.abs(kernel.depth_kernel(*weights)).sum(axis=0)
+    if not np.isfinite(total).all():
+        raise Unavailable("what connections read of each other grows beyond float64: see the composite gain")
+    return total / num_tokens
+
+
+@quantity
+def pair_gains(mixing: Mixing) -> np.ndarray:
+    """Amax gain of every product H_b … H_a, reduced over tokens: (direction, a, b, reduction), NaN where a > b."""
+    count = len(mixing)
+    table = np.full((2, count, count, len(REDUCTIONS)), np.nan)
+    for end, gain, scale in kernel.pair_gains(mixing.matrices):
+        table[0, : end + 1, end] = over_last(plain(gain, scale))
+    for start, gain, scale in kernel.pair_gains(mixing.matrices, backward=True):
+        table[1, start, start:] = over_last(plain(gain, scale))
+    return table
+
+
+def plain(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+    """Values · e^log_scale, infinite where that exceeds float64.
+
+    Parameters
+    ----------
+    values : ndarray
+        Not negative.
+    log_scale : ndarray
+        Of that shape.
+
+    Returns
+    -------
+    ndarray
+    """
+    if not log_scale.any():
+        return values
+    with np.errstate(over="ignore", divide="ignore"):
+        return np.exp(np.log(values) + log_scale)

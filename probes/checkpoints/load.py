@@ -1,0 +1,316 @@
+"""How does a checkpoint become a model to probe? By what it is: a folder, a GGUF file, a factory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import logging
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
+from depthscope.probes.checkpoints.loaded_model import LoadedModel
+from depthscope.probes.checkpoints.sample_text import encode_text, sample_text, token_texts
+from depthscope.probes.checkpoints.weight_files import (
+    CheckpointError,
+    check_safetensors,
+    file_digest,
+    load_strictly,
+    parameter_digest,
+    safetensors_files,
+    state_dict,
+)
+
+__all__ = [
+    "CheckpointError",
+    "LoadedModel",
+    "encode_text",
+    "load_checkpoint",
+    "sample_text",
+    "token_texts",
+]
+
+logger = logging.getLogger(__name__)
+
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+EXPECTED = (
+    "expected a transformers folder (with config.json), a .gguf file, 'package.module:function' that returns "
+    "an nn.Module, or the word smollm2"
+)
+
+
+def load_checkpoint(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> LoadedModel:
+    """Model of a checkpoint, ready to be probed; nothing is fetched from a network, no pickled code runs.
+
+    Parameters
+    ----------
+    spec : str
+        One of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file
+        (converted once, about 20 s, then read from a cached copy); ``package.module:function``, called
+        without arguments, that returns an ``nn.Module``; the word ``smollm2``.
+    weights : str or Path, optional
+        For ``package.module:function`` only: its ``.safetensors`` file or folder, or a state dict saved by
+        ``torch.save``. Every name must fit.
+    dtype : str or torch.dtype, optional
+        Such as ``"bfloat16"``; the checkpoint's own by default.
+    device : str or torch.device
+        Where the model goes.
+
+    Returns
+    -------
+    LoadedModel
+        In eval mode.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint is absent, torn, of an unknown kind, or does not fit its model.
+    """
+    number_type = _dtype(dtype)
+    path = Path(spec).expanduser()
+    if FACTORY.fullmatch(spec) and not path.exists():
+        loaded = _from_factory(spec, weights, number_type)
+    elif weights is not None:
+        raise CheckpointError(
+            f"weights '{weights}' go with 'package.module:function', but the model is '{spec}'; "
+            "leave them out"
+        )
+    else:
+        with _bars_on_terminals_only():
+            loaded = _from_path(path, spec, number_type)
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
+    if spec == "smollm2":
+        return _from_gguf(smollm2_file(), "SmolLM2-135M", spec, dtype)
+    if path.is_dir():
+        return _from_folder(path, spec, dtype)
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, path.stem, spec, dtype)
+    if path.is_file():
+        raise CheckpointError(_advice_for_file(path))
+    if ":" in spec:
+        raise CheckpointError(f"got '{spec}', expected 'package.module:function', such as my_models:build")
+    raise CheckpointError(f"no such checkpoint: '{spec}'; {EXPECTED}")
+
+
+def _advice_for_file(path: Path) -> str:
+    if path.suffix in {".safetensors", ".pt", ".pth", ".bin"}:
+        if (path.parent / "config.json").is_file():
+            return f"'{path}' holds weights without an architecture; give its folder: '{path.parent}'"
+        return (
+            f"'{path}' holds weights without an architecture; give the code that builds the model as "
+            "'package.module:function' and this file as its weights"
+        )
+    return f"'{path}' is no checkpoint that is known here; {EXPECTED}"
+
+
+def _from_gguf(file: Path, name: str, spec: str, dtype: torch.dtype | None) -> LoadedModel:
+    model, tokenizer, digest = load_gguf(file, dtype=dtype)
+    return LoadedModel(model, tokenizer, name, digest, spec)
+
+
+def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
+    files = _weight_files(folder)
+    config = _config(folder)
+    model = _pretrained(folder, config, dtype)
+    return LoadedModel(model, _tokenizer(folder), folder.resolve().name, file_digest(files), spec)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not any(folder.iterdir()):
+        raise CheckpointError(f"the folder '{folder}' is empty; {EXPECTED}")
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+        raise CheckpointError(f"no config.json in '{folder}' (found: {found}); {EXPECTED}")
+    files = safetensors_files(folder)
+    check_safetensors(files)
+    files = files or sorted(
+        folder.glob("pytorch_model*.bin")
+    )  # opened by transformers with weights_only=True
+    if not files:
+        raise CheckpointError(
+            f"'{folder}' has a config.json but no safetensors or pytorch_model.bin; complete the download"
+        )
+    return files
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"transformers does not know the architecture in '{folder}/config.json' ({_first_line(error)}); "
+            "code that lies in a checkpoint is never run: update transformers, or give "
+            "'package.module:function' and weights"
+        ) from error
+
+
+def _model_class(config: Any) -> Any:
+    """The class that saved the checkpoint, so that no part of it is left out or made up."""
+    import transformers
+
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    causal = transformers.AutoModelForCausalLM
+    return causal if type(config) in causal._model_mapping else transformers.AutoModel
+
+
+def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
+    if dtype is not None:
+        options["dtype"] = dtype
+    try:
+        model, report = _model_class(config).from_pretrained(str(folder), config=config, **options)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"the .bin files in '{folder}' are pickles that hold more than tensors and would have to run code "
+            "to open; ask for a safetensors version"
+        ) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"'{folder}' does not load: {_first_line(error)}") from error
+    made_up = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if made_up:
+        raise CheckpointError(
+            f"'{folder}' lacks {len(made_up)} weights of {type(model).__name__} ({', '.join(made_up[:5])}), "
+            "which would be random: complete the download or name the right architecture in config.json"
+        )
+    if report["unexpected_keys"]:
+        names = sorted(report["unexpected_keys"])
+        logger.warning(
+            "%s: %d weights have no place in the model (%s)", folder, len(names), ", ".join(names[:5])
+        )
+    return model
+
+
+def _tokenizer(folder: Path) -> Any | None:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        logger.warning(
+            "%s: the tokenizer does not load (%s); going on without it", folder, _first_line(error)
+        )
+        return None
+
+
+def _from_factory(spec: str, weights: str | Path | None, dtype: torch.dtype | None) -> LoadedModel:
+    with _working_folder_importable():
+        model = _built(spec, _attribute(spec))
+    if weights is None:
+        digest = parameter_digest(model)
+    else:
+        path = Path(weights).expanduser()
+        load_strictly(model, state_dict(path), str(path))
+        digest = file_digest(safetensors_files(path) or [path])
+    if dtype is not None:
+        model.to(dtype)
+    source = spec if weights is None else f"{spec} with {weights}"
+    return LoadedModel(model, None, spec.partition(":")[2].rpartition(".")[2], digest, source)
+
+
+def _attribute(spec: str) -> Any:
+    module_name, _, path = spec.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"no module '{error.name}' to import for '{spec}'; run from its folder, or install it"
+        ) from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            public = [entry for entry in vars(found) if not entry.startswith("_")]
+            raise CheckpointError(
+                f"no '{name}' in '{module_name}'; it has: {', '.join(public[:8]) or 'nothing public'}"
+            )
+        found = getattr(found, name)
+    return found
+
+
+def _built(spec: str, factory: Any) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        return factory
+    if not callable(factory):
+        raise CheckpointError(
+            f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
+        )
+    _check_no_arguments(spec, factory)
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"'{spec}' returned a {type(model).__name__}; expected an nn.Module")
+    return model
+
+
+def _check_no_arguments(spec: str, factory: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise CheckpointError(
+            f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
+        ) from error
+
+
+@contextlib.contextmanager
+def _working_folder_importable() -> Iterator[None]:
+    """A console script, unlike ``python -m``, does not find modules of the folder it is run in."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the imported module may have changed the path itself
+            sys.path.remove(folder)
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """The progress bars of transformers and gguf are for people; log files get none."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"got dtype '{dtype}', expected a torch type such as float32 or bfloat16")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""What does one stream connection do? Each family detected, read and proven."""

@@ -1,0 +1,209 @@
+"""What a model shows of its residual streams: blocks, streams, layout, sites, and the proof of its connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import xarray as xr
+from torch import nn
+
+from depthscope.diagnostics import schema
+from depthscope.probes.model.arguments import Mask
+from depthscope.probes.one_shot import batches, capture
+
+
+@dataclass(frozen=True)
+class ConnectionFacts:
+    """One connection and its proof.
+
+    Parameters
+    ----------
+    module, layer, branch
+        Where it is.
+    reconstruction_error, other_orientation_error : float
+        ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖ with H_res as reported, and with its transpose.
+    read_error : float
+        ‖F's input − H_pre X‖ / ‖F's input‖; NaN where no scalar H_pre exists.
+    rounding : float
+        Largest difference between the matrix that the model applies, in its own precision, and the one that is returned.
+    row_sum_error, column_sum_error : float
+        max |Σ_j H_ij − 1| over destinations i, and max |Σ_i H_ij − 1| over sources j, over all tokens.
+    """
+
+    module: str
+    layer: int
+    branch: str
+    reconstruction_error: float
+    other_orientation_error: float
+    read_error: float
+    rounding: float
+    row_sum_error: float
+    column_sum_error: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was found in a model; prints as a page."""
+
+    model: str
+    family: str
+    n_streams: int
+    layout: str
+    orientation: str
+    block: str
+    num_blocks: int
+    dtype: str
+    chains: dict[str, int]
+    width: int
+    sites: dict[str, int]
+    reconstruction_error: float | None
+    reconstruction_tolerance: float | None
+    connections: tuple[ConnectionFacts, ...]
+    changes_outside: tuple[dict[str, Any], ...]
+    coverage: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The description as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        chains = ", ".join(f"{name or 'one chain'}: {depth} states" for name, depth in self.chains.items())
+        sites = ", ".join(f"{count} {site}" for site, count in self.sites.items())
+        lines = [
+            f"{self.model}: {self.family}, {self.num_blocks} × {self.block or 'block'}, {self.dtype}",
+            f"  streams      {self.n_streams} of width {self.width}, layout {self.layout}",
+            f"  chain        {chains} ({sites})",
+        ]
+        if self.connections and self.reconstruction_error is not None:
+            lines += self._proof()
+        lines += [
+            f"  outside      depth {change['depth_in']} → {change['depth_out']}: the streams change by {change['change']:.1%} "
+            f"outside of the connections, before {change['module']}"
+            for change in self.changes_outside
+        ]
+        return "\n".join(lines + self._coverage())
+
+    def _proof(self) -> list[str]:
+        worst = max(self.connections, key=lambda c: c.reconstruction_error)
+        lines = [
+            f"  connections  {len(self.connections)}, orientation {self.orientation}",
+            f"  proof        H_res X + H_post ⊗ F(H_pre X) gives the next state within {self.reconstruction_error:.1e} "
+            f"(tolerance {self.reconstruction_tolerance:.0e}; worst at {worst.module})",
+        ]
+        reads = [c.read_error for c in self.connections if c.read_error == c.read_error]
+        lines.append(
+            f"  H_pre        gives the branch's input within {max(reads):.1e}"
+            if reads
+            else "  H_pre        no scalar weights: read by gates per feature, or by several views"
+        )
+        if self.orientation != "not_applicable":
+            rows, columns = (
+                max(getattr(c, side) for c in self.connections)
+                for side in ("row_sum_error", "column_sum_error")
+            )
+            lines.append(
+                f"  sums         of H_res over the sources within {rows:.1e} of 1, over the destinations within {columns:.1e}"
+            )
+        rounding = max(c.rounding for c in self.connections)
+        if rounding > 0:
+            lines.append(
+                f"  applied      H_res, as applied in {self.dtype}, differs from the returned one by up to {rounding:.1e}"
+            )
+        return lines
+
+    def _coverage(self) -> list[str]:
+        expected = [row for row in self.coverage if row["expected"]]
+        fired = sum(row["fired"] >= row["expected"] for row in expected)
+        lines = [f"  coverage     {fired} of {len(expected)} expected sites fired"]
+        reasons: dict[str, list[str]] = {}
+        for row in self.coverage:
+            if row["why"] and not row["expected"]:
+                reasons.setdefault(row["why"], []).append(str(row["site"]))
+        lines += [
+            f"               {', '.join(dict.fromkeys(sites))}: {why}" for why, sites in reasons.items()
+        ]
+        return lines
+
+
+def describe(
+    model: nn.Module,
+    batch: Any,
+    *,
+    layers: str | Iterable[str] | None = None,
+    layout: str | None = None,
+    streams: int | None = None,
+    sites: str | Iterable[str] | None = None,
+    mask: Mask = None,
+) -> Description:
+    """Say what was found in a model: family, blocks, streams, layout, sites, orientation and its proof.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    batch : object
+        One batch, as in `probes.capture`.
+    layers, layout, streams, sites, mask
+        As in `probes.capture`.
+
+    Returns
+    -------
+    Description
+
+    Raises
+    ------
+    ChainError, LayoutError, ReconstructionError
+        As in `probes.capture`.
+    """
+    first = next(iter(batches(batch)))
+    run = capture(
+        model, first, layers=layers, layout=layout, streams=streams, sites=sites, mask=mask, max_sequences=2
+    )
+    names = schema.chains(run)
+    traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
+    leading = traces[names[0]]
+    assert leading is not None
+    sites = [str(site) for site in leading["site"].values]
+    return Description(
+        **{
+            name: run.attrs[name]
+            for name in ("model", "family", "n_streams", "layout", "orientation", "block")
+        },
+        num_blocks=run.attrs["num_blocks"],
+        dtype=run.attrs["dtype"],
+        chains={name: trace.sizes["depth"] for name, trace in traces.items() if trace is not None},
+        width=leading.sizes["feature"],
+        sites={site: sites.count(site) for site in dict.fromkeys(sites)},
+        reconstruction_error=run.attrs.get("reconstruction_error"),
+        reconstruction_tolerance=run.attrs.get("reconstruction_tolerance"),
+        connections=tuple(_connections(leading)),
+        changes_outside=tuple(run.attrs.get("changes_outside", ())),
+        coverage=tuple(_coverage(run)),
+    )
+
+
+def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
+    """The connections with streams; those of plain blocks have no weights to prove."""
+    for number in range(trace.sizes["connection"] if "h_res" in trace else 0):
+        at = trace.isel(connection=number)
+        h_res = at["h_res"].where(at["mask"])
+        yield ConnectionFacts(
+            module=str(at["connection_module"].item()),
+            layer=int(at["connection_layer"]),
+            branch=str(at["branch"].item()),
+            reconstruction_error=float(at["reconstruction_error"]),
+            other_orientation_error=float(at["other_orientation_error"]),
+            read_error=float(at["read_error"]),
+            rounding=float(at["rounding"]),
+            row_sum_error=float(abs(h_res.sum("stream_in", skipna=False) - 1).max()),
+            column_sum_error=float(abs(h_res.sum("stream_out", skipna=False) - 1).max()),
+        )
+
+
+def _coverage(run: xr.DataTree) -> Iterator[dict[str, Any]]:
+    table = run["coverage"].to_dataset()
+    for number in range(table.sizes["place"]):
+        row = {str(name): values.item() for name, values in table.isel(place=number).data_vars.items()}
+        yield {"name": row.pop("place_name"), **row}

@@ -1,0 +1,5 @@
+"""How do small changes of a state spread through depth? Jacobian operators and their estimators, by products alone."""
+
+from depthscope.probes.jacobian.operator import JacobianOperator, block_jacobians, jacobian
+
+__all__ = ["JacobianOperator", "block_jacobians", "jacobian"]

@@ -1,0 +1,237 @@
+"""One forward whose states keep the graph between them: weights constant, hooks gone, the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from depthscope.probes.jacobian.frozen_routing import replaced
+from depthscope.probes.model.hooks import first_float, in_recomputation, stand_in, untouched
+from depthscope.probes.one_shot import call, eager
+from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.tape import FORWARD, version
+
+Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
+
+SECOND = (
+    "an operation of this model has no second derivative, which products with J need (those with Jᵀ do not); load the model "
+    "with attn_implementation='eager' or without custom kernels"
+)
+EXPLANATIONS = {
+    "modified by an inplace operation": "a weight or a state was rewritten since the Jacobian's forward; take the Jacobian "
+    "again after every change of the weights",
+    "is not implemented": SECOND,
+    "does not require grad": SECOND,
+    "not to have been used in the graph": "the later state does not depend on the earlier one: some block between them is "
+    "skipped or runs without gradients",
+    "leaf Variable that requires grad is being used in an in-place": "the model rewrites a state in place outside its "
+    "blocks; name the modules that take and return whole states with layers=",
+    "checkpoint": "activation checkpointing recomputes blocks without the hooks of this measurement; turn it off, for "
+    "example with model.gradient_checkpointing_disable() or model.eval()",
+}
+
+
+class JacobianError(ValueError):
+    """A Jacobian that cannot be had."""
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do where torch says what it cannot do."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, advice in EXPLANATIONS.items():
+            if sign in str(error):
+                raise JacobianError(f"{advice} (torch: {str(error).splitlines()[0][:200]})") from error
+        raise
+
+
+def differentiable_states(
+    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int
+) -> dict[int, torch.Tensor]:
+    """States by depth, from a forward that begins its graph at start and ends it at stop.
+
+    Parameters
+    ----------
+    model : Module
+        The model; its weights are constants meanwhile, and it is as before afterwards.
+    batch : mapping, tensor or tuple
+        One batch.
+    chain : Chain
+        The chain whose states are kept.
+    start, stop : int
+        Depths.
+
+    Returns
+    -------
+    dict of int to Tensor
+        In the model's layout, with the graph between them.
+
+    Raises
+    ------
+    JacobianError
+        Where no such graph can be had.
+    """
+    states: dict[int, torch.Tensor] = {}
+    versions: dict[int, int | None] = {}
+
+    def meet(depth: int, state: torch.Tensor) -> torch.Tensor:
+        if depth == start and not state.requires_grad:
+            state.requires_grad_()  # the tensor itself, so that whoever else holds it is differentiated too
+        states[depth], versions[depth] = state, version(state)
+        return (
+            state.detach().clone() if depth == stop else state.clone()
+        )  # a block may write into what it gets
+
+    with (
+        untouched(model),
+        _constant_weights(model),
+        eager(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        ExitStack() as stack,
+        explained(),
+    ):
+        _own_buffers(model)
+        _watch(stack, model, chain, range(start, stop + 1), meet)
+        call(model, _aliases(batch))
+    _require_linked(chain, states, versions, start, stop)
+    _require_kept(model, states[start], states[stop])
+    return states
+
+
+def _require_linked(
+    chain: Chain,
+    states: dict[int, torch.Tensor],
+    versions: dict[int, int | None],
+    start: int,
+    stop: int,
+) -> None:
+    for depth in range(start, stop + 1):
+        place = chain.places[depth]
+        if depth not in states:
+            raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
+        if version(states[depth]) != versions[depth]:
+            raise JacobianError(
+                f"the state at depth {depth} ({place.at} of {place.path!r}) was rewritten in place outside its block; "
+                "choose other depths"
+            )
+        if not states[depth].requires_grad:
+            raise JacobianError(
+                f"the state at depth {depth} carries no gradient from depth {start}: a block before it runs under no_grad, on "
+                "integers, or in a reentrant checkpoint; turn that off, or choose depths on one side of it"
+            )
+
+
+def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Refuse a graph that is recomputed: without this module's hooks, another function would be differentiated."""
+    recomputed: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: recomputed.append(name) if in_recomputation() else None
+
+    with ExitStack() as stack, explained():
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(note(name)).remove)
+        torch.autograd.grad(target, source, torch.ones_like(target), retain_graph=True)
+    if recomputed:
+        raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
+
+
+def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
+    """Hand every state of the chain to ``meet`` as it passes, and what that returns on to the model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
+    for depth in depths:
+        place = chain.places[depth]
+        sides = wanted.setdefault((place.path, place.method), {"input": {}, "output": {}})
+        sides[place.at][place.index] = depth
+    for (path, method), sides in wanted.items():
+        module = modules[path]
+        before, after = _before(sides["input"], meet), _after(sides["output"], meet)
+        if method != FORWARD:
+            stand_in(stack, module, method, _between(getattr(module, method), before, after))
+            continue
+        if sides["input"]:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        if sides["output"]:
+            stack.callback(module.register_forward_hook(after).remove)
+
+
+def _between(
+    method: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A method between two hooks that may exchange what it takes and gives."""
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(None, args, kwargs) or (args, kwargs)
+        result = method(*args, **kwargs)
+        changed = after(None, args, result)
+        return result if changed is None else changed
+
+    return around
+
+
+def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+    turn = count()
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        depth, state = calls.get(next(turn)), first_float(args, kwargs)
+        if depth is None or state is None:
+            return None
+        return replaced((args, kwargs), {id(state): meet(depth, state)})
+
+    return hook
+
+
+def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+    turn = count()
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        depth, state = calls.get(next(turn)), first_float(output)
+        if depth is None or state is None:
+            return None
+        return replaced(output, {id(state): meet(depth, state)})
+
+    return hook
+
+
+@contextmanager
+def _constant_weights(model: nn.Module) -> Iterator[None]:
+    """No graph through the weights: it holds less, and no gradient can reach them."""
+    weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def _own_buffers(model: nn.Module) -> None:
+    """Buffers that this forward may write and its graph may keep; `untouched` puts the model's own back."""
+    copies: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+
+
+def _aliases(batch: Any) -> Any:
+    """The batch with its own view of every floating tensor, since one of them may be the first state."""
+    if isinstance(batch, torch.Tensor):
+        if not batch.is_floating_point():
+            return batch
+        return batch.clone() if batch.is_inference() else batch.detach()
+    if isinstance(batch, Mapping):
+        return {name: _aliases(value) for name, value in batch.items()}
+    return type(batch)(_aliases(value) for value in batch) if type(batch) in (tuple, list) else batch

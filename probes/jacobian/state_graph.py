@@ -1,0 +1,247 @@
+"""The states of a chain that one forward links by its graph: which depths, which tokens, what counts as constant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
+from depthscope.probes.jacobian.frozen_routing import constant_routing
+from depthscope.probes.model.arguments import Mask
+from depthscope.probes.model.hooks import untouched
+from depthscope.probes.model.layout import canonical
+from depthscope.probes.one_shot import eager, forwarded, raise_first
+from depthscope.probes.session.forward import Forward
+from depthscope.probes.session.session import Session, Settings
+from depthscope.probes.structure.chain import Chain
+
+Tokens: TypeAlias = Literal["own", "all"]
+Routing: TypeAlias = Literal["full", "frozen"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which chain to read, which of its tokens, and what counts as constant; as in `probes.jacobian.jacobian`."""
+
+    layers: str | Sequence[str] | None = None
+    layout: str | None = None
+    streams: int | None = None
+    mask: Mask = None
+    chain: str | None = None
+    tokens: Tokens = "own"
+    positions: Sequence[int] | None = None
+    routing: Routing = "full"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("tokens", self.tokens, ("own", "all")),
+            ("routing", self.routing, ("full", "frozen")),
+        ):
+            if value not in known:
+                raise JacobianError(f"{name} is {value!r}; expected {known[0]!r} or {known[1]!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Flat positions of the kept tokens' entries in a state, (P, N, D), and each token's group, (P,)."""
+
+    slots: torch.Tensor
+    group: torch.Tensor
+
+    def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For every group its positions in the packed vector and in the flat state."""
+        flat = self.slots.flatten()
+        of_entry = self.group.repeat_interleave(self.slots[0].numel())
+        members = [(of_entry == number).nonzero().squeeze(-1) for number in range(int(self.group.max()) + 1)]
+        return [(member, flat[member]) for member in members]
+
+
+@dataclass(frozen=True, eq=False)
+class StateGraph:
+    """The states of one forward from start to stop, with the graph between them, and how to read them."""
+
+    start: int
+    stop: int
+    states: dict[int, torch.Tensor]
+    mask: torch.Tensor | None
+    layout: str
+    batch_size: int
+    num_streams: int
+    fractions: int
+    selection: Selection
+
+    def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
+        """Entries of the kept tokens at two depths.
+
+        Parameters
+        ----------
+        start, stop : int
+            Depths that were recorded.
+
+        Returns
+        -------
+        source, target : Entries
+            In groups that move and see each other: all tokens, or the k-th kept token of every sequence.
+
+        Raises
+        ------
+        JacobianError
+            Where the tokens of the two depths differ but must not, or none is left.
+        """
+        source, target = self._positions(start), self._positions(stop)
+        tied = self.selection.tokens == "own" or self.mask is not None or self.selection.positions is not None
+        if tied and source.shape[:2] != target.shape[:2]:
+            raise JacobianError(
+                f"the states at depths {start} and {stop} have {source.shape[1]} and {target.shape[1]} tokens; one token's "
+                "own Jacobian, masks and positions need the same tokens: take tokens='all', or depths of one stage"
+            )
+        return self._kept(source), self._kept(target)
+
+    def _positions(self, depth: int) -> torch.Tensor:
+        """Flat positions of a state's entries, (B, T, N, D)."""
+        state = self.states[depth]
+        numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
+        return canonical(
+            numbers,
+            self.layout,
+            batch_size=self.batch_size,
+            num_streams=self.num_streams,
+            fractions=self.fractions,
+        )
+
+    def _kept(self, positions: torch.Tensor) -> Entries:
+        kept = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
+        if self.mask is not None:
+            kept &= self.mask.to(kept.device)
+        if self.selection.positions is not None:
+            kept &= _chosen(self.selection.positions, kept.shape[1]).to(kept.device)
+        if not kept.any():
+            raise JacobianError("the mask and positions= leave no real token; expected at least one")
+        order = kept.long().cumsum(1)[kept] - 1
+        return Entries(positions[kept], order if self.selection.tokens == "own" else torch.zeros_like(order))
+
+
+def state_graph(
+    model: nn.Module, batch: Any, start: int, stop: int | None, selection: Selection
+) -> StateGraph:
+    """Run the model twice, once to find its chain and once to keep the graph from start to stop.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    batch : mapping, tensor or tuple
+        One batch.
+    start, stop : int
+        Depths; None for the last one.
+    selection : Selection
+        What to read.
+
+    Returns
+    -------
+    StateGraph
+
+    Raises
+    ------
+    JacobianError
+        Where the depths are unknown or nothing links them.
+    """
+    _require_readable(model, batch, selection)
+    session, forward = _discovered(model, batch, selection)
+    number = _chain_number(session.chains, selection.chain)
+    first, last = _depths(session.chains[number], start, stop)
+    frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
+    routing = constant_routing(session, first, last) if frozen else nullcontext()
+    with routing:
+        states = differentiable_states(model, batch, session.chains[number], first, last)
+    return StateGraph(
+        start=first,
+        stop=last,
+        states=states,
+        mask=forward.masks.get(number),
+        layout=session.layouts[number],
+        batch_size=forward.batch_size,
+        num_streams=session.num_streams,
+        fractions=session.fractions,
+        selection=selection,
+    )
+
+
+def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> None:
+    if not isinstance(batch, (Mapping, torch.Tensor, tuple)):
+        raise JacobianError(
+            f"a batch of type {type(batch).__name__} came; expected one mapping, tensor or tuple"
+        )
+    mixing = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
+    if selection.tokens == "own" and mixing:
+        raise JacobianError(
+            f"the batch norm {mixing[0]!r} is in training mode and mixes sequences, so no token has a Jacobian of its own; "
+            "call model.eval(), or take tokens='all'"
+        )
+
+
+def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
+    """Find the chains in a forward of its own, without gradients."""
+    layers = selection.layers
+    named = None if layers is None else ((layers,) if isinstance(layers, str) else tuple(layers))
+    session = Session(
+        model,
+        Settings(
+            layers=named,
+            layout=selection.layout,
+            streams=selection.streams,
+            mask=selection.mask,
+            max_sequences=1,
+        ),
+    )
+    session.attach()
+    try:
+        with untouched(model), eager(), torch.no_grad():
+            forwarded(session, batch)
+        raise_first(session)
+        assert session.last is not None
+        return session, session.last
+    finally:
+        session.detach()
+
+
+def _chain_number(chains: Sequence[Chain], name: str | None) -> int:
+    names = [chain.name for chain in chains]
+    if name is None:
+        return 0
+    if name not in names:
+        raise JacobianError(f"no chain {name!r}; the model has {', '.join(map(repr, names))}")
+    return names.index(name)
+
+
+def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
+    deepest = len(chain.places) - 1
+    stop = deepest if stop is None else stop
+    for name, depth in (("start", start), ("stop", stop)):
+        if not 0 <= depth <= deepest:
+            raise JacobianError(f"{name} is {depth}; the chain has depths 0 (embedding) … {deepest}")
+    if start >= stop:
+        raise JacobianError(
+            f"start is {start} and stop is {stop}; expected start < stop, since a later state moves no earlier one"
+        )
+    return start, stop
+
+
+def _chosen(positions: Sequence[int], num_tokens: int) -> torch.Tensor:
+    outside = [position for position in positions if not 0 <= position < num_tokens]
+    if outside:
+        raise JacobianError(
+            f"positions has {outside[0]}; the states have token positions 0 … {num_tokens - 1}"
+        )
+    chosen = torch.zeros(num_tokens, dtype=torch.bool)
+    chosen[list(positions)] = True
+    return chosen

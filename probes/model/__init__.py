@@ -1,0 +1,1 @@
+"""How is the user's model looked at without being changed? Hooks, contexts, arguments, layouts."""

@@ -1,0 +1,1 @@
+"""How does a run come from what was captured? Datasets, coverage, merging."""

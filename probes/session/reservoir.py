@@ -1,0 +1,130 @@
+"""Which whole sequences are kept raw: a uniform sample of all that the present weights have seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from depthscope.probes.connections.coefficients import Parts
+
+
+@dataclass
+class Sequence:
+    """One kept sequence; tensors on the CPU, first axis the token."""
+
+    index: int
+    mask: dict[int, torch.Tensor]
+    states: dict[tuple[int, int], torch.Tensor]
+    gradients: dict[tuple[int, int], torch.Tensor]
+    parts: dict[tuple[int, int], Parts]
+    branches: dict[tuple[int, int], torch.Tensor]
+    row: torch.Tensor | None
+    decoding: bool = False
+
+
+@dataclass
+class Reservoir:
+    """A uniform sample of sequences (Vitter's algorithm R), begun anew when the weights change.
+
+    Parameters
+    ----------
+    size : int
+        How many sequences are kept.
+    seed : int
+        Seed of its own generator; torch's and Python's global random states are not touched.
+    """
+
+    size: int
+    seed: int
+    seen: int = 0
+    total: int = 0
+    stamp: int | None = None
+    held_stamp: int | None = None
+    held: dict[int, Sequence] = field(default_factory=dict)
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"max_sequences is {self.size}; expected at least 1")
+        self._random = random.Random(self.seed)
+
+    def choose(self, batch_size: int, stamp: int) -> dict[int, int]:
+        """Decide which rows of a batch are kept.
+
+        Parameters
+        ----------
+        batch_size : int
+            Rows in the batch.
+        stamp : int
+            `weights_stamp` of the model; another one than before restarts the sample.
+
+        Returns
+        -------
+        dict of int to int
+            Row to slot.
+        """
+        if stamp != self.stamp:
+            self.stamp, self.seen = stamp, 0
+            self._random = random.Random(self.seed)
+        chosen: dict[int, int] = {}
+        for row in range(batch_size):
+            slot = self.seen if self.seen < self.size else self._random.randrange(self.seen + 1)
+            if slot < self.size:
+                chosen = {r: s for r, s in chosen.items() if s != slot} | {row: slot}
+            self.seen += 1
+        self.total += batch_size
+        return chosen
+
+    def keep(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
+        """Put whole sequences into their slots; those that earlier weights gave leave.
+
+        Parameters
+        ----------
+        sequences : iterable of (slot, Sequence)
+            From a forward that ended well.
+        stamp : int
+            The weights that forward used.
+        """
+        if stamp != self.held_stamp:
+            self.held, self.held_stamp = {}, stamp
+        self.held |= dict(sequences)
+
+
+def weights_stamp(model: nn.Module) -> int:
+    """A number that changes when an optimiser or a loader writes the weights.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+
+    Returns
+    -------
+    int
+        The sum of the parameters' version counters.
+    """
+    lazy = nn.parameter.UninitializedTensorMixin
+    return sum(p._version for p in model.parameters() if not isinstance(p, lazy) and not p.is_inference())
+
+
+def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A sequence's tensor (T, …) lengthened with zeros to a number of tokens."""
+    missing = tokens - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def token_masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.ndarray]:
+    """One mask per sequence, all as long as the longest; false on padding."""
+    lengths = [sequence.states[number, depth].shape[0] for sequence in sequences]
+    masks = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        mask = sequence.mask.get(number)
+        full = np.zeros(max(lengths), dtype=bool)
+        full[:length] = True if mask is None else mask.numpy()
+        masks.append(full)
+    return masks

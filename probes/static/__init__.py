@@ -1,0 +1,1 @@
+"""What do weight files alone tell about the connections? What they are before any forward."""

@@ -1,0 +1,1 @@
+"""Which sums are accumulated over every token? Norms, gains, moments, streamed spectra, weight updates."""

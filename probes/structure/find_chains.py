@@ -1,0 +1,298 @@
+"""The chain of blocks: found by how the calls of one forward link, output to input, never by class names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any
+
+from torch import nn
+
+from depthscope.probes.structure.branch_sums import with_adds
+from depthscope.probes.structure.chain import Chain, Place, layer_numbers
+from depthscope.probes.structure.history_chain import history_chain
+from depthscope.probes.structure.stages import join_stages
+from depthscope.probes.structure.stream_chain import stream_chain
+from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm, same_tensor
+from depthscope.probes.structure.tracks import tracks_of
+
+SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
+LEAST = 0.3  # the largest chain must cover this share of the parameters beside embeddings and heads
+SECOND = 0.1  # a second chain counts from this share of the first one's parameters
+
+
+def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
+    """Find the residual chains of a model in the calls of one forward.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls.
+    model : Module
+        For the share of the parameters that a chain covers.
+    layers : sequence of str, optional
+        Module paths (or one path of a ModuleList, or a pattern such as ``"h.{i}"``) that name the blocks.
+
+    Returns
+    -------
+    list of Chain
+        The largest chain first; more than one for an encoder and a decoder.
+
+    Raises
+    ------
+    ChainError
+        Where nothing links, with the override to give.
+    """
+    if layers is not None:
+        blocks = _named_blocks(tape, model, layers)
+        return tracks_of(_ended(tape, _named_chain(tape, blocks)), blocks, named=True)
+    connections = tape.connections()
+    if connections:
+        return [_ended(tape, stream_chain(tape, connections))]
+    histories = history_chain(tape)
+    if histories is not None:
+        return [_ended(tape, histories)]
+    runs = _runs(tape, model)
+    if not runs:
+        raise ChainError(
+            "no chain of blocks was found: no two calls of like modules hand one tensor on. "
+            "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
+        )
+    chains: list[Chain] = []
+    for name, run in zip(_names(runs), runs, strict=True):
+        chain = _ended(tape, _linked_chain(run, name))
+        chains += tracks_of(chain, run, named=False)
+    return chains
+
+
+def _ended(tape: Tape, chain: Chain) -> Chain:
+    """The chain with the place behind its last norm, where there is one."""
+    last = chain.places[-1]
+    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1])
+    if norm is None:
+        return chain
+    return replace(chain, final=Place(norm.path, norm.index, "output", last.layer, "final", norm.path))
+
+
+def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
+    found = [(run, size) for run in _candidates(tape) if (size := _size(call.module for call in run))]
+    if not found:
+        return []
+    best, best_size = _finest(found)
+    share = best_size / _trunk_size(model)
+    if share < LEAST:
+        raise ChainError(
+            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, holds only {share:.0%} of the "
+            "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
+        )
+    chosen = [best]
+    rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= SECOND * best_size]
+    while rest := [pair for pair in rest if not any(_entangled(pair[0], other) for other in chosen)]:
+        chosen.append(_finest(rest)[0])
+    return sorted(chosen, key=lambda run: run[0].order)
+
+
+def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
+    """The longest of the runs that cover nearly as many parameters as the largest one; blocks go before bare layers."""
+    largest = max(size for _, size in found)
+    fit = [pair for pair in found if pair[1] >= SHARE * largest]
+    return max(fit, key=lambda pair: (_is_block_run(pair[0]), len(pair[0])))
+
+
+def _is_block_run(run: list[Call]) -> bool:
+    """Whether all calls but those between stages have parts of their own; their classes may differ."""
+    return all(_is_block(call) for call in run if call.x_shape == call.y_shape)
+
+
+def _candidates(tape: Tape) -> list[list[Call]]:
+    """Runs of one class; and runs in one container that are not a class run with a norm or a head at its ends."""
+    by_class: dict[Any, list[list[Call]]] = {}
+    mixed: list[list[Call]] = []
+    for (kind, key), run in tape.segments():
+        if kind == "class":
+            by_class.setdefault(key, []).append(run)
+        else:
+            mixed += _even_parts(run)
+    classes = [chain for runs in by_class.values() for chain in _stages(tape, runs)]
+    return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
+
+
+def _stages(tape: Tape, runs: list[list[Call]]) -> list[list[Call]]:
+    return join_stages(tape, runs) if _is_block(runs[0][0]) else runs
+
+
+def _is_block(call: Call) -> bool:
+    return any(True for _ in call.module.children())
+
+
+def _even_parts(run: list[Call]) -> Iterable[list[Call]]:
+    """The longest parts of a run in which no call changes the shape."""
+    for even, part in groupby(run, key=lambda call: call.x_shape == call.y_shape):
+        calls = list(part)
+        if even and len(calls) > 1:
+            yield calls
+
+
+def _trunk_size(model: nn.Module) -> int:
+    """Number of parameters beside embeddings and the heads that read out into their vocabulary."""
+    vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    outside = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        or (isinstance(module, nn.Linear) and module.out_features in vocabularies)
+        for p in module.parameters(recurse=False)
+    }
+    return sum(p.numel() for p in model.parameters() if id(p) not in outside) or 1
+
+
+def _covers(container: list[Call], run: list[Call]) -> bool:
+    """Whether a run of one class makes up nearly all of a container's run, and the rest has no parts: norms and heads."""
+    held = set(map(id, run))
+    rest = [call for call in container if id(call) not in held]
+    if len(rest) + len(run) > len(container) or any(_is_block(call) for call in rest):
+        return False
+    return _size(c.module for c in run) >= SHARE * _size(c.module for c in container)
+
+
+def _entangled(a: list[Call], b: list[Call]) -> bool:
+    return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(parameters.values())
+
+
+def _names(runs: list[list[Call]]) -> list[str]:
+    """Short distinct names: the first path component that tells the chains apart."""
+    if len(runs) == 1:
+        return [""]
+    paths = [run[0].path.split(".") for run in runs]
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) == len(runs):
+            return list(parts)
+    return [f"chain{i}" for i in range(len(runs))]
+
+
+def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[Call]:
+    modules = dict(model.named_modules())
+    wanted = block_paths(model, layers)
+    calls = {path: [call for call in tape.calls if call.path == path] for path in wanted}
+    for path in wanted:
+        if path not in modules:
+            raise ChainError(f"no module {path!r} in the model; {_closest(path, modules)}")
+        if not calls[path]:
+            raise ChainError(f"the module {path!r} was never called in the forward; name modules that run")
+    blocks = sorted((call for path in wanted for call in calls[path]), key=lambda call: call.order)
+    for call in blocks:
+        if not (call.x_shape and call.y_shape):
+            raise ChainError(
+                f"{call.path} has no floating tensor as input and output; it cannot hold a residual state"
+            )
+    return blocks
+
+
+def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Module paths that a user's ``layers=`` names: paths, one ModuleList's path, or one pattern.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    layers : sequence of str
+        As given.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ChainError
+        Where a pattern names nothing.
+    """
+    return _expand(layers[0], dict(model.named_modules())) if len(layers) == 1 else list(layers)
+
+
+def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    if "{i}" in pattern or "*" in pattern:
+        expression = re.escape(pattern).replace(r"\{i\}", r"\d+").replace(r"\*", r"[^.]+")
+        found = [path for path in modules if re.fullmatch(expression, path)]
+        if not found:
+            raise ChainError(f"the pattern {pattern!r} names no module; {_closest(pattern, modules)}")
+        return found
+    held = modules.get(pattern)
+    if isinstance(held, (nn.ModuleList, nn.Sequential)):
+        return [f"{pattern}.{i}".lstrip(".") for i in range(len(held))]
+    return [pattern]
+
+
+def _closest(path: str, modules: dict[str, nn.Module]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
+    return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+
+
+def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
+    """A chain of the user's blocks; where they are branches of skips outside, the last state is the next call's input."""
+    chain = _chain(blocks, "")
+    if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
+        return chain
+    last = blocks[-1]
+    following = tape.follower(last)
+    end = (
+        ()
+        if following is None
+        else (replace(chain.places[-1], path=following.path, index=following.index, at="input"),)
+    )
+    places = (*chain.places[:-1], *end)
+    return replace(chain, places=places, shapes=chain.shapes[: len(places)])
+
+
+def _linked_chain(blocks: list[Call], name: str) -> Chain:
+    """A chain whose blocks hand the state on; before a bridge between stages it shows at the output of the block before."""
+    chain = _chain(blocks, name)
+    places = list(chain.places)
+    shapes = list(chain.shapes)
+    for depth, (before, call) in enumerate(pairwise(blocks), 1):
+        if call.x is None or (before.y is not None and not same_tensor(before.y, call.x)):
+            places[depth] = replace(places[depth], path=before.path, index=before.index, at="output")
+            shapes[depth] = before.y_shape
+    return replace(chain, places=tuple(places), shapes=tuple(shapes))
+
+
+def _chain(blocks: list[Call], name: str) -> Chain:
+    """A plain chain: the input of every block and the output of the last one."""
+    even = len({call.x_shape for call in blocks}) == 1
+    layers = layer_numbers(blocks) if even else list(range(len(blocks)))
+    places = [
+        _place(
+            call,
+            "input",
+            layers,
+            position,
+            blocks[position - 1].path if position else call.producer or "(input)",
+        )
+        for position, call in enumerate(blocks)
+    ]
+    places.append(_place(blocks[-1], "output", layers, len(blocks), blocks[-1].path))
+    chain = Chain(
+        name=name,
+        places=tuple(places),
+        links=(),
+        blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+        block_class="/".join(dict.fromkeys(type(call.module).__name__ for call in blocks)),
+        shapes=(*(call.x_shape for call in blocks), blocks[-1].y_shape),
+    )
+    return with_adds(chain, blocks)
+
+
+def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) -> Place:
+    layer = layers[depth - 1] if depth else -1
+    following = layers[depth] if depth < len(layers) else None
+    site = "embed" if depth == 0 else ("mid" if following == layer else "post")
+    return Place(call.path, call.index, at, layer, site, producer)

@@ -1,0 +1,213 @@
+"""Signs of how a plain-looking state is held: an image grid, tokens first, or streams that hide in one of its axes.
+
+Streams hide where the first state is made of equal copies (streams start as copies of the embedding), or where the blocks
+write a part of the state's width only (the mixing is functional, and the branches work on one stream's width).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+
+from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.tape import Call, Tape
+
+MOST_STREAMS = 32
+CORNER = 4
+
+
+@dataclass(frozen=True)
+class Copies:
+    """An axis of the first state that holds equal copies.
+
+    Parameters
+    ----------
+    axis : int
+        The axis.
+    count : int
+        How many copies.
+    outer : bool
+        Whether the axis is (copies, rest), not (rest, copies).
+    """
+
+    axis: int
+    count: int
+    outer: bool
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What the calls of one forward say about the axes of a chain's state.
+
+    Parameters
+    ----------
+    image : str
+        ``"first"`` or ``"last"``, where the channels of an image state are; empty where the state is no image.
+    tokens_first : bool
+        Whether a module that takes the state declares ``batch_first=False``.
+    copies : tuple of Copies
+        Along which axes the first state repeats itself.
+    narrow : int
+        Into how many parts the state falls for the branches of its blocks; 1 where they write it whole.
+    """
+
+    image: str = ""
+    tokens_first: bool = False
+    copies: tuple[Copies, ...] = ()
+    narrow: int = 1
+
+
+def read_signs(tape: Tape, chain: Chain) -> Signs:
+    """Read the signs of a chain.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of one forward, with the tensor that the first block took.
+    chain : Chain
+        The chain.
+
+    Returns
+    -------
+    Signs
+    """
+    if chain.places[0].item:
+        return _signs_of_track(tape, chain)
+    takers = {(place.path, place.method, place.index) for place in chain.places if place.at == "input"}
+    blocks = [call for call in tape.calls if call.key in takers]
+    first, inside = blocks[0], _inside(tape, blocks[0])
+    even = next((block for block in blocks if block.x_shape == block.y_shape), None)
+    return Signs(
+        image=_image(tape, first, inside),
+        tokens_first=any(
+            getattr(call.module, "batch_first", None) is False and call.x_shape == first.x_shape
+            for call in inside
+        ),
+        copies=tuple(sign for sign in _copies(first.x) if _expanded(tape, first, sign)),
+        narrow=1 if even is None else _narrow(even, _inside(tape, even)),
+    )
+
+
+def _signs_of_track(tape: Tape, chain: Chain) -> Signs:
+    """A further state of pairs of tokens is a grid of the first state's tokens; of others only the shape is known."""
+    place, shape = chain.places[0], chain.shapes[0]
+    first = next(call for call in tape.calls if call.key == (place.path, place.method, place.index)).x_shape
+    pairs = len(shape) == 4 and len(first) == 3 and shape[1] == shape[2] == first[1]
+    return Signs(image="last" if pairs else "")
+
+
+def _inside(tape: Tape, block: Call) -> list[Call]:
+    """The block's call and all calls during it."""
+    return [call for call in tape.calls[block.order :] if call is block or call.inside(block)]
+
+
+# --- images ---
+
+
+def _image(tape: Tape, first: Call, inside: list[Call]) -> str:
+    """Where the channels of an image are, with evidence: other 4-D states, such as streams, look the same."""
+    shape = first.x_shape
+    if len(shape) != 4:
+        return ""
+    if any(_is_spatial(call.module) and call.x_shape[2:] == shape[2:] for call in inside):
+        return "first"
+    image = tape.calls[0].x_shape
+    if len(image) != 4 or not any(_writes_whole(call, first) for call in inside[1:]):
+        return ""
+    if _shrunk(image[2:], shape[1:3]) and not any(isinstance(call.module, nn.Conv2d) for call in inside):
+        return "last"
+    return "first" if _shrunk(image[2:], shape[2:]) else ""
+
+
+def _is_spatial(module: nn.Module) -> bool:
+    """Whether a convolution looks at neighbours on a grid, as one that only mixes channels (or streams) does not."""
+    return isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1
+
+
+def _writes_whole(call: Call, first: Call) -> bool:
+    return _has_matrix(call.module) and math.prod(call.y_shape) == math.prod(first.x_shape)
+
+
+def _shrunk(image: Sequence[int], grid: Sequence[int]) -> bool:
+    """Whether both axes shrink by one factor."""
+    factors = {round(size / small) for size, small in zip(image, grid, strict=True)}
+    return len(factors) == 1 and min(factors) >= 1
+
+
+# --- streams that hide ---
+
+
+def _expanded(tape: Tape, first: Call, sign: Copies) -> bool:
+    """Whether copies along the second axis were made by an expansion; like tokens make like rows, too."""
+    shape = first.x_shape
+    if sign.axis != 1 or len(shape) != 3:
+        return True
+    one = (shape[0], shape[2]) if sign.count == shape[1] else (shape[0], shape[1] // sign.count, shape[2])
+    return any(call.y_shape == one for call in tape.calls[: first.order])
+
+
+def _copies(state: torch.Tensor | None) -> Iterable[Copies]:
+    """For every axis the largest number of equal copies along it."""
+    if state is None:
+        return
+    state = state.detach()
+    for axis, size in enumerate(state.shape):
+        counts = [count for count in range(min(size, MOST_STREAMS), 1, -1) if size % count == 0]
+        ways = [Copies(axis, count, outer) for count in counts for outer in (True, False)]
+        yield from islice((way for way in ways if _equal(_parts_of(state, way))), 1)
+
+
+def _parts_of(state: torch.Tensor, way: Copies) -> torch.Tensor:
+    rest = state.shape[way.axis] // way.count
+    split = state.unflatten(way.axis, (way.count, rest) if way.outer else (rest, way.count))
+    return split.movedim(way.axis if way.outer else way.axis + 1, 0)
+
+
+def _equal(parts: torch.Tensor) -> bool:
+    """Whether all parts are equal, and not the same number throughout; a corner is looked at first, since most are not."""
+    corner = parts[(slice(None), *[slice(CORNER)] * (parts.ndim - 1))]
+    for looked_at in (corner, parts):
+        if not bool((looked_at == looked_at[0]).all()):
+            return False
+    return bool((parts[0] != parts[0].flatten()[0]).any())
+
+
+def _narrow(first: Call, inside: list[Call]) -> int:
+    """Number of parts n ≥ 2 where the last branch of a block writes 1/n of the state and no branch writes all of it."""
+    branches = _branches(first, inside)
+    if not branches:
+        return 1
+    parts = _parts(branches[-1].y_shape, first.x_shape)
+    if parts == 1:
+        return 1
+    whole = [call for call in branches if call.y_shape == first.x_shape]
+    return 1 if any(_parts(call.x_shape, first.x_shape) != parts for call in whole) else parts
+
+
+def _branches(block: Call, inside: list[Call]) -> list[Call]:
+    """The block's own calls of modules that hold matrices, looking through modules that only wrap the block."""
+    own = [call for call in inside if call.parent is block and _has_matrix(call.module)]
+    if len(own) == 1 and own[0].x_shape == own[0].y_shape == block.x_shape:
+        return _branches(own[0], inside) or own
+    return own
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p.ndim >= 2 for p in module.parameters())
+
+
+def _parts(shape: Sequence[int], state: Sequence[int]) -> int:
+    """Into how many parts of this shape a state falls, along its last axis or its second one; 1 where it does not."""
+    if len(state) == 3 and tuple(shape) == (state[0], state[2]) and 1 < state[1] <= MOST_STREAMS:
+        return state[1]
+    for axis in {len(state) - 1, 1} if len(shape) == len(state) else ():
+        count, remainder = divmod(state[axis], shape[axis])
+        alike = all(a == b for i, (a, b) in enumerate(zip(shape, state, strict=True)) if i != axis)
+        if alike and not remainder and 1 < count <= MOST_STREAMS:
+            return count
+    return 1

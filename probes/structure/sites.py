@@ -1,0 +1,259 @@
+"""Which sites are captured: the names that people know, and what they stand for in a chain.
+
+Known names: the sites ``embed``, ``pre``, ``mid``, ``post`` and ``final``; ``branch_in`` and ``branch_out``; ``h_pre``,
+``h_post`` and ``h_res`` (also ``H_res``, ``comb``, ``alpha``, ``beta``); TransformerLens' ``hook_embed``,
+``blocks.{i}.hook_resid_pre|mid|post``, ``blocks.{i}.hook_attn_out|hook_mlp_out``,
+``blocks.{i}.attn_hc.hook_in|hook_post|hook_comb|hook_out`` and ``ln_final.hook_normalized``; transformers' ``hidden_states``
+and ``hidden_states[i]`` (the state before block i; the last one is before the final norm). A number, ``{i}`` or ``*`` stands
+for the block; without ``blocks.`` a hook name means every block.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depthscope.probes.structure.chain import Chain, Link
+
+STATES = ("embed", "pre", "mid", "post")
+VARIABLES = ("branch_in", "branch_out", "h_pre", "h_post", "h_res")
+WORDS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in (*STATES, "final", *VARIABLES)},
+    "residual": STATES,
+    "hidden_states": STATES,
+    "H_pre": ("h_pre",),
+    "H_post": ("h_post",),
+    "H_res": ("h_res",),
+    "comb": ("h_res",),
+    "alpha": ("h_pre", "h_res"),
+    "beta": ("h_post",),
+    "hook_embed": ("embed",),
+    "ln_final.hook_normalized": ("final",),
+}
+# what a hook of one block stands for, and of which branch
+HOOKS: dict[str, tuple[str, str | None]] = {
+    "hook_resid_pre": ("resid_pre", None),
+    "hook_resid_mid": ("mid", None),
+    "hook_resid_post": ("post", None),
+    "hook_attn_in": ("branch_in", "attn"),
+    "hook_mlp_in": ("branch_in", "mlp"),
+    "hook_attn_out": ("branch_out", "attn"),
+    "hook_mlp_out": ("branch_out", "mlp"),
+    **{
+        f"{branch}_hc.{hook}": (kind, label)
+        for branch, label in (("attn", "attn"), ("mlp", "mlp"), ("ffn", "mlp"))
+        for hook, kind in (
+            ("hook_in", "hc_in"),
+            ("hook_pre", "h_pre"),
+            ("hook_post", "h_post"),
+            ("hook_comb", "h_res"),
+            ("hook_out", "branch_in"),
+        )
+    },
+}
+BLOCK = re.compile(r"blocks\.(\d+|\*|\{i\}|\{\w+\})\.(.+)")
+STATE_INDEX = re.compile(r"hidden_states(?:\[(\d+)\]|\.(\d+))")
+
+
+class SiteError(ValueError):
+    """A site that is not known, or that the model does not have."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One name that was asked for: kinds of sites, of one block or of all, of one branch or of all."""
+
+    name: str
+    kinds: tuple[str, ...]
+    block: int | None = None
+    branch: str | None = None
+    state: int | None = None
+
+    def takes_state(self, chain: Chain, depth: int) -> bool:
+        """Whether a state of a chain is meant."""
+        place = chain.places[depth]
+        if self.state is not None:
+            return self.state == _block_boundary(chain, depth)
+        if "resid_pre" in self.kinds:
+            following = _block_boundary(chain, depth)
+            return (
+                following is not None
+                and (self.block is None or following == self.block)
+                and (following < _num_blocks(chain))
+            )
+        if "hc_in" in self.kinds:
+            return any(link.depth_in == depth and self.takes_link(link) for link in chain.links)
+        return place.site in self.kinds and (self.block is None or place.layer == self.block)
+
+    def takes_variable(self, chain: Chain, name: str) -> bool:
+        """Whether a variable of a chain's connections is meant."""
+        return name in self.kinds and any(self.takes_link(link) for link in chain.links)
+
+    def takes_link(self, link: Link) -> bool:
+        """Whether a connection's block and branch are meant."""
+        return (self.block is None or link.layer == self.block) and (
+            self.branch is None or link.branch in (self.branch, "block")
+        )
+
+
+def _num_blocks(chain: Chain) -> int:
+    return 1 + max(place.layer for place in chain.places)
+
+
+def _block_boundary(chain: Chain, depth: int) -> int | None:
+    """How many blocks lie before a state; None inside a block."""
+    place = chain.places[depth]
+    return 0 if depth == 0 else place.layer + 1 if place.site == "post" else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of the chains is wanted; without requests every state, and every weight of stream connections."""
+
+    requests: tuple[Request, ...] = ()
+
+    @property
+    def inside_blocks(self) -> bool:
+        """Whether the insides of plain blocks are wanted, which takes a search for their sums."""
+        return any({"mid", "branch_in", "branch_out"} & set(request.kinds) for request in self.requests)
+
+    def needs(self, chain: Chain, depth: int) -> bool:
+        """Whether a state must be captured: as it is wanted, or as the proof of a connection needs it."""
+        if not self.requests or chain.has_streams or not self._some_states(chain):
+            return True
+        proof = {d for link in chain.links for d in (link.depth_in, link.depth_out)}
+        branches = any(self.wants(name) for name in ("branch_in", "branch_out"))
+        return self.keeps(chain, depth) or (branches and depth in proof)
+
+    def keeps(self, chain: Chain, depth: int) -> bool:
+        """Whether a state is kept in the run; all are where no request names one, since every analysis needs some."""
+        return not self.requests or self._takes(chain, depth) or not self._some_states(chain)
+
+    def _takes(self, chain: Chain, depth: int) -> bool:
+        return any(request.takes_state(chain, depth) for request in self.requests)
+
+    def _some_states(self, chain: Chain) -> bool:
+        return any(self._takes(chain, depth) for depth in range(len(chain.places)))
+
+    def keeps_link(self, chain: Chain, link: Link) -> bool:
+        """Whether a connection is kept in the run."""
+        return not self.requests or any(
+            request.takes_link(link) for request in self.requests if set(request.kinds) & set(VARIABLES)
+        )
+
+    def keeps_variable(self, chain: Chain, name: str) -> bool:
+        """Whether a variable of the connections is kept in the run."""
+        if not self.requests:
+            return chain.has_streams
+        return any(request.takes_variable(chain, name) for request in self.requests)
+
+    def connects(self, chain: Chain) -> bool:
+        """Whether any variable of the connections is kept in the run."""
+        return any(self.keeps_variable(chain, name) for name in VARIABLES if _has(chain, name))
+
+    def wants(self, kind: str) -> bool:
+        """Whether a kind of site is wanted at all."""
+        return not self.requests or any(kind in request.kinds for request in self.requests)
+
+    def require(self, chains: Sequence[Chain]) -> None:
+        """Refuse a request that no chain can serve.
+
+        Parameters
+        ----------
+        chains : sequence of Chain
+            As found in the first forward.
+
+        Raises
+        ------
+        SiteError
+            With the name, why nothing answers to it, and what the model has.
+        """
+        for request in self.requests:
+            if not any(_serves(chain, request) for chain in chains):
+                raise SiteError(f"the site {request.name!r} did not fire: {_reason(chains, request)}")
+
+
+def _serves(chain: Chain, request: Request) -> bool:
+    states = any(request.takes_state(chain, depth) for depth in range(len(chain.places)))
+    return (
+        states
+        or ("final" in request.kinds and chain.final is not None)
+        or any(request.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
+    )
+
+
+def _has(chain: Chain, variable: str) -> bool:
+    return bool(chain.links) and (chain.has_streams or not variable.startswith("h_"))
+
+
+def _reason(chains: Sequence[Chain], request: Request) -> str:
+    blocks = max(_num_blocks(chain) for chain in chains)
+    if request.block is not None and request.block >= blocks:
+        return f"the model has the blocks 0 … {blocks - 1}"
+    if request.state is not None:
+        return f"the model has the hidden states 0 … {blocks}"
+    if "final" in request.kinds:
+        return "no norm takes the last state"
+    if {"h_pre", "h_post", "h_res", "hc_in"} & set(request.kinds):
+        return "the model has no stream connections of that kind"
+    if request.kinds == ("mid",) and any(chain.links for chain in chains):
+        return "its blocks add all their branches at once, so there is no state between them"
+    if {"mid", "branch_in", "branch_out"} & set(request.kinds):
+        return (
+            "no block shows how it adds its branches to the state (a post-norm block, or one without modules inside, does "
+            "not); capture embed and post"
+        )
+    sites = sorted({place.site for chain in chains for place in chain.places})
+    return f"the model has the sites {', '.join(sites)}"
+
+
+def select(names: str | Sequence[str] | None) -> Selection:
+    """What some names of sites mean.
+
+    Parameters
+    ----------
+    names : str or sequence of str or None
+        See the module's head; None for the default.
+
+    Returns
+    -------
+    Selection
+
+    Raises
+    ------
+    SiteError
+        For a name that is not known, with the closest ones.
+
+    Examples
+    --------
+    >>> select("blocks.3.hook_resid_mid").requests[0]
+    Request(name='blocks.3.hook_resid_mid', kinds=('mid',), block=3, branch=None, state=None)
+    """
+    if names is None:
+        return Selection()
+    wanted = [names] if isinstance(names, str) else list(names)
+    if not wanted or not all(isinstance(name, str) for name in wanted):
+        raise SiteError(f"sites is {names!r}; expected one name or several, such as {', '.join(EXAMPLES)}")
+    return Selection(tuple(_request(name.strip()) for name in wanted))
+
+
+EXAMPLES = ("'mid'", "'final'", "'h_res'", "'blocks.3.hook_resid_post'", "'hidden_states[2]'")
+
+
+def _request(name: str) -> Request:
+    if name in WORDS:
+        return Request(name, WORDS[name])
+    index = STATE_INDEX.fullmatch(name)
+    if index:
+        return Request(name, ("state",), state=int(index[1] or index[2]))
+    block = BLOCK.fullmatch(name)
+    hook = block[2] if block else name
+    if hook in HOOKS:
+        kind, branch = HOOKS[hook]
+        number = int(block[1]) if block and block[1].isdigit() else None
+        return Request(name, (kind,), number, branch)
+    near = difflib.get_close_matches(hook, [*WORDS, *HOOKS], n=3, cutoff=0.4)
+    advice = f"closest: {', '.join(map(repr, near))}" if near else f"known are such as {', '.join(EXAMPLES)}"
+    raise SiteError(f"no site is called {name!r}; {advice}")

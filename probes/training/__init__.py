@@ -1,0 +1,1 @@
+"""How is a training loop followed? The recorder and its steps."""

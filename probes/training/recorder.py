@@ -1,0 +1,334 @@
+"""A loop: measure every so many steps of a training or an evaluation that the user runs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope.diagnostics import schema
+from depthscope.probes.model.arguments import CaptureError, Mask
+from depthscope.probes.one_shot import eager, raise_first, settings
+from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.session import Session
+from depthscope.probes.statistics.loss_scale import LossScale
+from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.weight_updates import WeightRow, Weights
+
+REDUCTIONS = ("mean", "sum")
+GRADIENT = "gradient_square_norm_sum"
+
+
+class ProbeWarning(UserWarning):
+    """A step could not be measured; the user's run goes on."""
+
+
+class Recorder:
+    """Measure the model inside a ``with`` block; `step` ends one step of the user's loop.
+
+    Every measured step gives one row of ``/statistics`` (exact over all its tokens). The raw sequences in ``/trace`` are a
+    uniform sample of all that the *present* weights have seen: over a whole evaluation all batches, in training the last
+    measured step. Memory does not grow with the number of batches, but for the few numbers of each row.
+
+    Parameters
+    ----------
+    session : Session
+        The hooks.
+    every : int
+        Measure one step in so many.
+    start_step, end_step : int
+        First step to measure, and the step before which measuring stops.
+    store : Path or None
+        Where the run is saved when the block ends, on every path.
+    attrs : mapping or None
+        Attributes to add.
+    weights : Weights or None
+        The weights, where they are measured too.
+    scale : LossScale or None
+        By what the loss is multiplied.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        every: int = 1,
+        start_step: int = 0,
+        end_step: int | None = None,
+        store: Path | None = None,
+        attrs: Mapping[str, Any] | None = None,
+        token_text: Any = None,
+        weights: Weights | None = None,
+        scale: LossScale | None = None,
+    ):
+        if every < 1:
+            raise ValueError(f"every is {every}; expected 1 or more")
+        self.errors: list[Exception] = []
+        self.position = 0
+        self._session = session
+        self._every, self._start, self._end = every, start_step, end_step
+        self._store, self._attrs, self._token_text = store, attrs, token_text
+        self._weights, self._scale = weights, scale or LossScale(None)
+        self._rows: list[Row] = []
+        self._overflowed: list[int] = []
+        self._pooled: list[Sums] = []
+        self._pooled_stamp: int | None = None
+        self._stack = ExitStack()
+        self._inside = False
+
+    def __enter__(self) -> Recorder:
+        self._inside = True
+        self._arm()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:  # a backward that was cut short left only some of the gradients
+            self._weights = None
+            if self._session.settings.gradients:
+                self._session.drop()
+        self.close()
+
+    def step(self, loss: float | torch.Tensor | None = None) -> None:
+        """End one step: keep what its forwards and backwards showed, and get ready for the next.
+
+        Parameters
+        ----------
+        loss : float or Tensor, optional
+            The step's loss, to be kept beside the statistics.
+        """
+        if not self._inside:
+            raise CaptureError(
+                "step() outside the block: use it inside `with probes.record(model) as recorder:`"
+            )
+        if self.measuring:
+            self._fold(float(loss.detach()) if isinstance(loss, torch.Tensor) else loss)
+        self.position += 1
+        self._arm()
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the present step is measured."""
+        since = self.position - self._start
+        return since >= 0 and since % self._every == 0 and (self._end is None or self.position < self._end)
+
+    @property
+    def run(self) -> xr.DataTree:
+        """The run so far.
+
+        Raises
+        ------
+        CaptureError
+            Where no step was measured whole; the first error says why.
+        """
+        if not self._rows:
+            reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
+            raise CaptureError(f"no measured step is whole{reason}")
+        return build_run(
+            self._session,
+            self._rows,
+            self._pooled,
+            attrs=self._said() | dict(self._attrs or {}),
+            token_text=self._token_text,
+        )
+
+    def close(self) -> None:
+        """Take the hooks off and save the run where a store was given; calling it twice is fine."""
+        if not self._inside:
+            return
+        self._inside = False
+        try:
+            if self.measuring and self._session.pending:
+                self._fold(None)  # a loop that ended before step() loses nothing that is whole
+        finally:
+            self._disarm()
+        if self._store is not None and self._rows:
+            self._save(self._store)
+
+    def _save(self, store: Path) -> None:
+        try:
+            schema.save_run(self.run, store)
+        except Exception as error:  # what follows the block, such as saving the model, must still be reached
+            self._report(f"the run was not saved: {error}", error)
+
+    def _fold(self, loss: float | None) -> None:
+        weights, scale = self._weight_row(), self._scale.end()
+        try:
+            raise_first(self._session)
+            parts = self._session.fold()
+            if not parts:
+                raise CaptureError("the model was not called between two steps; nothing to measure")
+        except Exception as error:
+            self._session.drop()
+            self._report(f"step {self.position} was not measured: {error}", error)
+            return
+        sums = self._add(parts)
+        if scale is not None and ((weights is not None and weights.overflowed) or not _finite(sums)):
+            self._overflowed.append(self.position)
+            self._report(
+                f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
+                "the forward's numbers stand"
+            )
+            sums, weights = _undefined(sums), weights and weights.without_gradient()
+        sequences = sum(part.batch_size for part in parts)
+        self._rows.append(Row(self.position, sums, sequences, loss, weights, scale))
+
+    def _add(self, parts: list[Measured]) -> list[Sums]:
+        """Pool the parts of a step, and give what its row keeps of them."""
+        sums: list[Sums] = []
+        for part in parts:
+            sums = merged(sums, part.sums)
+            if part.stamp != self._pooled_stamp:
+                self._pooled, self._pooled_stamp = [], part.stamp
+            self._pooled = merged(self._pooled, part.sums)
+        return [chain.compact() for chain in sums]
+
+    def _weight_row(self) -> WeightRow | None:
+        if self._weights is None:
+            return None
+        try:
+            return self._weights.end()
+        except Exception as error:
+            self._report(f"the weights of step {self.position} were not measured: {error}", error)
+            return None
+
+    def _report(self, message: str, error: Exception | None = None) -> None:
+        if error is not None:
+            self.errors.append(error)
+        warnings.warn(message, ProbeWarning, stacklevel=4)
+
+    def _said(self) -> dict[str, Any]:
+        """Attributes about what the rows lack."""
+        said: dict[str, Any] = {}
+        if self._overflowed:
+            said["overflowed_steps"] = self._overflowed
+        skipped = next((dict(row.weights.skipped) for row in reversed(self._rows) if row.weights), {})
+        return said | {"weights_skipped": skipped} if skipped else said
+
+    def _arm(self) -> None:
+        self._disarm()
+        if self.measuring:
+            self._stack.enter_context(eager())
+            self._session.attach()
+            self._stack.callback(self._session.detach)
+            if self._weights is not None:
+                self._weights.begin()
+                self._stack.callback(self._weights.drop)
+
+    def _disarm(self) -> None:
+        self._stack.close()
+        self._stack = ExitStack()
+
+
+def _finite(sums: list[Sums]) -> bool:
+    gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
+    return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
+
+
+def _undefined(sums: list[Sums]) -> list[Sums]:
+    """A row's statistics with NaN for gradients that no optimiser uses."""
+    for chain in sums:
+        parts = chain.sums.get(GRADIENT, {})
+        chain.sums[GRADIENT] = {depth: torch.full_like(value, math.nan) for depth, value in parts.items()}
+    return sums
+
+
+def record(
+    model: nn.Module,
+    *,
+    every: int = 1,
+    start_step: int = 0,
+    end_step: int | None = None,
+    gradients: bool = False,
+    store: str | Path | None = None,
+    layers: str | Iterable[str] | None = None,
+    layout: str | None = None,
+    streams: int | None = None,
+    sites: str | Iterable[str] | None = None,
+    mask: Mask = None,
+    max_sequences: int = 8,
+    seed: int = 0,
+    token_text: Any = None,
+    attrs: Mapping[str, Any] | None = None,
+    weights: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
+    loss_reduction: str | None = None,
+    streaming: bool | Mapping[str, int] = False,
+) -> Recorder:
+    """Measure a model while the user's own loop runs it.
+
+    Nothing of the user's run changes: hooks return nothing, errors in them are reported by a `ProbeWarning` at the end of the
+    step (and kept in ``recorder.errors``), and between measured steps no hook is on.
+
+    Parameters
+    ----------
+    model : Module
+        The model that the loop calls.
+    every, start_step, end_step : int
+        Which steps are measured.
+    gradients : bool
+        Keep the gradients that the loop's own backward gives; several forwards and backwards in a step add up.
+    store : path-like, optional
+        Where to save the run when the block ends; ``.nc`` is added where no ending is given.
+    layers, layout, streams, sites, mask, max_sequences, seed, token_text, attrs
+        As in `probes.capture`.
+    weights : bool
+        Keep of every module that owns parameters the squared norms of its weights at `step`, of their gradient, and of
+        their change since the step before (or the start of the block): one step of the optimiser, whether ``optimizer.step()``
+        comes before or after ``recorder.step()``; NaN where the optimiser did not run in between. The gradient is the one that
+        the last backward left in ``.grad``, accumulated and not yet clipped; under data parallelism that of this process. A
+        second copy of the trainable weights is held while a step is measured, and none between.
+    scaler : GradScaler, optional
+        The scaler that multiplies the loss; gradients are divided by its scale, and the scale is kept beside them. Whether
+        ``scaler.unscale_(optimizer)`` is called does not matter. A step whose gradients overflow is reported and keeps NaN
+        for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
+    loss_reduction : {"mean", "sum"}, optional
+        How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
+    streaming : bool or mapping
+        As in `probes.capture`, over every token since the weights last changed: of a whole evaluation, or in training of
+        the last measured step.
+
+    Returns
+    -------
+    Recorder
+        Used as ``with probes.record(model) as recorder:``; its ``run`` is the result.
+
+    Raises
+    ------
+    ValueError
+        For a loss reduction or a scaler of another kind.
+    """
+    if loss_reduction is not None and loss_reduction not in REDUCTIONS:
+        raise ValueError(
+            f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
+        )
+    scale = LossScale(scaler)
+    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming)
+    if scaler is not None:
+        chosen = replace(chosen, scale=scale)
+    path = None if store is None else Path(store)
+    if path is not None and not path.name.endswith(schema.SUFFIXES):
+        path = path.with_name(path.name + ".nc")
+    told = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
+    return Recorder(
+        Session(model, chosen),
+        every=every,
+        start_step=start_step,
+        end_step=end_step,
+        store=path,
+        attrs=told | dict(attrs or {}),
+        token_text=token_text,
+        weights=Weights(model, scale) if weights else None,
+        scale=scale,
+    )

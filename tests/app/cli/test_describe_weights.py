@@ -1,0 +1,81 @@
+"""describe --weights-only: a page, JSON, and one line where the checkpoint cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from depthscope.app.cli import parser
+
+LOGITS = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # source by destination
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """Two streams, two layers, one connection in each; and a configuration whose architecture nobody knows."""
+    tensors = {"embed.weight": torch.zeros(16, 32)}
+    for layer in range(2):
+        tensors[f"layers.{layer}.hc_attn_fn"] = torch.zeros(8, 64)
+        tensors[f"layers.{layer}.hc_attn_base"] = torch.cat([torch.zeros(4), LOGITS.flatten()])
+        tensors[f"layers.{layer}.hc_attn_scale"] = torch.tensor([0.1, 0.2, 0.3])
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "unheard_of", "hc_mult": 2, "hc_eps": 0.0})
+    )
+    return tmp_path
+
+
+def test_page_names_connections_products_and_settings(checkpoint, capsys):
+    assert parser.main(["describe", str(checkpoint), "--weights-only"]) == parser.FINE
+    out = capsys.readouterr().out
+    assert "(unheard_of): 2 mhc connections (returned), 2 streams of width 32, F32" in out
+    assert "read         4 of 7 tensors in 1 file; no model was built" in out
+    assert "hc_sinkhorn_iters 20 (assumed: config.json does not tell), hc_eps 0" in out
+    row = next(line for line in out.splitlines() if line.startswith("layers.1.hc_attn"))
+    assert row.split()[1] == "0.1/0.2/0.3"
+    assert "composite    layers: 2 matrices, gain forward 1 backward 1" in out
+
+
+def test_json_holds_the_static_matrix(checkpoint, capsys):
+    assert parser.main(["describe", str(checkpoint), "--weights-only", "--json"]) == parser.FINE
+    told = json.loads(capsys.readouterr().out)
+    # doubly stochastic 2 × 2: [[p, 1 - p], [1 - p, p]] where (p/(1 - p))² = e^(2 + 0 - 0 - 1), unchanged by Sinkhorn
+    p = 1 / (1 + np.exp(-0.5))
+    np.testing.assert_allclose(told["connections"][0]["h_res"], [[p, 1 - p], [1 - p, p]], atol=1e-9)
+    assert told["connections"][0]["mixing"]["singular_values"] == pytest.approx([1, 2 * p - 1])
+    assert told["composites"][0]["singular_values"] == pytest.approx([1, (2 * p - 1) ** 2])
+    assert told["connections"][0]["h_pre"] == pytest.approx([0.5, 0.5])
+    assert told["checkpoint"] == str(checkpoint)
+
+
+def test_no_connection_is_fine_and_said(tmp_path, capsys):
+    save_file({"embed.weight": torch.zeros(16, 32)}, tmp_path / "model.safetensors")
+    assert parser.main(["describe", str(tmp_path / "model.safetensors"), "--weights-only"]) == parser.FINE
+    out = capsys.readouterr().out
+    assert "no stream connection in 1 tensors" in out
+    assert "Looked for:" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["FOLDER/nowhere"], "no checkpoint at"),
+        (["smollm2"], "no checkpoint at"),
+        (["FOLDER/config.json"], "holds no safetensors"),
+        (
+            ["FOLDER", "--layers", "layers", "--dtype", "float32"],
+            "--layers, --dtype and --weights-only do not go together",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(words, said, checkpoint, capsys):
+    given = [word.replace("FOLDER", str(checkpoint)) for word in words]
+    assert parser.main(["describe", *given, "--weights-only"]) == parser.USAGE
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error

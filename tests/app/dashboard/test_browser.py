@@ -1,0 +1,239 @@
+"""Does the dashboard work in a real browser: no errors, no request outside, clicks and links that restore the view?"""
+
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from depthscope.app.dashboard.server import free_port
+from depthscope.diagnostics import save_run
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+CHART = ".depthscope-chart .main-svg"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
+        None,
+    )
+    if found is None:
+        message = "no chromium on the path; install one, such as: apt-get install chromium"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return found
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[str]:
+    """A dashboard in a process of its own, killed on every way out."""
+    port = free_port()
+    code = (
+        "import sys; from pathlib import Path; from app.dashboard.server import launch; "
+        "launch([Path(sys.argv[1])], port=int(sys.argv[2]), open_browser=False)"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, str(path), str(port)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: server.poll() is None and status(port, "/_stcore/health") == 200, 60)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def status(port: int, path: str, host: str | None = None) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path, headers={"Host": host} if host else {})
+        return connection.getresponse().status
+    except OSError:
+        return 0
+    finally:
+        connection.close()
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the dashboard did not answer in time"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def runs_root(tmp_path_factory, residual_run, mhc_run) -> Path:
+    root = tmp_path_factory.mktemp("served")
+    save_run(residual_run, root / "plain.nc")
+    save_run(mhc_run, root / "mhc.nc")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(chromium, runs_root) -> Iterator[str]:
+    with serving(runs_root) as served:
+        yield served
+
+
+class Watch:
+    """What a page does while it is open: requests that leave the host, errors of the console."""
+
+    def __init__(self, page, address: str):
+        self.outside: list[str] = []
+        self.errors: list[str] = []
+        self.host = urlsplit(address).netloc
+        page.on("request", self.request)
+        page.on("websocket", self.request)
+        page.on("console", self.console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def request(self, request) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme not in ("data", "blob") and parts.netloc != self.host:
+            self.outside.append(request.url)
+
+    def console(self, message) -> None:
+        # below a page's path Streamlit first asks whether its server lives there: a 404 that it expects
+        expected = "/_stcore/" in message.location.get("url", "") and "404" in message.text
+        if message.type == "error" and not expected:
+            self.errors.append(message.text)
+
+
+@pytest.fixture
+def page(chromium, address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        try:
+            yield browser.new_page(viewport={"width": 1440, "height": 900})
+        finally:
+            browser.close()
+
+
+def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, address):
+    watch = Watch(page, address)
+    for path in ("", "collapse", "similarity", "mixing", "gradients"):
+        page.goto(f"{address}/{path}")
+        page.wait_for_selector(CHART, timeout=60_000)
+        page.wait_for_timeout(500)
+        assert page.get_by_test_id("stException").count() == 0
+        for chart in page.locator(".depthscope-chart").all():
+            assert chart.get_attribute("role") == "img"
+            assert len(chart.get_attribute("aria-label")) > 20
+            assert chart.get_attribute("tabindex") == "0"
+    buttons = {button.get_attribute("data-title") for button in page.locator(".modebar-btn").all()}
+    assert len(buttons) == 6
+    assert not {title for title in buttons if "loud" in title or "Plotly" in title}
+    assert watch.errors == []
+    assert watch.outside == []
+
+
+def click_cell(page, column: int, row: int) -> None:
+    """Click the cell of the first heat map of the page."""
+    place = page.evaluate(
+        """([column, row]) => {
+            const box = document.querySelector(".depthscope-chart");
+            const area = box.querySelector(".nsewdrag").getBoundingClientRect();
+            const {xaxis, yaxis} = box._fullLayout;
+            return [area.x + xaxis.d2p(column), area.y + yaxis.d2p(row)];
+        }""",
+        [column, row],
+    )
+    page.mouse.move(place[0] - 3, place[1] - 3)
+    page.mouse.move(*place)
+    page.wait_for_timeout(400)
+    page.mouse.down()
+    page.mouse.up()
+
+
+def test_a_click_on_a_cell_opens_the_pair_and_puts_it_in_the_url(page, address):
+    page.goto(f"{address}/similarity?runs=mhc")
+    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_timeout(1000)
+    click_cell(page, 9, 4)
+    page.get_by_text("Depth 4 against depth 9").wait_for(timeout=20_000)
+    wait_for(lambda: "a=4" in page.url and "b=9" in page.url, 10)
+    assert "runs=mhc" in page.url
+
+
+def test_a_link_restores_the_view(page, address):
+    page.goto(f"{address}/similarity?runs=plain&a=2&b=5&estimator=biased")
+    page.get_by_text("Depth 2 against depth 5").wait_for(timeout=60_000)
+    page.wait_for_selector(CHART, timeout=60_000)
+    assert page.get_by_label("Depth a").input_value() == "2"
+    label = page.locator(".depthscope-chart").first.get_attribute("aria-label")
+    assert "of plain" in label
+    assert page.get_by_role("radio", name="biased", exact=True).get_attribute("aria-checked") == "true"
+
+
+def test_zoom_survives_a_change_of_the_data(page, address):
+    page.goto(f"{address}/collapse?runs=plain")
+    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_timeout(1000)
+    read = "() => document.querySelector('.depthscope-chart').layout.xaxis.range.map((v) => Math.round(v * 100) / 100)"
+    zoom = (
+        "() => window.Plotly.relayout(document.querySelector('.depthscope-chart'), {'xaxis.range': [1, 3]})"
+    )
+    lines = "() => Array.from(document.querySelector('.depthscope-chart')._fullData.find((t) => t.name === 'plain').y)"
+    before = page.evaluate(lines)
+    assert len(before) == 7
+    page.evaluate(zoom)
+    page.get_by_text("over all data").click()
+    wait_for(lambda: page.evaluate(lines) != before, 20)
+    assert page.evaluate(read) == [1, 3]
+
+
+def test_another_host_name_is_refused(address):
+    port = urlsplit(address).port
+    assert status(port, "/", host="evil.example") == 403
+    assert status(port, "/", host=f"127.0.0.1:{port}") == 200
+    assert status(port, "/depthscope/plotly/plotly.min.js") == 200
+    assert status(port, "/depthscope/plotly/../__init__.py") in (400, 404)
+
+
+def test_a_launch_beside_this_process_answers_and_ends_with_it_however_it_ends(runs_root):
+    code = (
+        "import sys; from pathlib import Path; from app.dashboard.server import launch; "
+        "print(launch([Path(sys.argv[1])], open_browser=False, block=False), flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(runs_root)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as parent:
+        try:
+            served = parent.stdout.readline().strip()
+            port = urlsplit(served).port
+            assert served == f"http://127.0.0.1:{port}"
+            assert status(port, "/_stcore/health") == 200
+            parent.kill()
+        finally:
+            parent.kill()
+    wait_for(lambda: status(port, "/_stcore/health") == 0, 20)

@@ -1,0 +1,348 @@
+"""Does every page tell what its runs hold, and does a bad run explain itself?"""
+
+import base64
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from streamlit.testing.v1 import AppTest
+
+from depthscope.app.dashboard import server
+from depthscope.app.dashboard.components.figure_numbers import numbers_of
+from depthscope.app.dashboard.components.markdown import plain
+from depthscope.app.dashboard.server import CONFIG, free_port, launch
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.figures import FIGURES, available
+from depthscope.app.text.bibliography import source_words
+from depthscope.app.text.numbers import number
+from depthscope.diagnostics import analyze, create_run, save_run
+
+ENTRY = Path(server.__file__).resolve().parent / "pages" / "entry.py"
+PAGES = ("overview", "collapse", "similarity", "mixing", "gradients")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    save_run(residual_run, root / "plain.nc")
+    save_run(mhc_run, root / "mhc.nc")
+    save_run(make_run("residual", layers=3, gradients=False), root / "blind.zarr")
+    return root
+
+
+@pytest.fixture
+def opened(runs, monkeypatch):
+    """Open one page on some files; the pages' own modules are the ones that the test sees."""
+
+    def open_page(page: str, *names: str, **parameters: str) -> AppTest:
+        monkeypatch.setattr(run_library, "_roots", [])
+        run_library.allow([runs / name for name in names] or [runs])
+        test = AppTest.from_file(str(ENTRY), default_timeout=120)
+        for name, value in parameters.items():
+            test.query_params[name] = value
+        if page != "overview":
+            test.switch_page(f"{page}.py")
+        test.run()
+        assert not test.exception, test.exception
+        return test
+
+    return open_page
+
+
+def charts(test: AppTest) -> dict[str, dict]:
+    """Charts of a page by the name of the figure."""
+    sent = [json.loads(element.proto.json) for element in test.get("bidi_component")]
+    return {data["name"]: data for data in sent}
+
+
+def words(test: AppTest) -> str:
+    """All text of a page, without the backslashes that switch Markdown off."""
+    parts = [*test.markdown, *test.caption, *test.info, *test.code, *test.expander]
+    return "\n".join(str(getattr(part, "value", getattr(part, "label", ""))) for part in parts).replace(
+        "\\", ""
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("names", [("plain.nc",), ("mhc.nc",), ("plain.nc", "mhc.nc", "blind.zarr")])
+def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
+    test = opened(page, *names)
+    shown = charts(test)
+    assert bool(shown) == (page != "mixing" or "mhc.nc" in names)
+    for data in shown.values():
+        assert len(data["alt"]) > 20
+    assert not [
+        part for part in test.main if part.type in ("code", "markdown") and part.value in ("None", "`None`")
+    ]
+
+
+def test_a_chart_holds_the_numbers_of_the_analysis(opened, mhc_run):
+    data = charts(opened("mixing", "mhc.nc", part="Streams"))["deflated_gain"]
+    traces = json.loads(data["figure"])["data"]
+    (sent,) = [t for t in traces if t.get("name") == "mhc"]
+    values = np.frombuffer(base64.b64decode(sent["y"]["bdata"]), dtype=sent["y"]["dtype"])
+    expected = analyze(mhc_run)["deflated_gain"].isel(step=-1).sel(reduction="mean")
+    np.testing.assert_allclose(values, expected)
+
+
+def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(opened, mhc_run):
+    test = opened("overview", "mhc.nc")
+    said = words(test)
+    assert "Copied streams" in said
+    assert "stream_cosine" in said
+    assert "threshold 0.99" in said
+    assert "Try:" in said
+    facts = test.table[0].value
+    assert facts.loc["Model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]
+    assert "1.0e-07" in facts.loc["Reconstruction proof"].iloc[0].replace("\\", "")
+    assert facts.loc["Tokens analysed"].iloc[0] == "28"
+
+
+def test_a_page_that_nothing_feeds_says_why_and_what_to_do(opened):
+    mixing = words(opened("mixing", "plain.nc"))
+    assert "has streams to mix" in mixing
+    assert "depthscope demo" in mixing
+    gradients = words(opened("gradients", "blind.zarr"))
+    assert "holds gradients" in gradients
+    assert "--gradients" in gradients
+
+
+def test_the_url_restores_the_choices(opened):
+    test = opened("similarity", runs="mhc", estimator="biased", a="2", b="7")
+    assert test.multiselect(key="runs").value == ["mhc"]
+    assert [field.value for field in test.number_input] == [2, 7]
+    assert "Depth 2 against depth 7" in words(test)
+    ring = json.loads(charts(test)["cka"]["figure"])["layout"]["shapes"][0]
+    assert (ring["x0"], ring["y0"]) == (6.5, 1.5)
+
+
+def test_a_depth_that_a_shallower_run_lacks_is_brought_into_it(opened):
+    test = opened("similarity", runs="blind", a="1", b="9")
+    assert [field.value for field in test.number_input] == [1, 3]
+
+
+def test_a_control_changes_the_chart(opened):
+    test = opened("collapse", "plain.nc")
+    before = charts(test)["effective_rank"]["figure"]
+    test.segmented_control(key="scope").set_value("data").run()
+    assert not test.exception
+    assert charts(test)["effective_rank"]["figure"] != before
+
+
+@pytest.mark.parametrize("question", ["collapse", "mixing", "gradients"])
+def test_the_parts_of_a_page_show_every_figure_that_the_run_feeds_once(question, opened, mhc_run):
+    fed = {
+        name: kind for name, kind in available({"a": analyze(mhc_run)}).items() if kind.question == question
+    }
+    for part in dict.fromkeys(kind.section for kind in fed.values()):
+        expected = {name for name, kind in fed.items() if kind.section == part}
+        assert set(charts(opened(question, "mhc.nc", part=part))) == expected
+
+
+def test_a_part_of_another_page_opens_the_first_one(opened):
+    assert "gradient_norm" in charts(opened("gradients", "mhc.nc", part="Paths"))
+
+
+def test_a_page_names_what_costs_more_and_the_command(opened):
+    said = words(opened("collapse", "plain.nc"))
+    assert "intrinsic dimension across depth" in said
+    assert "--metrics intrinsic_dimension" in said
+
+
+def test_what_was_streamed_stands_in_the_tables(opened, mhc_run):
+    analysis = analyze(mhc_run)
+    facts = opened("overview", "mhc.nc").table[0].value
+    shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
+    expected = float(
+        analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw", stream="mean")
+    )
+    assert shown.startswith(f"{expected:.1f} (null ")
+    pair = opened("similarity", "mhc.nc", a="2", b="7").table[0].value
+    value = float(analysis["streamed_cka"].isel(step=-1, depth=2, other_depth=7))
+    assert pair.loc["linear CKA, every token"].iloc[0].startswith(number(value))
+
+
+def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):
+    nodes = {"/trace": whole_run["plain"]["trace"].to_dataset(), "/metrics": whole["plain"]}
+    run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=whole_run["plain"].attrs), **nodes})
+    save_run(run, runs.parent / "whole.nc")
+    test = opened("collapse", "../whole.nc", part="Spectrum")
+    assert "depth 4" in charts(test)["spectrum"]["alt"]
+    test.multiselect(key="depths").set_value([1, 2]).run()
+    assert not test.exception
+    told = charts(test)["spectral_density"]["alt"]
+    assert "depth 1" in told
+    assert "depth 4" not in told
+
+
+def test_heat_maps_follow_the_chosen_run(opened):
+    test = opened("similarity")
+    assert "of blind" in charts(test)["cka"]["alt"]
+    test.selectbox(key="run").set_value("mhc").run()
+    assert "of mhc" in charts(test)["cka"]["alt"]
+
+
+def broken(path: Path) -> None:
+    path.write_bytes(b"nonsense")
+
+
+def newer(path: Path) -> None:
+    xr.DataTree.from_dict({"/": xr.Dataset(attrs={"schema_version": "9.0"})}).to_netcdf(
+        path, engine="h5netcdf"
+    )
+
+
+def foreign(path: Path) -> None:
+    xr.Dataset({"a": ("x", [1.0])}).to_netcdf(path, engine="h5netcdf")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (broken, "torn or of another format"),
+        (newer, "pip install --upgrade depthscope"),
+        (foreign, "not a depthscope run"),
+    ],
+)
+def test_a_bad_run_explains_itself_and_leaves_the_good_ones(
+    spoil, reason, opened, tmp_path, runs, monkeypatch
+):
+    spoil(tmp_path / "bad.nc")
+    shutil.copy(runs / "plain.nc", tmp_path / "good.nc")
+    run_library.allow([tmp_path])
+    monkeypatch.setattr(run_library, "allow", lambda paths: None)
+    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
+    test = AppTest.from_file(str(ENTRY), default_timeout=120).run()
+    assert not test.exception
+    said = words(test)
+    assert "bad cannot be shown" in said
+    assert reason in said
+    assert "depthscope probe" in said
+    assert "effective_rank" in charts(test)
+
+
+def test_an_empty_folder_gives_the_next_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_library, "_roots", [tmp_path])
+    test = AppTest.from_file(str(ENTRY), default_timeout=60).run()
+    assert not test.exception
+    assert "no run here yet" in words(test)
+    assert "depthscope demo" in words(test)
+
+
+def test_the_chains_of_a_run_stand_beside_each_other(monkeypatch, tmp_path, make_run):
+    parts = {"encoder": make_run("residual", layers=2), "decoder": make_run("residual", layers=3)}
+    traces = {name: run["trace"].to_dataset() for name, run in parts.items()}
+    save_run(create_run(traces, attrs=dict(parts["encoder"].attrs)), tmp_path / "two.nc")
+    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
+    test = AppTest.from_file(str(ENTRY), default_timeout=120).run()
+    assert not test.exception
+    assert "two/encoder:" in charts(test)["effective_rank"]["alt"]
+    assert "two/decoder:" in charts(test)["effective_rank"]["alt"]
+
+
+# --- the library ---
+
+
+def test_only_what_lies_below_the_roots_is_listed(monkeypatch, tmp_path, runs):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    shutil.copy(runs / "plain.nc", inside / "a.nc")
+    (inside / "link.nc").symlink_to(runs / "mhc.nc")
+    monkeypatch.setattr(run_library, "_roots", [inside.resolve()])
+    assert list(run_library.listed()) == ["a"]
+    outside = run_library.read("../../etc/passwd")
+    assert isinstance(outside, run_library.Unreadable)
+    assert "not below the paths" in outside.reason
+
+
+def test_runs_of_the_same_name_are_told_apart(monkeypatch, tmp_path, runs):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(runs / "plain.nc", tmp_path / folder / "a.nc")
+    monkeypatch.setattr(run_library, "_roots", [tmp_path / "one" / "a.nc", tmp_path / "two" / "a.nc"])
+    assert list(run_library.listed()) == ["a", "two/a"]
+
+
+def test_a_run_is_analysed_again_only_when_its_file_changes(monkeypatch, tmp_path, runs, make_run):
+    shutil.copy(runs / "plain.nc", tmp_path / "a.nc")
+    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
+    first = run_library.read("a")
+    assert run_library.read("a") is first
+    save_run(make_run("residual", layers=2), tmp_path / "a.nc")
+    second = run_library.read("a")
+    assert second is not first
+    assert second.readings[0].analysis.sizes["depth"] == 3
+
+
+# --- numbers and words ---
+
+
+def test_the_table_holds_every_number_of_a_figure(residual_run):
+    analysis = analyze(residual_run)
+    lines = FIGURES["effective_rank"].build({"a": analysis})
+    table = numbers_of(lines)
+    assert len(table) == sum(len(line.x) for line in lines.lines)
+    np.testing.assert_array_equal(table.loc[table["role"] == "measured", lines.y_label], lines.lines[0].y)
+    cells = numbers_of(FIGURES["cka"].build({"a": analysis}))
+    np.testing.assert_array_equal(
+        cells.iloc[:, 2:], analysis["cka"].isel(step=-1).sel(estimator="unbiased", tokens="all")
+    )
+
+
+def test_text_from_a_run_is_never_markdown():
+    assert plain("[x](http://evil) :material/home: $x$ <b>") == (
+        r"\[x\]\(http\://evil\) \:material/home\: \$x\$ \<b\>"
+    )
+
+
+def test_sources_are_cited_by_author_and_year():
+    assert source_words("roy2007effective") == "Roy & Vetterli 2007"
+    assert source_words("xie2025mhc") == "Xie et al. 2025"
+    assert source_words("heuristic") == "heuristic"
+
+
+# --- the launch ---
+
+
+def test_the_server_is_local_and_silent():
+    assert CONFIG["server.address"] == "127.0.0.1"
+    assert CONFIG["server.allowedHosts"] == ["localhost", "127.0.0.1"]
+    assert CONFIG["browser.gatherUsageStats"] is False
+    assert CONFIG["server.fileWatcherType"] == "none"
+    assert not {"server.enableCORS", "server.enableXsrfProtection"} & set(CONFIG)
+
+
+def test_the_dashboard_needs_no_torch():
+    package = "depthscope.app.dashboard"
+    code = (
+        f"import sys, {package}.server, {package}.state.chosen_runs, {package}.components.figure_grid; "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_a_taken_port_is_refused_and_a_free_one_is_found():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} is taken"):
+            free_port(port)
+    assert free_port(port) == port
+    assert free_port() >= 8501
+
+
+def test_a_launch_without_runs_or_on_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run was given"):
+        launch([])
+    with pytest.raises(FileNotFoundError, match="nothing lies at"):
+        launch([tmp_path / "absent"])

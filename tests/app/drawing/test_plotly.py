@@ -1,0 +1,164 @@
+"""Does plotly get the figure's own numbers, typed and small?"""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+
+from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
+from depthscope.app.drawing.plotly.colours import THEORY
+from depthscope.app.figures import FIGURES, Heatmap, Line, Lines, available
+from depthscope.diagnostics import analyze
+
+
+@pytest.fixture(scope="module")
+def both(residual_run, mhc_run):
+    return {"plain": analyze(residual_run), "mhc": analyze(mhc_run)}
+
+
+def decoded(values: dict) -> np.ndarray:
+    flat = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+    return flat.reshape([int(size) for size in values["shape"].split(",")]) if "shape" in values else flat
+
+
+def curves(drawn):
+    return [trace for trace in drawn.data if trace.fill is None and trace.x is not None and len(trace.x) > 1]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_browser_gets_the_numbers_of_the_figure(name, whole):
+    figure = FIGURES[name].build(whole)
+    spec = json.loads(to_plotly(figure).to_json())
+    if isinstance(figure, Heatmap):
+        sent = decoded(spec["data"][0]["customdata" if figure.log_z else "z"])
+        np.testing.assert_array_equal(sent, figure.z.astype(np.float32))
+    else:
+        sent = [decoded(t["y"]) for t in spec["data"] if "bdata" in str(t.get("y")) and "fill" not in t]
+        assert len(sent) == len(figure.lines)
+        for values, line in zip(sent, figure.lines, strict=True):
+            np.testing.assert_array_equal(values, line.y)
+
+
+def test_every_kind_of_figure_was_drawn(whole):
+    assert list(available(whole)) == list(FIGURES)
+
+
+def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
+    everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both), runs=list(both)))
+    mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both), runs=list(both)))
+    (norm,) = (trace for trace in everywhere if trace.name == "mhc")
+    assert mixing[0].name == "mhc"
+    assert norm.line.color == mixing[0].line.color == PALETTE[1]
+
+
+def test_a_null_is_dashed_in_the_colour_of_its_run(both):
+    drawn = curves(to_plotly(FIGURES["effective_rank"].build(both)))
+    nulls = [trace for trace in drawn if trace.name.endswith("null")]
+    assert [trace.line.dash for trace in nulls] == ["dash", "dash"]
+    assert [trace.line.color for trace in nulls] == [PALETTE[0], PALETTE[1]]
+
+
+def test_a_law_is_dashed_in_the_colour_of_its_line_and_named_once(both):
+    drawn = to_plotly(FIGURES["composite_singular_value"].build({"mhc": both["mhc"]}))
+    laws = [trace for trace in curves(drawn) if "Gaussian product" in trace.name]
+    assert [trace.line.color for trace in laws] == list(PALETTE[:4])
+    assert {trace.line.dash for trace in laws} == {THEORY}
+    named = [trace for trace in drawn.data if trace.showlegend is not False]
+    assert [trace.name for trace in named][-1] == "Gaussian product"
+    assert {trace.legendgroup for trace in laws} == {named[-1].legendgroup}  # hidden together
+
+
+def test_a_law_that_is_not_drawn_tells_why_on_hover(both):
+    (sign,) = to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
+    assert "one residual stream" in sign.hovertext.replace("<br>", " ")
+    assert max(map(len, sign.hovertext.split("<br>"))) <= 70
+    assert not to_plotly(FIGURES["stable_rank"].build({"mhc": both["mhc"]})).layout.annotations
+
+
+def test_a_far_law_moves_the_axis_by_a_decade_at_most():
+    x = np.arange(3.0)
+    lines = (
+        Line(x, np.array([1.0, 2.0, 3.0]), "a"),
+        Line(x, 10.0 ** (9 * x), "a · law", role="theory", law="law"),
+    )
+    low, high = to_plotly(Lines("gain", "Gain", "x", "y", lines, log_y=True)).layout.yaxis.range
+    assert low < 0.0
+    assert 1.4 < high < 1.7
+
+
+def test_the_axis_reaches_the_next_threshold_and_no_further():
+    x = np.arange(3.0)
+    limits = tuple(
+        Line(x[[0, 2]], np.full(2, v), f"limit {v:g}", role="threshold") for v in (1.0, 10.0, 100.0)
+    )
+    figure = Lines("gain", "Gain", "x", "y", (Line(x, np.array([1.1, 1.3, 2.0]), "a"), *limits), log_y=True)
+    low, high = to_plotly(figure).layout.yaxis.range
+    assert low < 0.0
+    assert 1.0 < high < 2.0
+
+
+def test_a_band_leaves_out_what_a_log_axis_cannot_show():
+    x = np.arange(3.0)
+    line = Line(x, np.full(3, 2.0), "a", lower=np.array([-1.0, 1.0, 1.0]), upper=np.full(3, 3.0))
+    drawn = to_plotly(Lines("rank", "Rank", "x", "y", (line,), log_y=True))
+    assert drawn.data[0].x.tolist() == [1.0, 2.0, 2.0, 1.0]
+    assert drawn.data[0].y.tolist() == [3.0, 3.0, 1.0, 1.0]
+
+
+def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
+    runs = {"a": both["mhc"], "b": both["mhc"]}
+    drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs), runs=list(runs))
+    named = [trace.name for trace in drawn.data if trace.showlegend is not False]
+    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4", "random connection"]
+
+
+def test_whiskers_are_the_standard_error_where_the_band_is_a_spread():
+    x, error = np.arange(3.0), np.array([0.1, 0.2, 0.3])
+    line = Line(x, x + 1, "a", lower=x, upper=x + 2, error=error)
+    band, curve = to_plotly(Lines("gain", "Gain", "x", "y", (line,))).data
+    assert band.fill == "toself"
+    np.testing.assert_array_equal(curve.error_y.array, error)
+
+
+def test_both_axes_of_a_spectrum_are_logarithmic(whole):
+    drawn = to_plotly(FIGURES["spectrum"].build(whole))
+    assert (drawn.layout.xaxis.type, drawn.layout.yaxis.type) == ("log", "log")
+
+
+def square(size: int, **more) -> Heatmap:
+    axis = np.arange(size, dtype=float)
+    z = np.add.outer(axis, axis)
+    return Heatmap("cka", "CKA", axis, axis, z, "depth", "depth", "cka", **more)
+
+
+def test_a_large_heat_map_is_reduced_by_blocks_and_says_so():
+    small = shrink(square(700))
+    assert small.z.shape == (234, 234)
+    assert small.z[0, 0] == np.add.outer(range(3), range(3)).mean()
+    assert small.x[1] == 3.0
+    assert "mean of a 3 × 3 block" in small.caption
+    assert len(to_plotly(square(700)).to_json()) < 400_000
+
+
+def test_a_small_heat_map_stays_as_it_is():
+    figure = square(300)
+    assert shrink(figure) is figure
+
+
+def test_a_logarithmic_bar_has_round_numbers():
+    axis = np.arange(2.0)
+    z = np.array([[1.0, 10.0], [100.0, np.nan]])
+    bar = to_plotly(Heatmap("g", "G", axis, axis, z, "x", "y", "gain", log_z=True)).data[0].colorbar
+    assert list(bar.ticktext) == ["1", "2", "5", "10", "20", "50", "100"]
+    np.testing.assert_allclose(bar.tickvals, np.log10([1, 2, 5, 10, 20, 50, 100]))
+
+
+def test_a_marked_cell_is_ringed():
+    (ring,) = to_plotly(square(5), mark=(3.0, 1.0)).layout.shapes
+    assert (ring.x0, ring.x1, ring.y0, ring.y1) == (2.5, 3.5, 0.5, 1.5)
+
+
+def test_zoom_survives_an_update():
+    figure = square(4)
+    assert to_plotly(figure).layout.uirevision == to_plotly(figure, mark=(0, 0)).layout.uirevision == "cka"

@@ -1,0 +1,516 @@
+"""Does a figure hold the analysis' own numbers, and say in words how they were measured?"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
+from depthscope.app.figures.build.laws import apart, reach
+from depthscope.app.figures.build.values import reduce_blocks
+from depthscope.app.figures.catalogue.similarity import build_cut
+from depthscope.app.tables.formats import tex
+from depthscope.diagnostics import CATALOGUE, analyze
+from depthscope.diagnostics.kernels.rank import marchenko_pastur
+from depthscope.diagnostics.metrics import spectrum, streamed
+
+
+@pytest.fixture(scope="module")
+def plain(residual_run) -> xr.Dataset:
+    return analyze(residual_run)
+
+
+@pytest.fixture(scope="module")
+def mixed(mhc_run) -> xr.Dataset:
+    return analyze(mhc_run)
+
+
+@pytest.fixture(scope="module")
+def both(plain, mixed) -> dict[str, xr.Dataset]:
+    return {"plain": plain, "mhc": mixed}
+
+
+def measured(figure: Lines):
+    return [line for line in figure.lines if line.role == "measured"]
+
+
+NOT_DRAWN = {"num_tokens": "every caption counts the tokens"}
+
+
+def test_every_figure_can_be_drawn_from_an_mhc_run_with_every_metric(whole):
+    assert list(available({"mhc": whole["mhc"]})) == list(FIGURES)
+
+
+def test_every_metric_is_in_a_figure_or_has_a_reason_not_to_be():
+    drawn = {name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)}
+    assert set(CATALOGUE) - drawn == set(NOT_DRAWN)
+    declared = {name for module in (streamed, spectrum) for name in vars(module)}
+    assert drawn <= {*CATALOGUE, *declared}
+
+
+def test_a_residual_run_offers_no_mixing_figure(plain):
+    kinds = available({"plain": plain})
+    assert {kind.question for kind in kinds.values()} == {"collapse", "similarity", "gradients"}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_says_what_it_shows(name, whole):
+    figure = FIGURES[name].build(whole)
+    assert figure.name == name
+    assert figure.metric in whole["mhc"]
+    assert figure.caption or figure.metric == "weight_norm"
+    assert any(character.isdigit() for character in figure.alt)
+    if isinstance(figure, Lines):
+        assert figure.title in figure.alt
+        assert all(len(line.x) == len(line.y) for line in figure.lines)
+    else:
+        assert figure.z.shape == (len(figure.y), len(figure.x))
+
+
+def test_effective_rank_is_the_slice_that_the_selection_names(both):
+    choice = {"scope": "data", "tokens": "ordinary", "centering": "centred"}
+    lines = measured(FIGURES["effective_rank"].build(both, **choice))
+    assert [line.label for line in lines] == ["plain", "mhc"]
+    for line in lines:
+        expected = both[line.group]["effective_rank"].isel(step=-1).sel(stream="mean", **choice)
+        np.testing.assert_array_equal(line.y, expected.values)
+        np.testing.assert_array_equal(line.x, expected["depth"].values)
+
+
+def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
+    figure = FIGURES["effective_rank"].build({"plain": plain})
+    line, null = figure.lines
+    cell = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
+    error = plain["effective_rank_stderr"].isel(step=-1).sel(cell).values
+    np.testing.assert_allclose(line.upper - line.y, error)
+    np.testing.assert_allclose(line.y - line.lower, error)
+    assert null.role == "null"
+    assert set(null.y) == {
+        float(plain["effective_rank_null"].sel(scope="sequence", tokens="all", centering="raw"))
+    }
+    assert "the null" in figure.caption
+
+
+def theory(figure: Lines):
+    return [line for line in figure.lines if line.role == "theory"]
+
+
+def test_a_law_stands_behind_its_line_with_its_source_and_assumption(both):
+    figure = FIGURES["residual_norm"].build(both, axis="relative")
+    (law,) = theory(figure)
+    line = measured(figure)[0]
+    assert [line.role for line in figure.lines] == ["measured", "theory", "measured"]
+    assert (law.group, law.label) == ("plain", "plain · fresh Pre-LN growth law")
+    np.testing.assert_array_equal(law.x, line.x)
+    np.testing.assert_allclose(law.y[:2], line.y[:2])
+    np.testing.assert_allclose(np.diff(law.y**2), law.y[1] ** 2 - law.y[0] ** 2)
+    assert figure.sources == ("xiong2020layer",)
+    assert "fresh Pre-LN growth law (Xiong et al. 2020); it holds for branches" in figure.caption
+
+
+def test_a_law_that_does_not_apply_is_missing_with_its_reason(both):
+    figure = FIGURES["residual_norm"].build(both)
+    assert any("growth law» for mhc: the law is of one residual stream" in why for why in figure.missing)
+    assert any("length map» for plain, mhc: the run does not say" in why for why in figure.missing)
+    assert "length map" not in figure.caption
+
+
+def test_every_singular_value_has_its_own_line_of_the_law(mixed):
+    figure = FIGURES["composite_singular_value"].build({"mhc": mixed})
+    assert [line.role for line in figure.lines] == ["measured", "theory"] * 4
+    np.testing.assert_array_equal(theory(figure)[0].y, 1.0)
+    np.testing.assert_allclose(theory(figure)[1].y[:3], measured(figure)[1].y[:3], rtol=0.1)
+    assert not theory(FIGURES["composite_singular_value"].build({"mhc": mixed}, reduction="max"))
+
+
+def test_angles_to_the_depth_before_have_the_law_of_the_chosen_step(plain):
+    data = xr.concat(
+        [plain, plain.assign_coords(step=[100])],
+        "step",
+        data_vars="minimal",
+        compat="override",
+        coords="minimal",
+    )
+    first = FIGURES["adjacent_angle"].build({"plain": data}, step=0)
+    assert len(theory(first)) == 1
+    trained = FIGURES["adjacent_angle"].build({"plain": data})
+    assert "training step 100" in trained.missing[0]
+    assert len(measured(trained)) == 1
+
+
+def test_laws_move_an_axis_by_half_its_span_or_a_decade():
+    known = np.array([2.0, 4.0])
+    assert reach(known, np.array([-50.0, 50.0]), False) == (1.0, 5.0)
+    assert reach(known, np.array([1e-9, 5.0]), True) == (0.2, 5.0)
+    assert reach(known, np.zeros(0), True) == (2.0, 4.0)
+
+
+def test_the_null_of_a_rank_names_its_law(plain):
+    rank, cosine = (FIGURES[name].build({"plain": plain}) for name in ("stable_rank", "token_cosine"))
+    assert "by the Marchenko-Pastur law." in rank.caption
+    assert rank.sources == ("marchenko1967distribution",)
+    assert "Marchenko" not in cosine.caption
+    assert cosine.sources == ()
+
+
+def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
+    within = FIGURES["effective_rank"].build({"plain": plain})
+    pooled = FIGURES["effective_rank"].build({"plain": plain}, scope="data")
+    real = int(plain["num_tokens"].sel(scope="data", tokens="all").max())
+    assert f"N = {real} tokens." in pooled.caption
+    assert "tokens a sequence" in within.caption
+    assert pooled.caption.startswith("Over the tokens of all sequences pooled")
+
+
+def test_relative_depth_ends_at_one_for_runs_of_any_depth(both):
+    lines = measured(FIGURES["token_cosine"].build(both, axis="relative"))
+    assert [line.x[0] for line in lines] == [0.0, 0.0]
+    assert [line.x[-1] for line in lines] == [1.0, 1.0]
+    assert len(lines[0].x) != len(lines[1].x)
+
+
+def test_a_run_without_streams_is_named_as_missing(both):
+    figure = FIGURES["composite_gain"].build(both)
+    assert {line.group for line in measured(figure)} == {"mhc"}
+    assert "Not measured in plain." in figure.caption
+
+
+def test_composite_gain_shows_both_directions_with_percentiles_and_limits(mixed):
+    figure = FIGURES["composite_gain"].build({"mhc": mixed})
+    forward, backward = measured(figure)
+    gain = mixed["composite_gain"].isel(step=-1)
+    np.testing.assert_array_equal(forward.y, gain.sel(direction="forward", reduction="mean"))
+    np.testing.assert_array_equal(backward.y, gain.sel(direction="backward", reduction="mean"))
+    np.testing.assert_array_equal(forward.upper, gain.sel(direction="forward", reduction="p99"))
+    assert [line.y[0] for line in figure.lines if line.role == "threshold"] == [1.0, 10.0, 100.0]
+    assert figure.log_y
+
+
+def test_the_largest_over_tokens_has_no_band(mixed):
+    figure = FIGURES["composite_gain"].build({"mhc": mixed}, reduction="max", direction="forward")
+    (line,) = measured(figure)
+    np.testing.assert_array_equal(
+        line.y, mixed["composite_gain"].isel(step=-1).sel(direction="forward", reduction="max")
+    )
+    assert line.upper is None
+
+
+def test_every_stream_can_be_overlaid(mixed):
+    lines = measured(FIGURES["residual_norm"].build({"mhc": mixed}, stream="each"))
+    assert [line.label for line in lines] == [f"mhc · stream {i}" for i in range(4)]
+    for i, line in enumerate(lines):
+        np.testing.assert_array_equal(line.y, mixed["residual_norm"].isel(step=-1).sel(stream=str(i)))
+
+
+def test_singular_values_are_a_line_each(mixed):
+    lines = measured(FIGURES["mixing_singular_value"].build({"mhc": mixed}))
+    values = mixed["mixing_singular_value"].isel(step=-1).sel(reduction="mean").transpose("component", ...)
+    np.testing.assert_array_equal([line.y for line in lines], values)
+
+
+def test_cka_is_the_matrix_of_the_chosen_run_and_estimator(both):
+    figure = FIGURES["cka"].build(both, run="mhc", estimator="biased")
+    expected = both["mhc"]["cka"].isel(step=-1).sel(estimator="biased", tokens="all")
+    assert isinstance(figure, Heatmap)
+    np.testing.assert_array_equal(figure.z, expected.transpose("depth", "other_depth"))
+    assert "biased estimator" in figure.caption
+    assert "Independent noise" in figure.caption
+    assert figure.title.endswith("mhc")
+
+
+def test_angles_to_the_depth_before_are_the_subdiagonal(plain):
+    (line,) = measured(FIGURES["adjacent_angle"].build({"plain": plain}))
+    matrix = plain["angular_distance"].isel(step=-1).sel(tokens="all").values
+    assert np.isnan(line.y[0])
+    np.testing.assert_array_equal(line.y[1:], [matrix[i, i - 1] for i in range(1, len(matrix))])
+
+
+def test_pair_gain_has_the_later_connection_on_the_vertical_axis(mixed):
+    figure = FIGURES["pair_gain"].build({"mhc": mixed})
+    gains = mixed["pair_gain"].isel(step=-1).sel(direction="forward", reduction="mean")
+    assert figure.z[5, 2] == float(gains.sel(connection=2, other_connection=5))
+    assert np.isnan(figure.z[2, 5])
+
+
+def test_the_depth_kernel_has_no_reader_of_itself_or_of_later_layers(mixed):
+    figure = FIGURES["depth_kernel"].build({"mhc": mixed})
+    kernel = mixed["depth_kernel"].isel(step=-1)
+    assert figure.z[5, 2] == float(kernel.sel(connection=5, other_connection=2))
+    assert np.isnan(figure.z[np.triu_indices_from(figure.z)]).all()
+
+
+def test_a_cut_is_two_rows_of_the_heat_map(plain):
+    figure = build_cut({"plain": plain}, depths=(1, 4))
+    matrix = plain["cka"].isel(step=-1).sel(estimator="unbiased", tokens="all")
+    np.testing.assert_array_equal([line.y for line in figure.lines], matrix.isel(depth=[1, 4]))
+
+
+def test_alt_text_names_the_lowest_point():
+    x = np.arange(4)
+    data = xr.Dataset(
+        {"stable_rank": ("depth", [9.0, 4.0, 1.5, 3.0])},
+        coords={
+            "depth": x,
+            "layer": ("depth", [-1, 0, 1, 2]),
+            "site": ("depth", ["embed", "post", "post", "post"]),
+        },
+    )
+    figure = FIGURES["stable_rank"].build({"a": data})
+    assert "lowest 1.50 at depth 2 (layer 1 post)" in figure.alt
+    assert "highest 9.00 at depth 0 (embed)" in figure.alt
+
+
+def test_an_undefined_number_is_a_gap_and_not_a_zero():
+    data = xr.Dataset({"stable_rank": ("depth", [2.0, np.nan, 3.0])}, coords={"depth": [0, 1, 2]})
+    (line,) = measured(FIGURES["stable_rank"].build({"a": data}))
+    assert np.isnan(line.y[1])
+
+
+def test_a_step_can_be_chosen():
+    data = xr.Dataset(
+        {"gradient_norm": (("step", "depth"), [[1.0, 2.0], [3.0, 4.0]])},
+        coords={"step": [0, 100], "depth": [0, 1]},
+    )
+    (first,) = measured(FIGURES["gradient_norm"].build({"a": data}, step=0))
+    (last,) = measured(FIGURES["gradient_norm"].build({"a": data}))
+    assert first.y.tolist() == [1.0, 2.0]
+    assert last.y.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"), [({"scop": "data"}, "no selection 'scop'"), ({"scope": "batch"}, "sequence, data")]
+)
+def test_an_unknown_selection_is_refused(choice, message):
+    with pytest.raises(ValueError, match=message):
+        Selection.of(choice)
+
+
+def test_a_heat_map_of_a_run_that_cannot_feed_it_is_refused(both):
+    with pytest.raises(ValueError, match="'plain' has no pair_gain; mhc can feed pair_gain"):
+        FIGURES["pair_gain"].build(both, run="plain")
+
+
+def test_blocks_are_means_of_what_is_defined():
+    matrix = np.arange(16.0).reshape(4, 4)
+    matrix[0, 0] = np.nan
+    reduced, side = reduce_blocks(matrix, largest=2)
+    assert side == 2
+    np.testing.assert_allclose(reduced, [[10 / 3, 4.5], [10.5, 12.5]], rtol=1e-6)
+    assert reduce_blocks(matrix, largest=4)[1] == 1
+
+
+def test_the_register_needs_no_renderer_and_no_torch():
+    code = (
+        "import sys, app.figures; "
+        "print(sorted({'plotly', 'matplotlib', 'streamlit', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- streamed sums, bands, errors, words
+
+
+def test_the_streamed_rank_of_every_token_stands_beside_the_pooled_one(whole):
+    data = whole["plain"]
+    figure = FIGURES["effective_rank"].build({"plain": data}, scope="data", centering="centred")
+    sampled, line = measured(figure)
+    assert line.label == "plain · every token, streamed"
+    expected = data["streamed_effective_rank"].isel(step=-1).sel(centering="centred", stream="mean")
+    np.testing.assert_array_equal(line.y, expected)
+    np.testing.assert_array_equal(line.x, sampled.x)
+    assert "Streamed: from sums over every token" in figure.caption
+
+
+@pytest.mark.parametrize("choice", [{"scope": "sequence"}, {"scope": "data", "tokens": "ordinary"}])
+def test_streamed_sums_cannot_tell_sequences_or_massive_tokens_apart(whole, choice):
+    assert len(measured(FIGURES["effective_rank"].build({"plain": whole["plain"]}, **choice))) == 1
+
+
+def test_the_streamed_cka_with_the_depth_before_has_its_error(whole):
+    data = whole["plain"].copy()
+    data["streamed_cka_error"] = data["streamed_cka_error"] + 0.01
+    _, line = measured(FIGURES["adjacent_cka"].build({"plain": data}))
+    table = data["streamed_cka"].isel(step=-1).values
+    np.testing.assert_array_equal(line.y[1:], [table[i, i - 1] for i in range(1, len(table))])
+    np.testing.assert_allclose(line.upper[1:] - line.y[1:], 0.01, atol=1e-6)
+    assert len(measured(FIGURES["adjacent_cka"].build({"plain": data}, estimator="biased"))) == 1
+    assert "at most 0.0100" in FIGURES["streamed_cka"].build({"plain": data}).caption
+
+
+def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
+    figure = FIGURES["adjacent_cosine"].build({"plain": whole["plain"]})
+    (line,) = measured(figure)
+    band = whole["plain"]["adjacent_cosine_band"].isel(step=-1).sel(stream="mean")
+    np.testing.assert_array_equal(line.lower, band.sel(quantile=0.05))
+    np.testing.assert_array_equal(line.upper, band.sel(quantile=0.95))
+    assert "Band: 5 to 95 % of the tokens." in figure.caption
+    error = whole["plain"]["adjacent_cosine_stderr"].isel(step=-1).sel(stream="mean")
+    np.testing.assert_array_equal(line.error, error)
+    assert "Whiskers: ± one standard error over sequences" in figure.caption
+
+
+def test_the_power_law_has_the_error_of_its_fit(whole):
+    figure = FIGURES["alpha_req"].build({"plain": whole["plain"]}, scope="data", centering="centred")
+    line, streamed = measured(figure)
+    assert streamed.label == "plain · every token, streamed"
+    cell = {"scope": "data", "tokens": "all", "centering": "centred", "stream": "mean"}
+    error = whole["plain"]["alpha_req_error"].isel(step=-1).sel(cell)
+    np.testing.assert_allclose(line.upper - line.y, error)
+    assert "Band: ± standard error of the power-law exponent." in figure.caption
+
+
+def test_every_component_has_the_percentiles_of_its_tokens(mixed):
+    lines = measured(FIGURES["mixing_eigenvalue_modulus"].build({"mhc": mixed}))
+    moduli = mixed["mixing_eigenvalue_modulus"].isel(step=-1)
+    assert [line.label for line in lines] == [f"mhc · |λ{i}|" for i in range(1, 5)]
+    for i, line in enumerate(lines):
+        np.testing.assert_array_equal(line.y, moduli.isel(component=i).sel(reduction="mean"))
+        np.testing.assert_array_equal(line.lower, moduli.isel(component=i).sel(reduction="p1"))
+        np.testing.assert_array_equal(line.upper, moduli.isel(component=i).sel(reduction="p99"))
+
+
+def test_operator_norms_are_a_line_each(mixed):
+    lines = measured(FIGURES["operator_gain"].build({"mhc": mixed}))
+    gains = mixed["operator_gain"].isel(step=-1).sel(reduction="mean")
+    for line, norm in zip(lines, ("infinity", "one", "two"), strict=True):
+        np.testing.assert_array_equal(line.y, gains.sel(norm=norm))
+
+
+def test_exponents_are_drawn_by_their_order(mixed):
+    (line,) = measured(FIGURES["lyapunov_spectrum"].build({"mhc": mixed}))
+    exponents = mixed["lyapunov_spectrum"].isel(step=-1).sel(reduction="mean")
+    np.testing.assert_array_equal(line.y, exponents)
+    assert line.x.tolist() == [0, 1, 2, 3]
+
+
+def test_the_collapse_stands_beside_what_weight_decay_alone_leaves(whole):
+    figure = FIGURES["deflated_gain"].build({"mhc": whole["mhc"]})
+    line, replayed = measured(figure)
+    assert replayed.label == "mhc · initialisation and weight decay alone"
+    np.testing.assert_array_equal(replayed.y, whole["mhc"]["replayed_deflated_gain"].isel(step=-1))
+    np.testing.assert_array_equal(replayed.x, line.x)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mixing_gain", "Depends on the basis of the streams."),
+        ("dong_residual", "Depends on the basis of the features."),
+        ("residual_norm", "Depends on the basis of the streams."),
+    ],
+)
+def test_what_depends_on_a_basis_says_so(name, words, mixed):
+    assert words in FIGURES[name].build({"mhc": mixed}).caption
+
+
+def test_one_stream_has_no_basis_to_depend_on_and_invariants_have_none(plain, mixed):
+    assert "basis" not in FIGURES["residual_norm"].build({"plain": plain}).caption
+    assert "basis of the" not in FIGURES["effective_streams"].build({"mhc": mixed}).caption
+
+
+def test_a_null_that_is_one_number_is_told(plain):
+    assert "Without structure it would be 2.09." in FIGURES["curvature"].build({"plain": plain}).caption
+
+
+def test_a_null_is_told_in_the_words_of_its_declaration(mixed):
+    caption = FIGURES["effective_path_depth"].build({"mhc": mixed}).caption
+    assert "the null, (k + 1)/2: a plain residual network reads all earlier outputs alike." in caption
+
+
+def test_a_sample_that_is_too_small_is_told(plain):
+    noted = plain.assign_attrs(notes={"alpha_req": "10 eigenvalues are few."})
+    assert "10 eigenvalues are few." in FIGURES["alpha_req"].build({"a": noted}).caption
+    both = FIGURES["alpha_req"].build({"a": noted, "b": plain.assign_attrs(notes={})}).caption
+    assert "a: 10 eigenvalues are few." in both
+
+
+def test_a_gap_and_a_missing_error_have_their_reasons(whole):
+    data = whole["plain"].copy()
+    name = "streamed_stable_rank"
+    data[name] = data[name].where(data["depth"] > 0).assign_attrs(undefined_because="too coarse at depth 0")
+    caption = FIGURES["stable_rank"].build({"a": data}, scope="data").caption
+    assert "A gap in it: too coarse at depth 0." in caption
+    lone = data["curvature_stderr"].where(False).assign_attrs(undefined_because="one sequence")
+    data["curvature_stderr"] = lone
+    (line,) = measured(figure := FIGURES["curvature"].build({"a": data}))
+    assert line.lower is None
+    assert "No standard error: one sequence." in figure.caption
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_latex_can_set_every_sign_of_a_figure(name, whole):
+    figure = FIGURES[name].build(whole, **({"scope": "data"} if "scope" in FIGURES[name].uses else {}))
+    labels = [line.label for line in figure.lines] if isinstance(figure, Lines) else [figure.z_label]
+    written = tex(" ".join([figure.title, figure.caption, figure.x_label, figure.y_label, *labels]))
+    assert not [sign for sign in written if ord(sign) > 255]
+
+
+# --- spectra
+
+
+def test_a_spectrum_is_the_analysis_at_the_chosen_depths(whole):
+    figure = FIGURES["spectrum"].build({"plain": whole["plain"]}, scope="data", depths=(0, 3, 99))
+    lines = measured(figure)
+    assert [line.label for line in lines] == ["depth 0", "depth 3"]
+    cell = {"scope": "data", "tokens": "all", "centering": "raw"}
+    values = whole["plain"]["singular_value"].isel(step=-1).sel(cell)
+    np.testing.assert_array_equal(lines[1].y, values.isel(depth=3))
+    np.testing.assert_array_equal(lines[1].x, values["order"])
+    noise = whole["plain"]["singular_value_null"].sel(cell).isel(depth=3)
+    nulls = [line for line in figure.lines if line.role == "null"]
+    np.testing.assert_array_equal(nulls[1].y, noise)
+    assert figure.log_x
+    assert figure.log_y
+    assert figure.sources == ("marchenko1967distribution",)
+
+
+def test_runs_of_different_depth_show_their_own_depths(whole):
+    lines = measured(FIGURES["spectrum"].build(whole))
+    assert [line.label for line in lines if line.group == "mhc"] == [
+        f"mhc · depth {d}" for d in (0, 2, 4, 6, 8)
+    ]
+    assert [line.label for line in lines if line.group == "plain"][-1] == "plain · depth 4"
+
+
+def test_a_density_counts_all_eigenvalues_and_follows_the_law_on_noise():
+    orders = np.arange(1, 401)
+    law = marchenko_pastur(1600, 400)
+    data = xr.Dataset(
+        {"singular_value": (("depth", "order"), law.singular_values()[None])},
+        {"depth": [0], "order": orders},
+    )
+    (line,) = measured(FIGURES["spectral_density"].build({"a": data}))
+    decades = np.log10(line.x)
+    area = np.sum(0.5 * (line.y[1:] + line.y[:-1]) * np.diff(decades))
+    assert area == pytest.approx(
+        1.0, abs=0.06
+    )  # the outer halves of the first and last bin are not between middles
+    gamma, x = 0.25, line.x / 1600  # the law for eigenvalues over N, per decade of them
+    low, high = (1 - gamma**0.5) ** 2, (1 + gamma**0.5) ** 2
+    inside = (x > 1.15 * low) & (x < 0.85 * high)
+    density = np.log(10) * np.sqrt((high - x[inside]) * (x[inside] - low)) / (2 * np.pi * gamma)
+    np.testing.assert_allclose(line.y[inside], density, rtol=0.05)
+
+
+def test_what_float32_cannot_tell_from_zero_is_not_drawn():
+    sigma = np.array([[1e3, 1.0, 1e-9, 0.0]])
+    data = xr.Dataset({"singular_value": (("depth", "order"), sigma)}, {"depth": [0], "order": [1, 2, 3, 4]})
+    (line,) = measured(FIGURES["spectrum"].build({"a": data}))
+    np.testing.assert_array_equal(np.isnan(line.y), [False, False, True, True])
+    (density,) = measured(FIGURES["spectral_density"].build({"a": data}))
+    assert np.isfinite(density.y).all()
+
+
+def test_an_axis_does_not_blow_rounding_up():
+    assert apart(1.0, 1.5) == (1.0, 1.5)
+    low, high = apart(1.0, 1.0 + 1e-7)
+    assert low < 0.96 < 1.04 < high
+    z = np.array([[1.0, np.nan], [1.0 + 1e-9, 1.0]])
+    data = xr.Dataset(
+        {"pair_gain": (("connection", "other_connection"), z.T)},
+        {"connection": [0, 1], "other_connection": [0, 1]},
+    )
+    assert FIGURES["pair_gain"].build({"a": data}).limits == apart(1.0, 1.0 + 1e-9)

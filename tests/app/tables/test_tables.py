@@ -1,0 +1,204 @@
+"""Tables: the numbers of the analysis, printed with their errors, nulls and counts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from depthscope.app.figures.specification import Selection
+from depthscope.app.readings.readings import read_runs
+from depthscope.app.tables.comparison import comparison_table, differences, summary_table
+from depthscope.app.tables.findings import findings_table, findings_text, place_of
+from depthscope.app.tables.formats import tex, to_csv, to_latex, to_markdown
+from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
+from depthscope.app.text.numbers import number, quantity
+from depthscope.diagnostics import Finding, Severity
+
+
+@pytest.fixture(scope="module")
+def readings(residual_run, mhc_run):
+    return read_runs({"plain": residual_run, "m_1 & <2>": mhc_run})
+
+
+FINDING = Finding(
+    verdict="rank_collapse",
+    severity=Severity.FAIL,
+    sentence="The rank is 2.1 at depth 5, below 10 (dong2021attention).",
+    metric="effective_rank",
+    value=2.1,
+    threshold=10.0,
+    source="dong2021attention",
+    axis="depth",
+    first=5,
+    last=7,
+    advice="Check the skips.",
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0, "0"),
+        (1234.5, "1234"),
+        (-12.345, "−12.3"),
+        (0.0123456, "0.0123"),
+        (3.0e-7, "3e-7"),
+        (123456.0, "1.23e5"),
+        (math.inf, "∞"),
+        (math.nan, "–"),
+    ],
+)
+def test_numbers_have_three_digits(value, said):
+    assert number(value) == said
+
+
+def test_error_sets_the_last_place():
+    assert quantity(12.3456, 0.1234, 31.0) == "12.35 ± 0.12 (null 31.0)"
+    assert quantity(0.001234, 0.00056) == "0.00123 ± 0.00056"
+    assert quantity(12.3) == "12.3"
+    assert quantity(math.nan, 1.0, 2.0) == "–"
+
+
+def test_depth_table_holds_the_analysis(readings):
+    table = depth_table(readings[0])
+    analysis = readings[0].analysis
+    picked = analysis["effective_rank"].sel(scope="sequence", tokens="all", centering="raw", stream="mean")
+    np.testing.assert_array_equal(table.data["effective_rank"], picked.isel(step=-1))
+    assert {"effective_rank_null", "effective_rank_stderr", "num_tokens", "module"} <= set(table.data)
+    row = table.printed.iloc[3]
+    assert "±" in row["effective rank"]
+    assert "null" in row["effective rank"]
+    assert row["N"] == f"{table.data['num_tokens'][3]:g}"
+    assert "all tokens" in table.caption
+
+
+def test_selection_changes_numbers_and_caption(readings):
+    pooled = depth_table(readings[0], Selection(scope="data", centering="centred"))
+    plain = depth_table(readings[0])
+    assert pooled.data["effective_rank"].iloc[-1] != plain.data["effective_rank"].iloc[-1]
+    assert pooled.data["num_tokens"].iloc[0] > plain.data["num_tokens"].iloc[0]
+    assert pooled.caption != plain.caption
+
+
+def test_long_runs_print_fewer_rows_and_say_so(readings):
+    table = depth_table(readings[1], rows=5)
+    assert len(table.printed) == 5
+    assert len(table.data) == readings[1].analysis.sizes["depth"]
+    assert f"5 of {len(table.data)} rows" in table.caption
+    assert table.printed["depth"].iloc[-1] == str(len(table.data) - 1)
+
+
+def test_mixing_only_where_streams_mix(readings):
+    assert mixing_table(readings[0]) is None
+    table = mixing_table(readings[1])
+    assert table is not None
+    assert table.data["doubly_stochastic_violation_column"].max() < 1e-5
+    assert table.data["composite_gain_forward"].iloc[-1] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_summary_has_one_row_a_run_with_the_true_extremes(readings):
+    table = summary_table(readings)
+    assert list(table.data["run"]) == [reading.name for reading in readings]
+    cosine = readings[0].analysis["adjacent_cka"].sel(estimator="unbiased", tokens="all").isel(step=-1)
+    row = table.data.iloc[0]
+    assert row["adjacent_cka_lowest"] == pytest.approx(float(cosine.min()))
+    assert row["adjacent_cka_lowest_at"] == int(np.nanargmin(cosine.values))
+    assert math.isnan(row["composite_gain_forward_highest"])
+    assert table.printed.iloc[0]["composite gain forward, max"] == "–"
+
+
+def test_comparison_takes_the_nearest_measured_depth(readings):
+    table = comparison_table(readings, ["residual_norm"], points=4)
+    depths = readings[0].analysis.sizes["depth"]
+    norm = readings[0].analysis["residual_norm"].sel(stream="mean").isel(step=-1).values
+    nearest = [int(np.argmin(np.abs(np.arange(depths) / (depths - 1) - x))) for x in (0, 1 / 3, 2 / 3, 1)]
+    np.testing.assert_allclose(table.data["plain"], norm[nearest])
+    with pytest.raises(ValueError, match="no run holds mixing_gain"):
+        comparison_table(readings[:1], ["mixing_gain"])
+
+
+def test_differences_are_told(readings):
+    assert differences(readings) == []
+    other = replace(readings[1], attrs={**readings[1].attrs, "dtype": "bfloat16"})
+    assert differences([readings[0], other]) == [
+        "the runs have different precision (plain: float32, m_1 & <2>: bfloat16)"
+    ]
+
+
+def test_latex_is_escaped_cited_and_ruled(readings):
+    found = replace(readings[1], findings=(FINDING,))
+    cites = {"effective_rank": "roy2007effective"}
+    text = to_latex(depth_table(found), cites)
+    assert r"m\_1 \& $<$2$>$" in text
+    assert r"\toprule" in text
+    assert r"\cite{roy2007effective}" in text
+    assert r"$\pm$" in text
+    rows = to_latex(findings_table([found]), cites)
+    assert rows.count(r"\cite{dong2021attention}") == 2  # the column and the sentence
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        ("50 % of a_b #1", r"50 \% of a\_b \#1"),
+        (r"a\b^c~d", r"a\textbackslash{}b\textasciicircum{}c\textasciitilde{}d"),
+        ("3.2e-7", r"$3.2\times10^{-7}$"),
+        ("−1 ≤ σ₁", r"$-$1 $\le$ $\sigma$$_1$"),
+        ("version1e5", "version1e5"),
+    ],
+)
+def test_tex_of_text(plain, said):
+    assert tex(plain) == said
+
+
+def test_markdown_and_csv(readings):
+    table = summary_table(readings)
+    lines = to_markdown(table).splitlines()
+    assert lines[0].startswith("**Summary of runs.**")
+    assert len(lines) == 4 + len(readings)
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert to_csv(table).splitlines()[0].startswith("run,model,family,streams,layers,num_tokens")
+
+
+def test_findings_in_plain_words():
+    text = findings_text([FINDING, replace(FINDING, severity=Severity.WARN, axis="run", first=-1, last=-1)])
+    assert text.startswith("FAIL  rank collapse, depth 5–7\n")
+    assert "Try: Check the skips." in text
+    assert "\n\nWARN  rank collapse\n" in text
+    assert findings_text([]).startswith("Nothing found")
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({}, "depth 5–7"),
+        ({"last": 5}, "depth 5"),
+        ({"stream": "2"}, "depth 5–7, stream 2"),
+        ({"axis": "run", "first": -1, "last": -1}, "whole run"),
+    ],
+)
+def test_places(change, place):
+    assert place_of(replace(FINDING, **change)) == place
+
+
+def test_undefined_threshold_prints_a_dash(readings):
+    found = replace(readings[0], findings=(replace(FINDING, threshold=math.nan),))
+    assert findings_table([found]).printed["threshold"][0] == "–"
+
+
+def test_slugs_are_safe_and_differ():
+    assert slug("a-1.b") == "a-1.b"
+    names = [slug(name) for name in ("a/b", "a b", "a_b", "模型", "../x", "")]
+    assert len(set(names)) == len(names)
+    assert all(
+        set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") and name[0] != "." for name in names
+    )
+
+
+def test_rows_are_even():
+    assert evenly(3, 5) == [0, 1, 2]
+    assert evenly(101, 3) == [0, 50, 100]
+    assert spoken("adjacent_cka") == "adjacent CKA"

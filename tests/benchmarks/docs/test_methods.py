@@ -1,0 +1,86 @@
+"""The methods page says of every metric and verdict what its declaration says, and is current."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.docs import methods, published
+from depthscope.diagnostics import CATALOGUE
+from depthscope.diagnostics.theory import LAWS
+from depthscope.diagnostics.verdicts import VERDICTS
+
+
+@pytest.fixture(scope="module")
+def sections():
+    parts = methods.methods_page().split("\n#### ")
+    return {part.partition("`")[2].partition("`")[0]: part for part in parts[1:]}
+
+
+def test_the_committed_page_is_what_the_declarations_say():
+    assert methods.PAGE.read_text(encoding="utf-8") == methods.methods_page(), (
+        "run python -m benchmarks.docs.methods"
+    )
+    assert methods.main(["--check"]) == 0
+
+
+def test_an_old_page_is_told(tmp_path, monkeypatch):
+    page = tmp_path / "docs" / "methods.md"
+    monkeypatch.setattr(methods, "PAGE", page)
+    assert methods.main(["--check"]) == 1
+    assert methods.main([]) == 0
+    assert methods.main(["--check"]) == 0
+
+
+def test_every_metric_verdict_and_law_has_a_section(sections):
+    assert list(sections) == [*CATALOGUE, *VERDICTS, *LAWS]
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_metric_is_told_whole(sections, name):
+    metric, section = CATALOGUE[name], sections[name]
+    assert metric.description in section
+    assert f"$`{metric.symbol}`$" in section
+    for fact in (metric.units, metric.estimator, metric.basis):
+        assert fact in section
+    assert ("on request" in section) is not metric.default
+    assert section.count("```math") == metric.__doc__.count(".. math::")
+    if callable(metric.null):
+        assert f"`{name}_null`" in section
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_verdict_is_told_whole(sections, name):
+    verdict, section = VERDICTS[name], sections[name]
+    for severity, limit in verdict.limits.levels:
+        assert f"{severity.name} {'above' if verdict.limits.above else 'below'} {limit:g}" in section
+    assert verdict.advice in section
+    assert verdict.title in section
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_a_law_is_told_whole(sections, name):
+    law, section = LAWS[name], sections[name]
+    for fact in (law.description, law.equation, law.assumption, *law.metrics):
+        assert fact in section
+
+
+def test_sources_carry_their_arxiv_number(sections):
+    assert "[Dong et al. 2021](https://arxiv.org/abs/2103.03404)" in sections["dong_residual"]
+    assert "[Roy & Vetterli 2007]" not in sections["effective_rank"]  # a paper without a link is not one
+    assert "Roy & Vetterli 2007" in sections["effective_rank"]
+
+
+def test_published_results_stand_beside_what_is_found(sections):
+    text = list(sections.values())[-1].partition("## Published results")[2]
+    assert "| spectral norm of P31-60 | 1.14 | 1.14 |" in text
+    assert "| HC n = 4: reads (5n+1)d + n² + 2n | 86040 | 86040 |" in text
+    assert "`python -m benchmarks.published`" in text
+    assert text.count("| printed | found |") == 13
+
+
+@pytest.mark.parametrize(
+    ("value", "digits"),
+    [(8192, "8192"), (1 + 1e-12, "1"), (8e-196, "below 1e-9"), (0.0158371, "0.0158"), (0, "0")],
+)
+def test_what_rounding_leaves_does_not_reach_the_page(value, digits):
+    assert published._digits(value) == digits

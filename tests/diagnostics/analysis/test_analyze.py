@@ -1,0 +1,333 @@
+"""The analysis computes what is asked and no more, says what is missing, and survives odd runs."""
+
+from __future__ import annotations
+
+import hashlib
+import tracemalloc
+
+import numpy as np
+import pytest
+import xarray as xr
+from array_api_compat.numpy import linalg
+
+from depthscope import diagnostics
+from depthscope.diagnostics import kernels, schema
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
+
+
+def count_calls(monkeypatch, module, names):
+    calls = dict.fromkeys(names, 0)
+    for name in names:
+        original = getattr(module, name)
+
+        def counted(*args, _name=name, _original=original, **kwargs):
+            calls[_name] += 1
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_only_what_is_asked_is_computed(mhc_run, monkeypatch):
+    similar = count_calls(monkeypatch, kernels.similarity, ["cka_matrix"])
+    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "pair_columns", "eigenvalues"])
+    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
+    found = diagnostics.analyze(mhc_run, metrics=["residual_norm", "mixing_gain"])
+    assert set(found.data_vars) == {"residual_norm", "mixing_gain"}
+    assert set((similar | mixed | spectra).values()) == {0}
+
+
+def test_one_decomposition_serves_four_ranks(residual_run, monkeypatch):
+    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
+    ranks = ["effective_rank", "entropy_rank", "participation_ratio", "stable_rank"]
+    diagnostics.analyze(residual_run, metrics=ranks[:1])
+    once = spectra["singular_values"]
+    diagnostics.analyze(residual_run, metrics=ranks)
+    assert spectra["singular_values"] == 2 * once
+    # every depth, raw and centred, by sequence and pooled; the ordinary tokens are all tokens here
+    assert once == 7 * 2 * 2
+
+
+DECOMPOSITIONS = ("eigvalsh", "eigh", "svd", "svdvals", "qr", "eigvals", "cholesky")
+
+
+def record_decompositions(monkeypatch):
+    """A digest of every matrix that is decomposed from now on."""
+    seen = []
+    for name in DECOMPOSITIONS:
+        original = getattr(linalg, name, None)
+
+        def recorded(x, *args, _original=original, **kwargs):
+            matrices = np.reshape(x, (-1, *x.shape[-2:]))
+            seen.extend(hashlib.blake2b(matrix.tobytes()).hexdigest() for matrix in matrices)
+            return _original(x, *args, **kwargs)
+
+        if original is not None:
+            monkeypatch.setattr(linalg, name, recorded)
+    return seen
+
+
+def test_no_state_is_decomposed_twice(make_run, monkeypatch):
+    run = make_run("residual", layers=3, samples=3)
+    matrices = record_decompositions(monkeypatch)
+    diagnostics.analyze(run)
+    # Of 4 depths, raw and centred: 3 sequences and all tokens. And the gradients of the 3 sequences.
+    assert len(matrices) == 4 * (2 * (3 + 1) + 1)
+    assert len(set(matrices)) == len(matrices)
+
+
+SETS = ["residual_norm", "token_cosine", "angular_distance", "curvature", "cka", "alpha_req", "gradient_rank"]
+
+
+@pytest.mark.parametrize("first", SETS)
+@pytest.mark.parametrize("second", ["adjacent_cka", "stable_rank", "gradient_norm"])
+def test_a_set_of_metrics_costs_what_its_parts_need_together(make_run, monkeypatch, first, second):
+    run = make_run("residual", layers=3, samples=3)
+    matrices = record_decompositions(monkeypatch)
+    tables = count_calls(monkeypatch, diagnostics.metrics.similarity, ["_cka"])
+    diagnostics.analyze(run, metrics=[first, second])
+    ranks, gradients = {"stable_rank", "alpha_req"}, {"gradient_rank"}
+    asked = {first, second}
+    assert len(matrices) == 4 * 2 * (3 + 1) * bool(asked & ranks) + 4 * bool(asked & gradients)
+    assert tables["_cka"] == bool(asked & {"cka", "adjacent_cka"})
+
+
+def test_a_depth_is_read_once_for_all_metrics(make_run, monkeypatch):
+    run = make_run("hc", layers=2)
+    reads = count_calls(monkeypatch, diagnostics.quantities.states.States, ["_read"])
+    diagnostics.analyze(run)
+    assert reads["_read"] == 2 * 5  # residual and gradient at every depth
+
+
+def test_what_does_not_fit_is_read_again_and_gives_the_same(make_run, monkeypatch):
+    run = make_run("hc", layers=2)
+    whole = diagnostics.analyze(run)
+    monkeypatch.setattr(
+        diagnostics.quantities.states, "KEPT", 2 * 5 * 2 * 16 * 32 * 4
+    )  # two depths of five views
+    reads = count_calls(monkeypatch, diagnostics.quantities.states.States, ["_read"])
+    xr.testing.assert_identical(diagnostics.analyze(run), whole)
+    assert reads["_read"] > 2 * 5
+
+
+def test_memory_is_that_of_the_states_once_more_and_blocks_of_a_fixed_size(make_run):
+    run = make_run("residual", layers=23, samples=4, tokens=64, features=256, gradients=False, weights=False)
+    # CKA holds tiles of Gram matrices, of a fixed size.
+    names = [name for name, metric in CATALOGUE.items() if metric.default and "cka" not in name]
+    diagnostics.analyze(run, metrics=names)
+    tracemalloc.start()
+    diagnostics.analyze(run, metrics=names)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * run["trace"].to_dataset().nbytes + 10e6  # and blocks of a fixed size
+
+
+def test_a_run_is_not_written_to(make_run):
+    run = make_run("mhc", layers=2, features=12)
+    before = run.copy(deep=True)
+    diagnostics.analyze(run, metrics=CATALOGUE, jackknife=True)
+    xr.testing.assert_identical(run, before)
+
+
+def test_a_choice_of_variant_computes_no_other(residual_run, monkeypatch):
+    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
+    diagnostics.effective_rank(residual_run.trace.residual, scope="data", center=True)
+    assert spectra["singular_values"] == 7
+
+
+def test_composites_are_shared(hc_run, monkeypatch):
+    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites"])
+    diagnostics.analyze(
+        hc_run, metrics=["composite_gain", "composite_attenuation", "composite_singular_value"]
+    )
+    assert mixed["prefix_composites"] == 1
+
+
+def test_an_unknown_metric_is_refused_with_the_closest(residual_run):
+    with pytest.raises(ValueError, match="no metric 'efective_rank'; closest: 'effective_rank'"):
+        diagnostics.analyze(residual_run, metrics=["efective_rank"])
+
+
+def test_one_name_is_one_metric(residual_run):
+    one = diagnostics.analyze(residual_run, metrics="residual_norm")
+    xr.testing.assert_identical(one, diagnostics.analyze(residual_run, metrics=["residual_norm"]))
+
+
+@pytest.mark.parametrize("metrics", [[None], [3], 3])
+def test_what_is_no_name_of_a_metric_is_refused(residual_run, metrics):
+    with pytest.raises(ValueError, match=r"came .*(None|3).*; expected .*'effective_rank'"):
+        diagnostics.analyze(residual_run, metrics=metrics)
+
+
+def test_what_is_no_run_is_refused(residual_run):
+    wrong = {
+        "came a NoneType; expected a run, a DataTree; capture one with": None,
+        r"came the path 'w.nc'; expected a run, .*analyze\(diagnostics.open_run": "w.nc",
+        r"came a Dataset; expected a run, .*diagnostics.create_run\(trace": residual_run[
+            "trace"
+        ].to_dataset(),
+    }
+    for said, came in wrong.items():
+        with pytest.raises(ValueError, match=said):
+            diagnostics.analyze(came)
+
+
+def test_what_cannot_be_fed_is_listed_with_its_reason(make_run):
+    found = diagnostics.analyze(make_run("residual", gradients=False, layers=2))
+    reasons = found.attrs["not_computed"]
+    assert "gradients=True" in reasons["gradient_norm"]
+    assert "one stream" in reasons["mixing_gain"]
+    assert set(reasons) | set(found.data_vars) | set(found.attrs["on_request"]) >= set(CATALOGUE)
+    assert not set(reasons) & set(found.data_vars)
+
+
+def test_costly_metrics_are_computed_only_when_named(make_run):
+    run = make_run("residual", layers=2, features=8)
+    costly = [name for name, metric in CATALOGUE.items() if not metric.default]
+    unasked = diagnostics.analyze(run)
+    assert unasked.attrs["on_request"] == costly
+    assert not set(costly) & (set(unasked.data_vars) | set(unasked.attrs["not_computed"]))
+    asked = diagnostics.analyze(run, metrics=["rsa", "intrinsic_dimension"])
+    assert {"rsa", "intrinsic_dimension"} <= set(asked.data_vars)
+    assert "on_request" not in asked.attrs
+
+
+def test_progress_is_told(residual_run):
+    told = []
+    diagnostics.analyze(
+        residual_run, metrics=["residual_norm", "dong_residual"], progress=lambda *now: told.append(now)
+    )
+    assert told == [("residual_norm", 0, 2), ("dong_residual", 1, 2), ("", 2, 2)]
+
+
+@pytest.mark.parametrize("suffix", schema.SUFFIXES)
+def test_a_lazy_run_gives_the_same_and_stays_lazy(mhc_run, tmp_path, suffix):
+    path = schema.save_run(mhc_run, tmp_path / f"run{suffix}")
+    with schema.open_run(path) as run:
+        xr.testing.assert_allclose(diagnostics.analyze(run), diagnostics.analyze(mhc_run))
+        assert not run["trace"].to_dataset().variables["residual"]._in_memory
+
+
+def test_an_analysis_survives_the_disk_as_metrics(hc_run, tmp_path):
+    found = diagnostics.analyze(hc_run)
+    run = hc_run.copy()
+    run["metrics"] = found
+    with schema.open_run(schema.save_run(run, tmp_path / "run.nc")) as back:
+        stored = schema.chain_dataset(back, "metrics").load()
+        xr.testing.assert_equal(stored, found)
+        assert all("initial_logits" in reason for reason in stored.attrs["not_computed"].values())
+        assert diagnostics.judge(stored) == diagnostics.judge(found)
+
+
+def test_several_chains_give_a_tree(make_run):
+    part = make_run("residual", layers=2)["trace"].to_dataset()
+    run = schema.create_run({"encoder": part, "decoder": part}, attrs={"family": "residual", "n_streams": 1})
+    tree = diagnostics.analyze(run, metrics=["residual_norm"])
+    assert list(tree.children) == ["encoder", "decoder"]
+    assert tree["decoder"].to_dataset()["residual_norm"].dims == ("step", "depth", "stream")
+    assert tree.attrs["family"] == "residual"
+    with pytest.raises(ValueError, match="several chains: encoder, decoder"):
+        diagnostics.residual_norm(run)
+
+
+def test_the_step_of_the_trace_is_kept(make_run):
+    run = make_run("residual", layers=2)
+    trace = run["trace"].to_dataset()
+    for marked in (trace.assign_coords(step=70), trace.assign_attrs(step=70)):
+        found = diagnostics.analyze(schema.create_run(marked, attrs=run.attrs), metrics=["residual_norm"])
+        assert found["step"].values.tolist() == [70]
+
+
+ODD = {
+    "no token dim to speak of": {"tokens": 1},
+    "one sequence": {"samples": 1},
+    "one token": {"samples": 1, "tokens": 1},
+    "one layer": {"layers": 1},
+    "more features than tokens": {"tokens": 3, "features": 64},
+    "two features": {"features": 2},
+}
+
+
+@pytest.mark.parametrize("family", ["residual", "mhc"])
+@pytest.mark.parametrize("sizes", ODD.values(), ids=ODD.keys())
+def test_odd_sizes_are_measured_and_judged(make_run, sizes, family):
+    found = diagnostics.analyze(make_run(family, **({"layers": 2} | sizes)))
+    assert found["residual_norm"].notnull().all()
+    assert not np.isinf(found["effective_rank"]).any()
+    if sizes.get("samples") == 1:
+        assert found["effective_rank_stderr"].isnull().all()
+    if sizes.get("tokens") == 1:
+        assert found["token_cosine"].sel(scope="sequence").isnull().all()
+        assert found["effective_rank"].sel(scope="sequence", centering="centred").isnull().all()
+        np.testing.assert_allclose(found["effective_rank"].sel(scope="sequence", centering="raw"), 1.0)
+    diagnostics.judge(found, passed=True)
+
+
+@pytest.mark.parametrize("family", ["residual", "mhc"])
+def test_a_sequence_without_tokens_counts_for_nothing(make_run, family):
+    run = make_run(family, layers=2)
+    trace = run["trace"].to_dataset().load()
+    trace["mask"].values[1] = False
+    found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
+    alone = diagnostics.analyze(schema.create_run(trace.isel(sample=[0]), attrs=run.attrs))
+    xr.testing.assert_allclose(found, alone)
+
+
+def test_a_run_without_a_token_says_so(make_run):
+    run = make_run("mhc", layers=2)
+    trace = run["trace"].to_dataset().load()
+    trace["mask"].values[:] = False
+    found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
+    assert not found.data_vars
+    of_tokens = {
+        name: reason
+        for name, reason in found.attrs["not_computed"].items()
+        if CATALOGUE[name].question not in ("weight_updates", "streamed")
+    }
+    assert all("leaves no token" in reason for reason in of_tokens.values())
+    assert diagnostics.judge(found) == []
+
+
+@pytest.mark.parametrize("family", ["residual", "mhc"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_depth_that_is_not_finite_is_undefined_and_the_others_are_not(make_run, bad, family):
+    run = make_run(family, layers=3)
+    trace = run["trace"].to_dataset().load()
+    whole = diagnostics.analyze(run)
+    trace["residual"].values[2, 0, 5, 0, 3] = bad
+    found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
+    others = [d for d in range(trace.sizes["depth"]) if d != 2]
+    for name in ("effective_rank", "dong_residual", "token_cosine", "residual_norm", "massive_activation"):
+        assert found[name].sel(depth=2, stream="mean").isnull().all()
+        xr.testing.assert_allclose(found[name].isel(depth=others), whole[name].isel(depth=others))
+    assert found["cka"].isel(depth=2).isnull().all()
+    assert found["angular_distance"].isel(other_depth=2).isnull().all()
+    assert found["block_influence"].isel(depth=[2, 3]).isnull().all()
+    if family == "mhc":
+        assert found["residual_norm"].sel(depth=2, stream="3").notnull().all()
+
+
+def test_quantities_are_computed_once_and_reasons_kept(residual_run):
+    source = Quantities(residual_run["trace"].to_dataset())
+    assert source["residual_states"] is source["residual_states"]
+    assert source.computed == {"residual_states"}
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="holds no h_post"):
+            source["h_post"]
+    with pytest.raises(LookupError, match="no quantity 'nonsense'"):
+        source["nonsense"]
+
+
+def test_a_metric_is_one_function(residual_run):
+    @metric(symbol="m", cite="roy2007effective", basis="feature", null=0.0, estimator="mean")
+    def mean_activation(residual_states):
+        """Mean activation."""
+        return residual_states.over_depth(lambda views: views[:, residual_states.mask].mean((1, 2)))
+
+    found = mean_activation(residual_run.trace.residual)
+    np.testing.assert_allclose(
+        found, residual_run.trace.residual.mean(("sample", "token", "feature")), atol=1e-6
+    )
+    assert found.attrs["long_name"] == "Mean activation"

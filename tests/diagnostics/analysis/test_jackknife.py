@@ -1,0 +1,193 @@
+"""Standard errors against closed forms, against recomputation by hand, and by how often they hold the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import xarray as xr
+
+from depthscope import diagnostics
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.analysis.jackknife import jackknife, resampled
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.over_sequences import fold
+
+
+@pytest.fixture
+def run_of(make_run):
+    """A residual run of states (depth, sample, token, feature) without padding."""
+
+    def build(states):
+        depths, samples, tokens, features = states.shape
+        sizes = {"layers": depths - 1, "samples": samples, "tokens": tokens, "features": features}
+        run = make_run("residual", **sizes, gradients=False, weights=False)
+        trace = run["trace"].to_dataset().load()
+        trace["residual"].values[:] = states[:, :, :, None]
+        trace["mask"].values[:] = True
+        return schema.create_run(trace, attrs=run.attrs)
+
+    return build
+
+
+def test_the_error_of_a_mean_is_that_of_the_mean(run_of):
+    states = np.random.default_rng(0).standard_normal((2, 7, 5, 3))
+    found = diagnostics.analyze(
+        run_of(states), metrics=["channel_squared_mean", "block_influence"], jackknife=True
+    )
+    x, y = states.astype(np.float32).astype(float)
+    cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+    each = (1 - cosine).mean(
+        1
+    )  # as many tokens in every sequence: the mean over tokens is that over sequences
+    error = found["block_influence_stderr"].sel(tokens="all").isel(step=0, depth=1)
+    assert float(error) == pytest.approx(each.std(ddof=1) / 7**0.5, rel=1e-6)
+    assert error.attrs["estimator"] == "delete-one jackknife over 7 sequences"
+    pooled = x.reshape(-1, 3)
+    without = [np.delete(x, s, axis=0).reshape(-1, 3).mean(0) for s in range(7)]
+    values = np.array([(mean**2).mean() for mean in without])
+    expected = np.sqrt(6 / 7 * ((values - values.mean()) ** 2).sum())
+    assert float(found["channel_squared_mean_stderr"][0, 0, 0]) == pytest.approx(expected, rel=1e-6)
+    assert float(found["channel_squared_mean"][0, 0, 0]) == pytest.approx(
+        (pooled.mean(0) ** 2).mean(), rel=1e-6
+    )
+
+
+def test_sequences_keep_their_own_error_and_pooled_tokens_get_the_jackknife(hc_run):
+    plain = diagnostics.analyze(hc_run, metrics=["effective_rank", "dong_residual"])
+    both = diagnostics.analyze(hc_run, metrics=["effective_rank", "dong_residual"], jackknife=True)
+    xr.testing.assert_identical(plain["dong_residual_stderr"], both["dong_residual_stderr"])
+    before, after = plain["effective_rank_stderr"], both["effective_rank_stderr"]
+    xr.testing.assert_equal(before.sel(scope="sequence"), after.sel(scope="sequence"))
+    assert before.sel(scope="data").isnull().all()
+    assert after.sel(scope="data").notnull().all()
+    assert "over the data: delete-one jackknife over 2 sequences" in after.attrs["estimator"]
+    xr.testing.assert_equal(plain["effective_rank"], both["effective_rank"])
+
+
+def test_what_is_left_out_is_a_whole_sequence_whatever_its_length(make_run):
+    run = make_run("residual", layers=2, samples=4)  # the last sequence is padded
+    trace = run["trace"].to_dataset().load()
+    found = diagnostics.analyze(run, metrics=["participation_ratio"], jackknife=True)
+    values = []
+    for s in range(4):
+        rest = trace.isel(sample=[i for i in range(4) if i != s])
+        alone = diagnostics.analyze(schema.create_run(rest, attrs=run.attrs), metrics=["participation_ratio"])
+        values.append(alone["participation_ratio"].sel(scope="data").values)
+    expected = np.sqrt(3 / 4 * ((np.array(values) - np.mean(values, axis=0)) ** 2).sum(0))
+    np.testing.assert_allclose(
+        found["participation_ratio_stderr"].sel(scope="data").values, expected, rtol=1e-6
+    )
+
+
+def test_a_thinned_metric_leaves_out_of_the_tokens_that_it_took(monkeypatch, make_run):
+    monkeypatch.setattr("depthscope.diagnostics.metrics.alignment.ROWS", 40)
+    run = make_run("residual", layers=1, samples=8, features=6)
+    found = diagnostics.analyze(run, metrics=["rsa"], jackknife=True)
+    mask = run.trace.mask.values
+    real = np.argwhere(mask)
+    kept = real[diagnostics.metrics.alignment.evenly_spaced(len(real), 40)]
+    x, y = (run.trace.residual.values[depth, kept[:, 0], kept[:, 1], 0] for depth in (0, 1))
+    values = []
+    for s in range(8):
+        rest = kept[:, 0] != s
+        upper = np.triu_indices(int(rest.sum()), 1)
+        pairs = [1 - np.corrcoef(side[rest].astype(float))[upper] for side in (x, y)]
+        values.append(scipy.stats.spearmanr(*pairs).statistic)
+    expected = np.sqrt(7 / 8 * ((values - np.mean(values)) ** 2).sum())
+    assert float(found["rsa_stderr"].sel(tokens="all")[0, 0, 1]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["residual", "hc"])
+def test_every_smooth_metric_has_an_error_and_no_other(make_run, family):
+    run = make_run(family, layers=2, samples=3, features=12)
+    found = diagnostics.analyze(run, metrics=CATALOGUE, jackknife=True)
+    for name in set(CATALOGUE) & set(found.data_vars):
+        assert (f"{name}_stderr" in found) == resampled(CATALOGUE[name]), name
+        if f"{name}_stderr" in found:
+            error = found[f"{name}_stderr"]
+            assert error.dims == found[name].dims
+            assert not (error < 0).any()
+            assert "sequences" in error.attrs["estimator"]
+            assert error.attrs["long_name"].endswith("standard error over sequences")
+            if "reduction" in error.dims:
+                assert error.sel(reduction=["median", "p1", "p99", "max"]).isnull().all()
+                assert error.sel(reduction="mean").notnull().any()
+
+
+def test_one_sequence_has_no_error_and_says_why(make_run):
+    run = make_run("residual", layers=2, samples=1)
+    found = diagnostics.analyze(run, metrics=["effective_rank", "cka"], jackknife=True)
+    assert found["effective_rank_stderr"].isnull().all()
+    assert "one sequence" in found["effective_rank_stderr"].attrs["undefined_because"]
+    assert "cka_stderr" not in found
+    assert "one sequence" in found.attrs["notes"]["standard errors"]
+    alone = diagnostics.analyze(run, metrics=["cka"], jackknife=True)
+    assert "one sequence" in alone.attrs["notes"]["standard errors"]
+
+
+def test_progress_counts_the_sequences_left_out(make_run):
+    told = []
+    run = make_run("residual", layers=1, samples=3)
+    diagnostics.analyze(run, metrics=["cka"], jackknife=True, progress=lambda *now: told.append(now))
+    assert told == [("cka", 0, 4), *(("jackknife", done, 4) for done in (1, 2, 3)), ("", 4, 4)]
+
+
+def test_only_pooled_tokens_are_measured_again(make_run, monkeypatch):
+    run = make_run("residual", layers=1, samples=3)
+    calls = []
+    original = diagnostics.kernels.rank.singular_values
+    monkeypatch.setattr(
+        diagnostics.kernels.rank,
+        "singular_values",
+        lambda x, **how: calls.append(x.shape) or original(x, **how),
+    )
+    trace = run["trace"].to_dataset()
+    jackknife(trace, [CATALOGUE["effective_rank"], CATALOGUE["dong_residual"], CATALOGUE["num_tokens"]])
+    assert calls == [(1, n, 32) for n in (28, 28, 32) for _ in range(2 * 2)]  # depths; raw and centred
+
+
+SEQUENCES, TOKENS, REPLICATIONS = 12, 10, 200
+VARIANCES = np.array([4.0, 2.0, 1.0, 0.5])
+
+
+def population(rng):
+    """Tokens whose sequences share a part, as text does: (replication, sample, token, feature)."""
+    shared = rng.standard_normal((REPLICATIONS, SEQUENCES, 1, len(VARIANCES)))
+    own = rng.standard_normal((REPLICATIONS, SEQUENCES, TOKENS, len(VARIANCES)))
+    return (0.6 * shared + 0.8 * own) * np.sqrt(VARIANCES)
+
+
+def held(values, errors, truth):
+    """How often the 95 % interval of Student's t holds the truth."""
+    return np.mean(abs(values - truth) < scipy.stats.t.ppf(0.975, SEQUENCES - 1) * errors)
+
+
+def test_the_interval_of_the_participation_ratio_holds_that_of_the_population(run_of):
+    run = run_of(population(np.random.default_rng(0)))  # every depth is a replication
+    found = diagnostics.analyze(run, metrics=["participation_ratio"], jackknife=True)
+    found = found.sel(scope="data", centering="centred", tokens="all").squeeze()
+    truth = VARIANCES.sum() ** 2 / (VARIANCES**2).sum()
+    assert 0.85 <= held(found["participation_ratio"], found["participation_ratio_stderr"], truth) <= 0.99
+
+
+def test_the_interval_of_unbiased_cka_holds_that_of_the_population(run_of):
+    rng = np.random.default_rng(1)
+    values, errors = [], []
+    for _ in range(10):
+        x, z = population(rng)[:12], population(rng)[:12]
+        states = np.stack([x, 0.8 * x + 0.6 * z], axis=1).reshape(-1, *x.shape[1:])
+        found = diagnostics.analyze(run_of(states), metrics=["adjacent_cka"], jackknife=True)
+        pairs = found.sel(estimator="unbiased", tokens="all").isel(step=0, depth=slice(1, None, 2))
+        values += pairs["adjacent_cka"].values.tolist()
+        errors += pairs["adjacent_cka_stderr"].values.tolist()
+    assert 0.85 <= held(np.array(values), np.array(errors), 0.8**2) <= 0.99
+
+
+def test_an_error_that_takes_tokens_for_independent_would_hold_it_too_seldom():
+    states = population(np.random.default_rng(2))
+    means = states.mean((1, 2))[:, 0]
+    of_tokens = states[..., 0].std((1, 2), ddof=1) / (SEQUENCES * TOKENS) ** 0.5
+    of_sequences = fold(xr.DataArray(states[..., 0].mean(2), dims=("depth", "sequence")))[1]
+    assert held(means, of_tokens, 0.0) < 0.75
+    assert 0.85 <= held(means, of_sequences, 0.0) <= 0.99

@@ -1,0 +1,149 @@
+"""Ranks, cosines and outliers against formulas written out in numpy, and against what is known to happen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope import diagnostics
+from depthscope.diagnostics import schema
+
+
+def run_of(states, mask=None, **attrs):
+    """A residual run of states (depth, sample, token, feature)."""
+    states = np.asarray(states, np.float32)
+    depths, samples, tokens, _ = states.shape
+    mask = np.ones((samples, tokens), bool) if mask is None else mask
+    coords = {
+        "depth": np.arange(depths),
+        "layer": ("depth", np.arange(depths) - 1),
+        "site": ("depth", np.array(["embed"] + ["post"] * (depths - 1), dtype=object)),
+        "module": ("depth", np.array(["m"] * depths, dtype=object)),
+        "stream": [0],
+    }
+    trace = xr.Dataset(
+        {"residual": (schema.STATE, states[:, :, :, None]), "mask": (("sample", "token"), mask)}, coords
+    )
+    return schema.create_run(trace, attrs={"family": "residual", "n_streams": 1, **attrs})
+
+
+@pytest.fixture(scope="module")
+def noise():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((2, 3, 40, 24)) @ np.diag(np.arange(1, 25) ** -0.5)
+
+
+def spectrum(x, center):
+    return np.linalg.svd(x - x.mean(0) if center else x, compute_uv=False)
+
+
+RANKS = {
+    "effective_rank": lambda s: np.exp(-np.sum(s / s.sum() * np.log(s / s.sum()))),
+    "entropy_rank": lambda s: np.exp(-np.sum(s**2 / (s**2).sum() * np.log(s**2 / (s**2).sum()))),
+    "participation_ratio": lambda s: (s**2).sum() ** 2 / (s**4).sum(),
+    "stable_rank": lambda s: (s**2).sum() / s.max() ** 2,
+}
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_within_a_sequence_and_over_the_data(noise, name, center):
+    analysis = diagnostics.analyze(run_of(noise), metrics=[name])
+    pick = {"tokens": "all", "centering": "centred" if center else "raw", "depth": 1, "stream": "mean"}
+    found = analysis[name].sel(pick).isel(step=0)
+    states = noise[1].astype(np.float32).astype(float)
+    each = [RANKS[name](spectrum(x, center)) for x in states]
+    assert float(found.sel(scope="sequence")) == pytest.approx(np.mean(each), rel=1e-6)
+    pooled = RANKS[name](spectrum(states.reshape(-1, 24), center))
+    assert float(found.sel(scope="data")) == pytest.approx(pooled, rel=1e-6)
+    stderr = analysis[f"{name}_stderr"].sel(pick).sel(scope="sequence").item()
+    assert stderr == pytest.approx(np.std(each, ddof=1) / np.sqrt(3), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_noise_lies_at_its_null(name):
+    states = np.random.default_rng(3).standard_normal((1, 4, 200, 100))
+    analysis = diagnostics.analyze(run_of(states), metrics=[name])
+    found = analysis[name].sel(tokens="all").squeeze().transpose("scope", "centering")
+    null = analysis[f"{name}_null"].sel(tokens="all").transpose("scope", "centering")
+    # The edge of the spectrum has finite-size corrections that the stable rank feels most.
+    np.testing.assert_allclose(found, null, rtol=0.06)
+
+
+def test_dong_residual_keeps_the_square_root(noise):
+    found = diagnostics.analyze(run_of(noise), metrics=["dong_residual"])["dong_residual"]
+    expected = []
+    for x in noise[0].astype(np.float32).astype(float):
+        r = x - x.mean(0)
+        top = np.abs(r).sum(0).max() * np.abs(r).sum(1).max()
+        expected.append(np.sqrt(top / (np.abs(x).sum(0).max() * np.abs(x).sum(1).max())))
+    assert float(found.sel(tokens="all")[0, 0, 0]) == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_token_cosine_is_the_mean_over_pairs(noise, center):
+    found = diagnostics.analyze(run_of(noise), metrics=["token_cosine"])["token_cosine"]
+    found = found.sel(centering="centred" if center else "raw", tokens="all").isel(step=0, depth=1, stream=0)
+
+    def cosine(x):
+        x = x - x.mean(0) if center else x
+        u = x / np.linalg.norm(x, axis=1, keepdims=True)
+        return (u @ u.T)[~np.eye(len(u), dtype=bool)].mean()
+
+    states = noise[1].astype(np.float32).astype(float)
+    assert float(found.sel(scope="sequence")) == pytest.approx(np.mean([cosine(x) for x in states]), abs=1e-7)
+    assert float(found.sel(scope="data")) == pytest.approx(cosine(states.reshape(-1, 24)), abs=1e-7)
+
+
+def test_the_null_of_the_centred_cosine_is_what_noise_gives():
+    states = np.random.default_rng(0).standard_normal((1, 400, 5, 64))
+    analysis = diagnostics.analyze(run_of(states), metrics=["token_cosine"])
+    found = analysis["token_cosine"].sel(scope="sequence", tokens="all").squeeze()
+    null = analysis["token_cosine_null"].sel(scope="sequence", tokens="all")
+    np.testing.assert_allclose(found, null, atol=0.01)
+    np.testing.assert_allclose(null, [0.0, -0.25])
+
+
+def test_ordinary_tokens_leave_out_the_massive_ones_at_every_depth(noise):
+    states = np.array(noise) * 0.5
+    states[1, :, 0, 7] = 20000.0
+    analysis = diagnostics.analyze(run_of(states))
+    counts = analysis["num_tokens"].isel(depth=0, stream=0)
+    assert counts.sel(scope="sequence").values.tolist() == [40.0, 39.0]
+    assert counts.sel(scope="data").values.tolist() == [120.0, 117.0]
+    fraction = analysis["massive_token_fraction"].squeeze()
+    np.testing.assert_allclose(fraction, [0.0, 3 / 120])
+    assert fraction.attrs["massive_features"] == [7]
+    assert fraction.attrs["massive_tokens"] == [[0, 0], [1, 0], [2, 0]]
+    rank = analysis["effective_rank"].sel(scope="data", centering="raw").isel(step=0, depth=1, stream=0)
+    assert float(rank.sel(tokens="all")) < 1.5
+    expected = RANKS["effective_rank"](spectrum(states[1][:, 1:].reshape(-1, 24).astype(np.float32), False))
+    assert float(rank.sel(tokens="ordinary")) == pytest.approx(expected, rel=1e-5)
+    ratio = analysis["massive_activation"].squeeze()
+    entries = np.abs(states[1].astype(np.float32))
+    assert float(ratio[1]) == pytest.approx(entries.max() / np.median(entries), rel=1e-6)
+
+
+def test_attention_without_skips_collapses_and_with_skips_does_not():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((16, 16))
+    bare, kept = [x], [x]
+    for _ in range(6):
+        for states, skip in ((bare, 0.0), (kept, 1.0)):
+            scores = states[-1] @ states[-1].T / 16
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            mixed = weights / weights.sum(1, keepdims=True) @ states[-1]
+            states.append(skip * states[-1] + mixed)
+    residual = diagnostics.analyze(run_of(np.array(bare)[:, None]), metrics=["dong_residual"])[
+        "dong_residual"
+    ]
+    profile = residual.sel(tokens="all").squeeze().values
+    assert (np.diff(profile[:4]) < 0).all()
+    # log r_{l+1} / log r_l → 3 for small residuals
+    assert 2.5 < np.log(profile[3]) / np.log(profile[2]) < 4.5
+    assert profile[-1] == 0.0
+    with_skip = diagnostics.analyze(run_of(np.array(kept)[:, None]), metrics=["dong_residual"])[
+        "dong_residual"
+    ]
+    assert float(with_skip.sel(tokens="all").squeeze()[-1]) > 0.1

@@ -1,0 +1,88 @@
+"""Growth from step to step, and whether samples pull one way, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from depthscope import diagnostics
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+
+NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "propagation"]
+
+
+@pytest.fixture(scope="module")
+def analysis(mhc_run):
+    names = [*NAMES, "gradient_rank", "gradient_cosine", "stream_cka"]
+    return diagnostics.analyze(mhc_run, metrics=names).isel(step=0)
+
+
+def view(run, name, stream):
+    values = run.trace[name].values[:, run.trace.mask.values].astype(float)
+    return values.mean(-2) if stream == "mean" else values[:, :, int(stream)]
+
+
+@pytest.mark.parametrize("stream", ["mean", "1"])
+def test_channel_statistics(analysis, mhc_run, stream):
+    x, found = view(mhc_run, "residual", stream), analysis.sel(stream=stream)
+    np.testing.assert_allclose(found["channel_squared_mean"], (x.mean(1) ** 2).mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(found["channel_variance"], x.var(1).mean(-1), rtol=1e-5)
+    np.testing.assert_allclose(found["branch_variance"][1:], np.diff(x, axis=0).var(1).mean(-1), rtol=1e-5)
+    assert np.isnan(found["branch_variance"][0])
+
+
+@pytest.mark.parametrize("stream", ["mean", "3"])
+def test_steps_relative_to_the_state(analysis, mhc_run, stream):
+    x, found = view(mhc_run, "residual", stream), analysis.sel(stream=stream)
+    size = np.linalg.norm(x, axis=-1)
+    share = np.linalg.norm(np.diff(x, axis=0), axis=-1) / size[:-1]
+    np.testing.assert_allclose(found["branch_share"][1:], share.mean(-1), rtol=1e-5)
+    cosine = (x[1:] * x[:-1]).sum(-1) / size[1:] / size[:-1]
+    np.testing.assert_allclose(found["adjacent_cosine"][1:], cosine.mean(-1), rtol=1e-5)
+    band = np.quantile(cosine, [0.05, 0.5, 0.95], axis=-1).T
+    np.testing.assert_allclose(found["adjacent_cosine_band"][1:], band, rtol=1e-5)
+    assert analysis["adjacent_cosine_band"]["quantile"].values.tolist() == [0.05, 0.5, 0.95]
+    assert found["adjacent_cosine_band"][0].isnull().all()
+
+
+def test_independent_unit_branches_follow_the_closed_form(make_run):
+    run = make_run("residual", layers=8, samples=4, tokens=64, features=512)
+    found = diagnostics.analyze(run, metrics=NAMES).isel(step=0, stream=0)
+    terms = np.arange(1, 9)
+    np.testing.assert_allclose(found["adjacent_cosine"][1:], np.sqrt(terms / (terms + 1)), atol=3e-3)
+    np.testing.assert_allclose(found["branch_share"][1:], terms**-0.5, rtol=0.02)
+    np.testing.assert_allclose(found["channel_variance"], np.arange(1, 10), rtol=0.03)
+    np.testing.assert_allclose(found["branch_variance"][1:], 1.0, rtol=0.03)
+
+
+def test_gradients_of_sequences(analysis, mhc_run):
+    trace = mhc_run.trace
+    g = np.where(trace.mask.values[..., None], trace.gradient.mean("stream").values.astype(float), 0).sum(2)
+    found = analysis.sel(stream="mean")
+    for depth in (0, 4):
+        a, b = g[depth]
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert float(found["gradient_cosine"][depth]) == pytest.approx(cosine, rel=1e-5)
+        p = np.linalg.svd(g[depth], compute_uv=False)
+        p = p / p.sum()
+        assert float(found["gradient_rank"][depth]) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
+
+
+def test_a_single_sequence_has_a_rank_and_no_cosine(make_run):
+    run = make_run("residual", layers=2, samples=1)
+    found = diagnostics.analyze(run, metrics=["gradient_rank", "gradient_cosine"])
+    np.testing.assert_allclose(found["gradient_rank"], 1.0)
+    assert found["gradient_cosine"].isnull().all()
+
+
+def test_stream_cka_is_the_mean_over_pairs(analysis, mhc_run):
+    streams = mhc_run.trace.residual.values[7][mhc_run.trace.mask.values].astype(float)
+    values = []
+    for i in range(4):
+        for j in range(i):
+            x, y = (streams[:, k] - streams[:, k].mean(0) for k in (i, j))
+            cross = np.linalg.norm(x.T @ y) ** 2
+            values.append(cross / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y))
+    found = analysis["stream_cka"].sel(estimator="biased")
+    assert float(found[7]) == pytest.approx(np.mean(values), rel=1e-5)
+    assert float(found[0]) == pytest.approx(1.0)  # copies at the embedding

@@ -1,0 +1,50 @@
+"""Networks that are known to be wrong are refused or flagged: mixing discarded, transposed, uniform, or really learned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from depthscope import probes
+from depthscope.diagnostics import Severity
+from tests.models.stream_models import deepseek_v4
+from tests.models.verdict_models import CONNECTIONS, IDENTITY, captured, findings, streams, tokens, trained
+
+torch.set_num_threads(1)
+
+
+def unsymmetric() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.rand(4, 4, generator=generator).softmax(-1) for _ in range(CONNECTIONS)]
+    return [0.9 * IDENTITY + 0.1 * each for each in drawn]
+
+
+def test_a_discarded_mixing_matrix_is_refused():
+    with pytest.raises(probes.ReconstructionError, match="is not the one that the model applies"):
+        captured(streams(unsymmetric(), merge=lambda mix, x: x))
+
+
+def test_streams_merged_behind_a_connection_are_refused():
+    with pytest.raises(probes.ReconstructionError, match="something else is added to the streams"):
+        captured(streams(unsymmetric(), merge=lambda mix, x: (mix @ x).mean(2, keepdim=True).expand_as(x)))
+
+
+def test_a_transposed_mixing_matrix_is_kept_as_it_is_applied():
+    run = captured(streams(unsymmetric(), merge=lambda mix, x: mix.mT @ x))
+    assert run.attrs["orientation"] == "destination_source"
+    for number, mix in enumerate(unsymmetric()):
+        np.testing.assert_allclose(run.trace.h_res.values[number, 0, 0], mix.T, atol=1e-6)
+
+
+def test_a_fresh_deepseek_mixes_uniformly():
+    torch.manual_seed(0)
+    found = findings(captured(deepseek_v4(3).eval(), {"input_ids": tokens()}))
+    assert {finding.verdict for finding in found if finding.severity > Severity.INFO} == {"stream_collapse"}
+
+
+def test_trained_logits_are_not_explained_by_decay():
+    run = trained(4.0, weight_decay=0.1, faster=20.0)
+    (finding,) = [each for each in findings(run, passed=True) if each.verdict == "decayed_mixing"]
+    assert finding.severity == Severity.PASS
+    assert finding.value > 0.2

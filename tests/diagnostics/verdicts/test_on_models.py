@@ -1,0 +1,270 @@
+"""Every verdict speaks on a real network that is built to show its failure, at the right place, and nothing else does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope import probes
+from depthscope.diagnostics import Severity
+from depthscope.diagnostics.verdicts import VERDICTS
+from tests.models.verdict_models import (
+    CONNECTIONS,
+    IDENTITY,
+    NEAR,
+    UNIFORM,
+    WIDTH,
+    Attention,
+    Block,
+    Connection,
+    Constrained,
+    Layer,
+    Streams,
+    captured,
+    findings,
+    passing,
+    plain,
+    pre_norm,
+    prediction,
+    random_logits,
+    streams,
+    tokens,
+    trained,
+)
+
+torch.set_num_threads(1)
+
+FAIL, WARN, INFO = Severity.FAIL, Severity.WARN, Severity.INFO
+
+
+# --- plain networks with one failure ---
+
+
+def step(function: Callable[..., torch.Tensor], *parts: nn.Module) -> Layer:
+    return Layer(function, *parts)
+
+
+def at(number: int, broken: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+    """Blocks of a transformer, one of them another one."""
+    return lambda i: broken() if i == number else Block()
+
+
+def overflowing() -> nn.Module:
+    block = Block()
+    with torch.no_grad():
+        block.mlp.branch[2].weight.fill_(3e38)
+    return block
+
+
+def idle() -> nn.Module:
+    block = Block()
+    for layer in (block.attention.branch.attend.out_proj, block.mlp.branch[2]):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return block
+
+
+def without_skip(
+    number: int, *, gain: float, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> nn.Module:
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    nn.init.normal_(linear.weight, std=gain / WIDTH**0.5)
+    return step(lambda x, linear: activation(linear(x)), linear)
+
+
+def bottleneck() -> nn.Module:
+    ends = nn.Linear(WIDTH, 1, bias=False), nn.Linear(1, WIDTH, bias=False)
+    return step(lambda x, narrow, wide: 5 * wide(narrow(x)), *ends)
+
+
+def spiked(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """A block that also adds a huge number to one feature of the first token."""
+    spike = torch.zeros(x.shape[1:])
+    spike[0, 7] = 3000.0
+    return block(x) + spike
+
+
+def bottomless(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """A loss whose gradient is infinite where it is zero."""
+    return (output - output.detach()).abs().sqrt().sum()
+
+
+def one_step(module: str, rate: float) -> xr.DataTree:
+    """A step of Adam, with another learning rate for one module."""
+    model, batch = pre_norm(), tokens()
+    special = list(model.get_submodule(module).parameters())
+    others = [p for p in model.parameters() if all(p is not one for one in special)]
+    optimiser = torch.optim.Adam([{"params": special, "lr": rate}, {"params": others, "lr": 1e-3}])
+    with probes.record(model, gradients=True, weights=True) as recorder:
+        loss = prediction(model(batch), batch)
+        loss.backward()
+        optimiser.step()
+        recorder.step(loss)
+    return recorder.run
+
+
+# --- streams with one failure ---
+
+
+def vectors(*values: float) -> list[torch.Tensor]:
+    """The same weights at every connection."""
+    return [torch.tensor(values)] * CONNECTIONS
+
+
+def with_one(number: int, other: torch.Tensor, rest: torch.Tensor = NEAR) -> list[torch.Tensor]:
+    return [other if i == number else rest for i in range(CONNECTIONS)]
+
+
+class Claiming(Constrained):
+    """Claims Sinkhorn by its attributes, and applies its matrix as it stands."""
+
+    mixing = Connection.mixing
+
+
+def drifting() -> Streams:
+    """Rows exact, every column within 1 %, and all errors favour the same stream, as in a long truncated Sinkhorn."""
+    share = 0.0097 / 3
+    drift = (1 - share) * IDENTITY + share * torch.tensor([1.0, 0.0, 0.0, 0.0])
+    return streams([0.8 * IDENTITY + 0.2 * UNIFORM] + [drift] * 95, make=Claiming)
+
+
+def with_writes(number: int, write: torch.Tensor) -> list[torch.Tensor]:
+    drawn = [1 + 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(CONNECTIONS)]
+    return [write if i == number else one for i, one in enumerate(drawn)]
+
+
+# --- the table ---
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network that shows one failure, where it lies, and what else it may bring."""
+
+    build: Callable[[], xr.DataTree]
+    severity: Severity
+    axis: str = "run"
+    first: int = -1
+    last: int = -1
+    stream: str | None = None
+    beside: tuple[str, ...] = ()
+    says: str = ""
+
+
+def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **more: Any) -> Case:
+    names = ("loss", "layers")
+    options = {name: more.pop(name) for name in names if name in more}
+    return Case(lambda: captured(model(), batch, **options), *expected, **more)
+
+
+CASES: dict[str, Case] = {
+    "residual_not_finite": case(
+        lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
+    ),
+    "mixing_not_finite": case(
+        lambda: streams(with_one(5, math.inf * IDENTITY)), FAIL, "connection", 5, 5, says="is 96 at connection 5"
+    ),
+    "dead_state": case(
+        lambda: plain(at(3, lambda: step(lambda x: 0 * x))), FAIL, "depth", 4, 4, says="zero after block 3 (depth 4)"
+    ),
+    "exploding_state": Case(
+        lambda: probes.capture(plain(partial(without_skip, gain=4.0, activation=torch.relu), 20), tokens()),
+        FAIL, "depth", 9, 20, beside=("massive_activations",),
+    ),
+    "vanishing_state": Case(
+        lambda: probes.capture(plain(partial(without_skip, gain=0.5, activation=torch.relu), 16), tokens()),
+        WARN, "depth", 9, 16,
+    ),
+    "gradient_not_finite": case(pre_norm, FAIL, "depth", 0, 6, loss=bottomless),
+    "gain_explosion": case(lambda: streams(2 * NEAR), FAIL, "connection", 3, 11, says="is 4096"),
+    "single_gain_explosion": case(
+        lambda: streams(with_one(5, 50 * NEAR)), WARN, "connection", 5, 5, says="mlp of block 2"
+    ),
+    "attenuation": case(
+        lambda: streams(
+            with_one(4, torch.tensor([[0.1, 0.9, 0, 0], [0, 0.9, 0.1, 0], [0, 0.1, 0.8, 0.1], [0, 0, 0.1, 0.9]]))
+        ),
+        WARN, "connection", 4, 11, says="column sum",
+    ),
+    "exploding_gradient": case(
+        lambda: plain(partial(without_skip, gain=3.0, activation=torch.tanh), 32), FAIL, "depth", 0, 23
+    ),
+    "vanishing_gradient": case(
+        lambda: plain(partial(without_skip, gain=1.0, activation=torch.sigmoid), 12),
+        FAIL, "depth", 0, 10, beside=("rank_collapse",),
+    ),
+    "sinkhorn_not_converged": case(
+        lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
+        FAIL, "connection", 0, 11, says="column sum",
+    ),
+    "negative_mixing": case(
+        lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), FAIL, "connection", 0, 11
+    ),
+    "expansive_mixing": case(
+        drifting, WARN, "connection", 62, 95, batch=tokens(2, 8), beside=("idle_layer",)
+    ),
+    "uniform_mixing": case(lambda: streams(0 * IDENTITY, make=Constrained), FAIL, "connection", 0, 0),
+    "stream_collapse": case(
+        lambda: streams(0.5 * IDENTITY + 0.5 * UNIFORM), WARN, "connection", 6, 11, says="0.00781"
+    ),
+    "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), WARN),
+    "some_connections_stuck": case(lambda: streams(with_one(3, IDENTITY)), INFO, "connection", 3, 3),
+    "unmoved_mixing": Case(lambda: trained(4.0, weight_decay=0.0, faster=0.0), WARN),
+    "decayed_mixing": Case(lambda: trained(6.0, weight_decay=2.0, faster=0.0), WARN, says="logits times 0.545"),
+    "unread_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
+    "unwritten_stream": case(lambda: streams(NEAR, writes=vectors(1, 0.5, 1, 0.01)), WARN, stream="3"),
+    "dominant_stream": case(lambda: streams(NEAR, reads=vectors(0.02, 1, 0.02, 0.02)), WARN, stream="1"),
+    "copied_streams": case(
+        lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0), WARN, "depth", 6, 12
+    ),
+    "passing_streams": case(passing, WARN),
+    "wasted_layer": case(
+        lambda: streams(NEAR, writes=with_writes(7, torch.zeros(4))), WARN, "connection", 7, 7, says="mlp of block 3"
+    ),
+    "ambiguous_orientation": case(lambda: streams(NEAR), INFO),
+    "rank_collapse": case(
+        lambda: plain(lambda i: Attention(causal=False), 8), FAIL, "depth", 2, 8, says="for noise of that size",
+        beside=("vanishing_gradient",),
+    ),
+    "dimensional_collapse": case(
+        lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
+    ),
+    "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
+    "massive_activations": case(
+        lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; token positions 0"
+    ),
+    "few_tokens_for_cka": case(pre_norm, INFO, batch=tokens(1, 8), says="0.8"),
+    "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="small for cka: 8 tokens"),
+    "large_update": Case(lambda: one_step("blocks.3.mlp.branch.2", 1.0), FAIL, says="in blocks.3.mlp.branch.2"),
+    "lost_update": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
+}  # fmt: skip
+
+
+def test_every_verdict_has_a_network_that_fails_it():
+    assert list(CASES) == list(VERDICTS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_built_to_fail_is_found(name):
+    expected, run = CASES[name], CASES[name].build()
+    found = findings(run)
+    told = [finding for finding in found if finding.verdict == name]
+    assert [finding.severity for finding in told] == [expected.severity]
+    (finding,) = told
+    assert not finding.because
+    assert finding.stream == expected.stream
+    if finding.axis != "weight":
+        assert (finding.axis, finding.first, finding.last) == (expected.axis, expected.first, expected.last)
+    assert expected.says in finding.sentence
+    limits = VERDICTS[name].limits
+    assert finding.source in finding.sentence
+    assert finding.source == limits.source
+    loud = {other.verdict for other in found if other.severity > INFO}
+    assert loud - {name} <= set(expected.beside)

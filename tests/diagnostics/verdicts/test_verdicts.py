@@ -1,0 +1,529 @@
+"""Every verdict finds the failure that a run was built to show, says where, and stays silent on healthy runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope import diagnostics
+from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics.verdicts import VERDICTS
+from depthscope.diagnostics.verdicts.causes import CONSEQUENCES
+
+SAMPLES, TOKENS, FEATURES = 3, 24, 32
+UNIFORM = np.full((4, 4), 0.25)
+
+
+def residual_run(states, gradient=None, sites=None):
+    """A plain run of states (depth, sample, token, feature)."""
+    states = np.asarray(states, np.float32)[:, :, :, None]
+    sites = sites or ["embed"] + ["post"] * (len(states) - 1)
+    coords = {
+        "depth": np.arange(len(states)),
+        "layer": ("depth", np.arange(len(states)) - 1),
+        "site": ("depth", np.array(sites, dtype=object)),
+        "module": ("depth", np.array(["m"] * len(states), dtype=object)),
+        "stream": [0],
+    }
+    variables = {
+        "residual": (schema.STATE, states),
+        "mask": (("sample", "token"), np.ones(states.shape[1:3], bool)),
+    }
+    if gradient is not None:
+        variables["gradient"] = (schema.STATE, np.asarray(gradient, np.float32)[:, :, :, None])
+    trace = xr.Dataset(variables, coords)
+    return schema.create_run(trace, attrs={"family": "residual", "n_streams": 1})
+
+
+def walk(layers=8, seed=0, branch=1.0):
+    """A stack of independent unit branches."""
+    steps = np.random.default_rng(seed).standard_normal((layers + 1, SAMPLES, TOKENS, FEATURES))
+    steps[1:] *= branch
+    return np.cumsum(steps, axis=0)
+
+
+@pytest.fixture(scope="module")
+def mixed(make_run):
+    """A factory of runs with given matrices, weights and attributes."""
+
+    def build(matrices=None, *, reads=None, writes=None, family="hc", layers=6, **attrs):
+        layers = layers if matrices is None else len(matrices) // 2
+        run = make_run(family, layers=layers, samples=SAMPLES, tokens=TOKENS, features=FEATURES)
+        trace = run["trace"].to_dataset().load()
+        for name, given in (("h_res", matrices), ("h_pre", reads), ("h_post", writes)):
+            if given is not None:
+                trace[name].values[:] = np.asarray(given)[:, None, None]
+        return schema.create_run(trace, attrs=dict(run.attrs) | attrs)
+
+    return build
+
+
+def findings(run, **options):
+    found = diagnostics.judge(diagnostics.analyze(run), **options)
+    by_name: dict[str, list] = {}
+    for finding in found:
+        by_name.setdefault(finding.verdict, []).append(finding)
+    return by_name
+
+
+def worst(run):
+    return max((f.severity for each in findings(run).values() for f in each), default=Severity.PASS)
+
+
+# --- healthy networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [1, 8, 40])
+def test_a_fresh_stack_is_healthy(layers):
+    assert worst(residual_run(walk(layers))) <= Severity.INFO
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_good_mhc_is_healthy(make_run, seed):
+    assert worst(make_run("mhc", seed=seed)) <= Severity.WARN
+    found = findings(make_run("mhc", seed=seed))
+    assert set(found) <= {
+        "copied_streams",
+        "few_tokens_for_cka",
+        "small_sample",
+    }  # its writes differ by 10 % only
+
+
+def test_a_deep_mhc_contracts_and_does_not_fail(make_run):
+    found = findings(make_run("mhc", layers=30))
+    assert Severity.FAIL not in {f.severity for each in found.values() for f in each}
+    assert found["stream_collapse"][0].severity == Severity.WARN
+    assert "uniform_mixing" not in found
+
+
+def test_everything_that_applies_passes_on_a_healthy_run(make_run):
+    found = findings(make_run("mhc"), passed=True)
+    only_where_given = {"unmoved_mixing", "decayed_mixing"}
+    assert set(VERDICTS) - set(found) <= {"ambiguous_orientation", "passing_streams"} | only_where_given
+    assert found["gain_explosion"][0].severity == Severity.PASS
+    assert "not above 10 (heuristic)" in found["gain_explosion"][0].sentence
+
+
+# --- forward and backward --------------------------------------------------------------------------------------
+
+
+def test_gain_explosion(mixed):
+    warned = findings(mixed([1.3 * np.eye(4)] * 12))["gain_explosion"]
+    assert [f.severity for f in warned] == [Severity.WARN]
+    assert warned[0].value == pytest.approx(1.3**12, rel=1e-5)
+    # 1.3⁹ is the first above 10: connection 8, counted from 0
+    assert (warned[0].axis, warned[0].first, warned[0].last) == ("connection", 8, 11)
+    assert "connection 11 (mlp of block 5)" in warned[0].sentence
+    failed = findings(mixed([2.0 * np.eye(4)] * 12))["gain_explosion"][0]
+    assert (failed.severity, failed.threshold) == (Severity.FAIL, 100.0)
+    assert failed.sentence == (
+        "The forward gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 "
+        "(mlp of block 5), above 100 (heuristic); it is above 10 from connection 3 to connection 11. Also: the backward "
+        "gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 (mlp of block 5), above 100 "
+        "(heuristic); it is above 10 from connection 3 to connection 11."
+    )
+    assert "mHC" in failed.advice
+
+
+def test_one_loud_connection(mixed):
+    matrices = np.stack([np.eye(4)] * 12)
+    matrices[5] *= 50.0
+    found = findings(mixed(matrices))["single_gain_explosion"]
+    assert {(f.severity, f.first, f.last) for f in found} == {(Severity.WARN, 5, 5)}
+
+
+def test_backward_attenuation_that_the_gain_hides(mixed):
+    weak = np.tile([0.4 / 4, 1.2, 1.2, 1.2], (4, 1)) / 3.7  # rows add to 1, a column to 0.108
+    found = findings(mixed([weak] + [np.eye(4)] * 11))
+    backward = [f for f in found["attenuation"] if "backward" in f.sentence]
+    assert backward[0].severity == Severity.WARN
+    assert backward[0].value == pytest.approx(0.4 / 3.7, rel=1e-5)
+    assert len(found["attenuation"]) == 1
+    assert "gain_explosion" not in found
+
+
+def test_vanishing_and_exploding_gradients():
+    states = walk(8)
+    even = np.random.default_rng(1).standard_normal(states.shape)
+    size = np.sqrt((states**2).mean((1, 2, 3)))
+    states /= size[:, None, None, None]
+    falling = even * 4.0 ** -np.arange(9)[::-1, None, None, None]
+    found = findings(residual_run(states, falling))["vanishing_gradient"][0]
+    assert found.severity == Severity.FAIL
+    assert found.value == pytest.approx(4.0**-8, rel=0.1)
+    assert (found.first, found.last) == (0, 6)
+    assert "at the embedding (depth 0)" in found.sentence
+    found = findings(residual_run(states, even * 2.0 ** np.arange(9)[::-1, None, None, None]))
+    assert found["exploding_gradient"][0].severity == Severity.WARN
+    assert "vanishing_gradient" not in found
+
+
+def test_a_gradient_that_follows_the_residual_norm_is_only_information():
+    small = walk(8)
+    small[0] /= 40  # a small embedding; a state that every block multiplies has no such excuse
+    for states, severity in (
+        (small, Severity.INFO),
+        (walk(8) * 1.8 ** np.arange(9)[:, None, None, None], Severity.WARN),
+    ):
+        size = np.sqrt((states**2).mean((1, 2, 3), keepdims=True))
+        gradient = np.random.default_rng(1).standard_normal(states.shape) / size
+        found = findings(residual_run(states, gradient))["exploding_gradient"][0]
+        assert found.severity == severity
+        assert ("normalises its input and is added" in found.sentence) == (severity == Severity.INFO)
+
+
+def test_a_final_norm_is_neither_gradient_loss_nor_idle():
+    states = walk(8)
+    states = np.concatenate([states, states[-1:] / 100])
+    gradient = np.random.default_rng(1).standard_normal(states.shape)
+    gradient[-1] *= 100
+    assert set(findings(residual_run(states, gradient, ["embed", *["post"] * 8, "final"]))) <= {
+        "small_sample"
+    }
+
+
+def test_what_is_not_a_number_fails():
+    states, gradient = walk(8), walk(8, seed=1)
+    states[5:, 1, 3, 2] = np.inf
+    gradient[:2, 0, 0, 0] = np.nan
+    found = findings(residual_run(states, gradient))
+    assert (found["residual_not_finite"][0].first, found["residual_not_finite"][0].last) == (5, 8)
+    assert "after block 4 (depth 5)" in found["residual_not_finite"][0].sentence
+    gradient = found["gradient_not_finite"][0]
+    assert (gradient.severity, gradient.because) == (Severity.INFO, "residual_not_finite")
+    assert gradient.sentence.endswith("It follows from another finding: residual not finite.")
+
+
+def test_sums_that_cancel_are_no_attenuation(mixed):
+    turned = np.array([[1.0, -1.0], [1.0, 1.0]]) / 2**0.5  # orthogonal: nothing fades, and a row adds to 0
+    found = findings(mixed([np.kron(np.eye(2), turned)] + [np.eye(4)] * 11))["attenuation"][0]
+    assert (found.severity, found.value) == (Severity.INFO, pytest.approx(0.0, abs=1e-6))
+    assert "cancel" in found.sentence
+
+
+# --- streams ---------------------------------------------------------------------------------------------------
+
+
+def test_sinkhorn_that_stopped_early(mixed):
+    early = np.array([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0.05, 0.45, 0.5], [0, 0, 0.5, 0.5]])
+    found = findings(mixed([early] * 12, family="mhc"))["sinkhorn_not_converged"]
+    assert len(found) == 1
+    assert "error of a column sum is 0.05" in found[0].sentence
+    assert found[0].severity == Severity.WARN
+    assert "sinkhorn_not_converged" not in findings(mixed([early] * 12, family="hc"))
+
+
+def test_an_expansion_under_a_doubly_stochastic_claim(mixed):
+    columns_off = np.tile([0.1, 0.2, 0.3, 0.4], (4, 1))
+    (found,) = findings(mixed([columns_off] * 12, family="mhc"))["expansive_mixing"]
+    assert found.value == pytest.approx(np.linalg.norm(columns_off, 2), rel=1e-6)
+    assert found.sentence.count("1.1") == 2  # one connection, and the product
+    assert (found.severity, found.because) == (Severity.INFO, "sinkhorn_not_converged")
+
+
+def test_negative_entries_cannot_come_from_sinkhorn(mixed):
+    found = findings(mixed([1.2 * np.eye(4) - 0.05] * 12, family="mhc"))["negative_mixing"][0]
+    assert found.severity == Severity.FAIL
+    assert found.value == pytest.approx(0.05, rel=1e-5)
+
+
+@pytest.mark.parametrize("position", [0, 4])
+def test_a_uniform_connection_is_named_although_its_gain_is_one(mixed, position):
+    matrices = np.stack([np.eye(4) * 0.9 + 0.025] * 12)
+    matrices[position] = UNIFORM
+    found = findings(mixed(matrices, family="mhc"))
+    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert found["uniform_mixing"][0].first == position
+    assert found["stream_collapse"][0].first == position
+    assert "gain_explosion" not in found
+
+
+def test_zero_bias_initialisation_is_flagged(mixed):
+    found = findings(mixed([UNIFORM] * 12, family="mhc"))
+    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert "connection 0" in found["uniform_mixing"][0].sentence
+
+
+def test_slow_collapse_says_at_which_connection(mixed):
+    found = findings(mixed([0.5 * np.eye(4) + 0.5 * UNIFORM] * 12, family="mhc"))
+    assert "uniform_mixing" not in found
+    collapse = found["stream_collapse"][0]
+    assert (collapse.severity, collapse.first, collapse.last) == (Severity.WARN, 6, 11)
+    assert collapse.value == pytest.approx(0.5**7, rel=1e-4)
+    assert collapse.threshold == pytest.approx(0.01)
+    assert "0.00781 at connection 6" in collapse.sentence
+
+
+def test_stuck_at_identity(mixed):
+    found = findings(mixed([np.eye(4)] * 12))
+    assert found["stuck_at_identity"][0].severity == Severity.WARN
+    assert found["stuck_at_identity"][0].axis == "run"
+    run = mixed([np.eye(4)] * 12)
+    run.attrs["family"] = "independent_hc"
+    assert "stuck_at_identity" not in findings(run, passed=True)
+
+
+def test_some_stuck_connections_are_information(mixed):
+    matrices = np.stack([0.8 * np.eye(4) + 0.2 * UNIFORM] * 12)
+    matrices[3:5] = np.eye(4)
+    found = findings(mixed(matrices))
+    assert found["some_connections_stuck"][0].severity == Severity.INFO
+    assert (found["some_connections_stuck"][0].first, found["some_connections_stuck"][0].last) == (3, 4)
+    assert "stuck_at_identity" not in found
+
+
+def test_dead_and_dominant_streams(mixed):
+    reads = np.tile([1.0, 1.0, 1.0, 0.01], (12, 1))
+    found = findings(mixed(reads=reads))
+    assert [f.stream for f in found["unread_stream"]] == ["3"]
+    assert "dominant_stream" not in found
+    assert "unwritten_stream" not in found
+    found = findings(
+        mixed(reads=np.tile([1.0, 0.02, 0.02, 0.02], (12, 1)), writes=np.tile([0.0, 1, 1, 1], (12, 1)))
+    )
+    assert found["dominant_stream"][0].stream == "0"
+    assert found["dominant_stream"][0].value < 1.5
+    assert [f.stream for f in found["unwritten_stream"]] == ["0"]
+
+
+def test_reads_that_take_turns_are_healthy(mixed):
+    found = findings(mixed(reads=np.eye(4)[np.arange(12) % 4]))
+    assert not {"unread_stream", "dominant_stream"} & set(found)
+
+
+def test_copied_streams_are_told_only_where_they_could_have_parted(make_run):
+    run = make_run("mhc", samples=SAMPLES, tokens=TOKENS)
+    trace = run["trace"].to_dataset().load()
+    states = trace["residual"].values
+    states[:] = states[:, :, :, :1]
+    found = findings(schema.create_run(trace, attrs=run.attrs))["copied_streams"][0]
+    assert (found.severity, found.first, found.last) == (Severity.WARN, 6, 12)
+    states[:] = np.random.default_rng(0).standard_normal(states.shape)
+    states[0] = states[0][:, :, :1]
+    assert "copied_streams" not in findings(schema.create_run(trace, attrs=run.attrs))
+
+
+def test_streams_that_are_merged_at_the_end_of_every_block(make_run):
+    run = make_run("hc", samples=SAMPLES, tokens=TOKENS)
+    trace = run["trace"].to_dataset().load()
+    states = trace["residual"].values
+    states[:] = np.random.default_rng(0).standard_normal(states.shape)
+    assert "passing_streams" not in findings(schema.create_run(trace, attrs=run.attrs))
+    for depth in np.flatnonzero(trace["site"].values != "mid"):
+        states[depth] = states[depth].mean(2, keepdims=True)
+    found = findings(schema.create_run(trace, attrs=run.attrs))["passing_streams"][0]
+    assert (found.severity, found.axis) == (Severity.WARN, "run")
+    assert found.value == pytest.approx(0.0, abs=1e-6)
+    states[:] = states[:, :, :, :1]  # copies everywhere: that is another finding
+    found = findings(schema.create_run(trace, attrs=run.attrs))
+    assert "passing_streams" not in found
+    assert "copied_streams" in found
+
+
+def test_a_wasted_layer(mixed):
+    writes = np.ones((12, 4))
+    writes[7] = 1e-4
+    found = findings(mixed(writes=writes))["wasted_layer"][0]
+    assert (found.severity, found.first, found.last) == (Severity.WARN, 7, 7)
+    assert "mlp of block 3" in found.sentence
+
+
+def test_an_ambiguous_orientation_is_said(mixed):
+    found = findings(mixed(orientation="ambiguous"))["ambiguous_orientation"][0]
+    assert found.severity == Severity.INFO
+
+
+# --- representation --------------------------------------------------------------------------------------------
+
+
+def test_rank_collapse():
+    states = walk(8)
+    for depth in range(9):
+        mean = states[depth].mean(1, keepdims=True)
+        states[depth] = mean * TOKENS**0.5 + 5.0**-depth * (states[depth] - mean)
+    found = findings(residual_run(states))["rank_collapse"][0]
+    assert found.severity == Severity.FAIL
+    assert found.last == 8
+    assert 2 <= found.first <= 4
+    assert "after block 7 (depth 8)" in found.sentence
+    assert "for noise of that size" in found.sentence
+
+
+def test_equal_tokens_are_the_extreme_case():
+    states = walk(4)
+    states[3:] = states[3:, :, :1]
+    found = findings(residual_run(states))["rank_collapse"][0]
+    assert (found.severity, found.first, found.value) == (Severity.FAIL, 3, pytest.approx(0.0, abs=1e-9))
+
+
+def test_one_massive_token_is_no_collapse():
+    states = 0.3 * walk(8)
+    states[3:, :, 0, 7] = 24000.0
+    found = findings(residual_run(states))
+    assert set(found) <= {"massive_activations", "few_tokens_for_cka", "small_sample"}
+    massive = found["massive_activations"][0]
+    assert (massive.severity, massive.first, massive.last) == (Severity.INFO, 3, 8)
+    assert "feature" in massive.sentence
+    assert " 7;" in massive.sentence
+    assert "normal in trained language models" in massive.sentence
+
+
+def test_many_massive_tokens_warn():
+    states = 0.3 * walk(8)
+    states[3:, :, ::4, 7] = 24000.0
+    assert findings(residual_run(states))["massive_activations"][0].severity == Severity.WARN
+
+
+def test_dimensional_collapse_over_the_data_is_no_rank_collapse():
+    states = walk(8)
+    rng = np.random.default_rng(0)
+    flat = rng.standard_normal((SAMPLES, TOKENS, 1)) @ rng.standard_normal((1, FEATURES))
+    states[6:] = 10 * flat
+    found = findings(residual_run(states))
+    assert (found["dimensional_collapse"][0].first, found["dimensional_collapse"][0].severity) == (
+        6,
+        Severity.FAIL,
+    )
+
+
+def test_layers_that_do_nothing():
+    states = walk(8)
+    for depth in (4, 5):
+        states[depth] = 1.1 * states[depth - 1]
+    found = findings(residual_run(states))["idle_layer"][0]
+    assert (found.severity, found.first, found.last) == (Severity.WARN, 4, 5)
+
+
+def test_layers_that_all_do_nothing_are_as_at_the_start():
+    states = walk(4)
+    states[1:] = states[0]
+    found = findings(residual_run(states))["idle_layer"][0]
+    assert (found.severity, found.first, found.last) == (Severity.INFO, 1, 4)
+    assert "at the start of training" in found.sentence
+
+
+def test_few_tokens_for_biased_cka():
+    states = np.random.default_rng(0).standard_normal((3, 1, 8, 64))
+    found = findings(residual_run(states))["few_tokens_for_cka"][0]
+    assert found.severity == Severity.INFO
+    assert found.value == pytest.approx(64 / 72)
+
+
+# --- what follows from what ---------------------------------------------------------------------------------------
+
+
+def test_a_cause_speaks_and_its_consequences_are_information(mixed):
+    found = findings(mixed([UNIFORM] * 12, family="mhc"))
+    assert found["uniform_mixing"][0].severity == Severity.FAIL
+    assert (found["stream_collapse"][0].severity, found["stream_collapse"][0].because) == (
+        Severity.INFO,
+        "uniform_mixing",
+    )
+
+
+def test_another_failure_of_the_same_kind_still_speaks(mixed):
+    states = walk(12)
+    states[3] = states[2]
+    run = mixed(writes=np.where(np.arange(12) == 7, 1e-4, 1.0)[:, None] * np.ones(4))
+    trace = run["trace"].to_dataset().load()
+    trace["residual"].values[:] = states[:, :, :, None]
+    trace["residual"].values[8] = trace["residual"].values[7]
+    found = findings(schema.create_run(trace, attrs=run.attrs))
+    assert found["wasted_layer"][0].first == 7
+    assert (found["idle_layer"][0].first, found["idle_layer"][0].last) == (3, 8)
+    assert (found["idle_layer"][0].severity, found["idle_layer"][0].because) == (Severity.WARN, "")
+
+
+def test_causes_and_consequences_are_verdicts():
+    for cause, effects in CONSEQUENCES.items():
+        assert {cause, *(effect for effect, _ in effects)} <= set(VERDICTS)
+        assert cause not in {effect for effect, _ in effects}
+
+
+def test_the_furthest_beyond_comes_first(mixed):
+    reads = np.tile([1.0, 1.0, 1e-4, 1e-2], (12, 1))
+    told = findings(mixed(reads=reads))["unread_stream"]
+    assert [f.stream for f in told] == ["2", "3"]
+    assert told[0].excess > told[1].excess > 1
+    assert told[1].excess == pytest.approx(0.1 / told[1].value)
+
+
+# --- rules for all ---------------------------------------------------------------------------------------------
+
+
+def test_every_verdict_is_declared_whole():
+    keys = set(
+        re.findall(
+            r"^@\w+\{([\w-]+),", Path(diagnostics.__file__).with_name("references.bib").read_text(), re.M
+        )
+    )
+    for name, each in VERDICTS.items():
+        assert each.name == name == each.function.__name__
+        assert each.title.endswith(".")
+        assert len(each.advice) > 40
+        assert each.limits.levels
+        assert each.limits.source in keys | {"heuristic"}
+        assert each.metric.removesuffix("_null") in diagnostics.CATALOGUE
+        for need in (*each.needs, *each.wants):
+            assert need == "attrs" or need.removesuffix("_null") in diagnostics.CATALOGUE
+
+
+def test_the_worst_comes_first_and_is_plain(mixed):
+    found = diagnostics.judge(diagnostics.analyze(mixed([2.0 * np.eye(4)] * 12)))
+    assert [f.severity for f in found] == sorted((f.severity for f in found), reverse=True)
+    first = found[0].as_dict()
+    assert first["severity"] == "FAIL"
+    assert set(first) >= {
+        "verdict",
+        "sentence",
+        "metric",
+        "value",
+        "threshold",
+        "source",
+        "axis",
+        "first",
+        "last",
+        "advice",
+    }
+
+
+def test_a_finding_names_its_chain(make_run):
+    part = make_run("residual", layers=2)["trace"].to_dataset()
+    broken = part.copy(deep=True)
+    broken["residual"].values[1, 0, 0, 0, 0] = np.nan
+    run = schema.create_run(
+        {"encoder": part, "decoder": broken}, attrs={"family": "residual", "n_streams": 1}
+    )
+    failed = [f for f in diagnostics.judge(diagnostics.analyze(run)) if f.severity == Severity.FAIL]
+    assert [f.chain for f in failed] == ["decoder"]
+
+
+def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
+    part = diagnostics.analyze(mhc_run, metrics=["mixing_gain"])
+    assert {f.verdict for f in diagnostics.judge(part, passed=True)} == {
+        "single_gain_explosion",
+        "mixing_not_finite",
+        "small_sample",
+    }
+
+
+def test_what_is_no_analysis_is_refused(mhc_run):
+    trace = mhc_run["trace"].to_dataset()
+    wrong = {
+        "a run": mhc_run,
+        "a NoneType": None,
+        "a dataset without any metric": xr.Dataset(),
+        "a dataset without any metric;": trace.assign_coords(step=3),
+        "a dataset without any metric at encoder": xr.DataTree.from_dict({"/encoder": trace}),
+    }
+    for said, came in wrong.items():
+        with pytest.raises(ValueError, match=rf"came {said}.*judge\(analyze\(run\)\)"):
+            diagnostics.judge(came)
+
+
+def test_an_analysis_without_what_verdicts_need_has_no_finding(mhc_run):
+    assert diagnostics.judge(diagnostics.analyze(mhc_run, metrics="pair_gain")) == []

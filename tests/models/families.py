@@ -1,0 +1,653 @@
+"""The catalogue: one tiny random model of every family, what batch it takes, and what is expected to be found in it.
+
+`docs/compatibility.md` is a table of these (see `test_compatibility.py`); a new family is one declaration and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import hyper_connections.mHCv2 as constrained_v2
+import mhc
+import timm
+import torch
+import torchvision
+import transformers
+from hyper_connections import hyper_connections as free
+from hyper_connections import manifold_constrained_hyper_connections as constrained
+from torch import nn
+
+from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
+from tests.models.unseen import unseen
+
+transformers.logging.set_verbosity_error()
+
+VOCABULARY = 64
+LENGTH = 22
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One family of models.
+
+    Parameters
+    ----------
+    name, package : str
+        What people call it, and where the code comes from.
+    build : callable
+        Makes the model, random weights and all; call `built` for the same weights every time.
+    batch : callable
+        Makes the batch that `probes.capture` takes.
+    blocks : tuple of (str, int)
+        The chains that must be found: a pattern of the blocks' paths, ``{i}`` a number, and how often they are called.
+    chains : tuple of str
+        Their names; one chain has no name.
+    connection : str
+        The connection family that a run must name.
+    streams : int
+        Number of residual streams.
+    refused : str
+        The class of the error that a capture without overrides ends in; empty where it is read.
+    override : mapping
+        With what it is captured after a refusal.
+    takes : bool
+        Whether a block takes the state; otherwise it gives it only.
+    note : str
+        For the table.
+    """
+
+    name: str
+    package: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Any]
+    blocks: tuple[tuple[str, int], ...]
+    chains: tuple[str, ...] = ("",)
+    connection: str = "residual"
+    streams: int = 1
+    refused: str = ""
+    override: Mapping[str, Any] = field(default_factory=dict)
+    takes: bool = True
+    note: str = ""
+
+
+def built(family: Family) -> nn.Module:
+    """The model, with the same weights in every process, in evaluation mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return family.build().eval()
+
+
+def tilted(output: Any, batch: Any) -> torch.Tensor:
+    """A loss for any output: a weighted mean of all that has a gradient; mean squares of normed tensors would be constant."""
+    carrying = [t for t in floats(output) if t.requires_grad]
+    return sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).mean() for t in carrying)
+
+
+def floats(value: Any) -> list[torch.Tensor]:
+    """Floating tensors in a model's output."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    items = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    )
+    return [tensor for item in items for tensor in floats(item)]
+
+
+# --- batches ---
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def ids(length: int = LENGTH) -> torch.Tensor:
+    """Three sequences of tokens."""
+    return torch.randint(3, VOCABULARY, (3, length), generator=_generator())
+
+
+def text(**more: Any) -> dict[str, Any]:
+    """A batch for a model of transformers."""
+    return {"input_ids": ids(), **more}
+
+
+def pairs_of_text() -> dict[str, torch.Tensor]:
+    """A source and a target."""
+    return {"input_ids": ids(), "decoder_input_ids": ids(9)}
+
+
+def vectors(length: int = LENGTH, width: int = 32) -> torch.Tensor:
+    """Three sequences of vectors."""
+    return torch.randn(3, length, width, generator=_generator())
+
+
+def image(side: int = 32) -> torch.Tensor:
+    """Three square images."""
+    return torch.randn(3, 3, side, side, generator=_generator())
+
+
+def pixels(side: int = 32) -> dict[str, torch.Tensor]:
+    """Images for a model of transformers."""
+    return {"pixel_values": image(side)}
+
+
+def speech() -> dict[str, torch.Tensor]:
+    """A spectrogram and a target."""
+    features = torch.randn(3, 8, 2 * LENGTH, generator=_generator())
+    return {"input_features": features, "decoder_input_ids": ids(9)}
+
+
+# --- transformers ---
+
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FEED = {"intermediate_size": 64}
+ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+SEQUENCES = {
+    "vocab_size": VOCABULARY, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
+LAYERS_OF_BOTH = {
+    "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+}  # fmt: skip
+
+
+def _huggingface(model: str, config: str, **sizes: Any) -> nn.Module:
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes))
+
+
+def _text_model(model: str, config: str, blocks: str, **more: Any) -> dict[str, Any]:
+    return {
+        "build": partial(_huggingface, model, config, **{**SIZES, **more}),
+        "batch": text,
+        "blocks": ((blocks, 3),),
+        "package": "transformers",
+    }
+
+
+def _decoder(name: str, prefix: str, blocks: str = "model.layers.{i}", **more: Any) -> Family:
+    return Family(name=name, **_text_model(f"{prefix}ForCausalLM", f"{prefix}Config", blocks, **more))
+
+
+def _encoder(name: str, prefix: str, blocks: str = "encoder.layer.{i}", **more: Any) -> Family:
+    return Family(name=name, **_text_model(f"{prefix}Model", f"{prefix}Config", blocks, **{**FEED, **more}))
+
+
+DECODERS = (
+    Family(
+        name="gpt2",
+        package="transformers",
+        build=partial(_huggingface, "GPT2LMHeadModel", "GPT2Config", vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4),
+        batch=text,
+        blocks=(("transformer.h.{i}", 3),),
+    ),
+    _decoder("llama", "Llama", **FEED),
+    _decoder("qwen3", "Qwen3", **FEED, num_key_value_heads=2, head_dim=8),
+    Family(
+        name="gemma3",
+        **_text_model(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", "model.layers.{i}", **FEED, num_key_value_heads=2, head_dim=8,
+            sliding_window=8,
+        ),
+    ),
+    Family(
+        name="gemma4",
+        **_text_model(
+            "Gemma4ForCausalLM", "Gemma4TextConfig", "model.layers.{i}", **FEED, num_key_value_heads=2, head_dim=8,
+            sliding_window=8, vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=8,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        ),
+    ),
+    _decoder("gpt_neox", "GPTNeoX", "gpt_neox.layers.{i}", **FEED),
+    _decoder("phi", "Phi", **FEED),
+    _decoder("falcon", "Falcon", "transformer.h.{i}"),
+    Family(
+        name="opt",
+        **_text_model(
+            "OPTForCausalLM", "OPTConfig", "model.decoder.layers.{i}", ffn_dim=64, word_embed_proj_dim=32
+        ),
+    ),
+    _decoder("mixtral", "Mixtral", **FEED, num_local_experts=4, num_key_value_heads=2),
+    _decoder("qwen3_moe", "Qwen3Moe", **FEED, **ROUTED, num_experts=4, num_key_value_heads=2, head_dim=8),
+    _decoder(
+        "deepseek_v3", "DeepseekV3", **FEED, **ROUTED, n_routed_experts=4, n_group=1, topk_group=1, kv_lora_rank=16,
+        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
+        num_key_value_heads=4,
+    ),
+    _decoder("mamba", "Mamba", "backbone.layers.{i}", state_size=4),
+    _decoder("mamba2", "Mamba2", "backbone.layers.{i}", state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    _decoder(
+        "recurrent_gemma", "RecurrentGemma", **FEED, lru_width=32, num_key_value_heads=1, attention_window_size=8
+    ),
+    _decoder("rwkv", "Rwkv", "rwkv.blocks.{i}", attention_hidden_size=32, context_length=64, rescale_every=0, use_cache=False),
+)  # fmt: skip
+
+ENCODERS = (
+    _encoder("bert", "Bert"),
+    _encoder("roberta", "Roberta", max_position_embeddings=64),
+    _encoder("esm", "Esm", max_position_embeddings=64, mask_token_id=3, position_embedding_type="rotary"),
+    _encoder(
+        "albert", "Albert", "encoder.albert_layer_groups.0.albert_layers.0", embedding_size=16
+    ),
+    Family(
+        name="vit",
+        package="transformers",
+        build=partial(_huggingface, "ViTModel", "ViTConfig", image_size=32, patch_size=8, **{**SIZES, **FEED}),
+        batch=pixels,
+        blocks=(("layers.{i}", 3),),
+    ),
+    Family(
+        name="dinov2",
+        package="transformers",
+        build=partial(
+            _huggingface, "Dinov2Model", "Dinov2Config", image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3,
+            num_attention_heads=4, mlp_ratio=2,
+        ),
+        batch=pixels,
+        blocks=(("encoder.layer.{i}", 3),),
+    ),
+)  # fmt: skip
+
+
+PAIRS = (
+    Family(
+        name="t5",
+        package="transformers",
+        build=partial(
+            _huggingface, "T5ForConditionalGeneration", "T5Config", **SEQUENCES, d_kv=8, d_ff=64, num_layers=3,
+            num_decoder_layers=2, num_heads=4,
+        ),
+        batch=pairs_of_text,
+        blocks=(("encoder.block.{i}", 3), ("decoder.block.{i}", 2)),
+        chains=("encoder", "decoder"),
+    ),
+    Family(
+        name="bart",
+        package="transformers",
+        build=partial(_huggingface, "BartForConditionalGeneration", "BartConfig", **SEQUENCES, **LAYERS_OF_BOTH),
+        batch=pairs_of_text,
+        blocks=(("model.encoder.layers.{i}", 3), ("model.decoder.layers.{i}", 2)),
+        chains=("encoder", "decoder"),
+    ),
+    Family(
+        name="whisper",
+        package="transformers",
+        build=partial(
+            _huggingface, "WhisperForConditionalGeneration", "WhisperConfig", **SEQUENCES, **LAYERS_OF_BOTH, num_mel_bins=8,
+            max_source_positions=LENGTH, max_target_positions=LENGTH, suppress_tokens=None, begin_suppress_tokens=None,
+        ),
+        batch=speech,
+        blocks=(("model.encoder.layers.{i}", 3), ("model.decoder.layers.{i}", 2)),
+        chains=("encoder", "decoder"),
+    ),
+    Family(
+        name="nn.Transformer",
+        package="torch",
+        build=partial(
+            nn.Transformer, 32, 4, num_encoder_layers=3, num_decoder_layers=2, dim_feedforward=64, batch_first=True
+        ),
+        batch=lambda: (vectors(), vectors(9)),
+        blocks=(("encoder.layers.{i}", 3), ("decoder.layers.{i}", 2)),
+        chains=("encoder", "decoder"),
+    ),
+)  # fmt: skip
+
+
+# --- torch itself ---
+
+
+class Universal(nn.Module):
+    """One block called again and again (arXiv 1807.03819)."""
+
+    def __init__(self, times: int = 4):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 32)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.times = times
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for _ in range(self.times):
+            x = self.block(x)
+        return x
+
+
+def _torch_encoder(norm_first: bool, batch_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+
+TORCH = (
+    *(
+        Family(
+            name=f"nn.TransformerEncoder, {'pre' if norm_first else 'post'}-norm, {'batch' if batch_first else 'token'} first",
+            package="torch",
+            build=partial(_torch_encoder, norm_first, batch_first),
+            batch=(lambda: vectors()) if batch_first else (lambda: vectors().transpose(0, 1).contiguous()),
+            blocks=(("layers.{i}", 3),),
+        )
+        for norm_first in (True, False)
+        for batch_first in (True, False)
+    ),
+    Family(
+        name="universal transformer",
+        package="torch",
+        build=Universal,
+        batch=ids,
+        blocks=(("block", 4),),
+        note="one block, called four times",
+    ),
+)
+
+
+# --- images ---
+
+
+def _torchvision_resnet(bottleneck: bool, layers: list[int]) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    return ResNet(Bottleneck if bottleneck else BasicBlock, layers, num_classes=5)
+
+
+def _torchvision_convnext() -> nn.Module:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    settings = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, 24, 2), CNBlockConfig(24, None, 2)]
+    return ConvNeXt(settings, num_classes=5)
+
+
+def _torchvision_swin(version: int) -> nn.Module:
+    from torchvision.models import swin_transformer as swin
+
+    parts = (
+        {}
+        if version == 1
+        else {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    )
+    return swin.SwinTransformer(
+        [2, 2], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=5, **parts
+    )
+
+
+def _torchvision_efficientnet() -> nn.Module:
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
+    settings = [
+        MBConvConfig(1, 3, 1, 16, 8, 2),
+        MBConvConfig(4, 3, 2, 8, 16, 3),
+        MBConvConfig(4, 5, 2, 16, 24, 3),
+    ]
+    return EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5, last_channel=48)
+
+
+def _torchvision_vit() -> nn.Module:
+    model = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5
+    )
+    nn.init.normal_(model.heads.head.weight)  # it starts at zero, and so would all gradients
+    return model
+
+
+def _seen(
+    name: str, package: str, build: Callable[[], nn.Module], blocks: str, count: int, **more: Any
+) -> Family:
+    return Family(name=name, package=package, build=build, batch=image, blocks=((blocks, count),), **more)
+
+
+def _timm(name: str, **sizes: Any) -> Callable[[], nn.Module]:
+    return partial(timm.create_model, name, pretrained=False, num_classes=5, **sizes)
+
+
+def _timm_mixer() -> nn.Module:
+    model = timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=3, embed_dim=32)
+    nn.init.normal_(model.head.weight)
+    return model
+
+
+IMAGES = (
+    _seen("resnet18", "torchvision", partial(_torchvision_resnet, False, [2, 2, 2, 2]), "layer*.{i}", 8),
+    _seen("resnet50", "torchvision", partial(_torchvision_resnet, True, [3, 4, 6, 3]), "layer*.{i}", 16),
+    _seen("convnext", "torchvision", _torchvision_convnext, "features.[135].{i}", 6),
+    _seen("swin", "torchvision", partial(_torchvision_swin, 1), "features.[13].{i}", 4),
+    _seen("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
+    _seen("efficientnet", "torchvision", _torchvision_efficientnet, "features.[123].{i}", 8),
+    _seen("vit", "torchvision", _torchvision_vit, "encoder.layers.*", 3),
+    _seen("resnet18", "timm", _timm("resnet18", zero_init_last=False), "layer*.{i}", 8),
+    _seen("resnet50", "timm", _timm("resnet50", zero_init_last=False), "layer*.{i}", 16),
+    _seen("convnext", "timm", _timm("convnext_atto", depths=(2, 2, 2, 2), dims=(8, 16, 24, 32)), "stages.*.blocks.{i}", 8),
+    _seen(
+        "swin",
+        "timm",
+        _timm(
+            "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2),
+            num_heads=(2, 4),
+        ),
+        "layers.*.blocks.{i}",
+        4,
+    ),
+    _seen("efficientnet", "timm", _timm("efficientnet_b0"), "blocks.[1-6].{i}", 15),
+    _seen(
+        "vit",
+        "timm",
+        _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4),
+        "blocks.{i}",
+        3,
+    ),
+    _seen(
+        "mlp-mixer",
+        "timm",
+        _timm_mixer,
+        "blocks.{i}",
+        3,
+    ),
+)  # fmt: skip
+
+
+# --- two tracks ---
+
+
+def _esmfold() -> nn.Module:
+    structure = {
+        "sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2,
+        "num_v_points": 2, "num_blocks": 2, "num_transition_layers": 1, "num_resnet_blocks": 1,
+    }  # fmt: skip
+    trunk = {
+        "num_blocks": 3, "sequence_state_dim": 16, "pairwise_state_dim": 8, "sequence_head_width": 4,
+        "pairwise_head_width": 4, "position_bins": 4, "chunk_size": None, "max_recycles": 1, "structure_module": structure,
+    }  # fmt: skip
+    config = transformers.EsmConfig(
+        vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
+        mask_token_id=32, max_position_embeddings=64, position_embedding_type="rotary", is_folding_model=True,
+        esmfold_config={"fp16_esm": False, "lddt_head_hid_dim": 8, "trunk": trunk},
+    )  # fmt: skip
+    return transformers.EsmForProteinFolding(config)
+
+
+def residues() -> dict[str, torch.Tensor]:
+    """Three short proteins."""
+    return {"input_ids": torch.randint(0, 20, (3, 11), generator=_generator())}
+
+
+TRACKS = (
+    Family(
+        name="esmfold",
+        package="transformers",
+        build=_esmfold,
+        batch=residues,
+        blocks=(("esm.encoder.layer.{i}", 2), ("trunk.blocks.{i}", 3), ("trunk.blocks.{i}", 3)),
+        chains=("esm", "sequence_state", "pairwise_state"),
+        note="the language model, which is frozen, and the two tracks of the trunk; the pairwise one has L·L tokens",
+    ),
+)
+
+
+# --- streams ---
+
+
+def _perturbed(build: Callable[[], nn.Module]) -> nn.Module:
+    return perturbed(build())
+
+
+class Feedforward(nn.Module):
+    """The branch of the small models below."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Lucidrains(nn.Module):
+    """A language model on one of lucidrains' connections."""
+
+    def __init__(
+        self, connections: Any, streams: int = 4, fractions: int = 1, width: int = 32, layers: int = 3
+    ):
+        super().__init__()
+        functions = connections.get_init_and_expand_reduce_stream_functions
+        init, self.expand, self.reduce = functions(streams, dim=width, num_fracs=fractions)
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(init(branch=Feedforward(width)) for _ in range(layers))
+        self.head = nn.Linear(width, VOCABULARY)
+
+    def forward(self, tokens):
+        x = self.expand(self.embed(tokens))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.reduce(x))
+
+
+def _lucidrains(connections: Any, **sizes: int) -> nn.Module:
+    return perturbed(Lucidrains(connections, **sizes), "alpha", "beta", "_scale")
+
+
+class DepthHistory(nn.Module):
+    """Feed-forward layers under the skips of the package ``mhc``, which mix past layers, not streams."""
+
+    def __init__(self, layers: int = 4):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 32)
+        self.trunk = mhc.MHCSequential([Feedforward(32) for _ in range(layers)], max_history=3)
+        self.head = nn.Linear(32, VOCABULARY)
+
+    def forward(self, tokens):
+        return self.head(self.trunk(self.embed(tokens)))
+
+
+def _streams(name: str, build: Callable[[], nn.Module], blocks: str, connection: str, **more: Any) -> Family:
+    return Family(
+        name=name, package="transformers", build=build, batch=text, blocks=((blocks, 4),), connection=connection, streams=4,
+        **more,
+    )  # fmt: skip
+
+
+def _hyper(name: str, connection: str, connections: Any, streams: int = 4, **sizes: int) -> Family:
+    return Family(
+        name=name,
+        package="hyper-connections",
+        build=partial(_lucidrains, connections, **({} if streams == 4 else {"streams": streams}), **sizes),
+        batch=ids,
+        blocks=(("layers.{i}", 3),),
+        connection=connection,
+        streams=streams * sizes.get("fractions", 1),
+    )
+
+
+STREAMS = (
+    _streams(
+        "deepseek_v4",
+        partial(_perturbed, deepseek_v4),
+        "model.layers.{i}",
+        "mhc",
+    ),
+    _streams(
+        "glm5_next",
+        partial(_perturbed, glm5_next),
+        "layers.{i}",
+        "mhc",
+    ),
+    _streams(
+        "hy_v4",
+        partial(_perturbed, hy_v4),
+        "model.layers.{i}",
+        "independent_hc",
+        note="H_res is the identity",
+    ),
+    _streams(
+        "qwen4_exp",
+        partial(_perturbed, qwen4_exp),
+        "layers.{i}",
+        "gated",
+        note="H_pre is a gate per feature, so no scalar H_pre exists",
+    ),
+    _streams(
+        "gemma3n",
+        partial(_perturbed, gemma3n),
+        "layers.{i}",
+        "altup",
+    ),
+    _hyper("HC", "hc", free),
+    _hyper("mHC", "mhc", constrained),
+    _hyper("mHCv2", "mhc", constrained_v2),
+    _hyper("frac-connections", "hc", free, streams=1, fractions=4),
+    Family(
+        name="MHCSequential",
+        package="mhc",
+        build=DepthHistory,
+        batch=ids,
+        blocks=(("trunk.skip_layers.{i}", 4),),
+        connection="depth_history",
+        takes=False,
+        note="mixes past layers, not streams",
+    ),
+)
+
+
+# --- streams that nobody has declared ---
+
+
+def _undeclared(name: str, held: str, refused: str, override: Mapping[str, Any], **more: Any) -> Family:
+    return Family(
+        name=f"undeclared streams {name}", package="nobody", build=partial(unseen, held), batch=ids,
+        blocks=(("blocks.{i}", 3),) * len(more.get("chains", [""])), refused=refused, override=override, **more,
+    )  # fmt: skip
+
+
+UNDECLARED = (
+    _undeclared(
+        "in the feature axis", "b t (n d)", "LayoutError", {"layout": "B T (N D)", "streams": 4}, streams=4,
+        connection="unknown",
+    ),
+    _undeclared(
+        "in the batch axis", "(b n) t d", "LayoutError", {"layout": "(B N) T D", "streams": 4}, streams=4,
+        connection="unknown",
+    ),
+    _undeclared(
+        "on an axis of their own", "b n t d", "LayoutError", {"layout": "B N T D"}, streams=4, connection="unknown"
+    ),
+    _undeclared(
+        "as a tuple of tensors", "tuple", "ChainError", {"layers": "blocks.{i}"},
+        chains=("state0", "state1", "state2", "state3"), note="each stream is then a chain of its own",
+    ),
+)  # fmt: skip
+
+
+FAMILIES: tuple[Family, ...] = (
+    *DECODERS,
+    *ENCODERS,
+    *PAIRS,
+    *TORCH,
+    *IMAGES,
+    *TRACKS,
+    *STREAMS,
+    *UNDECLARED,
+)

@@ -1,0 +1,275 @@
+"""Small networks that are built to show one failure each: plain stacks, and streams with connections of any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from hyper_connections.hyper_connections import HyperConnections
+from torch import nn
+
+from depthscope import diagnostics, probes
+from depthscope.diagnostics import Finding
+
+VOCABULARY, WIDTH, STREAMS, LAYERS = 64, 32, 4, 6
+CONNECTIONS = 2 * LAYERS
+IDENTITY = torch.eye(STREAMS)
+UNIFORM = torch.full((STREAMS, STREAMS), 1 / STREAMS)
+NEAR = 0.9 * IDENTITY + 0.1 * UNIFORM  # mixes, and keeps a quarter of the differences over twelve connections
+
+Step = Callable[..., torch.Tensor]
+Merge = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def tokens(sequences: int = 4, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """Random tokens, none of them 0, which some models take for padding."""
+    drawn = torch.randint(1, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+    return drawn
+
+
+class Attention(nn.Module):
+    """Causal attention without a norm or a skip."""
+
+    def __init__(self, width: int = WIDTH, heads: int = 4, *, causal: bool = True):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.causal = causal
+
+    def forward(self, x):
+        hidden = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+        return self.attend(x, x, x, need_weights=False, attn_mask=hidden)[0]
+
+
+def feedforward(width: int = WIDTH, inner: int = 2 * WIDTH) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+
+class PreNorm(nn.Module):
+    """A branch behind a norm."""
+
+    def __init__(self, branch: nn.Module, width: int = WIDTH):
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(width), branch
+
+    def forward(self, x):
+        return self.branch(self.norm(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then the same with a feed-forward branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = PreNorm(Attention()), PreNorm(feedforward())
+
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class Layer(nn.Module):
+    """Any step as a block of a plain stack."""
+
+    def __init__(self, step: Step, *parts: nn.Module):
+        super().__init__()
+        self.step, self.parts = step, nn.ModuleList(parts)
+
+    def forward(self, x):
+        return self.step(x, *self.parts)
+
+
+class Plain(nn.Module):
+    """An embedding, blocks and a head on the last state."""
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def pre_norm(layers: int = LAYERS) -> Plain:
+    """A fresh transformer with its norms before the branches."""
+    torch.manual_seed(0)
+    return Plain([Block() for _ in range(layers)])
+
+
+def plain(make: Callable[[int], nn.Module], layers: int = LAYERS) -> Plain:
+    """A stack of blocks that are made by their number."""
+    torch.manual_seed(0)
+    return Plain([make(number) for number in range(layers)])
+
+
+def prediction(output: Any, batch: Any) -> torch.Tensor:
+    """Cross entropy of the tokens themselves."""
+    ids = batch["input_ids"] if isinstance(batch, dict) else batch
+    return nn.functional.cross_entropy(getattr(output, "logits", output).flatten(0, 1), ids.flatten())
+
+
+def captured(model: nn.Module, batch: Any = None, **options: Any) -> xr.DataTree:
+    """A run with gradients."""
+    batch = tokens() if batch is None else batch
+    return probes.capture(model, batch, gradients=True, **{"loss": prediction} | options)
+
+
+def findings(run: xr.DataTree, **options: Any) -> list[Finding]:
+    return diagnostics.judge(diagnostics.analyze(run), **options)
+
+
+# --- streams ---
+
+
+class Connection(nn.Module):
+    """Static weights of one connection: reads, mixing (rows are destinations) and writes."""
+
+    def __init__(self, read: torch.Tensor, mix: torch.Tensor, write: torch.Tensor):
+        super().__init__()
+        self.read, self.mix, self.write = (nn.Parameter(each.clone()) for each in (read, mix, write))
+
+    def mixing(self) -> torch.Tensor:
+        return self.mix
+
+    def forward(self, x):
+        lead = x.shape[:2]
+        collapsed = torch.einsum("n,btnd->btd", self.read, x)
+        return self.write.expand(*lead, STREAMS), self.mixing().expand(*lead, STREAMS, STREAMS), collapsed
+
+
+class Constrained(Connection):
+    """The same with a mixing matrix by Sinkhorn of logits; ``overshoot`` moves it away from the uniform one."""
+
+    def __init__(self, *weights: torch.Tensor, sinkhorn_steps: int = 20, overshoot: float = 1.0):
+        super().__init__(*weights)
+        self.sinkhorn_steps, self.overshoot = sinkhorn_steps, overshoot
+
+    def mixing(self) -> torch.Tensor:
+        logs = self.mix
+        for _ in range(self.sinkhorn_steps):
+            logs = logs.log_softmax(0).log_softmax(1)
+        return torch.lerp(torch.full_like(logs, 1 / STREAMS), logs.exp(), self.overshoot)
+
+
+class StreamBlock(nn.Module):
+    """Two branches, each within a connection, whose parts are put together by ``merge``."""
+
+    def __init__(self, connections: Sequence[Connection], merge: Merge):
+        super().__init__()
+        self.attention_hc, self.mlp_hc = connections
+        self.attention, self.mlp = PreNorm(Attention()), PreNorm(feedforward())
+        self.merge = merge
+
+    def forward(self, x):
+        for connection, branch in ((self.attention_hc, self.attention), (self.mlp_hc, self.mlp)):
+            write, mix, read = connection(x)
+            x = self.merge(mix, x) + write[..., None] * branch(read)[:, :, None]
+        return x
+
+
+class Streams(nn.Module):
+    """A language model on streams that begin as copies of the embedding, each shifted by its own vector."""
+
+    def __init__(self, blocks: Sequence[nn.Module], *, apart: float = 0.5):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.offsets = nn.Parameter(apart * torch.randn(STREAMS, WIDTH))
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.embed(ids)[:, :, None] + self.offsets
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(2))
+
+
+def mixed(mix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a connection should do to the streams."""
+    return mix @ x
+
+
+def streams(
+    mixes: Sequence[torch.Tensor] | torch.Tensor,
+    *,
+    reads: Sequence[torch.Tensor] | None = None,
+    writes: Sequence[torch.Tensor] | None = None,
+    make: Callable[..., Connection] = Connection,
+    merge: Merge = mixed,
+    apart: float = 0.5,
+) -> Streams:
+    """Two connections a block; given mixing (or its logits), reads and writes, or random ones around an equal share."""
+    torch.manual_seed(0)
+    mixes = [mixes] * CONNECTIONS if isinstance(mixes, torch.Tensor) else mixes
+    reads = reads or [(1 + 0.3 * torch.randn(STREAMS)) / STREAMS for _ in mixes]
+    writes = writes or [1 + 0.6 * torch.randn(STREAMS) for _ in mixes]
+    made = [make(*weights) for weights in zip(reads, mixes, writes, strict=True)]
+    blocks = [StreamBlock(made[i : i + 2], merge) for i in range(0, len(made), 2)]
+    return Streams(blocks, apart=apart)
+
+
+def random_logits(spread: float, diagonal: float = 4.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [diagonal * IDENTITY + spread * torch.randn(4, 4, generator=generator) for _ in range(CONNECTIONS)]
+
+
+class Passing(nn.Module):
+    """A known bad control: the streams are expanded and merged again inside every block."""
+
+    def __init__(self, layers: int = LAYERS):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(
+            HyperConnections(STREAMS, dim=WIDTH, branch=PreNorm(feedforward()), layer_index=i)
+            for i in range(layers)
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x.repeat_interleave(STREAMS, 0)).unflatten(0, (-1, STREAMS)).mean(1)
+        return self.head(x)
+
+
+def passing() -> Passing:
+    """With writes that part the streams inside a block, and mixing that mostly keeps them."""
+    torch.manual_seed(0)
+    model = Passing()
+    for block in model.blocks:
+        nn.init.normal_(block.static_beta, mean=1.0, std=0.5)
+        with torch.no_grad():
+            block.static_alpha[:, 1:].lerp_(UNIFORM, 0.1)
+    return model
+
+
+# --- streams that are really trained ---
+
+DECAY = {"learning_rate": 0.01, "weight_decay": 2.0, "steps": 30}
+
+
+def trained(diagonal: float, *, weight_decay: float, faster: float = 5.0) -> xr.DataTree:
+    """An mHC after steps of AdamW; its logits learn ``faster`` than the rest, at 0 they get a gradient of zero."""
+    model, batch = streams(diagonal * IDENTITY, make=Constrained), tokens(8, 16)
+    logits = [one.mix for one in model.modules() if isinstance(one, Connection)]
+    initial = np.stack([one.detach().numpy().copy() for one in logits])
+    others = [p for p in model.parameters() if all(p is not one for one in logits)]
+    rate = DECAY["learning_rate"]
+    decayed = {"params": logits, "lr": rate * (faster or 1.0), "weight_decay": weight_decay / (faster or 1.0)}
+    optimiser = torch.optim.AdamW([decayed, {"params": others, "lr": 0.01, "weight_decay": 0.0}])
+    for _ in range(DECAY["steps"]):
+        optimiser.zero_grad()
+        copied = torch.cat([batch[:, :8], batch[:, :8]], 1)
+        nn.functional.cross_entropy(model(copied)[:, :-1].flatten(0, 1), copied[:, 1:].flatten()).backward()
+        for one in () if faster else logits:
+            one.grad.zero_()
+        optimiser.step()
+    decay = diagnostics.decay_factor(**DECAY | {"weight_decay": weight_decay})
+    return diagnostics.with_replay(captured(model), initial, decay=decay)

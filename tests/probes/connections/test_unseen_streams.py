@@ -1,0 +1,92 @@
+"""Streams that nobody has declared, mixed by plain functions: refused with the override to give, never taken for plain."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from depthscope import probes
+from tests.models.families import tilted
+from tests.models.unseen import BATCH, STREAMS, TOKENS, Unseen, opened, unseen
+
+
+def told(message: str) -> dict:
+    """The override that a refusal names."""
+    layout = re.search(r"layout='([^']+)'", message)
+    streams = re.search(r"streams=(\d+)", message)
+    layers = re.search(r"layers='([^']+)'", message)
+    found = {
+        "layout": layout and layout[1],
+        "streams": streams and int(streams[1]),
+        "layers": layers and layers[1],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def states_of(model: Unseen, ids) -> np.ndarray:
+    """What the blocks take and give, by hooks of our own, as (depth, batch, token, stream, feature)."""
+    seen = []
+    hooks = [block.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for block in model.blocks]
+    hooks.append(model.blocks[-1].register_forward_hook(lambda m, args, output: seen.append(output)))
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return np.stack([opened(state, model.held).detach().numpy() for state in seen])
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+MERGED = ["b t (n d)", "b t (d n)", "b (n t) d", "b (t n) d"]
+APART = ["(b n) t d", "(n b) t d", "n b t d", "b t n d", "b n t d", "t b n d"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"inlined": True}, {"dynamic": True}], ids=["plain", "inlined", "dynamic"]
+)
+@pytest.mark.parametrize("held", MERGED + APART)
+def test_copied_streams_are_refused_and_captured_with_the_override_that_is_named(tokens, held, options):
+    model = unseen(held, **options)
+    with pytest.raises(probes.LayoutError, match="streams") as refusal:
+        probes.capture(model, tokens)
+    run = probes.capture(model, tokens, **told(str(refusal.value)))
+    np.testing.assert_array_equal(run.trace.residual.values, states_of(model, tokens))
+    assert run.attrs["family"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"inlined": True}, {"dynamic": True}], ids=["plain", "inlined", "dynamic"]
+)
+@pytest.mark.parametrize("held", MERGED + APART)
+def test_streams_that_start_apart_are_refused_too(tokens, held, options):
+    model = unseen(held, apart=True, **options)
+    with pytest.raises(probes.LayoutError, match="streams"):
+        probes.capture(model, tokens)
+    run = probes.capture(model, tokens, layout=held.upper(), streams=STREAMS)
+    np.testing.assert_array_equal(run.trace.residual.values, states_of(model, tokens))
+
+
+def test_naming_the_blocks_does_not_make_streams_plain(tokens):
+    with pytest.raises(probes.LayoutError, match="streams"):
+        probes.capture(unseen("b t (n d)"), tokens, layers="blocks.{i}")
+
+
+@pytest.mark.parametrize("held", ["tuple", "list"])
+def test_streams_handed_on_one_by_one_are_refused_and_captured_as_chains_of_their_own(tokens, held):
+    model = unseen(held)
+    with pytest.raises(probes.ChainError, match="may be streams") as refusal:
+        probes.capture(model, tokens)
+    run = probes.capture(model, tokens, gradients=True, loss=tilted, **told(str(refusal.value)))
+    expected = states_of(model, tokens)
+    for stream in range(STREAMS):
+        trace = run["trace"][f"state{stream}"]
+        np.testing.assert_allclose(
+            trace.residual.values[:, :, :, 0], expected[:, :, :, stream], rtol=1e-5, atol=1e-6
+        )
+        assert np.isfinite(trace.gradient.values).all()

@@ -1,0 +1,207 @@
+"""How people run a model: precisions, generation, compilation, checkpoints, sharding; none changes what is read."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from depthscope import probes
+
+
+@pytest.mark.parametrize("name", ["deepseek", "lucidrains hc", "lucidrains mhc"])
+def test_connections_are_proven_under_autocast(models, ids, name):
+    kind, _, family = name.partition(" ")
+    model = models[kind](*([family] if family else []))
+    with torch.autocast("cpu", torch.bfloat16):
+        run = probes.capture(model, ids)
+        with probes.record(model) as recorder:
+            for _ in range(2):
+                model(ids)
+                recorder.step()
+    assert recorder.errors == []
+    plain = probes.capture(model, ids)
+    for each in (run, recorder.run):
+        assert each.attrs["autocast"] == "bfloat16"
+        assert each.attrs["dtype"] == "float32"
+        assert each.attrs["reconstruction_error"] < 5e-3
+        assert float(each.trace.read_error.max()) < 5e-3
+        np.testing.assert_allclose(  # later ones see states that lower precision has moved
+            each.trace.h_res.values[0, :3], plain.trace.h_res.values[0], atol=5e-2
+        )
+    assert "autocast" not in plain.attrs
+
+
+def test_the_returned_matrix_lies_beside_the_applied_one(models, ids):
+    model = models["deepseek"]().to(torch.bfloat16)
+    given = []
+    model.model.layers[1].attn_hc.register_forward_hook(lambda module, args, output: given.append(output[1]))
+    trace = probes.capture(model, ids)["trace"].to_dataset()
+    np.testing.assert_array_equal(trace.h_res_returned.values[2], given[0].mT.float())
+    np.testing.assert_array_equal(trace.h_res.values[2], given[0].mT.to(torch.bfloat16).float())
+    largest = abs(trace.h_res - trace.h_res_returned).max(("sample", "token", "stream_out", "stream_in"))
+    np.testing.assert_allclose(trace.rounding.values, largest.values)
+    assert "h_res_returned" not in probes.capture(models["deepseek"](), ids).trace.data_vars
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_prefill_and_decoding_are_told_apart(models, ids, name):
+    model = models[name]()
+    with probes.record(model, max_sequences=32) as recorder:
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        recorder.step()
+    assert recorder.errors == []
+    trace = recorder.run["trace"].to_dataset()
+    assert list(trace.phase.values) == ["prefill"] * 3 + ["decode"] * 9
+    assert list(trace.mask.values.sum(1)) == [11] * 3 + [1] * 9
+    assert "phase" not in probes.capture(model, ids).trace.coords
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["hc", "mhc"])
+def test_checkpointed_connections_give_the_same(models, ids, family, reentrant):
+    found = []
+    for wrapped in (False, True):
+        model = models["lucidrains"](family)
+        for module in model.modules():
+            if wrapped and hasattr(module, "width_connection"):
+                module.forward = _checkpointed(module.forward, reentrant)
+        with probes.record(model, gradients=True) as recorder:
+            for _ in range(2):
+                model.zero_grad()
+                model(ids).square().mean().backward()
+                recorder.step()
+        assert recorder.errors == []
+        found.append((recorder.run, [p.grad.clone() for p in model.parameters()]))
+    (plain, own), (checkpointed, recomputed) = found
+    for variable in ("residual", "gradient", "h_res", "h_pre", "h_post"):
+        np.testing.assert_allclose(
+            checkpointed.trace[variable].values,
+            plain.trace[variable].values,
+            atol=1e-5,
+            rtol=1e-4,
+            err_msg=variable,
+        )
+    for a, b in zip(own, recomputed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)  # attention has another kernel without a graph
+
+
+def _checkpointed(forward, reentrant):
+    return lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_streams_are_read_in_every_measured_step(models, ids, inside):
+    model = models["lucidrains"]("mhc")
+    if inside:
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    compiled(ids)  # compiled before a probe is there
+    with probes.record(compiled, gradients=True) as recorder:
+        for _ in range(2):
+            compiled(ids).square().mean().backward()
+            recorder.step()
+    assert recorder.errors == []
+    assert recorder.run.attrs["family"] == "mhc"
+    assert recorder.run.attrs["reconstruction_error"] < 1e-6
+
+
+def test_inference_mode_and_offloaded_weights(models, ids):
+    from accelerate import cpu_offload
+
+    model = models["deepseek"]()
+    whole = probes.capture(model, ids)
+    with torch.inference_mode(), probes.record(model) as recorder:
+        for _ in range(2):
+            model(ids)
+            recorder.step()
+    np.testing.assert_array_equal(recorder.run.trace.residual.values[:, :3], whole.trace.residual.values)
+    cpu_offload(model, execution_device="cpu")
+    offloaded = probes.capture(model, ids)
+    for variable in ("residual", "h_res", "h_pre"):
+        np.testing.assert_allclose(offloaded.trace[variable].values, whole.trace[variable].values, atol=1e-6)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_one_process_of_a_parallel_training(models, ids, way):
+    from torch.distributed.fsdp import fully_shard
+
+    def loop(model: nn.Module):
+        with probes.record(model, gradients=True, weights=True) as recorder:
+            for _ in range(2):
+                model.zero_grad()
+                model(input_ids=ids, labels=ids).loss.backward()
+                recorder.step()
+        assert recorder.errors == []
+        return recorder.run
+
+    plain = loop(models["deepseek"]())
+    model = models["deepseek"]()
+    if way == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    run = loop(model)
+    for variable in ("residual", "gradient", "h_res", "h_pre", "h_post"):
+        np.testing.assert_allclose(
+            run.trace[variable].values[:, 3:],
+            plain.trace[variable].values[:, 3:],
+            atol=1e-5,
+            err_msg=variable,
+        )
+    if way == "fsdp2":
+        assert sum(run.attrs["weights_skipped"].values()) > 0
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("split", [False, True])
+def test_a_split_state_is_refused_and_a_replicated_one_read(split):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = init_device_mesh("cpu", (1,))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return DTensor.from_local(x.to_local() + self.linear(x.to_local()), mesh, x.placements)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            state = DTensor.from_local(x, mesh, [Shard(2) if split else Replicate()])
+            for block in self.blocks:
+                state = block(state)
+            return state.to_local()
+
+    model, x = Model(), torch.randn(2, 5, 8)
+    if split:
+        with pytest.raises(probes.CaptureError, match="split over processes"):
+            probes.capture(model, x)
+    else:
+        run = probes.capture(model, x)
+        np.testing.assert_array_equal(run.trace.residual.values[0, ..., 0, :], x.numpy())

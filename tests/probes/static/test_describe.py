@@ -1,0 +1,603 @@
+"""The static view: what the files tell is what the model's own modules compute where the input adds nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import hyper_connections.mHCv2 as second
+import numpy as np
+import pytest
+import torch
+from hyper_connections import hyper_connections as free
+from hyper_connections import hyper_connections_with_multi_branch_inputs as many_inputs
+from hyper_connections import manifold_constrained_hyper_connections as constrained
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from depthscope import probes
+from depthscope.probes.checkpoints import headers
+from depthscope.probes.checkpoints.weight_files import CheckpointError
+from tests.models.stream_models import gemma3n, glm5_next, hy_v4, qwen4_exp
+
+N = 4
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Random connection parameters, so that none of the maps is trivial."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if any(
+            word in name
+            for word in ("_hc", "hc_head", "altup.", "hyper_connection", "alpha", "beta", "scale")
+        ):
+            # strong biases, so that Sinkhorn has not converged and the order of its rounds shows
+            strong = any(word in name for word in ("base", "static_alpha"))
+            nn.init.normal_(parameter, std=3.0 if strong else 0.7, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory):
+    """Saves a model, sharded or not, once: ``saved("deepseek", shards=True) -> (model, folder)``."""
+    factories = {
+        "deepseek": models["deepseek"],
+        "glm5_next": partial(glm5_next, 2),
+        "hy_v4": partial(hy_v4, 2, hc_magnitude=1.5),
+        "qwen4_exp": partial(qwen4_exp, 2, ple_layer_ids=[1]),
+        "gemma3n": partial(gemma3n, 2, altup_active_idx=1),
+    }
+    made: dict[tuple[str, bool], tuple[nn.Module, Path]] = {}
+
+    def save(name: str, *, shards: bool = False) -> tuple[nn.Module, Path]:
+        if (name, shards) not in made:
+            torch.manual_seed(0)
+            model, folder = trained(factories[name]()), tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder, max_shard_size="100KB" if shards else "1GB")
+            made[name, shards] = model, folder
+        return made[name, shards]
+
+    return save
+
+
+def streams(width: int = 64) -> torch.Tensor:
+    """One token whose streams are unit vectors, so that whatever mixes them can be read off: (1, 1, n, D)."""
+    return torch.eye(N, width)[None, None]
+
+
+def without_dynamics(module: nn.Module) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        if name.endswith("scale") or name == "modality_router.weight":
+            nn.init.zeros_(parameter)
+    return module
+
+
+# --- the weights are the module's own
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("name", ["deepseek", "glm5_next"])
+def test_mhc_weights_are_those_of_the_module_without_dynamics(saved, name, shards):
+    model, folder = saved(name, shards=shards)
+    found = probes.describe_weights(folder)
+    modules = [module for module in model.modules() if type(module).__name__.endswith("HyperConnection")]
+    assert found.num_files > 1 if shards else found.num_files == 1
+    assert len(found.connections) == len(modules)
+    assert [(one.layer, one.branch) for one in found.connections[:4]] == [
+        (0, "attn"),
+        (0, "mlp"),
+        (1, "attn"),
+        (1, "mlp"),
+    ]
+    for one, module in zip(found.connections, modules, strict=True):
+        scale = module.scale.tolist()
+        with torch.no_grad():
+            post, comb, collapsed = without_dynamics(module)(streams())
+            module.scale.copy_(torch.tensor(scale))
+        np.testing.assert_allclose(one.h_res, comb[0, 0].T, atol=3e-6)
+        np.testing.assert_allclose(one.h_post, post[0, 0], atol=1e-6)
+        np.testing.assert_allclose(one.h_pre, collapsed[0, 0, :N], atol=1e-6)
+        assert list(one.gates.values()) == pytest.approx(scale)
+        assert (one.family, one.streams, one.width) == ("mhc", N, 64)
+        assert one.biases["res"].maximum == pytest.approx(module.base[2 * N :].max().item())
+
+
+def test_product_of_the_static_matrices_is_what_the_whole_model_applies(models, tmp_path):
+    model = trained(models["deepseek"](layers=2))
+    model.save_pretrained(tmp_path)
+    found = probes.describe_weights(tmp_path)
+    x, seen = torch.randn(1, 3, N, 64, generator=torch.Generator().manual_seed(2)), {}
+    layers = model.model.layers
+    for layer in layers:
+        without_dynamics(layer.attn_hc), without_dynamics(layer.ffn_hc)
+        layer.self_attn.register_forward_hook(lambda m, i, y: (torch.zeros_like(y[0]), *y[1:]))
+        layer.mlp.register_forward_hook(lambda m, i, y: torch.zeros_like(y))
+    layers[0].register_forward_pre_hook(lambda m, inputs: (x, *inputs[1:]))
+    layers[-1].register_forward_hook(lambda m, i, y: seen.update(y=y))
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    product = np.linalg.multi_dot([one.h_res for one in found.connections[::-1]])
+    np.testing.assert_allclose(np.einsum("ij,btjd->btid", product, x), seen["y"].numpy(), atol=1e-5)
+    assert np.abs(product - product.T).max() > 1e-3, "a transposed product would pass otherwise"
+    (composite,) = found.composites
+    np.testing.assert_allclose(composite.singular_values, np.linalg.svd(product)[1], atol=1e-9)
+    assert composite.forward_gain == pytest.approx(product.sum(1).max())
+    assert composite.backward_gain == pytest.approx(product.sum(0).max())
+
+
+def test_independent_streams_use_the_configured_magnitude_and_have_a_head(saved):
+    model, folder = saved("hy_v4")
+    found = probes.describe_weights(folder)
+    assert found.settings["hc_magnitude"] == 1.5
+    assert found.assumed == ()
+    modules = [module for layer in model.model.layers for module in (layer.attn_hc, layer.ffn_hc)]
+    for one, module in zip(found.connections, modules, strict=True):
+        with torch.no_grad():
+            post, collapsed = without_dynamics(module)(streams())
+        np.testing.assert_array_equal(one.h_res, np.eye(N))
+        np.testing.assert_allclose(one.h_post, post[0, 0], atol=1e-6)
+        np.testing.assert_allclose(one.h_pre, collapsed[0, 0, :N], atol=1e-6)
+    (head,) = found.heads
+    with torch.no_grad():
+        read = without_dynamics(model.model.hc_head)(streams())
+    np.testing.assert_allclose(head.h_pre, read[0, 0, :N], atol=1e-6)
+    assert (head.h_res, head.h_post, head.branch) == (None, None, "head")
+
+
+def test_gated_streams_write_one_at_a_zero_input(saved):
+    model, folder = saved("qwen4_exp")
+    found = probes.describe_weights(folder)
+    with torch.no_grad():
+        _, _, inject = model.layers[0].attn_hyper_connection(torch.zeros(1, 1, N * 64))
+    assert [one.module for one in found.connections[:2]] == [
+        "layers.0.attn_hyper_connection",
+        "layers.0.mlp_hyper_connection",
+    ]
+    np.testing.assert_array_equal(found.connections[0].h_post, inject[0, 0])
+    assert found.connections[0].h_pre is None
+    assert "per feature" in str(found)
+
+
+def test_altup_predicts_and_corrects_as_told(saved):
+    model, folder = saved("gemma3n")
+    altup = without_dynamics(model.layers[0].altup)
+    one = probes.describe_weights(folder).connections[0]
+    x, branch = streams().permute(2, 0, 1, 3), torch.full((1, 1, 64), 2.0)
+    with torch.no_grad():
+        predicted = altup.predict(x)
+        corrected = altup.correct(predicted, branch)
+    expected = np.einsum("ij,jd->id", one.h_res, x[:, 0, 0]) + np.outer(one.h_post, branch[0, 0])
+    np.testing.assert_allclose(expected, corrected[:, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(one.h_pre @ x[:, 0, 0].numpy(), predicted[1, 0, 0], atol=1e-6)
+    assert (one.branch, one.family) == ("altup", "altup")
+
+
+LIBRARY = {
+    "hc": lambda: free.HyperConnections(N, dim=8),
+    "hc in fractions": lambda: free.HyperConnections(N, dim=8, num_fracs=2),
+    "hc with views": lambda: free.HyperConnections(N, dim=8, num_input_views=2),
+    "hc with inputs": lambda: many_inputs.HyperConnections(N, dim=8, num_branch_inputs=2),
+    "hc without writes": lambda: free.HyperConnections(N, dim=8, add_branch_out_to_residual=False),
+    "mhc": lambda: constrained.mHC(N, dim=8),
+    "mhc of proposals": lambda: constrained.mHC(N, dim=8, num_dynamic_alpha_proposals=3),
+    "mhc v2": lambda: second.ManifoldConstrainedHyperConnections(N, dim=8),
+    "mhc v2 in fractions": lambda: second.ManifoldConstrainedHyperConnections(N, dim=8, num_fracs=2),
+}
+
+
+def library_state(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Streams in one order, (n·f, D/f): as the connection's own rows are ordered."""
+    if name.endswith("fractions"):
+        rows = x.reshape(N, 2, 4)
+        return rows.reshape(N * 2, 4) if "v2" in name else rows.transpose(0, 1).reshape(N * 2, 4)
+    return x.reshape(N, 8)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_connections_are_those_of_the_module_without_dynamics(name, tmp_path):
+    torch.manual_seed(0)
+    module = trained(nn.ModuleList([LIBRARY[name]()]))
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    (one,) = probes.describe_weights(tmp_path / "model.safetensors").connections
+    connection = without_dynamics(module[0])
+    x = torch.randn(N, 1, 8)
+    given = x.transpose(0, 1)[:, None] if "v2" in name else x  # (1, 1, n, D) or ((1 n), 1, D)
+    with torch.no_grad():
+        branch_in, mixed, depth = connection.width_connection(given)
+    state = library_state(name, x)
+    np.testing.assert_allclose(one.h_res @ state.numpy(), library_state(name, mixed), atol=1e-5)
+    read = branch_in.reshape(-1, state.shape[1])
+    np.testing.assert_allclose(np.atleast_2d(one.h_pre) @ state.numpy(), read, atol=1e-5)
+    if name == "hc without writes":
+        assert one.h_post is None
+        return
+    out = torch.randn_like(branch_in[:1] if "views" in name else branch_in)
+    out = out[0] if "views" in name else out
+    with torch.no_grad():
+        written = connection.depth_connection(out, torch.zeros_like(mixed), **depth)
+    writes = one.h_post[:, None] if one.h_post.ndim == 1 else one.h_post
+    np.testing.assert_allclose(
+        writes @ out.reshape(-1, state.shape[1]).numpy(), library_state(name, written), atol=1e-5
+    )
+    assert one.family == name.split()[0]
+    assert (one.streams, one.fractions) == (N, 2 if "fractions" in name else 1)
+
+
+def test_library_model_has_places_gates_and_what_is_assumed(models, tmp_path):
+    model = models["lucidrains"]("mhc")
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    found = probes.describe_weights(tmp_path / "m.safetensors")
+    assert [(one.module, one.layer) for one in found.connections[:3]] == [
+        ("layers.0.0", 0),
+        ("layers.0.1", 0),
+        ("layers.1.0", 1),
+    ]
+    assert found.connections[0].branch == "attn"  # by what it wraps: attend
+    first = model.layers[0][0]
+    assert found.connections[0].gates == pytest.approx(
+        {
+            "pre": first.pre_branch_scale.item(),
+            "res": first.residual_scale.item(),
+            "post": first.h_post_scale.item(),
+        }
+    )
+    assert "20 rounds is assumed" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: constrained.mHC(N, dim=8, num_fracs=2), "not square"),
+        (lambda: free.HyperConnections(N, dim=8, num_fracs=2, add_branch_out_to_residual=False), "not told"),
+    ],
+)
+def test_what_the_file_does_not_tell_is_said(make, words, tmp_path):
+    save_file(make().state_dict(), tmp_path / "m.safetensors")
+    found = probes.describe_weights(tmp_path)
+    (one,) = found.connections
+    assert one.h_res is None
+    assert words in one.note
+    assert words in str(found)
+    assert found.composites == ()
+
+
+def test_sixteen_bit_checkpoints(models, tmp_path):
+    model = trained(models["deepseek"](layers=1)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    one = probes.describe_weights(tmp_path).connections[0]
+    module = without_dynamics(model.model.layers[0].attn_hc)
+    with torch.no_grad():
+        post, comb, _ = module(streams().bfloat16())
+    assert {parameter.dtype for parameter in one.parameters} == {"BF16"}
+    np.testing.assert_allclose(one.h_res, comb[0, 0].T.float(), atol=3e-6)
+    np.testing.assert_allclose(one.h_post, post[0, 0].float(), atol=1e-2)  # the module rounds it to bfloat16
+
+
+# --- names: the shapes decide
+
+
+@pytest.mark.parametrize(
+    "prefix", ["trunk.stage.3.mixer.", "h.3.w_", "_orig_mod.layers.3.hc_attn_", "mtp.3.hc_ffn_"]
+)
+def test_shapes_decide_whatever_the_names(prefix, tmp_path):
+    tensors = {"a": torch.zeros(24, 64), "b": torch.randn(24), "c": torch.ones(3)}
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, tmp_path / "m.safetensors")
+    (one,) = probes.describe_weights(tmp_path).connections
+    assert (one.family, one.streams, one.width, one.layer) == ("mhc", 4, 16, 3)
+
+
+def test_quantised_layers_norms_and_adapters_are_no_connections(tmp_path):
+    look_alikes = {
+        "layers.0.q.kernel": (8, 512), "layers.0.q.bias": (8,), "layers.0.q.scale": (1,),  # a head without streams
+        "layers.0.k.kernel": (25, 512), "layers.0.k.bias": (25,), "layers.0.k.scale": (3,),  # 25 is no n(n + 2)
+        "layers.0.v.kernel": (24, 16), "layers.0.v.bias": (24,), "layers.0.v.scale": (3,),  # as wide as the streams are many
+        "layers.0.adapter.norm.weight": (64,), "layers.0.adapter.down.weight": (16, 64),
+        "layers.0.adapter.up.weight": (64, 16), "layers.0.adapter.gate.weight": (4, 64),
+        "layers.0.x.fn": (24, 63), "layers.0.x.base": (24,), "layers.0.x.scale": (3,),  # 63 is no n·D
+    }  # fmt: skip
+    save_file({name: torch.zeros(shape) for name, shape in look_alikes.items()}, tmp_path / "m.safetensors")
+    found = probes.describe_weights(tmp_path)
+    assert (found.connections, found.heads, found.num_read) == ((), (), 0)
+
+
+def test_chains_are_multiplied_apart(tmp_path):
+    tensors = {}
+    for chain in ("layers.0", "layers.1", "mtp.0"):
+        tensors |= {f"{chain}.hc_attn_{name}": tensor for name, tensor in projected(torch.randn(24)).items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    found = probes.describe_weights(tmp_path)
+    assert [(one.chain, one.connections) for one in found.composites] == [("layers", 2), ("mtp", 1)]
+
+
+def test_layer_ten_comes_after_layer_two(tmp_path):
+    tensors = {}
+    for layer in range(11):
+        tensors |= {
+            f"layers.{layer}.{branch}_hc.{name}": tensor
+            for branch in ("self_attn", "mlp")
+            for name, tensor in projected(torch.randn(24)).items()
+        }
+    save_file(tensors, tmp_path / "m.safetensors")
+    places = [(one.layer, one.branch) for one in probes.describe_weights(tmp_path).connections]
+    assert places == [(layer, branch) for layer in range(11) for branch in ("attn", "mlp")]
+
+
+# --- only what is needed is read
+
+
+def test_only_parameters_of_connections_are_read(saved, monkeypatch):
+    _, folder = saved("deepseek", shards=True)
+    read = []
+    values = headers._values
+    monkeypatch.setattr(headers, "_values", lambda tensor: read.append(tensor.name) or values(tensor))
+    found = probes.describe_weights(folder)
+    described = (*found.connections, *found.heads)
+    assert sorted(read) == sorted(each.name for one in described for each in one.parameters if each.read)
+    assert all(name.endswith(("base", "scale")) for name in read)
+    assert found.num_read == len(read) < found.num_tensors / 4
+
+
+def test_file_larger_than_the_memory_is_read_at_the_places_that_count(tmp_path):
+    """A hole of 1 TiB before the tensors of the connection."""
+    hole, tensors = 1 << 40, projected(torch.zeros(24))
+    entries = {"embed.weight": {"dtype": "BF16", "shape": [1 << 39], "data_offsets": [0, hole]}}
+    end, data = hole, b""
+    for name, tensor in tensors.items():
+        raw = tensor.numpy().tobytes()
+        entries[f"layers.0.hc.{name}"] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(raw)],
+        }
+        end, data = end + len(raw), data + raw
+    text = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(8 + len(text) + hole)
+        file.write(data)
+    (one,) = probes.describe_weights(tmp_path).connections
+    assert one.gates["res"] == pytest.approx(0.1)
+
+
+@pytest.fixture
+def shards(saved, tmp_path) -> tuple[Path, dict[str, str], set[str]]:
+    """A sharded copy: its folder, its index, and the shards that hold a connection."""
+    _, folder = saved("deepseek", shards=True)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weight_map = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    return copy, weight_map, {file for name, file in weight_map.items() if "hc_" in name}
+
+
+def test_shards_without_connections_may_be_absent_or_without_data(shards):
+    folder, weight_map, needed = shards
+    whole = probes.describe_weights(folder)
+    spare = sorted(set(weight_map.values()) - needed)
+    assert len(spare) > 1
+    (folder / spare[0]).unlink()
+    for name in spare[1:]:
+        header_only(folder / name)
+    found = probes.describe_weights(folder)
+    assert found.absent_files == (spare[0],)
+    assert found.num_tensors == whole.num_tensors
+    assert f"{found.num_files} files, 1 of them not there" in str(found)
+    for one, same in zip(found.connections, whole.connections, strict=True):
+        np.testing.assert_array_equal(one.h_res, same.h_res)
+
+
+def header_only(file: Path) -> None:
+    raw = file.read_bytes()
+    file.write_bytes(raw[: 8 + int.from_bytes(raw[:8], "little")])
+
+
+def test_absent_shard_with_a_connection_is_named(shards):
+    folder, _, needed = shards
+    lost = sorted(needed)[-1]
+    (folder / lost).unlink()
+    with pytest.raises(CheckpointError, match=rf"hold connections and are not there: {lost}"):
+        probes.describe_weights(folder)
+
+
+def test_absent_shards_leave_it_open_whether_there_are_connections(shards):
+    folder, _, needed = shards
+    for name in needed:
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="may hold connections"):
+        probes.describe_weights(folder)
+
+
+def test_torn_shard_with_a_connection_is_an_error(shards):
+    folder, _, needed = shards
+    header_only(folder / min(needed))
+    with pytest.raises(CheckpointError, match="torn"):
+        probes.describe_weights(folder)
+
+
+def test_transformers_is_not_imported(saved):
+    _, folder = saved("deepseek")
+    code = (
+        f"import sys, probes; print(len(probes.describe_weights({str(folder)!r}).connections)); "
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "6"
+
+
+# --- what is no checkpoint
+
+
+def test_checkpoint_without_connections_says_so(tmp_path):
+    save_file({"h.0.mlp.weight": torch.zeros(8, 4)}, tmp_path / "model.safetensors")
+    found = probes.describe_weights(tmp_path)
+    assert found.connections == ()
+    assert "no stream connection in 1 tensors of 1 file" in str(found)
+    assert "static_alpha" in str(found)
+
+
+def torn(folder: Path) -> Path:
+    save_file({"x": torch.zeros(8)}, folder / "model.safetensors")
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[:20])
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    torch.save({"x": torch.zeros(2)}, folder / "pytorch_model.bin")
+    return folder
+
+
+def quantised(folder: Path) -> Path:
+    tensors = {name: tensor.to(torch.int8) for name, tensor in projected(torch.ones(24)).items()}
+    save_file({f"hc.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def written(name: str, text: str):
+    def write(folder: Path) -> Path:
+        save_file({"x": torch.zeros(8)}, folder / "model-00001-of-00003.safetensors")
+        (folder / name).write_text(text)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder, "holds no safetensors"),
+        (lambda folder: folder / "nowhere", "no checkpoint at"),
+        (torn, "torn or no safetensors file"),
+        (pickled, "holds pickles"),
+        (lambda folder: pickled(folder) / "pytorch_model.bin", "holds pickles"),
+        (quantised, "stored as I8"),
+        (written("notes.txt", ""), "1 of 3 shards and no index"),
+        (written("model.safetensors.index.json", "{"), "no safetensors index"),
+        (written("model.safetensors.index.json", '{"weight_map": []}'), "no safetensors index"),
+        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "holds no safetensors"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_words(make, words, tmp_path):
+    with pytest.raises(CheckpointError, match=words):
+        probes.describe_weights(make(tmp_path))
+
+
+def projected(base: torch.Tensor, scale: float = 0.1, num_scales: int = 3) -> dict[str, torch.Tensor]:
+    return {"fn": torch.zeros(len(base), 64), "base": base, "scale": torch.full((num_scales,), scale)}
+
+
+def checkpoint(folder: Path, *bases: torch.Tensor, scale: float = 0.1) -> Path:
+    tensors = {
+        f"layers.{layer}.hc.{name}": tensor
+        for layer, base in enumerate(bases)
+        for name, tensor in projected(base, scale).items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def base(logits: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros(2 * N), logits.flatten()])
+
+
+def test_values_that_are_not_finite_name_the_tensor(tmp_path):
+    with pytest.raises(CheckpointError, match=r"1 of the 24 values of 'layers.1.hc.base'"):
+        probes.describe_weights(checkpoint(tmp_path, torch.zeros(24), torch.tensor([math.nan] + [0.0] * 23)))
+
+
+def test_broken_configuration_is_an_error(tmp_path):
+    (checkpoint(tmp_path, torch.zeros(24)) / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json' is no JSON"):
+        probes.describe_weights(tmp_path)
+
+
+# --- warnings and numbers, from values known by hand
+
+
+def test_zero_base_is_uniform_of_rank_one_and_has_gain_one(tmp_path):
+    found = probes.describe_weights(checkpoint(tmp_path, torch.zeros(24), torch.zeros(24)))
+    facts = found.connections[0].mixing
+    np.testing.assert_allclose(found.connections[0].h_res, 0.25, atol=2e-6)
+    np.testing.assert_allclose(facts.singular_values, [1, 0, 0, 0], atol=2e-6)
+    assert facts.uniform_distance < 1e-5
+    assert facts.spectral_gap == pytest.approx(1, abs=1e-5)
+    assert facts.off_diagonal == pytest.approx(0.75)
+    assert facts.identity_distance == pytest.approx(math.sqrt(3) / 2, abs=1e-5)
+    (composite,) = found.composites
+    assert composite.forward_gain == pytest.approx(1, abs=1e-5)
+    assert composite.effective_rank == pytest.approx(1, abs=1e-4)
+    assert composite.collapsed_after == 1
+    assert any("all 2 connections: mixing is uniform" in words for words in found.warnings)
+
+
+def test_logits_at_minus_eight_are_called_saturated(tmp_path):
+    logits = torch.full((N, N), -8.0).fill_diagonal_(0)
+    found = probes.describe_weights(checkpoint(tmp_path, base(logits), base(logits + 3 * torch.randn(N, 1))))
+    # adding to a whole row changes nothing after Sinkhorn: both are saturated
+    assert any(words.startswith("all 2 connections: logits are saturated") for words in found.warnings)
+    assert not any("uniform" in words for words in found.warnings)
+    off = math.exp(-8) / (1 + 3 * math.exp(-8))
+    assert found.connections[0].h_res[0, 1] == pytest.approx(off, rel=1e-2)
+
+
+def test_logits_beyond_thirty_and_zero_gates_are_told(tmp_path):
+    logits = torch.zeros(N, N)
+    logits[0, 0] = 40.0
+    found = probes.describe_weights(checkpoint(tmp_path, base(logits), base(torch.randn(N, N)), scale=0.0))
+    assert any("layers.0.hc" in words and "range over 40" in words for words in found.warnings)
+    assert (
+        "all 2 connections: zero gates, so the input does not change H_pre, H_post, H_res" in found.warnings
+    )
+
+
+def test_negative_mixing_is_told(tmp_path):
+    alpha = torch.cat([torch.ones(2, 1), torch.tensor([[1.0, -0.5], [0.0, 1.0]])], dim=1)
+    save_file({"0.static_alpha": alpha, "0.static_beta": torch.ones(2)}, tmp_path / "m.safetensors")
+    found = probes.describe_weights(tmp_path)
+    np.testing.assert_array_equal(found.connections[0].h_res, [[1, 0], [-0.5, 1]])
+    assert any("negative (down to -0.5)" in words for words in found.warnings)
+    assert found.connections[0].mixing.row_sums.tolist() == [1.0, 0.5]
+    assert found.connections[0].mixing.column_sums.tolist() == [0.5, 1.0]
+
+
+def test_amplifying_products_are_told_even_beyond_floats(tmp_path):
+    tensors = {}
+    for layer in range(400):
+        tensors[f"l.{layer}.static_alpha"] = torch.cat([torch.ones(2, 1), 10 * torch.eye(2)], dim=1)
+        tensors[f"l.{layer}.static_beta"] = torch.ones(2)
+    save_file(tensors, tmp_path / "m.safetensors")
+    found = probes.describe_weights(tmp_path)
+    assert found.composites[0].forward_gain == math.inf
+    assert any("amplifies" in words for words in found.warnings)
+
+
+def test_configuration_of_another_model_is_told(tmp_path):
+    checkpoint(tmp_path, torch.zeros(24))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hc_mult": 8, "hc_sinkhorn_iters": 5}}))
+    found = probes.describe_weights(tmp_path)
+    assert any("config.json gives 8 streams" in words for words in found.warnings)
+    assert found.settings["hc_sinkhorn_iters"] == 5
+    assert found.assumed == ("hc_eps",)
+
+
+def test_description_is_plain_values(saved):
+    _, folder = saved("deepseek")
+    told = json.loads(json.dumps(probes.describe_weights(folder).as_dict()))
+    one = told["connections"][0]
+    assert len(one["h_res"]) == len(one["h_res"][0]) == N
+    assert set(one["biases"]["pre"]) == {"minimum", "mean", "maximum"}
+    assert one["parameters"][0] == {
+        "name": "model.layers.0.hc_attn_base", "shape": [24], "dtype": "F32", "read": True,
+    }  # fmt: skip
+
+
+def test_weights_of_a_shard_equal_the_tensors_in_it(saved):
+    """The reader against the library's own."""
+    _, folder = saved("deepseek")
+    raw = load_file(folder / "model.safetensors")["model.layers.0.hc_attn_base"]
+    logits = probes.describe_weights(folder).connections[0].logits
+    np.testing.assert_array_equal(logits, raw[2 * N :].reshape(N, N).T.double())

@@ -1,0 +1,263 @@
+"""Every statistic against numpy in float64, on whatever a model may hand over: strided, padded, huge, tiny, rewritten."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from depthscope.probes.statistics import token_sums
+from depthscope.probes.statistics.token_sums import Sums
+
+B, T, N, D = 3, 11, 2, 16
+STREAMS_APART = (0, 2, 1, 3)  # as lucidrains' connections hold them: (B N) T D
+
+
+@pytest.fixture(params=[1, 4, 1000], ids=["token by token", "ragged", "at once"])
+def blocks(request, monkeypatch) -> None:
+    """Sizes of a block, in tokens."""
+    monkeypatch.setattr(token_sums, "CACHED", request.param * N * D)
+
+
+def draw(seed: int, *, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * (torch.randn(B, T, N, D, generator=generator) + offset)
+
+
+def some_padding() -> torch.Tensor:
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, :4] = False
+    mask[2, 7:] = False
+    return mask
+
+
+def expected(states: list[torch.Tensor], mask: torch.Tensor | None) -> dict[str, np.ndarray]:
+    """The definitions, written down once more."""
+    real = np.ones((B, T), bool) if mask is None else mask.numpy()
+    x = np.stack([state.double().numpy()[real] for state in states])
+    norm = np.sqrt((x**2).sum(-1))
+    with np.errstate(invalid="ignore"):
+        unit = np.where(norm[..., None] > 0, x / norm[..., None], 0.0)
+    return {
+        "token_count": np.full(len(states), real.sum()),
+        "norm_sum": norm.sum(1),
+        "square_norm_sum": (norm**2).sum(1),
+        "norm_max": norm.max(1),
+        "abs_max": np.abs(x).max((1, 3)),
+        "feature_sum": x.sum(1),
+        "unit_sum": unit.sum(1),
+        "unit_count": (norm > 0).sum(1),
+        "adjacent_cosine_sum": (unit[1:] * unit[:-1]).sum((1, 3)),
+    }
+
+
+def seen(states: list[torch.Tensor], mask: torch.Tensor | None = None) -> Sums:
+    sums = Sums()
+    for depth, state in enumerate(states):
+        sums.see_state(depth, state, mask)
+    sums.end_forward()
+    return sums
+
+
+def assert_as_defined(
+    sums: Sums, states: list[torch.Tensor], mask: torch.Tensor | None, rtol: float = 1e-6
+) -> None:
+    for name, value in expected(states, mask).items():
+        keys = range(len(states) - len(value), len(states))
+        size = np.abs(value).max()
+        np.testing.assert_allclose(sums.array(name, keys), value, rtol=rtol, atol=rtol * size, err_msg=name)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [None, some_padding()], ids=["whole", "padded"])
+def test_every_statistic_is_the_defined_one(dtype, mask):
+    states = [draw(seed).to(dtype) for seed in range(3)]
+    assert_as_defined(seen(states, mask), states, mask)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_streams_that_lie_apart_give_the_same():
+    states = [draw(seed) for seed in range(3)]
+    apart = [state.permute(STREAMS_APART).contiguous().permute(STREAMS_APART) for state in states]
+    mixed = [apart[0], states[1], apart[2]]
+    assert not apart[0].is_contiguous()
+    assert_as_defined(seen(mixed, some_padding()), states, some_padding())
+
+
+def test_features_that_lie_apart_give_the_same():
+    states = [draw(seed) for seed in range(2)]
+    images = [state.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for state in states]
+    assert images[0].stride(-1) != 1
+    assert_as_defined(seen(images), states, None)
+
+
+@pytest.mark.parametrize("filling", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_padding_holds_does_not_matter(filling):
+    mask = some_padding()
+    states = [draw(seed) for seed in range(2)]
+    filled = [torch.where(mask[..., None, None], state, filling) for state in states]
+    assert_as_defined(seen(filled, mask), states, mask)
+    sums = Sums()
+    sums.see_gradient(0, filled[0], mask)
+    square = (states[0].double() ** 2 * mask[..., None, None]).sum((0, 1, 3))
+    np.testing.assert_allclose(sums.array("gradient_square_norm_sum", [0])[0], square, rtol=1e-6)
+
+
+def test_nan_in_a_real_token_is_seen_in_its_stream_only():
+    state = draw(0)
+    state[1, 3, 0, 5] = float("nan")
+    sums = seen([draw(1), state, draw(2)])
+    for name in ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum"):
+        values = sums.array(name, [1])[0]
+        assert np.isnan(values[0]), name
+        assert np.isfinite(values[1]), name
+    feature_sum = sums.array("feature_sum", [1])[0]
+    assert np.argwhere(np.isnan(feature_sum)).tolist() == [[0, 5]]
+    assert np.isnan(sums.array("unit_sum", [1])[0, 0]).all()
+    assert np.isnan(sums.array("adjacent_cosine_sum", [2])[0, 0])
+
+
+def test_infinity_in_a_real_token_is_seen():
+    state = draw(0)
+    state[0, 0, 1, 2] = -float("inf")
+    sums = seen([state])
+    for name in ("norm_sum", "square_norm_sum", "norm_max", "abs_max"):
+        assert np.isfinite(sums.array(name, [0])[0, 0])
+        assert sums.array(name, [0])[0, 1] == np.inf, name
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_squares_that_float32_cannot_hold(scale):
+    """A network that dies or explodes is what these numbers are for."""
+    states = [draw(seed, scale=scale) for seed in range(2)]
+    assert_as_defined(seen(states), states, None)
+    sums = Sums()
+    sums.see_gradient(0, states[0], None)
+    np.testing.assert_allclose(
+        sums.array("gradient_square_norm_sum", [0])[0],
+        (states[0].double() ** 2).sum((0, 1, 3)),
+        rtol=1e-6,
+    )
+
+
+def test_zero_tokens_have_no_direction():
+    states = [draw(0), draw(1)]
+    states[0][1] = states[1][2] = 0.0
+    sums = seen(states)
+    assert_as_defined(sums, states, None)
+    assert sums.array("unit_count", [0])[0].tolist() == [2 * T] * N
+
+
+def test_a_massive_token_leaves_the_others_alone():
+    state = draw(0)
+    state[0, 0, 0, 3] = 24_000.0
+    assert_as_defined(seen([state, draw(1)]), [state, draw(1)], None)
+
+
+def test_a_million_tokens_with_a_common_offset():
+    """Float32 alone is off by 1e-7 here, and grows with the number of tokens; blocks are not."""
+    sums, exact, sizes = Sums(), np.zeros(8), np.zeros(8)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        state = torch.randn(250, 1000, 1, 8, generator=generator) + 100.0
+        sums.see_state(0, state, None)
+        sums.end_forward()
+        exact += state.double().sum((0, 1, 2)).numpy()
+        sizes += state.double().abs().sum((0, 1, 2)).numpy()
+    error = np.abs(sums.array("feature_sum", [0])[0, 0] - exact) / sizes
+    assert error.max() < 5e-8
+    assert sums.array("token_count", [0])[0] == 1e6
+
+
+def test_a_state_may_be_rewritten_after_it_was_seen():
+    states = [draw(0), draw(1)]
+    first = states[0].clone()
+    sums = Sums()
+    sums.see_state(0, first, None)
+    first.zero_()  # as an in-place activation of the next block does
+    sums.see_state(1, states[1], None)
+    assert_as_defined(sums, states, None)
+
+
+def test_a_state_is_never_written():
+    states = [draw(0), draw(1)]
+    copies = [state.clone() for state in states]
+    sums = seen(states, some_padding())
+    sums.see_gradient(0, states[0], some_padding())
+    sums.merge(seen(states))
+    assert all(torch.equal(state, copy) for state, copy in zip(states, copies, strict=True))
+
+
+def test_cosines_are_of_neighbours_in_one_forward_only():
+    sums = Sums()
+    sums.see_state(0, draw(0), None)
+    sums.see_state(2, draw(1), None)  # depth 1 was skipped
+    sums.see_state(3, draw(2)[:, :5], None)  # fewer tokens
+    sums.end_forward()
+    sums.see_state(4, draw(3)[:, :5], None)  # another forward
+    assert sums.array("adjacent_cosine_sum", range(5)) is None
+    sums.see_state(5, draw(4)[:, :5], None)
+    assert np.isfinite(sums.array("adjacent_cosine_sum", range(6))[5]).all()
+
+
+@pytest.mark.parametrize("mask", [None, some_padding()], ids=["whole", "padded"])
+def test_gains_are_the_largest_sums_of_rows_and_of_columns(mask):
+    alpha = torch.randn(B, T, 4, 5, generator=torch.Generator().manual_seed(0))
+    mix = alpha[..., 1:]  # a view, as a width connection's
+    sums = Sums()
+    sums.see_mixing(0, mix, mask)
+    real = np.ones((B, T), bool) if mask is None else mask.numpy()
+    h = mix.double().numpy()[real]
+    gains = np.stack([np.abs(h.sum(-1)).max(-1), np.abs(h.sum(-2)).max(-1)])
+    np.testing.assert_allclose(sums.array("gain_sum", [0])[0], gains.sum(1), rtol=1e-12)
+    np.testing.assert_allclose(sums.array("gain_max", [0])[0], gains.max(1), rtol=1e-12)
+
+
+def test_parts_of_the_data_add_up_to_the_whole():
+    mask = some_padding()
+    states = [draw(seed) for seed in range(3)]
+    whole, part = seen(states, mask), seen([state[:1] for state in states], mask[:1])
+    part.merge(seen([state[1:] for state in states], mask[1:]))
+    for name in expected(states, mask):
+        np.testing.assert_allclose(part.array(name, [1]), whole.array(name, [1]), rtol=1e-6, atol=1e-6)
+
+
+def test_compact_keeps_the_square_of_the_sum_of_unit_vectors():
+    states = [draw(0), draw(1)]
+    sums = seen(states)
+    compact = sums.compact()
+    assert compact.array("unit_sum", [0]) is None
+    assert compact.array("feature_sum", [0]) is None
+    unit_sum = expected(states, None)["unit_sum"]
+    np.testing.assert_allclose(compact.array("unit_square", [0, 1]), (unit_sum**2).sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(compact.array("norm_sum", [0, 1]), sums.array("norm_sum", [0, 1]))
+
+
+def test_depths_that_were_not_seen_are_nan():
+    array = seen([draw(0)]).array("norm_sum", [0, 7])
+    assert np.isfinite(array[0]).all()
+    assert np.isnan(array[1]).all()
+
+
+def test_autocast_changes_nothing():
+    states = [draw(seed, offset=3.0) for seed in range(2)]
+    plain = seen(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = seen(states)
+    for name in expected(states, None):
+        np.testing.assert_array_equal(cast.array(name, [1]), plain.array(name, [1]), err_msg=name)
+
+
+def test_nothing_waits_for_the_device():
+    """A meta tensor holds no numbers, so that reading one back raises."""
+    mask = torch.ones(B, T, dtype=torch.bool, device="meta")
+    sums = Sums()
+    for given in (None, mask):
+        for depth in range(2):
+            sums.see_state(depth, torch.empty(B, T, N, D, device="meta"), given)
+            sums.see_gradient(depth, torch.empty(B, T, N, D, device="meta"), given)
+        sums.see_mixing(0, torch.empty(B, T, N, N, device="meta"), given)
+        sums.end_forward()
+    sums.merge(sums.compact())
+    assert sums.sums["norm_sum"][1].device.type == "meta"

@@ -1,0 +1,568 @@
+"""Norms of weights, of their gradients and of their updates equal those taken by hand, whatever the loop looks like."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from depthscope import probes
+from depthscope.diagnostics import schema
+from depthscope.probes.statistics import weight_updates
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh())
+
+
+class Model(nn.Module):
+    def __init__(self, *, tied: bool = False, sparse: bool = False, width: int = 8):
+        super().__init__()
+        self.embed = nn.Embedding(32, width, sparse=sparse)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.head = nn.Linear(width, 32, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    return list(torch.randint(0, 32, (4, 4, 7), generator=torch.Generator().manual_seed(1)))
+
+
+def fresh(**options) -> Model:
+    torch.manual_seed(0)
+    return Model(**options)
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.roll(1, 1).flatten())
+
+
+def squares(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Squared norms by module, in numpy."""
+    found: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        path = name.rpartition(".")[0]
+        dense = tensor.detach().to_dense().double().numpy()
+        found[path] = found.get(path, 0.0) + float(np.square(dense).sum())
+    return found
+
+
+def by_hand(model: nn.Module, batches, optimizer) -> list[dict[str, dict[str, float]]]:
+    """Norms of every step of a loop without probes: weights after it, their gradient, and their change."""
+    rows = []
+    for ids in batches:
+        loss_of(model, ids).backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        row = {"weight_gradient_square_norm": squares(gradients)}
+        optimizer.step()
+        moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+        row |= {
+            "weight_square_norm": squares(dict(model.named_parameters())),
+            "weight_update_square_norm": squares(moved),
+        }
+        optimizer.zero_grad()
+        rows.append(row)
+    return rows
+
+
+def assert_equal(run, name: str, expected: list[dict[str, float]], *, rtol: float = 1e-6) -> None:
+    found = run.statistics[name]
+    paths = found["weight"].values.tolist()
+    np.testing.assert_allclose(
+        found.values, [[row[path] for path in paths] for row in expected], rtol=rtol, err_msg=name
+    )
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_a_row_is_the_step_that_ends_with_it(batches):
+    """The optimiser runs, and forgets the gradients, before step()."""
+    model, twin = fresh(), fresh()
+    expected = by_hand(twin, batches, adam(twin))
+    optimizer = adam(model)
+    with probes.record(model, weights=True) as recorder:
+        for ids in batches:
+            loss_of(model, ids).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recorder.step()
+    for name in weight_updates.VARIABLES:
+        assert_equal(recorder.run, name, [row[name] for row in expected], rtol=1e-5)
+    assert recorder.run.statistics.weight_count.sel(weight="blocks.1.up") == 8 * 16 + 16
+    assert recorder.run.statistics.weight_layer.values.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
+
+
+def test_a_row_before_the_optimiser_holds_the_change_since_the_row_before(batches):
+    model, twin = fresh(), fresh()
+    expected = by_hand(twin, batches, adam(twin))
+    optimizer = adam(model)
+    with probes.record(model, weights=True) as recorder:
+        for ids in batches:
+            loss_of(model, ids).backward()
+            recorder.step()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    run = recorder.run
+    name = "weight_gradient_square_norm"
+    assert_equal(run, name, [row[name] for row in expected])
+    nothing = dict.fromkeys(expected[0][name], math.nan)
+    assert_equal(
+        run,
+        "weight_update_square_norm",
+        [nothing, *(row["weight_update_square_norm"] for row in expected[:-1])],
+        rtol=1e-5,
+    )
+
+
+def test_only_the_measured_steps_are_in_the_rows_and_none_is_two_steps_long(batches):
+    model, twin = fresh(), fresh()
+    expected = by_hand(twin, batches, adam(twin))
+    optimizer = adam(model)
+    with probes.record(model, weights=True, every=2, start_step=1) as recorder:
+        for ids in batches:
+            loss_of(model, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step()
+    for name in weight_updates.VARIABLES:
+        assert_equal(recorder.run, name, [row[name] for row in expected[1::2]], rtol=1e-5)
+
+
+def test_micro_batches_accumulate_to_the_gradient_of_the_whole(batches):
+    runs = []
+    for parts in (1, 2, 4):
+        model = fresh()
+        with probes.record(model, weights=True) as recorder:
+            for part in batches[0].chunk(parts):
+                (loss_of(model, part) / parts).backward()
+            recorder.step()
+        runs.append(recorder.run.statistics.weight_gradient_square_norm.values)
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
+    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-5)
+
+
+def test_clipping_comes_after_the_gradient_was_read(batches):
+    found = []
+    for limit in (1e9, 1e-3):
+        model = fresh()
+        with probes.record(model, weights=True) as recorder:
+            loss_of(model, batches[0]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            recorder.step()
+        found.append(recorder.run.statistics.weight_gradient_square_norm.values)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_shared_weight_counts_once_with_the_gradient_of_both_uses(batches):
+    model, twin = fresh(tied=True), fresh(tied=True)
+    loss_of(twin, batches[0]).backward()
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        recorder.step()
+    statistics = recorder.run.statistics
+    assert "head" not in statistics["weight"].values
+    assert float(statistics.weight_count.sum()) == sum(p.numel() for p in twin.parameters())
+    found = statistics.weight_gradient_square_norm.sel(weight="embed")
+    np.testing.assert_allclose(found, [squares({"embed.weight": twin.embed.weight.grad})["embed"]])
+
+
+def test_a_sparse_gradient_has_the_norm_of_its_dense_twin(batches):
+    model, twin = fresh(sparse=True), fresh()
+    twin.load_state_dict(model.state_dict())
+    with probes.record(model, weights=True) as recorder:
+        for ids in batches[:2]:
+            loss_of(model, ids).backward()
+            loss_of(twin, ids).backward()
+        recorder.step()
+    assert model.embed.weight.grad.is_sparse
+    gradients = {name: p.grad for name, p in twin.named_parameters()}
+    assert_equal(recorder.run, "weight_gradient_square_norm", [squares(gradients)], rtol=1e-5)
+
+
+def test_frozen_weights_have_a_norm_and_nothing_else(batches):
+    model = fresh()
+    model.embed.requires_grad_(False)
+    model.blocks[0].up.weight.requires_grad_(False)
+    optimizer = adam(model)
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        bias = float(model.blocks[0].up.bias.grad.double().square().sum())
+        optimizer.step()
+        recorder.step()
+    of = recorder.run.statistics.isel(step=0).sel(weight="embed")
+    assert float(of.weight_square_norm) == pytest.approx(squares({"e.w": model.embed.weight})["e"])
+    assert np.isnan([of.weight_gradient_square_norm, of.weight_update_square_norm]).all()
+    half = recorder.run.statistics.isel(step=0).sel(weight="blocks.0.up")
+    assert float(half.weight_gradient_square_norm) == pytest.approx(bias)
+    assert float(half.weight_count) == 8 * 16 + 16
+
+
+def test_an_optimiser_that_leaves_a_module_as_it_is_gives_zero(batches):
+    model = fresh()
+    optimizer = torch.optim.SGD(model.blocks.parameters(), lr=0.1)
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        optimizer.step()
+        recorder.step()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        loss_of(model, batches[1]).backward()
+        optimizer.step()
+        recorder.step()
+    moved = recorder.run.statistics.weight_update_square_norm
+    assert float(moved.sel(weight="head")[0]) == 0.0
+    assert float(moved.sel(weight="blocks.2.down")[0]) > 0.0
+    assert (moved[1] == 0.0).all(), "a learning rate of zero is a step of zero, not a missing one"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_full(batches, dtype):
+    model = fresh(width=64).to(dtype)
+    with torch.no_grad():
+        model.head.weight.fill_(250.0)  # their squares alone are beyond the largest float16
+    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        gradients = squares({name: p.grad for name, p in model.named_parameters()})
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.0625)
+        recorder.step()
+    moved = {name: p.detach().double() - before[name] for name, p in model.named_parameters()}
+    assert_equal(recorder.run, "weight_gradient_square_norm", [gradients], rtol=1e-12)
+    assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-12)
+
+
+def test_tiny_gradients_do_not_vanish_in_the_square():
+    tiny = torch.full((100,), 1e-30)
+    assert float(weight_updates.square_norm(tiny)) == pytest.approx(1e-58)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5, 7)])
+def test_a_norm_is_the_same_by_parts(shape, monkeypatch):
+    monkeypatch.setattr(weight_updates, "CACHED", 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert float(weight_updates.square_norm(x)) == pytest.approx(float(np.square(x.double().numpy()).sum()))
+    z = torch.complex(x, 2 * x)
+    assert float(weight_updates.square_norm(z.T if z.ndim == 2 else z)) == pytest.approx(
+        float(np.square(np.abs(z.numpy())).sum()), rel=1e-6
+    )
+
+
+# --- what cannot be measured ---
+
+
+class Offloaded(Model):
+    """Blocks whose weights lie elsewhere, or are integers, as offloading and quantisation leave them."""
+
+    def __init__(self):
+        super().__init__()
+        self.elsewhere = nn.Linear(8, 8, device="meta")
+        self.quantised = nn.Module()
+        self.quantised.packed = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+        self.quantised.scales = nn.Parameter(torch.ones(4))
+
+
+def test_what_cannot_be_read_is_nan_and_counted(batches):
+    torch.manual_seed(0)
+    model = Offloaded()
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        recorder.step()
+    run = recorder.run
+    assert run.attrs["weights_skipped"] == {
+        "on the meta device, offloaded": 2,
+        "not floating point, quantised": 1,
+    }
+    for path in ("elsewhere", "quantised"):
+        assert run.statistics.weight_square_norm.sel(weight=path).isnull().all()
+    assert run.statistics.weight_gradient_square_norm.sel(weight="head").notnull().all()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_weight_without_a_shape_is_measured_once_it_has_one():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    weights = weight_updates.Weights(model, lambda: None)
+    rows = []
+    for _ in range(2):
+        weights.begin()
+        model(torch.ones(2, 3))
+        rows.append(weights.end())
+    assert [row.skipped for row in rows] == [{"not initialised yet": 2}, {}]
+    np.testing.assert_array_equal(rows[0].counts, [math.nan, 20.0])
+    np.testing.assert_array_equal(rows[1].counts, [16.0, 20.0])
+
+
+def test_a_sharded_weight_is_refused_with_the_reason(batches, tmp_path):
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = fresh()
+        mesh = init_device_mesh("cpu", (1,))
+        extra = nn.Module()
+        extra.weight = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
+        assert isinstance(extra.weight, DTensor)
+        model.extra = extra
+        with probes.record(model, weights=True) as recorder:
+            loss_of(model, batches[0]).backward()
+            recorder.step()
+        assert recorder.run.attrs["weights_skipped"] == {"sharded over processes (DTensor)": 1}
+        assert np.isnan(recorder.run.statistics.weight_square_norm.sel(weight="extra").values).all()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_an_optimiser_inside_the_backward_takes_its_gradients_along(batches):
+    model, twin = fresh(), fresh()
+
+    def step(parameter):
+        with torch.no_grad():
+            parameter.sub_(0.1 * parameter.grad)
+        parameter.grad = None
+
+    for each in (model, twin):
+        for parameter in each.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+    before = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    loss_of(twin, batches[0]).backward()
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        recorder.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert recorder.run.statistics.weight_gradient_square_norm.isnull().all()
+    (reason,) = recorder.run.attrs["weights_skipped"]
+    assert "gradient freed inside the backward" in reason
+    moved = {name: p.detach() - before[name] for name, p in twin.named_parameters()}
+    assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["_see_gradient", "_hold", "_updates"])
+def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, where):
+    model = fresh()
+
+    def broken(*args):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(weight_updates.Weights, where, broken)
+    with probes.record(model, weights=True) as recorder:
+        loss_of(model, batches[0]).backward()
+        with pytest.warns(probes.ProbeWarning, match="weights of step 0 were not measured: a bug of ours"):
+            recorder.step()
+        monkeypatch.undo()
+        recorder.close()
+    assert "weight_square_norm" not in recorder.run.statistics
+    assert recorder.run.statistics.norm_sum.notnull().all()
+    assert [str(error) for error in recorder.errors] == ["a bug of ours"]
+
+
+# --- nothing is left behind ---
+
+
+def test_no_copy_and_no_hook_is_left_between_measured_steps(batches):
+    model = fresh()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim >= 2)
+
+    def hooks() -> int:
+        return sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+    size = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    plain = tensors()
+    with probes.record(model, weights=True, every=2, max_sequences=1) as recorder:
+        assert tensors() == plain + size
+        assert hooks() == len(list(model.parameters()))
+        with torch.no_grad():
+            model(batches[0])
+        recorder.step()
+        assert hooks() == 0
+        kept = tensors()
+        assert kept - plain < size
+    assert hooks() == 0
+    assert tensors() == kept
+
+
+def test_a_run_with_weights_survives_its_file(batches, tmp_path):
+    model = fresh()
+    with probes.record(model, weights=True, loss_reduction="mean", store=tmp_path / "a.nc") as recorder:
+        loss_of(model, batches[0]).backward()
+        recorder.step()
+    with schema.open_run(tmp_path / "a.nc") as run:
+        assert run.attrs["loss_reduction"] == "mean"
+        for name in weight_updates.VARIABLES:
+            np.testing.assert_array_equal(run.statistics[name], recorder.run.statistics[name])
+        assert run.statistics["weight"].values.tolist() == recorder.run.statistics["weight"].values.tolist()
+
+
+# --- which chain and which block ---
+
+
+def recorded_chains(model: nn.Module, *args, **kwargs):
+    with probes.record(model, weights=True) as recorder, torch.no_grad():
+        model(*args, **kwargs)
+        recorder.step()
+    statistics = recorder.run["statistics"]
+    groups = statistics.children or {"": statistics}
+    return {name: group.to_dataset() for name, group in groups.items()}
+
+
+def test_every_module_is_in_the_chain_of_its_block_and_the_others_in_the_first():
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.arange(1, 9).repeat(2, 1)
+    found = recorded_chains(model, input_ids=ids, decoder_input_ids=ids[:, :5])
+    assert list(found) == ["encoder", "decoder"]
+    paths = {name: group["weight"].values.tolist() for name, group in found.items()}
+    assert all(path.startswith("decoder.block.") for path in paths["decoder"])
+    assert "shared" in paths["encoder"]
+    assert "decoder.final_layer_norm" in paths["encoder"]
+    layers = {int(path.split(".")[2]) for path in paths["decoder"]}
+    assert layers == set(found["decoder"]["weight_layer"].values.tolist()) == {0, 1, 2}
+    total = sum(float(group["weight_count"].sum()) for group in found.values())
+    assert total == sum(p.numel() for p in model.parameters())
+
+
+class Stages(nn.Module):
+    """Blocks whose width grows on the way, as in a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Stage(a, b) for a, b in ((8, 8), (8, 8), (8, 16), (16, 16))))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Stage(nn.Module):
+    def __init__(self, width: int, wider: int):
+        super().__init__()
+        self.skip = nn.Conv2d(width, wider, 1)
+        self.conv = nn.Conv2d(width, wider, 3, padding=1)
+
+    def forward(self, x):
+        return self.skip(x) + self.conv(x).relu()
+
+
+def test_a_chain_with_stages_has_every_module_once():
+    found = recorded_chains(Stages().eval(), torch.randn(2, 3, 8, 8))
+    assert len(found) == 2
+    first, second = found.values()
+    assert {"stem", "head"} <= set(first["weight"].values.tolist())
+    assert second["weight"].values.tolist() == [
+        f"blocks.{i}.{part}" for i in (2, 3) for part in ("skip", "conv")
+    ]
+    assert second["weight_layer"].values.tolist() == [2, 2, 3, 3]
+    assert set(second["weight_layer"].values.tolist()) <= set(second["layer"].values.tolist())
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks"),
+    [
+        (lambda models: models["deepseek"](), "model.layers."),
+        (lambda models: models["lucidrains"]("mhc"), "layers."),
+        (lambda models: models["lucidrains"]("hc", closure=True), "layers."),
+    ],
+)
+def test_modules_of_a_stream_block_have_its_number(models, ids, build, blocks):
+    (found,) = recorded_chains(build(models), ids).values()
+    for path, layer in zip(found["weight"].values, found["weight_layer"].values, strict=True):
+        expected = int(path.removeprefix(blocks).split(".")[0]) if path.startswith(blocks) else -1
+        assert layer == expected, path
+
+
+# --- a scaled loss ---
+
+
+def scaled_loop(model, batches, scaler, *, unscale: bool = False, factor: float = 1.0) -> probes.Recorder:
+    """A loop as the guide of torch.amp writes it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.record(model, weights=True, gradients=True, scaler=scaler) as recorder:
+        for ids in batches:
+            scaler.scale(factor * loss_of(model, ids)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            recorder.step()
+    return recorder
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradients_are_those_of_the_loss_and_not_of_the_scaled_loss(batches, unscale):
+    model, twin, plain = fresh(), fresh(), fresh()
+    expected = by_hand(twin, batches, torch.optim.SGD(twin.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    with probes.record(plain, gradients=True) as bare:
+        for ids in batches:
+            loss_of(plain, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bare.step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    run = scaled_loop(model, batches, scaler, unscale=unscale).run
+    for name in weight_updates.VARIABLES:
+        assert_equal(run, name, [row[name] for row in expected], rtol=1e-4)
+    assert run.statistics.loss_scale.values.tolist() == [1024.0, 1024.0, 2048.0, 2048.0]
+    name = "gradient_square_norm_sum"
+    np.testing.assert_allclose(run.statistics[name], bare.run.statistics[name], rtol=1e-4)
+    np.testing.assert_allclose(run.trace.gradient, bare.run.trace.gradient, rtol=1e-3, atol=1e-9)
+
+
+def test_a_step_that_overflows_is_reported_and_its_gradients_are_undefined(batches):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-36)
+    with pytest.warns(probes.ProbeWarning, match=r"gradients of step 0 overflowed at a loss scale of 1e\+38"):
+        recorder = scaled_loop(fresh(), batches[:2], scaler, factor=1e4)
+    statistics = recorder.run.statistics
+    assert recorder.run.attrs["overflowed_steps"] == [0]
+    assert recorder.errors == []
+    for name in ("weight_gradient_square_norm", "gradient_square_norm_sum", "weight_update_square_norm"):
+        assert statistics[name][0].isnull().all(), name
+        assert statistics[name][1].notnull().all(), name
+    assert statistics.norm_sum.notnull().all()
+
+
+def test_a_scaler_that_is_off_is_no_scaler(batches):
+    run = scaled_loop(fresh(), batches[:1], torch.amp.GradScaler("cpu", enabled=False)).run
+    twin = fresh()
+    loss_of(twin, batches[0]).backward()
+    expected = squares({name: p.grad for name, p in twin.named_parameters()})
+    assert_equal(run, "weight_gradient_square_norm", [expected])
+    assert "loss_scale" not in run.statistics
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"scaler is a float; expected the torch\.amp\.GradScaler"):
+        probes.record(fresh(), scaler=1024.0)
+    with pytest.raises(ValueError, match="loss_reduction is 'average'; expected one of 'mean', 'sum'"):
+        probes.record(fresh(), loss_reduction="average")

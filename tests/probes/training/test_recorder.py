@@ -1,0 +1,458 @@
+"""Over a loop: exact statistics of every token, a uniform sample of whole sequences, bounded memory."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from depthscope import probes
+from depthscope.diagnostics import schema
+from depthscope.probes.session.reservoir import Reservoir
+
+
+def batches(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(1, 64, (2, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        labels = torch.where(mask.bool(), ids, -100)
+        labels[0, 3] = -100  # the first real token would be predicted from padding
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def test_statistics_equal_the_raw_states_when_all_sequences_are_kept(models):
+    run = probes.capture(models["deepseek"](), batches(3), gradients=True, max_sequences=6)
+    x = run.trace.residual.values.astype(np.float64)
+    mask = run.trace.mask.values
+    rows = x[:, mask]  # depth, token, stream, feature
+    norms = np.linalg.norm(rows, axis=-1)
+    unit = rows / norms[..., None]
+    stats = run.statistics
+    assert float(stats.token_count[0]) == mask.sum() == 3 * 15
+    np.testing.assert_allclose(stats.norm_sum.values[0], norms.sum(1), rtol=1e-6)
+    np.testing.assert_allclose(stats.square_norm_sum.values[0], np.square(norms).sum(1), rtol=1e-6)
+    np.testing.assert_allclose(stats.norm_max.values[0], norms.max(1), rtol=1e-6)
+    np.testing.assert_allclose(stats.abs_max.values[0], np.abs(rows).max((1, 3)), rtol=1e-6)
+    np.testing.assert_allclose(stats.feature_sum.values, rows.sum(1), rtol=1e-4, atol=1e-4)
+    cosines = np.einsum("dtsf,dusf->dstu", unit, unit)
+    off_diagonal = cosines.sum((2, 3)) - np.trace(cosines, axis1=2, axis2=3)
+    np.testing.assert_allclose(stats.unit_pair_sum.values[0], off_diagonal, rtol=1e-4, atol=1e-4)
+    adjacent = (unit[1:] * unit[:-1]).sum(-1).sum(1)
+    np.testing.assert_allclose(stats.adjacent_cosine_sum.values[0, 1:], adjacent, rtol=1e-5)
+    gradient = run.trace.gradient.values.astype(np.float64)[:, mask]
+    np.testing.assert_allclose(
+        stats.gradient_square_norm_sum.values[0], np.square(gradient).sum((1, 3)), rtol=1e-5
+    )
+    h_res = run.trace.h_res.values.astype(np.float64)[:, mask]
+    forward, backward = np.abs(h_res.sum(-1)).max(-1), np.abs(h_res.sum(-2)).max(-1)
+    np.testing.assert_allclose(stats.gain_sum.values[0], [forward.sum(1), backward.sum(1)], rtol=1e-5)
+    np.testing.assert_allclose(stats.gain_max.values[0], [forward.max(1), backward.max(1)], rtol=1e-5)
+
+
+def test_statistics_do_not_depend_on_the_split_into_batches(models):
+    model, parts = models["llama"](), batches(4)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    split, joined = probes.capture(model, parts), probes.capture(model, whole)
+    for name in ("norm_sum", "square_norm_sum", "unit_pair_sum", "adjacent_cosine_sum", "norm_max"):
+        np.testing.assert_allclose(split.statistics[name].values, joined.statistics[name].values, rtol=1e-5)
+    np.testing.assert_array_equal(split.trace.sample.values, joined.trace.sample.values)
+    np.testing.assert_allclose(
+        split.trace.residual.values, joined.trace.residual.values, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_padding_changes_no_statistic(models):
+    model, (batch,) = models["llama"](), batches(1)
+    other = dict(batch, input_ids=torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7))
+    first, second = (
+        probes.capture(model, batch, gradients=True),
+        probes.capture(model, other, gradients=True),
+    )
+    for name, values in first.statistics.to_dataset().data_vars.items():
+        np.testing.assert_allclose(
+            second.statistics[name].values, values.values, rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
+def test_one_row_per_measured_step_and_the_trace_of_the_present_weights(models):
+    model = models["llama"]().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (batch,) = batches(1)
+    with probes.record(model, every=2, start_step=1, gradients=True) as recorder:
+        for _ in range(6):
+            loss = model(**batch).loss
+            loss.backward()
+            recorder.step(loss)
+            last = probes.capture(model, batch) if recorder.position == 6 else None
+            optimizer.step()
+            optimizer.zero_grad()
+    run = recorder.run
+    assert list(run.statistics.step.values) == [1, 3, 5]
+    assert (np.diff(run.statistics.loss.values) < 0).all()
+    assert run.attrs["sampling"]["sequences_kept"] == 2
+    np.testing.assert_allclose(run.trace.residual.values, last.trace.residual.values, rtol=1e-5, atol=1e-6)
+
+
+def test_several_forwards_in_a_step_add_up(models):
+    model, parts = models["llama"]().train(), batches(3)
+    with probes.record(model, gradients=True) as recorder:
+        for part in parts:
+            model(**part).loss.backward()
+        recorder.step()
+    run = recorder.run
+    assert float(run.statistics.token_count[0]) == 45
+    assert run.trace.sizes["sample"] == 6
+    assert np.isfinite(run.trace.gradient.values).all()
+
+
+def test_two_backwards_through_one_forward_add_up(models):
+    model, (batch,) = models["llama"](), batches(1)
+    runs = []
+    for times in (1, 2):
+        with probes.record(model, gradients=True) as recorder:
+            loss = model(**batch).loss
+            for _ in range(times):
+                loss.backward(retain_graph=True)
+            recorder.step()
+        runs.append(recorder.run.trace.gradient.values)
+    np.testing.assert_allclose(runs[1], 2 * runs[0], rtol=1e-5, atol=1e-9)
+
+
+def test_a_step_without_a_forward_or_a_backward_is_reported(models):
+    model, (batch,) = models["llama"](), batches(1)
+    with probes.record(model, gradients=True) as recorder:
+        with pytest.warns(probes.ProbeWarning, match="was not called"):
+            recorder.step()
+        model(**batch)
+        with pytest.warns(probes.ProbeWarning, match=r"call loss.backward\(\)"):
+            recorder.step()
+    with pytest.raises(probes.CaptureError, match="outside the block"):
+        recorder.step()
+
+
+@pytest.mark.parametrize("stepping", [True, False])
+def test_memory_does_not_grow_with_the_number_of_batches(models, stepping):
+    model, parts = models["llama"](), batches(40)
+
+    def held(count: int) -> int:
+        gc.collect()
+        with probes.record(model, max_sequences=4) as recorder, torch.no_grad():
+            for part in parts[:count]:
+                model(**part)
+                if stepping:
+                    recorder.step()
+            gc.collect()
+            return sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim >= 2)
+
+    assert held(40) <= held(8)
+
+
+def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
+    model, parts = models["llama"](), batches(3)
+
+    def loop():
+        with probes.record(model, store=tmp_path / "runs" / "a") as recorder:
+            for number, part in enumerate(parts):
+                model(**part)
+                recorder.step()
+                if number == 1:
+                    raise RuntimeError("the cluster says goodbye")
+
+    with pytest.raises(RuntimeError, match="goodbye"):
+        loop()
+    with schema.open_run(tmp_path / "runs" / "a.nc") as run:
+        assert run.statistics.sizes["step"] == 2
+        assert run.trace.sizes["sample"] == 4
+
+
+def test_sequences_of_unlike_length_are_padded_and_masked(models):
+    short = {"input_ids": torch.randint(1, 64, (1, 5))}
+    long = {"input_ids": torch.randint(1, 64, (1, 9))}
+    run = probes.capture(models["llama"](), [short, long])
+    np.testing.assert_array_equal(run.trace.mask.values.sum(1), [5, 9])
+    assert (run.trace.residual.values[:, 0, 5:] == 0).all()
+
+
+def test_generation_is_recorded_prefill_and_steps(models):
+    model = models["llama"]()
+    with probes.record(model) as recorder:
+        model.generate(torch.randint(1, 64, (1, 6)), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        recorder.step()
+    assert float(recorder.run.statistics.token_count[0]) == 6 + 2
+
+
+def test_every_sequence_is_kept_with_the_same_probability():
+    counts = np.zeros(20)
+    for seed in range(2000):
+        reservoir = Reservoir(5, seed)
+        held: dict[int, int] = {}
+        for batch in range(10):
+            held |= {slot: 2 * batch + row for row, slot in reservoir.choose(2, stamp=0).items()}
+        counts[list(held.values())] += 1
+    expected = 2000 * 5 / 20
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected * 0.75)
+
+
+def test_bad_arguments_are_named(models):
+    model = models["llama"]()
+    with pytest.raises(ValueError, match="max_sequences is 0; expected at least 1"):
+        probes.record(model, max_sequences=0)
+    with pytest.raises(ValueError, match="every is 0; expected 1 or more"):
+        probes.record(model, every=0)
+    with pytest.raises(probes.CaptureError, match=r"the mask has shape \(2, 4\)"):
+        probes.capture(model, batches(1), mask=torch.ones(2, 4))
+
+
+# --- the gradient is that of the captured value, whatever the loop does: against tensor hooks of our own ---
+
+
+class Block(nn.Module):
+    """A residual block; a greedy one overwrites its input, as ReLU(inplace=True) does in a ResNet."""
+
+    def __init__(self, *, greedy: bool = False):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.activation = nn.functional.relu_ if greedy else nn.functional.relu
+
+    def forward(self, x):
+        x = self.activation(x)
+        return x + self.down(self.up(self.norm(x)).tanh())
+
+
+class Stack(nn.Module):
+    def __init__(self, *, checkpoint: bool | None = None, **options):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+        self.blocks = nn.ModuleList(Block(**options) for _ in range(3))
+        self.checkpoint = checkpoint
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x) if self.checkpoint is None else checkpoint(block, x, use_reentrant=self.checkpoint)
+        return self.head(x)
+
+
+def stack(**options) -> Stack:
+    torch.manual_seed(0)
+    return Stack(**options)
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.roll(-1, 1).flatten())
+
+
+def observed(model: Stack, loop) -> tuple[np.ndarray, np.ndarray]:
+    """States and their gradients (depth, sample, token, feature) as hooks without any probe see them in a loop."""
+    seen: list[list[torch.Tensor]] = []
+    gradients: dict[tuple[int, int], torch.Tensor] = {}
+
+    def see(depth: int, x: torch.Tensor) -> None:
+        if depth == 0:
+            seen.append([])
+        seen[-1].append(x.detach().clone())
+        key = (len(seen) - 1, depth)
+        gradients[key] = torch.zeros_like(x)
+
+        def add(gradient: torch.Tensor) -> None:  # what a hook returns would replace the gradient
+            gradients[key] += gradient
+
+        x.register_hook(add)
+
+    handles = [model.blocks[0].register_forward_pre_hook(lambda module, args: see(0, args[0]))]
+    for depth, block in enumerate(model.blocks, start=1):
+        hook = partial(lambda depth, module, args, output: see(depth, output), depth)
+        handles.append(block.register_forward_hook(hook))
+    loop(model)
+    for handle in handles:
+        handle.remove()
+    depths = range(len(model.blocks) + 1)
+    states = [torch.cat([forward[depth] for forward in seen]) for depth in depths]
+    found = [torch.cat([gradients[number, depth] for number in range(len(seen))]) for depth in depths]
+    return torch.stack(states).float().numpy(), torch.stack(found).float().numpy()
+
+
+def recorded(model: nn.Module, loop, *, probed: nn.Module | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The same from a recorder."""
+    with probes.record(probed or model, gradients=True, max_sequences=64) as recorder:
+        loop(model)
+        recorder.step()
+    trace = recorder.run.trace
+    return trace.residual.values[..., 0, :], trace.gradient.values[..., 0, :]
+
+
+def one_step(model: nn.Module, ids: torch.Tensor) -> None:
+    loss_of(model, ids).backward()
+
+
+def micro_batches(model: nn.Module, ids: torch.Tensor) -> None:
+    for part in ids.chunk(3):
+        (loss_of(model, part) / 3).backward()
+
+
+def two_forwards_one_backward(model: nn.Module, ids: torch.Tensor) -> None:
+    first, second = loss_of(model, ids), loss_of(model, ids.flip(0, 1))
+    (first + first * second).backward()
+
+
+def two_backwards(model: nn.Module, ids: torch.Tensor) -> None:
+    output = model(ids)
+    output.square().mean().backward(retain_graph=True)
+    output.logsumexp(-1).mean().backward()
+
+
+def two_losses_interleaved(model: nn.Module, ids: torch.Tensor) -> None:
+    first, second = loss_of(model, ids), loss_of(model, ids.flip(0))
+    second.backward()
+    first.backward()
+
+
+def autocast(model: nn.Module, ids: torch.Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, ids)
+    loss.backward()
+
+
+def a_part_is_used(model: nn.Module, ids: torch.Tensor) -> None:
+    """A gradient that flows into some of the sequences only."""
+    model(ids)[1:].square().mean().backward()
+
+
+LOOPS = (
+    one_step,
+    micro_batches,
+    two_forwards_one_backward,
+    two_backwards,
+    two_losses_interleaved,
+    autocast,
+    a_part_is_used,
+)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_states_and_gradients_are_those_that_plain_hooks_see(ids, loop, reentrant):
+    if reentrant and loop is two_backwards:
+        pytest.skip("torch itself refuses a second backward through a reentrant checkpoint")
+    expected = observed(stack(), partial(loop, ids=ids))
+    found = recorded(stack(checkpoint=reentrant), partial(loop, ids=ids))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6, atol=1e-12)
+    assert np.abs(expected[1]).max() > 0
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_the_statistics_of_gradients_are_those_of_what_adds_up(ids, loop):
+    _, gradients = observed(stack(), partial(loop, ids=ids))
+    with probes.record(model := stack(), gradients=True) as recorder:
+        loop(model, ids=ids)
+        recorder.step()
+    found = recorder.run.statistics.gradient_square_norm_sum.values[0, :, 0]
+    np.testing.assert_allclose(found, np.square(gradients.astype(np.float64)).sum((1, 2, 3)), rtol=1e-5)
+
+
+def test_the_statistics_of_a_second_backward_are_undefined_where_not_all_is_kept(ids):
+    with probes.record(model := stack(), gradients=True, max_sequences=1) as recorder:
+        two_backwards(model, ids=ids)
+        recorder.step()
+    assert np.isnan(recorder.run.statistics.gradient_square_norm_sum.values).all()
+    assert np.isfinite(recorder.run.trace.gradient.values).all()
+
+
+def test_micro_batches_have_the_gradient_of_the_whole(ids):
+    whole = recorded(stack(), partial(one_step, ids=ids))
+    parts = recorded(stack(), partial(micro_batches, ids=ids))
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts[1], whole[1], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:step 0 was not measured.*rewritten in place:probes.ProbeWarning")
+def test_a_state_that_the_next_block_overwrites_is_kept_as_it_was(ids):
+    expected = observed(stack(), partial(one_step, ids=ids))
+    model = stack(greedy=True)
+    with probes.record(model, gradients=True, max_sequences=64) as recorder:
+        for _ in range(2):
+            one_step(model, ids)
+            recorder.step()
+    trace = recorder.run.trace.isel(sample=slice(-len(ids), None), stream=0)
+    np.testing.assert_array_equal(trace.residual.values, expected[0])
+    np.testing.assert_allclose(trace.gradient.values, expected[1], rtol=1e-6, atol=1e-12)
+
+
+def compiled_before(model: Stack) -> nn.Module:
+    return torch.compile(model, backend="aot_eager")
+
+
+def compiled_in_place(model: Stack) -> nn.Module:
+    model.compile(backend="aot_eager")
+    return model
+
+
+def compiled_blocks(model: Stack) -> nn.Module:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return model
+
+
+def wrapped_blocks(model: Stack) -> nn.Module:
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, backend="aot_eager")
+    return model
+
+
+# torch's own compiler asks a tensor that is no leaf for its gradient
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize(
+    "build", [compiled_before, compiled_in_place, compiled_blocks, wrapped_blocks], ids=lambda f: f.__name__
+)
+def test_a_compiled_model_is_recorded_like_its_eager_twin(ids, build, warm):
+    torch.compiler.reset()
+    loop = partial(one_step, ids=ids)
+    expected = observed(stack(), loop)
+    model = build(stack())
+    if warm:
+        loop(model)
+    found = recorded(model, loop)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-9)
+
+
+def test_a_model_may_be_compiled_after_the_recorder_was_made(ids):
+    torch.compiler.reset()
+    loop = partial(one_step, ids=ids)
+    expected = observed(stack(), loop)
+    model = stack()
+    found = recorded(torch.compile(model, backend="aot_eager"), loop, probed=model)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-9)
+
+
+def test_between_measured_steps_a_compiled_model_runs_compiled(ids):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        calls.append("compiled")
+        return lambda *args: calls.append("run") or graph.forward(*args)
+
+    calls: list[str] = []
+    model = torch.compile(stack(), backend=backend)
+    with probes.record(model, every=2, weights=True) as recorder:
+        for _ in range(4):
+            before = len(calls)
+            model(ids)
+            assert (len(calls) > before) == (not recorder.measuring)
+            recorder.step()
+    assert len(graphs) == calls.count("compiled") >= 1
+    assert recorder.run.statistics.sizes["step"] == 2

@@ -1,0 +1,305 @@
+"""A run with a dead layer, one token or a huge offset is analysed: NaN where undefined, a reason, the rest untouched."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope import diagnostics
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+
+SIZES = {"layers": 3, "samples": 2, "tokens": 16, "features": 6, "weights": False}
+FAMILIES = ("residual", "mhc")
+SPOILT = 2
+# Logarithms: minus infinity is a gain of zero.
+LOGARITHMS = ("deflated_gain", "lyapunov_spectrum")
+# What is measured at one depth, from that depth's states and no other's.
+PAIRED = (
+    "block_influence",
+    "adjacent_cka",
+    "branch_share",
+    "branch_variance",
+    "adjacent_cosine",
+    "adjacent_cosine_band",
+)
+
+
+def changed(run, change):
+    """The run with its residual stream and mask changed in place."""
+    trace = run["trace"].to_dataset().load().copy(deep=True)
+    change(trace["residual"].values, trace["mask"].values)
+    return schema.create_run(trace, attrs=run.attrs)
+
+
+def of_layer(value):
+    def change(x, mask):
+        x[SPOILT] = value
+
+    return change
+
+
+def one_entry(value):
+    def change(x, mask):
+        x[SPOILT, 0, 5, 0, 3] = value
+
+    return change
+
+
+def copied_layer(x, mask):
+    x[SPOILT] = x[SPOILT - 1]
+
+
+def identical_tokens(x, mask):
+    x[SPOILT] = x[SPOILT, :1, :1]
+
+
+def identical_everywhere(x, mask):
+    x[:] = x[:, :1, :1]
+
+
+def massive_token(x, mask):
+    x[1:, :, 0, :, 3] = 3e4
+
+
+def far_away(x, mask):
+    x += 1e4
+
+
+def tiny(x, mask):
+    x *= 1e-30
+
+
+def dead_stream(x, mask):
+    x[..., -1, :] = 0.0
+
+
+def one_token_left(x, mask):
+    mask[:] = False
+    mask[0, 5] = True
+
+
+def few_tokens_each(count):
+    def change(x, mask):
+        mask[:] = False
+        mask[:, 3 : 3 + count] = True
+
+    return change
+
+
+def empty_sequence(x, mask):
+    mask[1] = False
+
+
+CHANGES = {
+    "a layer with NaN": one_entry(np.nan),
+    "a layer with infinity": one_entry(np.inf),
+    "nothing but NaN": lambda x, mask: x.fill(np.nan),
+    "a layer like the one before": copied_layer,
+    "a layer of zeros": of_layer(0.0),
+    "nothing but zeros": lambda x, mask: x.fill(0.0),
+    "a constant layer": of_layer(0.1),
+    "identical tokens in a layer": identical_tokens,
+    "identical tokens everywhere": identical_everywhere,
+    "a massive token": massive_token,
+    "an offset of 1e4": far_away,
+    "tiny states": tiny,
+    "a dead stream": dead_stream,
+    "one token left": one_token_left,
+    "one token of each sequence": few_tokens_each(1),
+    "two tokens of each sequence": few_tokens_each(2),
+    "an empty sequence": empty_sequence,
+}
+ODD_SIZES = {
+    "one sample": {"samples": 1},
+    "one token": {"tokens": 1},
+    "one sample of one token": {"samples": 1, "tokens": 1},
+    "one sample of two tokens": {"samples": 1, "tokens": 2},
+    "one feature": {"features": 1},
+    "one layer": {"layers": 1},
+    "one stream": {"streams": 1},
+}
+
+
+def analysed(run):
+    """Every metric of the catalogue, the costly ones too."""
+    return diagnostics.analyze(run, metrics=CATALOGUE)
+
+
+def complete(found):
+    """Every metric is there or missing for a reason; no infinities; and the analysis can be judged."""
+    reasons = found.attrs["not_computed"]
+    assert set(CATALOGUE) == {name for name in CATALOGUE if name in found.data_vars} | set(reasons)
+    assert all(len(reason.split()) > 3 for reason in reasons.values())
+    for name, value in found.data_vars.items():
+        assert name in LOGARITHMS or value.dtype.kind != "f" or not np.isinf(value).any(), name
+    diagnostics.judge(found, passed=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_odd_states_are_analysed_and_judged(make_run, family, change):
+    complete(analysed(changed(make_run(family, **SIZES), change)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", ODD_SIZES.values(), ids=ODD_SIZES.keys())
+def test_odd_sizes_are_analysed_and_judged(make_run, family, sizes):
+    complete(analysed(make_run(family, **(SIZES | sizes))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_near_the_end_of_float32_are_analysed(make_run, family):
+    complete(analysed(changed(make_run(family, **SIZES), of_layer(3e38))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["a layer with NaN", "a layer of zeros", "identical tokens in a layer"])
+def test_other_depths_stay_as_they_are(make_run, family, name):
+    run = make_run(family, **SIZES)
+    whole, found = analysed(run), analysed(changed(run, CHANGES[name]))
+    depths = whole["depth"].values
+    for metric, value in found.data_vars.items():
+        if "depth" not in value.dims or metric.startswith("gradient"):
+            continue
+        near = (SPOILT, SPOILT + 1) if metric.removesuffix("_null") in PAIRED else (SPOILT,)
+        kept = {"depth": np.flatnonzero(~np.isin(depths, near))}
+        if "other_depth" in value.dims:
+            kept["other_depth"] = kept["depth"]
+        xr.testing.assert_allclose(value.isel(kept), whole[metric].isel(kept), rtol=1e-9)
+
+
+@pytest.mark.parametrize("bad", ["a layer with NaN", "a layer with infinity"])
+def test_what_is_not_finite_does_not_spread_and_does_not_pass(make_run, bad):
+    found = analysed(changed(make_run("residual", **SIZES), CHANGES[bad]))
+    for name, value in found.data_vars.items():
+        of_states = name in CATALOGUE and CATALOGUE[name].roots == ("residual",) and name != "num_tokens"
+        if of_states and "depth" in value.dims:
+            assert value.sel(depth=SPOILT).isnull().all(), name
+        if of_states and "other_depth" in value.dims:
+            assert value.sel(other_depth=SPOILT).isnull().all(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_that_does_nothing(make_run, family):
+    found = analysed(changed(make_run(family, **SIZES), copied_layer)).squeeze("step")
+    pair = {"depth": SPOILT, "other_depth": SPOILT - 1}
+    for name in ("cka", "rbf_cka", "svcca", "pwcca", "rsa", "mutual_knn", "cknna"):
+        np.testing.assert_allclose(found[name].sel(pair), 1.0, atol=1e-12)
+    np.testing.assert_allclose(found["procrustes"].sel(pair), 0.0, atol=1e-12)
+    np.testing.assert_allclose(found["angular_distance"].sel(pair), 0.0, atol=1e-7)
+    np.testing.assert_allclose(found["block_influence"].sel(depth=SPOILT), 0.0, atol=1e-15)
+    np.testing.assert_allclose(found["adjacent_cka"].sel(depth=SPOILT), 1.0, atol=1e-12)
+
+
+def test_a_layer_of_zeros_has_size_and_rank_zero_and_no_shape(make_run):
+    found = analysed(changed(make_run("residual", **SIZES), of_layer(0.0))).sel(depth=SPOILT)
+    for name in ("residual_norm", "numerical_rank", "channel_variance", "channel_squared_mean"):
+        np.testing.assert_array_equal(found[name], 0.0)
+    for name in ("effective_rank", "stable_rank", "dong_residual", "token_cosine", "top_energy", "curvature"):
+        assert found[name].isnull().all(), name
+    assert found["cka"].isnull().all()
+    assert found["angular_distance"].isnull().all()
+
+
+def test_identical_tokens_have_rank_one_and_no_geometry(make_run):
+    found = analysed(changed(make_run("residual", **SIZES), identical_tokens)).sel(depth=SPOILT)
+    for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank", "numerical_rank"):
+        np.testing.assert_allclose(found[name].sel(centering="raw"), 1.0, atol=1e-12)
+    np.testing.assert_allclose(found["token_cosine"].sel(centering="raw"), 1.0, atol=1e-12)
+    for name in ("dong_residual", "dirichlet_energy"):
+        np.testing.assert_array_equal(found[name], 0.0)
+    np.testing.assert_array_equal(found["numerical_rank"].sel(centering="centred"), 0.0)
+    for name in ("effective_rank", "token_cosine"):
+        assert found[name].sel(centering="centred").isnull().all()
+    for name in ("cka", "rbf_cka", "procrustes", "curvature", "intrinsic_dimension"):
+        assert found[name].isnull().all(), name
+
+
+def test_identical_tokens_have_no_dissimilarities(make_run):
+    found = diagnostics.analyze(
+        changed(make_run("residual", **(SIZES | {"tokens": 37, "features": 64})), identical_tokens),
+        metrics=["rsa"],
+    )
+    assert found["rsa"].sel(depth=SPOILT).isnull().all()
+
+
+def test_one_token_has_a_direction_and_nothing_else(make_run):
+    found = analysed(changed(make_run("residual", **SIZES), one_token_left))
+    np.testing.assert_allclose(found["effective_rank"].sel(centering="raw"), 1.0)
+    assert found["effective_rank"].sel(centering="centred").isnull().all()
+    for name in ("token_cosine", "curvature", "cka", "alpha_req", "intrinsic_dimension"):
+        assert found[name].isnull().all(), name
+    np.testing.assert_array_equal(found["num_tokens"], 1.0)
+    assert {"svcca", "pwcca", "mutual_knn", "cknna"} <= set(found.attrs["not_computed"])
+    assert found["angular_distance"].notnull().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_tokens_are_as_if_absent(make_run, family):
+    """Masked ones hold NaN; the run without them gives the same of every metric."""
+    run = make_run(family, **SIZES)
+
+    def spoil(x, mask):
+        mask[:] = np.arange(16) >= 3
+        x[:, :, :3] = np.nan
+
+    def keep(x, mask):
+        mask[:] = True
+
+    masked = changed(run, spoil)
+    trace = changed(run, keep)["trace"].to_dataset().isel(token=slice(3, None))
+    found, alone = analysed(masked), analysed(schema.create_run(trace, attrs=run.attrs))
+    xr.testing.assert_allclose(found, alone, rtol=1e-9)
+
+
+OFFSET_FREE = (
+    "effective_rank",
+    "entropy_rank",
+    "participation_ratio",
+    "stable_rank",
+    "token_cosine",
+    "alpha_req",
+)
+OFFSET_FREE_PAIRS = (
+    "cka",
+    "adjacent_cka",
+    "rbf_cka",
+    "svcca",
+    "pwcca",
+    "procrustes",
+    "curvature",
+    "intrinsic_dimension",
+)
+
+
+# The mean over streams is kept in float32 like the streams, whose last digit beside 1e4 is 1e-3.
+@pytest.mark.parametrize(("family", "rtol"), [("residual", 1e-6), ("mhc", 1e-3)])
+def test_a_huge_offset_changes_nothing_that_is_centred(make_run, family, rtol):
+    """float32 keeps three decimals beside 1e4; less the offset, the same numbers give the same values."""
+    far = changed(make_run(family, **SIZES), far_away)
+
+    def back(x, mask):
+        x -= 1e4
+
+    found, near = analysed(far), analysed(changed(far, back))
+    for name in OFFSET_FREE:
+        centred = [a[name].sel(centering="centred", tokens="all") for a in (found, near)]
+        np.testing.assert_allclose(*centred, rtol=rtol, err_msg=name)
+    for name in OFFSET_FREE_PAIRS:
+        pair = [a[name].sel(tokens="all") if "tokens" in a[name].dims else a[name] for a in (found, near)]
+        np.testing.assert_allclose(*pair, rtol=rtol, atol=rtol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "change", "names"),
+    [
+        ({"samples": 1, "tokens": 1}, lambda x, mask: None, ["curvature", "cka", "alpha_req"]),
+        ({}, lambda x, mask: x.__imul__(0), ["effective_rank", "cka", "token_cosine"]),
+    ],
+)
+def test_what_is_undefined_everywhere_says_why(make_run, sizes, change, names):
+    found = analysed(changed(make_run("residual", **(SIZES | sizes)), change))
+    for name in names:
+        assert found[name].isnull().all()
+        assert found[name].attrs["undefined_because"].startswith("too few tokens")
+    assert "undefined_because" not in found["residual_norm"].attrs
