@@ -26,11 +26,6 @@ def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> 
     Array
         (...), in the units of ``g``; a zero gradient gives 0, no rows at all give NaN with ``rms``.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -59,11 +54,6 @@ def backward_gain_profile(norms: Array) -> Array:
     -------
     Array
         (L, ...), 1 at the output; NaN where the output's gradient is zero.
-
-    Raises
-    ------
-    ValueError
-        If a norm is not finite.
 
     Examples
     --------
@@ -141,11 +131,6 @@ def noise_scale_of_samples(g: Array, *, mask: Array | None = None) -> NoiseScale
     NoiseScale
         (...) each; NaN with fewer than two samples. Source: McCandlish et al. 1812.06162.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -179,11 +164,6 @@ def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
     Array
         (...); zero gradients do not count, NaN with fewer than two others.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -214,11 +194,6 @@ def signal_propagation(x: Array, *, mask: Array | None = None) -> SignalPropagat
     -------
     SignalPropagation
         squared_mean and variance (...), in squared units of ``x``. Source: Brock et al. 2101.08692.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
 
     Examples
     --------

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import erf, expit, ndtr
 
-from depthscope.diagnostics.kernels._arrays import as_float64
-from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import as_count, as_float64
 
 # The midpoint rule: how far out, and the widest step, for pre-activations of variance up to 6; then as 1/√q.
 REACH, STEP, STEP_OF_SLOPE = 13.0, 0.1, 0.25
@@ -234,7 +233,7 @@ def fixed_point(
     1.333333333
     """
     q = start
-    for _ in range(whole(steps, name="steps")):
+    for _ in range(as_count(steps, name="steps")):
         following = q_map(q, sigma_w, sigma_b, phi)
         if abs(following - q) <= 1e-12 * max(q, 1.0):
             return following

@@ -79,11 +79,6 @@ def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
         (L, ...), natural logarithm of the gain: below ln 0.01 all streams carry the same signal. −inf for
         an exactly zero block, NaN for a single stream.
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     Averaging two streams half-way, twice: differences halve each time.
@@ -114,11 +109,6 @@ def lyapunov_spectrum(h: Array) -> Array:
     -------
     Array
         (..., n), per layer, descending; the top one is 0 for stochastic matrices, −inf where singular.
-
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
 
     Examples
     --------

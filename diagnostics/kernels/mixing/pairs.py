@@ -37,11 +37,6 @@ def pair_columns(h: Array) -> Iterator[tuple[int, Array, Array]]:
     tuple
         b, matrices (b + 1, ..., n, n) and log scales (b + 1, ...): P_{a→b} is matrix a · e^scale.
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     >>> [p[:, 0, 0].tolist() for b, p, s in pair_columns([[[2.0]], [[3.0]]])]
@@ -117,11 +112,6 @@ def pair_gains(h: Array, *, backward: bool = False) -> Iterator[tuple[int, Array
         the gains (L − a, ...) of P_{a→b} for every b ≥ a, and log scales. A gain is value · e^scale.
         Source: mHC 2512.24880, Fig. 7.
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     >>> h = [[[1.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]]
@@ -161,11 +151,6 @@ def all_pairs(h: Array, *, reduce: Callable[[Array], Array] | None = None) -> Ar
     Array
         (L, L, ..., n, n), or (L, L, ...) of what ``reduce`` gives; a product beyond float64 is infinite
         (``pair_columns`` keeps the log scales).
-
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
 
     Examples
     --------

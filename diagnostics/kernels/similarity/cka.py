@@ -96,7 +96,7 @@ def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None
     Raises
     ------
     ValueError
-        If rows do not match or a row that counts holds NaN or infinities.
+        If rows do not match.
 
     Examples
     --------
@@ -130,7 +130,7 @@ def linear_hsic1(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     Raises
     ------
     ValueError
-        If rows do not match or a row that counts holds NaN or infinities.
+        If rows do not match.
 
     Examples
     --------
@@ -161,7 +161,7 @@ def hsic1(k: Array, q: Array) -> Array:
     Raises
     ------
     ValueError
-        If the shapes are not square and equal, or values are not finite.
+        If the shapes are not square and equal,.
 
     Examples
     --------

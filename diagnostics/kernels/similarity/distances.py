@@ -84,7 +84,7 @@ def rbf_cka(
     Raises
     ------
     ValueError
-        If ``fraction`` is not positive, rows do not match or hold NaN or infinities.
+        If ``fraction`` is not positive or rows do not match.
 
     Examples
     --------

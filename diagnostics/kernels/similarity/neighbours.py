@@ -7,8 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
-from depthscope.diagnostics.kernels._arrays import Array, unit_rows
-from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import Array, as_count, unit_rows
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from depthscope.diagnostics.kernels.similarity.distances import square_distances
 from depthscope.diagnostics.kernels.similarity.one_side import compared
@@ -68,7 +67,7 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
     >>> float(mutual_knn(x, x[:, ::-1], 1))
     1.0
     """
-    k = whole(k, name="k")
+    k = as_count(k, name="k")
 
     def alone(xp: Any, side: Array) -> Array:
         _require_neighbours(side.shape[0], k, 1)
@@ -120,7 +119,7 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
     >>> round(float(cknna(x, 2 * x, 5)), 12)
     1.0
     """
-    k = whole(k, name="k")
+    k = as_count(k, name="k")
 
     def alone(xp: Any, side: Array) -> tuple[Array, Array, Array]:
         _require_neighbours(side.shape[0], k, 2)

@@ -40,7 +40,7 @@ def procrustes(
     Raises
     ------
     ValueError
-        If rows do not match or hold NaN or infinities.
+        If rows do not match.
 
     Examples
     --------

@@ -165,5 +165,5 @@ def test_pre_ln_growth_is_that_of_random_sums(rng):
     np.testing.assert_allclose(cosine, found.cosine, rtol=0.02)
     with pytest.raises(ValueError, match="at least 1 term"):
         meanfield.pre_ln_growth(0)
-    with pytest.raises(ValueError, match="depth holds 1 NaN or infinite values of 2"):
+    with pytest.raises(ValueError, match="depth contains 1 NaN or infinite values of 2"):
         meanfield.pre_ln_growth([1.0, np.nan])

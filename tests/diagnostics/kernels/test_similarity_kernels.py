@@ -181,7 +181,7 @@ def test_mismatched_rows_and_bad_values_are_refused(x, name):
         PAIRWISE[name](x, x[:20])
     bad = x.copy()
     bad[3, 2] = np.inf
-    with pytest.raises(ValueError, match=r"y holds 1 NaN or infinite values of 150.*\(3, 2\)"):
+    with pytest.raises(ValueError, match=r"y contains 1 NaN or infinite values of 150.*\(3, 2\)"):
         PAIRWISE[name](x, bad)
 
 
