@@ -18,34 +18,10 @@ from depthscope.diagnostics.kernels.mixing._matrices import (
     unscaled,
 )
 from depthscope.diagnostics.kernels.mixing.gains import backward_gain, forward_gain
-from depthscope.diagnostics.kernels.mixing.products import contiguous, multiply, stacked, unstacked
+from depthscope.diagnostics.kernels.mixing.products import contiguous, multiply, stacked
 
 # Numbers of one block of products or vectors: half a MB, to stay in a core's cache.
 BLOCK = 65_536
-
-
-def pair_columns(h: Array) -> Iterator[tuple[int, Array, Array]]:
-    """The all-pairs composites one end at a time: for each b, the products P_{a→b} of every a ≤ b.
-
-    Parameters
-    ----------
-    h
-        (L, ..., n, n), from the first layer to the last.
-
-    Yields
-    ------
-    tuple
-        b, matrices (b + 1, ..., n, n) and log scales (b + 1, ...): P_{a→b} is matrix a · e^scale.
-
-    Examples
-    --------
-    >>> [p[:, 0, 0].tolist() for b, p, s in pair_columns([[[2.0]], [[3.0]]])]
-    [[2.0], [6.0, 3.0]]
-    """
-    xp, stack, batch = stacked(h)
-    for end, p, log_scale in _columns(xp, stack):
-        moved = unstacked(xp, xp.permute_dims(p, (2, 0, 1, 3)), batch)
-        yield end, as_given(h, moved), as_given(h, xp.reshape(log_scale, (end + 1, *batch)))
 
 
 def _columns(xp: Any, stack: Array) -> Iterator[tuple[int, Array, Array]]:

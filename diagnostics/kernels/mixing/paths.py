@@ -193,28 +193,3 @@ def read_mass(m: Array, *, embedding: bool = False) -> Array:
     readable = xp.any(_hops(xp, m, int(embedding)) > 0, axis=0)
     mass = xp.sum(xp.abs(m), axis=-2)
     return xp.where(readable, mass, xp.full_like(mass, xp.nan))
-
-
-def wasted_layers(m: Array, *, tolerance: float = 0.01, embedding: bool = False) -> Array:
-    """Wasted layers: sources whose read mass Σ_k |M_kj| is at most ``tolerance``.
-
-    Parameters
-    ----------
-    m
-        Depth kernels (..., K, S).
-    tolerance
-        Read mass that counts as nothing; a residual connection reads 1 per reader.
-    embedding
-        Whether the first column is the embedding.
-
-    Returns
-    -------
-    Array
-        Booleans (..., S); False for a source that no row lies above. Source: 2409.19606 (DHC×1, layer 17).
-
-    Examples
-    --------
-    >>> wasted_layers([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).tolist()
-    [True, False, False]
-    """
-    return read_mass(m, embedding=embedding) <= tolerance
