@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.kernels import rank, similarity
-from depthscope.probes.checkpoints.load import encode_text, load_checkpoint, sample_text
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.statistics import depth_sketch, second_moments, streaming
 from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
