@@ -41,7 +41,7 @@ def probe(args: argparse.Namespace) -> int:
     text = read_text(args.text)
     with working("importing torch"):
         from depthscope import probes
-        from depthscope.probes.checkpoints.load import encode_text, token_texts
+        from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
     loaded = _load(args)
     batch = encode_text(loaded, text, sequences=args.sequences, length=args.length, seed=args.seed)
     with working(f"probing {loaded.name}"), user_errors():
@@ -186,7 +186,7 @@ def describe(args: argparse.Namespace) -> int:
         return _describe_weights(args)
     with working("importing torch"):
         from depthscope import probes
-        from depthscope.probes.checkpoints.load import encode_text, sample_text
+        from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
     loaded = _load(args)
     batch = encode_text(loaded, sample_text(), seed=args.seed, **DESCRIBED)
     given = {
