@@ -1,15 +1,13 @@
-"""Is every name one thing? One import name, no module behind a function, no class twice, no builtin hidden."""
+"""Is every name one thing? One import name, no module behind a function, no class twice."""
 
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib
 import pkgutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +16,6 @@ import pytest
 import depthscope
 
 ROOT = Path(__file__).parents[2]
-BUILTINS = {name for name in dir(builtins) if not name.startswith("_")}
 PACKAGES = ("probes", "diagnostics", "app")
 SCRIPTS = ("depthscope.app.dashboard.navigation.",)  # run by Streamlit, not imported
 HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "transformers")
@@ -95,33 +92,6 @@ def test_no_two_public_classes_share_a_name(package):
         if isinstance(node, ast.ClassDef) and node.name[0] != "_"
     )
     assert [name for name, count in names.items() if count > 1] == []
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_no_name_hides_a_builtin(package):
-    hidden = []
-    for path in sorted((ROOT / package).rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = [(1, path.stem), *bound_names(tree)]
-        hidden += [f"{path.relative_to(ROOT)}:{line} {name}" for line, name in names if name in BUILTINS]
-    assert hidden == []
-
-
-def bound_names(node: ast.AST, *, in_class: bool = False) -> Iterator[tuple[int, str]]:
-    """Names that hide what they equal: all but the fields and methods of a class."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if not in_class:
-                yield child.lineno, child.name
-        elif isinstance(child, ast.arg):
-            yield child.lineno, child.arg
-        elif isinstance(child, ast.alias):
-            yield child.lineno, child.asname or child.name
-        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store) and not in_class:
-            yield child.lineno, child.id
-        # The fields of a class are read through it, so that `page.help` hides nothing.
-        fields = in_class and isinstance(child, (ast.Assign, ast.AnnAssign))
-        yield from bound_names(child, in_class=isinstance(child, ast.ClassDef) or fields)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
