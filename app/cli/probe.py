@@ -121,7 +121,7 @@ def user_errors() -> Iterator[None]:
     ValueError
         With the words of the refusal.
     """
-    from depthscope.probes.session.session import CaptureError
+    from depthscope.probes.model.arguments import CaptureError
 
     try:
         yield
