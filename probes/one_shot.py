@@ -10,8 +10,8 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.probes.model.arguments import CaptureError
-from depthscope.probes.model.hooks import untouched
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import Row, build_run
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.model_call import batches, call_observed, eager
@@ -72,7 +72,7 @@ def capture(
     gradients = session.options.gradients
     step, losses = [Sums()], []
     sequences = 0
-    with untouched(model), _differentiable(model, gradients), eager():
+    with preserved_state(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
             measured, value = _measure(session, item, loss)
             sequences += measured.batch_size

@@ -12,8 +12,8 @@ from torch import nn
 
 from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
 from depthscope.probes.jacobian.frozen_routing import constant_routing
-from depthscope.probes.model.hooks import untouched
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed, eager
 from depthscope.probes.session.options import Options
@@ -191,7 +191,7 @@ def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Ses
     session = Session(model, selection.options)
     session.attach()
     try:
-        with untouched(model), eager(), torch.no_grad():
+        with preserved_state(model), eager(), torch.no_grad():
             call_observed(session, batch)
         session.raise_first_error()
         assert session.last is not None

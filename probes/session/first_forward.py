@@ -18,9 +18,11 @@ from torch import nn
 from depthscope.probes.connections.detection import Site, opened_site, pair_of
 from depthscope.probes.connections.paired import Opening, branch_output
 from depthscope.probes.connections.returned import returned_watch
-from depthscope.probes.model.arguments import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, Seeing, as_outside, first_float
+from depthscope.probes.model.autocast import user_autocast
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch
 from depthscope.probes.model.layout import count_streams
+from depthscope.probes.model.tensors import first_float
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -90,7 +92,7 @@ class FirstForward:
             call = tape.leave(module, output)
             self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
 
-    def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
+    def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
         x, pair = first_float(args, kwargs), pair_of(module)
         if tape is None or forward is None or x is None or pair is None:
@@ -103,11 +105,11 @@ class FirstForward:
         self._listen_to_all([x])
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
-        return Seeing(watch, lambda result: opening.read(result, watch))
+        return MethodWatch(watch, lambda result: opening.read(result, watch))
 
     def _around_closing(
         self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
-    ) -> Seeing | None:
+    ) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
         if tape is None or forward is None or not forward.openings.get(path):
             return None
@@ -122,7 +124,7 @@ class FirstForward:
                 tape.closed(opening.key, method, branch_out, output, parts)
                 self._listen_to_all([output])
 
-        return Seeing(watch or nullcontext(), done)
+        return MethodWatch(watch or nullcontext(), done)
 
     def _listen_to_all(self, tensors: list[torch.Tensor | None]) -> None:
         """Listen to the gradients of tensors any of which may turn out to be a state.
@@ -279,7 +281,7 @@ def _replay_connection(
             # Its forward alone runs once more, on the sampled sequences and in the user's precision; without hooks, which a
             # call of the module would run. Where it cannot run again (sharded weights are gone by now, for one) H_pre is
             # solved from the states.
-            with suppress(Exception), as_outside(), watch:
+            with suppress(Exception), user_autocast(), watch:
                 call.module.forward(sampled)
             return watch.floating()
 

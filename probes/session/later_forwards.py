@@ -13,7 +13,8 @@ from torch import nn
 from depthscope.probes.connections.detection import pair_of
 from depthscope.probes.connections.paired import Opening, branch_output
 from depthscope.probes.connections.returned import returned_watch
-from depthscope.probes.model.hooks import Attachment, Seeing, first_float, floats_in, in_recomputation
+from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
+from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import CapturedState
@@ -146,7 +147,7 @@ class LaterForwards:
 
     # --- connections ---
 
-    def _around_returned(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
+    def _around_returned(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         """Watch a connection that returns its weights for those that it does not return, such as H_pre."""
         forward, x = self._current.recorded, first_float(args, kwargs)
         number = None if forward is None or x is None else self._connection_number(forward, path)
@@ -154,7 +155,7 @@ class LaterForwards:
             return None
         watch = returned_watch(x, self._structure.sites[number])
         record = partial(self._observer.record_returned, forward, number, x.detach())
-        return Seeing(watch, lambda output: record(output, watch.floating))
+        return MethodWatch(watch, lambda output: record(output, watch.floating))
 
     def _around_opening(
         self,
@@ -164,7 +165,7 @@ class LaterForwards:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-    ) -> Seeing | None:
+    ) -> MethodWatch | None:
         x = first_float(args, kwargs)
         self._record_states("input", path, method, states, floats_in(args, kwargs))
         forward = self._current.recorded
@@ -174,7 +175,7 @@ class LaterForwards:
         opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
-        return Seeing(watch, lambda result: opening.read(result, watch))
+        return MethodWatch(watch, lambda result: opening.read(result, watch))
 
     def _around_closing(
         self,
@@ -184,7 +185,7 @@ class LaterForwards:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-    ) -> Seeing | None:
+    ) -> MethodWatch | None:
         forward = self._current.recorded
 
         def record_states(result: Any) -> None:
@@ -192,7 +193,7 @@ class LaterForwards:
 
         if forward is None or not forward.openings.get(path):
             # Also in a recomputation, where the states of a reentrant checkpoint get their gradient hooks.
-            return Seeing(nullcontext(), record_states)
+            return MethodWatch(nullcontext(), record_states)
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
@@ -201,7 +202,7 @@ class LaterForwards:
             parts = opening.close(branch_out, result, watch)
             self._observer.record_connection(forward, opening.key, parts)
 
-        return Seeing(watch or nullcontext(), done)
+        return MethodWatch(watch or nullcontext(), done)
 
     def _connection_number(self, forward: Forward, path: str) -> int | None:
         call = path, forward.next_index("connection", path)

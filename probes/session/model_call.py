@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.session import Session
 

@@ -11,7 +11,8 @@ import torch
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.returned import read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
-from depthscope.probes.model.hooks import Hook, computed_in
+from depthscope.probes.model.autocast import compute_dtype
+from depthscope.probes.model.hooks import Hook
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.model_structure import FINAL, Structure
@@ -66,7 +67,7 @@ class Observer:
             return
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size)
         mask = self._mask(forward, number, state)
-        self.dtype, self.precision = tensor.dtype, computed_in(tensor)
+        self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)

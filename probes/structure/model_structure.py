@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from depthscope.probes.connections.detection import Site
-from depthscope.probes.model.arguments import whole
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.sites import SiteSelection
 
@@ -94,7 +94,7 @@ class Structure:
     def canonical(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
         """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it."""
         return canonical(
-            whole(state),
+            local_tensor(state),
             self.layouts[number],
             batch_size=batch_size,
             num_streams=self.num_streams,

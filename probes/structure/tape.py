@@ -14,8 +14,8 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import Site, past_states, returned_site
-from depthscope.probes.model.arguments import arguments
-from depthscope.probes.model.hooks import first_float, floats_in
+from depthscope.probes.model.arguments import named_arguments
+from depthscope.probes.model.tensors import first_float, floats_in
 
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
@@ -339,7 +339,7 @@ def _several(
 
 def _parameter_names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
     """The forward's parameters that the floating tensors belong to; numbered where one has several."""
-    by_parameter = {name: floats_in(value) for name, value in arguments(module, args, kwargs).items()}
+    by_parameter = {name: floats_in(value) for name, value in named_arguments(module, args, kwargs).items()}
     names: list[str] = []
     for tensor in floats_in(args, kwargs):
         name, tensors = next(

@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.run.build_run import Row, build_run
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.model_call import eager
