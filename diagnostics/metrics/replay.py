@@ -220,6 +220,7 @@ def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"\|H - H_0\|_F / \sqrt{n}",
+    dims="connection reduction",
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
@@ -232,6 +233,7 @@ def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.DataArr
 
 @metric(
     symbol=r"\|H - H_{\eta\lambda}\|_F / \sqrt{n}",
+    dims="connection reduction",
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
@@ -249,10 +251,12 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 
 @metric(
     symbol=r"\log_{10} \sigma_1(P_{\eta\lambda}|_{1^\perp})",
+    dims="connection",
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
     estimator="static matrices in float64",
+    infinite=True,
 )
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray

@@ -321,7 +321,9 @@ def test_quantities_are_computed_once_and_reasons_kept(residual_run):
 
 
 def test_a_metric_is_one_function(residual_run):
-    @metric(symbol="m", cite="roy2007effective", basis="feature", null=0.0, estimator="mean")
+    @metric(
+        symbol="m", dims="depth stream", cite="roy2007effective", basis="feature", null=0.0, estimator="mean"
+    )
     def mean_activation(residual_states):
         """Mean activation."""
         return residual_states.over_depth(lambda views: views[:, residual_states.mask].mean((1, 2)))

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from benchmarks.analysis import sketches
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.kernels import rank, similarity
-from depthscope.probes.checkpoints.load import encode_text, load_checkpoint, sample_text
-from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.statistics import depth_sketch, second_moments, streaming
 from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
 from depthscope.probes.statistics.streamed_spectra import spectra, streamed_variables
