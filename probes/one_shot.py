@@ -16,8 +16,8 @@ from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import Row, build_run
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.session import RewrittenError, Session, Settings
-from depthscope.probes.statistics.streaming import Streaming
-from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.streamed_sums import StreamedSums
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.structure.sites import select
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -106,14 +106,14 @@ def capture(
     """
     chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming)
     session = Session(model, chosen)
-    step, losses = [Sums()], []
+    step, losses = [TokenSums()], []
     sequences = 0
     with preserved_state(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
             measured, value = _run(session, item, loss)
             sequences += measured.batch_size
             losses.append(value)
-            step = merged(step, measured.sums)
+            step = merge_sums(step, measured.sums)
     if not sequences:
         raise CaptureError(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
@@ -155,17 +155,17 @@ def settings(
     return Settings(gradients, named, layout, streams, max_sequences, seed, mask, chosen, streaming=streamed)
 
 
-def _streamed(streaming: bool | Mapping[str, int]) -> Callable[[int], Streaming] | None:
+def _streamed(streaming: bool | Mapping[str, int]) -> Callable[[int], StreamedSums] | None:
     """What makes the streaming of a forward, from the index of its first sequence."""
     if not isinstance(streaming, Mapping):
-        return Streaming if streaming else None
+        return StreamedSums if streaming else None
     told = {"every": 1, "first_sequence": 0} | dict(streaming)
     every, first = told.pop("every"), told.pop("first_sequence")
     if told or not all(isinstance(value, int) for value in (every, first)) or every < 1 or first < 0:
         raise ValueError(
             f"streaming is {dict(streaming)}; expected True, or some of every (1 or more) and first_sequence (0 or more)"
         )
-    return lambda index: Streaming(first + index, every)
+    return lambda index: StreamedSums(first + index, every)
 
 
 def _run(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:

@@ -12,7 +12,7 @@ import torch
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.paired import Opening
 from depthscope.probes.session.reservoir import Sequence
-from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 FINAL = -1  # stands for a depth: the state behind the last norm
 
@@ -50,7 +50,7 @@ class Forward:
     branches: dict[Spot, torch.Tensor] = field(default_factory=dict)
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
-    sums: list[Sums] = field(default_factory=list)
+    sums: list[TokenSums] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -71,10 +71,10 @@ class Forward:
         self.ended()
         self.sources.clear()
 
-    def chain_sums(self, number: int) -> Sums:
+    def chain_sums(self, number: int) -> TokenSums:
         """The sums of one chain."""
         while len(self.sums) <= number:
-            self.sums.append(Sums())
+            self.sums.append(TokenSums())
         return self.sums[number]
 
     def sampled(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -110,9 +110,9 @@ class Measured:
 
     stamp: int
     batch_size: int
-    sums: list[Sums]
+    sums: list[TokenSums]
 
     def add(self, forward: Forward) -> None:
         """Add one more forward."""
         self.batch_size += forward.batch_size
-        self.sums = merged(self.sums, forward.sums)
+        self.sums = merge_sums(self.sums, forward.sums)

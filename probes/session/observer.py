@@ -19,7 +19,7 @@ from depthscope.probes.model.hooks import Hook
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.session.forward import FINAL, Forward
-from depthscope.probes.statistics.streaming import Streaming
+from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.chain import Chain, Link, Place
 from depthscope.probes.structure.sites import Selection
 
@@ -37,7 +37,7 @@ class Settings:
     mask: Mask = None
     selection: Selection = field(default_factory=Selection)
     scale: Callable[[], torch.Tensor | None] | None = None
-    streaming: Callable[[int], Streaming] | None = None  # from a forward's first index
+    streaming: Callable[[int], StreamedSums] | None = None  # from a forward's first index
 
 
 class Sight:
@@ -130,7 +130,7 @@ class Sight:
         sums = forward.chain_sums(number)
         if self.settings.streaming is not None and sums.streaming is None:
             sums.streaming = self.settings.streaming(forward.first_index)
-        sums.see_state(depth, state, mask)
+        sums.add_state(depth, state, mask)
 
     def listen(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Listen to the gradient of a state, where gradients are wanted and it will have one."""
@@ -176,7 +176,7 @@ class Sight:
         forward.gradients[number, depth] = kept
         if depth != FINAL:
             mask = forward.masks.get(number)
-            forward.chain_sums(number).see_gradient(depth, state, mask, anew=again)
+            forward.chain_sums(number).add_gradient(depth, state, mask, anew=again)
 
     def see_returned(
         self,
@@ -210,7 +210,7 @@ class Sight:
             rows = forward.rows.to(whole.write.device)
             forward.parts[0, number] = whole.sampled(rows) if sampled is None else sampled.detached()
         if whole.mix is not None:
-            forward.chain_sums(0).see_mixing(number, whole.mix, forward.masks.get(0))
+            forward.chain_sums(0).add_mixing(number, whole.mix, forward.masks.get(0))
 
     def keep_branch(self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None) -> None:
         """Keep what a branch gave: chain number and position of its connection."""

@@ -1,7 +1,7 @@
 """How far does one step move each module? Squared norms of its weights, of their gradient and of their update.
 
 A gradient is read where the backward has just added to it, so that what the loop does with it later (clipping, unscaling,
-``zero_grad``) changes nothing. Hooks leave their numbers on the device; `Weights.end` reads them back.
+``zero_grad``) changes nothing. Hooks leave their numbers on the device; `WeightUpdates.end` reads them back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VARIABLES = ("weight_square_norm", "weight_gradient_square_norm", "weight_update
 
 
 @dataclass(frozen=True)
-class WeightRow:
+class WeightNorms:
     """The squared norms of one step, one entry a module; NaN is undefined.
 
     Parameters
@@ -54,16 +54,16 @@ class WeightRow:
     overflowed: bool
     skipped: Mapping[str, int]
 
-    def without_gradient(self) -> WeightRow:
+    def without_gradient(self) -> WeightNorms:
         """The same row, its gradients undefined.
 
         Returns
         -------
-        WeightRow
+        WeightNorms
         """
         nothing = np.full(len(self.paths), math.nan)
         values = dict(self.values) | {"weight_gradient_square_norm": nothing}
-        return WeightRow(self.paths, self.counts, values, self.overflowed, self.skipped)
+        return WeightNorms(self.paths, self.counts, values, self.overflowed, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Held:
     before: torch.Tensor | None
 
 
-class Weights:
+class WeightUpdates:
     """The weights of one model in the steps that are measured: `begin` opens a step, `end` gives its row.
 
     Between the two every trainable weight is held twice. A parameter that two modules share counts for the first of them.
@@ -112,12 +112,12 @@ class Weights:
             self.drop()
             self._errors.append(error)
 
-    def end(self) -> WeightRow:
+    def end(self) -> WeightNorms:
         """Measure what changed since `begin`, and let go of everything.
 
         Returns
         -------
-        WeightRow
+        WeightNorms
 
         Raises
         ------
@@ -130,7 +130,7 @@ class Weights:
             norms = _read_back({name: square_norm(held.parameter) for name, held in self._held.items()})
             gradients = _read_back(self._gradients)
             values = (norms, gradients, self._updates())
-            return WeightRow(
+            return WeightNorms(
                 paths=tuple(self._owners),
                 counts=np.array([self._count(names) for names in self._owners.values()]),
                 values={name: self._by_module(each) for name, each in zip(VARIABLES, values, strict=True)},
@@ -252,13 +252,17 @@ def _read_back(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def weight_variables(
-    rows: Sequence[WeightRow | None], chains: Sequence[Chain], number: int, starts: Sequence[int], stage: int
+    rows: Sequence[WeightNorms | None],
+    chains: Sequence[Chain],
+    number: int,
+    starts: Sequence[int],
+    stage: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The variables and coordinates of one group of ``/statistics``, as xarray takes them.
 
     Parameters
     ----------
-    rows : sequence of WeightRow or None
+    rows : sequence of WeightNorms or None
         One a step; None where the weights were not measured.
     chains : sequence of Chain
         All chains of the model.

@@ -304,7 +304,7 @@ def test_what_cannot_be_read_is_nan_and_counted(batches):
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_a_weight_without_a_shape_is_measured_once_it_has_one():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
-    weights = weight_updates.Weights(model, lambda: None)
+    weights = weight_updates.WeightUpdates(model, lambda: None)
     rows = []
     for _ in range(2):
         weights.begin()
@@ -368,7 +368,7 @@ def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, w
     def broken(*args):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(weight_updates.Weights, where, broken)
+    monkeypatch.setattr(weight_updates.WeightUpdates, where, broken)
     with probes.record(model, weights=True) as recorder:
         loss_of(model, batches[0]).backward()
         with pytest.warns(probes.ProbeWarning, match="weights of step 0 were not measured: a bug of ours"):
