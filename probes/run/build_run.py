@@ -22,13 +22,14 @@ from depthscope.probes.run.connection_variables import (
     connection_variables,
 )
 from depthscope.probes.run.coverage import Coverage, coverage
+from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.forward import FINAL
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks, weights_stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.statistics.weight_updates import WeightNorms, weight_variables
+from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)

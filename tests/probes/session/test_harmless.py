@@ -256,8 +256,8 @@ def test_a_generator_that_is_closed_early_leaves_nothing_on(ids, probe, steps):
     [
         (TokenSums, "add_gradient"),
         (TokenSums, "add_state"),
-        (WeightUpdates, "_see_gradient"),
-        (WeightUpdates, "_hold"),
+        (WeightUpdates, "_add_gradient"),
+        (WeightUpdates, "_copy"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

@@ -262,7 +262,7 @@ def test_tiny_gradients_do_not_vanish_in_the_square():
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5, 7)])
 def test_a_norm_is_the_same_by_parts(shape, monkeypatch):
-    monkeypatch.setattr(weight_updates, "CACHED", 8)
+    monkeypatch.setattr(weight_updates, "CHUNK_CPU", 8)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert float(weight_updates.square_norm(x)) == pytest.approx(float(np.square(x.double().numpy()).sum()))
     z = torch.complex(x, 2 * x)
@@ -361,7 +361,7 @@ def test_an_optimiser_inside_the_backward_takes_its_gradients_along(batches):
     assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["_see_gradient", "_hold", "_updates"])
+@pytest.mark.parametrize("where", ["_add_gradient", "_copy", "_updates"])
 def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, where):
     model = fresh()
 
