@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.docs.published import published_results
-from depthscope.app.cli.terminal import say
+from depthscope.app.text.terminal import say
 from depthscope.app.text.bibliography import bibliography, entries, without_tex
 from depthscope.diagnostics import CATALOGUE, Metric, Range
 from depthscope.diagnostics.theory import LAWS, Law

@@ -252,7 +252,7 @@ def _store_heavy(
 
 
 def bucket_and_sign(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hash the numbers of tokens to a bucket and a sign each, the same as `row_sketch` of the similarity kernels.
+    """Hash the numbers of tokens to a bucket and a sign each, as ``row_sketch`` in benchmarks/analysis/sketches.py does.
 
     Parameters
     ----------

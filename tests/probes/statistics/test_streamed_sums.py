@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.analysis import sketches
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.kernels import rank, similarity
 from depthscope.probes.checkpoints.load import load_checkpoint
@@ -250,8 +251,8 @@ def test_buckets_and_signs_are_those_of_the_kernel(monkeypatch):
     found = seen(states, None, first=7).sketches[0, 1, 2]
     index = depth_sketch.token_index(torch.arange(7, 11), T)
     x = tokens_of(states)
-    expected, signs = similarity.row_sketch(x, index.numpy(), depth_sketch.NUM_BUCKETS)
-    heavy = similarity.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), depth_sketch.NUM_BUCKETS)
+    expected, signs = sketches.row_sketch(x, index.numpy(), depth_sketch.NUM_BUCKETS)
+    heavy = sketches.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), depth_sketch.NUM_BUCKETS)
     np.testing.assert_allclose(found.buckets_LmD + heavy[0], expected, atol=1e-5)
     np.testing.assert_array_equal(found.signs_m + heavy[1], signs)
 

@@ -1,0 +1,1 @@
+"""How is a figure's specification built from an analysis?"""
