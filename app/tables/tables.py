@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import pick
-from depthscope.app.figures.build.words import counted, reduction_of
+from depthscope.app.figures.build.captions import selection_words, token_count_words
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
@@ -300,8 +300,8 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     nulls = any(column.null is not None for column in columns)
     streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
-        reduction_of(dims, view),
-        counted({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
+        selection_words(dims, view),
+        token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "streamed: over every token seen, all sequences pooled" if streamed else "",
         "± is one standard error over sequences" if errors else "",
         "null is the value expected of independent entries" if nulls else "",
