@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.docs.published import published_results
-from depthscope.app.cli.terminal import say
 from depthscope.app.text.bibliography import reference
+from depthscope.app.text.terminal import say
 from depthscope.diagnostics import CATALOGUE, Metric, Range
 from depthscope.diagnostics.theory import LAWS, Law
 from depthscope.diagnostics.verdicts import VERDICTS, Limits, Verdict
