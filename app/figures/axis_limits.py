@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from depthscope.app.figures.specification import Array
 
 __all__ = ["FLAT", "limits_with_theory", "visible_limits"]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.build.captions import selection_words
+from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Column, Table, column_of

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence

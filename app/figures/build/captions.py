@@ -139,7 +139,7 @@ def describe_matrix(
         return f"{size}: undefined everywhere."
 
     def cell(flat: int) -> str:
-        row, column = np.unravel_index(flat, matrix.shape)
+        row, column = divmod(flat, matrix.shape[1])
         return f"{number(matrix[row, column])} ({rows[row]} against {columns[column]})"
 
     lowest = cell(int(np.argmin(np.where(known, matrix, np.inf))))

@@ -95,8 +95,9 @@ class CurveFigure(FigureKind):
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        named = (self.around, self.twin, *self.reference[:1], *self.derived_from)
-        return tuple(name for name in named if name)
+        # A derived twin is no metric of the catalogue; what it is derived from is.
+        twin = self.derived_from or (self.twin,)
+        return tuple(name for name in (self.around, *twin, *self.reference[:1]) if name)
 
     @property
     def uses(self) -> tuple[str, ...]:

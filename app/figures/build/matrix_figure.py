@@ -93,7 +93,7 @@ class MatrixFigure(FigureKind):
         array = able[run].transpose(self.rows, self.columns)
         z = np.asarray(array.values, dtype=np.float64)
         if self.below:
-            z = np.where(np.tri(*z.shape, -1, dtype=bool), z, np.nan)
+            z = np.where(np.tri(len(z), z.shape[1], -1, dtype=bool), z, np.nan)
         rows, columns = names_of(array, self.rows), names_of(array, self.columns)
         return Heatmap(
             name=self.name,

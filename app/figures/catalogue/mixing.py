@@ -26,7 +26,8 @@ composite_gain = _gains(
     "Amax gain of the product",
     over="direction",
     thresholds=_GAIN_LIMITS,
-    note="Product of H_res from the first connection through this one, later layers on the left; multiplied for each token, then reduced.",
+    note="Product of H_res from the first connection through this one, later layers on the left; "
+    "multiplied for each token, then reduced.",
 )
 mixing_attenuation = _gains(
     "mixing_attenuation",
@@ -99,7 +100,8 @@ suffix_deflated_gain = _streams(
     "Stream collapse on the way to the head",
     "log₁₀ σ₁ of the product on 1⊥",
     thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
-    note="Product of H_res from this connection through the last: below −2 the head cannot tell to which stream a connection wrote.",
+    note="Product of H_res from this connection through the last: below −2 the head cannot tell to "
+    "which stream a connection wrote.",
 )
 effective_streams = _streams(
     "effective_streams",

@@ -21,7 +21,7 @@ _BOUNDED = (0.0, 1.0)
 
 
 def _from_depth_before(matrix: xr.DataArray) -> xr.DataArray:
-    """The first subdiagonal of a matrix over (depth, other_depth), along depth: NaN, then (1, 0), (2, 1), …"""
+    """The first subdiagonal of a matrix over (depth, other_depth), along depth; NaN at the first depth."""
     matrix = matrix.transpose(..., "depth", "other_depth")
     values = np.full(matrix.shape[:-1], np.nan)
     values[..., 1:] = np.diagonal(matrix.values, offset=-1, axis1=-2, axis2=-1)
@@ -31,8 +31,14 @@ def _from_depth_before(matrix: xr.DataArray) -> xr.DataArray:
 def _with_streamed_twin(data: xr.Dataset) -> xr.Dataset:
     """The analysis with the streamed CKA of each depth with the one before, and its error."""
     twins = {"streamed_cka": "streamed_adjacent_cka", "streamed_cka_error": "streamed_adjacent_cka_stderr"}
-    known = {name: twin for name, twin in twins.items() if name in data}
-    return data.assign({twin: _from_depth_before(data[name]) for name, twin in known.items()})
+    # Streamed sums give the unbiased estimator: the twin carries that label, and is undefined under the other one.
+    return data.assign(
+        {
+            twin: _from_depth_before(data[name]).expand_dims(estimator=["unbiased"])
+            for name, twin in twins.items()
+            if name in data
+        }
+    )
 
 
 def _with_step_angles(data: xr.Dataset) -> xr.Dataset:
