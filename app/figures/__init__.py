@@ -18,6 +18,7 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 __all__ = [
     "CHOICES",
     "DEFINED",
+    "DRAWN",
     "FIGURES",
     "NOT_DRAWN",
     "Analyses",
@@ -116,13 +117,16 @@ DEFINED: dict[str, FigureKind] = {
 }
 """Every figure of the catalogue by name, in display order."""
 
+DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
+"""Metrics that a figure of the catalogue draws."""
+
 NOT_DRAWN = {"num_tokens": "every caption counts the tokens"}
 """Metrics that have no figure of their own, with the reason."""
 
 FIGURES: dict[str, FigureKind] = DEFINED | {
     kind.name: kind
     for kind in default_figures(
-        {name: metric for name, metric in CATALOGUE.items() if name not in NOT_DRAWN},
+        [metric for name, metric in CATALOGUE.items() if name not in DRAWN and name not in NOT_DRAWN],
         tuple(DEFINED.values()),
     )
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import LABELLED
 from depthscope.app.figures.specification import FigureKind
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 
 __all__ = ["default_figure", "default_figures"]
@@ -16,24 +17,22 @@ __all__ = ["default_figure", "default_figures"]
 _LINES = ("direction", "kind", "norm", "component", "quantile")
 
 
-def default_figures(catalogue: Mapping[str, Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
-    """A figure for every metric that is in none of the defined ones.
+def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
+    """A figure for each of some metrics.
 
     Parameters
     ----------
-    catalogue : mapping of str to Metric
-        Metrics by name.
+    metrics : sequence of Metric
+        Those that no defined figure draws.
     defined : sequence of FigureKind
-        Figures that somebody defined.
+        Figures of the catalogue, which tell the page and the section.
 
     Returns
     -------
     list of FigureKind
-        In the order of the catalogue.
+        In the order of the metrics.
     """
-    drawn = {name for kind in defined for name in (*kind.needs, *kind.also)}
-    missing = [metric for name, metric in catalogue.items() if name not in drawn]
-    return [default_figure(metric, *_place(metric, catalogue, defined)) for metric in missing]
+    return [default_figure(metric, *_place(metric, defined)) for metric in metrics]
 
 
 def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
@@ -49,12 +48,23 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
     Returns
     -------
     FigureKind
+
+    Raises
+    ------
+    ValueError
+        For a metric with more dimensions than a figure has axes.
     """
     axis = metric.axis
+    # A selection takes one label of each of these, but draws both directions as lines.
     others = [dim for dim in metric.dims if dim != axis and (dim not in LABELLED or dim == "direction")]
-    second = [dim for dim in others if dim not in _LINES]
-    if second:
-        columns = f"other_{axis}" if metric.pairwise else second[0]
+    across = [dim for dim in others if dim not in _LINES]
+    if len(set(others) - {"direction"}) > 1 or (len(others) > 1 and not across):
+        raise ValueError(
+            f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(others)} at once; "
+            "define one in app/figures/catalogue"
+        )
+    if across:
+        columns = across[0]
         return MatrixFigure(
             metric.name,
             metric.title,
@@ -68,9 +78,9 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
     return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question, section=section)
 
 
-def _place(metric: Metric, catalogue: Mapping[str, Metric], defined: Sequence[FigureKind]) -> tuple[str, str]:
+def _place(metric: Metric, defined: Sequence[FigureKind]) -> tuple[str, str]:
     """Page and section: those of the figures of the same module, else by what the metric is computed from."""
-    siblings = [kind for kind in defined if catalogue[kind.metric].question == metric.question]
+    siblings = [kind for kind in defined if CATALOGUE[kind.metric].question == metric.question]
     if siblings:
         return siblings[-1].question, siblings[-1].section
     if any(root.startswith("h_") for root in metric.roots):
