@@ -10,8 +10,9 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.probes.model.arguments import CaptureError, Mask
-from depthscope.probes.model.hooks import untouched
+from depthscope.probes.model.arguments import Mask
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import Row, build_run
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.session import RewrittenError, Session, Settings
@@ -107,7 +108,7 @@ def capture(
     session = Session(model, chosen)
     step, losses = [Sums()], []
     sequences = 0
-    with untouched(model), _differentiable(model, gradients), eager():
+    with preserved_state(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
             measured, value = _run(session, item, loss)
             sequences += measured.batch_size

@@ -97,7 +97,8 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> int:
 
 
 def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
-    from depthscope.probes.checkpoints.load import CheckpointError, load_checkpoint
+    from depthscope.probes.checkpoints.load import load_checkpoint
+    from depthscope.probes.checkpoints.weight_files import CheckpointError
 
     try:
         with steps.step(f"Loading {SMOLLM2} (the first time it is converted, about 20 s)"):
@@ -112,7 +113,7 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
 
 def _probe(loaded: Any, path: Path) -> Path:
     from depthscope import probes
-    from depthscope.probes.checkpoints.load import encode_text, sample_text, token_texts
+    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 
     batch = encode_text(loaded, sample_text(), sequences=SEQUENCES, length=LENGTH)
     attrs = {

@@ -26,8 +26,9 @@ from depthscope.app.study.training import (
     train_side_by_side,
 )
 from depthscope.diagnostics import schema
-from depthscope.probes.checkpoints.load import LoadedModel, encode_text, sample_text, token_texts
-from depthscope.probes.checkpoints.weight_files import file_digest
+from depthscope.probes.checkpoints.digests import file_digest
+from depthscope.probes.checkpoints.load import LoadedModel
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 
 
 class StudyError(ValueError):

@@ -26,11 +26,6 @@ def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> 
     Array
         (...), in the units of ``g``; a zero gradient gives 0, no rows at all give NaN with ``rms``.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -59,11 +54,6 @@ def backward_gain_profile(norms: Array) -> Array:
     -------
     Array
         (L, ...), 1 at the output; NaN where the output's gradient is zero.
-
-    Raises
-    ------
-    ValueError
-        If a norm is not finite.
 
     Examples
     --------
@@ -124,46 +114,6 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
     return NoiseScale(ratio(xp, trace, square), trace, square)
 
 
-def noise_scale_of_samples(g: Array, *, mask: Array | None = None) -> NoiseScale:
-    """Gradient noise scale B = tr(Σ)/|G|² from per-sample gradients.
-
-    tr(Σ) is the sample variance, |G|² is the squared norm of the mean less tr(Σ)/N: both unbiased.
-
-    Parameters
-    ----------
-    g
-        Per-sample gradients (..., N, d).
-    mask
-        Booleans (..., N), False for samples that do not count.
-
-    Returns
-    -------
-    NoiseScale
-        (...) each; NaN with fewer than two samples. Source: McCandlish et al. 1812.06162.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> found = noise_scale_of_samples(np.array([[3.0], [1.0]]))
-    >>> float(found.trace), float(found.square)
-    (2.0, 3.0)
-    """
-    spread, whole = rows(g, mask=mask, center=True, name="g"), rows(g, mask=mask, name="g")
-    xp, n, top = whole.xp, whole.count, peak(whole.xp, whole.values)
-    trace = ratio(xp, xp.sum((spread.values / top) ** 2, axis=(-2, -1)), xp.clip(n - 1.0, min=0.0))
-    mean = ratio(
-        xp, xp.sum(whole.values / top, axis=-2), xp.broadcast_to(n[..., None], whole.values[..., 0, :].shape)
-    )
-    square = xp.sum(mean * mean, axis=-1) - ratio(xp, trace, n)
-    unit = top[..., 0, 0] ** 2
-    return NoiseScale(ratio(xp, trace, square), trace * unit, square * unit)
-
-
 def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
     """Mean cosine between the gradients of different samples: 1 when all agree, about 0 when none do.
 
@@ -178,11 +128,6 @@ def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
     -------
     Array
         (...); zero gradients do not count, NaN with fewer than two others.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
 
     Examples
     --------
@@ -214,11 +159,6 @@ def signal_propagation(x: Array, *, mask: Array | None = None) -> SignalPropagat
     -------
     SignalPropagation
         squared_mean and variance (...), in squared units of ``x``. Source: Brock et al. 2101.08692.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
 
     Examples
     --------

@@ -6,13 +6,9 @@ as narrow as 1/√q; scalars in, floats out.
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import erf, expit, ndtr
-
-from depthscope.diagnostics.kernels._arrays import as_float64
-from depthscope.diagnostics.kernels._counts import whole
 
 # The midpoint rule: how far out, and the widest step, for pre-activations of variance up to 6; then as 1/√q.
 REACH, STEP, STEP_OF_SLOPE = 13.0, 0.1, 0.25
@@ -200,82 +196,3 @@ def chi_1(sigma_w: float, sigma_b: float, phi: Activation, q: float) -> float:
     _require_scales(sigma_w, sigma_b)
     z, weight = _nodes(q)
     return float(sigma_w**2 * np.sum(weight * _pair(phi)[1](np.sqrt(q) * z) ** 2))
-
-
-def fixed_point(
-    sigma_w: float, sigma_b: float, phi: Activation, *, start: float = 1.0, steps: int = 10_000
-) -> float:
-    """Length q* with q_map(q*) = q*, by iteration from ``start``.
-
-    Parameters
-    ----------
-    sigma_w, sigma_b
-        Weight and bias scale.
-    phi
-        A name of `ACTIVATIONS` or a function.
-    start
-        First length.
-    steps
-        The most iterations.
-
-    Returns
-    -------
-    float
-        The fixed point; NaN when the length still moves by more than 1e-12 after ``steps`` or overflows.
-
-    Raises
-    ------
-    ValueError
-        If ``start`` is negative, ``steps`` not a whole number of 1 or more, a scale not finite or ``phi`` unknown.
-
-    Examples
-    --------
-    >>> round(fixed_point(0.5, 1.0, "linear"), 9)  # q = q/4 + 1
-    1.333333333
-    """
-    q = start
-    for _ in range(whole(steps, name="steps")):
-        following = q_map(q, sigma_w, sigma_b, phi)
-        if abs(following - q) <= 1e-12 * max(q, 1.0):
-            return following
-        if following > 1e150:
-            break
-        q = following
-    return float("nan")
-
-
-class PreNormGrowth(NamedTuple):
-    """What a pre-LN stack of independent unit branches does after l branches."""
-
-    squared_norm: np.ndarray  # ‖h_l‖², with ‖h_1‖² = 1
-    cosine: np.ndarray  # cos(h_l, h_{l+1})
-
-
-def pre_ln_growth(depth: int | np.ndarray) -> PreNormGrowth:
-    """Pre-LN growth: ‖h_l‖² = l and cos(h_l, h_{l+1}) = √(l/(l+1)) for independent unit branches.
-
-    Parameters
-    ----------
-    depth
-        Number of unit terms summed so far, l ≥ 1 (the embedding counts as one).
-
-    Returns
-    -------
-    PreNormGrowth
-        squared_norm and cosine, in the shape of ``depth``.
-
-    Raises
-    ------
-    ValueError
-        If a depth is below 1 or not finite.
-
-    Examples
-    --------
-    >>> found = pre_ln_growth(3)
-    >>> float(found.squared_norm), float(found.cosine) == 0.75**0.5
-    (3.0, True)
-    """
-    depth = np.asarray(as_float64(depth, name="depth", ndim=0)[1])
-    if np.any(depth < 1):
-        raise ValueError(f"depth is {depth.min():g} at its least; expected at least 1 term")
-    return PreNormGrowth(depth, np.sqrt(depth / (depth + 1)))

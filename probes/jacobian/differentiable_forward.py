@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.probes.jacobian.frozen_routing import replaced
-from depthscope.probes.model.hooks import first_float, in_recomputation, stand_in, untouched
+from depthscope.probes.model.hooks import in_recomputation, replace_method
+from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.tensors import first_float
 from depthscope.probes.one_shot import call, eager
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import FORWARD, version
@@ -91,7 +93,7 @@ def differentiable_states(
         )  # a block may write into what it gets
 
     with (
-        untouched(model),
+        preserved_state(model),
         _constant_weights(model),
         eager(),
         sdpa_kernel(SDPBackend.MATH),
@@ -158,7 +160,7 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
         module = modules[path]
         before, after = _before(sides["input"], meet), _after(sides["output"], meet)
         if method != FORWARD:
-            stand_in(stack, module, method, _between(getattr(module, method), before, after))
+            replace_method(stack, module, method, _between(getattr(module, method), before, after))
             continue
         if sides["input"]:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -218,7 +220,7 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _own_buffers(model: nn.Module) -> None:
-    """Buffers that this forward may write and its graph may keep; `untouched` puts the model's own back."""
+    """Buffers that this forward may write and its graph may keep; `preserved_state` puts the model's own back."""
     copies: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -15,8 +15,9 @@ from depthscope.probes.connections.coefficients import Parts, tolerance
 from depthscope.probes.connections.detection import ConnectionError, Site, find_roles
 from depthscope.probes.connections.paired import Opening
 from depthscope.probes.connections.returned import read_error, returned_watch
-from depthscope.probes.model.hooks import first_float, stand_in
+from depthscope.probes.model.hooks import replace_method
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import first_float
 from depthscope.probes.session.session import Session
 
 
@@ -147,7 +148,7 @@ def _freeze_width(stack: ExitStack, module: Any, site: Site) -> None:
             held,
         )
 
-    stand_in(stack, module, "width_connection", constant)
+    replace_method(stack, module, "width_connection", constant)
 
 
 def _applied(parts: Parts, x: torch.Tensor, opening: Opening) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,8 +209,8 @@ def _freeze_altup(stack: ExitStack, module: Any, site: Site) -> None:
         write = parts.write[..., 0].movedim(-1, 0).unsqueeze(-1).to(activated.dtype)
         return _valued(predictions + write * (activated - predictions[active]), corrected)
 
-    stand_in(stack, module, "predict", constant_predict)
-    stand_in(stack, module, "correct", constant_correct)
+    replace_method(stack, module, "predict", constant_predict)
+    replace_method(stack, module, "correct", constant_correct)
 
 
 def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

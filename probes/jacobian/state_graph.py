@@ -13,8 +13,8 @@ from torch import nn
 from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
 from depthscope.probes.jacobian.frozen_routing import constant_routing
 from depthscope.probes.model.arguments import Mask
-from depthscope.probes.model.hooks import untouched
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.one_shot import eager, forwarded, raise_first
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.session import Session, Settings
@@ -205,7 +205,7 @@ def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Ses
     )
     session.attach()
     try:
-        with untouched(model), eager(), torch.no_grad():
+        with preserved_state(model), eager(), torch.no_grad():
             forwarded(session, batch)
         raise_first(session)
         assert session.last is not None

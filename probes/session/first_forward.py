@@ -13,9 +13,11 @@ from torch import nn
 from depthscope.probes.connections.detection import Site, opened_site, pair_of
 from depthscope.probes.connections.paired import Opening, branch_output
 from depthscope.probes.connections.returned import returned_watch
-from depthscope.probes.model.arguments import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, Seeing, as_outside, first_float, in_recomputation
+from depthscope.probes.model.autocast import user_autocast
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, in_recomputation
 from depthscope.probes.model.layout import count_streams
+from depthscope.probes.model.tensors import first_float
 from depthscope.probes.session.current_forward import Here
 from depthscope.probes.session.forward import Forward, Listener
 from depthscope.probes.session.observer import Sight
@@ -71,7 +73,7 @@ class Discovery:
         call = self._here.tape.leave(module, output)
         self._watch_gradients(call.y, call.outputs)
 
-    def _tape_opens(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
+    def _tape_opens(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._here.tape, self._here.forward
         x, pair = first_float(args, kwargs), pair_of(module)
         if tape is None or forward is None or x is None or pair is None or in_recomputation():
@@ -84,11 +86,11 @@ class Discovery:
         self._watch_gradient(x)
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
-        return Seeing(watch, lambda result: opening.read(result, watch))
+        return MethodWatch(watch, lambda result: opening.read(result, watch))
 
     def _tape_closes(
         self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
-    ) -> Seeing | None:
+    ) -> MethodWatch | None:
         tape, forward = self._here.tape, self._here.forward
         if tape is None or forward is None or in_recomputation() or not forward.openings.get(path):
             return None
@@ -102,7 +104,7 @@ class Discovery:
                 tape.closed(opening.key, method, branch_out, output, parts)
                 self._watch_gradient(output)
 
-        return Seeing(watch or nullcontext(), done)
+        return MethodWatch(watch or nullcontext(), done)
 
     def _watch_gradients(self, first: torch.Tensor | None, several: tuple[Passed, ...]) -> None:
         for tensor in [seen.tensor for seen in several] or [first]:
@@ -213,7 +215,7 @@ class Discovery:
             def seen() -> list[torch.Tensor]:
                 kept = _sequences_at(x, site, rows)
                 watch = returned_watch(kept, site)
-                with suppress(Exception), as_outside(), watch:  # sharded weights, for one, are gone by now
+                with suppress(Exception), user_autocast(), watch:  # sharded weights, for one, are gone by now
                     call.module.forward(kept)
                 return watch.floating()
 

@@ -13,7 +13,8 @@ from torch import nn
 from depthscope.probes.connections.detection import pair_of
 from depthscope.probes.connections.paired import Opening, branch_output
 from depthscope.probes.connections.returned import returned_watch
-from depthscope.probes.model.hooks import Attachment, Seeing, first_float, floats_in, in_recomputation
+from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
+from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.current_forward import Here
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.observer import Sight
@@ -118,7 +119,7 @@ class Following:
             if place.item < len(tensors):
                 self.sight.listen(last, number, depth, tensors[place.item])
 
-    def _returns(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
+    def _returns(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         """A returned connection is called: its own run is watched for the weights that it keeps to itself."""
         forward, x = self._here.forward, first_float(args, kwargs)
         if forward is None or x is None or self._here.paused or in_recomputation():
@@ -127,7 +128,7 @@ class Following:
         if number is None:
             return None
         watch = returned_watch(x, self.sight.sites[number])
-        return Seeing(
+        return MethodWatch(
             watch, lambda output: self.sight.see_returned(forward, number, x.detach(), output, watch.floating)
         )
 
@@ -139,7 +140,7 @@ class Following:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-    ) -> Seeing | None:
+    ) -> MethodWatch | None:
         x = first_float(args, kwargs)
         self._see_spots("input", path, method, spots, floats_in(args, kwargs))
         forward = self._here.forward
@@ -151,7 +152,7 @@ class Following:
         opening = Opening(self.sight.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
-        return Seeing(watch, lambda result: opening.read(result, watch))
+        return MethodWatch(watch, lambda result: opening.read(result, watch))
 
     def _closes(
         self,
@@ -161,12 +162,12 @@ class Following:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-    ) -> Seeing | None:
+    ) -> MethodWatch | None:
         forward = self._here.forward
         if self._here.paused or (forward is None and not in_recomputation()):
             return None
         if in_recomputation() or forward is None or not forward.openings.get(path):
-            return Seeing(
+            return MethodWatch(
                 nullcontext(),
                 lambda result: self._see_spots("output", path, method, spots, floats_in(result)),
             )
@@ -177,7 +178,7 @@ class Following:
             self._see_spots("output", path, method, spots, floats_in(result))
             self.sight.keep_parts(forward, opening.key, opening.close(branch_out, result, watch))
 
-        return Seeing(watch or nullcontext(), done)
+        return MethodWatch(watch or nullcontext(), done)
 
     def _link_number(self, forward: Forward, path: str) -> int | None:
         index = forward.turn("link", path)

@@ -13,9 +13,11 @@ from torch import nn
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import Site
 from depthscope.probes.connections.returned import read_returned
-from depthscope.probes.model.arguments import Mask, find_mask, fit_mask, whole
-from depthscope.probes.model.hooks import Hook, computed_in
+from depthscope.probes.model.arguments import Mask, find_mask, fit_mask
+from depthscope.probes.model.autocast import compute_dtype
+from depthscope.probes.model.hooks import Hook
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.session.forward import FINAL, Forward
 from depthscope.probes.statistics.streaming import Streaming
 from depthscope.probes.structure.chain import Chain, Link, Place
@@ -122,7 +124,7 @@ class Sight:
             return
         state = self._canonical(forward, number, tensor.detach())
         mask = self._mask(forward, number, state)
-        self.dtype, self.precision = tensor.dtype, computed_in(tensor)
+        self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if len(forward.rows):
             forward.states[number, depth] = forward.sampled(state)
         sums = forward.chain_sums(number)
@@ -227,7 +229,7 @@ class Sight:
 
     def _canonical(self, forward: Forward, number: int, tensor: torch.Tensor) -> torch.Tensor:
         return canonical(
-            whole(tensor),
+            local_tensor(tensor),
             self.layouts[number],
             batch_size=forward.batch_size,
             num_streams=self.num_streams,

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.model.arguments import CaptureError, arguments, is_decoding
-from depthscope.probes.model.hooks import Attachment, in_recomputation, tensors_in
+from depthscope.probes.model.arguments import is_decoding, named_arguments
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import Attachment, in_recomputation
+from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.current_forward import Here
 from depthscope.probes.session.first_forward import AxisError, Discovery, RewrittenError
 from depthscope.probes.session.forward import FINAL, Forward, Measured
@@ -81,7 +83,7 @@ class Session(Sight):
         if in_recomputation() or self._here.paused:
             return
         self._here.let_go()  # of a forward that an error of the user's cut short
-        named = arguments(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         lead = next((t for t in tensors_in((args, kwargs)) if t.ndim > 0), None)
         if lead is None:
             raise CaptureError("the model was called without a tensor; expected a batch of tensors")

@@ -9,7 +9,7 @@ from itertools import combinations
 import torch
 
 from depthscope.probes.connections.coefficients import spread, tolerance
-from depthscope.probes.model.hooks import computed_in
+from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.structure.chain import Chain, Link, Place
 from depthscope.probes.structure.stream_chain import branch_label
 from depthscope.probes.structure.tape import Call, is_norm, version
@@ -56,7 +56,7 @@ class _Search:
 
     def __init__(self, block: Call, inner: list[Call]) -> None:
         self.goal = _sample(block.y)
-        self.limit = tolerance(computed_in(block.y)) if block.y is not None else 0.0
+        self.limit = tolerance(compute_dtype(block.y)) if block.y is not None else 0.0
         shape = block.x_shape
         self.branches = [c for c in inner if c.y is not None and c.y_shape == shape]
         self.takers = [c for c in inner if c.x is not None and c.x_shape == shape]

@@ -14,8 +14,8 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import Site, past_states, returned_site
-from depthscope.probes.model.arguments import arguments
-from depthscope.probes.model.hooks import first_float, floats_in
+from depthscope.probes.model.arguments import named_arguments
+from depthscope.probes.model.tensors import first_float, floats_in
 
 LEVELS = 3  # how deep below a block its branches are looked for
 RECENT = 8  # the first state is the output of one of this many calls before the chain
@@ -323,7 +323,7 @@ def _several(tensors: list[torch.Tensor], names: Callable[[], list[str]] | None 
 
 def _names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
     """The forward's parameters that hold the floating tensors; numbered where one holds several."""
-    known = {name: floats_in(value) for name, value in arguments(module, args, kwargs).items()}
+    known = {name: floats_in(value) for name, value in named_arguments(module, args, kwargs).items()}
     names: list[str] = []
     for tensor in floats_in(args, kwargs):
         name, held = next(

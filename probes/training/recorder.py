@@ -16,7 +16,8 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.arguments import CaptureError, Mask
+from depthscope.probes.model.arguments import Mask
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.one_shot import eager, raise_first, settings
 from depthscope.probes.run.build_run import Row, build_run
 from depthscope.probes.session.forward import Measured

@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> int:
         return _describe_weights(args)
     loaded = load(args)
     from depthscope import probes
-    from depthscope.probes.checkpoints.load import encode_text, sample_text
+    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 
     batch = encode_text(loaded, sample_text(), seed=args.seed, sequences=SEQUENCES, length=LENGTH)
     options = {name: getattr(args, name) for name in ("layers", "layout", "streams")}

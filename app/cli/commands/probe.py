@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     text = _read_text(args.text)
     loaded = load(args)
     from depthscope import probes
-    from depthscope.probes.checkpoints.load import encode_text, token_texts
+    from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
 
     batch = encode_text(loaded, text, sequences=args.sequences, length=args.length, seed=args.seed)
     with working(f"probing {loaded.name}"), capture_errors_for_users():

@@ -33,11 +33,6 @@ def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -
     Array
         (...), between −1/(m − 1) and 1; NaN with fewer than two rows that have a direction.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     Three pairs: one parallel, two orthogonal.
@@ -95,7 +90,7 @@ def row_cosine(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     Raises
     ------
     ValueError
-        If the shapes differ or a row that counts holds NaN or infinities.
+        If the shapes differ.
 
     Examples
     --------
@@ -136,7 +131,7 @@ def angular_distance(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     Raises
     ------
     ValueError
-        If the shapes differ or a row that counts holds NaN or infinities.
+        If the shapes differ.
 
     Examples
     --------
@@ -167,7 +162,7 @@ def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     Raises
     ------
     ValueError
-        If the shapes differ or a row that counts holds NaN or infinities.
+        If the shapes differ.
 
     Examples
     --------
@@ -198,11 +193,6 @@ def curvature(x: Array, *, mask: Array | None = None) -> Array:
     Array
         (...), in radians between 0 (straight) and π (back and forth); NaN without two successive steps.
         Source: Skean et al. 2502.02013, after Hosseini & Fedorenko 2023.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
 
     Examples
     --------

@@ -38,7 +38,7 @@ def two_nn(x: Array, *, discard: float = 0.1, mask: Array | None = None) -> Arra
     Raises
     ------
     ValueError
-        If ``discard`` is out of range or a row that counts holds NaN or infinities.
+        If ``discard`` is out of range.
 
     Examples
     --------

@@ -31,11 +31,6 @@ def massive_activations(
     Array
         Booleans (..., N, d), False in masked rows. Source: Sun et al. 2402.17762.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -85,11 +80,6 @@ def massive_tokens(
     -------
     Array
         Booleans (..., N). Source: Sun et al. 2402.17762.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
 
     Examples
     --------

@@ -110,7 +110,7 @@ def alpha_req(
     Raises
     ------
     ValueError
-        If the range is empty or a row that counts holds NaN or infinities.
+        If the range is empty.
 
     Examples
     --------

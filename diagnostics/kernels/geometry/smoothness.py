@@ -32,7 +32,7 @@ def dirichlet_energy(x: Array, *, graph: str = "complete", mask: Array | None = 
     Raises
     ------
     ValueError
-        If ``graph`` is unknown or a row that counts holds NaN or infinities.
+        If ``graph`` is unknown.
 
     Examples
     --------

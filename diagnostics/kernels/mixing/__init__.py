@@ -9,7 +9,7 @@ products keep a running log scale, so that no depth overflows.
 [[0.625, 0.375], [0.375, 0.625]]
 """
 
-from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, depth_to_collapse, lyapunov_spectrum
+from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, lyapunov_spectrum
 from depthscope.diagnostics.kernels.mixing.depth_kernels import depth_kernel
 from depthscope.diagnostics.kernels.mixing.gains import (
     Attenuation,
@@ -21,14 +21,13 @@ from depthscope.diagnostics.kernels.mixing.gains import (
     log_forward_gain,
     operator_gain,
 )
-from depthscope.diagnostics.kernels.mixing.pairs import all_pairs, pair_columns, pair_gains
+from depthscope.diagnostics.kernels.mixing.pairs import all_pairs, pair_gains
 from depthscope.diagnostics.kernels.mixing.paths import (
     effective_path_depth,
     effective_streams,
     read_mass,
     stream_shares,
     streams_across,
-    wasted_layers,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
 from depthscope.diagnostics.kernels.mixing.radius import numerical_radius
@@ -53,7 +52,6 @@ __all__ = [
     "condition_number",
     "deflated_gain",
     "depth_kernel",
-    "depth_to_collapse",
     "dobrushin",
     "doubly_stochastic_violation",
     "effective_path_depth",
@@ -69,7 +67,6 @@ __all__ = [
     "mixing_entropy",
     "numerical_radius",
     "operator_gain",
-    "pair_columns",
     "pair_gains",
     "prefix_composites",
     "read_mass",
@@ -79,5 +76,4 @@ __all__ = [
     "stream_shares",
     "streams_across",
     "suffix_composites",
-    "wasted_layers",
 ]

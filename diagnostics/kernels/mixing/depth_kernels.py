@@ -38,7 +38,7 @@ def depth_kernel(
     Raises
     ------
     ValueError
-        If shapes disagree or values are not finite.
+        If shapes disagree.
 
     Examples
     --------

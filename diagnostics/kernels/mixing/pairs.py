@@ -18,39 +18,10 @@ from depthscope.diagnostics.kernels.mixing._matrices import (
     unscaled,
 )
 from depthscope.diagnostics.kernels.mixing.gains import backward_gain, forward_gain
-from depthscope.diagnostics.kernels.mixing.products import contiguous, multiply, stacked, unstacked
+from depthscope.diagnostics.kernels.mixing.products import contiguous, multiply, stacked
 
 # Numbers of one block of products or vectors: half a MB, to stay in a core's cache.
 BLOCK = 65_536
-
-
-def pair_columns(h: Array) -> Iterator[tuple[int, Array, Array]]:
-    """The all-pairs composites one end at a time: for each b, the products P_{a→b} of every a ≤ b.
-
-    Parameters
-    ----------
-    h
-        (L, ..., n, n), from the first layer to the last.
-
-    Yields
-    ------
-    tuple
-        b, matrices (b + 1, ..., n, n) and log scales (b + 1, ...): P_{a→b} is matrix a · e^scale.
-
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
-    Examples
-    --------
-    >>> [p[:, 0, 0].tolist() for b, p, s in pair_columns([[[2.0]], [[3.0]]])]
-    [[2.0], [6.0, 3.0]]
-    """
-    xp, stack, batch = stacked(h)
-    for end, p, log_scale in _columns(xp, stack):
-        moved = unstacked(xp, xp.permute_dims(p, (2, 0, 1, 3)), batch)
-        yield end, as_given(h, moved), as_given(h, xp.reshape(log_scale, (end + 1, *batch)))
 
 
 def _columns(xp: Any, stack: Array) -> Iterator[tuple[int, Array, Array]]:
@@ -117,11 +88,6 @@ def pair_gains(h: Array, *, backward: bool = False) -> Iterator[tuple[int, Array
         the gains (L − a, ...) of P_{a→b} for every b ≥ a, and log scales. A gain is value · e^scale.
         Source: mHC 2512.24880, Fig. 7.
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     >>> h = [[[1.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0]]]
@@ -161,11 +127,6 @@ def all_pairs(h: Array, *, reduce: Callable[[Array], Array] | None = None) -> Ar
     Array
         (L, L, ..., n, n), or (L, L, ...) of what ``reduce`` gives; a product beyond float64 is infinite
         (``pair_columns`` keeps the log scales).
-
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
 
     Examples
     --------

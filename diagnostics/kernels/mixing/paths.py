@@ -26,11 +26,6 @@ def effective_streams(m: Array, *, embedding: bool = False) -> Array:
     Array
         (..., cuts), for c = 1 … K − 1, from c = 0 with an embedding; NaN where nothing is read across.
 
-    Raises
-    ------
-    ValueError
-        If ``m`` is not finite.
-
     Examples
     --------
     >>> effective_streams([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]).round(9).tolist()
@@ -69,7 +64,7 @@ def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
     Raises
     ------
     ValueError
-        If shapes disagree or values are not finite.
+        If shapes disagree.
 
     Examples
     --------
@@ -132,11 +127,6 @@ def stream_shares(weights: Array) -> Array:
     Array
         (..., n), adding to 1; NaN when all weights are zero.
 
-    Raises
-    ------
-    ValueError
-        If the weights are not finite.
-
     Examples
     --------
     >>> stream_shares([[1.0, 0.0], [1.0, 2.0]]).tolist()
@@ -169,11 +159,6 @@ def effective_path_depth(m: Array, *, embedding: bool = False) -> Array:
     Array
         (..., K), in sublayers, at least 1; NaN for a reader that reads nothing.
 
-    Raises
-    ------
-    ValueError
-        If ``m`` is not finite.
-
     Examples
     --------
     >>> effective_path_depth([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]).tolist()[1:]
@@ -199,11 +184,6 @@ def read_mass(m: Array, *, embedding: bool = False) -> Array:
     Array
         (..., S); NaN for a source that no row lies above (the last sublayer without a head).
 
-    Raises
-    ------
-    ValueError
-        If ``m`` is not finite.
-
     Examples
     --------
     >>> read_mass([[0.0, 0.0], [1.0, 0.0]]).tolist()
@@ -213,33 +193,3 @@ def read_mass(m: Array, *, embedding: bool = False) -> Array:
     readable = xp.any(_hops(xp, m, int(embedding)) > 0, axis=0)
     mass = xp.sum(xp.abs(m), axis=-2)
     return xp.where(readable, mass, xp.full_like(mass, xp.nan))
-
-
-def wasted_layers(m: Array, *, tolerance: float = 0.01, embedding: bool = False) -> Array:
-    """Wasted layers: sources whose read mass Σ_k |M_kj| is at most ``tolerance``.
-
-    Parameters
-    ----------
-    m
-        Depth kernels (..., K, S).
-    tolerance
-        Read mass that counts as nothing; a residual connection reads 1 per reader.
-    embedding
-        Whether the first column is the embedding.
-
-    Returns
-    -------
-    Array
-        Booleans (..., S); False for a source that no row lies above. Source: 2409.19606 (DHC×1, layer 17).
-
-    Raises
-    ------
-    ValueError
-        If ``m`` is not finite.
-
-    Examples
-    --------
-    >>> wasted_layers([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).tolist()
-    [True, False, False]
-    """
-    return read_mass(m, embedding=embedding) <= tolerance

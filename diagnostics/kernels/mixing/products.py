@@ -92,11 +92,6 @@ def composite(h: Array, *, return_log_scale: bool = False) -> Any:
     Array or tuple
         (..., n, n), infinite where a product exceeds float64; or with its log scale (...).
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     >>> composite([[[1.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]]).tolist()
@@ -122,11 +117,6 @@ def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
     Array or tuple
         (L, ..., n, n), or with its log scales (L, ...).
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     >>> prefix_composites([[[2.0]], [[3.0]]])[:, 0, 0].tolist()
@@ -149,11 +139,6 @@ def suffix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
     -------
     Array or tuple
         (L, ..., n, n), or with its log scales (L, ...).
-
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
 
     Examples
     --------

@@ -29,11 +29,6 @@ def numerical_radius(p: Array) -> Array:
     Array
         (...), between ‖A‖₂/2 and ‖A‖₂.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(numerical_radius([[0.0, 1.0], [0.0, 0.0]]).round(9))

@@ -28,11 +28,6 @@ def singular_values(p: Array) -> Array:
     Array
         (..., n).
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> singular_values([[0.0, 2.0], [1.0, 0.0]]).tolist()

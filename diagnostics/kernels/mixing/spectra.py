@@ -19,11 +19,6 @@ def eigenvalues(p: Array) -> Array:
     Array
         (..., n), complex128.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> eigenvalues([[0.5, 0.5], [0.5, 0.5]]).real.round(12).tolist()
@@ -46,11 +41,6 @@ def spectral_gap(p: Array) -> Array:
     -------
     Array
         (...); NaN for a single stream.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------
@@ -76,11 +66,6 @@ def condition_number(p: Array) -> Array:
     Array
         (...), at least 1; infinite when singular, NaN for a zero matrix.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(condition_number([[4.0, 0.0], [0.0, 2.0]]))
@@ -101,11 +86,6 @@ def henrici(p: Array) -> Array:
     -------
     Array
         (...); 0 for a normal matrix: a difference within rounding, 8 n ε ‖A‖_F², counts as zero.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from depthscope.diagnostics.kernels._arrays import Array, ratio
-from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import Array, as_count, ratio
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
 
@@ -36,7 +35,7 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
     """
     if last not in ("row", "column"):
         raise ValueError(f"last is {last!r}; expected 'row' or 'column': which of the two sums are exact")
-    steps = whole(steps, name="steps")
+    steps = as_count(steps, name="steps")
     xp, logs = square(logits, name="logits")
     order = (-2, -1) if last == "row" else (-1, -2)
     for _ in range(steps):
@@ -59,11 +58,6 @@ def dobrushin(p: Array) -> Array:
     -------
     Array
         (...); between 0 (equal rows) and 1 for row-stochastic matrices.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------
@@ -99,11 +93,6 @@ def doubly_stochastic_violation(p: Array) -> Violation:
     Violation
         row, column and negativity, (...) each; all zero for a doubly stochastic matrix.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> found = doubly_stochastic_violation([[1.0, 0.0], [0.5, 0.5]])
@@ -129,11 +118,6 @@ def mixing_entropy(p: Array) -> Array:
     Array
         (...), in nats: 0 for a permutation, ln n for J/n; NaN when a row is zero.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(mixing_entropy([[1.0, 0.0], [0.5, 0.5]]).round(4))
@@ -158,11 +142,6 @@ def identity_distance(p: Array) -> Array:
     -------
     Array
         (...).
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------

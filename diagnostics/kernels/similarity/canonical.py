@@ -8,7 +8,7 @@ from typing import Any
 from array_api_compat import device
 
 from depthscope.diagnostics.kernels._arrays import Array, peak
-from depthscope.diagnostics.kernels.similarity.one_side import compared
+from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
 
 def _basis(xp: Any, x: Array, energy: float) -> Array:
@@ -54,18 +54,18 @@ def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array
     if not 0 < energy <= 1:
         raise ValueError(f"energy is {energy}; expected a share of the variance, above 0 and at most 1")
 
-    def alone(xp: Any, side: Array) -> Array:
+    def prepare(xp: Any, side: Array) -> Array:
         _require_rows(side.shape[0], 1)
         u = _basis(xp, side, energy)
         _require_rows(side.shape[0] - 1, u.shape[1])
         return u
 
-    def together(xp: Any, u: Array, w: Array) -> Array:
+    def combine(xp: Any, u: Array, w: Array) -> Array:
         if min(u.shape[1], w.shape[1]) == 0:
             return xp.asarray(xp.nan, dtype=xp.float64, device=device(u))
         return xp.mean(xp.clip(xp.linalg.svdvals(u.T @ w), max=1.0))
 
-    return compared(alone, together, x, y, mask)
+    return compare_sides(prepare, combine, x, y, mask)
 
 
 def pwcca(x: Array, y: Array | None = None, *, mask: Array | None = None) -> Array:
@@ -99,12 +99,12 @@ def pwcca(x: Array, y: Array | None = None, *, mask: Array | None = None) -> Arr
     1.0
     """
 
-    def alone(xp: Any, side: Array) -> tuple[Array, Array]:
+    def prepare(xp: Any, side: Array) -> tuple[Array, Array]:
         _require_rows(*side.shape)
         u = _basis(xp, side, 1.0)
         return u, u.T @ side
 
-    def together(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
+    def combine(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
         (u, features), (w, _) = left, right
         if min(u.shape[1], w.shape[1]) == 0:
             return xp.asarray(xp.nan, dtype=xp.float64, device=device(u))
@@ -112,7 +112,7 @@ def pwcca(x: Array, y: Array | None = None, *, mask: Array | None = None) -> Arr
         weight = xp.sum(xp.abs(rotation.T @ features), axis=-1)
         return xp.sum(weight * xp.clip(correlation, max=1.0)) / xp.sum(weight)
 
-    return compared(alone, together, x, y, mask, symmetric=False)
+    return compare_sides(prepare, combine, x, y, mask, symmetric=False)
 
 
 def _require_rows(n: int, p: int) -> None:

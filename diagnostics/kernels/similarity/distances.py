@@ -9,7 +9,7 @@ from array_api_compat import array_namespace, device
 
 from depthscope.diagnostics.kernels._arrays import Array, first_equal, peak, rows, unit_rows
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
-from depthscope.diagnostics.kernels.similarity.one_side import compared
+from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
 # Distances this near, as a share of themselves, are ties: rounding alone parts them.
 TIE = 1e-12
@@ -84,7 +84,7 @@ def rbf_cka(
     Raises
     ------
     ValueError
-        If ``fraction`` is not positive, rows do not match or hold NaN or infinities.
+        If ``fraction`` is not positive or rows do not match.
 
     Examples
     --------
@@ -98,18 +98,18 @@ def rbf_cka(
 
     hsic = hsic1 if unbiased else _product
 
-    def alone(xp: Any, side: Array) -> tuple[Array, Array]:
+    def prepare(xp: Any, side: Array) -> tuple[Array, Array]:
         if side.shape[0] < 2:
             return side, xp.asarray(xp.nan, dtype=xp.float64, device=device(side))
         kernel = _rbf(xp, side, fraction)
         kernel = kernel if unbiased else _centred(xp, kernel)
         return kernel, hsic(kernel, kernel)
 
-    def together(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
+    def combine(xp: Any, left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
         (k, own_k), (q, own_q) = left, right
         return own_k if k.shape[0] < 2 else cka_from_hsic(hsic(k, q), own_k, own_q)
 
-    return compared(alone, together, x, y, mask)
+    return compare_sides(prepare, combine, x, y, mask)
 
 
 def _rbf(xp: Any, x: Array, fraction: float) -> Array:
@@ -175,16 +175,16 @@ def rsa(
             "and 'spearman' or 'pearson'"
         )
 
-    def alone(xp: Any, side: Array) -> Array:
+    def prepare(xp: Any, side: Array) -> Array:
         if side.shape[0] < 3:
             return xp.full((1,), xp.nan, dtype=xp.float64, device=device(side))
         found = _dissimilarities(xp, side, metric)
         return _standardised(xp, _ranks(xp, found) if compare == "spearman" else found)
 
-    def together(xp: Any, a: Array, b: Array) -> Array:
+    def combine(xp: Any, a: Array, b: Array) -> Array:
         return xp.linalg.vecdot(a, b)
 
-    return compared(alone, together, x, y, mask, center=False)
+    return compare_sides(prepare, combine, x, y, mask, center=False)
 
 
 def _dissimilarities(xp: Any, x: Array, metric: str) -> Array:

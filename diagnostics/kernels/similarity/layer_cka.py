@@ -53,7 +53,7 @@ def hsic_matrix(
     Raises
     ------
     ValueError
-        If shapes disagree or a row that counts holds NaN or infinities.
+        If shapes disagree.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def cka_matrix(
     Raises
     ------
     ValueError
-        If shapes disagree or a row that counts holds NaN or infinities.
+        If shapes disagree.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def cka_matrices(x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
     Raises
     ------
     ValueError
-        If the shape is another or a row that counts holds NaN or infinities.
+        If the shape is another.
 
     Examples
     --------

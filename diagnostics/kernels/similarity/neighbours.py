@@ -7,11 +7,10 @@ from typing import Any
 
 from array_api_compat import device
 
-from depthscope.diagnostics.kernels._arrays import Array, unit_rows
-from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import Array, as_count, unit_rows
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from depthscope.diagnostics.kernels.similarity.distances import square_distances
-from depthscope.diagnostics.kernels.similarity.one_side import compared
+from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
 # As many searches for the largest of a row are cheaper than its sort.
 PASSES = 50
@@ -68,16 +67,16 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
     >>> float(mutual_knn(x, x[:, ::-1], 1))
     1.0
     """
-    k = whole(k, name="k")
+    k = as_count(k, name="k")
 
-    def alone(xp: Any, side: Array) -> Array:
+    def prepare(xp: Any, side: Array) -> Array:
         _require_neighbours(side.shape[0], k, 1)
         return _neighbours(xp, _cosines(xp, side), k)
 
-    def together(xp: Any, a: Array, b: Array) -> Array:
+    def combine(xp: Any, a: Array, b: Array) -> Array:
         return xp.sum(xp.astype(a & b, xp.float64)) / (a.shape[0] * k)
 
-    return compared(alone, together, x, y, mask, center=False)
+    return compare_sides(prepare, combine, x, y, mask, center=False)
 
 
 def _cosines(xp: Any, x: Array) -> Array:
@@ -120,17 +119,17 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
     >>> round(float(cknna(x, 2 * x, 5)), 12)
     1.0
     """
-    k = whole(k, name="k")
+    k = as_count(k, name="k")
 
-    def alone(xp: Any, side: Array) -> tuple[Array, Array, Array]:
+    def prepare(xp: Any, side: Array) -> tuple[Array, Array, Array]:
         _require_neighbours(side.shape[0], k, 2)
         cosines = _cosines(xp, side)
         near = xp.astype(_neighbours(xp, cosines, k), xp.float64)
         kernel = near * cosines
         return near, kernel, hsic1(kernel, kernel)
 
-    def together(xp: Any, left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
+    def combine(xp: Any, left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
         (near_a, a, own_a), (near_b, b, own_b) = left, right
         return cka_from_hsic(hsic1(near_b * a, near_a * b), own_a, own_b)
 
-    return compared(alone, together, x, y, mask, center=False)
+    return compare_sides(prepare, combine, x, y, mask, center=False)

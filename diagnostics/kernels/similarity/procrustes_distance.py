@@ -8,7 +8,7 @@ from typing import Any
 from array_api_compat import device
 
 from depthscope.diagnostics.kernels._arrays import Array, peak, triangle
-from depthscope.diagnostics.kernels.similarity.one_side import compared
+from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
 # Above this squared distance between shapes of unit size the singular values alone give twelve digits.
 FAR = 1e-2
@@ -40,7 +40,7 @@ def procrustes(
     Raises
     ------
     ValueError
-        If rows do not match or hold NaN or infinities.
+        If rows do not match.
 
     Examples
     --------
@@ -51,11 +51,11 @@ def procrustes(
     True
     """
 
-    def together(xp: Any, left: Array, right: Array) -> Array:
+    def combine(xp: Any, left: Array, right: Array) -> Array:
         residual = _rotation_residual(xp, left, right)
         return residual**2 if squared else 2.0 * xp.asin(xp.clip(residual / 2.0, max=1.0))
 
-    return compared(_shape, together, x, y, mask)
+    return compare_sides(_shape, combine, x, y, mask)
 
 
 def _shape(xp: Any, x: Array) -> Array:

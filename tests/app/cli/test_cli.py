@@ -397,10 +397,10 @@ def _stand_in(monkeypatch, run: xr.DataTree):
         lambda spec, **more: seen.update(spec=spec, **more) or loaded,
     )
     monkeypatch.setattr(
-        "depthscope.probes.checkpoints.load.encode_text",
+        "depthscope.probes.checkpoints.text_batch.encode_text",
         lambda model, text, **more: seen.update(text=text, **more) or {},
     )
-    monkeypatch.setattr("depthscope.probes.checkpoints.load.token_texts", lambda model, batch: None)
+    monkeypatch.setattr("depthscope.probes.checkpoints.text_batch.token_texts", lambda model, batch: None)
 
     def capture(model, batch, **more):
         seen.update(more)

@@ -67,7 +67,7 @@ def test_no_connection_is_fine_and_said(tmp_path, capsys):
     [
         (["FOLDER/nowhere"], "no checkpoint at"),
         (["smollm2"], "no checkpoint at"),
-        (["FOLDER/config.json"], "holds no safetensors"),
+        (["FOLDER/config.json"], "contains no safetensors"),
         (
             ["FOLDER", "--layers", "layers", "--dtype", "float32"],
             "--layers, --dtype and --weights-only do not go together",

@@ -15,7 +15,8 @@ from depthscope.app.cli.main import main
 from depthscope.app.study import small_lm, study, training
 from depthscope.app.study.small_lm import CONNECTIONS, Size, build
 from depthscope.diagnostics import schema
-from depthscope.probes.checkpoints.load import load_checkpoint, sample_text
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import sample_text
 
 SIZE = Size(layers=2, width=16, heads=2)
 RECIPE = training.Recipe(
