@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.model.hooks import tensors_in
+from depthscope.probes.model.tensors import tensors_in
 
 MOST_STREAMS = 64
 SPAN_TOKENS = 64  # tokens that tell where the streams lie, when the shapes do not

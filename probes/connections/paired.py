@@ -13,8 +13,8 @@ from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.detection import Site, pair_of
 from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.connections.width import read_width, width_watch
-from depthscope.probes.model.arguments import CaptureError
-from depthscope.probes.model.hooks import tensors_in
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.tensors import tensors_in
 
 
 @dataclass

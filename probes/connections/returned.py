@@ -15,7 +15,7 @@ import torch
 from depthscope.probes.connections.coefficients import Parts, relative_error, spread, tolerance
 from depthscope.probes.connections.detection import STREAM_AXES, ConnectionError, Roles, Site, find_roles
 from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS, Watch, explaining, few_of, mixing
-from depthscope.probes.model.hooks import computed_in
+from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.model.layout import canonical
 
 
@@ -131,7 +131,7 @@ def _told_read(vectors: list[torch.Tensor], at: _Rows) -> tuple[int | None, torc
         return None, None
     errors = [read_error(at.x, vector[at.rows], at.branch_in) for vector in vectors]
     best = min(range(len(errors)), key=errors.__getitem__)
-    if errors[best] > tolerance(computed_in(at.streams)):
+    if errors[best] > tolerance(compute_dtype(at.streams)):
         return None, None
     return best, vectors[best][at.rows]
 
@@ -148,7 +148,7 @@ def _returned_mix(
     mixed = canonical(roles.mixed, roles.layout, batch_size=lead[0], num_streams=n)
     few = spread(lead[0] * lead[1], 8 * SELECTING_TOKENS).to(streams.device)
     before = few_of(streams, few)
-    if relative_error(few_of(mixed, few) - before, before) <= tolerance(computed_in(streams)):
+    if relative_error(few_of(mixed, few) - before, before) <= tolerance(compute_dtype(streams)):
         return None
     candidates = [t.reshape(*lead, n, n) for t in seen() if t.numel() == mixed[..., 0].numel() * n]
     found = explaining(((m, mixing(m, streams)) for t in candidates for m in (t, t.mT)), mixed)
@@ -171,7 +171,7 @@ def _watched_read(at: _Rows, seen: list[torch.Tensor]) -> torch.Tensor:
             candidates.append(tensor.reshape(at.streams.shape[:-1])[at.rows])
     fits = [(read_error(x, read, branch_in), read) for read in candidates]
     error, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
-    found = best is not None and error <= tolerance(computed_in(x))
+    found = best is not None and error <= tolerance(compute_dtype(x))
     return best if best is not None and found else least_squares_read(x, branch_in)
 
 

@@ -14,8 +14,8 @@ import torch
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.detection import ConnectionError, Site  # ConnectionError: the field's word
 from depthscope.probes.connections.tensor_watch import Watch, explaining, mixing
-from depthscope.probes.model.hooks import tensors_in
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import tensors_in
 
 
 def width_watch(x: torch.Tensor, site: Site) -> Watch:

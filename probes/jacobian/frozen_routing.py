@@ -15,8 +15,9 @@ from depthscope.probes.connections.coefficients import Parts, tolerance
 from depthscope.probes.connections.detection import ConnectionError, Site, find_roles
 from depthscope.probes.connections.paired import Opening
 from depthscope.probes.connections.returned import read_error, returned_watch
-from depthscope.probes.model.hooks import first_float, stand_in
+from depthscope.probes.model.hooks import replace_method
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import first_float
 from depthscope.probes.session.session import Session
 
 
@@ -42,15 +43,15 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[None]:
     ConnectionError
         Where the model has streams but no connection that is known, or a connection's coefficients cannot be read.
     """
-    if session.num_streams > 1 and not session.links:
+    if session.structure.num_streams > 1 and not session.structure.connections:
         raise ConnectionError(
-            f"routing='frozen' needs the stream connections, but none was found for {session.num_streams} streams; "
+            f"routing='frozen' needs the stream connections, but none was found for {session.structure.num_streams} streams; "
             "take routing='full'"
         )
     modules = dict(session.model.named_modules(remove_duplicate=False))
     held = {
-        link.path: session.sites[number]
-        for number, link in enumerate(session.links)
+        link.path: session.structure.sites[number]
+        for number, link in enumerate(session.structure.connections)
         if start <= link.depth_in and link.depth_out <= stop
     }
     with ExitStack() as stack:
@@ -147,7 +148,7 @@ def _freeze_width(stack: ExitStack, module: Any, site: Site) -> None:
             held,
         )
 
-    stand_in(stack, module, "width_connection", constant)
+    replace_method(stack, module, "width_connection", constant)
 
 
 def _applied(parts: Parts, x: torch.Tensor, opening: Opening) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,8 +209,8 @@ def _freeze_altup(stack: ExitStack, module: Any, site: Site) -> None:
         write = parts.write[..., 0].movedim(-1, 0).unsqueeze(-1).to(activated.dtype)
         return _valued(predictions + write * (activated - predictions[active]), corrected)
 
-    stand_in(stack, module, "predict", constant_predict)
-    stand_in(stack, module, "correct", constant_correct)
+    replace_method(stack, module, "predict", constant_predict)
+    replace_method(stack, module, "correct", constant_correct)
 
 
 def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

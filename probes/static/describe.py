@@ -18,7 +18,7 @@ import numpy as np
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.probes.checkpoints.headers import Inventory, read_values, take_inventory
+from depthscope.probes.checkpoints.tensor_inventory import Inventory, read_values, take_inventory
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 from depthscope.probes.static.families import FAMILIES, HEAD, Family, Found, Place, find_connections, place_of
 from depthscope.probes.static.formulas import weigh

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from depthscope.probes.checkpoints.headers import Stored
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.static.formulas import SINKHORN_ROUNDS, Settings
 
-Leaves = Mapping[str, Stored]  # of one module, by the last part of their names
+Leaves = Mapping[str, StoredTensor]  # of one module, by the last part of their names
 GATED_NAMES = re.compile(r"hyper|inject|\bhc_", re.IGNORECASE)
 BRANCHES = (
     ("altup", re.compile(r"altup", re.IGNORECASE)),
@@ -31,8 +31,8 @@ class Found:
     module: str
     streams: int
     width: int | None
-    roles: Mapping[str, Stored]
-    unread: tuple[Stored, ...] = ()
+    roles: Mapping[str, StoredTensor]
+    unread: tuple[StoredTensor, ...] = ()
     fractions: int = 1
 
 
@@ -233,12 +233,12 @@ HEAD = Family(
 )
 
 
-def find_connections(tensors: Mapping[str, Stored]) -> list[tuple[Family, Found]]:
+def find_connections(tensors: Mapping[str, StoredTensor]) -> list[tuple[Family, Found]]:
     """Connections among tensors, in the order of depth, and the heads that read their streams.
 
     Parameters
     ----------
-    tensors : Mapping of str to Stored
+    tensors : Mapping of str to StoredTensor
         By full name.
 
     Returns
@@ -253,8 +253,8 @@ def find_connections(tensors: Mapping[str, Stored]) -> list[tuple[Family, Found]
     return sorted(found, key=lambda pair: _order(pair[1].module)) + heads
 
 
-def _by_module(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    modules: dict[str, dict[str, Stored]] = defaultdict(dict)
+def _by_module(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
         modules[module][leaf] = tensor

@@ -32,7 +32,7 @@ def count_calls(monkeypatch, module, names):
 
 def test_only_what_is_asked_is_computed(mhc_run, monkeypatch):
     similar = count_calls(monkeypatch, kernels.similarity, ["cka_matrix"])
-    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "pair_columns", "eigenvalues"])
+    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "pair_gains", "eigenvalues"])
     spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
     found = diagnostics.analyze(mhc_run, metrics=["residual_norm", "mixing_gain"])
     assert set(found.data_vars) == {"residual_norm", "mixing_gain"}

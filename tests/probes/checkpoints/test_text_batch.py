@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.load import LoadedModel, encode_text, sample_text, token_texts
+from depthscope.probes.checkpoints.load import LoadedModel
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 
 
 class Reader(nn.Module):
@@ -122,7 +123,7 @@ def test_sample_text():
 
 
 def test_text_reaches_a_run_with_its_mask():
-    probes = pytest.importorskip("probes")
+    from depthscope import probes
     from depthscope.app.study.small_lm import Size, build
 
     model = build("residual", size=Size(layers=2, width=8, heads=2))

@@ -1,4 +1,4 @@
-"""What text does a probed model read? Seeded windows of real text, masked where they are padded."""
+"""How does a text become the batch that a model reads? Windows chosen by seed, padding masked; a sample text for a start."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.loaded_model import LoadedModel
+from depthscope.probes.checkpoints.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
 NUM_BYTES = 256
-NO_LABEL = -100  # torch's and transformers' ignore_index
-PADDING = ""
+IGNORED_LABEL = -100  # torch's and transformers' ignore_index
 
 
 def sample_text(kind: str = "docs") -> str:
-    """English text that every Python installation carries, so that a first look needs no download.
+    """English text that comes with every Python installation, so that a first look needs no download.
 
     Parameters
     ----------
     kind : {"docs", "shuffled"}
-        The language reference behind ``help()`` (about 470 kB), or the same words in random order.
+        The language reference that ``help()`` prints (about 470 kB), or the same words in random order.
 
     Returns
     -------
@@ -48,7 +47,7 @@ def sample_text(kind: str = "docs") -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError("this Python carries no pydoc_data; give a text of your own") from error
+        raise ValueError("this Python has no pydoc_data; give a text of your own") from error
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))
     if kind == "docs":
         return text
@@ -58,10 +57,10 @@ def sample_text(kind: str = "docs") -> str:
 def encode_text(
     loaded: LoadedModel, text: str, *, sequences: int = 8, length: int = 256, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Batch of non-overlapping windows of a text, chosen by seed, in the order of the text.
+    """Encode non-overlapping windows of a text as a batch; the seed chooses them, their order is the text's.
 
-    A text too short for what was asked gives fewer windows, the last one padded and masked. A model without
-    a tokenizer reads bytes.
+    A text that is too short gives fewer windows, the last one padded and masked. A model without a tokenizer
+    reads bytes.
 
     Parameters
     ----------
@@ -70,7 +69,7 @@ def encode_text(
     text : str
         Any text.
     sequences, length : int
-        Windows wanted and tokens in each.
+        Number of windows, and of tokens in each.
     seed : int
         Chooses the windows.
 
@@ -92,12 +91,13 @@ def encode_text(
     ids = _token_ids(loaded, text)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; expected at least 2")
-    accepted = _accepted(loaded.model)
-    if "attention_mask" not in accepted:  # a model that cannot be told about padding gets none
+    accepted = set(inspect.signature(loaded.model.forward).parameters)
+    if "attention_mask" not in accepted:  # padding cannot be masked: only full windows are used
         length = min(length, len(ids))
         ids = ids[: len(ids) // length * length]
     windows = _windows(ids, sequences, length, seed)
-    batch = _padded(windows, length, _padding_id(loaded))
+    padding = getattr(loaded.tokenizer, "pad_token_id", None)
+    batch = _padded(windows, length, 0 if padding is None else int(padding))
     batch = {name: value for name, value in batch.items() if name == "input_ids" or name in accepted}
     device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
     return {name: value.to(device) for name, value in batch.items()}
@@ -111,7 +111,7 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
     loaded : LoadedModel
         The model whose tokenizer made the batch.
     batch : Mapping
-        As given by `encode_text`.
+        A batch of `encode_text`.
 
     Returns
     -------
@@ -119,10 +119,11 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
         Strings as objects, (sequence, token).
     """
     ids = batch["input_ids"].cpu().numpy()
+    # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.
     known = {int(token): _token_text(loaded.tokenizer, int(token)) for token in np.unique(ids)}
     texts = np.array([[known[int(token)] for token in row] for row in ids], dtype=object)
     if "attention_mask" in batch:
-        texts[batch["attention_mask"].cpu().numpy() == 0] = PADDING
+        texts[batch["attention_mask"].cpu().numpy() == 0] = ""
     return texts
 
 
@@ -132,9 +133,11 @@ def _token_text(tokenizer: Any | None, token: int) -> str:
 
 def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
     if loaded.tokenizer is not None:
+        # No BOS token, which only the first of all windows would have; verbose=False: the whole text is longer than the
+        # model's positions, of which tokenizers warn.
         ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
-    size = _vocabulary_size(loaded.model)
+    size = _vocabulary_size(loaded.model)  # bytes as ids: any vocabulary of 256 or more has an entry for each
     if size is None or size < NUM_BYTES:
         raise ValueError(
             f"'{loaded.name}' has no tokenizer and a vocabulary of {size or 'unknown'} entries, fewer than "
@@ -149,6 +152,7 @@ def _vocabulary_size(model: nn.Module) -> int | None:
     size = getattr(_text_config(model), "vocab_size", None)
     if isinstance(size, int):
         return size
+    # Without a config the largest embedding: the others are positions or types, of which there are mostly fewer.
     return max(
         (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)),
         default=None,
@@ -156,9 +160,10 @@ def _vocabulary_size(model: nn.Module) -> int | None:
 
 
 def _text_config(model: nn.Module) -> Any:
+    # Configs of multimodal models have the language model's as a part; all others return themselves.
     config = getattr(model, "config", None)
-    inner = getattr(config, "get_text_config", None)
-    return config if inner is None else inner()
+    get_text_config = getattr(config, "get_text_config", None)
+    return config if get_text_config is None else get_text_config()
 
 
 def _check_positions(model: nn.Module, length: int) -> None:
@@ -169,15 +174,13 @@ def _check_positions(model: nn.Module, length: int) -> None:
         )
 
 
-def _accepted(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
-
-
 def _windows(ids: np.ndarray, sequences: int, length: int, seed: int) -> list[np.ndarray]:
-    starts = np.arange(0, len(ids) - 1, length)
-    whole = starts[starts + length <= len(ids)]
-    # A torn last window is used only when the whole ones do not suffice.
-    chosen = np.random.default_rng(seed).permutation(whole)[:sequences] if len(whole) >= sequences else starts
+    starts = np.arange(
+        0, len(ids) - 1, length
+    )  # up to len - 1: a window of one token has no next token to predict
+    full = starts[starts + length <= len(ids)]
+    # The shorter last window is used only where there are not enough full ones.
+    chosen = np.random.default_rng(seed).permutation(full)[:sequences] if len(full) >= sequences else starts
     return [ids[start : start + length] for start in np.sort(chosen)]
 
 
@@ -187,9 +190,4 @@ def _padded(windows: list[np.ndarray], length: int, padding: int) -> dict[str, t
     for row, window in enumerate(windows):
         ids[row, : len(window)] = torch.from_numpy(window)
         mask[row, : len(window)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, NO_LABEL)}
-
-
-def _padding_id(loaded: LoadedModel) -> int:
-    found = getattr(loaded.tokenizer, "pad_token_id", None)
-    return 0 if found is None else int(found)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}

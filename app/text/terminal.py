@@ -1,4 +1,7 @@
-"""What reaches the terminal, and on which channel? Results on stdout, progress and remarks on stderr."""
+"""What reaches the terminal, and on which channel? Results on stdout, progress and remarks on stderr.
+
+rich is imported where it is used: every command imports this module, and ``depthscope --help`` must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
+SEVERITY_STYLES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
+"""rich's style of a line that begins with a severity."""
 
-_SEVERITIES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
+Progress = Callable[[str, int, int], None]
+"""Takes the part that is being computed, the number done and the number in all."""
 
 
 def say(text: str = "") -> None:
@@ -23,14 +25,18 @@ def say(text: str = "") -> None:
     Parameters
     ----------
     text : str
-        Plain text; square brackets mean nothing.
+        Plain text; rich's markup in square brackets is printed as it is.
     """
     if not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         return
+    from rich.console import Console
+    from rich.text import Text
+
     styled = Text(text)
-    for word, look in _SEVERITIES.items():
-        styled.highlight_regex(rf"(?m)^{word}\b.*$", look)
+    for severity, style in SEVERITY_STYLES.items():
+        styled.highlight_regex(rf"(?m)^{severity}\b.*$", style)
+    # soft_wrap: text is wrapped by its author, and a path that rich breaks cannot be copied.
     Console(highlight=False).print(styled, soft_wrap=True)
 
 
@@ -42,6 +48,7 @@ def emit(data: Any) -> None:
     data : mapping, sequence or scalar
         What to print; anything that JSON lacks becomes text.
     """
+    # json.dumps writes NaN and Infinity as bare words, which are no JSON and which jq and JavaScript refuse.
     sys.stdout.write(json.dumps(_jsonable(data), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -56,7 +63,7 @@ def _jsonable(data: Any) -> Any:
 
 
 def remark(text: str) -> None:
-    """Say something beside the result, on stderr.
+    """Print a remark about the result, on stderr.
 
     Parameters
     ----------
@@ -64,9 +71,6 @@ def remark(text: str) -> None:
         One line.
     """
     sys.stderr.write(f"depthscope: {text}\n")
-
-
-Progress = Callable[[str, int, int], None]
 
 
 @contextmanager
@@ -81,12 +85,15 @@ def working(what: str) -> Iterator[Progress]:
     Yields
     ------
     function
-        Call it with (part, number done, number in all) to say how far it is.
+        Call it with (part, number done, number in all) to show how far it is.
     """
     if not sys.stderr.isatty():
         remark(what)
         yield lambda part, done, total: None
         return
+    from rich.console import Console
+    from rich.text import Text
+
     with Console(stderr=True).status(Text(what)) as status:
         yield lambda part, done, total: status.update(Text(f"{what}: {part} {done}/{total}"))
 
@@ -102,7 +109,12 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         Cells.
     """
     if sys.stdout.isatty():
-        grid = Grid(box=SIMPLE_HEAD, header_style="bold")
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table(box=SIMPLE_HEAD, header_style="bold")
         for column in columns:
             grid.add_column(Text(column), overflow="fold")
         for row in rows:
@@ -110,6 +122,6 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         Console(highlight=False).print(grid)
         return
     lines = [list(columns), *(list(row) for row in rows)]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

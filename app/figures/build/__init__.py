@@ -1,0 +1,1 @@
+"""How does an analysis become what a figure shows? Its values, bands, laws, caption and alt text."""
