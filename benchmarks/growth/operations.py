@@ -20,7 +20,7 @@ NAMES = {
 }
 QUESTIONS = {
     "similarity": ("similarity",),
-    "mixing": ("mixing", "operators", "paths"),
+    "mixing": ("mixing", "operators", "contraction", "paths"),
     "gradients": ("gradients",),
 }
 EIGEN = 4  # products of two square matrices that all eigenvalues of one cost, roughly
