@@ -64,7 +64,7 @@ paper is called heuristic: it is ours, and it may be wrong for your network.
 _LAWS = """\
 What theory says beside a measured curve, drawn in long dashes. A law is drawn only where the run meets what it
 assumes, as far as the run can tell; on the screen "laws not drawn: why?" gives the reason, and
-`depthscope.diagnostics.theory.beside(curve, analysis)` gives values and reasons in a script. A law fits nothing but what its
+`depthscope.diagnostics.theory.overlay_laws(curve, analysis)` gives values and reasons in a script. A law fits nothing but what its
 text says.
 """
 

@@ -43,9 +43,9 @@ def laws_beside(curve: xr.DataArray, data: xr.Dataset, metric: str) -> list[Over
     -------
     list of Overlay
     """
-    from depthscope.diagnostics.theory import beside  # here: the figures' own import stays light
+    from depthscope.diagnostics.theory import overlay_laws  # here: the figures' own import stays light
 
-    return beside(curve.rename(metric), data)
+    return overlay_laws(curve.rename(metric), data)
 
 
 def law_lines(overlays: Iterable[Overlay], like: Line) -> list[Line]:
