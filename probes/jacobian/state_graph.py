@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
-from depthscope.probes.jacobian.frozen_routing import constant_routing
+from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
+from depthscope.probes.jacobian.frozen_routing import constant_routing, require_frozen
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.hooks import untouched
 from depthscope.probes.model.layout import canonical
@@ -156,9 +156,11 @@ def state_graph(
     number = _chain_number(session.chains, selection.chain)
     first, last = _depths(session.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
-    routing = constant_routing(session, first, last) if frozen else nullcontext()
-    with routing:
+    with constant_routing(session, first, last) if frozen else nullcontext() as routing:
         states = differentiable_states(model, batch, session.chains[number], first, last)
+    if routing is not None:
+        with explained():
+            require_frozen(routing, states)
     return StateGraph(
         start=first,
         stop=last,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import Site, opened_site, pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import paired_family
+from depthscope.probes.connections.family import Site
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.arguments import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, Seeing, as_outside, first_float, in_recomputation
 from depthscope.probes.model.layout import count_streams
@@ -54,7 +54,7 @@ class Discovery:
         for path, module in self.sight.model.named_modules():
             attachment.before(module, partial(self._tape_enter, path))
             attachment.after(module, self._tape_leave)
-            pair = pair_of(module)
+            pair = paired_family(module)
             if pair is not None:
                 attachment.around(module, pair.opens, partial(self._tape_opens, path))
                 attachment.around(module, pair.closes, partial(self._tape_closes, path, pair.closes))
@@ -73,10 +73,10 @@ class Discovery:
 
     def _tape_opens(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Seeing | None:
         tape, forward = self._here.tape, self._here.forward
-        x, pair = first_float(args, kwargs), pair_of(module)
+        x, pair = first_float(args, kwargs), paired_family(module)
         if tape is None or forward is None or x is None or pair is None or in_recomputation():
             return None
-        site = opened_site(pair, module, x, forward.batch_size)
+        site = pair.detect(module, x, forward.batch_size)
         if site is None:
             return None
         opening = Opening(site, forward.batch_size, x.detach())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.paired import Opening
+from depthscope.probes.connections.reading import Opening
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import Sums, merged
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, PairedFamily
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.hooks import Attachment, Seeing, first_float, floats_in, in_recomputation
 from depthscope.probes.session.current_forward import Here
 from depthscope.probes.session.forward import Forward
@@ -49,10 +50,13 @@ class Following:
         for (path, method), spots in inputs.items():
             if method == FORWARD:
                 attachment.before(modules[path], partial(self._see_input, path, spots))
-        for path in {link.path for link in self.sight.links if link.style == "returned"}:
+        for path in {
+            link.path for link in self.sight.links if isinstance(BY_NAME[link.style], ForwardFamily)
+        }:
             attachment.around(modules[path], FORWARD, partial(self._returns, path))
-        for path in {link.path for link in self.sight.links if link.style in ("width", "altup")} | methods:
-            pair = pair_of(modules[path])
+        paired = {link.path for link in self.sight.links if isinstance(BY_NAME[link.style], PairedFamily)}
+        for path in paired | methods:
+            pair = paired_family(modules[path])
             assert pair is not None
             opened, closed = inputs.get((path, pair.opens), []), outputs.get((path, pair.closes), [])
             attachment.around(modules[path], pair.opens, partial(self._opens, path, pair.opens, opened))

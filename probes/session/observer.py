@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.detection import Site
-from depthscope.probes.connections.returned import read_returned
+from depthscope.probes.connections.family import Site
+from depthscope.probes.connections.reading import read_returned
 from depthscope.probes.model.arguments import Mask, find_mask, fit_mask, whole
 from depthscope.probes.model.hooks import Hook, computed_in
 from depthscope.probes.model.layout import canonical

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.detection import Site, past_states, returned_site
+from depthscope.probes.connections.detection import past_states, returned_site
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import PairedFamily, Site
 from depthscope.probes.model.arguments import arguments
 from depthscope.probes.model.hooks import first_float, floats_in
 
@@ -168,7 +170,8 @@ class Tape:
         call = self._begin(opening.path, opening.module, method, branch_out)
         self._end(call, output)
         call.held, call.parts = True, parts
-        if opening.site is not None and opening.site.style == "altup":  # whose models rewrite it in place
+        family = None if opening.site is None else BY_NAME[opening.site.style]
+        if isinstance(family, PairedFamily) and family.rewrites_output:
             call.copy = output.detach().clone()
         opening.closing = call
         opening.branch = next((c for c in reversed(self._recent) if same_tensor(c.y, branch_out)), None)
