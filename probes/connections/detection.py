@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.families import FAMILIES
-from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
+from depthscope.probes.connections.family import Family, ForwardFamily, PairedFamily, Site
 
 
 def paired_family(module: nn.Module) -> PairedFamily | None:
@@ -50,8 +50,22 @@ def returned_site(module: nn.Module, x: torch.Tensor | None, output: Any) -> Sit
         if isinstance(family, ForwardFamily):
             site = family.detect(module, x, output)
             if site is not None:
-                return site
+                return _declared(family, site)
     return None
+
+
+def opened_site(family: PairedFamily, module: nn.Module, x: torch.Tensor, batch_size: int) -> Site | None:
+    """Detect a paired connection by what its opening method took; None where the module has a single stream."""
+    site = family.detect(module, x, batch_size)
+    return None if site is None else _declared(family, site)
+
+
+def _declared(family: Family, site: Site) -> Site:
+    assert site.style == family.name
+    assert site.family in family.constrains, (
+        f"the family {family.name!r} declares no models named {site.family!r}"
+    )
+    return site
 
 
 def past_states(

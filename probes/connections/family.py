@@ -15,7 +15,7 @@ derivative of X' is compared with that of the formula (`depthscope.probes.jacobi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Site:
     style : str
         Name of the `Family` that detected it.
     family : str
-        Name of the model's family in a run, such as ``"mhc"``: one style may have several.
+        Name of the model's family in a run, such as ``"mhc"``; one of those that the `Family` declares.
     num_streams : int
         n, times the fractions.
     layout : str
@@ -86,14 +86,14 @@ class Family:
     ----------
     name : str
         The style of its connections.
-    constrains : str
-        In words, what its weights satisfy by construction.
+    constrains : mapping of str to str
+        The names that a run may give to its models, and what the weights of each satisfy by construction (empty for nothing).
     weights : tuple of WeightPattern
         How it appears in weight files.
     """
 
     name: str
-    constrains: str
+    constrains: Mapping[str, str]
     weights: tuple[WeightPattern, ...]
 
 

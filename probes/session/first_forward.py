@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import paired_family
-from depthscope.probes.connections.family import Site
+from depthscope.probes.connections.detection import opened_site, paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.arguments import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, Seeing, as_outside, first_float, in_recomputation
@@ -76,7 +77,7 @@ class Discovery:
         x, pair = first_float(args, kwargs), paired_family(module)
         if tape is None or forward is None or x is None or pair is None or in_recomputation():
             return None
-        site = pair.detect(module, x, forward.batch_size)
+        site = opened_site(pair, module, x, forward.batch_size)
         if site is None:
             return None
         opening = Opening(site, forward.batch_size, x.detach())
@@ -207,7 +208,7 @@ class Discovery:
         )
         if call.closing is not None and call.closing.parts is not None:
             self.sight.keep_parts(forward, number, call.closing.parts)
-        elif link.style == "returned" and call.x is not None:
+        elif isinstance(BY_NAME[link.style], ForwardFamily) and call.x is not None:
             x, site, rows = call.x.detach(), self.sight.sites[number], forward.rows
 
             def seen() -> list[torch.Tensor]:

@@ -1,13 +1,16 @@
-"""Which connection families are known? One file each, and one line here; the first that detects a call reads it."""
+"""Which connection families are known? One file and one line each; the first that detects a call reads it."""
 
 from __future__ import annotations
 
-from depthscope.probes.connections.families import altup, returned, width
+from importlib import import_module
+
 from depthscope.probes.connections.family import Family
 
-FAMILIES: tuple[Family, ...] = (
-    returned.FAMILY,
-    width.FAMILY,
-    altup.FAMILY,
+# Files of this folder. A later family sees only the calls that no earlier one took for its own.
+REGISTERED = (
+    "returned",
+    "width",
+    "altup",
 )
+FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__name__}.{name}").FAMILY for name in REGISTERED)
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -144,7 +144,7 @@ def _weigh(found: FoundTensors, values: Values, settings: Settings) -> StaticWei
 
 FAMILY = PairedFamily(
     name="altup",
-    constrains="nothing",
+    constrains={"altup": ""},
     opens="predict",
     closes="correct",
     branch_argument=1,

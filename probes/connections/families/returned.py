@@ -221,7 +221,12 @@ HC_EPS = {"hc_eps": 1e-6}
 
 FAMILY = ForwardFamily(
     name="returned",
-    constrains="mhc: H_res is doubly stochastic; independent_hc and gated: H_res = I",
+    constrains={
+        "mhc": "H_res is doubly stochastic",
+        "hc": "",
+        "independent_hc": "H_res = I",
+        "gated": "H_res = I; H_pre is a gate per feature",
+    },
     detect=detect,
     watch=watch,
     read=read,

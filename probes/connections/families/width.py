@@ -303,7 +303,7 @@ def _rounds_of(module: Any, settings: Settings) -> dict[str, float]:
 
 FAMILY = PairedFamily(
     name="width",
-    constrains="mhc: H_res is doubly stochastic",
+    constrains={"mhc": "H_res is doubly stochastic", "hc": ""},
     opens="width_connection",
     closes="depth_connection",
     branch_argument=0,
