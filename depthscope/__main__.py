@@ -2,6 +2,6 @@
 
 import sys
 
-from depthscope.app.cli.parser import main
+from depthscope.app.cli.main import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
 from depthscope.probes.description import describe
-from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.one_shot import capture
 from depthscope.probes.run.merge import merge_runs

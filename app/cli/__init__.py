@@ -1,1 +1,1 @@
-"""What can be asked on the command line? One file a command."""
+"""What can be asked on the command line? `main` runs a command; each command is one file in `commands`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import time
@@ -17,12 +16,11 @@ import xarray as xr
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from depthscope.app.cli.terminal import remark, say, working
 from depthscope.app.readings.readings import COMPLETE, read_runs
 from depthscope.app.tables.findings import findings_text
+from depthscope.app.text.terminal import remark, say, working
 from depthscope.diagnostics import analyze, schema
 
-FOLDER = Path("depthscope-demo")
 SMOLLM2 = "SmolLM2-135M"
 SECONDS, QUICK_SECONDS = 60.0, 10.0
 # Gradients of 4 × 256 tokens of SmolLM2 peak at 3.5 GB; twice as many would not fit an 8 GB laptop comfortably.
@@ -57,22 +55,6 @@ class Steps:
         finally:
             self.times[what] = time.perf_counter() - started
             _tell(f"      {self.times[what]:.1f} s")
-
-
-def main(args: argparse.Namespace) -> int:
-    """The command ``depthscope demo``.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        With `out` (None: ``./depthscope-demo``), `browser` and `quick`.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    return run_demo(Path(args.out) if args.out else FOLDER, browser=args.browser, quick=args.quick)
 
 
 def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> int:
@@ -115,7 +97,8 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> int:
 
 
 def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
-    from depthscope.probes.checkpoints.load import CheckpointError, load_checkpoint
+    from depthscope.probes.checkpoints.load import load_checkpoint
+    from depthscope.probes.checkpoints.weight_files import CheckpointError
 
     try:
         with steps.step(f"Loading {SMOLLM2} (the first time it is converted, about 20 s)"):
@@ -130,7 +113,7 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
 
 def _probe(loaded: Any, path: Path) -> Path:
     from depthscope import probes
-    from depthscope.probes.checkpoints.load import encode_text, sample_text, token_texts
+    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 
     batch = encode_text(loaded, sample_text(), sequences=SEQUENCES, length=LENGTH)
     attrs = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,30 +26,13 @@ from depthscope.app.study.training import (
     train_side_by_side,
 )
 from depthscope.diagnostics import schema
-from depthscope.probes.checkpoints.load import LoadedModel, encode_text, sample_text, token_texts
-from depthscope.probes.checkpoints.weight_files import file_digest
+from depthscope.probes.checkpoints.digests import file_digest
+from depthscope.probes.checkpoints.load import LoadedModel
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 
 
 class StudyError(ValueError):
     """A study that cannot be run as asked."""
-
-
-def main(args: argparse.Namespace) -> int:
-    """The command ``depthscope study``.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        With `out` and `minutes`.
-
-    Returns
-    -------
-    int
-        Exit code 0.
-    """
-    for path in run_study(Path(args.out), seconds=60 * args.minutes).values():
-        sys.stdout.write(f"{path}\n")
-    return 0
 
 
 def run_study(

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from benchmarks.analysis import sketches
 from benchmarks.analysis.question import Question, Step, Tool
 from benchmarks.analysis.states import in_order, massive, smollm2
 from depthscope.diagnostics.kernels import similarity
@@ -75,8 +76,8 @@ def row_sketch(states: np.ndarray, *, buckets: int) -> Step:
     def step() -> np.ndarray:
         mean = x.mean(1, dtype=np.float64)
         square = np.einsum("lnd,lnd->l", x, x, dtype=np.float64) - x.shape[1] * (mean**2).sum(1)
-        sketch, signs = similarity.row_sketch(x, np.arange(x.shape[1]), buckets)
-        return similarity.cka_from_sketch(sketch, signs, mean, diagonals=square, count=x.shape[1])
+        sketch, signs = sketches.row_sketch(x, np.arange(x.shape[1]), buckets)
+        return sketches.cka_from_sketch(sketch, signs, mean, diagonals=square, count=x.shape[1])
 
     return step
 

@@ -63,7 +63,9 @@ def smollm2(sequences: int, tokens: int) -> np.ndarray:
     """
     import torch
 
-    from depthscope.probes.checkpoints.load import CheckpointError, encode_text, load_checkpoint, sample_text
+    from depthscope.probes.checkpoints.load import load_checkpoint
+    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
+    from depthscope.probes.checkpoints.weight_files import CheckpointError
 
     try:
         loaded = load_checkpoint("smollm2")

@@ -17,7 +17,7 @@ from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import training_curves
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
-from depthscope.diagnostics.quantities.registry import Quantities, Unavailable, sources
+from depthscope.diagnostics.quantities.registry import DIMS, Quantities, Unavailable, sources
 
 Progress = Callable[[str, int, int], None]
 
@@ -200,24 +200,15 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     for name, value in variables.items():
         if "stream" in value.dims and value["stream"].values.tolist() != streams:
             value = value.reindex(stream=streams)
-        dims = value.dims if name.endswith("_null") or name in STEPLESS else ("step", *value.dims)
+        per_step = not name.endswith("_null") and (name not in CATALOGUE or CATALOGUE[name].per_step)
+        dims = ("step", *value.dims) if per_step else value.dims
         data[name] = value.variable.set_dims(dims).transpose(*_ordered(dims))
         coords |= {str(label): coord.variable for label, coord in value.coords.items()}
     return xr.Dataset(data, coords | {"step": [step]})
 
 
-# Facts about the sample, not about the network at a step.
-STEPLESS = ("num_tokens",)
-# The order of dims in an analysis; a variable has those that it needs.
-DIMS = (
-    *("step", "estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
-    *("other_depth", "connection", "other_connection", "weight"),
-    *("component", "order", "stream", "quantile", "reduction"),
-)
-
-
 def _ordered(dims: Iterable[Any]) -> list[str]:
-    return sorted(map(str, dims), key=DIMS.index)
+    return sorted(map(str, dims), key=("step", *DIMS).index)
 
 
 def _step(run: xr.DataTree, trace: xr.Dataset) -> int:

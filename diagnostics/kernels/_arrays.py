@@ -1,9 +1,10 @@
-"""Numpy arrays and torch tensors seen alike: namespace, float64, row masks, centring, Gram matrices.
+"""What does every kernel need to run on numpy arrays and torch tensors alike? Checks, masks, centring, Gram matrices.
 
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
 """
 
 import math
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,49 +13,60 @@ from array_api_compat import array_namespace, device, is_array_api_obj
 Array = Any
 """A numpy array or a torch tensor."""
 
-# Between these, fourth powers of values and their sums stay exact in float64 without scaling.
+# Largest entries between these need no scaling: their fourth powers, 1e-200 to 1e200, and sums of up to 1e100 of them
+# are normal float64 numbers (1e-308 to 1e308).
 TINY, HUGE = 1e-50, 1e50
 
 NO_MASK: Any = object()
-"""What stands for the mask in a function that takes none: its errors do not advise one."""
+"""Default of ``mask`` in `rows`, for functions without a mask argument: their errors must not advise one."""
 
 
 class Rows(NamedTuple):
-    """A batch of matrices, ready to compute on: float64, finite, and zero in the rows that do not count."""
+    """A batch of matrices, ready to compute on: float64, finite, and zero in masked rows."""
 
     xp: Any
     values: Array  # (..., N, d)
-    mask: Array | None  # (..., N), True where the row counts; None when all do
-    count: Array  # (...), how many rows count
-    narrow: bool  # whether they came as floats of 32 bits or fewer: fourth powers stay within float64
+    mask: Array | None  # (..., N), True where the row counts; None where all rows do
+    count: Array  # (...), number of rows that count
+    narrow: bool  # input was float32, bfloat16 or float16: its fourth powers, up to 1e154, fit float64
 
 
 def as_array(x: Array, *, name: str = "x") -> Array:
-    """The array itself, cut off from any autograd graph; lists and numbers become numpy arrays."""
+    """``x`` detached from any autograd graph; lists and numbers become numpy arrays."""
     if not is_array_api_obj(x):
         x = np.asarray(x)
-    if not _is_real(x):
-        raise ValueError(f"{name} has dtype {x.dtype}; expected real numbers: {_what_to_give(x)}")
+    # ``isdtype`` of the namespace takes longer than a small kernel on numpy: read the dtype's kind instead.
+    if isinstance(x, np.ndarray | np.generic):
+        is_real = x.dtype.kind in "biuf"
+    else:
+        is_real = array_namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating"))
+    if not is_real:
+        is_complex = array_namespace(x).isdtype(x.dtype, "complex floating")
+        advice = (
+            "take the real part, the imaginary part or the size"
+            if is_complex
+            else "give numbers only, as float32 or float64"
+        )
+        raise ValueError(f"{name} has dtype {x.dtype}; expected real numbers: {advice}")
     return x.detach() if hasattr(x, "detach") else x
 
 
-def _is_real(x: Array) -> bool:
-    if isinstance(
-        x, np.ndarray | np.generic
-    ):  # what is asked of the namespace costs more than a small kernel
-        return x.dtype.kind in "biuf"
-    return bool(array_namespace(x).isdtype(x.dtype, ("bool", "integral", "real floating")))
-
-
-def _what_to_give(x: Array) -> str:
-    """Advice in place of what is not real numbers."""
-    if array_namespace(x).isdtype(x.dtype, "complex floating"):
-        return "take the real part, the imaginary part or the size"
-    return "give numbers only, as float32 or float64"
+def as_count(value: Any, *, name: str, least: int = 1) -> int:
+    """A count (of neighbours, rounds, rows) as a Python int; refused where it is no whole number or below ``least``."""
+    try:
+        # operator.index takes numpy's and torch's integers, and refuses 3.0, which int() would take.
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or count < least:
+        raise ValueError(
+            f"{name} is {value!r}; expected a whole number, {least} or more: give an int"
+        ) from None
+    return count
 
 
 def of_one_library(x: Array, y: Array, *, names: tuple[str, str] = ("x", "y")) -> tuple[Array, Array]:
-    """Both arrays, refused where one is numpy's and the other torch's: the result could be either."""
+    """Both arrays; refused where one is from numpy and the other from torch: the result could be either."""
     x, y = (as_array(side, name=name) for side, name in zip((x, y), names, strict=True))
     if type(x) is not type(y) and array_namespace(x) is not array_namespace(y):
         kinds = [f"{type(side).__module__}.{type(side).__name__}" for side in (x, y)]
@@ -66,14 +78,14 @@ def of_one_library(x: Array, y: Array, *, names: tuple[str, str] = ("x", "y")) -
 
 
 def as_float64(x: Array, *, name: str = "x", ndim: int = 1) -> tuple[Any, Array]:
-    """The namespace of ``x`` and ``x`` in float64, refused below ``ndim`` dims, when empty or not finite."""
+    """The namespace of ``x`` and ``x`` in float64; refused where it has fewer dims, is empty or not finite."""
     xp, x = checked(x, name=name, ndim=ndim)
     require_finite(xp, x, name)
     return xp, xp.astype(x, xp.float64, copy=False)
 
 
 def checked(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
-    """The namespace of ``x`` and ``x`` as it came, its shape checked and its values not."""
+    """The namespace of ``x`` and ``x`` in its own dtype; the shape is checked, the values are not."""
     x = as_array(x, name=name)
     if x.ndim < ndim or 0 in x.shape:
         raise ValueError(
@@ -84,27 +96,23 @@ def checked(x: Array, *, name: str, ndim: int) -> tuple[Any, Array]:
 
 
 def require_finite(xp: Any, x: Array, name: str, *, advice: str = "find what made them") -> None:
-    """Refuse NaN and infinities, saying how many there are and where the first one is."""
-    if _all_finite(xp, x):
+    """Refuse NaN and infinities; the error gives their number and the index of the first."""
+    if not xp.isdtype(x.dtype, "real floating"):
+        return
+    # NaN and infinities reach the maximum or the minimum: two reductions, and no table of booleans.
+    if bool(xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x))):
         return
     if x.ndim == 0:
         raise ValueError(f"{name} is {float(x)}; expected a finite number: {advice}")
     wrong = xp.nonzero(~xp.isfinite(x))
     raise ValueError(
-        f"{name} holds {wrong[0].shape[0]} NaN or infinite values of {math.prod(x.shape)}, the first at index "
+        f"{name} contains {wrong[0].shape[0]} NaN or infinite values of {math.prod(x.shape)}, the first at index "
         f"{tuple(int(axis[0]) for axis in wrong)}; expected finite numbers: {advice}"
     )
 
 
-def _all_finite(xp: Any, x: Array) -> bool:
-    """Whether no value is NaN or infinite: both spread to the extremes, which are cheaper than a table."""
-    if not xp.isdtype(x.dtype, "real floating"):
-        return True
-    return bool(xp.isfinite(xp.max(x)) & xp.isfinite(xp.min(x)))
-
-
 def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
-    """The mask broadcast to the rows of ``x``: boolean, (..., N)."""
+    """The mask broadcast to the rows of ``x``: boolean, (..., N); None without a mask."""
     if mask is None or mask is NO_MASK:
         return None
     mask = xp.asarray(mask, device=device(x))
@@ -121,19 +129,19 @@ def row_mask(xp: Any, x: Array, mask: Array | None) -> Array | None:
 
 
 def rows(x: Array, *, mask: Array | None = NO_MASK, center: bool = False, name: str = "x") -> Rows:
-    """A batch of matrices in float64, finite, masked rows zero, the mean row removed if asked.
+    """A batch of matrices in float64, checked, masked rows set to zero, the mean row removed if asked.
 
     Parameters
     ----------
     x
         Matrices (..., N, d).
     mask
-        Booleans that broadcast to (..., N); a row that is False is as if absent, whatever it holds. None where
-        all rows count, left out where the function that asks takes no mask.
+        Booleans that broadcast to (..., N); a row that is False is ignored, whatever it contains. None where all
+        rows count; left out by functions without a mask argument.
     center
         Remove the mean of the rows that count.
     name
-        What errors call ``x``.
+        Name of ``x`` in errors.
 
     Returns
     -------
@@ -145,6 +153,7 @@ def rows(x: Array, *, mask: Array | None = NO_MASK, center: bool = False, name: 
     if mask is not NO_MASK:
         advice = f"mask those rows out with mask=, or {advice}"
     mask = row_mask(xp, x, mask)
+    # Masked rows are set to zero before the check: padding may contain NaN. Where, not a product: 0 · NaN is NaN.
     if mask is None:
         count = xp.full(x.shape[:-2], float(x.shape[-2]), dtype=xp.float64, device=device(x))
     else:
@@ -152,6 +161,7 @@ def rows(x: Array, *, mask: Array | None = NO_MASK, center: bool = False, name: 
         count = xp.sum(xp.astype(mask, xp.float64), axis=-1)
     require_finite(xp, x, name, advice=advice)
     narrow = xp.isdtype(x.dtype, "real floating") and x.dtype != xp.float64
+    # Centring works in place, hence a copy.
     matrix = Rows(xp, xp.astype(x, xp.float64, copy=center), mask, count, narrow)
     return _centered(matrix) if center else matrix
 
@@ -160,23 +170,29 @@ def _centered(matrix: Rows) -> Rows:
     """Rows less their mean, in place: exactly zero where rows are equal, accurate under any common offset."""
     xp, x, mask, count, narrow = matrix
     weight = None if mask is None else xp.astype(mask, xp.float64)[..., None]
-    if not narrow:  # sums of floats of 24 bits are exact in float64, those of wider ones need a shift first
-        x -= xp.asarray(_first(xp, x, weight), copy=True)
+    if not narrow:
+        # Sums of float32 values, of 24 bits, are exact in float64 for up to 2²⁹ rows of one size. Sums of float64
+        # values are not: a common offset of 1e8 would leave 1e-8 of rounding, which a first row removes exactly.
+        x -= xp.asarray(_first_row(xp, x, weight), copy=True)
         x = x if weight is None else x * weight
     x -= xp.sum(x, axis=-2, keepdims=True) / xp.clip(count, min=1.0)[..., None, None]
     return matrix._replace(values=x if weight is None else x * weight)
 
 
-def _first(xp: Any, x: Array, weight: Array | None) -> Array:
+def _first_row(xp: Any, x: Array, weight: Array | None) -> Array:
     """The first row that counts, (..., 1, d)."""
     if weight is None:
         return x[..., :1, :]
+    # The cumulative sum is 1 from the first row that counts to the next one; the weight leaves the first.
     chosen = weight * xp.astype(xp.cumulative_sum(weight, axis=-2) == 1, xp.float64)
     return xp.sum(chosen * x, axis=-2, keepdims=True)
 
 
 def scaled(matrix: Rows) -> tuple[Array, Array]:
-    """Values whose fourth powers stay well inside float64, and what they were divided by, (..., 1, 1)."""
+    """Values whose fourth powers neither overflow nor underflow, and the divisor (..., 1, 1).
+
+    Only where needed: the division costs a pass, and rounds.
+    """
     xp, values = matrix.xp, matrix.values
     if not matrix.narrow:
         top = peak(xp, values)
@@ -186,26 +202,27 @@ def scaled(matrix: Rows) -> tuple[Array, Array]:
 
 
 def peak(xp: Any, x: Array, axis: Any = (-2, -1)) -> Array:
-    """The largest magnitude along ``axis``, dims kept; 1 where all is zero, so that it divides."""
+    """The largest magnitude along ``axis``, dims retained; 1 where all are zero, so that it may be a divisor."""
     top = xp.max(xp.abs(x), axis=axis, keepdims=True)
     return xp.where(top > 0, top, xp.ones_like(top))
 
 
 def gram(xp: Any, x: Array) -> Array:
-    """The Gram matrix on the smaller side: X Xᵀ when N ≤ d, else XᵀX."""
+    """The smaller Gram matrix: X Xᵀ where N ≤ d, else XᵀX. Their eigenvalues differ by zeros only."""
     xt = xp.matrix_transpose(x)
     return x @ xt if x.shape[-2] <= x.shape[-1] else xt @ x
 
 
 def triangle(xp: Any, tall: Array) -> Array:
-    """R of the QR decomposition, for a third of the price of both."""
+    """R of the QR decomposition, without Q: a third of the cost."""
+    # The array API has no mode "r"; numpy returns R alone and torch an empty Q first.
     if isinstance(tall, np.ndarray):
         return np.linalg.qr(tall, mode="r")
     return xp.linalg.qr(tall, mode="r")[1]
 
 
 def unit_rows(xp: Any, x: Array) -> tuple[Array, Array]:
-    """Rows at length 1 (zero rows stay zero) and the lengths (...,), safe against over- and underflow."""
+    """Rows at length 1 (zero rows stay zero) and the lengths (..., N), without overflow or underflow of squares."""
     top = peak(xp, x, axis=-1)
     scaled = x / top
     length = xp.sqrt(xp.sum(scaled * scaled, axis=-1, keepdims=True))
@@ -219,14 +236,14 @@ def ratio(xp: Any, over: Array, under: Array) -> Array:
     return xp.where(under == 0, xp.full_like(under, xp.nan), over / safe)
 
 
-def masked_mean(xp: Any, values: Array, keep: Array, axis: int = -1) -> Array:
-    """The mean of ``values`` where ``keep``, NaN where nothing is kept."""
-    kept = xp.where(keep, values, xp.zeros_like(values))
-    return ratio(xp, xp.sum(kept, axis=axis), xp.sum(xp.astype(keep, xp.float64), axis=axis))
+def masked_mean(xp: Any, values: Array, valid: Array, axis: int = -1) -> Array:
+    """The mean of ``values`` where ``valid``, NaN where none is."""
+    counted = xp.where(valid, values, xp.zeros_like(values))
+    return ratio(xp, xp.sum(counted, axis=axis), xp.sum(xp.astype(valid, xp.float64), axis=axis))
 
 
 def selected(x: Rows) -> list[Array]:
-    """The matrices of a batch one by one, (rows that count, d), for what does not batch."""
+    """The matrices of a batch one by one, (rows that count, d), for kernels that cannot run on a batch."""
     flat = x.xp.reshape(x.values, (-1, *x.values.shape[-2:]))
     if x.mask is None:
         return [flat[i] for i in range(flat.shape[0])]
@@ -235,18 +252,25 @@ def selected(x: Rows) -> list[Array]:
 
 
 def row_hash(xp: Any, points: Array) -> Array:
-    """64 well-mixed bits of each row: whole numbers, so that equal rows get equal ones in any order of sums."""
-    bits = (points + 0.0).view(xp.int64)  # + 0.0: −0 and 0 are equal
+    """A hash of 64 bits of each row (N, d), the same for equal rows.
+
+    Integers, because their sum does not depend on its order; a sum of floats would differ between equal rows.
+    """
+    bits = (points + 0.0).view(xp.int64)  # + 0.0 turns −0 into 0: they are equal, and their bits are not
+    # Floats of few digits differ in their high bits only: multiply and shift to mix all bits (the constant is that of
+    # xorshift64*), with another weight for each column, so that the order of the columns counts.
     bits = (bits ^ (bits >> 32)) * 0x2545F4914F6CDD1D
     weight = xp.sin(xp.arange(1, points.shape[1] + 1, dtype=xp.float64, device=device(points))).view(xp.int64)
     return xp.sum((bits ^ (bits >> 29)) * weight, axis=-1)
 
 
 def first_equal(xp: Any, points: Array) -> Array:
-    """For each row the index of a row equal to it, (N,): the same one for all that are equal."""
+    """For each row the index of one row equal to it, (N,): the same index for all rows that are equal."""
+    # Sorted by hash, equal rows are neighbours. Rows are compared in full, so that a collision of hashes at worst
+    # separates equal rows, and never joins different ones.
     order = xp.argsort(row_hash(xp, points), stable=True)
     ordered = points[order]
-    fresh = xp.concat([order[:1] >= 0, xp.any(ordered[1:] != ordered[:-1], axis=-1)])
+    is_new = xp.concat([order[:1] >= 0, xp.any(ordered[1:] != ordered[:-1], axis=-1)])
     found = xp.zeros_like(order)
-    found[order] = order[fresh][xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
+    found[order] = order[is_new][xp.cumulative_sum(xp.astype(is_new, xp.int64)) - 1]
     return found

@@ -1,4 +1,4 @@
-"""How large the gradient is on its way down, how noisy, and whether samples agree.
+"""How large is the gradient, how noisy, and do samples agree? Norms, noise scale, signal-propagation plots.
 
 Shapes: ``...`` batch, ``N`` rows (tokens or samples), ``d`` columns (features or parameters).
 """
@@ -26,11 +26,6 @@ def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> 
     Array
         (...), in the units of ``g``; a zero gradient gives 0, no rows at all give NaN with ``rms``.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -40,6 +35,7 @@ def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> 
     """
     matrix = rows(g, mask=mask, name="g")
     xp = matrix.xp
+    # Divided by the largest entry: squares of gradients of 1e-160, or of an explosion, are no float64 numbers.
     scale = peak(xp, matrix.values)
     square = xp.sum((matrix.values / scale) ** 2, axis=(-2, -1))
     if rms:
@@ -60,11 +56,6 @@ def backward_gain_profile(norms: Array) -> Array:
     Array
         (L, ...), 1 at the output; NaN where the output's gradient is zero.
 
-    Raises
-    ------
-    ValueError
-        If a norm is not finite.
-
     Examples
     --------
     >>> backward_gain_profile([6.0, 3.0, 2.0]).tolist()
@@ -75,7 +66,7 @@ def backward_gain_profile(norms: Array) -> Array:
 
 
 class NoiseScale(NamedTuple):
-    """The simple gradient noise scale and the two unbiased estimates that it is the ratio of."""
+    """The simple gradient noise scale, and the two unbiased estimates of which it is the ratio."""
 
     scale: Array  # tr(Σ)/|G|², in samples; negative or NaN where |G|² is not resolved
     trace: Array  # tr(Σ), the variance of one sample's gradient
@@ -86,7 +77,7 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
     """Gradient noise scale B = tr(Σ)/|G|² from gradient norms at two batch sizes.
 
     |G|² ≈ (B_l ‖g_l‖² − B_s ‖g_s‖²)/(B_l − B_s) and tr(Σ) ≈ (‖g_s‖² − ‖g_l‖²)/(1/B_s − 1/B_l), both
-    unbiased; average them over steps before the ratio, which is not.
+    unbiased. Their ratio is not: average both over steps before dividing.
 
     Parameters
     ----------
@@ -118,50 +109,11 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
         raise ValueError(f"batch sizes are {batch_small} and {batch_large}; expected 0 < small < large")
     xp, low = as_float64(small, name="small", ndim=0)
     _, high = as_float64(large, name="large", ndim=0)
+    # E‖g_B‖² = |G|² + tr(Σ)/B: two batch sizes give two equations in two unknowns.
     square = (batch_large * high**2 - batch_small * low**2) / (batch_large - batch_small)
     trace = (low**2 - high**2) / (1.0 / batch_small - 1.0 / batch_large)
     square, trace = xp.asarray(square), xp.asarray(trace)
     return NoiseScale(ratio(xp, trace, square), trace, square)
-
-
-def noise_scale_of_samples(g: Array, *, mask: Array | None = None) -> NoiseScale:
-    """Gradient noise scale B = tr(Σ)/|G|² from per-sample gradients.
-
-    tr(Σ) is the sample variance, |G|² is the squared norm of the mean less tr(Σ)/N: both unbiased.
-
-    Parameters
-    ----------
-    g
-        Per-sample gradients (..., N, d).
-    mask
-        Booleans (..., N), False for samples that do not count.
-
-    Returns
-    -------
-    NoiseScale
-        (...) each; NaN with fewer than two samples. Source: McCandlish et al. 1812.06162.
-
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> found = noise_scale_of_samples(np.array([[3.0], [1.0]]))
-    >>> float(found.trace), float(found.square)
-    (2.0, 3.0)
-    """
-    spread, whole = rows(g, mask=mask, center=True, name="g"), rows(g, mask=mask, name="g")
-    xp, n, top = whole.xp, whole.count, peak(whole.xp, whole.values)
-    trace = ratio(xp, xp.sum((spread.values / top) ** 2, axis=(-2, -1)), xp.clip(n - 1.0, min=0.0))
-    mean = ratio(
-        xp, xp.sum(whole.values / top, axis=-2), xp.broadcast_to(n[..., None], whole.values[..., 0, :].shape)
-    )
-    square = xp.sum(mean * mean, axis=-1) - ratio(xp, trace, n)
-    unit = top[..., 0, 0] ** 2
-    return NoiseScale(ratio(xp, trace, square), trace * unit, square * unit)
 
 
 def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
@@ -179,11 +131,6 @@ def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
     Array
         (...); zero gradients do not count, NaN with fewer than two others.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -194,7 +141,7 @@ def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
 
 
 class SignalPropagation(NamedTuple):
-    """The two curves of a signal-propagation plot."""
+    """The two values of a signal-propagation plot at one depth."""
 
     squared_mean: Array  # (...), average over channels of the squared mean
     variance: Array  # (...), average over channels of the variance
@@ -215,11 +162,6 @@ def signal_propagation(x: Array, *, mask: Array | None = None) -> SignalPropagat
     SignalPropagation
         squared_mean and variance (...), in squared units of ``x``. Source: Brock et al. 2101.08692.
 
-    Raises
-    ------
-    ValueError
-        If a row that counts holds NaN or infinities.
-
     Examples
     --------
     >>> import numpy as np
@@ -227,9 +169,10 @@ def signal_propagation(x: Array, *, mask: Array | None = None) -> SignalPropagat
     >>> float(found.squared_mean), float(found.variance)
     (2.0, 0.5)
     """
-    spread, whole = rows(x, mask=mask, center=True), rows(x, mask=mask)
-    xp = whole.xp
-    count = whole.count[..., None] + xp.zeros_like(whole.values[..., 0, :])
-    mean = ratio(xp, xp.sum(whole.values, axis=-2), count)
-    variance = ratio(xp, xp.sum(spread.values**2, axis=-2), count)
+    # The variance from centred rows: mean of squares less squared mean would cancel for channels with large means.
+    plain, centred = rows(x, mask=mask), rows(x, mask=mask, center=True)
+    xp = plain.xp
+    count = plain.count[..., None] + xp.zeros_like(plain.values[..., 0, :])
+    mean = ratio(xp, xp.sum(plain.values, axis=-2), count)
+    variance = ratio(xp, xp.sum(centred.values**2, axis=-2), count)
     return SignalPropagation(xp.mean(mean * mean, axis=-1), xp.mean(variance, axis=-1))

@@ -143,6 +143,8 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _rows, draws: int =
 
 @metric(
     symbol=r"\mathrm{CKA}_{\mathrm{RBF}}",
+    dims="tokens depth other_depth",
+    label="RBF CKA",
     cite="kornblith2019similarity",
     basis="stream",
     null=0.0,
@@ -160,12 +162,15 @@ def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{\rho}_{\mathrm{SVCCA}}",
+    dims="tokens depth other_depth",
+    label="SVCCA",
     cite="raghu2017svcca",
     basis="stream",
     null=_of_noise(kernel.svcca, _rows_to_spare),
     estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
     default=False,
     most_tokens=_rows_to_spare,
+    null_error=0.05,
 )
 def svcca(depth_pairs: Pairs) -> xr.DataArray:
     r"""SVCCA between depths: mean canonical correlation of the leading directions.
@@ -179,12 +184,15 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{\rho}_{\mathrm{PWCCA}}",
+    dims="tokens depth other_depth",
+    label="PWCCA",
     cite="morcos2018insights",
     basis="feature",
     null=_of_noise(kernel.pwcca, _rows_to_spare),
     estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
     default=False,
     most_tokens=_rows_to_spare,
+    null_error=0.05,
 )
 def pwcca(depth_pairs: Pairs) -> xr.DataArray:
     r"""PWCCA between depths: canonical correlations weighted by how much of the first depth they explain.
@@ -198,6 +206,8 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
 
 @metric(
     symbol=r"\theta_{\mathrm{Procrustes}}",
+    dims="tokens depth other_depth",
+    label="Procrustes",
     units="rad",
     cite="williams2021generalized",
     basis="stream",
@@ -205,6 +215,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
     estimator=f"exact; {SAMPLED}",
     default=False,
     most_tokens=_rows,
+    null_error=0.02,
 )
 def procrustes(depth_pairs: Pairs) -> xr.DataArray:
     r"""Procrustes distance between depths: the angle left after the best rotation, 0 for the same shape.
@@ -216,6 +227,8 @@ def procrustes(depth_pairs: Pairs) -> xr.DataArray:
 
 @metric(
     symbol=r"\rho_{\mathrm{RSA}}",
+    dims="tokens depth other_depth",
+    label="RSA",
     cite="kriegeskorte2008representational",
     basis="feature",
     null=0.0,
@@ -236,12 +249,15 @@ def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"m_{\mathrm{kNN}}",
+    dims="tokens depth other_depth",
+    label="mutual kNN",
     cite="huh2024platonic",
     basis="stream",
     null=_shared_by_chance,
     estimator=f"{NEIGHBOURS} nearest by cosine; {SAMPLED}",
     default=False,
     most_tokens=_rows,
+    null_error=0.05,
 )
 def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
     """Mutual nearest neighbours: the share of a token's ten nearest that two depths agree on."""
@@ -250,12 +266,15 @@ def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
 
 @metric(
     symbol=r"\mathrm{CKNNA}",
+    dims="tokens depth other_depth",
+    label="CKNNA",
     cite="huh2024platonic",
     basis="stream",
     null=_of_noise(partial(kernel.cknna, k=NEIGHBOURS), draws=4),
     estimator=f"unbiased HSIC1 over the pairs among {NEIGHBOURS} nearest on both sides; {SAMPLED}",
     default=False,
     most_tokens=_rows,
+    null_error=0.15,
 )
 def cknna(depth_pairs: Pairs) -> xr.DataArray:
     """CKA over shared nearest neighbours: agreement of the local geometry alone.

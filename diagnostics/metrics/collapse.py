@@ -42,10 +42,13 @@ def _of_noise(name: str) -> Null:
 
 @metric(
     symbol=r"\mathrm{erank}",
+    dims="scope tokens centering depth stream",
     cite="roy2007effective",
     basis="stream",
     null=_of_noise("effective_rank"),
     estimator=SPECTRAL,
+    null_error=0.02,
+    headline=True,
 )
 def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Effective rank: how many directions carry the size of the signal.
@@ -60,10 +63,12 @@ def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\exp S_1",
+    dims="scope tokens centering depth stream",
     cite="skean2025layer",
     basis="stream",
     null=_of_noise("entropy_rank"),
     estimator=SPECTRAL,
+    null_error=0.03,
 )
 def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Matrix-entropy rank: how many directions carry the energy of the signal.
@@ -75,10 +80,13 @@ def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\mathrm{PR}",
+    dims="scope tokens centering depth stream",
     cite="chun2026estimating",
     basis="stream",
     null=_of_noise("participation_ratio"),
     estimator=SPECTRAL,
+    null_error=0.03,
+    headline=True,
 )
 def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Participation ratio: how many directions share the variance.
@@ -92,10 +100,12 @@ def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\mathrm{srank}",
+    dims="scope tokens centering depth stream",
     cite="rudelson2007sampling",
     basis="stream",
     null=_of_noise("stable_rank"),
     estimator=SPECTRAL,
+    null_error=0.1,
 )
 def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Stable rank: the energy in units of the strongest direction.
@@ -107,11 +117,15 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"r(X)/\|X\|",
+    dims="tokens depth stream",
+    label="Dong residual",
+    scale="log",
     healthy=Range(low=0.05, source="heuristic"),
     cite="dong2021attention",
     basis="feature",
     null="none in closed form: it depends on the feature basis; compare with depth 0",
     estimator="per sequence, mean over sequences",
+    headline=True,
 )
 def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
     r"""Relative rank-collapse residual: how far the tokens of a sequence are from being equal.
@@ -133,11 +147,14 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
 
 @metric(
     symbol=r"\overline{\cos}",
+    dims="scope tokens centering depth stream",
     healthy=Range(high=0.95, source="heuristic"),
     cite="ethayarajh2019contextual",
     basis="stream",
     null=_cosine_of_noise,
     estimator="exact over all pairs of tokens",
+    null_error=0.03,
+    headline=True,
 )
 def token_cosine(
     residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
@@ -173,6 +190,7 @@ def _pooled_cosine(rows: np.ndarray, center: bool) -> np.ndarray:
 
 @metric(
     symbol=r"p_{\mathrm{massive}}",
+    dims="depth stream",
     cite="sun2024massive",
     basis="feature",
     null=0.0,
@@ -188,6 +206,8 @@ def massive_token_fraction(massive: Massive) -> xr.DataArray:
 
 @metric(
     symbol=r"\max|a| / \mathrm{median}|a|",
+    dims="depth stream",
+    scale="log",
     cite="sun2024massive",
     basis="feature",
     null="about 6 for Gaussian activations; it grows with the logarithm of their number",
@@ -201,11 +221,13 @@ def massive_activation(massive: Massive) -> xr.DataArray:
 
 @metric(
     symbol=r"N",
+    dims="scope tokens depth stream",
     cite="marchenko1967distribution",
     basis="invariant",
     null="none: it is what the nulls rest on",
     estimator="count; within a sequence: mean over sequences",
     smooth=False,
+    per_step=False,
 )
 def num_tokens(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
     """Number of tokens behind each number."""

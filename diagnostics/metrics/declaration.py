@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,13 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.quantities import over_sequences, registry
-from depthscope.diagnostics.quantities.registry import LABELS, Quantities
+from depthscope.diagnostics.quantities.registry import DIMS, LABELS, Quantities
 
 Null = Callable[..., xr.DataArray] | float | str
+
+AXES = ("depth", "connection", "weight", "component")
+SCALES = ("linear", "log")
+BASES = ("invariant", "stream", "feature")
 
 # Why a metric has no value anywhere, where it does not say so itself.
 UNDEFINED = "too few tokens, or states that are zero, equal to each other or not finite"
@@ -50,7 +56,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: what it is called, where it comes from, what it needs; call it on labelled data.
+    """One metric: its name, its source and what it needs; call it on labelled data.
+
+    Everything that a table, a figure, a page of the docs or a test over all metrics has to know is stated here.
 
     Parameters
     ----------
@@ -58,39 +66,60 @@ class Metric:
         The function's name and the variable's name in an analysis.
     symbol : str
         TeX, without dollar signs.
+    dims : tuple of str
+        Dims of the value of one training step, in the order of an analysis; with several streams, or of a family that
+        can feed it.
+    label : str
+        Short name for a column or an axis; the function's name with spaces by default.
+    scale : str
+        ``"log"`` where values spread over orders of magnitude and are positive, else ``"linear"``.
     units : str
         ``"1"`` where it has none.
     healthy : Range or None
-        None where no range holds for every network: read it against its null.
+        None where no range fits every network: compare with the null.
     cite : str
         Key of ``references.bib``.
     basis : str
-        ``"feature"`` where it moves with a rotation of the features; else ``"stream"`` where it moves with the basis
-        of the streams, as each stream and their mean do (of one stream there is but one basis); else
+        ``"feature"`` where it changes with a rotation of the features; else ``"stream"`` where it changes with the
+        basis of the streams, as each stream and their mean do (one stream has only one basis); else
         ``"invariant"``.
     question : str
-        The module that answers it.
+        The module that defines the function, without its package: ``function.__module__`` is where it is declared.
+        The module's docstring is the question, see `question_text`.
     description : str
         The first line of the docstring.
     null : function, float or str
         Quantities in, expectation without structure out; or that constant; or the reason why there is none.
+    null_error : float
+        Largest relative error of the null as the mean over finite samples of noise, as where it is a limit of large
+        matrices or drawn once; 0 where it is exact.
     estimator : str
-        How the number is taken from tokens and sequences.
+        How the number is computed from tokens and sequences.
     needs : tuple of str
         The quantities, by name, that the function takes.
     function : function
         Quantities in, DataArray out.
     default : bool
-        Whether an analysis computes it unasked; false for what costs too much: ask for it by name.
+        Whether an analysis computes it unless told otherwise; false for expensive ones, which are requested by name.
+    headline : bool
+        Whether a table for print, which has room for a few columns only, includes it.
     smooth : bool
-        Whether leaving out one sequence at a time tells its standard error; false for counts, extremes,
-        quantiles and errors.
+        Whether the jackknife estimates its standard error; false for counts, extremes, quantiles and errors.
     most_tokens : function, optional
-        The number of features in, the most tokens that it takes out; None takes all.
+        The number of features in, the largest number of tokens that it uses out; None uses all.
+    of_steps : bool
+        Whether the value at a depth compares it with the depth before: NaN at the first.
+    infinite : bool
+        Whether ±∞ is a value (the logarithm of zero, the condition of a singular matrix), not only an overflow.
+    per_step : bool
+        Whether it can change during training; false for facts about the sample.
     """
 
     name: str
     symbol: str
+    dims: tuple[str, ...]
+    label: str
+    scale: str
     units: str
     healthy: Range | None
     cite: str
@@ -98,12 +127,37 @@ class Metric:
     question: str
     description: str
     null: Null
+    null_error: float
     estimator: str
     needs: tuple[str, ...]
     function: Callable[..., xr.DataArray]
     default: bool = True
+    headline: bool = False
     smooth: bool = True
     most_tokens: Callable[[int], int] | None = None
+    of_steps: bool = False
+    infinite: bool = False
+    per_step: bool = True
+
+    @property
+    def title(self) -> str:
+        """The description up to its first colon or semicolon: a title for a figure."""
+        return re.split(r"[:;]", self.description)[0].rstrip(".")
+
+    @property
+    def question_text(self) -> str:
+        """The first line of the docstring of the module that defines the function."""
+        return (sys.modules[self.function.__module__].__doc__ or "").partition("\n")[0]
+
+    @property
+    def axis(self) -> str:
+        """The dim to draw it along: ``depth``, ``connection``, ``weight`` or ``component``."""
+        return next(dim for dim in AXES if dim in self.dims)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether it is a matrix along `axis` and ``other_`` `axis`, such as CKA of every two depths."""
+        return f"other_{self.axis}" in self.dims
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -262,21 +316,33 @@ class Metric:
 def metric(
     *,
     symbol: str,
+    dims: str,
     cite: str,
     basis: str,
     null: Null,
     estimator: str,
+    label: str = "",
+    scale: str = "linear",
     units: str = "1",
     healthy: Range | None = None,
+    null_error: float = 0.0,
     default: bool = True,
+    headline: bool = False,
     smooth: bool = True,
     most_tokens: Callable[[int], int] | None = None,
+    of_steps: bool = False,
+    infinite: bool = False,
+    per_step: bool = True,
 ) -> Callable[[Callable[..., xr.DataArray]], Metric]:
     """Declare the function below as a metric; its parameters name the quantities that it needs.
 
     Parameters
     ----------
-    symbol, cite, basis, null, estimator, units, healthy, default, smooth, most_tokens
+    dims : str
+        As `Metric.dims`, separated by spaces.
+    symbol, cite, basis, null, estimator, label, scale, units, healthy, null_error, default, headline, smooth, most_tokens
+        See `Metric`.
+    of_steps, infinite, per_step
         See `Metric`.
 
     Returns
@@ -286,27 +352,50 @@ def metric(
     """
 
     def declare(function: Callable[..., xr.DataArray]) -> Metric:
+        name, doc = function.__name__, inspect.getdoc(function) or ""
+        _check_declaration(name, dims=dims, scale=scale, basis=basis)
         declared = Metric(
-            name=function.__name__,
+            name=name,
             symbol=symbol,
+            dims=tuple(dims.split()),
+            label=label or name.replace("_", " "),
+            scale=scale,
             units=units,
             healthy=healthy,
             cite=cite,
             basis=basis,
             question=function.__module__.rpartition(".")[2],
-            description=(inspect.getdoc(function) or "").partition("\n")[0],
+            description=doc.partition("\n")[0],
             null=null,
+            null_error=null_error,
             estimator=estimator,
             needs=tuple(inspect.signature(function).parameters),
             function=function,
             default=default,
+            headline=headline,
             smooth=smooth,
             most_tokens=most_tokens,
+            of_steps=of_steps,
+            infinite=infinite,
+            per_step=per_step,
         )
-        object.__setattr__(declared, "__doc__", inspect.getdoc(function))
+        # help() and sphinx show the docstring of the function; the dataclass is frozen.
+        object.__setattr__(declared, "__doc__", doc)
         return declared
 
     return declare
+
+
+def _check_declaration(name: str, *, dims: str, scale: str, basis: str) -> None:
+    ordered = sorted(dims.split(), key=lambda dim: DIMS.index(dim) if dim in DIMS else -1)
+    if not set(AXES) & set(ordered) or dims.split() != ordered or not set(ordered) <= set(DIMS):
+        raise ValueError(
+            f"metric {name} has dims={dims!r}; expected one of {', '.join(AXES)} and others, in this order: "
+            f"{' '.join(DIMS)} (step is added by the analysis)"
+        )
+    for field, value, allowed in (("scale", scale, SCALES), ("basis", basis, BASES)):
+        if value not in allowed:
+            raise ValueError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")
 
 
 def _labels(options: dict[str, Any]) -> dict[str, str]:

@@ -20,10 +20,13 @@ def _norms(states: States) -> xr.DataArray:
 
 @metric(
     symbol=r"\sqrt{\overline{\|x\|^2}}",
+    dims="depth stream",
+    scale="log",
     cite="brock2021characterizing",
     basis="stream",
     null="none: the scale is the model's; independent unit branches give the square root of the depth",
     estimator="root mean square over all real tokens",
+    headline=True,
 )
 def residual_norm(residual_states: States) -> xr.DataArray:
     r"""Size of the residual state of a token, root mean square over tokens.
@@ -42,11 +45,14 @@ def gradient_norms(gradient_states: States) -> xr.DataArray:
 
 @metric(
     symbol=r"\|\delta_l\|",
+    dims="depth stream",
+    scale="log",
     units="loss per activation",
     cite="pascanu2013difficulty",
     basis="stream",
     null="none: the scale is the loss's; compare depths",
     estimator="Frobenius norm over all real tokens",
+    headline=True,
 )
 def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.DataArray:
     r"""Norm of the gradient of the loss with respect to the residual state.
@@ -64,6 +70,8 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
 
 @metric(
     symbol=r"\|\delta_l\| / \|\delta_D\|",
+    dims="depth stream",
+    scale="log",
     healthy=Range(low=0.1, high=10.0, source="heuristic"),
     cite="pascanu2013difficulty",
     basis="stream",
@@ -81,6 +89,8 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\sqrt{\textstyle\sum_i \|\delta_i\|^2 \|x_i\|^2}",
+    dims="depth stream",
+    scale="log",
     units="loss",
     cite="pascanu2013difficulty",
     basis="stream",
@@ -122,10 +132,12 @@ def _rank_of_noise(gradient_states: States) -> xr.DataArray:
 
 @metric(
     symbol=r"\mathrm{erank}(G)",
+    dims="depth stream",
     cite="roy2007effective",
     basis="stream",
     null=_rank_of_noise,
     estimator="plug-in, over the sampled sequences",
+    null_error=0.05,
 )
 def gradient_rank(gradient_states: States) -> xr.DataArray:
     r"""Effective rank of the gradients of different sequences: in how many directions they pull.
@@ -141,6 +153,7 @@ def gradient_rank(gradient_states: States) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{\cos}(g_s, g_{s'})",
+    dims="depth stream",
     cite="yu2020gradient",
     basis="stream",
     null=0.0,

@@ -42,11 +42,14 @@ def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
 
 @metric(
     symbol=r"\max_i |\sum_j H_{ij}|",
+    dims="direction connection reduction",
+    scale="log",
     healthy=GAIN,
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    headline=True,
 )
 def mixing_gain(mixing: Mixing) -> xr.DataArray:
     r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
@@ -62,11 +65,14 @@ def mixing_gain(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\max_i |\sum_j P_{ij}|",
+    dims="direction connection reduction",
+    scale="log",
     healthy=GAIN,
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
     estimator=PER_PRODUCT,
+    headline=True,
 )
 def composite_gain(mixing: Mixing) -> xr.DataArray:
     r"""Amax gain of the product of all connections from the embedding on.
@@ -85,6 +91,8 @@ def _prefix_gains(mixing: Mixing) -> list[np.ndarray]:
 
 @metric(
     symbol=r"\max_i |\sum_j (H_b \cdots H_a)_{ij}|",
+    dims="direction connection other_connection reduction",
+    scale="log",
     healthy=GAIN,
     cite="xie2025mhc",
     basis="stream",
@@ -108,6 +116,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"\sigma_i(H)",
+    dims="connection component reduction",
     healthy=Range(high=1.05, source="xie2025mhc"),
     cite="xie2025mhc",
     basis="stream",
@@ -124,6 +133,8 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
 
 @metric(
     symbol=r"\sigma_i(P)",
+    dims="connection component reduction",
+    scale="log",
     healthy=Range(high=1.05, source="xie2025mhc"),
     cite="xie2025mhc",
     basis="stream",
@@ -139,6 +150,7 @@ def composite_singular_value(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"|\lambda_i(H)|",
+    dims="connection component reduction",
     healthy=Range(high=1.05, source="heuristic"),
     cite="seneta2006nonnegative",
     basis="stream",
@@ -159,11 +171,14 @@ def _components(mixing: Mixing, values: np.ndarray, *, composed: bool = False) -
 
 @metric(
     symbol=r"\|\Sigma_j H_{ij} - 1\|_\infty",
+    dims="kind connection reduction",
+    scale="log",
     healthy=Range(high=1e-2, source="xie2025mhc"),
     cite="sinkhorn1967concerning",
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
+    headline=True,
 )
 def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
     """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
@@ -184,6 +199,8 @@ def _weakest(p: np.ndarray) -> np.ndarray:
 
 @metric(
     symbol=r"\min_i |\sum_j P_{ij}|",
+    dims="direction connection reduction",
+    scale="log",
     healthy=Range(low=0.5, source="heuristic"),
     cite="xie2025mhc",
     basis="stream",
@@ -201,6 +218,8 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\min_i |\sum_j H_{ij}|",
+    dims="direction connection reduction",
+    scale="log",
     healthy=Range(low=0.5, source="heuristic"),
     cite="xie2025mhc",
     basis="stream",
@@ -218,12 +237,14 @@ def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\max |\ln |\textstyle\sum P||",
+    dims="connection reduction",
     units="nat",
     healthy=Range(high=0.7, source="heuristic"),
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
     estimator=PER_PRODUCT,
+    infinite=True,
 )
 def composite_deviation(mixing: Mixing) -> xr.DataArray:
     r"""Largest distance of any row or column sum of the product of all connections from 1, up or down.
@@ -237,6 +258,9 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\tau(P)",
+    dims="connection reduction",
+    label="composite Dobrushin",
+    scale="log",
     cite="seneta2006nonnegative",
     basis="stream",
     null=1.0,
@@ -261,11 +285,14 @@ def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray
 
 @metric(
     symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
+    dims="connection reduction",
     healthy=Range(low=-2.0, source="heuristic"),
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
     estimator=PER_PRODUCT,
+    infinite=True,
+    headline=True,
 )
 def deflated_gain(mixing: Mixing) -> xr.DataArray:
     r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
@@ -279,11 +306,13 @@ def deflated_gain(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
+    dims="connection reduction",
     healthy=Range(low=-2.0, source="heuristic"),
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
     estimator=PER_PRODUCT,
+    infinite=True,
 )
 def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
     r"""What is left of a difference between streams on its way to the head: the product from a connection on.
@@ -297,11 +326,13 @@ def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\|H - I\|_F / \sqrt{n}",
+    dims="connection reduction",
     healthy=Range(low=0.05, source="heuristic"),
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
+    headline=True,
 )
 def identity_distance(mixing: Mixing) -> xr.DataArray:
     """Distance of a connection from the identity: 0 where the streams do not mix."""
@@ -315,11 +346,13 @@ def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"H(\text{rows})",
+    dims="connection reduction",
     units="nat",
     cite="seneta2006nonnegative",
     basis="stream",
     null=_uniform_entropy,
     estimator=PER_TOKEN,
+    headline=True,
 )
 def mixing_entropy(mixing: Mixing) -> xr.DataArray:
     """Mean entropy of the rows: 0 for a permutation or the identity, ln n for uniform mixing."""
@@ -328,6 +361,7 @@ def mixing_entropy(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{|M_{kj}|}",
+    dims="connection other_connection",
     cite="zhu2024hyper",
     basis="invariant",
     null=1.0,
@@ -356,6 +390,7 @@ def _shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"|H^{pre}_s| / \sum_s |H^{pre}_s|",
+    dims="connection stream",
     cite="zhu2024hyper",
     basis="stream",
     null=_equal_share,
@@ -368,6 +403,7 @@ def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"|H^{post}_s| / \sum_s |H^{post}_s|",
+    dims="connection stream",
     cite="zhu2024hyper",
     basis="stream",
     null=_equal_share,

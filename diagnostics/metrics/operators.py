@@ -27,6 +27,8 @@ def _norms(mixing: Mixing, matrices: np.ndarray, scale: np.ndarray, *, composed:
 
 @metric(
     symbol=r"\|H\|_p",
+    dims="norm connection reduction",
+    scale="log",
     healthy=GAIN,
     cite="xie2025mhc",
     basis="stream",
@@ -43,6 +45,8 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\|P\|_p",
+    dims="norm connection reduction",
+    scale="log",
     healthy=GAIN,
     cite="xie2025mhc",
     basis="stream",
@@ -60,6 +64,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"1 - |\lambda_2|",
+    dims="connection reduction",
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
@@ -77,11 +82,14 @@ def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"\kappa(H)",
+    dims="connection reduction",
+    scale="log",
     healthy=Range(high=1e3, source="heuristic"),
     cite="golub2013matrix",
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
+    infinite=True,
 )
 def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
     r"""Condition number of one connection: infinite where it loses a combination of streams.
@@ -93,6 +101,8 @@ def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Data
 
 @metric(
     symbol=r"\sqrt{\|H\|_F^2 - \textstyle\sum|\lambda|^2}",
+    dims="connection reduction",
+    label="Henrici",
     cite="henrici1962bounds",
     basis="stream",
     null=0.0,
@@ -108,6 +118,7 @@ def henrici(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"r(H)",
+    dims="connection reduction",
     healthy=Range(high=1.05, source="heuristic"),
     cite="horn1991topics",
     basis="stream",
@@ -125,6 +136,8 @@ def numerical_radius(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\tau(H)",
+    dims="connection reduction",
+    label="Dobrushin",
     cite="seneta2006nonnegative",
     basis="stream",
     null=1.0,
@@ -142,11 +155,14 @@ def dobrushin(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\lambda^{\mathrm{Lyap}}_i",
+    dims="component reduction",
+    label="Lyapunov spectrum",
     units="nat per connection",
     cite="benettin1980lyapunov",
     basis="stream",
     null=0.0,
     estimator="QR along the depth per token in float64, then reduced over tokens",
+    infinite=True,
 )
 def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
     r"""Lyapunov exponents of the whole product: growth of each direction per connection, the largest first.

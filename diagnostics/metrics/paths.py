@@ -23,12 +23,14 @@ def _one_stream(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"n_{\mathrm{eff}}",
+    dims="connection reduction",
     healthy=Range(low=1.5, source="heuristic"),
     cite="roy2007effective",
     basis="invariant",
     null=_one_stream,
     most_tokens=lambda width: TOKENS,
     estimator=f"per token in float64, over at most {TOKENS} tokens, evenly spaced, then reduced over them",
+    headline=True,
 )
 def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> xr.DataArray:
     r"""Effective streams: how many independent signals pass from the earlier connections to the later ones.
@@ -53,6 +55,7 @@ def _residual_hops(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{k - j}",
+    dims="connection",
     units="connections",
     cite="zhu2024hyper",
     basis="invariant",
@@ -77,6 +80,8 @@ def _residual_mass(mixing: Mixing) -> xr.DataArray:
 
 @metric(
     symbol=r"\textstyle\sum_k |M_{kj}|",
+    dims="connection",
+    scale="log",
     healthy=Range(low=0.01, source="zhu2024hyper"),
     cite="zhu2024hyper",
     basis="invariant",
@@ -105,6 +110,7 @@ def _in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"n_{\mathrm{read}}",
+    dims="connection",
     cite="roy2007effective",
     basis="stream",
     null=_all_streams,
@@ -120,6 +126,7 @@ def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"n_{\mathrm{write}}",
+    dims="connection",
     cite="roy2007effective",
     basis="stream",
     null=_all_streams,

@@ -26,6 +26,8 @@ def channel_statistics(residual_states: States) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{\mu_c^2}",
+    dims="depth stream",
+    scale="log",
     units="activation²",
     cite="brock2021characterizing",
     basis="stream",
@@ -42,6 +44,8 @@ def channel_squared_mean(channel_statistics: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{\sigma_c^2}",
+    dims="depth stream",
+    scale="log",
     units="activation²",
     cite="brock2021characterizing",
     basis="stream",
@@ -58,11 +62,14 @@ def channel_variance(channel_statistics: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\overline{\sigma_c^2}(x_l - x_{l-1})",
+    dims="depth stream",
+    scale="log",
     units="activation²",
     cite="brock2021characterizing",
     basis="stream",
     null="none: the scale is the model's; compare depths",
     estimator="over all real tokens, then the mean over channels",
+    of_steps=True,
 )
 def branch_variance(residual_states: States) -> xr.DataArray:
     r"""Average channel variance of what a step adds; NaN at the embedding.
@@ -86,10 +93,13 @@ def _share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 @metric(
     symbol=r"\|x_l - x_{l-1}\| / \|x_{l-1}\|",
+    dims="depth stream",
+    scale="log",
     cite="brock2021characterizing",
     basis="stream",
     null="none in general: independent unit branches give the inverse square root of the depth",
     estimator="mean over real tokens",
+    of_steps=True,
 )
 def branch_share(residual_states: States) -> xr.DataArray:
     r"""Size of what a step adds relative to the state that it is added to; NaN at the embedding.
@@ -121,10 +131,12 @@ def _summary(cosines: np.ndarray) -> np.ndarray:
 
 @metric(
     symbol=r"\cos(x_{l-1}, x_l)",
+    dims="depth stream",
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,
     estimator="mean over real tokens",
+    of_steps=True,
 )
 def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     r"""Mean cosine of a token's state with its state at the depth before; NaN at the embedding.
@@ -138,11 +150,13 @@ def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"q_p \cos(x_{l-1}, x_l)",
+    dims="depth stream quantile",
     cite="zhu2024hyper",
     basis="stream",
-    null=0.0,
+    null="none: the quantiles of noise spread around 0 by one over the root of the number of features",
     estimator="quantiles over real tokens, along the dim quantile",
     smooth=False,
+    of_steps=True,
 )
 def adjacent_cosine_band(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     """Band of the cosine with the depth before: 5, 50 and 95 % of the tokens lie below."""

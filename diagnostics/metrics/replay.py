@@ -16,8 +16,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.kernels._arrays import as_float64
-from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import as_count, as_float64
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.metrics.mixing import PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
@@ -64,7 +63,7 @@ def decay_factor(
             f"steps is {steps} beside {'a schedule' if scheduled else 'one learning rate'}; expected the number of "
             "steps beside one rate, and None beside a schedule"
         )
-    times = 1 if steps is None else whole(steps, name="steps", least=0)
+    times = 1 if steps is None else as_count(steps, name="steps", least=0)
     if np.ndim(learning_rate) > 1 or np.size(learning_rate) == 0 or np.ndim(weight_decay) > 0:
         raise ValueError(
             f"learning_rate has shape {np.shape(learning_rate)} and weight_decay {np.shape(weight_decay)}; expected one "
@@ -120,7 +119,7 @@ def with_replay(
         or ``sinkhorn_steps`` is no whole number of 1 or more.
     """
     if sinkhorn_steps is not None:
-        sinkhorn_steps = whole(sinkhorn_steps, name="sinkhorn_steps")
+        sinkhorn_steps = as_count(sinkhorn_steps, name="sinkhorn_steps")
     given = initial if isinstance(initial, xr.DataArray) else _in_order(np.asarray(initial))
     told = {"decay": decay, "sinkhorn_steps": sinkhorn_steps, "last": last, "floor": floor}
     attrs = {"sinkhorn_steps": 20, "last": "row", "floor": 0.0} | dict(given.attrs)
@@ -221,6 +220,7 @@ def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
 
 @metric(
     symbol=r"\|H - H_0\|_F / \sqrt{n}",
+    dims="connection reduction",
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
@@ -233,6 +233,7 @@ def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.DataArr
 
 @metric(
     symbol=r"\|H - H_{\eta\lambda}\|_F / \sqrt{n}",
+    dims="connection reduction",
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
@@ -250,10 +251,12 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 
 @metric(
     symbol=r"\log_{10} \sigma_1(P_{\eta\lambda}|_{1^\perp})",
+    dims="connection",
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
     estimator="static matrices in float64",
+    infinite=True,
 )
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray

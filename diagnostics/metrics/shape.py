@@ -41,10 +41,12 @@ def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.D
 
 @metric(
     symbol=r"\mathrm{rank}_\varepsilon",
+    dims="scope tokens centering depth stream",
     cite="golub2013matrix",
     basis="stream",
     null=_of_noise(lambda s, count: float(len(s))),
     estimator=SPECTRAL,
+    null_error=0.02,
 )
 def numerical_rank(
     singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
@@ -65,10 +67,12 @@ def numerical_rank(
 
 @metric(
     symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
+    dims="scope tokens centering depth stream",
     cite="marchenko1967distribution",
     basis="stream",
     null=_of_noise(lambda s, count: rank.top_energy_of(s, TOP)),
     estimator=SPECTRAL,
+    null_error=0.03,
 )
 def top_energy(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Share of the energy in the ten strongest directions.
@@ -94,10 +98,13 @@ def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray
 
 @metric(
     symbol=r"\alpha",
+    dims="scope tokens centering depth stream",
+    label="α-ReQ",
     cite="agrawal2022alpha",
     basis="stream",
     null=_of_noise(lambda s, count: geometry.alpha_req_of(s, first=FIRST, last=LAST).alpha),
     estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
+    null_error=0.15,
 )
 def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Power-law exponent of the spectrum: how fast the variance falls from direction to direction.
@@ -112,6 +119,8 @@ def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
 
 @metric(
     symbol=r"\Delta\alpha",
+    dims="scope tokens centering depth stream",
+    label="α-ReQ error",
     cite="agrawal2022alpha",
     basis="stream",
     null="0 for an exact power law; noise has none, so its fit is poor",
@@ -131,6 +140,7 @@ def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> x
 
 @metric(
     symbol=r"\mathcal{E}(X)",
+    dims="tokens depth stream",
     cite="cai2020note",
     basis="stream",
     null=_energy_of_noise,
@@ -150,11 +160,13 @@ def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.D
 
 @metric(
     symbol=r"\overline{\angle}(v_k, v_{k+1})",
+    dims="tokens depth stream",
     units="rad",
     cite="skean2025layer",
     basis="stream",
     null=2.0 * np.pi / 3.0,
     estimator=PER_SEQUENCE,
+    null_error=0.01,
 )
 def curvature(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
     r"""Curvature of the path of tokens: the mean angle between its successive steps.
@@ -182,11 +194,13 @@ def _dimension_of_noise(token_masks: xr.DataArray, residual_states: States) -> x
 
 @metric(
     symbol=r"d_{\mathrm{TwoNN}}",
+    dims="tokens depth stream",
     cite="facco2017estimating",
     basis="stream",
     null=_dimension_of_noise,
     estimator="all tokens pooled, repeated ones once; the largest tenth of the ratios left out",
     default=False,
+    null_error=0.05,
 )
 def intrinsic_dimension(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
     r"""Intrinsic dimension of the cloud of tokens, from the two nearest neighbours of each.

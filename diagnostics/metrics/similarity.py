@@ -15,7 +15,7 @@ from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.alignment import evenly_spaced
 from depthscope.diagnostics.metrics.declaration import Range, metric
-from depthscope.diagnostics.quantities.registry import Unavailable, quantity
+from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import MeanStates, States
 
 # Tokens that CKA between streams is taken over: it costs their square, at every depth.
@@ -68,10 +68,13 @@ def _cka_of_noise(
 
 @metric(
     symbol=r"\mathrm{CKA}",
+    dims="estimator tokens depth other_depth",
+    label="CKA",
     cite="kornblith2019similarity",
     basis="stream",
     null=_cka_of_noise,
     estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+    null_error=0.02,
 )
 def cka(cka_table: xr.DataArray) -> xr.DataArray:
     r"""Linear CKA between depths: 1 for the same geometry of tokens.
@@ -85,10 +88,15 @@ def cka(cka_table: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\mathrm{CKA}_{l, l-1}",
+    dims="estimator tokens depth",
+    label="adjacent CKA",
     cite="kornblith2019similarity",
     basis="stream",
     null=_cka_of_noise,
     estimator="along the dim estimator: biased HSIC, or unbiased HSIC1 (may be negative)",
+    null_error=0.02,
+    of_steps=True,
+    headline=True,
 )
 def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
     """Linear CKA of each depth with the one before; NaN at the embedding."""
@@ -100,6 +108,7 @@ def adjacent_cka(cka_table: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\arccos(\cos) / \pi",
+    dims="tokens depth other_depth",
     cite="gromov2024unreasonable",
     basis="stream",
     null=0.5,
@@ -137,10 +146,12 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
 
 @metric(
     symbol=r"1 - \cos(x_{l-1}, x_l)",
+    dims="tokens depth",
     cite="men2024shortgpt",
     basis="stream",
     null=1.0,
     estimator="mean over tokens",
+    of_steps=True,
 )
 def block_influence(
     residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray
@@ -163,51 +174,51 @@ def _influences(states: np.ndarray) -> np.ndarray:
 
 @metric(
     symbol=r"\overline{\cos}(x_i, x_j)",
+    dims="depth",
     healthy=Range(high=0.99, source="heuristic"),
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,
     estimator="exact over all pairs of streams, mean over tokens",
 )
-def stream_cosine(residual_states: States) -> xr.DataArray:
+def stream_cosine(stream_states: States) -> xr.DataArray:
     """Mean cosine between the streams of a token: 1 where they are copies, as at the embedding."""
-    if residual_states.num_streams == 1:
-        raise Unavailable("the run has one stream")
 
     def measure(views: np.ndarray) -> np.ndarray:
-        streams = np.moveaxis(residual_states.rows(views[1:]), 0, 1)
+        streams = np.moveaxis(stream_states.rows(views[1:]), 0, 1)
         cosines = geometry.token_cosine(streams)
         mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
         return np.full(len(views), mean)
 
-    return residual_states.over_depth(measure).isel(stream=0, drop=True)
+    return stream_states.over_depth(measure).isel(stream=0, drop=True)
 
 
-def _stream_cka_of_noise(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
     """CKA of independent iid noise at that size: 0 when unbiased."""
-    count = min(int(residual_states.mask.sum()), ROWS)
-    of_each = {"biased": kernel.cka_null(count, residual_states.num_features), "unbiased": 0.0}
+    count = min(int(stream_states.mask.sum()), ROWS)
+    of_each = {"biased": kernel.cka_null(count, stream_states.num_features), "unbiased": 0.0}
     return xr.DataArray([of_each[name] for name in estimator], coords={"estimator": list(estimator)})
 
 
 @metric(
     symbol=r"\overline{\mathrm{CKA}}(x_i, x_j)",
+    dims="estimator depth",
+    label="stream CKA",
     cite="kornblith2019similarity",
     basis="stream",
     null=_stream_cka_of_noise,
     estimator=f"mean over pairs of streams; over at most {ROWS} tokens, evenly spaced",
     most_tokens=lambda width: ROWS,
+    null_error=0.02,
 )
-def stream_cka(residual_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
+def stream_cka(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
     """Mean linear CKA between the streams: 1 where they hold the same geometry of tokens, even if rotated."""
-    if residual_states.num_streams == 1:
-        raise Unavailable("the run has one stream")
-    pairs = ~np.eye(residual_states.num_streams, dtype=bool)
+    pairs = ~np.eye(stream_states.num_streams, dtype=bool)
 
     def measure(views: np.ndarray) -> np.ndarray:
-        rows = residual_states.rows(views[1:])
+        rows = stream_states.rows(views[1:])
         rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
         return np.tile(_cka(rows, estimator)[:, pairs].mean(axis=-1), (len(views), 1))
 
-    found = residual_states.over_depth(measure, ("estimator",), estimator=list(estimator))
+    found = stream_states.over_depth(measure, ("estimator",), estimator=list(estimator))
     return found.isel(stream=0, drop=True).transpose("estimator", "depth")

@@ -83,11 +83,14 @@ def _noise_beside(
 
 @metric(
     symbol=r"\sigma_i",
+    dims="scope tokens centering depth order",
+    scale="log",
     units="activation",
     cite="marchenko1967distribution",
     basis="stream",
     null=_noise_beside,
     estimator="of the mean over streams; within a sequence: mean over sequences of the value of that order",
+    null_error=0.03,
 )
 def singular_value(
     singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States

@@ -99,10 +99,12 @@ def _of_noise(name: str) -> Null:
 
 @metric(
     symbol=r"\mathrm{erank}(\Sigma)",
+    dims="centering depth stream",
     cite="roy2007effective",
     basis="invariant",
     null=_of_noise("effective_rank"),
     estimator=OF_SUMS,
+    headline=True,
 )
 def streamed_effective_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Effective rank of every token seen: how many directions carry the size of the signal.
@@ -117,6 +119,7 @@ def streamed_effective_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray])
 
 @metric(
     symbol=r"\exp S_1(\Sigma)",
+    dims="centering depth stream",
     cite="skean2025layer",
     basis="invariant",
     null=_of_noise("entropy_rank"),
@@ -132,6 +135,7 @@ def streamed_entropy_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -
 
 @metric(
     symbol=r"\mathrm{PR}(\Sigma)",
+    dims="centering depth stream",
     cite="chun2026estimating",
     basis="invariant",
     null=_of_noise("participation_ratio"),
@@ -147,6 +151,7 @@ def streamed_participation_ratio(streamed_spectra: tuple[xr.DataArray, xr.DataAr
 
 @metric(
     symbol=r"\mathrm{srank}(\Sigma)",
+    dims="centering depth stream",
     cite="rudelson2007sampling",
     basis="invariant",
     null=_of_noise("stable_rank"),
@@ -185,6 +190,7 @@ def _alpha(s: Any) -> Any:
 
 @metric(
     symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
+    dims="centering depth stream",
     cite="marchenko1967distribution",
     basis="invariant",
     null=_of_spectrum(_top_energy),
@@ -200,6 +206,8 @@ def streamed_top_energy(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> 
 
 @metric(
     symbol=r"\alpha(\Sigma)",
+    dims="centering depth stream",
+    label="streamed α-ReQ",
     cite="agrawal2022alpha",
     basis="invariant",
     null=_of_spectrum(_alpha),
@@ -224,6 +232,8 @@ def _cka(hsic: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\widehat{\mathrm{CKA}}",
+    dims="depth other_depth",
+    label="streamed CKA",
     cite="song2012feature",
     basis="invariant",
     null=0.0,
@@ -242,6 +252,8 @@ def streamed_cka(hsic: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\mathrm{se}(\widehat{\mathrm{CKA}})",
+    dims="depth other_depth",
+    label="streamed CKA error",
     cite="song2012feature",
     basis="invariant",
     null="none: it is an error",

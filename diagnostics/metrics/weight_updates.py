@@ -16,6 +16,8 @@ def _over(above: xr.DataArray, below: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\|W_m\|_F",
+    dims="weight",
+    scale="log",
     cite="you2017large",
     basis="invariant",
     null="none: the scale is the initialisation's; iid entries of variance s² give s times the root of their number",
@@ -33,6 +35,8 @@ def weight_norm(weight_square_norm: xr.DataArray) -> xr.DataArray:
 
 @metric(
     symbol=r"\|\partial \mathcal{L} / \partial W_m\|_F",
+    dims="weight",
+    scale="log",
     units="loss per weight",
     cite="pascanu2013difficulty",
     basis="invariant",
@@ -51,6 +55,8 @@ def weight_gradient_norm(weight_gradient_square_norm: xr.DataArray) -> xr.DataAr
 
 @metric(
     symbol=r"\|\partial \mathcal{L} / \partial W_m\|_F / \|W_m\|_F",
+    dims="weight",
+    scale="log",
     units="loss per weight²",
     cite="you2017large",
     basis="invariant",
@@ -72,6 +78,8 @@ def weight_gradient_ratio(
 
 @metric(
     symbol=r"\|\Delta W_m\|_F / \|W_m\|_F",
+    dims="weight",
+    scale="log",
     healthy=Range(low=1e-5, high=1e-2, source="heuristic"),
     cite="bernstein2020distance",
     basis="invariant",

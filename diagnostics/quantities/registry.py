@@ -28,6 +28,13 @@ LABELS: dict[str, tuple[str, ...]] = CHOICES | {
     "norm": ("infinity", "one", "two"),
 }
 
+DIMS = (
+    *("estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
+    *("other_depth", "connection", "other_connection", "weight"),
+    *("component", "order", "stream", "quantile", "reduction"),
+)
+"""The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
+
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
     "h_res": "one stream mixes nothing, or the family's mixing matrix is not known",

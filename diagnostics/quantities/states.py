@@ -282,6 +282,14 @@ def residual_states(residual: xr.DataArray, mask: xr.DataArray) -> States:
 
 
 @quantity
+def stream_states(residual_states: States) -> States:
+    """The residual of a run with several streams, for what compares one stream with another."""
+    if residual_states.num_streams == 1:
+        raise Unavailable("the run has one stream")
+    return residual_states
+
+
+@quantity
 def gradient_states(gradient: xr.DataArray, mask: xr.DataArray) -> States:
     """The gradient of the loss with respect to the residual, depth by depth."""
     return States(gradient, mask)

@@ -1,1 +1,1 @@
-"""How does a model come from files? Folders, GGUF, factories, weight files, sample text."""
+"""How does a checkpoint become a model and a batch for it? Folders, GGUF, factories, weight files, text."""

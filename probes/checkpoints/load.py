@@ -10,34 +10,23 @@ import logging
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthscope.probes.checkpoints.digests import file_digest, parameter_digest
 from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
-from depthscope.probes.checkpoints.loaded_model import LoadedModel
-from depthscope.probes.checkpoints.sample_text import encode_text, sample_text, token_texts
 from depthscope.probes.checkpoints.weight_files import (
     CheckpointError,
     check_safetensors,
-    file_digest,
     load_strictly,
-    parameter_digest,
     safetensors_files,
     state_dict,
 )
-
-__all__ = [
-    "CheckpointError",
-    "LoadedModel",
-    "encode_text",
-    "load_checkpoint",
-    "sample_text",
-    "token_texts",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +45,22 @@ EXPECTED = (
 )
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode, with its tokenizer and where it came from."""
+
+    model: nn.Module
+    """Weights loaded, in eval mode."""
+    tokenizer: Any | None
+    """The checkpoint's own tokenizer; None if it has none."""
+    name: str
+    """Short name for titles and tables."""
+    digest: str
+    """``sha256:…`` of the weight files, or of the parameters where there is no file."""
+    source: str
+    """The specification and weights that this came from, as given."""
+
+
 def load_checkpoint(
     spec: str,
     *,
@@ -63,7 +68,7 @@ def load_checkpoint(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> LoadedModel:
-    """Model of a checkpoint, ready to be probed; nothing is fetched from a network, no pickled code runs.
+    """Load the model of a checkpoint; nothing is fetched from a network, no pickled code runs.
 
     Parameters
     ----------
@@ -87,31 +92,33 @@ def load_checkpoint(
     Raises
     ------
     CheckpointError
-        If the checkpoint is absent, torn, of an unknown kind, or does not fit its model.
+        If the checkpoint is missing, torn, of an unknown kind, or does not fit its model.
     """
-    number_type = _dtype(dtype)
+    torch_dtype = _torch_dtype(dtype)
     path = Path(spec).expanduser()
-    if FACTORY.fullmatch(spec) and not path.exists():
-        loaded = _from_factory(spec, weights, number_type)
+    if FACTORY.fullmatch(spec) and not path.exists():  # a file name may have a colon too
+        loaded = _from_factory(spec, weights, torch_dtype)
     elif weights is not None:
         raise CheckpointError(
             f"weights '{weights}' go with 'package.module:function', but the model is '{spec}'; "
             "leave them out"
         )
     else:
-        with _bars_on_terminals_only():
-            loaded = _from_path(path, spec, number_type)
+        with _progress_bars_on_terminals_only():
+            loaded = _from_path(path, spec, torch_dtype)
     loaded.model.to(device).eval()
     return loaded
 
 
 def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
     if spec == "smollm2":
-        return _from_gguf(smollm2_file(), "SmolLM2-135M", spec, dtype)
+        model, tokenizer, digest = load_gguf(smollm2_file(), dtype=dtype)
+        return LoadedModel(model, tokenizer, "SmolLM2-135M", digest, spec)
     if path.is_dir():
         return _from_folder(path, spec, dtype)
     if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, path.stem, spec, dtype)
+        model, tokenizer, digest = load_gguf(path, dtype=dtype)
+        return LoadedModel(model, tokenizer, path.stem, digest, spec)
     if path.is_file():
         raise CheckpointError(_advice_for_file(path))
     if ":" in spec:
@@ -122,17 +129,12 @@ def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
 def _advice_for_file(path: Path) -> str:
     if path.suffix in {".safetensors", ".pt", ".pth", ".bin"}:
         if (path.parent / "config.json").is_file():
-            return f"'{path}' holds weights without an architecture; give its folder: '{path.parent}'"
+            return f"'{path}' contains weights without an architecture; give its folder: '{path.parent}'"
         return (
-            f"'{path}' holds weights without an architecture; give the code that builds the model as "
+            f"'{path}' contains weights without an architecture; give the code that builds the model as "
             "'package.module:function' and this file as its weights"
         )
     return f"'{path}' is no checkpoint that is known here; {EXPECTED}"
-
-
-def _from_gguf(file: Path, name: str, spec: str, dtype: torch.dtype | None) -> LoadedModel:
-    model, tokenizer, digest = load_gguf(file, dtype=dtype)
-    return LoadedModel(model, tokenizer, name, digest, spec)
 
 
 def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
@@ -150,9 +152,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"no config.json in '{folder}' (found: {found}); {EXPECTED}")
     files = safetensors_files(folder)
     check_safetensors(files)
-    files = files or sorted(
-        folder.glob("pytorch_model*.bin")
-    )  # opened by transformers with weights_only=True
+    if not files:  # pickles, which transformers opens with weights_only=True
+        files = sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise CheckpointError(
             f"'{folder}' has a config.json but no safetensors or pytorch_model.bin; complete the download"
@@ -168,18 +169,19 @@ def _config(folder: Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
             f"transformers does not know the architecture in '{folder}/config.json' ({_first_line(error)}); "
-            "code that lies in a checkpoint is never run: update transformers, or give "
+            "code inside a checkpoint is never run: update transformers, or give "
             "'package.module:function' and weights"
         ) from error
 
 
 def _model_class(config: Any) -> Any:
-    """The class that saved the checkpoint, so that no part of it is left out or made up."""
+    """The class that saved the checkpoint: another one would drop some weights or initialise some at random."""
     import transformers
 
     for name in config.architectures or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
+    # A config without architectures: with a language-model head where there is one, so that it can give a loss.
     causal = transformers.AutoModelForCausalLM
     return causal if type(config) in causal._model_mapping else transformers.AutoModel
 
@@ -192,15 +194,16 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
         model, report = _model_class(config).from_pretrained(str(folder), config=config, **options)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"the .bin files in '{folder}' are pickles that hold more than tensors and would have to run code "
+            f"the .bin files in '{folder}' are pickles that contain more than tensors and would have to run code "
             "to open; ask for a safetensors version"
         ) from error
     except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"'{folder}' does not load: {_first_line(error)}") from error
-    made_up = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if made_up:
+    # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
+    random = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if random:
         raise CheckpointError(
-            f"'{folder}' lacks {len(made_up)} weights of {type(model).__name__} ({', '.join(made_up[:5])}), "
+            f"'{folder}' lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:5])}), "
             "which would be random: complete the download or name the right architecture in config.json"
         )
     if report["unexpected_keys"]:
@@ -212,6 +215,7 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
 
 
 def _tokenizer(folder: Path) -> Any | None:
+    # Asked first: without these files AutoTokenizer raises errors that do not tell "none" from "broken".
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -227,7 +231,7 @@ def _tokenizer(folder: Path) -> Any | None:
 
 def _from_factory(spec: str, weights: str | Path | None, dtype: torch.dtype | None) -> LoadedModel:
     with _working_folder_importable():
-        model = _built(spec, _attribute(spec))
+        model = _call_factory(spec, _import_factory(spec))
     if weights is None:
         digest = parameter_digest(model)
     else:
@@ -240,7 +244,7 @@ def _from_factory(spec: str, weights: str | Path | None, dtype: torch.dtype | No
     return LoadedModel(model, None, spec.partition(":")[2].rpartition(".")[2], digest, source)
 
 
-def _attribute(spec: str) -> Any:
+def _import_factory(spec: str) -> Any:
     module_name, _, path = spec.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
@@ -258,32 +262,28 @@ def _attribute(spec: str) -> Any:
     return found
 
 
-def _built(spec: str, factory: Any) -> nn.Module:
+def _call_factory(spec: str, factory: Any) -> nn.Module:
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
         raise CheckpointError(
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
         )
-    _check_no_arguments(spec, factory)
+    try:
+        inspect.signature(factory).bind()  # asked before the call, whose own TypeErrors are the user's to see
+    except TypeError as error:
+        raise CheckpointError(
+            f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
+        ) from error
     model = factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"'{spec}' returned a {type(model).__name__}; expected an nn.Module")
     return model
 
 
-def _check_no_arguments(spec: str, factory: Callable[..., Any]) -> None:
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise CheckpointError(
-            f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
-        ) from error
-
-
 @contextlib.contextmanager
 def _working_folder_importable() -> Iterator[None]:
-    """A console script, unlike ``python -m``, does not find modules of the folder it is run in."""
+    """Make modules of the working folder importable, as ``python -m`` does and a console script does not."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
@@ -294,16 +294,16 @@ def _working_folder_importable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """The progress bars of transformers and gguf are for people; log files get none."""
+def _progress_bars_on_terminals_only() -> Iterator[None]:
+    """Show the progress bars of transformers and gguf on a terminal, and keep them out of log files."""
     if sys.stderr.isatty():
         yield
         return
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()):  # where tqdm writes
         yield
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)

@@ -1,8 +1,7 @@
-"""What do the weight files hold? Tensors only: safetensors, or a pickle that needs no code to open."""
+"""How are tensors read from weight files? From safetensors, or from a pickle that needs no code to open."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Iterable, Mapping
@@ -13,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-CHUNK = 1 << 20
-FULL_DIGEST_LIMIT = 4 << 30  # a complete hash of more would take longer than the capture itself
-NESTED_NAMES = ("state_dict", "model_state_dict", "model")
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+INDEX_ENDING = ".safetensors.index.json"
+# Keys under which training scripts save the weights next to the optimiser: Lightning's, then two common ones.
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+NUM_LISTED = 5  # names in a message at most
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message says what came, what was expected, what to do."""
+    """A checkpoint that cannot be loaded; the message states what came, what was expected and what to do."""
 
 
 def state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -34,12 +34,12 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
     Returns
     -------
     dict of str to torch.Tensor
-        On the CPU. Wrapper prefixes that every name carries (``module.``, ``_orig_mod.``) are cut.
+        On the CPU. Wrapper prefixes (``module.``, ``_orig_mod.``) are removed where every name has them.
 
     Raises
     ------
     CheckpointError
-        If the file is absent, torn, or a pickle that would have to run code.
+        If the file is missing, torn, or a pickle that would have to run code.
     """
     if not path.exists():
         raise CheckpointError(f"no weights at '{path}'; give a .safetensors file or a .pt/.pth state dict")
@@ -49,33 +49,42 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for file in files:
             tensors.update(load_file(file))
-        return _without_wrappers(tensors)
+        return _without_wrapper_prefixes(tensors)
     if path.is_dir():
         raise CheckpointError(f"no .safetensors file in the folder '{path}'; give the weights file itself")
-    return _without_wrappers(_unpickled(path))
+    return _without_wrapper_prefixes(_unpickled(path))
 
 
 def safetensors_files(path: Path) -> list[Path]:
-    """Every safetensors shard that a file, an index or a folder stands for; empty if there is none."""
+    """Every safetensors shard of a file, an index or a folder; empty if there is none."""
+    index = find_index(path)
+    if index is not None:
+        names = sorted(set(read_index(index).values()))
+        missing = [name for name in names if not (index.parent / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"'{index}' names {len(names)} shards but {', '.join(missing)} is not there; complete the download"
+            )
+        return [index.parent / name for name in names]
     if path.is_dir():
-        index = sorted(path.glob("*.safetensors.index.json"))
-        return safetensors_files(index[0]) if index else sorted(path.glob("*.safetensors"))
-    if path.name.endswith(".safetensors.index.json"):
-        return _indexed_shards(path)
+        return sorted(path.glob("*.safetensors"))
     return [path] if path.suffix == ".safetensors" else []
 
 
-def _indexed_shards(index: Path) -> list[Path]:
+def find_index(path: Path) -> Path | None:
+    """The index of a sharded checkpoint: in a folder, or the file itself if it is one."""
+    if path.is_dir():
+        return min(path.glob("*" + INDEX_ENDING), default=None)
+    return path if path.name.endswith(INDEX_ENDING) else None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """File name of every tensor that an index lists."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        entries = json.loads(index.read_text())["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"'{index}' is no safetensors index ({error}); download it again") from error
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"'{index}' names {len(names)} shards but {', '.join(absent)} is not there; complete the download"
-        )
-    return [index.parent / name for name in names]
+    return {str(name): str(file) for name, file in entries}
 
 
 def check_safetensors(files: Iterable[Path]) -> None:
@@ -84,16 +93,19 @@ def check_safetensors(files: Iterable[Path]) -> None:
     Raises
     ------
     CheckpointError
-        If a header cannot be read or a file is shorter than its header says.
+        If a header cannot be read or a file is shorter than its header states.
     """
     for file in files:
         try:
             with safetensors.safe_open(file, framework="pt"):
-                pass
+                pass  # opening compares the header with the file's size
         except safetensors.SafetensorError as error:
-            raise CheckpointError(
-                f"'{file}' is torn or no safetensors file ({error}); copy or download it again"
-            ) from error
+            raise torn_file(file, str(error)) from error
+
+
+def torn_file(file: Path, reason: str) -> CheckpointError:
+    """The error for a damaged safetensors file."""
+    return CheckpointError(f"'{file}' is torn or no safetensors file ({reason}); copy or download it again")
 
 
 def _unpickled(path: Path) -> dict[str, torch.Tensor]:
@@ -101,35 +113,38 @@ def _unpickled(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"'{path}' is a pickle that holds more than tensors and would have to run code to open; save the "
+            f"'{path}' is a pickle that contains more than tensors and would have to run code to open; save the "
             "weights alone with torch.save(model.state_dict(), path) or as .safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"'{path}' cannot be read as torch weights ({error}); copy it again") from error
-    return _tensors_of(content, path)
+    return _find_state_dict(content, path)
 
 
-def _tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
-    if isinstance(content, Mapping):
-        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-            return {str(name): value for name, value in content.items()}
-        nested = [name for name in NESTED_NAMES if isinstance(content.get(name), Mapping)]
-        if nested:
-            return _tensors_of(content[nested[0]], path)
-        found = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise CheckpointError(f"'{path}' holds no state dict (found: {found}); save model.state_dict()")
-    raise CheckpointError(f"'{path}' holds a {type(content).__name__}; expected a state dict of tensors")
+def _find_state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"'{path}' contains a {type(content).__name__}; expected a state dict of tensors"
+        )
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return {str(name): value for name, value in content.items()}
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), Mapping):
+            return _find_state_dict(content[key], path)
+    found = ", ".join(map(str, list(content)[:6])) or "nothing"
+    raise CheckpointError(f"'{path}' contains no state dict (found: {found}); save model.state_dict()")
 
 
-def _without_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_wrapper_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for prefix in WRAPPER_PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
-            return _without_wrappers({name.removeprefix(prefix): value for name, value in tensors.items()})
+            cut = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            return _without_wrapper_prefixes(cut)  # wrappers nest: a compiled model inside data parallelism
     return tensors
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Put every tensor in its place; a name or shape that does not fit is an error, not a warning.
+    """Load every tensor into the model; a name or shape that does not fit is an error, not a warning.
 
     Parameters
     ----------
@@ -145,74 +160,27 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     CheckpointError
         Listing missing, unexpected and mis-shaped entries.
     """
+    # keep_vars gives the parameters themselves, so that tied ones can be told by their identity.
     expected = model.state_dict(keep_vars=True)
     tied = {id(expected[name]) for name in tensors if name in expected}
-    missing = [name for name, value in expected.items() if name not in tensors and id(value) not in tied]
-    unexpected = [name for name in tensors if name not in expected]
-    shapes = [
-        f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-        for name, value in tensors.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if missing or unexpected or shapes:
-        kind = type(model).__name__
+    problems = {
+        "missing": [
+            name for name, value in expected.items() if name not in tensors and id(value) not in tied
+        ],
+        "unexpected": [name for name in tensors if name not in expected],
+        "mis-shaped": [
+            f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
+            for name, value in tensors.items()
+            if name in expected and value.shape != expected[name].shape
+        ],
+    }
+    listed = "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:NUM_LISTED])}{', …' if len(names) > NUM_LISTED else ''})"
+        for kind, names in problems.items()
+        if names
+    )
+    if listed:
         raise CheckpointError(
-            f"the weights '{source}' do not fit {kind}: "
-            + "; ".join(
-                f"{len(names)} {word} ({_listed(names)})"
-                for word, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
-                if names
-            )
-            + "; give the weights of this very architecture"
+            f"the weights '{source}' do not fit {type(model).__name__}: {listed}; give the weights of this very architecture"
         )
-    model.load_state_dict(tensors, strict=False)  # the check above is the strict one: it knows tied names
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
-
-
-def file_digest(files: Iterable[Path]) -> str:
-    """Digest of a checkpoint's weight files, the same on every machine.
-
-    One file gives its plain SHA-256, as ``sha256sum`` prints it; several give the SHA-256 of their
-    ``digest  name`` lines. Beyond 4 GiB in total only the size, the first and the last MiB of each file are
-    hashed, and the digest says so.
-
-    Parameters
-    ----------
-    files : iterable of Path
-        The weight files.
-
-    Returns
-    -------
-    str
-        ``sha256:…`` or ``sha256-sampled:…``.
-    """
-    paths = sorted(files)
-    sampled = sum(path.stat().st_size for path in paths) > FULL_DIGEST_LIMIT
-    hashes = [_file_hash(path, sampled=sampled) for path in paths]
-    lines = "".join(f"{value}  {path.name}\n" for value, path in zip(hashes, paths, strict=True))
-    value = hashes[0] if len(paths) == 1 else hashlib.sha256(lines.encode()).hexdigest()
-    return f"sha256-sampled:{value}" if sampled else f"sha256:{value}"
-
-
-def _file_hash(path: Path, *, sampled: bool) -> str:
-    with path.open("rb") as file:
-        if not sampled:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode() + file.read(CHUNK))
-        file.seek(max(0, size - CHUNK))
-        digest.update(file.read(CHUNK))
-        return digest.hexdigest()
-
-
-def parameter_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, types and bytes of a model's state, for models that come from no file."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+    model.load_state_dict(tensors, strict=False)  # the check above is stricter, but for tied names

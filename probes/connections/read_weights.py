@@ -12,7 +12,7 @@ import torch
 
 from depthscope.probes.connections.coefficients import relative_error, spread, tolerance
 from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS
-from depthscope.probes.model.hooks import computed_in
+from depthscope.probes.model.autocast import compute_dtype
 
 # More tokens than elsewhere: a wrong vector may come near at few tokens where the streams are nearly copies.
 READ_TOKENS = 8 * SELECTING_TOKENS
@@ -50,7 +50,7 @@ def find_read_weights(
     """
     fits = [(read_error(x, read, branch_in), read) for read in candidates]
     error, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
-    return best if error <= tolerance(computed_in(x)) else None
+    return best if error <= tolerance(compute_dtype(x)) else None
 
 
 def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,9 @@ from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
 from depthscope.probes.connections.read_weights import find_read_weights, least_squares_read
 from depthscope.probes.connections.tensor_watch import Watch
-from depthscope.probes.model.arguments import CaptureError
-from depthscope.probes.model.hooks import tensors_in
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import tensors_in
 
 
 def forward_family(site: Site) -> ForwardFamily:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.family import MOST_STREAMS
-from depthscope.probes.model.hooks import tensors_in
+from depthscope.probes.model.tensors import tensors_in
 
 SPAN_TOKENS = 64  # tokens on which the position of the stream axis is decided where the shapes leave it open; a heuristic
 STREAM_AXES = {"B T N D": 2, "B N D": 1, "B N T D": 1, "N B T D": 0}

@@ -13,7 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from depthscope.probes.connections.coefficients import relative_error, spread, tolerance
-from depthscope.probes.model.hooks import computed_in, tensors_in
+from depthscope.probes.model.autocast import compute_dtype
+from depthscope.probes.model.tensors import tensors_in
 
 T = TypeVar("T")
 Explanation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -84,7 +85,7 @@ def explaining(candidates: Iterable[tuple[T, Explanation]], *goal: torch.Tensor)
             best, least = result, error
         if error <= exact:
             break
-    return best if least <= tolerance(computed_in(goal[0])) else None
+    return best if least <= tolerance(compute_dtype(goal[0])) else None
 
 
 def mixing(matrix: torch.Tensor, streams: torch.Tensor) -> Explanation:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.checkpoints.headers import Stored
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 
-Leaves = Mapping[str, Stored]  # the tensors of one module, by the last part of their names
+Leaves = Mapping[str, StoredTensor]  # the tensors of one module, by the last part of their names
 Values = Mapping[str, np.ndarray]  # by role
 Settings = Mapping[str, float]
 
@@ -27,8 +27,8 @@ class FoundTensors:
     module: str
     streams: int
     width: int | None
-    roles: Mapping[str, Stored]
-    unread: tuple[Stored, ...] = ()
+    roles: Mapping[str, StoredTensor]
+    unread: tuple[StoredTensor, ...] = ()
     fractions: int = 1  # 0 where the shapes do not determine it
 
 

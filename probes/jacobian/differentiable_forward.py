@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.probes.jacobian.frozen_routing import replaced
-from depthscope.probes.model.hooks import first_float, in_recomputation, stand_in, untouched
-from depthscope.probes.one_shot import call, eager
+from depthscope.probes.model.hooks import in_recomputation, replace_method
+from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.tensors import first_float
+from depthscope.probes.session.model_call import call_model, eager
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import FORWARD, version
 
@@ -91,7 +93,7 @@ def differentiable_states(
         )  # a block may write into what it gets
 
     with (
-        untouched(model),
+        preserved_state(model),
         _constant_weights(model),
         eager(),
         sdpa_kernel(SDPBackend.MATH),
@@ -102,7 +104,7 @@ def differentiable_states(
     ):
         _own_buffers(model)
         _watch(stack, model, chain, range(start, stop + 1), meet)
-        call(model, _aliases(batch))
+        call_model(model, _aliases(batch))
     _require_linked(chain, states, versions, start, stop)
     _require_kept(model, states[start], states[stop])
     return states
@@ -116,7 +118,7 @@ def _require_linked(
     stop: int,
 ) -> None:
     for depth in range(start, stop + 1):
-        place = chain.places[depth]
+        place = chain.points[depth]
         if depth not in states:
             raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
         if version(states[depth]) != versions[depth]:
@@ -151,14 +153,14 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
     for depth in depths:
-        place = chain.places[depth]
+        place = chain.points[depth]
         sides = wanted.setdefault((place.path, place.method), {"input": {}, "output": {}})
         sides[place.at][place.index] = depth
     for (path, method), sides in wanted.items():
         module = modules[path]
         before, after = _before(sides["input"], meet), _after(sides["output"], meet)
         if method != FORWARD:
-            stand_in(stack, module, method, _between(getattr(module, method), before, after))
+            replace_method(stack, module, method, _between(getattr(module, method), before, after))
             continue
         if sides["input"]:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -218,7 +220,7 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _own_buffers(model: nn.Module) -> None:
-    """Buffers that this forward may write and its graph may keep; `untouched` puts the model's own back."""
+    """Buffers that this forward may write and its graph may keep; `preserved_state` puts the model's own back."""
     copies: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -27,9 +27,10 @@ from depthscope.probes.connections.reading import (
     returned_watch,
     watched_read,
 )
-from depthscope.probes.model.hooks import first_float, floats_in, stand_in, tensors_in
+from depthscope.probes.model.hooks import replace_method
+from depthscope.probes.model.tensors import first_float, floats_in, tensors_in
 from depthscope.probes.session.session import Session
-from depthscope.probes.structure.chain import Link
+from depthscope.probes.structure.chain import Connection
 
 INSTEAD = "take routing='full', or capture() the model, which reports whether its connections can be proven"
 # The checks compare derivatives, which add up as many roundings as a backward through one block has; a heuristic factor.
@@ -76,12 +77,12 @@ class FrozenRouting:
         self.session = session
         self.links = {
             number: link
-            for number, link in enumerate(session.links)
+            for number, link in enumerate(session.structure.connections)
             if start <= link.depth_in and link.depth_out <= stop
         }
         self.calls: dict[str, list[FrozenCall]] = {link.path: [] for link in self.links.values()}
 
-    def call_of(self, number: int, link: Link) -> FrozenCall:
+    def call_of(self, number: int, link: Connection) -> FrozenCall:
         """What was replaced in one connection.
 
         Raises
@@ -91,10 +92,11 @@ class FrozenRouting:
         """
         calls = self.calls[link.path]
         if link.index >= len(calls) or calls[link.index].parts is None:
+            closed = sum(call.parts is not None for call in calls)
             raise StreamConnectionError(
-                f"routing='frozen': connection {number} ({link.path!r}, call {link.index}) must have constant H_pre, H_post and "
-                f"H_res, but {len(calls)} of its calls were seen and {sum(c.parts is not None for c in calls)} were closed, so "
-                f"they were not replaced; {INSTEAD}"
+                f"routing='frozen': H_pre, H_post and H_res of connection {number} ({link.path!r}, call {link.index}) were "
+                f"not replaced by constants: {len(calls)} calls were seen and {closed} of them were closed, expected at least "
+                f"{link.index + 1}; {INSTEAD}"
             )
         return calls[link.index]
 
@@ -120,21 +122,24 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[Frozen
     StreamConnectionError
         Where the model has streams but no connection that is known, or a connection's coefficients cannot be read.
     """
-    if session.num_streams > 1 and not session.links:
+    if session.structure.num_streams > 1 and not session.structure.connections:
         raise StreamConnectionError(
-            f"routing='frozen' needs the stream connections, but none was found for {session.num_streams} streams; "
+            f"routing='frozen' needs the stream connections, but none was found for {session.structure.num_streams} streams; "
             "take routing='full'"
         )
     modules = dict(session.model.named_modules(remove_duplicate=False))
-    sites = {link.path: session.sites[number] for number, link in enumerate(session.links)}
+    sites = {
+        link.path: session.structure.sites[number]
+        for number, link in enumerate(session.structure.connections)
+    }
     routing = FrozenRouting(session, start, stop)
     with ExitStack() as stack:
         for path, calls in routing.calls.items():
             site = sites[path]
             if site.reads_features:
                 raise StreamConnectionError(
-                    f"{path!r} ({site.family}, layout {site.layout!r}) reads by gates per feature, which cannot be held constant "
-                    "yet; take routing='full'"
+                    f"{path!r} ({site.family}, layout {site.layout!r}) reads by gates per feature, which cannot be held "
+                    "constant yet; take routing='full'"
                 )
             freeze = _freeze_forward if isinstance(BY_NAME[site.style], ForwardFamily) else _freeze_paired
             freeze(stack, modules[path], site, calls)
@@ -169,7 +174,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
         calls.append(FrozenCall(site, x, parts.read, branch_in, parts))
         return output
 
-    stand_in(stack, module, "forward", constant_forward)
+    replace_method(stack, module, "forward", constant_forward)
 
 
 def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[FrozenCall]) -> None:
@@ -209,8 +214,8 @@ def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[
         call.parts = opening.close(branch_out.detach(), result, watch)
         return _with_linear_form(result, branch_out, call)
 
-    stand_in(stack, module, family.opens, constant_opening)
-    stand_in(stack, module, family.closes, constant_closing)
+    replace_method(stack, module, family.opens, constant_opening)
+    replace_method(stack, module, family.closes, constant_closing)
 
 
 def _detached(value: Any) -> Any:
@@ -398,7 +403,7 @@ def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -
         raise StreamConnectionError(_not_frozen(number, link, error, limit, "it or a later one"))
 
 
-def _not_frozen(number: int, link: Link, error: float, limit: float, which: str = "it") -> str:
+def _not_frozen(number: int, link: Connection, error: float, limit: float, which: str = "it") -> str:
     return (
         f"routing='frozen': connection {number} ({link.path!r}) returned H_pre, H_post and H_res and they were replaced by "
         f"constants, but the derivative of the next state differs from that of H_res X + H_post ⊗ F(H_pre X) by {error:.1e} "

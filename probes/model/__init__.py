@@ -1,1 +1,1 @@
-"""How is the user's model looked at without being changed? Hooks, contexts, arguments, layouts."""
+"""How is the user's model observed without being changed? Hooks, autocast, arguments, masks, tensors and layouts."""

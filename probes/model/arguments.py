@@ -1,4 +1,4 @@
-"""What the model was called with: its arguments by name, and which tokens of them are real."""
+"""What was the model called with? Its arguments by name, and the mask of real tokens among them."""
 
 from __future__ import annotations
 
@@ -9,87 +9,68 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from depthscope.probes.model.errors import CaptureError
+
 Mask: TypeAlias = torch.Tensor | Callable[[Mapping[str, Any]], torch.Tensor] | None
-REAL_MASKS = ("attention_mask",)
+
+# The two conventions have opposite signs: transformers' masks are true on real tokens, torch's on padding.
+REAL_TOKEN_MASKS = ("attention_mask",)
 PADDING_MASKS = ("src_key_padding_mask", "key_padding_mask")
 
 
-class CaptureError(RuntimeError):
-    """A capture that could not be made, or that would be incomplete."""
-
-
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, those behind ``**kwargs`` included."""
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, including those that the forward collects in ``**kwargs``."""
     try:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # a forward that hides its signature
+    except (TypeError, ValueError):  # no signature to read, or a call that does not fit it
         return dict(kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.items():
-        named |= value if isinstance(value, dict) and name not in kwargs else {name: value}
+        # bind_partial collects what **kwargs takes in one dict, under a name that the caller did not use.
+        if isinstance(value, dict) and name not in kwargs:
+            named.update(value)
+        else:
+            named[name] = value
     return named
 
 
 def is_decoding(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call goes on from a cache that holds tokens, as the later steps of a generation do."""
+    """Whether a call continues from a non-empty cache, as every step of a generation after the first does."""
+    # get_seq_length is the method that all cache classes of transformers share.
     lengths = [getattr(value, "get_seq_length", None) for value in arguments.values()]
     return any(callable(length) and int(length()) > 0 for length in lengths)
 
 
 def find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.Tensor | None:
-    """The mask (B, T), true on real tokens, that the user gave or that the arguments carry."""
+    """The mask (B, T), true on real tokens: the user's ``given`` one, or the one among the arguments.
+
+    ``prefix`` comes before the argument's name, as in ``decoder_attention_mask``.
+    """
     if given is not None:
         return (given(arguments) if callable(given) else given).bool()
-    for name in REAL_MASKS:
+    # Masks with more axes are attention patterns (causal, per head), which do not tell padding.
+    for name in REAL_TOKEN_MASKS:
         mask = arguments.get(prefix + name)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            return mask.bool() if not mask.is_floating_point() else mask > 0.5
+            return mask > 0.5 if mask.is_floating_point() else mask.bool()
     for name in PADDING_MASKS:
         mask = arguments.get(prefix + name)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            # A float padding mask is added to the attention logits: 0 on real tokens, -inf on padding.
             return ~mask if mask.dtype == torch.bool else mask == 0
     return None
 
 
 def fit_mask(mask: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """The mask on the state's device and tokens; a shape that does not fit is refused."""
+    """The mask on the state's device, cut or expanded to its tokens; other shapes are refused."""
     batch, tokens = state.shape[:2]
     if mask.shape[0] == batch and mask.shape[1] >= tokens:
-        return mask[:, mask.shape[1] - tokens :].to(
-            state.device
-        )  # a decoding step's mask covers the past too
-    if mask.shape[0] == batch and mask.shape[1] ** 2 == tokens:  # the state is one of pairs of tokens
+        # A decoding step's mask covers the cached tokens too; the state has only the last ones.
+        return mask[:, mask.shape[1] - tokens :].to(state.device)
+    if mask.shape[0] == batch and mask.shape[1] ** 2 == tokens:
+        # A pair state (as in protein models) has one entry per ordered pair of tokens: real where both are.
         return (mask[:, :, None] & mask[:, None, :]).flatten(1).to(state.device)
     raise CaptureError(
         f"the mask has shape {tuple(mask.shape)}, the states have {batch} sequences of {tokens} tokens; "
         "pass mask= with one entry per token of the residual state"
     )
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The state that a distributed tensor stands for; one that is split over processes is refused.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        A state or a gradient.
-
-    Returns
-    -------
-    Tensor
-
-    Raises
-    ------
-    CaptureError
-        For a sharded or partial state, whose norms and spectra are not those of the whole.
-    """
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return tensor
-    if not all(placement.is_replicate() for placement in placements):
-        raise CaptureError(
-            f"a residual state is split over processes ({', '.join(map(str, placements))}); a part of it has other norms and "
-            "spectra than the whole. Capture a model whose residual states are replicated, without sequence or tensor "
-            "parallelism of the states"
-        )
-    return tensor.to_local()

@@ -1,8 +1,8 @@
-"""The layout of a residual state: which axis of the model's tensor is batch, token, stream and feature.
+"""Which axis of a residual state is batch, token, stream and feature? The layout, a short text, tells.
 
-A layout is a short text such as ``"B T D"``, ``"B T N D"``, ``"(B N) T D"`` or ``"B D H W"``: B batch, T tokens,
+A layout is a text such as ``"B T D"``, ``"B T N D"``, ``"(B N) T D"`` or ``"B D H W"``: B batch, T tokens,
 N streams, F fractions of a stream's features (each counts as a stream of its own), D features, H and W the two axes of an
-image (their product is T). Brackets hold merged axes, outer first.
+image (their product is T). Brackets enclose merged axes, outer first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class LayoutError(ValueError):
 
 
 def parse_layout(layout: str) -> list[list[str]]:
-    """Read a layout text into one list of axis letters per tensor dimension.
+    """Parse a layout into one list of axis letters per tensor dimension.
 
     Parameters
     ----------
@@ -42,12 +42,9 @@ def parse_layout(layout: str) -> list[list[str]]:
     >>> parse_layout("(B N) T D")
     [['B', 'N'], ['T'], ['D']]
     """
-    groups = [
-        list(group.replace(" ", ""))
-        for group in re.findall(r"\(([^)]*)\)|(\S)", layout)
-        for group in group
-        if group
-    ]
+    # Each match is a pair (letters inside brackets, a letter outside); one of the two is empty.
+    matches = re.findall(r"\(([^)]*)\)|(\S)", layout)
+    groups = [list((merged or single).replace(" ", "")) for merged, single in matches if merged or single]
     letters = [letter for group in groups for letter in group]
     if set(letters) - AXES or len(set(letters)) != len(letters) or "D" not in letters:
         raise LayoutError(
@@ -60,16 +57,16 @@ def parse_layout(layout: str) -> list[list[str]]:
 def canonical(
     state: torch.Tensor, layout: str, *, batch_size: int, num_streams: int, fractions: int = 1
 ) -> torch.Tensor:
-    """Bring a state to (batch, token, stream, feature) without copying where possible.
+    """Reorder a state to (batch, token, stream, feature), as a view where possible.
 
     Parameters
     ----------
     state : Tensor
-        As the model holds it.
+        In the model's own layout.
     layout : str
-        See the module's head.
+        See the module docstring.
     batch_size, num_streams : int
-        Sizes that a merged axis is split by; the streams count the fractions.
+        Sizes by which merged axes are split; ``num_streams`` counts the fractions, so it is N · F.
     fractions : int
         Number of fractions F of each stream.
 
@@ -94,6 +91,7 @@ def canonical(
         sizes |= _split(group, size, known, layout, state)
     letters = [letter for group in groups for letter in group]
     split = state.reshape([sizes[letter] for letter in letters])
+    # Streams before fractions: stream n, fraction f gets the index n · F + f of the result.
     order = [letter for letter in "BHWTNFD" if letter in letters]
     moved = split.permute([letters.index(letter) for letter in order])
     tokens = math.prod(sizes.get(letter, 1) for letter in "HWT")
@@ -102,7 +100,7 @@ def canonical(
 
 
 def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
-    """Number of streams that a layout finds in a state.
+    """Number of streams in a state of a given layout.
 
     Parameters
     ----------
@@ -111,12 +109,12 @@ def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
     layout : str
         Its layout.
     batch_size : int
-        Size of the batch.
+        Splits an axis that merges batch and streams.
 
     Returns
     -------
     int
-        1 where the layout names no stream axis.
+        1 where the layout has no stream axis.
     """
     for group, size in zip(parse_layout(layout), shape, strict=False):
         if group == ["N"]:
@@ -129,6 +127,8 @@ def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
 def _split(
     group: Sequence[str], size: int, known: dict[str, int], layout: str, state: torch.Tensor
 ) -> dict[str, int]:
+    """Sizes of the axes that are merged in one tensor dimension; at most one of them may be unknown."""
+    # An axis that is not merged needs no splitting: its size is the tensor's, whatever the batch size is.
     free = [letter for letter in group if len(group) == 1 or letter not in known]
     fixed = {letter: known[letter] for letter in group if letter not in free}
     rest, remainder = divmod(size, math.prod(fixed.values()))
@@ -137,4 +137,6 @@ def _split(
             f"layout {layout!r} does not fit a state of shape {tuple(state.shape)} with batch {known['B']} and "
             f"{known['N']} streams; pass layout= and, for streams, a model whose connections are found"
         )
-    return fixed | ({free[0]: rest} if free else {})
+    if free:
+        fixed[free[0]] = rest
+    return fixed

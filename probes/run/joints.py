@@ -28,12 +28,12 @@ def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:
     list of Joint
         One for each connection, in order; tensors (K, T, …).
     """
-    return [_joint(session, number, sequences) for number in range(len(session.links))]
+    return [_joint(session, number, sequences) for number in range(len(session.structure.connections))]
 
 
 def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     sampled = [sequence.parts[0, number] for sequence in sequences]
-    link, mask = session.links[number], np.stack(token_masks(sequences, 0))
+    link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
     tokens = mask.shape[1]
 
     def stack(pick: Callable[[Parts], torch.Tensor | None]) -> torch.Tensor | None:
@@ -58,7 +58,7 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
         x_out=states(link.depth_out),
         parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
         mask=torch.from_numpy(mask),
-        dtype=session.precision,
+        dtype=session.observer.precision,
     )
 
 

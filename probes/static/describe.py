@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.checkpoints.headers import Inventory, read_values, take_inventory
+from depthscope.probes.checkpoints.tensor_inventory import Inventory, read_values, take_inventory
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 from depthscope.probes.connections.weight_pattern import FoundTensors, WeightPattern
 from depthscope.probes.static.facts import (

@@ -11,7 +11,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.checkpoints.headers import Stored
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 from depthscope.probes.static.describe import describe_weights
 from depthscope.probes.static.recognition import find_connections, place_of
@@ -83,7 +83,7 @@ def _of_checkpoint(path: str | Path) -> Iterator[Logits]:
 def _of_module(model: nn.Module) -> Iterator[Logits]:
     state = model.state_dict()
     modules = dict(model.named_modules())
-    stored = {name: Stored(name, tuple(value.shape), "", Path(), 0, 0) for name, value in state.items()}
+    stored = {name: StoredTensor(name, tuple(value.shape), "", Path(), 0, 0) for name, value in state.items()}
     for pattern, found in find_connections(stored):
         if pattern.sinkhorn is None:
             continue

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from depthscope.probes.checkpoints.headers import Stored
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.connections.families import FAMILIES
 from depthscope.probes.connections.weight_pattern import FoundTensors, Leaves, WeightPattern
 
@@ -24,12 +24,12 @@ BRANCHES = (
 )
 
 
-def find_connections(tensors: Mapping[str, Stored]) -> list[tuple[WeightPattern, FoundTensors]]:
+def find_connections(tensors: Mapping[str, StoredTensor]) -> list[tuple[WeightPattern, FoundTensors]]:
     """Connections among tensors, in the order of depth, and the heads that read their streams.
 
     Parameters
     ----------
-    tensors : Mapping of str to Stored
+    tensors : Mapping of str to StoredTensor
         By full name.
 
     Returns
@@ -38,7 +38,7 @@ def find_connections(tensors: Mapping[str, Stored]) -> list[tuple[WeightPattern,
         Heads are last. A head has the shapes of a small layer, so it counts only where connections have as many streams of
         the same width.
     """
-    modules: dict[str, dict[str, Stored]] = defaultdict(dict)
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
         modules[module][leaf] = tensor

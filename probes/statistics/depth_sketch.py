@@ -230,7 +230,7 @@ def _settle(tokens: torch.Tensor, choice: Choice, buckets_mD: torch.Tensor, heav
 
 
 def hashed(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bucket and sign of each token, those of ``depthscope.diagnostics.kernels.similarity.row_sketch``.
+    """Bucket and sign of each token: the hash of ``row_sketch`` in benchmarks/analysis/sketches.py.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.statistics.depth_sketch import (
     Growing,
     Places,

@@ -308,17 +308,17 @@ def _home(path: str, chains: Sequence[Chain]) -> tuple[int, int, int]:
         holders = [holder for holder in numbered if path == holder or path.startswith(f"{holder}.")]
         if holders:
             layer = numbered[max(holders, key=len)]
-            return number, layer, max(i for i, place in enumerate(chain.places) if place.layer == layer)
+            return number, layer, max(i for i, place in enumerate(chain.points) if place.layer == layer)
     return 0, -1, 0
 
 
 def _numbered(chain: Chain) -> dict[str, int]:
     """Paths that hold a block's weights, with the number that the block has among the depths."""
     found: dict[str, int] = {}
-    for place, following in pairwise(chain.places):
+    for place, following in pairwise(chain.points):
         if place.path in chain.blocks:
             found.setdefault(place.path, following.layer if place.at == "input" else place.layer)
-    for link in chain.links:
+    for link in chain.connections:
         around = [block for block in chain.blocks if link.path.startswith(f"{block}.")]
         for path in filter(None, (*around, link.path, link.branch_path)):
             found.setdefault(path, link.layer)

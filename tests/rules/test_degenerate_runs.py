@@ -11,17 +11,6 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 SIZES = {"layers": 3, "samples": 2, "tokens": 16, "features": 6, "weights": False}
 FAMILIES = ("residual", "mhc")
 SPOILT = 2
-# Logarithms: minus infinity is a gain of zero.
-LOGARITHMS = ("deflated_gain", "lyapunov_spectrum")
-# What is measured at one depth, from that depth's states and no other's.
-PAIRED = (
-    "block_influence",
-    "adjacent_cka",
-    "branch_share",
-    "branch_variance",
-    "adjacent_cosine",
-    "adjacent_cosine_band",
-)
 
 
 def changed(run, change):
@@ -131,7 +120,8 @@ def complete(found):
     assert set(CATALOGUE) == {name for name in CATALOGUE if name in found.data_vars} | set(reasons)
     assert all(len(reason.split()) > 3 for reason in reasons.values())
     for name, value in found.data_vars.items():
-        assert name in LOGARITHMS or value.dtype.kind != "f" or not np.isinf(value).any(), name
+        infinite = name in CATALOGUE and CATALOGUE[name].infinite
+        assert infinite or value.dtype.kind != "f" or not np.isinf(value).any(), name
     diagnostics.judge(found, passed=True)
 
 
@@ -161,7 +151,8 @@ def test_other_depths_stay_as_they_are(make_run, family, name):
     for metric, value in found.data_vars.items():
         if "depth" not in value.dims or metric.startswith("gradient"):
             continue
-        near = (SPOILT, SPOILT + 1) if metric.removesuffix("_null") in PAIRED else (SPOILT,)
+        declared = CATALOGUE.get(metric.removesuffix("_null"))
+        near = (SPOILT, SPOILT + 1) if declared and declared.of_steps else (SPOILT,)
         kept = {"depth": np.flatnonzero(~np.isin(depths, near))}
         if "other_depth" in value.dims:
             kept["other_depth"] = kept["depth"]

@@ -16,101 +16,11 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 BIBLIOGRAPHY = Path(diagnostics.__file__).with_name("references.bib").read_text()
 KEYS = set(re.findall(r"^@\w+\{([\w-]+),", BIBLIOGRAPHY, re.MULTILINE))
-PAIRS = "step tokens depth other_depth"
-RANK = "step scope tokens centering depth stream"
-DIMS = {
-    "effective_rank": RANK,
-    "entropy_rank": RANK,
-    "participation_ratio": RANK,
-    "stable_rank": RANK,
-    "dong_residual": "step tokens depth stream",
-    "token_cosine": RANK,
-    "massive_token_fraction": "step depth stream",
-    "massive_activation": "step depth stream",
-    "num_tokens": "scope tokens depth stream",
-    "numerical_rank": RANK,
-    "top_energy": RANK,
-    "singular_value": "step scope tokens centering depth order",
-    "alpha_req": RANK,
-    "alpha_req_error": RANK,
-    "dirichlet_energy": "step tokens depth stream",
-    "curvature": "step tokens depth stream",
-    "intrinsic_dimension": "step tokens depth stream",
-    "cka": "step estimator tokens depth other_depth",
-    "adjacent_cka": "step estimator tokens depth",
-    "angular_distance": "step tokens depth other_depth",
-    "block_influence": "step tokens depth",
-    "stream_cosine": "step depth",
-    "stream_cka": "step estimator depth",
-    "streamed_effective_rank": "step centering depth stream",
-    "streamed_entropy_rank": "step centering depth stream",
-    "streamed_participation_ratio": "step centering depth stream",
-    "streamed_stable_rank": "step centering depth stream",
-    "streamed_top_energy": "step centering depth stream",
-    "streamed_alpha_req": "step centering depth stream",
-    "streamed_cka": "step depth other_depth",
-    "streamed_cka_error": "step depth other_depth",
-    "rbf_cka": PAIRS,
-    "svcca": PAIRS,
-    "pwcca": PAIRS,
-    "procrustes": PAIRS,
-    "rsa": PAIRS,
-    "mutual_knn": PAIRS,
-    "cknna": PAIRS,
-    "mixing_gain": "step direction connection reduction",
-    "composite_gain": "step direction connection reduction",
-    "pair_gain": "step direction connection other_connection reduction",
-    "composite_attenuation": "step direction connection reduction",
-    "deflated_gain": "step connection reduction",
-    "mixing_attenuation": "step direction connection reduction",
-    "composite_deviation": "step connection reduction",
-    "composite_dobrushin": "step connection reduction",
-    "suffix_deflated_gain": "step connection reduction",
-    "read_streams": "step connection",
-    "write_streams": "step connection",
-    "mixing_singular_value": "step connection component reduction",
-    "composite_singular_value": "step connection component reduction",
-    "mixing_eigenvalue_modulus": "step connection component reduction",
-    "doubly_stochastic_violation": "step kind connection reduction",
-    "identity_distance": "step connection reduction",
-    "mixing_entropy": "step connection reduction",
-    "depth_kernel": "step connection other_connection",
-    "read_share": "step connection stream",
-    "write_share": "step connection stream",
-    "operator_gain": "step norm connection reduction",
-    "composite_operator_gain": "step norm connection reduction",
-    "spectral_gap": "step connection reduction",
-    "condition_number": "step connection reduction",
-    "henrici": "step connection reduction",
-    "numerical_radius": "step connection reduction",
-    "dobrushin": "step connection reduction",
-    "lyapunov_spectrum": "step component reduction",
-    "initial_distance": "step connection reduction",
-    "replay_distance": "step connection reduction",
-    "replayed_deflated_gain": "step connection",
-    "effective_streams": "step connection reduction",
-    "effective_path_depth": "step connection",
-    "read_mass": "step connection",
-    "residual_norm": "step depth stream",
-    "gradient_norm": "step depth stream",
-    "backward_gain": "step depth stream",
-    "relative_gradient": "step depth stream",
-    "gradient_rank": "step depth stream",
-    "gradient_cosine": "step depth stream",
-    "channel_squared_mean": "step depth stream",
-    "channel_variance": "step depth stream",
-    "branch_variance": "step depth stream",
-    "branch_share": "step depth stream",
-    "adjacent_cosine": "step depth stream",
-    "adjacent_cosine_band": "step depth stream quantile",
-    "weight_norm": "step weight",
-    "weight_gradient_norm": "step weight",
-    "weight_gradient_ratio": "step weight",
-    "update_ratio": "step weight",
+OF_SEVERAL_STREAMS = {
+    name
+    for name, metric in CATALOGUE.items()
+    if {"h_res", "h_pre", "h_post"} & set(metric.roots) or "stream_states" in metric.needs
 }
-OF_CONNECTIONS = ("mixing", "operators", "paths", "replay")
-STREAMS_ONLY = {name for name, metric in CATALOGUE.items() if metric.question in OF_CONNECTIONS}
-STREAMS_ONLY |= {"stream_cosine", "stream_cka"}
 every_metric = pytest.mark.parametrize("name", CATALOGUE)
 every_family = pytest.mark.parametrize("family", ["residual", "hc", "mhc"])
 
@@ -143,10 +53,6 @@ def analyses(make_run):
     return {family: analyze(run_of(make_run, family)) for family in ("residual", "hc", "mhc")}
 
 
-def test_the_contract_names_every_metric():
-    assert set(CATALOGUE) == set(DIMS)
-
-
 @every_metric
 def test_a_declaration_is_whole(name):
     metric = CATALOGUE[name]
@@ -160,6 +66,10 @@ def test_a_declaration_is_whole(name):
     assert metric.cite in KEYS
     assert callable(metric.null) or isinstance(metric.null, float) or len(metric.null) > 10
     assert metric.roots
+    assert metric.label
+    assert metric.title
+    assert metric.null_error >= 0.0
+    assert metric.question_text.endswith(("?", ".", "!"))
     if metric.healthy is not None:
         assert metric.healthy.source in KEYS | {"heuristic"}
         assert metric.healthy.low is not None or metric.healthy.high is not None
@@ -173,16 +83,17 @@ def test_every_metric_is_an_attribute_of_the_package(name):
 
 @every_family
 @every_metric
-def test_dims_are_those_of_the_contract_or_a_reason_is_given(analyses, name, family):
+def test_dims_are_those_of_the_declaration_or_a_reason_is_given(analyses, name, family):
     analysis = analyses[family]
-    if family == "residual" and name in STREAMS_ONLY:
+    if family == "residual" and name in OF_SEVERAL_STREAMS:
         assert name not in analysis
         assert "one stream" in analysis.attrs["not_computed"][name]
         return
     if family == "hc" and "initial_logits" in CATALOGUE[name].roots:
         assert "initial_logits" in analysis.attrs["not_computed"][name]
         return
-    assert list(analysis[name].dims) == DIMS[name].split()
+    step = ("step",) if CATALOGUE[name].per_step else ()
+    assert analysis[name].dims == (*step, *CATALOGUE[name].dims)
     for key in ("long_name", "units", "symbol", "references", "estimator", "basis"):
         assert analysis[name].attrs[key]
 

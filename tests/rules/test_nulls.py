@@ -10,39 +10,12 @@ from depthscope import diagnostics
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-# How far the mean over many draws may lie from the null beside four standard errors, relatively: the laws of large
-# matrices have corrections at 6 sequences of 60 tokens and 24 features, at the edge of the spectrum above all.
-TOLERANCES = {
-    "effective_rank": 0.02,
-    "entropy_rank": 0.03,
-    "participation_ratio": 0.03,
-    "stable_rank": 0.1,
-    "numerical_rank": 0.02,
-    "top_energy": 0.03,
-    "alpha_req": 0.15,
-    "gradient_rank": 0.05,
-    "token_cosine": 0.03,
-    "dirichlet_energy": 0.0,
-    "curvature": 0.01,
-    "intrinsic_dimension": 0.05,
-    "cka": 0.02,
-    "adjacent_cka": 0.02,
-    "stream_cka": 0.02,
-    "angular_distance": 0.0,
-    "block_influence": 0.0,
-    "adjacent_cosine": 0.0,
-    "stream_cosine": 0.0,
-    "gradient_cosine": 0.0,
-    "rbf_cka": 0.0,
-    "svcca": 0.05,
-    "pwcca": 0.05,
-    "procrustes": 0.02,
-    "rsa": 0.0,
-    "mutual_knn": 0.05,
-    "cknna": 0.15,
-}
-COMPARED = ("collapse", "shape", "similarity", "alignment")
-WITHOUT = {"dong_residual", "massive_token_fraction", "massive_activation", "num_tokens", "alpha_req_error"}
+# A null of the states or their gradients is what independent noise gives; one of connections is another network.
+OF_NOISE = [
+    name
+    for name, metric in CATALOGUE.items()
+    if not isinstance(metric.null, str) and set(metric.roots) <= {"residual", "gradient"}
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +27,10 @@ def analysis(make_run):
     for name in ("residual", "gradient"):
         trace[name].values[:] = rng.standard_normal(trace[name].shape)
     trace["mask"].values[:] = True
-    return diagnostics.analyze(schema.create_run(trace, attrs=run.attrs), metrics=TOLERANCES).isel(step=0)
+    return diagnostics.analyze(schema.create_run(trace, attrs=run.attrs), metrics=OF_NOISE).isel(step=0)
 
 
-def test_every_rank_and_similarity_has_its_tolerance_here():
-    assert {n for n, metric in CATALOGUE.items() if metric.question in COMPARED} <= set(TOLERANCES) | WITHOUT
-
-
-@pytest.mark.parametrize("name", TOLERANCES)
+@pytest.mark.parametrize("name", OF_NOISE)
 def test_noise_lies_at_its_null(analysis, name):
     value = analysis[name].isel(stream=0) if "stream" in analysis[name].dims else analysis[name]
     null = analysis.get(f"{name}_null", xr.DataArray(CATALOGUE[name].null))
@@ -72,7 +41,11 @@ def test_noise_lies_at_its_null(analysis, name):
     apart = abs(value.mean(draws) - null)
     chance = 4 * value.std(draws, ddof=1) / value.sizes["depth"] ** 0.5
     assert apart.notnull().all()
-    assert (apart <= TOLERANCES[name] * abs(null) + chance).all(), (apart.values, chance.values, null.values)
+    assert (apart <= CATALOGUE[name].null_error * abs(null) + chance).all(), (
+        apart.values,
+        chance.values,
+        null.values,
+    )
 
 
 def test_where_a_measure_is_refused_its_null_is_undefined(make_run):

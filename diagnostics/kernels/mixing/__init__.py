@@ -1,15 +1,16 @@
-"""What mixing matrices do to the streams, one by one and multiplied over depth.
+"""What do mixing matrices do to the streams? Kernels of one matrix, and of products over depth.
 
 Shapes: ``L`` depth, ``...`` batch (tokens), ``n`` streams; matrices ``H[..., out, in]``, a row is a
 destination. Composites put the later layer on the LEFT: P_{a→b} = H_b … H_{a+1} H_a. Always float64;
-products keep a running log scale, so that no depth overflows.
+products have a running log scale, so that no depth overflows. Matrices that are not square or not finite are
+refused with a ValueError.
 
 >>> half = [[0.75, 0.25], [0.25, 0.75]]
 >>> composite([half, half]).tolist()
 [[0.625, 0.375], [0.375, 0.625]]
 """
 
-from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, depth_to_collapse, lyapunov_spectrum
+from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, lyapunov_spectrum
 from depthscope.diagnostics.kernels.mixing.depth_kernels import depth_kernel
 from depthscope.diagnostics.kernels.mixing.gains import (
     Attenuation,
@@ -21,14 +22,13 @@ from depthscope.diagnostics.kernels.mixing.gains import (
     log_forward_gain,
     operator_gain,
 )
-from depthscope.diagnostics.kernels.mixing.pairs import all_pairs, pair_columns, pair_gains
+from depthscope.diagnostics.kernels.mixing.pairs import all_pairs, pair_gains
 from depthscope.diagnostics.kernels.mixing.paths import (
     effective_path_depth,
     effective_streams,
     read_mass,
     stream_shares,
     streams_across,
-    wasted_layers,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
 from depthscope.diagnostics.kernels.mixing.radius import numerical_radius
@@ -53,7 +53,6 @@ __all__ = [
     "condition_number",
     "deflated_gain",
     "depth_kernel",
-    "depth_to_collapse",
     "dobrushin",
     "doubly_stochastic_violation",
     "effective_path_depth",
@@ -69,7 +68,6 @@ __all__ = [
     "mixing_entropy",
     "numerical_radius",
     "operator_gain",
-    "pair_columns",
     "pair_gains",
     "prefix_composites",
     "read_mass",
@@ -79,5 +77,4 @@ __all__ = [
     "stream_shares",
     "streams_across",
     "suffix_composites",
-    "wasted_layers",
 ]

@@ -1,11 +1,11 @@
-"""What is left of the differences between streams? The product off their mean, and its growth rates."""
+"""What remains of the differences between streams? Products on the complement of their mean, and growth rates."""
 
 import math
 from typing import Any
 
 from array_api_compat import device
 
-from depthscope.diagnostics.kernels._arrays import Array, as_float64
+from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import as_given, identity, log, square
 from depthscope.diagnostics.kernels.mixing.products import (
     prefix_composites,
@@ -14,39 +14,6 @@ from depthscope.diagnostics.kernels.mixing.products import (
     unstacked,
 )
 from depthscope.diagnostics.kernels.mixing.singular import singular_values
-
-
-def depth_to_collapse(lambda2: Array, fraction: float = 0.01) -> Array:
-    """Depth to collapse ln(fraction) / ln|λ₂|: layers until the differences of streams are down to it.
-
-    Parameters
-    ----------
-    lambda2
-        Second eigenvalue, or its magnitude, any shape.
-    fraction
-        What is left of the differences, between 0 and 1.
-
-    Returns
-    -------
-    Array
-        Number of layers; infinite where |λ₂| ≥ 1, 0 where λ₂ = 0.
-
-    Raises
-    ------
-    ValueError
-        If ``fraction`` is not between 0 and 1.
-
-    Examples
-    --------
-    >>> float(depth_to_collapse(0.1).round(12))
-    2.0
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction is {fraction}; expected a share between 0 and 1")
-    xp, size = as_float64(abs(lambda2) if isinstance(lambda2, complex) else lambda2, name="lambda2", ndim=0)
-    size = xp.abs(xp.asarray(size))
-    decay = -log(xp, xp.where(size < 1, size, xp.full_like(size, 0.5)))
-    return xp.where(size < 1, -math.log(fraction) / decay, xp.full_like(size, xp.inf))
 
 
 def _difference_basis(xp: Any, p: Array) -> Array:
@@ -62,8 +29,8 @@ def _difference_basis(xp: Any, p: Array) -> Array:
 def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
     """Stream-product collapse: ln σ₁ of each prefix (or suffix) product on the complement of ones.
 
-    The (n−1)×(n−1) blocks UᵀHU are multiplied, not H itself, and a log scale is kept: the value goes on
-    falling where ‖P − J/n‖ stops at 1e-16. For row- or column-stochastic matrices the product of blocks is
+    The (n−1)×(n−1) blocks UᵀHU are multiplied, not H itself, with a log scale: the value decreases further
+    where ‖P − J/n‖ stops at 1e-16. For row- or column-stochastic matrices the product of blocks is
     the block of the product; for free matrices it leaves out what passes through the mean.
 
     Parameters
@@ -79,11 +46,6 @@ def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
         (L, ...), natural logarithm of the gain: below ln 0.01 all streams carry the same signal. −inf for
         an exactly zero block, NaN for a single stream.
 
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
-
     Examples
     --------
     Averaging two streams half-way, twice: differences halve each time.
@@ -93,7 +55,7 @@ def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
     [0.5, 0.25]
     """
     xp, stack, batch = stacked(h)
-    if stack.shape[1] == 1:
+    if stack.shape[1] == 1:  # one stream has no differences
         return as_given(h, xp.full((len(stack), *batch), xp.nan, dtype=xp.float64, device=device(stack)))
     basis = _difference_basis(xp, stack[..., 0])
     blocks = xp.einsum("lajb,jc->lacb", xp.einsum("ia,lijb->lajb", basis, stack), basis)
@@ -105,6 +67,9 @@ def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
 def lyapunov_spectrum(h: Array) -> Array:
     """Lyapunov spectrum of the depth product: (1/L) Σ_l ln|R_ii| with H_l Q_{l−1} = Q_l R_l.
 
+    The product itself would be of numerical rank one after a few dozen layers: QR at each layer separates the
+    directions before the strongest one dominates.
+
     Parameters
     ----------
     h
@@ -114,11 +79,6 @@ def lyapunov_spectrum(h: Array) -> Array:
     -------
     Array
         (..., n), per layer, descending; the top one is 0 for stochastic matrices, −inf where singular.
-
-    Raises
-    ------
-    ValueError
-        If ``h`` is not a stack of square matrices or not finite.
 
     Examples
     --------

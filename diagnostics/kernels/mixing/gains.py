@@ -1,4 +1,4 @@
-"""How much does a mixing matrix amplify or fade? Signed sums as the mHC paper plots them, and operator norms."""
+"""How much does a mixing matrix amplify or attenuate? Signed sums as in the plots of mHC, and operator norms."""
 
 import math
 from typing import NamedTuple
@@ -21,11 +21,6 @@ def forward_gain(p: Array) -> Array:
     Array
         (...); 1 for a row-stochastic matrix. Source: mHC 2512.24880, Fig. 3.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(forward_gain([[1.0, 2.0], [3.0, -3.0]]))
@@ -47,11 +42,6 @@ def backward_gain(p: Array) -> Array:
     -------
     Array
         (...); 1 for a column-stochastic matrix. Source: mHC 2512.24880, Fig. 3.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------
@@ -77,11 +67,6 @@ def log_forward_gain(p: Array, log_scale: Array | float = 0.0) -> Array:
     Array
         (...), natural logarithm; −inf for zero sums.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(log_forward_gain([[1.0, 0.0], [0.0, 1.0]], 5000.0))
@@ -105,11 +90,6 @@ def log_backward_gain(p: Array, log_scale: Array | float = 0.0) -> Array:
     -------
     Array
         (...), natural logarithm; −inf for zero sums.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------
@@ -138,7 +118,7 @@ def operator_gain(p: Array, ord: float = math.inf) -> Array:
     Raises
     ------
     ValueError
-        If ``ord`` is another, or ``p`` is not square or not finite.
+        If ``ord`` is another.
 
     Examples
     --------
@@ -174,11 +154,6 @@ def attenuation(p: Array) -> Attenuation:
     Attenuation
         row, column and log_deviation, (...) each.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> found = attenuation([[0.5, 0.0], [0.0, 1.0]])
@@ -204,11 +179,6 @@ def log_deviation(p: Array, log_scale: Array | float = 0.0) -> Array:
     -------
     Array
         (...), natural logarithm: 0 for a doubly stochastic matrix, infinite at a zero sum.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------

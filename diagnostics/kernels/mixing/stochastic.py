@@ -1,9 +1,8 @@
-"""How near is a mixing matrix to an average of the streams? Sinkhorn, sums, entropy, contraction."""
+"""How near is a mixing matrix to doubly stochastic? Sinkhorn, row and column sums, entropy, contraction."""
 
 from typing import NamedTuple
 
-from depthscope.diagnostics.kernels._arrays import Array, ratio
-from depthscope.diagnostics.kernels._counts import whole
+from depthscope.diagnostics.kernels._arrays import Array, as_count, ratio
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
 
@@ -36,8 +35,9 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
     """
     if last not in ("row", "column"):
         raise ValueError(f"last is {last!r}; expected 'row' or 'column': which of the two sums are exact")
-    steps = whole(steps, name="steps")
+    steps = as_count(steps, name="steps")
     xp, logs = square(logits, name="logits")
+    # In logarithms, with the largest taken out before exp: logits of ±900 are no float64 numbers as exponentials.
     order = (-2, -1) if last == "row" else (-1, -2)
     for _ in range(steps):
         for axis in order:
@@ -60,11 +60,6 @@ def dobrushin(p: Array) -> Array:
     Array
         (...); between 0 (equal rows) and 1 for row-stochastic matrices.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(dobrushin([[1.0, 0.0], [0.25, 0.75]]))
@@ -72,9 +67,11 @@ def dobrushin(p: Array) -> Array:
     """
     xp, p = square(p)
     found = xp.zeros_like(p[..., 0, 0])
-    for i in range(1, p.shape[-1]):
-        apart = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
-        found = xp.maximum(found, xp.max(apart, axis=-1))
+    for i in range(
+        1, p.shape[-1]
+    ):  # row by row: all pairs at once would take n times the memory of the batch
+        distances = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
+        found = xp.maximum(found, xp.max(distances, axis=-1))
     return found / 2.0
 
 
@@ -98,11 +95,6 @@ def doubly_stochastic_violation(p: Array) -> Violation:
     -------
     Violation
         row, column and negativity, (...) each; all zero for a doubly stochastic matrix.
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------
@@ -129,25 +121,21 @@ def mixing_entropy(p: Array) -> Array:
     Array
         (...), in nats: 0 for a permutation, ln n for J/n; NaN when a row is zero.
 
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
-
     Examples
     --------
     >>> float(mixing_entropy([[1.0, 0.0], [0.5, 0.5]]).round(4))
     0.3466
     """
     xp, p = square(p)
-    size = xp.abs(p)
+    size = xp.abs(p)  # free HC matrices have negative entries, of which an entropy needs shares
     share = ratio(xp, size, xp.broadcast_to(xp.sum(size, axis=-1, keepdims=True), size.shape))
+    # p ln p is 0 at p = 0; the logarithm of 1 gives that without a warning.
     logs = xp.log(xp.where(share > 0, share, xp.ones_like(share)))
     return xp.mean(-xp.sum(share * logs, axis=-1), axis=-1)
 
 
 def identity_distance(p: Array) -> Array:
-    """Distance from the identity ‖A − I‖_F / √n: below 0.05 the streams are stuck.
+    """Distance from the identity ‖A − I‖_F / √n: near 0 the streams do not mix.
 
     Parameters
     ----------
@@ -158,11 +146,6 @@ def identity_distance(p: Array) -> Array:
     -------
     Array
         (...).
-
-    Raises
-    ------
-    ValueError
-        If ``p`` is not square or not finite.
 
     Examples
     --------

@@ -6,7 +6,6 @@ from depthscope.diagnostics.kernels.similarity.cka import (
     cka_null,
     hsic1,
     linear_cka,
-    linear_hsic1,
 )
 from depthscope.diagnostics.kernels.similarity.distances import rbf_cka, rsa
 from depthscope.diagnostics.kernels.similarity.layer_cka import (
@@ -17,11 +16,9 @@ from depthscope.diagnostics.kernels.similarity.layer_cka import (
 )
 from depthscope.diagnostics.kernels.similarity.neighbours import cknna, mutual_knn
 from depthscope.diagnostics.kernels.similarity.procrustes_distance import procrustes
-from depthscope.diagnostics.kernels.similarity.sketches import cka_from_sketch, row_sketch
 
 __all__ = [
     "cka_from_hsic",
-    "cka_from_sketch",
     "cka_matrices",
     "cka_matrix",
     "cka_null",
@@ -29,13 +26,11 @@ __all__ = [
     "hsic1",
     "hsic_matrix",
     "linear_cka",
-    "linear_hsic1",
     "minibatch_cka",
     "mutual_knn",
     "procrustes",
     "pwcca",
     "rbf_cka",
-    "row_sketch",
     "rsa",
     "svcca",
 ]

@@ -8,11 +8,12 @@ from typing import Any
 from array_api_compat import array_namespace, device
 
 from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, of_one_library, scaled
-from depthscope.diagnostics.kernels.similarity.pair import pair
+from depthscope.diagnostics.kernels.similarity.pairwise import paired_rows
 
 
 def _inner(xp: Any, x: Array, y: Array) -> Array:
     """⟨XXᵀ, YYᵀ⟩ by the cheaper of the Gram matrices and the cross-covariance, (...)."""
+    # tr(XXᵀYYᵀ) = ‖XᵀY‖²: N² (d_x + d_y) multiplications by Gram matrices, N d_x d_y by the cross-covariance.
     n, dx, dy = x.shape[-2], x.shape[-1], y.shape[-1]
     xt, yt = xp.matrix_transpose(x), xp.matrix_transpose(y)
     if n * (dx + dy) < dx * dy:
@@ -26,6 +27,7 @@ def _unbiased(xp: Any, inner: Array, k: Array, q: Array, n: Array) -> Array:
     With K1 = 0 Song's three terms are ⟨K, L⟩ − n/(n−2) Σ k_i q_i + tr K tr L /((n−1)(n−2)), over n(n−3).
     """
     enough = n > 3
+    # The divisors of too few rows are zero: compute with 4 rows there, and return NaN.
     n = xp.where(enough, n, 4.0 * xp.ones_like(n))
     traces = xp.sum(k, axis=-1) * xp.sum(q, axis=-1)
     total = inner - n / (n - 2.0) * xp.sum(k * q, axis=-1) + traces / ((n - 1.0) * (n - 2.0))
@@ -33,7 +35,7 @@ def _unbiased(xp: Any, inner: Array, k: Array, q: Array, n: Array) -> Array:
 
 
 def linear_hsic(a: Rows, b: Rows, unbiased: bool) -> Array:
-    """HSIC of centred features, scaled by a common factor that CKA divides out; (...)."""
+    """HSIC of centred features, (...); the biased one without its divisor (N − 1)², which CKA divides out."""
     xp = a.xp
     inner = _inner(xp, a.values, b.values)
     if not unbiased:
@@ -44,7 +46,7 @@ def linear_hsic(a: Rows, b: Rows, unbiased: bool) -> Array:
 
 
 def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
-    """CKA from HSIC terms: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)), nothing clipped or padded.
+    """CKA from HSIC terms: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)), not clipped, without an epsilon.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
     Raises
     ------
     ValueError
-        If ``xy`` holds infinities.
+        If ``xy`` is infinite.
 
     Examples
     --------
@@ -69,9 +71,10 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
     xy, xx, yy = as_array(xy), as_array(xx), as_array(yy)
     xp = array_namespace(xy)
     defined = (xx > 0) & (yy > 0)
+    # Two roots, for the product of two squares can overflow where the norms do not.
     norm = xp.sqrt(xp.where(xx > 0, xx, xp.ones_like(xx))) * xp.sqrt(xp.where(yy > 0, yy, xp.ones_like(yy)))
     if bool(xp.any(xp.isinf(xy))):
-        raise ValueError("xy holds infinite HSIC values; expected finite ones: rescale the features")
+        raise ValueError("xy contains infinite HSIC values; expected finite ones: rescale the features")
     return xp.where(defined, xy / norm, xp.full_like(xy / norm, xp.nan))
 
 
@@ -96,7 +99,7 @@ def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None
     Raises
     ------
     ValueError
-        If rows do not match or a row that counts holds NaN or infinities.
+        If rows do not match.
 
     Examples
     --------
@@ -105,42 +108,12 @@ def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None
     >>> float(linear_cka(x, x[:, :1]).round(12)) == round(0.5**0.5, 12)
     True
     """
-    a, b = pair(x, y, mask, center=True)
+    a, b = paired_rows(x, y, mask, center=True)
+    # The ratio has no units: the scales, taken out against overflow, need not come back.
     a, b = a._replace(values=scaled(a)[0]), b._replace(values=scaled(b)[0])
     return cka_from_hsic(
         linear_hsic(a, b, unbiased), linear_hsic(a, a, unbiased), linear_hsic(b, b, unbiased)
     )
-
-
-def linear_hsic1(x: Array, y: Array, *, mask: Array | None = None) -> Array:
-    """Unbiased HSIC₁ of linear kernels, in squared units of both: what minibatch CKA adds up.
-
-    Parameters
-    ----------
-    x, y
-        Matrices (..., N, d_x) and (..., N, d_y) over the same rows.
-    mask
-        Booleans (..., N), False for rows that do not count.
-
-    Returns
-    -------
-    Array
-        (...), may be negative; NaN below 4 rows. Source: Song et al. 2012, Eq. 5.
-
-    Raises
-    ------
-    ValueError
-        If rows do not match or a row that counts holds NaN or infinities.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.array([[1.0], [-1.0], [1.0], [-1.0]])
-    >>> round(float(linear_hsic1(x, x)), 9), round(float(hsic1(x @ x.T, x @ x.T)), 9)
-    (2.666666667, 2.666666667)
-    """
-    a, b = pair(x, y, mask, center=True)
-    return linear_hsic(a, b, True)
 
 
 def hsic1(k: Array, q: Array) -> Array:
@@ -161,7 +134,7 @@ def hsic1(k: Array, q: Array) -> Array:
     Raises
     ------
     ValueError
-        If the shapes are not square and equal, or values are not finite.
+        If the shapes are not square and equal.
 
     Examples
     --------
@@ -179,6 +152,7 @@ def hsic1(k: Array, q: Array) -> Array:
         )
     if n < 4:
         return xp.full_like(k[..., 0, 0], xp.nan)
+    # Song's estimator sums over distinct rows only: the diagonal, whose mean is not that of the rest, is the bias.
     off = 1.0 - xp.eye(n, dtype=xp.float64, device=device(k))
     k, q = k * off, q * off
     product = xp.sum(k * xp.matrix_transpose(q), axis=(-2, -1))
@@ -215,5 +189,6 @@ def cka_null(n: int, d_x: int, d_y: int | None = None) -> float:
     d_y = d_x if d_y is None else d_y
     if min(n, d_x, d_y) < 1:
         raise ValueError(f"n, d_x, d_y is {n}, {d_x}, {d_y}; expected at least 1 each")
-    # E tr(W²) = (n−1) d (n + d) for W of n − 1 centred rows, E⟨K, L⟩ = (n−1) d_x d_y
+    # For n rows less their mean, W = XXᵀ has n − 1 degrees of freedom: E tr(W²) = (n−1) d (n + d), and independent
+    # sides have E⟨K, L⟩ = (n−1) d_x d_y.
     return float((d_x * d_y / ((n + d_x) * (n + d_y))) ** 0.5)

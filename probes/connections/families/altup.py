@@ -27,7 +27,7 @@ from depthscope.probes.connections.weight_pattern import (
     Values,
     WeightPattern,
 )
-from depthscope.probes.model.hooks import tensors_in
+from depthscope.probes.model.tensors import tensors_in
 
 # --- in a forward
 

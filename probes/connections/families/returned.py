@@ -32,7 +32,7 @@ from depthscope.probes.connections.weight_pattern import (
     Values,
     WeightPattern,
 )
-from depthscope.probes.model.hooks import computed_in
+from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.model.layout import canonical
 
 # --- in a forward
@@ -106,7 +106,7 @@ def _matrix(roles: Roles, streams: torch.Tensor, seen: Seen) -> torch.Tensor | N
     mixed = canonical(roles.mixed, roles.layout, batch_size=lead[0], num_streams=n)
     few = spread(lead.numel(), READ_TOKENS).to(streams.device)
     before = few_of(streams, few)
-    if relative_error(few_of(mixed, few) - before, before) <= tolerance(computed_in(streams)):
+    if relative_error(few_of(mixed, few) - before, before) <= tolerance(compute_dtype(streams)):
         return None
     matrices = [t.reshape(*lead, n, n) for t in seen() if t.numel() == lead.numel() * n * n]
     found = explaining(((m, mixing(m, streams)) for t in matrices for m in (t, t.mT)), mixed)

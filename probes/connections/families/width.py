@@ -31,8 +31,8 @@ from depthscope.probes.connections.weight_pattern import (
     WeightPattern,
     attributes_of,
 )
-from depthscope.probes.model.hooks import tensors_in
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import tensors_in
 
 TOKEN_AXES = {2: "", 3: "T ", 4: "H W ", 5: ""}  # by the number of axes of merged streams
 

@@ -12,7 +12,9 @@ import torch
 import xarray as xr
 
 from depthscope import probes
-from depthscope.app.cli import parser
+from depthscope.app.cli.command import FINE, FOUND, INTERRUPTED, USAGE
+from depthscope.app.cli.commands import COMMANDS
+from depthscope.app.cli.main import main
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.verdicts import VERDICTS
@@ -31,34 +33,35 @@ def saved(tmp_path_factory, make_run):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, app.cli.parser\n"
-        "try: app.cli.parser.main(['--help'])\n"
+        "import sys; from depthscope.app.cli.main import main\n"
+        "try: main(['--help'])\n"
         f"except SystemExit: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
-    assert all(name in done.stdout for name in parser.COMMANDS)
+    printed = " ".join(done.stdout.split())
+    assert all(f" {command.name} {command.help} " in printed for command in COMMANDS)
 
 
-@pytest.mark.parametrize("name", parser.COMMANDS)
-def test_every_command_has_help_and_a_handler_in_the_right_form(name, capsys):
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_help_and_runs_the_function_that_it_declares(command, capsys):
     with pytest.raises(SystemExit) as left:
-        parser.main([name, "--help"])
+        main([command.name, "--help"])
     assert left.value.code == 0
-    assert f"usage: depthscope {name}" in capsys.readouterr().out
-    module, _, function = parser.COMMANDS[name][1].partition(":")
-    assert module.startswith("depthscope.app.")
-    assert function
+    printed = capsys.readouterr().out
+    assert f"usage: depthscope {command.name}" in printed
+    assert "--debug" in printed
+    assert command.run.__module__ == f"depthscope.app.cli.commands.{command.name}"
 
 
 def test_bare_call_prints_help(capsys):
-    assert parser.main([]) == 0
+    assert main([]) == 0
     assert "depthscope demo" in capsys.readouterr().out
 
 
 def test_version_is_one_line(capsys):
     with pytest.raises(SystemExit) as left:
-        parser.main(["--version"])
+        main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out.startswith("depthscope ")
 
@@ -78,8 +81,8 @@ def test_version_is_one_line(capsys):
 )
 def test_wrong_usage_is_one_line_and_two(words, said, capsys):
     with pytest.raises(SystemExit) as left:
-        parser.main(words)
-    assert left.value.code == parser.USAGE
+        main(words)
+    assert left.value.code == USAGE
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -100,7 +103,7 @@ def test_wrong_usage_is_one_line_and_two(words, said, capsys):
 )
 def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsys):
     words = [word.replace("RUNS", str(saved)).replace("OUT", str(tmp_path)) for word in words]
-    assert parser.main(words) == parser.USAGE
+    assert main(words) == USAGE
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
@@ -108,41 +111,41 @@ def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsy
 
 def test_foreign_file_is_no_run(tmp_path, capsys):
     (tmp_path / "torn.nc").write_bytes(b"not a netCDF file")
-    assert parser.main(["check", str(tmp_path / "torn.nc")]) == parser.USAGE
+    assert main(["check", str(tmp_path / "torn.nc")]) == USAGE
     assert "cannot be read" in capsys.readouterr().err
 
 
 def test_folder_without_runs_says_how_to_make_one(tmp_path, capsys):
-    assert parser.main(["compare", str(tmp_path)]) == parser.USAGE
+    assert main(["compare", str(tmp_path)]) == USAGE
     assert "depthscope probe CHECKPOINT" in capsys.readouterr().err
 
 
 def test_missing_extra_names_the_install_line(monkeypatch, capsys, saved):
-    def absent(args):
+    def absent(paths, **options):
         raise ModuleNotFoundError("No module named 'streamlit'", name="streamlit.web")
 
-    monkeypatch.setattr("depthscope.app.cli.share.dashboard", absent)
-    assert parser.main(["dashboard", str(saved)]) == parser.USAGE
+    monkeypatch.setattr("depthscope.app.dashboard.server.launch", absent)
+    assert main(["dashboard", str(saved)]) == USAGE
     assert capsys.readouterr().err.strip() == (
         "depthscope dashboard needs streamlit: pip install 'depthscope[app]'"
     )
 
 
 def test_missing_module_of_no_extra_is_our_fault_and_raises(monkeypatch, saved):
-    def broken(args):
+    def broken(paths, **options):
         raise ModuleNotFoundError("No module named 'depthscope.app.nowhere'", name="depthscope.app.nowhere")
 
-    monkeypatch.setattr("depthscope.app.cli.share.dashboard", broken)
-    with pytest.raises(ModuleNotFoundError):
-        parser.main(["dashboard", str(saved)])
+    monkeypatch.setattr("depthscope.app.dashboard.server.launch", broken)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        main(["dashboard", str(saved)])
 
 
 def test_interrupt_is_130(monkeypatch, saved, capsys):
-    def interrupted(args):
+    def interrupted(paths, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("depthscope.app.cli.share.dashboard", interrupted)
-    assert parser.main(["dashboard", str(saved)]) == parser.INTERRUPTED
+    monkeypatch.setattr("depthscope.app.dashboard.server.launch", interrupted)
+    assert main(["dashboard", str(saved)]) == INTERRUPTED
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -151,13 +154,13 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
     monkeypatch.setattr(
         "depthscope.app.dashboard.server.launch", lambda paths, **more: seen.update(more, paths=paths)
     )
-    assert parser.main(["dashboard", str(saved), "--port", "8600", "--no-browser"]) == parser.FINE
+    assert main(["dashboard", str(saved), "--port", "8600", "--no-browser"]) == FINE
     assert seen == {"paths": [saved], "port": 8600, "open_browser": False}
 
 
 def test_analyze_writes_metrics_into_the_run(saved, tmp_path, capsys):
     path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
-    assert parser.main(["analyze", str(path), "--json"]) == parser.FINE
+    assert main(["analyze", str(path), "--json"]) == FINE
     told = json.loads(capsys.readouterr().out)
     with schema.open_run(path) as run:
         assert set(run["metrics"].data_vars) == set(told["metrics"])
@@ -182,7 +185,7 @@ def test_analyze_out_leaves_the_run_alone(saved, tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert parser.main(words) == parser.FINE
+    assert main(words) == FINE
     assert (saved / "residual.nc").read_bytes() == before
     with schema.open_run(out) as run:
         assert "trace" not in run.children
@@ -207,7 +210,7 @@ def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, optio
     path.write_bytes((saved / "residual.nc").read_bytes())
     before = path.read_bytes(), path.stat().st_ino
     words = ["analyze", str(path), *(option.replace("RUN", str(path)) for option in options)]
-    assert parser.main(words) == parser.USAGE
+    assert main(words) == USAGE
     assert said in capsys.readouterr().err
     assert (path.read_bytes(), path.stat().st_ino) == before
     assert list(tmp_path.iterdir()) == [path]
@@ -215,12 +218,9 @@ def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, optio
 
 def test_metrics_that_a_run_holds_stay_beside_those_measured_again(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
-    assert parser.main(["analyze", str(path), "--jackknife"]) == parser.FINE
+    assert main(["analyze", str(path), "--jackknife"]) == FINE
     first = schema.open_run(path)["metrics"].to_dataset().load()
-    assert (
-        parser.main(["analyze", str(path), "--metrics", "effective_rank,composite_gain,rbf_cka"])
-        == parser.FINE
-    )
+    assert main(["analyze", str(path), "--metrics", "effective_rank,composite_gain,rbf_cka"]) == FINE
     second = schema.open_run(path)["metrics"].to_dataset().load()
     assert set(second.data_vars) - set(first.data_vars) == {"rbf_cka"}
     xr.testing.assert_allclose(second.drop_vars("rbf_cka"), first)
@@ -235,7 +235,7 @@ def test_metrics_that_a_run_holds_stay_beside_those_measured_again(saved, tmp_pa
 def test_what_a_part_leaves_is_not_complete(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
     for name in ("token_cosine", "effective_rank"):
-        assert parser.main(["analyze", str(path), "--metrics", name]) == parser.FINE
+        assert main(["analyze", str(path), "--metrics", name]) == FINE
     stored = schema.open_run(path)["metrics"]
     assert {"token_cosine", "effective_rank"} <= set(stored.data_vars)
     assert stored.attrs["complete"] is False
@@ -246,7 +246,7 @@ def test_every_chain_keeps_its_metrics(make_run, tmp_path):
     run = schema.create_run({"encoder": part, "decoder": part}, attrs={"family": "residual", "n_streams": 1})
     path = schema.save_run(run, tmp_path / "r.nc")
     for name in ("residual_norm", "curvature"):
-        assert parser.main(["analyze", str(path), "--metrics", name]) == parser.FINE
+        assert main(["analyze", str(path), "--metrics", name]) == FINE
     stored = schema.open_run(path)
     for chain in ("encoder", "decoder"):
         assert {"residual_norm", "curvature"} <= set(stored[f"metrics/{chain}"].data_vars)
@@ -258,7 +258,7 @@ def test_metrics_of_another_trace_are_not_mixed(saved, tmp_path, capsys):
     run["metrics"] = xr.Dataset({"token_cosine": ("step", [0.0, 1.0])}, {"step": [5, 6]})
     path = schema.save_run(run, tmp_path / "r.nc")
     before = path.read_bytes()
-    assert parser.main(["analyze", str(path), "--metrics", "residual_norm"]) == parser.USAGE
+    assert main(["analyze", str(path), "--metrics", "residual_norm"]) == USAGE
     assert "their step is not that of its trace" in capsys.readouterr().err
     assert path.read_bytes() == before
 
@@ -266,12 +266,12 @@ def test_metrics_of_another_trace_are_not_mixed(saved, tmp_path, capsys):
 def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
     path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
     asked = ["analyze", str(path), "--metrics", "cka,pair_gain,curvature"]
-    assert parser.main(asked) == parser.FINE
+    assert main(asked) == FINE
     said = " ".join(capsys.readouterr().out.split())
     assert "not printed: cka (estimator × tokens × depth × other depth), pair_gain (" in said
     assert "curvature (" in said
     assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
-    assert parser.main([*asked, "--json"]) == parser.FINE
+    assert main([*asked, "--json"]) == FINE
     told = json.loads(capsys.readouterr().out)["apart"]["m"]
     assert told["cka"]["dims"] == ["depth", "other_depth"]
     stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
@@ -281,7 +281,7 @@ def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
 
 def test_metrics_computed_on_request_stand_beside_the_others(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
-    assert parser.main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == parser.FINE
+    assert main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == FINE
     (reading,) = read_runs({"r": schema.open_run(path)})
     assert {"effective_rank", "intrinsic_dimension"} <= set(reading.analysis)
     assert "intrinsic_dimension" not in reading.analysis.attrs["on_request"]
@@ -291,9 +291,9 @@ def test_metrics_computed_on_request_stand_beside_the_others(saved, tmp_path):
 def test_errors_of_pooled_metrics_are_a_choice(saved, tmp_path, capsys):
     out = tmp_path / "m.nc"
     asked = ["analyze", str(saved / "residual.nc"), "--metrics", "cka", "--out", str(out)]
-    assert parser.main([*asked, "--jackknife"]) == parser.FINE
+    assert main([*asked, "--jackknife"]) == FINE
     assert "cka_stderr" in schema.open_run(out)["metrics"]
-    assert parser.main(asked) == parser.FINE
+    assert main(asked) == FINE
     assert "cka_stderr" not in schema.open_run(out)["metrics"]
 
 
@@ -303,25 +303,25 @@ def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
     ids = torch.arange(24).reshape(2, 12) + 1
     path = str(schema.save_run(probes.capture(model, {"input_ids": ids}), tmp_path / "r.nc"))
     asked = ["analyze", path, "--metrics", "initial_distance,replay_distance"]
-    assert parser.main([*asked, "--decay", "0.5"]) == parser.USAGE
+    assert main([*asked, "--decay", "0.5"]) == USAGE
     assert "expected --initial CHECKPOINT too" in capsys.readouterr().err
-    assert parser.main([*asked, "--initial", str(tmp_path / "initial"), "--decay", "0.5"]) == parser.FINE
+    assert main([*asked, "--initial", str(tmp_path / "initial"), "--decay", "0.5"]) == FINE
     run = schema.open_run(path)
     assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
     assert set(run["metrics"].data_vars) == {"initial_distance", "replay_distance"}
     assert set(run.children) == {"trace", "statistics", "coverage", "metrics"}
     again = ["analyze", path, "--metrics", "mixing_gain", "--initial", str(tmp_path / "initial")]
-    assert parser.main(again) == parser.FINE  # with another decay: what rested on the old one no longer holds
+    assert main(again) == FINE  # with another decay: what rested on the old one no longer holds
     assert set(schema.open_run(path)["metrics"].data_vars) == {"mixing_gain"}
-    assert parser.main([*asked, "--initial", str(tmp_path / "nowhere")]) == parser.USAGE
+    assert main([*asked, "--initial", str(tmp_path / "nowhere")]) == USAGE
     assert "no checkpoint at" in capsys.readouterr().err
 
 
 def test_partial_metrics_in_a_run_are_not_taken_for_all(saved, tmp_path, capsys):
     path = schema.save_run(schema.open_run(saved / "hc.nc"), tmp_path / "h.nc")
-    assert parser.main(["analyze", str(path), "--metrics", "effective_rank"]) == parser.FINE
+    assert main(["analyze", str(path), "--metrics", "effective_rank"]) == FINE
     capsys.readouterr()
-    assert parser.main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == parser.FINE
+    assert main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == FINE
     assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"
 
 
@@ -334,39 +334,36 @@ def exploding(saved) -> str:
 
 
 def test_check_judges_and_exits_one_at_the_limit(exploding, saved, capsys):
-    assert parser.main(["check", exploding, "--fail-on", "warn", "--json"]) == parser.FOUND
+    assert main(["check", exploding, "--fail-on", "warn", "--json"]) == FOUND
     told = json.loads(capsys.readouterr().out)
     severities = {each["severity"] for each in told["runs"][0]["findings"]}
     assert severities & {"WARN", "FAIL"}
     assert told["failed"] == ["exploding"]
-    code = parser.main(["check", str(saved / "residual.nc"), "--fail-on", "warn", "--json"])
+    code = main(["check", str(saved / "residual.nc"), "--fail-on", "warn", "--json"])
     told = json.loads(capsys.readouterr().out)
     severe = [each for each in told["runs"][0]["findings"] if each["severity"] in ("WARN", "FAIL")]
-    assert (code == parser.FOUND) == bool(severe) == bool(told["failed"])
+    assert (code == FOUND) == bool(severe) == bool(told["failed"])
 
 
 def test_check_by_verdict_name(exploding, capsys):
-    parser.main(["check", exploding, "--json"])
+    main(["check", exploding, "--json"])
     found = json.loads(capsys.readouterr().out)["runs"][0]["findings"]
     name = next(each["verdict"] for each in found if each["severity"] in ("WARN", "FAIL"))
     other = next(verdict for verdict in VERDICTS if verdict not in {each["verdict"] for each in found})
-    assert parser.main(["check", exploding, "--fail-on", name]) == parser.FOUND
-    assert parser.main(["check", exploding, "--fail-on", other]) == parser.FINE
+    assert main(["check", exploding, "--fail-on", name]) == FOUND
+    assert main(["check", exploding, "--fail-on", other]) == FINE
 
 
 def test_check_text_names_run_and_result(saved, capsys):
-    code = parser.main(["check", str(saved)])
+    code = main(["check", str(saved)])
     out = capsys.readouterr().out
     assert all(f"{name} (synthetic-{name}, {name})" in out for name in ("residual", "hc", "mhc"))
-    assert ("check --fail-on fail: passed" in out) == (code == parser.FINE)
+    assert ("check --fail-on fail: passed" in out) == (code == FINE)
     assert "\x1b[" not in out  # plain where stdout is no terminal
 
 
 def test_compare_aligns_by_relative_depth(saved, capsys):
-    assert (
-        parser.main(["compare", str(saved), "--metrics", "residual_norm", "--points", "3", "--json"])
-        == parser.FINE
-    )
+    assert main(["compare", str(saved), "--metrics", "residual_norm", "--points", "3", "--json"]) == FINE
     told = json.loads(capsys.readouterr().out)
     assert [row["relative depth"] for row in told["aligned"]] == [0.0, 0.5, 1.0]
     assert {row["run"] for row in told["summary"]} == {"residual", "hc", "mhc"}
@@ -379,14 +376,14 @@ def test_compare_aligns_by_relative_depth(saved, capsys):
 
 def test_compare_warns_of_other_token_counts(saved, tmp_path, make_run, capsys):
     other = schema.save_run(make_run("residual", layers=2, tokens=24), tmp_path / "long.nc")
-    assert parser.main(["compare", str(saved / "residual.nc"), str(other)]) == parser.FINE
+    assert main(["compare", str(saved / "residual.nc"), str(other)]) == FINE
     assert "different numbers of tokens" in capsys.readouterr().err
 
 
 def test_same_names_in_two_folders_stay_apart(saved, tmp_path, make_run, capsys):
     (tmp_path / "b").mkdir()
     other = schema.save_run(make_run("residual", layers=2), tmp_path / "b" / "hc.nc")
-    assert parser.main(["compare", str(saved / "hc.nc"), str(other), "--json"]) == parser.FINE
+    assert main(["compare", str(saved / "hc.nc"), str(other), "--json"]) == FINE
     names = {row["run"] for row in json.loads(capsys.readouterr().out)["summary"]}
     assert names == {f"{saved.name}/hc", "b/hc"}
 
@@ -400,10 +397,10 @@ def _stand_in(monkeypatch, run: xr.DataTree):
         lambda spec, **more: seen.update(spec=spec, **more) or loaded,
     )
     monkeypatch.setattr(
-        "depthscope.probes.checkpoints.load.encode_text",
+        "depthscope.probes.checkpoints.text_batch.encode_text",
         lambda model, text, **more: seen.update(text=text, **more) or {},
     )
-    monkeypatch.setattr("depthscope.probes.checkpoints.load.token_texts", lambda model, batch: None)
+    monkeypatch.setattr("depthscope.probes.checkpoints.text_batch.token_texts", lambda model, batch: None)
 
     def capture(model, batch, **more):
         seen.update(more)
@@ -430,10 +427,7 @@ def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, 
         "--dtype",
         "float32",
     ]
-    assert (
-        parser.main([*words, "--no-gradients", "--layers", "blocks", "--length", "64", "--json"])
-        == parser.FINE
-    )
+    assert main([*words, "--no-gradients", "--layers", "blocks", "--length", "64", "--json"]) == FINE
     assert json.loads(capsys.readouterr().out)["sizes"]["run"]["depths"] == 3
     assert (seen["text"], seen["length"], seen["seed"], seen["dtype"]) == ("some words", 64, 3, "float32")
     assert (seen["gradients"], seen["layers"]) == (False, "blocks")
@@ -444,7 +438,7 @@ def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, 
 
 
 def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
-    from depthscope.probes.session.session import CaptureError
+    from depthscope.probes.model.arguments import CaptureError
 
     _stand_in(monkeypatch, make_run("residual", layers=2))
 
@@ -453,10 +447,7 @@ def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
 
     monkeypatch.setattr(probes, "capture", refuse)
     (tmp_path / "t.txt").write_text("some words")
-    assert (
-        parser.main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")])
-        == parser.USAGE
-    )
+    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]) == USAGE
     assert "no residual stream was found" in capsys.readouterr().err
     assert not (tmp_path / "r.nc").exists()
 
@@ -464,7 +455,7 @@ def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
 @pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "holds no text")])
 def test_text_must_be_text(content, said, tmp_path, capsys):
     (tmp_path / "t.txt").write_bytes(content)
-    assert parser.main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.nc"]) == parser.USAGE
+    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.nc"]) == USAGE
     assert said in capsys.readouterr().err
 
 
@@ -474,10 +465,7 @@ def test_probe_describe_check_for_real(tmp_path, capsys):
     spec, out = "depthscope.app.study.small_lm:residual", tmp_path / "r.nc"
     pytest.importorskip("depthscope.app.study.small_lm")
     sizes = ["--sequences", "2", "--length", "32"]
-    assert (
-        parser.main(["probe", spec, "--text", str(tmp_path / "t.txt"), "--out", str(out), *sizes])
-        == parser.FINE
-    )
-    assert parser.main(["describe", spec, "--json"]) == parser.FINE
+    assert main(["probe", spec, "--text", str(tmp_path / "t.txt"), "--out", str(out), *sizes]) == FINE
+    assert main(["describe", spec, "--json"]) == FINE
     assert "residual" in capsys.readouterr().out
-    assert parser.main(["check", str(out)]) in (parser.FINE, parser.FOUND)
+    assert main(["check", str(out)]) in (FINE, FOUND)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from depthscope.app.cli import parser
+from depthscope.app.cli.command import FINE, USAGE
+from depthscope.app.cli.main import main
 
 LOGITS = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # source by destination
 
@@ -31,7 +32,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def test_page_names_connections_products_and_settings(checkpoint, capsys):
-    assert parser.main(["describe", str(checkpoint), "--weights-only"]) == parser.FINE
+    assert main(["describe", str(checkpoint), "--weights-only"]) == FINE
     out = capsys.readouterr().out
     assert "(unheard_of): 2 mhc connections (returned), 2 streams of width 32, F32" in out
     assert "read         4 of 7 tensors in 1 file; no model was built" in out
@@ -42,7 +43,7 @@ def test_page_names_connections_products_and_settings(checkpoint, capsys):
 
 
 def test_json_holds_the_static_matrix(checkpoint, capsys):
-    assert parser.main(["describe", str(checkpoint), "--weights-only", "--json"]) == parser.FINE
+    assert main(["describe", str(checkpoint), "--weights-only", "--json"]) == FINE
     told = json.loads(capsys.readouterr().out)
     # doubly stochastic 2 × 2: [[p, 1 - p], [1 - p, p]] where (p/(1 - p))² = e^(2 + 0 - 0 - 1), unchanged by Sinkhorn
     p = 1 / (1 + np.exp(-0.5))
@@ -55,7 +56,7 @@ def test_json_holds_the_static_matrix(checkpoint, capsys):
 
 def test_no_connection_is_fine_and_said(tmp_path, capsys):
     save_file({"embed.weight": torch.zeros(16, 32)}, tmp_path / "model.safetensors")
-    assert parser.main(["describe", str(tmp_path / "model.safetensors"), "--weights-only"]) == parser.FINE
+    assert main(["describe", str(tmp_path / "model.safetensors"), "--weights-only"]) == FINE
     out = capsys.readouterr().out
     assert "no stream connection in 1 tensors" in out
     assert "Looked for:" in out
@@ -66,7 +67,7 @@ def test_no_connection_is_fine_and_said(tmp_path, capsys):
     [
         (["FOLDER/nowhere"], "no checkpoint at"),
         (["smollm2"], "no checkpoint at"),
-        (["FOLDER/config.json"], "holds no safetensors"),
+        (["FOLDER/config.json"], "contains no safetensors"),
         (
             ["FOLDER", "--layers", "layers", "--dtype", "float32"],
             "--layers, --dtype and --weights-only do not go together",
@@ -75,7 +76,7 @@ def test_no_connection_is_fine_and_said(tmp_path, capsys):
 )
 def test_what_cannot_be_read_is_one_line(words, said, checkpoint, capsys):
     given = [word.replace("FOLDER", str(checkpoint)) for word in words]
-    assert parser.main(["describe", *given, "--weights-only"]) == parser.USAGE
+    assert main(["describe", *given, "--weights-only"]) == USAGE
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error

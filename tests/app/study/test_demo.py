@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 pytest.importorskip("hyper_connections")
 
 from depthscope import diagnostics
+from depthscope.app.cli.main import main
 from depthscope.app.dashboard import server
 from depthscope.app.paper import export
 from depthscope.app.readings.readings import COMPLETE
@@ -121,10 +121,10 @@ def test_dashboard_is_served_for_people(monkeypatch, browser, terminal):
 def test_command(monkeypatch):
     asked = []
     monkeypatch.setattr(demo, "run_demo", lambda out, **options: asked.append((out, options)) or 0)
-    assert demo.main(argparse.Namespace(out=None, browser=True, quick=False)) == 0
-    assert demo.main(argparse.Namespace(out="x", browser=False, quick=True)) == 0
+    assert main(["demo"]) == 0
+    assert main(["demo", "--out", "x", "--no-browser", "--quick"]) == 0
     assert asked == [
-        (demo.FOLDER, {"browser": True, "quick": False}),
+        (Path("depthscope-demo"), {"browser": True, "quick": False}),
         (Path("x"), {"browser": False, "quick": True}),
     ]
 

@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("hyper_connections")
 
+from depthscope.app.cli.main import main
 from depthscope.app.study import small_lm, study, training
 from depthscope.app.study.small_lm import CONNECTIONS, Size, build
 from depthscope.diagnostics import schema
-from depthscope.probes.checkpoints.load import load_checkpoint, sample_text
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import sample_text
 
 SIZE = Size(layers=2, width=16, heads=2)
 RECIPE = training.Recipe(
@@ -205,8 +207,6 @@ def test_a_second_study_replaces_the_first(saved, tmp_path):
 
 
 def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
-    import argparse
-
     asked = {}
 
     def run_study(out, *, seconds):
@@ -214,7 +214,7 @@ def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
         return {"hc": out / "hc.nc"}
 
     monkeypatch.setattr(study, "run_study", run_study)
-    assert study.main(argparse.Namespace(out=str(tmp_path), minutes=1.5)) == 0
+    assert main(["study", "--out", str(tmp_path), "--minutes", "1.5"]) == 0
     assert asked == {"out": tmp_path, "seconds": 90.0}
     assert capsys.readouterr().out == f"{tmp_path / 'hc.nc'}\n"
 

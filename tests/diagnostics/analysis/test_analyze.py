@@ -32,7 +32,7 @@ def count_calls(monkeypatch, module, names):
 
 def test_only_what_is_asked_is_computed(mhc_run, monkeypatch):
     similar = count_calls(monkeypatch, kernels.similarity, ["cka_matrix"])
-    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "pair_columns", "eigenvalues"])
+    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "pair_gains", "eigenvalues"])
     spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
     found = diagnostics.analyze(mhc_run, metrics=["residual_norm", "mixing_gain"])
     assert set(found.data_vars) == {"residual_norm", "mixing_gain"}
@@ -321,7 +321,9 @@ def test_quantities_are_computed_once_and_reasons_kept(residual_run):
 
 
 def test_a_metric_is_one_function(residual_run):
-    @metric(symbol="m", cite="roy2007effective", basis="feature", null=0.0, estimator="mean")
+    @metric(
+        symbol="m", dims="depth stream", cite="roy2007effective", basis="feature", null=0.0, estimator="mean"
+    )
     def mean_activation(residual_states):
         """Mean activation."""
         return residual_states.over_depth(lambda views: views[:, residual_states.mask].mean((1, 2)))

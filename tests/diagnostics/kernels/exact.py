@@ -395,13 +395,6 @@ def gradient_norm(g):
     return sqrt((g * g).sum())
 
 
-def noise_scale_of_samples(g):
-    n, apart = len(g), centred(g)
-    trace = over((apart * apart).sum(), mpf(n - 1))
-    square_of_mean = ((g.sum(axis=0) / n) ** 2).sum() - trace / n
-    return np.array([over(trace, square_of_mean), trace, square_of_mean], dtype=object)
-
-
 def signal_propagation(x):
     apart = centred(x)
     return np.array(

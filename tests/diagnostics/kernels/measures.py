@@ -55,7 +55,6 @@ ALONE = {
     "alpha_req": (lambda x, **k: geometry.alpha_req(x, first=1, **k).alpha, exact.alpha_req),
     "two_nn": (geometry.two_nn, exact.two_nn),
     "gradient_norm": (gradients.gradient_norm, exact.gradient_norm),
-    "noise_scale_of_samples": (gradients.noise_scale_of_samples, exact.noise_scale_of_samples),
     "cosine_across_samples": (gradients.cosine_across_samples, exact.token_cosine),
     "signal_propagation": (gradients.signal_propagation, exact.signal_propagation),
 }
@@ -68,7 +67,6 @@ PAIRS = {
         lambda x, y, **k: similarity.linear_cka(x, y, unbiased=True, **k),
         lambda x, y: exact.linear_cka(x, y, exact.song),
     ),
-    "linear_hsic1": (similarity.linear_hsic1, exact.linear_hsic),
     "rbf_cka": (similarity.rbf_cka, exact.rbf_cka),
     "unbiased rbf_cka": (
         lambda x, y, **k: similarity.rbf_cka(x, y, unbiased=True, **k),
@@ -131,7 +129,7 @@ MEASURES = {
 # What is measured in units of the input, and what no common factor changes.
 OF_UNITS = (
     *("singular_values", "centred singular_values", "massive_activations", "massive_tokens", "gradient_norm"),
-    *("noise_scale_of_samples", "signal_propagation", "linear_hsic1", "hsic_matrix", "biased hsic_matrix"),
+    *("signal_propagation", "hsic_matrix", "biased hsic_matrix"),
 )
 UNIT_FREE = [name for name in MEASURES if name not in OF_UNITS]
 

@@ -57,16 +57,14 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 HALF = ("plain", "identical tokens", "offset of 1e4", "massive token", "squares overflow float16")
 # What is measured or added up in squares of the input leaves float64 where those do.
 SQUARES = (
-    "linear_hsic1",
     "hsic_matrix",
     "biased hsic_matrix",
     "minibatch_cka",
-    "noise_scale_of_samples",
     "signal_propagation",
 )
 UNITS = (*(set(SQUARES) - {"minibatch_cka"}), "singular_values", "centred singular_values", "gradient_norm")
 # Differences of nearly equal sums: six digits are the goal, for one token may hold nearly all of them.
-DIFFERENCES = ("participation_ratio of pairs", "linear_hsic1", "hsic_matrix", "minibatch_cka")
+DIFFERENCES = ("participation_ratio of pairs", "hsic_matrix", "minibatch_cka")
 
 
 def tolerance(name, dtype, due):

@@ -139,18 +139,10 @@ def table_and_own(table):
 @quick
 def test_what_is_additive_adds_up(seed, shape, cut):
     _, x, y = sides(seed, shape)
-    parts, index = (slice(None, cut), slice(cut, None)), np.arange(shape[0])
+    parts = (slice(None, cut), slice(cut, None))
     squares = [float(gradients.gradient_norm(x[part])) ** 2 for part in parts]
     assert sum(squares) == pytest.approx(float(gradients.gradient_norm(x)) ** 2)
     assert sum(squares) == pytest.approx(float(np.sum(rank.singular_values(x) ** 2)))
-    for whole, *pieces in zip(
-        *(
-            similarity.row_sketch(np.stack([x, y])[:, part], index[part], 16)
-            for part in (slice(None), *parts)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_allclose(sum(pieces), whole, atol=1e-12)
     tables = [
         similarity.hsic_matrix(np.stack([x, y])[:, part]) for part in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
     ]
@@ -161,8 +153,8 @@ def test_what_is_additive_adds_up(seed, shape, cut):
 @given(seed=SEEDS, shape=SHAPES)
 @quick
 def test_what_must_change_changes(seed, shape):
-    """A stretched axis lowers the ranks, a common part raises cosines, a new token moves the sketch."""
-    rng, x, _ = sides(seed, shape)
+    """A stretched axis lowers the ranks, a common part raises cosines."""
+    _, x, _ = sides(seed, shape)
     x = x - x.mean(axis=0)
     stretched = x * np.r_[100.0, np.ones(shape[1] - 1)]
     for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
@@ -172,6 +164,3 @@ def test_what_must_change_changes(seed, shape):
     assert geometry.token_cosine(x + 20.0) > geometry.token_cosine(x)
     assert geometry.dirichlet_energy(x + 20.0) < geometry.dirichlet_energy(x)
     assert rank.dong_residual(x + 20.0) < rank.dong_residual(x)
-    other = x.copy()
-    other[0] += rng.normal(size=shape[1])
-    assert not np.allclose(*(similarity.row_sketch(m, np.arange(shape[0]), 8)[0] for m in (x, other)))

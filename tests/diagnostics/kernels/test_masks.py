@@ -22,8 +22,8 @@ OF_NOTHING = {
     **{"gradient_norm": 0.0, "massive_activations": 0.0, "massive_tokens": 0.0},
 }
 REFUSED = {
-    "svcca": "came 0 independent rows",
-    "pwcca": "came 0 independent rows",
+    "svcca": "got 0 independent rows",
+    "pwcca": "got 0 independent rows",
     "mutual_knn": "for 0 rows",
     "cknna": "for 0 rows",
 }
@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_refused_by_number_and_place(name, bad):
     x[3, 2] = x[7, 0] = bad
     for spoilt, sound in kinds(x, y):
         with pytest.raises(
-            ValueError, match=r" holds 2 NaN or infinite values of \d+, the first at index \(.*3, 2\)"
+            ValueError, match=r" contains 2 NaN or infinite values of \d+, the first at index \(.*3, 2\)"
         ) as told:
             measured(name, spoilt, sound)
         assert ("mask=" in str(told.value)) == (name in MASKED)
@@ -116,7 +116,7 @@ def test_the_second_side_is_looked_at_too(name):
     y[13, 4] = np.nan
     for sound, spoilt in kinds(X[0], y):
         with pytest.raises(
-            ValueError, match=r" holds 1 NaN or infinite values of \d+, the first at index \(.*13, 4\)"
+            ValueError, match=r" contains 1 NaN or infinite values of \d+, the first at index \(.*13, 4\)"
         ):
             measured(name, sound, spoilt)
 

@@ -165,7 +165,7 @@ def test_rounds_and_logits_that_are_no_numbers_are_refused(run_of):
     spoilt[2, 0, 1] = np.nan
     dims = ("connection", "stream_out", "stream_in")
     for logits, words in (
-        (spoilt, r"holds 1 NaN or infinite values of 16, the first at index \(2, 0, 1\)"),
+        (spoilt, r"contains 1 NaN or infinite values of 16, the first at index \(2, 0, 1\)"),
         (TWO + 1j, "complex128; expected real numbers"),
         (TWO.astype(str), "expected real numbers: give numbers only"),
     ):

@@ -18,7 +18,8 @@ from torchvision.models import VisionTransformer
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
-from depthscope.probes.checkpoints.load import encode_text, load_checkpoint, sample_text
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 from tests.models.families import FAMILIES, Lucidrains, built, tilted
 from tests.models.stream_models import deepseek_v4
 from tests.models.verdict_models import (

@@ -10,13 +10,9 @@ import pytest
 import torch
 
 from depthscope.probes.checkpoints import gguf
-from depthscope.probes.checkpoints.load import (
-    CheckpointError,
-    encode_text,
-    load_checkpoint,
-    sample_text,
-    token_texts,
-)
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
+from depthscope.probes.checkpoints.weight_files import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +51,7 @@ def tiny(tmp_path, monkeypatch, cache):
         conversions.append(source)
         return model, tokenizer
 
-    monkeypatch.setattr(gguf, "_converted", converted)
+    monkeypatch.setattr(gguf, "_convert", converted)
     return file, model, conversions
 
 

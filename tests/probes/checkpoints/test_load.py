@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from depthscope.probes.checkpoints.load import CheckpointError, load_checkpoint
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.weight_files import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
@@ -264,7 +265,7 @@ def test_pickle_with_code_is_refused_and_not_run(factories, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"epoch": 3}, "holds no state dict"), ([1, 2], "holds a list"), (b"", "cannot be read")],
+    [({"epoch": 3}, "contains no state dict"), ([1, 2], "contains a list"), (b"", "cannot be read")],
 )
 def test_weights_without_tensors(factories, tmp_path, content, message):
     path = tmp_path / "w.pt"

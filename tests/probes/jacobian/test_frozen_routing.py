@@ -109,7 +109,7 @@ class Block(nn.Module):
             post = self.connect.last[1]
         elif self.takes == "read again":
             branch_in = torch.einsum("btn,btnd->btd", self.connect.last[0], x)
-        elif self.takes == "write weights by the branch":
+        elif self.takes == "write weights rescaled":
             post = post * (self.connect.last[1] / post)
         return mix @ x + post.unsqueeze(-1) * self.mlp(branch_in).unsqueeze(-2)
 
@@ -197,7 +197,7 @@ TAKEN = [
     "matrix from the attribute",
     "write weights from the attribute",
     "read again",
-    "write weights by the branch",
+    "write weights rescaled",
 ]
 
 
@@ -236,7 +236,7 @@ class PackedBlock(Block):
 
 
 def test_a_fused_tensor_that_the_block_slices_is_refused(ids):
-    """Its slices are no outputs of the connection, so that H_res would be differentiated and H_post frozen."""
+    """H_res is no output of the connection, so that there is no formula to compare the derivative with."""
     model = built(lambda: Fused("split", False))
     for number in range(3):
         torch.manual_seed(number)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.checkpoints import headers
+from depthscope.probes.checkpoints import tensor_inventory
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 from tests.models.stream_models import gemma3n, glm5_next, hy_v4, qwen4_exp
 
@@ -333,8 +333,10 @@ def test_layer_ten_comes_after_layer_two(tmp_path):
 def test_only_parameters_of_connections_are_read(saved, monkeypatch):
     _, folder = saved("deepseek", shards=True)
     read = []
-    values = headers._values
-    monkeypatch.setattr(headers, "_values", lambda tensor: read.append(tensor.name) or values(tensor))
+    values = tensor_inventory._finite_values
+    monkeypatch.setattr(
+        tensor_inventory, "_finite_values", lambda tensor: read.append(tensor.name) or values(tensor)
+    )
     found = probes.describe_weights(folder)
     described = (*found.connections, *found.heads)
     assert sorted(read) == sorted(each.name for one in described for each in one.parameters if each.read)
@@ -421,7 +423,7 @@ def test_torn_shard_with_a_connection_is_an_error(shards):
 def test_transformers_is_not_imported(saved):
     _, folder = saved("deepseek")
     code = (
-        f"import sys, probes; print(len(probes.describe_weights({str(folder)!r}).connections)); "
+        f"import sys; from depthscope import probes; print(len(probes.describe_weights({str(folder)!r}).connections)); "
         "assert 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -469,16 +471,16 @@ def written(name: str, text: str):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda folder: folder, "holds no safetensors"),
+        (lambda folder: folder, "contains no safetensors"),
         (lambda folder: folder / "nowhere", "no checkpoint at"),
         (torn, "torn or no safetensors file"),
-        (pickled, "holds pickles"),
-        (lambda folder: pickled(folder) / "pytorch_model.bin", "holds pickles"),
+        (pickled, "contains pickles"),
+        (lambda folder: pickled(folder) / "pytorch_model.bin", "contains pickles"),
         (quantised, "stored as I8"),
         (written("notes.txt", ""), "1 of 3 shards and no index"),
         (written("model.safetensors.index.json", "{"), "no safetensors index"),
         (written("model.safetensors.index.json", '{"weight_map": []}'), "no safetensors index"),
-        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "holds no safetensors"),
+        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "contains no safetensors"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(make, words, tmp_path):

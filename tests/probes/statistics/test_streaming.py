@@ -14,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.analysis import sketches
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.kernels import rank, similarity
-from depthscope.probes.checkpoints.load import encode_text, load_checkpoint, sample_text
-from depthscope.probes.model.arguments import CaptureError
+from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.statistics import depth_sketch, second_moments, streaming
 from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
 from depthscope.probes.statistics.streamed_spectra import spectra, streamed_variables
@@ -250,8 +252,8 @@ def test_buckets_and_signs_are_those_of_the_kernel(monkeypatch):
     found = seen(states, None, first=7).sketches[0, 1, 2]
     index = depth_sketch.token_index(torch.arange(7, 11), T)
     x = tokens_of(states)
-    expected, signs = similarity.row_sketch(x, index.numpy(), depth_sketch.BUCKETS)
-    heavy = similarity.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), depth_sketch.BUCKETS)
+    expected, signs = sketches.row_sketch(x, index.numpy(), depth_sketch.BUCKETS)
+    heavy = sketches.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), depth_sketch.BUCKETS)
     np.testing.assert_allclose(found.buckets_LmD + heavy[0], expected, atol=1e-5)
     np.testing.assert_array_equal(found.signs_m + heavy[1], signs)
 

@@ -30,13 +30,6 @@ def products_behind(norms):
     return np.append(np.cumprod(SCALES[::-1])[::-1], 1.0)
 
 
-def noise_of(g):
-    n, products = len(g), g @ g.T
-    trace = np.trace(np.atleast_2d(np.cov(g.T)))
-    square = (products.sum() - np.trace(products)) / (n * (n - 1))
-    return trace / square, trace, square
-
-
 def norms_of_batches(square, trace, few, many):
     """Expected norms at two batch sizes: E‖g_B‖² = |G|² + tr Σ / B."""
     return np.sqrt(square + trace / few), np.sqrt(square + trace / many)
@@ -77,15 +70,6 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             lambda few, many: gradients.noise_scale(few, many, batch_small=4, batch_large=64),
             lambda few, many: (0.0 * few + 7.0 / 3.0, 0.0 * few + 7.0, 0.0 * many + 3.0),
             [tuple(np.atleast_1d(v) for v in norms_of_batches(3.0, 7.0, 4, 64))],
-        ),
-    ),
-    "gradients.noise_scale_of_samples": (
-        Reference(
-            "numpy.cov, and products of different samples",
-            gradients.noise_scale_of_samples,
-            noise_of,
-            MATRICES,
-            rtol=1e-8,
         ),
     ),
     "gradients.cosine_across_samples": (

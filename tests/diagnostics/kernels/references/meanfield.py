@@ -1,7 +1,7 @@
 """Mean-field maps by scipy's adaptive quadrature and by the arc-sine and arc-cosine kernels."""
 
 import numpy as np
-from scipy import integrate, optimize, special, stats
+from scipy import integrate, special, stats
 
 from depthscope.diagnostics.kernels import meanfield
 from tests.diagnostics.kernels.references.reference import Reference
@@ -56,17 +56,6 @@ def slope(sigma_w, sigma_b, name, q):
     return sigma_w**2 * expectation(lambda h: SLOPES[name](h) ** 2, q)
 
 
-def root(sigma_w, sigma_b, name):
-    return optimize.brentq(lambda q: length(q, sigma_w, sigma_b, name) - q, 1e-6, 100.0, xtol=1e-13)
-
-
-def growing_sum(depth):
-    """Sums of the unit vectors of a basis."""
-    h = np.cumsum(np.eye(len(depth) + 1), axis=0)
-    norms = np.linalg.norm(h, axis=1)
-    return norms[:-1] ** 2, np.sum(h[:-1] * h[1:], axis=1) / norms[:-1] / norms[1:]
-
-
 REFERENCES: dict[str, tuple[Reference, ...]] = {
     "meanfield.q_map": (
         Reference("scipy.integrate.quad", meanfield.q_map, length, SETTINGS, rtol=1e-8),
@@ -95,25 +84,6 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             slope,
             [(sigma_w, sigma_b, name, q) for q, sigma_w, sigma_b, name in FAR],
             rtol=1e-8,
-        ),
-    ),
-    "meanfield.fixed_point": (
-        Reference(
-            "scipy.optimize.brentq over scipy.integrate.quad",
-            meanfield.fixed_point,
-            root,
-            [(1.2, 0.3, "tanh"), (1.4, 0.2, "erf"), (0.9, 0.5, "relu"), (0.5, 1.0, "linear")],
-            rtol=1e-9,
-        ),
-    ),
-    "meanfield.pre_ln_growth": (
-        Reference(
-            "sums of unit vectors of a basis",
-            meanfield.pre_ln_growth,
-            growing_sum,
-            [(np.arange(1.0, 12.0),)],
-            narrow=False,
-            batched=False,
         ),
     ),
 }

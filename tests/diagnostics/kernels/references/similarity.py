@@ -21,7 +21,6 @@ TALL = PAIRS[:2]
 KERNELS = [(peer_values.gram(x), peer_values.gram(y)) for x, y in PAIRS]
 SIZES = {"narrow": peer_values.narrow(), "wide": peer_values.wide()}
 LAYERS = [(walk(4, 120, 40, seed=60),), (walk(3, 30, 80, seed=70),)]
-FEW_TOKENS = walk(3, 16, 6, seed=80)
 
 
 def said(key, ours, inputs, **options):
@@ -140,33 +139,6 @@ def noise_alignment(n, d_x, d_y):
     return m * d_x * d_y / np.sqrt(m * d_x * (m + d_x + 1) * m * d_y * (m + d_y + 1))
 
 
-def count_sketch(x, index):
-    """Clarkson & Woodruff: one ±1 in each column of a matrix that knows the index alone."""
-    matrix = similarity.row_sketch(np.eye(len(index)), index, 32, seed=5)[0]
-    assert np.array_equal(np.sort(np.abs(matrix), axis=0)[-1], np.ones(len(index)))
-    assert np.count_nonzero(matrix) == len(index)
-    return matrix @ x, matrix.sum(axis=1)
-
-
-def sketched(x):
-    """A sketch that gives every token a bucket of its own."""
-    index = np.arange(x.shape[1])
-    sketch, signs = similarity.row_sketch(x, index, 512, seed=3)
-    spread = ((x - x.mean(axis=1, keepdims=True)) ** 2).sum(axis=(1, 2))
-    return sketch, signs, x.mean(axis=1), spread
-
-
-def products_of_different_tokens(sketch, signs, mean, spread):
-    """Without collisions the buckets' products are those of the tokens, times the square of a sign."""
-    assert np.count_nonzero(signs) == np.abs(signs).sum() == FEW_TOKENS.shape[1]
-    x = FEW_TOKENS - FEW_TOKENS.mean(axis=1, keepdims=True)
-    n, m = x.shape[1], sketch.shape[1]
-    off = [k - np.diag(np.diag(k)) for k in (a @ a.T for a in x)]
-    table = np.array([[np.sum(k * q) for q in off] for k in off]) / (1 - 1 / m)
-    table += np.outer(spread, spread) / ((n - 1) * (n - 2))
-    return table / np.sqrt(np.outer(np.diag(table), np.diag(table)))
-
-
 REFERENCES: dict[str, tuple[Reference, ...]] = {
     "similarity.cka_from_hsic": (
         Reference(
@@ -210,16 +182,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             tuple(map(peer_values.gram, peer_values.batches())),
             rtol=1e-4,
         ),
-    ),
-    "similarity.linear_hsic1": (
-        Reference(
-            "Song et al., Eq. 5",
-            similarity.linear_hsic1,
-            lambda x, y: song(x @ x.T, y @ y.T),
-            PAIRS,
-            rtol=1e-7,
-        ),
-        said("repsim hsic song", similarity.linear_hsic1, SIZES["narrow"]),
+        said("repsim hsic song", lambda x, y: similarity.hsic1(x @ x.T, y @ y.T), SIZES["narrow"]),
     ),
     "similarity.hsic_matrix": (
         Reference(
@@ -360,26 +323,5 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     ),
     "similarity.cknna": (
         Reference("Huh et al., with torch.topk", similarity.cknna, nearest_alignment, PAIRS),
-    ),
-    "similarity.row_sketch": (
-        Reference(
-            "a matrix with one ±1 in each column",
-            lambda x, index: similarity.row_sketch(x, index, 32, seed=5),
-            count_sketch,
-            [(x, np.arange(len(x)) * 7 + 10**9) for x, _ in PAIRS],
-            batched=False,
-        ),
-    ),
-    "similarity.cka_from_sketch": (
-        Reference(
-            "products of different tokens, no two in one bucket",
-            lambda sketch, signs, mean, spread: similarity.cka_from_sketch(
-                sketch, signs, mean, diagonals=spread, count=FEW_TOKENS.shape[1]
-            ),
-            products_of_different_tokens,
-            [sketched(FEW_TOKENS)],
-            narrow=False,
-            batched=False,
-        ),
     ),
 }

@@ -1,0 +1,159 @@
+"""What of an analysis is printed? Tables by depth and by connection; larger metrics are named, and are in the JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from depthscope.app.figures import Selection
+from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.tables import Table, depth_table, mixing_table
+from depthscope.app.text.terminal import say, show_rows
+from depthscope.diagnostics import CATALOGUE
+
+WIDTH = 100
+"""Columns at which running text is wrapped."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysisTables:
+    """The printed form of one reading.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain of one run.
+    by_depth : Table
+        One row for each depth.
+    by_connection : Table or None
+        One row for each connection, where there are any.
+    not_in_tables : tuple of str
+        Computed metrics without a column: those that were asked for by name, and every metric of pairs of depths or
+        connections.
+    """
+
+    reading: Reading
+    by_depth: Table
+    by_connection: Table | None
+    not_in_tables: tuple[str, ...]
+
+
+def tabulate(reading: Reading, selection: Selection, asked: Collection[str]) -> AnalysisTables:
+    """Tables of one reading.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain of one run.
+    selection : Selection
+        Slice to show.
+    asked : collection of str
+        Metrics that were asked for by name.
+
+    Returns
+    -------
+    AnalysisTables
+    """
+    by_depth, by_connection = depth_table(reading, selection), mixing_table(reading, selection)
+    columns = {"num_tokens", *by_depth.metrics, *(by_connection.metrics if by_connection else ())}
+    analysis = reading.analysis
+    named = [name for name in asked if name in analysis and name not in columns]
+    pairs = [
+        str(name)
+        for name, values in analysis.data_vars.items()
+        if name in CATALOGUE and {"other_depth", "other_connection"} & set(values.dims)
+    ]
+    return AnalysisTables(reading, by_depth, by_connection, tuple(dict.fromkeys([*named, *pairs])))
+
+
+def analysis_as_dict(tables: Sequence[AnalysisTables], selection: Selection, written: Path) -> dict[str, Any]:
+    """The document that ``depthscope analyze --json`` prints.
+
+    Parameters
+    ----------
+    tables : sequence of AnalysisTables
+        One for each reading.
+    selection : Selection
+        Slice of the values.
+    written : Path
+        The run that the metrics were written to.
+
+    Returns
+    -------
+    dict
+    """
+    names = {str(name) for each in tables for name in each.reading.analysis.data_vars}
+    return {
+        "written": str(written),
+        "not_computed": {each.reading.name: each.reading.not_computed for each in tables},
+        "metrics": sorted(names),
+        "depth": {each.reading.name: each.by_depth.data.to_dict("records") for each in tables},
+        "connection": {
+            each.reading.name: each.by_connection.data.to_dict("records")
+            for each in tables
+            if each.by_connection
+        },
+        # The key is part of the JSON's public form.
+        "apart": {
+            each.reading.name: {
+                name: _values_as_dict(each.reading.analysis[name], selection) for name in each.not_in_tables
+            }
+            for each in tables
+        },
+    }
+
+
+def _values_as_dict(values: xr.DataArray, selection: Selection) -> dict[str, Any]:
+    """One metric at its last step in the selected slice: the dims that remain, their labels, the values."""
+    if "step" in values.dims:
+        values = values.isel(step=-1)
+    # Only labels that the array has are selected: a metric of the mean stream alone has no other stream.
+    labels = {dim: getattr(selection, str(dim), None) for dim in values.dims}
+    part = values.sel({dim: label for dim, label in labels.items() if label in values[dim].values})
+    return {
+        "dims": part.dims,
+        "labels": {dim: part[dim].values for dim in part.dims},
+        "values": part.values,
+    }
+
+
+def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
+    """Print the tables, then what is not in them and where it is.
+
+    Parameters
+    ----------
+    tables : sequence of AnalysisTables
+        One for each reading.
+    written : Path
+        The run that the metrics were written to.
+    """
+    for each in tables:
+        for table in (each.by_depth, each.by_connection):
+            if table is not None and (table.metrics or "num_tokens" in table.data):
+                say(textwrap.fill(table.caption, WIDTH))
+                show_rows(
+                    [str(column) for column in table.printed], table.printed.astype(str).to_numpy().tolist()
+                )
+                say()
+    for each in tables:
+        if each.not_in_tables:
+            names = ", ".join(f"{name} ({_dims(each.reading.analysis[name])})" for name in each.not_in_tables)
+            where = f"they are in /metrics of {written}, in --json, and in: depthscope dashboard {written}"
+            _say_wrapped(f"Measured in {each.reading.name}, not printed: {names}: {where}")
+        for reason, metrics in each.reading.not_computed.items():
+            _say_wrapped(f"Not computed: {', '.join(metrics)}: {reason}")
+    say(f"Metrics written to {written}")
+
+
+def _dims(values: xr.DataArray) -> str:
+    return " × ".join(str(dim).replace("_", " ") for dim in values.dims if dim != "step")
+
+
+def _say_wrapped(text: str) -> None:
+    # Paths and metric names are copied from here, so that none is broken at a hyphen.
+    say(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))

@@ -1,0 +1,96 @@
+"""How do commands load a checkpoint? The arguments that name it, its loading, and the errors of its capture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from depthscope.app.text.terminal import working
+
+if TYPE_CHECKING:
+    from depthscope.probes.checkpoints.load import LoadedModel
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint, and how its model is built and read."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="transformers folder, .gguf file, module:factory, or the word smollm2",
+    )
+    parser.add_argument("--weights", metavar="FILE", help="state dict for module:factory")
+    parser.add_argument(
+        "--layers", metavar="PATH", help="the list of blocks, such as model.layers (else detected)"
+    )
+    parser.add_argument(
+        "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
+    )
+    parser.add_argument("--streams", type=int, metavar="N", help="streams, where the layout merges them")
+    parser.add_argument(
+        "--sites",
+        metavar="NAMES",
+        help="what to keep, such as mid,final or 'blocks.3.hook_resid_post' (else all states)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the sequences (default 0)")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    parser.add_argument(
+        "--dtype", metavar="float32|bfloat16|…", help="precision of the model (default its own)"
+    )
+
+
+def load(args: argparse.Namespace) -> LoadedModel:
+    """The model of ``args.checkpoint`` with its tokenizer.
+
+    Parameters
+    ----------
+    args : Namespace
+        Arguments of `add_checkpoint`.
+
+    Returns
+    -------
+    LoadedModel
+    """
+    with working("importing torch"):
+        from depthscope.probes.checkpoints.load import load_checkpoint
+    with working(f"loading {args.checkpoint}"):
+        return load_checkpoint(args.checkpoint, weights=args.weights, dtype=args.dtype, device=args.device)
+
+
+def site_names(args: argparse.Namespace) -> list[str] | None:
+    """Names given with ``--sites``; None asks for every state.
+
+    Parameters
+    ----------
+    args : Namespace
+        Arguments of `add_checkpoint`.
+
+    Returns
+    -------
+    list of str or None
+    """
+    return None if args.sites is None else [name.strip() for name in args.sites.split(",")]
+
+
+@contextmanager
+def capture_errors_for_users() -> Iterator[None]:
+    """Turn a refused capture into the ValueError that the command line prints as one line.
+
+    Other RuntimeErrors, such as those of torch inside the user's own model, keep their traceback.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    ValueError
+        With the message of the refusal.
+    """
+    from depthscope.probes.model.arguments import CaptureError
+
+    try:
+        yield
+    except CaptureError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,36 @@
+"""What is a command? A name, a line of help, its arguments, and the function that runs it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# 2 is what argparse itself exits with; 130 and 141 are the shell's 128 + SIGINT and 128 + SIGPIPE.
+FINE, FOUND, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of ``depthscope``, declared in a file of its own in `depthscope.app.cli.commands`.
+
+    Every command file is imported to print ``depthscope --help``. Import torch, xarray, numpy and the rest of
+    depthscope inside `run`: help has to answer in less than half a second.
+
+    Parameters
+    ----------
+    name : str
+        The word on the command line; the file has the same name.
+    help : str
+        One line, in lower case and without a full stop: it stands in the list of commands.
+    add_arguments : callable
+        Takes the command's parser. `depthscope.app.cli.arguments` has the arguments that commands share.
+    run : callable
+        Takes the parsed arguments and returns the exit code: `FINE`, or `FOUND` where a check fails. A ValueError or
+        an OSError that it raises is printed as one line, and the exit code is `USAGE`.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]

@@ -1,0 +1,24 @@
+"""Which commands are there? Each is a file of this folder with a `COMMAND`, and a line in the list below."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from depthscope.app.cli.command import Command
+
+COMMANDS: tuple[Command, ...] = tuple(
+    import_module(f"depthscope.app.cli.commands.{name}").COMMAND
+    for name in (
+        "demo",
+        "probe",
+        "describe",
+        "analyze",
+        "check",
+        "compare",
+        "dashboard",
+        "report",
+        "export",
+        "study",
+    )
+)
+"""Every command, in the order of ``depthscope --help``."""

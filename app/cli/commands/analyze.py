@@ -1,0 +1,136 @@
+"""`depthscope analyze`: compute the metrics of a run, write them into it, print them by depth and connection."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from depthscope.app.cli.arguments import (
+    add_json,
+    add_run,
+    add_selection,
+    comma_separated,
+    metric_names,
+    require_run_name,
+    selection_of,
+)
+from depthscope.app.cli.command import FINE, Command
+from depthscope.app.text.terminal import emit, working
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--metrics",
+        type=comma_separated,
+        metavar="A,B",
+        help="only these (default: all that the run can feed)",
+    )
+    parser.add_argument(
+        "--jackknife",
+        action="store_true",
+        help="standard errors of pooled metrics too, by leaving out one sequence at a time (slow)",
+    )
+    parser.add_argument(
+        "--initial",
+        metavar="CHECKPOINT",
+        help="the model before training: shows how far training moved the mixing of an mHC, weight decay taken out",
+    )
+    parser.add_argument(
+        "--decay",
+        type=float,
+        metavar="FACTOR",
+        help="what weight decay left of the initial logits, ∏(1 − learning rate × weight decay) over the steps (default "
+        "1: they are not decayed)",
+    )
+    parser.add_argument(
+        "--out", metavar="RUN", help="save the metrics alone here, and leave the run as it is"
+    )
+    add_selection(parser)
+    add_json(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import xarray as xr
+
+    from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
+    from depthscope.app.readings.readings import read_runs, without_ending
+    from depthscope.diagnostics import analyze, schema
+
+    metrics = metric_names(args.metrics)
+    selection = selection_of(args)
+    if args.out is not None:
+        require_run_name(args.out, suffixes=schema.SUFFIXES, source=args.run)
+    run = schema.open_run(args.run)
+    with working(f"analysing {args.run}") as progress:
+        run.load()
+        run.close()  # before the metrics are written into the same file
+        run = _with_initial_logits(run, args)
+        analysis = analyze(run, metrics=metrics, jackknife=args.jackknife, progress=progress)
+    groups = _metric_groups(analysis)
+    written = _write(run, groups, args)
+    measured = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **groups})
+    readings = read_runs({without_ending(Path(args.run).name): measured})
+    tables = [tabulate(reading, selection, metrics or ()) for reading in readings]
+    if args.json:
+        emit(analysis_as_dict(tables, selection, written))
+    else:
+        print_analysis(tables, written)
+    return FINE
+
+
+def _with_initial_logits(run: xr.DataTree, args: argparse.Namespace) -> xr.DataTree:
+    """The run with the mixing logits of ``--initial``, decayed by ``--decay``; the run itself without them."""
+    if args.initial is None:
+        if args.decay is not None:
+            raise ValueError(
+                "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
+            )
+        return run
+    from depthscope import probes
+    from depthscope.diagnostics import with_replay
+
+    decay = 1.0 if args.decay is None else args.decay
+    return with_replay(run, probes.initial_logits(args.initial), decay=decay)
+
+
+def _metric_groups(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    """The analysis as groups of a run: one, or one for each chain."""
+    import xarray as xr
+
+    if isinstance(analysis, xr.Dataset):
+        return {"/metrics": analysis}
+    return {f"/metrics/{chain}": node.to_dataset() for chain, node in analysis.children.items()}
+
+
+def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Namespace) -> Path:
+    """Save the metrics alone under ``--out``, or in the run with everything else that it contains."""
+    import xarray as xr
+
+    from depthscope.app.readings.readings import COMPLETE
+    from depthscope.app.readings.stored_metrics import renewed
+    from depthscope.diagnostics import CATALOGUE, schema
+    from depthscope.diagnostics.metrics.replay import LOGITS
+
+    complete = not args.metrics
+    nodes = {"/": xr.Dataset(attrs=run.attrs)}
+    if args.out:
+        for path, metrics in groups.items():
+            nodes[path] = metrics.assign_attrs({COMPLETE: complete})
+        return schema.save_run(xr.DataTree.from_dict(nodes), args.out)
+    # Other initial logits change the metrics that read them, so their stored values no longer apply.
+    outdated = [name for name, metric in CATALOGUE.items() if args.initial and LOGITS in metric.roots]
+    for node in run.subtree:
+        if node.path not in groups:
+            nodes[node.path] = node.to_dataset()
+    for path, metrics in groups.items():
+        stored = schema.chain_dataset(run, "metrics", path.removeprefix("/metrics").strip("/"))
+        nodes[path] = renewed(metrics, stored, complete=complete, outdated=outdated)
+    return schema.save_run(xr.DataTree.from_dict(nodes), args.run)
+
+
+COMMAND = Command("analyze", "compute the metrics of a run", _add_arguments, _run)

@@ -1,0 +1,89 @@
+"""`depthscope check`: the findings of runs in plain words, and an exit code for continuous integration."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from depthscope.app.cli.arguments import add_json, add_runs, comma_separated
+from depthscope.app.cli.command import FINE, FOUND, Command
+from depthscope.app.cli.suggestion import closest
+from depthscope.app.text.terminal import emit, say, working
+
+if TYPE_CHECKING:
+    from depthscope.app.readings.readings import Reading
+    from depthscope.diagnostics import Finding, Severity
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+    parser.add_argument(
+        "--fail-on",
+        type=comma_separated,
+        default=["fail"],
+        metavar="warn|fail|NAMES",
+        help="exit 1 at this severity or above, or on these verdicts, comma separated (default fail)",
+    )
+    add_json(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.readings.readings import open_runs, read_runs
+
+    lowest, verdicts = _limits(args.fail_on)
+    with working("analysing and judging") as progress:
+        readings = read_runs(open_runs(args.runs), progress=progress)
+    failed = [
+        reading.name
+        for reading in readings
+        if any(_exceeds(finding, lowest, verdicts) for finding in reading.findings)
+    ]
+    if args.json:
+        runs = [
+            {"run": reading.name, "findings": [finding.as_dict() for finding in reading.findings]}
+            for reading in readings
+        ]
+        emit({"failed": failed, "fail_on": args.fail_on, "runs": runs})
+    else:
+        _print_findings(readings, failed, args.fail_on)
+    return FOUND if failed else FINE
+
+
+def _limits(names: Sequence[str]) -> tuple[Severity | None, set[str]]:
+    """The lowest severity that fails a check (None where none is named), and the verdicts that fail it."""
+    from depthscope.diagnostics import Severity
+    from depthscope.diagnostics.verdicts import VERDICTS
+
+    # A note (INFO) is never a reason to fail: it describes the model and asks for nothing.
+    severities = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
+    for name in names:
+        if name not in severities and name not in VERDICTS:
+            raise ValueError(f"no severity or verdict {name!r}{closest(name, [*severities, *VERDICTS])}")
+    lowest = min((severities[name] for name in names if name in severities), default=None)
+    return lowest, {name for name in names if name in VERDICTS}
+
+
+def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> bool:
+    """Whether a finding fails the check; a verdict that is named fails from WARN on."""
+    from depthscope.diagnostics import Severity
+
+    if finding.verdict in verdicts and finding.severity >= Severity.WARN:
+        return True
+    return lowest is not None and finding.severity >= lowest
+
+
+def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
+    from depthscope.app.tables.findings import count_words, findings_text
+
+    for reading in readings:
+        about = ", ".join(str(reading.attrs[key]) for key in ("model", "family") if reading.attrs.get(key))
+        say(f"{reading.name}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
+        say()
+        say(findings_text(reading.findings))
+        say()
+    result = f"failed: {', '.join(failed)}" if failed else "passed"
+    say(f"check --fail-on {','.join(fail_on)}: {result}")
+
+
+COMMAND = Command("check", "judge runs in plain words; exit 1 where one fails", _add_arguments, _run)

@@ -1,0 +1,25 @@
+"""`depthscope dashboard`: browse runs at a local address until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from depthscope.app.cli.arguments import add_browser, add_runs
+from depthscope.app.cli.command import FINE, Command
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+    parser.add_argument("--port", type=int, metavar="PORT", help="default: a free one")
+    add_browser(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.dashboard.server import launch
+
+    launch([Path(run) for run in args.runs], port=args.port, open_browser=args.browser)
+    return FINE
+
+
+COMMAND = Command("dashboard", "browse runs", _add_arguments, _run)

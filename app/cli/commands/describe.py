@@ -1,0 +1,70 @@
+"""`depthscope describe`: the family, blocks, streams, layout and sites that are found in a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from depthscope.app.cli.arguments import add_json
+from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
+from depthscope.app.cli.command import FINE, Command
+from depthscope.app.text.terminal import emit, say, show_rows, working
+
+# One small forward: it finds the structure and proves the connections, and measures nothing.
+SEQUENCES, LENGTH = 2, 32
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="read the connections from the safetensors (folder or file) and build no model",
+    )
+    add_json(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.weights_only:
+        return _describe_weights(args)
+    loaded = load(args)
+    from depthscope import probes
+    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
+
+    batch = encode_text(loaded, sample_text(), seed=args.seed, sequences=SEQUENCES, length=LENGTH)
+    options = {name: getattr(args, name) for name in ("layers", "layout", "streams")}
+    given = {name: value for name, value in options.items() if value is not None}
+    with capture_errors_for_users():
+        found = probes.describe(loaded.model, batch, sites=site_names(args), **given)
+    if args.json:
+        emit({"checkpoint": args.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()})
+    else:
+        say(str(found))
+    return FINE
+
+
+def _describe_weights(args: argparse.Namespace) -> int:
+    options = ("weights", "layers", "layout", "streams", "sites", "dtype")
+    given = [name for name in options if getattr(args, name) is not None]
+    if given:
+        raise ValueError(
+            f"--{', --'.join(given)} and --weights-only do not go together: no model is built or run; leave one out"
+        )
+    with working("importing torch"):
+        from depthscope.probes.static import page
+        from depthscope.probes.static.describe import describe_weights
+    found = describe_weights(args.checkpoint)
+    if args.json:
+        emit(found.as_dict())
+        return FINE
+    say(page.heading(found))
+    if found.connections:
+        say()
+        show_rows(page.COLUMNS, page.rows(found))
+        say()
+        say(page.ending(found))
+    return FINE
+
+
+COMMAND = Command(
+    "describe", "say what was found in a checkpoint: family, blocks, streams", _add_arguments, _run
+)

@@ -1,0 +1,25 @@
+"""`depthscope study`: train small models that differ in their connection alone, and probe each."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from depthscope.app.cli.command import FINE, Command
+from depthscope.app.text.terminal import say
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the runs and the weights")
+    parser.add_argument("--minutes", type=float, default=10.0, help="time to spend (default 10)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.study.study import run_study
+
+    for path in run_study(Path(args.out), seconds=60 * args.minutes).values():
+        say(str(path))
+    return FINE
+
+
+COMMAND = Command("study", "train small models of each family and compare them", _add_arguments, _run)

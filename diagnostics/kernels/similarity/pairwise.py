@@ -1,0 +1,115 @@
+"""How are two sides compared? Pair by pair over a batch, or every layer with every other.
+
+A comparison has two parts: what one side needs alone (``prepare``: a decomposition, a kernel matrix) is computed once
+for all its pairs, and ``combine`` gives the number for two prepared sides.
+
+Shapes: ``...`` batch, ``L`` layers, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+from array_api_compat import array_namespace
+
+from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, of_one_library, rows, selected
+
+# Prepared layers may take about this many bytes of memory; beyond, the least recently used is computed again. A
+# heuristic of ours.
+CACHE_BYTES = 1_000_000_000
+
+Prepare = Callable[[Any, Array], Any]
+Combine = Callable[[Any, Any, Any], Array]
+
+
+def paired_rows(x: Array, y: Array, mask: Array | None, *, center: bool) -> tuple[Rows, Rows]:
+    """Two batches of matrices, checked to have the same batch and rows; widths may differ."""
+    x, y = of_one_library(x, y)
+    a = rows(x, mask=mask, center=center)
+    b = rows(y, mask=mask, center=center, name="y")
+    if a.values.shape[:-1] != b.values.shape[:-1]:
+        raise ValueError(
+            f"x and y have shapes {tuple(a.values.shape)} and {tuple(b.values.shape)}; expected equal "
+            "batch and rows (..., N); widths may differ"
+        )
+    return a, b
+
+
+def compare_sides(
+    prepare: Prepare,
+    combine: Combine,
+    x: Array,
+    y: Array | None,
+    mask: Array | None,
+    *,
+    center: bool = True,
+    symmetric: bool = True,
+) -> Array:
+    """Compare x with y, or without y every layer of x with every other.
+
+    Parameters
+    ----------
+    prepare
+        From the namespace and a matrix (N, d) of the rows that count: what is needed of one side.
+    combine
+        From the namespace and two prepared sides: the number.
+    x, y
+        Matrices (..., N, d_x) and (..., N, d_y) over the same rows; or layers (L, N, d) and None.
+    mask
+        Booleans (..., N), False for rows that do not count; without y (N,).
+    center
+        Remove the mean row.
+    symmetric
+        Whether both orders of two sides give the same number.
+
+    Returns
+    -------
+    Array
+        (...), or (L, L) with the first of the two sides along the first dim.
+
+    Raises
+    ------
+    ValueError
+        If rows do not match, or without y if x is not a stack of layers.
+    """
+    if y is None:
+        return _layer_table(prepare, combine, *_layers(x, mask), center=center, symmetric=symmetric)
+    a, b = paired_rows(x, y, mask, center=center)
+    found = [
+        combine(a.xp, prepare(a.xp, left), prepare(a.xp, right))
+        for left, right in zip(selected(a), selected(b), strict=True)
+    ]
+    return a.xp.reshape(a.xp.stack(found), a.values.shape[:-2])
+
+
+def _layers(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    """The layers and their mask, refused where they cannot be compared row by row."""
+    x, mask = as_array(x), None if mask is None else as_array(mask, name="mask")
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and y is None; expected layers (L, N, d), none of them empty: "
+            "give y to compare two batches of matrices"
+        )
+    if mask is not None and mask.ndim != 1:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected (N,): all layers have the same rows")
+    return x, mask
+
+
+def _layer_table(
+    prepare: Prepare, combine: Combine, x: Array, mask: Array | None, *, center: bool, symmetric: bool
+) -> Array:
+    """The numbers of all pairs of layers, (L, L)."""
+    count, num_rows, width = x.shape
+    xp = array_namespace(x)
+
+    # A prepared side is at most a basis (N, d) or a kernel (N, N) in float64; two must fit for any pair.
+    @lru_cache(maxsize=max(2, CACHE_BYTES // (8 * num_rows * max(num_rows, width))))
+    def prepared(layer: int) -> Any:
+        return prepare(xp, selected(rows(x[layer], mask=mask, center=center))[0])
+
+    found: dict[tuple[int, int], Array] = {}
+    for a, b in product(range(count), repeat=2):
+        # In this order (b, a) with b < a is known already.
+        found[a, b] = found[b, a] if symmetric and b < a else combine(xp, prepared(a), prepared(b))
+    return xp.reshape(xp.stack(list(found.values())), (count, count))

@@ -1,0 +1,181 @@
+"""Which tensors are in a safetensors checkpoint? Names, shapes and types from its headers; values only of those asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from depthscope.probes.checkpoints.weight_files import (
+    INDEX_ENDING,
+    CheckpointError,
+    find_index,
+    read_index,
+    safetensors_files,
+    torn_file,
+)
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: read as bits
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
+SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
+EXPECTED = (
+    "expected a folder with .safetensors files (and their index, if there are several), or one such file"
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the header of its file describes it; its data are the file's bytes from ``start`` to ``stop``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every tensor of a checkpoint: those in files that exist, and the file names of those in missing ones."""
+
+    tensors: dict[str, StoredTensor]
+    absent: dict[str, str]
+    files: tuple[Path, ...]
+
+
+def take_inventory(path: Path) -> Inventory:
+    """List every tensor of a safetensors checkpoint, without its data.
+
+    Parameters
+    ----------
+    path : Path
+        A folder, one ``.safetensors`` file or an index. Shards that the index names may be missing: their tensors
+        are listed as absent.
+
+    Returns
+    -------
+    Inventory
+
+    Raises
+    ------
+    CheckpointError
+        If there is no safetensors file, a header is torn, the index is none, or a series without an index
+        is incomplete.
+    """
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at '{path}'; {EXPECTED}")
+    index = find_index(path)
+    if index is not None:
+        shards = read_index(index)
+        listed = {name: index.parent / name for name in sorted(set(shards.values()))}
+        present = {name: file for name, file in listed.items() if file.is_file()}
+        absent = {tensor: name for tensor, name in shards.items() if name not in present}
+        return Inventory(_headers(present.values()), absent, tuple(listed.values()))
+    files = safetensors_files(path)
+    if not files:
+        raise CheckpointError(_advice_without_safetensors(path))
+    _require_complete_series(files)
+    return Inventory(_headers(files), {}, tuple(files))
+
+
+def _advice_without_safetensors(path: Path) -> str:
+    names = [path.name] if path.is_file() else sorted(file.name for file in path.iterdir())
+    if any(name.endswith(PICKLES) for name in names):
+        return (
+            f"'{path}' contains pickles, whose tensors cannot be read one by one; load the model and save it again with "
+            "save_pretrained(folder, safe_serialization=True), or its state dict with safetensors.torch.save_file"
+        )
+    found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if path.is_dir() else "one file"
+    return f"'{path}' contains no safetensors (found: {found or 'nothing'}); {EXPECTED}"
+
+
+def _require_complete_series(files: list[Path]) -> None:
+    """Refuse shards named ``…-00001-of-00003`` of which some are missing: without an index their tensors are unknown."""
+    numbered = [found for file in files if (found := SHARD_OF_SERIES.search(file.stem))]
+    expected = max((int(found.group(1)) for found in numbered), default=0)
+    if len(numbered) < expected:
+        raise CheckpointError(
+            f"'{files[0].parent}' contains {len(numbered)} of {expected} shards and no index ({INDEX_ENDING[1:]}), so what "
+            "is missing is not known; complete the download"
+        )
+
+
+def _headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    return {tensor.name: tensor for file in files for tensor in _header(file)}
+
+
+def _header(file: Path) -> list[StoredTensor]:
+    """The tensors that the header of a file lists; their data may be missing, as in a partial download."""
+    # Read by hand: safetensors.safe_open refuses a file that is shorter than its header states.
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        # A file of another kind gives any length: never read more than there is.
+        text = opened.read(length) if LENGTH_BYTES + length <= size else b""
+    if not text:
+        raise torn_file(file, "its header is longer than the file")
+    tensors = []
+    try:
+        for name, entry in json.loads(text).items():
+            if name == "__metadata__":
+                continue
+            # Offsets count from the end of the header.
+            start, stop = (LENGTH_BYTES + length + offset for offset in entry["data_offsets"])
+            tensors.append(StoredTensor(name, tuple(entry["shape"]), entry["dtype"], file, start, stop))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise torn_file(file, f"its header cannot be read: {error}") from error
+    return tensors
+
+
+def read_values(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
+    """Read the values of some tensors as float64; no other byte of their files is read.
+
+    Parameters
+    ----------
+    tensors : iterable of StoredTensor
+        Which.
+
+    Returns
+    -------
+    dict of str to ndarray
+        By name.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is torn, a type is not floating point, or a value is not finite.
+    """
+    return {tensor.name: _finite_values(tensor) for tensor in tensors}
+
+
+def _finite_values(tensor: StoredTensor) -> np.ndarray:
+    if tensor.dtype not in NUMPY_TYPES:
+        raise CheckpointError(
+            f"'{tensor.name}' is stored as {tensor.dtype}; expected one of {', '.join(NUMPY_TYPES)}: take a checkpoint whose "
+            "connections are not quantised"
+        )
+    # By seek and read, not by a memory map of the shard: that fails where the shard is larger than the memory.
+    with tensor.file.open("rb") as opened:
+        opened.seek(tensor.start)
+        raw = np.frombuffer(opened.read(tensor.stop - tensor.start), np.uint8)
+    stored_type = np.dtype(NUMPY_TYPES[tensor.dtype])
+    if raw.size != stored_type.itemsize * math.prod(tensor.shape):
+        raise torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")
+    stored = raw.view(stored_type)
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    values = stored.astype(np.float64).reshape(tensor.shape)
+    num_broken = int(np.sum(~np.isfinite(values)))
+    if num_broken:
+        raise CheckpointError(
+            f"{num_broken} of the {values.size} values of '{tensor.name}' are NaN or infinite: the training has diverged, or "
+            "the file is broken; take an earlier checkpoint"
+        )
+    return values

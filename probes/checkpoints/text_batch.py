@@ -1,0 +1,193 @@
+"""How does a text become the batch that a model reads? Windows chosen by seed, padding masked; a sample text for a start."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from depthscope.probes.checkpoints.load import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+NUM_BYTES = 256
+IGNORED_LABEL = -100  # torch's and transformers' ignore_index
+
+
+def sample_text(kind: str = "docs") -> str:
+    """English text that comes with every Python installation, so that a first look needs no download.
+
+    Parameters
+    ----------
+    kind : {"docs", "shuffled"}
+        The language reference that ``help()`` prints (about 470 kB), or the same words in random order.
+
+    Returns
+    -------
+    str
+        The text, the same on every machine with this Python version.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind, or a Python without ``pydoc_data``.
+
+    Examples
+    --------
+    >>> "coroutine" in sample_text()
+    True
+    """
+    if kind not in {"docs", "shuffled"}:
+        raise ValueError(f"got text '{kind}', expected 'docs' or 'shuffled'")
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError("this Python has no pydoc_data; give a text of your own") from error
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
+    if kind == "docs":
+        return text
+    return " ".join(np.random.default_rng(0).permutation(text.split()))
+
+
+def encode_text(
+    loaded: LoadedModel, text: str, *, sequences: int = 8, length: int = 256, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Encode non-overlapping windows of a text as a batch; the seed chooses them, their order is the text's.
+
+    A text that is too short gives fewer windows, the last one padded and masked. A model without a tokenizer
+    reads bytes.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model that will read the batch.
+    text : str
+        Any text.
+    sequences, length : int
+        Number of windows, and of tokens in each.
+    seed : int
+        Chooses the windows.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``input_ids`` (sequence, token) int64 and, where the model's forward takes them, ``attention_mask``
+        (1 = a real token) and ``labels`` (the ids, -100 on padding; the model shifts them itself).
+
+    Raises
+    ------
+    ValueError
+        If the text is empty, a number is not positive, the length exceeds the model's positions, or the
+        model has neither a tokenizer nor an entry for every byte.
+    """
+    if sequences < 1 or length < 2:
+        raise ValueError(f"got {sequences} sequences of {length} tokens; expected at least 1 of at least 2")
+    _check_positions(loaded.model, length)
+    ids = _token_ids(loaded, text)
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; expected at least 2")
+    accepted = set(inspect.signature(loaded.model.forward).parameters)
+    if "attention_mask" not in accepted:  # padding cannot be masked: only full windows are used
+        length = min(length, len(ids))
+        ids = ids[: len(ids) // length * length]
+    windows = _windows(ids, sequences, length, seed)
+    padding = getattr(loaded.tokenizer, "pad_token_id", None)
+    batch = _padded(windows, length, 0 if padding is None else int(padding))
+    batch = {name: value for name, value in batch.items() if name == "input_ids" or name in accepted}
+    device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Text of every token of a batch; the empty string on padding.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model whose tokenizer made the batch.
+    batch : Mapping
+        A batch of `encode_text`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Strings as objects, (sequence, token).
+    """
+    ids = batch["input_ids"].cpu().numpy()
+    # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.
+    known = {int(token): _token_text(loaded.tokenizer, int(token)) for token in np.unique(ids)}
+    texts = np.array([[known[int(token)] for token in row] for row in ids], dtype=object)
+    if "attention_mask" in batch:
+        texts[batch["attention_mask"].cpu().numpy() == 0] = ""
+    return texts
+
+
+def _token_text(tokenizer: Any | None, token: int) -> str:
+    return chr(token) if tokenizer is None else str(tokenizer.decode([token]))
+
+
+def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
+    if loaded.tokenizer is not None:
+        # No BOS token, which only the first of all windows would have; verbose=False: the whole text is longer than the
+        # model's positions, of which tokenizers warn.
+        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int64)
+    size = _vocabulary_size(loaded.model)  # bytes as ids: any vocabulary of 256 or more has an entry for each
+    if size is None or size < NUM_BYTES:
+        raise ValueError(
+            f"'{loaded.name}' has no tokenizer and a vocabulary of {size or 'unknown'} entries, fewer than "
+            f"the {NUM_BYTES} bytes; make the batch yourself and call probes.capture(model, batch)"
+        )
+    if size > 2 * NUM_BYTES:
+        logger.warning("%s has no tokenizer: bytes are read as its %d token ids", loaded.name, size)
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    size = getattr(_text_config(model), "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    # Without a config the largest embedding: the others are positions or types, of which there are mostly fewer.
+    return max(
+        (module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)),
+        default=None,
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    # Configs of multimodal models have the language model's as a part; all others return themselves.
+    config = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    return config if get_text_config is None else get_text_config()
+
+
+def _check_positions(model: nn.Module, length: int) -> None:
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise ValueError(
+            f"got a length of {length} tokens, but the model has {limit} positions; give length={limit}"
+        )
+
+
+def _windows(ids: np.ndarray, sequences: int, length: int, seed: int) -> list[np.ndarray]:
+    starts = np.arange(
+        0, len(ids) - 1, length
+    )  # up to len - 1: a window of one token has no next token to predict
+    full = starts[starts + length <= len(ids)]
+    # The shorter last window is used only where there are not enough full ones.
+    chosen = np.random.default_rng(seed).permutation(full)[:sequences] if len(full) >= sequences else starts
+    return [ids[start : start + length] for start in np.sort(chosen)]
+
+
+def _padded(windows: list[np.ndarray], length: int, padding: int) -> dict[str, torch.Tensor]:
+    ids = torch.full((len(windows), length), padding, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = torch.from_numpy(window)
+        mask[row, : len(window)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}

@@ -1,0 +1,54 @@
+"""Which tensors does a call take or return? Those inside nested containers, and the local data of a replicated DTensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from depthscope.probes.model.errors import CaptureError
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested tuples, lists, dicts and model outputs, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):  # transformers' ModelOutput too: it is an OrderedDict
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def floats_in(*values: Any) -> list[torch.Tensor]:
+    """Floating tensors with at least two axes, in order."""
+    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.ndim >= 2]
+
+
+def first_float(*values: Any) -> torch.Tensor | None:
+    """First floating tensor with at least two axes, or None."""
+    return next(iter(floats_in(values)), None)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor of a replicated DTensor; a tensor that is no DTensor is returned as it is.
+
+    Raises
+    ------
+    CaptureError
+        For a sharded or partial DTensor: the norms and spectra of a shard are not those of the state.
+    """
+    placements = getattr(
+        tensor, "placements", None
+    )  # by attribute: importing DTensor needs torch.distributed
+    if placements is None:
+        return tensor
+    if not all(placement.is_replicate() for placement in placements):
+        raise CaptureError(
+            f"a residual state is split over processes ({', '.join(map(str, placements))}); a part of it has other norms and "
+            "spectra than the whole. Capture a model whose residual states are replicated, without sequence or tensor "
+            "parallelism of the states"
+        )
+    return tensor.to_local()

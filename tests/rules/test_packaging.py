@@ -1,0 +1,166 @@
+"""Does the package install what it promises, and does nothing of the user's get in its way?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(300, 16), nn.ModuleList(Block(16) for _ in range(3))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def make():
+    torch.manual_seed(0)
+    return Model()
+"""
+CAPTURE = """
+import sys
+import depthscope as ds
+
+assert "torch" not in sys.modules, "importing depthscope imports torch"
+import torch
+from mymodel import make
+
+run = ds.capture(make(), torch.arange(24).reshape(2, 12), max_sequences=2)
+ds.save_run(run, "a.nc")
+assert ds.open_run("a.nc").trace.residual.sizes["depth"] == 4
+"""
+OWN_FOLDERS = ("app", "probes", "diagnostics", "tests")
+
+
+def run(*command: object, folder: Path, fails: bool = False) -> str:
+    """What a command prints, in an environment without this checkout's path."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "COVERAGE"))}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=clean, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def served(*command: object, folder: Path) -> str:
+    """What a server prints up to its address; then it is stopped."""
+    words = [str(part) for part in command]
+    with subprocess.Popen(
+        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        printed = ""
+        for line in process.stdout or ():
+            printed += line
+            if "http://" in line:
+                break
+        process.terminate()
+    return printed
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """The sdist, the wheel that is built from it, and the wheel of the checkout itself."""
+    out = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "build", "-q", "--no-isolation", "--outdir", out / "sdist", ROOT, folder=out)
+    run(sys.executable, "-m", "build", "-qw", "--no-isolation", "--outdir", out / "wheel", ROOT, folder=out)
+    (sdist,), (wheel,) = out.glob("sdist/*.tar.gz"), out.glob("sdist/*.whl")
+    (direct,) = out.glob("wheel/*.whl")
+    return {"sdist": sdist, "wheel": wheel, "direct": direct}
+
+
+def sources() -> set[str]:
+    """Every file of the package in the checkout, by its place in a wheel."""
+    listed = run("git", "ls-files", "probes", "diagnostics", "app", folder=ROOT).split()
+    present = {f"depthscope/{path}" for path in listed if (ROOT / path).exists()}
+    return present | {"depthscope/__init__.py", "depthscope/__main__.py", "depthscope/py.typed"}
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_every_file_under_one_name(built):
+    for name in ("wheel", "direct"):
+        with zipfile.ZipFile(built[name]) as archive:
+            files = {path for path in archive.namelist() if ".dist-info/" not in path}
+        assert files == sources()
+    with tarfile.open(built["sdist"]) as archive:
+        members = [member for member in archive.getmembers() if not member.isdir()]
+    inside = {member.name.partition("/")[2]: member for member in members}
+    assert {path for path in inside if path.startswith("depthscope/")} == sources()
+    assert not any(member.issym() for member in members)
+    assert not {path.partition("/")[0] for path in inside} & {*OWN_FOLDERS, "benchmarks"}
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> tuple[Path, Path]:
+    """An empty environment with the core only, and a project folder with the user's own `app/`, `probes/` and so on."""
+    folder = tmp_path_factory.mktemp("project")
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", environment, folder=folder)
+    run(environment / "bin" / "pip", "install", "-q", built["wheel"], folder=folder)
+    for name in OWN_FOLDERS:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(
+            f"raise SystemExit('the user\\'s own {name}/ was imported')\n"
+        )
+    (folder / "mymodel.py").write_text(MODEL)
+    (folder / "train.py").write_text(CAPTURE)
+    return environment / "bin", folder
+
+
+@pytest.mark.slow
+def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(installed, built, residual_run):
+    """One environment that grows: core, then capture, then app and paper."""
+    binary, folder = installed
+    from depthscope.diagnostics.schema import save_run
+
+    save_run(residual_run, folder / "saved.nc")
+    command = binary / "depthscope"
+    run(command, "check", "saved.nc", folder=folder)
+    run(command, "compare", "saved.nc", "saved.nc", folder=folder)
+    assert "depth" in run(command, "analyze", "saved.nc", folder=folder)
+    assert "pip install 'depthscope[capture]'" in run(
+        command, "describe", "mymodel:make", folder=folder, fails=True
+    )
+    assert "pip install 'depthscope[paper]'" in run(
+        command, "export", "saved.nc", "--out", "paper", folder=folder, fails=True
+    )
+    assert "pip install 'depthscope[app]'" in run(command, "dashboard", "saved.nc", folder=folder, fails=True)
+
+    run(binary / "pip", "install", "-q", f"{built['wheel']}[capture]", folder=folder)
+    assert "3 × Block" in run(command, "describe", "mymodel:make", folder=folder)
+    assert "3 × Block" in run(
+        binary / "python", "-m", "depthscope", "describe", "mymodel:make", folder=folder
+    )
+    run(binary / "python", "train.py", folder=folder)
+    run(command, "analyze", "a.nc", folder=folder)
+
+    run(binary / "pip", "install", "-q", f"{built['wheel']}[app,paper]", folder=folder)
+    run(command, "export", "saved.nc", "--out", "paper", folder=folder)
+    run(command, "report", "saved.nc", "--out", "report.html", folder=folder)
+    assert "http://127.0.0.1" in served(command, "dashboard", "saved.nc", "--no-browser", folder=folder)
+    assert (folder / "paper" / "main.tex").exists()
+    assert (folder / "report.html").exists()
