@@ -113,7 +113,7 @@ class FirstForward:
         tape, forward = self._current.taped, self._current.recorded
         if tape is None or forward is None or not forward.openings.get(path):
             return None
-        # The last one that was opened is closed first: a branch may contain connections of its own.
+        # A shared connection may be opened again before it is closed: the last opening is closed first.
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
