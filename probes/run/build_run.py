@@ -22,6 +22,7 @@ from depthscope.probes.run.connection_variables import (
     connection_variables,
 )
 from depthscope.probes.run.coverage import Coverage, coverage
+from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks, weights_stamp
 from depthscope.probes.session.session import Session
@@ -80,7 +81,7 @@ def build_run(
         Where a connection's parts do not give its next state.
     """
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
-    evidence = gather_evidence(session, sequences)
+    evidence = gather_evidence(sampled_joints(session, sequences))
     covered = coverage(session, evidence)
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}

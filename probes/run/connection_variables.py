@@ -12,7 +12,7 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
-from depthscope.probes.connections.returned import read_error
+from depthscope.probes.connections.read_weights import read_error
 from depthscope.probes.session.reservoir import Sequence, padded
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain, Connection

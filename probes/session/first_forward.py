@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import Site, opened_site, pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import opened_site, paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, Site
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.autocast import user_autocast
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch
@@ -75,7 +76,7 @@ class FirstForward:
         for path, module in self._model.named_modules():
             attachment.before(module, partial(self._before_call, path))
             attachment.after(module, self._after_call)
-            pair = pair_of(module)
+            pair = paired_family(module)
             if pair is not None:
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
@@ -94,7 +95,7 @@ class FirstForward:
 
     def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
-        x, pair = first_float(args, kwargs), pair_of(module)
+        x, pair = first_float(args, kwargs), paired_family(module)
         if tape is None or forward is None or x is None or pair is None:
             return None
         site = opened_site(pair, module, x, forward.batch_size)
@@ -265,7 +266,7 @@ def _replay_connection(
 ) -> None:
     if call.closing is not None and call.closing.parts is not None:
         observer.record_connection(forward, number, call.closing.parts)
-    elif connection.style == "returned" and call.x is not None:
+    elif isinstance(BY_NAME[connection.style], ForwardFamily) and call.x is not None:
         x, site, rows = call.x.detach(), observer.structure.sites[number], forward.rows
 
         def computed() -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.paired import Opening
+from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import Sums, merged

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, PairedFamily
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.forward import CurrentForward, Forward
@@ -56,14 +57,15 @@ class LaterForwards:
         for (path, method), states in inputs.items():
             if method == FORWARD:
                 attachment.before(modules[path], partial(self._before_call, path, states))
-        returned = {c.path for c in self._structure.connections if c.style == "returned"}
+        connections = [(c.path, BY_NAME[c.style]) for c in self._structure.connections]
+        returned = {path for path, family in connections if isinstance(family, ForwardFamily)}
         for path in returned:
             # Around the forward method, not a hook: the watch must be on while it runs.
             attachment.around(modules[path], FORWARD, partial(self._around_returned, path))
-        paired = {c.path for c in self._structure.connections if c.style in ("width", "altup")}
+        paired = {path for path, family in connections if isinstance(family, PairedFamily)}
         methods = {path for path, method in (*inputs, *outputs) if method != FORWARD}
         for path in paired | methods:
-            pair = pair_of(modules[path])
+            pair = paired_family(modules[path])
             assert pair is not None
             opened, closed = inputs.get((path, pair.opens), []), outputs.get((path, pair.closes), [])
             attachment.around(

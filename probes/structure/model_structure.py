@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from depthscope.probes.connections.detection import Site
+from depthscope.probes.connections.family import Site
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
