@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.package_versions import package_versions
 from depthscope.probes.connections.coefficients import tolerance
 from depthscope.probes.connections.proof import Evidence, gather_evidence
 from depthscope.probes.run.connection_variables import (
@@ -354,7 +354,7 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
             "sequences_seen": session.reservoir.total,
             "sequences_kept": len(sequences),
         },
-        "software": software(),
+        "software": package_versions(SOFTWARE),
         "changes_outside": changes_outside(session, sequences) or None,
         "forwards_skipped": session.skipped or None,
     }
@@ -375,19 +375,3 @@ def _digest(sequences: list[Sequence]) -> str:
         if sequence.row is not None:
             digest.update(sequence.row.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def software() -> dict[str, str]:
-    """Versions of the packages that shape a run.
-
-    Returns
-    -------
-    dict of str to str
-    """
-    versions = {}
-    for name in SOFTWARE:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

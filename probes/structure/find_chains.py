@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.structure.branch_sums import with_adds
 from depthscope.probes.structure.chain import Chain, Place, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
@@ -231,10 +232,7 @@ def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _closest(path: str, modules: dict[str, nn.Module]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
-    return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+    return did_you_mean(path, modules, otherwise="print the model to see its module paths")
 
 
 def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
