@@ -93,6 +93,7 @@ class Heatmap:
     metric: str = ""
     x_text: Sequence[str] | None = None
     y_text: Sequence[str] | None = None
+    sources: tuple[str, ...] = ()
 
 
 Figure = Lines | Heatmap

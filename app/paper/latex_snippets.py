@@ -1,46 +1,23 @@
-"""How does an export enter a LaTeX document? As snippets, with a preamble for their signs, or whole."""
+"""How does an export enter a LaTeX document? As snippets, with a preamble for their signs, or as a document of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from depthscope.app.figures import Figure
-from depthscope.app.tables.formats import SIGNS, tex
 from depthscope.app.tables.tables import Table
-from depthscope.app.text.bibliography import keys_of, sources_of
+from depthscope.app.text.bibliography import keys_of
+from depthscope.app.text.latex import unicode_declarations
+from depthscope.app.text.templates import latex_template
 
-_USE = r"""% Written by depthscope export. In your document:
-%   \usepackage{amsmath,graphicx,booktabs}
-%   \newcommand{\depthscopepath}{paper}  % the folder of this file, seen from your document
-%   \input{\depthscopepath/%s.tex}
-\providecommand{\depthscopepath}{.}
-"""
-
-_CLASSES = {
-    "icml": (r"\documentclass[10pt,twocolumn]{article}", "textwidth=6.75in,columnsep=0.25in,textheight=9in"),
-    "full": (r"\documentclass[10pt,twocolumn]{article}", "textwidth=6.75in,columnsep=0.25in,textheight=9in"),
-    "neurips": (r"\documentclass[10pt]{article}", "textwidth=5.5in,textheight=9in"),
+_HERE = "depthscope.app.paper"
+_TWO_COLUMNS = ("10pt,twocolumn", "textwidth=6.75in,columnsep=0.25in,textheight=9in")
+# Options of the class and of the page for a document in which figures of each width fit.
+_PAGES = {
+    "icml": _TWO_COLUMNS,
+    "full": _TWO_COLUMNS,
+    "neurips": ("10pt", "textwidth=5.5in,textheight=9in"),
 }
-
-_DOCUMENT = r"""%(documentclass)s
-\usepackage[%(geometry)s]{geometry}
-\IfFileExists{lmodern.sty}{\usepackage[T1]{fontenc}\usepackage{lmodern}}{}
-\usepackage{amsmath,graphicx,booktabs}
-\input{preamble}
-\extrafloats{200}
-\begin{document}
-\title{Signal propagation}
-\author{}
-\date{}
-\maketitle
-\nocite{*}
-\input{tables}
-\input{figures}
-\clearpage
-\bibliographystyle{plain}
-\bibliography{metrics}
-\end{document}
-"""
 
 
 def figures_tex(figures: Sequence[Figure], cites: Mapping[str, str], width: str) -> str:
@@ -49,7 +26,7 @@ def figures_tex(figures: Sequence[Figure], cites: Mapping[str, str], width: str)
     Parameters
     ----------
     figures : sequence of Lines or Heatmap
-        Figures that lie in figures/ as PDF.
+        Figures whose PDF is in figures/.
     cites : mapping of str to str
         Bibliography keys by metric.
     width : str
@@ -59,24 +36,10 @@ def figures_tex(figures: Sequence[Figure], cites: Mapping[str, str], width: str)
     -------
     str
     """
+    cited = [(figure, keys_of([cites.get(figure.metric, ""), *figure.sources])) for figure in figures]
     float_name = "figure*" if width == "full" else "figure"
-    return _USE.replace("%s", "figures") + "".join(_figure(figure, cites, float_name) for figure in figures)
-
-
-def _figure(figure: Figure, cites: Mapping[str, str], float_name: str) -> str:
-    keys = keys_of([cites.get(figure.metric, ""), *sources_of(figure)])
-    source = rf"~\cite{{{','.join(keys)}}}" if keys else ""
-    return "\n".join(
-        [
-            "",
-            rf"\begin{{{float_name}}}[t]",
-            r"\centering",
-            rf"\includegraphics{{\depthscopepath/figures/{figure.name}.pdf}}",
-            rf"\caption{{\textbf{{{tex(figure.title)}}}{source}. {tex(figure.caption)}}}",
-            rf"\label{{fig:{figure.name}}}",
-            rf"\end{{{float_name}}}",
-            "",
-        ]
+    return latex_template(_HERE, "snippet.tex.jinja").render(
+        name="figures", figures=cited, float=float_name, tables=()
     )
 
 
@@ -86,14 +49,13 @@ def tables_tex(tables: Sequence[Table]) -> str:
     Parameters
     ----------
     tables : sequence of Table
-        Tables that lie in tables/ as LaTeX.
+        Tables whose LaTeX is in tables/.
 
     Returns
     -------
     str
     """
-    inputs = (rf"\input{{\depthscopepath/tables/{table.name}.tex}}" for table in tables)
-    return _USE.replace("%s", "tables") + "\n".join(inputs) + "\n"
+    return latex_template(_HERE, "snippet.tex.jinja").render(name="tables", figures=(), tables=tables)
 
 
 def preamble_tex() -> str:
@@ -103,12 +65,7 @@ def preamble_tex() -> str:
     -------
     str
     """
-    declared = (
-        rf"\DeclareUnicodeCharacter{{{ord(sign):04X}}}{{\ensuremath{{{code.strip('$')}}}}}"
-        for sign, code in SIGNS.items()
-        if not sign.isascii() and code.startswith("$")
-    )
-    return "% For PGF figures: \\usepackage{pgf}, then this file.\n" + "\n".join(declared) + "\n"
+    return "% For PGF figures: \\usepackage{pgf}, then this file.\n" + unicode_declarations()
 
 
 def main_tex(width: str) -> str:
@@ -123,5 +80,5 @@ def main_tex(width: str) -> str:
     -------
     str
     """
-    documentclass, geometry = _CLASSES[width]
-    return _DOCUMENT % {"documentclass": documentclass, "geometry": geometry}
+    options, geometry = _PAGES[width]
+    return latex_template(_HERE, "main.tex.jinja").render(options=options, geometry=geometry)

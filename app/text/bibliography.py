@@ -1,17 +1,56 @@
-"""Which sources does an export rest on? Those that its metrics and verdicts name."""
+"""Who said it, and where? The entries of the package's bibliography: as BibTeX for a paper, as words for people."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-_START = re.compile(r"^@\w+\s*\{\s*([^,\s]+)\s*,", re.MULTILINE)
+# Our keys read author, year, word (roy2007effective); sentences of verdicts carry them in this form.
+_KEY = re.compile(r"\b[a-z]+\d{4}[a-z]+\b")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One entry of the bibliography, in Unicode.
+
+    Parameters
+    ----------
+    key : str
+        BibTeX key.
+    surnames : tuple of str
+        Of the authors, in order.
+    year, title : str
+        As printed.
+    eprint, doi : str
+        Identifiers; empty where the entry has none.
+    """
+
+    key: str
+    surnames: tuple[str, ...]
+    year: str
+    title: str
+    eprint: str = ""
+    doi: str = ""
+
+    @property
+    def author_year(self) -> str:
+        """Such as "Xie et al. 2025"."""
+        authors = " & ".join(self.surnames) if len(self.surnames) < 3 else f"{self.surnames[0]} et al."
+        return f"{authors} {self.year}"
+
+    @property
+    def url(self) -> str:
+        """The preprint where there is one, since everybody can read it; else the DOI; else empty."""
+        if self.eprint:
+            return f"https://arxiv.org/abs/{self.eprint}"
+        return f"https://doi.org/{self.doi}" if self.doi else ""
 
 
 def bibliography() -> str:
-    """The whole bibliography, as BibTeX.
+    """The package's bibliography, as BibTeX.
 
     Returns
     -------
@@ -33,21 +72,71 @@ def entries(text: str) -> dict[str, str]:
     dict of str to str
         In the order of the text; each ends with its closing brace.
 
+    Raises
+    ------
+    ValueError
+        For an entry that BibTeX could not read.
+
     Examples
     --------
     >>> list(entries("@book{a2020, title={A {nested} one}}"))
     ['a2020']
     """
-    return {match.group(1): text[match.start() : _end(text, match.end())] for match in _START.finditer(text)}
+    import bibtexparser  # here: `depthscope --help` must not wait for it
+
+    library = bibtexparser.parse_string(text, parse_stack=[])
+    if library.failed_blocks:
+        start = " ".join(str(library.failed_blocks[0].raw)[:40].split())
+        raise ValueError(
+            f"the BibTeX entry {start!r} never closes a brace, or has a key or a field twice; correct it"
+        )
+    return {entry.key: str(entry.raw) for entry in library.entries}
 
 
-def _end(text: str, start: int) -> int:
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return position + 1
-    raise ValueError(f"the BibTeX entry before {text[start : start + 40]!r} never closes its brace")
+@cache
+def _library() -> dict[str, str]:
+    return entries(bibliography())
+
+
+@cache
+def reference(key: str) -> Reference:
+    """An entry of the bibliography with its TeX decoded.
+
+    Parameters
+    ----------
+    key : str
+        Key of `bibliography`.
+
+    Returns
+    -------
+    Reference
+
+    Raises
+    ------
+    ValueError
+        For a key that the bibliography lacks.
+    """
+    import bibtexparser
+    from bibtexparser import middlewares
+
+    # One entry at a time: decoding TeX takes a hundred times as long as parsing, and a page cites a few entries.
+    # Decoding comes before the names are split, since it does not enter their parts.
+    stack = [
+        middlewares.RemoveEnclosingMiddleware(),
+        middlewares.LatexDecodingMiddleware(keep_math_mode=False),
+        middlewares.SeparateCoAuthors(),
+        middlewares.SplitNameParts(),
+    ]
+    (entry,) = bibtexparser.parse_string(cut([key]), parse_stack=stack).entries
+    fields = {name: field.value for name, field in entry.fields_dict.items()}
+    return Reference(
+        key,
+        tuple(" ".join([*name.von, *name.last]) for name in fields["author"]),
+        fields["year"],
+        fields["title"],
+        fields.get("eprint", ""),
+        fields.get("doi", ""),
+    )
 
 
 def keys_of(sources: Iterable[str]) -> list[str]:
@@ -69,22 +158,7 @@ def keys_of(sources: Iterable[str]) -> list[str]:
     ['garrido2023rankme', 'roy2007effective']
     """
     names = {name for source in sources for name in re.split(r"[,;\s]+", source) if name}
-    return sorted(names & set(entries(bibliography())))
-
-
-def sources_of(figure: object) -> tuple[str, ...]:
-    """Sources of the laws that a figure draws beside its curves; a matrix draws none.
-
-    Parameters
-    ----------
-    figure : Figure
-        A specification.
-
-    Returns
-    -------
-    tuple of str
-    """
-    return tuple(getattr(figure, "sources", ()))
+    return sorted(names & set(_library()))
 
 
 def cut(keys: Iterable[str]) -> str:
@@ -98,14 +172,14 @@ def cut(keys: Iterable[str]) -> str:
     Returns
     -------
     str
-        BibTeX, in the order of the whole.
+        BibTeX, in the order of the bibliography.
 
     Raises
     ------
     ValueError
         For a key that the bibliography lacks.
     """
-    known = entries(bibliography())
+    known = _library()
     wanted = set(keys)
     if missing := sorted(wanted - set(known)):
         raise ValueError(
@@ -125,28 +199,13 @@ def source_words(source: str) -> str:
     Returns
     -------
     str
-        Such as "Xie et al. 2025"; the key itself where the bibliography does not hold it.
+        Such as "Xie et al. 2025"; a key that the bibliography lacks stays as it is.
     """
-    return "; ".join(_authors().get(key.strip(), key.strip()) for key in source.split(","))
-
-
-def without_tex(text: str) -> str:
-    """BibTeX text without its braces, its one accent and its one formula.
-
-    Parameters
-    ----------
-    text : str
-        Such as ``"{RankMe}"``.
-
-    Returns
-    -------
-    str
-    """
-    return text.replace(r"{\v{c}}", "č").replace("$\\alpha$", "α").replace("{", "").replace("}", "")
+    return "; ".join(_author_year(key.strip()) for key in source.split(","))
 
 
 def cited(sentence: str) -> str:
-    """A sentence with the bibliography keys in it written out.
+    """A sentence with the bibliography keys in it replaced by author and year.
 
     Parameters
     ----------
@@ -158,22 +217,8 @@ def cited(sentence: str) -> str:
     str
         Such as "… above 100 (Xie et al. 2025)".
     """
-    return re.sub(r"\b[a-z]+\d{4}[a-z]+\b", lambda match: _authors().get(match[0], match[0]), sentence)
+    return _KEY.sub(lambda match: _author_year(match[0]), sentence)
 
 
-@cache
-def _authors() -> dict[str, str]:
-    """Author and year of every entry of the bibliography."""
-    return {key: _author_year(entry, key) for key, entry in entries(bibliography()).items()}
-
-
-def _author_year(entry: str, key: str) -> str:
-    author = re.search(r"author\s*=\s*[{\"](.+?)[}\"]\s*,", entry, re.DOTALL)
-    year = re.search(r"year\s*=\s*[{\"]?(\d{4})", entry)
-    if author is None or year is None:
-        return key
-    names = re.split(r"\s+and\s+", author.group(1))
-    first = names[0].split(",")[0] if "," in names[0] else names[0].split()[-1]
-    first = without_tex(first).strip()
-    many = {1: "", 2: f" & {names[-1].split(',')[0].split()[-1]}"}.get(len(names), " et al.")
-    return f"{first}{many} {year.group(1)}"
+def _author_year(key: str) -> str:
+    return reference(key).author_year if key in _library() else key

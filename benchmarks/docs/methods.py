@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.docs.published import published_results
+from depthscope.app.text.bibliography import reference
 from depthscope.app.text.terminal import say
-from depthscope.app.text.bibliography import bibliography, entries, without_tex
 from depthscope.diagnostics import CATALOGUE, Metric, Range
 from depthscope.diagnostics.theory import LAWS, Law
 from depthscope.diagnostics.verdicts import VERDICTS, Limits, Verdict
@@ -37,7 +37,6 @@ streams, `feature` and `stream` ones do. *Null* is what data without structure g
 """
 
 _EQUATION = re.compile(r"^\.\. math::[ ]*(.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
-_FIELD = re.compile(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", re.MULTILINE)
 
 
 def methods_page() -> str:
@@ -160,28 +159,14 @@ def _limits(limits: Limits) -> str:
     return ", ".join(f"{severity.name} {side} {limit:g}" for severity, limit in limits.levels)
 
 
-def _fields(key: str) -> dict[str, str]:
-    return dict(_FIELD.findall(entries(bibliography())[key]))
-
-
 def _cited(keys: Iterable[str]) -> str:
     """Authors, year and a link; ``heuristic`` as it is."""
     return ", ".join(key if key == "heuristic" else _short(key) for key in keys)
 
 
 def _short(key: str) -> str:
-    found = _fields(key)
-    surnames = [name.partition(",")[0] for name in found["author"].split(" and ")]
-    who = f"{surnames[0]} et al." if len(surnames) > 2 else " & ".join(surnames)
-    words = f"{without_tex(who)} {found['year']}"
-    link = _link(found)
-    return f"[{words}]({link})" if link else words
-
-
-def _link(found: dict[str, str]) -> str:
-    if "eprint" in found:
-        return f"https://arxiv.org/abs/{found['eprint']}"
-    return f"https://doi.org/{found['doi']}" if "doi" in found else ""
+    found = reference(key)
+    return f"[{found.author_year}]({found.url})" if found.url else found.author_year
 
 
 def _sources() -> str:
@@ -197,9 +182,9 @@ def _source(healthy: Range | None) -> str:
 
 
 def _full(key: str) -> str:
-    found = _fields(key)
-    arxiv = f" arXiv {found['eprint']}." if "eprint" in found else ""
-    return f"{_short(key)}, *{without_tex(found['title'])}*.{arxiv}"
+    found = reference(key)
+    arxiv = f" arXiv {found.eprint}." if found.eprint else ""
+    return f"{_short(key)}, *{found.title}*.{arxiv}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

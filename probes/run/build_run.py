@@ -24,13 +24,13 @@ from depthscope.probes.run.connection_variables import (
 from depthscope.probes.run.coverage import Coverage, coverage
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.run.weights_digest import weights_digest
-from depthscope.probes.session.forward import FINAL
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks, weights_stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.model_structure import FINAL
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
 SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
@@ -85,13 +85,13 @@ def build_run(
     covered = coverage(session, evidence)
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
-    for number, chain in enumerate(session.chains):
+    for number, chain in enumerate(session.structure.chains):
         groups = stages(session, number)
         starts = [depths[0] for _, depths in groups]
         for stage, (name, depths) in enumerate(groups):
             trace[name] = _trace(session, number, depths, sequences, evidence, token_text)
             found, labels = weight_variables(
-                [row.weights for row in rows], session.chains, number, starts, stage
+                [row.weights for row in rows], session.structure.chains, number, starts, stage
             )
             measured = _statistics(chain, number, depths, rows, pooled, evidence)
             statistics[name] = measured.assign(found).assign_coords(labels)
@@ -117,11 +117,11 @@ def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
     -------
     list of (name, depth indices)
     """
-    chain = session.chains[number]
+    chain = session.structure.chains[number]
     groups: list[list[int]] = []
-    selection = session.settings.selection
-    kept = [depth for depth in range(len(chain.places)) if selection.keeps(chain, depth)]
-    seen = [depth for depth in range(len(chain.places)) if selection.needs(chain, depth)]
+    selection = session.options.selection
+    kept = [depth for depth in range(len(chain.points)) if selection.keeps(chain, depth)]
+    seen = [depth for depth in range(len(chain.points)) if selection.needs(chain, depth)]
     for depth in kept or seen:  # every analysis needs some states
         shape = chain.shapes[depth]
         if groups and chain.shapes[groups[-1][-1]] == shape:
@@ -145,7 +145,7 @@ def _trace(
     evidence: Evidence,
     token_text: Any,
 ) -> xr.Dataset:
-    chain = session.chains[number]
+    chain = session.structure.chains[number]
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
     states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
@@ -166,16 +166,20 @@ def _trace(
     if any(sequence.decoding for sequence in sequences):
         phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
         coords["phase"] = ("sample", np.array(phases, dtype=object))
-    if chain.links and session.settings.selection.connects(chain):
+    if chain.connections and session.options.selection.connects(chain):
         variables |= connection_variables(session, number, sequences, evidence, tokens)
-        coords |= connection_coords(chain.links)
+        coords |= connection_coords(chain.connections)
     variables |= _final(number, sequences, tokens, residual.shape[-1])
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
     trace = xr.Dataset(variables, coords)
     if "connection" not in trace.dims:
         return trace
-    kept = [i for i, link in enumerate(chain.links) if session.settings.selection.keeps_link(chain, link)]
+    kept = [
+        i
+        for i, link in enumerate(chain.connections)
+        if session.options.selection.keeps_connection(chain, link)
+    ]
     return trace.isel(connection=kept)
 
 
@@ -198,7 +202,7 @@ def _without(depths: list[int], seen: set[int]) -> dict[str, list[int]]:
 
 
 def _depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
-    places = [chain.places[depth] for depth in depths]
+    places = [chain.points[depth] for depth in depths]
     return {
         "depth": np.array(depths),
         "layer": ("depth", np.array([place.layer for place in places])),
@@ -266,7 +270,7 @@ def _statistics(
         coords |= labels
     if evidence.proofs:
         variables |= _gains(sums, evidence)
-        coords |= connection_coords(chain.links) | {"direction": DIRECTIONS}
+        coords |= connection_coords(chain.connections) | {"direction": DIRECTIONS}
     return xr.Dataset(variables, coords)
 
 
@@ -328,22 +332,22 @@ def _coverage(rows: list[Coverage]) -> xr.Dataset:
 
 
 def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
-    settings = session.settings
+    settings = session.options
     known = {
         "model": type(session.model).__name__,
-        "family": session.family,
-        "n_streams": session.num_streams,
-        "layout": session.layouts[0],
-        "layouts": session.layouts if len(set(session.layouts)) > 1 else None,
+        "family": session.structure.family,
+        "n_streams": session.structure.num_streams,
+        "layout": session.structure.layouts[0],
+        "layouts": list(session.structure.layouts) if len(set(session.structure.layouts)) > 1 else None,
         "orientation": evidence.orientation,
         "reconstruction_error": max((e for e in evidence.errors if not math.isnan(e)), default=None),
-        "reconstruction_tolerance": tolerance(session.precision) if evidence.proofs else None,
-        "dtype": str(session.dtype).removeprefix("torch."),
-        "autocast": str(session.precision).removeprefix("torch.")
-        if session.precision != session.dtype
+        "reconstruction_tolerance": tolerance(session.observer.precision) if evidence.proofs else None,
+        "dtype": str(session.observer.dtype).removeprefix("torch."),
+        "autocast": str(session.observer.precision).removeprefix("torch.")
+        if session.observer.precision != session.observer.dtype
         else None,
-        "block": session.chains[0].block_class,
-        "num_blocks": len(session.chains[0].blocks),
+        "block": session.structure.chains[0].block_class,
+        "num_blocks": len(session.structure.chains[0].blocks),
         "num_parameters": sum(p.numel() for p in session.model.parameters()),
         "seed": settings.seed,
         "data_digest": _digest(sequences),

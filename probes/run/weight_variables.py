@@ -74,18 +74,18 @@ def _chain_layer_depth(path: str, chains: Sequence[Chain]) -> tuple[int, int, in
         containing = [block for block in layers if path == block or path.startswith(f"{block}.")]
         if containing:
             layer = layers[max(containing, key=len)]  # the innermost of nested blocks
-            return number, layer, max(i for i, place in enumerate(chain.places) if place.layer == layer)
+            return number, layer, max(i for i, place in enumerate(chain.points) if place.layer == layer)
     return 0, OUTSIDE_BLOCKS, 0
 
 
 def _block_layers(chain: Chain) -> dict[str, int]:
     """Paths of the modules with a block's weights, with the number of the block among the depths."""
     layers: dict[str, int] = {}
-    for place, following in pairwise(chain.places):
+    for place, following in pairwise(chain.points):
         if place.path in chain.blocks:
             # A state read at a block's input was made by the block before: this block makes the next one.
             layers.setdefault(place.path, following.layer if place.at == "input" else place.layer)
-    for link in chain.links:
+    for link in chain.connections:
         around = [block for block in chain.blocks if link.path.startswith(f"{block}.")]
         for path in filter(None, (*around, link.path, link.branch_path)):
             layers.setdefault(path, link.layer)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.one_shot import eager, raise_first, settings
 from depthscope.probes.run.build_run import Row, build_run
 from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.model_call import eager
+from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -97,7 +96,7 @@ class Recorder:
     ) -> None:
         if kind is not None:  # a backward that was cut short left only some of the gradients
             self._weights = None
-            if self._session.settings.gradients:
+            if self._session.options.gradients:
                 self._session.drop()
         self.close()
 
@@ -166,7 +165,7 @@ class Recorder:
     def _fold(self, loss: float | None) -> None:
         weights, scale = self._weight_row(), self._scale.end()
         try:
-            raise_first(self._session)
+            self._session.raise_first_error()
             parts = self._session.fold()
             if not parts:
                 raise CaptureError("the model was not called between two steps; nothing to measure")
@@ -245,27 +244,20 @@ def _undefined(sums: list[TokenSums]) -> list[TokenSums]:
     return sums
 
 
+@takes_options(CaptureOptions)
 def record(
     model: nn.Module,
     *,
     every: int = 1,
     start_step: int = 0,
     end_step: int | None = None,
-    gradients: bool = False,
     store: str | Path | None = None,
-    layers: str | Iterable[str] | None = None,
-    layout: str | None = None,
-    streams: int | None = None,
-    sites: str | Iterable[str] | None = None,
-    mask: Mask = None,
-    max_sequences: int = 8,
-    seed: int = 0,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
     weights: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     loss_reduction: str | None = None,
-    streaming: bool | Mapping[str, int] = False,
+    **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
 
@@ -278,11 +270,9 @@ def record(
         The model that the loop calls.
     every, start_step, end_step : int
         Which steps are measured.
-    gradients : bool
-        Keep the gradients that the loop's own backward gives; several forwards and backwards in a step add up.
     store : path-like, optional
         Where to save the run when the block ends; ``.nc`` is added where no ending is given.
-    layers, layout, streams, sites, mask, max_sequences, seed, token_text, attrs
+    token_text, attrs
         As in `probes.capture`.
     weights : bool
         Keep of every module that owns parameters the squared norms of its weights at `step`, of their gradient, and of
@@ -296,9 +286,10 @@ def record(
         for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
     loss_reduction : {"mean", "sum"}, optional
         How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
-    streaming : bool or mapping
-        As in `probes.capture`, over every token since the weights last changed: of a whole evaluation, or in training of
-        the last measured step.
+    **options
+        Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
+        step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
+        of the last measured step.
 
     Returns
     -------
@@ -315,15 +306,12 @@ def record(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
-    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming)
-    if scaler is not None:
-        chosen = replace(chosen, scale=scale)
     path = None if store is None else Path(store)
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")
     told = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     return Recorder(
-        Session(model, chosen),
+        Session(model, Options(**options), scale if scaler is not None else None),
         every=every,
         start_step=start_step,
         end_step=end_step,

@@ -1,11 +1,11 @@
-"""Which numbers are behind a figure? A table with a row for every point or a row for every line of cells."""
+"""Which numbers does a figure show? Its table, under the names that the figure gives its axes."""
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
-from depthscope.app.figures import Figure, Heatmap, Line, Lines
+from depthscope.app.figures import Figure, Heatmap
+from depthscope.app.figures.numbers import figure_table
 
 __all__ = ["numbers_of"]
 
@@ -22,34 +22,11 @@ def numbers_of(figure: Figure) -> pd.DataFrame:
     -------
     pandas.DataFrame
     """
-    return _of_matrix(figure) if isinstance(figure, Heatmap) else _of_lines(figure)
-
-
-def _of_lines(figure: Lines) -> pd.DataFrame:
-    rows = [_of_line(line, figure) for line in figure.lines]
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-
-
-def _of_line(line: Line, figure: Lines) -> pd.DataFrame:
-    count = len(line.x)
-    undefined = np.full(count, np.nan)
-    return pd.DataFrame(
-        {
-            "line": line.label,
-            figure.x_label: line.x,
-            "where": [""] * count if line.text is None else list(line.text),
-            figure.y_label: line.y,
-            "lower": undefined if line.lower is None else line.lower,
-            "upper": undefined if line.upper is None else line.upper,
-            "role": line.role,
-        }
-    )
-
-
-def _of_matrix(figure: Heatmap) -> pd.DataFrame:
-    columns = [f"{x:.4g}" for x in figure.x]
-    names = [""] * len(figure.y) if figure.y_text is None else list(figure.y_text)
-    table = pd.DataFrame(figure.z, columns=columns)
-    table.insert(0, f"{figure.y_label} ↓ / {figure.x_label} →", figure.y)
-    table.insert(1, "where", names)
-    return table
+    table = figure_table(figure)
+    if isinstance(figure, Heatmap):
+        corner = f"{figure.y_label} ↓ / {figure.x_label} →"
+        return table.rename(columns=lambda x: x if isinstance(x, str) else f"{x:.4g}").rename(
+            columns={"y": corner}
+        )
+    shown = table[["line", "x", "where", "y", "lower", "upper", "role"]]
+    return shown.rename(columns={"x": figure.x_label, "y": figure.y_label})

@@ -75,7 +75,7 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
 
 def _write_pgf(figure: Figure, path: Path, width: str) -> None:
     """LaTeX sets the words of a PGF figure, so that they are escaped for it."""
-    from depthscope.app.tables.formats import tex
+    from depthscope.app.text.latex import tex
 
     with pgf_style():
         to_matplotlib(worded(figure, tex), width=width).savefig(path)

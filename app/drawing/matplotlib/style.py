@@ -23,6 +23,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
+from depthscope.app.text.latex import unicode_declarations
+
 
 @dataclass(frozen=True)
 class Width:
@@ -80,9 +82,7 @@ def pgf_style() -> Iterator[None]:
     """
     if shutil.which("pdflatex") is None:
         raise ValueError("PGF figures need pdflatex to measure their text; install LaTeX, or leave --pgf out")
-    from depthscope.app.paper.latex_snippets import preamble_tex
-
-    settings = {"pgf.texsystem": "pdflatex", "pgf.rcfonts": False, "pgf.preamble": preamble_tex()}
+    settings = {"pgf.texsystem": "pdflatex", "pgf.rcfonts": False, "pgf.preamble": unicode_declarations()}
     with mpl.rc_context(settings):
         yield
 

@@ -1,1 +1,1 @@
-"""How is a figure's specification built from an analysis?"""
+"""How does an analysis become what a figure shows? Its values, bands, laws, caption and alt text."""

@@ -8,8 +8,8 @@ from typing import Any
 import xarray as xr
 
 from depthscope.app.figures.build.laws import null_words
-from depthscope.app.figures.specification import Analyses, Line, Selection
 from depthscope.app.figures.build.words import counted, dims_of, left_out, reduction_of
+from depthscope.app.figures.specification import Analyses, Line, Selection
 from depthscope.app.text.numbers import number
 
 __all__ = ["basis_words", "caption_of", "constant_null", "sample_words"]

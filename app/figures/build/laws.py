@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from depthscope.app.text.bibliography import source_words
 from depthscope.app.figures.specification import Array, Line
+from depthscope.app.text.bibliography import source_words
 
 if TYPE_CHECKING:
     from depthscope.diagnostics.theory import Law, Overlay

@@ -7,9 +7,16 @@ import xarray as xr
 
 from depthscope.app.figures.build.captions import basis_words, constant_null, sample_words
 from depthscope.app.figures.build.laws import apart
-from depthscope.app.figures.specification import Analyses, Array, Heatmap, Selection
 from depthscope.app.figures.build.values import fed, names_of, positions
-from depthscope.app.figures.build.words import counted, describe_matrix, dims_of, label_of, left_out, reduction_of
+from depthscope.app.figures.build.words import (
+    counted,
+    describe_matrix,
+    dims_of,
+    label_of,
+    left_out,
+    reduction_of,
+)
+from depthscope.app.figures.specification import Analyses, Array, Heatmap, Selection
 from depthscope.app.text.numbers import number
 
 __all__ = ["Matrix", "build_matrix"]

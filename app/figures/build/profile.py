@@ -11,10 +11,10 @@ import xarray as xr
 
 from depthscope.app.figures.build.captions import caption_of
 from depthscope.app.figures.build.laws import law_lines, law_sources, law_words, laws_beside, missing_laws
-from depthscope.app.figures.specification import Analyses, Line, Lines, Selection
 from depthscope.app.figures.build.spread import spread_of
 from depthscope.app.figures.build.values import fed, names_of, pick, positions
 from depthscope.app.figures.build.words import describe_lines, dims_of, label_of
+from depthscope.app.figures.specification import Analyses, Line, Lines, Selection
 
 if TYPE_CHECKING:
     from depthscope.diagnostics.theory import Overlay
@@ -255,7 +255,9 @@ def healthy_range(metric: str) -> tuple[float, float] | None:
     tuple of float or None
         Low and high, ±inf where open; None where nothing is declared.
     """
-    from depthscope.diagnostics.metrics.catalogue import CATALOGUE  # here: the figures' own import stays light
+    from depthscope.diagnostics.metrics.catalogue import (
+        CATALOGUE,  # here: the figures' own import stays light
+    )
 
     entry = CATALOGUE.get(metric)
     healthy = getattr(entry, "healthy", None)

@@ -9,9 +9,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.captions import caption_of
-from depthscope.app.figures.specification import Analyses, Array, Line, Lines, Selection
 from depthscope.app.figures.build.values import fed, names_of, pick
 from depthscope.app.figures.build.words import describe_lines, label_of
+from depthscope.app.figures.specification import Analyses, Array, Line, Lines, Selection
 
 __all__ = ["build_density", "build_spectrum"]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.specification import Array, Selection
 from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.specification import Array, Selection
 
 __all__ = ["Spread", "spread_of"]
 

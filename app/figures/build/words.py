@@ -3,8 +3,8 @@
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.text.numbers import number
 
 __all__ = [

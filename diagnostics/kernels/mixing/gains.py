@@ -1,4 +1,4 @@
-"""How much does a mixing matrix amplify or fade? Signed sums as the mHC paper plots them, and operator norms."""
+"""How much does a mixing matrix amplify or attenuate? Signed sums as in the plots of mHC, and operator norms."""
 
 import math
 from typing import NamedTuple

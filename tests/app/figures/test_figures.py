@@ -11,7 +11,7 @@ from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
 from depthscope.app.figures.build.laws import apart, reach
 from depthscope.app.figures.build.values import reduce_blocks
 from depthscope.app.figures.catalogue.similarity import build_cut
-from depthscope.app.tables.formats import tex
+from depthscope.app.text.latex import tex
 from depthscope.diagnostics import CATALOGUE, analyze
 from depthscope.diagnostics.kernels.rank import marchenko_pastur
 from depthscope.diagnostics.metrics import spectrum, streamed

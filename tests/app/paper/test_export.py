@@ -51,10 +51,10 @@ def bundle(runs, tmp_path_factory):
 @pytest.fixture
 def few_figures(monkeypatch):
     """Two figures instead of sixty, where the folder is what matters."""
-    from depthscope.app.paper import export
+    from depthscope.app.paper import contents
 
-    draw = export.draw_all
-    monkeypatch.setattr(export, "draw_all", lambda readings, view: draw(readings, view)[:2])
+    draw = contents.draw_all
+    monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[:2])
 
 
 def _hashes(folder):
@@ -188,10 +188,10 @@ def test_bundle_is_whole_and_hashed(bundle):
 
 
 def test_rerun_gives_identical_bytes(runs, tmp_path, monkeypatch):
-    from depthscope.app.paper import export
+    from depthscope.app.paper import contents
 
-    draw = export.draw_all
-    monkeypatch.setattr(export, "draw_all", lambda readings, view: draw(readings, view)[::8])
+    draw = contents.draw_all
+    monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[::8])
     first, again = (_hashes(write_bundle(runs, tmp_path / name)) for name in ("first", "again"))
     assert first == again
     assert sum(name.endswith(".pdf") for name in first) >= 5
@@ -232,6 +232,19 @@ def test_document_compiles(bundle, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout
     assert (place / "main.pdf").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
+@pytest.mark.usefixtures("few_figures")
+def test_a_name_that_looks_like_latex_is_text(runs, tmp_path):
+    hostile = r"\input{/etc/passwd} << 6 * 7 >> 50% a&b_c^d~e #1 $x$ \end{document}"
+    out = write_bundle({hostile: runs["plain"]}, tmp_path / "paper")
+    texts = {path.name: path.read_text() for path in out.rglob("*.tex")}
+    assert not any(r"\input{/etc" in text for text in texts.values())
+    assert r"\textbackslash{}input\{/etc/passwd\}" in texts["summary.tex"]
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_foreign_folder_is_refused_and_untouched(runs, tmp_path):

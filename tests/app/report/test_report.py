@@ -57,6 +57,16 @@ def test_run_names_are_text(page):
     assert "&lt;script&gt;" in page
 
 
+@pytest.mark.usefixtures("few_figures")
+def test_names_and_attributes_are_never_code(make_run):
+    run = make_run("residual", layers=2)
+    run.attrs["model"] = hostile = "{{ 6 * 7 }} </pre><img src=x onerror=alert(1)> {% raw %} a&b"
+    page = to_html(read_runs({hostile: run}))
+    assert "<img" not in page
+    assert "</pre><img" not in page
+    assert "{{ 6 * 7 }} &lt;/pre&gt;&lt;img src=x onerror=alert(1)&gt; {% raw %} a&amp;b" in page
+
+
 def test_ids_are_unique_and_links_land(elements):
     ids = [attrs["id"] for _, attrs in elements if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -84,10 +94,10 @@ def test_what_is_missing_is_said(page):
 @pytest.fixture
 def few_figures(monkeypatch):
     """Three figures instead of sixty, where the page is what matters."""
-    from depthscope.app.report import report
+    from depthscope.app.paper import contents
 
-    draw = report.draw_all
-    monkeypatch.setattr(report, "draw_all", lambda readings, view: draw(readings, view)[:3])
+    draw = contents.draw_all
+    monkeypatch.setattr(contents, "draw_all", lambda readings, view: draw(readings, view)[:3])
 
 
 @pytest.mark.usefixtures("few_figures")

@@ -12,8 +12,9 @@ from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text, place_of
-from depthscope.app.tables.formats import tex, to_csv, to_latex, to_markdown
+from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
 from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
+from depthscope.app.text.latex import tex
 from depthscope.app.text.numbers import number, quantity
 from depthscope.diagnostics import Finding, Severity
 

@@ -9,7 +9,7 @@ import torch
 from depthscope import diagnostics, probes
 from depthscope.probes import merge_runs
 from depthscope.probes.statistics import stored_sums
-from tests.probes.conftest import deepseek, llama
+from tests.models.small_models import deepseek, llama
 
 RANKS = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
 

@@ -1,0 +1,47 @@
+"""Which numbers does a figure draw? The same table on the screen, in a download and in an export."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from depthscope.app.figures.specification import Figure, Heatmap, Line
+
+__all__ = ["figure_table"]
+
+
+def figure_table(figure: Figure) -> pd.DataFrame:
+    """A row for every point of every line, or a row for every row of a matrix.
+
+    Parameters
+    ----------
+    figure : Lines or Heatmap
+        Any figure; of a heat map every cell, also where the screen shows block means.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Of lines: line, role, x, where, y, lower, upper. Of a matrix: y, where, then a column for every x, under its
+        number. NaN is undefined.
+    """
+    if isinstance(figure, Heatmap):
+        table = pd.DataFrame(figure.z, columns=figure.x)
+        table.insert(0, "y", figure.y)
+        table.insert(1, "where", figure.y_text if figure.y_text is not None else "")
+        return table
+    points = [_points(line) for line in figure.lines]
+    return pd.concat(points, ignore_index=True) if points else _points(Line(np.zeros(0), np.zeros(0), ""))
+
+
+def _points(line: Line) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "line": line.label,
+            "role": line.role,
+            "x": line.x,
+            "where": line.text if line.text is not None else "",
+            "y": line.y,
+            "lower": line.lower if line.lower is not None else np.nan,
+            "upper": line.upper if line.upper is not None else np.nan,
+        }
+    )

@@ -1,0 +1,121 @@
+"""What do a paper bundle and a report show of some runs? The same figures, tables and sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import xarray as xr
+
+from depthscope.app.figures import Figure, FigureKind, Heatmap, Selection, available
+from depthscope.app.figures.build.values import feeds
+from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.comparison import summary_table
+from depthscope.app.tables.findings import findings_table
+from depthscope.app.tables.tables import Table, depth_table, mixing_table, slug
+from depthscope.app.text.bibliography import keys_of
+from depthscope.diagnostics import CATALOGUE
+
+CITES = {name: metric.cite for name, metric in CATALOGUE.items()}
+"""Bibliography keys by metric."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that is shown of some runs.
+
+    Parameters
+    ----------
+    readings : tuple of Reading
+        Runs, analysed and judged.
+    view : Selection
+        Which slice of the numbers figures and tables show.
+    figures : tuple of Lines or Heatmap
+        In display order.
+    summary, findings : Table
+        One row a run; one row a finding.
+    tables : tuple of Table
+        Each run by depth and by connection.
+    """
+
+    readings: tuple[Reading, ...]
+    view: Selection
+    figures: tuple[Figure, ...]
+    summary: Table
+    findings: Table
+    tables: tuple[Table, ...]
+
+    @classmethod
+    def of(cls, readings: Sequence[Reading], view: Selection | None = None) -> Contents:
+        """Figures and tables of runs.
+
+        Parameters
+        ----------
+        readings : sequence of Reading
+            Runs.
+        view : Selection, optional
+            What was asked for; runs of different depth share the relative axis.
+
+        Returns
+        -------
+        Contents
+        """
+        view = view or Selection()
+        depths = {reading.analysis.sizes.get("depth") for reading in readings} - {None}
+        view = replace(view, axis="relative") if len(depths) > 1 else view
+        by_connection = [mixing_table(reading, view) for reading in readings]
+        return cls(
+            readings=tuple(readings),
+            view=view,
+            figures=tuple(draw_all(readings, view)),
+            summary=summary_table(readings, view),
+            findings=findings_table(readings),
+            tables=(
+                *(depth_table(reading, view) for reading in readings),
+                *(table for table in by_connection if table is not None),
+            ),
+        )
+
+    @property
+    def sources(self) -> list[str]:
+        """Bibliography keys of the metrics, the laws and the thresholds that are shown, sorted."""
+        tables = (self.summary, self.findings, *self.tables)
+        metrics = {figure.metric for figure in self.figures}
+        metrics |= {metric for table in tables for metric in table.metrics}
+        cited = [CITES.get(metric, "") for metric in metrics]
+        cited += [key for figure in self.figures for key in figure.sources]
+        cited += [finding.source for reading in self.readings for finding in reading.findings]
+        return keys_of(cited)
+
+
+def draw_all(readings: Sequence[Reading], view: Selection) -> list[Figure]:
+    """Every figure that the runs can feed; curves overlaid, one matrix a run.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Runs.
+    view : Selection
+        Slice.
+
+    Returns
+    -------
+    list of Lines or Heatmap
+        In display order.
+    """
+    analyses = {reading.name: reading.analysis for reading in readings}
+    return [figure for kind in available(analyses).values() for figure in _drawn(kind, analyses, view)]
+
+
+def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection) -> Iterator[Figure]:
+    able = {run: data for run, data in analyses.items() if feeds(data, kind.needs)}
+    figure = kind.build(able, **asdict(view))
+    if not isinstance(figure, Heatmap):
+        # A run may feed a figure in another slice than the one asked for; an empty frame says nothing on paper.
+        if any(line.role == "measured" for line in figure.lines):
+            yield figure
+        return
+    for run in able:
+        # Cells have the index of their own run: matrices are not overlaid, so they need no shared axis.
+        single = kind.build(able, **asdict(replace(view, run=run, axis="depth")))
+        yield single if len(able) == 1 else replace(single, name=f"{single.name}_{slug(run)}")
