@@ -74,7 +74,7 @@ def jacobian(
     ------
     JacobianError
         For an unknown depth, a start that is not before stop, or a chain without a gradient path.
-    ChainError, LayoutError, ConnectionError
+    ChainError, LayoutError, StreamConnectionError
         Where the model cannot be read, as in `probes.capture`.
 
     Notes

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
-from depthscope.probes.jacobian.frozen_routing import constant_routing
+from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
+from depthscope.probes.jacobian.frozen_routing import constant_routing, require_frozen
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forward import Forward
@@ -153,9 +153,11 @@ def state_graph(
     number = _chain_number(session.structure.chains, selection.chain)
     first, last = _depths(session.structure.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
-    routing = constant_routing(session, first, last) if frozen else nullcontext()
-    with routing:
+    with constant_routing(session, first, last) if frozen else nullcontext() as routing:
         states = differentiable_states(model, batch, session.structure.chains[number], first, last)
+    if routing is not None:
+        with explained():
+            require_frozen(routing, states)
     return StateGraph(
         start=first,
         stop=last,

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from depthscope.probes.static.facts import StaticComposite, StaticConnection
+
 if TYPE_CHECKING:
-    from depthscope.probes.static.describe import StaticComposite, StaticConnection, StaticDescription
+    from depthscope.probes.static.describe import StaticDescription
 
 COLUMNS = (
     "connection", "gates pre/post/res", "logits", "H_pre", "H_post", "row sums", "column sums", "σ₂", "gap", "off-diag",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from depthscope.probes.static.describe import StaticComposite, StaticConnection
+from depthscope.probes.static.facts import StaticComposite, StaticConnection
 
 UNIFORM = 0.01  # largest difference between the rows of H_res
 SATURATED = 1e-3  # the second weight of every row: a logit about 7 below the largest
