@@ -11,7 +11,6 @@ from typing import NoReturn
 
 from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
 from depthscope.app.cli.commands import COMMANDS
-from depthscope.app.cli.suggestion import closest
 
 # Import name of an optional dependency → the extra of pyproject.toml that installs it.
 EXTRAS = {
@@ -62,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [command.name for command in COMMANDS]
     # argparse would answer with all names; the closest one is what helps after a typing error.
     if not words[0].startswith("-") and words[0] not in names:
-        parser.error(f"no command {words[0]!r}{closest(words[0], names)}")
+        from depthscope.diagnostics.closest_names import did_you_mean  # imports xarray, which --help must not
+
+        parser.error(f"no command {words[0]!r}; {did_you_mean(words[0], names)}")
     args = parser.parse_args(words)
     try:
         return args.run_command(args)
