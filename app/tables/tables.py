@@ -15,7 +15,7 @@ import xarray as xr
 
 from depthscope.app.figures import DRAWN, FIGURES
 from depthscope.app.figures.build.captions import selection_words, token_count_words
-from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
@@ -205,11 +205,9 @@ def columns_along(axis: str, analysis: xr.Dataset, view: Selection) -> list[Colu
 def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dict[str, Any]]:
     """The labels that are columns of their own: of the dimensions of which the selection names none."""
     dims = [dim for dim in map(str, values.dims) if dim not in (axis, "step")]
-    dims = [dim for dim in dims if getattr(view, dim, None) not in values[dim].values]
-    labels = [
-        [label for label in values[dim].values.tolist() if label not in _LABELS_WITHOUT_COLUMN]
-        for dim in dims
-    ]
+    known = {dim: defined_labels(values, dim) for dim in dims}
+    dims = [dim for dim in dims if getattr(view, dim, None) not in known[dim]]
+    labels = [[label for label in known[dim] if label not in _LABELS_WITHOUT_COLUMN] for dim in dims]
     columns = [dict(zip(dims, chosen, strict=True)) for chosen in itertools.product(*labels)]
     return columns if len(columns) <= MOST_COLUMNS else []
 
