@@ -159,7 +159,10 @@ class Measurement:
             text=names_of(values, axis),
         )
         return Curve(
-            line, self.null_line(line, values, run, **fixed), tuple(theory.beside(values, data)), spread.words
+            line,
+            self.null_line(line, values, run, **fixed),
+            tuple(theory.overlay_laws(values, data)),
+            spread.words,
         )
 
     def null_line(self, like: Line, values: xr.DataArray, run: str, **fixed: str) -> Line | None:
