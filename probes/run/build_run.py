@@ -22,6 +22,7 @@ from depthscope.probes.run.connection_variables import (
     connection_variables,
 )
 from depthscope.probes.run.coverage import Coverage, coverage
+from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks, weights_stamp
@@ -80,8 +81,8 @@ def build_run(
     ReconstructionError
         Where a connection's parts do not give its next state.
     """
-    sequences = sorted(session.reservoir.held.values(), key=lambda sequence: sequence.index)
-    evidence = gather_evidence(session, sequences)
+    sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    evidence = gather_evidence(sampled_joints(session, sequences))
     covered = coverage(session, evidence)
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
@@ -120,8 +121,8 @@ def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
     chain = session.structure.chains[number]
     groups: list[list[int]] = []
     selection = session.options.selection
-    kept = [depth for depth in range(len(chain.points)) if selection.keeps(chain, depth)]
-    seen = [depth for depth in range(len(chain.points)) if selection.needs(chain, depth)]
+    kept = [depth for depth in range(len(chain.points)) if selection.stores(chain, depth)]
+    seen = [depth for depth in range(len(chain.points)) if selection.captures(chain, depth)]
     for depth in kept or seen:  # every analysis needs some states
         shape = chain.shapes[depth]
         if groups and chain.shapes[groups[-1][-1]] == shape:
@@ -166,7 +167,7 @@ def _trace(
     if any(sequence.decoding for sequence in sequences):
         phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
         coords["phase"] = ("sample", np.array(phases, dtype=object))
-    if chain.connections and session.options.selection.connects(chain):
+    if chain.connections and session.options.selection.stores_connections(chain):
         variables |= connection_variables(session, number, sequences, evidence, tokens)
         coords |= connection_coords(chain.connections)
     variables |= _final(number, sequences, tokens, residual.shape[-1])
@@ -178,7 +179,7 @@ def _trace(
     kept = [
         i
         for i, link in enumerate(chain.connections)
-        if session.options.selection.keeps_connection(chain, link)
+        if session.options.selection.stores_connection(chain, link)
     ]
     return trace.isel(connection=kept)
 
@@ -367,7 +368,7 @@ def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence)
 
 def _weights_digest(session: Session) -> str | None:
     """Of the weights that the run was measured with; they may have been trained further since."""
-    if weights_stamp(session.model) != session.reservoir.held_stamp:
+    if weights_stamp(session.model) != session.reservoir.stored_stamp:
         return None
     return weights_digest(session.model)
 

@@ -12,7 +12,7 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
-from depthscope.probes.connections.returned import read_error
+from depthscope.probes.connections.read_weights import read_error
 from depthscope.probes.session.reservoir import Sequence, padded
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain, Connection
@@ -70,7 +70,7 @@ def connection_variables(
         if chain.has_streams
         else _add_variables(number, chain, sequences, tokens)
     )
-    asked = session.options.selection.keeps_variable
+    asked = session.options.selection.stores_variable
     alias = {several: single for single, several in SINGLE.items()} | {"h_res_returned": "h_res"}
     numbers = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
     return {

@@ -55,7 +55,7 @@ def _states(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
     captured = {(n, depth) for n, depth, _ in session.structure.captured}
     for depth, place in enumerate(chain.points):
         fired = (number, depth) in captured
-        kept = selection.keeps(chain, depth)
+        kept = selection.stores(chain, depth)
         why = (
             "" if kept else NOT_ASKED if not fired else "seen for a proof only; name it in sites= to keep it"
         )
@@ -99,7 +99,7 @@ def _connections(session: Session, chain: Chain, evidence: Evidence) -> Iterator
     count, selection = session.num_forwards, session.options.selection
     for number, link in enumerate(chain.connections):
         for variable, why in _variables(session, link, evidence, number):
-            kept = selection.keeps_variable(chain, variable)
+            kept = selection.stores_variable(chain, variable)
             had = not why or why.startswith("solved")
             name = f"blocks.{link.layer}.{link.branch}.{variable}"
             yield Coverage(

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.detection import Site, past_states, returned_site
+from depthscope.probes.connections.detection import past_states, returned_site
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import PairedFamily, Site
 from depthscope.probes.model.arguments import named_arguments
 from depthscope.probes.model.tensors import first_float, floats_in
 
@@ -183,7 +185,8 @@ class Tape:
         call = self._begin(opening.path, opening.module, method, branch_out)
         self._end(call, output)
         call.pinned, call.parts = True, parts
-        if opening.site is not None and opening.site.style == "altup":
+        family = None if opening.site is None else BY_NAME[opening.site.style]
+        if isinstance(family, PairedFamily) and family.rewrites_output:
             # Models with AltUp add per-layer embeddings to this very tensor.
             call.copy = output.detach().clone()
         opening.closing = call
