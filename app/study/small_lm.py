@@ -22,7 +22,8 @@ from torch import nn
 NUM_BYTES = 256
 NUM_STREAMS = 4
 ROPE_BASE = 10_000.0
-CONNECTIONS = ("residual", "hc", "mhc")
+TITLES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+CONNECTIONS = tuple(TITLES)
 
 
 @dataclass(frozen=True)
