@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.arguments import Mask
-from depthscope.probes.one_shot import batches, capture
+from depthscope.probes.one_shot import capture
+from depthscope.probes.session.model_call import batches
+from depthscope.probes.session.options import SiteOptions, takes_options
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,9 @@ class Description:
         return lines
 
 
-def describe(
-    model: nn.Module,
-    batch: Any,
-    *,
-    layers: str | Iterable[str] | None = None,
-    layout: str | None = None,
-    streams: int | None = None,
-    sites: str | Iterable[str] | None = None,
-    mask: Mask = None,
-) -> Description:
-    """Say what was found in a model: family, blocks, streams, layout, sites, orientation and its proof.
+@takes_options(SiteOptions)
+def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> Description:
+    """Describe what is found in a model: family, blocks, streams, layout, sites, orientation and its proof.
 
     Parameters
     ----------
@@ -145,8 +138,8 @@ def describe(
         The model.
     batch : object
         One batch, as in `probes.capture`.
-    layers, layout, streams, sites, mask
-        As in `probes.capture`.
+    **options
+        Some options of `Options`.
 
     Returns
     -------
@@ -158,9 +151,7 @@ def describe(
         As in `probes.capture`.
     """
     first = next(iter(batches(batch)))
-    run = capture(
-        model, first, layers=layers, layout=layout, streams=streams, sites=sites, mask=mask, max_sequences=2
-    )
+    run = capture(model, first, **options, max_sequences=2)  # a proof needs tokens, not sequences
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]

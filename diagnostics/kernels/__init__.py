@@ -1,8 +1,8 @@
 """Arrays in, arrays out: every formula of depthscope, on numpy arrays and on torch tensors alike.
 
 The last two dims are the matrix and all leading dims are batch. Results are float64 on the device of the
-input; NaN means undefined and 0 is a value. Input that holds NaN or infinities is refused unless its rows
-are masked out.
+input, because Gram matrices and products over depth square the condition number; NaN means undefined and 0 is
+a value. Every kernel refuses input with NaN or infinities by a ValueError, unless their rows are masked out.
 """
 
 from depthscope.diagnostics.kernels import geometry, gradients, meanfield, mixing, rank, similarity

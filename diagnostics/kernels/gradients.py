@@ -1,4 +1,4 @@
-"""How large the gradient is on its way down, how noisy, and whether samples agree.
+"""How large is the gradient, how noisy, and do samples agree? Norms, noise scale, signal-propagation plots.
 
 Shapes: ``...`` batch, ``N`` rows (tokens or samples), ``d`` columns (features or parameters).
 """
@@ -35,6 +35,7 @@ def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> 
     """
     matrix = rows(g, mask=mask, name="g")
     xp = matrix.xp
+    # Divided by the largest entry: squares of gradients of 1e-160, or of an explosion, are no float64 numbers.
     scale = peak(xp, matrix.values)
     square = xp.sum((matrix.values / scale) ** 2, axis=(-2, -1))
     if rms:
@@ -65,7 +66,7 @@ def backward_gain_profile(norms: Array) -> Array:
 
 
 class NoiseScale(NamedTuple):
-    """The simple gradient noise scale and the two unbiased estimates that it is the ratio of."""
+    """The simple gradient noise scale, and the two unbiased estimates of which it is the ratio."""
 
     scale: Array  # tr(Σ)/|G|², in samples; negative or NaN where |G|² is not resolved
     trace: Array  # tr(Σ), the variance of one sample's gradient
@@ -76,7 +77,7 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
     """Gradient noise scale B = tr(Σ)/|G|² from gradient norms at two batch sizes.
 
     |G|² ≈ (B_l ‖g_l‖² − B_s ‖g_s‖²)/(B_l − B_s) and tr(Σ) ≈ (‖g_s‖² − ‖g_l‖²)/(1/B_s − 1/B_l), both
-    unbiased; average them over steps before the ratio, which is not.
+    unbiased. Their ratio is not: average both over steps before dividing.
 
     Parameters
     ----------
@@ -108,6 +109,7 @@ def noise_scale(small: Array, large: Array, *, batch_small: int, batch_large: in
         raise ValueError(f"batch sizes are {batch_small} and {batch_large}; expected 0 < small < large")
     xp, low = as_float64(small, name="small", ndim=0)
     _, high = as_float64(large, name="large", ndim=0)
+    # E‖g_B‖² = |G|² + tr(Σ)/B: two batch sizes give two equations in two unknowns.
     square = (batch_large * high**2 - batch_small * low**2) / (batch_large - batch_small)
     trace = (low**2 - high**2) / (1.0 / batch_small - 1.0 / batch_large)
     square, trace = xp.asarray(square), xp.asarray(trace)
@@ -139,7 +141,7 @@ def cosine_across_samples(g: Array, *, mask: Array | None = None) -> Array:
 
 
 class SignalPropagation(NamedTuple):
-    """The two curves of a signal-propagation plot."""
+    """The two values of a signal-propagation plot at one depth."""
 
     squared_mean: Array  # (...), average over channels of the squared mean
     variance: Array  # (...), average over channels of the variance
@@ -167,9 +169,10 @@ def signal_propagation(x: Array, *, mask: Array | None = None) -> SignalPropagat
     >>> float(found.squared_mean), float(found.variance)
     (2.0, 0.5)
     """
-    spread, whole = rows(x, mask=mask, center=True), rows(x, mask=mask)
-    xp = whole.xp
-    count = whole.count[..., None] + xp.zeros_like(whole.values[..., 0, :])
-    mean = ratio(xp, xp.sum(whole.values, axis=-2), count)
-    variance = ratio(xp, xp.sum(spread.values**2, axis=-2), count)
+    # The variance from centred rows: mean of squares less squared mean would cancel for channels with large means.
+    plain, centred = rows(x, mask=mask), rows(x, mask=mask, center=True)
+    xp = plain.xp
+    count = plain.count[..., None] + xp.zeros_like(plain.values[..., 0, :])
+    mean = ratio(xp, xp.sum(plain.values, axis=-2), count)
+    variance = ratio(xp, xp.sum(centred.values**2, axis=-2), count)
     return SignalPropagation(xp.mean(mean * mean, axis=-1), xp.mean(variance, axis=-1))

@@ -1,7 +1,7 @@
-"""What wide random networks do: mean-field maps of length and correlation, and their slopes.
+"""What do wide random networks do, layer by layer? Mean-field maps of length and correlation, and their slopes.
 
-All expectations are over Gaussians, by the midpoint rule, which converges exponentially on them and sees a slope
-as narrow as 1/√q; scalars in, floats out.
+All expectations are over Gaussians, by the midpoint rule: on the real line it converges exponentially for smooth
+functions (Gauss-Hermite nodes would be too far from each other for slopes as narrow as 1/√q). Scalars in, floats out.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,13 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import erf, expit, ndtr
 
-# The midpoint rule: how far out, and the widest step, for pre-activations of variance up to 6; then as 1/√q.
+# Nodes reach to ±13, where the density e^(−z²/2) is 2e-37. Their distance is at most 0.1, and 0.25/√q for a variance q
+# above 6: φ(√q z) changes over a range of z of about 1/√q. The tests compare with adaptive quadrature.
 REACH, STEP, STEP_OF_SLOPE = 13.0, 0.1, 0.25
-# The most nodes on a side, in one and in two dimensions: variances up to 1e6 and 1500.
-MOST, MOST_OF_PAIRS = 50_000, 2_000
-# Numbers of one block of a two-dimensional expectation.
+# The largest numbers of nodes on each side of zero, in one and in two dimensions: enough for variances up to about 1e6
+# and 1500. Beyond, nodes stay that far from each other.
+MAX_NODES, MAX_NODES_2D = 50_000, 2_000
+# Entries of one block of a two-dimensional expectation: 8 MB, so that 4000 × 4000 nodes are never in memory.
 BLOCK = 1_000_000
 
 Activation = str | Callable[[np.ndarray], np.ndarray]
@@ -33,20 +35,23 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
 
 @lru_cache(maxsize=32)
 def _rule(half: int) -> tuple[np.ndarray, np.ndarray]:
-    """So many nodes on each side of zero, none on it, where an activation may have its kink; and weights."""
+    """Nodes and weights of the midpoint rule, ``half`` nodes on each side of zero.
+
+    None at zero, where ReLU has its kink: each node then belongs to one of its two branches.
+    """
     z = REACH / half * (np.arange(-half, half) + 0.5)
     weight = np.exp(-(z**2) / 2.0)
-    return z, weight / weight.sum()
+    return z, weight / weight.sum()  # E 1 = 1 to the last bit
 
 
-def _nodes(q: float, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the standard normal law, near enough to each other for functions of √q z."""
+def _nodes(q: float, most: int = MAX_NODES) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the standard normal law, dense enough for functions of √q z."""
     step = min(STEP, STEP_OF_SLOPE / np.sqrt(q)) if q > 0 else STEP
     return _rule(min(int(np.ceil(REACH / step)), most))
 
 
 def _pair(phi: Activation) -> tuple[Callable, Callable]:
-    """An activation and its derivative; of a bare function by central differences."""
+    """An activation and its derivative, by central differences for a function that is not in `ACTIVATIONS`."""
     if callable(phi):
         return phi, lambda h: (phi(h + 1e-5) - phi(h - 1e-5)) / 2e-5
     if not isinstance(phi, str) or phi not in ACTIVATIONS:
@@ -144,6 +149,7 @@ def c_map(c: float, q: float, sigma_w: float, sigma_b: float, phi: Activation) -
     length = q_map(q, sigma_w, sigma_b, phi)
     if length == 0:
         return float("nan")
+    # The kinks of φ(u)φ(v) are along lines that no grid follows: a rule on nodes converges slowly there.
     product = _relu_product(c, q) if phi == "relu" else _product(c, q, _pair(phi)[0])
     return float((sigma_w**2 * product + sigma_b**2) / length)
 
@@ -156,7 +162,8 @@ def _relu_product(c: float, q: float) -> float:
 
 def _product(c: float, q: float, phi: Callable) -> float:
     """E[φ(u)φ(v)] on a grid of nodes, a block of its rows at a time."""
-    z, weight = _nodes(q, MOST_OF_PAIRS)
+    # u = √q z₁ and v = √q (c z₁ + √(1 − c²) z₂) have correlation c for independent z₁, z₂.
+    z, weight = _nodes(q, MAX_NODES_2D)
     total, rows = 0.0, max(1, BLOCK // len(z))
     for start in range(0, len(z), rows):
         part = slice(start, start + rows)
@@ -175,7 +182,7 @@ def chi_1(sigma_w: float, sigma_b: float, phi: Activation, q: float) -> float:
     phi
         A name of `ACTIVATIONS` or a smooth function.
     q
-        Variance of the pre-activation, usually ``fixed_point``.
+        Variance of the pre-activation, usually the fixed point of `q_map`.
 
     Returns
     -------

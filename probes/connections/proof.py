@@ -213,11 +213,11 @@ def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
     ReconstructionError
         Above tolerance, with the worst connection and what it means.
     """
-    joints = tuple(_joint(session, number, sequences) for number in range(len(session.links)))
+    joints = tuple(_joint(session, number, sequences) for number in range(len(session.structure.connections)))
     proofs = tuple(prove(joint) for joint in joints)
     if not proofs:
         return Evidence((), (), "not_applicable", False)
-    limit = tolerance(session.precision)
+    limit = tolerance(session.observer.precision)
     mixing = [proof for proof, joint in zip(proofs, joints, strict=True) if joint.parts.mix is not None]
     votes = {
         proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)
@@ -244,7 +244,10 @@ def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
     ]
     worst = int(np.argmax(errors))
     if not errors[worst] <= limit:
-        link, dtype = session.links[worst], str(session.precision).removeprefix("torch.")
+        link, dtype = (
+            session.structure.connections[worst],
+            str(session.observer.precision).removeprefix("torch."),
+        )
         raise ReconstructionError(
             f"connection {worst} ({link.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
             f"{errors[worst]:.1e} (tolerance {limit:.0e} for {dtype}), in either orientation. "
@@ -255,7 +258,7 @@ def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
 
 def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     held = [sequence.parts[0, number] for sequence in sequences]
-    link, mask = session.links[number], np.stack(token_masks(sequences, 0))
+    link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
     tokens = mask.shape[1]
 
     def stack(pick: Callable[[Parts], torch.Tensor | None]) -> torch.Tensor | None:
@@ -277,7 +280,7 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
         x_out=states(link.depth_out),
         parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
         mask=torch.from_numpy(mask),
-        dtype=session.precision,
+        dtype=session.observer.precision,
     )
 
 

@@ -15,7 +15,7 @@ from depthscope.probes.jacobian.frozen_routing import replaced
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import first_float
-from depthscope.probes.one_shot import call, eager
+from depthscope.probes.session.model_call import call_model, eager
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import FORWARD, version
 
@@ -104,7 +104,7 @@ def differentiable_states(
     ):
         _own_buffers(model)
         _watch(stack, model, chain, range(start, stop + 1), meet)
-        call(model, _aliases(batch))
+        call_model(model, _aliases(batch))
     _require_linked(chain, states, versions, start, stop)
     _require_kept(model, states[start], states[stop])
     return states
@@ -118,7 +118,7 @@ def _require_linked(
     stop: int,
 ) -> None:
     for depth in range(start, stop + 1):
-        place = chain.places[depth]
+        place = chain.points[depth]
         if depth not in states:
             raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
         if version(states[depth]) != versions[depth]:
@@ -153,7 +153,7 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
     for depth in depths:
-        place = chain.places[depth]
+        place = chain.points[depth]
         sides = wanted.setdefault((place.path, place.method), {"input": {}, "output": {}})
         sides[place.at][place.index] = depth
     for (path, method), sides in wanted.items():

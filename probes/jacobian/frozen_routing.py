@@ -43,15 +43,15 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[None]:
     ConnectionError
         Where the model has streams but no connection that is known, or a connection's coefficients cannot be read.
     """
-    if session.num_streams > 1 and not session.links:
+    if session.structure.num_streams > 1 and not session.structure.connections:
         raise ConnectionError(
-            f"routing='frozen' needs the stream connections, but none was found for {session.num_streams} streams; "
+            f"routing='frozen' needs the stream connections, but none was found for {session.structure.num_streams} streams; "
             "take routing='full'"
         )
     modules = dict(session.model.named_modules(remove_duplicate=False))
     held = {
-        link.path: session.sites[number]
-        for number, link in enumerate(session.links)
+        link.path: session.structure.sites[number]
+        for number, link in enumerate(session.structure.connections)
         if start <= link.depth_in and link.depth_out <= stop
     }
     with ExitStack() as stack:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -25,23 +25,21 @@ from depthscope.probes.jacobian.state_graph import (
     Tokens,
     state_graph,
 )
-from depthscope.probes.model.arguments import Mask
+from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
 
+@takes_options(ModelOptions)
 def jacobian(
     model: nn.Module,
     batch: Any,
     *,
     start: int = 0,
     stop: int | None = None,
-    layers: str | Sequence[str] | None = None,
-    layout: str | None = None,
-    streams: int | None = None,
-    mask: Mask = None,
     chain: str | None = None,
     tokens: Tokens = "own",
     positions: Sequence[int] | None = None,
     routing: Routing = "full",
+    **options: Unpack[ModelOptions],
 ) -> JacobianOperator:
     """J = ∂ state(stop) / ∂ state(start) of a model's residual chain, as a linear operator.
 
@@ -53,8 +51,6 @@ def jacobian(
         One batch, as in `probes.capture`.
     start, stop : int
         Depths as in ``/trace``: 0 is the embedding; ``stop`` is the last depth when not given.
-    layers, layout, streams, mask
-        Overrides, as in `probes.capture`. Only real tokens are moved and seen.
     chain : str, optional
         Name of the chain where a model has several, such as ``"decoder"``; the first one when not given.
     tokens : {"own", "all"}
@@ -65,6 +61,8 @@ def jacobian(
     routing : {"full", "frozen"}
         With stream connections: differentiate through the coefficients H_pre, H_post and H_res, or hold them constant at their
         values. A plain residual chain has none, and both give the same.
+    **options
+        Some options of `Options`. Only real tokens are moved and seen.
 
     Returns
     -------
@@ -96,22 +94,32 @@ def jacobian(
     >>> op.shape, op.matvec(torch.tensor([0.0, 1.0])).tolist(), op.rmatvec(torch.tensor([1.0, 0.0])).tolist()
     ((2, 2), [12.0, 8.0], [8.0, 12.0])
     """
-    selection = Selection(layers, layout, streams, mask, chain, tokens, positions, routing)
+    selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, start, stop, selection)
     return _operator(graph, graph.start, graph.stop)
 
 
+@takes_options(ModelOptions)
 def block_jacobians(
-    model: nn.Module, batch: Any, *, start: int = 0, stop: int | None = None, **selection: Any
+    model: nn.Module,
+    batch: Any,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    chain: str | None = None,
+    tokens: Tokens = "own",
+    positions: Sequence[int] | None = None,
+    routing: Routing = "full",
+    **options: Unpack[ModelOptions],
 ) -> list[JacobianOperator]:
     """∂ state(l+1) / ∂ state(l) for every depth from start to stop, from one forward.
 
     Parameters
     ----------
-    model, batch, start, stop
+    model, batch, start, stop, chain, tokens, positions, routing
         As in `jacobian`.
-    **selection
-        ``layers, layout, streams, mask, chain, tokens, positions, routing`` as in `jacobian`.
+    **options
+        Some options of `Options`.
 
     Returns
     -------
@@ -130,7 +138,8 @@ def block_jacobians(
     >>> [(op.start, op.stop) for op in block_jacobians(model, torch.ones(1, 2))]
     [(0, 1), (1, 2), (2, 3)]
     """
-    graph = state_graph(model, batch, start, stop, Selection(**selection))
+    selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
+    graph = state_graph(model, batch, start, stop, selection)
     return [_operator(graph, a, b) for a, b in pairwise(range(graph.start, graph.stop + 1))]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -12,12 +12,12 @@ from torch import nn
 
 from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
 from depthscope.probes.jacobian.frozen_routing import constant_routing
-from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.one_shot import eager, forwarded, raise_first
 from depthscope.probes.session.forward import Forward
-from depthscope.probes.session.session import Session, Settings
+from depthscope.probes.session.model_call import call_observed, eager
+from depthscope.probes.session.options import Options
+from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 
 Tokens: TypeAlias = Literal["own", "all"]
@@ -28,10 +28,7 @@ Routing: TypeAlias = Literal["full", "frozen"]
 class Selection:
     """Which chain to read, which of its tokens, and what counts as constant; as in `probes.jacobian.jacobian`."""
 
-    layers: str | Sequence[str] | None = None
-    layout: str | None = None
-    streams: int | None = None
-    mask: Mask = None
+    options: Options = field(default_factory=Options)
     chain: str | None = None
     tokens: Tokens = "own"
     positions: Sequence[int] | None = None
@@ -153,21 +150,21 @@ def state_graph(
     """
     _require_readable(model, batch, selection)
     session, forward = _discovered(model, batch, selection)
-    number = _chain_number(session.chains, selection.chain)
-    first, last = _depths(session.chains[number], start, stop)
+    number = _chain_number(session.structure.chains, selection.chain)
+    first, last = _depths(session.structure.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
     routing = constant_routing(session, first, last) if frozen else nullcontext()
     with routing:
-        states = differentiable_states(model, batch, session.chains[number], first, last)
+        states = differentiable_states(model, batch, session.structure.chains[number], first, last)
     return StateGraph(
         start=first,
         stop=last,
         states=states,
         mask=forward.masks.get(number),
-        layout=session.layouts[number],
+        layout=session.structure.layouts[number],
         batch_size=forward.batch_size,
-        num_streams=session.num_streams,
-        fractions=session.fractions,
+        num_streams=session.structure.num_streams,
+        fractions=session.structure.fractions,
         selection=selection,
     )
 
@@ -191,23 +188,12 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
 
 def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
-    layers = selection.layers
-    named = None if layers is None else ((layers,) if isinstance(layers, str) else tuple(layers))
-    session = Session(
-        model,
-        Settings(
-            layers=named,
-            layout=selection.layout,
-            streams=selection.streams,
-            mask=selection.mask,
-            max_sequences=1,
-        ),
-    )
+    session = Session(model, selection.options)
     session.attach()
     try:
         with preserved_state(model), eager(), torch.no_grad():
-            forwarded(session, batch)
-        raise_first(session)
+            call_observed(session, batch)
+        session.raise_first_error()
         assert session.last is not None
         return session, session.last
     finally:
@@ -224,7 +210,7 @@ def _chain_number(chains: Sequence[Chain], name: str | None) -> int:
 
 
 def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
-    deepest = len(chain.places) - 1
+    deepest = len(chain.points) - 1
     stop = deepest if stop is None else stop
     for name, depth in (("start", start), ("stop", stop)):
         if not 0 <= depth <= deepest:

@@ -22,14 +22,15 @@ from depthscope.probes.run.connection_variables import (
     connection_variables,
 )
 from depthscope.probes.run.coverage import Coverage, coverage
+from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.run.weights_digest import weights_digest
-from depthscope.probes.session.forward import FINAL
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks, weights_stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
-from depthscope.probes.statistics.token_sums import Sums
-from depthscope.probes.statistics.weight_updates import WeightRow, weight_variables
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.model_structure import FINAL
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
 SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
@@ -37,20 +38,20 @@ SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "de
 
 @dataclass(frozen=True)
 class Row:
-    """The statistics of one measured step; `Sums.compact` ones, so that many rows stay small."""
+    """The statistics of one measured step; `TokenSums.compact` ones, so that many rows stay small."""
 
     step: int
-    sums: list[Sums]
+    sums: list[TokenSums]
     sequences: int
     loss: float | None
-    weights: WeightRow | None = None
+    weights: WeightNorms | None = None
     scale: float | None = None
 
 
 def build_run(
     session: Session,
     rows: list[Row],
-    pooled: list[Sums],
+    pooled: list[TokenSums],
     *,
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
@@ -63,7 +64,7 @@ def build_run(
         With its chains found and at least one sequence kept.
     rows : list of Row
         Statistics, one per measured step.
-    pooled : list of Sums
+    pooled : list of TokenSums
         Statistics of all steps since the weights last changed, one per chain.
     attrs : mapping, optional
         Attributes to add or replace.
@@ -84,13 +85,13 @@ def build_run(
     covered = coverage(session, evidence)
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
-    for number, chain in enumerate(session.chains):
+    for number, chain in enumerate(session.structure.chains):
         groups = stages(session, number)
         starts = [depths[0] for _, depths in groups]
         for stage, (name, depths) in enumerate(groups):
             trace[name] = _trace(session, number, depths, sequences, evidence, token_text)
             found, labels = weight_variables(
-                [row.weights for row in rows], session.chains, number, starts, stage
+                [row.weights for row in rows], session.structure.chains, number, starts, stage
             )
             measured = _statistics(chain, number, depths, rows, pooled, evidence)
             statistics[name] = measured.assign(found).assign_coords(labels)
@@ -116,11 +117,11 @@ def stages(session: Session, number: int) -> list[tuple[str, list[int]]]:
     -------
     list of (name, depth indices)
     """
-    chain = session.chains[number]
+    chain = session.structure.chains[number]
     groups: list[list[int]] = []
-    selection = session.settings.selection
-    kept = [depth for depth in range(len(chain.places)) if selection.keeps(chain, depth)]
-    seen = [depth for depth in range(len(chain.places)) if selection.needs(chain, depth)]
+    selection = session.options.selection
+    kept = [depth for depth in range(len(chain.points)) if selection.keeps(chain, depth)]
+    seen = [depth for depth in range(len(chain.points)) if selection.needs(chain, depth)]
     for depth in kept or seen:  # every analysis needs some states
         shape = chain.shapes[depth]
         if groups and chain.shapes[groups[-1][-1]] == shape:
@@ -144,7 +145,7 @@ def _trace(
     evidence: Evidence,
     token_text: Any,
 ) -> xr.Dataset:
-    chain = session.chains[number]
+    chain = session.structure.chains[number]
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
     states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
@@ -165,16 +166,20 @@ def _trace(
     if any(sequence.decoding for sequence in sequences):
         phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
         coords["phase"] = ("sample", np.array(phases, dtype=object))
-    if chain.links and session.settings.selection.connects(chain):
+    if chain.connections and session.options.selection.connects(chain):
         variables |= connection_variables(session, number, sequences, evidence, tokens)
-        coords |= connection_coords(chain.links)
+        coords |= connection_coords(chain.connections)
     variables |= _final(number, sequences, tokens, residual.shape[-1])
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
     trace = xr.Dataset(variables, coords)
     if "connection" not in trace.dims:
         return trace
-    kept = [i for i, link in enumerate(chain.links) if session.settings.selection.keeps_link(chain, link)]
+    kept = [
+        i
+        for i, link in enumerate(chain.connections)
+        if session.options.selection.keeps_connection(chain, link)
+    ]
     return trace.isel(connection=kept)
 
 
@@ -197,7 +202,7 @@ def _without(depths: list[int], seen: set[int]) -> dict[str, list[int]]:
 
 
 def _depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
-    places = [chain.places[depth] for depth in depths]
+    places = [chain.points[depth] for depth in depths]
     return {
         "depth": np.array(depths),
         "layer": ("depth", np.array([place.layer for place in places])),
@@ -231,7 +236,7 @@ def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarra
 
 
 def _statistics(
-    chain: Chain, number: int, depths: list[int], rows: list[Row], pooled: list[Sums], evidence: Evidence
+    chain: Chain, number: int, depths: list[int], rows: list[Row], pooled: list[TokenSums], evidence: Evidence
 ) -> xr.Dataset:
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
@@ -265,11 +270,11 @@ def _statistics(
         coords |= labels
     if evidence.proofs:
         variables |= _gains(sums, evidence)
-        coords |= connection_coords(chain.links) | {"direction": DIRECTIONS}
+        coords |= connection_coords(chain.connections) | {"direction": DIRECTIONS}
     return xr.Dataset(variables, coords)
 
 
-def _profiles(sums: list[Sums], depths: list[int]) -> dict[str, Any]:
+def _profiles(sums: list[TokenSums], depths: list[int]) -> dict[str, Any]:
     """What was added up at every depth in every step."""
     names = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum")
     found: dict[str, Any] = {}
@@ -282,13 +287,13 @@ def _profiles(sums: list[Sums], depths: list[int]) -> dict[str, Any]:
     return found
 
 
-def _stacked(sums: list[Sums], name: str, keys: list[int]) -> np.ndarray:
+def _stacked(sums: list[TokenSums], name: str, keys: list[int]) -> np.ndarray:
     arrays = [s.array(name, keys) for s in sums]
     known = [array for array in arrays if array is not None]
     return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])
 
 
-def _gains(sums: list[Sums], evidence: Evidence) -> dict[str, Any]:
+def _gains(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]:
     """The two sums of a matrix as its module keeps it become forward and backward by the proven orientation."""
     keys = list(range(len(evidence.proofs)))
     if all(s.array("gain_sum", keys) is None for s in sums):
@@ -327,22 +332,22 @@ def _coverage(rows: list[Coverage]) -> xr.Dataset:
 
 
 def _attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
-    settings = session.settings
+    settings = session.options
     known = {
         "model": type(session.model).__name__,
-        "family": session.family,
-        "n_streams": session.num_streams,
-        "layout": session.layouts[0],
-        "layouts": session.layouts if len(set(session.layouts)) > 1 else None,
+        "family": session.structure.family,
+        "n_streams": session.structure.num_streams,
+        "layout": session.structure.layouts[0],
+        "layouts": list(session.structure.layouts) if len(set(session.structure.layouts)) > 1 else None,
         "orientation": evidence.orientation,
         "reconstruction_error": max((e for e in evidence.errors if not math.isnan(e)), default=None),
-        "reconstruction_tolerance": tolerance(session.precision) if evidence.proofs else None,
-        "dtype": str(session.dtype).removeprefix("torch."),
-        "autocast": str(session.precision).removeprefix("torch.")
-        if session.precision != session.dtype
+        "reconstruction_tolerance": tolerance(session.observer.precision) if evidence.proofs else None,
+        "dtype": str(session.observer.dtype).removeprefix("torch."),
+        "autocast": str(session.observer.precision).removeprefix("torch.")
+        if session.observer.precision != session.observer.dtype
         else None,
-        "block": session.chains[0].block_class,
-        "num_blocks": len(session.chains[0].blocks),
+        "block": session.structure.chains[0].block_class,
+        "num_blocks": len(session.structure.chains[0].blocks),
         "num_parameters": sum(p.numel() for p in session.model.parameters()),
         "seed": settings.seed,
         "data_digest": _digest(sequences),

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from depthscope.probes.connections.proof import Evidence
-from depthscope.probes.session.forward import FINAL
 from depthscope.probes.session.session import Session
-from depthscope.probes.structure.chain import PLAIN, Chain, Link, Place
+from depthscope.probes.structure.chain import PLAIN, Chain, Connection, HookPoint
+from depthscope.probes.structure.model_structure import FINAL
 
 NOT_ASKED = "not asked for; name it in sites="
 NO_SUMS = "the blocks do not show how they add their branches to the state"
@@ -44,16 +44,16 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
         In depth order; ``fired`` is below ``expected`` only where ``why`` says so.
     """
     rows: list[Coverage] = []
-    for number, chain in enumerate(session.chains):
+    for number, chain in enumerate(session.structure.chains):
         rows += _states(session, number, chain)
         rows += _connections(session, chain, evidence)
     return rows
 
 
 def _states(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
-    count, selection = session.num_forwards, session.settings.selection
-    captured = {(n, depth) for n, depth, _ in session.places()}
-    for depth, place in enumerate(chain.places):
+    count, selection = session.num_forwards, session.options.selection
+    captured = {(n, depth) for n, depth, _ in session.structure.captured}
+    for depth, place in enumerate(chain.points):
         fired = (number, depth) in captured
         kept = selection.keeps(chain, depth)
         why = (
@@ -68,7 +68,7 @@ def _states(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
             count if fired else 0,
             why,
         )
-    if not any(place.site == "mid" for place in chain.places):
+    if not any(place.site == "mid" for place in chain.points):
         why = NO_SUMS if selection.inside_blocks else NOT_ASKED
         yield Coverage("blocks.{i}.hook_resid_mid", "mid", "", -1, chain.name, 0, 0, why)
     if chain.final is None:
@@ -91,13 +91,13 @@ def _states(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
 
 def state_name(chain: Chain, depth: int) -> str:
     """The name of a state that people know, ``blocks.{i}.hook_resid_…``."""
-    place = chain.places[depth]
+    place = chain.points[depth]
     return "hook_embed" if place.site == "embed" else f"blocks.{place.layer}.hook_resid_{place.site}"
 
 
 def _connections(session: Session, chain: Chain, evidence: Evidence) -> Iterator[Coverage]:
-    count, selection = session.num_forwards, session.settings.selection
-    for number, link in enumerate(chain.links):
+    count, selection = session.num_forwards, session.options.selection
+    for number, link in enumerate(chain.connections):
         for variable, why in _variables(session, link, evidence, number):
             kept = selection.keeps_variable(chain, variable)
             had = not why or why.startswith("solved")
@@ -114,11 +114,13 @@ def _connections(session: Session, chain: Chain, evidence: Evidence) -> Iterator
             )
 
 
-def _variables(session: Session, link: Link, evidence: Evidence, number: int) -> Iterator[tuple[str, str]]:
+def _variables(
+    session: Session, link: Connection, evidence: Evidence, number: int
+) -> Iterator[tuple[str, str]]:
     if link.style in PLAIN:
         yield from (("branch_in", ""), ("branch_out", ""))
         return
-    parts, site = evidence.joints[number].parts, session.sites[number]
+    parts, site = evidence.joints[number].parts, session.structure.sites[number]
     yield "h_res", "" if site.mixes else "nothing mixes: the identity"
     single = parts.write.shape[-1] == parts.branch_in.shape[-2] == 1
     several = "" if single else "several branch inputs: see read and write"
@@ -132,7 +134,9 @@ def _variables(session: Session, link: Link, evidence: Evidence, number: int) ->
     )
 
 
-def _row(name: str, site: str, place: Place, chain: Chain, expected: int, fired: int, why: str) -> Coverage:
+def _row(
+    name: str, site: str, place: HookPoint, chain: Chain, expected: int, fired: int, why: str
+) -> Coverage:
     module = (
         f"{place.path} ({place.at})"
         if place.method == "forward"

@@ -1,4 +1,4 @@
-"""Which way tokens point, and how far a layer, or the step to the next token, turns them.
+"""In which direction do tokens point, and how far are they turned? Cosines, angles, block influence, curvature.
 
 Shapes: ``...`` batch, ``N`` rows (tokens, in order), ``d`` columns (features).
 """
@@ -9,7 +9,8 @@ from array_api_compat import device
 
 from depthscope.diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
 
-# Centring leaves this share of the longest row as rounding, which is no direction.
+# Centred rows shorter than this share of the longest are the rounding of rows at the mean (some 1e-16, with a margin of
+# ours): they have no direction.
 ROUNDING = 1e-14
 
 
@@ -43,12 +44,15 @@ def token_cosine(x: Array, *, center: bool = False, mask: Array | None = None) -
     """
     matrix = rows(x, mask=mask, center=center)
     xp, values = matrix.xp, matrix.values
-    if matrix.narrow:  # squares stay within float64: no need of unit rows
+    # Of float32 input squares cannot leave float64: its rows are weighted by 1/‖x‖ in the sum, and unit rows, another
+    # array of the size of x, are not made.
+    if matrix.narrow:
         size = length = xp.sqrt(xp.linalg.vecdot(values, values))
     else:
         values, length = unit_rows(xp, values)
         size = xp.ones_like(length)
     directed = length > (ROUNDING if center else 0.0) * xp.max(length, axis=-1, keepdims=True)
+    # Σ_{i≠j} ⟨u_i, u_j⟩ = ‖Σ u‖² − m: N d operations for N² pairs.
     weight = xp.astype(directed, xp.float64) / xp.where(directed, size, xp.ones_like(size))
     total = (weight[..., None, :] @ values)[..., 0, :]
     m = xp.sum(xp.astype(directed, xp.float64), axis=-1)
@@ -64,12 +68,8 @@ def _paired_rows(x: Array, y: Array, mask: Array | None) -> tuple[Any, Array, Ar
         )
     xp = a.xp
     (u, length_u), (w, length_w) = unit_rows(xp, a.values), unit_rows(xp, b.values)
-    return xp, u, w, _kept(xp, length_u, a.mask) & _kept(xp, length_w, b.mask)
-
-
-def _kept(xp: Any, length: Array, mask: Array | None) -> Array:
-    """Rows that count and are not zero, (..., N)."""
-    return length > 0 if mask is None else (length > 0) & mask
+    valid = (length_u > 0) & (length_w > 0)
+    return xp, u, w, valid if a.mask is None else valid & a.mask
 
 
 def row_cosine(x: Array, y: Array, *, mask: Array | None = None) -> Array:
@@ -98,22 +98,23 @@ def row_cosine(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     >>> row_cosine(np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([[0.0, 3.0], [0.0, 1.0]])).tolist()
     [0.0, 1.0]
     """
-    xp, u, w, keep = _paired_rows(x, y, mask)
+    xp, u, w, valid = _paired_rows(x, y, mask)
     cosine = xp.linalg.vecdot(u, w)
-    return xp.where(keep, cosine, xp.full_like(cosine, xp.nan))
+    return xp.where(valid, cosine, xp.full_like(cosine, xp.nan))
 
 
 def _angles(xp: Any, u: Array, w: Array) -> Array:
-    """Angles between unit rows, 2 atan2(‖u − w‖, ‖u + w‖): accurate near 0 and near π."""
-    apart, together = u - w, u + w
-    squares = xp.linalg.vecdot(apart, apart), xp.linalg.vecdot(together, together)
-    return 2.0 * xp.atan2(*map(xp.sqrt, squares))
+    """Angles between unit rows, 2 atan2(‖u − w‖, ‖u + w‖) (Kahan): accurate near 0 and π, where arccos is not."""
+    difference, total = u - w, u + w
+    sine = xp.sqrt(xp.linalg.vecdot(difference, difference))  # 2 sin(θ/2)
+    cosine = xp.sqrt(xp.linalg.vecdot(total, total))  # 2 cos(θ/2)
+    return 2.0 * xp.atan2(sine, cosine)
 
 
 def angular_distance(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     """Mean angle between each row of x and the same row of y, as a share of π: arccos(cos)/π.
 
-    Computed as 2 atan2(‖u − w‖, ‖u + w‖)/π, right down to angles of 1e-16.
+    Computed as 2 atan2(‖u − w‖, ‖u + w‖)/π, accurate down to angles of 1e-16.
 
     Parameters
     ----------
@@ -139,8 +140,8 @@ def angular_distance(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     >>> float(angular_distance(np.array([[1.0, 0.0]]), np.array([[0.0, 5.0]])))
     0.5
     """
-    xp, u, w, keep = _paired_rows(x, y, mask)
-    return masked_mean(xp, _angles(xp, u, w) / xp.pi, keep)
+    xp, u, w, valid = _paired_rows(x, y, mask)
+    return masked_mean(xp, _angles(xp, u, w) / xp.pi, valid)
 
 
 def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
@@ -170,9 +171,10 @@ def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     >>> float(block_influence(np.array([[1.0, 0.0]]), np.array([[-1.0, 0.0]])))
     2.0
     """
-    xp, u, w, keep = _paired_rows(x, y, mask)
-    apart = u - w
-    return masked_mean(xp, xp.linalg.vecdot(apart, apart) / 2.0, keep)
+    xp, u, w, valid = _paired_rows(x, y, mask)
+    # 1 − ⟨u, w⟩ would cancel: a block that moves states by 1e-8 has an influence of 5e-17.
+    difference = u - w
+    return masked_mean(xp, xp.linalg.vecdot(difference, difference) / 2.0, valid)
 
 
 def curvature(x: Array, *, mask: Array | None = None) -> Array:
@@ -203,11 +205,13 @@ def curvature(x: Array, *, mask: Array | None = None) -> Array:
     matrix = rows(x, mask=mask)
     xp, path = matrix.xp, matrix.values
     if matrix.mask is not None:
+        # A stable sort moves masked rows to the end, and leaves the others in order.
         order = xp.argsort(xp.astype(~matrix.mask, xp.int64), axis=-1, stable=True)
         path = xp.take_along_axis(path, xp.broadcast_to(order[..., None], path.shape), axis=-2)
     if path.shape[-2] < 3:
         return xp.full_like(matrix.count, xp.nan)
     unit, length = unit_rows(xp, path[..., 1:, :] - path[..., :-1, :])
+    # Steps from or to a masked row, now past the count, and steps of length zero have no direction.
     moved = (length > 0) & (xp.arange(1, path.shape[-2], device=device(path)) < matrix.count[..., None])
     angles = _angles(xp, unit[..., 1:, :], unit[..., :-1, :])
     return masked_mean(xp, angles, moved[..., 1:] & moved[..., :-1])

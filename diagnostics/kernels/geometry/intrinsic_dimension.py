@@ -1,4 +1,4 @@
-"""On how many dimensions the cloud of tokens lies: TwoNN.
+"""How many dimensions does the cloud of tokens have? The TwoNN estimator.
 
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
 """
@@ -9,9 +9,10 @@ from array_api_compat import device
 
 from depthscope.diagnostics.kernels._arrays import Array, ratio, row_hash, rows, scaled, selected
 
-# Rows of a distance matrix held at once, in numbers: 32 MB of float64.
+# Entries of one block of rows of the distance matrix: 32 MB of float64, so that N² distances are never in memory.
 BLOCK = 4_000_000
-# Below this share of a row's square a squared distance from a Gram matrix has lost digits.
+# A squared distance ‖x‖² − 2⟨x, y⟩ + ‖y‖² has an error of some 1e-16 ‖x‖². Below this share of ‖x‖² it has lost three of
+# its digits, and is computed from the difference of the rows instead.
 NEAR = 1e-3
 
 
@@ -59,33 +60,34 @@ def two_nn(x: Array, *, discard: float = 0.1, mask: Array | None = None) -> Arra
 
 def _two_nn(xp: Any, points: Array, discard: float) -> Array:
     """TwoNN of one cloud of points (N, d)."""
-    undefined = xp.asarray(xp.nan, dtype=xp.float64, device=device(points))
     points = _distinct(xp, points)
     count = points.shape[0]
     fitted = int(count * (1 - discard))
     if count < 3 or fitted < 2:
-        return undefined
+        return xp.asarray(xp.nan, dtype=xp.float64, device=device(points))
     nearest, second = _nearest_two(xp, points)
     stretch = xp.log(xp.sort(second / nearest)[:fitted])
     share = xp.arange(1, fitted + 1, dtype=xp.float64, device=device(points)) / count
-    usable = share < 1  # the last point of an uncut fit lies at infinity
+    usable = share < 1  # without discarding, the largest ratio has −ln(1 − 1) = ∞
+    # Least squares through the origin: slope Σxy / Σx².
     stretch, level = stretch[usable], -xp.log(1 - share[usable])
     return ratio(xp, xp.sum(stretch * level), xp.sum(stretch * stretch))
 
 
 def _distinct(xp: Any, points: Array) -> Array:
-    """The rows without exact repetitions; in another order if there were some."""
-    few = row_hash(xp, points[:, :: max(1, points.shape[1] // 8)])
-    order = xp.argsort(few)
-    if bool(xp.all(few[order[1:]] != few[order[:-1]])):  # a few columns tell rows apart, and cost little
+    """The rows without exact repetitions; in another order where there are some."""
+    # Mostly there are none, and hashes of some eight columns are enough to show it.
+    partial_hash = row_hash(xp, points[:, :: max(1, points.shape[1] // 8)])
+    order = xp.argsort(partial_hash)
+    if bool(xp.all(partial_hash[order[1:]] != partial_hash[order[:-1]])):
         return points
     points = points[xp.argsort(row_hash(xp, points))]
-    fresh = xp.any(points[1:] != points[:-1], axis=-1)
-    return xp.concat([points[:1], points[1:][fresh]])
+    is_new = xp.any(points[1:] != points[:-1], axis=-1)
+    return xp.concat([points[:1], points[1:][is_new]])
 
 
 def _nearest_two(xp: Any, points: Array) -> tuple[Array, Array]:
-    """Distances of every point to its two nearest others, from Gram blocks; from differences where near."""
+    """Distances (N,) of every point to the nearest and the second nearest other point."""
     count = points.shape[0]
     square = xp.linalg.vecdot(points, points)
     half = 0.5 * square
@@ -93,42 +95,43 @@ def _nearest_two(xp: Any, points: Array) -> tuple[Array, Array]:
     for start in range(0, count, block):
         part = slice(start, start + block)
         close = points[part] @ points.T
-        close -= half  # (‖x_i‖² − ‖x_i − x_j‖²)/2: the largest is nearest
-        own = xp.arange(close.shape[0], device=device(points))
-        close[own, own + start] = -xp.inf
+        close -= half  # ⟨x_i, x_j⟩ − ‖x_j‖²/2 = (‖x_i‖² − ‖x_i − x_j‖²)/2: the largest is the nearest
+        index = xp.arange(close.shape[0], device=device(points))
+        close[index, index + start] = -xp.inf  # the point itself
         pairs.append(_two_squares(xp, points, part, close, square[part]))
     both = xp.sqrt(xp.concat(pairs))
     return both[:, 0], both[:, 1]
 
 
 def _two_squares(xp: Any, points: Array, part: slice, close: Array, square: Array) -> Array:
-    """The two least squared distances (n, 2) of a part of the points; overwrites ``close``."""
-    own = xp.arange(close.shape[0], device=device(points))
+    """The two smallest squared distances (n, 2) of a part of the points; overwrites ``close``."""
+    index = xp.arange(close.shape[0], device=device(points))
     first = xp.argmax(close, axis=-1)
-    top = close[own, first]
-    close[own, first] = -xp.inf
+    top = close[index, first]
+    close[index, first] = -xp.inf
     least = square[:, None] - 2.0 * xp.stack([top, xp.max(close, axis=-1)], axis=-1)
     near = least[:, 0] <= NEAR * square
     if bool(xp.any(near)):
+        # Rounding may have changed the order of the nearest: among six candidates (a heuristic) it is found again.
         others = _largest(xp, close[near], min(5, points.shape[0] - 2))
         least[near] = _by_differences(xp, points, points[part][near], [first[near], *others])
     return least
 
 
 def _largest(xp: Any, values: Array, k: int) -> list[Array]:
-    """Where the k largest entries of each row are; overwrites them, for passes beat a full sort."""
+    """Column indices of the k largest entries of each row; overwrites them. A few passes are faster than a sort."""
     found = []
-    own = xp.arange(values.shape[0], device=device(values))
+    index = xp.arange(values.shape[0], device=device(values))
     for _ in range(k):
         found.append(xp.argmax(values, axis=-1))
-        values[own, found[-1]] = -xp.inf
+        values[index, found[-1]] = -xp.inf
     return found
 
 
 def _by_differences(xp: Any, points: Array, part: Array, candidates: list[Array]) -> Array:
-    """The two least squared distances (n, 2) to candidates, exact however near they are."""
+    """The two smallest squared distances (n, 2) to candidates, accurate at any distance."""
     squares = []
     for index in candidates:
-        apart = points[index] - part
-        squares.append(xp.linalg.vecdot(apart, apart))
+        difference = points[index] - part
+        squares.append(xp.linalg.vecdot(difference, difference))
     return xp.sort(xp.stack(squares, axis=-1), axis=-1)[:, :2]

@@ -1,4 +1,4 @@
-"""Which activations are massive, and in which tokens.
+"""Which activations are massive, and which tokens have them? Thresholds by size and by the median.
 
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
 """
@@ -20,9 +20,9 @@ def massive_activations(
     x
         Matrices (..., N, d).
     absolute
-        Least magnitude, in the units of ``x``.
+        Smallest magnitude, in the units of ``x``.
     relative
-        Least multiple of the median magnitude over the rows that count.
+        Smallest multiple of the median magnitude over the rows that count.
     mask
         Booleans (..., N), False for rows that do not count.
 
@@ -43,6 +43,7 @@ def massive_activations(
     xp = matrix.xp
     size = xp.abs(matrix.values)
     large = size > absolute
+    # The median needs a sort of all entries: most states have no entry above the absolute threshold.
     if not bool(xp.any(large)):
         return large
     return large & (size > relative * _median_entry(xp, size, matrix.mask, matrix.count)[..., None, None])
@@ -51,11 +52,12 @@ def massive_activations(
 def _median_entry(xp: Any, size: Array, mask: Array | None, count: Array) -> Array:
     """The median over the entries of the rows that count, (...)."""
     width = size.shape[-1]
-    if mask is not None:
+    if mask is not None:  # masked entries are sorted behind all others, and the count leaves them out
         size = xp.where(mask[..., None], size, xp.full_like(size, xp.inf))
     ordered = xp.sort(xp.reshape(size, (*size.shape[:-2], -1)), axis=-1)
     entries = xp.astype(count, xp.int64) * width
     last = ordered.shape[-1] - 1
+    # The two middle entries, which are one for an odd number.
     pair = xp.stack([(entries - 1) // 2, entries // 2], axis=-1)
     return xp.mean(xp.take_along_axis(ordered, xp.clip(pair, min=0, max=last), axis=-1), axis=-1)
 
@@ -63,16 +65,16 @@ def _median_entry(xp: Any, size: Array, mask: Array | None, count: Array) -> Arr
 def massive_tokens(
     x: Array, *, absolute: float = 100.0, relative: float = 1000.0, mask: Array | None = None
 ) -> Array:
-    """Which tokens hold a massive activation; ``mask=~massive_tokens(x)`` gives any number without them.
+    """Which tokens have a massive activation; any kernel takes ``mask=~massive_tokens(x)`` to ignore them.
 
     Parameters
     ----------
     x
         Matrices (..., N, d).
     absolute
-        Least magnitude, in the units of ``x``.
+        Smallest magnitude, in the units of ``x``.
     relative
-        Least multiple of the median magnitude.
+        Smallest multiple of the median magnitude.
     mask
         Booleans (..., N), False for rows that do not count.
 

@@ -1,4 +1,4 @@
-"""How fast the variance falls from direction to direction: the power law of a spectrum (α-ReQ).
+"""How fast does the variance decrease from direction to direction? The power law of a spectrum (α-ReQ).
 
 Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features), ``k`` singular values.
 """
@@ -10,7 +10,8 @@ from array_api_compat import device
 from depthscope.diagnostics.kernels._arrays import Array, as_array, as_float64, masked_mean, ratio
 from depthscope.diagnostics.kernels.rank import singular_values
 
-# Singular values below this share of the largest are rounding of a matrix of lower rank.
+# Singular values below this share of the largest are the rounding of a matrix of lower rank (some 1e-16 to 1e-14 of σ₁):
+# a fit in logarithms would give each of them the weight of a true value.
 ROUNDING = 1e-12
 
 
@@ -34,7 +35,7 @@ def alpha_req_of(s: Array, *, first: int = 11, last: int | None = 500) -> PowerL
     first
         The first index that is fitted, counted from 1 (the leading ones are rarely on the law).
     last
-        The last index; shortened to the values that stand above rounding, all of those when ``None``.
+        The last index; reduced to the values above rounding, all of them for ``None``.
 
     Returns
     -------
@@ -62,18 +63,19 @@ def alpha_req_of(s: Array, *, first: int = 11, last: int | None = 500) -> PowerL
         & (index >= first)
         & (index <= (last or s.shape[-1]))
     )
+    # ln λ = 2 ln σ; values outside the range are replaced by 1, for ln 0 would give NaN in the sums.
     logs = 2.0 * xp.log(xp.where(fitted, s, xp.ones_like(s)))
     steps = xp.broadcast_to(xp.log(index), s.shape)
     last_fitted = xp.max(xp.where(fitted, index, xp.zeros_like(s)), axis=-1)
-    return PowerLaw(*_line(xp, steps, logs, fitted), first, xp.astype(last_fitted, xp.int64))
+    return PowerLaw(*_fit_line(xp, steps, logs, fitted), first, xp.astype(last_fitted, xp.int64))
 
 
-def _line(xp: Any, t: Array, y: Array, keep: Array) -> tuple[Array, Array, Array]:
-    """Least squares y = c − αt over the kept points: α, its standard error, the root mean square misfit."""
-    count = xp.sum(xp.astype(keep, xp.float64), axis=-1)
-    dt = xp.where(keep, t - masked_mean(xp, t, keep)[..., None], xp.zeros_like(t))
-    dy = xp.where(keep, y - masked_mean(xp, y, keep)[..., None], xp.zeros_like(t))
-    enough = count >= 3
+def _fit_line(xp: Any, t: Array, y: Array, fitted: Array) -> tuple[Array, Array, Array]:
+    """Least squares y = c − αt over the fitted points: α, its standard error, the root mean square misfit."""
+    count = xp.sum(xp.astype(fitted, xp.float64), axis=-1)
+    dt = xp.where(fitted, t - masked_mean(xp, t, fitted)[..., None], xp.zeros_like(t))
+    dy = xp.where(fitted, y - masked_mean(xp, y, fitted)[..., None], xp.zeros_like(t))
+    enough = count >= 3  # two points leave no degree of freedom for the error; a spread of 0 then makes α NaN
     spread = xp.where(enough, xp.sum(dt * dt, axis=-1), xp.zeros_like(count))
     alpha = -ratio(xp, xp.sum(dt * dy, axis=-1), spread)
     misfit = xp.sum((dy + alpha[..., None] * dt) ** 2, axis=-1)
@@ -96,7 +98,7 @@ def alpha_req(
     x
         Matrices (..., N, d); a single spectrum (k,) of singular values is fitted as it is.
     first, last
-        The range of indices, counted from 1; shortened to the eigenvalues that stand above rounding.
+        The range of indices, counted from 1; reduced to the eigenvalues above rounding.
     center
         Remove the mean row first (a covariance; the default).
     mask

@@ -1,8 +1,9 @@
-"""What mixing matrices do to the streams, one by one and multiplied over depth.
+"""What do mixing matrices do to the streams? Kernels of one matrix, and of products over depth.
 
 Shapes: ``L`` depth, ``...`` batch (tokens), ``n`` streams; matrices ``H[..., out, in]``, a row is a
 destination. Composites put the later layer on the LEFT: P_{a→b} = H_b … H_{a+1} H_a. Always float64;
-products keep a running log scale, so that no depth overflows.
+products have a running log scale, so that no depth overflows. Matrices that are not square or not finite are
+refused with a ValueError.
 
 >>> half = [[0.75, 0.25], [0.25, 0.75]]
 >>> composite([half, half]).tolist()

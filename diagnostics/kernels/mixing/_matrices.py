@@ -1,4 +1,4 @@
-"""What every kernel of mixing matrices starts from: square matrices in float64, batch last, and logarithms of sizes."""
+"""What do all kernels of mixing matrices need? Square matrices in float64, logarithms, products without overflow."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ from array_api_compat import array_namespace, device, is_array_api_obj
 
 from depthscope.diagnostics.kernels._arrays import Array, as_float64, checked
 
-# A running product is rescaled when its size leaves this range; inside, it is the plain product.
+# A running product is rescaled where its size leaves this range: one more matrix, of size up to 1e100 as well, cannot
+# then overflow (1e308). Inside the range it is the plain product, to the last bit.
 SMALL, LARGE = 1e-100, 1e100
-LOG_MAX = 709.78
+LOG_MAX = 709.78  # the logarithm of the largest float64
 
 
 def square(p: Array, *, name: str = "p", ndim: int = 2) -> tuple[Any, Array]:
@@ -21,13 +22,13 @@ def square(p: Array, *, name: str = "p", ndim: int = 2) -> tuple[Any, Array]:
 
 
 def square_in_memory(p: Array, *, name: str = "p", ndim: int = 2) -> tuple[Any, Array]:
-    """The same, as numpy's wherever the processor reaches the numbers: its small operations cost least."""
+    """The same as numpy arrays for tensors on the CPU: numpy's overhead for small operations is several times smaller."""
     xp, p = checked(p, name=name, ndim=ndim)
     return square(in_memory(xp.astype(p, xp.float64, copy=False)), name=name, ndim=ndim)
 
 
 def identity(xp: Any, p: Array) -> Array:
-    """The identity (n, n) beside ``p``."""
+    """The identity (n, n) on the device of ``p``."""
     return xp.eye(p.shape[-1], dtype=xp.float64, device=device(p))
 
 
@@ -37,20 +38,24 @@ def log(xp: Any, x: Array) -> Array:
 
 
 def in_memory(x: Array) -> Array:
-    """The same numbers as a numpy array where the processor reaches them."""
+    """A tensor on the CPU as a numpy array over the same memory; others as they are."""
     return np.asarray(x) if str(device(x)) == "cpu" else x
 
 
 def as_given(given: Array, found: Array) -> Array:
-    """A result as a tensor where a tensor was given and the work was numpy's."""
+    """The result ``found`` as a tensor where the input ``given`` was one and numpy computed it."""
     if isinstance(given, np.ndarray) or not (isinstance(found, np.ndarray) and is_array_api_obj(given)):
         return found
     return array_namespace(given).asarray(found)
 
 
 def rescaled(xp: Any, values: Array, log_scale: Array, *, dims: int) -> tuple[Array, Array]:
-    """Values (dims of one thing first, batch last) brought back to size 1 where they leave the range."""
+    """Values divided by their largest entry where they leave the range, and their log scale with its logarithm added.
+
+    The first ``dims`` dims are those of a matrix or vector, the others are batch.
+    """
     letters = "ijkl"[:dims]
+    # Squared Frobenius norms in one pass tell that nothing is to be done, nearly always; they may overflow.
     with np.errstate(over="ignore", under="ignore"):
         size = xp.einsum(f"{letters}...,{letters}...->...", values, values)
     if bool(xp.min(size) > SMALL**2) and bool(xp.max(size) < LARGE**2):
@@ -62,10 +67,11 @@ def rescaled(xp: Any, values: Array, log_scale: Array, *, dims: int) -> tuple[Ar
 
 
 def unscaled(xp: Any, values: Array, log_scale: Array) -> Array:
-    """Values · e^log_scale; what is zero stays zero where the scale overflows."""
+    """Values · e^log_scale, infinite where that exceeds float64; zeros stay zero (0 · ∞ would be NaN)."""
     if not bool(xp.any(log_scale != 0)):
         return values
     beyond = log(xp, xp.abs(values)) + log_scale > LOG_MAX
     half = xp.exp(xp.clip(log_scale / 2.0, max=400.0))
-    within = xp.where(beyond, xp.zeros_like(values), values) * half * half  # in halves: e^scale may overflow
+    # In two halves: a small value times e^scale may be a float64 where e^scale is not.
+    within = xp.where(beyond, xp.zeros_like(values), values) * half * half
     return xp.where(beyond, xp.copysign(xp.full_like(values, xp.inf), values), within)

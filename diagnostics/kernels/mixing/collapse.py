@@ -1,4 +1,4 @@
-"""What is left of the differences between streams? The product off their mean, and its growth rates."""
+"""What remains of the differences between streams? Products on the complement of their mean, and growth rates."""
 
 import math
 from typing import Any
@@ -29,8 +29,8 @@ def _difference_basis(xp: Any, p: Array) -> Array:
 def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
     """Stream-product collapse: ln σ₁ of each prefix (or suffix) product on the complement of ones.
 
-    The (n−1)×(n−1) blocks UᵀHU are multiplied, not H itself, and a log scale is kept: the value goes on
-    falling where ‖P − J/n‖ stops at 1e-16. For row- or column-stochastic matrices the product of blocks is
+    The (n−1)×(n−1) blocks UᵀHU are multiplied, not H itself, with a log scale: the value decreases further
+    where ‖P − J/n‖ stops at 1e-16. For row- or column-stochastic matrices the product of blocks is
     the block of the product; for free matrices it leaves out what passes through the mean.
 
     Parameters
@@ -55,7 +55,7 @@ def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
     [0.5, 0.25]
     """
     xp, stack, batch = stacked(h)
-    if stack.shape[1] == 1:
+    if stack.shape[1] == 1:  # one stream has no differences
         return as_given(h, xp.full((len(stack), *batch), xp.nan, dtype=xp.float64, device=device(stack)))
     basis = _difference_basis(xp, stack[..., 0])
     blocks = xp.einsum("lajb,jc->lacb", xp.einsum("ia,lijb->lajb", basis, stack), basis)
@@ -66,6 +66,9 @@ def deflated_gain(h: Array, *, reverse: bool = False) -> Array:
 
 def lyapunov_spectrum(h: Array) -> Array:
     """Lyapunov spectrum of the depth product: (1/L) Σ_l ln|R_ii| with H_l Q_{l−1} = Q_l R_l.
+
+    The product itself would be of numerical rank one after a few dozen layers: QR at each layer separates the
+    directions before the strongest one dominates.
 
     Parameters
     ----------

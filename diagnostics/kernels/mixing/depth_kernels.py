@@ -49,9 +49,10 @@ def depth_kernel(
     [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
     """
     xp, stack, batch = stacked(h_res)
-    reads, writes = (
-        _weights(xp, stack, batch, each, name) for each, name in ((h_pre, "h_pre"), (h_post, "h_post"))
-    )
+    reads = _weights(xp, stack, batch, h_pre, "h_pre")
+    writes = _weights(xp, stack, batch, h_post, "h_post")
+    # Column by column would take L² products: instead one vector for each source, its writes carried through every
+    # H_res so far, goes through depth once. Row k of the kernel is what reader k reads of them.
     ahead = 0 if embedding is None else 1
     depth, n, _, total = stack.shape
     vectors = xp.zeros((depth + ahead, n, total), dtype=xp.float64, device=device(stack))
@@ -63,7 +64,7 @@ def depth_kernel(
     for k, read in enumerate(readers):
         known = slice(0, k + ahead)
         kernel[k, known] = unscaled(xp, xp.einsum("ib,aib->ab", read, vectors[known]), log_scale[known])
-        if k < depth:
+        if k < depth:  # the head is no sublayer: it mixes and writes nothing
             if k + ahead:
                 mix_on(xp, stack[k], vectors[known], log_scale[known])
             vectors[k + ahead] = writes[k]
@@ -82,11 +83,11 @@ def _weights(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name
 
 
 def _edge(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name: str) -> Array:
-    """Weights of the embedding or the head, (..., n) broadcast to (n, B)."""
+    """Weights of the embedding or the head, (..., n) broadcast over the batch to (n, B)."""
     _, weights = as_float64(weights, name=name)
     expected = (*batch, stack.shape[1])
     try:
-        whole = xp.broadcast_to(xp.asarray(in_memory(weights), device=device(stack)), expected)
+        full = xp.broadcast_to(xp.asarray(in_memory(weights), device=device(stack)), expected)
     except (ValueError, RuntimeError):
         raise ValueError(f"{name} has shape {tuple(weights.shape)}; expected (..., n) = {expected}") from None
-    return xp.permute_dims(xp.reshape(whole, (-1, stack.shape[1])), (1, 0))
+    return xp.permute_dims(xp.reshape(full, (-1, stack.shape[1])), (1, 0))

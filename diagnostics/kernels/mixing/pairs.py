@@ -20,7 +20,7 @@ from depthscope.diagnostics.kernels.mixing._matrices import (
 from depthscope.diagnostics.kernels.mixing.gains import backward_gain, forward_gain
 from depthscope.diagnostics.kernels.mixing.products import contiguous, multiply, stacked
 
-# Numbers of one block of products or vectors: half a MB, to stay in a core's cache.
+# Entries of one block of products or vectors: half a MB of float64, which stays in the second-level cache of a core.
 BLOCK = 65_536
 
 
@@ -37,12 +37,12 @@ def _columns(xp: Any, stack: Array) -> Iterator[tuple[int, Array, Array]]:
 
 
 def mix_on(xp: Any, layer: Array, vectors: Array, log_scale: Array) -> Array:
-    """Carry vectors (S, n, B) with log scales (S, B) through a layer (n, n, B), in place; their largest entries (S, B).
+    """Multiply vectors (S, n, B) with log scales (S, B) by a layer (n, n, B), in place; returns their largest entries.
 
-    A vector that leaves the range is brought back to size 1 by its log scale.
+    A vector that leaves the range is divided by its largest entry, whose logarithm is added to its log scale.
     """
     matrix, own = rescaled(xp, layer, xp.zeros_like(layer[0, 0]), dims=2)
-    if matrix is not layer:
+    if matrix is not layer:  # `rescaled` returns its input where nothing was to be done
         log_scale += own
     top = xp.empty_like(log_scale)
     for block in _blocks(vectors.shape):
@@ -59,7 +59,7 @@ def mix_on(xp: Any, layer: Array, vectors: Array, log_scale: Array) -> Array:
 
 
 def _blocks(shape: tuple[int, int, int]) -> Iterator[tuple[slice, slice]]:
-    """Slices of vectors and tokens of (S, n, B) that a core's cache holds, whole rows of tokens where it can."""
+    """Slices of vectors and tokens of (S, n, B) that fit into the cache, over all tokens where possible."""
     count, n, total = shape
     width = min(total, BLOCK // n)
     height = max(1, BLOCK // (n * width))
@@ -71,8 +71,8 @@ def _blocks(shape: tuple[int, int, int]) -> Iterator[tuple[slice, slice]]:
 def pair_gains(h: Array, *, backward: bool = False) -> Iterator[tuple[int, Array, Array]]:
     """Amax gains of the all-pairs composites, one end at a time, without the products.
 
-    Signed row sums P 1 follow from layer to layer as vectors, H_b (P_{a→b−1} 1), and column sums 1ᵀP likewise
-    from the last layer down: n² multiplications a pair instead of n³.
+    Signed row sums P 1 are vectors, H_b (P_{a→b−1} 1), and so are column sums 1ᵀP from the last layer down: n²
+    multiplications for a pair instead of n³.
 
     Parameters
     ----------
@@ -100,20 +100,20 @@ def pair_gains(h: Array, *, backward: bool = False) -> Iterator[tuple[int, Array
     depth, n, _, total = stack.shape
     sums = xp.ones((depth, n, total), dtype=xp.float64, device=device(stack))
     log_scale = xp.zeros_like(sums[:, 0])
+    # Step by step the vectors of one more start are included; all others have had every layer from theirs on.
     for end in reversed(range(depth)) if backward else range(depth):
         layer = xp.permute_dims(stack[end], (1, 0, 2)) if backward else stack[end]
         reached = slice(end, None) if backward else slice(0, end + 1)
         gain = mix_on(xp, layer, sums[reached], log_scale[reached])
-        found = (gain, xp.asarray(log_scale[reached], copy=True))
-        gain, scale = (as_given(h, xp.reshape(x, (-1, *batch))) for x in found)
-        yield end, gain, scale
+        scale = xp.asarray(log_scale[reached], copy=True)  # the next step overwrites it
+        yield end, as_given(h, xp.reshape(gain, (-1, *batch))), as_given(h, xp.reshape(scale, (-1, *batch)))
 
 
 def all_pairs(h: Array, *, reduce: Callable[[Array], Array] | None = None) -> Array:
     """All-pairs composites: entry [a, b] is P_{a→b} = H_b … H_a, both ends included, for a ≤ b.
 
-    [a, a] is H_a itself. Entries a > b are no products of the stack and hold NaN; the empty product (the
-    identity) is not in the table. With ``reduce`` the products are never held at once.
+    [a, a] is H_a itself. Entries a > b are no products of the stack: they are NaN. The empty product (the identity)
+    is not in the table. With ``reduce`` the products are never in memory all at once.
 
     Parameters
     ----------
@@ -125,14 +125,15 @@ def all_pairs(h: Array, *, reduce: Callable[[Array], Array] | None = None) -> Ar
     Returns
     -------
     Array
-        (L, L, ..., n, n), or (L, L, ...) of what ``reduce`` gives; a product beyond float64 is infinite
-        (``pair_columns`` keeps the log scales).
+        (L, L, ..., n, n), or (L, L, ...) of the values of ``reduce``; a product beyond float64 is infinite
+        (``pair_gains`` gives log scales).
 
     Examples
     --------
     >>> all_pairs([[[2.0]], [[3.0]], [[5.0]]], reduce=forward_gain)[0].tolist()
     [2.0, 6.0, 30.0]
     """
+    # The Amax gains are sums, which need no products of matrices.
     if reduce in (forward_gain, backward_gain):
         return _all_gains(h, backward=reduce is backward_gain)
     xp, stack, batch = stacked(h)
@@ -144,7 +145,7 @@ def all_pairs(h: Array, *, reduce: Callable[[Array], Array] | None = None) -> Ar
         for end, p, log_scale in _columns(xp, part):
             values = xp.permute_dims(unscaled(xp, p, log_scale), (2, 3, 0, 1))
             values = values if reduce is None else in_memory(reduce(as_given(h, values)))
-            if table is None:
+            if table is None:  # its last dims and dtype are those of the first values
                 shape = (depth, depth, total, *values.shape[2:])
                 table = xp.full(shape, xp.nan, dtype=values.dtype, device=device(values))
             table[: end + 1, end, start : start + block] = values

@@ -1,4 +1,4 @@
-"""Which paths does a depth kernel hold? Streams in use, hops back, mass read, layers that none reads."""
+"""Which paths does a depth kernel contain? Streams in use, hops back, and how much of each output is read."""
 
 from typing import Any
 
@@ -45,9 +45,10 @@ def effective_streams(m: Array, *, embedding: bool = False) -> Array:
 def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
     """Effective streams at each cut from the connections themselves, at any depth and any gain.
 
-    The Hankel block at a cut is R W, with the reads behind it R (K − c, n) and the writes before it W (n, c); its
-    singular values are those of the n×n product of their triangles, which grow by a row at each connection. Each is
-    kept at size 1: the entropy does not see the scale.
+    The Hankel block at a cut is R W, with the reads after it R (K − c, n) and the writes before it W (n, c). Its
+    singular values are those of the n×n product of their triangular factors, each updated by one row at each
+    connection: L factorisations of (n+1)×n in place of L of up to L×L. Factors are scaled to a largest entry of 1,
+    which the entropy does not depend on.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
     Returns
     -------
     Array
-        (..., L − 1), what `effective_streams` gives of the `depth_kernel`; NaN where nothing is read across.
+        (..., L − 1), equal to `effective_streams` of the `depth_kernel`; NaN where nothing is read across.
 
     Raises
     ------
@@ -73,41 +74,45 @@ def streams_across(h_res: Array, h_pre: Array, h_post: Array) -> Array:
     [1.0, 1.0]
     """
     xp, h = square(h_res, name="h_res", ndim=3)
-    reads, writes = (as_float64(w, name=name)[1] for w, name in ((h_pre, "h_pre"), (h_post, "h_post")))
+    _, reads = as_float64(h_pre, name="h_pre")
+    _, writes = as_float64(h_post, name="h_post")
     if reads.shape != h.shape[:-1] or writes.shape != h.shape[:-1]:
         raise ValueError(
             f"h_pre and h_post have shapes {tuple(reads.shape)} and {tuple(writes.shape)}; expected "
             f"{tuple(h.shape[:-1])}, as h_res has"
         )
     depth = h.shape[0]
-    before = _triangles(xp, [xp.matrix_transpose(h[c]) for c in range(depth)], list(writes))
-    behind = _triangles(
+    # Writes go forward through H: as rows they are multiplied by its transpose. Reads are carried backward.
+    before = _running_triangles(xp, [xp.matrix_transpose(h[c]) for c in range(depth)], list(writes))
+    after = _running_triangles(
         xp, [h[c] for c in reversed(range(depth))], [reads[c] for c in reversed(range(depth))]
     )
     if depth < 2:
         return xp.zeros((*h.shape[1:-2], 0), dtype=xp.float64, device=device(h))
-    blocks = [behind[depth - 1 - cut] @ xp.matrix_transpose(before[cut - 1]) for cut in range(1, depth)]
+    blocks = [after[depth - 1 - cut] @ xp.matrix_transpose(before[cut - 1]) for cut in range(1, depth)]
     return xp.stack([effective_rank_of(xp.linalg.svdvals(block)) for block in blocks], axis=-1)
 
 
-def _triangles(xp: Any, moves: list[Array], rows: list[Array]) -> list[Array]:
-    """Triangles (..., n, n) of all rows so far, each moved by every later connection, at size 1."""
-    held, log_size = xp.zeros_like(moves[0]), xp.full_like(moves[0][..., 0, 0], -xp.inf)
+def _running_triangles(xp: Any, moves: list[Array], rows: list[Array]) -> list[Array]:
+    """Triangles (..., n, n) of all rows so far, each multiplied by every later connection, up to a factor."""
+    triangles, log_size = xp.zeros_like(moves[0]), xp.full_like(moves[0][..., 0, 0], -xp.inf)
     found = []
     for move, row in zip(moves, rows, strict=True):
-        moved, top = _even(xp, held @ move)
-        fresh, own = _even(xp, row[..., None, :])
-        log_moved = log_size + top
-        log_size = xp.where(log_moved > own, log_moved, own)
-        known = xp.where(xp.isfinite(log_size), log_size, xp.zeros_like(log_size))
-        shares = [xp.exp(size - known)[..., None, None] for size in (log_moved, own)]
-        held = triangle(xp, xp.concat([moved * shares[0], fresh * shares[1]], axis=-2))
-        found.append(held)
+        moved, log_factor = _normalised(xp, triangles @ move)
+        new, log_new = _normalised(xp, row[..., None, :])
+        log_moved = log_size + log_factor
+        # The larger of the two has size 1, the other its share: nothing overflows, and what underflows is negligible.
+        log_size = xp.where(log_moved > log_new, log_moved, log_new)
+        finite = xp.where(xp.isfinite(log_size), log_size, xp.zeros_like(log_size))  # −∞ − −∞ would be NaN
+        share_moved = xp.exp(log_moved - finite)[..., None, None]
+        share_new = xp.exp(log_new - finite)[..., None, None]
+        triangles = triangle(xp, xp.concat([moved * share_moved, new * share_new], axis=-2))
+        found.append(triangles)
     return found
 
 
-def _even(xp: Any, x: Array) -> tuple[Array, Array]:
-    """Matrices at a largest entry of 1, and the logarithm of what it was: −inf for zero."""
+def _normalised(xp: Any, x: Array) -> tuple[Array, Array]:
+    """Matrices divided by their largest entry, and its logarithm (...): −inf for zero."""
     top = xp.max(xp.abs(x), axis=(-2, -1))
     return x / xp.where(top > 0, top, xp.ones_like(top))[..., None, None], log(xp, top)
 
@@ -115,7 +120,8 @@ def _even(xp: Any, x: Array) -> tuple[Array, Array]:
 def stream_shares(weights: Array) -> Array:
     """Read or write shares of the streams: Σ_l |w_ls| / Σ_l Σ_s |w_ls|.
 
-    Below 1/(10 n) a stream is dead; ``rank.effective_rank_of`` of the shares counts the streams in use.
+    Below 1/(10 n) a stream counts as dead (a heuristic); ``rank.effective_rank_of`` of the shares counts the streams
+    in use.
 
     Parameters
     ----------
@@ -138,7 +144,7 @@ def stream_shares(weights: Array) -> Array:
 
 
 def _hops(xp: Any, m: Array, ahead: int) -> Array:
-    """How many sublayers reader k lies above source j, (K, S); not positive where it cannot read it."""
+    """How many sublayers reader k is after source j, (K, S); zero or negative where it cannot read it."""
     readers = xp.arange(m.shape[-2], dtype=xp.float64, device=device(m))
     sources = xp.arange(m.shape[-1], dtype=xp.float64, device=device(m)) - ahead
     return readers[:, None] - sources[None, :]
@@ -152,7 +158,7 @@ def effective_path_depth(m: Array, *, embedding: bool = False) -> Array:
     m
         Depth kernels (..., K, S).
     embedding
-        Whether the first column is the embedding; it lies k + 1 hops back.
+        Whether the first column is the embedding, which is k + 1 hops back.
 
     Returns
     -------
@@ -182,7 +188,7 @@ def read_mass(m: Array, *, embedding: bool = False) -> Array:
     Returns
     -------
     Array
-        (..., S); NaN for a source that no row lies above (the last sublayer without a head).
+        (..., S); NaN for a source without a later reader (the last sublayer without a head).
 
     Examples
     --------

@@ -12,14 +12,16 @@ import numpy as np
 from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import as_given, rescaled, square_in_memory, unscaled
 
-# Up to this size products run entry by entry over the batch, which beats a call per matrix.
+# Up to this number of streams an einsum over the batch, last in memory, is faster than matmul, which calls BLAS once
+# for each matrix. A heuristic of ours.
 ENTRYWISE = 8
 
 
 def stacked(h: Array) -> tuple[Any, Array, tuple[int, ...]]:
     """Namespace, matrices (L, ..., n, n) as contiguous (L, n, n, B), and the shape of the batch.
 
-    They are numpy's wherever the processor can reach them.
+    Batch last: operations on one entry of all matrices then run over contiguous memory. Tensors on the CPU become
+    numpy arrays.
     """
     xp, h = square_in_memory(h, name="h", ndim=3)
     flat = xp.reshape(h, (h.shape[0], -1, *h.shape[-2:]))
@@ -27,7 +29,7 @@ def stacked(h: Array) -> tuple[Any, Array, tuple[int, ...]]:
 
 
 def contiguous(x: Array) -> Array:
-    """A view laid out in its own order."""
+    """The array in row-major order in memory: a copy where it is a transposed view."""
     return x.contiguous() if hasattr(x, "contiguous") else np.ascontiguousarray(x)
 
 
@@ -51,10 +53,11 @@ def _running(xp: Any, stack: Array, *, reverse: bool) -> Iterator[tuple[int, Arr
     """Layer by layer (reversed: from the last): its index, the product so far (n, n, B) and its log scale."""
     order = range(stack.shape[0])
     product, log_scale = None, xp.zeros_like(stack[0, 0, 0])
+    # Both factors are in the range before they are multiplied, so that the product cannot overflow.
     for layer in reversed(order) if reverse else order:
         new, log_scale = rescaled(xp, stack[layer], log_scale, dims=2)
         if product is not None:
-            new = multiply(xp, *((product, new) if reverse else (new, product)))
+            new = multiply(xp, product, new) if reverse else multiply(xp, new, product)
             new, log_scale = rescaled(xp, new, log_scale, dims=2)
         product = new
         yield layer, product, log_scale
@@ -66,11 +69,11 @@ def _composites(h: Array, *, reverse: bool, return_log_scale: bool) -> Any:
     products, scales = xp.empty_like(stack), xp.empty_like(stack[:, 0, 0])
     for layer, product, log_scale in _running(xp, stack, reverse=reverse):
         products[layer], scales[layer] = product, log_scale
-    return _labelled(h, xp, (products, scales), batch, return_log_scale)
+    return _in_given_shape(h, xp, (products, scales), batch, return_log_scale)
 
 
-def _labelled(h: Array, xp: Any, found: tuple[Array, Array], batch: tuple[int, ...], logs: bool) -> Any:
-    """Products (..., n, n, B) and log scales (..., B) in the batch shape and of the kind of ``h``."""
+def _in_given_shape(h: Array, xp: Any, found: tuple[Array, Array], batch: tuple[int, ...], logs: bool) -> Any:
+    """Products (..., n, n, B) and log scales (..., B) in the batch shape and library of ``h``; or values alone."""
     p, log_scale = unstacked(xp, found[0], batch), xp.reshape(found[1], (*found[1].shape[:-1], *batch))
     if not logs:
         return as_given(h, unscaled(xp, p, log_scale[..., None, None]))
@@ -99,11 +102,11 @@ def composite(h: Array, *, return_log_scale: bool = False) -> Any:
     """
     xp, stack, batch = stacked(h)
     *_, (_, product, log_scale) = _running(xp, stack, reverse=False)
-    return _labelled(h, xp, (product, log_scale), batch, return_log_scale)
+    return _in_given_shape(h, xp, (product, log_scale), batch, return_log_scale)
 
 
 def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
-    """Composites from the input: entry l is H_l … H_1, what the streams have gone through by depth l.
+    """Composites from the input: entry l is H_l … H_1, the mapping of the streams up to depth l.
 
     Parameters
     ----------
@@ -126,7 +129,7 @@ def prefix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
 
 
 def suffix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
-    """Composites to the output: entry l is H_L … H_l, what the gradient has gone through down to depth l.
+    """Composites to the output: entry l is H_L … H_l, the mapping of the gradient down to depth l.
 
     Parameters
     ----------

@@ -9,7 +9,8 @@ from depthscope.diagnostics.kernels._arrays import Array, peak
 from depthscope.diagnostics.kernels.mixing._jacobi import ROUNDS, small_singular_values
 from depthscope.diagnostics.kernels.mixing._matrices import as_given, square_in_memory
 
-# Matrices of one block: with what a rotation needs they stay in a core's cache. LAPACK is as quick for few.
+# Matrices of one block: 16 entries each and the arrays of a rotation, some 2 MB, stay in the cache. Below 256 matrices
+# the some hundred calls of the rotations cost as much as LAPACK. Heuristics of ours.
 BLOCK, FEW = 8192, 256
 
 
@@ -49,21 +50,25 @@ def singular_values(p: Array) -> Array:
 
 
 def _of_two(xp: Any, a: Array, b: Array, c: Array, d: Array) -> list[Array]:
-    """Singular values of [[a, b], [c, d]] of size 1: σ₁ from the two conformal parts, σ₂ = |det|/σ₁."""
+    """Singular values of [[a, b], [c, d]] with a largest entry of 1: σ₁ in closed form, σ₂ = |det|/σ₁.
+
+    σ₁ ± σ₂ are the sizes of the two conformal parts of the matrix. Their difference would lose a small σ₂; the
+    determinant has it with an error of 1e-16 σ₁.
+    """
     first = (xp.sqrt((a + d) ** 2 + (b - c) ** 2) + xp.sqrt((a - d) ** 2 + (b + c) ** 2)) / 2.0
     second = xp.abs(a * d - b * c) / xp.where(first > 0, first, xp.ones_like(first))
     return [first, xp.minimum(first, second)]
 
 
 def _of_many(p: np.ndarray) -> np.ndarray:
-    """Singular values of matrices up to 4×4 in blocks, the batch last in each; the few doubtful ones by LAPACK."""
+    """Singular values of matrices of 2×2 to 4×4 in blocks with the batch last; doubtful ones again by LAPACK."""
     n = p.shape[-1]
     flat = p.reshape(-1, n * n)
     found = np.empty((len(flat), n))
     for start in range(0, len(flat), BLOCK):
         part = flat[start : start + BLOCK]
         entries = np.ascontiguousarray(part.T)
-        top = np.abs(entries).max(axis=0)
+        top = np.abs(entries).max(axis=0)  # the thresholds of the rotations are for entries up to 1
         top[top == 0] = 1.0
         entries /= top
         if n == 2:

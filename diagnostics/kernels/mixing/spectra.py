@@ -25,6 +25,7 @@ def eigenvalues(p: Array) -> Array:
     [1.0, 0.0]
     """
     xp, p = square(p)
+    # numpy returns real numbers where all eigenvalues are: always complex here, and an order that does not depend on it.
     values = xp.astype(xp.linalg.eigvals(p), xp.complex128)
     return xp.take_along_axis(values, xp.argsort(-xp.abs(values), axis=-1, stable=True), axis=-1)
 
@@ -96,5 +97,6 @@ def henrici(p: Array) -> Array:
     scale = peak(xp, p)
     size = xp.sum((p / scale) ** 2, axis=(-2, -1))
     excess = size - xp.sum(xp.abs(eigenvalues(p / scale)) ** 2, axis=-1)
+    # Both sums have errors of a few n ε ‖A‖²; under a root, 1e-16 would become a departure of 1e-8. The factor 8 is ours.
     rounding = 8.0 * p.shape[-1] * xp.finfo(xp.float64).eps * size
     return scale[..., 0, 0] * xp.sqrt(xp.where(excess > rounding, excess, xp.zeros_like(excess)))

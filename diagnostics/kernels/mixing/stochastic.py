@@ -1,4 +1,4 @@
-"""How near is a mixing matrix to an average of the streams? Sinkhorn, sums, entropy, contraction."""
+"""How near is a mixing matrix to doubly stochastic? Sinkhorn, row and column sums, entropy, contraction."""
 
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
         raise ValueError(f"last is {last!r}; expected 'row' or 'column': which of the two sums are exact")
     steps = as_count(steps, name="steps")
     xp, logs = square(logits, name="logits")
+    # In logarithms, with the largest taken out before exp: logits of ±900 are no float64 numbers as exponentials.
     order = (-2, -1) if last == "row" else (-1, -2)
     for _ in range(steps):
         for axis in order:
@@ -66,9 +67,11 @@ def dobrushin(p: Array) -> Array:
     """
     xp, p = square(p)
     found = xp.zeros_like(p[..., 0, 0])
-    for i in range(1, p.shape[-1]):
-        apart = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
-        found = xp.maximum(found, xp.max(apart, axis=-1))
+    for i in range(
+        1, p.shape[-1]
+    ):  # row by row: all pairs at once would take n times the memory of the batch
+        distances = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
+        found = xp.maximum(found, xp.max(distances, axis=-1))
     return found / 2.0
 
 
@@ -124,14 +127,15 @@ def mixing_entropy(p: Array) -> Array:
     0.3466
     """
     xp, p = square(p)
-    size = xp.abs(p)
+    size = xp.abs(p)  # free HC matrices have negative entries, of which an entropy needs shares
     share = ratio(xp, size, xp.broadcast_to(xp.sum(size, axis=-1, keepdims=True), size.shape))
+    # p ln p is 0 at p = 0; the logarithm of 1 gives that without a warning.
     logs = xp.log(xp.where(share > 0, share, xp.ones_like(share)))
     return xp.mean(-xp.sum(share * logs, axis=-1), axis=-1)
 
 
 def identity_distance(p: Array) -> Array:
-    """Distance from the identity ‖A − I‖_F / √n: below 0.05 the streams are stuck.
+    """Distance from the identity ‖A − I‖_F / √n: near 0 the streams do not mix.
 
     Parameters
     ----------

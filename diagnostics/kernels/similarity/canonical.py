@@ -12,13 +12,16 @@ from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
 
 def _basis(xp: Any, x: Array, energy: float) -> Array:
-    """Left singular vectors that hold a share ``energy`` of the variance."""
+    """Left singular vectors (N, directions), as few as have a share ``energy`` of the variance."""
     u, s, _ = xp.linalg.svd(x / peak(xp, x), full_matrices=False)
-    kept = s > s[0] * max(x.shape) * xp.finfo(xp.float64).eps
+    # Directions below rounding are random: canonical correlations would count them in full. The tolerance is that of
+    # numpy.linalg.matrix_rank.
+    chosen = s > s[0] * max(x.shape) * xp.finfo(xp.float64).eps
     if energy < 1:
-        before = xp.cumulative_sum(s * s) - s * s
-        kept = kept & (before < energy * xp.sum(s * s))
-    return u[:, kept]
+        # A direction is needed if those before it have less than the share: the one that reaches it is included.
+        energy_before = xp.cumulative_sum(s * s) - s * s
+        chosen = chosen & (energy_before < energy * xp.sum(s * s))
+    return u[:, chosen]
 
 
 def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array | None = None) -> Array:
@@ -29,7 +32,7 @@ def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array
     x, y
         Matrices (..., N, d_x) and (..., N, d_y) over the same rows; without y all pairs of layers (L, N, d).
     energy
-        Share of the variance that the kept directions hold.
+        Share of the variance in the chosen directions.
     mask
         Booleans (..., N), False for rows that do not count.
 
@@ -42,7 +45,7 @@ def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array
     Raises
     ------
     ValueError
-        If a side keeps N − 1 directions or more (CCA is then 1 by construction), or rows do not match.
+        If a side has N − 1 directions or more (CCA is then 1 by construction), or rows do not match.
 
     Examples
     --------
@@ -57,12 +60,13 @@ def svcca(x: Array, y: Array | None = None, *, energy: float = 0.99, mask: Array
     def prepare(xp: Any, side: Array) -> Array:
         _require_rows(side.shape[0], 1)
         u = _basis(xp, side, energy)
-        _require_rows(side.shape[0] - 1, u.shape[1])
+        _require_rows(side.shape[0] - 1, u.shape[1])  # centred rows have N − 1 degrees of freedom
         return u
 
     def combine(xp: Any, u: Array, w: Array) -> Array:
         if min(u.shape[1], w.shape[1]) == 0:
             return xp.asarray(xp.nan, dtype=xp.float64, device=device(u))
+        # Singular values of a product of orthonormal bases are cosines, up to rounding above 1.
         return xp.mean(xp.clip(xp.linalg.svdvals(u.T @ w), max=1.0))
 
     return compare_sides(prepare, combine, x, y, mask)
@@ -119,6 +123,6 @@ def _require_rows(n: int, p: int) -> None:
     """Refuse canonical correlations without spare rows."""
     if n <= p:
         raise ValueError(
-            f"came {n} independent rows for {p} directions; expected more rows, for with n ≤ p "
+            f"got {n} independent rows for {p} directions; expected more rows, for with n ≤ p "
             "canonical correlations are 1 by construction: give more tokens or fewer directions"
         )

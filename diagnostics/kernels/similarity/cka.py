@@ -13,6 +13,7 @@ from depthscope.diagnostics.kernels.similarity.pairwise import paired_rows
 
 def _inner(xp: Any, x: Array, y: Array) -> Array:
     """⟨XXᵀ, YYᵀ⟩ by the cheaper of the Gram matrices and the cross-covariance, (...)."""
+    # tr(XXᵀYYᵀ) = ‖XᵀY‖²: N² (d_x + d_y) multiplications by Gram matrices, N d_x d_y by the cross-covariance.
     n, dx, dy = x.shape[-2], x.shape[-1], y.shape[-1]
     xt, yt = xp.matrix_transpose(x), xp.matrix_transpose(y)
     if n * (dx + dy) < dx * dy:
@@ -26,6 +27,7 @@ def _unbiased(xp: Any, inner: Array, k: Array, q: Array, n: Array) -> Array:
     With K1 = 0 Song's three terms are ⟨K, L⟩ − n/(n−2) Σ k_i q_i + tr K tr L /((n−1)(n−2)), over n(n−3).
     """
     enough = n > 3
+    # The divisors of too few rows are zero: compute with 4 rows there, and return NaN.
     n = xp.where(enough, n, 4.0 * xp.ones_like(n))
     traces = xp.sum(k, axis=-1) * xp.sum(q, axis=-1)
     total = inner - n / (n - 2.0) * xp.sum(k * q, axis=-1) + traces / ((n - 1.0) * (n - 2.0))
@@ -33,7 +35,7 @@ def _unbiased(xp: Any, inner: Array, k: Array, q: Array, n: Array) -> Array:
 
 
 def linear_hsic(a: Rows, b: Rows, unbiased: bool) -> Array:
-    """HSIC of centred features, scaled by a common factor that CKA divides out; (...)."""
+    """HSIC of centred features, (...); the biased one without its divisor (N − 1)², which CKA divides out."""
     xp = a.xp
     inner = _inner(xp, a.values, b.values)
     if not unbiased:
@@ -44,7 +46,7 @@ def linear_hsic(a: Rows, b: Rows, unbiased: bool) -> Array:
 
 
 def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
-    """CKA from HSIC terms: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)), nothing clipped or padded.
+    """CKA from HSIC terms: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)), not clipped, without an epsilon.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
     Raises
     ------
     ValueError
-        If ``xy`` holds infinities.
+        If ``xy`` is infinite.
 
     Examples
     --------
@@ -69,9 +71,10 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
     xy, xx, yy = as_array(xy), as_array(xx), as_array(yy)
     xp = array_namespace(xy)
     defined = (xx > 0) & (yy > 0)
+    # Two roots, for the product of two squares can overflow where the norms do not.
     norm = xp.sqrt(xp.where(xx > 0, xx, xp.ones_like(xx))) * xp.sqrt(xp.where(yy > 0, yy, xp.ones_like(yy)))
     if bool(xp.any(xp.isinf(xy))):
-        raise ValueError("xy holds infinite HSIC values; expected finite ones: rescale the features")
+        raise ValueError("xy contains infinite HSIC values; expected finite ones: rescale the features")
     return xp.where(defined, xy / norm, xp.full_like(xy / norm, xp.nan))
 
 
@@ -106,6 +109,7 @@ def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None
     True
     """
     a, b = paired_rows(x, y, mask, center=True)
+    # The ratio has no units: the scales, taken out against overflow, need not come back.
     a, b = a._replace(values=scaled(a)[0]), b._replace(values=scaled(b)[0])
     return cka_from_hsic(
         linear_hsic(a, b, unbiased), linear_hsic(a, a, unbiased), linear_hsic(b, b, unbiased)
@@ -130,7 +134,7 @@ def hsic1(k: Array, q: Array) -> Array:
     Raises
     ------
     ValueError
-        If the shapes are not square and equal,.
+        If the shapes are not square and equal.
 
     Examples
     --------
@@ -148,6 +152,7 @@ def hsic1(k: Array, q: Array) -> Array:
         )
     if n < 4:
         return xp.full_like(k[..., 0, 0], xp.nan)
+    # Song's estimator sums over distinct rows only: the diagonal, whose mean is not that of the rest, is the bias.
     off = 1.0 - xp.eye(n, dtype=xp.float64, device=device(k))
     k, q = k * off, q * off
     product = xp.sum(k * xp.matrix_transpose(q), axis=(-2, -1))
@@ -184,5 +189,6 @@ def cka_null(n: int, d_x: int, d_y: int | None = None) -> float:
     d_y = d_x if d_y is None else d_y
     if min(n, d_x, d_y) < 1:
         raise ValueError(f"n, d_x, d_y is {n}, {d_x}, {d_y}; expected at least 1 each")
-    # E tr(W²) = (n−1) d (n + d) for W of n − 1 centred rows, E⟨K, L⟩ = (n−1) d_x d_y
+    # For n rows less their mean, W = XXᵀ has n − 1 degrees of freedom: E tr(W²) = (n−1) d (n + d), and independent
+    # sides have E⟨K, L⟩ = (n−1) d_x d_y.
     return float((d_x * d_y / ((n + d_x) * (n + d_y))) ** 0.5)

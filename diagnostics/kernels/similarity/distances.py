@@ -11,37 +11,40 @@ from depthscope.diagnostics.kernels._arrays import Array, first_equal, peak, row
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
-# Distances this near, as a share of themselves, are ties: rounding alone parts them.
+# Distances that differ by less than this share are ties of the ranks: rounding alone, some 1e-14, makes them differ.
 TIE = 1e-12
-# Only rows nearer than this share of their square can be equal: rounding does not reach so far.
+# Equal rows have computed squared distances of some 1e-15 ‖x‖², far below this share: above it a search for equal rows
+# is not needed.
 NEAR = 1e-9
 
 
 def square_distances(xp: Any, x: Array) -> Array:
-    """Squared distances between rows (N, d); those of equal rows are equal to the last bit, and 0 among them.
+    """Squared distances (N, N) between rows (N, d): 0 between equal rows, whose other distances are bitwise equal.
 
-    A product of matrices rounds equal rows differently by their place, and ranks would see it.
+    A matrix product rounds equal rows differently, depending on their position in its blocks, and ranks of distances
+    would depend on it.
     """
+    # ‖x − y‖² = ‖x‖² − 2⟨x, y⟩ + ‖y‖², in place: one (N, N) array. Centred first, against cancellation at an offset.
     x = rows(x, center=True).values
-    square, own = xp.linalg.vecdot(x, x), xp.arange(x.shape[0], device=device(x))
-    apart = x @ x.T
-    apart *= -2.0
-    apart += square[:, None]
-    apart += square
-    apart[own, own] = xp.inf
-    if bool(xp.any(xp.min(apart, axis=-1) <= NEAR * square)):
-        apart = _equal_where_rows_are(xp, xp.clip(apart, min=0.0), first_equal(xp, x))
-    apart[own, own] = 0.0
-    return apart
+    square, diagonal = xp.linalg.vecdot(x, x), xp.arange(x.shape[0], device=device(x))
+    distances = x @ x.T
+    distances *= -2.0
+    distances += square[:, None]
+    distances += square
+    distances[diagonal, diagonal] = xp.inf
+    if bool(xp.any(xp.min(distances, axis=-1) <= NEAR * square)):
+        distances = _equalised(xp, xp.clip(distances, min=0.0), first_equal(xp, x))
+    distances[diagonal, diagonal] = 0.0
+    return distances
 
 
-def _equal_where_rows_are(xp: Any, apart: Array, same: Array) -> Array:
-    """Distances made equal for equal rows, given for each row the first of those equal to it."""
-    if bool(xp.all(same == xp.arange(same.shape[0], device=device(same)))):
-        return apart
-    apart = (0.5 * (apart + apart.T))[same][:, same]
-    apart[same[:, None] == same[None, :]] = 0.0
-    return apart
+def _equalised(xp: Any, distances: Array, first: Array) -> Array:
+    """Distances in which equal rows have those of the first row equal to them; ``first`` is its index, (N,)."""
+    if bool(xp.all(first == xp.arange(first.shape[0], device=device(first)))):
+        return distances
+    distances = (0.5 * (distances + distances.T))[first][:, first]
+    distances[first[:, None] == first[None, :]] = 0.0
+    return distances
 
 
 def _upper(xp: Any, square: Array) -> Array:
@@ -50,7 +53,7 @@ def _upper(xp: Any, square: Array) -> Array:
 
 
 def _median(xp: Any, values: Array) -> Array:
-    """The median of flat values."""
+    """The median of flat values; torch's own is the lower of two middle values."""
     ordered, n = xp.sort(values), values.shape[0]
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2.0
 
@@ -99,7 +102,7 @@ def rbf_cka(
     hsic = hsic1 if unbiased else _product
 
     def prepare(xp: Any, side: Array) -> tuple[Array, Array]:
-        if side.shape[0] < 2:
+        if side.shape[0] < 2:  # no distance, no median
             return side, xp.asarray(xp.nan, dtype=xp.float64, device=device(side))
         kernel = _rbf(xp, side, fraction)
         kernel = kernel if unbiased else _centred(xp, kernel)
@@ -176,7 +179,7 @@ def rsa(
         )
 
     def prepare(xp: Any, side: Array) -> Array:
-        if side.shape[0] < 3:
+        if side.shape[0] < 3:  # one distance has no correlation
             return xp.full((1,), xp.nan, dtype=xp.float64, device=device(side))
         found = _dissimilarities(xp, side, metric)
         return _standardised(xp, _ranks(xp, found) if compare == "spearman" else found)
@@ -192,17 +195,19 @@ def _dissimilarities(xp: Any, x: Array, metric: str) -> Array:
     if metric == "euclidean":
         x = rows(x, center=True).values
         return xp.sqrt(_upper(xp, square_distances(xp, x / peak(xp, x))))
-    if metric == "correlation":
+    if metric == "correlation":  # the cosine of rows less their means
         x = xp.matrix_transpose(rows(xp.matrix_transpose(x), center=True).values)
     unit, length = unit_rows(xp, x)
-    found = 0.5 * _upper(xp, square_distances(xp, unit))  # 1 − cos, with its digits where all point one way
+    # 1 − cos θ = ‖u − w‖²/2 of unit rows: 1 − ⟨u, w⟩ would lose all digits where rows point in nearly one direction.
+    found = 0.5 * _upper(xp, square_distances(xp, unit))
     return found if bool(xp.all(length > 0)) else xp.full_like(found, xp.nan)
 
 
 def _ranks(xp: Any, values: Array) -> Array:
-    """Ranks from 1, the mean rank for ties; NaN anywhere leaves NaN."""
+    """Ranks from 1, the mean rank for ties; NaN where any value is."""
     if bool(xp.isnan(xp.max(values))):
         return values
+    # Not stable: the order of ties does not matter, and a stable sort of N²/2 distances takes longer.
     order = xp.argsort(values, stable=False)
     ordered = values[order]
     ranks = xp.empty_like(values)
@@ -211,14 +216,14 @@ def _ranks(xp: Any, values: Array) -> Array:
 
 
 def _ranks_in_order(xp: Any, ordered: Array, grows: Array) -> Array:
-    """Ranks of values in order, given where the next one is larger."""
+    """Ranks of ascending values, the mean rank for ties, given where the next value is larger (count − 1,)."""
     ranks = xp.arange(1, ordered.shape[0] + 1, dtype=xp.float64, device=device(ordered))
     if bool(xp.all(grows)):
         return ranks
-    fresh = xp.concat([xp.ones_like(grows[:1]), grows])
-    first = ranks[fresh]
+    starts_tie = xp.concat([xp.ones_like(grows[:1]), grows])
+    first = ranks[starts_tie]
     last = xp.concat([first[1:] - 1.0, ranks[-1:]])
-    return ((first + last) / 2.0)[xp.cumulative_sum(xp.astype(fresh, xp.int64)) - 1]
+    return ((first + last) / 2.0)[xp.cumulative_sum(xp.astype(starts_tie, xp.int64)) - 1]
 
 
 def _standardised(xp: Any, values: Array) -> Array:

@@ -1,4 +1,4 @@
-"""How alike are all layers? CKA of every pair, exact at any common offset, from tiles of Gram matrices.
+"""How similar are all layers? CKA of every pair, exact at any common offset, from tiles of Gram matrices.
 
 Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
 """
@@ -19,20 +19,22 @@ from depthscope.diagnostics.kernels._arrays import (
 )
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, linear_hsic
 
-# Numbers of one block of Gram rows over all layers: 32 MB in float32.
+# Entries of one block of Gram rows over all layers: 32 MB in float32, large enough for fast matrix products and small
+# enough that no N × N matrix of every layer is in memory.
 BLOCK = 8_000_000
-# Unbiased HSIC is a difference; where it loses more than this factor, float32 tiles are not exact enough.
+# Unbiased HSIC is a difference of sums. Where it is smaller than they are by more than this factor, the 1e-7 of float32
+# tiles grow beyond 1e-6, and the tiles are computed in float64. A heuristic of ours.
 CANCELLATION = 8.0
 
 
 def hsic_matrix(
     x: Array, *, unbiased: bool = True, y: Array | None = None, mask: Array | None = None
 ) -> Array:
-    """HSIC of every layer with every other, (L, L): when unbiased, what minibatches may add up.
+    """HSIC of every layer with every other, (L, L): unbiased values may be averaged over minibatches.
 
     Features are centred first, in float64. Then either blocks of the L Gram matrices (L N² d) or the
-    cross-covariances (L² N d²) are multiplied, whichever costs less; those of float32 input in float32 and
-    added in float64, or in float64 throughout where the unbiased difference cancels too much for that.
+    cross-covariances (L² N d²) are multiplied, whichever costs less: in float32 for float32 input, summed in
+    float64, or in float64 throughout where the unbiased difference cancels too much for that.
 
     Parameters
     ----------
@@ -43,7 +45,7 @@ def hsic_matrix(
     y
         Other layers (M, N, d'), for an (L, M) table.
     mask
-        Booleans (N,), False for tokens that do not count.
+        Booin_float32s (N,), False for tokens that do not count.
 
     Returns
     -------
@@ -79,7 +81,7 @@ def cka_matrix(
     y
         Other layers (M, N, d') over the same tokens, for an (L, M) table.
     mask
-        Booleans (N,), False for tokens that do not count.
+        Booin_float32s (N,), False for tokens that do not count.
 
     Returns
     -------
@@ -110,7 +112,7 @@ def cka_matrices(x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
     x
         Layers (L, N, d) over the same tokens.
     mask
-        Booleans (N,), False for tokens that do not count.
+        Booin_float32s (N,), False for tokens that do not count.
 
     Returns
     -------
@@ -120,7 +122,7 @@ def cka_matrices(x: Array, *, mask: Array | None = None) -> tuple[Array, Array]:
     Raises
     ------
     ValueError
-        If the shape is another.
+        If ``x`` is not a stack of layers.
 
     Examples
     --------
@@ -139,12 +141,12 @@ def _ratio_to_own(table: Array) -> Array:
 
 
 class _Hsic(NamedTuple):
-    """HSIC of layers at unit size, and what brings it back to the size they came in."""
+    """HSIC of layers at unit size, and the factors that restore the units of the input."""
 
     table: Array  # (L, M)
     own_x: Array  # (L,), of each layer with itself
     own_y: Array  # (M,)
-    size_x: Array  # (L,), lengths: to be squared on each side
+    size_x: Array  # (L,), divisors of the layers: HSIC has their squares, one from each side
     size_y: Array  # (M,)
 
 
@@ -155,7 +157,7 @@ def _hsic(x: Array, y: Array | None, mask: Array | None, unbiased: bool) -> _Hsi
         own = array_namespace(table).linalg.diagonal(table)
         return _Hsic(table, own, own, size, size)
     x, y = of_one_library(x, y)
-    products = _products(x, y, mask, lean=not unbiased)
+    products = _products(x, y, mask, in_float32=not unbiased)
     table = _unbiased(products) if unbiased else _biased(products)
     return _Hsic(
         table, _own_hsic(x, mask, unbiased), _own_hsic(y, mask, unbiased), products.size_x, products.size_y
@@ -163,10 +165,10 @@ def _hsic(x: Array, y: Array | None, mask: Array | None, unbiased: bool) -> _Hsi
 
 
 def _own_tables(x: Array, mask: Array | None, estimators: tuple[bool, ...]) -> tuple[list[Array], Array]:
-    """HSIC tables (L, L) of layers among themselves, unbiased or not; in float64 throughout where float32 loses."""
-    products = _products(x, None, mask, lean=True)
-    if True in estimators and _loses(products):
-        products = _products(x, None, mask, lean=False)
+    """HSIC tables (L, L) of layers with each other, one for each estimator, and the divisors of the layers (L,)."""
+    products = _products(x, None, mask, in_float32=True)
+    if True in estimators and _is_inexact(products):
+        products = _products(x, None, mask, in_float32=False)
     tables = [_unbiased(products) if unbiased else _biased(products) for unbiased in estimators]
     return tables, products.size_x
 
@@ -186,25 +188,25 @@ class _Layers(NamedTuple):
 
     values: Array  # (L, n, d), float32 where that is exact enough
     square_lengths: Array  # (L, n), float64, the diagonals of the Gram matrices
-    scales: Array  # (L,), what they were divided by
+    scales: Array  # (L,), their divisors
 
 
 class _Products(NamedTuple):
-    """What both estimators are made of, for layers of unit size."""
+    """The sums that both estimators combine, for layers of unit size with Gram matrices K and L."""
 
     distinct: Array  # (L, M), Σ_{i≠j} K_ij L_ij
     shared: Array  # (L, M), Σ_i K_ii L_ii
     traces: Array  # (L, M), tr K tr L
-    size_x: Array  # (L,), the lengths that the layers came in
+    size_x: Array  # (L,), divisors of the layers
     size_y: Array  # (M,)
     num_rows: int
-    lean: bool  # whether float32 tiles were added
+    in_float32: bool  # whether tiles were computed in float32
 
 
-def _products(x: Array, y: Array | None, mask: Array | None, *, lean: bool) -> _Products:
-    """The products of all pairs of layers."""
-    xp, a = _layers(x, mask, lean, "x")
-    b = a if y is None else _layers(y, mask, lean, "y")[1]
+def _products(x: Array, y: Array | None, mask: Array | None, *, in_float32: bool) -> _Products:
+    """The sums for all pairs of layers."""
+    xp, a = _layers(x, mask, in_float32, "x")
+    b = a if y is None else _layers(y, mask, in_float32, "y")[1]
     n = a.values.shape[1]
     if b.values.shape[1] != n:
         raise ValueError(
@@ -219,7 +221,7 @@ def _products(x: Array, y: Array | None, mask: Array | None, *, lean: bool) -> _
         size_x=a.scales,
         size_y=b.scales,
         num_rows=n,
-        lean=a.values.dtype != xp.float64,
+        in_float32=a.values.dtype != xp.float64,
     )
 
 
@@ -235,48 +237,48 @@ def _unbiased(of: _Products) -> Array:
     n = of.num_rows
     if n < 4:
         return array_namespace(of.distinct).full_like(of.distinct, float("nan"))
-    return (of.distinct + _correction(of)) / (n * (n - 3))
+    return (of.distinct + _hsic1_correction(of)) / (n * (n - 3))
 
 
-def _correction(of: _Products) -> Array:
+def _hsic1_correction(of: _Products) -> Array:
     """What HSIC₁ adds to the products of distinct rows."""
     n = of.num_rows
     return of.traces / ((n - 1) * (n - 2)) - 2.0 / (n - 2) * of.shared
 
 
-def _loses(of: _Products) -> bool:
-    """Whether a layer's own HSIC₁ is much less than the float32 terms that it is the difference of."""
-    if not of.lean or of.num_rows < 4:
+def _is_inexact(of: _Products) -> bool:
+    """Whether HSIC₁ of a layer with itself is much smaller than the float32 sums of which it is the difference."""
+    if not of.in_float32 or of.num_rows < 4:
         return False
     xp, n = array_namespace(of.distinct), of.num_rows
     terms = xp.linalg.diagonal(of.distinct + of.traces / ((n - 1) * (n - 2)))
-    return bool(xp.any(terms > CANCELLATION * xp.linalg.diagonal(of.distinct + _correction(of))))
+    return bool(xp.any(terms > CANCELLATION * xp.linalg.diagonal(of.distinct + _hsic1_correction(of))))
 
 
-def _layers(x: Array, mask: Array | None, lean: bool, name: str) -> tuple[Any, _Layers]:
-    """Layers (L, N, d) centred in float64 and kept in float32 if ``lean`` and no wider than that."""
+def _layers(x: Array, mask: Array | None, in_float32: bool, name: str) -> tuple[Any, _Layers]:
+    """Layers (L, N, d) centred in float64; stored in float32 if ``in_float32`` and their dtype is no wider."""
     x = as_array(x, name=name)
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected layers (L, N, d), none of them empty")
     xp = array_namespace(x)
-    lean = lean and x.dtype != xp.float64 and xp.isdtype(x.dtype, "real floating")
-    kept, square_lengths, scales = None, [], []
-    for index in range(x.shape[0]):  # one at a time: a single float64 copy is alive
+    in_float32 = in_float32 and x.dtype != xp.float64 and xp.isdtype(x.dtype, "real floating")
+    stored, square_lengths, scales = None, [], []
+    for index in range(x.shape[0]):  # one at a time: only one float64 copy of a layer is in memory
         matrix, square, scale = _unit(x[index], mask, f"{name}[{index}]")
         values = matrix.values
         if matrix.mask is not None:
             values, square = values[matrix.mask], square[matrix.mask]
-        if kept is None:
-            dtype = xp.float32 if lean else xp.float64
-            kept = xp.empty((x.shape[0], *values.shape), dtype=dtype, device=device(values))
-        kept[index] = values
+        if stored is None:  # the number of rows that count is known now
+            dtype = xp.float32 if in_float32 else xp.float64
+            stored = xp.empty((x.shape[0], *values.shape), dtype=dtype, device=device(values))
+        stored[index] = values
         square_lengths.append(square)
         scales.append(scale)
-    return xp, _Layers(kept, xp.stack(square_lengths), xp.stack(scales))
+    return xp, _Layers(stored, xp.stack(square_lengths), xp.stack(scales))
 
 
 def _unit(layer: Array, mask: Array | None, name: str) -> tuple[Rows, Array, Array]:
-    """A centred layer whose longest row has length 1, its squared row lengths (N,), and what it was divided by."""
+    """A centred layer with a longest row of length 1, its squared row lengths (N,), and the divisor."""
     matrix = rows(layer, mask=mask, center=True, name=name)
     xp = matrix.xp
     values, top = scaled(matrix)
@@ -289,6 +291,8 @@ def _unit(layer: Array, mask: Array | None, name: str) -> tuple[Rows, Array, Arr
 
 def _distinct_products(xp: Any, a: Array, b: Array | None, shared: Array) -> Array:
     """Σ_{i≠j} K_ij L_ij of all pairs of layers, (L, M), float64; ``shared`` is Σ_i K_ii L_ii."""
+    # Gram tiles cost about N² L (d + L) multiplications, cross-covariances N L² d². The margin of 1.1 is a heuristic:
+    # tiles are larger products.
     n, width = a.shape[1], max(a.shape[2], 1 if b is None else b.shape[2])
     if n * (width + a.shape[0]) > 1.1 * a.shape[0] * width**2:
         return _covariance_products(xp, a, b) - shared
@@ -296,7 +300,7 @@ def _distinct_products(xp: Any, a: Array, b: Array | None, shared: Array) -> Arr
 
 
 def _gram_products(xp: Any, a: Array, b: Array | None) -> Array:
-    """The same from blocks of rows of the Gram matrices on and right of the diagonal."""
+    """Σ_{i≠j} K_ij L_ij from blocks of rows of the Gram matrices, of which only the upper triangle is computed."""
     n = a.shape[1]
     block = max(1, min(n, BLOCK // max(1, a.shape[0] * n)))
     others = a.shape[0] if b is None else b.shape[0]
@@ -304,7 +308,9 @@ def _gram_products(xp: Any, a: Array, b: Array | None) -> Array:
     for start in range(0, n, block):
         tile_a = _gram_tile(xp, a, start, block)
         tile_b = tile_a if b is None else _gram_tile(xp, b, start, block)
-        products = tile_a @ xp.matrix_transpose(tile_b)  # a row of tokens at a time: short float32 sums
+        # (rows, L, M): one product for each row of tokens, so that float32 sums have at most N terms; rows are then
+        # added in float64. The factor 2 is for the lower triangle.
+        products = tile_a @ xp.matrix_transpose(tile_b)
         total = total + 2.0 * xp.sum(xp.astype(products, xp.float64), axis=0)
     return total
 
@@ -313,14 +319,15 @@ def _gram_tile(xp: Any, x: Array, start: int, block: int) -> Array:
     """Rows ``start`` … of every layer's Gram matrix, upper part, as (rows, L, columns)."""
     tile = x[:, start : start + block] @ xp.matrix_transpose(x[:, start:])
     size = tile.shape[1]
-    tile[:, :, :size] *= 0.5**0.5  # the square block on the diagonal holds every pair twice
-    own = xp.arange(size, device=device(x))
-    tile[:, own, own] = 0.0
+    # The square block on the diagonal contains every pair twice: √½ in both factors of a product undoes that.
+    tile[:, :, :size] *= 0.5**0.5
+    diagonal = xp.arange(size, device=device(x))
+    tile[:, diagonal, diagonal] = 0.0
     return xp.permute_dims(tile, (1, 0, 2))
 
 
 def _covariance_products(xp: Any, a: Array, b: Array | None, rows_at_once: int = 1024) -> Array:
-    """Σ_ij K_ij L_ij = ‖X_aᵀX_b‖_F² of all pairs, row blocks added in float64."""
+    """Σ_ij K_ij L_ij = ‖X_aᵀX_b‖_F² of all pairs; blocks of rows are summed in float64."""
     right = a if b is None else b
     table = xp.zeros((a.shape[0], right.shape[0]), dtype=xp.float64, device=device(a))
     for i in range(a.shape[0]):
@@ -369,7 +376,7 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     sides_y = sides_x if batches_y is None else _side(batches_y, "batches_y")
     if not sides_x or len(sides_x) != len(sides_y):
         raise ValueError(
-            f"came {len(sides_x)} and {len(sides_y)} batches; expected as many on both sides, one at least"
+            f"got {len(sides_x)} and {len(sides_y)} batches; expected as many on both sides, one at least"
         )
     if sides_x[0].ndim != sides_y[0].ndim:
         raise ValueError(
@@ -380,13 +387,13 @@ def minibatch_cka(batches_x: Iterable[Array], batches_y: Iterable[Array] | None 
     total_xx: Any = 0.0
     total_yy: Any = 0.0
     for x, y in zip(sides_x, sides_y, strict=True):
-        stack_x, stack_y = (side if side.ndim == 3 else side[None] for side in (x, y))
+        stack_x = x if x.ndim == 3 else x[None]
+        stack_y = y if y.ndim == 3 else y[None]
         found = _hsic(stack_x, None if batches_y is None else stack_y, NO_MASK, True)
+        # Batches are scaled one by one: sums need the common units back.
         total_xy = total_xy + found.table * found.size_x[:, None] ** 2 * found.size_y[None, :] ** 2
-        total_xx, total_yy = (
-            total_xx + found.own_x * found.size_x**4,
-            total_yy + found.own_y * found.size_y**4,
-        )
+        total_xx = total_xx + found.own_x * found.size_x**4
+        total_yy = total_yy + found.own_y * found.size_y**4
     table = cka_from_hsic(total_xy, total_xx[:, None], total_yy[None, :])
     return table if sides_x[0].ndim == 3 else table[0, 0]
 

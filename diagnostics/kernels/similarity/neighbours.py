@@ -12,24 +12,25 @@ from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
 from depthscope.diagnostics.kernels.similarity.distances import square_distances
 from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
-# As many searches for the largest of a row are cheaper than its sort.
+# Up to this k, finding the largest entry of each row k times is cheaper than sorting the row. A heuristic of ours.
 PASSES = 50
 
 
 def _neighbours(xp: Any, similarity: Array, k: int) -> Array:
     """Booleans (n, n): j is among the k most similar to i, never i itself; the first index wins ties."""
     n = similarity.shape[0]
-    own = xp.arange(n, device=device(similarity))
-    left = xp.asarray(similarity, copy=True)
-    left[own, own] = -xp.inf
+    index = xp.arange(n, device=device(similarity))
+    remaining = xp.asarray(similarity, copy=True)
+    remaining[index, index] = -xp.inf
     if k > PASSES:
         chosen = xp.zeros((n, n), dtype=xp.bool, device=device(similarity))
-        chosen[own[:, None], xp.argsort(-left, axis=-1, stable=True)[:, :k]] = True
+        # Stable, and argmax below returns the first maximum: both paths choose the same of equal neighbours.
+        chosen[index[:, None], xp.argsort(-remaining, axis=-1, stable=True)[:, :k]] = True
         return chosen
     for _ in range(k):
-        left[own, xp.argmax(left, axis=-1)] = -xp.inf
-    left[own, own] = 0.0
-    return left == -xp.inf
+        remaining[index, xp.argmax(remaining, axis=-1)] = -xp.inf
+    remaining[index, index] = 0.0  # the row itself is no neighbour
+    return remaining == -xp.inf
 
 
 def _require_neighbours(n: int, k: int, least: int) -> None:
@@ -80,7 +81,8 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
 
 
 def _cosines(xp: Any, x: Array) -> Array:
-    """Cosines of all pairs of rows (n, n), 0 for zero rows; equal for equal rows, to the last bit."""
+    """Cosines of all pairs of rows (n, n), 0 for zero rows; bitwise equal for equal rows."""
+    # From distances, which are made equal for equal rows: products of rows are not, and neighbours would change.
     unit, length = unit_rows(xp, x)
     directed = length > 0
     cosines = 1.0 - 0.5 * square_distances(xp, unit)
@@ -103,8 +105,8 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
     Returns
     -------
     Array
-        (...) or (L, L), 1 for x against itself; NaN where a denominator is not positive. Neighbourhood is not
-        mutual, so the order of two sides tells a little: of two layers the earlier one is x.
+        (...) or (L, L), 1 for x against itself; NaN where a denominator is not positive. Being a neighbour is not
+        symmetric, so that swapping the sides changes the value a little: of two layers the earlier one is x.
         Source: Huh et al. 2405.07987.
 
     Raises
@@ -130,6 +132,7 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
 
     def combine(xp: Any, left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
         (near_a, a, own_a), (near_b, b, own_b) = left, right
+        # Pairs that are neighbours on both sides; each kernel is already zero outside its own neighbourhood.
         return cka_from_hsic(hsic1(near_b * a, near_a * b), own_a, own_b)
 
     return compare_sides(prepare, combine, x, y, mask, center=False)

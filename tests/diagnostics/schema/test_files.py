@@ -1,4 +1,4 @@
-"""A saved run comes back whole; what is not a run is refused with a sentence."""
+"""A saved run comes back complete; what is not a run is refused with a sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import variables
+from depthscope.diagnostics.schema import attributes, files
 
 
 @pytest.mark.parametrize("suffix", schema.SUFFIXES)
@@ -43,13 +43,13 @@ def test_opening_reads_no_array(make_run, tmp_path):
         assert not run["trace"].to_dataset().variables["residual"]._in_memory
 
 
-def test_a_failing_save_keeps_the_earlier_file(make_run, tmp_path):
+def test_a_failing_save_leaves_the_earlier_file(make_run, tmp_path):
     run = make_run("residual")
     path = schema.save_run(run, tmp_path / "run.nc")
     before = path.read_bytes()
     broken = run.copy()
     broken.attrs["bad"] = object()
-    with pytest.raises(TypeError, match="an attribute holds object"):
+    with pytest.raises(TypeError, match="an attribute has the type object"):
         schema.save_run(broken, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["run.nc"]
@@ -65,12 +65,12 @@ def test_a_torn_file_is_named(make_run, tmp_path):
 @pytest.mark.parametrize("suffix", schema.SUFFIXES)
 def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
     foreign = tmp_path / f"foreign{suffix}"
-    variables._write(xr.DataTree(xr.Dataset({"x": ("y", [1.0])})), foreign, suffix)
+    files._write(xr.DataTree(xr.Dataset({"x": ("y", [1.0])})), foreign, suffix)
     with pytest.raises(schema.SchemaError, match="not a depthscope run"):
         schema.open_run(foreign)
     newer = make_run("residual")
     newer.attrs["schema_version"] = "2.0"
-    variables._write(newer.map_over_datasets(variables._encode_dataset), tmp_path / f"newer{suffix}", suffix)
+    files._write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / f"newer{suffix}", suffix)
     with pytest.raises(schema.SchemaError, match=r"schema version 2.0.*pip install --upgrade"):
         schema.open_run(tmp_path / f"newer{suffix}")
 
@@ -80,46 +80,6 @@ def test_a_missing_path_and_a_strange_ending(tmp_path):
         schema.open_run(tmp_path / "none.nc")
     with pytest.raises(schema.SchemaError, match=r"ends in \.nc"):
         schema.open_run(tmp_path / "run.pkl")
-
-
-def _renamed(run: xr.DataTree, **names: str) -> xr.DataTree:
-    tree = run.copy()
-    tree["trace"] = tree["trace"].to_dataset().rename(names)
-    return tree
-
-
-def test_a_wrong_variable_is_named(make_run):
-    run = make_run("mhc")
-    with pytest.raises(schema.SchemaError, match=r"/trace has no variable 'mask'"):
-        schema.validate(_renamed(run, mask="masked"))
-    turned = run.copy()
-    trace = run["trace"].to_dataset()
-    turned["trace"] = trace.assign(h_res=trace.h_res.transpose(..., "stream_in", "stream_out"))
-    with pytest.raises(schema.SchemaError, match=r"h_res has dims .* expected"):
-        schema.validate(turned)
-    integers = run.copy()
-    integers["trace"] = trace.assign(residual=trace.residual.astype(int))
-    with pytest.raises(schema.SchemaError, match="residual has dtype int64"):
-        schema.validate(integers)
-
-
-def test_wrong_sites_streams_and_groups_are_refused(make_run):
-    run = make_run("mhc")
-    trace = run["trace"].to_dataset()
-    odd = run.copy()
-    odd["trace"] = trace.assign_coords(
-        site=("depth", np.array(["somewhere"] * trace.sizes["depth"], dtype=object))
-    )
-    with pytest.raises(schema.SchemaError, match="somewhere"):
-        schema.validate(odd)
-    narrow = run.copy()
-    narrow["trace"] = trace.isel(stream_in=slice(2))
-    with pytest.raises(schema.SchemaError, match="stream_in"):
-        schema.validate(narrow)
-    extra = run.copy()
-    extra["plots"] = xr.Dataset()
-    with pytest.raises(schema.SchemaError, match="unknown group /plots"):
-        schema.validate(extra)
 
 
 def test_two_chains_are_two_child_groups(make_run, tmp_path):
@@ -132,13 +92,3 @@ def test_two_chains_are_two_child_groups(make_run, tmp_path):
         assert schema.chains(back) == ["encoder", "decoder"]
         assert schema.chain_dataset(back, "trace", "decoder").sizes["depth"] == 3
         assert schema.chain_dataset(back, "metrics", "decoder") is None
-
-
-def test_runs_below_a_folder_are_listed_and_links_outside_left_out(make_run, tmp_path):
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    schema.save_run(make_run("residual"), root / "b.nc")
-    schema.save_run(make_run("residual"), root / "sub" / "a.zarr")
-    schema.save_run(make_run("residual"), outside / "c.nc")
-    (root / "link.nc").symlink_to(outside / "c.nc")
-    assert list(schema.list_runs(root)) == ["b", "sub/a"]
-    assert list(schema.list_runs(root / "b.nc")) == ["b"]
