@@ -17,7 +17,7 @@ from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.model_call import batches, call_observed, eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -70,14 +70,14 @@ def capture(
     """
     session = Session(model, Options(**options))
     gradients = session.options.gradients
-    step, losses = [Sums()], []
+    step, losses = [TokenSums()], []
     sequences = 0
     with preserved_state(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
             measured, value = _measure(session, item, loss)
             sequences += measured.batch_size
             losses.append(value)
-            step = merged(step, measured.sums)
+            step = merge_sums(step, measured.sums)
     if not sequences:
         raise CaptureError(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"

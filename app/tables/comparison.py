@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from depthscope.app.figures.build.captions import selection_words
 from depthscope.app.figures.build.values import pick, positions
-from depthscope.app.figures.build.words import reduction_of
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Column, Table, column_of
@@ -170,7 +170,7 @@ def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Sele
         for dim in reading.analysis[metric].dims
     }
     parts = [
-        reduction_of(dims, view),
+        selection_words(dims, view),
         "@ is the depth or connection index of the extreme",
         "± is one standard error over sequences",
         "null is the value expected of independent entries",
@@ -240,7 +240,7 @@ def comparison_table(
         name="comparison",
         title="Runs side by side",
         caption="Runs side by side at the measured depth nearest to the relative depth. "
-        f"{sentence([reduction_of(dims, view)])}",
+        f"{sentence([selection_words(dims, view)])}",
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,

@@ -22,12 +22,13 @@ from depthscope.probes.run.connection_variables import (
     connection_variables,
 )
 from depthscope.probes.run.coverage import Coverage, coverage
+from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks, weights_stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
-from depthscope.probes.statistics.token_sums import Sums
-from depthscope.probes.statistics.weight_updates import WeightRow, weight_variables
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
@@ -37,20 +38,20 @@ SOFTWARE = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "de
 
 @dataclass(frozen=True)
 class Row:
-    """The statistics of one measured step; `Sums.compact` ones, so that many rows stay small."""
+    """The statistics of one measured step; `TokenSums.compact` ones, so that many rows stay small."""
 
     step: int
-    sums: list[Sums]
+    sums: list[TokenSums]
     sequences: int
     loss: float | None
-    weights: WeightRow | None = None
+    weights: WeightNorms | None = None
     scale: float | None = None
 
 
 def build_run(
     session: Session,
     rows: list[Row],
-    pooled: list[Sums],
+    pooled: list[TokenSums],
     *,
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
@@ -63,7 +64,7 @@ def build_run(
         With its chains found and at least one sequence kept.
     rows : list of Row
         Statistics, one per measured step.
-    pooled : list of Sums
+    pooled : list of TokenSums
         Statistics of all steps since the weights last changed, one per chain.
     attrs : mapping, optional
         Attributes to add or replace.
@@ -235,7 +236,7 @@ def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarra
 
 
 def _statistics(
-    chain: Chain, number: int, depths: list[int], rows: list[Row], pooled: list[Sums], evidence: Evidence
+    chain: Chain, number: int, depths: list[int], rows: list[Row], pooled: list[TokenSums], evidence: Evidence
 ) -> xr.Dataset:
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
@@ -273,7 +274,7 @@ def _statistics(
     return xr.Dataset(variables, coords)
 
 
-def _profiles(sums: list[Sums], depths: list[int]) -> dict[str, Any]:
+def _profiles(sums: list[TokenSums], depths: list[int]) -> dict[str, Any]:
     """What was added up at every depth in every step."""
     names = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum")
     found: dict[str, Any] = {}
@@ -286,13 +287,13 @@ def _profiles(sums: list[Sums], depths: list[int]) -> dict[str, Any]:
     return found
 
 
-def _stacked(sums: list[Sums], name: str, keys: list[int]) -> np.ndarray:
+def _stacked(sums: list[TokenSums], name: str, keys: list[int]) -> np.ndarray:
     arrays = [s.array(name, keys) for s in sums]
     known = [array for array in arrays if array is not None]
     return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])
 
 
-def _gains(sums: list[Sums], evidence: Evidence) -> dict[str, Any]:
+def _gains(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]:
     """The two sums of a matrix as its module keeps it become forward and backward by the proven orientation."""
     keys = list(range(len(evidence.proofs)))
     if all(s.array("gain_sum", keys) is None for s in sums):

@@ -10,9 +10,9 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.probes.statistics.stored_sums import HASH, OF_SKETCH, restored
+from depthscope.probes.statistics.stored_sums import HASH, SKETCH_VARIABLES, restore_sums
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
-from depthscope.probes.statistics.streaming import Streaming
+from depthscope.probes.statistics.streamed_sums import StreamedSums
 
 # What runs of the same model at the same place must share.
 SAME = ("model", "family", "block", "num_blocks", "num_parameters", "n_streams", "layout")
@@ -97,21 +97,25 @@ def _merged(parts: Sequence[xr.Dataset], chain: str) -> xr.Dataset:
             raise ValueError(
                 f"depths are {depths} and {part['depth'].values.tolist()}; expected the same {chain or 'ones'}"
             )
-    streamings = [restored(part) for part in parts]
+    streamings = [restore_sums(part) for part in parts]
     reason = _why_no_sketch(parts, streamings)
     if reason:
         for streaming in streamings:
             streaming.sketches = {}
-    variables, coords = streamed_variables(reduce(Streaming.joined, streamings), depths)
+    variables, coords = streamed_variables(reduce(StreamedSums.merged_with, streamings), depths)
     old = parts[0].drop_vars(
-        [name for name in parts[0].variables if name in (*schema.OF_STREAMING, *OF_SKETCH, "other_depth")]
+        [
+            name
+            for name in parts[0].variables
+            if name in (*schema.OF_STREAMING, *SKETCH_VARIABLES, "other_depth")
+        ]
     )
     return (
         old.assign(variables).assign_coords(coords).assign_attrs({"merged_without": reason} if reason else {})
     )
 
 
-def _why_no_sketch(parts: Sequence[xr.Dataset], streamings: Sequence[Streaming]) -> str:
+def _why_no_sketch(parts: Sequence[xr.Dataset], streamings: Sequence[StreamedSums]) -> str:
     if not all(streaming.sketches for streaming in streamings):
         return "hsic: a run has no sketch over all its depths"
     for part in parts:

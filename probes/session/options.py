@@ -14,7 +14,7 @@ import torch
 
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import parse_layout
-from depthscope.probes.statistics.streaming import Streaming
+from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.sites import SiteSelection, select
 
 STREAMING_DEFAULTS = {"every": 1, "first_sequence": 0}
@@ -117,13 +117,13 @@ class Options:
         if isinstance(self.streaming, Mapping):
             _require_streaming(self.streaming)
 
-    def new_streaming(self, first_index: int) -> Streaming | None:
+    def new_streaming(self, first_index: int) -> StreamedSums | None:
         """The streamed sums of one forward, from the index of its first sequence; None where they are not wanted."""
         if not self.streaming:
             return None
         given = self.streaming if isinstance(self.streaming, Mapping) else {}
         chosen = {**STREAMING_DEFAULTS, **given}
-        return Streaming(chosen["first_sequence"] + first_index, chosen["every"])
+        return StreamedSums(chosen["first_sequence"] + first_index, chosen["every"])
 
 
 def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:

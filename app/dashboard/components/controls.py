@@ -1,4 +1,4 @@
-"""What may a visitor choose? Runs and versions of a number, all kept in the URL."""
+"""What may a visitor choose? The version of each number, in controls whose values are part of the URL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import streamlit as st
 from depthscope.app.figures import CHOICES, Analyses, FigureKind
 from depthscope.app.figures.build.values import streams_of
 
-__all__ = ["choose", "choose_runs", "choose_section", "chosen_run"]
+__all__ = ["choose", "choose_section", "chosen_run"]
 
 _WORDS = {
     "scope": ("Scope", {"sequence": "within sequences", "data": "over all data"}),
@@ -30,23 +30,6 @@ _HELP = {
     "reduction": "How the numbers of single tokens become one.",
 }
 _DEFAULT = {"estimator": "unbiased"}
-
-
-def choose_runs(names: list[str]) -> list[str]:
-    """Runs to compare, in the sidebar and in the URL as `?runs=`.
-
-    Parameters
-    ----------
-    names : list of str
-        Names of all runs that there are.
-
-    Returns
-    -------
-    list of str
-    """
-    return st.multiselect(
-        "Runs", names, default=names[:3], key="runs", bind="query-params", placeholder="Choose runs"
-    )
 
 
 def choose(kinds: Iterable[FigureKind], analyses: Analyses) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from depthscope.app.drawing.matplotlib.style import Width, plain, plain_ticks, whole, wrapped
-from depthscope.app.figures.build.laws import apart, reach
+from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.specification import Line, Lines
 
 # Okabe and Ito's colours, in an order in which neighbours differ in grey too; yellow is too light for a line.
@@ -170,12 +170,12 @@ def _move_apart(axes: Axes, figure: Lines) -> None:
     values = values[np.isfinite(values)]
     if values.size:
         low, high = float(values.min()), float(values.max())
-        if apart(low, high) != (low, high):
-            axes.set_ylim(*apart(low, high))
+        if visible_limits(low, high) != (low, high):
+            axes.set_ylim(*visible_limits(low, high))
 
 
 def _make_room(axes: Axes, figure: Lines) -> None:
-    """Limits widened for the laws as far as `reach`; from here on they are fixed."""
+    """Limits widened for the laws as far as `limits_with_theory`; from here on they are fixed."""
     log_y = axes.get_yscale() == "log"
     known: dict[str, list[float]] = {"measured": [], "theory": []}
     for line in figure.lines:
@@ -183,7 +183,7 @@ def _make_room(axes: Axes, figure: Lines) -> None:
             known[line.role].extend(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log_y))])
     if known["measured"]:
         low, high = min(known["measured"]), max(known["measured"])
-        for end in reach(np.array(known["measured"]), np.array(known["theory"]), log_y):
+        for end in limits_with_theory(np.array(known["measured"]), np.array(known["theory"]), log_y):
             axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _around(end, axes)))
 
 

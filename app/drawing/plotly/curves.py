@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
 from depthscope.app.figures import Line, Lines
-from depthscope.app.figures.build.laws import apart, reach
+from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 
 __all__ = ["draw_lines"]
 
@@ -216,11 +216,11 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
-    """Ends of the vertical axis: the curves, their bands, laws as far as `reach`, and the next thresholds."""
+    """Ends of the vertical axis: the curves, their bands, laws as far as `limits_with_theory`, and the next thresholds."""
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None
-    low, high = apart(*reach(known, _drawable(figure, ("theory",)), figure.log_y))
+    low, high = visible_limits(*limits_with_theory(known, _drawable(figure, ("theory",)), figure.log_y))
     limits = _drawable(figure, ("threshold",))
     above, below = limits[limits > high], limits[limits < low]
     high = float(above.min()) if above.size else high

@@ -7,9 +7,10 @@ import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
 
-__all__ = ["fed", "feeds", "names_of", "pick", "positions", "reduce_blocks", "streams_of"]
+__all__ = ["LABELLED", "fed", "feeds", "names_of", "pick", "positions", "reduce_blocks", "streams_of"]
 
-_LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
+LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
+"""Dimensions of an analysis of which a selection takes one label."""
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
@@ -53,7 +54,7 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
     array = data[name]
     if "step" in array.dims:
         array = array.isel(step=-1) if choice.step is None else array.sel(step=choice.step, method="nearest")
-    for dim in _LABELLED:
+    for dim in LABELLED:
         if dim not in array.dims:
             continue
         label = fixed.get(dim, getattr(choice, dim))

@@ -1,4 +1,4 @@
-"""A training step and an evaluation that are measured, against plain ones and against what one writes by hand."""
+"""What does a measured training step or evaluation cost? Compared with plain ones, and with code written by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.analysis.question import Question, Step, Tool
+from benchmarks.analysis.comparison import Comparison, Step, Tool
 from benchmarks.capture.cases import Case, Sizes, build, run
 from depthscope import probes
 from depthscope.diagnostics import analyze
@@ -26,14 +26,14 @@ def plain(case: Case, *, backward: bool) -> Step:
 
 
 def moved(case: Case) -> None:
-    """Another version of the weights, as an optimiser leaves them, and no gradients."""
+    """Raise the version counter of the weights, as an optimiser does, and remove the gradients."""
     with torch.no_grad():
         next(case.model.parameters()).view(-1)[0].add_(0.0)
     case.model.zero_grad(set_to_none=True)
 
 
 def measured(case: Case, *, backward: bool, analysis: bool = True, sequences: int = 8) -> Step:
-    """A step that is captured, its run built, and analysed by every default metric."""
+    """A step that is captured, its run built, and the run analysed by every default metric."""
     batch = case.batch()
     recorder = probes.record(case.model, gradients=backward, max_sequences=sequences)
 
@@ -61,7 +61,7 @@ def streamed(case: Case, *, streaming: bool) -> Step:
 
 
 def naive(case: Case, *, backward: bool) -> Step:
-    """Hooks that keep clones; an SVD of every state and gradient, CKA pair by pair."""
+    """Hooks that clone; an SVD of every state and gradient, CKA pair by pair."""
     batch = case.batch()
     modules = [case.model.get_submodule(site) for site in case.sites]
 
@@ -125,7 +125,7 @@ EVALUATION = {
 }
 
 
-def questions(quick: bool) -> dict[str, Question]:
+def comparisons(quick: bool) -> dict[str, Comparison]:
     """Steps of a residual model and of an mHC model, and an evaluation."""
     residual = Sizes(2, 64, 2, 32) if quick else Sizes(12, 768, 4, 128, heads=12)
     streams = Sizes(1, 32, 2, 16) if quick else Sizes(6, 384, 4, 128)
@@ -136,11 +136,11 @@ def questions(quick: bool) -> dict[str, Question]:
     }
 
 
-def of_case(name: str, sizes: Sizes, tools: dict[str, Tool], note: str) -> Question:
+def of_case(name: str, sizes: Sizes, tools: dict[str, Tool], note: str) -> Comparison:
     what = "evaluation" if tools is EVALUATION else "training step"
     kind = {"residual": "a GPT-2", "mhc": f"an mHC decoder with {sizes.streams} streams"}[name]
     size = f"{sizes.layers} × {sizes.width}, {sizes.batch} × {sizes.tokens} tokens"
-    return Question(
+    return Comparison(
         title=f"A measured {what} of {kind}",
         tools=tools,
         baseline="plain",

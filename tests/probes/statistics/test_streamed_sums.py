@@ -20,11 +20,10 @@ from depthscope.diagnostics.kernels import rank, similarity
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.statistics import depth_sketch, second_moments, streaming
-from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
-from depthscope.probes.statistics.streamed_spectra import spectra, streamed_variables
-from depthscope.probes.statistics.streaming import Streaming
-from depthscope.probes.statistics.token_sums import Sums
+from depthscope.probes.statistics import depth_sketch, second_moments, streamed_sums
+from depthscope.probes.statistics.streamed_spectra import depth_hsic, moment_spectra, streamed_variables
+from depthscope.probes.statistics.streamed_sums import StreamedSums
+from depthscope.probes.statistics.token_sums import TokenSums
 
 L, T, D = 3, 12, 10
 CENTRED = (False, True)
@@ -42,28 +41,28 @@ def padding(sequences: int, tokens: int = T) -> torch.Tensor:
     return torch.arange(tokens) >= (torch.arange(sequences) % 5)[:, None]
 
 
-def forward(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> Streaming:
+def forward(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> StreamedSums:
     """One forward, whose tokens still wait."""
-    sums = Sums(Streaming(first))
+    sums = TokenSums(StreamedSums(first))
     for depth, state in enumerate(states):
-        sums.see_state(depth, state, mask)
+        sums.add_state(depth, state, mask)
     sums.end_forward()
     return sums.streaming
 
 
-def seen(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> Streaming:
+def seen(states: torch.Tensor, mask: torch.Tensor | None, first: int = 0) -> StreamedSums:
     """One forward, added up."""
-    return forward(states, mask, first).settled()
+    return forward(states, mask, first).flushed()
 
 
-def in_parts(states: torch.Tensor, mask: torch.Tensor, cuts: list[int]) -> list[Streaming]:
+def in_parts(states: torch.Tensor, mask: torch.Tensor, cuts: list[int]) -> list[StreamedSums]:
     """Forwards over some sequences each, cut at some places."""
     places = pairwise([0, *sorted(cuts), states.shape[1]])
     return [forward(states[:, a:b], mask[a:b], a) for a, b in places if b > a]
 
 
-def joined(parts: list[Streaming]) -> Streaming:
-    return reduce(Streaming.joined, parts).settled()
+def joined(parts: list[StreamedSums]) -> StreamedSums:
+    return reduce(StreamedSums.merged_with, parts).flushed()
 
 
 def assert_close(a: second_moments.Moments, b: second_moments.Moments, **allowed: float) -> None:
@@ -79,8 +78,8 @@ def tokens_of(states: torch.Tensor, mask: torch.Tensor | None = None) -> np.ndar
     return (mean.flatten(1, 2) if mask is None else mean[:, mask]).numpy()
 
 
-def cka_of(found: Streaming) -> np.ndarray:
-    table, _ = streamed_similarity(found, range(L))
+def cka_of(found: StreamedSums) -> np.ndarray:
+    table, _ = depth_hsic(found, range(L))
     own = table.diagonal().sqrt()
     return (table / own.outer(own)).numpy()
 
@@ -131,7 +130,7 @@ def test_ranks_are_the_one_shot_ones(sequences):
     x = tokens_of(states)
     found = joined(in_parts(states, torch.ones(sequences, 7, dtype=torch.bool), [sequences // 2]))
     for depth in range(L):
-        plain, shaken = spectra(found.moments[depth, 0])
+        plain, shaken = moment_spectra(found.moments[depth, 0])
         for centred in CENTRED:
             for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
                 exact = float(getattr(rank, name)(x[depth], center=centred))
@@ -157,10 +156,10 @@ def test_what_float32_cannot_resolve_is_told_by_shaking(name, turned):
     if turned:
         rows = rows @ torch.linalg.qr(torch.randn(48, 48, generator=generator, dtype=torch.float64))[0]
     rows = rows.float()
-    sums = Sums(Streaming())
-    sums.see_state(1, rows.reshape(16, 128, 1, 48), None)
+    sums = TokenSums(StreamedSums())
+    sums.add_state(1, rows.reshape(16, 128, 1, 48), None)
     sums.end_forward()
-    found = spectra(sums.streaming.settled().moments[1, 0])
+    found = moment_spectra(sums.streaming.flushed().moments[1, 0])
     plain, shaken = (float(rank.effective_rank_of(values[1].sqrt())) for values in found)
     off = abs(plain / float(rank.effective_rank(rows.numpy(), center=True)) - 1)
     moved = abs(shaken / plain - 1)
@@ -176,7 +175,7 @@ def test_equal_words_are_equal_tokens_and_their_embedding_has_its_rank():
     words = torch.randn(7, 24, generator=torch.Generator().manual_seed(0)) + 3.0
     states = words[torch.arange(160) % 7].reshape(1, 8, 20, 1, 24)
     parts = in_parts(states, torch.ones(8, 20, dtype=torch.bool), [1, 5])
-    found = spectra(joined(parts).moments[0, 0])
+    found = moment_spectra(joined(parts).moments[0, 0])
     x = tokens_of(states)[0]
     for centred in CENTRED:
         exact = float(rank.effective_rank(x, center=centred))
@@ -200,7 +199,7 @@ def test_tokens_that_are_not_finite_are_left_out_everywhere_and_counted(bad, off
     for depth in range(L):
         assert float(found.moments[depth, 0].count) == good.sum()
         np.testing.assert_allclose(found.moments[depth, 0].mean_D, x[depth].mean(0), rtol=1e-7, atol=1e-6)
-        got = float(rank.effective_rank_of(spectra(found.moments[depth, 0])[0][1].sqrt()))
+        got = float(rank.effective_rank_of(moment_spectra(found.moments[depth, 0])[0][1].sqrt()))
         assert got == pytest.approx(float(rank.effective_rank(x[depth], center=True)), rel=1e-5)
     np.testing.assert_allclose(cka_of(found), similarity.cka_matrix(x, unbiased=True), atol=0.1)
 
@@ -209,7 +208,7 @@ def test_nothing_finite_is_undefined():
     found = seen(torch.full((L, 2, T, 1, D), math.nan), None)
     assert float(found.moments[0, 0].count) == 0
     assert int(found.left_out[0, 1, 2]) == 2 * T
-    assert not spectra(found.moments[1, 0])[0].any()  # no direction
+    assert not moment_spectra(found.moments[1, 0])[0].any()  # no direction
     assert np.isnan(cka_of(found)).all()
 
 
@@ -218,7 +217,7 @@ def test_squares_that_float32_cannot_hold(scale):
     states = walk(30) * scale
     found, x = seen(states, None), tokens_of(states)
     for depth in range(L):
-        got = float(rank.effective_rank_of(spectra(found.moments[depth, 0])[0][1].sqrt()))
+        got = float(rank.effective_rank_of(moment_spectra(found.moments[depth, 0])[0][1].sqrt()))
         assert got == pytest.approx(float(rank.effective_rank(x[depth], center=True)), rel=1e-6)
     np.testing.assert_allclose(cka_of(found), cka_of(seen(walk(30), None)), rtol=1e-5)
 
@@ -233,7 +232,7 @@ def test_coarser_products_of_the_user_do_not_reach_the_sums(setting):
         found = seen(states, None).moments[2, 0]
     finally:
         torch.set_float32_matmul_precision(before)
-    assert found.rounding == second_moments.DOUBLE
+    assert found.rounding == second_moments.ROUNDING_FLOAT64
     away = x - x.mean(0)
     np.testing.assert_allclose(np.triu(found.scatter_DD), np.triu(away.T @ away), rtol=1e-6, atol=1e-5)
 
@@ -247,13 +246,13 @@ def test_states_too_wide_for_their_sums_are_refused():
 
 
 def test_buckets_and_signs_are_those_of_the_kernel(monkeypatch):
-    monkeypatch.setattr(depth_sketch, "HEAVY", 1)
+    monkeypatch.setattr(depth_sketch, "NUM_HEAVY", 1)
     states = walk(4)
     found = seen(states, None, first=7).sketches[0, 1, 2]
     index = depth_sketch.token_index(torch.arange(7, 11), T)
     x = tokens_of(states)
-    expected, signs = sketches.row_sketch(x, index.numpy(), depth_sketch.BUCKETS)
-    heavy = sketches.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), depth_sketch.BUCKETS)
+    expected, signs = sketches.row_sketch(x, index.numpy(), depth_sketch.NUM_BUCKETS)
+    heavy = sketches.row_sketch(found.heavy_LhD.numpy(), found.index_h.numpy(), depth_sketch.NUM_BUCKETS)
     np.testing.assert_allclose(found.buckets_LmD + heavy[0], expected, atol=1e-5)
     np.testing.assert_array_equal(found.signs_m + heavy[1], signs)
 
@@ -268,22 +267,22 @@ def test_token_numbers_are_distinct():
 
 def test_up_to_the_number_of_heavy_tokens_cka_is_exact():
     states, mask = walk(10) + 1e3, padding(10)
-    assert mask.sum() <= depth_sketch.HEAVY
+    assert mask.sum() <= depth_sketch.NUM_HEAVY
     found = joined(in_parts(states, mask, [1, 4, 5]))
     exact = similarity.cka_matrix(tokens_of(states, mask), unbiased=True)
     np.testing.assert_allclose(cka_of(found), exact, atol=1e-6)
 
 
 def test_hsic_without_a_group_rests_on_the_same_heavy_tokens():
-    table, without = streamed_similarity(seen(walk(10), None), range(L))
+    table, without = depth_hsic(seen(walk(10), None), range(L))
     torch.testing.assert_close(without, table.expand_as(without))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
     """Over many sketches the mean is right, by all buckets and by some, and the spread is what the error says."""
-    monkeypatch.setattr(depth_sketch, "HEAVY", 20)
-    monkeypatch.setattr(depth_sketch, "BUCKETS", 128)
+    monkeypatch.setattr(depth_sketch, "NUM_HEAVY", 20)
+    monkeypatch.setattr(depth_sketch, "NUM_BUCKETS", 128)
     states, mask = walk(100, width=16), padding(100)
     states[:, ::10, 6] *= torch.tensor([8.0, 10.0, 12.0])[:, None, None, None]  # massive tokens
     x = tokens_of(states, mask)
@@ -292,14 +291,14 @@ def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
     found = []
     for first in range(0, 300_000, 1000):
         parts = [forward(states[:, a : a + 50] + offset, mask[a : a + 50], first + a) for a in (0, 50)]
-        found.append([table.numpy() for table in streamed_similarity(joined(parts), range(L))])
+        found.append([table.numpy() for table in depth_hsic(joined(parts), range(L))])
     whole = np.array([table for table, _ in found])
     without = np.array([tables.mean(0) for _, tables in found])
     for estimates in (whole, without):
         error = estimates.std(0) / math.sqrt(len(found))
         assert (error < 0.01 * exact).all()
         assert (np.abs(estimates.mean(0) - exact) < 4 * error).all()
-    groups = depth_sketch.GROUPS
+    groups = depth_sketch.NUM_GROUPS
     jackknife = [((t - t.mean(0)) ** 2).sum(0) * (groups - 1) / groups for _, t in found]
     ratio = np.sqrt(np.mean(jackknife, axis=0)) / whole.std(0)
     assert (ratio > 0.7).all()
@@ -307,7 +306,7 @@ def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
 
 
 def test_cka_with_massive_tokens_is_near_the_exact_one(monkeypatch):
-    monkeypatch.setattr(depth_sketch, "HEAVY", 32)
+    monkeypatch.setattr(depth_sketch, "NUM_HEAVY", 32)
     states, mask = walk(200, width=24) + 1e3, padding(200)
     states[1:, ::40, 6, 0, :3] += 3000.0
     found = joined(in_parts(states, mask, [50, 100, 150]))
@@ -316,7 +315,7 @@ def test_cka_with_massive_tokens_is_near_the_exact_one(monkeypatch):
 
 
 def test_heavy_tokens_found_on_the_way_are_the_heaviest_of_all(monkeypatch):
-    monkeypatch.setattr(depth_sketch, "HEAVY", 5)
+    monkeypatch.setattr(depth_sketch, "NUM_HEAVY", 5)
     states, mask = walk(20), padding(20)
     heavy = [(1, 7), (4, 11), (9, 6), (9, 10), (16, 5)]
     for sequence, position in heavy:
@@ -340,8 +339,8 @@ def test_any_order_of_merging_gives_the_same(data):
     pool = data.draw(st.permutations(parts))
     while len(pool) > 1:  # a random tree, as processes may reduce
         a, b = (pool.pop(data.draw(st.integers(0, len(pool) - 1))) for _ in range(2))
-        pool.append(a.joined(b))
-    found = pool[0].settled()
+        pool.append(a.merged_with(b))
+    found = pool[0].flushed()
     for depth in range(L):
         assert_close(found.moments[depth, 0], whole.moments[depth, 0], rtol=1e-6, atol=1e-4)
     np.testing.assert_allclose(cka_of(found), cka_of(whole), atol=1e-6)
@@ -358,7 +357,7 @@ def test_any_order_and_split_is_the_whole_whatever_a_batch_holds(data):
     cuts = data.draw(st.lists(st.integers(1, 23), unique=True, max_size=23))
     parts = [*in_parts(states, mask, cuts), forward(states[:, :0], mask[:0], 24)]
     early = data.draw(st.lists(st.booleans(), min_size=len(parts), max_size=len(parts)))
-    parts = [part.settled() if now else part for part, now in zip(parts, early, strict=True)]
+    parts = [part.flushed() if now else part for part, now in zip(parts, early, strict=True)]
     found = joined(data.draw(st.permutations(parts)))
     x = states.double()[:, mask].numpy()
     for depth in range(L):
@@ -378,9 +377,9 @@ def test_a_first_batch_that_is_an_outlier_costs_no_digits(offset):
     states, mask = walk(24, seed=6), torch.ones(24, T, dtype=torch.bool)
     states[:, 1:] += offset
     parts = in_parts(states, mask, [1, 5, 9])
-    for found in (joined(parts[1:]), joined([part.settled() for part in parts[1:]])):
+    for found in (joined(parts[1:]), joined([part.flushed() for part in parts[1:]])):
         x = tokens_of(states[:, 1:])
-        got = float(rank.effective_rank_of(spectra(found.moments[2, 0])[0][1].sqrt()))
+        got = float(rank.effective_rank_of(moment_spectra(found.moments[2, 0])[0][1].sqrt()))
         assert got == pytest.approx(float(rank.effective_rank(x[2], center=True)), rel=1e-6)
     x = tokens_of(states)[2]
     away = x - x.mean(0)
@@ -403,13 +402,13 @@ def test_merging_writes_neither_side():
     states, mask = walk(24), padding(24)
     a, b = in_parts(states, mask, [12])
     before = [value.clone() for part in (a, b) for value in numbers(part)]
-    a.joined(b)
+    a.merged_with(b)
     assert all(torch.equal(x, y) for x, y in zip(before, [*numbers(a), *numbers(b)], strict=True))
 
 
-def numbers(of: Streaming) -> list[torch.Tensor]:
+def numbers(of: StreamedSums) -> list[torch.Tensor]:
     """Every tensor that is held, those that wait included."""
-    parts = [part for waiting in of._waiting.values() for part in waiting]
+    parts = [part for waiting in of._buffer.values() for part in waiting]
     waiting = [view.signed_tD for part in parts for state in part.states for view in state.views]
     kept = [value for part in (*of.moments.values(), *of.sketches.values()) for value in part]
     return waiting + [value for value in kept if isinstance(value, torch.Tensor)]
@@ -419,16 +418,18 @@ def test_no_number_of_batches_enlarges_what_is_held():
     held = {}
     for count in (2, 8, 24):
         parts = (forward(walk(16, seed=i), None, 16 * i) for i in range(count))
-        whole = reduce(Streaming.joined, parts)
-        assert sum(len(part.places.real_t) for waiting in whole._waiting.values() for part in waiting) < 2 * D
+        whole = reduce(StreamedSums.merged_with, parts)
+        assert (
+            sum(len(part.placement.real_t) for waiting in whole._buffer.values() for part in waiting) < 2 * D
+        )
         held[count] = sum(value.numel() for value in numbers(whole))
     assert held[2] == held[8] == held[24]
     of_moments = L * (D * D + D + 1)
     of_sketch = (
-        L * (depth_sketch.BUCKETS + depth_sketch.HEAVY + 1) * D
+        L * (depth_sketch.NUM_BUCKETS + depth_sketch.NUM_HEAVY + 1) * D
         + L
-        + depth_sketch.BUCKETS
-        + 2 * depth_sketch.HEAVY
+        + depth_sketch.NUM_BUCKETS
+        + 2 * depth_sketch.NUM_HEAVY
         + 1
     )
     assert held[24] == of_moments + of_sketch
@@ -438,48 +439,48 @@ def test_nothing_waits_for_the_device():
     """A meta tensor holds no numbers, so that reading one back raises."""
     for mask in (None, torch.ones(4, T, dtype=torch.bool, device="meta")):
         parts = [seen(torch.empty(L, 4, T, 2, D, device="meta"), mask, first) for first in (0, 4)]
-        found = joined([part.settled() for part in parts])
+        found = joined([part.flushed() for part in parts])
         assert found.moments[1, 0].scatter_DD.device.type == "meta"
         assert found.sketches[0, 1, 2].buckets_LmD.device.type == "meta"
 
 
 def test_depths_of_another_width_or_number_of_tokens_are_sketched_apart():
-    sums = Sums(Streaming())
+    sums = TokenSums(StreamedSums())
     shapes = [(2, T, 1, D), (2, T, 1, D), (2, T // 2, 1, 2 * D), (2, T // 2, 1, 2 * D)]
     for depth, shape in enumerate(shapes):
-        sums.see_state(depth, torch.randn(shape), None)
+        sums.add_state(depth, torch.randn(shape), None)
     sums.end_forward()
-    found = sums.streaming.settled()
+    found = sums.streaming.flushed()
     assert set(found.sketches) == {(0, 1), (2, 3)}
-    assert streamed_similarity(found, [2, 3])[0].shape == (2, 2)
-    assert streamed_similarity(found, [1, 2]) is None
+    assert depth_hsic(found, [2, 3])[0].shape == (2, 2)
+    assert depth_hsic(found, [1, 2]) is None
 
 
 # A part of the sequences
 
 
 def test_of_each_so_many_sequences_one_is_drawn_at_random():
-    drawn = [i for i in range(4000) if streaming.is_drawn(i, 4)]
+    drawn = [i for i in range(4000) if streamed_sums.is_drawn(i, 4)]
     assert [i // 4 for i in drawn] == list(range(1000))
     shares = np.bincount([i % 4 for i in drawn]) / 1000
     assert (np.abs(shares - 0.25) < 0.05).all()
-    assert all(streaming.is_drawn(i, 1) for i in range(9))
+    assert all(streamed_sums.is_drawn(i, 1) for i in range(9))
 
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_what_is_drawn_is_all_that_is_streamed_in_any_split(streams):
     states, mask = walk(30, streams=streams) + 1e3, padding(30)
-    places = [i for i in range(30) if streaming.is_drawn(7 + i, 3)]
+    places = [i for i in range(30) if streamed_sums.is_drawn(7 + i, 3)]
     whole = [seen(states[:, [i]], mask[[i]], 7 + i) for i in places]
     for cuts in ([], [1, 2, 9, 25], [20]):
-        found = Streaming(7, every=3)
+        found = StreamedSums(7, every=3)
         for a, b in pairwise([0, *cuts, 30]):
-            sums = Sums(Streaming(7 + a, every=3))
+            sums = TokenSums(StreamedSums(7 + a, every=3))
             for depth, state in enumerate(states[:, a:b]):
-                sums.see_state(depth, state, mask[a:b])
+                sums.add_state(depth, state, mask[a:b])
             sums.end_forward()
-            found = found.joined(sums.streaming)
-        found, expected = found.settled(), joined(whole)
+            found = found.merged_with(sums.streaming)
+        found, expected = found.flushed(), joined(whole)
         assert found.every == 3
         assert set(found.moments) == set(expected.moments)
         for key, of in expected.moments.items():
@@ -488,10 +489,10 @@ def test_what_is_drawn_is_all_that_is_streamed_in_any_split(streams):
 
 
 def test_where_nothing_is_drawn_nothing_is_known():
-    place = next(i for i in range(4) if not streaming.is_drawn(i, 4))
-    sums = Sums(Streaming(place, every=4))
+    place = next(i for i in range(4) if not streamed_sums.is_drawn(i, 4))
+    sums = TokenSums(StreamedSums(place, every=4))
     for depth, state in enumerate(walk(1)):
-        sums.see_state(depth, state, None)
+        sums.add_state(depth, state, None)
     sums.end_forward()
     variables, _ = streamed_variables(sums.streaming, range(L))
     assert not variables["streamed_count"][1].any()
@@ -503,18 +504,18 @@ def test_where_nothing_is_drawn_nothing_is_known():
 
 def test_sums_write_what_they_made_and_not_what_they_were_given():
     states, mask = walk(30), padding(30)
-    parts = [Sums(part) for part in in_parts(states, mask, [10, 20])]
-    given = parts[0].streaming.settled()
+    parts = [TokenSums(part) for part in in_parts(states, mask, [10, 20])]
+    given = parts[0].streaming.flushed()
     before = [value.clone() for value in numbers(given)]
-    whole = Sums(given)
+    whole = TokenSums(given)
     for part in parts[1:]:
         whole.merge(part)
     assert all(torch.equal(a, b) for a, b in zip(before, numbers(given), strict=True))
-    held = whole.streaming.settled()
-    whole = Sums(held)
-    whole.merge(Sums(forward(walk(30, seed=2), None, 30)))
+    held = whole.streaming.flushed()
+    whole = TokenSums(held)
+    whole.merge(TokenSums(forward(walk(30, seed=2), None, 30)))
     place = whole.streaming.moments[1, 0].scatter_DD.data_ptr()
-    whole.merge(Sums(forward(walk(30, seed=3), None, 60)))
+    whole.merge(TokenSums(forward(walk(30, seed=3), None, 60)))
     assert whole.streaming.moments[1, 0].scatter_DD.data_ptr() == place
     assert held.moments[1, 0].scatter_DD.data_ptr() != place
 
@@ -577,7 +578,7 @@ def test_a_loop_streams_every_batch_and_begins_anew_with_other_weights(models):
 def test_one_sequence_in_four_says_of_how_many_tokens(models):
     parts = batches(12)
     run = probes.capture(models["llama"](), parts, streaming={"every": 4, "first_sequence": 40})
-    drawn = [i for i in range(24) if streaming.is_drawn(40 + i, 4)]
+    drawn = [i for i in range(24) if streamed_sums.is_drawn(40 + i, 4)]
     expected = sum(int(parts[i // 2]["attention_mask"][i % 2].sum()) for i in drawn)
     count = run.statistics.streamed_count
     assert len(drawn) == 6
@@ -617,17 +618,17 @@ def heavy_tailed(sequences: int, width: int) -> torch.Tensor:
     return states / square.sqrt()[None, ..., None, None] + 50.0
 
 
-def assert_honest(states: torch.Tensor, found: Streaming) -> None:
+def assert_honest(states: torch.Tensor, found: StreamedSums) -> None:
     """True errors of the ranks and of CKA lie within what is stated."""
     depths, x = range(len(states)), tokens_of(states)
     for depth in depths:
-        plain, shaken = spectra(found.moments[depth, 0])
+        plain, shaken = moment_spectra(found.moments[depth, 0])
         for centred in CENTRED:
             exact = float(rank.effective_rank(x[depth], center=centred))
             got, moved = (float(rank.effective_rank_of(v[int(centred)].sqrt())) for v in (plain, shaken))
             assert abs(got - exact) <= 2 * abs(moved - got) + 2e-7 * exact
     exact = similarity.cka_matrix(x, unbiased=True)
-    table, without = (part.numpy() for part in streamed_similarity(found, depths))
+    table, without = (part.numpy() for part in depth_hsic(found, depths))
     got, of_groups = (
         hsic / np.sqrt(own(hsic)[..., :, None] * own(hsic)[..., None, :]) for hsic in (table, without)
     )
@@ -673,7 +674,7 @@ def test_every_stream_has_its_spectra_beside_the_mean(offset):
     x = states.double()[:, mask].numpy()
     for depth in range(L):
         for stream in range(3):
-            plain, _ = spectra(found.moments[depth, 1 + stream])
+            plain, _ = moment_spectra(found.moments[depth, 1 + stream])
             for centred in CENTRED:
                 exact = float(rank.effective_rank(x[depth][:, stream], center=centred))
                 got = float(rank.effective_rank_of(plain[int(centred)].sqrt()))
@@ -681,7 +682,7 @@ def test_every_stream_has_its_spectra_beside_the_mean(offset):
 
 
 def test_streams_whose_sums_are_too_large_give_way_to_their_mean(monkeypatch):
-    monkeypatch.setattr(streaming, "ALL_STREAMS", 3 * D * D * 8 - 1)
+    monkeypatch.setattr(streamed_sums, "ALL_STREAMS_BYTES", 3 * D * D * 8 - 1)
     whole = joined([forward(walk(4, streams=3), None), forward(walk(4, streams=3), None, 4)])
     assert set(whole.moments) == {(depth, 0) for depth in range(L)}
     variables, _ = streamed_variables(whole, range(L))
@@ -703,7 +704,7 @@ def test_a_capture_keeps_the_spectra_of_each_stream(models):
 def test_blocks_of_tokens_and_strips_of_features_add_up(monkeypatch):
     states = walk(6)
     whole = seen(states, None)
-    monkeypatch.setattr(second_moments, "ADDED", 5)
-    monkeypatch.setattr(second_moments, "STRIP", 4)
-    cut, whole = (spectra(found.moments[2, 0])[0] for found in (seen(states, None), whole))
+    monkeypatch.setattr(second_moments, "TOKENS_PER_PRODUCT", 5)
+    monkeypatch.setattr(second_moments, "STRIP_WIDTH", 4)
+    cut, whole = (moment_spectra(found.moments[2, 0])[0] for found in (seen(states, None), whole))
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)

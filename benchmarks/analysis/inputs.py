@@ -1,4 +1,4 @@
-"""The data that tools are asked about: walks over depth, spectra, massive tokens, SmolLM2's states; in float32."""
+"""On which data are tools compared? Walks over depth, spectra, massive tokens, states of SmolLM2, mixing matrices."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def smollm2(sequences: int, tokens: int) -> np.ndarray:
     batch: Any = encode_text(loaded, sample_text(), sequences=sequences, length=tokens)
     with torch.no_grad():
         output = loaded.model(**batch, output_hidden_states=True)
-    return torch.stack(output.hidden_states[:-1]).numpy()  # the last one has passed the final norm
+    return torch.stack(output.hidden_states[:-1]).numpy()  # the last one comes after the final norm
 
 
 def mixing(kind: str, shape: tuple[int, ...], streams: int, *, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is asked of every tool: the same data, an answer to check, and sizes to time it at."""
+"""What is a comparison of tools? The same data for all, a reference for their answers, and sizes at which to time them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class CannotTakeError(Exception):
 
 @dataclass(frozen=True)
 class Tool:
-    """One way to an answer.
+    """One implementation of what is compared.
 
     Parameters
     ----------
     prepare : callable
         From the data to a step; only the step is timed. A missing package is an ImportError here.
     truth : str
-        Which of the question's answers it should give.
+        The reference with which its answer is compared, where the comparison has several.
     package : str
-        The peer that it belongs to, in a process of its own since some change torch when they are imported; empty for what
-        this package brings and for what numpy and torch do.
+        The peer to which it belongs, in a process of its own since some patch torch when they are imported; empty for
+        this package, numpy and torch.
     skips : tuple of str
         Sizes at which it would take minutes.
     answers : bool
-        Whether it answers the question; else it is only here to divide times by.
+        Whether its answer is compared; otherwise it is timed only, to divide other times by.
     """
 
     prepare: Callable[[Any], Step]
@@ -48,29 +48,29 @@ def worst(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question to several tools.
+class Comparison:
+    """Several tools on the same data.
 
     Parameters
     ----------
     title : str
-        What is asked, at which sizes.
+        What is computed, and the meaning of the sizes.
     tools : mapping of str to Tool
         By name.
     baseline : str
-        The tool that times are divided by.
+        The tool by whose times the others are divided.
     sizes : mapping of str to callable
-        What makes the data that tools are timed on.
+        Functions that make the data for timing.
     variants : mapping of str to callable
-        What makes the data that answers are checked on.
+        Functions that make the data on which answers are checked.
     truths : mapping of str to callable
-        The answer in float64, from the data.
+        References: from the data to the answer in float64.
     error : callable
-        How far an answer is from it.
+        From an answer and its reference to the error.
     own_variants : mapping of str to callable
-        Further ones, that peers would take minutes for.
+        Variants for tools without a package only: peers would take minutes.
     note : str
-        What a reader must know.
+        What a reader needs to know, in the page.
     """
 
     title: str

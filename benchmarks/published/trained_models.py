@@ -1,4 +1,4 @@
-"""What are these curves on models that were trained? Runs that ``depthscope study`` saved, each with its own numbers."""
+"""What are these curves for trained models? Of runs that ``depthscope study`` saved, each with its own numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import xarray as xr
 
+from benchmarks.published.dense_connections import side_by_side
 from benchmarks.published.gains import HC_ORDER, MHC_ORDER
-from benchmarks.published.reading import beside
 from benchmarks.published.row import Row
 from depthscope import diagnostics
 
@@ -59,4 +59,6 @@ def cosines(folder: Path) -> Iterator[Row]:
 
 def drawn(folder: Path) -> str:
     """HC Fig. 7: the dense connection matrices of the trained models, without the embedding."""
-    return beside({family: measured(folder / f"{family}.nc")["depth_kernel"].values for family in ORDERS})
+    return side_by_side(
+        {family: measured(folder / f"{family}.nc")["depth_kernel"].values for family in ORDERS}
+    )

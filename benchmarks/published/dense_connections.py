@@ -1,4 +1,4 @@
-"""What do the sublayers of a stack read? HC Fig. 3, 7, 13 and 14, on networks that are built."""
+"""What do the sublayers of a stack read? HC Fig. 3, 7, 13 and 14, on built networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depthscope.diagnostics.kernels import geometry, mixing
 CONNECTIONS, TOKENS, WIDTH, STREAMS = 24, 1000, 256, 4
 FADING = 0.5
 BAND = (0.05, 0.5, 0.95)
-NORMAL_95 = 1.645  # 95 % of a standard normal distribution lie below
+NORMAL_95 = 1.645  # the 95 % quantile of a standard normal distribution
 MARKS = (4, 16)
 RECENT = 4
 SHADES = " .:-=+*#%@"
@@ -34,7 +34,7 @@ class Static(NamedTuple):
         return mixing.depth_kernel(self.res_CNN, self.pre_CN, self.post_CN, embedding=self.embedding_N)
 
     def read(self, outputs_STD: np.ndarray) -> np.ndarray:
-        """What each connection reads (C, T, D), by running the streams, where the branches give these outputs."""
+        """What each connection reads (C, T, D), by running the streams with these outputs of the branches."""
         x_NTD = self.embedding_N[:, None, None] * outputs_STD[0]
         reads = []
         for res, pre, post, output in zip(*self[:3], outputs_STD[1:], strict=True):
@@ -50,17 +50,17 @@ def residual() -> Static:
 
 
 def hc_at_its_start() -> Static:
-    """HC before training: streams are kept and written equally, connection k reads stream k mod n."""
+    """HC before training: H_res is the identity, all streams are written equally, connection k reads stream k mod n."""
     reads = np.eye(STREAMS)[np.arange(CONNECTIONS) % STREAMS]
-    kept = np.broadcast_to(np.eye(STREAMS), (CONNECTIONS, STREAMS, STREAMS))
-    return Static(kept, reads, np.ones((CONNECTIONS, STREAMS)), np.ones(STREAMS))
+    res = np.broadcast_to(np.eye(STREAMS), (CONNECTIONS, STREAMS, STREAMS))
+    return Static(res, reads, np.ones((CONNECTIONS, STREAMS)), np.ones(STREAMS))
 
 
 def lambda_shaped() -> Static:
-    """One stream keeps the embedding, another takes the outputs and halves at each connection: a Λ."""
-    kept = np.broadcast_to(np.diag([1.0, FADING]), (CONNECTIONS, 2, 2))
+    """One stream retains the embedding, another takes the outputs and is halved at each connection: a Λ."""
+    res = np.broadcast_to(np.diag([1.0, FADING]), (CONNECTIONS, 2, 2))
     writes = np.broadcast_to([0.0, 1.0], (CONNECTIONS, 2))
-    return Static(kept, np.ones((CONNECTIONS, 2)), writes, np.array([1.0, 0.0]))
+    return Static(res, np.ones((CONNECTIONS, 2)), writes, np.array([1.0, 0.0]))
 
 
 BUILT = {"Pre-LN": residual, "HC at its start": hc_at_its_start, "Λ": lambda_shaped}
@@ -91,11 +91,11 @@ def dense_connections() -> Iterator[Row]:
     matrices = {name: build().matrix() for name, build in BUILT.items()}
     triangle = np.tri(CONNECTIONS, CONNECTIONS + 1)
     for name in ("Pre-LN", "HC at its start"):
-        apart = np.abs(matrices[name] - triangle).max()
-        yield Row(f"{name}: largest difference from a triangle of ones", 0.0, apart, 0)
+        difference = np.abs(matrices[name] - triangle).max()
+        yield Row(f"{name}: largest difference from a triangle of ones", 0.0, difference, 0)
     sides = 1 + sum(FADING**age for age in range(RECENT))
-    whole = 1 + (1 - FADING ** (CONNECTIONS - 1)) / (1 - FADING)
-    for name, law in (("Pre-LN", (1 + RECENT) / CONNECTIONS), ("Λ", sides / whole)):
+    total = 1 + (1 - FADING ** (CONNECTIONS - 1)) / (1 - FADING)
+    for name, law in (("Pre-LN", (1 + RECENT) / CONNECTIONS), ("Λ", sides / total)):
         share = on_the_sides(matrices[name][-1])
         yield Row(
             f"{name}: last sublayer's share from embedding and last {RECENT} outputs", law, share, 1e-12
@@ -103,17 +103,17 @@ def dense_connections() -> Iterator[Row]:
 
 
 def on_the_sides(reads_S: np.ndarray) -> float:
-    """How much the last sublayer takes of the embedding and of the latest outputs, of all that it reads."""
-    seen = np.abs(reads_S[:-1])  # its own output, the last column, it cannot read
-    return float((seen[0] + seen[-RECENT:].sum()) / seen.sum())
+    """The share of the embedding and of the latest outputs in all that the last sublayer reads."""
+    read = np.abs(reads_S[:-1])  # without the last column, its own output
+    return float((read[0] + read[-RECENT:].sum()) / read.sum())
 
 
 def drawn() -> str:
     """The three dense connection matrices in characters: down, who reads; across, embedding and outputs."""
-    return beside({name: build().matrix() for name, build in BUILT.items()})
+    return side_by_side({name: build().matrix() for name, build in BUILT.items()})
 
 
-def beside(matrices: Mapping[str, np.ndarray]) -> str:
+def side_by_side(matrices: Mapping[str, np.ndarray]) -> str:
     """Matrices side by side in characters, each under its name."""
     columns = [picture(name, matrix) for name, matrix in matrices.items()]
     return "\n".join("   ".join(lines).rstrip() for lines in zip(*columns, strict=True))

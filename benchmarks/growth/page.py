@@ -1,4 +1,4 @@
-"""How a cost grows, as tables, as figures and as a part of docs/analyzers.md."""
+"""How are the results of benchmarks.growth written? As tables, as figures, and as a part of docs/analyzers.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.shared.tables import Table
 
 PACKAGES = ("torch", "numpy", "hyper-connections", "depthscope")
 LABELS = {"depth": "layers", "width": "features", "tokens": "tokens in a sequence", "streams": "streams"}
-LAST = 3  # points that an exponent is fitted to: below them fixed costs weigh
+LAST = 3  # points to which an exponent is fitted: fixed costs dominate the smaller sizes
 
 
 def slope(values: list[float], costs: list[float]) -> float:

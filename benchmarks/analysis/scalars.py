@@ -1,4 +1,4 @@
-"""Quantities that a peer gives too: intrinsic dimension, participation ratio, dissimilarities, Procrustes."""
+"""How fast and accurate are scalars that a peer computes too? TwoNN, participation ratio, RSA, Procrustes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.analysis.question import Question, Step, Tool
+from benchmarks.analysis.comparison import Comparison, Step, Tool
 from depthscope.diagnostics.kernels import geometry, rank, similarity
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -46,8 +46,8 @@ def true_dimension(x: np.ndarray) -> np.ndarray:
     """Facco et al. with distances by scipy and a least-squares line by numpy."""
     from scipy.spatial.distance import cdist
 
-    apart = np.sort(cdist(x, x), axis=1)
-    ratio = np.sort(apart[:, 2] / apart[:, 1])[: int(0.9 * len(x))]
+    distances = np.sort(cdist(x, x), axis=1)
+    ratio = np.sort(distances[:, 2] / distances[:, 1])[: int(0.9 * len(x))]
     level = -np.log(1 - np.arange(1, len(ratio) + 1) / len(x))
     return np.linalg.lstsq(np.log(ratio)[:, None], level, rcond=None)[0][0]
 
@@ -66,9 +66,9 @@ def own_participation(x: np.ndarray) -> Step:
 
 
 def true_participation(x: np.ndarray) -> np.ndarray:
-    """The ratio of U-statistics of Chun et al., over distinct rows, and over distinct columns as all less equal ones."""
-    whole = u_statistics(x @ x.T)
-    over, under = whole - sum(u_statistics(np.outer(column, column)) for column in x.T)
+    """The ratio of U-statistics of Chun et al. over distinct rows and columns: all columns less equal ones."""
+    all_columns = u_statistics(x @ x.T)
+    over, under = all_columns - sum(u_statistics(np.outer(column, column)) for column in x.T)
     return over / under
 
 
@@ -138,8 +138,8 @@ def true_angle(states: Pair) -> np.ndarray:
 OWN = "depthscope, numpy"
 
 
-def questions(quick: bool) -> dict[str, Question]:
-    """One question for each quantity."""
+def comparisons(quick: bool) -> dict[str, Comparison]:
+    """One comparison for each quantity."""
     count = 200 if quick else 1000
     size = f"{count} × 256"
     of_points: dict[str, Any] = {
@@ -153,7 +153,7 @@ def questions(quick: bool) -> dict[str, Question]:
         "variants": {"200 × 256": partial(pair, 200)},
     }
     return {
-        "TwoNN": Question(
+        "TwoNN": Comparison(
             title="Intrinsic dimension by TwoNN",
             tools={
                 OWN: Tool(lambda x: partial(geometry.two_nn, x)),
@@ -162,7 +162,7 @@ def questions(quick: bool) -> dict[str, Question]:
             truths={"": true_dimension},
             **of_points,
         ),
-        "participation ratio": Question(
+        "participation ratio": Comparison(
             title="Participation ratio, corrected for the sample of tokens and of features",
             tools={
                 OWN: Tool(own_participation),
@@ -171,7 +171,7 @@ def questions(quick: bool) -> dict[str, Question]:
             truths={"": true_participation},
             **of_points,
         ),
-        "RSA": Question(
+        "RSA": Comparison(
             title="RSA: Spearman correlation of correlation distances",
             tools={
                 OWN: Tool(lambda states: partial(similarity.rsa, *states)),
@@ -180,7 +180,7 @@ def questions(quick: bool) -> dict[str, Question]:
             truths={"": true_rsa},
             **of_pairs,
         ),
-        "Procrustes": Question(
+        "Procrustes": Comparison(
             title="Procrustes angle",
             tools={
                 OWN: Tool(lambda states: partial(similarity.procrustes, *states)),
