@@ -200,6 +200,7 @@ class Tape:
         call.x_shape = tuple(x.shape) if x is not None else ()
         call.versions = version(x), None
         call.level = len(self._stack)
+        # The call that ended last: of a container and its last module, which return one tensor, the container.
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path, method] = index + 1
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
