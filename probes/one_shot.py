@@ -12,12 +12,13 @@ from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.model_call import batches, call_observed, eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -70,20 +71,22 @@ def capture(
     """
     session = Session(model, Options(**options))
     gradients = session.options.gradients
-    step, losses = [Sums()], []
+    step, losses = [TokenSums()], []
     sequences = 0
     with preserved_state(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
             measured, value = _measure(session, item, loss)
             sequences += measured.batch_size
             losses.append(value)
-            step = merged(step, measured.sums)
+            step = merge_sums(step, measured.sums)
     if not sequences:
         raise CaptureError(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
     known = [value for value in losses if value is not None]
-    row = Row(0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None)
+    row = StepStatistics(
+        0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
+    )
     return build_run(session, [row], step, attrs=attrs, token_text=token_text)
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks."""
+"""Are the analyzers accurate, and how fast? Comparisons with other packages: ``python -m benchmarks.analysis``."""

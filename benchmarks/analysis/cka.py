@@ -1,4 +1,4 @@
-"""Exact similarity of every layer with every other, against the tools that give it."""
+"""How fast and accurate is the exact CKA of every layer with every other? Compared with the packages that compute it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.analysis.question import Question, Step, Tool, on_all_pairs
-from benchmarks.analysis.states import OFFSETS, walk
+from benchmarks.analysis.comparison import Comparison, Step, Tool, on_all_pairs
+from benchmarks.analysis.inputs import OFFSETS, walk
 from depthscope.diagnostics.kernels import similarity
 
 LARGE = "13 × 2048"
 
 
 class Given(nn.Module):
-    """A model whose layers give the states that they hold, for tools that take a model and a loader."""
+    """A model whose layers return stored states, for tools that take a model and a loader."""
 
     def __init__(self, states: torch.Tensor):
         super().__init__()
@@ -44,7 +44,7 @@ class Layer(nn.Module):
 
 
 class Loader(list):
-    """One batch of all tokens, with what tools ask of a loader."""
+    """One batch of all tokens, with the attribute that tools read from a loader."""
 
     dataset = "states"
 
@@ -70,7 +70,7 @@ def torch_cka(states: np.ndarray) -> Step:
     given = torch.from_numpy(states)
 
     def step() -> Any:
-        one, other = Given(given), Given(given)  # its hooks stay on a model
+        one, other = Given(given), Given(given)  # its hooks are never removed: new models for each step
         cka = CKA(one, other, "one", "other", one.names, other.names)
         with torch.no_grad():
             cka.compare(loader(given))
@@ -146,7 +146,7 @@ def torchlens(states: np.ndarray) -> Step:
 
 
 def truth(states: np.ndarray, *, unbiased: bool) -> np.ndarray:
-    """Linear CKA in float64 from whole Gram matrices, as the papers write it (Kornblith et al.; Song et al.)."""
+    """Linear CKA in float64 from full Gram matrices, as in the papers (Kornblith et al.; Song et al.)."""
     count = states.shape[1]
     grams = np.empty((len(states), count, count))
     for gram, state in zip(grams, states, strict=True):
@@ -182,12 +182,12 @@ TOOLS = {
 }
 
 
-def questions(quick: bool) -> dict[str, Question]:
+def comparisons(quick: bool) -> dict[str, Comparison]:
     """CKA of all pairs of layers."""
     sizes = {"6 × 256": (6, 256)} if quick else {"13 × 512": (13, 512), LARGE: (13, 2048)}
     checked = (3, 128) if quick else (4, 512)
     large = list(sizes.values())[-1]
-    asked = Question(
+    asked = Comparison(
         title="CKA of every layer with every other (layers × tokens, 768 features)",
         tools=TOOLS,
         baseline="depthscope, numpy",
@@ -206,6 +206,6 @@ def questions(quick: bool) -> dict[str, Question]:
 NOTE = """Errors are largest absolute differences over {layers} layers × {tokens} tokens, a walk over depth with a common
 offset of so many times its spread. Tools that take models and a loader get modules that return the given states and one
 batch of all tokens, so that next to nothing but their own work is timed; functions of two matrices are called once for each
-pair. netrep, torchlens and repsim's gretton give the biased estimator, and are held against that; the cosine of netrep's
+pair. netrep, torchlens and repsim's gretton give the biased estimator, and are compared with that; the cosine of netrep's
 angle is taken.
 repsim's `cka` does not divide its HSIC of Song by those of each layer with itself; its `hsic` is right."""

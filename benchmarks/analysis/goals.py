@@ -1,4 +1,4 @@
-"""Were the goals met? Each is a number computed from the results, and the limit that it is held against."""
+"""Were the goals met? Each is a number computed from the results, and a limit for it."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ class NotMeasuredError(Exception):
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that is to be at most, or at least, so large.
+    """An upper or lower limit for a number computed from the results.
 
     Parameters
     ----------
     text : str
-        What is asked for.
-    question : str
-        Where the number is found.
+        The goal in words.
+    comparison : str
+        The comparison from whose rows the number is computed.
     found : callable
-        From the rows of that question to the number.
+        From the rows of that comparison to the number.
     limit : float
-        What it is held against.
+        The largest number that meets the goal.
     least : bool
-        Whether it is to be at least that.
+        Whether the limit is the smallest instead.
     """
 
     text: str
-    question: str
+    comparison: str
     found: Callable[[Rows], float]
     limit: float
     least: bool = False
 
     def judged(self, results: dict[str, Any]) -> dict[str, Any]:
-        """The number beside its limit, and whether it is met; None where it was not measured."""
+        """The number, its limit, and whether it is met; None and a reason where it was not measured."""
         row = {"text": self.text, "limit": self.limit, "least": self.least, "found": None, "met": None}
-        if self.question not in results:
+        if self.comparison not in results:
             return row | {"reason": "not asked in this run"}
         try:
-            number = self.found(results[self.question]["rows"])
+            number = self.found(results[self.comparison]["rows"])
         except NotMeasuredError as reason:
             return row | {"reason": str(reason)}
         return row | {"found": number, "met": number >= self.limit if self.least else number <= self.limit}
 
 
 def cells(rows: Rows, tool: str, part: str) -> list[str]:
-    """Which variants or sizes a tool was asked about, refused where there are none."""
+    """Variants or sizes at which a tool was measured; refused where there are none."""
     row = rows.get(tool, {})
     found = row.get(part, {})
     known = [key for key, cell in found.items() if not (isinstance(cell, str) and cell.startswith(NO_DATA))]
@@ -65,7 +65,7 @@ def cells(rows: Rows, tool: str, part: str) -> list[str]:
 
 
 def number(rows: Rows, tool: str, part: str, key: str) -> Any:
-    """A cell of the results, refused where it holds a reason."""
+    """A cell of the results, refused where it is a reason."""
     row = rows.get(tool, {})
     cell = row.get(part, {}).get(key, row.get("reason", "not asked"))
     if isinstance(cell, str):
@@ -76,14 +76,14 @@ def number(rows: Rows, tool: str, part: str, key: str) -> Any:
 
 
 def worst_error(tool: str) -> Callable[[Rows], float]:
-    """The largest of a tool's errors; one that is not a number is the largest."""
+    """The largest of a tool's errors; NaN, which max would skip, counts as the largest."""
     return lambda rows: float(
         np.max([number(rows, tool, "errors", key) for key in cells(rows, tool, "errors")])
     )
 
 
 def root_mean_square(tool: str) -> Callable[[Rows], float]:
-    """Of a tool's errors."""
+    """Root mean square of a tool's errors."""
 
     def found(rows: Rows) -> float:
         errors = [number(rows, tool, "errors", key) for key in cells(rows, tool, "errors")]
@@ -128,16 +128,11 @@ def share_of_memory(tool: str, other: str) -> Callable[[Rows], float]:
 
 
 def sketch_alone(rows: Rows) -> float:
-    """How many times less than exact the sketch takes, beyond the statistics and the Gram matrices of the features."""
-    whole, *others = (
-        ratio(tool)(rows)
-        for tool in (
-            "probes, streaming=True",
-            "· the other statistics alone",
-            "· plain Gram matrices of the features",
-        )
-    )
-    return 1.0 / max(whole - sum(others), 1e-6)
+    """How many times faster than exact CKA the sketch is, without the other statistics and the Gram matrices."""
+    streaming = ratio("probes, streaming=True")(rows)
+    statistics = ratio("· the other statistics alone")(rows)
+    moments = ratio("· plain Gram matrices of the features")(rows)
+    return 1.0 / max(streaming - (statistics + moments), 1e-6)
 
 
 MEASURED = "capture and every default metric"
@@ -202,12 +197,12 @@ GOALS = (
 
 
 def judged(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every goal beside what was found.
+    """Every goal with what was found.
 
     Parameters
     ----------
     results : dict
-        Question to its title and rows.
+        Comparison to its title and rows.
 
     Returns
     -------

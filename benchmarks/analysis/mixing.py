@@ -1,4 +1,4 @@
-"""Singular values and products of many small matrices, against LAPACK and plain loops."""
+"""How fast and accurate are kernels of many small matrices? Compared with LAPACK and plain loops of products."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from benchmarks.analysis.question import Question, Step, Tool
-from benchmarks.analysis.states import KINDS, mixing
+from benchmarks.analysis.comparison import Comparison, Step, Tool
+from benchmarks.analysis.inputs import KINDS, mixing
 from depthscope.diagnostics import analyze, create_run, schema
 from depthscope.diagnostics.kernels import mixing as kernel
 
@@ -33,7 +33,7 @@ def numpy_values(matrices: np.ndarray) -> Step:
 
 
 def true_values(matrices: np.ndarray) -> np.ndarray:
-    """With the other LAPACK driver than torch's and numpy's."""
+    """By LAPACK's gesvd; numpy and torch call gesdd, another algorithm."""
     import scipy.linalg
 
     return np.stack(
@@ -54,9 +54,9 @@ VALUES = {
 }
 
 
-def values_question(streams: int, quick: bool) -> Question:
+def values_comparison(streams: int, quick: bool) -> Comparison:
     count = 2_000 if quick else 40_000
-    return Question(
+    return Comparison(
         title=f"Singular values of {count} matrices, n = {streams}",
         tools=VALUES,
         baseline="torch svdvals",
@@ -111,7 +111,7 @@ PREFIX = {
 
 
 def run_of(matrices: np.ndarray) -> xr.DataTree:
-    """A run that holds only these connections, around states of one feature."""
+    """A run with these connections and states of one feature."""
     connections, tokens, streams, _ = matrices.shape
     depth = np.arange(connections + 1)
     names = np.array([f"blocks.{i}" for i in range(connections)], dtype=object)
@@ -162,8 +162,8 @@ def own_pairs(matrices: np.ndarray) -> Step:
         found = analyze(run, metrics=["pair_gain"])["pair_gain"].squeeze("step")
         found = found if "reduction" in found.dims else found.expand_dims(reduction=["max"], axis=-1)
         order = [name for name in ("mean", "median", "p1", "p99", "max") if name in found["reduction"].values]
-        kept = found.transpose("direction", "connection", "other_connection", "reduction")
-        return kept.sel(reduction=order).values
+        ordered = found.transpose("direction", "connection", "other_connection", "reduction")
+        return ordered.sel(reduction=order).values
 
     return step
 
@@ -203,9 +203,9 @@ def true_pairs(matrices: np.ndarray) -> np.ndarray:
 
 
 def of_gain(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest relative error; a table of maxima alone is held against the maxima."""
-    kept = truth[..., -found.shape[-1] :]
-    return float(np.nanmax(np.abs(found / kept - 1.0)))
+    """The largest relative error; a table of maxima only is compared with the maxima, the last reduction."""
+    reductions = truth[..., -found.shape[-1] :]
+    return float(np.nanmax(np.abs(found / reductions - 1.0)))
 
 
 PAIRS = {
@@ -215,12 +215,12 @@ PAIRS = {
 }
 
 
-def questions(quick: bool) -> dict[str, Question]:
+def comparisons(quick: bool) -> dict[str, Comparison]:
     """Singular values, products from the first connection on, products between any two."""
     depth, tokens = (12, 256) if quick else (60, 4096)
     size = f"{depth} × {tokens} of 4 × 4"
-    asked = {f"singular values {n}": values_question(n, quick) for n in (2, 3, 4, 8)}
-    asked["prefix"] = Question(
+    asked = {f"singular values {n}": values_comparison(n, quick) for n in (2, 3, 4, 8)}
+    asked["prefix"] = Comparison(
         title="Products from the first connection through each (connections × tokens)",
         tools=PREFIX,
         baseline="torch, a loop of bmm",
@@ -230,7 +230,7 @@ def questions(quick: bool) -> dict[str, Question]:
         error=of_each,
         note="Errors are relative to the largest entry of the product, against long double, over 64 tokens.",
     )
-    asked["all pairs"] = Question(
+    asked["all pairs"] = Comparison(
         title="Gains of the products between any two connections, reduced over tokens",
         tools=PAIRS,
         baseline="one prefix pass (depthscope, numpy)",
@@ -245,4 +245,4 @@ def questions(quick: bool) -> dict[str, Question]:
 
 PAIRS_NOTE = """The metric's time includes reading the connections from the run and labelling the table: forward and
 backward gains of every pair, with mean, median, p1, p99 and max over tokens. Errors are relative, over 12 connections and
-64 tokens. The prefix pass answers another question, and is here to be divided by."""
+64 tokens. The prefix pass computes something else, and is here to be divided by."""

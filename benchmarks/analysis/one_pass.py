@@ -1,4 +1,4 @@
-"""Similarity from one pass over the tokens, against the exact one: sketches, minibatches, a subsample."""
+"""How accurate is CKA from one pass over the tokens? Sketches, minibatches and a subsample, compared with exact CKA."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from benchmarks.analysis import sketches
-from benchmarks.analysis.question import Question, Step, Tool
-from benchmarks.analysis.states import in_order, massive, smollm2
+from benchmarks.analysis.comparison import Comparison, Step, Tool
+from benchmarks.analysis.inputs import in_order, massive, smollm2
 from depthscope.diagnostics.kernels import similarity
-from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
-from depthscope.probes.statistics.streaming import Streaming
-from depthscope.probes.statistics.token_sums import Sums
+from depthscope.probes.statistics.streamed_spectra import depth_hsic
+from depthscope.probes.statistics.streamed_sums import StreamedSums
+from depthscope.probes.statistics.token_sums import TokenSums
 
 # --- ways; data are states (L, B, T, D) in float32 ---
 
@@ -27,20 +27,20 @@ def flat(states: np.ndarray) -> np.ndarray:
     return states.reshape(len(states), -1, states.shape[-1])
 
 
-def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], Sums]:
+def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
     """What `probes` adds up forward by forward: the statistics of every token; with `streaming`, moments and sketch too."""
     parts = [part.unsqueeze(3) for part in torch.from_numpy(states).chunk(forwards, 1)]
 
-    def step() -> Sums:
-        whole, first = Sums(), 0
+    def step() -> TokenSums:
+        total, first = TokenSums(), 0
         for part in parts:
-            sums = Sums(Streaming(first)) if streaming else Sums()
+            sums = TokenSums(StreamedSums(first)) if streaming else TokenSums()
             for depth, state in enumerate(part):
-                sums.see_state(depth, state, None)
+                sums.add_state(depth, state, None)
             sums.end_forward()
-            whole.merge(sums)
+            total.merge(sums)
             first += part.shape[1]
-        return whole
+        return total
 
     return step
 
@@ -51,7 +51,7 @@ def streamed(states: np.ndarray) -> Step:
     def step() -> np.ndarray:
         streaming = sums().streaming
         assert streaming is not None
-        tables = streamed_similarity(streaming.settled(), range(len(states)))
+        tables = depth_hsic(streaming.flushed(), range(len(states)))
         assert tables is not None, "the depths are of one width"
         return correlation(tables[0].numpy())
 
@@ -59,7 +59,7 @@ def streamed(states: np.ndarray) -> Step:
 
 
 def moments(states: np.ndarray) -> Step:
-    """A Gram matrix of features for each depth, as plainly as can be."""
+    """A Gram matrix of features for each depth: the least that second moments cost."""
     x = torch.from_numpy(flat(states))
     return lambda: [part.T @ part for part in x]
 
@@ -120,8 +120,8 @@ def in_orders(make: Callable[[], np.ndarray], what: str, count: int) -> dict[str
     }
 
 
-def questions(quick: bool) -> dict[str, Question]:
-    """The same depths in several orders of the sequences: other hashes, other batches, the same answer."""
+def comparisons(quick: bool) -> dict[str, Comparison]:
+    """The same depths with several orders of sequences: other hashes and batches, and the same reference."""
     shape, width = ((9, 8, 32), 64) if quick else ((31, 32, 128), 576)
     make: Callable[..., np.ndarray] = partial(massive, *shape, width=width)
 
@@ -130,7 +130,7 @@ def questions(quick: bool) -> dict[str, Question]:
 
     layers, sequences, tokens = shape
     return {
-        "one pass": Question(
+        "one pass": Comparison(
             title=f"CKA of {layers} depths over {sequences * tokens} tokens with massive ones, in one pass",
             tools=TOOLS,
             baseline="exact (cka_matrix)",

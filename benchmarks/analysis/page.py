@@ -1,4 +1,4 @@
-"""The measured numbers as tables and as a page: goals first, then each question's answers, times and memory."""
+"""How are the results of benchmarks.analysis written? As tables, goals first, and as a part of docs/analyzers.md."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def markdown(results: dict[str, Any]) -> str:
     """
     parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
     parts.append(layout.as_markdown(goals(results["goals"]), level=2))
-    for question in results["questions"].values():
-        note = question["note"]
-        answers, times = tables_of(question)
-        parts.append(f"## {question['title']}\n")
+    for comparison in results["comparisons"].values():
+        note = comparison["note"]
+        answers, times = tables_of(comparison)
+        parts.append(f"## {comparison['title']}\n")
         parts += [f"{note}\n"] if note else []
         parts += [layout.as_markdown(table) for table in (answers, times) if table[2]]
     return "\n".join([*parts, layout.named(results["versions"]), ""])
@@ -53,14 +53,14 @@ def markdown(results: dict[str, Any]) -> str:
 def tables(results: dict[str, Any]) -> list[Table]:
     """Every table."""
     found = [goals(results["goals"])]
-    for question in results["questions"].values():
-        for title, header, rows in tables_of(question):
-            found += [(f"{question['title']}: {title}", header, rows)] if rows else []
+    for comparison in results["comparisons"].values():
+        for title, header, rows in tables_of(comparison):
+            found += [(f"{comparison['title']}: {title}", header, rows)] if rows else []
     return found
 
 
 def goals(judged: list[dict[str, Any]]) -> Table:
-    """What was to be reached, what was found, and whether that is enough."""
+    """Each goal, its limit, the number that was found, and whether it is met."""
     rows = []
     for goal in judged:
         sign = "≥" if goal["least"] else "≤"
@@ -70,9 +70,9 @@ def goals(judged: list[dict[str, Any]]) -> Table:
     return "Goals", ["", "goal", "found", ""], rows
 
 
-def tables_of(question: dict[str, Any]) -> tuple[Table, Table]:
+def tables_of(comparison: dict[str, Any]) -> tuple[Table, Table]:
     """Answers, then times with memory; either may be without rows."""
-    rows = question["rows"]
+    rows = comparison["rows"]
     variants = list(dict.fromkeys(key for row in rows.values() for key in row.get("errors", {})))
     sizes = list(dict.fromkeys(key for row in rows.values() for key in row.get("times", {})))
     answers = [
@@ -81,7 +81,7 @@ def tables_of(question: dict[str, Any]) -> tuple[Table, Table]:
         if row.get("errors")
     ]
     taken = [[name, *(cost(of(row, size)) for size in sizes)] for name, row in rows.items()]
-    title = f"Time as a ratio to *{question['baseline']}*, and peak memory"
+    title = f"Time as a ratio to *{comparison['baseline']}*, and peak memory"
     return ("Error", ["", *variants], answers), (title, ["", *sizes], taken)
 
 
@@ -119,13 +119,13 @@ HEAD = """# What analysing costs, and how right it is
 
 Written by `{command}` on {date}; {machine}. Not edited by hand.
 
-**How.** First every tool answers the same questions, and is held against a float64 reference that shares no code with it. Then
-all are timed in turn, up to {rounds} rounds. A ratio is the median over that of the tool that the table names, in the same
-rounds, with the quartiles in brackets, then the median time. Times are of the processor (one thread), which a busy machine
-disturbs less than the clock on the wall. Tools of this package, of numpy and of torch share a process; each peer has one of
-its own, with what it is compared with. A tool that takes more than some seconds is run once.
+**How.** First the answer of every tool is compared with a float64 reference that shares no code with it. Then all are timed in
+turn, up to {rounds} rounds. A ratio is the median over that of the tool that the table names, in the same rounds, with the
+quartiles in brackets, then the median time. Times are of the processor (one thread), which a busy machine disturbs less than
+the clock on the wall. Tools of this package, of numpy and of torch share a process; each peer has one of its own, with what it
+is compared with. A tool that takes more than some seconds is run once.
 
-**Memory** is the kernel's high-water mark of resident memory above what the data and the loaded tools hold, in the first run.
+**Memory** is the kernel's high-water mark of resident memory above that of the data and the loaded tools, in the first run.
 
 **Not tried:** GPUs, several threads, other sizes than these; where a cell says so, a size that would take minutes.
 

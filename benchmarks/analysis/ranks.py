@@ -1,4 +1,4 @@
-"""The effective rank of spectra from harmless to collapsed, against an SVD and against plain Gram matrices."""
+"""How fast and accurate is the effective rank, from harmless to collapsed spectra? Compared with SVDs and Gram matrices."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.analysis.question import Question, Step, Tool
-from benchmarks.analysis.states import WIDTH, of_spectrum, smollm2, spectra
+from benchmarks.analysis.comparison import Comparison, Step, Tool
+from benchmarks.analysis.inputs import WIDTH, of_spectrum, smollm2, spectra
 from depthscope.diagnostics.kernels import rank
 
 
@@ -75,14 +75,14 @@ def real() -> np.ndarray:
     return states[len(states) // 2].reshape(-1, states.shape[-1])
 
 
-def questions(quick: bool) -> dict[str, Question]:
+def comparisons(quick: bool) -> dict[str, Comparison]:
     """Effective rank, its error and its time."""
     counts = (256,) if quick else (512, 2048)
     checked = counts[-1]
     known = spectra(min(checked, WIDTH))
     sizes: dict[str, Callable[[], np.ndarray]] = {f"noise, N {n}": partial(noise, n) for n in counts}
     sizes[f"collapse, N {checked}"] = partial(of_spectrum, known["collapse, rest 1e-5"], checked)
-    asked = Question(
+    asked = Comparison(
         title="Effective rank of a matrix (N tokens, 768 features)",
         tools=TOOLS,
         baseline=BASELINE,

@@ -1,4 +1,4 @@
-"""CKA in one pass over any number of tokens: a signed sketch of the rows, and CKA from it.
+"""How is CKA estimated in one pass over any number of tokens? By a signed sketch of the rows, plainly.
 
 Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns (features).
 """
@@ -12,16 +12,17 @@ from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic
 
 
 def _hashed(xp: Any, index: Array, seed: int) -> Array:
-    """32 well-mixed bits of each index (int64 arithmetic that never overflows)."""
+    """32 well-mixed bits of each index."""
     low = 0xFFFFFFFF
     h = ((index & low) ^ (index >> 32) ^ ((seed * 0x9E3779B1) & low)) & low
+    # Multiply and shift; 32 bits times 27 stay inside int64, which torch has no unsigned kind of for all devices.
     for _ in range(3):
         h = ((h ^ (h >> 16)) * 0x45D9F3B) & low
     return h ^ (h >> 16)
 
 
 def row_sketch(x: Array, index: Array, m: int, *, seed: int = 0) -> tuple[Array, Array]:
-    """Signed row sketch: token i goes, with a random sign, into one of m buckets, the same at every depth.
+    """Signed row sketch: token i is added, with a random sign, to one of m buckets, the same at every depth.
 
     S_b = Σ_{i in b} s_i x_i. Additive over batches and ranks, and m d numbers however many tokens.
 
@@ -30,7 +31,7 @@ def row_sketch(x: Array, index: Array, m: int, *, seed: int = 0) -> tuple[Array,
     x
         States (..., N, d).
     index
-        Global index of each token (N,), whole numbers: they decide bucket and sign.
+        Global index of each token (N,), integers: they determine bucket and sign.
     m
         Number of buckets.
     seed
@@ -50,9 +51,9 @@ def row_sketch(x: Array, index: Array, m: int, *, seed: int = 0) -> tuple[Array,
     --------
     >>> import numpy as np
     >>> x = np.arange(6.0).reshape(3, 2)
-    >>> whole, _ = row_sketch(x, np.arange(3), 4)
+    >>> total, _ = row_sketch(x, np.arange(3), 4)
     >>> parts = [row_sketch(x[i : i + 1], np.array([i]), 4)[0] for i in range(3)]
-    >>> bool(np.array_equal(whole, sum(parts)))
+    >>> bool(np.array_equal(total, sum(parts)))
     True
     """
     matrix = rows(x)
@@ -76,7 +77,7 @@ def cka_from_sketch(
     """Unbiased linear CKA of all layers from row sketches: Gram products of the buckets without the diagonal.
 
     The mean is removed from the sketch afterwards, S − c μᵀ. Σ_{b≠c} P_bc P'_bc over buckets estimates
-    (1 − 1/m) Σ_{i≠j} K_ij L_ij; the terms in the traces of HSIC₁ are of relative order d/N and enter when
+    (1 − 1/m) Σ_{i≠j} K_ij L_ij; the trace terms of HSIC₁, of relative order d/N, are included where
     ``diagonals`` is given.
 
     Parameters
@@ -111,7 +112,7 @@ def cka_from_sketch(
     [[1.0, 1.0], [1.0, 1.0]]
     """
     if (diagonals is None) != (count is None):
-        raise ValueError("came only one of diagonals and count; expected both or neither")
+        raise ValueError("got only one of diagonals and count; expected both or neither")
     xp, sketch = as_float64(sketch, name="sketch", ndim=3)
     centered = sketch - signs[:, None] * mean[:, None, :]
     centered = centered / (scale := peak(xp, centered))

@@ -1,8 +1,8 @@
 """What does capturing cost? Ratios to the same steps without probes: ``python -m benchmarks.capture``.
 
-Every tool first shows that it captures the states that plain hooks capture. Then steps of all tools in a process are timed in
-turn, several rounds, and the medians are given as ratios to the median of the plain step in the same process. Peers that are
-not installed, or cannot take a model, are rows with the reason. ``--memory`` adds the peak memory, one process per tool.
+The states of every tool are first compared with those of plain hooks. Then steps of all tools in a process are timed in turn,
+several rounds, and the medians are given as ratios to the median of the plain step in the same process. Peers that are not
+installed, or cannot take a model, are rows with the reason. ``--memory`` adds the peak memory, one process per tool.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--only", nargs="+", choices=TOOLS, help="tools; plain comes along")
+    parser.add_argument("--only", nargs="+", choices=TOOLS, help="tools; plain is always included")
     parser.add_argument(
         "--memory", action="store_true", help="peak memory too: a process per tool, some minutes"
     )
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--markdown", type=Path, help="write the page there, such as docs/benchmarks.md")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--markdown", type=Path, help="write the page, docs/benchmarks.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -78,6 +78,7 @@ def timings(arguments: argparse.Namespace) -> dict[str, Any]:
             "names": names,
         }
         answer = ask(task)
+        # The first group has the plain step, of which all others are ratios.
         if not found and "reason" in answer:
             raise SystemExit(answer["reason"])
         for case in arguments.cases:
@@ -104,13 +105,14 @@ def memories(arguments: argparse.Namespace) -> dict[str, Any]:
         for mode, counts in BATCHES.items():
             for name in names:
                 task = {"cases": [case], "sizes": sizes_of(arguments), "mode": mode, "names": [name]}
+                # A capture is one shot: it retains nothing from batch to batch.
                 row = ask(task | {"counts": (1,) if name == "probes.capture" else counts})
                 found.setdefault(case, {}).setdefault(mode, {})[name] = row
     return found
 
 
 def ask(task: dict[str, Any]) -> dict[str, Any]:
-    """One task in a process of its own; a crash is an answer too, and what is not installed needs no process."""
+    """Run one task in a process of its own; a tool that is not installed needs none."""
     last = task["names"][-1]
     if last in PEERS and find_spec(last.replace("-", "_")) is None:
         return {"reason": "not installed"}
@@ -119,7 +121,7 @@ def ask(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
-    """What a worker process does: times of all cases, or the memory of one tool on one."""
+    """What a worker process computes: times of all cases, or the memory of one tool on one of them."""
     from depthscope import probes
 
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""The models that the capture is measured on: a GPT-2, an mHC decoder, and many tiny blocks for the cost of one hook."""
+"""On which models is the capture measured? A GPT-2, an mHC decoder, and many tiny blocks for the cost of one hook."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY = 8192
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model and of its batch; a residual model has one stream whatever is said here."""
+    """Sizes of a model and of its batch; ``streams`` does not apply to the residual model."""
 
     layers: int
     width: int
@@ -133,15 +133,14 @@ def mhc(sizes: Sizes) -> Case:
     model = StreamDecoder(sizes)
     for name, parameter in model.named_parameters():
         if any(word in name for word in ("alpha", "beta")):
-            nn.init.normal_(
-                parameter, std=0.5
-            )  # a fresh connection is uniform, and its orientation cannot be told
+            # A fresh connection is symmetric: nothing would show which of its axes is the destination.
+            nn.init.normal_(parameter, std=0.5)
     sites = ("expand", *(f"blocks.{i}" for i in range(2 * sizes.layers)))
     return Case(f"mHC, n = {sizes.streams}", model, sites, sizes, sizes.streams)
 
 
 def tiny(_: Sizes) -> Case:
-    """48 blocks that cost next to nothing, so that what is left is the hook."""
+    """48 blocks that cost next to nothing, so that most of the difference from plain is the cost of hooks."""
     case = gpt2(Sizes(layers=48, width=32, batch=1, tokens=8, heads=4))
     return replace(case, name="48 tiny blocks")
 

@@ -1,4 +1,4 @@
-"""One process's measurements: do the tools give the same states, what do they take, how much memory do they need?"""
+"""What is measured in one process? Whether the tools return the same states, their times, their peak memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from benchmarks.shared.memory import forget_peak, status, trimmed
 from benchmarks.shared.rounds import ratio
 
 MODES = {"forward": False, "forward + backward": True}
-WARM_UPS = 2
+WARM_UPS = 2  # rounds that do not count: allocators and lazy imports
 MINIATURE = Sizes(layers=2, width=32, batch=1, tokens=8)
-PATIENCE = 30.0  # seconds for one tool; one that takes no more than three times plain is never cut short
+PATIENCE = (
+    30.0  # seconds for the rounds of one tool; one that takes at most three times plain is never cut short
+)
 
 
 def times(case_name: str, sizes: Sizes, *, names: list[str], rounds: int) -> dict[str, Any]:
-    """What every tool takes, with and without a backward, or why it takes nothing.
+    """Times of every tool, with and without a backward, or the reason why it has none.
 
     Parameters
     ----------
@@ -72,14 +74,13 @@ def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
     """Seconds of one step."""
     if tool.trains:
         with torch.no_grad():
-            next(case.model.parameters()).view(-1)[0].add_(
-                0.0
-            )  # the version of the weights, as an optimiser moves it
+            # Raises the version counter of the weights, as an optimiser does, and changes nothing.
+            next(case.model.parameters()).view(-1)[0].add_(0.0)
     with tool.around():
         started = time.perf_counter()
-        kept = tool.step(batch)
+        result = tool.step(batch)
         seconds = time.perf_counter() - started
-    del kept
+    del result  # only now: freeing it is not part of the step
     case.model.zero_grad(set_to_none=True)
     return seconds
 
@@ -88,8 +89,8 @@ def agreement(case: Case, tool: Tool, backward: bool) -> dict[str, Any]:
     """Largest difference from the hooks' states and gradients; 0 is bitwise equality."""
     batch = case.batch()
     with tool.around():
-        kept = tool.step(batch)
-        found = None if tool.read is None else tool.read(kept)
+        result = tool.step(batch)
+        found = None if tool.read is None else tool.read(result)
     case.model.zero_grad(set_to_none=True)
     if found is None:
         return {}
@@ -103,14 +104,14 @@ def agreement(case: Case, tool: Tool, backward: bool) -> dict[str, Any]:
 
 
 def difference(case: Case, found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
-    """Largest absolute difference, state by state from the first; fewer states than the hooks' are only counted."""
+    """Largest absolute difference, state by state from the first; a tool may return fewer states than the hooks."""
     worst = 0.0
     for one, other in zip(found, truth, strict=False):
         expected = case.canonical(other)
-        came = one.detach() if one.ndim == 4 else case.canonical(one.detach())
-        if came.shape != expected.shape:
-            raise CannotTakeError(f"gave a state of shape {tuple(came.shape)}, not {tuple(expected.shape)}")
-        worst = max(worst, float((came - expected).abs().max()))
+        state = one.detach() if one.ndim == 4 else case.canonical(one.detach())
+        if state.shape != expected.shape:
+            raise CannotTakeError(f"gave a state of shape {tuple(state.shape)}, not {tuple(expected.shape)}")
+        worst = max(worst, float((state - expected).abs().max()))
     return worst
 
 
@@ -128,7 +129,7 @@ def peaks(
 ) -> dict[str, Any]:
     """Highest resident memory above the loaded model: in the first batch, and from the second to some others, in MiB.
 
-    What a step gives is kept for every batch, as it must be where something is to be computed over all of them.
+    Results of all batches stay in memory, as they must where something is computed over all of them.
 
     Parameters
     ----------
@@ -154,26 +155,26 @@ def peaks(
         tool = TOOLS[name](case, backward)
     except Exception as error:
         return {"reason": reason(error)}
-    found, kept = {}, []
+    found, results = {}, []
     floor, started = trimmed(), time.perf_counter()
     try:
         with tool.around():
             for number in range(1, max(counts) + 1):
                 if time.perf_counter() - started > PATIENCE:
                     break
-                kept.append(tool.step(case.batch(number)))
+                results.append(tool.step(case.batch(number)))
                 case.model.zero_grad(set_to_none=True)
                 if number in counts:
                     found[str(number)] = status("VmHWM") - floor
                 if number == 1:
-                    forget_peak()  # the first batch, in which chains are found, must not hide the others
+                    forget_peak()  # discovery of chains, in the first batch, would hide the peaks of the others
     except Exception as error:
         return {"reason": reason(error)}
     return found
 
 
 def warm_up(name: str, case_name: str, backward: bool) -> None:
-    """Load what a tool loads at its first use, which is not what it keeps of a model."""
+    """Import what a tool imports at its first use: its memory is not that of captured states."""
     case = build(case_name, MINIATURE)
     tool = TOOLS[name](case, backward)
     with tool.around():

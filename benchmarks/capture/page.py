@@ -1,4 +1,4 @@
-"""The measured numbers as a text table and as a page, with what is needed to judge them."""
+"""How are the results of benchmarks.capture written? As tables for a terminal, and as the page docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def circumstances(rounds: int, peers: list[str]) -> dict[str, Any]:
     rounds : int
         Steps of each tool that count.
     peers : list of str
-        Whose versions are asked for.
+        Packages whose versions are listed.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def times(title: str, entry: dict[str, Any]) -> Table:
     for name in names:
         cells = [modes[mode].get(name, {}) for mode in modes]
         rows.append([name, *(cost(cell) for cell in cells), same(cells)])
-        if title == TITLES["tiny"]:  # elsewhere a difference of two long times says nothing about a hook
+        if title == TITLES["tiny"]:  # in other cases hooks are lost in the difference of two long times
             rows[-1].append(site(cells[0], entry["sites"]))
     if title == TITLES["tiny"]:
         header.append("µs a state, forward")
@@ -103,14 +103,14 @@ def cost(cell: dict[str, Any]) -> str:
 def same(cells: list[dict[str, Any]]) -> str:
     """Whether the states, and the gradients, were the hooks' bit for bit; else the largest difference."""
     names = {"state": "difference", "gradient": "gradient_difference"}
-    said = []
+    words = []
     for kind, key in names.items():
         found = [cell[key] for cell in cells if key in cell]
         counts = [cell[f"{kind}s"] for cell in cells if f"{kind}s" in cell]
         if found and min(counts):
             worst = max(found)
-            said.append(f"{min(counts)} {kind}s: " + ("equal" if worst == 0 else f"off by {worst:.0e}"))
-    return ", ".join(said)
+            words.append(f"{min(counts)} {kind}s: " + ("equal" if worst == 0 else f"off by {worst:.0e}"))
+    return ", ".join(words)
 
 
 def site(cell: dict[str, Any], sites: int) -> str:
@@ -143,7 +143,7 @@ plain, since some change torch when they are imported. *Plain again* is a second
 
 * *A measured step* ends with `recorder.step()`. The weights change before each, as in training, so that raw sequences are kept
   anew: 8, here the whole batch, or 1.
-* *No statistics* puts nothing in the place of what `Sums` computes. The row above it less this one is the cost of the exact
+* *No statistics* puts nothing in the place of what `TokenSums` computes. The row above less this one is the cost of the exact
   statistics over every token; this one less 1 is the cost of capturing.
 * *Streaming evaluation* has constant weights. The raw sample is full, and statistics are nearly all that is left.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.

@@ -23,7 +23,7 @@ class CannotTakeError(Exception):
 
 @dataclass
 class Captured:
-    """What a tool hands over: states by depth, and gradients by depth where a backward was run."""
+    """What a tool returns: states by depth, and gradients by depth where a backward was run."""
 
     states: list[torch.Tensor]
     gradients: list[torch.Tensor] = field(default_factory=list)
@@ -31,16 +31,16 @@ class Captured:
 
 @dataclass
 class Tool:
-    """A tool made ready for one model.
+    """A tool prepared for one model.
 
     Parameters
     ----------
     step : callable
         One forward, with a backward where asked, on one batch; this is what is timed.
     read : callable
-        From what a step gives to states and gradients; not timed.
+        From the result of a step to states and gradients; not timed.
     around : context manager factory
-        What is open around a step, not timed.
+        A context that is open during a step; entering and leaving it are not timed.
     trains : bool
         Whether the weights change between two steps, as in training.
     """
@@ -61,16 +61,16 @@ def plain(case: Case, backward: bool) -> Tool:
     return Tool(step)
 
 
-def hooks(case: Case, backward: bool, keep: Callable[[torch.Tensor], torch.Tensor]) -> Tool:
+def hooks(case: Case, backward: bool, store: Callable[[torch.Tensor], torch.Tensor]) -> Tool:
     modules = [case.model.get_submodule(site) for site in case.sites]
 
     def step(batch: Batch) -> Captured:
         captured = Captured([])
 
         def see(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-            captured.states.append(keep(output.detach()))
+            captured.states.append(store(output.detach()))
             if backward:
-                output.register_hook(lambda gradient: captured.gradients.append(keep(gradient)))
+                output.register_hook(lambda gradient: captured.gradients.append(store(gradient)))
 
         handles = [module.register_forward_hook(see) for module in modules]
         try:
@@ -78,7 +78,7 @@ def hooks(case: Case, backward: bool, keep: Callable[[torch.Tensor], torch.Tenso
         finally:
             for handle in handles:
                 handle.remove()
-        captured.gradients.reverse()
+        captured.gradients.reverse()  # the backward visits the last depth first
         return captured
 
     return Tool(step, lambda captured: captured)
@@ -106,9 +106,8 @@ def hidden_states(case: Case, backward: bool) -> Tool:
             for state in output.hidden_states:
                 state.retain_grad()
             output.loss.backward()
-        own = output.hidden_states[
-            :-1
-        ]  # the last one has passed the final norm: the last block's output is missing
+        # The last hidden state comes after the final norm: the output of the last block is missing.
+        own = output.hidden_states[:-1]
         return Captured([state.detach() for state in own], [state.grad for state in own] if backward else [])
 
     return Tool(step, lambda captured: captured)
@@ -148,9 +147,8 @@ def transformer_lens(case: Case, backward: bool) -> Tool:
 
     if case.streams > 1:
         raise CannotTakeError("takes the architectures that it has an adapter for")
-    own = build(
-        "tiny" if "tiny" in case.name else "residual", case.sizes
-    ).model  # the bridge rebuilds its model
+    # The bridge rebuilds the model that it is given: it gets one of its own, with the same weights.
+    own = build("tiny" if "tiny" in case.name else "residual", case.sizes).model
     bridge = build_bridge_from_module(own, "GPT2LMHeadModel", hf_config=own.config)
     names = ["blocks.0.hook_in", *(f"blocks.{i}.hook_out" for i in range(case.sizes.layers))]
 
@@ -201,10 +199,10 @@ def pyvene(case: Case, backward: bool) -> Tool:
         raise CannotTakeError("takes the model types in its own table")
     if backward:
         raise CannotTakeError("collects activations only")
-    kept: list[torch.Tensor] = []
+    collected: list[torch.Tensor] = []
 
     def collect(base: torch.Tensor, _source: Any = None) -> torch.Tensor:
-        kept.append(base.clone())
+        collected.append(base.clone())
         return base
 
     paths = ["transformer.drop", *(f"transformer.h[{i}]" for i in range(case.sizes.layers))]
@@ -212,10 +210,10 @@ def pyvene(case: Case, backward: bool) -> Tool:
     model = pyvene.IntervenableModel(pyvene.IntervenableConfig(places), model=case.model)
 
     def step(batch: Batch) -> list[torch.Tensor]:
-        kept.clear()
+        collected.clear()
         with torch.no_grad():
             model(batch)
-        return list(kept)
+        return list(collected)
 
     return Tool(step, Captured)
 
@@ -295,8 +293,9 @@ def recording(
         run(case, batch, backward=backward)
         recorder.step()
 
-    whole = sequences >= case.sizes.batch and not start and statistics
-    return Tool(step, (lambda _: read_run(recorder.run)) if whole else None, around, trains)
+    # States are compared where the raw sample is the full batch.
+    samples_batch = sequences >= case.sizes.batch and not start and statistics
+    return Tool(step, (lambda _: read_run(recorder.run)) if samples_batch else None, around, trains)
 
 
 def measured(case: Case, backward: bool) -> Tool:
@@ -335,16 +334,16 @@ def without_statistics(case: Case, backward: bool) -> Tool:
 
 @contextmanager
 def no_statistics() -> Iterator[None]:
-    """Leave out what `Sums` computes, and only that; a session still wants to know that a state came."""
-    from depthscope.probes.statistics.token_sums import Sums
+    """Leave out what `TokenSums` computes, and only that; a session still wants to know that a state came."""
+    from depthscope.probes.statistics.token_sums import TokenSums
 
-    def note(self: Sums, depth: int, *_: Any, **__: Any) -> None:
+    def note(self: TokenSums, depth: int, *_: Any, **__: Any) -> None:
         self._add("token_count", depth, torch.ones((), dtype=torch.float64))
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
-    with patch.multiple(Sums, see_state=note, see_gradient=nothing, see_mixing=nothing):
+    with patch.multiple(TokenSums, add_state=note, add_gradient=nothing, add_mixing=nothing):
         yield
 
 
@@ -358,14 +357,14 @@ PLAIN: dict[str, Prepare] = {
     "transformers output_hidden_states": hidden_states,
 }
 OWN: dict[str, Prepare] = {
-    "depthscope.probes.one_shot": capture,
-    "depthscope.probes.run.build_run, a measured step": measured,
+    "probes.capture": capture,
+    "probes.record, a measured step": measured,
     "· 1 sequence kept raw": measured_one,
     "· 1 sequence, no statistics": without_statistics,
-    "depthscope.probes.run.build_run, streaming evaluation": streamed,
+    "probes.record, streaming evaluation": streamed,
     "· one sequence in four": streamed_in_part,
     "· statistics without streaming=True": evaluated,
-    "depthscope.probes.run.build_run, between measured steps": between,
+    "probes.record, between measured steps": between,
 }
 PEERS: dict[str, Prepare] = {
     "nnsight": nnsight,
@@ -379,7 +378,7 @@ TOOLS = PLAIN | OWN | PEERS
 
 
 def groups() -> Iterable[list[str]]:
-    """Tools that share a process; peers patch torch when they are imported, so each has one of its own, with plain."""
+    """Tools that share a process. Some peers patch torch when they are imported: each has its own, with plain."""
     yield [*PLAIN, *OWN]
     for name in PEERS:
         yield ["plain", name]

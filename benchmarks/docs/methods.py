@@ -1,6 +1,7 @@
-"""What is every number and law, by which formula, from which paper? The methods page, from the declarations.
+"""By which formula is every number computed, and from which paper? The page of methods, from the declarations.
 
-``python -m benchmarks.docs.methods`` writes docs/methods.md; with ``--check`` it only says whether the page is current.
+``python -m benchmarks.docs.methods`` writes docs/methods.md. With ``--check`` it writes nothing, and exits with 1 where the
+page is old.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 HEADER = """\
 # Methods
 
-Every metric, every verdict and every law drawn beside a curve, written from their declarations by
+Every metric, every verdict and every law drawn over a curve, written from their declarations by
 `python -m benchmarks.docs.methods`: change the declaration, not this page. Logarithms are natural. `N` tokens, `d` features,
-`n` streams, depth `l`, connection `c`; rows of a mixing matrix are destinations, and later connections stand on
-the left of a product. NaN is undefined; 0 is a value. Padding never counts.
+`n` streams, depth `l`, connection `c`; rows of a mixing matrix are destinations, and later connections are on the
+left of a product. NaN is undefined; 0 is a value. Padding never counts.
 
-*Basis* says what a number depends on: `invariant` numbers do not change with the basis of the features or the
-streams, `feature` and `stream` ones do. *Null* is what data without structure give at the same size. Metrics
+*Basis* is what a number depends on: `invariant` numbers do not change with the basis of the features or the
+streams, `feature` and `stream` ones do. *Null* is the value for data without structure of the same size. Metrics
 *on request* cost too much for every analysis: name them in `diagnostics.analyze(run, metrics=[...])` or
 `depthscope analyze --metrics`.
 """
@@ -57,24 +58,23 @@ def methods_page() -> str:
 
 
 _VERDICTS = """\
-A verdict tells one number against its limits, in the sentence that `depthscope check` prints. A limit without a
+A verdict compares one number with its limits, in the sentence that `depthscope check` prints. A limit without a
 paper is called heuristic: it is ours, and it may be wrong for your network.
 """
 
 _LAWS = """\
-What theory says beside a measured curve, drawn in long dashes. A law is drawn only where the run meets what it
-assumes, as far as the run can tell; on the screen "laws not drawn: why?" gives the reason, and
-`depthscope.diagnostics.theory.beside(curve, analysis)` gives values and reasons in a script. A law fits nothing but what its
-text says.
+What theory gives for a measured curve, drawn in long dashes. A law is drawn only where the run meets its
+assumptions, as far as the run shows; on the screen "laws not drawn: why?" gives the reason, and
+`depthscope.diagnostics.theory.overlay_laws(curve, analysis)` gives values and reasons in a script. A law fits
+nothing but what its text states.
 """
 
 
 def _question(name: str) -> str:
-    """The heading of a module: its own docstring, which asks and answers."""
-    text = (importlib.import_module(f"depthscope.diagnostics.metrics.{name}").__doc__ or "").partition("\n")[
-        0
-    ]
-    return f"### {text}\n"
+    """The heading of a module of metrics: the first line of its docstring, a question with its answer."""
+    module = importlib.import_module(f"depthscope.diagnostics.metrics.{name}")
+    heading = (module.__doc__ or "").partition("\n")[0]
+    return f"### {heading}\n"
 
 
 def _metric(metric: Metric) -> str:
@@ -107,7 +107,7 @@ def _law(law: Law) -> str:
     text = _docstring(law.function.__doc__ or "")[2] if law.function else ""
     facts = {
         "Drawn as": law.label if law.function else "the null",
-        "Beside": ", ".join(f"`{name}`" for name in law.metrics),
+        "Drawn over": ", ".join(f"`{name}`" for name in law.metrics),
         "Holds for": law.assumption,
         "Source": _cited([law.cite]),
     }
@@ -138,7 +138,7 @@ def _block(formula: str) -> str:
 
 def _healthy(healthy: Range | None) -> str:
     if healthy is None:
-        return "no range holds for every network: read it against its null"
+        return "no range is right for every network: compare it with its null"
     ends = [
         f"{word} {end:g}"
         for word, end in (("at least", healthy.low), ("at most", healthy.high))
@@ -151,7 +151,7 @@ def _null(metric: Metric) -> str:
     if not callable(metric.null):
         return f"{metric.null:.4g}" if isinstance(metric.null, float) else metric.null
     words = (metric.null.__doc__ or "that of iid noise of the same size").partition("\n")[0].rstrip(".")
-    return f"{words}; beside it as `{metric.name}_null`"
+    return f"{words}; in the analysis as `{metric.name}_null`"
 
 
 def _limits(limits: Limits) -> str:

@@ -1,4 +1,4 @@
-"""Which published numbers does this code find? Tables for the methods page, from benchmarks.published."""
+"""Which published numbers does this code reproduce? Tables for the page of methods, from benchmarks.published."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from benchmarks.published.__main__ import RESULTS
+from benchmarks.published.results import RESULTS
 from depthscope.app.text.numbers import number
 
 NOTHING = 1e-9
-"""What rounding leaves of a zero differs from machine to machine: below this it is not printed."""
-WHOLE = 1e-6
+"""The rounding error of a zero differs from machine to machine: below this it is not printed."""
+INTEGER = 1e-6
+"""Numbers nearer than this to an integer are printed as one."""
 
 _WORDS = """\
-Numbers that papers print, or that closed forms give, beside those that this code computes, as
+Numbers that papers print, or that closed forms give, and those that this code computes, as
 `python -m benchmarks.published` does. Nothing is trained. A number that misses its tolerance fails the tests.
 A dash: no paper prints it. In brackets: a paper prints it for a model whose weights are not public, and what is found
 is the same curve of the network that the table names. `--runs FOLDER` adds these curves of the models that
@@ -24,7 +25,7 @@ is the same curve of the network that the table names. `--runs FOLDER` adds thes
 
 @cache
 def published_results() -> str:
-    """A table of each published result: what is printed, what is found here.
+    """A table of each published result: the printed number, and the one found here.
 
     Returns
     -------
@@ -56,8 +57,8 @@ def _short(value: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits, or all of a whole number; what rounding leaves of zero is said to be below it."""
+    """Three digits, or all digits of an integer; a zero with a rounding error is printed as below `NOTHING`."""
     value = float(value)
     if value != 0 and abs(value) < NOTHING:
         return f"below {number(NOTHING)}"
-    return f"{value:.0f}" if abs(value - round(value)) < WHOLE else number(value)
+    return f"{value:.0f}" if abs(value - round(value)) < INTEGER else number(value)

@@ -1,7 +1,7 @@
 """How does the cost of an analysis grow? One factor at a time, with the exponent: ``python -m benchmarks.growth``.
 
 An mHC decoder is trained for a step with gradients, captured, and analysed by one group of metrics at a time; depth, width,
-tokens and streams are varied one by one. Beside the exponent that was measured stands the one that counting operations gives.
+tokens and streams are varied one by one. Each measured exponent is printed with the one expected from counting operations.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.capture.cases import Sizes, build
-from benchmarks.growth import growth, operations
+from benchmarks.growth import operations, page
 from benchmarks.shared import process, tables
 
-SECOND = 1.0
+SECOND = 1.0  # parts that take longer are timed in the first round only
 BASE = Sizes(layers=4, width=256, batch=2, tokens=256)
 FACTORS: dict[str, tuple[str, tuple[int, ...]]] = {
     "depth": ("layers", (2, 4, 8, 16)),
@@ -38,11 +38,11 @@ def main() -> None:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     results = {"factors": {name: points(name, arguments) for name in FACTORS}, "base": asdict(BASE)}
-    results |= tables.circumstances("benchmarks.growth", growth.PACKAGES) | {"rounds": arguments.rounds}
-    print(json.dumps(results, indent=1) if arguments.json else growth.text(results))
+    results |= tables.circumstances("benchmarks.growth", page.PACKAGES) | {"rounds": arguments.rounds}
+    print(json.dumps(results, indent=1) if arguments.json else page.text(results))
     if arguments.markdown:
-        growth.draw(results, arguments.markdown.parent / "images")
-        tables.put_section(arguments.markdown, "benchmarks.growth", growth.markdown(results))
+        page.draw(results, arguments.markdown.parent / "images")
+        tables.put_section(arguments.markdown, "benchmarks.growth", page.markdown(results))
 
 
 def parsed() -> argparse.Namespace:
@@ -51,9 +51,9 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="three small sizes of each: only to see it run")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
-        "--markdown", type=Path, help="write its part of this page, docs/analyzers.md, and its figures"
+        "--markdown", type=Path, help="write its part of the page, docs/analyzers.md, and its figures"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -72,7 +72,7 @@ def points(factor: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
-    """What a worker process does: seconds of each part, and operations that it should take, at some sizes."""
+    """What a worker process computes: seconds of each part, and the operations that it should take, for each size."""
     import torch
 
     logging.disable(logging.WARNING)
@@ -86,19 +86,19 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds(sizes: Sizes, rounds: int) -> dict[str, float]:
-    """Median seconds of capturing a step, beyond the plain step, and of each group of metrics."""
-    from benchmarks.analysis import steps
+    """Median seconds of a plain step, of capturing it (the excess over plain), and of each group of metrics."""
+    from benchmarks.analysis import measured_steps
     from depthscope.diagnostics import analyze
 
-    plain = steps.plain(build("mhc", sizes), backward=True)
-    captured = steps.measured(build("mhc", sizes), backward=True, analysis=False)
+    plain = measured_steps.plain(build("mhc", sizes), backward=True)
+    captured = measured_steps.measured(build("mhc", sizes), backward=True, analysis=False)
     run = captured()
     groups = operations.groups()
     parts: dict[str, Callable[[], Any]] = {"plain": plain, "captured": captured}
     parts |= {name: lambda chosen=chosen: analyze(run, metrics=chosen) for name, chosen in groups.items()}
     taken = medians(parts, rounds)
-    beyond = max(taken.pop("captured") - taken["plain"], 1e-6)
-    return {"capture": beyond, "a plain step": taken.pop("plain"), **taken}
+    excess = max(taken.pop("captured") - taken["plain"], 1e-6)  # positive: an exponent needs its logarithm
+    return {"capture": excess, "a plain step": taken.pop("plain"), **taken}
 
 
 def medians(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

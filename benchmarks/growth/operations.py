@@ -1,4 +1,4 @@
-"""How many operations should a group of metrics take? The terms that count, weighed roughly; so are exponents expected.
+"""How many operations should a group of metrics take? The leading terms with rough weights, for expected exponents.
 
 S states, C connections, B sequences of T tokens, N = B T, D features, n streams; V = n + 1 views of a state, its mean and its
 streams.
@@ -20,12 +20,13 @@ NAMES = {
 }
 QUESTIONS = {
     "similarity": ("similarity",),
-    "mixing": ("mixing", "operators", "paths"),
+    "mixing": ("mixing", "operators", "contraction", "paths"),
     "gradients": ("gradients",),
 }
-EIGEN = 4  # products of two square matrices that all eigenvalues of one cost, roughly
-PASSES = 150  # multiplications in a matrix product that take as long as the passes over one number of a state, roughly
-SMALL = 50  # products of two n × n matrices that the decompositions of one cost, roughly
+# Rough weights of ours, in multiplications of a large matrix product, the fastest kind:
+EIGEN = 4  # all eigenvalues of a matrix, in products of two such matrices
+PASSES = 150  # all passes over one number of a state: memory, not arithmetic, is the limit there
+SMALL = 50  # the decompositions of an n × n matrix, in products of two such matrices
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -69,6 +70,6 @@ def of(sizes: Sizes) -> dict[str, float]:
 
 
 def spectrum(rows: int, columns: int) -> float:
-    """Of one matrix: its smaller Gram matrix, and the eigenvalues of that."""
+    """Operations for the spectrum of one matrix: its smaller Gram matrix, and the eigenvalues of that."""
     small, large = sorted((rows, columns))
     return small**2 * large + EIGEN * small**3

@@ -1,1 +1,1 @@
-"""Benchmarks."""
+"""Which published numbers does depthscope reproduce? Tables of both: ``python -m benchmarks.published``."""

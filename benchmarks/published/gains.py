@@ -1,7 +1,7 @@
-"""How do the Amax gains of Fig. 3 and 7 of the mHC paper grow? On networks that are built, where closed forms check them.
+"""How do the Amax gains of Fig. 3 and 7 of the mHC paper grow? On built networks, for which there are closed forms.
 
-The weights that the papers measured are not public: these are the same curves of other networks, each with its own
-number, and the printed order beside it.
+The weights measured in the paper are not public: these are the same curves of other networks, each with its own number,
+and the printed order of magnitude.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from depthscope.diagnostics.kernels import mixing
 STREAMS, CONNECTIONS, TOKENS = 4, 60, 1024
 HC_ORDER, MHC_ORDER = 3000.0, 1.6  # about: the largest composite gains of the 27B models of the paper
 DRIFT = HC_ORDER ** (1 / CONNECTIONS)
-HC_SPREADS = (0.05, 0.03)  # of the weights around their mean, attention and MLP
+HC_SPREADS = (0.05, 0.03)  # standard deviations of the weights, attention and MLP
 LARGEST_OF_FOUR = 1.029  # expected largest of four standard normal numbers
-MHC_DIAGONAL, MHC_SPREAD = 12.0, 4.0  # near the identity; a range that twenty Sinkhorn steps do not settle
+MHC_DIAGONAL, MHC_SPREAD = (
+    12.0,
+    4.0,
+)  # near the identity; a range for which twenty Sinkhorn steps do not converge
 BRANCHES = ("attention", "MLP")
 MARKS = (1, 20, 40, 60)
 DIRECTIONS = {"forward": mixing.forward_gain, "backward": mixing.backward_gain}
@@ -68,7 +71,7 @@ def gains_of_constrained_mixing() -> Iterator[Row]:
 
 
 def along_depth(products: np.ndarray, order: float) -> Iterator[Row]:
-    """The composite gain, mean over tokens, at some depths; the largest beside that of another model, the paper's."""
+    """The composite gain, mean over tokens, at some depths; the largest one with that of the paper's model."""
     for direction, gain in DIRECTIONS.items():
         curve = gain(products).mean(-1)
         for mark in MARKS:

@@ -1,4 +1,4 @@
-"""What is one line of a table of published numbers? A printed number beside the one found here."""
+"""What is one line of a table of published numbers? A printed number, and the one found here."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One number twice.
+    """A published number, and the same number as computed here.
 
     Parameters
     ----------
     name : str
-        What it is.
+        What the number is.
     printed : float or None
         In the paper, or in closed form; None where neither gives it.
     found : float
-        Here.
+        As computed here.
     tolerance : float
-        How far apart they may be; two decimals are printed with an error of 0.005.
+        Largest difference allowed; a number printed with two decimals has an error of 0.005.
     elsewhere : float or None
-        What a paper prints for a model that is not public: of the same curve, not of the model that is measured.
+        The number that a paper prints for a model that is not public: of the same curve, of another model.
     """
 
     name: str
@@ -30,5 +30,5 @@ class Row:
     elsewhere: float | None = None
 
     @property
-    def holds(self) -> bool:
+    def agrees(self) -> bool:
         return self.printed is None or bool(abs(self.printed - self.found) <= self.tolerance)

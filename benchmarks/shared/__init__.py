@@ -1,1 +1,1 @@
-"""Benchmarks."""
+"""What do all benchmarks share? Worker processes, medians of rounds, memory, tables."""

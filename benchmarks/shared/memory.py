@@ -8,14 +8,15 @@ from pathlib import Path
 
 
 def trimmed() -> float:
-    """Give freed memory back, forget the peak so far, and tell what is resident, in MiB."""
+    """Return freed memory to the system, reset the peak, and give what is resident, in MiB."""
+    # glibc retains freed memory for later allocations: it would hide a step's own.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     forget_peak()
     return status("VmRSS")
 
 
 def forget_peak() -> None:
-    """Start the kernel's high-water mark anew."""
+    """Reset the kernel's high-water mark (5, in proc(5), is the command for it)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

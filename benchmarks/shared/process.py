@@ -1,4 +1,4 @@
-"""How is a task measured apart from all others? In a process of its own, with one thread; a crash is an answer too."""
+"""How is a task measured in isolation? In a process of its own with one thread; a crash is a result too."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# More threads than cores of a busy machine make times depend on its other processes.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
+# The root of the repository: ``python -m`` finds the package in the working directory, wherever the benchmark started.
+ROOT = Path(__file__).resolve().parents[2]
+
+
 def ask(module: str, task: dict[str, Any]) -> dict[str, Any]:
-    """Let a benchmark work on a task in a process of its own.
+    """Run one task of a benchmark in a new process.
 
     Parameters
     ----------
     module : str
         Run by ``python -m``; it takes ``--worker`` with the task as JSON, and prints the answer as its last line.
     task : dict
-        What is asked.
+        Arguments of the benchmark's ``work``.
 
     Returns
     -------
@@ -28,8 +33,11 @@ def ask(module: str, task: dict[str, Any]) -> dict[str, Any]:
         The answer, or the ``reason`` why there is none.
     """
     command = [sys.executable, "-m", module, "--worker", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | ONE_THREAD, cwd=ROOT
+    )
+    # Tools print to stdout too: the answer is the last line.
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    message = (done.stderr.strip().splitlines() or ["no message"])[-1].replace(f"{Path.cwd()}/", "")
+    message = (done.stderr.strip().splitlines() or ["no message"])[-1].replace(f"{ROOT}/", "")
     return {"reason": f"crashed: {message[:150]}"}

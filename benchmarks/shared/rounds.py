@@ -1,4 +1,4 @@
-"""What does a tool take, against another in the same rounds? The ratio of medians, with quartiles."""
+"""How long does a tool take, relative to another in the same rounds? The ratio of medians, with quartiles."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 
 def ratio(values: list[float], base: list[float]) -> dict[str, Any]:
-    """Seconds of a tool beside those of what it is compared with.
+    """Seconds of a tool relative to those of a baseline.
 
     Parameters
     ----------
     values : list of float
         Seconds of each round.
     base : list of float
-        Those of the other.
+        Seconds of the baseline in each round.
 
     Returns
     -------
     dict
         ``ratio`` of medians, its ``quartiles``, ``rounds``, ``seconds`` and ``extra_seconds``.
     """
+    # Medians: one round in which the machine was busy does not count.
     middle = statistics.median(base)
     quarters = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {

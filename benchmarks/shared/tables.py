@@ -1,4 +1,4 @@
-"""How are results told? As tables for a terminal and for a page, with the circumstances that they were taken in."""
+"""How are results written? As tables for a terminal and for a page, with date, machine, versions and command."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 Table = tuple[str, list[str], list[list[str]]]
-OWN = ("torch", "depthscope", "transformers")  # what a reader has installed with this package
+OWN = ("torch", "depthscope", "transformers")  # installed with this package: no peers
 
 
-def circumstances(script: str, packages: Iterable[str]) -> dict[str, Any]:
+def circumstances(module: str, packages: Iterable[str]) -> dict[str, Any]:
     """Day, machine, versions and command of a run.
 
     Parameters
     ----------
-    script : str
-        Its file, from the root of the repository.
+    module : str
+        Run by ``python -m``.
     packages : iterable of str
-        Whose versions are asked for; those that are not installed are left out.
+        Packages whose versions are listed, where they are installed.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def circumstances(script: str, packages: Iterable[str]) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used",
         "versions": versions(packages),
-        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
     }
 
 
@@ -49,7 +49,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def pinned(found: Mapping[str, str]) -> str:
-    """What to give to pip so as to have the same peers."""
+    """The peers in these versions, as arguments of pip install."""
     return " ".join(f"{name}=={version}" for name, version in found.items() if name not in OWN)
 
 
@@ -105,16 +105,16 @@ def _line(cells: list[str]) -> str:
 
 
 def put_section(path: Path, name: str, text: str) -> None:
-    """Write one part of a page that several scripts write, and leave the other parts as they are.
+    """Write one part of a page that several benchmarks write, and leave the other parts unchanged.
 
     Parameters
     ----------
     path : Path
         The page; it need not exist.
     name : str
-        Of the part; a new one goes to the end.
+        Name of the part, in comments around it; a new part is appended.
     text : str
-        What it says.
+        Its Markdown.
     """
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     page = path.read_text(encoding="utf-8") if path.exists() else ""

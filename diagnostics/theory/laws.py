@@ -1,4 +1,4 @@
-"""What is a law? A declaration, a function of what was measured, and the reason why it says nothing."""
+"""What is a law? A declaration, with a function from a measured curve to the values that theory gives for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from depthscope.diagnostics.quantities.registry import Unavailable
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A curve of an analysis, and what the same analysis says beside it.
+    """A curve of an analysis, and the analysis, in which a law finds the other numbers that it needs.
 
     Parameters
     ----------
     curve : DataArray
-        One variable along ``depth`` or ``connection``; its scalar coordinates say which slice it is.
+        One variable along ``depth`` or ``connection``; its scalar coordinates tell which slice it is.
     analysis : Dataset
         The analysis that it was taken from.
     """
@@ -34,7 +34,7 @@ class Measured:
         return {str(name): value for name, value in self.analysis.attrs.items()}
 
     def label(self, dim: str) -> str:
-        """Which label of a dimension the curve is a slice of, empty where it never had that dimension.
+        """The label at which the curve was selected along a dimension; empty where it never had that dimension.
 
         Parameters
         ----------
@@ -55,9 +55,9 @@ class Measured:
         name : str
             A variable of the analysis.
         over : str
-            A dimension to keep whole, behind the axis of the curve.
+            A dimension to leave in, after the axis of the curve.
         **labels : str
-            What the curve itself does not say.
+            Labels of dimensions that the curve does not have, or that replace its own.
 
         Returns
         -------
@@ -66,17 +66,21 @@ class Measured:
         Raises
         ------
         Unavailable
-            Where the analysis does not hold it, or not defined everywhere behind the first place.
+            Where the analysis does not contain it, or it is undefined anywhere after the first place.
         """
         if name not in self.analysis:
-            raise Unavailable(f"the analysis holds no {name}")
+            raise Unavailable(f"the analysis contains no {name}")
         array = self.analysis[name]
-        known = {str(dim): c.item() for dim, c in self.curve.coords.items() if c.ndim == 0 and dim != over}
-        chosen = {dim: label for dim, label in (known | labels).items() if dim in array.dims}
-        array = array.sel(chosen)
-        if unsaid := [str(dim) for dim in array.dims if dim not in (*self.curve.dims, over)]:
-            raise Unavailable(f"the curve does not say which {' and '.join(unsaid)} it is of")
+        selection = {
+            str(dim): c.item() for dim, c in self.curve.coords.items() if c.ndim == 0 and dim != over
+        }
+        selection.update(labels)
+        array = array.sel({dim: label for dim, label in selection.items() if dim in array.dims})
+        ambiguous = [str(dim) for dim in array.dims if dim not in (*self.curve.dims, over)]
+        if ambiguous:
+            raise Unavailable(f"the curve does not say which {' and '.join(ambiguous)} it is of")
         values = array.transpose(*self.curve.dims, ...).values.astype(np.float64)
+        # The first depth may be undefined: what compares a depth with the one before starts at the second.
         if not np.isfinite(values[1:]).all():
             raise Unavailable(f"{name} is not defined everywhere")
         return values
@@ -84,7 +88,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Law:
-    """What theory says about a metric.
+    """What theory gives for a metric.
 
     Parameters
     ----------
@@ -95,9 +99,9 @@ class Law:
     cite : str
         Key of ``references.bib``.
     assumption : str
-        Where it holds; ends the sentence "It holds for".
+        Where it is valid; completes the sentence "It holds for …".
     metrics : tuple of str
-        The metrics that it stands beside.
+        The metrics over whose curves it is drawn.
     description : str
         The first line of the docstring.
     function : function or None
@@ -114,33 +118,10 @@ class Law:
     function: Callable[[Measured], np.ndarray] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Overlay:
-    """A law beside a curve: its values, or the reason why there are none.
-
-    Parameters
-    ----------
-    law : Law
-        The law.
-    values : DataArray or None
-        On the axis of the measured curve; NaN where the law says nothing.
-    reason : str
-        Why there are no values; empty where there are.
-    """
-
-    law: Law
-    values: xr.DataArray | None
-    reason: str = ""
-
-
-LAWS: dict[str, Law] = {}
-"""Every law by name."""
-
-
 def law(
     *, label: str, equation: str, cite: str, assumption: str, metrics: tuple[str, ...]
-) -> Callable[[Callable[[Measured], np.ndarray]], Callable[[Measured], np.ndarray]]:
-    """Declare the function below as a law.
+) -> Callable[[Callable[[Measured], np.ndarray]], Law]:
+    """Declare the function below as a law; the register is ``LAWS`` in theory/catalogue.py.
 
     Parameters
     ----------
@@ -150,69 +131,19 @@ def law(
     Returns
     -------
     function
-        A decorator that leaves the function as it is.
+        A decorator that turns the function into a `Law` of its name.
     """
 
-    def declare(function: Callable[[Measured], np.ndarray]) -> Callable[[Measured], np.ndarray]:
-        name = function.__name__
-        first = (inspect.getdoc(function) or "").partition("\n")[0]
-        LAWS[name] = Law(name, label, equation, cite, assumption, metrics, first, function)
-        return function
+    def declare(function: Callable[[Measured], np.ndarray]) -> Law:
+        return Law(
+            name=function.__name__,
+            label=label,
+            equation=equation,
+            cite=cite,
+            assumption=assumption,
+            metrics=metrics,
+            description=(inspect.getdoc(function) or "").partition("\n")[0],
+            function=function,
+        )
 
     return declare
-
-
-def beside(curve: xr.DataArray, analysis: xr.Dataset) -> list[Overlay]:
-    """What theory says beside a measured curve.
-
-    Parameters
-    ----------
-    curve : DataArray
-        A slice of the analysis along ``depth`` or ``connection``, under the metric's name.
-    analysis : Dataset
-        The analysis that it was taken from.
-
-    Returns
-    -------
-    list of Overlay
-        One for each law of the metric, in the order of `LAWS`; none for a curve of one point.
-
-    Examples
-    --------
-    >>> import diagnostics.theory
-    >>> norm = xr.DataArray([1.0, 2.0], dims="depth", name="residual_norm")
-    >>> beside(norm, norm.to_dataset())[0].reason
-    'the analysis holds no adjacent_cosine'
-    """
-    if curve.size < 2:
-        return []
-    measured = Measured(curve, analysis)
-    return [
-        _overlay(found, measured) for found in LAWS.values() if curve.name in found.metrics and found.function
-    ]
-
-
-def _overlay(found: Law, measured: Measured) -> Overlay:
-    assert found.function is not None
-    try:
-        values = found.function(measured)
-    except Unavailable as reason:
-        return Overlay(found, None, str(reason))
-    return Overlay(found, measured.curve.copy(data=values))
-
-
-def null_law(metric: str) -> Law | None:
-    """The law that gives a metric's null.
-
-    Parameters
-    ----------
-    metric : str
-        A name of the catalogue.
-
-    Returns
-    -------
-    Law or None
-    """
-    return next(
-        (found for found in LAWS.values() if found.function is None and metric in found.metrics), None
-    )

@@ -36,13 +36,13 @@ def mean_field_curve(
     second_moment, cosine : float
         Mean square of a feature of the input, and the cosine between two inputs.
     num_depths : int
-        The input and the layers behind it.
+        The input and the layers after it.
     activation : str
         A name of `depthscope.diagnostics.kernels.meanfield.ACTIVATIONS`.
     sigma_w, sigma_b : float
         Weights have variance σ_w²/width, biases σ_b².
     state : {"pre", "post"}
-        Whether a layer's state is before its activation, h = W φ(h′) + b, or behind it, x = φ(W x′ + b).
+        Whether a layer's state is before its activation, h = W φ(h′) + b, or after it, x = φ(W x′ + b).
 
     Returns
     -------
@@ -55,7 +55,7 @@ def mean_field_curve(
 
     Examples
     --------
-    Orthogonal inputs through one ReLU layer have the cosine 1/π behind it:
+    Orthogonal inputs have the cosine 1/π after one ReLU layer:
 
     >>> found = mean_field_curve(1.0, 0.0, num_depths=2, activation="relu", sigma_w=2**0.5, state="post")
     >>> [round(float(x), 6) for x in (found.second_moment[1], found.cosine[1])]
@@ -66,11 +66,16 @@ def mean_field_curve(
     lengths, cosines = _maps(second_moment, cosine, num_depths, activation, sigma_w, sigma_b)
     slopes = np.array([meanfield.chi_1(sigma_w, sigma_b, activation, q) for q in lengths])
     if state == "pre":
+        # The first layer reads the input itself, without an activation: its gain is σ_w² alone.
         gains = np.concatenate([[sigma_w**2], slopes[: num_depths - 2]])
         moments, between = lengths[: num_depths - 1], cosines[: num_depths - 1]
     else:
         gains = slopes[: num_depths - 1]
-        moments, between = _behind(lengths, cosines, sigma_w, sigma_b)
+        # The next layer's pre-activation has variance σ_w² E φ² + σ_b² and covariance σ_w² E φφ′ + σ_b²: solve for φ.
+        activated = lengths[1:] - sigma_b**2
+        moments = activated / sigma_w**2
+        between = (cosines[1:] * lengths[1:] - sigma_b**2) / activated
+    # Products of the squared gains from the last depth down to each.
     backward = np.sqrt(np.cumprod(np.concatenate([[1.0], gains[: num_depths - 1][::-1]]))[::-1])
     return MeanField(
         np.concatenate([[second_moment], moments]), np.concatenate([[cosine], between]), backward
@@ -80,43 +85,40 @@ def mean_field_curve(
 def _maps(
     second_moment: float, cosine: float, count: int, activation: str, sigma_w: float, sigma_b: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Variance and correlation of the pre-activations of so many layers; the first one reads the input itself."""
+    """Variance and correlation of the pre-activations of ``count`` layers; the first layer reads the input itself."""
     q = sigma_w**2 * second_moment + sigma_b**2
     c = (sigma_w**2 * second_moment * cosine + sigma_b**2) / q if q > 0 else np.nan
     lengths, cosines = [q], [c]
     for _ in range(count - 1):
+        # Rounding can lift a correlation above 1, which the map refuses.
         cosines.append(meanfield.c_map(min(c, 1.0), q, sigma_w, sigma_b, activation))
         lengths.append(meanfield.q_map(q, sigma_w, sigma_b, activation))
         q, c = lengths[-1], cosines[-1]
     return np.array(lengths), np.array(cosines)
 
 
-def _behind(
-    lengths: np.ndarray, cosines: np.ndarray, sigma_w: float, sigma_b: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Moments behind each activation, from what the next layer makes of them."""
-    square = lengths[1:] - sigma_b**2
-    return square / sigma_w**2, (cosines[1:] * lengths[1:] - sigma_b**2) / square
-
-
-_RANDOM = "wide layers of independent weights; the run says activation, sigma_w and sigma_b in its attribute mean_field"
+_RANDOM = (
+    "wide layers of independent weights; the run's attribute mean_field gives activation, sigma_w and sigma_b"
+)
 
 
 def _mean_field(measured: Measured) -> MeanField:
-    """The mean-field curves of the network that the run says it is, from its measured input."""
-    told = measured.attrs.get("mean_field")
-    if not told:
+    """The mean-field curves of the network that the run's attributes describe, from its measured input."""
+    network = measured.attrs.get("mean_field")
+    if not network:
         raise Unavailable(
             "the run does not say that it is a random feed-forward network: no attribute mean_field"
         )
     if measured.label("centering") == "centred":
         raise Unavailable("the law is of cosines without centring")
+    # E x² = (E x)² + Var x, each averaged over features.
     moments = [
         measured.other(name, stream="mean")[0] for name in ("channel_squared_mean", "channel_variance")
     ]
+    # Lengths and gradients do not depend on the cosine.
     first = measured.curve.values[0] if measured.curve.name == "token_cosine" else 0.0
     try:
-        return mean_field_curve(sum(moments), float(first), num_depths=measured.curve.size, **told)
+        return mean_field_curve(sum(moments), float(first), num_depths=measured.curve.size, **network)
     except (TypeError, ValueError) as error:
         raise Unavailable(f"the attribute mean_field does not describe a network: {error}") from error
 
@@ -131,8 +133,8 @@ def _mean_field(measured: Measured) -> MeanField:
 def mean_field_length(measured: Measured) -> np.ndarray:
     """Length of the states of a wide random feed-forward network, from that of its input.
 
-    The run says what it is: ``attrs={"mean_field": {"activation": "relu", "sigma_w": 1.41, "sigma_b": 0.0,
-    "state": "pre"}}``; the state is ``"pre"`` before the activation (the default) or ``"post"`` behind it, and
+    The run describes the network: ``attrs={"mean_field": {"activation": "relu", "sigma_w": 1.41, "sigma_b": 0.0,
+    "state": "pre"}}``; the state is ``"pre"``, before the activation (the default), or ``"post"``, after it, and
     depth 0 is the input of the first layer.
     """
     moments = _mean_field(measured).second_moment

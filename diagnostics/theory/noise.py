@@ -1,7 +1,7 @@
-"""What would noise give? The Marchenko-Pastur law, which is the null of ranks and of spectra."""
+"""What would noise give? The Marchenko-Pastur law, the null of ranks and spectra."""
 
-from depthscope.diagnostics.quantities.states import RANKS
-from depthscope.diagnostics.theory.laws import LAWS, Law
+from depthscope.diagnostics.quantities.token_spectra import RANKS
+from depthscope.diagnostics.theory.laws import Law
 
 MARCHENKO_PASTUR = Law(
     name="marchenko_pastur",
@@ -11,8 +11,6 @@ MARCHENKO_PASTUR = Law(
     cite="marchenko1967distribution",
     assumption="independent entries of equal variance, at the same number of tokens and features",
     metrics=(*RANKS, *(f"streamed_{name}" for name in RANKS), "singular_value"),
-    description="Ranks of noise: it is the null of these metrics, beside them in every analysis.",
+    description="Ranks of noise: the null of these metrics, which every analysis contains.",
     function=None,
 )
-
-LAWS[MARCHENKO_PASTUR.name] = MARCHENKO_PASTUR

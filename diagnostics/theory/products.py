@@ -1,4 +1,4 @@
-"""What do random connections do? Spectra of one, and of the product from the embedding on, by drawing them."""
+"""What do random connections do? Spectra of one, and of the product from the embedding on, by Monte Carlo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from depthscope.diagnostics.theory.laws import Measured, law
 STOCHASTIC = 0.05
 """Mean violation up to which connections count as doubly stochastic. Heuristic."""
 DRAWS = 200
-"""Products behind the Gaussian product law: enough for a line, and quick."""
+"""Random products of which the law is the mean or median: its error is then 1/14 of their spread. Heuristic."""
 
 
 @law(
@@ -31,7 +31,7 @@ def random_product(measured: Measured) -> np.ndarray:
 
     G has independent standard normal entries. Where the connections are doubly stochastic the law is that on
     the differences between streams, and the first value is 1. Values are the mean or the median of 200 products
-    with a fixed seed, as the curve is over tokens; NaN below 1e-12 of the first value, where float64 ends.
+    with a fixed seed, as the curve is over tokens; NaN below 1e-12 of the first value, where float64 has no digits left.
     """
     reduction = _reduction(measured)
     values = _reduced_products(_moments(measured), reduction)
@@ -59,7 +59,7 @@ def random_connection(measured: Measured) -> np.ndarray:
 
 
 def _reduction(measured: Measured) -> str:
-    """The reduction over tokens, where the draws have it too."""
+    """The reduction of the curve over tokens, refused unless the draws can be reduced in the same way."""
     reduction = measured.label("reduction")
     if reduction not in ("mean", "median"):
         raise Unavailable(f"the law is of the mean or the median over tokens, not of their {reduction}")
@@ -67,12 +67,12 @@ def _reduction(measured: Measured) -> str:
 
 
 class _Moments(NamedTuple):
-    """What is kept of the connections: their traces and squared norms, and whether sums over streams are kept."""
+    """What the random connections have in common with the measured ones; hashable, as a key of the caches below."""
 
     traces: tuple[float, ...]
-    energies: tuple[float, ...]
+    energies: tuple[float, ...]  # ‖H‖_F²
     num_streams: int
-    stochastic: bool
+    stochastic: bool  # doubly: the sum over streams is preserved
 
 
 def _moments(measured: Measured) -> _Moments:
@@ -87,21 +87,26 @@ def _moments(measured: Measured) -> _Moments:
 
 
 def _second_moment(measured: Measured, name: str, over: str = "") -> np.ndarray:
-    """Mean square over tokens from the mean and, as of a normal law, the 1st and 99th percentile."""
+    """Mean square over tokens, from the mean and from the 1st and 99th percentile as those of a normal law.
+
+    An analysis contains no standard deviation over tokens: 2 · 2.326 of them are between these percentiles.
+    """
     mean, low, high = (measured.other(name, over=over, reduction=label) for label in ("mean", "p1", "p99"))
     return mean**2 + ((high - low) / (2.0 * ndtri(0.99))) ** 2
 
 
 def _random_parts(moments: _Moments) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Middle and spread of each connection, their size, and how many values the sums over streams take (0 or 1)."""
-    common = int(moments.stochastic)  # the mean over streams goes through a doubly stochastic matrix as it is
+    """A and s of each connection H = a I + s G, the size of G, and the number of values that are 1 (0 or 1)."""
+    # A doubly stochastic matrix maps the mean over streams to itself: one singular value is 1, and what is random are
+    # the n − 1 others.
+    common = int(moments.stochastic)
     trace, energy = np.array(moments.traces) - common, np.array(moments.energies) - common
     size = moments.num_streams - common
     if not (np.isfinite(trace).all() and np.isfinite(energy).all()):
         raise Unavailable("a connection is not defined")
     middle = trace / size
     spread = np.sqrt(np.maximum(energy - size * middle**2, 0.0)) / size
-    if spread.max() < 1e-6:
+    if spread.max() < 1e-6:  # float32 rounding of an identity
         raise Unavailable("every connection is a multiple of the identity: nothing random in them")
     return middle, spread, size, common
 
@@ -111,7 +116,10 @@ def _reduced_products(moments: _Moments, reduction: str) -> np.ndarray:
     """Singular values (connections, streams) over products of random matrices, the largest first."""
     middle, spread, size, common = _random_parts(moments)
     logarithms = _log_products(middle, spread, size)
-    reduced = np.median(logarithms, axis=1) if reduction == "median" else _log_mean(logarithms)
+    if reduction == "median":
+        reduced = np.median(logarithms, axis=1)
+    else:  # the mean of values, in logarithms, which cannot overflow
+        reduced = logsumexp(logarithms, axis=1) - np.log(logarithms.shape[1])
     values = np.concatenate([np.ones((len(middle), common)), np.exp(reduced)], axis=1)
     return np.where(values > 1e-12 * values[:, :1], values, np.nan)
 
@@ -134,17 +142,14 @@ def _reduced_connections(moments: _Moments, name: str, reduction: str) -> np.nda
     return values
 
 
-def _log_mean(logarithms: np.ndarray) -> np.ndarray:
-    """Logarithm of the mean over draws, without overflow."""
-    return logsumexp(logarithms, axis=1) - np.log(logarithms.shape[1])
-
-
 def _log_products(middle: np.ndarray, spread: np.ndarray, size: int) -> np.ndarray:
     """Log singular values (connections, draws, size) of the products from the first connection on."""
     rng = np.random.default_rng(0)
-    product, scale, found = np.broadcast_to(np.eye(size), (DRAWS, size, size)), np.zeros((DRAWS, 1)), []
+    product, scale = np.broadcast_to(np.eye(size), (DRAWS, size, size)), np.zeros((DRAWS, 1))
+    found = []
     for a, s in zip(middle, spread, strict=True):
         product = (a * np.eye(size) + s * rng.standard_normal((DRAWS, size, size))) @ product
+        # Divided by the largest entry at each connection: a product of hundreds would overflow.
         largest = np.abs(product).max(axis=(1, 2), keepdims=True)
         product, scale = product / largest, scale + np.log(largest[:, 0])
         singular = np.linalg.svd(product, compute_uv=False)

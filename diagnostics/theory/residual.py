@@ -8,7 +8,7 @@ from depthscope.diagnostics.quantities.registry import Unavailable
 from depthscope.diagnostics.theory.laws import Measured, law
 
 ALIGNED = 0.2
-"""Cosine of branch and stream from which they are not independent: fresh networks stay below 0.1. Heuristic."""
+"""Cosine of branch and stream above which they are not independent: fresh networks are below 0.1. Heuristic."""
 
 
 @law(
@@ -22,10 +22,11 @@ def pre_ln_growth(measured: Measured) -> np.ndarray:
     """Growth of a fresh Pre-LN network: every block adds to the squared norm what the first one added.
 
     The constant a is measured at the first block (state by state, where a block has several). Not drawn after
-    training steps, beside several streams, or where a branch has a cosine above 0.2 with the stream that it is
-    added to, as in trained networks: the law is of other networks then.
+    training steps, for several streams, or where a branch has a cosine above 0.2 with the stream that it is added
+    to, as in trained networks: the law assumes independence.
     """
     squares = _grown(measured)
+    # x_l = x_{l−1} + b with b ⊥ x_{l−1}: cos(x_{l−1}, x_l) = ‖x_{l−1}‖/‖x_l‖.
     cosine = np.concatenate([[np.nan], np.sqrt(np.minimum(squares[:-1] / squares[1:], 1.0))])
     values = {
         "residual_norm": np.sqrt(squares),
@@ -48,18 +49,22 @@ def _grown(measured: Measured) -> np.ndarray:
     _require_independent(norm, measured.other("adjacent_cosine", stream="mean"))
     squares = norm**2
     added = np.diff(squares)[: _states_per_block(measured)]
+    # A threshold of ours: above the float32 rounding of squared norms, below any branch that adds something.
     if not added.sum() > 1e-4 * squares[0]:
         raise Unavailable(
             "the first block adds nothing to the norm, as where a norm follows the sum (Post-LN)"
         )
+    # The growth of the first block, state by state, repeated for every later one.
     return squares[0] + np.concatenate([[0.0], np.cumsum(np.resize(added, len(squares) - 1))])
 
 
 def _require_independent(norm: np.ndarray, cosine: np.ndarray) -> None:
-    """Refuse branches that point along the stream or against it, from ‖x‖, ‖x + b‖ and cos(x, x + b)."""
+    """Refuse branches b with a component along the stream x, from ‖x‖, ‖x + b‖ and cos(x, x + b)."""
+    # With ‖x‖ = 1 and r = ‖x + b‖: ⟨b, x⟩ = r cos − 1 and ‖b‖² = r² − 2 r cos + 1.
     ratio = norm[1:] / norm[:-1]
     along = cosine[1:] * ratio - 1.0
     aligned = along / np.sqrt(np.maximum(ratio**2 - 2.0 * cosine[1:] * ratio + 1.0, np.finfo(float).tiny))
+    # "not ≤" refuses NaN too.
     worst = int(np.argmax(np.abs(aligned)))
     if not abs(aligned[worst]) <= ALIGNED:
         raise Unavailable(
@@ -69,7 +74,7 @@ def _require_independent(norm: np.ndarray, cosine: np.ndarray) -> None:
 
 
 def _states_per_block(measured: Measured) -> int:
-    """How many depths a block has; refused where blocks differ."""
+    """Number of depths of a block; refused where blocks differ."""
     if "layer" not in measured.curve.coords:
         raise Unavailable("the depths carry no block numbers")
     counts = np.unique(measured.curve["layer"].values[1:], return_counts=True)[1]
@@ -90,35 +95,35 @@ def dong_cubic(measured: Measured) -> np.ndarray:
     r"""Dong's bound, doubly exponential in depth, with the constant of the first step.
 
     The bound itself is r_{l+1} ≤ 4βH r_l³/√d_qk for the norm √(‖·‖₁ ‖·‖_∞) of the residual; β and H are in the
-    weights, which a run does not hold. Here r is relative to ‖X‖, which the law takes as constant. Drawn where
-    the run says ``attrs={"pure_attention": True}``.
+    weights, which a run does not contain. Here r is relative to ‖X‖, which the law takes as constant. Drawn for
+    runs with ``attrs={"pure_attention": True}``.
     """
     if not measured.attrs.get("pure_attention"):
         raise Unavailable(
-            "skips and MLPs prevent this collapse; a run without them says so: pure_attention=True"
+            "skips and MLPs prevent this collapse; a run without them has the attribute pure_attention=True"
         )
     return cubic_collapse(*measured.curve.values[:2], num_depths=measured.curve.size)
 
 
 def cubic_collapse(first: float, second: float, *, num_depths: int) -> np.ndarray:
-    """Residuals that each are a constant times the cube of the one before.
+    """Residuals of which each is a constant times the cube of the one before.
 
     Parameters
     ----------
     first, second : float
         The first two, which set the constant.
     num_depths : int
-        How many.
+        Number of residuals.
 
     Returns
     -------
     ndarray
-        log r_l = ½ 3^l log(r_1/r_0) + ½ log(r_0³/r_1); 0 where it is below float64.
+        log r_l = ½ 3^l log(r_1/r_0) + ½ log(r_0³/r_1); 0 where it underflows.
 
     Raises
     ------
     Unavailable
-        Where the second is not smaller: the cube says nothing then.
+        Where the second is not smaller: there is no collapse.
 
     Examples
     --------
@@ -127,6 +132,7 @@ def cubic_collapse(first: float, second: float, *, num_depths: int) -> np.ndarra
     """
     if not 0 < second < first:
         raise Unavailable(f"the residual does not shrink at the first step: {first:.3g}, then {second:.3g}")
+    # In closed form and logarithms: r underflows after a few steps, and 3^l overflows after 646.
     logarithm = 0.5 * np.log(second / first)
     with np.errstate(over="ignore", under="ignore"):
         return np.exp(3.0 ** np.arange(num_depths) * logarithm + 0.5 * np.log(first**3 / second))

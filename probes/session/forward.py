@@ -15,7 +15,7 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.session.reservoir import Sequence
-from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.structure.tape import Tape
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
@@ -58,7 +58,7 @@ class Forward:
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
-    sums: list[Sums] = field(default_factory=list)
+    sums: list[TokenSums] = field(default_factory=list)
     first_states: list[torch.Tensor] = field(
         default_factory=list
     )  # up to which a backward of ours must reach
@@ -85,10 +85,10 @@ class Forward:
         self.end()
         self.first_states.clear()
 
-    def chain_sums(self, number: int) -> Sums:
+    def chain_sums(self, number: int) -> TokenSums:
         """The sums of one chain."""
         while len(self.sums) <= number:
-            self.sums.append(Sums())
+            self.sums.append(TokenSums())
         return self.sums[number]
 
     def sampled(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -124,12 +124,12 @@ class Measured:
 
     stamp: int
     batch_size: int
-    sums: list[Sums]
+    sums: list[TokenSums]
 
     def add(self, forward: Forward) -> None:
         """Add one more forward."""
         self.batch_size += forward.batch_size
-        self.sums = merged(self.sums, forward.sums)
+        self.sums = merge_sums(self.sums, forward.sums)
 
 
 class CurrentForward(threading.local):

@@ -74,7 +74,7 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
-        sums.see_state(depth, state, mask)
+        sums.add_state(depth, state, mask)
 
     def _mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
         """The mask of a chain, found at its first state: an encoder and a decoder have one each."""
@@ -135,7 +135,7 @@ class Observer:
         forward.gradients[number, depth] = sampled
         if depth != FINAL:
             mask = forward.masks.get(number)
-            forward.chain_sums(number).see_gradient(depth, values, mask, anew=again)
+            forward.chain_sums(number).add_gradient(depth, values, mask, anew=again)
 
     # --- connections ---
 
@@ -173,7 +173,7 @@ class Observer:
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
         if complete.mix is not None:
-            forward.chain_sums(0).see_mixing(number, complete.mix, forward.masks.get(0))
+            forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

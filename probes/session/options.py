@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -12,9 +11,10 @@ from typing import Any, TypedDict, TypeVar
 
 import torch
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import parse_layout
-from depthscope.probes.statistics.streaming import Streaming
+from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.sites import SiteSelection, select
 
 STREAMING_DEFAULTS = {"every": 1, "first_sequence": 0}
@@ -117,13 +117,13 @@ class Options:
         if isinstance(self.streaming, Mapping):
             _require_streaming(self.streaming)
 
-    def new_streaming(self, first_index: int) -> Streaming | None:
+    def new_streaming(self, first_index: int) -> StreamedSums | None:
         """The streamed sums of one forward, from the index of its first sequence; None where they are not wanted."""
         if not self.streaming:
             return None
         given = self.streaming if isinstance(self.streaming, Mapping) else {}
         chosen = {**STREAMING_DEFAULTS, **given}
-        return Streaming(chosen["first_sequence"] + first_index, chosen["every"])
+        return StreamedSums(chosen["first_sequence"] + first_index, chosen["every"])
 
 
 def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -180,10 +180,9 @@ def takes_options(declared: type) -> Callable[[Function], Function]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             unknown = [name for name in kwargs if name not in signature.parameters]
             if unknown:
-                near = difflib.get_close_matches(unknown[0], list(signature.parameters), n=1)
-                advice = f"; closest: {near[0]!r}" if near else ""
+                advice = did_you_mean(unknown[0], signature.parameters)
                 raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}{advice}"
+                    f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}; {advice}"
                 )
             return function(*args, **kwargs)
 

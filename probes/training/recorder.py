@@ -16,14 +16,15 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.model_call import eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
-from depthscope.probes.statistics.token_sums import Sums, merged
-from depthscope.probes.statistics.weight_updates import WeightRow, Weights
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
+from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 
 REDUCTIONS = ("mean", "sum")
 GRADIENT = "gradient_square_norm_sum"
@@ -52,7 +53,7 @@ class Recorder:
         Where the run is saved when the block ends, on every path.
     attrs : mapping or None
         Attributes to add.
-    weights : Weights or None
+    weights : WeightUpdates or None
         The weights, where they are measured too.
     scale : LossScale or None
         By what the loss is multiplied.
@@ -68,7 +69,7 @@ class Recorder:
         store: Path | None = None,
         attrs: Mapping[str, Any] | None = None,
         token_text: Any = None,
-        weights: Weights | None = None,
+        weights: WeightUpdates | None = None,
         scale: LossScale | None = None,
     ):
         if every < 1:
@@ -79,9 +80,9 @@ class Recorder:
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale = weights, scale or LossScale(None)
-        self._rows: list[Row] = []
+        self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
-        self._pooled: list[Sums] = []
+        self._pooled: list[TokenSums] = []
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
         self._inside = False
@@ -182,19 +183,19 @@ class Recorder:
             )
             sums, weights = _undefined(sums), weights and weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
-        self._rows.append(Row(self.position, sums, sequences, loss, weights, scale))
+        self._rows.append(StepStatistics(self.position, sums, sequences, loss, weights, scale))
 
-    def _add(self, parts: list[Measured]) -> list[Sums]:
+    def _add(self, parts: list[Measured]) -> list[TokenSums]:
         """Pool the parts of a step, and give what its row keeps of them."""
-        sums: list[Sums] = []
+        sums: list[TokenSums] = []
         for part in parts:
-            sums = merged(sums, part.sums)
+            sums = merge_sums(sums, part.sums)
             if part.stamp != self._pooled_stamp:
                 self._pooled, self._pooled_stamp = [], part.stamp
-            self._pooled = merged(self._pooled, part.sums)
+            self._pooled = merge_sums(self._pooled, part.sums)
         return [chain.compact() for chain in sums]
 
-    def _weight_row(self) -> WeightRow | None:
+    def _weight_row(self) -> WeightNorms | None:
         if self._weights is None:
             return None
         try:
@@ -231,12 +232,12 @@ class Recorder:
         self._stack = ExitStack()
 
 
-def _finite(sums: list[Sums]) -> bool:
+def _finite(sums: list[TokenSums]) -> bool:
     gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
     return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
 
 
-def _undefined(sums: list[Sums]) -> list[Sums]:
+def _undefined(sums: list[TokenSums]) -> list[TokenSums]:
     """A row's statistics with NaN for gradients that no optimiser uses."""
     for chain in sums:
         parts = chain.sums.get(GRADIENT, {})
@@ -318,6 +319,6 @@ def record(
         store=path,
         attrs=told | dict(attrs or {}),
         token_text=token_text,
-        weights=Weights(model, scale) if weights else None,
+        weights=WeightUpdates(model, scale) if weights else None,
         scale=scale,
     )

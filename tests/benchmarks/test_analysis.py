@@ -7,13 +7,14 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from benchmarks.analysis import cka, goals, measure, others, page, question, ranks, states
-from benchmarks.growth import growth, operations
+from benchmarks.analysis import cka, comparison, goals, inputs, measure, page, ranks, scalars
+from benchmarks.growth import operations
+from benchmarks.growth import page as growth_page
 from benchmarks.shared import tables
 
 
 def rows(**errors):
-    """Rows of a question whose baseline takes a second."""
+    """Rows of a comparison whose baseline takes a second."""
     return {
         "depthscope, numpy": {"errors": errors, "times": {"N 8": cell(1.0, peak=10.0)}},
         "pytorch-cka": {"errors": {}, "times": {"N 8": cell(3.0, peak=30.0)}},
@@ -53,10 +54,15 @@ def test_a_missing_peer_is_a_reason():
 
 
 def test_a_page_has_every_goal_and_cell():
-    question = {"title": "CKA", "note": "By hand.", "baseline": "depthscope, numpy", "rows": rows(plain=2e-7)}
+    comparison = {
+        "title": "CKA",
+        "note": "By hand.",
+        "baseline": "depthscope, numpy",
+        "rows": rows(plain=2e-7),
+    }
     results = {
-        "questions": {"cka": question},
-        "goals": goals.judged({"cka": question}),
+        "comparisons": {"cka": comparison},
+        "goals": goals.judged({"cka": comparison}),
         "rounds": 3,
         "date": "2026-01-01",
         "machine": "a machine",
@@ -88,12 +94,12 @@ def test_rows_hold_errors_and_times_and_reasons():
         raise ValueError("expected something else")
 
     tools = {
-        "exact": question.Tool(lambda data: lambda: data.sum()),
-        "off": question.Tool(lambda data: lambda: data.sum() + 0.5),
-        "absent": question.Tool(absent),
-        "wrong": question.Tool(wrong),
+        "exact": comparison.Tool(lambda data: lambda: data.sum()),
+        "off": comparison.Tool(lambda data: lambda: data.sum() + 0.5),
+        "absent": comparison.Tool(absent),
+        "wrong": comparison.Tool(wrong),
     }
-    asked = question.Question(
+    asked = comparison.Comparison(
         title="a sum",
         tools=tools,
         baseline="exact",
@@ -111,7 +117,7 @@ def test_rows_hold_errors_and_times_and_reasons():
 
 
 def test_peers_have_processes_of_their_own():
-    groups = cka.questions(quick=True)["cka"].groups()
+    groups = cka.comparisons(quick=True)["cka"].groups()
     assert groups[0] == ["depthscope, numpy", "depthscope, torch"]
     assert ["depthscope, numpy", "ckatorch cka_base", "ckatorch cka_batch"] in groups
 
@@ -137,8 +143,8 @@ def by_index(x, y):
 
 
 def test_the_true_rank_of_a_spectrum_is_that_of_its_values():
-    values = states.spectra(64)["power law 1/i"]
-    matrix = states.of_spectrum(values, 64)
+    values = inputs.spectra(64)["power law 1/i"]
+    matrix = inputs.of_spectrum(values, 64)
     assert float(ranks.truth(matrix)) == pytest.approx(ranks.entropy_of(values), rel=1e-5)
 
 
@@ -153,7 +159,7 @@ def test_the_true_participation_ratio_averages_distinct_rows_and_columns():
                 u, v = x[:, a], x[:, b]
                 over += u[i] * u[i] * v[j] * v[j] - 2 * u[i] * u[i] * v[j] * v[k] + u[i] * u[j] * v[k] * v[m]
                 under += u[i] * u[j] * v[i] * v[j] - 2 * u[i] * u[j] * v[j] * v[k] + u[i] * u[j] * v[k] * v[m]
-    assert others.true_participation(x) == pytest.approx(over / under, rel=1e-9)
+    assert scalars.true_participation(x) == pytest.approx(over / under, rel=1e-9)
 
 
 def test_exponents_are_slopes_of_the_last_points():
@@ -162,7 +168,7 @@ def test_exponents_are_slopes_of_the_last_points():
         {"value": x, "seconds": {"ranks": 5.0 if x == 1 else x**2}, "operations": {"ranks": 3 * x**1.5}}
         for x in sizes
     ]
-    measured, expected = growth.exponents(points)["ranks"]
+    measured, expected = growth_page.exponents(points)["ranks"]
     assert measured == pytest.approx(2.0)
     assert expected == pytest.approx(1.5)
 

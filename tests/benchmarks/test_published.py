@@ -1,4 +1,4 @@
-"""The benchmark of published numbers runs, finds them, and tells a miss."""
+"""The benchmark of published numbers runs, finds them, and marks a miss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.published import __main__ as published
+from benchmarks.published import dense_connections, results
 from depthscope.diagnostics import schema
 
 
@@ -16,16 +17,16 @@ def test_every_published_number_is_found(capsys):
     assert "MISSED" not in capsys.readouterr().out
     assert published.main(["--json"]) == 0
     tables = json.loads(capsys.readouterr().out)
-    assert set(tables) == {result.__name__ for result in published.RESULTS}
+    assert set(tables) == {result.__name__ for result in results.RESULTS}
     assert all(row["holds"] for rows in tables.values() for row in rows)
 
 
-def test_a_miss_is_told(capsys, monkeypatch):
+def test_a_miss_is_marked(capsys, monkeypatch):
     def wrong():
         """A number that is not."""
         yield published.Row("two and two", 5.0, 4.0, 0.5)
 
-    monkeypatch.setattr(published, "RESULTS", (wrong,))
+    monkeypatch.setattr(results, "RESULTS", (wrong,))
     assert published.main([]) == 1
     assert "MISSED (tolerance 0.5)" in capsys.readouterr().out
 
@@ -35,7 +36,7 @@ def test_a_number_of_another_model_is_in_brackets_and_not_a_miss(capsys, monkeyp
         """A curve."""
         yield published.Row("gain", None, 1.5, elsewhere=3000.0)
 
-    monkeypatch.setattr(published, "RESULTS", (curve,))
+    monkeypatch.setattr(results, "RESULTS", (curve,))
     assert published.main([]) == 0
     assert "(3000)" in capsys.readouterr().out
     published.main(["--json"])
@@ -44,7 +45,7 @@ def test_a_number_of_another_model_is_in_brackets_and_not_a_miss(capsys, monkeyp
 
 
 def attention_residuals(*, skip, layers):
-    """Plain float64 attention from the same start, a whole softmax at a time."""
+    """Plain float64 attention from the same start, one full softmax at a time."""
     rng = np.random.default_rng(0)
     scoring = rng.standard_normal((32, 32)) / np.sqrt(32)
     x = rng.standard_normal((12, 32))
@@ -62,16 +63,16 @@ def attention_residuals(*, skip, layers):
 @pytest.mark.parametrize(("skip", "layers"), [(False, 1), (True, 8)])
 def test_residuals_as_logarithms_are_those_of_plain_attention(skip, layers):
     expected = attention_residuals(skip=skip, layers=layers)
-    np.testing.assert_allclose(published.log_residuals(skip=skip)[: layers + 1], expected, atol=1e-8)
+    np.testing.assert_allclose(results.log_residuals(skip=skip)[: layers + 1], expected, atol=1e-8)
 
 
 def test_the_residual_cubes_in_the_limit():
-    steps = np.diff(published.log_residuals(skip=False))
+    steps = np.diff(results.log_residuals(skip=False))
     assert steps[-1] / steps[-2] == pytest.approx(3.0, abs=1e-3)
 
 
 def test_a_triangle_and_a_lambda_are_drawn():
-    lines = published.reading.drawn().splitlines()
+    lines = dense_connections.drawn().splitlines()
     columns = [[line[start : start + 25].rstrip() for line in lines[1:]] for start in (2, 32, 62)]
     assert columns[0] == columns[1] == ["@" * (k + 1) for k in range(24)]
     assert [row[0] + row[-1] for row in columns[2]] == ["@@"] * 24
@@ -87,7 +88,7 @@ def with_training(run):
 def test_trained_models_are_shown_with_their_own_numbers(
     residual_run, hc_run, mhc_run, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(published, "RESULTS", ())
+    monkeypatch.setattr(results, "RESULTS", ())
     runs = {"residual": residual_run, "hc": hc_run, "mhc": mhc_run}
     for family, run in runs.items():
         schema.save_run(with_training(run), tmp_path / f"{family}.nc")

@@ -1,4 +1,4 @@
-"""The methods page says of every metric and verdict what its declaration says, and is current."""
+"""The page of methods has the facts of every declaration, and is current."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_committed_page_is_what_the_declarations_say():
     assert methods.main(["--check"]) == 0
 
 
-def test_an_old_page_is_told(tmp_path, monkeypatch):
+def test_an_old_page_is_found(tmp_path, monkeypatch):
     page = tmp_path / "docs" / "methods.md"
     monkeypatch.setattr(methods, "PAGE", page)
     assert methods.main(["--check"]) == 1
@@ -36,7 +36,7 @@ def test_every_metric_verdict_and_law_has_a_section(sections):
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_a_metric_is_told_whole(sections, name):
+def test_a_metric_has_all_its_facts(sections, name):
     metric, section = CATALOGUE[name], sections[name]
     assert metric.description in section
     assert f"$`{metric.symbol}`$" in section
@@ -49,7 +49,7 @@ def test_a_metric_is_told_whole(sections, name):
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-def test_a_verdict_is_told_whole(sections, name):
+def test_a_verdict_has_all_its_facts(sections, name):
     verdict, section = VERDICTS[name], sections[name]
     for severity, limit in verdict.limits.levels:
         assert f"{severity.name} {'above' if verdict.limits.above else 'below'} {limit:g}" in section
@@ -58,7 +58,7 @@ def test_a_verdict_is_told_whole(sections, name):
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_a_law_is_told_whole(sections, name):
+def test_a_law_has_all_its_facts(sections, name):
     law, section = LAWS[name], sections[name]
     for fact in (law.description, law.equation, law.assumption, *law.metrics):
         assert fact in section
@@ -70,7 +70,7 @@ def test_sources_carry_their_arxiv_number(sections):
     assert "Roy & Vetterli 2007" in sections["effective_rank"]
 
 
-def test_published_results_stand_beside_what_is_found(sections):
+def test_published_results_have_the_number_found_here(sections):
     text = list(sections.values())[-1].partition("## Published results")[2]
     assert "| spectral norm of P31-60 | 1.14 | 1.14 |" in text
     assert "| HC n = 4: reads (5n+1)d + n² + 2n | 86040 | 86040 |" in text
@@ -82,5 +82,5 @@ def test_published_results_stand_beside_what_is_found(sections):
     ("value", "digits"),
     [(8192, "8192"), (1 + 1e-12, "1"), (8e-196, "below 1e-9"), (0.0158371, "0.0158"), (0, "0")],
 )
-def test_what_rounding_leaves_does_not_reach_the_page(value, digits):
+def test_rounding_errors_of_zero_do_not_reach_the_page(value, digits):
     assert published._digits(value) == digits

@@ -14,7 +14,7 @@ from depthscope import diagnostics
 from depthscope.diagnostics import CATALOGUE, analyze, schema
 from depthscope.diagnostics.kernels import meanfield, mixing
 from depthscope.diagnostics.kernels.rank import marchenko_pastur
-from depthscope.diagnostics.theory import LAWS, beside, cubic_collapse, mean_field_curve, null_law
+from depthscope.diagnostics.theory import LAWS, cubic_collapse, mean_field_curve, null_law, overlay_laws
 
 BIBLIOGRAPHY = Path(diagnostics.__file__).with_name("references.bib").read_text()
 MEAN_FIELD = ("residual_norm", "token_cosine", "backward_gain", "channel_squared_mean", "channel_variance")
@@ -49,7 +49,9 @@ def curve_of(analysis: xr.Dataset, name: str, **labels) -> xr.DataArray:
 
 def law_of(analysis: xr.Dataset, name: str, law: str, **labels):
     (found,) = [
-        overlay for overlay in beside(curve_of(analysis, name, **labels), analysis) if overlay.law.name == law
+        overlay
+        for overlay in overlay_laws(curve_of(analysis, name, **labels), analysis)
+        if overlay.law.name == law
     ]
     return found
 
@@ -89,7 +91,7 @@ def test_the_law_of_the_angle_is_that_of_the_cosine(grown):
     matrix = curve_of(grown, "angular_distance")
     steps = matrix.isel(other_depth=0, drop=True).copy()
     steps.values[1:] = matrix.values.diagonal(offset=-1)
-    (found,) = beside(steps, grown)
+    (found,) = overlay_laws(steps, grown)
     influence = law_of(grown, "block_influence", "pre_ln_growth").values
     np.testing.assert_allclose(np.cos(np.pi * found.values[1:]), 1 - influence[1:])
     np.testing.assert_allclose(found.values[1:], steps[1:], atol=0.01)
@@ -132,7 +134,7 @@ def test_a_trained_or_many_streamed_run_has_no_law_of_fresh_networks(grown, hc_r
     assert "training step 500" in reason_of(trained, "residual_norm", "pre_ln_growth")
     streams = analyze(hc_run, metrics=GROWTH)
     assert "one residual stream" in reason_of(streams, "residual_norm", "pre_ln_growth")
-    assert "holds no adjacent_cosine" in reason_of(
+    assert "contains no adjacent_cosine" in reason_of(
         grown.drop_vars("adjacent_cosine"), "residual_norm", "pre_ln_growth"
     )
 
@@ -333,7 +335,7 @@ def product_laws(matrices: np.ndarray, reduction: str = "median") -> tuple[np.nd
     """Law and measured singular values, (connection, component)."""
     analysis = analyze(product_run(matrices), metrics=PRODUCT)
     values = analysis["composite_singular_value"].isel(step=0).sel(reduction=reduction)
-    laws = [beside(values.isel(component=i), analysis)[0].values for i in range(matrices.shape[-1])]
+    laws = [overlay_laws(values.isel(component=i), analysis)[0].values for i in range(matrices.shape[-1])]
     return np.stack(laws, axis=-1), values.transpose("connection", "component").values
 
 
@@ -385,8 +387,8 @@ def test_identities_multiply_to_nothing_random_and_extremes_have_no_law():
     still = np.broadcast_to(np.eye(4), (5, 3, 4, 4))
     analysis = analyze(product_run(still), metrics=PRODUCT)
     values = analysis["composite_singular_value"].isel(step=0, component=0)
-    assert "multiple of the identity" in beside(values.sel(reduction="mean"), analysis)[0].reason
-    assert "not of their max" in beside(values.sel(reduction="max"), analysis)[0].reason
+    assert "multiple of the identity" in overlay_laws(values.sel(reduction="mean"), analysis)[0].reason
+    assert "not of their max" in overlay_laws(values.sel(reduction="max"), analysis)[0].reason
 
 
 def test_a_product_of_undefined_connections_has_no_law():
@@ -394,7 +396,7 @@ def test_a_product_of_undefined_connections_has_no_law():
     matrices[3] = np.nan
     analysis = analyze(product_run(matrices), metrics=PRODUCT)
     values = analysis["composite_singular_value"].isel(step=0, component=0).sel(reduction="mean")
-    assert "not defined everywhere" in beside(values, analysis)[0].reason
+    assert "not defined everywhere" in overlay_laws(values, analysis)[0].reason
 
 
 SINGLE = (
@@ -412,7 +414,7 @@ def test_random_connections_have_the_spectrum_of_the_law(name, middle):
     analysis = analyze(product_run(matrices), metrics=SINGLE)
     values = analysis[name].isel(step=0).sel(reduction="mean")
     for i in range(4):
-        (found,) = beside(values.isel(component=i), analysis)
+        (found,) = overlay_laws(values.isel(component=i), analysis)
         np.testing.assert_allclose(found.values, values.isel(component=i), rtol=0.05, atol=0.02)
 
 
@@ -421,7 +423,7 @@ def test_eigenvalues_of_a_large_random_connection_fill_ginibres_disc():
     matrices = scale / n**0.5 * np.random.default_rng(0).standard_normal((2, 40, n, n))
     analysis = analyze(product_run(matrices), metrics=SINGLE)
     moduli = analysis["mixing_eigenvalue_modulus"].isel(step=0).sel(reduction="median")
-    law = np.array([beside(moduli.isel(component=i), analysis)[0].values for i in range(n)])[:, 0]
+    law = np.array([overlay_laws(moduli.isel(component=i), analysis)[0].values for i in range(n)])[:, 0]
     share = (np.arange(n, 0, -1.0) - 0.5) / n  # of the disc's area that lies inside
     np.testing.assert_allclose(law, scale * share**0.5, atol=0.08)
     assert law[0] < 1.2 * scale
@@ -431,7 +433,7 @@ def test_a_doubly_stochastic_connection_keeps_what_all_streams_share():
     matrices = mixing.sinkhorn(np.random.default_rng(2).standard_normal((2, 400, 4, 4)), steps=200)
     analysis = analyze(product_run(matrices), metrics=SINGLE)
     values = analysis["mixing_singular_value"].isel(step=0).sel(reduction="mean")
-    first, second = (beside(values.isel(component=i), analysis)[0].values for i in (0, 1))
+    first, second = (overlay_laws(values.isel(component=i), analysis)[0].values for i in (0, 1))
     np.testing.assert_array_equal(first, 1.0)
     np.testing.assert_allclose(second, values.isel(component=1), rtol=0.15)
 
@@ -466,17 +468,17 @@ def test_ranks_have_the_marchenko_pastur_law_as_their_null(residual_run):
     null = analysis["participation_ratio_null"].sel(scope="data", tokens="all", centering="raw")
     count = int(residual_run["trace"]["mask"].sum())
     np.testing.assert_allclose(null, marchenko_pastur(count, 32).participation_ratio)
-    assert beside(curve_of(analysis, "participation_ratio"), analysis) == []
+    assert overlay_laws(curve_of(analysis, "participation_ratio"), analysis) == []
 
 
 def test_a_curve_of_one_point_has_no_law(grown):
-    assert beside(curve_of(grown, "residual_norm").isel(depth=[0]), grown) == []
+    assert overlay_laws(curve_of(grown, "residual_norm").isel(depth=[0]), grown) == []
 
 
 def test_a_slice_that_does_not_say_what_it_is_has_no_law(grown):
     later = xr.concat([grown, grown.assign_coords(step=[9])], "step")
     bare = later["residual_norm"].isel(step=0, stream=0, drop=True)
-    reasons = {overlay.law.name: overlay.reason for overlay in beside(bare, later)}
+    reasons = {overlay.law.name: overlay.reason for overlay in overlay_laws(bare, later)}
     assert "does not say which step" in reasons["pre_ln_growth"]
 
 

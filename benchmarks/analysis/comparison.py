@@ -1,0 +1,101 @@
+"""What is a comparison of tools? The same data for all, a reference for their answers, and sizes at which to time them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Make = Callable[[], Any]
+Step = Callable[[], Any]
+
+
+class CannotTakeError(Exception):
+    """Why a tool is not measured."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One implementation of what is compared.
+
+    Parameters
+    ----------
+    prepare : callable
+        From the data to a step; only the step is timed. A missing package is an ImportError here.
+    truth : str
+        The reference with which its answer is compared, where the comparison has several.
+    package : str
+        The peer to which it belongs, in a process of its own since some patch torch when they are imported; empty for
+        this package, numpy and torch.
+    skips : tuple of str
+        Sizes at which it would take minutes.
+    answers : bool
+        Whether its answer is compared; otherwise it is timed only, to divide other times by.
+    """
+
+    prepare: Callable[[Any], Step]
+    truth: str = ""
+    package: str = ""
+    skips: tuple[str, ...] = ()
+    answers: bool = True
+
+
+def worst(found: np.ndarray, truth: np.ndarray) -> float:
+    """The largest absolute difference."""
+    return float(np.abs(found - truth).max())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several tools on the same data.
+
+    Parameters
+    ----------
+    title : str
+        What is computed, and the meaning of the sizes.
+    tools : mapping of str to Tool
+        By name.
+    baseline : str
+        The tool by whose times the others are divided.
+    sizes : mapping of str to callable
+        Functions that make the data for timing.
+    variants : mapping of str to callable
+        Functions that make the data on which answers are checked.
+    truths : mapping of str to callable
+        References: from the data to the answer in float64.
+    error : callable
+        From an answer and its reference to the error.
+    own_variants : mapping of str to callable
+        Variants for tools without a package only: peers would take minutes.
+    note : str
+        What a reader needs to know, in the page.
+    """
+
+    title: str
+    tools: Mapping[str, Tool]
+    baseline: str
+    sizes: Mapping[str, Make]
+    variants: Mapping[str, Make] = field(default_factory=dict)
+    truths: Mapping[str, Callable[[Any], np.ndarray]] = field(default_factory=dict)
+    error: Callable[[np.ndarray, np.ndarray], float] = worst
+    own_variants: Mapping[str, Make] = field(default_factory=dict)
+    note: str = ""
+
+    def groups(self) -> list[list[str]]:
+        """Tools that share a process, the baseline first."""
+        packages: dict[str, list[str]] = {}
+        for name, tool in self.tools.items():
+            if name != self.baseline:
+                packages.setdefault(tool.package, []).append(name)
+        return [[self.baseline, *names] for names in packages.values()]
+
+
+def on_all_pairs(of_pair: Callable[[Any, Any], float], layers: Any) -> np.ndarray:
+    """A symmetric table from a function of two matrices, each pair once."""
+    table = np.empty((len(layers), len(layers)))
+    for i, x in enumerate(layers):
+        for j in range(i, len(layers)):
+            table[i, j] = table[j, i] = float(of_pair(x, layers[j]))
+    return table

@@ -1,0 +1,193 @@
+"""How fast and accurate are scalars that a peer computes too? TwoNN, participation ratio, RSA, Procrustes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.analysis.comparison import Comparison, Step, Tool
+from depthscope.diagnostics.kernels import geometry, rank, similarity
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def points(tokens: int, *, width: int = 256, dimension: int = 12) -> np.ndarray:
+    """A curved cloud of a few dimensions in many, float64."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((tokens, dimension))
+    return np.tanh(hidden @ rng.standard_normal((dimension, width)) / 4) + 0.01 * rng.standard_normal(
+        (tokens, width)
+    )
+
+
+def pair(tokens: int, *, width: int = 256) -> Pair:
+    """Two states that share a part."""
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((tokens, width))
+    return shared, shared @ rng.standard_normal((width, width)) / 16 + rng.standard_normal((tokens, width))
+
+
+def relative(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(abs(found / truth - 1.0))
+
+
+# --- TwoNN ---
+
+
+def scikit_dimension(x: np.ndarray) -> Step:
+    from skdim.id import TwoNN
+
+    return lambda: TwoNN(discard_fraction=0.1).fit(x).dimension_
+
+
+def true_dimension(x: np.ndarray) -> np.ndarray:
+    """Facco et al. with distances by scipy and a least-squares line by numpy."""
+    from scipy.spatial.distance import cdist
+
+    distances = np.sort(cdist(x, x), axis=1)
+    ratio = np.sort(distances[:, 2] / distances[:, 1])[: int(0.9 * len(x))]
+    level = -np.log(1 - np.arange(1, len(ratio) + 1) / len(x))
+    return np.linalg.lstsq(np.log(ratio)[:, None], level, rcond=None)[0][0]
+
+
+# --- participation ratio, corrected for the finite sample ---
+
+
+def dimensionality(x: np.ndarray) -> Step:
+    from dimensionality import participation_ratio
+
+    return partial(participation_ratio, x)
+
+
+def own_participation(x: np.ndarray) -> Step:
+    return partial(rank.participation_ratio, x, center=True, correct="both")
+
+
+def true_participation(x: np.ndarray) -> np.ndarray:
+    """The ratio of U-statistics of Chun et al. over distinct rows and columns: all columns less equal ones."""
+    all_columns = u_statistics(x @ x.T)
+    over, under = all_columns - sum(u_statistics(np.outer(column, column)) for column in x.T)
+    return over / under
+
+
+def u_statistics(gram: np.ndarray) -> np.ndarray:
+    """Estimates of (tr K)² and of ‖K‖² of the centred kernel, from sums over distinct rows."""
+    n = len(gram)
+    diagonal = np.diagonal(gram).copy()
+    off = gram - np.diag(diagonal)
+    sums, square = off.sum(0), (off**2).sum()
+    total = sums.sum()
+    link = (total**2 - 4 * (sums**2).sum() + 2 * square) / (n * (n - 1) * (n - 2) * (n - 3))
+    twice = diagonal.sum() ** 2 - (diagonal**2).sum()
+    three = n * (n - 1) * (n - 2)
+    over = twice / (n * (n - 1)) - 2 * (diagonal * (total - 2 * sums)).sum() / three + link
+    under = square / (n * (n - 1)) - 2 * ((sums**2).sum() - square) / three + link
+    return np.array([over, under])
+
+
+# --- RSA ---
+
+
+def rsatoolbox(states: Pair) -> Step:
+    import rsatoolbox
+
+    data = [rsatoolbox.data.Dataset(state) for state in states]
+
+    def step() -> Any:
+        first, second = (rsatoolbox.rdm.calc_rdm(part, method="correlation") for part in data)
+        return rsatoolbox.rdm.compare(first, second, method="spearman").item()
+
+    return step
+
+
+def true_rsa(states: Pair) -> np.ndarray:
+    from scipy.spatial.distance import pdist
+    from scipy.stats import spearmanr
+
+    return spearmanr(*(pdist(state, "correlation") for state in states)).statistic
+
+
+# --- Procrustes ---
+
+
+def netrep(states: Pair) -> Step:
+    from netrep.metrics import LinearMetric
+
+    return lambda: LinearMetric(alpha=1.0).fit_score(*states)
+
+
+def scipy_procrustes(states: Pair) -> Step:
+    from scipy.linalg import orthogonal_procrustes
+
+    def step() -> float:
+        sides = [state - state.mean(0) for state in states]
+        left, right = (side / np.linalg.norm(side) for side in sides)
+        return np.arccos(min(orthogonal_procrustes(left, right)[1], 1.0))
+
+    return step
+
+
+def true_angle(states: Pair) -> np.ndarray:
+    left, right = ((state - state.mean(0)) for state in states)
+    nuclear = np.linalg.svd(left.T @ right, compute_uv=False).sum()
+    return np.arccos(nuclear / (np.linalg.norm(left) * np.linalg.norm(right)))
+
+
+OWN = "depthscope, numpy"
+
+
+def comparisons(quick: bool) -> dict[str, Comparison]:
+    """One comparison for each quantity."""
+    count = 200 if quick else 1000
+    size = f"{count} × 256"
+    of_points: dict[str, Any] = {
+        "baseline": OWN,
+        "sizes": {size: partial(points, count)},
+        "variants": {"200 × 256": partial(points, 200)},
+        "error": relative,
+    }
+    of_pairs = of_points | {
+        "sizes": {size: partial(pair, count)},
+        "variants": {"200 × 256": partial(pair, 200)},
+    }
+    return {
+        "TwoNN": Comparison(
+            title="Intrinsic dimension by TwoNN",
+            tools={
+                OWN: Tool(lambda x: partial(geometry.two_nn, x)),
+                "scikit-dimension": Tool(scikit_dimension, package="scikit-dimension"),
+            },
+            truths={"": true_dimension},
+            **of_points,
+        ),
+        "participation ratio": Comparison(
+            title="Participation ratio, corrected for the sample of tokens and of features",
+            tools={
+                OWN: Tool(own_participation),
+                "dimensionality": Tool(dimensionality, package="dimensionality"),
+            },
+            truths={"": true_participation},
+            **of_points,
+        ),
+        "RSA": Comparison(
+            title="RSA: Spearman correlation of correlation distances",
+            tools={
+                OWN: Tool(lambda states: partial(similarity.rsa, *states)),
+                "rsatoolbox": Tool(rsatoolbox, package="rsatoolbox"),
+            },
+            truths={"": true_rsa},
+            **of_pairs,
+        ),
+        "Procrustes": Comparison(
+            title="Procrustes angle",
+            tools={
+                OWN: Tool(lambda states: partial(similarity.procrustes, *states)),
+                "scipy orthogonal_procrustes": Tool(scipy_procrustes),
+                "netrep LinearMetric": Tool(netrep, package="netrep"),
+            },
+            truths={"": true_angle},
+            **of_pairs,
+        ),
+    }

@@ -1,0 +1,20 @@
+"""Which laws are there? All of them, by name, in the order in which they are shown."""
+
+from __future__ import annotations
+
+from depthscope.diagnostics.theory import mean_field, noise, products, residual
+from depthscope.diagnostics.theory.laws import Law
+
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        noise.MARCHENKO_PASTUR,
+        products.random_product,
+        products.random_connection,
+        residual.pre_ln_growth,
+        residual.dong_cubic,
+        mean_field.mean_field_length,
+        mean_field.mean_field_correlation,
+        mean_field.mean_field_gradient,
+    )
+}
