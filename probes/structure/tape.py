@@ -66,9 +66,8 @@ class Call:
     closing: Call | None = None  # of an opening method: the call of the closing one
     parts: Parts | None = None  # of a closing method
     copy: torch.Tensor | None = None  # of a closing method: its output, which the model may rewrite in place
-    past: tuple[Call, str] | None = (
-        None  # of a depth-history connection: where its newest past state was seen
-    )
+    # Of a depth-history connection: the call that shows its newest past state, and at which side.
+    past: tuple[Call, str] | None = None
     children: list[Call] = field(default_factory=list)
     branch_sums: Any = None  # of a block: how its branches are added, where that was asked for
     level: int = 0
@@ -200,6 +199,7 @@ class Tape:
         call.x_shape = tuple(x.shape) if x is not None else ()
         call.versions = version(x), None
         call.level = len(self._stack)
+        # The call that ended last: of a container and its last module, which return one tensor, the container.
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path, method] = index + 1
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
