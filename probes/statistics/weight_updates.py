@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import Hook
-from depthscope.probes.structure.tape import version
+from depthscope.probes.model.tensors import version
 
 # Elements that are converted to float64 at a time, so that no weight is copied as a whole: as many as fit into a CPU's cache,
 # and enough to make launching a kernel worth it elsewhere.
