@@ -12,7 +12,8 @@ from typing import NoReturn
 from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
 from depthscope.app.cli.commands import COMMANDS
 
-# Import name of an optional dependency → the extra of pyproject.toml that installs it.
+# Import name of an optional dependency → the extra of pyproject.toml that installs it. The core installs without them,
+# so that a saved run is opened, analysed and judged where there is no torch and no display.
 EXTRAS = {
     "torch": "capture",
     "safetensors": "capture",
@@ -171,6 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    # metavar: argparse would otherwise print all names in braces, in the usage and again above the list.
+    # parser_class: errors inside a command are one line too.
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for command in COMMANDS:
         title = f"{command.help[0].upper()}{command.help[1:]}."

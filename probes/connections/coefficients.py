@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# About a thousand roundings, by the type of the states; a heuristic. A wrong matrix misses by 1e-2 or more. float64 has the
-# limit of a sum in float32, because connections compute their weights in float32 there too.
+# By the type of the states; heuristics. float32: about a thousand roundings, for the sums of a connection. Half types:
+# three, since the proof rounds where the model rounds. float64: connections compute their weights in float32 there too.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 

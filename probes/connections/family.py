@@ -26,7 +26,7 @@ from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.connections.weight_pattern import WeightPattern
 
-MOST_STREAMS = 64  # heuristic: larger axes are heads or features; published models have 2 to 16 streams
+MOST_STREAMS = 64  # heuristic: a larger axis is one of features, not of streams
 Seen = Callable[[], list[torch.Tensor]]  # the tensors that the connection computed, the last one first
 
 

@@ -15,10 +15,10 @@ import torch
 from depthscope.probes.connections.coefficients import Parts, relative_error, spread, tolerance
 from depthscope.probes.connections.family import ReconstructionError
 
-# Heuristic: a wrong reading is wrong at nearly every token, so that more tokens make the proof slower and no surer.
+# Heuristic: a wrong reading is wrong at nearly every token; more tokens make the proof slower, not surer.
 PROOF_TOKENS = 512
-# Heuristic: an orientation is decided where the other one reconstructs this many times worse. Errors of two right readings,
-# of a nearly symmetric matrix, differ by rounding only, which is a factor of two or three.
+# Heuristic: an orientation is decided where the other one reconstructs this many times worse. Where a matrix is symmetric both
+# are right and their errors are rounding, which differs by less.
 CLEAR = 10.0
 
 

@@ -14,10 +14,10 @@ from depthscope.probes.connections.coefficients import relative_error, spread, t
 from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS
 from depthscope.probes.model.autocast import compute_dtype
 
-# More tokens than elsewhere: a wrong vector may come near at few tokens where the streams are nearly copies.
+# Heuristic. More than for a matrix, which every stream of a token tests: a vector has one equation for a token and feature.
 READ_TOKENS = 8 * SELECTING_TOKENS
 RANK_TOLERANCE = (
-    1e-6  # relative; below it two streams count as copies, well above float64 and below float32 rounding
+    1e-6  # relative singular value; a few float32 roundings, below which two streams count as copies
 )
 
 

@@ -19,7 +19,7 @@ from depthscope.probes.model.tensors import tensors_in
 T = TypeVar("T")
 Explanation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-# An error of so many roundings is none, so that no further candidate is tried; a sum of n ≤ 4 products has about as many.
+# An error of so many roundings is none, so that no further candidate is tried; a heuristic.
 EXACT = 4
 # Heuristic: enough to select the weights among the watched tensors. The proof looks at more tokens, and at the next state.
 SELECTING_TOKENS = 64
@@ -42,13 +42,13 @@ class Watch(TorchFunctionMode):
         self._accept = accept
         self.seen: dict[
             int, torch.Tensor
-        ] = {}  # by id, which stays unique as long as the tensors are kept here
+        ] = {}  # by id, which stays unique as long as the tensors are stored here
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""
         result = func(*args, **(kwargs or {}))
         for value in (*args, result):
-            # most arguments are tensors; the recursion of tensors_in would cost as much as the function itself
+            # this runs at every function of the module, and most arguments are tensors: no recursion for these
             for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
                 if self._accept(tuple(tensor.shape)):
                     self.seen[id(tensor)] = tensor

@@ -33,7 +33,7 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Connection
 
 INSTEAD = "take routing='full', or capture() the model, which reports whether its connections can be proven"
-# The checks compare derivatives, which add up as many roundings as a backward through one block has; a heuristic factor.
+# Heuristic: the checks compare derivatives, which a backward through a block rounds more often than a forward.
 ROUNDINGS = 3.0
 
 

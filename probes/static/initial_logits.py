@@ -39,13 +39,13 @@ def initial_logits(initial: str | Path | nn.Module) -> xr.DataArray:
     -------
     DataArray
         Dims (connection, stream_out, stream_in), rows are destinations, with the coordinates ``connection_module``,
-        ``connection_layer`` and ``branch``; its attributes say by how many rounds of Sinkhorn, ending on which side,
+        ``connection_layer`` and ``branch``; its attributes give by how many rounds of Sinkhorn, ending on which side,
         they become matrices.
 
     Raises
     ------
     CheckpointError
-        Where it holds no mHC connection, or several kinds of them.
+        Where it contains no mHC connection, or several kinds of them.
     """
     found = list(_of_module(initial) if isinstance(initial, nn.Module) else _of_checkpoint(initial))
     name = type(initial).__name__ if isinstance(initial, nn.Module) else f"'{initial}'"

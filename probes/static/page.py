@@ -63,7 +63,7 @@ def heading(found: StaticDescription) -> str:
         return "\n".join(
             [
                 f"{name}: no stream connection in {found.num_tensors} tensors of {files}{absent}",
-                "  A plain residual network holds none; nor does a connection without parameters, which only a run shows "
+                "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
                 "(describe without --weights-only).",
                 "  Looked for:",
                 *(f"  - {words}" for words in found.looked_for),
@@ -117,7 +117,7 @@ def _row(one: StaticConnection) -> list[str]:
     gates = "/".join(f"{one.gates[part]:.2g}" if part in one.gates else NOTHING for part in PARTS)
     described = [one.module, gates, _span(one.logits), _span(one.h_pre), _span(one.h_post)]
     facts = one.mixing
-    if facts is None or not one.learns_mixing:  # a matrix that is the same in every model says nothing
+    if facts is None or not one.learns_mixing:  # a matrix that is the same in every model is no news
         return described + [NOTHING] * (len(COLUMNS) - len(described))
     numbers = (
         facts.singular_values[1], facts.spectral_gap, facts.off_diagonal,
@@ -135,7 +135,7 @@ def _span(values: np.ndarray | None, *, digits: int = 2) -> str:
 
 
 def ending(found: StaticDescription) -> str:
-    """Products over depth, warnings, and what the files do not tell.
+    """Products over depth, warnings, and what the files do not determine.
 
     Parameters
     ----------

@@ -70,6 +70,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
     """Whether a finding fails the check; a verdict that is named fails from WARN on."""
     from depthscope.diagnostics import Severity
 
+    # Naming a verdict makes its warnings count; its notes still describe and ask for nothing.
     if finding.verdict in verdicts and finding.severity >= Severity.WARN:
         return True
     return lowest is not None and finding.severity >= lowest

@@ -78,7 +78,7 @@ def watch(site: Site, x: torch.Tensor) -> Watch:
 
     def accept(shape: tuple[int, ...]) -> bool:
         columns, rest = divmod(math.prod(shape), per_column)
-        return not rest and site.num_streams < columns <= 3 * site.num_streams  # at most 2N views
+        return not rest and site.num_streams < columns <= 3 * site.num_streams  # heuristic: at most 2N views
 
     return Watch(accept)
 
@@ -178,9 +178,7 @@ def _write_weights(depth: Any, lead: tuple[int, ...], site: Site) -> torch.Tenso
 
 
 ASSUMED_ROUNDS = f"Sinkhorn with {SINKHORN_ROUNDS} rounds is assumed, the default of hyper-connections: the file does not tell"
-UNTOLD = (
-    "alpha has several columns besides the streams and no beta: fractions or branch inputs, it is not told"
-)
+UNTOLD = "alpha has several columns besides the streams and no beta: fractions or branch inputs, the shapes do not decide"
 NOT_SQUARE = "mHC v1 with fractions runs Sinkhorn on blocks that are not square: there is no doubly stochastic H_res to give"
 FREE_GATES = {"dynamic_alpha_scale": "gate_alpha", "dynamic_beta_scale": "gate_post"}
 CONSTRAINED_GATES = {
