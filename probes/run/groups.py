@@ -46,6 +46,7 @@ def chain_groups(session: Session, number: int) -> list[Group]:
             stages[-1].append(depth)
         else:
             stages.append([depth])
+    # A chain of one stage has the chain's own name: runs of plain transformers have no groups below /trace.
     if len(stages) == 1:
         return [Group(chain.name, stages[0])]
     prefix = f"{chain.name}_" if chain.name else ""

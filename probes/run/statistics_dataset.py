@@ -66,6 +66,7 @@ def statistics_dataset(
     """
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
+        # Of the first depth: all states of a group have the same tokens.
         "token_count": ("step", _stacked(sums, "token_count", depths[:1])[:, 0]),
         "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
     }
@@ -82,12 +83,13 @@ def statistics_dataset(
     coords = depth_coords(chain, depths)
     coords["step"] = np.array([row.step for row in rows])
     coords["stream"] = np.arange(pairs.shape[2])
+    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
     streaming = pooled[number].streaming
     if streaming is not None:
         streamed, streamed_coords = streamed_variables(streaming, depths)
         variables.update(streamed)
         coords.update(streamed_coords)
-    if evidence.proofs:
+    if evidence.proofs:  # only stream connections have gains: a plain block's is 1
         variables.update(_gain_variables(sums, evidence))
         coords.update(connection_coords(chain.connections))
         coords["direction"] = DIRECTIONS

@@ -49,6 +49,7 @@ def trace_dataset(
     chain, selection = session.structure.chains[number], session.options.selection
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
+    # Sequences of several batches may differ in length: zeros, which the mask marks as padding.
     states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
     residual = torch.stack([torch.stack(row) for row in states]).numpy()
     variables: dict[str, Any] = {
@@ -109,7 +110,7 @@ def _final_variables(number: int, sequences: list[Sequence], tokens: int, width:
 def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
     texts = np.full((len(sequences), tokens), "", dtype=object)
     for i, sequence in enumerate(sequences):
-        if sequence.index < len(token_text):
+        if sequence.index < len(token_text):  # of a loader's later batches the user may have given no text
             words = list(token_text[sequence.index])[:tokens]
             texts[i, : len(words)] = words
     return texts

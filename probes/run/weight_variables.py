@@ -54,6 +54,7 @@ def weight_variables(
             layers.append(layer)
     if not chosen:
         return {}, {}
+    # A weight variable covers all steps of the run: NaN in those that measured no weights.
     undefined = np.full(len(measured.paths), math.nan)
     variables: dict[str, Any] = {}
     for name in VARIABLES:

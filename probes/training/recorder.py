@@ -202,6 +202,7 @@ class Recorder:
         sums: list[TokenSums] = []
         for part in parts:
             sums = merge_sums(sums, part.sums)
+            # Sums over several steps describe one model only as long as its weights are the same.
             if part.stamp != self._pooled_stamp:
                 self._pooled, self._pooled_stamp = [], part.stamp
             self._pooled = merge_sums(self._pooled, part.sums)
@@ -311,6 +312,7 @@ def record(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
+    # A name without an ending would be refused only when the block ends, and the measurements be lost.
     path = None if store is None else Path(store)
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")
