@@ -20,21 +20,7 @@ PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "de
 
 
 def run_attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
-    """The attributes of a run; those that do not apply are left out.
-
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    sequences : list of Sequence
-        The sampled sequences.
-    evidence : Evidence
-        The proofs of the stream connections.
-
-    Returns
-    -------
-    dict of str to value
-    """
+    """The attributes of a run; those that do not apply are left out."""
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
     # NaN where nothing was compared, as where all sampled tokens are padding.

@@ -39,24 +39,9 @@ def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
 def connection_variables(
     session: Session, number: int, sequences: list[Sequence], evidence: Evidence, tokens: int
 ) -> dict[str, Any]:
-    """Variables of a chain's connections, those that were asked for.
+    """Variables of a chain's connections as (dims, array), those that were asked for.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    number : int
-        Which chain.
-    sequences : list of Sequence
-        The sampled sequences.
-    evidence : Evidence
-        The proofs of the stream connections.
-    tokens : int
-        Number of tokens of the longest sequence.
-
-    Returns
-    -------
-    dict of str to (dims, ndarray)
+    ``tokens`` is the number of tokens of the longest sequence, to which the others are padded.
     """
     chain = session.structure.chains[number]
     variables = (
@@ -174,17 +159,7 @@ def _branch_variables(number: int, chain: Chain, sequences: list[Sequence], toke
 def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[str, Any]]:
     """Where the streams change outside of the connections, as by a per-layer embedding: ‖X' − X‖ / ‖X‖.
 
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    sequences : list of Sequence
-        The sampled sequences.
-
-    Returns
-    -------
-    list of dict
-        ``depth_in, depth_out, module, change``; empty for a plain model.
+    One dict with ``depth_in, depth_out, module, change`` for each such place; none for a plain model.
     """
     if not session.structure.connections:
         return []

@@ -45,24 +45,7 @@ def statistics_dataset(
 ) -> xr.Dataset:
     """The statistics of one group, without those of the weights.
 
-    Parameters
-    ----------
-    chain : Chain
-        The chain.
-    number : int
-        Its number.
-    depths : list of int
-        Its depths in this group.
-    rows : list of StepStatistics
-        One per measured step.
-    pooled : list of TokenSums
-        Statistics of all steps since the weights last changed, one per chain.
-    evidence : Evidence
-        The proofs, which give the orientation of the mixing matrices.
-
-    Returns
-    -------
-    Dataset
+    ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain.
     """
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {

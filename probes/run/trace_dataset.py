@@ -25,27 +25,7 @@ def trace_dataset(
     evidence: Evidence,
     token_text: Any,
 ) -> xr.Dataset:
-    """The trace of one group.
-
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    number : int
-        The chain.
-    depths : list of int
-        Its depths in this group.
-    sequences : list of Sequence
-        The sampled sequences.
-    evidence : Evidence
-        The proofs of the stream connections.
-    token_text : sequence of sequences of str or None
-        Text of every token, by the sequence's index.
-
-    Returns
-    -------
-    Dataset
-    """
+    """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index."""
     chain, selection = session.structure.chains[number], session.options.selection
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
