@@ -17,7 +17,7 @@ from depthscope.probes.connections.detection import past_states, returned_site
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import PairedFamily, Site
 from depthscope.probes.model.arguments import named_arguments
-from depthscope.probes.model.tensors import first_float, floats_in
+from depthscope.probes.model.tensors import first_float, floats_in, version
 
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
@@ -398,11 +398,6 @@ def _group_keys(call: Call) -> list[tuple[str, Any]]:
     if last.isdigit():
         keys.append(("container", container))
     return keys
-
-
-def version(tensor: torch.Tensor | None) -> int | None:
-    """How often a tensor was written in place; None in inference mode, where torch does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
