@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from depthscope.probes.connections.reading import (
     returned_watch,
     watched_read,
 )
+from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.hooks import replace_method
 from depthscope.probes.model.tensors import first_float, floats_in, tensors_in
 from depthscope.probes.session.session import Session
@@ -151,25 +152,36 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[Frozen
 
 def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list[FrozenCall]) -> None:
     forward: Callable[..., Any] = module.forward
+    family, name = forward_family(site), type(module).__name__
 
     def constant_forward(*args: Any, **kwargs: Any) -> Any:
         x = first_float(args, kwargs)
         assert x is not None
+        generic = _generic_run(forward, args, kwargs, x, lambda other: returned_watch(other, site))
         with returned_watch(x, site) as watch:
             output = forward(*args, **kwargs)
-        parts = forward_family(site).read(site, x.detach(), output, watch.floating).each(torch.Tensor.detach)
+        seen, every = watch.floating(), torch.arange(site.batch_size(x), device=x.device)
+
+        def reads_matrix(candidate: torch.Tensor) -> bool:
+            return _succeeds(lambda: family.read(site, generic.x, generic.result, lambda: [candidate]))
+
+        matrices = _selected(seen, generic.seen, reads_matrix, name)
+        parts = family.read(site, x.detach(), _detached(output), lambda: matrices)
         if parts.read is None:
-            every = torch.arange(len(parts.branch_in), device=x.device)
-            read = watched_read(site, x.detach(), every, parts.branch_in.squeeze(2), watch.floating())
-            if (
-                read is None
-            ):  # the least-squares weights would not be the module's own where streams are copies
+            at = family.read(site, generic.x, generic.result, lambda: generic.seen).branch_in.squeeze(2)
+
+            def reads_branch(candidate: torch.Tensor) -> bool:
+                return watched_read(site, generic.x, every, at, [candidate]) is not None
+
+            vectors = _selected(seen, generic.seen, reads_branch, name)
+            read = watched_read(site, x.detach(), every, parts.branch_in.squeeze(2), vectors)
+            if read is None:  # least-squares weights would not be the module's own where streams are copies
                 raise StreamConnectionError(
-                    f"routing='frozen': {type(module).__name__} computes no {site.num_streams} read weights that explain its "
-                    f"branch input; {INSTEAD}"
+                    f"routing='frozen': {name} computes no {site.num_streams} read weights that explain its branch input; "
+                    f"{INSTEAD}"
                 )
             parts = replace(parts, read=read.unsqueeze(-2))
-        output, branch_in = _with_constants(output, x, site, site.batch_size(x), parts, type(module).__name__)
+        output, branch_in = _with_constants(output, x, site, site.batch_size(x), parts, name)
         assert parts.read is not None
         calls.append(FrozenCall(site, x, parts.read, branch_in, parts))
         return output
@@ -178,7 +190,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
 
 
 def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[FrozenCall]) -> None:
-    family = BY_NAME[site.style]
+    family, name = BY_NAME[site.style], type(module).__name__
     assert isinstance(family, PairedFamily)
     opens, closes = getattr(module, family.opens), getattr(module, family.closes)
     opened: list[tuple[Opening, FrozenCall]] = []
@@ -186,36 +198,91 @@ def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[
     def constant_opening(*args: Any, **kwargs: Any) -> Any:
         x = first_float(args, kwargs)
         assert x is not None
-        opening = Opening(site, site.batch_size(x), x.detach())
-        with opening.watch() as watch:
+        batch_size = site.batch_size(x)
+        generic = _generic_run(opens, args, kwargs, x, lambda other: family.watch(site, other))
+        with family.watch(site, x) as watch:
             result = opens(*args, **kwargs)
-        opening.read(_detached(result), watch)
-        parts = opening.parts
-        assert parts is not None
+
+        def reads(candidate: torch.Tensor) -> bool:
+            return _succeeds(lambda: family.read(site, batch_size, generic.x, generic.result, [candidate]))
+
+        seen = _selected(watch.floating(), generic.seen, reads, name)
+        parts = family.read(site, batch_size, x.detach(), _detached(result), seen)
         assert parts.read is not None
-        result, branch_in = _with_constants(result, x, site, opening.batch_size, parts, type(module).__name__)
+        result, branch_in = _with_constants(result, x, site, batch_size, parts, name)
         call = FrozenCall(site, x, parts.read, branch_in, None)
         calls.append(call)
-        opened.append((opening, call))
+        opened.append((Opening(site, batch_size, x.detach(), parts=parts), call))
         return result
 
     def constant_closing(*args: Any, **kwargs: Any) -> Any:
-        opening, call = opened.pop()
+        opening, call = opened.pop()  # the last one that was opened is closed first
         branch_out = floats_in(args, kwargs)[family.branch_argument]
         watch = opening.closing_watch(branch_out)
-        if (
-            watch is None
-        ):  # it computes no weights: with the constants of the opening method it is linear as it stands
-            result = closes(*args, **kwargs)
-            call.parts = opening.close(branch_out.detach(), result, None)
-            return result
-        with watch:
+        with watch or nullcontext():
             result = closes(*args, **kwargs)
         call.parts = opening.close(branch_out.detach(), result, watch)
-        return _with_linear_form(result, branch_out, call)
+        # a method that computes no weights is linear as it stands, with the constants of the opening method
+        return result if watch is None else _with_linear_form(result, branch_out, call)
 
     replace_method(stack, module, family.opens, constant_opening)
     replace_method(stack, module, family.closes, constant_closing)
+
+
+@dataclass
+class _GenericRun:
+    """A connection at streams that are no copies of one another: what it took, returned and computed."""
+
+    x: torch.Tensor
+    result: Any
+    seen: list[torch.Tensor]
+
+
+def _generic_run(
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    x: torch.Tensor,
+    watch_of: Callable[[torch.Tensor], Watch],
+) -> _GenericRun:
+    """Run a connection's method once at perturbed streams.
+
+    Models begin with equal streams, and there any weights of the same sum explain the output, H_post as well as H_pre. At
+    generic streams only the weights that are applied do. This run comes before the real one, which thus has the last word
+    where the module stores something.
+    """
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    scale = torch.linalg.vector_norm(x.detach().float()) / x.numel() ** 0.5
+    other = x.detach() + (noise.to(x.device) * scale).to(x.dtype)
+    args, kwargs = replaced((args, kwargs), {id(x): other})
+    devices = [x.device] if x.device.type == "cuda" else []
+    # the model's own random numbers, of dropout for one, must come as without this run
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), watch_of(other) as watch:
+        result = method(*args, **kwargs)
+    return _GenericRun(other, result, watch.floating())
+
+
+def _selected(
+    seen: list[torch.Tensor],
+    generic: list[torch.Tensor],
+    explains: Callable[[torch.Tensor], bool],
+    name: str,
+) -> list[torch.Tensor]:
+    """Those of the tensors that were seen whose counterparts explain the output at generic streams."""
+    if len(seen) != len(generic):
+        raise StreamConnectionError(
+            f"routing='frozen': {name} computed {len(seen)} tensors that may be weights, and {len(generic)} when it ran at "
+            f"other streams; expected the same computation; {INSTEAD}"
+        )
+    return [tensor for tensor, other in zip(seen, generic, strict=True) if explains(other)]
+
+
+def _succeeds(read: Callable[[], Any]) -> bool:
+    try:
+        read()
+    except StreamConnectionError:
+        return False
+    return True
 
 
 def _detached(value: Any) -> Any:
