@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -326,3 +327,17 @@ def test_copied_streams_are_frozen_by_the_weights_that_are_applied(connection, i
     op = jacobian(model, ids, tokens="all", routing="frozen")
     rows = torch.stack([op.rmatvec(u) for u in torch.eye(op.shape[0], dtype=torch.float64)])
     assert (rows - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 6, 11])
+def test_a_capture_of_copied_streams_tells_read_from_write_weights(seed, ids):
+    """In bfloat16 the write weights of two of these models explain the branch input better than its own ones."""
+    torch.manual_seed(seed)
+    model = Copies(lambda: Normalised("split", False)).eval()
+    for name, parameter in model.named_parameters():
+        if "connect" in name:
+            nn.init.normal_(parameter, std=0.5)
+    trace = probes.capture(model.bfloat16(), ids).trace
+    x = torch.from_numpy(trace.residual.values[0]).bfloat16()
+    pre = model.blocks[0].connect.weights(x)[0].detach().float().numpy()
+    np.testing.assert_allclose(trace.h_pre.values[0], pre, atol=1e-6)
