@@ -70,7 +70,7 @@ def connection_variables(
         if chain.has_streams
         else _add_variables(number, chain, sequences, tokens)
     )
-    asked = session.options.selection.keeps_variable
+    asked = session.options.selection.stores_variable
     alias = {several: single for single, several in SINGLE.items()} | {"h_res_returned": "h_res"}
     numbers = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
     return {

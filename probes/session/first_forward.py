@@ -114,7 +114,7 @@ class FirstForward:
         tape, forward = self._current.taped, self._current.recorded
         if tape is None or forward is None or not forward.openings.get(path):
             return None
-        # The last one that was opened is closed first: a branch may contain connections of its own.
+        # A shared connection may be opened again before it is closed: the last opening is closed first.
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
@@ -154,9 +154,7 @@ def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> Non
 # --- what the model is ---
 
 
-def find_structure(
-    tape: Tape, forward: Forward, model: nn.Module, options: Options, batch_axis: int
-) -> Structure:
+def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Options) -> Structure:
     """Find the structure of a model in the calls of one forward.
 
     Parameters
@@ -169,8 +167,6 @@ def find_structure(
         The model.
     options : Options
         What the user names of the structure, and asks for.
-    batch_axis : int
-        Axis along which the sequences of this forward were counted.
 
     Returns
     -------
@@ -179,13 +175,13 @@ def find_structure(
     Raises
     ------
     AxisError
-        Where they should have been counted along the other axis.
+        Where the sequences of the forward should have been counted along the other axis.
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or has not what is asked for.
     """
     chains = tuple(find_chains(tape, model, layers=options.blocks))
     sites = _stream_sites(tape, chains[0])
-    layouts = tuple(_layout(tape, chain, forward, sites, options, batch_axis) for chain in chains)
+    layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     options.selection.require(chains)
     return Structure(
@@ -193,7 +189,7 @@ def find_structure(
         layouts=layouts,
         sites=sites,
         named_streams=named_streams,
-        batch_axis=batch_axis,
+        batch_axis=forward.batch_axis,
         selection=options.selection,
     )
 
@@ -207,15 +203,13 @@ def _stream_sites(tape: Tape, chain: Chain) -> dict[int, Site]:
     return {number: shown[key] for number, key in numbered if key in shown}
 
 
-def _layout(
-    tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], options: Options, batch_axis: int
-) -> str:
+def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], options: Options) -> str:
     if options.layout is not None:
         return options.layout
     if sites:
         return sites[0].layout
     evidence = read_evidence(tape, chain)
-    if batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
+    if forward.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
         raise AxisError(
             "the model takes its tokens first, so the batch is its second axis; call the model once more"
         )

@@ -151,10 +151,10 @@ class LaterForwards:
 
     def _around_returned(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         """Watch a connection that returns its weights for those that it does not return, such as H_pre."""
-        forward, x = self._current.recorded, first_float(args, kwargs)
-        number = None if forward is None or x is None else self._connection_number(forward, path)
-        if forward is None or x is None or number is None:
+        begun = self._begin_connection(path, first_float(args, kwargs))
+        if begun is None:
             return None
+        forward, number, x = begun
         watch = returned_watch(x, self._structure.sites[number])
         record = partial(self._observer.record_returned, forward, number, x.detach())
         return MethodWatch(watch, lambda output: record(output, watch.floating))
@@ -168,12 +168,11 @@ class LaterForwards:
         args: Any,
         kwargs: Any,
     ) -> MethodWatch | None:
-        x = first_float(args, kwargs)
         self._record_states("input", path, method, states, floats_in(args, kwargs))
-        forward = self._current.recorded
-        number = None if forward is None or x is None else self._connection_number(forward, path)
-        if forward is None or x is None or number is None:
+        begun = self._begin_connection(path, first_float(args, kwargs))
+        if begun is None:
             return None
+        forward, number, x = begun
         opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
@@ -206,9 +205,16 @@ class LaterForwards:
 
         return MethodWatch(watch or nullcontext(), done)
 
-    def _connection_number(self, forward: Forward, path: str) -> int | None:
+    def _begin_connection(
+        self, path: str, x: torch.Tensor | None
+    ) -> tuple[Forward, int, torch.Tensor] | None:
+        """The running forward, the number of the connection that is called, and its streams; None where none is recorded."""
+        forward = self._current.recorded
+        if forward is None or x is None:
+            return None
         call = path, forward.next_index("connection", path)
-        return next((n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call), None)
+        numbers = [n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call]
+        return (forward, numbers[0], x) if numbers else None
 
     # --- branches ---
 

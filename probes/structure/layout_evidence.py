@@ -23,7 +23,7 @@ CORNER = 4  # elements along each axis that are compared first
 
 @dataclass(frozen=True)
 class Copies:
-    """An axis of the first state that holds equal copies.
+    """An axis of the first state along which it consists of equal copies.
 
     Parameters
     ----------

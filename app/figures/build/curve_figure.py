@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.figures.build.captions import describe_lines
 from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
-from depthscope.app.figures.build.values import LABELLED, streams_of
+from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Range
@@ -165,9 +165,12 @@ class CurveFigure(FigureKind):
         if self.over == "direction":
             chosen = ("forward", "backward") if choice.direction == "both" else (choice.direction,)
             return [(direction, {"direction": direction}) for direction in chosen]
-        if "stream" in measurement.dims and (self.over == "stream" or choice.stream == "each"):
-            streams = [stream for stream in streams_of(measurement.analyses) if stream != "mean"]
-            return [(f"stream {stream}", {"stream": stream}) for stream in streams]
+        if "stream" in measurement.dims:
+            # Shares of the streams have no mean: without one every stream is drawn, whatever the selection.
+            has_mean = "mean" in defined_labels(measurement.variable, "stream")
+            if choice.stream == "each" or not has_mean:
+                streams = [stream for stream in streams_of(measurement.analyses) if stream != "mean"]
+                return [(f"stream {stream}", {"stream": stream}) for stream in streams]
         return [("", {})]
 
     def _split(self, values: xr.DataArray, label: str) -> list[tuple[str, xr.DataArray]]:

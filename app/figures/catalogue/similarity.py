@@ -15,7 +15,7 @@ from depthscope.app.figures.specification import Analyses, Line, Lines, Selectio
 
 __all__ = ["build_cut"]
 
-_matrix = partial(MatrixFigure, question="similarity", x_label="depth", y_label="depth")
+_matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
 _BOUNDED = (0.0, 1.0)
 
