@@ -1,17 +1,19 @@
-"""What a model shows of its residual streams: blocks, streams, layout, sites, and the proof of its connections."""
+"""A description of a model's residual streams: blocks, streams, layout, sites, and the proof of its connections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.arguments import Mask
-from depthscope.probes.one_shot import batches, capture
+from depthscope.probes.one_shot import capture
+from depthscope.probes.session.model_call import batches
+from depthscope.probes.session.options import SiteOptions, takes_options
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,15 @@ class Description:
             f"  proof        H_res X + H_post ⊗ F(H_pre X) gives the next state within {self.reconstruction_error:.1e} "
             f"(tolerance {self.reconstruction_tolerance:.0e}; worst at {worst.module})",
         ]
-        reads = [c.read_error for c in self.connections if c.read_error == c.read_error]
+        reads = [c.read_error for c in self.connections if not math.isnan(c.read_error)]
         lines.append(
             f"  H_pre        gives the branch's input within {max(reads):.1e}"
             if reads
             else "  H_pre        no scalar weights: read by gates per feature, or by several views"
         )
         if self.orientation != "not_applicable":
-            rows, columns = (
-                max(getattr(c, side) for c in self.connections)
-                for side in ("row_sum_error", "column_sum_error")
-            )
+            rows = max(c.row_sum_error for c in self.connections)
+            columns = max(c.column_sum_error for c in self.connections)
             lines.append(
                 f"  sums         of H_res over the sources within {rows:.1e} of 1, over the destinations within {columns:.1e}"
             )
@@ -114,6 +114,7 @@ class Description:
         return lines
 
     def _coverage(self) -> list[str]:
+        """How many sites fired, and for those that were not expected the reason: one line a reason, not a site."""
         expected = [row for row in self.coverage if row["expected"]]
         fired = sum(row["fired"] >= row["expected"] for row in expected)
         lines = [f"  coverage     {fired} of {len(expected)} expected sites fired"]
@@ -127,17 +128,9 @@ class Description:
         return lines
 
 
-def describe(
-    model: nn.Module,
-    batch: Any,
-    *,
-    layers: str | Iterable[str] | None = None,
-    layout: str | None = None,
-    streams: int | None = None,
-    sites: str | Iterable[str] | None = None,
-    mask: Mask = None,
-) -> Description:
-    """Say what was found in a model: family, blocks, streams, layout, sites, orientation and its proof.
+@takes_options(SiteOptions)
+def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> Description:
+    """Describe what is found in a model: family, blocks, streams, layout, sites, orientation and its proof.
 
     Parameters
     ----------
@@ -145,8 +138,8 @@ def describe(
         The model.
     batch : object
         One batch, as in `probes.capture`.
-    layers, layout, streams, sites, mask
-        As in `probes.capture`.
+    **options
+        Some options of `Options`.
 
     Returns
     -------
@@ -158,9 +151,7 @@ def describe(
         As in `probes.capture`.
     """
     first = next(iter(batches(batch)))
-    run = capture(
-        model, first, layers=layers, layout=layout, streams=streams, sites=sites, mask=mask, max_sequences=2
-    )
+    run = capture(model, first, **options, max_sequences=2)  # a proof needs tokens, not sequences
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]
@@ -188,7 +179,7 @@ def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
     """The connections with streams; those of plain blocks have no weights to prove."""
     for number in range(trace.sizes["connection"] if "h_res" in trace else 0):
         at = trace.isel(connection=number)
-        h_res = at["h_res"].where(at["mask"])
+        h_res = at["h_res"].where(at["mask"])  # NaN on padding, which `max` skips below and `sum` must not
         yield ConnectionFacts(
             module=str(at["connection_module"].item()),
             layer=int(at["connection_layer"]),

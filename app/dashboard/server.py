@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -22,8 +23,9 @@ from typing import Any
 __all__ = ["CONFIG", "free_port", "launch", "serve"]
 
 HOST = "127.0.0.1"
-FIRST_PORT = 8501
+FIRST_PORT = 8501  # Streamlit's own
 TRIED_PORTS = 100
+# A heuristic of ours: importing streamlit, plotly and xarray takes 3 s on a laptop and half a minute from a cold disk.
 START_SECONDS = 60.0
 
 _LIGHT = {
@@ -42,21 +44,23 @@ _DARK = {
 }
 
 CONFIG: dict[str, Any] = {
+    # Runs may be confidential: this machine alone is answered, also where it has a public address.
     "server.address": HOST,
     "server.allowedHosts": ["localhost", HOST],
-    "server.headless": True,
+    "server.headless": True,  # `launch` opens the browser, and no question for an e-mail address is asked
+    # The code does not change while it runs; a watcher would walk through every imported package, torch among them.
     "server.fileWatcherType": "none",
     "server.runOnSave": False,
-    "runner.magicEnabled": False,
+    "runner.magicEnabled": False,  # a bare expression in a page is not printed
     "browser.gatherUsageStats": False,
     "client.toolbarMode": "minimal",
-    "client.showErrorDetails": "type",
+    "client.showErrorDetails": "type",  # a traceback shows paths of this machine
     "logger.level": "warning",
     "theme.baseRadius": "8px",
     **{f"theme.light.{name}": value for name, value in _LIGHT.items()},
     **{f"theme.dark.{name}": value for name, value in _DARK.items()},
 }
-"""Local only, no telemetry, no file watcher; cross-site protection stays on as it is by default."""
+"""Options of Streamlit. CORS and XSRF protection are not listed: they are on by default and stay on."""
 
 
 def launch(
@@ -73,7 +77,7 @@ def launch(
     open_browser : bool
         Open the address in the default browser once the server answers.
     block : bool
-        Serve until interrupted. False serves from a process of its own, which ends with this one.
+        Serve until interrupted. False serves from another process, which ends with this one.
 
     Returns
     -------
@@ -85,16 +89,23 @@ def launch(
     ValueError
         For no path at all, or a port that is taken.
     FileNotFoundError
-        Where nothing lies at a path.
+        For a path that does not exist.
     """
-    _check(paths)
-    importlib.import_module("streamlit")  # a missing extra is said before an address is promised
+    if not paths:
+        raise ValueError(
+            "no run was given; name a run file or a folder of runs, such as: depthscope dashboard runs"
+        )
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; make a run with: depthscope demo")
+    importlib.import_module("streamlit")  # a missing extra is an error before an address is printed
     chosen = free_port(port)
     address = f"http://{HOST}:{chosen}"
     if not block:
-        _start_beside(paths, chosen, address)
+        _serve_from_other_process(paths, chosen, address)
     if open_browser:
-        Thread(target=_open_when_ready, args=(address,), daemon=True).start()
+        # From a thread: this one is about to serve, and the browser must not come before the server answers.
+        Thread(target=lambda: webbrowser.open(address) if _answers(address) else None, daemon=True).start()
     if block:
         sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
         sys.stderr.flush()
@@ -102,18 +113,8 @@ def launch(
     return address
 
 
-def _check(paths: Sequence[Path]) -> None:
-    if not paths:
-        raise ValueError(
-            "no run was given; name a run file or a folder of runs, such as: depthscope dashboard runs"
-        )
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"nothing lies at {path}; make a run with: depthscope demo")
-
-
 def free_port(port: int | None = None) -> int:
-    """A port that nobody listens on.
+    """A port that no other program listens on.
 
     Parameters
     ----------
@@ -140,7 +141,7 @@ def free_port(port: int | None = None) -> int:
 
 def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # as the server does: a port in TIME_WAIT counts as free
+        # As the server does: a port in TIME_WAIT, of a dashboard that was just stopped, counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -169,11 +170,10 @@ def serve(paths: Sequence[Path], port: int) -> None:
 
     run_library.allow(paths)
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
-    entry = (
-        Path(__file__).resolve().parent / "pages" / "entry.py"
-    )  # in a checkout the package is a link: Streamlit compares real paths
+    # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
+    script = Path(__file__).resolve().parent / "navigation" / "entrypoint.py"
     application = st.App(
-        entry, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[Middleware(refuse_other_hosts)]
+        script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[Middleware(refuse_other_hosts)]
     )
     application.run(config=CONFIG | {"server.port": port})
 
@@ -187,7 +187,7 @@ def refuse_other_hosts(application: Any) -> Any:
     Parameters
     ----------
     application : ASGI application
-        What answers the others.
+        Answers all other requests.
 
     Returns
     -------
@@ -204,17 +204,18 @@ def refuse_other_hosts(application: Any) -> Any:
     return answer
 
 
-def _start_beside(paths: Sequence[Path], port: int, address: str) -> None:
-    """Serve from a process of its own and wait until it answers."""
-    import atexit
-
+def _serve_from_other_process(paths: Sequence[Path], port: int, address: str) -> None:
+    """Serve from another process and wait until it answers."""
     request = json.dumps({"paths": [str(path.resolve()) for path in paths], "port": port})
-    code = "import sys; from app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path])}
+    code = (
+        "import sys; from depthscope.app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, request],
-        env=environment,
-        stdin=subprocess.PIPE,  # it ends with this process, however that ends: the server stops then
+        # A notebook or a test finds depthscope where its own sys.path leads, which is not always the default one.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # The system closes this pipe however this process ends, also when it is killed; the server stops then.
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )
     atexit.register(process.terminate)
@@ -235,7 +236,7 @@ def _end_with_parent() -> None:
 
 
 def _answers(address: str, process: subprocess.Popen | None = None) -> bool:
-    """Whether the server's health check passes before the time is up."""
+    """Whether the server's health check passes before the time is up and before its process ends."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and (process is None or process.poll() is None):
         try:
@@ -244,8 +245,3 @@ def _answers(address: str, process: subprocess.Popen | None = None) -> bool:
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     return False
-
-
-def _open_when_ready(address: str) -> None:
-    if _answers(address):
-        webbrowser.open(address)

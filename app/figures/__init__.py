@@ -1,5 +1,6 @@
-"""Which figures are there? One specification of each, drawn on the screen and on paper."""
+"""Which figures are there? One definition of each, drawn on the screen and on paper."""
 
+from depthscope.app.figures.build.default_figure import default_figures
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.catalogue import collapse, gradients, mixing, similarity
 from depthscope.app.figures.specification import (
@@ -12,10 +13,14 @@ from depthscope.app.figures.specification import (
     Lines,
     Selection,
 )
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 __all__ = [
     "CHOICES",
+    "DEFINED",
+    "DRAWN",
     "FIGURES",
+    "NOT_DRAWN",
     "Analyses",
     "Figure",
     "FigureKind",
@@ -26,10 +31,106 @@ __all__ = [
     "available",
 ]
 
-FIGURES: dict[str, FigureKind] = {
-    kind.name: kind for kind in (*collapse.KINDS, *similarity.KINDS, *mixing.KINDS, *gradients.KINDS)
+DEFINED: dict[str, FigureKind] = {
+    kind.name: kind
+    for kind in (
+        collapse.effective_rank,
+        collapse.participation_ratio,
+        collapse.entropy_rank,
+        collapse.stable_rank,
+        collapse.numerical_rank,
+        collapse.intrinsic_dimension,
+        collapse.dong_residual,
+        collapse.token_cosine,
+        collapse.dirichlet_energy,
+        collapse.curvature,
+        collapse.massive_activation,
+        collapse.massive_token_fraction,
+        collapse.spectrum,
+        collapse.spectral_density,
+        collapse.top_energy,
+        collapse.alpha_req,
+        similarity.cka,
+        similarity.angular_distance,
+        similarity.streamed_cka,
+        similarity.rbf_cka,
+        similarity.svcca,
+        similarity.pwcca,
+        similarity.procrustes,
+        similarity.rsa,
+        similarity.mutual_knn,
+        similarity.cknna,
+        similarity.adjacent_cka,
+        similarity.adjacent_cosine,
+        similarity.block_influence,
+        similarity.stream_cosine,
+        similarity.stream_cka,
+        similarity.adjacent_angle,
+        mixing.mixing_gain,
+        mixing.composite_gain,
+        mixing.mixing_attenuation,
+        mixing.composite_attenuation,
+        mixing.composite_deviation,
+        mixing.doubly_stochastic_violation,
+        mixing.operator_gain,
+        mixing.composite_operator_gain,
+        mixing.pair_gain,
+        mixing.deflated_gain,
+        mixing.suffix_deflated_gain,
+        mixing.effective_streams,
+        mixing.spectral_gap,
+        mixing.dobrushin,
+        mixing.composite_dobrushin,
+        mixing.mixing_entropy,
+        mixing.identity_distance,
+        mixing.initial_distance,
+        mixing.replay_distance,
+        mixing.read_share,
+        mixing.write_share,
+        mixing.read_streams,
+        mixing.write_streams,
+        mixing.mixing_singular_value,
+        mixing.mixing_eigenvalue_modulus,
+        mixing.composite_singular_value,
+        mixing.lyapunov_spectrum,
+        mixing.condition_number,
+        mixing.henrici,
+        mixing.numerical_radius,
+        mixing.depth_kernel,
+        mixing.effective_path_depth,
+        mixing.read_mass,
+        gradients.gradient_norm,
+        gradients.backward_gain,
+        gradients.relative_gradient,
+        gradients.residual_norm,
+        gradients.gradient_rank,
+        gradients.gradient_cosine,
+        gradients.channel_squared_mean,
+        gradients.channel_variance,
+        gradients.branch_variance,
+        gradients.branch_share,
+        gradients.update_ratio,
+        gradients.weight_gradient_ratio,
+        gradients.weight_gradient_norm,
+        gradients.weight_norm,
+    )
 }
-"""Every figure by name, in display order."""
+"""Every figure of the catalogue by name, in display order."""
+
+DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
+"""Metrics that a figure of the catalogue draws."""
+
+NOT_DRAWN = {"num_tokens": "every caption counts the tokens"}
+"""Metrics that have no figure of their own, with the reason."""
+
+FIGURES: dict[str, FigureKind] = DEFINED | {
+    kind.name: kind
+    for kind in default_figures(
+        [metric for name, metric in CATALOGUE.items() if name not in DRAWN and name not in NOT_DRAWN],
+        tuple(DEFINED.values()),
+    )
+}
+"""Every figure by name, in display order: the defined ones, then one for every metric that none of them draws."""
 
 
 def available(analyses: Analyses) -> dict[str, FigureKind]:

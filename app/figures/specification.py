@@ -1,11 +1,14 @@
-"""What is a figure before anybody draws it? Numbers, labels and words, for screen and paper alike."""
+"""What is a figure before it is drawn? Numbers, labels and words, the same for screen and paper."""
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
+
+from depthscope.diagnostics.quantities.registry import LABELS
 
 __all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
 
@@ -159,20 +162,17 @@ class Selection:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "scope": ("sequence", "data"),
-    "tokens": ("all", "ordinary"),
-    "centering": ("raw", "centred"),
-    "estimator": ("biased", "unbiased"),
-    "direction": ("both", "forward", "backward"),
-    "reduction": ("mean", "median", "p1", "p99", "max"),
+    **{dim: LABELS[dim] for dim in ("scope", "tokens", "centering", "estimator")},
+    "direction": ("both", *LABELS["direction"]),
+    "reduction": LABELS["reduction"],
     "axis": ("depth", "relative"),
 }
 """The labels that a selection may take; streams, steps and runs depend on the data."""
 
 
 @dataclass(frozen=True)
-class FigureKind:
-    """One entry of the figure register.
+class FigureKind(ABC):
+    """A definition of a figure: of which metric, and under which title; a subclass knows how to draw it.
 
     Parameters
     ----------
@@ -181,24 +181,66 @@ class FigureKind:
     title : str
         Title that stands alone.
     question : str
-        The page it belongs to: collapse, similarity, mixing or gradients.
-    needs : tuple of str
-        Variables of the analysis without which there is nothing to draw.
-    build : callable
-        `(analyses, **selection) -> Figure`.
-    uses : tuple of str
-        The selection fields that change it.
+        The page of the dashboard: collapse, similarity, mixing or gradients.
     section : str
         Heading of the figures of one page that belong together.
-    also : tuple of str
-        Further variables that it draws where the analysis holds them: a band, a streamed twin.
+    metric : str
+        Metric of the catalogue without which there is nothing to draw; the one called `name` by default.
     """
 
     name: str
     title: str
-    question: str
-    needs: tuple[str, ...]
-    build: Callable[..., Figure]
-    uses: tuple[str, ...] = field(default=("step",))
-    section: str = ""
-    also: tuple[str, ...] = ()
+    question: str = field(kw_only=True)
+    section: str = field(default="", kw_only=True)
+    metric: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.metric:
+            object.__setattr__(self, "metric", self.name)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Variables of the analysis without which there is nothing to draw."""
+        return (self.metric,)
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Further variables that it draws where the analysis has them, such as a band."""
+        return ()
+
+    @property
+    @abstractmethod
+    def uses(self) -> tuple[str, ...]:
+        """The fields of `Selection` that change it."""
+
+    @abstractmethod
+    def draw(self, analyses: Analyses, choice: Selection) -> Figure:
+        """The figure of some runs.
+
+        Parameters
+        ----------
+        analyses : mapping
+            Run name → analysis.
+        choice : Selection
+            Which version of the numbers.
+
+        Returns
+        -------
+        Lines or Heatmap
+        """
+
+    def build(self, analyses: Analyses, **selection: Any) -> Figure:
+        """The figure of some runs, by keywords.
+
+        Parameters
+        ----------
+        analyses : mapping
+            Run name → analysis.
+        **selection : str, int or tuple of int
+            Fields of `Selection`.
+
+        Returns
+        -------
+        Lines or Heatmap
+        """
+        return self.draw(analyses, Selection.of(selection))

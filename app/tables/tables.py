@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures.build.values import pick
-from depthscope.app.figures.build.words import counted, reduction_of
+from depthscope.app.figures import DRAWN, FIGURES
+from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
+from depthscope.diagnostics import CATALOGUE
 
-DEPTH_METRICS = (
-    "effective_rank",
-    "streamed_effective_rank",
-    "participation_ratio",
-    "dong_residual",
-    "token_cosine",
-    "adjacent_cka",
-    "residual_norm",
-    "gradient_norm",
-)
-"""Columns of the table by depth; a run that lacks one has no such column."""
+MOST_COLUMNS = 6
+"""A metric with more labels than this in a table would push the others out of it; it is in the figures and in /metrics."""
 
-MIXING_METRICS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("mixing_gain", {"direction": "forward"}),
-    ("mixing_gain", {"direction": "backward"}),
-    ("composite_gain", {"direction": "forward"}),
-    ("composite_gain", {"direction": "backward"}),
-    ("doubly_stochastic_violation", {"kind": "row"}),
-    ("doubly_stochastic_violation", {"kind": "column"}),
-    ("deflated_gain", {}),
-    ("effective_streams", {}),
-    ("mixing_entropy", {}),
-    ("identity_distance", {}),
-)
-"""Columns of the table by connection."""
+# Sinkhorn and softmax give no negative entries, so that this column would be zeros for all but hyper-connections.
+_LABELS_WITHOUT_COLUMN = {"negativity"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +37,9 @@ class Table:
     name : str
         File name and LaTeX label.
     title, caption : str
-        The caption says which slice was taken, and what was left out of the printed rows.
+        The caption names the slice, and how many of the rows are printed.
     data : DataFrame
-        Every number in a column of its own; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
+        Every number has a column; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
     printed : DataFrame
         The same as text.
     symbols : mapping of str to str
@@ -124,7 +108,7 @@ def _along(part: xr.DataArray, value: xr.DataArray) -> np.ndarray:
     return np.broadcast_to(np.asarray(part.values, dtype=np.float64), value.shape)
 
 
-def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) -> Column | None:
+def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) -> Column | None:
     """The slice of a metric that a selection names, with its standard error and null.
 
     Parameters
@@ -135,7 +119,7 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
         Variable.
     view : Selection
         Slice.
-    **fixed : str
+    **fixed : str or number
         Labels that override the selection.
 
     Returns
@@ -147,9 +131,9 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
         return None
     attrs = analysis[metric].attrs
-    words = [word for word in fixed.values() if word]
+    words = [label if isinstance(label, str) else f"{dim} {label:g}" for dim, label in fixed.items()]
     return Column(
-        key="_".join((metric, *words)),
+        key="_".join((metric, *words)).replace(" ", "_"),
         label=" ".join((spoken(metric), *words)),
         symbol=str(attrs.get("symbol") or ""),
         metric=metric,
@@ -160,24 +144,81 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: str) 
 
 
 def _picked(
-    analysis: xr.Dataset, name: str, view: Selection, fixed: Mapping[str, str]
+    analysis: xr.Dataset, name: str, view: Selection, fixed: Mapping[str, Any]
 ) -> xr.DataArray | None:
-    """As `pick`, and along dimensions that no selection knows, such as ``kind``, too."""
+    """As `pick`, and along dimensions that a selection has no field for, such as ``kind``, too."""
     value = pick(analysis, name, view, **fixed)
-    return (
-        value
-        if value is None
-        else value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
-    )
+    if value is None:
+        return None
+    return value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
 
 
-def spoken(metric: str) -> str:
-    """A metric's name as people write it.
+def table_metrics(axis: str) -> list[str]:
+    """Metrics with a column in the table along an axis, in the order of the figures.
+
+    These are the headline metrics, and those that no figure of the catalogue draws: somebody declared them for a reason,
+    and has not chosen yet where to see them.
 
     Parameters
     ----------
-    metric : str
-        Name in the catalogue.
+    axis : str
+        "depth" or "connection".
+
+    Returns
+    -------
+    list of str
+    """
+    drawn = dict.fromkeys(name for kind in FIGURES.values() for name in (*kind.needs, *kind.also))
+    metrics = [CATALOGUE[name] for name in drawn if name in CATALOGUE]
+    return [
+        metric.name
+        for metric in metrics
+        if metric.axis == axis and not metric.pairwise and (metric.headline or metric.name not in DRAWN)
+    ]
+
+
+def columns_along(axis: str, analysis: xr.Dataset, view: Selection) -> list[Column]:
+    """The columns of the table along an axis that an analysis can fill.
+
+    Parameters
+    ----------
+    axis : str
+        "depth" or "connection".
+    analysis : Dataset
+        Analysis of one run.
+    view : Selection
+        Slice.
+
+    Returns
+    -------
+    list of Column
+    """
+    columns = [
+        column_of(analysis, metric, view, **labels)
+        for metric in table_metrics(axis)
+        if metric in analysis
+        for labels in _column_labels(analysis[metric], axis, view)
+    ]
+    return [column for column in columns if column is not None]
+
+
+def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dict[str, Any]]:
+    """The labels that are columns of their own: of the dimensions of which the selection names none."""
+    dims = [dim for dim in map(str, values.dims) if dim not in (axis, "step")]
+    known = {dim: defined_labels(values, dim) for dim in dims}
+    dims = [dim for dim in dims if getattr(view, dim, None) not in known[dim]]
+    labels = [[label for label in known[dim] if label not in _LABELS_WITHOUT_COLUMN] for dim in dims]
+    columns = [dict(zip(dims, chosen, strict=True)) for chosen in itertools.product(*labels)]
+    return columns if len(columns) <= MOST_COLUMNS else []
+
+
+def spoken(name: str) -> str:
+    """The name of a metric or a verdict as people write it.
+
+    Parameters
+    ----------
+    name : str
+        Name in the catalogue, or of a verdict.
 
     Returns
     -------
@@ -185,11 +226,12 @@ def spoken(metric: str) -> str:
 
     Examples
     --------
-    >>> spoken("adjacent_cka"), spoken("dong_residual")
-    ('adjacent CKA', 'Dong residual')
+    >>> spoken("adjacent_cka"), spoken("dong_residual"), spoken("few_tokens_for_cka")
+    ('adjacent CKA', 'Dong residual', 'few tokens for CKA')
     """
-    proper = {"cka": "CKA", "dong": "Dong"}
-    return " ".join(proper.get(word, word) for word in metric.split("_"))
+    if name in CATALOGUE:
+        return CATALOGUE[name].label
+    return " ".join("CKA" if word == "cka" else word for word in name.split("_"))
 
 
 # --- one row a depth, one row a connection
@@ -205,14 +247,14 @@ def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 
     view : Selection, optional
         Slice; the figures' own by default.
     rows : int
-        Most rows printed; the data hold all.
+        Most rows printed; the data have all.
 
     Returns
     -------
     Table
     """
     view = view or Selection()
-    columns = _columns(reading.analysis, [(metric, {}) for metric in DEPTH_METRICS], view)
+    columns = columns_along("depth", reading.analysis, view)
     place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
     counts = pick(reading.analysis, "num_tokens", view)
     if counts is not None:
@@ -231,7 +273,7 @@ def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int =
     view : Selection, optional
         Slice.
     rows : int
-        Most rows printed; the data hold all.
+        Most rows printed; the data have all.
 
     Returns
     -------
@@ -239,7 +281,7 @@ def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int =
         None for a run without stream mixing.
     """
     view = view or Selection()
-    columns = _columns(reading.analysis, MIXING_METRICS, view)
+    columns = columns_along("connection", reading.analysis, view)
     if not columns:
         return None
     names = (("connection_layer", "layer"), ("branch", "branch"), ("connection_branch", "branch"))
@@ -247,13 +289,6 @@ def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int =
     return _measured_table(
         reading, "mixing", f"Stream mixing by connection: {reading.name}", columns, place, view, rows
     )
-
-
-def _columns(
-    analysis: xr.Dataset, wanted: Sequence[tuple[str, Mapping[str, str]]], view: Selection
-) -> list[Column]:
-    found = (column_of(analysis, metric, view, **fixed) for metric, fixed in wanted)
-    return [column for column in found if column is not None]
 
 
 def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
@@ -281,14 +316,14 @@ def _measured_table(
     for column in columns:
         data = data.assign(**column.numbers())
         printed[column.label] = column.text()
-    kept = evenly(len(printed), rows)
-    left_out = "" if len(kept) == len(printed) else f" {len(kept)} of {len(printed)} rows; the CSV has all."
+    shown = evenly(len(printed), rows)
+    left_out = "" if len(shown) == len(printed) else f" {len(shown)} of {len(printed)} rows; the CSV has all."
     return Table(
         name=f"{kind}_{slug(reading.name)}",
         title=title,
         caption=f"{title}. {_slice_words(reading, columns, view)}{left_out}",
         data=data,
-        printed=printed.iloc[kept].reset_index(drop=True),
+        printed=printed.iloc[shown].reset_index(drop=True),
         symbols={column.metric: column.symbol for column in columns if column.symbol},
         metrics=tuple(dict.fromkeys(column.metric for column in columns)),
     )
@@ -300,8 +335,8 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
     nulls = any(column.null is not None for column in columns)
     streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
-        reduction_of(dims, view),
-        counted({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
+        selection_words(dims, view),
+        token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "streamed: over every token seen, all sequences pooled" if streamed else "",
         "± is one standard error over sequences" if errors else "",
         "null is the value expected of independent entries" if nulls else "",
@@ -355,11 +390,12 @@ def slug(name: str) -> str:
     -------
     str
     """
-    kept = "".join(
+    safe = "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
     )
-    kept = kept.strip("-.")[:60]
-    if kept and kept == name:
+    # A name that begins with a dot is hidden, one with a dash is an option; file systems allow 255 bytes with an ending.
+    safe = safe.strip("-.")[:60]
+    if safe and safe == name:
         return name
-    mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never become one
-    return f"{kept}-{mark}" if kept else f"run-{mark}"
+    mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never share a slug
+    return f"{safe}-{mark}" if safe else f"run-{mark}"

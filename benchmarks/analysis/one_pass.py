@@ -12,9 +12,9 @@ from benchmarks.analysis import sketches
 from benchmarks.analysis.comparison import Comparison, Step, Tool
 from benchmarks.analysis.inputs import in_order, massive, smollm2
 from depthscope.diagnostics.kernels import similarity
-from depthscope.probes.statistics.streamed_spectra import similarity as streamed_similarity
-from depthscope.probes.statistics.streaming import Streaming
-from depthscope.probes.statistics.token_sums import Sums
+from depthscope.probes.statistics.streamed_spectra import depth_hsic
+from depthscope.probes.statistics.streamed_sums import StreamedSums
+from depthscope.probes.statistics.token_sums import TokenSums
 
 # --- ways; data are states (L, B, T, D) in float32 ---
 
@@ -27,17 +27,17 @@ def flat(states: np.ndarray) -> np.ndarray:
     return states.reshape(len(states), -1, states.shape[-1])
 
 
-def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], Sums]:
+def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
     """The sums of `probes`, forward by forward: statistics of every token; with `streaming`, moments and sketch too."""
     # (L, B, T, D) in several forwards, with a stream dim of one.
     parts = [part.unsqueeze(3) for part in torch.from_numpy(states).chunk(forwards, 1)]
 
-    def step() -> Sums:
-        total, first = Sums(), 0
+    def step() -> TokenSums:
+        total, first = TokenSums(), 0
         for part in parts:
-            sums = Sums(Streaming(first)) if streaming else Sums()
+            sums = TokenSums(StreamedSums(first)) if streaming else TokenSums()
             for depth, state in enumerate(part):
-                sums.see_state(depth, state, None)
+                sums.add_state(depth, state, None)
             sums.end_forward()
             total.merge(sums)
             first += part.shape[1]
@@ -52,7 +52,7 @@ def streamed(states: np.ndarray) -> Step:
     def step() -> np.ndarray:
         streaming = sums().streaming
         assert streaming is not None
-        tables = streamed_similarity(streaming.settled(), range(len(states)))
+        tables = depth_hsic(streaming.flushed(), range(len(states)))
         assert tables is not None, "the depths are of one width"
         return correlation(tables[0].numpy())
 

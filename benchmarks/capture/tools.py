@@ -343,17 +343,17 @@ def without_statistics(case: Case, backward: bool) -> Tool:
 
 @contextmanager
 def no_statistics() -> Iterator[None]:
-    """Leave out what `Sums` computes, and only that: a session still counts the states that it received."""
-    from depthscope.probes.statistics.token_sums import Sums
+    """Leave out what `TokenSums` computes, and only that; a session still counts the states that it received."""
+    from depthscope.probes.statistics.token_sums import TokenSums
 
-    def note(self: Sums, depth: int, *_: Any, **__: Any) -> None:
+    def note(self: TokenSums, depth: int, *_: Any, **__: Any) -> None:
         self._add("token_count", depth, torch.ones((), dtype=torch.float64))
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
-    # Patched on the class: a session makes its own Sums.
-    with patch.multiple(Sums, see_state=note, see_gradient=nothing, see_mixing=nothing):
+    # Patched on the class: a session makes its own sums.
+    with patch.multiple(TokenSums, add_state=note, add_gradient=nothing, add_mixing=nothing):
         yield
 
 

@@ -20,7 +20,7 @@ NAMES = {
 }
 QUESTIONS = {
     "similarity": ("similarity",),
-    "mixing": ("mixing", "operators", "paths"),
+    "mixing": ("mixing", "operators", "contraction", "paths"),
     "gradients": ("gradients",),
 }
 # Rough weights of ours, in multiplications of a large matrix product, the fastest kind:

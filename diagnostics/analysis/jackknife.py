@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.alignment import evenly_spaced
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 # Leaving out one at a time is wrong for quantiles and extremes, however many sequences there are (Efron 1979).
 ROUGH = ("median", "p1", "p99", "max")

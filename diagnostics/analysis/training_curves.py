@@ -11,7 +11,7 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics import collapse, gradients, mixing, propagation, streamed, weight_updates
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, sources
-from depthscope.diagnostics.quantities.states import RANKS
+from depthscope.diagnostics.quantities.token_spectra import RANKS
 
 EXACT = "exact over every token of the step"
 

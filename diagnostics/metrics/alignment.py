@@ -14,8 +14,10 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.declaration import Null, metric
+from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity
-from depthscope.diagnostics.quantities.states import MeanStates, States
+from depthscope.diagnostics.quantities.states import States
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 # Tokens compared, evenly spaced over all of them: neighbours and distances cost their square.
 ROWS = 512
@@ -92,26 +94,6 @@ class Pairs:
         except ValueError as refusal:
             refusals.append(str(refusal))
             return np.full((len(states), len(states)), np.nan)
-
-
-def evenly_spaced(count: int, most: int = ROWS) -> np.ndarray:
-    """Positions of at most so many of ``count`` things, evenly spaced, the first and the last among them.
-
-    Parameters
-    ----------
-    count, most : int
-        How many there are, how many are wanted.
-
-    Returns
-    -------
-    ndarray of int
-
-    Examples
-    --------
-    >>> evenly_spaced(9, 5).tolist()
-    [0, 2, 4, 6, 8]
-    """
-    return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int))
 
 
 @quantity

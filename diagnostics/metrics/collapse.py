@@ -10,14 +10,9 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.metrics.declaration import Null, Range, metric
-from depthscope.diagnostics.quantities.states import (
-    Massive,
-    States,
-    free_rows,
-    kept_rows,
-    noise_ranks,
-    partial_mask,
-)
+from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
+from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks
+from depthscope.diagnostics.quantities.tokens import Massive
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 
@@ -178,9 +173,9 @@ def _cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: 
     """Cosines (group, V) of the kept tokens of views (V, S, T, D)."""
     center, found = centering == "centred", []
     if "sequence" in scopes:
-        found.append(geometry.token_cosine(views, center=center, mask=partial_mask(keep)).T)
+        found.append(geometry.token_cosine(views, center=center, mask=mask_or_none(keep)).T)
     if "data" in scopes:
-        found.append(_pooled_cosine(kept_rows(views, keep), center)[None])
+        found.append(_pooled_cosine(select_rows(views, keep), center)[None])
     return np.concatenate(found)
 
 
@@ -201,7 +196,7 @@ def massive_token_fraction(massive: Massive) -> xr.DataArray:
 
     .. math:: |a| > 100 \quad\text{and}\quad |a| > 1000 \cdot \mathrm{median}\,|a|
     """
-    return massive.fraction.assign_attrs(massive.places)
+    return massive.fraction.assign_attrs(massive.locations)
 
 
 @metric(
@@ -216,7 +211,7 @@ def massive_token_fraction(massive: Massive) -> xr.DataArray:
 )
 def massive_activation(massive: Massive) -> xr.DataArray:
     """Largest activation over the median one; normal in trained language models, on a few fixed features."""
-    return massive.ratio.assign_attrs(massive.places)
+    return massive.ratio.assign_attrs(massive.locations)
 
 
 @metric(

@@ -10,7 +10,8 @@ from depthscope.diagnostics.kernels import gradients as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.states import States, noise_ranks
+from depthscope.diagnostics.quantities.states import States
+from depthscope.diagnostics.quantities.token_spectra import noise_ranks
 
 
 def _norms(states: States) -> xr.DataArray:
@@ -34,13 +35,13 @@ def residual_norm(residual_states: States) -> xr.DataArray:
     .. math:: \sqrt{\tfrac{1}{N} \textstyle\sum_i \|x_i\|^2}
     """
     norms = _norms(residual_states) / np.sqrt(residual_states.mask.sum())
-    return norms.assign_attrs(residual_states.spoilt)
+    return norms.assign_attrs(residual_states.not_finite)
 
 
 @quantity
 def gradient_norms(gradient_states: States) -> xr.DataArray:
     """Norms of the gradient over all real tokens."""
-    return _norms(gradient_states).assign_attrs(gradient_states.spoilt)
+    return _norms(gradient_states).assign_attrs(gradient_states.not_finite)
 
 
 @metric(

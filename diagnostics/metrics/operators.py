@@ -1,4 +1,4 @@
-"""What kind of operator is a connection? Norms without cancellation, contraction, departure from normality."""
+"""What kind of operator is a connection? Singular values and eigenvalues, norms without cancellation, normality."""
 
 from __future__ import annotations
 
@@ -11,15 +11,71 @@ from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.metrics.mixing import GAIN, PER_PRODUCT, PER_TOKEN
-from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, over_tokens, plain
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
 
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
 
 
-def _norms(mixing: Mixing, matrices: np.ndarray, scale: np.ndarray, *, composed: bool) -> xr.DataArray:
-    """Operator norms of matrices (C, N, n, n), by name of the norm."""
+@metric(
+    symbol=r"\sigma_i(H)",
+    dims="connection component reduction",
+    healthy=Range(high=1.05, source="xie2025mhc"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.DataArray:
+    """Singular values of one connection, the largest first.
+
+    The largest is the spectral norm: 1 for a doubly stochastic matrix, above it the connection expands.
+    """
+    return _components(mixing, connection_spectrum)
+
+
+@metric(
+    symbol=r"\sigma_i(P)",
+    dims="connection component reduction",
+    scale="log",
+    healthy=Range(high=1.05, source="xie2025mhc"),
+    cite="xie2025mhc",
+    basis="stream",
+    null=1.0,
+    estimator=PER_PRODUCT,
+)
+def composite_singular_value(mixing: Mixing) -> xr.DataArray:
+    """Singular values of the product of all connections from the embedding on, the largest first."""
+    product, log_scale = mixing.prefix
+    values = rescaled(kernel.singular_values(product), log_scale[..., None])
+    return _components(mixing, values, depends_on="earlier")
+
+
+@metric(
+    symbol=r"|\lambda_i(H)|",
+    dims="connection component reduction",
+    healthy=Range(high=1.05, source="heuristic"),
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
+    """Magnitudes of the eigenvalues of one connection, the largest first.
+
+    The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
+    """
+    return _components(mixing, eigenvalue_moduli)
+
+
+def _components(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itself") -> xr.DataArray:
+    labels = np.arange(mixing.num_streams)
+    return mixing.reduced(values, ("component",), depends_on=depends_on, component=labels)
+
+
+def _norms(mixing: Mixing, matrices: np.ndarray, log_scale: np.ndarray, *, depends_on: str) -> xr.DataArray:
+    """Operator norms of matrices (C, N, n, n) times e^log_scale, by name of the norm."""
     found = [
-        mixing.reduced(plain(kernel.operator_gain(matrices, order), scale), composed=composed)
+        mixing.reduced(rescaled(kernel.operator_gain(matrices, order), log_scale), depends_on=depends_on)
         for order in NORMS.values()
     ]
     return xr.concat(found, xr.Variable("norm", list(NORMS)))
@@ -40,7 +96,7 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \|H\|_\infty = \max_i \textstyle\sum_j |H_{ij}|, \quad \|H\|_1 = \max_j \sum_i |H_{ij}|, \quad \|H\|_2 = \sigma_1
     """
-    return _norms(mixing, mixing.matrices, np.zeros(()), composed=False)
+    return _norms(mixing, mixing.matrices, np.zeros(()), depends_on="itself")
 
 
 @metric(
@@ -58,26 +114,8 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
 
     .. math:: P = H_c \cdots H_2 H_1
     """
-    product, scale = mixing.prefix
-    return _norms(mixing, product, scale, composed=True)
-
-
-@metric(
-    symbol=r"1 - |\lambda_2|",
-    dims="connection reduction",
-    cite="seneta2006nonnegative",
-    basis="stream",
-    null=0.0,
-    estimator=PER_TOKEN,
-)
-def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
-    r"""Spectral gap of one connection: how fast repeated mixing makes the streams equal.
-
-    .. math:: 1 - |\lambda_2|
-
-    0 for the identity, 1 where one connection already makes all streams the same.
-    """
-    return mixing.reduced(1.0 - eigenvalue_moduli[..., 1])
+    product, log_scale = mixing.prefix
+    return _norms(mixing, product, log_scale, depends_on="earlier")
 
 
 @metric(
@@ -132,47 +170,3 @@ def numerical_radius(mixing: Mixing) -> xr.DataArray:
     .. math:: \max_\theta \lambda_{\max}\big(\mathrm{Re}\, e^{i\theta} H\big), \quad \|H\|_2 / 2 \le r \le \|H\|_2
     """
     return mixing.reduced(kernel.numerical_radius(mixing.matrices))
-
-
-@metric(
-    symbol=r"\tau(H)",
-    dims="connection reduction",
-    label="Dobrushin",
-    cite="seneta2006nonnegative",
-    basis="stream",
-    null=1.0,
-    estimator=PER_TOKEN,
-)
-def dobrushin(mixing: Mixing) -> xr.DataArray:
-    r"""Dobrushin coefficient of one connection: the share of differences between streams that may survive.
-
-    .. math:: \tau = \tfrac{1}{2} \max_{i,k} \textstyle\sum_j |H_{ij} - H_{kj}|
-
-    1 for the identity, 0 for uniform mixing; that of a product is at most the product of those of its parts.
-    """
-    return mixing.reduced(mixing.each(kernel.dobrushin))
-
-
-@metric(
-    symbol=r"\lambda^{\mathrm{Lyap}}_i",
-    dims="component reduction",
-    label="Lyapunov spectrum",
-    units="nat per connection",
-    cite="benettin1980lyapunov",
-    basis="stream",
-    null=0.0,
-    estimator="QR along the depth per token in float64, then reduced over tokens",
-    infinite=True,
-)
-def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
-    r"""Lyapunov exponents of the whole product: growth of each direction per connection, the largest first.
-
-    .. math:: \tfrac{1}{C} \textstyle\sum_c \ln |R_{c,ii}|, \quad H_c Q_{c-1} = Q_c R_c
-
-    The first is 0 for stochastic matrices; the others tell how fast the streams become equal.
-    """
-    exponents = over_tokens(kernel.lyapunov_spectrum(mixing.matrices)[None])[0]
-    if not mixing.finite.all():
-        exponents = np.full_like(exponents, np.nan)
-    coords = {"component": np.arange(mixing.num_streams), "reduction": list(REDUCTIONS)}
-    return xr.DataArray(exponents, dims=("component", "reduction"), coords=coords)

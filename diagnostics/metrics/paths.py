@@ -1,4 +1,4 @@
-"""Which paths does the signal take? How many streams it uses, how far back connections read, what none reads."""
+"""Which paths does the signal take? Who reads whom, how many streams are used, how far back connections read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,68 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.alignment import evenly_spaced
 from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
-# Every cut of every token takes a decomposition of a matrix as large as the depth.
+# Tokens of which the effective streams are computed: each takes, at every cut of the depth, a decomposition of a matrix
+# as large as the depth. Heuristic: the mean over 64 tokens is known to an eighth of their spread.
 TOKENS = 64
+
+
+@metric(
+    symbol=r"\overline{|M_{kj}|}",
+    dims="connection other_connection",
+    cite="zhu2024hyper",
+    basis="invariant",
+    null=1.0,
+    estimator="per token in float64, then the mean of the magnitude over tokens",
+)
+def depth_kernel(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+    r"""How much of an earlier output a connection reads, through all mixing between.
+
+    .. math:: M_{kj} = H^{pre}_k \Big(\prod_{t=j+1}^{k-1} H^{res}_t\Big) H^{post\,\top}_j
+
+    ``connection`` is the reader k, ``other_connection`` the source j; 0 for j ≥ k. A plain residual network
+    has 1 below the diagonal. It does not change with the basis of the streams.
+    """
+    return mixing.labelled(mean_depth_kernel, ("connection", "other_connection"))
+
+
+def _equal_share(mixing: Mixing) -> xr.DataArray:
+    """1/n."""
+    return mixing.labelled(np.full(len(mixing), 1.0 / mixing.num_streams), ("connection",))
+
+
+@metric(
+    symbol=r"|H^{pre}_s| / \sum_s |H^{pre}_s|",
+    dims="connection stream",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=_equal_share,
+    estimator="ratio of sums over tokens",
+)
+def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
+    """Share of each stream in what a connection reads."""
+    return _shares(mixing, read_weights)
+
+
+@metric(
+    symbol=r"|H^{post}_s| / \sum_s |H^{post}_s|",
+    dims="connection stream",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=_equal_share,
+    estimator="ratio of sums over tokens",
+)
+def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
+    """Share of each stream in what a connection writes."""
+    return _shares(mixing, write_weights)
+
+
+def _shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+    shares = np.stack([kernel.stream_shares(of_connection) for of_connection in weights])
+    return mixing.labelled(shares, ("connection", "stream"), stream=list(map(str, range(mixing.num_streams))))
 
 
 def _one_stream(mixing: Mixing) -> xr.DataArray:
@@ -40,11 +96,12 @@ def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     At the cut before a connection; NaN at the first. At most the number of streams; it does not change with
     their basis. Below 1.5 one stream does all.
     """
-    kept = evenly_spaced(mixing.matrices.shape[1], TOKENS)
-    weights = mixing.matrices[:, kept], read_weights[:, kept], write_weights[:, kept]
-    cuts = np.full((len(mixing), len(kept)), np.nan)
-    cuts[1:] = kernel.streams_across(*weights).T
-    return mixing.reduced(cuts, composed=True)
+    chosen = evenly_spaced(mixing.matrices.shape[1], TOKENS)
+    cuts = np.full((len(mixing), len(chosen)), np.nan)
+    cuts[1:] = kernel.streams_across(
+        mixing.matrices[:, chosen], read_weights[:, chosen], write_weights[:, chosen]
+    ).T
+    return mixing.reduced(cuts, depends_on="earlier")
 
 
 def _residual_hops(mixing: Mixing) -> xr.DataArray:

@@ -11,7 +11,8 @@ import xarray as xr
 from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.states import States, free_rows, partial_mask
+from depthscope.diagnostics.quantities.states import States, mask_or_none
+from depthscope.diagnostics.quantities.token_spectra import free_rows
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 PER_SEQUENCE = "per sequence, mean over sequences"
@@ -210,7 +211,7 @@ def intrinsic_dimension(residual_states: States, token_masks: xr.DataArray) -> x
 
     def measure(views: np.ndarray) -> np.ndarray:
         pooled = views.reshape(len(views), -1, views.shape[-1])
-        kinds = [geometry.two_nn(pooled, mask=partial_mask(keep.ravel())) for keep in token_masks.values]
+        kinds = [geometry.two_nn(pooled, mask=mask_or_none(keep.ravel())) for keep in token_masks.values]
         return np.stack(kinds, axis=1)
 
     found = residual_states.over_depth(measure, ("tokens",), tokens=token_masks["tokens"])

@@ -13,10 +13,11 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import similarity as kernel
-from depthscope.diagnostics.metrics.alignment import evenly_spaced
 from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.states import MeanStates, States
+from depthscope.diagnostics.quantities.states import States
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 # Tokens that CKA between streams is taken over: it costs their square, at every depth.
 ROWS = 1024

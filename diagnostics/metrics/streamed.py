@@ -17,7 +17,7 @@ from depthscope.diagnostics.kernels.similarity import cka_from_hsic
 from depthscope.diagnostics.metrics.declaration import Null, metric
 from depthscope.diagnostics.metrics.shape import FIRST, LAST, TOP
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.states import noise_ranks
+from depthscope.diagnostics.quantities.token_spectra import noise_ranks
 
 # A rank that the rounding of the sums may move by more than this share is undefined.
 RESOLVED = 1e-3

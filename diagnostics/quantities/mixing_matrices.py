@@ -1,4 +1,4 @@
-"""What becomes of the connections? Mixing matrices of every real token, their products, their reductions.
+"""What do the connections do to the streams? Mixing matrices of every real token, their products and reductions.
 
 Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 """
@@ -15,13 +15,16 @@ from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.quantities.registry import LABELS, Unavailable, quantity
 
 REDUCTIONS = LABELS["reduction"]
+# Of REDUCTIONS, those that are quantiles: median, p1 and p99.
 QUANTILES = (0.5, 0.01, 0.99)
+# Numbers of one block of the depth kernel, whose size is tokens × connections²: 32 MB.
+BLOCK = 4_000_000
 
 
 class Mixing:
     """Mixing matrices of one chain in float64: one by one, and multiplied from the embedding on.
 
-    Where a connection is not finite it stands as the identity here, and every value that rests on it is NaN.
+    A connection that is not finite is replaced by the identity, and every value computed from it is NaN.
 
     Parameters
     ----------
@@ -35,9 +38,10 @@ class Mixing:
         matrices = real_tokens(h_res.transpose(..., "stream_out", "stream_in"), mask)
         bad = ~np.isfinite(matrices).all(axis=(2, 3))
         self.finite = ~bad.any(axis=1)
-        self.spoilt = {str(c): int(bad[c].sum()) for c in np.flatnonzero(~self.finite)}
+        self.not_finite = {str(c): int(bad[c].sum()) for c in np.flatnonzero(~self.finite)}
         matrices[~self.finite] = np.eye(matrices.shape[-1])
-        # Tokens lie last in memory: sums over streams and products run along them.
+        # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
+        # run along the tokens and vectorise.
         self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
         self.num_streams = matrices.shape[-1]
         self._coords = connection_coords(h_res)
@@ -47,8 +51,8 @@ class Mixing:
         return len(self.matrices)
 
     @property
-    def reached(self) -> np.ndarray:
-        """Which connections have only finite ones up to them, (C,)."""
+    def finite_from_first(self) -> np.ndarray:
+        """Whether all connections from the first to each are finite, (C,)."""
         return np.logical_and.accumulate(self.finite)
 
     @property
@@ -59,12 +63,12 @@ class Mixing:
         return self._prefix
 
     @property
-    def leaving(self) -> np.ndarray:
-        """Which connections have only finite ones from them to the last, (C,)."""
+    def finite_to_last(self) -> np.ndarray:
+        """Whether all connections from each to the last are finite, (C,)."""
         return np.logical_and.accumulate(self.finite[::-1])[::-1]
 
     def each(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Measure one connection after the other, which takes the memory of one.
+        """Measure one connection after the other, in the memory of one.
 
         Parameters
         ----------
@@ -94,13 +98,7 @@ class Mixing:
         return np.stack([measure(*of_one) for of_one in zip(*self.prefix, strict=True)])
 
     def reduced(
-        self,
-        values: np.ndarray,
-        dims: tuple[str, ...] = (),
-        *,
-        composed: bool = False,
-        onward: bool = False,
-        **coords: Any,
+        self, values: np.ndarray, dims: tuple[str, ...] = (), *, depends_on: str = "itself", **coords: Any
     ) -> xr.DataArray:
         """Reduce values of every token and label them.
 
@@ -110,10 +108,8 @@ class Mixing:
             (C, N, ...): the tokens are the second axis.
         dims : tuple of str
             Names of the further dims.
-        composed : bool
-            Whether a value rests on every earlier connection too.
-        onward : bool
-            Whether it rests on every later one instead.
+        depends_on : {"itself", "earlier", "later"}
+            Which connections besides its own a value is computed from, so that it is NaN where one of them is not finite.
         **coords
             Coordinates of the further dims.
 
@@ -123,8 +119,8 @@ class Mixing:
             Dims (connection, *dims, reduction).
         """
         found = over_tokens(values)
-        whole = self.leaving if onward else self.reached if composed else self.finite
-        found[~whole] = np.nan
+        known = {"itself": self.finite, "earlier": self.finite_from_first, "later": self.finite_to_last}
+        found[~known[depends_on]] = np.nan
         return self.labelled(found, ("connection", *dims, "reduction"), reduction=list(REDUCTIONS), **coords)
 
     def labelled(self, values: np.ndarray, dims: tuple[str, ...], **coords: Any) -> xr.DataArray:
@@ -176,7 +172,7 @@ def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
 
 
 def connection_coords(values: xr.DataArray) -> dict[str, Any]:
-    """Coordinates of the connections that a variable carries.
+    """Coordinates of the connections of a variable.
 
     Parameters
     ----------
@@ -197,7 +193,7 @@ def over_tokens(values: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     values : ndarray
-        (C, N, ...); infinities stand for what exceeds float64 or for the logarithm of zero.
+        (C, N, ...); infinities are overflow or the logarithm of zero.
 
     Returns
     -------
@@ -208,7 +204,7 @@ def over_tokens(values: np.ndarray) -> np.ndarray:
 
 
 def over_last(values: np.ndarray) -> np.ndarray:
-    """The reductions over the last axis, in its place.
+    """The reductions over the last axis, which they replace.
 
     Parameters
     ----------
@@ -220,19 +216,22 @@ def over_last(values: np.ndarray) -> np.ndarray:
     ndarray
         (..., reduction) in the order of `REDUCTIONS`; NaN where a value is.
     """
+    # One sort serves all quantiles, and np.quantile gives NaN next to an infinity.
     ranked = np.sort(values, axis=-1)
-    places = [share * (ranked.shape[-1] - 1) for share in QUANTILES]
+    last = ranked.shape[-1] - 1
     with np.errstate(over="ignore", invalid="ignore"):
         mean = values.mean(axis=-1)
-        return np.stack([mean, *(_between(ranked, place) for place in places), ranked[..., -1]], axis=-1)
+        quantiles = [_interpolated(ranked, share * last) for share in QUANTILES]
+    return np.stack([mean, *quantiles, ranked[..., -1]], axis=-1)
 
 
-def _between(ranked: np.ndarray, place: float) -> np.ndarray:
-    """Ranked values at a place between two ranks; the nearer one where nothing lies between, as at an infinity."""
-    below, share = int(place), place - int(place)
+def _interpolated(ranked: np.ndarray, rank: float) -> np.ndarray:
+    """Ranked values at a rank between two whole ones; the nearer value where one of them is infinite."""
+    below, share = int(rank), rank - int(rank)
     low, high = ranked[..., below], ranked[..., min(below + 1, ranked.shape[-1] - 1)]
     value = low + share * (high - low)
     found = np.where(np.isfinite(value), value, low if share < 0.5 else high)
+    # NaN is sorted last.
     return np.where(np.isnan(ranked[..., -1]), np.nan, found)
 
 
@@ -259,16 +258,16 @@ def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
 @quantity
 def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     """Weights by which every connection reads the streams, (C, N, n)."""
-    return _finite(real_tokens(h_pre, mask), "h_pre")
+    return _require_finite(real_tokens(h_pre, mask), "h_pre")
 
 
 @quantity
 def write_weights(h_post: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     """Weights by which every connection writes to the streams, (C, N, n)."""
-    return _finite(real_tokens(h_post, mask), "h_post")
+    return _require_finite(real_tokens(h_post, mask), "h_post")
 
 
-def _finite(weights: np.ndarray, name: str) -> np.ndarray:
+def _require_finite(weights: np.ndarray, name: str) -> np.ndarray:
     bad = ~np.isfinite(weights).all(axis=(1, 2))
     if bad.any():
         raise Unavailable(f"{name} is not finite at connection {int(np.argmax(bad))}")
@@ -281,7 +280,8 @@ def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     if not mixing.finite.all():
         raise Unavailable(f"h_res is not finite at connection {int(np.argmin(mixing.finite))}")
     count, num_tokens = mixing.matrices.shape[:2]
-    total, block = np.zeros((count, count)), max(1, 4_000_000 // count**2)
+    total = np.zeros((count, count))
+    block = max(1, BLOCK // count**2)
     for start in range(0, num_tokens, block):
         part = slice(start, start + block)
         weights = mixing.matrices[:, part], read_weights[:, part], write_weights[:, part]
@@ -298,13 +298,13 @@ def pair_gains(mixing: Mixing) -> np.ndarray:
     count = len(mixing)
     table = np.full((2, count, count, len(REDUCTIONS)), np.nan)
     for end, gain, scale in kernel.pair_gains(mixing.matrices):
-        table[0, : end + 1, end] = over_last(plain(gain, scale))
+        table[0, : end + 1, end] = over_last(rescaled(gain, scale))
     for start, gain, scale in kernel.pair_gains(mixing.matrices, backward=True):
-        table[1, start, start:] = over_last(plain(gain, scale))
+        table[1, start, start:] = over_last(rescaled(gain, scale))
     return table
 
 
-def plain(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+def rescaled(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     """Values · e^log_scale, infinite where that exceeds float64.
 
     Parameters

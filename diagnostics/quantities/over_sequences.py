@@ -1,7 +1,7 @@
-"""What do the sequences say together? The mean of a number over them, and its standard error.
+"""What is a number over all sequences? Its mean over them, and its standard error.
 
-Tokens of one sequence depend on each other; sequences are drawn apart. So the spread between sequences, and not
-that between tokens, says how far a number would move with other data.
+Tokens of one sequence depend on each other; sequences are drawn independently. So the spread between sequences, and not
+that between tokens, estimates how far a number would move with other data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-ALONE = "one sequence: how far another would lie is not known"
+ONE_SEQUENCE = "one sequence: its spread to others is not known"
 
 
 def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
@@ -18,8 +18,8 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     Parameters
     ----------
     value : DataArray
-        With a dim ``sequence``; or with a dim ``group`` whose coordinate ``scope`` says which groups are sequences
-        and which hold all tokens; or with neither: it is given back as it is.
+        With a dim ``sequence``; or with a dim ``group`` whose coordinate ``scope`` tells which groups are sequences
+        and which contain all tokens; or with neither: it is returned unchanged.
 
     Returns
     -------
@@ -27,7 +27,7 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
         Without ``sequence``; ``scope`` in place of ``group``.
     error : DataArray or None
         Of the same dims. NaN where fewer than two sequences have a value, and for pooled tokens; None where the
-        value knows no sequences.
+        value has no sequences.
     """
     if "sequence" in value.dims:
         template = value.isel(sequence=0, drop=True)
@@ -37,23 +37,24 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
         return value, None
     template = value.isel(group=0, drop=True)
     scopes, values = value["scope"].values, value.transpose("group", ...).values
-    labels = list(dict.fromkeys(scopes.tolist()))
-    parts = [_mean_and_error(values[scopes == label]) for label in labels]
-    means, errors = (
-        template.expand_dims(scope=labels).copy(data=np.stack(of)) for of in zip(*parts, strict=True)
-    )
-    return means, _with_reason(errors)
+    means, errors = {}, {}
+    for label in dict.fromkeys(scopes.tolist()):
+        means[label], errors[label] = _mean_and_error(values[scopes == label])
+    by_scope = template.expand_dims(scope=list(means))
+    value = by_scope.copy(data=np.stack(list(means.values())))
+    return value, _with_reason(by_scope.copy(data=np.stack(list(errors.values()))))
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis of what is not NaN, and its standard error; NaN where too little is left."""
+    """Mean over the first axis of what is not NaN, and its standard error; NaN for too few."""
+    # Not nanmean and nanstd: they warn where all are NaN, which is a value here.
     known = ~np.isnan(values)
     count = known.sum(axis=0)
     mean = np.where(known, values, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
-    apart = np.where(known, values - mean, 0.0)
-    spread = (apart**2).sum(axis=0) / np.where(count > 1, count - 1, np.nan)
-    return mean, np.sqrt(spread / np.where(count > 1, count, np.nan))
+    deviation = np.where(known, values - mean, 0.0)
+    variance = (deviation**2).sum(axis=0) / np.where(count > 1, count - 1, np.nan)
+    return mean, np.sqrt(variance / np.where(count > 1, count, np.nan))
 
 
 def _with_reason(error: xr.DataArray) -> xr.DataArray:
-    return error.assign_attrs(undefined_because=ALONE) if error.isnull().all() else error
+    return error.assign_attrs(undefined_because=ONE_SEQUENCE) if error.isnull().all() else error

@@ -1,7 +1,7 @@
 """What do metrics share? Quantities derived from a trace, each declared once and computed at most once.
 
-A quantity is a function; the names of its parameters say which other quantities, variables of the trace or
-choices of labels it rests on. See `quantities.states` and `quantities.mixing_matrices` for those of a run.
+A quantity is a function; the names of its parameters are the other quantities, variables of the trace or choices of
+labels that it needs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import OF_STREAMING, OF_WEIGHTS, TRACE
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("sequence", "data"),
@@ -21,12 +21,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "centering": ("raw", "centred"),
     "estimator": ("biased", "unbiased"),
 }
+"""Labels by dim, where a metric may be computed for one label only, to save time."""
+
 LABELS: dict[str, tuple[str, ...]] = CHOICES | {
     "direction": ("forward", "backward"),
     "reduction": ("mean", "median", "p1", "p99", "max"),
     "kind": ("row", "column", "negativity"),
     "norm": ("infinity", "one", "two"),
 }
+"""Labels by dim, for every dim of an analysis whose labels do not depend on the run."""
 
 DIMS = (
     *("estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
@@ -35,19 +38,20 @@ DIMS = (
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
+# What to do where a run lacks a variable.
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
     "h_res": "one stream mixes nothing, or the family's mixing matrix is not known",
     "h_pre": "the family has no scalar read weights, or the capture left them out",
     "h_post": "the family has no scalar write weights, or the capture left them out",
     "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
-    **dict.fromkeys(schema.OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
-    **dict.fromkeys(schema.OF_STREAMING, "capture it with streaming=True"),
+    **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
+    **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),
 }
 
 
 class Unavailable(ValueError):
-    """A quantity that the run cannot give, with the reason."""
+    """A quantity that cannot be computed from the run, with the reason."""
 
 
 class Quantities:
@@ -62,7 +66,7 @@ class Quantities:
 
     Examples
     --------
-    A function's parameter names say what it needs:
+    The names of a function's parameters are what it needs:
 
     >>> trace = xr.Dataset({"mask": (("sample", "token"), [[True, True, False]])})
     >>> Quantities(trace).call(lambda mask: int(mask.sum()))
@@ -71,12 +75,13 @@ class Quantities:
 
     def __init__(self, trace: xr.Dataset, *, choices: Mapping[str, str] | None = None) -> None:
         self.trace = trace
-        self._values: dict[str, Any] = dict(CHOICES) | {
-            dim: (label,) for dim, label in (choices or {}).items()
-        }
+        self._values: dict[str, Any] = dict(CHOICES)
+        for dim, label in (choices or {}).items():
+            self._values[dim] = (label,)
         self._reasons: dict[str, Unavailable] = {}
 
     def __getitem__(self, name: str) -> Any:
+        # A failure is cached too: many metrics need the same quantity, and some fail only after minutes of work.
         if name in self._reasons:
             raise self._reasons[name]
         if name not in self._values:
@@ -113,23 +118,24 @@ class Quantities:
         if name in self.trace.variables:
             return self.trace[name]
         if name == "mask":
-            sizes = {dim: self.trace.sizes.get(dim, 1) for dim in schema.TRACE["mask"].dims}
+            # A bare array measured by name has no mask: every token is real.
+            sizes = {dim: self.trace.sizes.get(dim, 1) for dim in TRACE["mask"].dims}
             return xr.DataArray(np.ones(tuple(sizes.values()), dtype=bool), dims=tuple(sizes))
-        if name not in (*schema.TRACE, *schema.OF_WEIGHTS, *schema.OF_STREAMING):
+        if name not in (*TRACE, *OF_WEIGHTS, *OF_STREAMING):
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
-        remedy = _REMEDIES.get(name)
-        raise Unavailable(f"the run holds no {name}" + (f": {remedy}" if remedy else ""))
+        remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
+        raise Unavailable(f"the run has no {name}{remedy}")
 
 
 def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
-    """What metrics rest on: a trace, and beside it what the statistics say at last about the weights and of every token.
+    """The variables that metrics are computed from: a trace, and of the statistics the last step of some.
 
     Parameters
     ----------
     trace : Dataset
         The chain's trace.
     statistics : Dataset or None
-        The chain's statistics, where the run holds some.
+        The chain's statistics, where the run has some.
 
     Returns
     -------
@@ -137,13 +143,15 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """
     if statistics is None:
         return trace
-    known = [name for name in (*schema.OF_WEIGHTS, *schema.OF_STREAMING) if name in statistics]
+    known = [name for name in (*OF_WEIGHTS, *OF_STREAMING) if name in statistics]
+    # Streamed sums have no step: they are of all tokens since the weights last changed.
     return trace.assign(
         {name: statistics[name].isel(step=-1, drop=True, missing_dims="ignore") for name in known}
     )
 
 
 QUANTITIES: dict[str, Callable[..., Any]] = {}
+"""Derived quantities by name, of every module that was imported; metrics are looked up by name, not by order."""
 
 
 def quantity(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,19 +160,34 @@ def quantity(function: Callable[..., Any]) -> Callable[..., Any]:
     Parameters
     ----------
     function : function
-        Its parameters name the quantities that it rests on.
+        Its parameters name the quantities that it needs.
 
     Returns
     -------
     function
         The same function.
+
+    Raises
+    ------
+    ValueError
+        Where another function declares a quantity of that name.
     """
-    QUANTITIES[function.__name__] = function
+    name = function.__name__
+    known = QUANTITIES.get(name)
+    # The same function again is a module that is reloaded in a notebook.
+    if known is not None and (known.__module__, known.__qualname__) != (
+        function.__module__,
+        function.__qualname__,
+    ):
+        raise ValueError(
+            f"the quantity {name!r} is declared in {known.__module__} already: choose another name"
+        )
+    QUANTITIES[name] = function
     return function
 
 
 def roots(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The variables of a trace that a function rests on in the end, the mask left out.
+    """The variables of a trace that a function is computed from in the end, without the mask.
 
     Parameters
     ----------
@@ -174,12 +197,12 @@ def roots(function: Callable[..., Any]) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
-        In the order in which they are met.
+        In the order of the parameters.
     """
-    found: dict[str, None] = {}
+    found: list[str] = []
     for name in inspect.signature(function).parameters:
         if name in QUANTITIES:
-            found |= dict.fromkeys(roots(QUANTITIES[name]))
+            found += roots(QUANTITIES[name])
         elif name not in CHOICES and name != "mask":
-            found[name] = None
-    return tuple(found)
+            found.append(name)
+    return tuple(dict.fromkeys(found))

@@ -1,36 +1,28 @@
 """What is a run? Its groups, variables and attributes, their validation, and runs on disk."""
 
+from depthscope.diagnostics.schema.creation import Parts, create_run
+from depthscope.diagnostics.schema.files import SUFFIXES, open_run, save_run
+from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
+from depthscope.diagnostics.schema.listing import list_runs
+from depthscope.diagnostics.schema.validation import SCHEMA_VERSION, SchemaError, check_version, validate
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
     GAIN,
-    GROUPS,
     MOTION,
     NOT_FINITE,
     OF_STREAMING,
     OF_WEIGHTS,
     PROFILE,
     ROUTE,
-    SCHEMA_VERSION,
     SITES,
     SPECTRUM,
     STATE,
     STATISTICS,
     STREAM_SPECTRUM,
-    SUFFIXES,
     TRACE,
     TRACE_COORDS,
     WITHOUT_GRADIENT,
-    Parts,
-    SchemaError,
     Variable,
-    chain_dataset,
-    chains,
-    check_version,
-    create_run,
-    list_runs,
-    open_run,
-    save_run,
-    validate,
 )
 
 __all__ = [

@@ -1,6 +1,6 @@
 """What would noise give? The Marchenko-Pastur law, the null of ranks and spectra."""
 
-from depthscope.diagnostics.quantities.states import RANKS
+from depthscope.diagnostics.quantities.token_spectra import RANKS
 from depthscope.diagnostics.theory.laws import Law
 
 MARCHENKO_PASTUR = Law(

@@ -1,6 +1,6 @@
 """Jacobians between the states of a residual chain: products with J and Jᵀ, never J itself.
 
-The model runs once with its weights held constant. From then on Jᵀu is one backward through the kept graph, and Jv one
+The model runs once with its weights held constant. From then on Jᵀu is one backward through the stored graph, and Jv one
 backward through the graph of that backward, since u ↦ Jᵀu is linear (the double-backward trick): no forward mode is needed,
 and attention runs on its plain kernel, which alone has second derivatives.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -25,23 +25,21 @@ from depthscope.probes.jacobian.state_graph import (
     Tokens,
     state_graph,
 )
-from depthscope.probes.model.arguments import Mask
+from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
 
+@takes_options(ModelOptions)
 def jacobian(
     model: nn.Module,
     batch: Any,
     *,
     start: int = 0,
     stop: int | None = None,
-    layers: str | Sequence[str] | None = None,
-    layout: str | None = None,
-    streams: int | None = None,
-    mask: Mask = None,
     chain: str | None = None,
     tokens: Tokens = "own",
     positions: Sequence[int] | None = None,
     routing: Routing = "full",
+    **options: Unpack[ModelOptions],
 ) -> JacobianOperator:
     """J = ∂ state(stop) / ∂ state(start) of a model's residual chain, as a linear operator.
 
@@ -53,8 +51,6 @@ def jacobian(
         One batch, as in `probes.capture`.
     start, stop : int
         Depths as in ``/trace``: 0 is the embedding; ``stop`` is the last depth when not given.
-    layers, layout, streams, mask
-        Overrides, as in `probes.capture`. Only real tokens are moved and seen.
     chain : str, optional
         Name of the chain where a model has several, such as ``"decoder"``; the first one when not given.
     tokens : {"own", "all"}
@@ -65,6 +61,8 @@ def jacobian(
     routing : {"full", "frozen"}
         With stream connections: differentiate through the coefficients H_pre, H_post and H_res, or hold them constant at their
         values. A plain residual chain has none, and both give the same.
+    **options
+        Some options of `Options`. Only real tokens are moved and seen.
 
     Returns
     -------
@@ -76,7 +74,7 @@ def jacobian(
     ------
     JacobianError
         For an unknown depth, a start that is not before stop, or a chain without a gradient path.
-    ChainError, LayoutError, ConnectionError
+    ChainError, LayoutError, StreamConnectionError
         Where the model cannot be read, as in `probes.capture`.
 
     Notes
@@ -96,22 +94,32 @@ def jacobian(
     >>> op.shape, op.matvec(torch.tensor([0.0, 1.0])).tolist(), op.rmatvec(torch.tensor([1.0, 0.0])).tolist()
     ((2, 2), [12.0, 8.0], [8.0, 12.0])
     """
-    selection = Selection(layers, layout, streams, mask, chain, tokens, positions, routing)
+    selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, start, stop, selection)
     return _operator(graph, graph.start, graph.stop)
 
 
+@takes_options(ModelOptions)
 def block_jacobians(
-    model: nn.Module, batch: Any, *, start: int = 0, stop: int | None = None, **selection: Any
+    model: nn.Module,
+    batch: Any,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    chain: str | None = None,
+    tokens: Tokens = "own",
+    positions: Sequence[int] | None = None,
+    routing: Routing = "full",
+    **options: Unpack[ModelOptions],
 ) -> list[JacobianOperator]:
     """∂ state(l+1) / ∂ state(l) for every depth from start to stop, from one forward.
 
     Parameters
     ----------
-    model, batch, start, stop
+    model, batch, start, stop, chain, tokens, positions, routing
         As in `jacobian`.
-    **selection
-        ``layers, layout, streams, mask, chain, tokens, positions, routing`` as in `jacobian`.
+    **options
+        Some options of `Options`.
 
     Returns
     -------
@@ -130,7 +138,8 @@ def block_jacobians(
     >>> [(op.start, op.stop) for op in block_jacobians(model, torch.ones(1, 2))]
     [(0, 1), (1, 2), (2, 3)]
     """
-    graph = state_graph(model, batch, start, stop, Selection(**selection))
+    selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
+    graph = state_graph(model, batch, start, stop, selection)
     return [_operator(graph, a, b) for a, b in pairwise(range(graph.start, graph.stop + 1))]
 
 
@@ -139,19 +148,21 @@ def _operator(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
     return JacobianOperator(graph.states[start], graph.states[stop], source, target, start=start, stop=stop)
 
 
+# Largest relative difference of ⟨u, J v⟩ and ⟨Jᵀu, v⟩ that is rounding; a heuristic. A backward without a graph of its own,
+# which the check looks for, leaves out a term and differs by order one.
 ADJOINT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 Moves: TypeAlias = list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 
 
 class JacobianOperator:
-    """Products with J = ∂ state(stop) / ∂ state(start) and with Jᵀ, on the packed entries of the kept tokens.
+    """Products with J = ∂ state(stop) / ∂ state(start) and with Jᵀ, on the packed entries of the selected tokens.
 
     Parameters
     ----------
     source, target : Tensor
         The two states, in the model's layout, with the graph between them.
     source_entries, target_entries : Entries
-        Where the kept tokens' entries are in the two states.
+        Where the selected tokens' entries are in the two states.
     start, stop : int
         Their depths.
 
@@ -252,7 +263,7 @@ class JacobianOperator:
         if vector.shape != (wanted,):
             raise JacobianError(
                 f"a vector of shape {tuple(vector.shape)} came; expected ({wanted},): one entry for every stream and feature "
-                f"of the {self.num_tokens} kept tokens"
+                f"of the {self.num_tokens} selected tokens"
             )
         given = vector.detach().to(state.device, state.dtype)
         moved = torch.zeros(size, dtype=vector.dtype, device=state.device)
@@ -268,7 +279,9 @@ class JacobianOperator:
 
     def _push(self, tangent: torch.Tensor) -> torch.Tensor:
         with explained():
-            if self._pulled is None:
+            if (
+                self._pulled is None
+            ):  # built at the first product with J: those with Jᵀ alone need no second graph
                 self._pulled = self._linear_graph()
                 self._require_adjoint()
             cotangent, pulled = self._pulled
@@ -277,12 +290,13 @@ class JacobianOperator:
     def _linear_graph(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A placeholder u and the graph of Jᵀu, whose own backward is the product with J."""
         with torch.inference_mode(False), torch.enable_grad():
+            # u ↦ Jᵀu is linear, so its derivative does not depend on u, and zeros will do
             cotangent = torch.zeros_like(self._target).requires_grad_()
             (pulled,) = torch.autograd.grad(self._target, self._source, cotangent, create_graph=True)
         return cotangent, pulled
 
     def _require_adjoint(self) -> None:
-        """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair; a kernel whose backward has no graph would be left out in silence."""
+        """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair: a kernel whose backward has no graph would silently be left out."""
         (_, source), (_, target) = self._moves[0]
         generator = torch.Generator().manual_seed(0)
         v, u = (torch.zeros(state.numel(), dtype=state.dtype) for state in (self._source, self._target))

@@ -1,23 +1,23 @@
-"""The states of a chain that one forward links by its graph: which depths, which tokens, what counts as constant."""
+"""Which states does one graph link, and which of their entries are meant? Depths, tokens, and what counts as constant."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
-from depthscope.probes.jacobian.frozen_routing import constant_routing
-from depthscope.probes.model.arguments import Mask
+from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
+from depthscope.probes.jacobian.frozen_routing import constant_routing, require_frozen
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.one_shot import eager, forwarded, raise_first
 from depthscope.probes.session.forward import Forward
-from depthscope.probes.session.session import Session, Settings
+from depthscope.probes.session.model_call import call_observed, eager
+from depthscope.probes.session.options import Options
+from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 
 Tokens: TypeAlias = Literal["own", "all"]
@@ -28,10 +28,7 @@ Routing: TypeAlias = Literal["full", "frozen"]
 class Selection:
     """Which chain to read, which of its tokens, and what counts as constant; as in `probes.jacobian.jacobian`."""
 
-    layers: str | Sequence[str] | None = None
-    layout: str | None = None
-    streams: int | None = None
-    mask: Mask = None
+    options: Options = field(default_factory=Options)
     chain: str | None = None
     tokens: Tokens = "own"
     positions: Sequence[int] | None = None
@@ -48,7 +45,7 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Flat positions of the kept tokens' entries in a state, (P, N, D), and each token's group, (P,)."""
+    """Flat positions of the selected tokens' entries in a state, (P, N, D), and each token's group, (P,)."""
 
     slots: torch.Tensor
     group: torch.Tensor
@@ -76,7 +73,7 @@ class StateGraph:
     selection: Selection
 
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
-        """Entries of the kept tokens at two depths.
+        """Entries of the selected tokens at two depths.
 
         Parameters
         ----------
@@ -86,7 +83,7 @@ class StateGraph:
         Returns
         -------
         source, target : Entries
-            In groups that move and see each other: all tokens, or the k-th kept token of every sequence.
+            In groups that move and see each other: all tokens, or the k-th selected token of every sequence.
 
         Raises
         ------
@@ -100,7 +97,7 @@ class StateGraph:
                 f"the states at depths {start} and {stop} have {source.shape[1]} and {target.shape[1]} tokens; one token's "
                 "own Jacobian, masks and positions need the same tokens: take tokens='all', or depths of one stage"
             )
-        return self._kept(source), self._kept(target)
+        return self._selected(source), self._selected(target)
 
     def _positions(self, depth: int) -> torch.Tensor:
         """Flat positions of a state's entries, (B, T, N, D)."""
@@ -114,22 +111,26 @@ class StateGraph:
             fractions=self.fractions,
         )
 
-    def _kept(self, positions: torch.Tensor) -> Entries:
-        kept = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
+    def _selected(self, positions: torch.Tensor) -> Entries:
+        """Entries of the tokens that the mask and ``positions=`` leave."""
+        selected = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
         if self.mask is not None:
-            kept &= self.mask.to(kept.device)
+            selected &= self.mask.to(selected.device)
         if self.selection.positions is not None:
-            kept &= _chosen(self.selection.positions, kept.shape[1]).to(kept.device)
-        if not kept.any():
+            selected &= _chosen(self.selection.positions, selected.shape[1]).to(selected.device)
+        if not selected.any():
             raise JacobianError("the mask and positions= leave no real token; expected at least one")
-        order = kept.long().cumsum(1)[kept] - 1
-        return Entries(positions[kept], order if self.selection.tokens == "own" else torch.zeros_like(order))
+        # One token of every sequence makes a group: sequences do not see each other, so a single backward serves all of them.
+        order = selected.long().cumsum(1)[selected] - 1
+        return Entries(
+            positions[selected], order if self.selection.tokens == "own" else torch.zeros_like(order)
+        )
 
 
 def state_graph(
     model: nn.Module, batch: Any, start: int, stop: int | None, selection: Selection
 ) -> StateGraph:
-    """Run the model twice, once to find its chain and once to keep the graph from start to stop.
+    """Run the model twice, once to find its chain and once to record the graph from start to stop.
 
     Parameters
     ----------
@@ -153,21 +154,23 @@ def state_graph(
     """
     _require_readable(model, batch, selection)
     session, forward = _discovered(model, batch, selection)
-    number = _chain_number(session.chains, selection.chain)
-    first, last = _depths(session.chains[number], start, stop)
+    number = _chain_number(session.structure.chains, selection.chain)
+    first, last = _depths(session.structure.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
-    routing = constant_routing(session, first, last) if frozen else nullcontext()
-    with routing:
-        states = differentiable_states(model, batch, session.chains[number], first, last)
+    with constant_routing(session, first, last) if frozen else nullcontext() as routing:
+        states = differentiable_states(model, batch, session.structure.chains[number], first, last)
+    if routing is not None:
+        with explained():
+            require_frozen(routing, states)
     return StateGraph(
         start=first,
         stop=last,
         states=states,
         mask=forward.masks.get(number),
-        layout=session.layouts[number],
+        layout=session.structure.layouts[number],
         batch_size=forward.batch_size,
-        num_streams=session.num_streams,
-        fractions=session.fractions,
+        num_streams=session.structure.num_streams,
+        fractions=session.structure.fractions,
         selection=selection,
     )
 
@@ -191,23 +194,12 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
 
 def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
-    layers = selection.layers
-    named = None if layers is None else ((layers,) if isinstance(layers, str) else tuple(layers))
-    session = Session(
-        model,
-        Settings(
-            layers=named,
-            layout=selection.layout,
-            streams=selection.streams,
-            mask=selection.mask,
-            max_sequences=1,
-        ),
-    )
+    session = Session(model, selection.options)
     session.attach()
     try:
         with preserved_state(model), eager(), torch.no_grad():
-            forwarded(session, batch)
-        raise_first(session)
+            call_observed(session, batch)
+        session.raise_first_error()
         assert session.last is not None
         return session, session.last
     finally:
@@ -224,7 +216,7 @@ def _chain_number(chains: Sequence[Chain], name: str | None) -> int:
 
 
 def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
-    deepest = len(chain.places) - 1
+    deepest = len(chain.points) - 1
     stop = deepest if stop is None else stop
     for name, depth in (("start", start), ("stop", stop)):
         if not 0 <= depth <= deepest:

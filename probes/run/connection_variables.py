@@ -12,20 +12,20 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
-from depthscope.probes.connections.returned import read_error
+from depthscope.probes.connections.read_weights import read_error
 from depthscope.probes.session.reservoir import Sequence, padded
 from depthscope.probes.session.session import Session
-from depthscope.probes.structure.chain import Chain, Link
+from depthscope.probes.structure.chain import Chain, Connection
 
 SINGLE = {"h_pre": "read", "h_post": "write", "branch_in": "views_in", "branch_out": "views_out"}
 
 
-def connection_coords(links: tuple[Link, ...]) -> dict[str, Any]:
+def connection_coords(links: tuple[Connection, ...]) -> dict[str, Any]:
     """Coordinates of the connection axis.
 
     Parameters
     ----------
-    links : tuple of Link
+    links : tuple of Connection
         The chain's connections.
 
     Returns
@@ -64,13 +64,13 @@ def connection_variables(
     -------
     dict of str to (dims, ndarray)
     """
-    chain = session.chains[number]
+    chain = session.structure.chains[number]
     found = (
         _stream_variables(session, evidence)
         if chain.has_streams
         else _add_variables(number, chain, sequences, tokens)
     )
-    asked = session.settings.selection.keeps_variable
+    asked = session.options.selection.stores_variable
     alias = {several: single for single, several in SINGLE.items()} | {"h_res_returned": "h_res"}
     numbers = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
     return {
@@ -157,23 +157,23 @@ def _add_variables(number: int, chain: Chain, sequences: list[Sequence], tokens:
 
     outs = [
         torch.stack([padded(s.branches[number, position], tokens) for s in sequences])
-        for position in range(len(chain.links))
+        for position in range(len(chain.connections))
     ]
     errors = []
-    for link in chain.links:
+    for link in chain.connections:
         if link.style == "normed":
             errors.append(math.nan)  # the sum itself is not a state
             continue
         change = states(link.depth_out) - states(link.depth_in)
         total = torch.stack(
-            [o for o, other in zip(outs, chain.links, strict=True) if other.depth_in == link.depth_in]
+            [o for o, other in zip(outs, chain.connections, strict=True) if other.depth_in == link.depth_in]
         )
         branch = total.sum(0).double()
         scale = (change.double() * branch).sum() / branch.square().sum().clamp_min(
             torch.finfo(torch.float64).tiny
         )
         errors.append(relative_error(change.double() - scale * branch, states(link.depth_out)))
-    ins = torch.stack([states(link.depth_in) for link in chain.links])
+    ins = torch.stack([states(link.depth_in) for link in chain.connections])
     return {
         "branch_in": (schema.TRACE["branch_in"].dims, ins.numpy()),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outs).numpy()),
@@ -196,13 +196,13 @@ def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[st
     list of dict
         ``depth_in, depth_out, module, change``.
     """
-    joined = {link.depth_out for link in session.links}
+    joined = {link.depth_out for link in session.structure.connections}
     found = []
-    for depth in range(1, len(session.chains[0].places)) if session.links else ():
+    for depth in range(1, len(session.structure.chains[0].points)) if session.structure.connections else ():
         if depth not in joined:
             before = torch.cat([s.states[0, depth - 1].flatten() for s in sequences])
             after = torch.cat([s.states[0, depth].flatten() for s in sequences])
             change = relative_error(after.double() - before.double(), before)
-            module = session.chains[0].places[depth].module
+            module = session.structure.chains[0].points[depth].module
             found.append({"depth_in": depth - 1, "depth_out": depth, "module": module, "change": change})
     return found

@@ -1,8 +1,13 @@
-"""The first forward: everything is looked at, then the chains are found in it."""
+"""The first forward: hooks on every module, and the structure of the model found in what they taped.
+
+Hooks on every module tape all calls. When the forward has ended, `find_structure` finds the chains on the tape, and `replay`
+hands the observer what the tape stored of the states, so that the first forward is measured like every later one.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -10,22 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import Site, opened_site, pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import opened_site, paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, Site
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.autocast import user_autocast
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, in_recomputation
+from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch
 from depthscope.probes.model.layout import count_streams
 from depthscope.probes.model.tensors import first_float
-from depthscope.probes.session.current_forward import Here
-from depthscope.probes.session.forward import Forward, Listener
-from depthscope.probes.session.observer import Sight
-from depthscope.probes.structure.chain import Chain, Link, Place
+from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
+from depthscope.probes.session.observer import Observer
+from depthscope.probes.session.options import Options
+from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.find_chains import find_chains
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
-from depthscope.probes.structure.layout_evidence import read_signs
-from depthscope.probes.structure.tape import FORWARD, Call, Passed, Tape, version
+from depthscope.probes.structure.layout_evidence import read_evidence
+from depthscope.probes.structure.model_structure import Structure
+from depthscope.probes.structure.tape import FORWARD, Call, Tape, version
 
 
 class RewrittenError(CaptureError):
@@ -36,64 +43,78 @@ class AxisError(RewrittenError):
     """The sequences of the first forward were counted along the wrong axis."""
 
 
-class Discovery:
-    """Hooks on every module, a tape of their calls, and the chains that are found on it.
+class FirstForward:
+    """Hooks on every module that tape its calls.
 
     Parameters
     ----------
-    sight : Sight
-        Where what is found is kept.
-    here : Here
+    model : Module
+        The user's model.
+    current : CurrentForward
         The running forward.
+    gradients : bool
+        Whether gradients are wanted.
+    report : callable
+        Called with every exception that a gradient hook raises.
     """
 
-    def __init__(self, sight: Sight, here: Here):
-        self.sight = sight
-        self._here = here
+    def __init__(
+        self,
+        model: nn.Module,
+        current: CurrentForward,
+        *,
+        gradients: bool,
+        report: Callable[[Exception], None],
+    ):
+        self._model = model
+        self._current = current
+        self._gradients = gradients
+        self._report = report
 
     def attach(self, attachment: Attachment) -> None:
-        """Put hooks on every module, and look at the methods of those that may be connections."""
-        for path, module in self.sight.model.named_modules():
-            attachment.before(module, partial(self._tape_enter, path))
-            attachment.after(module, self._tape_leave)
-            pair = pair_of(module)
+        """Put hooks on every module, and around the methods of those that may be paired connections."""
+        for path, module in self._model.named_modules():
+            attachment.before(module, partial(self._before_call, path))
+            attachment.after(module, self._after_call)
+            pair = paired_family(module)
             if pair is not None:
-                attachment.around(module, pair.opens, partial(self._tape_opens, path))
-                attachment.around(module, pair.closes, partial(self._tape_closes, path, pair.closes))
+                attachment.around(module, pair.opens, partial(self._around_opening, path))
+                attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
 
-    def _tape_enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._here.tape is None or self._here.paused or in_recomputation():
-            return
-        call = self._here.tape.enter(path, module, args, kwargs)
-        self._watch_gradients(call.x, call.inputs)
+    def _before_call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tape = self._current.taped
+        if tape is not None:
+            call = tape.enter(path, module, args, kwargs)
+            self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
 
-    def _tape_leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._here.tape is None or self._here.paused or in_recomputation():
-            return
-        call = self._here.tape.leave(module, output)
-        self._watch_gradients(call.y, call.outputs)
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tape = self._current.taped
+        if tape is not None:
+            call = tape.leave(module, output)
+            self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
 
-    def _tape_opens(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        tape, forward = self._here.tape, self._here.forward
-        x, pair = first_float(args, kwargs), pair_of(module)
-        if tape is None or forward is None or x is None or pair is None or in_recomputation():
+    def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        tape, forward = self._current.taped, self._current.recorded
+        x, pair = first_float(args, kwargs), paired_family(module)
+        if tape is None or forward is None or x is None or pair is None:
             return None
         site = opened_site(pair, module, x, forward.batch_size)
         if site is None:
             return None
         opening = Opening(site, forward.batch_size, x.detach())
         opening.key = tape.opened(path, module, pair.opens, x, site)
-        self._watch_gradient(x)
+        self._listen_to_all([x])
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
         return MethodWatch(watch, lambda result: opening.read(result, watch))
 
-    def _tape_closes(
+    def _around_closing(
         self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
     ) -> MethodWatch | None:
-        tape, forward = self._here.tape, self._here.forward
-        if tape is None or forward is None or in_recomputation() or not forward.openings.get(path):
+        tape, forward = self._current.taped, self._current.recorded
+        if tape is None or forward is None or not forward.openings.get(path):
             return None
+        # A shared connection may be opened again before it is closed: the last opening is closed first.
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
@@ -102,141 +123,183 @@ class Discovery:
             if output is not None:
                 parts = opening.close(branch_out, result, watch)
                 tape.closed(opening.key, method, branch_out, output, parts)
-                self._watch_gradient(output)
+                self._listen_to_all([output])
 
         return MethodWatch(watch or nullcontext(), done)
 
-    def _watch_gradients(self, first: torch.Tensor | None, several: tuple[Passed, ...]) -> None:
-        for tensor in [seen.tensor for seen in several] or [first]:
-            self._watch_gradient(tensor)
+    def _listen_to_all(self, tensors: list[torch.Tensor | None]) -> None:
+        """Listen to the gradients of tensors any of which may turn out to be a state.
 
-    def _watch_gradient(self, tensor: torch.Tensor | None) -> None:
-        """In the first forward every tensor may turn out to be a state, so every gradient is listened to."""
-        forward = self._here.forward
-        if not self.sight.settings.gradients or forward is None or tensor is None or not tensor.requires_grad:
-            return
-        key = id(tensor), version(tensor)  # a tensor that is rewritten in place has another gradient
-        known = forward.watched.get(key)
-        if known is None or known.tensor() is not tensor:  # the number of a freed tensor may come again
-            listener = forward.watched[key] = Listener(weakref.ref(tensor))
-            tensor.register_hook(
-                Hook(partial(self._see_watched, forward, listener), self.sight.errors.append)
-            )
-
-    def _see_watched(self, forward: Forward, listener: Listener, gradient: torch.Tensor) -> None:
-        if listener.key is not None:
-            self.sight.see_gradient(forward, *listener.key, gradient)
-
-    def find(self, tape: Tape, forward: Forward) -> None:
-        """Find the chains in the calls of a forward, and keep what it showed of them.
-
-        Parameters
-        ----------
-        tape : Tape
-            Its calls.
-        forward : Forward
-            What is kept of it.
-
-        Raises
-        ------
-        RewrittenError
-            Where a state was lost; the chains are known then.
+        A hook that is put on when the forward has ended would belong to what the tensor has become by then: where a model
+        writes the next state into the same tensor, as AltUp's models do, that is a later state.
         """
-        chains = find_chains(tape, self.sight.model, layers=self.sight.settings.layers)
-        calls = {call.key: call for call in tape.calls}
-        opened = {(call.path, call.index): call.site for call in tape.calls if call.site is not None}
-        self.sight.sites = {
-            number: site
-            for number, link in enumerate(chains[0].links)
-            if (site := opened.get((link.path, link.index))) is not None and chains[0].has_streams
-        }
-        self.sight.layouts = [self._layout(tape, chain, forward) for chain in chains]
-        if not self.sight.sites:
-            self.sight.named_streams = self.sight.settings.streams or count_streams(
-                chains[0].shapes[0], self.sight.layouts[0], forward.batch_size
-            )
-        self.sight.settings.selection.require(chains)
-        self.sight.chains = chains
-        self._here.paused = True
-        try:
-            self._replay(calls, forward)
-        except RewrittenError:
-            raise  # the chains are right: from the next forward on states are copied as they pass
-        except Exception:
-            self.sight.chains = []
-            raise
-        finally:
-            self._here.paused = False
+        forward = self._current.forward
+        if not self._gradients or forward is None:
+            return
+        for tensor in tensors:
+            if tensor is None or not tensor.requires_grad:
+                continue
+            key = id(tensor), version(tensor)
+            known = forward.listeners.get(key)
+            if known is None or known.tensor() is not tensor:  # the id of a freed tensor is given out again
+                listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
+                tensor.register_hook(Hook(partial(_forward_gradient, listener), self._report))
 
-    def _layout(self, tape: Tape, chain: Chain, forward: Forward) -> str:
-        if self.sight.settings.layout is not None:
-            return self.sight.settings.layout
-        if self.sight.sites:
-            return self.sight.sites[0].layout
-        signs = read_signs(tape, chain)
-        if self.sight.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, signs):
-            self.sight.batch_axis = 1
-            raise AxisError(
-                "the model takes its tokens first, so the batch is its second axis; call the model once more"
-            )
-        return infer_layout(chain.shapes[0], batch_size=forward.batch_size, signs=signs)
 
-    def _replay(self, calls: dict[Any, Call], forward: Forward) -> None:
-        """Feed what the tape kept to the same functions that later forwards feed from their hooks."""
-        for number, depth, place in self.sight.places():
-            call = calls[place.path, place.method, place.index]
-            self._refuse_rewritten(call, place)
-            tensor, written = call.seen(place.at, place.item)
-            value = call.value if (place.at, place.item) == ("output", 0) else tensor
-            assert tensor is not None
-            assert value is not None
-            listener = forward.watched.get((id(tensor), written))
-            if listener is not None and listener.tensor() is tensor:
-                listener.key = number, depth
-                self.sight.expect(forward, (number, depth), tensor)
-            self.sight.see_state(forward, number, depth, value)
-        for number, link in enumerate(self.sight.links):
-            self._replay_link(calls, forward, number, link)
-        for number, chain in enumerate(self.sight.chains):
-            for position, link in enumerate(chain.links):
-                if link.branch_path is not None:
-                    branch = calls[link.branch_path, FORWARD, link.branch_index]
-                    self.sight.keep_branch(forward, number, position, branch.y)
+def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
+    if listener.receive is not None:
+        listener.receive(gradient)
 
-    def _replay_link(self, calls: dict[Any, Call], forward: Forward, number: int, link: Link) -> None:
-        call = next(
-            c for c in calls.values() if c.site is not None and (c.path, c.index) == (link.path, link.index)
+
+# --- what the model is ---
+
+
+def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Options) -> Structure:
+    """Find the structure of a model in the calls of one forward.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls.
+    forward : Forward
+        The forward that made them.
+    model : Module
+        The model.
+    options : Options
+        What the user names of the structure, and asks for.
+
+    Returns
+    -------
+    Structure
+
+    Raises
+    ------
+    AxisError
+        Where the sequences of the forward should have been counted along the other axis.
+    ChainError, LayoutError, SiteError
+        Where the model cannot be read, or has not what is asked for.
+    """
+    chains = tuple(find_chains(tape, model, layers=options.blocks))
+    sites = _stream_sites(tape, chains[0])
+    layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
+    named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
+    options.selection.require(chains)
+    return Structure(
+        chains=chains,
+        layouts=layouts,
+        sites=sites,
+        named_streams=named_streams,
+        batch_axis=forward.batch_axis,
+        selection=options.selection,
+    )
+
+
+def _stream_sites(tape: Tape, chain: Chain) -> dict[int, Site]:
+    """What the calls of a chain's connections showed themselves to be, by the number of the connection."""
+    if not chain.has_streams:
+        return {}
+    shown = {(call.path, call.index): call.site for call in tape.calls if call.site is not None}
+    numbered = enumerate((c.path, c.index) for c in chain.connections)
+    return {number: shown[key] for number, key in numbered if key in shown}
+
+
+def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], options: Options) -> str:
+    if options.layout is not None:
+        return options.layout
+    if sites:
+        return sites[0].layout
+    evidence = read_evidence(tape, chain)
+    if forward.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
+        raise AxisError(
+            "the model takes its tokens first, so the batch is its second axis; call the model once more"
         )
-        if call.closing is not None and call.closing.parts is not None:
-            self.sight.keep_parts(forward, number, call.closing.parts)
-        elif link.style == "returned" and call.x is not None:
-            x, site, rows = call.x.detach(), self.sight.sites[number], forward.rows
+    return infer_layout(chain.shapes[0], batch_size=forward.batch_size, evidence=evidence)
 
-            def seen() -> list[torch.Tensor]:
-                kept = _sequences_at(x, site, rows)
-                watch = returned_watch(kept, site)
-                with suppress(Exception), user_autocast(), watch:  # sharded weights, for one, are gone by now
-                    call.module.forward(kept)
-                return watch.floating()
 
-            self.sight.see_returned(forward, number, x, call.output, seen)
+# --- what the first forward showed ---
 
-    def _refuse_rewritten(self, call: Call, place: Place) -> None:
-        tensor, written = call.seen(place.at, place.item)
-        if tensor is None:
-            raise RewrittenError(
-                f"the state at {call.path} was not kept in the first forward; call the model once more: from the second "
-                "forward on states are copied as they pass"
-            )
-        copied = (place.at, place.item) == ("output", 0) and call.copy is not None
-        if not copied and written != version(tensor):
-            raise RewrittenError(
-                f"the state at {call.path} was rewritten in place before the first forward ended, so its value is lost; "
-                "call the model once more: from the second forward on states are copied as they pass"
-            )
+
+def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
+    """Hand what the tape stored to the observer, as the hooks of later forwards do.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward.
+    forward : Forward
+        The forward that made them.
+    observer : Observer
+        Records what they show.
+
+    Raises
+    ------
+    RewrittenError
+        Where the value of a state is lost.
+    """
+    structure = observer.structure
+    calls = {call.key: call for call in tape.calls}
+    for number, depth, point in structure.captured:
+        call = calls[point.path, point.method, point.index]
+        _refuse_rewritten(call, point)
+        tensor, written = call.passed(point.at, point.item)
+        value = call.value if (point.at, point.item) == ("output", 0) else tensor
+        assert tensor is not None
+        assert value is not None
+        listener = forward.listeners.get((id(tensor), written))
+        if listener is not None and listener.tensor() is tensor:
+            listener.receive = partial(observer.record_gradient, forward, number, depth)
+            observer.expect_gradient(forward, (number, depth), tensor)
+        observer.record_state(forward, number, depth, value)
+    connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
+    for number, connection in enumerate(structure.connections):
+        call = connection_calls[connection.path, connection.index]
+        _replay_connection(call, forward, observer, number, connection)
+    for number, chain in enumerate(structure.chains):
+        for position, connection in enumerate(chain.connections):
+            if connection.branch_path is not None:
+                branch = calls[connection.branch_path, FORWARD, connection.branch_index]
+                observer.record_branch(forward, number, position, branch.y)
+
+
+def _replay_connection(
+    call: Call, forward: Forward, observer: Observer, number: int, connection: Connection
+) -> None:
+    if call.closing is not None and call.closing.parts is not None:
+        observer.record_connection(forward, number, call.closing.parts)
+    elif isinstance(BY_NAME[connection.style], ForwardFamily) and call.x is not None:
+        x, site, rows = call.x.detach(), observer.structure.sites[number], forward.rows
+
+        def computed() -> list[torch.Tensor]:
+            """What the module computes inside, which no watch could look for before it was known as a connection."""
+            sampled = _sequences_at(x, site, rows)
+            watch = returned_watch(sampled, site)
+            # Its forward alone runs once more, on the sampled sequences and in the user's precision; without hooks, which a
+            # call of the module would run. Where it cannot run again (sharded weights are gone by now, for one) H_pre is
+            # solved from the states.
+            with suppress(Exception), user_autocast(), watch:
+                call.module.forward(sampled)
+            return watch.floating()
+
+        observer.record_returned(forward, number, x, call.output, computed)
 
 
 def _sequences_at(x: torch.Tensor, site: Site, rows: torch.Tensor) -> torch.Tensor:
     """The sampled sequences of a connection's input, in the module's own layout."""
     rows = rows.to(x.device)
     return x[:, rows] if site.layout.startswith("N B") else x[rows]
+
+
+def _refuse_rewritten(call: Call, point: HookPoint) -> None:
+    """Refuse a state that was written in place since: torch counts a tensor's writes in its version."""
+    tensor, written = call.passed(point.at, point.item)
+    if tensor is None:
+        raise RewrittenError(
+            f"the state at {call.path} was not kept in the first forward; call the model once more: from the second "
+            "forward on states are copied as they pass"
+        )
+    copied = (point.at, point.item) == ("output", 0) and call.copy is not None
+    if not copied and written != version(tensor):
+        raise RewrittenError(
+            f"the state at {call.path} was rewritten in place before the first forward ended, so its value is lost; "
+            "call the model once more: from the second forward on states are copied as they pass"
+        )

@@ -1,80 +1,94 @@
-"""What was seen in one call of the model, and what whole calls with the same weights add up to."""
+"""The record of one call of the model, of the call that a thread is running, and of calls with the same weights."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.paired import Opening
+from depthscope.probes.connections.reading import Opening
+from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.session.reservoir import Sequence
-from depthscope.probes.statistics.token_sums import Sums, merged
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
+from depthscope.probes.structure.tape import Tape
 
-FINAL = -1  # stands for a depth: the state behind the last norm
-
-Spot = tuple[int, int]  # the number of a chain, and a depth or a connection of it
+Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
 
 
 @dataclass
-class Listener:
-    """The gradient hook on one tensor of the first forward, which may turn out to be a state."""
+class GradientListener:
+    """The gradient hook on one tensor of the first forward, when nobody knows yet which tensors are states.
+
+    The tensor is referenced weakly: its own hook refers to the listener, and a cycle through autograd's C++ objects is never
+    collected.
+    """
 
     tensor: weakref.ref[torch.Tensor]
-    key: Spot | None = None
+    receive: Callable[[torch.Tensor], None] | None = None  # set when the tensor turns out to be a state
 
 
 @dataclass
 class Forward:
-    """What was seen in one call of the model."""
+    """What was recorded of one call of the model."""
 
     batch_size: int
+    batch_axis: int  # of the model's first tensor
     stamp: int
-    first_index: int
-    slots: dict[int, int]
+    first_index: int  # of its sequences, over all forwards
+    slots: dict[int, int]  # row of the batch to slot of the reservoir
     arguments: Mapping[str, Any]
     decoding: bool
-    rows: torch.Tensor
-    lead_shape: tuple[int, ...]
-    row_data: torch.Tensor | None
+    rows: torch.Tensor  # the sampled sequences
+    lead_shape: tuple[int, ...]  # of that tensor
+    row_data: torch.Tensor | None  # its sampled sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    states: dict[Spot, torch.Tensor] = field(default_factory=dict)
-    gradients: dict[Spot, torch.Tensor] = field(default_factory=dict)
-    hooked: set[Spot] = field(default_factory=set)
-    arrived: set[Spot] = field(default_factory=set)
-    watched: dict[tuple[int, int | None], Listener] = field(default_factory=dict)
-    parts: dict[Spot, Parts] = field(default_factory=dict)
-    branches: dict[Spot, torch.Tensor] = field(default_factory=dict)
+    states: dict[Key, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
+    expected_gradients: set[Key] = field(default_factory=set)
+    arrived_gradients: set[Key] = field(default_factory=set)
+    # A tensor that is rewritten in place is another one to autograd, hence the version in the key.
+    listeners: dict[tuple[int, int | None], GradientListener] = field(default_factory=dict)
+    parts: dict[Key, Parts] = field(default_factory=dict)
+    branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
-    sums: list[Sums] = field(default_factory=list)
-    sources: list[torch.Tensor] = field(default_factory=list)
-    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    sums: list[TokenSums] = field(default_factory=list)
+    first_states: list[torch.Tensor] = field(
+        default_factory=list
+    )  # up to which a backward of ours must reach
+    call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
-    def turn(self, kind: str, path: str) -> int:
-        """Index of this call among the calls of one module in this forward."""
-        index = self.counts.get((kind, path), 0)
-        self.counts[kind, path] = index + 1
+    def next_index(self, kind: str, path: str) -> int:
+        """Index of this call among the calls of one module in this forward; a block may run several times."""
+        index = self.call_counts.get((kind, path), 0)
+        self.call_counts[kind, path] = index + 1
         return index
 
-    def ended(self) -> None:
-        """Let go of what only the forward itself needs: its batch must not outlive it."""
-        self.watched.clear()
+    def end(self) -> None:
+        """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
+        self.listeners.clear()
         self.openings.clear()
         self.arguments = {}
 
-    def let_go(self) -> None:
-        """Let go of the user's tensors; one whose gradient hook holds what holds it would live on."""
-        self.ended()
-        self.sources.clear()
+    def release(self) -> None:
+        """Drop the user's tensors as well.
 
-    def chain_sums(self, number: int) -> Sums:
+        The gradient hook of the first state refers to this object, which refers to that state: as long as it does, neither
+        is freed.
+        """
+        self.end()
+        self.first_states.clear()
+
+    def chain_sums(self, number: int) -> TokenSums:
         """The sums of one chain."""
         while len(self.sums) <= number:
-            self.sums.append(Sums())
+            self.sums.append(TokenSums())
         return self.sums[number]
 
     def sampled(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -83,36 +97,75 @@ class Forward:
 
     def sequences(self) -> list[tuple[int, Sequence]]:
         """The sampled sequences, on the CPU, with their slots."""
-        kept = []
+        found = []
         for position, row in enumerate(self.rows.tolist()):
-            masks = {number: mask[row].cpu() for number, mask in self.masks.items() if mask is not None}
             sequence = Sequence(
                 index=self.first_index + row,
-                mask=masks,
-                states=_pick(self.states, position),
-                gradients=_pick(self.gradients, position),
+                mask={number: mask[row].cpu() for number, mask in self.masks.items() if mask is not None},
+                states=_row(self.states, position),
+                gradients=_row(self.gradients, position),
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
-                branches=_pick(self.branches, position),
+                branches=_row(self.branches, position),
                 decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
             )
-            kept.append((self.slots[row], sequence))
-        return kept
+            found.append((self.slots[row], sequence))
+        return found
 
 
-def _pick(tensors: Mapping[Any, torch.Tensor], position: int) -> dict[Any, torch.Tensor]:
+def _row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:
+    # Cloned, since a view would keep the other sequences of its batch in memory.
     return {key: tensor[position].cpu().clone() for key, tensor in tensors.items()}
 
 
 @dataclass
 class Measured:
-    """What whole forwards with the same weights add up to."""
+    """What forwards with the same weights add up to."""
 
     stamp: int
     batch_size: int
-    sums: list[Sums]
+    sums: list[TokenSums]
 
     def add(self, forward: Forward) -> None:
         """Add one more forward."""
         self.batch_size += forward.batch_size
-        self.sums = merged(self.sums, forward.sums)
+        self.sums = merge_sums(self.sums, forward.sums)
+
+
+class CurrentForward(threading.local):
+    """The forward that this thread is running, and its tape while the chains are still to be found.
+
+    One model may run in several threads at once; the hooks, which all threads share, find the record of their own here.
+    """
+
+    forward: Forward | None = None
+    tape: Tape | None = None
+    paused = False
+
+    @property
+    def recorded(self) -> Forward | None:
+        """The forward that hooks write to; None outside of one, and where what runs is not the user's forward.
+
+        Under activation checkpointing the backward runs blocks once more: their states were recorded already.
+        """
+        return None if self.paused or in_recomputation() else self.forward
+
+    @property
+    def taped(self) -> Tape | None:
+        """The tape that hooks write to; None under the same conditions as `recorded`."""
+        return None if self.paused or in_recomputation() else self.tape
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Run a part of the model once more without recording it."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def clear(self) -> None:
+        """Forget a forward that did not end."""
+        if self.forward is not None:
+            self.forward.release()
+        self.forward = self.tape = None

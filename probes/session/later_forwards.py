@@ -1,8 +1,8 @@
-"""Every forward after the first: hooks on the places of the chains only, and looks at the connections' own methods."""
+"""Every forward after the first: hooks only where a state, a branch or a connection is seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -10,188 +10,220 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, PairedFamily
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
-from depthscope.probes.session.current_forward import Here
-from depthscope.probes.session.forward import Forward
-from depthscope.probes.session.observer import Sight
-from depthscope.probes.structure.chain import Place
+from depthscope.probes.session.forward import CurrentForward, Forward
+from depthscope.probes.session.observer import Observer
+from depthscope.probes.structure.model_structure import CapturedState
 from depthscope.probes.structure.tape import FORWARD
 
-Spots = list[tuple[int, int, Place]]
 
-
-class Following:
-    """Hooks on the places of known chains.
+class LaterForwards:
+    """Hooks on the modules where a known structure is seen.
 
     Parameters
     ----------
-    sight : Sight
-        With its chains found.
-    here : Here
+    model : Module
+        The user's model.
+    observer : Observer
+        Records what passes; it knows the structure.
+    current : CurrentForward
         The running forward.
     last : callable
         Gives the forward that ended last, whose checkpoints a backward recomputes.
     """
 
-    def __init__(self, sight: Sight, here: Here, last: Callable[[], Forward | None]):
-        self.sight = sight
-        self._here = here
+    def __init__(
+        self,
+        model: nn.Module,
+        observer: Observer,
+        current: CurrentForward,
+        last: Callable[[], Forward | None],
+    ):
+        self._model = model
+        self._observer = observer
+        self._structure = observer.structure
+        self._current = current
         self._last = last
 
     def attach(self, attachment: Attachment) -> None:
-        """Put hooks on the places, and look at the methods that connect."""
-        modules = dict(self.sight.model.named_modules(remove_duplicate=False))
-        inputs, outputs = self._spots("input"), self._spots("output")
-        methods = {path for path, method in (*inputs, *outputs) if method != FORWARD}
-        for (path, method), spots in inputs.items():
+        """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))  # a shared block has several paths
+        inputs, outputs = self._states_seen_at("input"), self._states_seen_at("output")
+        for (path, method), states in inputs.items():
             if method == FORWARD:
-                attachment.before(modules[path], partial(self._see_input, path, spots))
-        for path in {link.path for link in self.sight.links if link.style == "returned"}:
-            attachment.around(modules[path], FORWARD, partial(self._returns, path))
-        for path in {link.path for link in self.sight.links if link.style in ("width", "altup")} | methods:
-            pair = pair_of(modules[path])
+                attachment.before(modules[path], partial(self._before_call, path, states))
+        connections = [(c.path, BY_NAME[c.style]) for c in self._structure.connections]
+        returned = {path for path, family in connections if isinstance(family, ForwardFamily)}
+        for path in returned:
+            # Around the forward method, not a hook: the watch must be on while it runs.
+            attachment.around(modules[path], FORWARD, partial(self._around_returned, path))
+        paired = {path for path, family in connections if isinstance(family, PairedFamily)}
+        methods = {path for path, method in (*inputs, *outputs) if method != FORWARD}
+        for path in paired | methods:
+            pair = paired_family(modules[path])
             assert pair is not None
             opened, closed = inputs.get((path, pair.opens), []), outputs.get((path, pair.closes), [])
-            attachment.around(modules[path], pair.opens, partial(self._opens, path, pair.opens, opened))
-            attachment.around(modules[path], pair.closes, partial(self._closes, path, pair.closes, closed))
-        for path in {
-            link.branch_path for chain in self.sight.chains for link in chain.links if link.branch_path
-        }:
-            attachment.after(modules[path], partial(self._see_branch, path))
-        for (path, method), spots in outputs.items():
+            attachment.around(
+                modules[path], pair.opens, partial(self._around_opening, path, pair.opens, opened)
+            )
+            attachment.around(
+                modules[path], pair.closes, partial(self._around_closing, path, pair.closes, closed)
+            )
+        branches = {
+            c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
+        }
+        for path in branches:
+            attachment.after(modules[path], partial(self._after_branch, path))
+        for (path, method), states in outputs.items():
             if method == FORWARD:
-                attachment.after(modules[path], partial(self._see_output, path, spots))
+                attachment.after(modules[path], partial(self._after_call, path, states))
 
-    def _spots(self, at: str) -> dict[tuple[str, str], Spots]:
-        """The places on one side of calls, by the module and method that show them."""
-        spots: dict[tuple[str, str], Spots] = {}
-        for number, depth, place in self.sight.places():
-            if place.at == at:
-                spots.setdefault((place.path, place.method), []).append((number, depth, place))
-        return spots
+    def _states_seen_at(self, side: str) -> dict[tuple[str, str], list[CapturedState]]:
+        """The states that are seen at the input or at the output of calls, by module path and method."""
+        found: dict[tuple[str, str], list[CapturedState]] = {}
+        for state in self._structure.captured:
+            if state.point.at == side:
+                found.setdefault((state.point.path, state.point.method), []).append(state)
+        return found
 
-    def _see_input(self, path: str, spots: Spots, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._see_spots("input", path, FORWARD, spots, floats_in(args, kwargs))
+    # --- states ---
 
-    def _see_output(
+    def _before_call(
+        self, path: str, states: Sequence[CapturedState], module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        self._record_states("input", path, FORWARD, states, floats_in(args, kwargs))
+
+    def _after_call(
         self,
         path: str,
-        spots: Spots,
+        states: Sequence[CapturedState],
         module: nn.Module,
         args: Any,
         kwargs: Any,
         output: Any,
     ) -> None:
-        self._see_spots("output", path, FORWARD, spots, floats_in(output))
+        self._record_states("output", path, FORWARD, states, floats_in(output))
 
-    def _see_spots(
+    def _record_states(
         self,
-        at: str,
+        side: str,
         path: str,
         method: str,
-        spots: Spots,
+        states: Sequence[CapturedState],
         tensors: list[torch.Tensor],
     ) -> None:
-        if self._here.paused or not tensors:
+        """Record the states that one call shows: those whose turn it is, where a module is called several times."""
+        if self._current.paused or not tensors:
             return
         if in_recomputation():
-            self._see_recomputed(spots, tensors)
+            self._hook_recomputed(states, tensors)
             return
-        forward = self._here.forward
+        forward = self._current.forward
         if forward is None:
             return
-        index = forward.turn(f"{at} {method}", path)
-        for number, depth, place in spots:
-            if place.index == index and place.item < len(tensors):
-                self.sight.see_state(forward, number, depth, tensors[place.item])
-                self.sight.listen(forward, number, depth, tensors[place.item])
+        index = forward.next_index(f"{side} {method}", path)
+        for number, depth, point in states:
+            if point.index == index and point.item < len(tensors):
+                self._observer.record_state(forward, number, depth, tensors[point.item])
+                self._observer.hook_gradient(forward, number, depth, tensors[point.item])
 
-    def _see_recomputed(self, spots: Spots, tensors: list[torch.Tensor]) -> None:
-        """In a reentrant checkpoint only the recomputed tensor has a gradient; take it where none is expected yet."""
+    def _hook_recomputed(self, states: Sequence[CapturedState], tensors: list[torch.Tensor]) -> None:
+        """Hook the gradients of states that a checkpoint recomputes.
+
+        A reentrant checkpoint runs its forward without a graph: only the tensors of the recomputation have gradients. A
+        non-reentrant one has hooks from the forward already, and `hook_gradient` adds none. The index of a call is
+        unknown here, since checkpoints are recomputed from the last to the first, so a module that shows several states
+        by several calls is left out.
+        """
         last = self._last()
-        if last is None or len({place.item for *_, place in spots}) != len(spots):
+        if last is None or len({state.point.item for state in states}) != len(states):
             return
-        for number, depth, place in spots:
-            if place.item < len(tensors):
-                self.sight.listen(last, number, depth, tensors[place.item])
+        for number, depth, point in states:
+            if point.item < len(tensors):
+                self._observer.hook_gradient(last, number, depth, tensors[point.item])
 
-    def _returns(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        """A returned connection is called: its own run is watched for the weights that it keeps to itself."""
-        forward, x = self._here.forward, first_float(args, kwargs)
-        if forward is None or x is None or self._here.paused or in_recomputation():
-            return None
-        number = self._link_number(forward, path)
-        if number is None:
-            return None
-        watch = returned_watch(x, self.sight.sites[number])
-        return MethodWatch(
-            watch, lambda output: self.sight.see_returned(forward, number, x.detach(), output, watch.floating)
-        )
+    # --- connections ---
 
-    def _opens(
+    def _around_returned(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        """Watch a connection that returns its weights for those that it does not return, such as H_pre."""
+        begun = self._begin_connection(path, first_float(args, kwargs))
+        if begun is None:
+            return None
+        forward, number, x = begun
+        watch = returned_watch(x, self._structure.sites[number])
+        record = partial(self._observer.record_returned, forward, number, x.detach())
+        return MethodWatch(watch, lambda output: record(output, watch.floating))
+
+    def _around_opening(
         self,
         path: str,
         method: str,
-        spots: Spots,
+        states: Sequence[CapturedState],
         module: nn.Module,
         args: Any,
         kwargs: Any,
     ) -> MethodWatch | None:
-        x = first_float(args, kwargs)
-        self._see_spots("input", path, method, spots, floats_in(args, kwargs))
-        forward = self._here.forward
-        if forward is None or x is None or self._here.paused or in_recomputation():
+        self._record_states("input", path, method, states, floats_in(args, kwargs))
+        begun = self._begin_connection(path, first_float(args, kwargs))
+        if begun is None:
             return None
-        number = self._link_number(forward, path)
-        if number is None:
-            return None
-        opening = Opening(self.sight.sites[number], forward.batch_size, x.detach(), key=number)
+        forward, number, x = begun
+        opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
         return MethodWatch(watch, lambda result: opening.read(result, watch))
 
-    def _closes(
+    def _around_closing(
         self,
         path: str,
         method: str,
-        spots: Spots,
+        states: Sequence[CapturedState],
         module: nn.Module,
         args: Any,
         kwargs: Any,
     ) -> MethodWatch | None:
-        forward = self._here.forward
-        if self._here.paused or (forward is None and not in_recomputation()):
-            return None
-        if in_recomputation() or forward is None or not forward.openings.get(path):
-            return MethodWatch(
-                nullcontext(),
-                lambda result: self._see_spots("output", path, method, spots, floats_in(result)),
-            )
+        forward = self._current.recorded
+
+        def record_states(result: Any) -> None:
+            self._record_states("output", path, method, states, floats_in(result))
+
+        if forward is None or not forward.openings.get(path):
+            # Also in a recomputation, where the states of a reentrant checkpoint get their gradient hooks.
+            return MethodWatch(nullcontext(), record_states)
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
         def done(result: Any) -> None:
-            self._see_spots("output", path, method, spots, floats_in(result))
-            self.sight.keep_parts(forward, opening.key, opening.close(branch_out, result, watch))
+            record_states(result)
+            parts = opening.close(branch_out, result, watch)
+            self._observer.record_connection(forward, opening.key, parts)
 
         return MethodWatch(watch or nullcontext(), done)
 
-    def _link_number(self, forward: Forward, path: str) -> int | None:
-        index = forward.turn("link", path)
-        return next(
-            (n for n, link in enumerate(self.sight.links) if (link.path, link.index) == (path, index)), None
-        )
+    def _begin_connection(
+        self, path: str, x: torch.Tensor | None
+    ) -> tuple[Forward, int, torch.Tensor] | None:
+        """The running forward, the number of the connection that is called, and its streams; None where none is recorded."""
+        forward = self._current.recorded
+        if forward is None or x is None:
+            return None
+        call = path, forward.next_index("connection", path)
+        numbers = [n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call]
+        return (forward, numbers[0], x) if numbers else None
 
-    def _see_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        forward, tensor = self._here.forward, first_float(output)
-        if forward is None or self._here.paused or in_recomputation() or tensor is None:
+    # --- branches ---
+
+    def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        forward, tensor = self._current.recorded, first_float(output)
+        if forward is None or tensor is None:
             return
-        index = forward.turn("branch", path)
-        for number, chain in enumerate(self.sight.chains):
-            for position, link in enumerate(chain.links):
-                if (link.branch_path, link.branch_index) == (path, index):
-                    self.sight.keep_branch(forward, number, position, tensor)
+        call = path, forward.next_index("branch", path)
+        for number, chain in enumerate(self._structure.chains):
+            for position, connection in enumerate(chain.connections):
+                if (connection.branch_path, connection.branch_index) == call:
+                    self._observer.record_branch(forward, number, position, tensor)

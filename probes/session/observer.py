@@ -1,198 +1,161 @@
-"""What a model was found to be, and what is kept of the states, gradients and connections that pass in it."""
+"""What is recorded of the states, gradients and connections that pass through a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.detection import Site
-from depthscope.probes.connections.returned import read_returned
-from depthscope.probes.model.arguments import Mask, find_mask, fit_mask
+from depthscope.probes.connections.reading import read_returned
+from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.model.hooks import Hook
-from depthscope.probes.model.layout import canonical
-from depthscope.probes.model.tensors import local_tensor
-from depthscope.probes.session.forward import FINAL, Forward
-from depthscope.probes.statistics.streaming import Streaming
-from depthscope.probes.structure.chain import Chain, Link, Place
-from depthscope.probes.structure.sites import Selection
+from depthscope.probes.session.forward import Forward
+from depthscope.probes.session.options import Options
+from depthscope.probes.structure.model_structure import FINAL, Structure
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to capture, and how much of it to keep."""
-
-    gradients: bool = False
-    layers: tuple[str, ...] | None = None
-    layout: str | None = None
-    streams: int | None = None
-    max_sequences: int = 8
-    seed: int = 0
-    mask: Mask = None
-    selection: Selection = field(default_factory=Selection)
-    scale: Callable[[], torch.Tensor | None] | None = None
-    streaming: Callable[[int], Streaming] | None = None  # from a forward's first index
-
-
-class Sight:
-    """What a model was found to be, and what is kept of what passes in it.
+class Observer:
+    """Records what passes through a model of known structure; the first forward and all later ones feed it alike.
 
     Parameters
     ----------
-    model : Module
-        The user's model; it is only looked at.
-    settings : Settings
+    structure : Structure
+        What the model was found to be.
+    options : Options
         What to capture.
+    report : callable
+        Called with every exception that a gradient hook raises.
+    loss_scale : callable, optional
+        Gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings):
-        self.model = model
-        self.settings = settings
-        self.chains: list[Chain] = []
-        self.layouts: list[str] = []
-        self.sites: dict[int, Site] = {}
-        self.named_streams = 1
-        self._placed: tuple[list[Chain], list[tuple[int, int, Place]]] | None = None
-        self.batch_axis = 0  # of the model's first tensor
-        self.dtype = torch.float32
-        self.precision = torch.float32  # that the states are multiplied in, autocast's where it is on
-        self.errors: list[Exception] = []
+    def __init__(
+        self,
+        structure: Structure,
+        options: Options,
+        report: Callable[[Exception], None],
+        loss_scale: Callable[[], torch.Tensor | None] | None = None,
+    ):
+        self.structure = structure
+        self.options = options
+        self.dtype = torch.float32  # of the states seen last
+        self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
+        self._report = report
+        self._loss_scale = loss_scale
 
-    def places(self) -> list[tuple[int, int, Place]]:
-        """Every place that is captured: chain number, depth (`FINAL` behind the last norm), place."""
-        if self._placed is None or self._placed[0] is not self.chains:
-            self._placed = self.chains, list(self._find_places())
-        return self._placed[1]
-
-    def _find_places(self) -> Iterable[tuple[int, int, Place]]:
-        for number, chain in enumerate(self.chains):
-            for depth, place in enumerate(chain.places):
-                if self.settings.selection.needs(chain, depth):
-                    yield number, depth, place
-            if chain.final is not None and self.settings.selection.wants("final"):
-                yield number, FINAL, chain.final
-
-    @property
-    def links(self) -> tuple[Link, ...]:
-        """The stream connections of the (only) chain that has them."""
-        return self.chains[0].links if self.chains and self.sites else ()
-
-    @property
-    def num_streams(self) -> int:
-        """Number of residual streams n, fractions counted; 1 for a plain residual model."""
-        return self.sites[0].num_streams if self.sites else self.named_streams
-
-    @property
-    def fractions(self) -> int:
-        """Number of fractions of each stream's features that are connected on their own; mostly 1."""
-        return self.sites[0].fractions if self.sites else 1
-
-    @property
-    def family(self) -> str:
-        """The connection family: residual, hc, mhc, independent_hc, gated, altup or depth_history."""
-        if not self.sites:
-            if any(chain.history for chain in self.chains):
-                return "depth_history"
-            return "residual" if self.num_streams == 1 else "unknown"
-        families = {site.family for site in self.sites.values()}
-        return families.pop() if len(families) == 1 else "hc"
-
-    # --- what passes ---
-
-    def see_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
-        """Keep a state of a forward and add it to the statistics.
+    def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
+        """Store the sampled sequences of a state, and add all of it to the statistics.
 
         Parameters
         ----------
         forward : Forward
             The forward.
         number, depth : int
-            Chain and depth (`FINAL` behind the last norm).
+            Chain and depth (`FINAL` after the last norm).
         tensor : Tensor
-            The state as the model holds it.
+            The state in the model's own layout.
         """
         forward.fired.add(("state", number, depth))
         if depth == FINAL:
             if len(forward.rows):
-                forward.states[number, depth] = forward.sampled(self._final(forward, tensor.detach()))
+                final = self.structure.canonical_final(tensor.detach(), forward.batch_size)
+                forward.states[number, depth] = forward.sampled(final)
             return
-        state = self._canonical(forward, number, tensor.detach())
+        state = self.structure.canonical(number, tensor.detach(), forward.batch_size)
         mask = self._mask(forward, number, state)
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if len(forward.rows):
+            # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
         sums = forward.chain_sums(number)
-        if self.settings.streaming is not None and sums.streaming is None:
-            sums.streaming = self.settings.streaming(forward.first_index)
-        sums.see_state(depth, state, mask)
+        if sums.streaming is None:
+            sums.streaming = self.options.new_streaming(forward.first_index)
+        sums.add_state(depth, state, mask)
 
-    def listen(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
-        """Listen to the gradient of a state, where gradients are wanted and it will have one."""
+    def _mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a chain, found at its first state: an encoder and a decoder have one each."""
+        if number not in forward.masks:
+            prefix = "decoder_" if "decoder" in self.structure.chains[number].name else ""
+            mask = find_mask(forward.arguments, self.options.mask, prefix)
+            forward.masks[number] = None if mask is None else fit_mask(mask, state)
+        return forward.masks[number]
+
+    # --- gradients ---
+
+    def hook_gradient(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
+        """Put a hook on the gradient of a state, where gradients are wanted and it will have one."""
         key = (number, depth)
-        if self.settings.gradients and tensor.requires_grad and key not in forward.hooked:
-            self.expect(forward, key, tensor)
-            tensor.register_hook(Hook(partial(self.see_gradient, forward, number, depth), self.errors.append))
+        if self.options.gradients and tensor.requires_grad and key not in forward.expected_gradients:
+            self.expect_gradient(forward, key, tensor)
+            # A hook on the tensor, not a module's full backward hook: that one would put a function into the user's graph,
+            # and would see the gradient of a module's call, not of a state that several calls read.
+            tensor.register_hook(Hook(partial(self.record_gradient, forward, number, depth), self._report))
 
-    def expect(self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor) -> None:
-        """Note that the gradient of a state is listened to."""
-        if not any(number == key[0] for number, _ in forward.hooked):
-            forward.sources.append(
-                tensor
-            )  # the first state of a chain, up to which a backward of our own must reach
-        forward.hooked.add(key)
+    def expect_gradient(self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor) -> None:
+        """Note that the gradient of a state has a hook."""
+        if all(number != key[0] for number, _ in forward.expected_gradients):
+            forward.first_states.append(tensor)
+        forward.expected_gradients.add(key)
 
-    def see_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
-        """Keep a gradient, divided by the loss scale; several backwards through one forward add up.
+    def record_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
+        """Store a gradient, divided by the loss scale; the gradients of several backwards through one forward add up.
 
-        The statistics of a second backward are known where the whole batch is kept raw, and undefined (NaN) elsewhere.
+        Their squares do not add up: after a second backward the statistics are recomputed where the sample is the complete
+        batch, and undefined (NaN) elsewhere.
 
         Parameters
         ----------
         forward : Forward
-            The forward whose state it belongs to.
+            The forward of the state.
         number, depth : int
             Chain and depth.
         gradient : Tensor
             As the backward gives it.
         """
-        scale = self.settings.scale() if self.settings.scale is not None else None
-        whole = gradient.detach()
+        scale = self._loss_scale() if self._loss_scale is not None else None
+        unscaled = gradient.detach()
         if scale is not None:
-            whole = whole.float() / scale.to(whole.device)
-        state = self._final(forward, whole) if depth == FINAL else self._canonical(forward, number, whole)
-        again = (number, depth) in forward.arrived
-        forward.arrived.add((number, depth))
-        kept = forward.sampled(state)
+            # In float32, since a gradient that fits float16 only because it is scaled would underflow.
+            unscaled = unscaled.float() / scale.to(unscaled.device)
+        if depth == FINAL:
+            values = self.structure.canonical_final(unscaled, forward.batch_size)
+        else:
+            values = self.structure.canonical(number, unscaled, forward.batch_size)
+        again = (number, depth) in forward.arrived_gradients
+        forward.arrived_gradients.add((number, depth))
+        sampled = forward.sampled(values)
         if again:
-            kept = kept + forward.gradients[number, depth]
+            sampled = sampled + forward.gradients[number, depth]
             complete = len(forward.rows) == forward.batch_size
-            state = kept if complete else torch.full_like(state, torch.nan)  # squares do not add up
-        forward.gradients[number, depth] = kept
+            values = sampled if complete else torch.full_like(values, torch.nan)
+        forward.gradients[number, depth] = sampled
         if depth != FINAL:
             mask = forward.masks.get(number)
-            forward.chain_sums(number).see_gradient(depth, state, mask, anew=again)
+            forward.chain_sums(number).add_gradient(depth, values, mask, anew=again)
 
-    def see_returned(
+    # --- connections ---
+
+    def record_returned(
         self,
         forward: Forward,
         number: int,
         x: torch.Tensor,
         output: Any,
-        seen: Callable[[], list[torch.Tensor]],
+        computed: Callable[[], list[torch.Tensor]],
     ) -> None:
-        """Read a returned connection and keep its parts; ``seen`` gives what it computed inside."""
+        """Read and record a connection that returns its weights; ``computed`` gives the tensors computed inside."""
         rows = forward.rows.to(x.device)
-        sampled, whole = read_returned(self.sites[number], x, output, rows, seen)
-        self.keep_parts(forward, number, whole, sampled)
+        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed)
+        self.record_connection(forward, number, complete, sampled)
 
-    def keep_parts(self, forward: Forward, number: int, whole: Parts, sampled: Parts | None = None) -> None:
-        """Keep the parts of a connection.
+    def record_connection(
+        self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None
+    ) -> None:
+        """Record the coefficients of a connection.
 
         Parameters
         ----------
@@ -200,51 +163,28 @@ class Sight:
             The forward.
         number : int
             The connection.
-        whole : Parts
+        complete : Parts
             Of every token.
         sampled : Parts, optional
-            Of the sampled sequences, where more was read of them.
+            Of the sampled sequences, where more was read of these.
         """
         forward.fired.add(("connection", 0, number))
         if len(forward.rows):
-            rows = forward.rows.to(whole.write.device)
-            forward.parts[0, number] = whole.sampled(rows) if sampled is None else sampled.detached()
-        if whole.mix is not None:
-            forward.chain_sums(0).see_mixing(number, whole.mix, forward.masks.get(0))
+            rows = forward.rows.to(complete.write.device)
+            forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
+        if complete.mix is not None:
+            forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
 
-    def keep_branch(self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None) -> None:
-        """Keep what a branch gave: chain number and position of its connection."""
+    def record_branch(
+        self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None
+    ) -> None:
+        """Record the output of a branch: chain number, and position of its connection in the chain."""
         if tensor is None:
             return
         forward.fired.add(("branch", number, position))
         if len(forward.rows):
-            flat = (
-                tensor.detach()
-                if self.sites
-                else self._canonical(forward, number, tensor.detach()).squeeze(2)
-            )
-            forward.branches[number, position] = forward.sampled(flat)
-
-    # --- shapes and masks ---
-
-    def _canonical(self, forward: Forward, number: int, tensor: torch.Tensor) -> torch.Tensor:
-        return canonical(
-            local_tensor(tensor),
-            self.layouts[number],
-            batch_size=forward.batch_size,
-            num_streams=self.num_streams,
-            fractions=self.fractions,
-        )
-
-    def _final(self, forward: Forward, tensor: torch.Tensor) -> torch.Tensor:
-        """The state behind the last norm, (B, T, D), whatever the layout of the streams."""
-        if not self.sites and self.num_streams == 1:
-            return self._canonical(forward, 0, tensor).squeeze(2)
-        return tensor.reshape(forward.batch_size, -1, tensor.shape[-1])
-
-    def _mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
-        if number not in forward.masks:
-            prefix = "decoder_" if "decoder" in self.chains[number].name else ""
-            mask = find_mask(forward.arguments, self.settings.mask, prefix)
-            forward.masks[number] = None if mask is None else fit_mask(mask, state)
-        return forward.masks[number]
+            # With streams a branch works on one stream's width, so the chain's layout does not fit its output.
+            output = tensor.detach()
+            if not self.structure.sites:
+                output = self.structure.canonical(number, output, forward.batch_size).squeeze(2)
+            forward.branches[number, position] = forward.sampled(output)

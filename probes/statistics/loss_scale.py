@@ -1,4 +1,4 @@
-"""By what was the loss multiplied? What the user's gradient scaler says while its backward runs."""
+"""By which factor was the loss scaled? Read from the user's gradient scaler while the backward runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class LossScale:
     Parameters
     ----------
     scaler : GradScaler or None
-        The scaler that multiplies the user's loss; None where there is none.
+        The scaler that multiplies the user's loss.
 
     Raises
     ------
@@ -25,31 +25,31 @@ class LossScale:
                 f"scaler is a {type(scaler).__name__}; expected the torch.amp.GradScaler that scales the loss"
             )
         self._scaler = scaler
-        self._seen: torch.Tensor | None = None
+        self._first: torch.Tensor | None = None  # of the present step
 
     def __call__(self) -> torch.Tensor | None:
-        """The scale now, on the scaler's device; divide by it at once, since `update` rewrites it in place.
+        """The present scale, on the scaler's device; divide by it at once, since ``scaler.update`` overwrites it.
 
         Returns
         -------
         Tensor or None
-            None without a scaler, with one that is switched off, and before it scaled anything.
+            None without a scaler, with a disabled one, and before it scaled anything.
         """
         if self._scaler is None or not self._scaler.is_enabled():
             return None
-        # get_scale() would wait for the device; inside a backward nothing may
+        # The private tensor: get_scale() reads it back, and inside a backward nothing may wait for the device.
         scale = self._scaler._scale
-        if self._seen is None and scale is not None:
-            self._seen = scale.detach().clone()
+        if self._first is None and scale is not None:
+            self._first = scale.detach().clone()
         return scale
 
     def end(self) -> float | None:
-        """The scale of the step's first gradient, read back from the device; and get ready for the next step.
+        """End a step: return the scale of its first gradient, read back from the device.
 
         Returns
         -------
         float or None
             None where no gradient was divided.
         """
-        seen, self._seen = self._seen, None
-        return None if seen is None else float(seen)
+        first, self._first = self._first, None
+        return None if first is None else float(first)

@@ -1,7 +1,7 @@
-"""Moments of second order of many tokens: products of float32 blocks, all else in float64.
+"""What is the covariance of many tokens, to nearly float64? Sums of float32 products about each forward's own mean.
 
-Shapes: t the tokens of a block, k forwards in it, D feature. Each forward's tokens are taken about their own mean, so that no
-common offset and no first forward, however odd, costs digits: the products are exact to about 2e-7 of √(C_ii C_jj).
+Shapes: t the tokens of a block, k forwards in it, D feature. Each forward's tokens are taken about their own mean, so that a
+common offset, or a first forward far from all others, costs no digits: the products are exact to about 2e-7 of √(C_ii C_jj).
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-ADDED = (
-    256  # tokens in a product at most, since they are added in float32, where equal ones round the same way
-)
-IN_FLOAT32 = 8  # products, added in float32 before they are added to what is held
-STRIP = 96  # features: whole strips left of the diagonal are not computed
-# Relative to √(C_ii C_jj): the most that the products are off by where rounding adds up; of text it is a tenth at most.
-SINGLE, DOUBLE = 2.0**-17, 2.0**-46
+TOKENS_PER_PRODUCT = 256  # added in float32, where equal tokens round in the same direction and errors add up
+PRODUCTS_IN_FLOAT32 = 8  # products that are added in float32 before the float64 scatter takes them
+STRIP_WIDTH = 96  # features; C is symmetric: strips of rows from the diagonal on, which fit into the cache
+# Bounds of the products' errors relative to √(C_ii C_jj), where all rounding adds up; on text a tenth at most was seen.
+ROUNDING_FLOAT32, ROUNDING_FLOAT64 = 2.0**-17, 2.0**-46
 
 
 class Moments(NamedTuple):
-    """Count, mean and Σ (x − mean)(x − mean)ᵀ of some tokens, float64; zero left of the diagonal's strips."""
+    """Count, mean and Σ (x − mean)(x − mean)ᵀ of some tokens, float64; left of the diagonal's strips the scatter is 0."""
 
     count: torch.Tensor
     mean_D: torch.Tensor
@@ -29,112 +27,125 @@ class Moments(NamedTuple):
     rounding: float
 
 
-class Block(NamedTuple):
-    """Tokens of some forwards, each less its forward's shift, over a common size, times a random sign; zero on padding."""
+class TokenBlock(NamedTuple):
+    """Tokens of some forwards as sign · (x − shift) / size, with each forward's shift and a random sign; 0 on padding."""
 
-    signed: Sequence[
-        torch.Tensor
-    ]  # (t, D) float32; float64 for repeated tokens: small directions are exact zeros
-    signs: Sequence[torch.Tensor]  # (t,) of the same kind
+    # (t, D) of each forward, float32; float64 for repeated tokens, whose covariance has directions that are exactly zero.
+    signed: Sequence[torch.Tensor]
+    signs: Sequence[torch.Tensor]  # (t,) of the same type
     count_k: torch.Tensor  # real tokens of each forward, float64
     shift_kD: torch.Tensor  # float64
     total_kD: torch.Tensor  # Σ (x − shift) of each, float64
-    size: torch.Tensor  # a power of two, so that nothing is rounded by it
+    size: torch.Tensor  # a power of two, so that dividing by it rounds nothing
 
 
-class Means(NamedTuple):
-    """What was held and each forward of a block: their counts and means, and the mean of all; float64."""
+class CombinedMeans(NamedTuple):
+    """Counts and means of the earlier tokens and of each forward of a block, and the mean of all; float64."""
 
     counts_k: torch.Tensor
     means_kD: torch.Tensor
     mean_D: torch.Tensor
 
 
-def means(count: torch.Tensor | None, mean_D: torch.Tensor, block: Block) -> Means:
-    """Counts and means, of what was held first where there is any.
+def combined_means(count: torch.Tensor | None, mean_D: torch.Tensor, block: TokenBlock) -> CombinedMeans:
+    """Combine the mean of earlier tokens with those of a block; the earlier tokens come first, if there are any.
 
     Parameters
     ----------
     count : Tensor or None
-        Of the tokens held; None where there are none.
+        Number of earlier tokens; None where there are none.
     mean_D : Tensor
-        Of these.
-    block : Block
+        Their mean.
+    block : TokenBlock
         Further tokens.
 
     Returns
     -------
-    Means
+    CombinedMeans
     """
     counts_k = block.count_k
     means_kD = block.shift_kD + block.total_kD / counts_k[:, None].clamp_min(1)
     if count is not None:
         counts_k, means_kD = torch.cat([count[None], counts_k]), torch.cat([mean_D[None], means_kD])
-    near_D = means_kD[-1]  # near the others, so that no digits are lost
-    return Means(counts_k, means_kD, near_D + counts_k @ (means_kD - near_D) / counts_k.sum().clamp_min(1))
+    # Averaged as differences from one of the means: of a large common offset the sum itself would lose digits.
+    origin_D = means_kD[-1]
+    mean_D = origin_D + counts_k @ (means_kD - origin_D) / counts_k.sum().clamp_min(1)
+    return CombinedMeans(counts_k, means_kD, mean_D)
 
 
-def added(held: Moments | None, block: Block) -> Moments:
-    """Moments of the tokens held and of those of a block.
+def add_block(moments: Moments | None, block: TokenBlock) -> Moments:
+    """Moments of the earlier tokens together with those of a block.
+
+    With m the new mean, n_k, m_k and s_k the count, mean and shift of part k, and T_k = Σ (x − s_k):
+    Σ (x − m)(x − m)ᵀ = Σ_k [Σ (x − s_k)(x − s_k)ᵀ − T_k T_kᵀ / n_k + n_k (m_k − m)(m_k − m)ᵀ].
 
     Parameters
     ----------
-    held : Moments or None
-        Of earlier tokens; its scatter is written, and handed on.
-    block : Block
-        Further tokens. Signs change no product.
+    moments : Moments or None
+        Of the earlier tokens; its scatter is overwritten and returned.
+    block : TokenBlock
+        Further tokens. Their signs cancel in every product.
 
     Returns
     -------
     Moments
     """
-    rounding = DOUBLE if block.signed[0].dtype == torch.float64 else SINGLE
+    rounding = ROUNDING_FLOAT64 if block.signed[0].dtype == torch.float64 else ROUNDING_FLOAT32
     width = block.signed[0].shape[1]
-    if held is None:
-        nothing = block.total_kD.new_zeros(width)
-        held = Moments(block.size.new_zeros(()), nothing, nothing.new_zeros(width, width), rounding)
-        counts_k, means_kD, mean_D = means(None, nothing, block)
+    if moments is None:
+        zeros = block.total_kD.new_zeros(width)
+        moments = Moments(block.size.new_zeros(()), zeros, zeros.new_zeros(width, width), rounding)
+        counts_k, means_kD, mean_D = combined_means(None, zeros, block)
     else:
-        counts_k, means_kD, mean_D = means(held.count, held.mean_D, block)
-    apart, away_kD = means_kD - mean_D, block.total_kD / block.count_k[:, None].clamp_min(1)
-    left, right = torch.cat([-away_kD, counts_k[:, None] * apart]), torch.cat([block.total_kD, apart])
-    _add_products(held.scatter_DD, block, left, right)
-    return Moments(counts_k.sum(), mean_D, held.scatter_DD, max(held.rounding, rounding))
+        counts_k, means_kD, mean_D = combined_means(moments.count, moments.mean_D, block)
+    # Both corrections of the equation as one product: left.T @ right.
+    difference_kD = means_kD - mean_D
+    shift_error_kD = block.total_kD / block.count_k[:, None].clamp_min(1)
+    left_kD = torch.cat([-shift_error_kD, counts_k[:, None] * difference_kD])
+    right_kD = torch.cat([block.total_kD, difference_kD])
+    _add_products(moments.scatter_DD, block, left_kD, right_kD)
+    return Moments(counts_k.sum(), mean_D, moments.scatter_DD, max(moments.rounding, rounding))
 
 
 def _add_products(
-    scatter_DD: torch.Tensor, block: Block, left_kD: torch.Tensor, right_kD: torch.Tensor
+    scatter_DD: torch.Tensor, block: TokenBlock, left_kD: torch.Tensor, right_kD: torch.Tensor
 ) -> None:
-    """Add the block's Gram matrix and leftᵀ right, on and right of the diagonal: strip by strip, in the cache."""
-    short = min(len(signed_tD) for signed_tD in block.signed) < ADDED // 2
-    whole = [torch.cat(tuple(block.signed))] if short else block.signed  # small products are slow
-    parts = [part for signed_tD in whole for part in signed_tD.split(ADDED) if len(part)]
+    """Add the block's Gram matrix and leftᵀ right, on and right of the diagonal, strip by strip."""
+    # Matrix products of few tokens are slow: short forwards are joined first.
+    short = min(len(signed_tD) for signed_tD in block.signed) < TOKENS_PER_PRODUCT // 2
+    joined = [torch.cat(tuple(block.signed))] if short else block.signed
+    parts = [part for signed_tD in joined for part in signed_tD.split(TOKENS_PER_PRODUCT) if len(part)]
     square = block.size.double().square()
-    for start in range(0, len(scatter_DD), STRIP):
-        rows = slice(start, start + STRIP)
+    for start in range(0, len(scatter_DD), STRIP_WIDTH):
+        rows = slice(start, start + STRIP_WIDTH)
         strip = scatter_DD[rows, start:]
-        for some in (parts[i : i + IN_FLOAT32] for i in range(0, len(parts), IN_FLOAT32)):
+        for first in range(0, len(parts), PRODUCTS_IN_FLOAT32):
+            some = parts[first : first + PRODUCTS_IN_FLOAT32]
             product = some[0][:, rows].T @ some[0][:, start:]
             for part in some[1:]:
                 product.addmm_(part[:, rows].T, part[:, start:])
-            strip.addcmul_(product, square)
+            strip.addcmul_(product, square)  # type promotion: the float32 product is added in float64
         strip.addmm_(left_kD[:, rows].T, right_kD[:, start:])
 
 
-def together(a: Moments, b: Moments) -> Moments:
-    """The moments of two parts of the tokens (Chan, Golub and LeVeque).
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """The moments of two sets of tokens together (Chan, Golub and LeVeque 1983); neither is overwritten.
+
+    C = C_a + C_b + n_a n_b / (n_a + n_b) · (m_b − m_a)(m_b − m_a)ᵀ.
 
     Parameters
     ----------
     a, b : Moments
-        Of the parts; not written.
+        Of different tokens.
 
     Returns
     -------
     Moments
     """
     count = a.count + b.count
-    share, apart_D = b.count / count.clamp_min(1), b.mean_D - a.mean_D
-    scatter = (a.scatter_DD + b.scatter_DD).addr_(a.count * share * apart_D, apart_D)
-    mean_D = torch.where(a.count > 0, a.mean_D + share * apart_D, b.mean_D)
+    share, difference_D = b.count / count.clamp_min(1), b.mean_D - a.mean_D
+    scatter = (a.scatter_DD + b.scatter_DD).addr_(a.count * share * difference_D, difference_D)
+    mean_D = torch.where(
+        a.count > 0, a.mean_D + share * difference_D, b.mean_D
+    )  # the mean of no tokens is not used
     return Moments(count, mean_D, scatter, max(a.rounding, b.rounding))

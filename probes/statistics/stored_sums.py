@@ -1,8 +1,8 @@
-"""What a run keeps of its streamed sums so that those of another run can be added to them, without the model.
+"""How can the streamed sums of two runs be added without the model? A run stores them as variables; here and back.
 
 Shapes: L depth, V view of the streams (their mean, then each), D feature, P pair of features, m bucket, h heavy token. Numbers
-are relative to each feature's spread about the mean, so that float32 holds the sketch at any offset and size; the products,
-whose small directions are differences of large numbers, stay float64.
+are stored relative to each feature's spread about the mean, so that float32 is enough for the sketch at any offset and size;
+the products, whose small directions are differences of large numbers, stay float64.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ import xarray as xr
 
 from depthscope.probes.statistics.depth_sketch import Sketch
 from depthscope.probes.statistics.second_moments import Moments
-from depthscope.probes.statistics.streaming import MEAN, Streaming
+from depthscope.probes.statistics.streamed_sums import MEAN, StreamedSums
 
-KEPT = 2**28  # bytes of a stage's sums that a run keeps at most
-HASH = "multiply-xorshift 0x45D9F3B, of sequence and position"
-OF_MOMENTS = ("sum_mean", "sum_size", "sum_product")
-OF_SKETCH = (
+MAX_STORED_BYTES = 2**28  # of one stage's products (a heuristic of ours: a run is a file that people share)
+HASH = (
+    "multiply-xorshift 0x45D9F3B, of sequence and position"  # sketches by different hashes must not be added
+)
+MOMENT_VARIABLES = ("sum_mean", "sum_size", "sum_product")
+SKETCH_VARIABLES = (
     *("sum_token_mean", "sum_token_square", "sum_bucket", "sum_sign"),
     *("sum_heavy", "sum_index", "sum_score"),
 )
 
 
-def kept(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
-    """Variables of a stage from which `restored` has its sums again; none where they would take more than `KEPT`.
+def stored_variables(sums: StreamedSums, depths: Sequence[int]) -> dict[str, Any]:
+    """Variables from which `restore_sums` rebuilds the sums of a stage; none where they exceed `MAX_STORED_BYTES`.
 
     Parameters
     ----------
-    whole : Streaming
-        Of its chain, nothing waiting.
+    sums : StreamedSums
+        Of the stage's chain, with nothing buffered.
     depths : sequence of int
         The depths of the stage.
 
@@ -41,58 +43,65 @@ def kept(whole: Streaming, depths: Sequence[int]) -> dict[str, Any]:
     -------
     dict
     """
-    views = sorted(view for depth, view in whole.moments if depth == depths[0])
-    moments = [[whole.moments[depth, view] for view in views] for depth in depths]
+    views = sorted(view for depth, view in sums.moments if depth == depths[0])
+    moments = [[sums.moments[depth, view] for view in views] for depth in depths]
     width = len(moments[0][0].mean_D)
-    if len(depths) * len(views) * width * (width + 1) * 4 > KEPT:
+    if (
+        len(depths) * len(views) * width * (width + 1) * 4 > MAX_STORED_BYTES
+    ):  # D (D + 1) / 2 pairs of 8 bytes
         return {}
-    size = torch.stack([torch.stack([_size(of) for of in row]) for row in moments])
+    size = torch.stack([torch.stack([_feature_size(of) for of in row]) for row in moments])
+    attrs: dict[str, Any] = {
+        "rounding": [row[0].rounding for row in moments],
+        "num_streams": sums.num_streams,
+        "every": sums.every,
+    }
+    if sums.streams_left_out:
+        attrs["streams_left_out"] = sums.streams_left_out
     variables: dict[str, Any] = {
-        "sum_mean": (("depth", "view", "feature"), _numbers([[of.mean_D for of in row] for row in moments])),
+        "sum_mean": (("depth", "view", "feature"), _stacked([[of.mean_D for of in row] for row in moments])),
         "sum_size": (("depth", "view", "feature"), size.numpy()),
         "sum_product": (
             ("depth", "view", "pair"),
-            _numbers([[_products(of) for of in row] for row in moments]),
-            _told(whole, [row[0].rounding for row in moments]),
+            _stacked([[_relative_products(of) for of in row] for row in moments]),
+            attrs,
         ),
     }
-    sketch = whole.sketch_of(depths)
-    if sketch is None:
-        return variables
-    return variables | _of_sketch(sketch, size[:, 0], whole.sequences)
+    sketch = sums.sketch_of(depths)
+    if sketch is not None:
+        variables.update(_sketch_variables(sketch, size[:, MEAN], sums.sequences))
+    return variables
 
 
-def _told(whole: Streaming, rounding: list[float]) -> dict[str, Any]:
-    told = {"rounding": rounding, "num_streams": whole.num_streams, "every": whole.every}
-    return told | ({"streams_left_out": whole.unseen_streams} if whole.unseen_streams else {})
-
-
-def _size(of: Moments) -> torch.Tensor:
+def _feature_size(of: Moments) -> torch.Tensor:
     """Root of every feature's Σ (x − mean)², 1 where that is 0."""
     size = of.scatter_DD.diagonal().cpu().sqrt()
     return torch.where(size > 0, size, 1.0)
 
 
-def _products(of: Moments) -> torch.Tensor:
-    size_D, width = _size(of), len(of.mean_D)
+def _relative_products(of: Moments) -> torch.Tensor:
+    """The upper triangle of the scatter as correlations: C_ij / √(C_ii C_jj)."""
+    size_D, width = _feature_size(of), len(of.mean_D)
     rows, columns = torch.triu_indices(width, width)
     return of.scatter_DD.cpu()[rows, columns] / size_D[rows] / size_D[columns]
 
 
-def _numbers(rows: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
+def _stacked(rows: Sequence[Sequence[torch.Tensor]]) -> np.ndarray:
     return torch.stack([torch.stack([value.cpu() for value in row]) for row in rows]).numpy()
 
 
-def _of_sketch(sketch: Sketch, size_LD: torch.Tensor, sequences: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _sketch_variables(
+    sketch: Sketch, size_LD: torch.Tensor, sequences: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
     sketch = Sketch(*(value.cpu() for value in sketch))
-    known_h = (sketch.score_h >= 0).double()
+    is_token_h = (sketch.score_h >= 0).double()  # 0 in slots that padding fills: no mean is subtracted there
     mean, size = sketch.mean_LD[:, None], size_LD[:, None]
     light = (sketch.buckets_LmD - sketch.signs_m[:, None] * mean) / size
-    heavy = (sketch.heavy_LhD - known_h[:, None] * mean) / size
-    told = {"hash": HASH, "sequences": [list(span) for span in sequences]}
+    heavy = (sketch.heavy_LhD - is_token_h[:, None] * mean) / size
+    attrs = {"hash": HASH, "sequences": [list(span) for span in sequences]}
     return {
         "sum_bucket": (("depth", "bucket", "feature"), light.float().numpy()),
-        "sum_sign": ("bucket", sketch.signs_m.numpy(), told),
+        "sum_sign": ("bucket", sketch.signs_m.numpy(), attrs),
         "sum_token_mean": (("depth", "feature"), sketch.mean_LD.numpy()),
         "sum_token_square": ("depth", sketch.trace_L.numpy()),
         "sum_heavy": (("depth", "heavy", "feature"), heavy.float().numpy()),
@@ -101,8 +110,8 @@ def _of_sketch(sketch: Sketch, size_LD: torch.Tensor, sequences: Sequence[tuple[
     }
 
 
-def restored(statistics: xr.Dataset) -> Streaming:
-    """The sums that `kept` has written.
+def restore_sums(statistics: xr.Dataset) -> StreamedSums:
+    """Rebuild the sums from the variables of `stored_variables`.
 
     Parameters
     ----------
@@ -111,37 +120,36 @@ def restored(statistics: xr.Dataset) -> Streaming:
 
     Returns
     -------
-    Streaming
+    StreamedSums
 
     Raises
     ------
     ValueError
-        Where the run keeps no sums.
+        Where the run stores no sums.
     """
-    missing = [name for name in OF_MOMENTS if name not in statistics]
+    missing = [name for name in MOMENT_VARIABLES if name not in statistics]
     if missing:
         raise ValueError(
-            f"the run keeps no {missing[0]}; expected one that was captured with streaming=True and is not so wide and deep "
-            f"that its sums take more than {KEPT // 2**20} MiB: capture both parts in one run"
+            f"the run stores no {missing[0]}; expected one that was captured with streaming=True and is not so wide and deep "
+            f"that its sums take more than {MAX_STORED_BYTES // 2**20} MiB: capture both parts in one run"
         )
-    found = Streaming()
+    sums = StreamedSums()
     depths = tuple(statistics["depth"].values.tolist())
     count, mean, size, product = (
-        torch.from_numpy(statistics[name].values) for name in ("streamed_count", *OF_MOMENTS)
+        torch.from_numpy(statistics[name].values) for name in ("streamed_count", *MOMENT_VARIABLES)
     )
-    told = statistics["sum_product"].attrs
-    found.num_streams = told["num_streams"]
-    found.unseen_streams = told.get("streams_left_out", "")
+    attrs = statistics["sum_product"].attrs
+    sums.num_streams, sums.every = attrs["num_streams"], attrs["every"]
+    sums.streams_left_out = attrs.get("streams_left_out", "")
     for i, depth in enumerate(depths):
         for view in range(mean.shape[1]):
             scatter = _scatter(product[i, view], size[i, view])
-            found.moments[depth, view] = Moments(count[i], mean[i, view], scatter, told["rounding"][i])
-    found.every = told["every"]
-    found.left_out[depths] = torch.tensor(statistics["streamed_count"].attrs["left_out"])
-    if all(name in statistics for name in OF_SKETCH):
-        found.sketches[depths] = _sketch(statistics, count[0], size[:, MEAN])
-        found.sequences = tuple((a, b) for a, b in statistics["sum_sign"].attrs["sequences"])
-    return found
+            sums.moments[depth, view] = Moments(count[i], mean[i, view], scatter, attrs["rounding"][i])
+    sums.left_out[depths] = torch.tensor(statistics["streamed_count"].attrs["left_out"])
+    if all(name in statistics for name in SKETCH_VARIABLES):
+        sums.sketches[depths] = _restored_sketch(statistics, count[0], size[:, MEAN])
+        sums.sequences = tuple((a, b) for a, b in statistics["sum_sign"].attrs["sequences"])
+    return sums
 
 
 def _scatter(product_P: torch.Tensor, size_D: torch.Tensor) -> torch.Tensor:
@@ -152,19 +160,19 @@ def _scatter(product_P: torch.Tensor, size_D: torch.Tensor) -> torch.Tensor:
     return scatter
 
 
-def _sketch(statistics: xr.Dataset, count: torch.Tensor, size_LD: torch.Tensor) -> Sketch:
-    mean_LD, trace_L, bucket, signs_m, heavy, index_h, score_h = (
-        torch.from_numpy(statistics[name].values) for name in OF_SKETCH
+def _restored_sketch(statistics: xr.Dataset, count: torch.Tensor, size_LD: torch.Tensor) -> Sketch:
+    mean_LD, trace_L, buckets, signs_m, heavy, index_h, score_h = (
+        torch.from_numpy(statistics[name].values) for name in SKETCH_VARIABLES
     )
     mean, size = mean_LD[:, None], size_LD[:, None]
-    known_h = (score_h >= 0).double()
+    is_token_h = (score_h >= 0).double()
     return Sketch(
         count=count,
         mean_LD=mean_LD,
         trace_L=trace_L,
-        buckets_LmD=bucket.double() * size + signs_m[:, None] * mean,
+        buckets_LmD=buckets.double() * size + signs_m[:, None] * mean,
         signs_m=signs_m,
-        heavy_LhD=heavy.double() * size + known_h[:, None] * mean,
+        heavy_LhD=heavy.double() * size + is_token_h[:, None] * mean,
         index_h=index_h,
         score_h=score_h,
     )

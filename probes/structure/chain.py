@@ -1,4 +1,4 @@
-"""Where the states of a residual chain are seen, and what connects them."""
+"""A residual chain: where its states are seen, and which connections join them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a 
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one state of a chain is seen: at the input or the output of one call."""
+class HookPoint:
+    """Where one state of a chain is seen: at the input or the output of one call of a module."""
 
     path: str
-    index: int
+    index: int  # of the call, among the module's calls in one forward
     at: str  # "input" or "output"
     layer: int
     site: str
-    module: str  # the module that produced the state
+    module: str  # the module that computed the state
     method: str = "forward"
     item: int = 0  # which of the call's floating tensors
 
 
 @dataclass(frozen=True)
-class Link:
-    """One connection: the call that mixes or adds, the call whose output is the branch's, and the depths it joins."""
+class Connection:
+    """What joins two depths: the call that mixes or adds, and the call whose output is the branch's."""
 
     path: str
     index: int
@@ -42,25 +42,25 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """A residual chain: the places of its states in depth order and, where they are known, its connections."""
+    """A residual chain: where its states are seen, in depth order, and its connections where they are known."""
 
     name: str
-    places: tuple[Place, ...]
-    links: tuple[Link, ...]
+    points: tuple[HookPoint, ...]
+    connections: tuple[Connection, ...]
     blocks: tuple[str, ...]
     block_class: str
     shapes: tuple[tuple[int, ...], ...]
-    final: Place | None = None  # behind the last norm
+    final: HookPoint | None = None  # after the last norm
     history: bool = False  # connected to earlier depths, not to streams
 
     @property
     def has_streams(self) -> bool:
         """Whether its connections mix or write streams, rather than add branches to one state."""
-        return any(link.style not in PLAIN for link in self.links)
+        return any(connection.style not in PLAIN for connection in self.connections)
 
 
 def layer_numbers(calls: Sequence[Any]) -> list[int]:
-    """Block numbers from the first number in the paths of some calls where these ascend, else by order.
+    """Block numbers of some calls: the first number in their paths where these ascend, else their order.
 
     Parameters
     ----------
@@ -74,4 +74,6 @@ def layer_numbers(calls: Sequence[Any]) -> list[int]:
     numbers = [int(found.group()) if (found := re.search(r"\d+", call.path)) else -1 for call in calls]
     steps = [b - a for a, b in pairwise(numbers)]
     ascending = numbers and numbers[0] >= 0 and all(step in (0, 1) for step in steps)
+    # One number throughout is that of what contains the blocks, as in ``stages.1.blocks``. Of two calls it may well be that
+    # of their block, which has one connection before its attention and one before its MLP.
     return numbers if ascending and (any(steps) or len(calls) < 3) else list(range(len(calls)))

@@ -1,4 +1,7 @@
-"""The chain of blocks: found by how the calls of one forward link, output to input, never by class names."""
+"""The chains of blocks that a model has.
+
+Found by how the calls of one forward link, output to input, never by class names: new models have new ones.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,21 @@ from typing import Any
 
 from torch import nn
 
-from depthscope.probes.structure.branch_sums import with_adds
-from depthscope.probes.structure.chain import Chain, Place, layer_numbers
+from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.structure.branch_sums import with_branch_sums
+from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
 from depthscope.probes.structure.stages import join_stages
 from depthscope.probes.structure.stream_chain import stream_chain
 from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm, same_tensor
-from depthscope.probes.structure.tracks import tracks_of
+from depthscope.probes.structure.tracks import split_tracks
 
-SHARE = 0.8  # a finer chain wins while it covers this share of the parameters of the coarsest one
-LEAST = 0.3  # the largest chain must cover this share of the parameters beside embeddings and heads
-SECOND = 0.1  # a second chain counts from this share of the first one's parameters
+# Shares of parameters; heuristics of ours, tested on the models of docs/compatibility.md.
+SHARE = 0.8  # a finer chain wins while it covers this much of the coarsest one: blocks inside of stages
+LEAST = (
+    0.3  # the largest chain must cover this much of the model without embeddings and heads, to be its trunk
+)
+SECOND = 0.1  # a second chain, such as a decoder, counts from this much of the first one on
 
 
 def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
@@ -47,13 +54,14 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     """
     if layers is not None:
         blocks = _named_blocks(tape, model, layers)
-        return tracks_of(_ended(tape, _named_chain(tape, blocks)), blocks, named=True)
-    connections = tape.connections()
+        return split_tracks(_with_final(tape, _named_chain(tape, blocks)), blocks, named=True)
+    # Connections first: the blocks of a model with streams, or with a depth history, may link like plain ones.
+    connections = tape.connection_calls()
     if connections:
-        return [_ended(tape, stream_chain(tape, connections))]
+        return [_with_final(tape, stream_chain(tape, connections))]
     histories = history_chain(tape)
     if histories is not None:
-        return [_ended(tape, histories)]
+        return [_with_final(tape, histories)]
     runs = _runs(tape, model)
     if not runs:
         raise ChainError(
@@ -62,18 +70,18 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
         )
     chains: list[Chain] = []
     for name, run in zip(_names(runs), runs, strict=True):
-        chain = _ended(tape, _linked_chain(run, name))
-        chains += tracks_of(chain, run, named=False)
+        chain = _with_final(tape, _linked_chain(run, name))
+        chains += split_tracks(chain, run, named=False)
     return chains
 
 
-def _ended(tape: Tape, chain: Chain) -> Chain:
-    """The chain with the place behind its last norm, where there is one."""
-    last = chain.places[-1]
+def _with_final(tape: Tape, chain: Chain) -> Chain:
+    """The chain with the hook point after its last norm, where there is one."""
+    last = chain.points[-1]
     norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1])
     if norm is None:
         return chain
-    return replace(chain, final=Place(norm.path, norm.index, "output", last.layer, "final", norm.path))
+    return replace(chain, final=HookPoint(norm.path, norm.index, "output", last.layer, "final", norm.path))
 
 
 def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
@@ -84,18 +92,19 @@ def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     share = best_size / _trunk_size(model)
     if share < LEAST:
         raise ChainError(
-            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, holds only {share:.0%} of the "
+            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
             "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
         )
     chosen = [best]
+    # A model may have several trunks; parts of one trunk, such as its attentions, overlap with it and are left out.
     rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= SECOND * best_size]
-    while rest := [pair for pair in rest if not any(_entangled(pair[0], other) for other in chosen)]:
+    while rest := [pair for pair in rest if not any(_overlap(pair[0], other) for other in chosen)]:
         chosen.append(_finest(rest)[0])
     return sorted(chosen, key=lambda run: run[0].order)
 
 
 def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
-    """The longest of the runs that cover nearly as many parameters as the largest one; blocks go before bare layers."""
+    """The longest of the runs that cover nearly as many parameters as the largest one; blocks before single layers."""
     largest = max(size for _, size in found)
     fit = [pair for pair in found if pair[1] >= SHARE * largest]
     return max(fit, key=lambda pair: (_is_block_run(pair[0]), len(pair[0])))
@@ -103,40 +112,42 @@ def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
 
 def _is_block_run(run: list[Call]) -> bool:
     """Whether all calls but those between stages have parts of their own; their classes may differ."""
-    return all(_is_block(call) for call in run if call.x_shape == call.y_shape)
+    return all(_has_children(call) for call in run if call.x_shape == call.y_shape)
 
 
 def _candidates(tape: Tape) -> list[list[Call]]:
-    """Runs of one class; and runs in one container that are not a class run with a norm or a head at its ends."""
+    """Runs of one class; and runs in one container, unless they are a class run with a norm or a head at its ends."""
     by_class: dict[Any, list[list[Call]]] = {}
     mixed: list[list[Call]] = []
-    for (kind, key), run in tape.segments():
+    for (kind, key), run in tape.linked_runs():
         if kind == "class":
             by_class.setdefault(key, []).append(run)
         else:
-            mixed += _even_parts(run)
-    classes = [chain for runs in by_class.values() for chain in _stages(tape, runs)]
+            mixed += _parts_of_one_shape(run)
+    classes: list[list[Call]] = []
+    for runs in by_class.values():
+        # Only blocks have stages: single layers of one class, such as norms, follow one another by chance.
+        classes += join_stages(tape, runs) if _has_children(runs[0][0]) else runs
     return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
 
 
-def _stages(tape: Tape, runs: list[list[Call]]) -> list[list[Call]]:
-    return join_stages(tape, runs) if _is_block(runs[0][0]) else runs
-
-
-def _is_block(call: Call) -> bool:
+def _has_children(call: Call) -> bool:
     return any(True for _ in call.module.children())
 
 
-def _even_parts(run: list[Call]) -> Iterable[list[Call]]:
+def _parts_of_one_shape(run: list[Call]) -> Iterable[list[Call]]:
     """The longest parts of a run in which no call changes the shape."""
-    for even, part in groupby(run, key=lambda call: call.x_shape == call.y_shape):
+    for same_shape, part in groupby(run, key=lambda call: call.x_shape == call.y_shape):
         calls = list(part)
-        if even and len(calls) > 1:
+        if same_shape and len(calls) > 1:
             yield calls
 
 
 def _trunk_size(model: nn.Module) -> int:
-    """Number of parameters beside embeddings and the heads that read out into their vocabulary."""
+    """Number of parameters without embeddings and the heads that predict their vocabulary.
+
+    In a small model with a large vocabulary these are most of all parameters.
+    """
     vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     outside = {
         id(p)
@@ -149,25 +160,25 @@ def _trunk_size(model: nn.Module) -> int:
 
 
 def _covers(container: list[Call], run: list[Call]) -> bool:
-    """Whether a run of one class makes up nearly all of a container's run, and the rest has no parts: norms and heads."""
-    held = set(map(id, run))
-    rest = [call for call in container if id(call) not in held]
-    if len(rest) + len(run) > len(container) or any(_is_block(call) for call in rest):
+    """Whether a run of one class is nearly all of a container's run, and the rest are single layers: norms and heads."""
+    in_run = set(map(id, run))
+    rest = [call for call in container if id(call) not in in_run]
+    if len(rest) + len(run) > len(container) or any(_has_children(call) for call in rest):
         return False
     return _size(c.module for c in run) >= SHARE * _size(c.module for c in container)
 
 
-def _entangled(a: list[Call], b: list[Call]) -> bool:
+def _overlap(a: list[Call], b: list[Call]) -> bool:
     return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
-    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}  # shared ones once
     return sum(parameters.values())
 
 
 def _names(runs: list[list[Call]]) -> list[str]:
-    """Short distinct names: the first path component that tells the chains apart."""
+    """Short distinct names: the first path component in which all chains differ."""
     if len(runs) == 1:
         return [""]
     paths = [run[0].path.split(".") for run in runs]
@@ -190,7 +201,7 @@ def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[C
     for call in blocks:
         if not (call.x_shape and call.y_shape):
             raise ChainError(
-                f"{call.path} has no floating tensor as input and output; it cannot hold a residual state"
+                f"{call.path} has no floating tensor as input and output; it cannot have a residual state"
             )
     return blocks
 
@@ -214,85 +225,77 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
     ChainError
         Where a pattern names nothing.
     """
-    return _expand(layers[0], dict(model.named_modules())) if len(layers) == 1 else list(layers)
-
-
-def _expand(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
+    if len(layers) > 1:
+        return list(layers)
+    pattern, modules = layers[0], dict(model.named_modules())
     if "{i}" in pattern or "*" in pattern:
         expression = re.escape(pattern).replace(r"\{i\}", r"\d+").replace(r"\*", r"[^.]+")
         found = [path for path in modules if re.fullmatch(expression, path)]
         if not found:
             raise ChainError(f"the pattern {pattern!r} names no module; {_closest(pattern, modules)}")
         return found
-    held = modules.get(pattern)
-    if isinstance(held, (nn.ModuleList, nn.Sequential)):
-        return [f"{pattern}.{i}".lstrip(".") for i in range(len(held))]
+    container = modules.get(pattern)
+    if isinstance(container, (nn.ModuleList, nn.Sequential)):
+        return [f"{pattern}.{i}".lstrip(".") for i in range(len(container))]
     return [pattern]
 
 
 def _closest(path: str, modules: dict[str, nn.Module]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
-    return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+    return did_you_mean(path, modules, otherwise="print the model to see its module paths")
 
 
 def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
-    """A chain of the user's blocks; where they are branches of skips outside, the last state is the next call's input."""
+    """A chain of the user's blocks.
+
+    Where these do not link they are branches, which something outside adds to the state: their outputs are no states, and
+    the last state is the input of the next call.
+    """
     chain = _chain(blocks, "")
     if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
         return chain
-    last = blocks[-1]
-    following = tape.follower(last)
-    end = (
-        ()
-        if following is None
-        else (replace(chain.places[-1], path=following.path, index=following.index, at="input"),)
-    )
-    places = (*chain.places[:-1], *end)
-    return replace(chain, places=places, shapes=chain.shapes[: len(places)])
+    points = list(chain.points[:-1])
+    following = tape.follower(blocks[-1])
+    if following is not None:
+        last = replace(chain.points[-1], path=following.path, index=following.index, at="input")
+        points.append(last)
+    return replace(chain, points=tuple(points), shapes=chain.shapes[: len(points)])
 
 
 def _linked_chain(blocks: list[Call], name: str) -> Chain:
-    """A chain whose blocks hand the state on; before a bridge between stages it shows at the output of the block before."""
+    """A chain of blocks that link; the state before a bridge between stages is the output of the block before it."""
     chain = _chain(blocks, name)
-    places = list(chain.places)
+    points = list(chain.points)
     shapes = list(chain.shapes)
     for depth, (before, call) in enumerate(pairwise(blocks), 1):
         if call.x is None or (before.y is not None and not same_tensor(before.y, call.x)):
-            places[depth] = replace(places[depth], path=before.path, index=before.index, at="output")
+            points[depth] = replace(points[depth], path=before.path, index=before.index, at="output")
             shapes[depth] = before.y_shape
-    return replace(chain, places=tuple(places), shapes=tuple(shapes))
+    return replace(chain, points=tuple(points), shapes=tuple(shapes))
 
 
 def _chain(blocks: list[Call], name: str) -> Chain:
     """A plain chain: the input of every block and the output of the last one."""
-    even = len({call.x_shape for call in blocks}) == 1
-    layers = layer_numbers(blocks) if even else list(range(len(blocks)))
-    places = [
-        _place(
-            call,
-            "input",
-            layers,
-            position,
-            blocks[position - 1].path if position else call.producer or "(input)",
-        )
-        for position, call in enumerate(blocks)
-    ]
-    places.append(_place(blocks[-1], "output", layers, len(blocks), blocks[-1].path))
+    # Where the shape changes there are stages, whose blocks are numbered from 0 each.
+    one_shape = len({call.x_shape for call in blocks}) == 1
+    layers = layer_numbers(blocks) if one_shape else list(range(len(blocks)))
+    points = []
+    for depth, call in enumerate(blocks):
+        producer = blocks[depth - 1].path if depth else call.producer or "(input)"
+        points.append(_hook_point(call, "input", layers, depth, producer))
+    points.append(_hook_point(blocks[-1], "output", layers, len(blocks), blocks[-1].path))
     chain = Chain(
         name=name,
-        places=tuple(places),
-        links=(),
+        points=tuple(points),
+        connections=(),
         blocks=tuple(dict.fromkeys(call.path for call in blocks)),
         block_class="/".join(dict.fromkeys(type(call.module).__name__ for call in blocks)),
         shapes=(*(call.x_shape for call in blocks), blocks[-1].y_shape),
     )
-    return with_adds(chain, blocks)
+    return with_branch_sums(chain, blocks)
 
 
-def _place(call: Call, at: str, layers: list[int], depth: int, producer: str) -> Place:
+def _hook_point(call: Call, at: str, layers: list[int], depth: int, producer: str) -> HookPoint:
     layer = layers[depth - 1] if depth else -1
     following = layers[depth] if depth < len(layers) else None
     site = "embed" if depth == 0 else ("mid" if following == layer else "post")
-    return Place(call.path, call.index, at, layer, site, producer)
+    return HookPoint(call.path, call.index, at, layer, site, producer)

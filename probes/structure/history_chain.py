@@ -1,4 +1,4 @@
-"""The chain of a model whose connections read the outputs of earlier depths: a depth history, which has no streams."""
+"""The chain of a model whose connections read earlier depths (a depth history) instead of streams."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from depthscope.probes.structure.chain import Chain, Place, layer_numbers
+from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.tape import Call, Tape, same_tensor
 
 
@@ -28,28 +28,19 @@ def history_chain(tape: Tape) -> Chain | None:
     calls = [call for call in tape.calls if call.past is not None and call.x_shape == call.y_shape]
     if len(calls) < 2 or not all(same_tensor(a.y, _newest(b)) for a, b in pairwise(calls)):
         return None
-    first = calls[0].past
-    assert first is not None
-    layers = layer_numbers(calls)
-    start, at = first
-    places = [
-        Place(
-            start.path,
-            start.index,
-            at,
-            -1,
-            "embed",
-            start.path if at == "output" else start.producer or "(input)",
-        )
-    ]
-    places += [_given(call, layer) for call, layer in zip(calls, layers, strict=True)]
+    assert calls[0].past is not None
+    start, at = calls[0].past
+    producer = start.path if at == "output" else start.producer or "(input)"
+    points = [HookPoint(start.path, start.index, at, -1, "embed", producer)]
+    for call, layer in zip(calls, layer_numbers(calls), strict=True):
+        points.append(HookPoint(call.path, call.index, "output", layer, "post", call.path))
     return Chain(
         name="",
-        places=tuple(places),
-        links=(),
+        points=tuple(points),
+        connections=(),
         blocks=tuple(dict.fromkeys(call.path for call in calls)),
         block_class=type(calls[0].module).__name__,
-        shapes=(calls[0].x_shape,) * len(places),
+        shapes=(calls[0].x_shape,) * len(points),
         history=True,
     )
 
@@ -57,9 +48,5 @@ def history_chain(tape: Tape) -> Chain | None:
 def _newest(call: Call) -> torch.Tensor | None:
     """The newest of the past states that a call was given."""
     assert call.past is not None
-    seen, at = call.past
-    return seen.y if at == "output" else seen.x
-
-
-def _given(call: Call, layer: int) -> Place:
-    return Place(call.path, call.index, "output", layer, "post", call.path)
+    source, at = call.past
+    return source.y if at == "output" else source.x

@@ -1,7 +1,7 @@
-"""Signs of how a plain-looking state is held: an image grid, tokens first, or streams that hide in one of its axes.
+"""What the calls of one forward show of a state's axes: an image, tokens first, or streams merged into an axis.
 
-Streams hide where the first state is made of equal copies (streams start as copies of the embedding), or where the blocks
-write a part of the state's width only (the mixing is functional, and the branches work on one stream's width).
+Merged streams show where the first state consists of equal copies (streams start as copies of the embedding), or where the
+blocks write a part of the state's width only (the mixing is functional, and the branches work on one stream's width).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import nn
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import Call, Tape
 
-MOST_STREAMS = 32
-CORNER = 4
+MAX_STREAMS = 32  # published models have 2 to 8; a larger count would be a coincidence of sizes
+CORNER = 4  # elements along each axis that are compared first
 
 
 @dataclass(frozen=True)
 class Copies:
-    """An axis of the first state that holds equal copies.
+    """An axis of the first state along which it consists of equal copies.
 
     Parameters
     ----------
@@ -41,8 +41,8 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class Signs:
-    """What the calls of one forward say about the axes of a chain's state.
+class LayoutEvidence:
+    """What the calls of one forward show of the axes of a chain's state.
 
     Parameters
     ----------
@@ -52,18 +52,18 @@ class Signs:
         Whether a module that takes the state declares ``batch_first=False``.
     copies : tuple of Copies
         Along which axes the first state repeats itself.
-    narrow : int
-        Into how many parts the state falls for the branches of its blocks; 1 where they write it whole.
+    parts : int
+        Number of parts of the state, one of which the branches of its blocks write; 1 where they write all of it.
     """
 
     image: str = ""
     tokens_first: bool = False
     copies: tuple[Copies, ...] = ()
-    narrow: int = 1
+    parts: int = 1
 
 
-def read_signs(tape: Tape, chain: Chain) -> Signs:
-    """Read the signs of a chain.
+def read_evidence(tape: Tape, chain: Chain) -> LayoutEvidence:
+    """Read what the calls show of a chain's states.
 
     Parameters
     ----------
@@ -74,31 +74,31 @@ def read_signs(tape: Tape, chain: Chain) -> Signs:
 
     Returns
     -------
-    Signs
+    LayoutEvidence
     """
-    if chain.places[0].item:
-        return _signs_of_track(tape, chain)
-    takers = {(place.path, place.method, place.index) for place in chain.places if place.at == "input"}
+    if chain.points[0].item:
+        return _evidence_of_track(tape, chain)
+    takers = {(point.path, point.method, point.index) for point in chain.points if point.at == "input"}
     blocks = [call for call in tape.calls if call.key in takers]
     first, inside = blocks[0], _inside(tape, blocks[0])
     even = next((block for block in blocks if block.x_shape == block.y_shape), None)
-    return Signs(
+    return LayoutEvidence(
         image=_image(tape, first, inside),
         tokens_first=any(
             getattr(call.module, "batch_first", None) is False and call.x_shape == first.x_shape
             for call in inside
         ),
-        copies=tuple(sign for sign in _copies(first.x) if _expanded(tape, first, sign)),
-        narrow=1 if even is None else _narrow(even, _inside(tape, even)),
+        copies=tuple(copies for copies in _copies(first.x) if _expanded(tape, first, copies)),
+        parts=1 if even is None else _parts_written(even, _inside(tape, even)),
     )
 
 
-def _signs_of_track(tape: Tape, chain: Chain) -> Signs:
+def _evidence_of_track(tape: Tape, chain: Chain) -> LayoutEvidence:
     """A further state of pairs of tokens is a grid of the first state's tokens; of others only the shape is known."""
-    place, shape = chain.places[0], chain.shapes[0]
-    first = next(call for call in tape.calls if call.key == (place.path, place.method, place.index)).x_shape
+    point, shape = chain.points[0], chain.shapes[0]
+    first = next(call for call in tape.calls if call.key == (point.path, point.method, point.index)).x_shape
     pairs = len(shape) == 4 and len(first) == 3 and shape[1] == shape[2] == first[1]
-    return Signs(image="last" if pairs else "")
+    return LayoutEvidence(image="last" if pairs else "")
 
 
 def _inside(tape: Tape, block: Call) -> list[Call]:
@@ -110,7 +110,7 @@ def _inside(tape: Tape, block: Call) -> list[Call]:
 
 
 def _image(tape: Tape, first: Call, inside: list[Call]) -> str:
-    """Where the channels of an image are, with evidence: other 4-D states, such as streams, look the same."""
+    """Where the channels of an image are, by evidence beyond its shape: other 4-D states, such as streams, have the same."""
     shape = first.x_shape
     if len(shape) != 4:
         return ""
@@ -125,7 +125,7 @@ def _image(tape: Tape, first: Call, inside: list[Call]) -> str:
 
 
 def _is_spatial(module: nn.Module) -> bool:
-    """Whether a convolution looks at neighbours on a grid, as one that only mixes channels (or streams) does not."""
+    """Whether a convolution has a kernel over neighbours on a grid; one that only mixes channels (or streams) has not."""
     return isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1
 
 
@@ -139,15 +139,15 @@ def _shrunk(image: Sequence[int], grid: Sequence[int]) -> bool:
     return len(factors) == 1 and min(factors) >= 1
 
 
-# --- streams that hide ---
+# --- merged streams ---
 
 
-def _expanded(tape: Tape, first: Call, sign: Copies) -> bool:
-    """Whether copies along the second axis were made by an expansion; like tokens make like rows, too."""
+def _expanded(tape: Tape, first: Call, copies: Copies) -> bool:
+    """Whether copies along the second axis were made by an expansion; equal tokens have equal rows, too."""
     shape = first.x_shape
-    if sign.axis != 1 or len(shape) != 3:
+    if copies.axis != 1 or len(shape) != 3:
         return True
-    one = (shape[0], shape[2]) if sign.count == shape[1] else (shape[0], shape[1] // sign.count, shape[2])
+    one = (shape[0], shape[2]) if copies.count == shape[1] else (shape[0], shape[1] // copies.count, shape[2])
     return any(call.y_shape == one for call in tape.calls[: first.order])
 
 
@@ -157,27 +157,27 @@ def _copies(state: torch.Tensor | None) -> Iterable[Copies]:
         return
     state = state.detach()
     for axis, size in enumerate(state.shape):
-        counts = [count for count in range(min(size, MOST_STREAMS), 1, -1) if size % count == 0]
+        counts = [count for count in range(min(size, MAX_STREAMS), 1, -1) if size % count == 0]
         ways = [Copies(axis, count, outer) for count in counts for outer in (True, False)]
-        yield from islice((way for way in ways if _equal(_parts_of(state, way))), 1)
+        yield from islice((way for way in ways if _equal(_split(state, way))), 1)
 
 
-def _parts_of(state: torch.Tensor, way: Copies) -> torch.Tensor:
+def _split(state: torch.Tensor, way: Copies) -> torch.Tensor:
     rest = state.shape[way.axis] // way.count
     split = state.unflatten(way.axis, (way.count, rest) if way.outer else (rest, way.count))
     return split.movedim(way.axis if way.outer else way.axis + 1, 0)
 
 
 def _equal(parts: torch.Tensor) -> bool:
-    """Whether all parts are equal, and not the same number throughout; a corner is looked at first, since most are not."""
+    """Whether all parts are equal, and not constant: a state of zeros repeats itself in every way."""
     corner = parts[(slice(None), *[slice(CORNER)] * (parts.ndim - 1))]
-    for looked_at in (corner, parts):
-        if not bool((looked_at == looked_at[0]).all()):
+    for compared in (corner, parts):  # most differ in the corner already, which is cheap to compare
+        if not bool((compared == compared[0]).all()):
             return False
     return bool((parts[0] != parts[0].flatten()[0]).any())
 
 
-def _narrow(first: Call, inside: list[Call]) -> int:
+def _parts_written(first: Call, inside: list[Call]) -> int:
     """Number of parts n ≥ 2 where the last branch of a block writes 1/n of the state and no branch writes all of it."""
     branches = _branches(first, inside)
     if not branches:
@@ -185,12 +185,12 @@ def _narrow(first: Call, inside: list[Call]) -> int:
     parts = _parts(branches[-1].y_shape, first.x_shape)
     if parts == 1:
         return 1
-    whole = [call for call in branches if call.y_shape == first.x_shape]
-    return 1 if any(_parts(call.x_shape, first.x_shape) != parts for call in whole) else parts
+    complete = [call for call in branches if call.y_shape == first.x_shape]
+    return 1 if any(_parts(call.x_shape, first.x_shape) != parts for call in complete) else parts
 
 
 def _branches(block: Call, inside: list[Call]) -> list[Call]:
-    """The block's own calls of modules that hold matrices, looking through modules that only wrap the block."""
+    """The block's own calls of modules that have matrices; where one module only wraps the block, those inside it."""
     own = [call for call in inside if call.parent is block and _has_matrix(call.module)]
     if len(own) == 1 and own[0].x_shape == own[0].y_shape == block.x_shape:
         return _branches(own[0], inside) or own
@@ -202,12 +202,12 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _parts(shape: Sequence[int], state: Sequence[int]) -> int:
-    """Into how many parts of this shape a state falls, along its last axis or its second one; 1 where it does not."""
-    if len(state) == 3 and tuple(shape) == (state[0], state[2]) and 1 < state[1] <= MOST_STREAMS:
+    """How many parts of this shape make up a state, along its last axis or its second one; 1 where none do."""
+    if len(state) == 3 and tuple(shape) == (state[0], state[2]) and 1 < state[1] <= MAX_STREAMS:
         return state[1]
     for axis in {len(state) - 1, 1} if len(shape) == len(state) else ():
         count, remainder = divmod(state[axis], shape[axis])
         alike = all(a == b for i, (a, b) in enumerate(zip(shape, state, strict=True)) if i != axis)
-        if alike and not remainder and 1 < count <= MOST_STREAMS:
+        if alike and not remainder and 1 < count <= MAX_STREAMS:
             return count
     return 1

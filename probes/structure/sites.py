@@ -1,4 +1,4 @@
-"""Which sites are captured: the names that people know, and what they stand for in a chain.
+"""Which sites are captured: the names that people know, and what each means in a chain.
 
 Known names: the sites ``embed``, ``pre``, ``mid``, ``post`` and ``final``; ``branch_in`` and ``branch_out``; ``h_pre``,
 ``h_post`` and ``h_res`` (also ``H_res``, ``comb``, ``alpha``, ``beta``); TransformerLens' ``hook_embed``,
@@ -10,12 +10,12 @@ for the block; without ``blocks.`` a hook name means every block.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from depthscope.probes.structure.chain import Chain, Link
+from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.structure.chain import Chain, Connection
 
 STATES = ("embed", "pre", "mid", "post")
 VARIABLES = ("branch_in", "branch_out", "h_pre", "h_post", "h_res")
@@ -32,7 +32,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "hook_embed": ("embed",),
     "ln_final.hook_normalized": ("final",),
 }
-# what a hook of one block stands for, and of which branch
+# What a hook of one block means, and of which branch.
 HOOKS: dict[str, tuple[str, str | None]] = {
     "hook_resid_pre": ("resid_pre", None),
     "hook_resid_mid": ("mid", None),
@@ -72,44 +72,48 @@ class Request:
     state: int | None = None
 
     def takes_state(self, chain: Chain, depth: int) -> bool:
-        """Whether a state of a chain is meant."""
-        place = chain.places[depth]
+        """Whether a state of a chain is asked for."""
+        point = chain.points[depth]
         if self.state is not None:
             return self.state == _block_boundary(chain, depth)
         if "resid_pre" in self.kinds:
-            following = _block_boundary(chain, depth)
-            return (
-                following is not None
-                and (self.block is None or following == self.block)
-                and (following < _num_blocks(chain))
-            )
+            # The state before block i is the one after block i − 1; after the last block there is no block.
+            block = _block_boundary(chain, depth)
+            return block is not None and self.block in (None, block) and block < _num_blocks(chain)
         if "hc_in" in self.kinds:
-            return any(link.depth_in == depth and self.takes_link(link) for link in chain.links)
-        return place.site in self.kinds and (self.block is None or place.layer == self.block)
+            return any(c.depth_in == depth and self.takes_connection(c) for c in chain.connections)
+        return point.site in self.kinds and (self.block is None or point.layer == self.block)
 
     def takes_variable(self, chain: Chain, name: str) -> bool:
-        """Whether a variable of a chain's connections is meant."""
-        return name in self.kinds and any(self.takes_link(link) for link in chain.links)
+        """Whether a variable of a chain's connections is asked for."""
+        return name in self.kinds and any(self.takes_connection(c) for c in chain.connections)
 
-    def takes_link(self, link: Link) -> bool:
-        """Whether a connection's block and branch are meant."""
-        return (self.block is None or link.layer == self.block) and (
-            self.branch is None or link.branch in (self.branch, "block")
+    def takes_connection(self, connection: Connection) -> bool:
+        """Whether a connection's block and branch are asked for; one that is neither attention nor MLP counts as both."""
+        in_block = self.block in (None, connection.layer)
+        return in_block and (self.branch is None or connection.branch in (self.branch, "block"))
+
+    def fits(self, chain: Chain) -> bool:
+        """Whether a chain has anything of what is asked for."""
+        return (
+            any(self.takes_state(chain, depth) for depth in range(len(chain.points)))
+            or ("final" in self.kinds and chain.final is not None)
+            or any(self.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
         )
 
 
 def _num_blocks(chain: Chain) -> int:
-    return 1 + max(place.layer for place in chain.places)
+    return 1 + max(point.layer for point in chain.points)
 
 
 def _block_boundary(chain: Chain, depth: int) -> int | None:
-    """How many blocks lie before a state; None inside a block."""
-    place = chain.places[depth]
-    return 0 if depth == 0 else place.layer + 1 if place.site == "post" else None
+    """Number of blocks before a state; None inside a block."""
+    point = chain.points[depth]
+    return 0 if depth == 0 else point.layer + 1 if point.site == "post" else None
 
 
 @dataclass(frozen=True)
-class Selection:
+class SiteSelection:
     """What of the chains is wanted; without requests every state, and every weight of stream connections."""
 
     requests: tuple[Request, ...] = ()
@@ -119,46 +123,48 @@ class Selection:
         """Whether the insides of plain blocks are wanted, which takes a search for their sums."""
         return any({"mid", "branch_in", "branch_out"} & set(request.kinds) for request in self.requests)
 
-    def needs(self, chain: Chain, depth: int) -> bool:
-        """Whether a state must be captured: as it is wanted, or as the proof of a connection needs it."""
-        if not self.requests or chain.has_streams or not self._some_states(chain):
+    def captures(self, chain: Chain, depth: int) -> bool:
+        """Whether a state must be captured: because it is wanted, or because the proof of a connection needs it."""
+        if self.stores(chain, depth) or chain.has_streams:
             return True
-        proof = {d for link in chain.links for d in (link.depth_in, link.depth_out)}
-        branches = any(self.wants(name) for name in ("branch_in", "branch_out"))
-        return self.keeps(chain, depth) or (branches and depth in proof)
+        # branch_in is the state before the connection, and branch_out is proven by the states around it.
+        branches = self.includes("branch_in") or self.includes("branch_out")
+        return branches and any(depth in (c.depth_in, c.depth_out) for c in chain.connections)
 
-    def keeps(self, chain: Chain, depth: int) -> bool:
-        """Whether a state is kept in the run; all are where no request names one, since every analysis needs some."""
+    def stores(self, chain: Chain, depth: int) -> bool:
+        """Whether a state is stored in the run; all are where no request names one, since every analysis needs some."""
         return not self.requests or self._takes(chain, depth) or not self._some_states(chain)
 
     def _takes(self, chain: Chain, depth: int) -> bool:
         return any(request.takes_state(chain, depth) for request in self.requests)
 
     def _some_states(self, chain: Chain) -> bool:
-        return any(self._takes(chain, depth) for depth in range(len(chain.places)))
+        return any(self._takes(chain, depth) for depth in range(len(chain.points)))
 
-    def keeps_link(self, chain: Chain, link: Link) -> bool:
-        """Whether a connection is kept in the run."""
+    def stores_connection(self, chain: Chain, connection: Connection) -> bool:
+        """Whether a connection is stored in the run."""
         return not self.requests or any(
-            request.takes_link(link) for request in self.requests if set(request.kinds) & set(VARIABLES)
+            request.takes_connection(connection)
+            for request in self.requests
+            if set(request.kinds) & set(VARIABLES)
         )
 
-    def keeps_variable(self, chain: Chain, name: str) -> bool:
-        """Whether a variable of the connections is kept in the run."""
+    def stores_variable(self, chain: Chain, name: str) -> bool:
+        """Whether a variable of the connections is stored in the run."""
         if not self.requests:
             return chain.has_streams
         return any(request.takes_variable(chain, name) for request in self.requests)
 
-    def connects(self, chain: Chain) -> bool:
-        """Whether any variable of the connections is kept in the run."""
-        return any(self.keeps_variable(chain, name) for name in VARIABLES if _has(chain, name))
+    def stores_connections(self, chain: Chain) -> bool:
+        """Whether any variable of the connections is stored in the run."""
+        return any(self.stores_variable(chain, name) for name in VARIABLES if _has(chain, name))
 
-    def wants(self, kind: str) -> bool:
+    def includes(self, kind: str) -> bool:
         """Whether a kind of site is wanted at all."""
         return not self.requests or any(kind in request.kinds for request in self.requests)
 
     def require(self, chains: Sequence[Chain]) -> None:
-        """Refuse a request that no chain can serve.
+        """Refuse a request for what no chain has.
 
         Parameters
         ----------
@@ -168,27 +174,19 @@ class Selection:
         Raises
         ------
         SiteError
-            With the name, why nothing answers to it, and what the model has.
+            With the name, why no state or variable has it, and what the model has.
         """
         for request in self.requests:
-            if not any(_serves(chain, request) for chain in chains):
-                raise SiteError(f"the site {request.name!r} did not fire: {_reason(chains, request)}")
-
-
-def _serves(chain: Chain, request: Request) -> bool:
-    states = any(request.takes_state(chain, depth) for depth in range(len(chain.places)))
-    return (
-        states
-        or ("final" in request.kinds and chain.final is not None)
-        or any(request.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
-    )
+            if not any(request.fits(chain) for chain in chains):
+                raise SiteError(f"the site {request.name!r} did not fire: {_why_missing(chains, request)}")
 
 
 def _has(chain: Chain, variable: str) -> bool:
-    return bool(chain.links) and (chain.has_streams or not variable.startswith("h_"))
+    # The branches of plain blocks have inputs and outputs, but no weights.
+    return bool(chain.connections) and (chain.has_streams or not variable.startswith("h_"))
 
 
-def _reason(chains: Sequence[Chain], request: Request) -> str:
+def _why_missing(chains: Sequence[Chain], request: Request) -> str:
     blocks = max(_num_blocks(chain) for chain in chains)
     if request.block is not None and request.block >= blocks:
         return f"the model has the blocks 0 … {blocks - 1}"
@@ -198,28 +196,28 @@ def _reason(chains: Sequence[Chain], request: Request) -> str:
         return "no norm takes the last state"
     if {"h_pre", "h_post", "h_res", "hc_in"} & set(request.kinds):
         return "the model has no stream connections of that kind"
-    if request.kinds == ("mid",) and any(chain.links for chain in chains):
+    if request.kinds == ("mid",) and any(chain.connections for chain in chains):
         return "its blocks add all their branches at once, so there is no state between them"
     if {"mid", "branch_in", "branch_out"} & set(request.kinds):
         return (
             "no block shows how it adds its branches to the state (a post-norm block, or one without modules inside, does "
             "not); capture embed and post"
         )
-    sites = sorted({place.site for chain in chains for place in chain.places})
+    sites = sorted({point.site for chain in chains for point in chain.points})
     return f"the model has the sites {', '.join(sites)}"
 
 
-def select(names: str | Sequence[str] | None) -> Selection:
-    """What some names of sites mean.
+def select(names: str | Sequence[str] | None) -> SiteSelection:
+    """The selection that some names of sites mean.
 
     Parameters
     ----------
     names : str or sequence of str or None
-        See the module's head; None for the default.
+        See the module docstring; None for the default.
 
     Returns
     -------
-    Selection
+    SiteSelection
 
     Raises
     ------
@@ -232,11 +230,11 @@ def select(names: str | Sequence[str] | None) -> Selection:
     Request(name='blocks.3.hook_resid_mid', kinds=('mid',), block=3, branch=None, state=None)
     """
     if names is None:
-        return Selection()
+        return SiteSelection()
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted or not all(isinstance(name, str) for name in wanted):
         raise SiteError(f"sites is {names!r}; expected one name or several, such as {', '.join(EXAMPLES)}")
-    return Selection(tuple(_request(name.strip()) for name in wanted))
+    return SiteSelection(tuple(_request(name.strip()) for name in wanted))
 
 
 EXAMPLES = ("'mid'", "'final'", "'h_res'", "'blocks.3.hook_resid_post'", "'hidden_states[2]'")
@@ -254,6 +252,5 @@ def _request(name: str) -> Request:
         kind, branch = HOOKS[hook]
         number = int(block[1]) if block and block[1].isdigit() else None
         return Request(name, (kind,), number, branch)
-    near = difflib.get_close_matches(hook, [*WORDS, *HOOKS], n=3, cutoff=0.4)
-    advice = f"closest: {', '.join(map(repr, near))}" if near else f"known are such as {', '.join(EXAMPLES)}"
+    advice = did_you_mean(hook, [*WORDS, *HOOKS], otherwise=f"known are such as {', '.join(EXAMPLES)}")
     raise SiteError(f"no site is called {name!r}; {advice}")

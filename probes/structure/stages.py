@@ -1,4 +1,4 @@
-"""Stages: runs of one class become one chain where a call between them, such as downsampling, changes the state's shape."""
+"""Stages: runs of blocks that form one chain, with a call such as downsampling between them that changes the shape."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from depthscope.probes.structure.tape import Call, Tape
 
-BRIDGE = 4  # at most so many calls lie between two stages: a norm, a convolution, and what wraps them
+# At most so many calls between two stages: a norm, a convolution, and the modules that wrap these. A heuristic, seen on
+# torchvision's and timm's models; more would join parts that only happen to follow one another.
+BRIDGE = 4
 
 
 def join_stages(tape: Tape, runs: Sequence[Sequence[Call]]) -> list[list[Call]]:
@@ -26,8 +28,8 @@ def join_stages(tape: Tape, runs: Sequence[Sequence[Call]]) -> list[list[Call]]:
     list of list of Call
         Longer runs; between two stages stands the call that gives the next one its first state.
     """
-    calls = _Calls(tape)
-    pieces = _with_lone_blocks(tape, runs)
+    calls = _CallsByPath(tape)
+    pieces = _with_single_blocks(tape, runs)
     chains = [pieces[0]]
     for piece in pieces[1:]:
         step = calls.bridge(chains[-1][-1], piece[0]) if _are_stages(chains[-1], piece) else None
@@ -40,31 +42,26 @@ def join_stages(tape: Tape, runs: Sequence[Sequence[Call]]) -> list[list[Call]]:
 
 def _are_stages(before: Sequence[Call], after: Sequence[Call]) -> bool:
     """Whether the shape changes between two runs and nowhere in them."""
-    even = all(call.x_shape == call.y_shape for call in (before[-1], *after))
-    return even and before[-1].y_shape != after[0].x_shape
+    constant = all(call.x_shape == call.y_shape for call in (before[-1], *after))
+    return constant and before[-1].y_shape != after[0].x_shape
 
 
-def _with_lone_blocks(tape: Tape, runs: Sequence[Sequence[Call]]) -> list[list[Call]]:
-    """The runs and, in order, the calls of the same class that stand alone, such as a stage of one block."""
-    kind = type(runs[0][0].module)
+def _with_single_blocks(tape: Tape, runs: Sequence[Sequence[Call]]) -> list[list[Call]]:
+    """The runs and, in order, the outermost calls of the same class that are in none, such as a stage of one block."""
+    block_class = type(runs[0][0].module)
     taken = {id(call) for run in runs for call in run}
-    lone = [
+    single = [
         [call]
         for call in tape.calls
-        if type(call.module) is kind and id(call) not in taken and not _within(call, kind)
+        if type(call.module) is block_class
+        and id(call) not in taken
+        and not any(type(ancestor.module) is block_class for ancestor in call.ancestors())
     ]
-    return sorted([list(run) for run in runs] + lone, key=lambda run: run[0].order)
+    return sorted([list(run) for run in runs] + single, key=lambda run: run[0].order)
 
 
-def _within(call: Call, kind: type) -> bool:
-    parent = call.parent
-    while parent is not None and type(parent.module) is not kind:
-        parent = parent.parent
-    return parent is not None
-
-
-class _Calls:
-    """The calls of a tape by path, to follow tensors backwards."""
+class _CallsByPath:
+    """The calls of a tape by module path, to follow tensors backwards."""
 
     def __init__(self, tape: Tape):
         self._at: dict[str, list[Call]] = defaultdict(list)
@@ -72,10 +69,10 @@ class _Calls:
             self._at[call.path].append(call)
 
     def producer(self, call: Call) -> Call | None:
-        """The call whose output this one took."""
-        same = self._at[call.producer] if call.producer else []
-        position = bisect_left(same, call.order, key=lambda other: other.order)
-        return same[position - 1] if position else None
+        """The call whose output this one took: the last one of its producer's path before it."""
+        same_path = self._at[call.producer] if call.producer else []
+        position = bisect_left(same_path, call.order, key=lambda other: other.order)
+        return same_path[position - 1] if position else None
 
     def bridge(self, last: Call, first: Call) -> Call | None:
         """The call that gives the next stage its input, where the output of the stage before leads to it; or None."""
@@ -84,6 +81,7 @@ class _Calls:
             if call is None or call.order < last.order:
                 return None
             before = self.producer(call)
+            # A container around the last block ends after it with the same tensor, and counts as its producer.
             if before is last or (
                 before is not None and last.inside(before) and before.y_shape == last.y_shape
             ):

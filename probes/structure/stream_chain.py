@@ -1,4 +1,4 @@
-"""The chain of a model with stream connections: the states before, between and after them, and what lies outside of them."""
+"""The chain of a model with stream connections: its states, and where something outside of the connections changes them."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from depthscope.probes.structure.chain import Chain, Link, Place, layer_numbers
+from depthscope.probes.structure.chain import Chain, Connection, HookPoint, layer_numbers
 from depthscope.probes.structure.tape import Call, ChainError, Tape, same_tensor
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One state where it was seen: taken by the next connection, given by a block, or by what closed the connection."""
+class Observation:
+    """One observation of a state: at a connection's or block's input or output, or where a paired connection closes."""
 
     call: Call
-    kind: str  # "taken", "given" or "closed"
+    kind: str  # "input", "output" or "closing"
 
     @property
     def at(self) -> str:
         """The side of the call that shows it."""
-        return "input" if self.kind == "taken" else "output"
+        return "input" if self.kind == "input" else "output"
 
     @property
     def written(self) -> int | None:
-        """How often the state had been written in place when it was seen."""
-        return self.call.versions[0 if self.kind == "taken" else 1]
+        """How often the state had been written in place by then."""
+        return self.call.versions[0 if self.kind == "input" else 1]
 
-    def same(self, other: Seen) -> bool:
+    def same(self, other: Observation) -> bool:
         """Whether both show one and the same value: one tensor, not rewritten between.
 
-        Equal values in two tensors do not count, since what is added between them may be zero in a fresh model only.
+        Equal values in two tensors do not count: what is added between them may be zero in a fresh model only.
         """
-        own = self.call.x if self.kind == "taken" else self.call.y
-        others = other.call.x if other.kind == "taken" else other.call.y
+        own = self.call.x if self.kind == "input" else self.call.y
+        others = other.call.x if other.kind == "input" else other.call.y
         return same_tensor(own, others) and self.written == other.written
 
 
-State = list[Seen]  # the places that show one and the same value, in order
+State = list[Observation]  # those that show one and the same value, in order
 
 
 def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
@@ -64,102 +64,107 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     """
     layers = layer_numbers(connections)
     first = connections[0]
-    places = [_place([Seen(first, "taken")], -1, "embed", first.producer or "(input)")]
-    links: list[Link] = []
+    points = [_hook_point([Observation(first, "input")], -1, "embed", first.producer or "(input)")]
+    found: list[Connection] = []
     for number, call in enumerate(connections):
         following = connections[number + 1] if number + 1 < len(connections) else None
         next_layer = None if following is None else layers[number + 1]
-        states = _distinct(_states_after(tape, call, following))
-        links.append(_link(call, layers[number], len(places) - 1))
+        states = _distinct(_observations_after(tape, call, following))
+        found.append(_connection(call, layers[number], len(points) - 1))
         for state, site in zip(states, _sites(states, layers[number], next_layer), strict=True):
             layer = layers[number] if site != "pre" or next_layer is None else next_layer
             producer = call.path if state is states[0] else state[0].call.producer or state[0].call.path
-            places.append(_place(state, layer, site, producer))
+            points.append(_hook_point(state, layer, site, producer))
     parents = {id(call.parent): call.parent for call in connections if call.parent is not None}
     return Chain(
         name="",
-        places=tuple(places),
-        links=tuple(links),
+        points=tuple(points),
+        connections=tuple(found),
         blocks=tuple(dict.fromkeys(call.path for call in parents.values())),
         block_class=type(next(iter(parents.values())).module).__name__ if parents else "",
-        shapes=(first.x_shape,) * len(places),
+        shapes=(first.x_shape,) * len(points),
     )
 
 
-def _states_after(tape: Tape, call: Call, following: Call | None) -> list[Seen]:
-    """Every place at which the state after a connection, or what became of it, is seen before the next one begins."""
-    seen = [] if call.closing is None else [Seen(call.closing, "closed")]
-    seen += [Seen(block, "given") for block in _blocks_left(call, following)]
+def _observations_after(tape: Tape, call: Call, following: Call | None) -> list[Observation]:
+    """Every observation of the state after a connection, or of what became of it, before the next one begins."""
+    found = [] if call.closing is None else [Observation(call.closing, "closing")]
+    found += [Observation(block, "output") for block in _blocks_that_end(call, following)]
     if following is not None:
-        seen.append(Seen(following, "taken"))
-    elif not seen:
-        seen = [Seen(later, "taken") for later in _takers(tape, call)][:1]
-    if not seen:
+        found.append(Observation(following, "input"))
+    elif not found:
+        found = [Observation(later, "input") for later in _later_calls(tape, call)][:1]
+    if not found:
         raise ChainError(
             f"the state after the last connection {call.path!r} (shape {call.x_shape}) is seen by no module: "
             "no later call takes or returns it. Collapse the streams in a module, for example einops' Reduce layer"
         )
-    return seen
+    return found
 
 
-def _blocks_left(call: Call, following: Call | None) -> Iterator[Call]:
-    """The module calls around a connection that take and give streams, and end before the next connection begins."""
-    around = call.parent
-    while around is not None and not (following is not None and following.inside(around)):
-        own = (
-            around.module is call.module
-        )  # in closure style it gave the branch's input, and its streams come later
+def _blocks_that_end(call: Call, following: Call | None) -> Iterator[Call]:
+    """The calls around a connection that take and return streams, and end before the next connection begins."""
+    for around in call.ancestors():
+        if following is not None and following.inside(around):
+            return
+        # In closure style the module's own forward returns the branch's input, and the streams come later.
+        own = around.module is call.module
         closed = call.closing is not None and same_tensor(around.y, call.closing.y)
         if around.x_shape == around.y_shape == call.x_shape and (closed or not own):
             yield around
-        around = around.parent
 
 
-def _takers(tape: Tape, last: Call) -> Iterator[Call]:
+def _later_calls(tape: Tape, last: Call) -> Iterator[Call]:
     for later in tape.calls[last.order + 1 :]:
         if later.x_shape == last.x_shape and not later.inside(last):
             yield later
 
 
-def _distinct(seen: list[Seen]) -> list[State]:
-    """The places by the values that they show: a new state where the value changes."""
+def _distinct(observations: list[Observation]) -> list[State]:
+    """The observations by the values that they show: a new state where the value changes."""
     states: list[State] = []
-    for place in seen:
-        if states and states[-1][-1].same(place):
-            states[-1].append(place)
+    for observation in observations:
+        if states and states[-1][-1].same(observation):
+            states[-1].append(observation)
         else:
-            states.append([place])
+            states.append([observation])
     return states
 
 
 def _sites(states: list[State], layer: int, next_layer: int | None) -> list[str]:
-    """The site of each state between one connection and the next: mid inside a block, post behind it, pre at the next head."""
+    """The site of each state up to the next connection: mid inside a block, post after it, pre where the next one begins."""
     if next_layer == layer:
         return ["mid"] * len(states)
-    kinds = [{place.kind for place in state} for state in states]
+    kinds = [{observation.kind for observation in state} for state in states]
     sites = ["post"] * len(states)
     for number, shown in enumerate(kinds):
-        if shown == {"closed"} and any("given" in later for later in kinds[number + 1 :]):
+        if shown == {"closing"} and any("output" in later for later in kinds[number + 1 :]):
             sites[number] = "mid"  # its block goes on
-        elif shown == {"taken"} and number:
+        elif shown == {"input"} and number:
             sites[number] = "pre"  # changed between the blocks
     return sites
 
 
-def _place(state: State, layer: int, site: str, producer: str) -> Place:
-    """Of several places of one state the last one, which takes what is really handed on."""
-    seen = state[-1]
-    return Place(seen.call.path, seen.call.index, seen.at, layer, site, producer, seen.call.method)
+def _hook_point(state: State, layer: int, site: str, producer: str) -> HookPoint:
+    # Of several observations of one state the last: what takes it gets the tensor that is really passed on, in autograd too.
+    last = state[-1]
+    return HookPoint(last.call.path, last.call.index, last.at, layer, site, producer, last.call.method)
 
 
-def _link(call: Call, layer: int, depth_in: int) -> Link:
+def _connection(call: Call, layer: int, depth_in: int) -> Connection:
     assert call.site is not None
     branch = call.branch
-    return Link(
+    own = getattr(call.module, "branch", None)  # lucidrains' modules contain their branch
+    return Connection(
         path=call.path,
         index=call.index,
         layer=layer,
-        branch=_branch_label(call, branch),
+        branch=branch_label(
+            call.path.rpartition(".")[2],
+            branch.path.rpartition(".")[2] if branch else "",
+            type(branch.module).__name__ if branch else "",
+            type(own).__name__ if own is not None else "",
+        ),
         branch_path=branch.path if branch else None,
         branch_index=branch.index if branch else 0,
         style=call.site.style,
@@ -168,6 +173,7 @@ def _link(call: Call, layer: int, depth_in: int) -> Link:
     )
 
 
+# Names of modules and classes in transformers, timm, state-space and lucidrains' models.
 _LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (
     ("attn", re.compile(r"att|ssm|mamba|mixer|retention", re.IGNORECASE).search),
     ("mlp", re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert|dense\w*dense", re.IGNORECASE).search),
@@ -175,12 +181,12 @@ _LABELS: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 
 def branch_label(*names: str) -> str:
-    """What kind of branch some names tell of: attn, mlp, or block.
+    """The kind of a branch by its names: attn, mlp, or block where no name shows it.
 
     Parameters
     ----------
     *names : str
-        Names in the order of their weight.
+        The most specific first.
 
     Returns
     -------
@@ -191,13 +197,3 @@ def branch_label(*names: str) -> str:
             if matches(text):
                 return label
     return "block"
-
-
-def _branch_label(call: Call, branch: Call | None) -> str:
-    own = getattr(call.module, "branch", None)
-    return branch_label(
-        call.path.rpartition(".")[2],
-        branch.path.rpartition(".")[2] if branch else "",
-        type(branch.module).__name__ if branch else "",
-        type(own).__name__ if own is not None else "",
-    )

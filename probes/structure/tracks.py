@@ -1,4 +1,7 @@
-"""Tracks: further states that the blocks hand on beside the first one, such as the pair state of a protein model."""
+"""Tracks: further states that blocks pass on in addition to the first one, such as the pair state of a protein model.
+
+The name is that of RoseTTAFold's three-track network. Each is captured as a chain of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import Call, ChainError, same_tensor
 
 
-def tracks_of(chain: Chain, run: Sequence[Call], *, named: bool) -> list[Chain]:
-    """The chain and, where its blocks hand on further states and change them, one chain for each of these.
+def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[Chain]:
+    """The chain and one more for every further state that its blocks pass on and change.
 
     Parameters
     ----------
     chain : Chain
         The chain of the first state.
-    run : sequence of Call
+    blocks : sequence of Call
         The calls of its blocks.
     named : bool
-        Whether the user named the blocks, so that states of one shape, which look like streams, are taken one by one.
+        Whether the user named the blocks: states of one shape, which look like streams, are then taken one by one.
 
     Returns
     -------
@@ -33,46 +36,49 @@ def tracks_of(chain: Chain, run: Sequence[Call], *, named: bool) -> list[Chain]:
     ChainError
         For states of one shape that the user did not name.
     """
-    pairs = _handed_on(run)
+    pairs = _passed_on(blocks)
     if not pairs:
         return [chain]
-    shapes = {run[0].inputs[taken].tensor.shape for _, taken in pairs}
-    if not named and run[0].x_shape in {tuple(shape) for shape in shapes}:
+    shapes = {tuple(blocks[0].inputs[taken].tensor.shape) for _, taken in pairs}
+    if not named and blocks[0].x_shape in shapes:
+        pattern = re.sub(r"\d+", "{i}", blocks[0].path, count=1)
         raise ChainError(
-            f"{run[0].path!r} and the blocks after it hand on {1 + len(pairs)} tensors of shape {run[0].x_shape}: these may "
-            "be streams, and no stream connection was found. Each is captured as a chain of its own with "
-            f"layers={_pattern(run)!r}"
+            f"{blocks[0].path!r} and the blocks after it hand on {1 + len(pairs)} tensors of shape {blocks[0].x_shape}: these "
+            "may be streams, and no stream connection was found. Each is captured as a chain of its own with "
+            f"layers={pattern!r}"
         )
-    first = replace(chain, name=run[0].inputs[0].name)
-    return [first, *(_track(chain, run, given, taken) for given, taken in pairs)]
+    first = replace(chain, name=blocks[0].inputs[0].name)
+    return [first, *(_track(chain, blocks, given, taken) for given, taken in pairs)]
 
 
-def _handed_on(run: Sequence[Call]) -> list[tuple[int, int]]:
-    """Positions among a block's outputs and the next one's inputs of tensors that all blocks hand on and change."""
+def _passed_on(blocks: Sequence[Call]) -> list[tuple[int, int]]:
+    """Positions, in a block's outputs and in the next one's inputs, of tensors that all blocks pass on and change.
+
+    A tensor that no block changes, such as a mask or rotary embeddings, is no state.
+    """
     found = []
-    for given in range(1, len(run[0].outputs)):
-        for taken in range(1, len(run[1].inputs)):
-            links = all(
-                same_tensor(a.seen("output", given)[0], b.seen("input", taken)[0]) for a, b in pairwise(run)
+    for given in range(1, len(blocks[0].outputs)):
+        for taken in range(1, len(blocks[1].inputs)):
+            linked = all(
+                same_tensor(a.passed("output", given)[0], b.passed("input", taken)[0])
+                for a, b in pairwise(blocks)
             )
-            changed = all(not same_tensor(c.seen("output", given)[0], c.seen("input", taken)[0]) for c in run)
-            if links and changed:
+            changed = all(
+                not same_tensor(c.passed("output", given)[0], c.passed("input", taken)[0]) for c in blocks
+            )
+            if linked and changed:
                 found.append((given, taken))
     return found
 
 
-def _track(chain: Chain, run: Sequence[Call], given: int, taken: int) -> Chain:
-    places = [replace(place, item=taken) for place in chain.places[:-1]]
-    last = replace(chain.places[-1], item=given)
-    shapes = [tuple(call.inputs[taken].tensor.shape) for call in run]
+def _track(chain: Chain, blocks: Sequence[Call], given: int, taken: int) -> Chain:
+    first, *rest = [replace(point, item=taken) for point in chain.points[:-1]]
+    last = replace(chain.points[-1], item=given)
+    shapes = [tuple(call.inputs[taken].tensor.shape) for call in blocks]
     return replace(
         chain,
-        name=run[0].inputs[taken].name,
-        places=(replace(places[0], module="(input)"), *places[1:], last),
-        shapes=(*shapes, tuple(run[-1].outputs[given].tensor.shape)),
+        name=blocks[0].inputs[taken].name,
+        points=(replace(first, module="(input)"), *rest, last),
+        shapes=(*shapes, tuple(blocks[-1].outputs[given].tensor.shape)),
         final=None,
     )
-
-
-def _pattern(run: Sequence[Call]) -> str:
-    return re.sub(r"\d+", "{i}", run[0].path, count=1)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.one_shot import eager, raise_first, settings
-from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.model_call import eager
+from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
-from depthscope.probes.statistics.token_sums import Sums, merged
-from depthscope.probes.statistics.weight_updates import WeightRow, Weights
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
+from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 
 REDUCTIONS = ("mean", "sum")
 GRADIENT = "gradient_square_norm_sum"
@@ -53,7 +53,7 @@ class Recorder:
         Where the run is saved when the block ends, on every path.
     attrs : mapping or None
         Attributes to add.
-    weights : Weights or None
+    weights : WeightUpdates or None
         The weights, where they are measured too.
     scale : LossScale or None
         By what the loss is multiplied.
@@ -69,7 +69,7 @@ class Recorder:
         store: Path | None = None,
         attrs: Mapping[str, Any] | None = None,
         token_text: Any = None,
-        weights: Weights | None = None,
+        weights: WeightUpdates | None = None,
         scale: LossScale | None = None,
     ):
         if every < 1:
@@ -80,9 +80,9 @@ class Recorder:
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale = weights, scale or LossScale(None)
-        self._rows: list[Row] = []
+        self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
-        self._pooled: list[Sums] = []
+        self._pooled: list[TokenSums] = []
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
         self._inside = False
@@ -97,7 +97,7 @@ class Recorder:
     ) -> None:
         if kind is not None:  # a backward that was cut short left only some of the gradients
             self._weights = None
-            if self._session.settings.gradients:
+            if self._session.options.gradients:
                 self._session.drop()
         self.close()
 
@@ -166,7 +166,7 @@ class Recorder:
     def _fold(self, loss: float | None) -> None:
         weights, scale = self._weight_row(), self._scale.end()
         try:
-            raise_first(self._session)
+            self._session.raise_first_error()
             parts = self._session.fold()
             if not parts:
                 raise CaptureError("the model was not called between two steps; nothing to measure")
@@ -183,19 +183,19 @@ class Recorder:
             )
             sums, weights = _undefined(sums), weights and weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
-        self._rows.append(Row(self.position, sums, sequences, loss, weights, scale))
+        self._rows.append(StepStatistics(self.position, sums, sequences, loss, weights, scale))
 
-    def _add(self, parts: list[Measured]) -> list[Sums]:
+    def _add(self, parts: list[Measured]) -> list[TokenSums]:
         """Pool the parts of a step, and give what its row keeps of them."""
-        sums: list[Sums] = []
+        sums: list[TokenSums] = []
         for part in parts:
-            sums = merged(sums, part.sums)
+            sums = merge_sums(sums, part.sums)
             if part.stamp != self._pooled_stamp:
                 self._pooled, self._pooled_stamp = [], part.stamp
-            self._pooled = merged(self._pooled, part.sums)
+            self._pooled = merge_sums(self._pooled, part.sums)
         return [chain.compact() for chain in sums]
 
-    def _weight_row(self) -> WeightRow | None:
+    def _weight_row(self) -> WeightNorms | None:
         if self._weights is None:
             return None
         try:
@@ -232,12 +232,12 @@ class Recorder:
         self._stack = ExitStack()
 
 
-def _finite(sums: list[Sums]) -> bool:
+def _finite(sums: list[TokenSums]) -> bool:
     gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
     return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
 
 
-def _undefined(sums: list[Sums]) -> list[Sums]:
+def _undefined(sums: list[TokenSums]) -> list[TokenSums]:
     """A row's statistics with NaN for gradients that no optimiser uses."""
     for chain in sums:
         parts = chain.sums.get(GRADIENT, {})
@@ -245,27 +245,20 @@ def _undefined(sums: list[Sums]) -> list[Sums]:
     return sums
 
 
+@takes_options(CaptureOptions)
 def record(
     model: nn.Module,
     *,
     every: int = 1,
     start_step: int = 0,
     end_step: int | None = None,
-    gradients: bool = False,
     store: str | Path | None = None,
-    layers: str | Iterable[str] | None = None,
-    layout: str | None = None,
-    streams: int | None = None,
-    sites: str | Iterable[str] | None = None,
-    mask: Mask = None,
-    max_sequences: int = 8,
-    seed: int = 0,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
     weights: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     loss_reduction: str | None = None,
-    streaming: bool | Mapping[str, int] = False,
+    **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
 
@@ -278,11 +271,9 @@ def record(
         The model that the loop calls.
     every, start_step, end_step : int
         Which steps are measured.
-    gradients : bool
-        Keep the gradients that the loop's own backward gives; several forwards and backwards in a step add up.
     store : path-like, optional
         Where to save the run when the block ends; ``.nc`` is added where no ending is given.
-    layers, layout, streams, sites, mask, max_sequences, seed, token_text, attrs
+    token_text, attrs
         As in `probes.capture`.
     weights : bool
         Keep of every module that owns parameters the squared norms of its weights at `step`, of their gradient, and of
@@ -296,9 +287,10 @@ def record(
         for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
     loss_reduction : {"mean", "sum"}, optional
         How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
-    streaming : bool or mapping
-        As in `probes.capture`, over every token since the weights last changed: of a whole evaluation, or in training of
-        the last measured step.
+    **options
+        Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
+        step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
+        of the last measured step.
 
     Returns
     -------
@@ -315,21 +307,18 @@ def record(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
-    chosen = settings(gradients, layers, layout, streams, mask, max_sequences, seed, sites, streaming)
-    if scaler is not None:
-        chosen = replace(chosen, scale=scale)
     path = None if store is None else Path(store)
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")
     told = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     return Recorder(
-        Session(model, chosen),
+        Session(model, Options(**options), scale if scaler is not None else None),
         every=every,
         start_step=start_step,
         end_step=end_step,
         store=path,
         attrs=told | dict(attrs or {}),
         token_text=token_text,
-        weights=Weights(model, scale) if weights else None,
+        weights=WeightUpdates(model, scale) if weights else None,
         scale=scale,
     )

@@ -1,1 +1,1 @@
-"""What do pages share? Cards, controls, grids, texts."""
+"""What do pages share? Their declaration, charts, finding cards, controls, and the choice of runs."""

@@ -1,159 +1,52 @@
-"""How does a figure stand on a page? Plotly that keeps its zoom, its caption, its table and its CSV."""
+"""How is a figure shown on a page? Drawn by plotly, with its caption and its numbers as a table and a CSV file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
+import xarray as xr
 
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
-from depthscope.app.dashboard.components.markdown import plain
+from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.figures import Figure, FigureKind, Heatmap
 
-__all__ = ["PLOTLY_ROUTE", "card", "clicked_cell", "draw"]
+__all__ = ["PLOTLY_ROUTE", "build", "card", "clicked_cell"]
 
 PLOTLY_ROUTE = "/depthscope/plotly"
+"""Where the server answers with the files of the installed plotly, so that no page asks another machine."""
 
-_CSS = """
-.depthscope-chart { width: 100%; outline-offset: 2px; border-radius: 4px; }
-.depthscope-chart:focus-visible { outline: 2px solid var(--st-primary-color); }
-.depthscope-chart .modebar { opacity: 0; transition: opacity .15s; }
-.depthscope-chart:hover .modebar, .depthscope-chart:focus-within .modebar { opacity: 1; }
-"""
-
-# Run names reach the browser only as data, never as part of this script.
-_JS = """
-const SOURCE = "__ROUTE__/plotly.min.js";
-
-function load() {
-  if (window.Plotly) return Promise.resolve(window.Plotly);
-  window.depthscopePlotly ??= new Promise((resolve, reject) => {
-    const script = document.createElement("script");
-    script.src = SOURCE;
-    script.onload = () => resolve(window.Plotly);
-    script.onerror = () => reject(new Error("plotly.min.js did not load"));
-    document.head.appendChild(script);
-  });
-  return window.depthscopePlotly;
-}
-
-function dress(layout, box) {
-  const style = getComputedStyle(box);
-  const ink = style.getPropertyValue("--st-text-color").trim() || "#333";
-  const paper = style.getPropertyValue("--st-background-color").trim() || "#fff";
-  const family = style.getPropertyValue("--st-font").trim() || layout.font.family;
-  layout.font = { ...layout.font, color: ink, family };
-  layout.hoverlabel = { ...layout.hoverlabel, bgcolor: paper, bordercolor: "rgba(128,128,128,.35)",
-                        font: { color: ink, family, size: 12 } };
-  return layout;
-}
-
-export default function (component) {
-  const { parentElement, data, setTriggerValue } = component;
-  let box = parentElement.querySelector(".depthscope-chart");
-  if (!box) {
-    box = document.createElement("div");
-    box.className = "depthscope-chart";
-    parentElement.appendChild(box);
-  }
-  box.setAttribute("role", "img");
-  box.setAttribute("tabindex", "0");
-  box.setAttribute("aria-label", data.alt);
-  box.style.height = `${data.height}px`;
-  const figure = JSON.parse(data.figure);
-  // an explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
-  const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
-                   modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
-                   toImageButtonOptions: { format: "svg", filename: data.name } };
-  load().then((Plotly) => {
-    if (!box.isConnected) return;
-    const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
-    return Plotly.react(box, figure.data, layout, config).then(() => {
-      box.removeAllListeners?.("plotly_click");
-      if (data.clickable) {
-        box.on("plotly_click", (event) => {
-          const point = event.points[0];
-          setTriggerValue("clicked", { x: point.x, y: point.y });
-        });
-      }
-      if (!box.depthscopeResize) {
-        box.depthscopeResize = new ResizeObserver(() => {
-          if (box.isConnected && box.clientWidth > 0) Plotly.Plots.resize(box);
-        });
-        box.depthscopeResize.observe(parentElement);
-      }
-    });
-  }).catch((error) => { box.textContent = error.message; });
-  return () => {
-    box.depthscopeResize?.disconnect();
-    box.depthscopeResize = null;
-    window.Plotly?.purge(box);
-  };
-}
-""".replace("__ROUTE__", PLOTLY_ROUTE)
-
-_plot = st.components.v2.component("depthscope_chart", css=_CSS, js=_JS, isolate_styles=False)
+# A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
+# and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
+# the document, which does not reach into a shadow root.
+_plot = st.components.v2.component(
+    "depthscope_chart",
+    css=Path(__file__).with_name("chart.css").read_text(encoding="utf-8"),
+    js=Path(__file__).with_name("chart.js").read_text(encoding="utf-8"),
+    isolate_styles=False,
+)
 
 
-def draw(
-    figure: Figure,
-    *,
-    key: str,
-    height: int = 300,
-    clickable: bool = False,
-    mark: tuple[float, float] | None = None,
-    runs: Sequence[str] = (),
-) -> Any:
-    """Draw a figure with plotly, with its alt text for screen readers.
+def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
+    """Figure of a kind, with those choices of a selection that it uses.
 
     Parameters
     ----------
-    figure : Lines or Heatmap
-        What to draw.
-    key : str
-        Widget key; the zoom lives as long as it does.
-    height : int
-        Pixels.
-    clickable : bool
-        Whether clicks come back.
-    mark : tuple of float or None
-        Cell to ring.
-    runs : sequence of str
-        Runs of the page, in the order of their colours.
+    kind : FigureKind
+        What to build.
+    analyses : mapping
+        Run name → analysis.
+    selection : mapping
+        Choices of all controls of the page.
 
     Returns
     -------
-    ComponentResult
-        Its `clicked` is {"x", "y"} after a click, else None.
+    Lines or Heatmap
     """
-    data = {
-        "name": figure.name,
-        "figure": to_plotly(figure, mark=mark, runs=runs).to_json(),
-        "alt": figure.alt,
-        "height": height,
-        "clickable": clickable,
-    }
-    return _plot(data=data, key=key, on_clicked_change=lambda: None)
-
-
-def clicked_cell(key: str) -> tuple[float, float] | None:
-    """Cell of a clickable heat map that was clicked last.
-
-    Parameters
-    ----------
-    key : str
-        Key given to `draw`.
-
-    Returns
-    -------
-    tuple of float or None
-        (x, y).
-    """
-    state = st.session_state.get(key)
-    clicked = state.get("clicked") if state is not None else None
-    return (float(clicked["x"]), float(clicked["y"])) if clicked else None
+    return kind.build(analyses, **{name: value for name, value in selection.items() if name in kind.uses})
 
 
 def card(
@@ -164,42 +57,49 @@ def card(
     clickable: bool = False,
     mark: tuple[float, float] | None = None,
     runs: Sequence[str] = (),
-) -> Any:
-    """A figure with its title, caption, and its numbers as a table and a CSV file.
+) -> None:
+    """A figure with its title and caption; its numbers open as a table and are saved as a CSV file.
 
     Parameters
     ----------
     figure : Lines or Heatmap
         What to show.
     key : str
-        Widget key.
+        Widget key; the zoom lasts as long as it does.
     height : int
         Pixels of the plot.
     clickable : bool
-        Whether clicks come back.
+        Whether a click on a cell reruns the page; `clicked_cell` returns it then.
     mark : tuple of float or None
-        Cell to ring.
+        Cell to ring, as (x, y).
     runs : sequence of str
         Runs of the page, in the order of their colours.
-
-    Returns
-    -------
-    ComponentResult
-        As `draw`.
     """
+    # The screen shows block means of a large matrix; the table has every cell.
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
     with st.container(border=True, gap="xsmall"):
         left, right = st.columns([4, 1], vertical_alignment="center")
-        left.markdown(f"**{plain(shown.title)}**")
+        left.markdown(f"**{escaped(shown.title)}**")
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             _numbers(figure, key)
-        result = draw(shown, key=key, height=height, clickable=clickable, mark=mark, runs=runs)
-        st.caption(plain(shown.caption))
-    return result
+        _plot(
+            data={
+                "name": shown.name,
+                "figure": to_plotly(shown, mark=mark, runs=runs).to_json(),
+                "alt": shown.alt,
+                "height": height,
+                "clickable": clickable,
+                "plotly": f"{PLOTLY_ROUTE}/plotly.min.js",
+            },
+            key=key,
+            # An empty callback is how a component declares that it has a trigger of this name.
+            on_clicked_change=lambda: None,
+        )
+        st.caption(escaped(shown.caption))
 
 
 def _numbers(figure: Figure, key: str) -> None:
-    """The table behind a figure, with its download."""
+    """The table of a figure's numbers, with its download."""
     with st.popover("Numbers", type="tertiary", width="content"):
         table = numbers_of(figure)
         st.dataframe(table, hide_index=True, height=320, width=620)
@@ -209,24 +109,23 @@ def _numbers(figure: Figure, key: str) -> None:
             file_name=f"{figure.name}.csv",
             mime="text/csv",
             key=f"{key}_csv",
-            on_click="ignore",
+            on_click="ignore",  # a rerun would close the popover
         )
 
 
-def build(kind: FigureKind, analyses: Any, selection: dict[str, Any]) -> Figure:
-    """Figure of a kind, with those choices of a selection that it uses.
+def clicked_cell(key: str) -> tuple[float, float] | None:
+    """Cell of a clickable heat map that was clicked last.
 
     Parameters
     ----------
-    kind : FigureKind
-        What to build.
-    analyses : mapping
-        Run name → analysis.
-    selection : dict
-        Choices of all controls of the page.
+    key : str
+        Key of its card.
 
     Returns
     -------
-    Lines or Heatmap
+    tuple of float or None
+        (x, y).
     """
-    return kind.build(analyses, **{name: value for name, value in selection.items() if name in kind.uses})
+    state = st.session_state.get(key)
+    clicked = state.get("clicked") if state is not None else None
+    return (float(clicked["x"]), float(clicked["y"])) if clicked else None

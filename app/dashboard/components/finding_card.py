@@ -6,19 +6,21 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.markdown import plain
+from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.tables.findings import place_of
 from depthscope.app.text.bibliography import cited, source_words
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding
 
-__all__ = ["LOOKS", "show_finding", "tally"]
+__all__ = ["show_finding", "tally"]
 
-LOOKS = {
+# A sign and a word with each colour: red and orange alone are the same to some readers.
+BADGES = {
     "FAIL": ("failure", "red", "✕"),
     "WARN": ("warning", "orange", "▲"),
     "INFO": ("note", "blue", "●"),
 }
+"""Severity → word, colour, sign."""
 
 
 def show_finding(finding: Finding) -> None:
@@ -27,21 +29,21 @@ def show_finding(finding: Finding) -> None:
     Parameters
     ----------
     finding : Finding
-        What to show.
+        One finding of `judge`.
     """
-    word, colour, sign = LOOKS[finding.severity.name]
+    word, colour, sign = BADGES[finding.severity.name]
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(f"{sign} {word}", color=colour)
-            st.markdown(f"**{plain(finding.verdict.replace('_', ' ').capitalize())}**", width="content")
-            st.caption(plain(place_of(finding)), width="content")
-        st.markdown(plain(cited(finding.sentence)))
+            st.markdown(f"**{escaped(finding.verdict.replace('_', ' ').capitalize())}**", width="content")
+            st.caption(escaped(place_of(finding)), width="content")
+        st.markdown(escaped(cited(finding.sentence)))
         facts = (
             f"{finding.metric} {number(float(finding.value))} · threshold {number(float(finding.threshold))}"
         )
-        st.caption(f"{plain(facts)} · {plain(source_words(finding.source))}")
+        st.caption(f"{escaped(facts)} · {escaped(source_words(finding.source))}")
         if finding.advice:
-            st.caption(f"**Try:** {plain(finding.advice)}")
+            st.caption(f"**Try:** {escaped(finding.advice)}")
 
 
 def tally(findings: Sequence[Finding]) -> None:
@@ -53,7 +55,7 @@ def tally(findings: Sequence[Finding]) -> None:
         Findings of one run.
     """
     with st.container(horizontal=True, gap="small"):
-        for severity, (word, colour, sign) in LOOKS.items():
+        for severity, (word, colour, sign) in BADGES.items():
             count = sum(finding.severity.name == severity for finding in findings)
             if count:
                 st.badge(f"{sign} {count} {word}{'s' if count > 1 else ''}", color=colour)

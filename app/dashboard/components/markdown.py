@@ -1,14 +1,15 @@
-"""How does text from a run reach a page? As itself: Markdown that it may hold is switched off."""
+"""How does text from a run get onto a page? Escaped: Markdown, HTML and links in it have no effect."""
 
 from __future__ import annotations
 
 import re
 
+# Streamlit adds directives to Markdown: ":red[…]" and ":material/…:" begin with a colon, "$" is mathematics.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+\-.!|~$:])")
 
 
-def plain(text: str) -> str:
-    r"""Text that Markdown shows as it stands.
+def escaped(text: str) -> str:
+    r"""Text that Markdown shows as it is.
 
     Parameters
     ----------
@@ -18,17 +19,18 @@ def plain(text: str) -> str:
     Returns
     -------
     str
+        In one line.
 
     Examples
     --------
-    >>> plain("a_b *c*")
+    >>> escaped("a_b *c*")
     'a\\_b \\*c\\*'
     """
     return _SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
 
 
-def within(title: str) -> str:
-    """A title as it stands within a sentence: its first letter small, but for an abbreviation.
+def inside_sentence(title: str) -> str:
+    """A title as it is written inside a sentence: its first letter small, but for an abbreviation.
 
     Parameters
     ----------
@@ -41,7 +43,7 @@ def within(title: str) -> str:
 
     Examples
     --------
-    >>> within("Token cosine"), within("CKA of every two depths")
+    >>> inside_sentence("Token cosine"), inside_sentence("CKA of every two depths")
     ('token cosine', 'CKA of every two depths')
     """
     return title if title[1:2].isupper() else f"{title[:1].lower()}{title[1:]}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from depthscope.app.dashboard.components.figure_grid import show_figures, show_question
-from depthscope.app.dashboard.components.page_style import heading
-from depthscope.app.dashboard.state.chosen_runs import desk
+from depthscope.app.dashboard.components.page import Page
 
-heading("Collapse across depth", "Do tokens become equal, and does the representation use few directions?")
-found = desk()
-show_question(found, "collapse")
-show_figures(found, "collapse")
+PAGE = Page(
+    title="Collapse",
+    url_path="collapse",
+    heading="Collapse across depth",
+    help="Do tokens become equal, and does the representation use few directions?",
+    question="collapse",
+    missing="None of the chosen runs has states to measure.",
+)

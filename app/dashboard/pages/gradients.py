@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from depthscope.app.dashboard.components.figure_grid import show_figures, show_question
-from depthscope.app.dashboard.components.page_style import heading
-from depthscope.app.dashboard.state.chosen_runs import desk, explain_missing
+from depthscope.app.dashboard.components.page import Page
 
-heading(
-    "Gradients", "Does the signal vanish or explode on its way forward, and the gradient on its way back?"
+PAGE = Page(
+    title="Gradients",
+    url_path="gradients",
+    help="Does the signal vanish or explode on its way forward, and the gradient on its way back?",
+    question="gradients",
+    needs=("gradient_norm",),
+    missing="None of the chosen runs has gradients: they were captured without a backward pass.",
+    command="depthscope probe CHECKPOINT --text FILE --gradients --out RUN.nc",
 )
-found = desk()
-if not any("gradient_norm" in data for data in found.analyses.values()):
-    explain_missing(
-        "gradients",
-        "None of the chosen runs holds gradients: they were captured without a backward pass.",
-        "depthscope probe CHECKPOINT --text FILE --gradients --out RUN.nc",
-    )
-show_question(found, "gradients")
-show_figures(found, "gradients")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from depthscope.app.dashboard.components.figure_grid import show_figures, show_question
-from depthscope.app.dashboard.components.page_style import heading
-from depthscope.app.dashboard.state.chosen_runs import desk, explain_missing
+from depthscope.app.dashboard.components.page import Page
 
-heading("Mixing", "Do the connections keep the signal, amplify it, or average the streams into one?")
-found = desk()
-if found.kinds("mixing"):
-    show_question(found, "mixing")
-    show_figures(found, "mixing")
-else:
-    explain_missing(
-        "mixing",
-        "None of the chosen runs has streams to mix: plain residual networks add each branch to one stream. "
-        "Choose a run of a hyper-connection (HC or mHC) model.",
-        "depthscope demo",
-    )
+PAGE = Page(
+    title="Mixing",
+    url_path="mixing",
+    help="Do the connections keep the signal, amplify it, or average the streams into one?",
+    question="mixing",
+    missing="None of the chosen runs has streams to mix: plain residual networks add each branch to one stream. "
+    "Choose a run of a hyper-connection (HC or mHC) model.",
+)

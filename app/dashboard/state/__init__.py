@@ -1,1 +1,1 @@
-"""What does a dashboard session keep? The runs that may be opened and those chosen."""
+"""What does a dashboard session remember? The runs that it may open, and those that are chosen."""

@@ -1,4 +1,7 @@
-"""Which runs may the dashboard open, and what do they hold? Only those below the paths named at launch."""
+"""Which runs may the dashboard open? Those below the paths named at launch; each is analysed until its file changes."""
+
+# A visitor sends names, in the sidebar and in the URL, never paths: a page has no box for a path, and a name is looked
+# up in the list of what lies below the paths that the command line named. No name reaches another file that way.
 
 from __future__ import annotations
 
@@ -12,32 +15,14 @@ import streamlit as st
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.diagnostics import schema
 
-__all__ = ["Book", "Unreadable", "allow", "listed", "locate", "read"]
+__all__ = ["UnreadableRun", "allow", "list_runs", "read_run"]
 
 _roots: list[Path] = []
+"""The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
 
 @dataclass(frozen=True)
-class Book:
-    """One run that could be read: its chains, analysed and judged.
-
-    Parameters
-    ----------
-    name : str
-        Name in the list of runs.
-    path : Path
-        Where it lies.
-    readings : tuple of Reading
-        One for each chain.
-    """
-
-    name: str
-    path: Path
-    readings: tuple[Reading, ...]
-
-
-@dataclass(frozen=True)
-class Unreadable:
+class UnreadableRun:
     """One run that could not be read, and why.
 
     Parameters
@@ -45,7 +30,7 @@ class Unreadable:
     name : str
         Name in the list of runs.
     path : Path
-        Where it lies.
+        Its file.
     reason : str
         What came, what was expected, what to do.
     """
@@ -66,89 +51,70 @@ def allow(paths: Sequence[Path]) -> None:
     _roots[:] = [path.resolve() for path in paths]
 
 
-def listed() -> dict[str, Path]:
-    """Runs below the allowed paths, by names that differ.
+def list_runs() -> dict[str, Path]:
+    """Runs below the allowed paths, under names that differ.
 
     Returns
     -------
     dict of str to Path
-        Name → resolved path; links that leave their root are left out.
+        Name → resolved path.
     """
     found: dict[str, Path] = {}
     for root in _roots:
         for name, path in schema.list_runs(root).items():
             target = path.resolve()
-            if not target.is_relative_to(root) or target in found.values():
-                continue
-            found[_free_name(name, target, found)] = target
+            # A link that leaves its root would open any file of this machine; two roots may contain the same run.
+            if target.is_relative_to(root) and target not in found.values():
+                found[_distinct_name(name, target, found)] = target
     return found
 
 
-def _free_name(name: str, path: Path, taken: dict[str, Path]) -> str:
-    """The name itself, or with as many folders before it as it takes to differ from those taken."""
+def _distinct_name(name: str, path: Path, taken: dict[str, Path]) -> str:
+    """The name, with as many folders before it as make it differ from those taken."""
     folders = list(path.parent.parts[1:])
     while name in taken and folders:
         name = f"{folders.pop()}/{name}"
     return name
 
 
-def locate(name: str) -> Path | None:
-    """Path of a listed run.
+def read_run(name: str) -> tuple[Reading, ...] | UnreadableRun:
+    """A listed run, analysed and judged: one reading for each of its chains.
 
     Parameters
     ----------
     name : str
-        A name, possibly from a URL.
+        A name from `list_runs`, possibly from a URL.
 
     Returns
     -------
-    Path or None
-        None for anything that is not listed.
+    tuple of Reading or UnreadableRun
     """
-    return listed().get(name)
-
-
-def read(name: str) -> Book | Unreadable:
-    """A listed run, analysed and judged; kept until its file changes.
-
-    Parameters
-    ----------
-    name : str
-        A name from `listed`.
-
-    Returns
-    -------
-    Book or Unreadable
-    """
-    path = locate(name)
+    path = list_runs().get(name)
     if path is None:
-        return Unreadable(
-            name, Path(name), "This run is not below the paths that the dashboard was started with."
-        )
-    modified, size = _version(path)
-    return _read(name, str(path), modified, size)
-
-
-def _version(path: Path) -> tuple[int, int]:
-    """Newest modification (ns) and total size (bytes) of a file, or of all files of a store."""
+        reason = "This run is not below the paths that the dashboard was started with."
+        return UnreadableRun(name, Path(name), reason)
+    # A zarr store is a folder of many files, of which a live run rewrites some.
     files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
     stats = [entry.stat() for entry in files]
-    return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats)
+    modified = max((stat.st_mtime_ns for stat in stats), default=0)
+    return _read(name, str(path), modified, sum(stat.st_size for stat in stats))
 
 
+# cache_resource and not cache_data: cache_data copies what it returns by pickle at every rerun, and readings are
+# large and never changed.
 @st.cache_resource(max_entries=64, show_spinner=False)
-def _read(name: str, path: str, modified: int, size: int) -> Book | Unreadable:
-    """Read, analyse and judge; the last two parameters are the version that the cache is keyed on."""
+def _read(name: str, path: str, modified: int, size: int) -> tuple[Reading, ...] | UnreadableRun:
+    """Read, analyse and judge; the newest change (ns) and the size (bytes) are parameters since they key the cache."""
     try:
         run = schema.open_run(path)
         try:
-            return Book(name, Path(path), tuple(read_runs({name: run})))
+            return tuple(read_runs({name: run}))
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
-        return Unreadable(name, Path(path), str(error))
-    except (
-        Exception
-    ) as error:  # a foreign file may fail in any way: the page explains it, the log has the trace
+        return UnreadableRun(name, Path(path), str(error))
+    except Exception as error:
+        # A foreign file may fail in any way, and must not take the page of the other runs with it: the page explains
+        # it, the log has the traceback.
         logging.getLogger(__name__).warning("reading %s failed", path, exc_info=True)
-        return Unreadable(name, Path(path), f"The analysis failed. {type(error).__name__}: {error}")
+        return UnreadableRun(name, Path(path), f"The analysis failed. {type(error).__name__}: {error}")

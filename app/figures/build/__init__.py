@@ -1,1 +1,1 @@
-"""How does an analysis become what a figure shows? Its values, bands, laws, caption and alt text."""
+"""How is a figure built from an analysis? A measurement with its words, and one file for each kind of figure."""

@@ -1,133 +1,147 @@
-"""What does the caption of a curve say? How it was measured, on how much, against what, and in which basis."""
+"""What do captions and alt texts say? Captions how a number was measured, alt texts what there is to see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import xarray as xr
+import numpy as np
 
-from depthscope.app.figures.build.laws import null_words
-from depthscope.app.figures.build.words import counted, dims_of, left_out, reduction_of
-from depthscope.app.figures.specification import Analyses, Line, Selection
+from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.specification import Analyses, Array, Line, Selection
 from depthscope.app.text.numbers import number
 
-__all__ = ["basis_words", "caption_of", "constant_null", "sample_words"]
+__all__ = ["describe_lines", "describe_matrix", "selection_words", "token_count_words"]
 
-_BASES = {
-    "stream": "Depends on the basis of the streams.",
-    "feature": "Depends on the basis of the features.",
+_LABEL_WORDS = {
+    "scope": {
+        "sequence": "within each sequence, then averaged",
+        "data": "over the tokens of all sequences pooled",
+    },
+    "tokens": {"all": "all tokens", "ordinary": "tokens without massive activations"},
+    "centering": {"raw": "not centred", "centred": "mean token removed"},
+    "estimator": {"biased": "biased estimator (HSIC₀)", "unbiased": "unbiased estimator (HSIC₁)"},
+    "reduction": {
+        "mean": "mean over tokens",
+        "median": "median over tokens",
+        "p1": "1st percentile over tokens",
+        "p99": "99th percentile over tokens",
+        "max": "largest over tokens",
+    },
 }
 
 
-def caption_of(
-    metric: str,
-    analyses: Analyses,
-    choice: Selection,
-    lines: Sequence[Line],
-    *,
-    scope: str,
-    said: Sequence[str] = (),
-) -> str:
-    """Caption of curves: reduction, count, null, basis, what the figure adds, and which runs are missing.
+def selection_words(dims: Iterable[str], choice: Selection) -> str:
+    """What was done to get from raw numbers to the ones shown, as one phrase.
 
     Parameters
     ----------
-    metric : str
-        Variable of the analysis.
+    dims : iterable of str
+        Dimensions of the variables before the selection; labels of others do not matter.
+    choice : Selection
+        What was selected.
+
+    Returns
+    -------
+    str
+    """
+    known = set(dims)
+    phrases = [words[getattr(choice, dim)] for dim, words in _LABEL_WORDS.items() if dim in known]
+    if "stream" in known and choice.stream not in ("mean", "each"):
+        phrases.append(f"stream {choice.stream}")
+    return "; ".join(phrases)
+
+
+def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
+    """How many tokens the numbers come from, by `num_tokens`.
+
+    Parameters
+    ----------
     analyses : mapping
         Run name → analysis.
     choice : Selection
         What was selected.
-    lines : sequence of Line
-        What is drawn.
     scope : str
-        Tokens behind a number whose variable has no scopes, "data" or "sequence"; empty for no tokens.
-    said : sequence of str
-        Sentences between the null and the basis; empty ones are left out.
+        "sequence" counts the tokens of one sequence, "data" those of all.
 
     Returns
     -------
     str
+        Such as "N = 512 tokens"; a range where runs or depths differ; empty when not recorded.
     """
-    drawn = {line.group for line in lines}
-    shown = {run: analyses[run] for run in analyses if run in drawn}
-    dims = dims_of(shown, metric)
-    tokens = counted(shown, choice, choice.scope if "scope" in dims else scope) if scope else ""
-    head = "; ".join(part for part in (reduction_of(dims, choice), tokens) if part)
-    parts = [f"{head[0].upper()}{head[1:]}." if head else ""]
-    parts.append(
-        null_words(metric) if any(line.role == "null" for line in lines) else constant_null(shown, metric)
-    )
-    parts += [*said, basis_words(shown, metric), sample_words(shown, metric), left_out(analyses, drawn)]
-    return " ".join(part for part in parts if part)
-
-
-def constant_null(analyses: Analyses, metric: str) -> str:
-    """Sentence about a null that is one number for every depth, empty where it is not.
-
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-    metric : str
-        Variable.
-
-    Returns
-    -------
-    str
-    """
-    null = _attrs(analyses, metric).get("null") if "depth" in dims_of(analyses, metric) else None
-    return f"Without structure it would be {number(float(null))}." if isinstance(null, int | float) else ""
-
-
-def basis_words(analyses: Analyses, metric: str) -> str:
-    """Sentence about the basis that a metric depends on, empty for an invariant one and for one stream.
-
-    Parameters
-    ----------
-    analyses : mapping
-        Run name → analysis.
-    metric : str
-        Variable.
-
-    Returns
-    -------
-    str
-    """
-    basis = str(_attrs(analyses, metric).get("basis", ""))
-    if basis == "stream" and not any(_has_streams(data) for data in analyses.values()):
+    found = [pick(data, "num_tokens", choice, scope=scope, stream="mean") for data in analyses.values()]
+    counts = np.array([n for array in found if array is not None for n in array.values.ravel() if n == n])
+    if counts.size == 0:
         return ""
-    return _BASES.get(basis, "")
+    low, high = (round(float(end), 1) for end in (counts.min(), counts.max()))
+    count = f"{high:g}" if low == high else f"{low:g} to {high:g}"
+    return f"N = {count} tokens" + (" a sequence" if scope == "sequence" else "")
 
 
-def sample_words(analyses: Analyses, metric: str) -> str:
-    """Sentences about a sample that is too small for a metric, run by run.
+def describe_lines(lines: Sequence[Line], title: str, axis: str) -> str:
+    """Alt text of curves: first, last, lowest and highest value of each, with their positions.
 
     Parameters
     ----------
-    analyses : mapping
-        Run name → analysis.
-    metric : str
-        Variable.
+    lines : sequence of Line
+        Curves; only measured ones are described.
+    title : str
+        What is drawn.
+    axis : str
+        Word for a position, "depth" or "connection".
 
     Returns
     -------
     str
     """
-    notes = {run: data.attrs.get("notes", {}).get(metric, "") for run, data in analyses.items()}
-    several = len(analyses) > 1
-    return " ".join(
-        f"{f'{run}: ' if several else ''}{note.rstrip('.')}." for run, note in notes.items() if note
-    )
+    sentences = [_describe_line(line, axis) for line in lines if line.role == "measured"]
+    return f"{title}. {' '.join(sentences)}" if sentences else f"{title}: nothing was measured."
 
 
-def _attrs(analyses: Analyses, metric: str) -> Mapping[str, Any]:
-    return next(
-        ({str(k): v for k, v in data[metric].attrs.items()} for data in analyses.values() if metric in data),
-        {},
-    )
+def _describe_line(line: Line, axis: str) -> str:
+    known = np.flatnonzero(np.isfinite(line.y))
+    if known.size == 0:
+        return f"{line.label}: undefined everywhere."
+    lowest, highest = known[np.argmin(line.y[known])], known[np.argmax(line.y[known])]
+    if lowest == highest:
+        return f"{line.label}: {number(line.y[lowest])} throughout."
+
+    def point(index: int) -> str:
+        name = f" ({line.text[index]})" if line.text is not None else ""
+        return f"{number(line.y[index])} at {axis} {line.x[index]:.3g}{name}"
+
+    ends = f"{point(known[0])}, {point(known[-1])}"
+    return f"{line.label}: {ends}; lowest {point(lowest)}, highest {point(highest)}."
 
 
-def _has_streams(data: xr.Dataset) -> bool:
-    return data.sizes.get("stream", 1) > 1 or "connection" in data.dims
+def describe_matrix(
+    matrix: Array, rows: Sequence[str], columns: Sequence[str], *, title: str, run: str
+) -> str:
+    """Alt text of a heat map: size, range and median, with the cells of the extremes.
+
+    Parameters
+    ----------
+    matrix : numpy.ndarray
+        Shape (rows, columns).
+    rows, columns : sequence of str
+        Names of the entries.
+    title : str
+        What is drawn.
+    run : str
+        Run it comes from.
+
+    Returns
+    -------
+    str
+    """
+    size = f"{title} of {run}, {matrix.shape[0]} by {matrix.shape[1]}"
+    known = np.isfinite(matrix)
+    if not known.any():
+        return f"{size}: undefined everywhere."
+
+    def cell(flat: int) -> str:
+        row, column = divmod(flat, matrix.shape[1])
+        return f"{number(matrix[row, column])} ({rows[row]} against {columns[column]})"
+
+    lowest = cell(int(np.argmin(np.where(known, matrix, np.inf))))
+    highest = cell(int(np.argmax(np.where(known, matrix, -np.inf))))
+    return f"{size}: lowest {lowest}, highest {highest}, median {number(float(np.median(matrix[known])))}."

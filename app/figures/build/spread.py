@@ -1,4 +1,4 @@
-"""How sure is a curve, and how wide? Its band, its standard error, and the words that tell which is which."""
+"""How sure is a curve, and how wide? Its band, its standard error, and the sentences that tell which is which."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import xarray as xr
 from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Array, Selection
 
-__all__ = ["Spread", "spread_of"]
-
-_PERCENTILES = "Band: 1st to 99th percentile over tokens."
+__all__ = ["Spread", "aligned", "spread_of"]
 
 
 class Spread(NamedTuple):
-    """What is drawn around a curve, and the sentences that say so."""
+    """What is drawn around a curve, and the sentences of the caption about it."""
 
     lower: Array | None = None
     upper: Array | None = None
@@ -24,9 +22,7 @@ class Spread(NamedTuple):
     words: tuple[str, ...] = ()
 
 
-def spread_of(
-    data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: str, fixed: dict[str, str]
-) -> Spread:
+def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: str, **fixed: str) -> Spread:
     """The band around a curve: quantiles or percentiles over tokens, or ± one error.
 
     Parameters
@@ -38,49 +34,39 @@ def spread_of(
     choice : Selection
         What was selected.
     around : str
-        Variable that holds the band: along ``quantile``, or as ± of the value; empty where there is none.
-    fixed : dict
-        Labels that override the selection, those that `pick` does not know among them.
+        Variable with the band: along ``quantile``, or as ± of the value; empty where there is none.
+    **fixed : str
+        Labels that override the selection.
 
     Returns
     -------
     Spread
     """
+    name = f"{curve.name}_stderr"
     error = _standard_error(data, curve, choice, fixed)
-    band = _declared(data, curve, choice, around, fixed) or _percentiles(data, curve, choice, fixed)
-    if band is None and error is None:
-        return Spread(words=_why_none(data, f"{curve.name}_stderr"))
-    words = () if error is None else _error_words(data[f"{curve.name}_stderr"])
-    if band is not None:
-        said = tuple(f"Whiskers: ± one {word}." for word in words)
-        return Spread(band.lower, band.upper, error, (*band.words, *said))
-    assert error is not None
-    return Spread(curve.values - error, curve.values + error, None, tuple(f"Band: ± one {w}." for w in words))
+    band = _declared_band(data, curve, choice, around, fixed) or _percentiles(data, curve, choice, fixed)
+    if error is None:
+        # Of one sequence there is no error over sequences; the analysis gives the reason.
+        reason = data[name].attrs.get("undefined_because") if name in data else None
+        return band or Spread(words=(f"No standard error: {reason}.",) if reason else ())
+    estimator = str(data[name].attrs.get("estimator", ""))
+    what = "standard error over sequences" + (f" ({estimator})" if "jackknife" in estimator else "")
+    if band is None:
+        return Spread(curve.values - error, curve.values + error, None, (f"Band: ± one {what}.",))
+    return Spread(band.lower, band.upper, error, (*band.words, f"Whiskers: ± one {what}."))
 
 
 def _standard_error(
     data: xr.Dataset, curve: xr.DataArray, choice: Selection, fixed: dict[str, str]
 ) -> Array | None:
-    """Standard error along the curve; None where there is none, or none of this reduction."""
+    # An analysis has the standard error of the mean over tokens only, not that of a percentile.
     if "reduction" in data[str(curve.name)].dims and choice.reduction != "mean":
         return None
-    error = _like(pick(data, f"{curve.name}_stderr", choice, **fixed), curve)
+    error = aligned(pick(data, f"{curve.name}_stderr", choice, **fixed), curve)
     return None if error is None or not np.isfinite(error).any() else error
 
 
-def _why_none(data: xr.Dataset, name: str) -> tuple[str, ...]:
-    """Why a standard error is nowhere defined, as the analysis says."""
-    reason = data[name].attrs.get("undefined_because") if name in data else None
-    return (f"No standard error: {reason}.",) if reason else ()
-
-
-def _error_words(error: xr.DataArray) -> tuple[str, ...]:
-    """What the standard error is of, and how it was found where that is not plain."""
-    how = str(error.attrs.get("estimator", ""))
-    return ("standard error over sequences" + (f" ({how})" if "jackknife" in how else ""),)
-
-
-def _declared(
+def _declared_band(
     data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: str, fixed: dict[str, str]
 ) -> Spread | None:
     """The band of the variable that the figure names."""
@@ -100,18 +86,32 @@ def _percentiles(
     data: xr.Dataset, curve: xr.DataArray, choice: Selection, fixed: dict[str, str]
 ) -> Spread | None:
     """1st to 99th percentile over tokens, around a mean or a median."""
-    whole = data[str(curve.name)]
-    known = {str(r) for r in whole["reduction"].values} if "reduction" in whole.dims else set()
-    if not {"p1", "p99"} <= known or choice.reduction not in ("mean", "median"):
+    name = str(curve.name)
+    if "reduction" not in data[name].dims or choice.reduction not in ("mean", "median"):
         return None
     low, high = (
-        _like(pick(data, str(curve.name), choice, **fixed | {"reduction": r}), curve) for r in ("p1", "p99")
+        aligned(pick(data, name, choice, **{**fixed, "reduction": end}), curve) for end in ("p1", "p99")
     )
-    return None if low is None or high is None else Spread(low, high, None, (_PERCENTILES,))
+    if low is None or high is None:
+        return None
+    return Spread(low, high, None, ("Band: 1st to 99th percentile over tokens.",))
 
 
-def _like(found: xr.DataArray | None, curve: xr.DataArray) -> Array | None:
-    """The part of a slice that belongs to the curve, along its axis."""
+def aligned(found: xr.DataArray | None, curve: xr.DataArray) -> Array | None:
+    """Values of another variable at the points of a curve.
+
+    Parameters
+    ----------
+    found : DataArray or None
+        A slice, with the dimensions of the curve and those that the curve is one label of.
+    curve : DataArray
+        One-dimensional slice.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        None where the curve does not tell which label of a dimension it is.
+    """
     if found is None:
         return None
     for dim in [dim for dim in found.dims if dim not in curve.dims]:

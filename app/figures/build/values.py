@@ -7,9 +7,20 @@ import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
 
-__all__ = ["fed", "feeds", "names_of", "pick", "positions", "reduce_blocks", "streams_of"]
+__all__ = [
+    "LABELLED",
+    "defined_labels",
+    "fed",
+    "feeds",
+    "names_of",
+    "pick",
+    "positions",
+    "reduce_blocks",
+    "streams_of",
+]
 
-_LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
+LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
+"""Dimensions of an analysis of which a selection takes one label."""
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
@@ -53,7 +64,7 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
     array = data[name]
     if "step" in array.dims:
         array = array.isel(step=-1) if choice.step is None else array.sel(step=choice.step, method="nearest")
-    for dim in _LABELLED:
+    for dim in LABELLED:
         if dim not in array.dims:
             continue
         label = fixed.get(dim, getattr(choice, dim))
@@ -61,6 +72,26 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
             return None
         array = array.sel({dim: label})
     return array
+
+
+def defined_labels(array: xr.DataArray, dim: str) -> list:
+    """Labels of a dimension under which a variable has a value.
+
+    Variables of an analysis share their labels: the mean over streams is a label of shares of streams too, but undefined.
+
+    Parameters
+    ----------
+    array : xarray.DataArray
+        Variable of an analysis.
+    dim : str
+        One of its dimensions.
+
+    Returns
+    -------
+    list
+    """
+    defined = array.notnull().any([other for other in array.dims if other != dim])
+    return array[dim].values[defined.values].tolist()
 
 
 def fed(

@@ -1,198 +1,117 @@
 """Do representations collapse across depth? Ranks, tokens that become equal, the shape of the cloud, its spectrum."""
 
 from functools import partial
-from typing import Any
 
-from depthscope.app.figures.build.profile import Profile, build_profile
-from depthscope.app.figures.build.spectrum import build_density, build_spectrum
-from depthscope.app.figures.specification import Analyses, FigureKind, Lines, Selection
+from depthscope.app.figures.build.curve_figure import CurveFigure
+from depthscope.app.figures.build.spectrum_figure import SpectrumFigure, by_order, density
 
-__all__ = ["KINDS"]
+_ranks = partial(CurveFigure, question="collapse", section="Ranks")
+_tokens = partial(CurveFigure, question="collapse", section="Tokens")
+_spectrum = partial(CurveFigure, question="collapse", section="Spectrum")
+_singular_values = partial(SpectrumFigure, question="collapse", section="Spectrum", metric="singular_value")
 
-_SPECTRAL = ("scope", "tokens", "centering", "stream", "axis", "step")
-_TOKENS = ("tokens", "stream", "axis", "step")
-_ALONE = ("stream", "axis", "step")
-_DEPTHS = ("scope", "tokens", "centering", "depths", "step")
-
-
-def _rank(name: str, title: str, y_label: str, **more: Any) -> Profile:
-    """Profile of a rank, with its streamed twin."""
-    return Profile(name, f"{title} across depth", y_label, name, twin=f"streamed_{name}", **more)
-
-
-_RANKS = (
-    (_rank("effective_rank", "Effective rank", "effective rank"), _SPECTRAL),
-    (_rank("participation_ratio", "Participation ratio", "participation ratio"), _SPECTRAL),
-    (_rank("entropy_rank", "Matrix-entropy rank", "entropy rank"), _SPECTRAL),
-    (_rank("stable_rank", "Stable rank", "stable rank"), _SPECTRAL),
-    (
-        Profile(
-            "numerical_rank",
-            "Numerical rank across depth",
-            "numerical rank",
-            "numerical_rank",
-            note="Directions above the rounding of float32.",
-        ),
-        _SPECTRAL,
-    ),
-    (
-        Profile(
-            "intrinsic_dimension",
-            "Intrinsic dimension across depth",
-            "TwoNN dimension",
-            "intrinsic_dimension",
-            note="From the two nearest neighbours of each token, all tokens pooled.",
-        ),
-        _TOKENS,
-    ),
+effective_rank = _ranks(
+    "effective_rank",
+    "Effective rank across depth",
+    "effective rank",
+    twin="streamed_effective_rank",
 )
-
-_OF_TOKENS = (
-    (
-        Profile(
-            "dong_residual",
-            "Distance to identical tokens across depth",
-            "r(X) / ‖X‖",
-            "dong_residual",
-            scope="sequence",
-            log_y=True,
-            note="0 means that all tokens of a sequence are equal.",
-        ),
-        _TOKENS,
-    ),
-    (
-        Profile(
-            "token_cosine",
-            "Token cosine across depth",
-            "mean cosine of two tokens",
-            "token_cosine",
-            note="1 means that all tokens point the same way.",
-        ),
-        _SPECTRAL,
-    ),
-    (
-        Profile(
-            "dirichlet_energy",
-            "Dirichlet energy across depth",
-            "tr(XᵀLX) / ‖X‖²",
-            "dirichlet_energy",
-            scope="sequence",
-            note="0 means that all tokens of a sequence are equal (oversmoothed).",
-        ),
-        _TOKENS,
-    ),
-    (
-        Profile(
-            "curvature",
-            "Curvature of the path of tokens",
-            "mean angle between steps",
-            "curvature",
-            scope="sequence",
-            note="0 is a straight path from token to token, π one that goes back and forth.",
-        ),
-        _TOKENS,
-    ),
-    (
-        Profile(
-            "massive_activation",
-            "Massive activations across depth",
-            "largest |a| / median |a|",
-            "massive_activation",
-            log_y=True,
-            thresholds=((1000.0, "massive: 1000 × median"),),
-        ),
-        _ALONE,
-    ),
-    (
-        Profile(
-            "massive_token_fraction",
-            "Tokens with a massive activation",
-            "share of the tokens",
-            "massive_token_fraction",
-            note="Above 100 and above 1000 × the median.",
-        ),
-        _ALONE,
-    ),
+participation_ratio = _ranks(
+    "participation_ratio",
+    "Participation ratio across depth",
+    "participation ratio",
+    twin="streamed_participation_ratio",
 )
-
-_SHAPE = (
-    (
-        Profile(
-            "top_energy",
-            "Energy in the ten strongest directions",
-            "share of the energy",
-            "top_energy",
-            twin="streamed_top_energy",
-        ),
-        _SPECTRAL,
-    ),
-    (
-        Profile(
-            "alpha_req",
-            "Power law of the spectrum (α-ReQ)",
-            "exponent α",
-            "alpha_req",
-            around="alpha_req_error",
-            twin="streamed_alpha_req",
-            note="Near 1 in good representations; centred is the published form.",
-        ),
-        _SPECTRAL,
-    ),
+entropy_rank = _ranks(
+    "entropy_rank",
+    "Matrix-entropy rank across depth",
+    "entropy rank",
+    twin="streamed_entropy_rank",
 )
-
-
-def build(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
-    """Figure of one collapse metric across depth.
-
-    Parameters
-    ----------
-    profile : Profile
-        What to draw.
-    analyses : mapping
-        Run name → analysis.
-    **selection : str or int
-        Fields of `Selection`.
-
-    Returns
-    -------
-    Lines
-    """
-    return build_profile(profile, analyses, Selection.of(selection))
-
-
-def _kind(profile: Profile, uses: tuple[str, ...], section: str) -> FigureKind:
-    return FigureKind(
-        profile.name,
-        profile.title,
-        "collapse",
-        (profile.metric,),
-        partial(build, profile),
-        uses,
-        section,
-        profile.also,
-    )
-
-
-KINDS = (
-    *(_kind(profile, uses, "Ranks") for profile, uses in _RANKS),
-    *(_kind(profile, uses, "Tokens") for profile, uses in _OF_TOKENS),
-    FigureKind(
-        "spectrum",
-        "Singular values of the states",
-        "collapse",
-        ("singular_value",),
-        build_spectrum,
-        _DEPTHS,
-        "Spectrum",
-    ),
-    FigureKind(
-        "spectral_density",
-        "Density of the eigenvalues of the states",
-        "collapse",
-        ("singular_value",),
-        build_density,
-        _DEPTHS,
-        "Spectrum",
-    ),
-    *(_kind(profile, uses, "Spectrum") for profile, uses in _SHAPE),
+stable_rank = _ranks(
+    "stable_rank",
+    "Stable rank across depth",
+    "stable rank",
+    twin="streamed_stable_rank",
+)
+numerical_rank = _ranks(
+    "numerical_rank",
+    "Numerical rank across depth",
+    "numerical rank",
+    note="Directions above the rounding of float32.",
+)
+intrinsic_dimension = _ranks(
+    "intrinsic_dimension",
+    "Intrinsic dimension across depth",
+    "TwoNN dimension",
+    note="From the two nearest neighbours of each token, all tokens pooled.",
+)
+dong_residual = _tokens(
+    "dong_residual",
+    "Distance to identical tokens across depth",
+    "r(X) / ‖X‖",
+    scope="sequence",
+    note="0 means that all tokens of a sequence are equal.",
+)
+token_cosine = _tokens(
+    "token_cosine",
+    "Token cosine across depth",
+    "mean cosine of two tokens",
+    note="1 means that all tokens point the same way.",
+)
+dirichlet_energy = _tokens(
+    "dirichlet_energy",
+    "Dirichlet energy across depth",
+    "tr(XᵀLX) / ‖X‖²",
+    scope="sequence",
+    note="0 means that all tokens of a sequence are equal (oversmoothed).",
+)
+curvature = _tokens(
+    "curvature",
+    "Curvature of the path of tokens",
+    "mean angle between steps",
+    scope="sequence",
+    note="0 is a straight path from token to token, π one that goes back and forth.",
+)
+massive_activation = _tokens(
+    "massive_activation",
+    "Massive activations across depth",
+    "largest |a| / median |a|",
+    thresholds=((1000.0, "massive: 1000 × median"),),
+)
+massive_token_fraction = _tokens(
+    "massive_token_fraction",
+    "Tokens with a massive activation",
+    "share of the tokens",
+    note="Above 100 and above 1000 × the median.",
+)
+spectrum = _singular_values(
+    "spectrum",
+    "Singular values of the states",
+    "order (1 = largest)",
+    "singular value",
+    by_order,
+    note="Not drawn below the rounding of float32.",
+)
+spectral_density = _singular_values(
+    "spectral_density",
+    "Density of the eigenvalues of the states",
+    "eigenvalue of XᵀX",
+    "share of the eigenvalues per decade",
+    density,
+    note="Eigenvalues beyond the ends of the dashed curve, the edges of noise, are structure.",
+)
+top_energy = _spectrum(
+    "top_energy",
+    "Energy in the ten strongest directions",
+    "share of the energy",
+    twin="streamed_top_energy",
+)
+alpha_req = _spectrum(
+    "alpha_req",
+    "Power law of the spectrum (α-ReQ)",
+    "exponent α",
+    around="alpha_req_error",
+    twin="streamed_alpha_req",
+    note="Near 1 in good representations; centred is the published form.",
 )

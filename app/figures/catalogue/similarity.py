@@ -1,126 +1,158 @@
 """How alike are the states of two depths? CKA and angles between every two, and from each to the next."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.matrix import Matrix, build_matrix
-from depthscope.app.figures.build.profile import Profile, build_profile
-from depthscope.app.figures.build.values import fed, names_of, pick, positions
-from depthscope.app.figures.build.words import describe_lines
-from depthscope.app.figures.specification import Analyses, Figure, FigureKind, Line, Lines, Selection
+from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.curve_figure import CurveFigure, axis_title
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.build.measurement import Measurement
+from depthscope.app.figures.build.values import names_of, positions
+from depthscope.app.figures.specification import Analyses, Line, Lines, Selection
 
-__all__ = ["KINDS", "build_cut"]
+__all__ = ["build_cut"]
 
-
-def build_map(matrix: Matrix, analyses: Analyses, **selection: Any) -> Figure:
-    """Heat map of every two depths of one run.
-
-    Parameters
-    ----------
-    matrix : Matrix
-        What to draw.
-    analyses : mapping
-        Run name → analysis.
-    **selection : str or int
-        Fields of `Selection`.
-
-    Returns
-    -------
-    Heatmap
-    """
-    return build_matrix(matrix, analyses, Selection.of(selection))
+_matrix = partial(MatrixFigure, question="similarity")
+_steps = partial(CurveFigure, question="similarity")
+_BOUNDED = (0.0, 1.0)
 
 
-def build_line(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
-    """Figure of each depth against the one before it.
-
-    Parameters
-    ----------
-    profile : Profile
-        What to draw.
-    analyses : mapping
-        Run name → analysis.
-    **selection : str or int
-        Fields of `Selection`.
-
-    Returns
-    -------
-    Lines
-    """
-    return build_profile(profile, analyses, Selection.of(selection))
+def _from_depth_before(matrix: xr.DataArray) -> xr.DataArray:
+    """The first subdiagonal of a matrix over (depth, other_depth), along depth; NaN at the first depth."""
+    matrix = matrix.transpose(..., "depth", "other_depth")
+    values = np.full(matrix.shape[:-1], np.nan)
+    values[..., 1:] = np.diagonal(matrix.values, offset=-1, axis1=-2, axis2=-1)
+    return matrix.isel(other_depth=0, drop=True).copy(data=values)
 
 
-def build_step_angle(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
-    """Angle between each state and the one before it: the first subdiagonal of the angular distances.
-
-    Parameters
-    ----------
-    profile : Profile
-        What to draw; its metric is the full matrix.
-    analyses : mapping
-        Run name → analysis.
-    **selection : str or int
-        Fields of `Selection`.
-
-    Returns
-    -------
-    Lines
-    """
-    choice = Selection.of(selection)
-    beside = {}
-    for run, data in analyses.items():
-        matrix = pick(data, profile.metric, choice)
-        if matrix is None:
-            continue
-        shifted = matrix.values.diagonal(offset=-1)
-        line = matrix.isel(other_depth=0, drop=True).copy()
-        line.values[0] = float("nan")
-        line.values[1:] = shifted
-        stepped = line.expand_dims("step") if "step" in line.coords else line
-        beside[run] = data.drop_vars(f"{profile.metric}_stderr", errors="ignore").assign(
-            {profile.metric: stepped}
-        )
-    return build_profile(profile, beside, choice)
+def _with_streamed_twin(data: xr.Dataset) -> xr.Dataset:
+    """The analysis with the streamed CKA of each depth with the one before, and its error."""
+    twins = {"streamed_cka": "streamed_adjacent_cka", "streamed_cka_error": "streamed_adjacent_cka_stderr"}
+    # Streamed sums give the unbiased estimator: the twin carries that label, and is undefined under the other one.
+    return data.assign(
+        {
+            twin: _from_depth_before(data[name]).expand_dims(estimator=["unbiased"])
+            for name, twin in twins.items()
+            if name in data
+        }
+    )
 
 
-def build_adjacent_cka(profile: Profile, analyses: Analyses, **selection: Any) -> Lines:
-    """CKA of each depth with the one before, sampled and, of every token, streamed.
-
-    Parameters
-    ----------
-    profile : Profile
-        What to draw; its twin is cut from the streamed matrix.
-    analyses : mapping
-        Run name → analysis.
-    **selection : str or int
-        Fields of `Selection`.
-
-    Returns
-    -------
-    Lines
-    """
-    choice = Selection.of(selection)
-    beside = {run: _with_adjacent_twin(data, profile.twin) for run, data in analyses.items()}
-    shown = profile if choice.estimator == "unbiased" else replace(profile, twin="")
-    return build_profile(shown, beside, choice)
+def _with_step_angles(data: xr.Dataset) -> xr.Dataset:
+    """The analysis with the angle to the depth before in place of those between every two."""
+    if "angular_distance" not in data:
+        return data
+    angles = _from_depth_before(data["angular_distance"])
+    return data.drop_vars("angular_distance_stderr", errors="ignore").assign(angular_distance=angles)
 
 
-def _with_adjacent_twin(data: xr.Dataset, name: str) -> xr.Dataset:
-    """The analysis with the subdiagonal of the streamed CKA and of its error under the name of the twin."""
-    found = {}
-    for variable, twin in (("streamed_cka", name), ("streamed_cka_error", f"{name}_stderr")):
-        if variable in data:
-            matrix = data[variable].transpose(..., "depth", "other_depth")
-            line = matrix.isel(other_depth=0, drop=True).astype(float).copy()
-            line.values[...] = np.nan
-            line.values[..., 1:] = np.diagonal(matrix.values, offset=-1, axis1=-2, axis2=-1)
-            found[twin] = line
-    return data.assign(found)
+cka = _matrix(
+    "cka",
+    "CKA of every two depths",
+    "linear CKA",
+    limits=_BOUNDED,
+)
+angular_distance = _matrix(
+    "angular_distance",
+    "Angle between every two depths",
+    "arccos(cos) / π",
+    limits=(0.0, None),
+    note="Mean over tokens.",
+)
+streamed_cka = _matrix(
+    "streamed_cka",
+    "CKA of every two depths, every token",
+    "linear CKA",
+    limits=_BOUNDED,
+    error="streamed_cka_error",
+    counts=False,
+    note="From streamed sums over every token seen.",
+)
+rbf_cka = _matrix(
+    "rbf_cka",
+    "RBF CKA of every two depths",
+    "RBF CKA",
+    limits=_BOUNDED,
+)
+svcca = _matrix(
+    "svcca",
+    "SVCCA of every two depths",
+    "mean canonical correlation",
+    limits=_BOUNDED,
+)
+pwcca = _matrix(
+    "pwcca",
+    "PWCCA of every two depths",
+    "weighted canonical correlation",
+    limits=_BOUNDED,
+)
+procrustes = _matrix(
+    "procrustes",
+    "Procrustes distance of every two depths",
+    "Procrustes distance",
+    limits=(0.0, None),
+)
+rsa = _matrix(
+    "rsa",
+    "RSA of every two depths",
+    "correlation of distances",
+    limits=(None, 1.0),
+)
+mutual_knn = _matrix(
+    "mutual_knn",
+    "Mutual nearest neighbours of every two depths",
+    "share of neighbours",
+    limits=_BOUNDED,
+)
+cknna = _matrix(
+    "cknna",
+    "CKNNA of every two depths",
+    "CKNNA",
+    limits=(None, 1.0),
+)
+adjacent_cka = _steps(
+    "adjacent_cka",
+    "CKA with the depth before",
+    "linear CKA with depth − 1",
+    twin="streamed_adjacent_cka",
+    derive=_with_streamed_twin,
+    derived_from=("streamed_cka", "streamed_cka_error"),
+)
+adjacent_cosine = _steps(
+    "adjacent_cosine",
+    "Cosine with the depth before",
+    "cos(x at depth − 1, x)",
+    around="adjacent_cosine_band",
+    note="The residual stream turns where it is low.",
+)
+block_influence = _steps(
+    "block_influence",
+    "Block influence across depth",
+    "1 − cos(in, out)",
+    note="Near 0: the block hardly changes the state.",
+)
+stream_cosine = _steps(
+    "stream_cosine",
+    "Cosine between streams across depth",
+    "mean cosine of two streams",
+    thresholds=((0.99, "copied streams: 0.99"),),
+)
+stream_cka = _steps(
+    "stream_cka",
+    "CKA between streams across depth",
+    "mean linear CKA of two streams",
+)
+adjacent_angle = _steps(
+    "adjacent_angle",
+    "Angle to the depth before",
+    "arccos(cos) / π",
+    metric="angular_distance",
+    derive=_with_step_angles,
+    note="Mean over tokens; near 0: the block does nothing.",
+)
 
 
 def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) -> Lines:
@@ -140,11 +172,8 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
     Lines
     """
     choice = Selection.of(selection)
-    run, _, matrix = next(
-        (name, data, array)
-        for name, data, array in fed(analyses, "cka", choice)
-        if choice.run is None or name == choice.run
-    )
+    slices = Measurement("cka", analyses, choice).slices()
+    run, _, matrix = next(found for found in slices if choice.run in (None, found[0]))
     text = names_of(matrix, "other_depth")
     x = positions(matrix, "other_depth")
     lines = tuple(
@@ -161,147 +190,10 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
     return Lines(
         name="cka_cut",
         title=title,
-        x_label="depth (0 = embedding)",
+        x_label=axis_title("depth", "depth"),
         y_label="linear CKA",
         lines=lines,
         caption=f"Run {run}; rows {depths[0]} and {depths[1]} of the heat map.",
         alt=describe_lines(lines, title, "depth"),
         metric="cka",
     )
-
-
-_by_depth = partial(Matrix, rows="depth", columns="other_depth", x_label="depth", y_label="depth")
-_BOUNDED = (0.0, 1.0)
-_USES = ("tokens", "axis", "step", "run")
-
-_MAPS = (
-    (
-        _by_depth("cka", "CKA of every two depths", "linear CKA", "cka", limits=_BOUNDED),
-        ("estimator", *_USES),
-    ),
-    (
-        _by_depth(
-            "angular_distance",
-            "Angle between every two depths",
-            "arccos(cos) / π",
-            "angular_distance",
-            limits=(0.0, None),
-            note="Mean over tokens.",
-        ),
-        _USES,
-    ),
-    (
-        _by_depth(
-            "streamed_cka",
-            "CKA of every two depths, every token",
-            "linear CKA",
-            "streamed_cka",
-            limits=_BOUNDED,
-            error="streamed_cka_error",
-            counts=False,
-            note="From streamed sums over every token seen.",
-        ),
-        ("axis", "step", "run"),
-    ),
-    *(
-        (_by_depth(name, f"{title} of every two depths", z_label, name, limits=limits), _USES)
-        for name, title, z_label, limits in (
-            ("rbf_cka", "RBF CKA", "RBF CKA", _BOUNDED),
-            ("svcca", "SVCCA", "mean canonical correlation", _BOUNDED),
-            ("pwcca", "PWCCA", "weighted canonical correlation", _BOUNDED),
-            ("procrustes", "Procrustes distance", "Procrustes distance", (0.0, None)),
-            ("rsa", "RSA", "correlation of distances", (None, 1.0)),
-            ("mutual_knn", "Mutual nearest neighbours", "share of neighbours", _BOUNDED),
-            ("cknna", "CKNNA", "CKNNA", (None, 1.0)),
-        )
-    ),
-)
-
-_ADJACENT_CKA = Profile(
-    "adjacent_cka",
-    "CKA with the depth before",
-    "linear CKA with depth − 1",
-    "adjacent_cka",
-    twin="streamed_adjacent_cka",
-)
-
-_ADJACENT = (
-    (
-        Profile(
-            "adjacent_cosine",
-            "Cosine with the depth before",
-            "cos(x at depth − 1, x)",
-            "adjacent_cosine",
-            around="adjacent_cosine_band",
-            note="The residual stream turns where it is low.",
-        ),
-        ("stream", "axis", "step"),
-    ),
-    (
-        Profile(
-            "block_influence",
-            "Block influence across depth",
-            "1 − cos(in, out)",
-            "block_influence",
-            note="Near 0: the block hardly changes the state.",
-        ),
-        ("tokens", "axis", "step"),
-    ),
-    (
-        Profile(
-            "stream_cosine",
-            "Cosine between streams across depth",
-            "mean cosine of two streams",
-            "stream_cosine",
-            thresholds=((0.99, "copied streams: 0.99"),),
-        ),
-        ("axis", "step"),
-    ),
-    (
-        Profile(
-            "stream_cka",
-            "CKA between streams across depth",
-            "mean linear CKA of two streams",
-            "stream_cka",
-        ),
-        ("estimator", "axis", "step"),
-    ),
-)
-
-_STEP_ANGLE = Profile(
-    "adjacent_angle",
-    "Angle to the depth before",
-    "arccos(cos) / π",
-    "angular_distance",
-    note="Mean over tokens; near 0: the block does nothing.",
-)
-
-
-def _line_kind(
-    profile: Profile, build: Callable[..., Lines], uses: tuple[str, ...], also: tuple[str, ...] = ()
-) -> FigureKind:
-    return FigureKind(
-        profile.name,
-        profile.title,
-        "similarity",
-        (profile.metric,),
-        partial(build, profile),
-        uses,
-        also=also or profile.also,
-    )
-
-
-KINDS = (
-    *(
-        FigureKind(m.name, m.title, "similarity", (m.metric,), partial(build_map, m), uses, also=m.also)
-        for m, uses in _MAPS
-    ),
-    _line_kind(
-        _ADJACENT_CKA,
-        build_adjacent_cka,
-        ("estimator", "tokens", "axis", "step"),
-        ("streamed_cka", "streamed_cka_error"),
-    ),
-    *(_line_kind(profile, build_line, uses) for profile, uses in _ADJACENT),
-    _line_kind(_STEP_ANGLE, build_step_angle, ("tokens", "axis", "step")),
-)

@@ -100,14 +100,14 @@ def log_backward_gain(p: Array, log_scale: Array | float = 0.0) -> Array:
     return log(xp, backward_gain(p)) + log_scale
 
 
-def operator_gain(p: Array, ord: float = math.inf) -> Array:
+def operator_gain(p: Array, order: float = math.inf) -> Array:
     """Operator norm ‖P‖_∞ (rows), ‖P‖₁ (columns) or ‖P‖₂: what signed sums can hide by cancellation.
 
     Parameters
     ----------
     p
         Matrices (..., n, n).
-    ord
+    order
         ``math.inf``, 1 or 2.
 
     Returns
@@ -118,7 +118,7 @@ def operator_gain(p: Array, ord: float = math.inf) -> Array:
     Raises
     ------
     ValueError
-        If ``ord`` is another.
+        If ``order`` is another.
 
     Examples
     --------
@@ -126,11 +126,11 @@ def operator_gain(p: Array, ord: float = math.inf) -> Array:
     6.0
     """
     xp, p = square(p)
-    if ord == 2:
+    if order == 2:
         return singular_values(p)[..., 0]
-    if ord not in (1, math.inf):
-        raise ValueError(f"ord is {ord!r}; expected 1, 2 or math.inf")
-    return xp.max(xp.sum(xp.abs(p), axis=-2 if ord == 1 else -1), axis=-1)
+    if order not in (1, math.inf):
+        raise ValueError(f"order is {order!r}; expected 1, 2 or math.inf")
+    return xp.max(xp.sum(xp.abs(p), axis=-2 if order == 1 else -1), axis=-1)
 
 
 class Attenuation(NamedTuple):

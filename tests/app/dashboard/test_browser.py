@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.server import free_port
 from depthscope.diagnostics import save_run
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -49,7 +50,7 @@ def serving(path: Path) -> Iterator[str]:
     """A dashboard in a process of its own, killed on every way out."""
     port = free_port()
     code = (
-        "import sys; from pathlib import Path; from app.dashboard.server import launch; "
+        "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
         "launch([Path(sys.argv[1])], port=int(sys.argv[2]), open_browser=False)"
     )
     server = subprocess.Popen(
@@ -136,8 +137,8 @@ def page(chromium, address):
 
 def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, address):
     watch = Watch(page, address)
-    for path in ("", "collapse", "similarity", "mixing", "gradients"):
-        page.goto(f"{address}/{path}")
+    for shown in PAGES:
+        page.goto(f"{address}/{shown.url_path}")
         page.wait_for_selector(CHART, timeout=60_000)
         page.wait_for_timeout(500)
         assert page.get_by_test_id("stException").count() == 0
@@ -217,7 +218,7 @@ def test_another_host_name_is_refused(address):
 
 def test_a_launch_beside_this_process_answers_and_ends_with_it_however_it_ends(runs_root):
     code = (
-        "import sys; from pathlib import Path; from app.dashboard.server import launch; "
+        "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
         "print(launch([Path(sys.argv[1])], open_browser=False, block=False), flush=True); input()"
     )
     with subprocess.Popen(

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import xarray as xr
 from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 
 from depthscope.app.dashboard import server
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
-from depthscope.app.dashboard.components.markdown import plain
+from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, available
@@ -23,8 +25,7 @@ from depthscope.app.text.bibliography import source_words
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import analyze, create_run, save_run
 
-ENTRY = Path(server.__file__).resolve().parent / "pages" / "entry.py"
-PAGES = ("overview", "collapse", "similarity", "mixing", "gradients")
+ENTRY = Path(server.__file__).resolve().parent / "navigation" / "entrypoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def opened(runs, monkeypatch):
         test = AppTest.from_file(str(ENTRY), default_timeout=120)
         for name, value in parameters.items():
             test.query_params[name] = value
-        if page != "overview":
-            test.switch_page(f"{page}.py")
+        # AppTest.switch_page takes files only; Streamlit knows a page that is a function by the hash of its URL path.
+        test._page_hash = calc_hash(page)
         test.run()
         assert not test.exception, test.exception
         return test
@@ -69,7 +70,7 @@ def words(test: AppTest) -> str:
     )
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page.url_path for page in PAGES])
 @pytest.mark.parametrize("names", [("plain.nc",), ("mhc.nc",), ("plain.nc", "mhc.nc", "blind.zarr")])
 def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     test = opened(page, *names)
@@ -92,7 +93,7 @@ def test_a_chart_holds_the_numbers_of_the_analysis(opened, mhc_run):
 
 
 def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(opened, mhc_run):
-    test = opened("overview", "mhc.nc")
+    test = opened("", "mhc.nc")
     said = words(test)
     assert "Copied streams" in said
     assert "stream_cosine" in said
@@ -109,7 +110,7 @@ def test_a_page_that_nothing_feeds_says_why_and_what_to_do(opened):
     assert "has streams to mix" in mixing
     assert "depthscope demo" in mixing
     gradients = words(opened("gradients", "blind.zarr"))
-    assert "holds gradients" in gradients
+    assert "None of the chosen runs has gradients" in gradients
     assert "--gradients" in gradients
 
 
@@ -157,7 +158,7 @@ def test_a_page_names_what_costs_more_and_the_command(opened):
 
 def test_what_was_streamed_stands_in_the_tables(opened, mhc_run):
     analysis = analyze(mhc_run)
-    facts = opened("overview", "mhc.nc").table[0].value
+    facts = opened("", "mhc.nc").table[0].value
     shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
     expected = float(
         analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw", stream="mean")
@@ -255,9 +256,9 @@ def test_only_what_lies_below_the_roots_is_listed(monkeypatch, tmp_path, runs):
     shutil.copy(runs / "plain.nc", inside / "a.nc")
     (inside / "link.nc").symlink_to(runs / "mhc.nc")
     monkeypatch.setattr(run_library, "_roots", [inside.resolve()])
-    assert list(run_library.listed()) == ["a"]
-    outside = run_library.read("../../etc/passwd")
-    assert isinstance(outside, run_library.Unreadable)
+    assert list(run_library.list_runs()) == ["a"]
+    outside = run_library.read_run("../../etc/passwd")
+    assert isinstance(outside, run_library.UnreadableRun)
     assert "not below the paths" in outside.reason
 
 
@@ -266,18 +267,18 @@ def test_runs_of_the_same_name_are_told_apart(monkeypatch, tmp_path, runs):
         (tmp_path / folder).mkdir()
         shutil.copy(runs / "plain.nc", tmp_path / folder / "a.nc")
     monkeypatch.setattr(run_library, "_roots", [tmp_path / "one" / "a.nc", tmp_path / "two" / "a.nc"])
-    assert list(run_library.listed()) == ["a", "two/a"]
+    assert list(run_library.list_runs()) == ["a", "two/a"]
 
 
 def test_a_run_is_analysed_again_only_when_its_file_changes(monkeypatch, tmp_path, runs, make_run):
     shutil.copy(runs / "plain.nc", tmp_path / "a.nc")
     monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
-    first = run_library.read("a")
-    assert run_library.read("a") is first
+    first = run_library.read_run("a")
+    assert run_library.read_run("a") is first
     save_run(make_run("residual", layers=2), tmp_path / "a.nc")
-    second = run_library.read("a")
+    second = run_library.read_run("a")
     assert second is not first
-    assert second.readings[0].analysis.sizes["depth"] == 3
+    assert second[0].analysis.sizes["depth"] == 3
 
 
 # --- numbers and words ---
@@ -296,7 +297,7 @@ def test_the_table_holds_every_number_of_a_figure(residual_run):
 
 
 def test_text_from_a_run_is_never_markdown():
-    assert plain("[x](http://evil) :material/home: $x$ <b>") == (
+    assert escaped("[x](http://evil) :material/home: $x$ <b>") == (
         r"\[x\]\(http\://evil\) \:material/home\: \$x\$ \<b\>"
     )
 
@@ -321,7 +322,7 @@ def test_the_server_is_local_and_silent():
 def test_the_dashboard_needs_no_torch():
     package = "depthscope.app.dashboard"
     code = (
-        f"import sys, {package}.server, {package}.state.chosen_runs, {package}.components.figure_grid; "
+        f"import sys, {package}.server, {package}.state.chosen_runs, {package}.components.page; "
         "print('torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -344,5 +345,5 @@ def test_a_taken_port_is_refused_and_a_free_one_is_found():
 def test_a_launch_without_runs_or_on_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no run was given"):
         launch([])
-    with pytest.raises(FileNotFoundError, match="nothing lies at"):
+    with pytest.raises(FileNotFoundError, match="absent does not exist; make a run with"):
         launch([tmp_path / "absent"])

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
-from depthscope.app.figures.build.laws import apart, reach
+from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.build.values import reduce_blocks
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.latex import tex
@@ -142,9 +142,9 @@ def test_angles_to_the_depth_before_have_the_law_of_the_chosen_step(plain):
 
 def test_laws_move_an_axis_by_half_its_span_or_a_decade():
     known = np.array([2.0, 4.0])
-    assert reach(known, np.array([-50.0, 50.0]), False) == (1.0, 5.0)
-    assert reach(known, np.array([1e-9, 5.0]), True) == (0.2, 5.0)
-    assert reach(known, np.zeros(0), True) == (2.0, 4.0)
+    assert limits_with_theory(known, np.array([-50.0, 50.0]), False) == (1.0, 5.0)
+    assert limits_with_theory(known, np.array([1e-9, 5.0]), True) == (0.2, 5.0)
+    assert limits_with_theory(known, np.zeros(0), True) == (2.0, 4.0)
 
 
 def test_the_null_of_a_rank_names_its_law(plain):
@@ -303,7 +303,7 @@ def test_blocks_are_means_of_what_is_defined():
 
 def test_the_register_needs_no_renderer_and_no_torch():
     code = (
-        "import sys, app.figures; "
+        "import sys, depthscope.app.figures; "
         "print(sorted({'plotly', 'matplotlib', 'streamlit', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -505,12 +505,12 @@ def test_what_float32_cannot_tell_from_zero_is_not_drawn():
 
 
 def test_an_axis_does_not_blow_rounding_up():
-    assert apart(1.0, 1.5) == (1.0, 1.5)
-    low, high = apart(1.0, 1.0 + 1e-7)
+    assert visible_limits(1.0, 1.5) == (1.0, 1.5)
+    low, high = visible_limits(1.0, 1.0 + 1e-7)
     assert low < 0.96 < 1.04 < high
     z = np.array([[1.0, np.nan], [1.0 + 1e-9, 1.0]])
     data = xr.Dataset(
         {"pair_gain": (("connection", "other_connection"), z.T)},
         {"connection": [0, 1], "other_connection": [0, 1]},
     )
-    assert FIGURES["pair_gain"].build({"a": data}).limits == apart(1.0, 1.0 + 1e-9)
+    assert FIGURES["pair_gain"].build({"a": data}).limits == visible_limits(1.0, 1.0 + 1e-9)

@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_read_again_and_gives_the_same(make_run, monkeypatc
     run = make_run("hc", layers=2)
     whole = diagnostics.analyze(run)
     monkeypatch.setattr(
-        diagnostics.quantities.states, "KEPT", 2 * 5 * 2 * 16 * 32 * 4
+        diagnostics.quantities.states, "CACHE_BYTES", 2 * 5 * 2 * 16 * 32 * 4
     )  # two depths of five views
     reads = count_calls(monkeypatch, diagnostics.quantities.states.States, ["_read"])
     xr.testing.assert_identical(diagnostics.analyze(run), whole)
@@ -314,7 +314,7 @@ def test_quantities_are_computed_once_and_reasons_kept(residual_run):
     assert source["residual_states"] is source["residual_states"]
     assert source.computed == {"residual_states"}
     for _ in range(2):
-        with pytest.raises(Unavailable, match="holds no h_post"):
+        with pytest.raises(Unavailable, match="has no h_post"):
             source["h_post"]
     with pytest.raises(LookupError, match="no quantity 'nonsense'"):
         source["nonsense"]

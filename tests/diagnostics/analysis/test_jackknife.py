@@ -12,6 +12,7 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.jackknife import jackknife, resampled
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.over_sequences import fold
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_thinned_metric_leaves_out_of_the_tokens_that_it_took(monkeypatch, mak
     found = diagnostics.analyze(run, metrics=["rsa"], jackknife=True)
     mask = run.trace.mask.values
     real = np.argwhere(mask)
-    kept = real[diagnostics.metrics.alignment.evenly_spaced(len(real), 40)]
+    kept = real[evenly_spaced(len(real), 40)]
     x, y = (run.trace.residual.values[depth, kept[:, 0], kept[:, 1], 0] for depth in (0, 1))
     values = []
     for s in range(8):

@@ -71,8 +71,10 @@ def p(rng):
 def test_gains_are_signed_sums(array, p):
     np.testing.assert_allclose(mixing.forward_gain(array(p)), np.abs(p.sum(-1)).max(-1), rtol=1e-13)
     np.testing.assert_allclose(mixing.backward_gain(array(p)), np.abs(p.sum(-2)).max(-1), rtol=1e-13)
-    for ord in (1, 2, np.inf):
-        np.testing.assert_allclose(mixing.operator_gain(array(p), ord), np.linalg.norm(p, ord, axis=(-2, -1)))
+    for order in (1, 2, np.inf):
+        np.testing.assert_allclose(
+            mixing.operator_gain(array(p), order), np.linalg.norm(p, order, axis=(-2, -1))
+        )
     hidden = array([[1.0, -1.0], [0.0, 1.0]])
     assert float(mixing.forward_gain(hidden)) == 1.0 < float(mixing.operator_gain(hidden)) == 2.0
     with pytest.raises(ValueError, match=r"expected 1, 2 or math\.inf"):

@@ -8,8 +8,8 @@ import scipy.stats
 import xarray as xr
 
 from depthscope import diagnostics
-from depthscope.diagnostics.metrics.alignment import evenly_spaced
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "alignment"]
 A, B = 2, 5

@@ -10,7 +10,7 @@ import pytest
 
 from depthscope import diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics import mixing, paths
+from depthscope.diagnostics.metrics import contraction, mixing, paths
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 
 LEVELS = [0.5, 0.01, 0.99]
@@ -96,11 +96,11 @@ def test_weakest_sums_deviation_and_contraction(hc_run, matrices, products):
     expected = reduced(np.abs(np.log(np.abs(sums))).max(-1))
     np.testing.assert_allclose(mixing.composite_deviation(hc_run), expected, rtol=1e-8)
     apart = np.abs(products[..., :, None, :] - products[..., None, :, :]).sum(-1).max((-1, -2)) / 2
-    np.testing.assert_allclose(mixing.composite_dobrushin(hc_run), reduced(apart), rtol=1e-9)
+    np.testing.assert_allclose(contraction.composite_dobrushin(hc_run), reduced(apart), rtol=1e-9)
 
 
 def test_what_is_left_of_a_difference_on_its_way_to_the_head(mhc_run):
-    found = mixing.suffix_deflated_gain(mhc_run).sel(reduction="mean")
+    found = contraction.suffix_deflated_gain(mhc_run).sel(reduction="mean")
     h = mhc_run.trace.h_res.values[:, mhc_run.trace.mask.values].astype(float)
     product = np.eye(4)
     for start in reversed(range(len(h))):
@@ -122,7 +122,7 @@ def test_a_broken_connection_spoils_what_the_gradient_passes_after_it(make_run):
     matrices = np.stack([np.eye(2) * 2.0] * 6)
     matrices[3] = np.nan
     trace = static_run(make_run, matrices)["trace"].to_dataset()
-    found = mixing.suffix_deflated_gain(trace).sel(reduction="max")
+    found = contraction.suffix_deflated_gain(trace).sel(reduction="max")
     np.testing.assert_allclose(found, [np.nan] * 4 + [2 * np.log10(2), np.log10(2)], rtol=1e-12)
 
 

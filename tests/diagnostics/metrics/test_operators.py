@@ -9,7 +9,9 @@ from depthscope import diagnostics
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-NAMES = [name for name, metric in CATALOGUE.items() if metric.question in ("operators", "paths")]
+NAMES = [
+    name for name, metric in CATALOGUE.items() if metric.question in ("operators", "contraction", "paths")
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.quantities.states import RANKS, noise_ranks
+from depthscope.diagnostics.quantities.token_spectra import RANKS, noise_ranks
 
 NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "streamed"]
 

@@ -9,7 +9,7 @@ import torch
 from depthscope import diagnostics, probes
 from depthscope.probes import merge_runs
 from depthscope.probes.statistics import stored_sums
-from tests.probes.conftest import deepseek, llama
+from tests.models.small_models import deepseek, llama
 
 RANKS = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
 
@@ -129,10 +129,10 @@ def test_one_run_and_a_run_without_sums_are_refused(monkeypatch):
     run = captured(model, parts[:2])
     with pytest.raises(ValueError, match="got 1 run"):
         merge_runs([run])
-    monkeypatch.setattr(stored_sums, "KEPT", 0)
+    monkeypatch.setattr(stored_sums, "MAX_STORED_BYTES", 0)
     large = captured(model, parts[2:])
     assert "sum_product" not in large.statistics
-    with pytest.raises(ValueError, match="the run keeps no sum_mean; expected one that was captured with"):
+    with pytest.raises(ValueError, match="the run stores no sum_mean; expected one that was captured with"):
         merge_runs([run, large])
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.statistics.token_sums import Sums
-from depthscope.probes.statistics.weight_updates import Weights
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import WeightUpdates
 
 
 class Block(nn.Module):
@@ -253,7 +253,12 @@ def test_a_generator_that_is_closed_early_leaves_nothing_on(ids, probe, steps):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(Sums, "see_gradient"), (Sums, "see_state"), (Weights, "_see_gradient"), (Weights, "_hold")],
+    [
+        (TokenSums, "add_gradient"),
+        (TokenSums, "add_state"),
+        (WeightUpdates, "_add_gradient"),
+        (WeightUpdates, "_copy"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
@@ -290,7 +295,7 @@ def test_an_error_in_a_hook_never_reaches_the_user(ids, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(Sums, "see_state", broken)
+    monkeypatch.setattr(TokenSums, "add_state", broken)
     with probes.record(model) as recorder:
         assert torch.equal(model(ids), expected)
         with pytest.warns(probes.ProbeWarning, match="a bug of ours"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from depthscope.probes.statistics import token_sums
-from depthscope.probes.statistics.token_sums import Sums
+from depthscope.probes.statistics.token_sums import TokenSums
 
 B, T, N, D = 3, 11, 2, 16
 STREAMS_APART = (0, 2, 1, 3)  # as lucidrains' connections hold them: (B N) T D
@@ -16,7 +16,7 @@ STREAMS_APART = (0, 2, 1, 3)  # as lucidrains' connections hold them: (B N) T D
 @pytest.fixture(params=[1, 4, 1000], ids=["token by token", "ragged", "at once"])
 def blocks(request, monkeypatch) -> None:
     """Sizes of a block, in tokens."""
-    monkeypatch.setattr(token_sums, "CACHED", request.param * N * D)
+    monkeypatch.setattr(token_sums, "BLOCK_NUMBERS_CPU", request.param * N * D)
 
 
 def draw(seed: int, *, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:
@@ -51,16 +51,16 @@ def expected(states: list[torch.Tensor], mask: torch.Tensor | None) -> dict[str,
     }
 
 
-def seen(states: list[torch.Tensor], mask: torch.Tensor | None = None) -> Sums:
-    sums = Sums()
+def seen(states: list[torch.Tensor], mask: torch.Tensor | None = None) -> TokenSums:
+    sums = TokenSums()
     for depth, state in enumerate(states):
-        sums.see_state(depth, state, mask)
+        sums.add_state(depth, state, mask)
     sums.end_forward()
     return sums
 
 
 def assert_as_defined(
-    sums: Sums, states: list[torch.Tensor], mask: torch.Tensor | None, rtol: float = 1e-6
+    sums: TokenSums, states: list[torch.Tensor], mask: torch.Tensor | None, rtol: float = 1e-6
 ) -> None:
     for name, value in expected(states, mask).items():
         keys = range(len(states) - len(value), len(states))
@@ -98,8 +98,8 @@ def test_what_padding_holds_does_not_matter(filling):
     states = [draw(seed) for seed in range(2)]
     filled = [torch.where(mask[..., None, None], state, filling) for state in states]
     assert_as_defined(seen(filled, mask), states, mask)
-    sums = Sums()
-    sums.see_gradient(0, filled[0], mask)
+    sums = TokenSums()
+    sums.add_gradient(0, filled[0], mask)
     square = (states[0].double() ** 2 * mask[..., None, None]).sum((0, 1, 3))
     np.testing.assert_allclose(sums.array("gradient_square_norm_sum", [0])[0], square, rtol=1e-6)
 
@@ -132,8 +132,8 @@ def test_squares_that_float32_cannot_hold(scale):
     """A network that dies or explodes is what these numbers are for."""
     states = [draw(seed, scale=scale) for seed in range(2)]
     assert_as_defined(seen(states), states, None)
-    sums = Sums()
-    sums.see_gradient(0, states[0], None)
+    sums = TokenSums()
+    sums.add_gradient(0, states[0], None)
     np.testing.assert_allclose(
         sums.array("gradient_square_norm_sum", [0])[0],
         (states[0].double() ** 2).sum((0, 1, 3)),
@@ -157,11 +157,11 @@ def test_a_massive_token_leaves_the_others_alone():
 
 def test_a_million_tokens_with_a_common_offset():
     """Float32 alone is off by 1e-7 here, and grows with the number of tokens; blocks are not."""
-    sums, exact, sizes = Sums(), np.zeros(8), np.zeros(8)
+    sums, exact, sizes = TokenSums(), np.zeros(8), np.zeros(8)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         state = torch.randn(250, 1000, 1, 8, generator=generator) + 100.0
-        sums.see_state(0, state, None)
+        sums.add_state(0, state, None)
         sums.end_forward()
         exact += state.double().sum((0, 1, 2)).numpy()
         sizes += state.double().abs().sum((0, 1, 2)).numpy()
@@ -173,10 +173,10 @@ def test_a_million_tokens_with_a_common_offset():
 def test_a_state_may_be_rewritten_after_it_was_seen():
     states = [draw(0), draw(1)]
     first = states[0].clone()
-    sums = Sums()
-    sums.see_state(0, first, None)
+    sums = TokenSums()
+    sums.add_state(0, first, None)
     first.zero_()  # as an in-place activation of the next block does
-    sums.see_state(1, states[1], None)
+    sums.add_state(1, states[1], None)
     assert_as_defined(sums, states, None)
 
 
@@ -184,20 +184,20 @@ def test_a_state_is_never_written():
     states = [draw(0), draw(1)]
     copies = [state.clone() for state in states]
     sums = seen(states, some_padding())
-    sums.see_gradient(0, states[0], some_padding())
+    sums.add_gradient(0, states[0], some_padding())
     sums.merge(seen(states))
     assert all(torch.equal(state, copy) for state, copy in zip(states, copies, strict=True))
 
 
 def test_cosines_are_of_neighbours_in_one_forward_only():
-    sums = Sums()
-    sums.see_state(0, draw(0), None)
-    sums.see_state(2, draw(1), None)  # depth 1 was skipped
-    sums.see_state(3, draw(2)[:, :5], None)  # fewer tokens
+    sums = TokenSums()
+    sums.add_state(0, draw(0), None)
+    sums.add_state(2, draw(1), None)  # depth 1 was skipped
+    sums.add_state(3, draw(2)[:, :5], None)  # fewer tokens
     sums.end_forward()
-    sums.see_state(4, draw(3)[:, :5], None)  # another forward
+    sums.add_state(4, draw(3)[:, :5], None)  # another forward
     assert sums.array("adjacent_cosine_sum", range(5)) is None
-    sums.see_state(5, draw(4)[:, :5], None)
+    sums.add_state(5, draw(4)[:, :5], None)
     assert np.isfinite(sums.array("adjacent_cosine_sum", range(6))[5]).all()
 
 
@@ -205,8 +205,8 @@ def test_cosines_are_of_neighbours_in_one_forward_only():
 def test_gains_are_the_largest_sums_of_rows_and_of_columns(mask):
     alpha = torch.randn(B, T, 4, 5, generator=torch.Generator().manual_seed(0))
     mix = alpha[..., 1:]  # a view, as a width connection's
-    sums = Sums()
-    sums.see_mixing(0, mix, mask)
+    sums = TokenSums()
+    sums.add_mixing(0, mix, mask)
     real = np.ones((B, T), bool) if mask is None else mask.numpy()
     h = mix.double().numpy()[real]
     gains = np.stack([np.abs(h.sum(-1)).max(-1), np.abs(h.sum(-2)).max(-1)])
@@ -252,12 +252,12 @@ def test_autocast_changes_nothing():
 def test_nothing_waits_for_the_device():
     """A meta tensor holds no numbers, so that reading one back raises."""
     mask = torch.ones(B, T, dtype=torch.bool, device="meta")
-    sums = Sums()
+    sums = TokenSums()
     for given in (None, mask):
         for depth in range(2):
-            sums.see_state(depth, torch.empty(B, T, N, D, device="meta"), given)
-            sums.see_gradient(depth, torch.empty(B, T, N, D, device="meta"), given)
-        sums.see_mixing(0, torch.empty(B, T, N, N, device="meta"), given)
+            sums.add_state(depth, torch.empty(B, T, N, D, device="meta"), given)
+            sums.add_gradient(depth, torch.empty(B, T, N, D, device="meta"), given)
+        sums.add_mixing(0, torch.empty(B, T, N, N, device="meta"), given)
         sums.end_forward()
     sums.merge(sums.compact())
     assert sums.sums["norm_sum"][1].device.type == "meta"

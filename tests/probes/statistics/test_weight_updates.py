@@ -262,7 +262,7 @@ def test_tiny_gradients_do_not_vanish_in_the_square():
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5, 7)])
 def test_a_norm_is_the_same_by_parts(shape, monkeypatch):
-    monkeypatch.setattr(weight_updates, "CACHED", 8)
+    monkeypatch.setattr(weight_updates, "CHUNK_CPU", 8)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert float(weight_updates.square_norm(x)) == pytest.approx(float(np.square(x.double().numpy()).sum()))
     z = torch.complex(x, 2 * x)
@@ -304,7 +304,7 @@ def test_what_cannot_be_read_is_nan_and_counted(batches):
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_a_weight_without_a_shape_is_measured_once_it_has_one():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
-    weights = weight_updates.Weights(model, lambda: None)
+    weights = weight_updates.WeightUpdates(model, lambda: None)
     rows = []
     for _ in range(2):
         weights.begin()
@@ -361,14 +361,14 @@ def test_an_optimiser_inside_the_backward_takes_its_gradients_along(batches):
     assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["_see_gradient", "_hold", "_updates"])
+@pytest.mark.parametrize("where", ["_add_gradient", "_copy", "_updates"])
 def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, where):
     model = fresh()
 
     def broken(*args):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(weight_updates.Weights, where, broken)
+    monkeypatch.setattr(weight_updates.WeightUpdates, where, broken)
     with probes.record(model, weights=True) as recorder:
         loss_of(model, batches[0]).backward()
         with pytest.warns(probes.ProbeWarning, match="weights of step 0 were not measured: a bug of ours"):

@@ -9,16 +9,16 @@ from torch import nn
 from depthscope import probes
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
-from depthscope.probes.structure.layout_evidence import Copies, Signs
+from depthscope.probes.structure.layout_evidence import Copies, LayoutEvidence
 
 
 def test_plain_shapes():
     assert infer_layout((2, 7, 5), batch_size=2) == "B T D"
     assert infer_layout((2, 5), batch_size=2) == "B D"
-    assert infer_layout((7, 2, 5), batch_size=2, signs=Signs(tokens_first=True)) == "T B D"
-    assert infer_layout((2, 2, 5), batch_size=2, signs=Signs(tokens_first=True)) == "T B D"
-    assert infer_layout((2, 5, 8, 8), batch_size=2, signs=Signs(image="first")) == "B D H W"
-    assert infer_layout((2, 8, 8, 5), batch_size=2, signs=Signs(image="last")) == "B H W D"
+    assert infer_layout((7, 2, 5), batch_size=2, evidence=LayoutEvidence(tokens_first=True)) == "T B D"
+    assert infer_layout((2, 2, 5), batch_size=2, evidence=LayoutEvidence(tokens_first=True)) == "T B D"
+    assert infer_layout((2, 5, 8, 8), batch_size=2, evidence=LayoutEvidence(image="first")) == "B D H W"
+    assert infer_layout((2, 8, 8, 5), batch_size=2, evidence=LayoutEvidence(image="last")) == "B H W D"
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 4, 5), (8, 7, 5), (7, 2, 5), (7, 5), (2, 3, 4, 5, 6)])
@@ -30,33 +30,36 @@ def test_other_shapes_are_refused_with_examples_of_what_to_give(shape):
 @pytest.mark.parametrize(
     ("shape", "signs", "layout"),
     [
-        ((2, 7, 20), Signs(copies=(Copies(2, 4, True),)), "B T (N D)"),
-        ((2, 7, 20), Signs(copies=(Copies(2, 4, False),)), "B T (D N)"),
-        ((2, 7, 20), Signs(narrow=4), "B T (N D)"),
-        ((2, 28, 5), Signs(copies=(Copies(1, 4, True),)), "B (N T) D"),
-        ((2, 4, 5), Signs(copies=(Copies(1, 4, True),)), "B N D"),
-        ((8, 7, 5), Signs(copies=(Copies(0, 4, False),)), "(B N) T D"),
-        ((8, 7, 5), Signs(copies=(Copies(0, 4, True),)), "(N B) T D"),
-        ((4, 2, 7, 5), Signs(copies=(Copies(0, 4, True),)), "N B T D"),
-        ((2, 20, 8, 8), Signs(image="first", copies=(Copies(1, 4, True),)), "B (N D) H W"),
+        ((2, 7, 20), LayoutEvidence(copies=(Copies(2, 4, True),)), "B T (N D)"),
+        ((2, 7, 20), LayoutEvidence(copies=(Copies(2, 4, False),)), "B T (D N)"),
+        ((2, 7, 20), LayoutEvidence(parts=4), "B T (N D)"),
+        ((2, 28, 5), LayoutEvidence(copies=(Copies(1, 4, True),)), "B (N T) D"),
+        ((2, 4, 5), LayoutEvidence(copies=(Copies(1, 4, True),)), "B N D"),
+        ((8, 7, 5), LayoutEvidence(copies=(Copies(0, 4, False),)), "(B N) T D"),
+        ((8, 7, 5), LayoutEvidence(copies=(Copies(0, 4, True),)), "(N B) T D"),
+        ((4, 2, 7, 5), LayoutEvidence(copies=(Copies(0, 4, True),)), "N B T D"),
+        ((2, 20, 8, 8), LayoutEvidence(image="first", copies=(Copies(1, 4, True),)), "B (N D) H W"),
     ],
 )
 def test_hidden_streams_are_refused_with_their_layout(shape, signs, layout):
     with pytest.raises(LayoutError) as refusal:
-        infer_layout(shape, batch_size=2, signs=signs)
+        infer_layout(shape, batch_size=2, evidence=signs)
     assert f"layout={layout!r} and streams=4" in str(refusal.value)
 
 
 def test_like_sequences_of_a_batch_are_no_streams():
-    assert infer_layout((2, 7, 5), batch_size=2, signs=Signs(copies=(Copies(0, 2, True),))) == "B T D"
+    assert (
+        infer_layout((2, 7, 5), batch_size=2, evidence=LayoutEvidence(copies=(Copies(0, 2, True),)))
+        == "B T D"
+    )
 
 
 def test_tokens_come_first_where_a_module_says_so_and_the_shapes_agree():
-    signs = Signs(tokens_first=True)
+    signs = LayoutEvidence(tokens_first=True)
     assert takes_tokens_first((7, 2, 5), (7, 2, 5), signs)
     assert takes_tokens_first((7, 2, 5), (7, 2), signs)
     assert not takes_tokens_first((7, 2, 5), (2, 7), signs)
-    assert not takes_tokens_first((7, 2, 5), (7, 2), Signs())
+    assert not takes_tokens_first((7, 2, 5), (7, 2), LayoutEvidence())
 
 
 class Same(nn.Module):

@@ -1,0 +1,78 @@
+"""How are runs chosen? In the sidebar and in the URL; a run that cannot be read explains why."""
+
+from __future__ import annotations
+
+import shlex
+
+import streamlit as st
+
+from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.dashboard.state.run_library import UnreadableRun
+
+_KEY = "chosen_runs"
+"""Key of the session state: Streamlit calls a page without arguments."""
+
+
+def choose_runs() -> None:
+    """Choose runs in the sidebar and in the URL as `?runs=`, read them, and remember them for the page."""
+    names = list(run_library.list_runs())
+    chosen = []
+    if names:
+        with st.sidebar:
+            chosen = st.multiselect(
+                "Runs",
+                names,
+                # More curves in one figure are hard to tell from each other, and each run takes time to analyse.
+                default=names[:3],
+                key="runs",
+                bind="query-params",
+                placeholder="Choose runs",
+            )
+    readings, unreadable = {}, []
+    for name in chosen:
+        with st.spinner(f"Analysing {escaped(name)} …"):
+            found = run_library.read_run(name)
+        if isinstance(found, UnreadableRun):
+            unreadable.append(found)
+        else:
+            # A run of several chains has one reading for each.
+            readings.update({reading.name: reading for reading in found})
+    st.session_state[_KEY] = ChosenRuns(readings, tuple(unreadable))
+
+
+def require_chosen_runs() -> ChosenRuns:
+    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
+
+    Returns
+    -------
+    ChosenRuns
+        With at least one reading.
+    """
+    chosen: ChosenRuns = st.session_state[_KEY]
+    for run in chosen.unreadable:
+        with st.container(border=True):
+            st.markdown(f"##### ⚠ {escaped(run.name)} cannot be shown")
+            st.markdown(escaped(run.reason))
+            st.caption("Measure the model again, then reload this page:")
+            st.code(f"depthscope probe CHECKPOINT --text FILE --out {shlex.quote(str(run.path))}", "bash")
+    if not chosen.readings:
+        if not chosen.unreadable:
+            _explain_none()
+        st.stop()  # ends this run of the script: the rest of the page is not drawn
+    return chosen
+
+
+def _explain_none() -> None:
+    """Why no run is shown: there is none, or none is chosen."""
+    if not run_library.list_runs():
+        st.info(
+            "There is no run here yet. Measure a model, then start the dashboard on the result.", icon="🔭"
+        )
+        st.code(
+            "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.nc\ndepthscope dashboard runs",
+            "bash",
+        )
+    else:
+        st.info("No run is chosen. Choose one or more in the sidebar.", icon="👈")

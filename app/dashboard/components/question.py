@@ -1,0 +1,113 @@
+"""How is one question shown? Its findings, its figures under the controls that change them, and what costs more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from depthscope.app.dashboard.components.chart import build, card
+from depthscope.app.dashboard.components.controls import choose, choose_section, chosen_run
+from depthscope.app.dashboard.components.finding_card import show_finding
+from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
+from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.figures import FIGURES, FigureKind, Heatmap
+from depthscope.app.text.bibliography import cited
+
+__all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
+
+
+def show_findings(chosen: ChosenRuns, question: str) -> None:
+    """Findings on the metrics that a question's figures draw, folded under the worst one of each run.
+
+    Parameters
+    ----------
+    chosen : ChosenRuns
+        The chosen runs.
+    question : str
+        A question of the register of figures.
+    """
+    kinds = [kind for kind in FIGURES.values() if kind.question == question]
+    metrics = {name for kind in kinds for name in (*kind.needs, *kind.also)}
+    for name, reading in chosen.readings.items():
+        findings = [finding for finding in reading.findings if finding.metric in metrics]
+        if findings:
+            with st.expander(f"{escaped(name)}: {escaped(cited(findings[0].sentence))}"):
+                for finding in findings:
+                    show_finding(finding)
+
+
+def show_figures(chosen: ChosenRuns, question: str) -> None:
+    """Figures of the chosen section of a question, curves before heat maps, under their controls.
+
+    Parameters
+    ----------
+    chosen : ChosenRuns
+        The chosen runs; they feed at least one of its figures.
+    question : str
+        A question of the register of figures.
+    """
+    figures = chosen.figures(question)
+    sections = list(dict.fromkeys(kind.section for kind in figures.values()))
+    section = choose_section(sections) if len(sections) > 1 else sections[0]
+    kinds = [kind for kind in figures.values() if kind.section == section]
+    selection = choose(kinds, chosen.analyses)
+    # Curves overlay all runs; a heat map has room for one, which is chosen right above the heat maps.
+    curves = [kind for kind in kinds if "run" not in kind.uses]
+    heat_maps = [kind for kind in kinds if "run" in kind.uses]
+    if heat_maps:
+        selection["run"] = chosen_run(chosen.feeding(*(kind.needs for kind in heat_maps)))
+    show_in_rows(curves, chosen, selection)
+    show_in_rows(heat_maps, chosen, selection)
+    show_on_request(chosen, question, section)
+
+
+def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> None:
+    """Figures whose metrics are computed only when they are named, and the command that computes them.
+
+    Parameters
+    ----------
+    chosen : ChosenRuns
+        The chosen runs.
+    question : str
+        A question of the register of figures.
+    section : str
+        Section of the question.
+    """
+    on_request = {str(name) for data in chosen.analyses.values() for name in data.attrs.get("on_request", ())}
+    shown = chosen.figures(question)
+    absent = [
+        kind
+        for name, kind in FIGURES.items()
+        if (kind.question, kind.section) == (question, section)
+        and name not in shown
+        and on_request.intersection(kind.needs)
+    ]
+    if absent:
+        titles = ", ".join(inside_sentence(kind.title) for kind in absent)
+        metrics = ",".join(name for kind in absent for name in kind.needs)
+        st.caption(escaped(f"On request, since it costs more: {titles}. Name the metrics to have them:"))
+        st.code(f"depthscope analyze RUN.nc --metrics {metrics}", "bash")
+
+
+def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dict[str, Any]) -> None:
+    """Figures in rows of two.
+
+    Parameters
+    ----------
+    kinds : sequence of FigureKind
+        What to show.
+    chosen : ChosenRuns
+        The chosen runs.
+    selection : dict
+        Choices of the controls.
+    """
+    runs = list(chosen.analyses)
+    for first in range(0, len(kinds), 2):
+        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
+        for column, kind in zip(st.columns(2), kinds[first : first + 2], strict=False):
+            figure = build(kind, chosen.analyses, selection)
+            height = 430 if isinstance(figure, Heatmap) else 300
+            with column:
+                card(figure, key=f"chart_{kind.name}", height=height, runs=runs)

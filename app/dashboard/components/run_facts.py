@@ -1,0 +1,104 @@
+"""What is known about each run? Model, size, proof of the connections, software: one column a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.figures import Selection
+from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.tables import column_of
+
+_DIGEST_LENGTH = len("sha256:") + 12
+"""Twelve hexadecimal digits tell data apart at a glance; the run has all of them."""
+
+
+def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
+    """Facts as rows, runs as columns; a fact that no run has is left out.
+
+    Parameters
+    ----------
+    readings : iterable of Reading
+        The chosen runs.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Of escaped text, with a dash where a run lacks a fact.
+    """
+    table = pd.DataFrame({escaped(reading.name): _facts(reading) for reading in readings})
+    table = table[table.notna().any(axis=1)].fillna("–")
+    return table.map(lambda value: escaped(str(value)))
+
+
+def _facts(reading: Reading) -> dict[str, Any]:
+    attrs = reading.attrs
+    facts = {
+        "Model": attrs.get("model"),
+        "Family": attrs.get("family"),
+        "Streams": attrs.get("n_streams"),
+        **_sizes(reading.analysis),
+        "Effective rank of the last state": _last_value(reading, "effective_rank", Selection(scope="data")),
+        "… of every token, streamed": _last_value(reading, "streamed_effective_rank", Selection()),
+        **_evidence(attrs),
+        "Precision": attrs.get("dtype"),
+        "Loss reduction": attrs.get("loss_reduction"),
+        "Seed": attrs.get("seed"),
+        "Commit": attrs.get("commit"),
+        "Data": _shortened(str(attrs.get("data_digest") or "")),
+        "Created": attrs.get("created"),
+        "Software": _versions(attrs.get("software")),
+    }
+    return {name: None if value in (None, "") else value for name, value in facts.items()}
+
+
+def _sizes(analysis: Any) -> dict[str, str | None]:
+    """Number of states, and of the tokens that the pooled metrics rest on."""
+    tokens = None
+    if "num_tokens" in analysis:
+        # The largest over depth: stages of a convolutional network have fewer tokens further down.
+        tokens = f"{float(analysis['num_tokens'].sel(scope='data', tokens='all').max()):g}"
+    depth = f"{analysis.sizes['depth']} states" if "depth" in analysis.sizes else None
+    return {"Depth": depth, "Tokens analysed": tokens}
+
+
+def _evidence(attrs: Mapping[str, Any]) -> dict[str, str | None]:
+    """Whether the reported connections are those that the model applies, and what was not seen."""
+    proof = attrs.get("reconstruction_error")
+    expected = attrs.get("sites_expected")
+    changes = [
+        f"before {change['module']} by {change['change']:.1%}"
+        for change in attrs.get("changes_outside") or ()
+    ]
+    return {
+        "Reconstruction proof": None if proof is None else f"states rebuilt to {float(proof):.1e}",
+        # Which axis of H_res is the source is known only where the connections were proven.
+        "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
+        "Sites": None if expected is None else f"{attrs.get('sites_fired')} of {expected} expected fired",
+        "Changed outside connections": ", ".join(changes),
+    }
+
+
+def _last_value(reading: Reading, metric: str, selection: Selection) -> str | None:
+    """A metric at the last depth where it is defined, with its error and its null."""
+    column = column_of(reading.analysis, metric, selection)
+    if column is None:
+        return None
+    last = int(np.flatnonzero(np.isfinite(column.value.values))[-1])
+    where = "" if last == column.value.size - 1 else f", at depth {last}"
+    return f"{column.text()[last]}{where}"
+
+
+def _shortened(digest: str) -> str:
+    return f"{digest[:_DIGEST_LENGTH]}…" if len(digest) > _DIGEST_LENGTH else digest
+
+
+def _versions(software: Any) -> str | None:
+    """Such as "numpy 2.1, torch 2.9"; text where a run of another tool has text there."""
+    if not isinstance(software, dict):
+        return None if software is None else str(software)
+    return ", ".join(f"{name} {version}" for name, version in software.items())

@@ -1,0 +1,1 @@
+"""How does a visitor get from page to page? The script that Streamlit runs, and the style that all pages share."""

@@ -1,0 +1,31 @@
+"""The script that Streamlit runs at every visit and every click: navigation, choice of runs, then the page."""
+
+# Streamlit lists a folder `pages` next to its script in a navigation of its own, before st.navigation is called;
+# so this script has a folder to itself.
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import streamlit as st
+
+from depthscope.app.dashboard.components.chosen_runs import choose_runs
+from depthscope.app.dashboard.components.page import show_page
+from depthscope.app.dashboard.pages import PAGES
+
+st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
+current = st.navigation(
+    {
+        "depthscope": [
+            st.Page(
+                partial(show_page, page), title=page.title, url_path=page.url_path, default=not page.url_path
+            )
+            for page in PAGES
+        ]
+    }
+)
+st.html(Path(__file__).with_name("page.css"))
+# Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
+choose_runs()
+current.run()

@@ -1,0 +1,240 @@
+"""How does one number change across depth, connections or modules? Runs overlaid, with nulls, bands and laws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.laws import law_words, missing_laws
+from depthscope.app.figures.build.measurement import Curve, Measurement
+from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
+from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.declaration import Range
+
+__all__ = ["CurveFigure", "axis_title"]
+
+_AXES = {
+    ("depth", "depth"): "depth (0 = embedding)",
+    ("depth", "relative"): "relative depth (0 = embedding, 1 = last state)",
+    ("connection", "depth"): "connection (0 = first sublayer)",
+    ("connection", "relative"): "relative position (0 = first, 1 = last connection)",
+    ("weight", "depth"): "module, in the order of the model",
+    ("weight", "relative"): "relative position (0 = first, 1 = last module)",
+    ("component", "depth"): "order (0 = largest)",
+    ("component", "relative"): "relative order (0 = largest, 1 = least)",
+}
+# Labels of the analysis that people write with a sign.
+_SIGNS = {"infinity": "∞-norm", "one": "1-norm", "two": "2-norm"}
+_STREAMED = "Streamed: from sums over every token that was seen, not over the sampled ones."
+
+
+def axis_title(dim: str, axis: str) -> str:
+    """Title of the axis along a dimension.
+
+    Parameters
+    ----------
+    dim : str
+        Dimension of the metric.
+    axis : {"depth", "relative"}
+        See `Selection`.
+
+    Returns
+    -------
+    str
+    """
+    return _AXES.get((dim, axis), dim.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class CurveFigure(FigureKind):
+    """A figure of one metric along its axis; the axis and its scale are those of the metric's declaration.
+
+    Parameters
+    ----------
+    y_label : str
+        Vertical axis.
+    over : str
+        Dimension with a line for each label: "direction", "stream", or one that is not selected, such as "component".
+    component : str
+        Label of one component, with braces for its number.
+    thresholds : tuple of (float, str)
+        Values drawn as dotted lines, with their labels.
+    scope : str
+        Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
+    around : str
+        Metric with the band: along ``quantile``, or as ± of the value.
+    twin : str
+        Metric with the same of every token, from streamed sums.
+    reference : tuple of str
+        Metric along the same axis to compare with, and its label; empty where there is none.
+    note : str
+        Sentence that ends the remarks of the caption.
+    derive : function, optional
+        Takes an analysis and returns one in which the metric, or its twin, is what is drawn.
+    derived_from : tuple of str
+        Further metrics that `derive` reads.
+    """
+
+    y_label: str
+    over: str = ""
+    component: str = "σ{}"
+    thresholds: tuple[tuple[float, str], ...] = ()
+    scope: str = "data"
+    around: str = ""
+    twin: str = ""
+    reference: tuple[str, str] | tuple[()] = ()
+    note: str = ""
+    derive: Callable[[xr.Dataset], xr.Dataset] | None = None
+    derived_from: tuple[str, ...] = ()
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Further variables that it draws where the analysis has them."""
+        # A derived twin is no metric of the catalogue; what it is derived from is.
+        twin = self.derived_from or (self.twin,)
+        return tuple(name for name in (self.around, *twin, *self.reference[:1]) if name)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The selected labels among the dims of the metric, the axis and the step."""
+        dims = CATALOGUE[self.metric].dims
+        # All streams are drawn where `over` is "stream"; of the directions one may still be chosen.
+        chosen = [dim for dim in LABELLED if dim in dims and (dim != self.over or dim == "direction")]
+        return (*chosen, "axis", "step")
+
+    def draw(self, analyses: Analyses, choice: Selection) -> Lines:
+        """The curves of every run that has the metric.
+
+        Parameters
+        ----------
+        analyses : mapping
+            Run name → analysis.
+        choice : Selection
+            Which version of the numbers.
+
+        Returns
+        -------
+        Lines
+        """
+        if self.derive is not None:
+            analyses = {run: self.derive(data) for run, data in analyses.items()}
+        measurement = Measurement(self.metric, analyses, choice)
+        curves = [*self._measured(measurement), *self._streamed(analyses, choice)]
+        curves += self._references(analyses, choice)
+        runs = list(analyses)
+        ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
+        lines = _without_repeated_nulls([line for curve in ordered for line in curve.lines])
+        overlays = [(curve.line.group, overlay) for curve in curves for overlay in curve.laws]
+        declared = CATALOGUE[self.metric]
+        healthy = _ends(declared.healthy)
+        remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
+        return Lines(
+            name=self.name,
+            title=self.title,
+            x_label=axis_title(declared.axis, choice.axis),
+            y_label=measurement.axis_label(self.y_label),
+            lines=(*lines, *self._threshold_lines(lines)),
+            log_y=declared.scale == "log",
+            healthy=healthy,
+            caption=measurement.caption(
+                lines,
+                scope="" if declared.axis == "weight" else self.scope,
+                remarks=[*remarks, law_words(overlays), "Green: healthy." if healthy else "", self.note],
+            ),
+            alt=describe_lines(lines, self.title, declared.axis),
+            metric=self.metric,
+            sources=_sources(self.metric, lines, curves),
+            missing=missing_laws(overlays),
+        )
+
+    def _measured(self, measurement: Measurement) -> Iterator[Curve]:
+        axis = CATALOGUE[self.metric].axis
+        for label, fixed in self._variants(measurement):
+            for run, _, values in measurement.slices(**fixed):
+                for name, curve in self._split(values, label):
+                    yield measurement.curve(run, curve, axis=axis, label=name, around=self.around, **fixed)
+
+    def _variants(self, measurement: Measurement) -> list[tuple[str, dict[str, str]]]:
+        """Labels of the selection that are overlaid, as (label of the line, labels to fix)."""
+        choice = measurement.choice
+        if self.over == "direction":
+            chosen = ("forward", "backward") if choice.direction == "both" else (choice.direction,)
+            return [(direction, {"direction": direction}) for direction in chosen]
+        if "stream" in measurement.dims:
+            # Shares of the streams have no mean: without one every stream is drawn, whatever the selection.
+            has_mean = "mean" in defined_labels(measurement.variable, "stream")
+            if choice.stream == "each" or not has_mean:
+                streams = [stream for stream in streams_of(measurement.analyses) if stream != "mean"]
+                return [(f"stream {stream}", {"stream": stream}) for stream in streams]
+        return [("", {})]
+
+    def _split(self, values: xr.DataArray, label: str) -> list[tuple[str, xr.DataArray]]:
+        """One-dimensional curves of a slice: itself, or one for each label of a dimension that is not selected."""
+        if self.over not in values.dims:
+            return [(label, values)]
+        names = [str(name) for name in values[self.over].values]
+        if self.over == "component":
+            names = [self.component.format(i + 1) for i in range(len(names))]
+        return [(_SIGNS.get(name, name), values.isel({self.over: i})) for i, name in enumerate(names)]
+
+    def _streamed(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
+        """The same of every token; streamed sums know neither single sequences nor massive activations."""
+        within = "scope" in Measurement(self.metric, analyses, choice).dims and choice.scope == "sequence"
+        if not self.twin or within or choice.tokens != "all":
+            return
+        twin = Measurement(self.twin, analyses, choice)
+        for run, data, values in twin.slices():
+            # Without streams the sums are those of the mean stream; they are no answer about another one.
+            if "stream" not in data[self.twin].dims and choice.stream != "mean":
+                continue
+            curve = twin.curve(run, values, axis="depth", label="every token, streamed")
+            reason = data[self.twin].attrs.get("undefined_because")
+            gap = [f"A gap in it: {reason}."] if reason else []
+            yield Curve(curve.line, curve.null, remarks=(_STREAMED, *gap))
+
+    def _references(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
+        """The curve that the measured one is compared with, of every run that has it."""
+        if self.reference:
+            name, label = self.reference
+            reference = Measurement(name, analyses, choice)
+            for run, _, values in reference.slices():
+                yield Curve(reference.curve(run, values, axis=str(values.dims[0]), label=label).line)
+
+    def _threshold_lines(self, lines: Sequence[Line]) -> list[Line]:
+        ends = [end for line in lines for end in (line.x.min(initial=0.0), line.x.max(initial=0.0))]
+        span = np.array([min(ends, default=0.0), max(ends, default=1.0)])
+        return [Line(span, np.full(2, value), label, role="threshold") for value, label in self.thresholds]
+
+
+def _ends(healthy: Range | None) -> tuple[float, float] | None:
+    """Ends of a healthy range, ±inf where it is open."""
+    if healthy is None or (healthy.low is None and healthy.high is None):
+        return None
+    return (
+        -np.inf if healthy.low is None else float(healthy.low),
+        np.inf if healthy.high is None else float(healthy.high),
+    )
+
+
+def _without_repeated_nulls(lines: Sequence[Line]) -> list[Line]:
+    """Lines with every null of a run once: its four streams share one expectation."""
+    kept: list[Line] = []
+    for line in lines:
+        nulls = [other for other in kept if other.role == "null" and other.group == line.group]
+        if line.role != "null" or not any(np.array_equal(line.y, o.y, equal_nan=True) for o in nulls):
+            kept.append(line)
+    return kept
+
+
+def _sources(metric: str, lines: Sequence[Line], curves: Sequence[Curve]) -> tuple[str, ...]:
+    """Bibliography keys of the laws that are drawn, that of the null last."""
+    from depthscope.diagnostics.theory import null_law
+
+    cited = [law.law.cite for curve in curves for law in curve.laws if law.values is not None]
+    law = null_law(metric) if any(line.role == "null" for line in lines) else None
+    return tuple(dict.fromkeys([*cited, *([law.cite] if law else [])]))

@@ -1,0 +1,94 @@
+"""Which figure does a metric get that no figure names? One made from its declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from depthscope.app.figures.build.curve_figure import CurveFigure
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.build.values import LABELLED
+from depthscope.app.figures.specification import FigureKind
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.declaration import Metric
+
+__all__ = ["default_figure", "default_figures"]
+
+# Dimensions with so few labels that each is a line; any other one is the second axis of a heat map.
+_LINES = ("direction", "kind", "norm", "component", "quantile")
+
+
+def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
+    """A figure for each of some metrics.
+
+    Parameters
+    ----------
+    metrics : sequence of Metric
+        Those that no defined figure draws.
+    defined : sequence of FigureKind
+        Figures of the catalogue, which tell the page and the section.
+
+    Returns
+    -------
+    list of FigureKind
+        In the order of the metrics.
+    """
+    return [default_figure(metric, *_place(metric, defined)) for metric in metrics]
+
+
+def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
+    """The figure that a declaration gives: a heat map of a matrix, curves of anything else.
+
+    Parameters
+    ----------
+    metric : Metric
+        Any metric.
+    question, section : str
+        Where it is shown.
+
+    Returns
+    -------
+    FigureKind
+
+    Raises
+    ------
+    ValueError
+        For a metric with more dimensions than a figure has axes.
+    """
+    axis = metric.axis
+    # A selection takes one label of each of these, but draws both directions as lines.
+    others = [dim for dim in metric.dims if dim != axis and (dim not in LABELLED or dim == "direction")]
+    across = [dim for dim in others if dim not in _LINES]
+    if len(set(others) - {"direction"}) > 1 or (len(others) > 1 and not across):
+        raise ValueError(
+            f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(others)} at once; "
+            "define one in app/figures/catalogue"
+        )
+    if across:
+        columns = across[0]
+        return MatrixFigure(
+            metric.name,
+            metric.title,
+            metric.label,
+            rows=axis,
+            columns=columns,
+            question=question,
+            section=section,
+        )
+    over = others[0] if others else ""
+    return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question, section=section)
+
+
+def _place(metric: Metric, defined: Sequence[FigureKind]) -> tuple[str, str]:
+    """Page and section: those of the figures of the same module, else by what the metric is computed from."""
+    siblings = [kind for kind in defined if CATALOGUE[kind.metric].question == metric.question]
+    if siblings:
+        return siblings[-1].question, siblings[-1].section
+    if any(root.startswith("h_") for root in metric.roots):
+        page = "mixing"
+    elif any("gradient" in root or "weight" in root for root in metric.roots):
+        page = "gradients"
+    else:
+        page = "similarity" if metric.pairwise else "collapse"
+    # A page whose figures have no sections shows those without one.
+    sections = {kind.section for kind in defined if kind.question == page}
+    return page, "" if sections == {""} else "Other metrics"

@@ -1,0 +1,172 @@
+"""How do every two depths or connections relate? One run's matrix, as a heat map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from depthscope.app.figures.axis_limits import visible_limits
+from depthscope.app.figures.build.captions import describe_matrix, selection_words
+from depthscope.app.figures.build.measurement import Measurement
+from depthscope.app.figures.build.values import LABELLED, fed, names_of, positions
+from depthscope.app.figures.specification import Analyses, Array, FigureKind, Heatmap, Selection
+from depthscope.app.text.numbers import number, sentence
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+
+__all__ = ["MatrixFigure"]
+
+
+@dataclass(frozen=True)
+class MatrixFigure(FigureKind):
+    """A heat map of one metric of one run; the scale of its colours is that of the metric's declaration.
+
+    Parameters
+    ----------
+    z_label : str
+        Colour bar.
+    rows, columns : str
+        Dimensions of the vertical and the horizontal axis.
+    x_label, y_label : str
+        Their labels; the name of the dimension, without ``other_``, by default.
+    limits : tuple of (float or None) or None
+        Ends of the colour scale; None at an end is the data's own, None is both.
+    below : bool
+        Only what is below the diagonal exists: a reader has nothing to read from itself or from later ones.
+    error : str
+        Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
+    counts : bool
+        Whether the number is taken from the sampled tokens, so that the caption counts them.
+    note : str
+        Sentence of the caption.
+    """
+
+    z_label: str
+    rows: str = "depth"
+    columns: str = "other_depth"
+    x_label: str = ""
+    y_label: str = ""
+    limits: tuple[float | None, float | None] | None = None
+    below: bool = False
+    error: str = ""
+    counts: bool = True
+    note: str = ""
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """The metric with the standard error."""
+        return (self.error,) if self.error else ()
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The selected labels among the dims of the metric, the axis, the step and the run."""
+        dims = CATALOGUE[self.metric].dims
+        return (*(dim for dim in LABELLED if dim in dims), "axis", "step", "run")
+
+    def draw(self, analyses: Analyses, choice: Selection) -> Heatmap:
+        """The matrix of one run, the selected one or the first that can feed it.
+
+        Parameters
+        ----------
+        analyses : mapping
+            Run name → analysis.
+        choice : Selection
+            Which version of the numbers, and which run.
+
+        Returns
+        -------
+        Heatmap
+
+        Raises
+        ------
+        ValueError
+            No run, or not the selected one, has the variable.
+        """
+        measurement = Measurement(self.metric, analyses, choice)
+        # One matrix shows one direction: forward where both are selected.
+        fixed = {"direction": "forward"} if choice.direction == "both" else {}
+        able = {run: array for run, _, array in measurement.slices(**fixed)}
+        run = choice.run if choice.run is not None else next(iter(able), None)
+        if run is None or run not in able:
+            has = ", ".join(able) or "none of the runs"
+            raise ValueError(f"run {run!r} has no {self.metric}; {has} can feed {self.name}")
+        array = able[run].transpose(self.rows, self.columns)
+        z = np.asarray(array.values, dtype=np.float64)
+        if self.below:
+            z = np.where(np.tri(len(z), z.shape[1], -1, dtype=bool), z, np.nan)
+        rows, columns = names_of(array, self.rows), names_of(array, self.columns)
+        return Heatmap(
+            name=self.name,
+            title=self.title if len(analyses) == 1 else f"{self.title}: {run}",
+            x=positions(array, self.columns, choice.axis),
+            y=positions(array, self.rows, choice.axis),
+            z=z,
+            x_label=self.x_label or self.columns.removeprefix("other_"),
+            y_label=self.y_label or self.rows.removeprefix("other_"),
+            z_label=measurement.axis_label(self.z_label),
+            limits=self._colour_limits(z),
+            log_z=CATALOGUE[self.metric].scale == "log",
+            caption=self._caption(measurement, run, set(able), fixed),
+            alt=describe_matrix(
+                _off_diagonal(z), rows, columns, title=f"{self.title} (off the diagonal)", run=run
+            ),
+            metric=self.metric,
+            x_text=columns,
+            y_text=rows,
+        )
+
+    def _colour_limits(self, z: Array) -> tuple[float, float] | None:
+        """Ends of the colour scale; widened where the data exceed them, so that nothing is clipped."""
+        known = z[np.isfinite(z)]
+        if known.size == 0:
+            return None
+        lowest, highest = float(known.min()), float(known.max())
+        if self.limits is None:
+            visible = visible_limits(lowest, highest)
+            return None if visible == (lowest, highest) else visible
+        low, high = self.limits
+        return lowest if low is None else min(low, lowest), highest if high is None else max(high, highest)
+
+    def _caption(self, measurement: Measurement, run: str, able: set[str], fixed: dict[str, str]) -> str:
+        """Selection and count, error of a cell and null, and which runs cannot feed it."""
+        one = measurement.of([run])
+        direction = fixed.get("direction", one.choice.direction) if "direction" in one.dims else ""
+        tokens = one.token_words("data" if self.counts else "")
+        parts = [
+            sentence([f"Run {run}", selection_words(one.dims, one.choice), direction, tokens]),
+            self.note,
+            self._error_words(one, fixed),
+            _null_words(one),
+            one.basis_words(),
+            one.sample_words(),
+            measurement.missing_words(able),
+        ]
+        return " ".join(part for part in parts if part)
+
+    def _error_words(self, one: Measurement, fixed: dict[str, str]) -> str:
+        """Sentence with the standard error of the cells, where the analysis has one."""
+        name = self.error or f"{self.metric}_stderr"
+        for _, _, error in fed(one.analyses, name, one.choice, **fixed):
+            known = _off_diagonal(np.asarray(error.values, dtype=np.float64))
+            known = known[np.isfinite(known)]
+            if known.size:
+                typical, largest = number(float(np.median(known))), number(float(known.max()))
+                return f"Standard error of a cell: {typical}, at most {largest}."
+        return ""
+
+
+def _null_words(one: Measurement) -> str:
+    """Sentence with the value that independent noise of the same shape would give."""
+    for _, _, null in fed(one.analyses, f"{one.metric}_null", one.choice):
+        if null.ndim == 0:
+            return f"Independent noise of the same shape would give {number(float(null))}."
+    return one.constant_null_words()
+
+
+def _off_diagonal(z: Array) -> Array:
+    """Square matrix with its diagonal undefined: a state compared with itself is no finding."""
+    if z.shape[0] != z.shape[1] or z.shape[0] < 2:
+        return z
+    masked = z.copy()
+    np.fill_diagonal(masked, np.nan)
+    return masked

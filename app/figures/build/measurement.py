@@ -1,0 +1,295 @@
+"""What do some runs know about one metric? Its curves with bands, nulls and laws, and the words about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.laws import law_lines, null_words
+from depthscope.app.figures.build.spread import aligned, spread_of
+from depthscope.app.figures.build.values import fed, names_of, pick, positions
+from depthscope.app.figures.specification import Analyses, Line, Selection
+from depthscope.app.text.numbers import number, sentence
+
+if TYPE_CHECKING:
+    from depthscope.diagnostics.theory import Overlay
+
+__all__ = ["Curve", "Measurement"]
+
+_BASES = {
+    "stream": "Depends on the basis of the streams.",
+    "feature": "Depends on the basis of the features.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One measured curve with everything that is drawn for it.
+
+    Parameters
+    ----------
+    line : Line
+        The measured values with their band and whiskers.
+    null : Line or None
+        The value expected without structure.
+    laws : tuple of Overlay
+        What theory gives, or why it gives nothing.
+    remarks : tuple of str
+        Sentences of the caption about it.
+    """
+
+    line: Line
+    null: Line | None = None
+    laws: tuple[Overlay, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[Line]:
+        """The measured line, then what is drawn in its colour."""
+        null = [] if self.null is None else [self.null]
+        return [self.line, *null, *law_lines(self.laws, self.line)]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One metric of some runs under one selection: every fact that a figure of it shows.
+
+    Parameters
+    ----------
+    metric : str
+        Variable of the analyses.
+    analyses : mapping
+        Run name → analysis, those without the metric included.
+    choice : Selection
+        Which version of the numbers.
+    """
+
+    metric: str
+    analyses: Analyses
+    choice: Selection
+
+    @cached_property
+    def variable(self) -> xr.DataArray:
+        """The metric in the first run that has it, for its labels; a scalar without attributes where none has."""
+        found = (data[self.metric] for data in self.analyses.values() if self.metric in data)
+        return next(found, xr.DataArray(np.nan))
+
+    @property
+    def dims(self) -> set[str]:
+        """Dimensions of the metric before the selection."""
+        return set(map(str, self.variable.dims))
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """What the declaration of the metric wrote on it."""
+        return {str(name): value for name, value in self.variable.attrs.items()}
+
+    def of(self, runs: Sequence[str]) -> Measurement:
+        """The same for some of the runs.
+
+        Parameters
+        ----------
+        runs : sequence of str
+            Their names.
+
+        Returns
+        -------
+        Measurement
+        """
+        chosen = {run: data for run, data in self.analyses.items() if run in runs}
+        return Measurement(self.metric, chosen, self.choice)
+
+    def slices(self, **fixed: str) -> Iterator[tuple[str, xr.Dataset, xr.DataArray]]:
+        """Runs with a defined value under the selection.
+
+        Parameters
+        ----------
+        **fixed : str
+            Labels that override the selection.
+
+        Yields
+        ------
+        tuple
+            Run name, analysis, slice.
+        """
+        return fed(self.analyses, self.metric, self.choice, **fixed)
+
+    def curve(
+        self, run: str, values: xr.DataArray, *, axis: str, label: str = "", around: str = "", **fixed: str
+    ) -> Curve:
+        """A measured curve of one run, with its band, its null and its laws.
+
+        Parameters
+        ----------
+        run : str
+            Name of the run.
+        values : DataArray
+            One-dimensional slice of the metric.
+        axis : str
+            Its dimension.
+        label : str
+            What tells it from other curves of the run.
+        around : str
+            Variable with its band, see `spread_of`.
+        **fixed : str
+            Labels that override the selection.
+
+        Returns
+        -------
+        Curve
+        """
+        from depthscope.diagnostics import theory  # here: it imports scipy's integration
+
+        data, values = self.analyses[run], values.rename(self.metric)
+        spread = spread_of(data, values, self.choice, around, **fixed)
+        line = Line(
+            positions(values, axis, self.choice.axis),
+            np.asarray(values.values, dtype=np.float64),
+            f"{run} · {label}" if label else run,
+            lower=spread.lower,
+            upper=spread.upper,
+            error=spread.error,
+            group=run,
+            text=names_of(values, axis),
+        )
+        return Curve(
+            line,
+            self.null_line(line, values, run, **fixed),
+            tuple(theory.overlay_laws(values, data)),
+            spread.words,
+        )
+
+    def null_line(self, like: Line, values: xr.DataArray, run: str, **fixed: str) -> Line | None:
+        """The null at the points of a measured line.
+
+        Parameters
+        ----------
+        like : Line
+            The measured line.
+        values : DataArray
+            The slice that it draws.
+        run : str
+            Name of the run.
+        **fixed : str
+            Labels that override the selection.
+
+        Returns
+        -------
+        Line or None
+            None where the analysis has none, or none that is defined.
+        """
+        null = pick(self.analyses[run], f"{self.metric}_null", self.choice, **fixed)
+        if null is None or not bool(null.notnull().any()):
+            return None
+        # A null may be one number for all depths.
+        level = null.values if null.ndim == 0 else aligned(null, values)
+        if level is None:
+            return None
+        y = np.broadcast_to(np.asarray(level, dtype=np.float64), like.y.shape).copy()
+        return Line(like.x, y, f"{like.label} · null", role="null", group=like.group)
+
+    # --- words
+
+    def axis_label(self, name: str) -> str:
+        """A name with the units of the metric, where it has some.
+
+        Parameters
+        ----------
+        name : str
+            What people call it.
+
+        Returns
+        -------
+        str
+        """
+        units = str(self.attrs.get("units") or "1")
+        return name if units == "1" else f"{name} ({units})"
+
+    def token_words(self, scope: str) -> str:
+        """How many tokens the numbers come from, such as "N = 512 tokens".
+
+        Parameters
+        ----------
+        scope : str
+            Tokens that a metric without scopes is taken from, those of all "data" or of one "sequence"; empty for none.
+
+        Returns
+        -------
+        str
+        """
+        scope = self.choice.scope if scope and "scope" in self.dims else scope
+        return token_count_words(self.analyses, self.choice, scope) if scope else ""
+
+    def constant_null_words(self) -> str:
+        """Sentence about a null that is one declared number, empty where it is not."""
+        null = self.attrs.get("null") if "depth" in self.dims else None
+        return (
+            f"Without structure it would be {number(float(null))}." if isinstance(null, int | float) else ""
+        )
+
+    def basis_words(self) -> str:
+        """Sentence about the basis that the metric depends on, empty for an invariant one and for one stream."""
+        basis = str(self.attrs.get("basis", ""))
+        streams = any(
+            data.sizes.get("stream", 1) > 1 or "connection" in data.dims for data in self.analyses.values()
+        )
+        return "" if basis == "stream" and not streams else _BASES.get(basis, "")
+
+    def sample_words(self) -> str:
+        """Sentences about samples that are too small for the metric, run by run."""
+        notes = {run: data.attrs.get("notes", {}).get(self.metric) for run, data in self.analyses.items()}
+        several = len(self.analyses) > 1
+        return " ".join(
+            f"{f'{run}: ' if several else ''}{note.rstrip('.')}." for run, note in notes.items() if note
+        )
+
+    def caption(self, drawn: Sequence[Line], *, scope: str, remarks: Sequence[str] = ()) -> str:
+        """Caption of curves: selection, number of tokens, null, remarks, basis, sample, and which runs are missing.
+
+        Parameters
+        ----------
+        drawn : sequence of Line
+            What is drawn.
+        scope : str
+            See `token_words`.
+        remarks : sequence of str
+            Sentences of the figure; empty ones are left out.
+
+        Returns
+        -------
+        str
+        """
+        runs = {line.group for line in drawn}
+        shown = self.of([run for run in self.analyses if run in runs])
+        parts = [
+            sentence([selection_words(shown.dims, self.choice), shown.token_words(scope)]),
+            null_words(self.metric)
+            if any(line.role == "null" for line in drawn)
+            else shown.constant_null_words(),
+            *remarks,
+            shown.basis_words(),
+            shown.sample_words(),
+            self.missing_words(runs),
+        ]
+        return " ".join(part for part in parts if part)
+
+    def missing_words(self, drawn: set[str]) -> str:
+        """Sentence that names the runs that are missing from a figure, empty when none is.
+
+        Parameters
+        ----------
+        drawn : set of str
+            Runs that are in the figure.
+
+        Returns
+        -------
+        str
+        """
+        missing = [run for run in self.analyses if run not in drawn]
+        return f"Not measured in {', '.join(missing)}." if missing else ""

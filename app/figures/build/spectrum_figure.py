@@ -1,0 +1,189 @@
+"""Which spectrum do the states have at some depths? Singular values by order, and the density of the eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.build.captions import describe_lines
+from depthscope.app.figures.build.measurement import Measurement
+from depthscope.app.figures.build.values import LABELLED, names_of, pick
+from depthscope.app.figures.specification import Analyses, Array, FigureKind, Line, Lines, Selection
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+
+__all__ = ["SpectrumFigure", "by_order", "density"]
+
+NUM_DEPTHS = 5  # curves that can still be told apart with their nulls
+NUM_BINS = 20
+_NOISE = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."
+
+
+@dataclass(frozen=True)
+class SpectrumFigure(FigureKind):
+    """A figure of the singular values of the states at some depths, with those of noise of the same energy.
+
+    Parameters
+    ----------
+    x_label, y_label : str
+        Axes; the first words of the horizontal one name a position in the alt text.
+    curve : function
+        Orders and singular values, each (K,), in; positions and heights of the points of the curve out.
+    note : str
+        Sentence of the caption.
+    """
+
+    x_label: str
+    y_label: str
+    curve: Callable[[Array, Array], tuple[Array, Array]]
+    note: str = ""
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The selected labels among the dims of the metric, the depths and the step."""
+        dims = CATALOGUE[self.metric].dims
+        return (*(dim for dim in LABELLED if dim in dims), "depths", "step")
+
+    def draw(self, analyses: Analyses, choice: Selection) -> Lines:
+        """The spectra of every run that has them, at the chosen depths.
+
+        Parameters
+        ----------
+        analyses : mapping
+            Run name → analysis.
+        choice : Selection
+            Which version of the numbers; `depths` names the depths.
+
+        Returns
+        -------
+        Lines
+        """
+        measurement = Measurement(self.metric, analyses, choice)
+        lines = [
+            line for run, data, _ in measurement.slices() for line in self._lines(measurement, run, data)
+        ]
+        measured = [line for line in lines if line.role == "measured"]
+        several = any(data.sizes.get("stream", 1) > 1 for data in analyses.values())
+        noise = len(measured) < len(lines)
+        bands = any(line.lower is not None for line in lines)
+        remarks = [
+            "Of the mean over streams." if several else "",
+            "Band: ± one standard error over sequences." if bands else "",
+            _NOISE if noise else "",
+            self.note,
+        ]
+        return Lines(
+            name=self.name,
+            title=self.title,
+            x_label=self.x_label,
+            y_label=measurement.axis_label(self.y_label) if self.curve is by_order else self.y_label,
+            lines=tuple(lines),
+            log_y=True,
+            log_x=True,
+            caption=measurement.caption(measured, scope=choice.scope, remarks=remarks),
+            alt=describe_lines(lines, self.title, self.x_label.partition(" (")[0]),
+            metric=self.metric,
+            sources=("marchenko1967distribution",) if noise else (),
+        )
+
+    def _lines(self, measurement: Measurement, run: str, data: xr.Dataset) -> Iterator[Line]:
+        """The measured spectrum of every depth, and that of noise, at the orders that the states can have."""
+        values, error, null = (
+            pick(data, f"{self.metric}{part}", measurement.choice) for part in ("", "_stderr", "_null")
+        )
+        assert values is not None
+        names = names_of(values, "depth")
+        for depth in _depths(values.sizes["depth"], measurement.choice):
+            label = f"depth {depth}" if len(measurement.analyses) == 1 else f"{run} · depth {depth}"
+            sigma, deviation, noise = (_at(part, depth, values) for part in (values, error, null))
+            reached = np.isfinite(sigma) | np.isfinite(noise)
+            orders = np.asarray(values["order"].values, dtype=np.float64)[reached]
+            sigma, deviation, noise = sigma[reached], deviation[reached], noise[reached]
+            floor = _rounding(sigma, orders)
+            sigma = np.where(sigma > floor, sigma, np.nan)
+            x, y = self.curve(orders, sigma)
+            lower = upper = None
+            if self.curve is by_order and np.isfinite(deviation).any():
+                lower, upper = np.maximum(sigma - deviation, floor), sigma + deviation
+            yield Line(x, y, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(x))
+            if np.isfinite(noise).any():
+                yield Line(*self.curve(orders, noise), f"{label} · null", role="null", group=run)
+
+
+def _depths(size: int, choice: Selection) -> list[int]:
+    """The depths that were chosen and exist, or some from the first to the last."""
+    if choice.depths:
+        return [depth for depth in choice.depths if 0 <= depth < size]
+    return sorted({round(position) for position in np.linspace(0, size - 1, NUM_DEPTHS)})
+
+
+def _at(part: xr.DataArray | None, depth: int, like: xr.DataArray) -> Array:
+    """The values at one depth along `order`; NaN where the analysis has none."""
+    if part is None:
+        return np.full(like.sizes["order"], np.nan)
+    return np.asarray(part.isel(depth=depth).values, dtype=np.float64)
+
+
+def _rounding(sigma: Array, orders: Array) -> float:
+    """The largest singular value that is not distinguishable from zero.
+
+    States are float32: a matrix of rank r is known up to about r · eps · σ₁, the threshold of `numpy.linalg.matrix_rank`
+    too.
+    """
+    known = np.isfinite(sigma)
+    if not known.any():
+        return 0.0
+    return float(np.finfo(np.float32).eps * orders[known].max() * sigma[known].max())
+
+
+def by_order(orders: Array, sigma: Array) -> tuple[Array, Array]:
+    """The singular values themselves.
+
+    Parameters
+    ----------
+    orders, sigma : numpy.ndarray
+        Shape (K,), from the largest on.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Orders and singular values.
+    """
+    return orders, sigma
+
+
+def density(orders: Array, sigma: Array) -> tuple[Array, Array]:
+    """Share of the eigenvalues between two orders over the decades between them, at their middle.
+
+    Parameters
+    ----------
+    orders, sigma : numpy.ndarray
+        Shape (K,), from the largest on.
+
+    Returns
+    -------
+    tuple of numpy.ndarray
+        Eigenvalues and density per decade.
+    """
+    ends = _bin_ends(orders)
+    if len(ends) < 2:
+        return np.zeros(0), np.zeros(0)
+    energy, share = np.log10(sigma[ends] ** 2), np.diff(orders[ends]) / orders[-1]
+    width, middle = energy[:-1] - energy[1:], 0.5 * (energy[:-1] + energy[1:])
+    known = width > 1e-9  # equal eigenvalues have no density: their bin has no width
+    return 10 ** middle[known][::-1], (share[known] / width[known])[::-1]
+
+
+def _bin_ends(orders: Array) -> list[int]:
+    """Indices of the orders between which eigenvalues are counted.
+
+    Bins of equal width in order would hide the few large eigenvalues, those of equal width in log order would be noise
+    at the top; so a bin is half its order wide, and at most a twentieth of all.
+    """
+    ends = [0]
+    for index, order in enumerate(orders):
+        if order - orders[ends[-1]] >= min(0.5 * order, orders[-1] / NUM_BINS):
+            ends.append(index)
+    return ends

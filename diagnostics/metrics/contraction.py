@@ -1,0 +1,146 @@
+"""Do the connections make the streams equal? What products leave of their differences, contraction, Lyapunov exponents."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.mixing import PER_PRODUCT, PER_TOKEN
+from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, over_tokens, rescaled
+
+# Tokens of one block of products, so that those of all connections need not be in memory at once.
+BLOCK = 1024
+
+
+@metric(
+    symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
+    dims="connection reduction",
+    healthy=Range(low=-2.0, source="heuristic"),
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+    infinite=True,
+    headline=True,
+)
+def deflated_gain(mixing: Mixing) -> xr.DataArray:
+    r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
+
+    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ a basis of } 1^\perp
+
+    Below −2 all streams carry the same part of the embedding; −inf for exactly nothing.
+    """
+    return mixing.reduced(_left_of_differences(mixing), depends_on="earlier")
+
+
+@metric(
+    symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
+    dims="connection reduction",
+    healthy=Range(low=-2.0, source="heuristic"),
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+    infinite=True,
+)
+def suffix_deflated_gain(mixing: Mixing) -> xr.DataArray:
+    r"""What is left of a difference between streams on its way to the head: the product from a connection on.
+
+    .. math:: S = H_C \cdots H_{c+1} H_c, \quad \log_{10} \sigma_1\big(U^\top S\, U\big) \text{ by products of } U^\top H U
+
+    Below −2 what a connection writes to one stream reaches the head as if written to all.
+    """
+    return mixing.reduced(_left_of_differences(mixing, reverse=True), depends_on="later")
+
+
+def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray:
+    """Log₁₀ of the deflated gain (C, N), a block of tokens at a time."""
+    # Rounded up: array_split makes blocks of BLOCK tokens or fewer.
+    blocks = np.array_split(mixing.matrices, -(-mixing.matrices.shape[1] // BLOCK), axis=1)
+    return np.concatenate([kernel.deflated_gain(h, reverse=reverse) for h in blocks], axis=1) / np.log(10.0)
+
+
+@metric(
+    symbol=r"1 - |\lambda_2|",
+    dims="connection reduction",
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=0.0,
+    estimator=PER_TOKEN,
+)
+def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
+    r"""Spectral gap of one connection: how fast repeated mixing makes the streams equal.
+
+    .. math:: 1 - |\lambda_2|
+
+    0 for the identity, 1 where one connection already makes all streams the same.
+    """
+    return mixing.reduced(1.0 - eigenvalue_moduli[..., 1])
+
+
+@metric(
+    symbol=r"\tau(H)",
+    dims="connection reduction",
+    label="Dobrushin",
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=1.0,
+    estimator=PER_TOKEN,
+)
+def dobrushin(mixing: Mixing) -> xr.DataArray:
+    r"""Dobrushin coefficient of one connection: the share of differences between streams that may survive.
+
+    .. math:: \tau = \tfrac{1}{2} \max_{i,k} \textstyle\sum_j |H_{ij} - H_{kj}|
+
+    1 for the identity, 0 for uniform mixing; that of a product is at most the product of those of its parts.
+    """
+    return mixing.reduced(mixing.each(kernel.dobrushin))
+
+
+@metric(
+    symbol=r"\tau(P)",
+    dims="connection reduction",
+    label="composite Dobrushin",
+    scale="log",
+    cite="seneta2006nonnegative",
+    basis="stream",
+    null=1.0,
+    estimator=PER_PRODUCT,
+)
+def composite_dobrushin(mixing: Mixing) -> xr.DataArray:
+    r"""Dobrushin coefficient of the product of all connections: the share of differences that may survive.
+
+    .. math:: \tau(P) = \tfrac{1}{2} \max_{i,k} \textstyle\sum_j |P_{ij} - P_{kj}|
+
+    It stops at rounding, near 1e-16; the deflated gain goes on below.
+    """
+    share = mixing.each_product(lambda product, log_scale: rescaled(kernel.dobrushin(product), log_scale))
+    return mixing.reduced(share, depends_on="earlier")
+
+
+@metric(
+    symbol=r"\lambda^{\mathrm{Lyap}}_i",
+    dims="component reduction",
+    label="Lyapunov spectrum",
+    units="nat per connection",
+    cite="benettin1980lyapunov",
+    basis="stream",
+    null=0.0,
+    estimator="QR along the depth per token in float64, then reduced over tokens",
+    infinite=True,
+)
+def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
+    r"""Lyapunov exponents of the product of all connections: growth of each direction per connection, the largest first.
+
+    .. math:: \tfrac{1}{C} \textstyle\sum_c \ln |R_{c,ii}|, \quad H_c Q_{c-1} = Q_c R_c
+
+    The first is 0 for stochastic matrices; the others tell how fast the streams become equal.
+    """
+    exponents = over_tokens(kernel.lyapunov_spectrum(mixing.matrices)[None])[0]
+    # They are of the product of all connections: one connection that is not finite leaves none.
+    if not mixing.finite.all():
+        exponents = np.full_like(exponents, np.nan)
+    coords = {"component": np.arange(mixing.num_streams), "reduction": list(REDUCTIONS)}
+    return xr.DataArray(exponents, dims=("component", "reduction"), coords=coords)

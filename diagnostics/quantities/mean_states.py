@@ -1,0 +1,62 @@
+"""What is compared between depths? The mean over streams of every real token, all depths in memory at once.
+
+Shapes: ``L`` depths, ``N`` real tokens, ``D`` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.states import States, by_kind
+
+
+class MeanStates:
+    """The mean over streams of every real token at every depth, loaded once.
+
+    Parameters
+    ----------
+    states : States
+        The states.
+    masks : DataArray
+        Dims (tokens, sample, token): which tokens count, by kind.
+    """
+
+    def __init__(self, states: States, masks: xr.DataArray) -> None:
+        self._kinds = masks.transpose("tokens", "sample", "token").values[:, states.mask]
+        values, finite = [], []
+        for depth in range(len(states)):
+            views, of_views = states.load(depth)
+            values.append(states.rows(views)[0])  # the first view is the mean
+            finite.append(bool(of_views[0]))
+        self.values = np.stack(values)
+        self.finite = np.array(finite)
+
+    def over_kinds(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Measure the tokens of each kind; what two kinds share is measured once.
+
+        Parameters
+        ----------
+        measure : function
+            States (L, N, D) in, values (...) out.
+
+        Returns
+        -------
+        ndarray
+            (tokens, ...).
+        """
+
+        def measure_kind(counted: np.ndarray) -> np.ndarray:
+            # Without a copy where all tokens count: this is the largest array of an analysis.
+            return measure(self.values if counted.all() else self.values[:, counted])
+
+        return np.stack(by_kind(self._kinds, measure_kind))
+
+
+@quantity
+def mean_states(residual_states: States, token_masks: xr.DataArray) -> MeanStates:
+    """The mean over streams of every real token at every depth."""
+    return MeanStates(residual_states, token_masks)

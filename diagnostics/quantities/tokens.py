@@ -1,0 +1,130 @@
+"""Which tokens count? All real ones, or those without massive activations; and how many they are.
+
+Shapes: ``V`` views of the streams, ``S`` sequences, ``T`` tokens, ``D`` features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import geometry
+from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
+
+# Features and tokens that an attribute names: trained models have fewer than ten massive features (Sun et al. 2024).
+NUM_NAMED = 10
+
+
+@dataclass(frozen=True)
+class Massive:
+    """Massive activations of a run: where they are and how large.
+
+    Parameters
+    ----------
+    token : DataArray
+        Dims (sample, token): true where a token has one at any depth, in any stream.
+    fraction : DataArray
+        Dims (depth, stream): share of the real tokens that have one.
+    ratio : DataArray
+        Dims (depth, stream): the largest activation over the median one.
+    features : tuple of int
+        Features that have one.
+    """
+
+    token: xr.DataArray
+    fraction: xr.DataArray
+    ratio: xr.DataArray
+    features: tuple[int, ...]
+
+    @property
+    def locations(self) -> dict[str, list[Any]]:
+        """Attributes: the first few features, and (sequence, position) of the first few tokens."""
+        tokens = np.argwhere(self.token.values)
+        return {
+            "massive_features": list(self.features[:NUM_NAMED]),
+            "massive_tokens": tokens[:NUM_NAMED].tolist(),
+        }
+
+
+@quantity
+def massive(residual_states: States, mask: xr.DataArray) -> Massive:
+    """Massive activations at every depth, found in one pass."""
+    real = residual_states.mask
+    has_token = np.zeros(real.shape, dtype=bool)
+    has_feature = np.zeros(residual_states.num_features, dtype=bool)
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        found = geometry.massive_activations(views, mask=mask_or_none(real))
+        has_token[found.any(axis=(0, 3))] = True
+        has_feature[found.any(axis=(0, 1, 2))] = True
+        fraction = found.any(axis=3).sum(axis=(1, 2)) / real.sum()
+        return np.stack([fraction, _largest_over_median(views, real)], axis=1)
+
+    both = residual_states.over_depth(measure, ("measure",))
+    return Massive(
+        token=mask.transpose("sample", "token").copy(data=has_token),
+        fraction=both.isel(measure=0),
+        ratio=both.isel(measure=1),
+        features=tuple(np.flatnonzero(has_feature).tolist()),
+    )
+
+
+def _largest_over_median(views: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """The largest magnitude over the median one of views (V, S, T, D); NaN where the median is zero."""
+    # Half of each: the median of an even number is a mean of two, whose sum could exceed float32.
+    halves = np.abs(select_rows(views, real)).reshape(len(views), -1) / 2
+    if not halves.size:
+        return np.full(len(views), np.nan)
+    median = np.median(halves, axis=1)
+    return halves.max(axis=1) / np.where(median > 0, median, np.nan)
+
+
+@quantity
+def token_masks(mask: xr.DataArray, massive: Massive, tokens: tuple[str, ...]) -> xr.DataArray:
+    """Which tokens count, by kind: all real ones, or those that are massive at no depth and in no stream.
+
+    One mask for every depth, so that numbers at two depths are of the same tokens.
+    """
+    kinds = {"all": mask, "ordinary": mask & ~massive.token}
+    chosen = [kinds[kind].transpose("sample", "token").reset_coords(drop=True) for kind in tokens]
+    return xr.concat(
+        chosen, xr.Variable("tokens", list(tokens)), coords="minimal", compat="override", join="override"
+    )
+
+
+@quantity
+def token_counts(token_masks: xr.DataArray, scope: tuple[str, ...]) -> xr.DataArray:
+    """How many tokens a number is computed from, by kind and group: each sequence, all pooled; NaN for none."""
+    counts = token_masks.sum("token")
+    groups = {
+        "sequence": counts.rename(sample="group"),
+        "data": counts.sum("sample").expand_dims("group", -1),
+    }
+    stacked = np.concatenate([groups[label].transpose("tokens", "group").values for label in scope], axis=1)
+    labels = [label for label in scope for _ in range(groups[label].sizes["group"])]
+    coords = {"tokens": token_masks["tokens"], "scope": ("group", labels)}
+    return xr.DataArray(np.where(stacked > 0, stacked, np.nan), dims=("tokens", "group"), coords=coords)
+
+
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Positions of at most so many of ``count`` things, evenly spaced, the first and the last among them.
+
+    Parameters
+    ----------
+    count, most : int
+        How many there are, and how many are wanted.
+
+    Returns
+    -------
+    ndarray of int
+
+    Examples
+    --------
+    >>> evenly_spaced(9, 5).tolist()
+    [0, 2, 4, 6, 8]
+    """
+    return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int))

@@ -1,0 +1,106 @@
+"""How are attributes stored? As text and numbers as they are; everything else as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+# netCDF attributes take no None, bool or dict, and an empty text comes back as None from h5netcdf. A prefix marks what
+# was encoded, so that text written by the user is never parsed.
+_JSON = "json:"
+
+
+def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
+    """A copy of a dataset that every format can store.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Any attributes that JSON can express, on the dataset and on its variables.
+
+    Returns
+    -------
+    Dataset
+    """
+    encoded = dataset.copy()
+    encoded.attrs = _encode_attrs(dataset.attrs)
+    for name, variable in encoded.variables.items():
+        variable.attrs = _encode_attrs(dataset.variables[name].attrs)
+        # Chunks and filters of the file that it was read from do not fit another format.
+        variable.encoding = {}
+        # Fixed-width text is stored at its own width by zarr and refused by h5netcdf; objects work in both.
+        if variable.dtype.kind in "UT":
+            encoded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
+    return encoded
+
+
+def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
+    """The inverse of `encode_dataset`.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        As read from disk.
+
+    Returns
+    -------
+    Dataset
+    """
+    decoded = dataset.copy()
+    decoded.attrs = decode_attrs(dataset.attrs)
+    for name, variable in decoded.variables.items():
+        variable.attrs = decode_attrs(dataset.variables[name].attrs)
+    return decoded
+
+
+def decode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
+    """Attributes as they were before `encode_dataset`.
+
+    Parameters
+    ----------
+    attrs : mapping
+        As read from disk.
+
+    Returns
+    -------
+    dict of str to object
+    """
+    decoded = {}
+    for key, value in attrs.items():
+        if isinstance(value, str) and value.startswith(_JSON):
+            value = json.loads(value.removeprefix(_JSON))
+        elif isinstance(value, np.generic):
+            value = value.item()
+        decoded[str(key)] = value
+    return decoded
+
+
+def _encode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
+    return {str(key): _encode_value(value) for key, value in attrs.items()}
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_text = isinstance(value, str) and value != "" and not value.startswith(_JSON)
+    return value if is_number or is_text else _JSON + json.dumps(value, default=_json_default)
+
+
+def _json_default(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (tuple, set, frozenset)):
+        return list(value)
+    raise TypeError(
+        f"an attribute has the type {type(value).__name__}; expected text, numbers, lists and dicts of them"
+    )

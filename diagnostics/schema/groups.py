@@ -1,0 +1,67 @@
+"""Where in a run is a dataset? The groups of the tree, and the chains below them."""
+
+from __future__ import annotations
+
+import xarray as xr
+
+GROUPS = ("trace", "statistics", "metrics", "coverage")
+
+
+def chains(run: xr.DataTree) -> list[str]:
+    """Names of the residual chains of a run; ``[""]`` where there is one.
+
+    Parameters
+    ----------
+    run : DataTree
+        A run.
+
+    Returns
+    -------
+    list of str
+    """
+    for group in GROUPS:
+        if group in run.children and run[group].children:
+            return list(run[group].children)
+    return [""]
+
+
+def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset | None:
+    """The dataset of one group and chain, or None where the run does not have it.
+
+    Parameters
+    ----------
+    run : DataTree
+        A run.
+    group : str
+        ``"trace"``, ``"statistics"`` or ``"metrics"``.
+    chain : str
+        A name of `chains`.
+
+    Returns
+    -------
+    Dataset or None
+    """
+    if group not in run.children or (chain and chain not in run[group].children):
+        return None
+    dataset = run[group_path(group, chain)].to_dataset()
+    return dataset if dataset.variables else None
+
+
+def group_path(group: str, chain: str) -> str:
+    """The path of a group's dataset below the root; a run with one chain has no level of chains.
+
+    Parameters
+    ----------
+    group, chain : str
+        A name of `GROUPS` and one of `chains`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> group_path("trace", ""), group_path("trace", "decoder")
+    ('trace', 'trace/decoder')
+    """
+    return f"{group}/{chain}" if chain else group

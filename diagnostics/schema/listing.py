@@ -1,0 +1,50 @@
+"""Which runs are in a folder? Saved runs by their path without the ending."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from depthscope.diagnostics.schema.files import SUFFIXES, suffix_of
+
+
+def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
+    """Saved runs below a folder, by their path without the ending; the path of a run gives that run.
+
+    Parameters
+    ----------
+    root : path-like
+        A folder, or one run.
+
+    Returns
+    -------
+    dict of str to Path
+        In alphabetical order; links that leave the root are left out.
+    """
+    base = Path(root).resolve()
+    if base.name.endswith(SUFFIXES):
+        return {_without_suffix(base.name): base} if base.exists() else {}
+    found: dict[str, Path] = {}
+    for entry in sorted(_walk(base)):
+        # A dashboard may serve this folder to others: nothing outside it is offered.
+        if entry.resolve().is_relative_to(base):
+            found[_without_suffix(str(entry.relative_to(base)))] = entry
+    return found
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        # A name with a dot is a run that is being written, see `save_run`.
+        if entry.name.startswith("."):
+            continue
+        if entry.name.endswith(SUFFIXES):
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
+            yield from _walk(entry)
+
+
+def _without_suffix(name: str) -> str:
+    return name.removesuffix(suffix_of(Path(name)))

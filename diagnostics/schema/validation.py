@@ -1,0 +1,151 @@
+"""Is this a run? Its version, groups, dims and dtypes are checked against the declarations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
+from depthscope.diagnostics.schema.variables import COVERAGE, SITES, STATISTICS, TRACE, TRACE_COORDS, Variable
+
+SCHEMA_VERSION = "1.1"
+
+_REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": (), "coverage": ()}
+_DECLARED: dict[str, dict[str, Variable]] = {
+    "trace": TRACE | TRACE_COORDS,
+    "statistics": STATISTICS,
+    "coverage": COVERAGE,
+}
+
+
+class SchemaError(ValueError):
+    """A file or tree is not a run that this version can read."""
+
+
+def validate(run: xr.DataTree) -> None:
+    """Check a run against the contract.
+
+    Parameters
+    ----------
+    run : DataTree
+        A tree that claims to be a run.
+
+    Raises
+    ------
+    SchemaError
+        For a foreign tree, a newer version, or a variable with the wrong dimensions or type.
+    """
+    check_version(run.attrs)
+    for name in run.children:
+        if name not in GROUPS:
+            raise SchemaError(f"unknown group /{name}; expected some of {', '.join('/' + g for g in GROUPS)}")
+    for group in GROUPS:
+        for chain in chains(run):
+            dataset = chain_dataset(run, group, chain)
+            if dataset is not None:
+                _validate_group(dataset, group, f"/{group}/{chain}".rstrip("/"))
+
+
+def check_version(attrs: Mapping[Any, Any]) -> None:
+    """Refuse a tree without a version, or with a newer major version than this one.
+
+    Parameters
+    ----------
+    attrs : mapping
+        The root's attributes.
+
+    Raises
+    ------
+    SchemaError
+        With what came, what was expected and what to do.
+    """
+    version = attrs.get("schema_version")
+    if version is None:
+        raise SchemaError(
+            "not a depthscope run: the attribute schema_version is missing; "
+            "make one with probes.capture(...) and diagnostics.save_run(...)"
+        )
+    try:
+        major = int(str(version).split(".")[0])
+    except ValueError:
+        raise SchemaError(
+            f"schema_version {version!r} is not a version; expected such as {SCHEMA_VERSION}"
+        ) from None
+    if major > int(SCHEMA_VERSION.split(".")[0]):
+        raise SchemaError(
+            f"the run has schema version {version}, this depthscope reads up to {SCHEMA_VERSION}; "
+            "upgrade with: pip install --upgrade depthscope"
+        )
+
+
+def _validate_group(dataset: xr.Dataset, group: str, path: str) -> None:
+    for required in _REQUIRED[group]:
+        if required not in dataset:
+            raise SchemaError(
+                f"{path} has no variable {required!r}; it has {sorted(map(str, dataset.variables))}"
+            )
+    # Variables that are not declared are allowed: a newer minor version, or the user's own.
+    for name, declared in _DECLARED.get(group, {}).items():
+        if name in dataset.variables:
+            _validate_variable(dataset.variables[name], declared, f"{path}/{name}")
+    if group == "trace":
+        _validate_trace(dataset, path)
+
+
+def _validate_variable(variable: xr.Variable, declared: Variable, path: str) -> None:
+    if variable.dims != declared.dims:
+        raise SchemaError(f"{path} has dims {variable.dims}, expected {declared.dims}")
+    if variable.dtype.kind not in declared.kind:
+        raise SchemaError(f"{path} has dtype {variable.dtype}, expected kind {declared.kind!r}")
+
+
+def _validate_trace(trace: xr.Dataset, path: str) -> None:
+    missing = [name for name in ("layer", "site", "module") if name not in trace.coords]
+    if missing:
+        raise SchemaError(f"{path} lacks the coordinates {missing} on depth")
+    unknown = set(map(str, trace["site"].values)) - set(SITES)
+    if unknown:
+        raise SchemaError(f"{path} has sites {sorted(unknown)}, expected some of {SITES}")
+    streams = trace.sizes["stream"]
+    for side in ("stream_out", "stream_in"):
+        if trace.sizes.get(side, streams) != streams:
+            raise SchemaError(
+                f"{path}/h_res has {trace.sizes[side]} along {side}, but the run has {streams} streams"
+            )
+    if "initial_logits" in trace:
+        _validate_replay(trace["initial_logits"].attrs, path)
+    if "connection" in trace.dims and "depth_out" in trace.coords and _has_every_depth(trace):
+        furthest = int(trace["depth_out"].max())
+        if furthest >= trace.sizes["depth"]:
+            raise SchemaError(
+                f"{path}: a connection writes depth {furthest}, the last depth is {trace.sizes['depth'] - 1}"
+            )
+
+
+def _validate_replay(attrs: Mapping[Any, Any], path: str) -> None:
+    """Check what is needed to replay initial logits: what weight decay left of them, and how they become matrices."""
+    try:
+        decay, steps, floor = (float(attrs[name]) for name in ("decay", "sinkhorn_steps", "floor"))
+    except (KeyError, TypeError, ValueError):
+        decay = steps = floor = math.nan  # no comparison with NaN is true, so that the check below fails
+    if not (0 < decay <= 1 and steps >= 1 and floor >= 0 and attrs.get("last") in ("row", "column")):
+        found = ", ".join(
+            f"{name} {attrs.get(name)!r}" for name in ("decay", "sinkhorn_steps", "last", "floor")
+        )
+        raise SchemaError(
+            f"{path}/initial_logits has {found}; expected a "
+            "decay in (0, 1], at least 1 step, 'row' or 'column', and a floor of 0 or more: see diagnostics.with_replay"
+        )
+
+
+def _has_every_depth(trace: xr.Dataset) -> bool:
+    """Whether the depths are 0 … D with the last block's output at the end, so that depth_out must be among them.
+
+    A capture of some sites has gaps; a final norm or a state that is changed before the next block comes after the last
+    connection.
+    """
+    depths = trace["depth"].values.tolist()
+    return str(trace["site"].values[-1]) == "post" and depths == list(range(len(depths)))

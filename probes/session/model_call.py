@@ -1,0 +1,75 @@
+"""How a user's model is called with a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.session.first_forward import RewrittenError
+from depthscope.probes.session.session import Session
+
+
+def batches(batch: Any) -> Iterator[Any]:
+    """The batches in what a user passes.
+
+    Parameters
+    ----------
+    batch : object
+        One batch or an iterable of them.
+
+    Yields
+    ------
+    object
+        Each batch.
+    """
+    if isinstance(batch, (Mapping, torch.Tensor, tuple)):
+        yield batch
+    elif isinstance(batch, Iterable):
+        yield from batch
+    else:
+        raise CaptureError(
+            f"a batch of type {type(batch).__name__} came; expected a mapping, a tensor, a tuple, or an iterable of these"
+        )
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The output of a model for a batch: a mapping is passed as keywords, a tuple or list as positional arguments."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def call_observed(session: Session, batch: Any) -> Any:
+    """The output of a session's model for one batch, with the session's hooks on.
+
+    The model is called once more where the first forward found the structure, but lost the value of a state that was
+    rewritten in place: the second forward copies states as they pass.
+
+    Parameters
+    ----------
+    session : Session
+        With its hooks on.
+    batch : object
+        One batch.
+
+    Returns
+    -------
+    object
+    """
+    with torch.set_grad_enabled(session.options.gradients):
+        output = call_model(session.model, batch)
+        if any(isinstance(error, RewrittenError) for error in session.errors):
+            session.errors.clear()
+            output = call_model(session.model, batch)
+        return output
+
+
+def eager() -> AbstractContextManager[Any]:
+    """A context in which compiled models run as written: code that `torch.compile` made skips hooks put on since."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 and later
+    return set_stance("force_eager") if set_stance is not None else nullcontext()

@@ -1,0 +1,208 @@
+"""The options that `capture`, `record`, `describe` and `jacobian` share: their meaning, defaults and valid values."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict, TypeVar
+
+import torch
+
+from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.model.arguments import Mask
+from depthscope.probes.model.layout import parse_layout
+from depthscope.probes.statistics.streamed_sums import StreamedSums
+from depthscope.probes.structure.sites import SiteSelection, select
+
+STREAMING_DEFAULTS = {"every": 1, "first_sequence": 0}
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+# The types below are for editors and type checkers, which expand ``**options: Unpack[CaptureOptions]``. Defaults, meaning
+# and validation are those of `Options`; a test compares the names.
+
+
+class ModelOptions(TypedDict, total=False):
+    """How the model is read."""
+
+    layers: str | Iterable[str] | None
+    layout: str | None
+    streams: int | None
+    mask: Mask
+
+
+class SiteOptions(ModelOptions, total=False):
+    """How the model is read, and which of its sites."""
+
+    sites: str | Iterable[str] | None
+
+
+class CaptureOptions(SiteOptions, total=False):
+    """How the model is read, which of its sites, and how much of the data is stored."""
+
+    gradients: bool
+    max_sequences: int
+    seed: int
+    streaming: bool | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to capture of a model, and how much of it to store.
+
+    Parameters
+    ----------
+    gradients : bool
+        Also capture ∂loss/∂state at every depth.
+    layers : str or iterable of str, optional
+        Module paths of the blocks, a ModuleList's path, or a pattern such as ``"model.layers.{i}"``; found when not given.
+    layout : str, optional
+        Axes of the state, such as ``"B T D"`` or ``"B T N D"``; found when not given.
+    streams : int, optional
+        Number of streams, where the layout merges them with another axis, as ``"B T (N D)"`` does.
+    sites : str or iterable of str, optional
+        What to capture, by the names that people know, such as ``"mid"``, ``"final"``, ``"h_res"`` or
+        ``"blocks.3.hook_resid_post"``: see `probes.structure.sites`. By default every state, and every weight of stream
+        connections; the insides of plain blocks (``mid``, ``branch_out``) only when asked for.
+    mask : Tensor or callable, optional
+        (B, T), true on real tokens, or a function from the model's arguments to it. Without it the arguments
+        ``attention_mask`` and ``src_key_padding_mask`` are used.
+    max_sequences : int
+        Complete sequences to store raw, drawn uniformly from all that were seen; the statistics count every token.
+    seed : int
+        Seed of that draw.
+    streaming : bool or mapping
+        Also accumulate, over every token of every batch, the spectra of the moments of the mean over streams and of each
+        stream, and the similarity of all depths in the mean (metrics ``streamed_…``). This takes L·D² float64 numbers for the
+        moments of the mean and of each of several streams, L·(512 + 128)·D for the sketch, at L depths of D features,
+        and float32 states of at most 2·D tokens and one forward, which wait to be added; more batches take no more memory.
+        Single streams are left out where they take more than 32 MiB a depth (N·D² > 4 million); more than 256
+        MiB for the mean (D > 5792) is refused. When the run is built four symmetric D×D matrices a depth and view are
+        decomposed. Runs of parts of the data can be added: `probes.merge_runs`. True is for every token;
+        ``{"every": 4}`` streams one sequence in four, drawn by its number, for a quarter of the cost: the metrics are then
+        of these tokens, whose number is ``streamed_count``. ``{"first_sequence": 1000}`` numbers the sequences from there
+        on, so that several processes, each on its part of the data, give their sequences different numbers.
+    """
+
+    gradients: bool = False
+    layers: str | Iterable[str] | None = None
+    layout: str | None = None
+    streams: int | None = None
+    sites: str | Iterable[str] | None = None
+    mask: Mask = None
+    max_sequences: int = 8
+    seed: int = 0
+    streaming: bool | Mapping[str, int] = False
+    blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
+    selection: SiteSelection = field(init=False)  # what `sites` means
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", _block_names(self.layers))
+        names = self.sites if self.sites is None or isinstance(self.sites, str) else list(self.sites)
+        object.__setattr__(self, "selection", select(names))
+        if self.layout is not None:
+            parse_layout(self.layout)
+        if self.streams is not None and self.streams < 1:
+            raise ValueError(f"streams is {self.streams}; expected at least 1")
+        if self.max_sequences < 1:
+            raise ValueError(f"max_sequences is {self.max_sequences}; expected at least 1")
+        if not (self.mask is None or callable(self.mask) or isinstance(self.mask, torch.Tensor)):
+            raise ValueError(
+                f"mask is of type {type(self.mask).__name__}; expected a tensor (B, T), or a function from the model's "
+                "arguments to one"
+            )
+        if isinstance(self.streaming, Mapping):
+            _require_streaming(self.streaming)
+
+    def new_streaming(self, first_index: int) -> StreamedSums | None:
+        """The streamed sums of one forward, from the index of its first sequence; None where they are not wanted."""
+        if not self.streaming:
+            return None
+        given = self.streaming if isinstance(self.streaming, Mapping) else {}
+        chosen = {**STREAMING_DEFAULTS, **given}
+        return StreamedSums(chosen["first_sequence"] + first_index, chosen["every"])
+
+
+def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if layers is None:
+        return None
+    names = (layers,) if isinstance(layers, str) else tuple(layers)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"layers is {names!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
+        )
+    return names
+
+
+def _require_streaming(given: Mapping[str, int]) -> None:
+    chosen = {**STREAMING_DEFAULTS, **given}
+    known = set(chosen) == set(STREAMING_DEFAULTS) and all(
+        isinstance(value, int) for value in chosen.values()
+    )
+    if not known or chosen["every"] < 1 or chosen["first_sequence"] < 0:
+        raise ValueError(
+            f"streaming is {dict(given)}; expected True, or some of every (1 or more) and first_sequence (0 or more)"
+        )
+
+
+# --- plain keywords ---
+
+
+def takes_options(declared: type) -> Callable[[Function], Function]:
+    """Decorate a function that passes its ``**options`` on to `Options`.
+
+    The options appear one by one in its signature and in its docstring, where ``**options`` stands, so that `help` and
+    notebooks show them as if they were written there; a name that is none of them is refused.
+
+    Parameters
+    ----------
+    declared : TypedDict
+        Which options the function takes.
+
+    Returns
+    -------
+    callable
+        The decorator.
+    """
+    taken: frozenset[str] = declared.__optional_keys__  # type: ignore[attr-defined]
+    names = [option.name for option in fields(Options) if option.name in taken]
+    defaults = inspect.signature(Options).parameters
+
+    def decorate(function: Function) -> Function:
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [defaults[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+        signature = inspect.signature(function).replace(parameters=[*own, *options])
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            if unknown:
+                advice = did_you_mean(unknown[0], signature.parameters)
+                raise TypeError(
+                    f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}; {advice}"
+                )
+            return function(*args, **kwargs)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        checked.__doc__ = _with_option_docs(function.__doc__, names)
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def _with_option_docs(docstring: str | None, names: list[str]) -> str | None:
+    """A docstring with the entries of `Options` in place of the entry ``**options``."""
+    if docstring is None or Options.__doc__ is None:  # python -OO removes docstrings
+        return docstring
+    _, section = inspect.cleandoc(Options.__doc__).split("Parameters\n----------\n")
+    entries = {entry.partition(" :")[0]: entry.rstrip() for entry in re.split(r"\n(?=\S)", section)}
+    chosen = "\n".join(entries[name] for name in names) + "\n"
+    return re.sub(
+        r"^\*\*options\b.*\n(?:    .*\n)*",
+        lambda _: chosen,
+        inspect.cleandoc(docstring) + "\n",
+        flags=re.MULTILINE,
+    )

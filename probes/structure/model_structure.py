@@ -1,0 +1,108 @@
+"""What a model was found to be in its first forward: its chains, layouts and stream connections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from depthscope.probes.connections.family import Site
+from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import local_tensor
+from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.structure.sites import SiteSelection
+
+FINAL = -1  # used as a depth: the state after the last norm
+
+
+class CapturedState(NamedTuple):
+    """One state that is captured in every forward: the number of its chain, its depth, and where it is seen."""
+
+    chain: int
+    depth: int  # or `FINAL`
+    point: HookPoint
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The residual chains of a model and how to read them; found once, in the first forward.
+
+    Parameters
+    ----------
+    chains : tuple of Chain
+        The largest one first.
+    layouts : tuple of str
+        Axes of the states, one text for each chain.
+    sites : mapping of int to Site
+        The stream connections of the first chain by their number; empty for a plain model.
+    named_streams : int
+        Number of streams of a model without known connections, as its layout or the user gives it; mostly 1.
+    batch_axis : int
+        Axis of the sequences in the first tensor that the model is called with.
+    selection : SiteSelection
+        Which of the states and connections are captured.
+    """
+
+    chains: tuple[Chain, ...]
+    layouts: tuple[str, ...]
+    sites: Mapping[int, Site]
+    named_streams: int
+    batch_axis: int
+    selection: SiteSelection
+
+    @cached_property
+    def captured(self) -> tuple[CapturedState, ...]:
+        """Every state that is captured."""
+        return tuple(self._captured())
+
+    def _captured(self) -> Iterator[CapturedState]:
+        for number, chain in enumerate(self.chains):
+            for depth, point in enumerate(chain.points):
+                if self.selection.captures(chain, depth):
+                    yield CapturedState(number, depth, point)
+            if chain.final is not None and self.selection.includes("final"):
+                yield CapturedState(number, FINAL, chain.final)
+
+    @property
+    def connections(self) -> tuple[Connection, ...]:
+        """The stream connections of the first chain, which alone can have them."""
+        return self.chains[0].connections if self.sites else ()
+
+    @property
+    def num_streams(self) -> int:
+        """Number of residual streams n, counting each fraction of a stream; 1 for a plain residual model."""
+        return self.sites[0].num_streams if self.sites else self.named_streams
+
+    @property
+    def fractions(self) -> int:
+        """Number of fractions into which the features of each stream are split for the connections; mostly 1."""
+        return self.sites[0].fractions if self.sites else 1
+
+    @property
+    def family(self) -> str:
+        """The connection family: residual, hc, mhc, independent_hc, gated, altup or depth_history."""
+        if self.sites:
+            families = {site.family for site in self.sites.values()}
+            return families.pop() if len(families) == 1 else "hc"  # the most general one contains all others
+        if any(chain.history for chain in self.chains):
+            return "depth_history"
+        return "residual" if self.num_streams == 1 else "unknown"
+
+    def canonical(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """A state of a chain, or its gradient, as (B, T, N, D); a view where the layout allows it."""
+        return canonical(
+            local_tensor(state),
+            self.layouts[number],
+            batch_size=batch_size,
+            num_streams=self.num_streams,
+            fractions=self.fractions,
+        )
+
+    def canonical_final(self, state: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The state after the last norm as (B, T, D): the streams are collapsed by then, whatever their layout was."""
+        if not self.sites and self.num_streams == 1:
+            return self.canonical(0, state, batch_size).squeeze(2)
+        return state.reshape(batch_size, -1, state.shape[-1])

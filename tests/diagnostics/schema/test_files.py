@@ -1,0 +1,94 @@
+"""A saved run comes back complete; what is not a run is refused with a sentence."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import attributes, files
+
+
+@pytest.mark.parametrize("suffix", schema.SUFFIXES)
+@pytest.mark.parametrize("family", ["residual", "hc", "mhc"])
+def test_a_run_survives_the_disk(make_run, tmp_path, family, suffix):
+    run = make_run(family)
+    run.attrs |= {"none": None, "flag": True, "empty": "", "nested": {"a": [1, None]}}
+    path = schema.save_run(run, tmp_path / f"run{suffix}")
+    with schema.open_run(path) as back:
+        xr.testing.assert_identical(back.load(), run)
+        assert back.attrs == run.attrs
+
+
+@pytest.mark.parametrize("suffix", schema.SUFFIXES)
+def test_an_opened_run_can_be_extended_and_saved_over_itself(make_run, tmp_path, suffix):
+    path = schema.save_run(make_run("mhc"), tmp_path / f"run{suffix}")
+    run = schema.open_run(path)
+    run["metrics"] = xr.Dataset({"answer": (("step", "stream"), np.ones((1, 2)))}, {"stream": ["mean", "0"]})
+    schema.save_run(run, path)
+    run.close()
+    with schema.open_run(path) as back:
+        assert float(back["metrics/answer"].sum()) == 2.0
+        assert list(back["metrics"].stream.values) == ["mean", "0"]
+        assert back.trace.residual.shape == (13, 2, 16, 4, 32)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_opening_reads_no_array(make_run, tmp_path):
+    path = schema.save_run(make_run("residual"), tmp_path / "run.nc")
+    with schema.open_run(path) as run:
+        assert not run["trace"].to_dataset().variables["residual"]._in_memory
+
+
+def test_a_failing_save_leaves_the_earlier_file(make_run, tmp_path):
+    run = make_run("residual")
+    path = schema.save_run(run, tmp_path / "run.nc")
+    before = path.read_bytes()
+    broken = run.copy()
+    broken.attrs["bad"] = object()
+    with pytest.raises(TypeError, match="an attribute has the type object"):
+        schema.save_run(broken, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["run.nc"]
+
+
+def test_a_torn_file_is_named(make_run, tmp_path):
+    path = schema.save_run(make_run("residual"), tmp_path / "run.nc")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(schema.SchemaError, match="torn"):
+        schema.open_run(path)
+
+
+@pytest.mark.parametrize("suffix", schema.SUFFIXES)
+def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
+    foreign = tmp_path / f"foreign{suffix}"
+    files._write(xr.DataTree(xr.Dataset({"x": ("y", [1.0])})), foreign, suffix)
+    with pytest.raises(schema.SchemaError, match="not a depthscope run"):
+        schema.open_run(foreign)
+    newer = make_run("residual")
+    newer.attrs["schema_version"] = "2.0"
+    files._write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / f"newer{suffix}", suffix)
+    with pytest.raises(schema.SchemaError, match=r"schema version 2.0.*pip install --upgrade"):
+        schema.open_run(tmp_path / f"newer{suffix}")
+
+
+def test_a_missing_path_and_a_strange_ending(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run at"):
+        schema.open_run(tmp_path / "none.nc")
+    with pytest.raises(schema.SchemaError, match=r"ends in \.nc"):
+        schema.open_run(tmp_path / "run.pkl")
+
+
+def test_two_chains_are_two_child_groups(make_run, tmp_path):
+    trace = make_run("residual")["trace"].to_dataset()
+    run = schema.create_run(
+        {"encoder": trace, "decoder": trace.isel(depth=slice(3))}, attrs={"family": "residual"}
+    )
+    path = schema.save_run(run, tmp_path / "two.nc")
+    with schema.open_run(path) as back:
+        assert schema.chains(back) == ["encoder", "decoder"]
+        assert schema.chain_dataset(back, "trace", "decoder").sizes["depth"] == 3
+        assert schema.chain_dataset(back, "metrics", "decoder") is None

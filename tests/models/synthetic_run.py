@@ -1,0 +1,169 @@
+"""Synthetic runs that follow the contract: small, exact, without torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.kernels import similarity
+
+
+def _doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
+    logits = strength * rng.standard_normal(shape) + 3.0 * np.eye(shape[-1])
+    matrix = np.exp(logits)
+    for _ in range(50):
+        matrix /= matrix.sum(-2, keepdims=True)
+        matrix /= matrix.sum(-1, keepdims=True)
+    return matrix
+
+
+def synthetic_run(
+    family: str = "residual",
+    *,
+    layers: int = 6,
+    samples: int = 2,
+    tokens: int = 16,
+    features: int = 32,
+    streams: int = 4,
+    seed: int = 0,
+    gradients: bool = True,
+    weights: bool = True,
+) -> xr.DataTree:
+    """Build a run whose states really follow x' = H_res x + h_post F for random branches F."""
+    rng = np.random.default_rng(seed)
+    n = 1 if family == "residual" else streams
+    sublayers = layers if n == 1 else 2 * layers
+    x = np.repeat(rng.standard_normal((samples, tokens, 1, features)), n, axis=2)
+    states, parts = [x], {"h_res": [], "h_pre": [], "h_post": [], "branch_in": [], "branch_out": []}
+    for _ in range(sublayers):
+        h_res = np.broadcast_to(np.eye(n), (samples, tokens, n, n)).copy()
+        if family == "mhc":
+            h_res = _doubly_stochastic(rng, (samples, tokens, n, n), 0.3)
+        elif family == "hc":
+            h_res = h_res + 0.05 * rng.standard_normal(h_res.shape)
+        h_pre = np.full((samples, tokens, n), 1.0 / n) + (
+            0.05 * rng.standard_normal((samples, tokens, n)) if n > 1 else 0
+        )
+        h_post = np.ones((samples, tokens, n)) + (
+            0.1 * rng.standard_normal((samples, tokens, n)) if n > 1 else 0
+        )
+        branch_in = np.einsum("btn,btnd->btd", h_pre, x)
+        branch_out = rng.standard_normal((samples, tokens, features))
+        x = np.einsum("btij,btjd->btid", h_res, x) + h_post[..., None] * branch_out[:, :, None]
+        for name, value in zip(parts, (h_res, h_pre, h_post, branch_in, branch_out), strict=True):
+            parts[name].append(value)
+        states.append(x)
+    mask = np.ones((samples, tokens), dtype=bool)
+    mask[-1, : tokens // 4] = False
+    per_layer = 1 if n == 1 else 2
+    depth = np.arange(sublayers + 1)
+    site = ["embed"] + ["post" if per_layer == 1 or i % 2 else "mid" for i in range(sublayers)]
+    dims = schema.STATE
+    variables = {
+        "residual": (dims, np.stack(states).astype(np.float32)),
+        "mask": (("sample", "token"), mask),
+    }
+    if gradients:
+        variables["gradient"] = (
+            dims,
+            (1e-3 * rng.standard_normal(np.stack(states).shape)).astype(np.float32),
+        )
+    coords = {
+        "depth": depth,
+        "layer": ("depth", np.array([-1] + [i // per_layer for i in range(sublayers)])),
+        "site": ("depth", np.array(site, dtype=object)),
+        "module": (
+            "depth",
+            np.array(["embed"] + [f"blocks.{i // per_layer}" for i in range(sublayers)], dtype=object),
+        ),
+        "sample": np.arange(samples),
+        "token": np.arange(tokens),
+        "stream": np.arange(n),
+    }
+    if n > 1:
+        for name, values in parts.items():
+            variables[name] = (schema.TRACE[name].dims, np.stack(values).astype(np.float32))
+        coords |= {
+            "connection": np.arange(sublayers),
+            "connection_layer": ("connection", np.arange(sublayers) // 2),
+            "branch": ("connection", np.array(["attn", "mlp"] * layers, dtype=object)),
+            "connection_module": (
+                "connection",
+                np.array([f"blocks.{i // 2}" for i in range(sublayers)], dtype=object),
+            ),
+            "depth_in": ("connection", np.arange(sublayers)),
+            "depth_out": ("connection", np.arange(1, sublayers + 1)),
+        }
+    attrs = {
+        "model": f"synthetic-{family}",
+        "family": family,
+        "n_streams": n,
+        "orientation": "not_applicable" if n == 1 else "destination_source",
+        "reconstruction_error": None if n == 1 else 1e-7,
+        "dtype": "float32",
+        "seed": seed,
+        "loss_reduction": "mean",
+        "data_digest": "synthetic",
+        "sampling": {"max_sequences": samples, "seed": seed},
+        "software": {"numpy": np.__version__},
+    }
+    streamed = _streamed_statistics(np.stack(states)[:, mask])
+    statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
+    return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
+
+
+def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr.Dataset:
+    """One step of an optimiser on an embedding and one weight a block."""
+    layer = np.arange(-1, layers)
+    count = np.full(len(layer), 1000.0)
+    square = count * rng.uniform(0.5, 2.0, len(layer))
+    variables = {
+        "token_count": ("step", [float(tokens)]),
+        "weight_square_norm": (schema.MOTION, square[None]),
+        "weight_gradient_square_norm": (schema.MOTION, 1e-4 * rng.uniform(0.5, 2.0, (1, len(layer)))),
+        "weight_update_square_norm": (
+            schema.MOTION,
+            1e-6 * square[None] * rng.uniform(0.5, 2.0, (1, len(layer))),
+        ),
+        "weight_count": ("weight", count),
+    }
+    paths = np.array(["embed", *(f"blocks.{i}.linear" for i in range(layers))], dtype=object)
+    coords = {"step": [0], "weight": paths, "weight_layer": ("weight", layer)}
+    return xr.Dataset(variables, coords)
+
+
+def _eigenvalues(x: np.ndarray) -> np.ndarray:
+    """(2, …, feature): raw and centred, of tokens (…, token, feature)."""
+    both = np.stack([x, x - x.mean(-2, keepdims=True)])
+    values = np.zeros((*both.shape[:-2], x.shape[-1]))
+    found = np.linalg.svd(both, compute_uv=False) ** 2
+    values[..., : found.shape[-1]] = found
+    return values
+
+
+def _streamed_statistics(streams: np.ndarray) -> xr.Dataset:
+    """What streaming sums say of tokens (depth, token, stream, feature), here from all of them at once."""
+    x = streams.mean(2)
+    values, of_streams = _eigenvalues(x), _eigenvalues(streams.swapaxes(1, 2))
+    away = x - x.mean(1, keepdims=True)
+    gram = away @ away.transpose(0, 2, 1) * (1 - np.eye(x.shape[1]))
+    hsic = np.array([[similarity.hsic1(k, q) for q in gram] for k in gram])
+    depths = np.arange(len(x))
+    variables = {
+        "streamed_count": ("depth", np.full(len(x), float(x.shape[1]))),
+        "eigenvalue": (schema.SPECTRUM, values),
+        "eigenvalue_shaken": (schema.SPECTRUM, values),
+        "stream_eigenvalue": (schema.STREAM_SPECTRUM, of_streams),
+        "stream_eigenvalue_shaken": (schema.STREAM_SPECTRUM, of_streams),
+        "hsic": (("depth", "other_depth"), hsic),
+        "hsic_without": (("group", "depth", "other_depth"), hsic * np.ones((4, 1, 1))),
+    }
+    centering = np.array(["raw", "centred"], dtype=object)
+    coords = {
+        "depth": depths,
+        "other_depth": depths,
+        "centering": centering,
+        "stream": np.arange(streams.shape[2]),
+    }
+    return xr.Dataset(variables, coords)

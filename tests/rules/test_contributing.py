@@ -1,0 +1,92 @@
+"""Do the examples of CONTRIBUTING.md work, each in a copy of the checkout: one definition, one line, and it is everywhere?"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KINDS = ("metric", "verdict", "figure", "page", "command", "family")
+BLOCK = re.compile(r"<!-- (?P<order>[^>]*?) -->\n+```python\n(?P<code>.*?)```", re.DOTALL)
+
+
+def sections() -> dict[str, list[tuple[str, str]]]:
+    """The marked code blocks of each section that begins with `## Add a …`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## Add an? (?:connection )?(\w+).*$", text, flags=re.MULTILINE)
+    return {
+        kind: [(block["order"], block["code"]) for block in BLOCK.finditer(body)]
+        for kind, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the files that git knows, links kept as links."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def apply(order: str, code: str, folder: Path) -> None:
+    """Do what the comment above a code block says: a new file, an addition, or a line after another one."""
+    action, _, rest = order.partition(": ")
+    if action == "new file":
+        assert not (folder / rest).exists(), f"{rest} exists already"
+        (folder / rest).parent.mkdir(parents=True, exist_ok=True)
+        (folder / rest).write_text(code, encoding="utf-8")
+    elif action == "append to":
+        with (folder / rest).open("a", encoding="utf-8") as file:
+            file.write(f"\n\n{code}")
+    else:
+        assert action == "line", f"unknown comment above a code block: {order}"
+        path, anchor = re.fullmatch(r"(\S+) \| after: (.*)", rest).groups()
+        lines = (folder / path).read_text(encoding="utf-8").splitlines(keepends=True)
+        (place,) = [number for number, line in enumerate(lines) if line.strip() == anchor.strip()]
+        lines.insert(place + 1, code)
+        (folder / path).write_text("".join(lines), encoding="utf-8")
+
+
+def run(folder: Path, *arguments: str) -> None:
+    """Run Python at the root of the copy, which is the package that it imports."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_is_one_example_for_each_kind():
+    assert tuple(sections()) == KINDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_example_is_one_definition_and_one_line(kind, tmp_path):
+    folder = checkout(tmp_path)
+    blocks = sections()[kind]
+    edits = [(order, code) for order, code in blocks if order != "check"]
+    assert [order.partition(":")[0] for order, _ in edits] in (["new file", "line"], ["append to", "line"])
+    assert edits[1][1].count("\n") == 1, "the register takes one line"
+    for order, code in edits:
+        apply(order, code, folder)
+    (check,) = [code for order, code in blocks if order == "check"]
+    (folder / "check.py").write_text(check, encoding="utf-8")
+    run(folder, "-W", "ignore", "check.py")
+    rule = f"tests/rules/test_registered_{'families' if kind == 'family' else kind + 's'}.py"
+    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", rule)
+    run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")

@@ -1,0 +1,102 @@
+"""Is every name one thing? One import name, no module behind a function, no class twice."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import depthscope
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("probes", "diagnostics", "app")
+SCRIPTS = ("depthscope.app.dashboard.navigation.",)  # run by Streamlit, not imported
+HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "transformers")
+
+
+def modules() -> list[str]:
+    return sorted(
+        module.name
+        for package in PACKAGES
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"depthscope.{package}.")
+        if not module.name.startswith(SCRIPTS)
+    )
+
+
+def definitions(package: str) -> list[tuple[Path, ast.AST]]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    return [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
+def test_importing_depthscope_imports_nothing_heavy():
+    code = f"import sys, depthscope; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_saved_runs_are_read_and_judged_without_torch():
+    names = "open_run, save_run, analyze, judge, CATALOGUE, training_curves, kernels, metrics"
+    code = (
+        f"import sys; from depthscope import {names}; metrics.effective_rank; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("name", depthscope.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(depthscope, name) is not None
+    assert name in dir(depthscope)
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'captur'.*capture"):
+        _ = depthscope.captur
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_is_a_module_wherever_it_is_asked_for(name):
+    module = importlib.import_module(name)
+    parent, _, leaf = name.rpartition(".")
+    assert isinstance(module, ModuleType)
+    assert getattr(importlib.import_module(parent), leaf) is module, f"{parent} shows another {leaf}"
+
+
+def test_verbs_are_functions_and_no_module_has_their_name():
+    for verb in ("capture", "record", "describe", "analyze", "judge", "open_run"):
+        assert callable(getattr(depthscope, verb))
+        assert not isinstance(getattr(depthscope, verb), ModuleType)
+    for missing in (
+        "probes.record",
+        "probes.capture",
+        "probes.describe",
+        "diagnostics.analyze",
+        "diagnostics.judge",
+    ):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"depthscope.{missing}")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_two_public_classes_share_a_name(package):
+    names = Counter(
+        node.name
+        for _, node in definitions(package)
+        if isinstance(node, ast.ClassDef) and node.name[0] != "_"
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_says_which_question_it_answers(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert [
+        str(path) for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ] == []
