@@ -107,6 +107,7 @@ def same(cells: list[dict[str, Any]]) -> str:
     for kind, key in names.items():
         found = [cell[key] for cell in cells if key in cell]
         counts = [cell[f"{kind}s"] for cell in cells if f"{kind}s" in cell]
+        # Tools that return no states have no cell.
         if found and min(counts):
             worst = max(found)
             words.append(f"{min(counts)} {kind}s: " + ("equal" if worst == 0 else f"off by {worst:.0e}"))
