@@ -1,4 +1,4 @@
-"""Which numbers of an analysis does a selection name? One labelled slice and its positions."""
+"""Which numbers of an analysis does a selection name? One labelled slice, its positions and their names."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", 
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
-    """Whether an analysis holds a defined number of every variable named.
+    """Whether an analysis has a defined number of every variable named.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def fed(
 
 
 def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
-    """Where the values of a slice lie: indices, or fractions of the last index.
+    """Positions of the values of a slice: indices, or fractions of the last index.
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ def reduce_blocks(matrix: Array, largest: int = 300) -> tuple[Array, int]:
     matrix : numpy.ndarray
         Shape (rows, columns).
     largest : int
-        Most rows or columns kept.
+        Most rows or columns of the result.
 
     Returns
     -------
