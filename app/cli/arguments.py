@@ -7,8 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthscope.app.cli.suggestion import closest
-
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
 
@@ -83,10 +81,11 @@ def metric_names(names: list[str] | None) -> list[str] | None:
         For a name that is no metric, with the closest one.
     """
     from depthscope.diagnostics import CATALOGUE
+    from depthscope.diagnostics.closest_names import did_you_mean
 
     for name in names or ():
         if name not in CATALOGUE:
-            raise ValueError(f"no metric {name!r}{closest(name, CATALOGUE)}")
+            raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
     return names
 
 

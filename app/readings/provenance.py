@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from depthscope.diagnostics.package_versions import package_versions
 
 _LIBRARIES = ("numpy", "scipy", "xarray", "pandas", "matplotlib")
 
@@ -15,7 +15,7 @@ def depthscope_version() -> str:
     str
         ``"0+source"`` where the code runs without being installed.
     """
-    return _version("depthscope") or "0+source"
+    return package_versions(["depthscope"]).get("depthscope", "0+source")
 
 
 def software() -> dict[str, str]:
@@ -26,12 +26,4 @@ def software() -> dict[str, str]:
     dict of str to str
         Libraries that are absent are left out.
     """
-    known = {name: _version(name) for name in _LIBRARIES}
-    return {"depthscope": depthscope_version()} | {name: found for name, found in known.items() if found}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {"depthscope": depthscope_version(), **package_versions(_LIBRARIES)}

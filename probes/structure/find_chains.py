@@ -5,7 +5,6 @@ Found by how the calls of one forward link, output to input, never by class name
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
@@ -241,8 +241,7 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
 
 
 def _closest(path: str, modules: dict[str, nn.Module]) -> str:
-    near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
-    return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+    return did_you_mean(path, modules, otherwise="print the model to see its module paths")
 
 
 def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:

@@ -10,11 +10,11 @@ for the block; without ``blocks.`` a hook name means every block.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.structure.chain import Chain, Connection
 
 STATES = ("embed", "pre", "mid", "post")
@@ -252,7 +252,5 @@ def _request(name: str) -> Request:
         kind, branch = HOOKS[hook]
         number = int(block[1]) if block and block[1].isdigit() else None
         return Request(name, (kind,), number, branch)
-    # Names of hooks are long and alike, so difflib's usual cutoff of 0.6 misses mistyped ones: 0.4, by trial.
-    near = difflib.get_close_matches(hook, [*WORDS, *HOOKS], n=3, cutoff=0.4)
-    advice = f"closest: {', '.join(map(repr, near))}" if near else f"known are such as {', '.join(EXAMPLES)}"
+    advice = did_you_mean(hook, [*WORDS, *HOOKS], otherwise=f"known are such as {', '.join(EXAMPLES)}")
     raise SiteError(f"no site is called {name!r}; {advice}")

@@ -16,7 +16,8 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.model_call import eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
@@ -79,7 +80,7 @@ class Recorder:
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale = weights, scale or LossScale(None)
-        self._rows: list[Row] = []
+        self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
         self._pooled: list[TokenSums] = []
         self._pooled_stamp: int | None = None
@@ -182,7 +183,7 @@ class Recorder:
             )
             sums, weights = _undefined(sums), weights and weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
-        self._rows.append(Row(self.position, sums, sequences, loss, weights, scale))
+        self._rows.append(StepStatistics(self.position, sums, sequences, loss, weights, scale))
 
     def _add(self, parts: list[Measured]) -> list[TokenSums]:
         """Pool the parts of a step, and give what its row keeps of them."""

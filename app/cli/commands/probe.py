@@ -52,6 +52,7 @@ def _run(args: argparse.Namespace) -> int:
     require_run_name(args.out, suffixes=schema.SUFFIXES)
     text = _read_text(args.text)
     loaded = load(args)
+    # After `load`, which prints that torch is being imported while it is.
     from depthscope import probes
     from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
 

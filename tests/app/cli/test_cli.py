@@ -15,6 +15,7 @@ from depthscope import probes
 from depthscope.app.cli.command import FINE, FOUND, INTERRUPTED, USAGE
 from depthscope.app.cli.commands import COMMANDS
 from depthscope.app.cli.main import main
+from depthscope.app.figures import CHOICES
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.verdicts import VERDICTS
@@ -52,6 +53,14 @@ def test_every_command_has_help_and_runs_the_function_that_it_declares(command, 
     assert f"usage: depthscope {command.name}" in printed
     assert "--debug" in printed
     assert command.run.__module__ == f"depthscope.app.cli.commands.{command.name}"
+
+
+def test_the_options_of_a_slice_name_every_label(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    printed = capsys.readouterr().out
+    for name in ("scope", "tokens", "centering", "reduction"):
+        assert f"--{name} {'|'.join(CHOICES[name])}" in printed
 
 
 def test_bare_call_prints_help(capsys):
