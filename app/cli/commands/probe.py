@@ -48,7 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from depthscope.diagnostics import schema
 
-    # Both are checked before torch is imported: a wrong path should not cost ten seconds.
+    # Both are checked before torch is imported and the model is loaded, which takes far longer than this.
     require_run_name(args.out, suffixes=schema.SUFFIXES)
     text = _read_text(args.text)
     loaded = load(args)
