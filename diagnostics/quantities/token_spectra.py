@@ -56,8 +56,8 @@ def _spectra(
 
 
 def _pooled_spectrum(view: np.ndarray, counted: np.ndarray, *, center: bool) -> np.ndarray:
-    rows = select_rows(view[None], counted)[0]
-    return rank.singular_values(rows, center=center) if len(rows) else np.zeros(0)
+    rows = select_rows(view[None], counted)
+    return rank.singular_values(rows, center=center)[0] if rows.shape[1] else np.zeros(0)
 
 
 def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:

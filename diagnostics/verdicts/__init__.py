@@ -1,4 +1,4 @@
-"""What is wrong with a run, and what to try? Every verdict, and `judge`, which asks them all."""
+"""What is wrong with a run, and what to try? Every verdict, and `judge`, which applies them all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from dataclasses import replace
 
 import xarray as xr
 
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.verdicts import learning, representation, signal, streams, training
-from depthscope.diagnostics.verdicts.causes import traced
+from depthscope.diagnostics.schema import GROUPS
+from depthscope.diagnostics.verdicts import (
+    magnitude,
+    representation,
+    streams,
+    trained_mixing,
+    weight_updates,
+)
+from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.verdict import Limits, Profile, Verdict, verdict
 
@@ -18,17 +24,17 @@ __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "j
 VERDICTS: dict[str, Verdict] = {
     each.name: each
     for each in (
-        signal.residual_not_finite,
-        signal.mixing_not_finite,
-        signal.dead_state,
-        signal.exploding_state,
-        signal.vanishing_state,
-        signal.gradient_not_finite,
-        signal.gain_explosion,
-        signal.single_gain_explosion,
-        signal.attenuation,
-        signal.exploding_gradient,
-        signal.vanishing_gradient,
+        magnitude.residual_not_finite,
+        magnitude.mixing_not_finite,
+        magnitude.dead_state,
+        magnitude.exploding_state,
+        magnitude.vanishing_state,
+        magnitude.gradient_not_finite,
+        magnitude.gain_explosion,
+        magnitude.single_gain_explosion,
+        magnitude.attenuation,
+        magnitude.exploding_gradient,
+        magnitude.vanishing_gradient,
         streams.sinkhorn_not_converged,
         streams.negative_mixing,
         streams.expansive_mixing,
@@ -36,8 +42,8 @@ VERDICTS: dict[str, Verdict] = {
         streams.stream_collapse,
         streams.stuck_at_identity,
         streams.some_connections_stuck,
-        learning.unmoved_mixing,
-        learning.decayed_mixing,
+        trained_mixing.unmoved_mixing,
+        trained_mixing.decayed_mixing,
         streams.unread_stream,
         streams.unwritten_stream,
         streams.dominant_stream,
@@ -51,8 +57,8 @@ VERDICTS: dict[str, Verdict] = {
         representation.massive_activations,
         representation.few_tokens_for_cka,
         representation.small_sample,
-        training.large_update,
-        training.lost_update,
+        weight_updates.large_update,
+        weight_updates.lost_update,
     )
 }
 
@@ -63,9 +69,9 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
     Parameters
     ----------
     analysis : Dataset or DataTree
-        What `diagnostics.analyze` gives; of several training steps the last is judged.
+        What `diagnostics.analyze` returns; of several training steps the last is judged.
     passed : bool
-        Give the verdicts that were met too, as PASS.
+        Return the verdicts without a finding too, as PASS.
 
     Returns
     -------
@@ -79,41 +85,43 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
         For what is no analysis, such as a run.
     """
     found = [
-        replace(each, chain=chain) if chain else each
-        for chain, part in _parts(analysis).items()
-        for each in _judge(part)
+        replace(finding, chain=chain)
+        for chain, part in _chains(analysis).items()
+        for finding in _judge_chain(part)
     ]
-    kept = [finding for finding in found if passed or finding.severity > Severity.PASS]
-    return sorted(kept, key=_order)
+    reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
+    return sorted(reported, key=_order)
 
 
-def _parts(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
-    """The analyses of an analysis, by chain."""
-    if isinstance(analysis, xr.Dataset):
-        parts = {"": analysis}
-    elif not isinstance(analysis, xr.DataTree):
-        raise _no_analysis(f"a {type(analysis).__name__}")
-    elif set(schema.GROUPS) & set(analysis.children):
-        raise _no_analysis("a run")
-    elif analysis.children:
-        parts = {chain: node.to_dataset() for chain, node in analysis.children.items()}
-    else:
-        parts = {"": analysis.to_dataset()}
-    for chain, part in parts.items():
-        if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
-            raise _no_analysis(f"a dataset without any metric{f' at {chain}' if chain else ''}")
-    return parts
-
-
-def _no_analysis(came: str) -> ValueError:
-    return ValueError(f"came {came}; expected what diagnostics.analyze gives: judge(analyze(run))")
+def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
+    last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
+    found = [finding for each in VERDICTS.values() for finding in each.findings(last)]
+    return explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
 
 
 def _order(finding: Finding) -> tuple[float, bool, float]:
-    """The worst first, those that follow from another one after the rest, passed ones as they came."""
+    """Sort key: the worst first, those that follow from another one last, passed ones in the order of VERDICTS."""
     return -finding.severity, bool(finding.because), -finding.excess if finding.severity else 0.0
 
 
-def _judge(analysis: xr.Dataset) -> list[Finding]:
-    last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
-    return traced([finding for each in VERDICTS.values() for finding in each.findings(last)], last)
+def _chains(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    """The analysis of each chain, by its name; "" where there is one."""
+    if isinstance(analysis, xr.Dataset):
+        found = {"": analysis}
+    elif not isinstance(analysis, xr.DataTree):
+        raise _no_analysis(f"a {type(analysis).__name__}")
+    elif set(GROUPS) & set(analysis.children):
+        raise _no_analysis("a run")
+    elif analysis.children:
+        found = {chain: node.to_dataset() for chain, node in analysis.children.items()}
+    else:
+        found = {"": analysis.to_dataset()}
+    for chain, part in found.items():
+        # An analysis of a run that can feed no metric has reasons only.
+        if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
+            raise _no_analysis(f"a dataset without any metric{f' at {chain}' if chain else ''}")
+    return found
+
+
+def _no_analysis(came: str) -> ValueError:
+    return ValueError(f"came {came}; expected what diagnostics.analyze returns: judge(analyze(run))")

@@ -1,8 +1,8 @@
-"""Which findings follow from another one? Those that tell the same fact, further on in the network."""
+"""Which findings follow from another one? Those that a worse or equal finding explains, further on in the network."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import xarray as xr
@@ -10,56 +10,41 @@ import xarray as xr
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
 Span = tuple[int, int]
+"""First and last depth of a finding."""
+
+Relation = Callable[[Span, Span], bool]
+"""Whether an effect, given its span and that of its cause, is where the cause explains it."""
 
 
-def _behind(effect: Span, cause: Span) -> bool:
-    """It begins where the cause does, or deeper."""
+def from_there_on(effect: Span, cause: Span) -> bool:
+    """Whether the effect begins at the cause or deeper: what a depth does, all later ones inherit."""
     return effect[0] >= cause[0]
 
 
-def _after(effect: Span, cause: Span) -> bool:
-    """It begins deeper than the cause does."""
+def deeper(effect: Span, cause: Span) -> bool:
+    """Whether the effect begins deeper than the cause, which cannot act on its own input."""
     return effect[0] > cause[0]
 
 
-def _within(effect: Span, cause: Span) -> bool:
-    """It holds at no other place than the cause."""
+def within(effect: Span, cause: Span) -> bool:
+    """Whether the effect is nowhere but at the cause."""
     return cause[0] <= effect[0] and effect[1] <= cause[1]
 
 
-def _beside(effect: Span, cause: Span) -> bool:
-    """They have a place in common."""
+def overlapping(effect: Span, cause: Span) -> bool:
+    """Whether they have a depth in common."""
     return effect[0] <= cause[1] and cause[0] <= effect[1]
 
 
-def _anywhere(effect: Span, cause: Span) -> bool:
-    """The cause reaches every place, as what is not finite spoils all gradients."""
+def anywhere(effect: Span, cause: Span) -> bool:
+    """True: the cause reaches every depth, as one NaN spoils all gradients."""
     return True
 
 
-# By cause: what it brings about, and where.
-CONSEQUENCES: dict[str, tuple[tuple[str, Callable[[Span, Span], bool]], ...]] = {
-    "residual_not_finite": (("gradient_not_finite", _anywhere), ("mixing_not_finite", _after)),
-    "mixing_not_finite": (("residual_not_finite", _behind), ("gradient_not_finite", _anywhere)),
-    "dead_state": (("vanishing_gradient", _anywhere), ("rank_collapse", _behind)),
-    "exploding_gradient": (("exploding_state", _anywhere),),
-    "vanishing_gradient": (("vanishing_state", _anywhere),),
-    "single_gain_explosion": (("gain_explosion", _behind), ("idle_layer", _behind)),
-    "gain_explosion": (("idle_layer", _beside), ("exploding_gradient", _anywhere)),
-    "uniform_mixing": (("stream_collapse", _behind), ("copied_streams", _behind)),
-    "stream_collapse": (("copied_streams", _beside),),
-    "sinkhorn_not_converged": (("expansive_mixing", _behind), ("attenuation", _behind)),
-    "negative_mixing": (("expansive_mixing", _behind),),
-    "unmoved_mixing": (("decayed_mixing", _anywhere),),
-    "dominant_stream": (("unread_stream", _anywhere),),
-    "wasted_layer": (("idle_layer", _within),),
-    "passing_streams": (("copied_streams", _anywhere),),
-    "rank_collapse": (("dimensional_collapse", _behind),),
-}
-
-
-def traced(findings: Sequence[Finding], analysis: xr.Dataset) -> list[Finding]:
-    """Findings of one chain, those that follow from another one being no more than information.
+def explain(
+    findings: Sequence[Finding], analysis: xr.Dataset, causes: Mapping[str, Mapping[str, Relation]]
+) -> list[Finding]:
+    """Findings of one chain, those that follow from another one reduced to INFO.
 
     Parameters
     ----------
@@ -67,33 +52,35 @@ def traced(findings: Sequence[Finding], analysis: xr.Dataset) -> list[Finding]:
         Of one chain.
     analysis : Dataset
         That they are about.
+    causes : mapping of str to mapping of str to function
+        By verdict: the verdicts that it may follow from, and where.
 
     Returns
     -------
     list of Finding
         In the same order.
     """
-    return [_traced(finding, findings, analysis) for finding in findings]
+    return [_explained(finding, findings, analysis, causes.get(finding.verdict, {})) for finding in findings]
 
 
-def _traced(finding: Finding, findings: Sequence[Finding], analysis: xr.Dataset) -> Finding:
+def _explained(
+    finding: Finding, findings: Sequence[Finding], analysis: xr.Dataset, causes: Mapping[str, Relation]
+) -> Finding:
     if finding.severity <= Severity.INFO:
         return finding
     for cause in findings:
-        # What is worse than its cause is told for itself.
-        for effect, where in (
-            CONSEQUENCES.get(cause.verdict, ()) if cause.severity >= finding.severity else ()
-        ):
-            if effect == finding.verdict and where(_depths(finding, analysis), _depths(cause, analysis)):
-                told = (
-                    f"{finding.sentence} It follows from another finding: {cause.verdict.replace('_', ' ')}."
-                )
-                return replace(finding, severity=Severity.INFO, sentence=told, because=cause.verdict)
+        # A finding worse than its cause needs more than that cause, and is reported as it is.
+        if cause.verdict not in causes or cause.severity < finding.severity:
+            continue
+        if causes[cause.verdict](_span(finding, analysis), _span(cause, analysis)):
+            name = cause.verdict.replace("_", " ")
+            sentence = f"{finding.sentence} It follows from another finding: {name}."
+            return replace(finding, severity=Severity.INFO, sentence=sentence, because=cause.verdict)
     return finding
 
 
-def _depths(finding: Finding, analysis: xr.Dataset) -> Span:
-    """Where a finding holds, in depths: a connection is at the depth that it writes, a whole run everywhere."""
+def _span(finding: Finding, analysis: xr.Dataset) -> Span:
+    """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all."""
     if finding.axis == "depth":
         return finding.first, finding.last
     if finding.axis != "connection":
@@ -101,4 +88,5 @@ def _depths(finding: Finding, analysis: xr.Dataset) -> Span:
     if "depth_out" in analysis.coords:
         first, last = analysis["depth_out"].values[[finding.first, finding.last]].tolist()
         return first, last
+    # Without that coordinate connection c writes depth c + 1, since depth 0 is the embedding.
     return finding.first + 1, finding.last + 1

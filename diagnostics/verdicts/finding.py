@@ -30,19 +30,19 @@ class Finding:
     sentence : str
         Plain words with place, number and threshold.
     metric : str
-        The metric that it rests on.
+        The metric that the number comes from.
     value, threshold : float
-        The number found and the one that it is held against.
+        The number found and the limit that it is compared with.
     source : str
         Where the threshold comes from: a key of ``references.bib``, or ``"heuristic"``.
     axis : str
         ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int
-        Positions on the axis that it holds for, inclusive; −1 for a whole run.
+        First and last position on the axis, inclusive; −1 for a run.
     advice : str
         What to try.
     stream : str, optional
-        The stream that it holds for.
+        The stream that it is about.
     chain : str
         The chain, where a run has several.
     because : str
@@ -66,7 +66,7 @@ class Finding:
 
     @property
     def excess(self) -> float:
-        """How many times beyond the threshold the number lies; infinite where one of them is zero."""
+        """By which factor the number is beyond the threshold; infinite where one of them is zero."""
         sizes = abs(self.value), abs(self.threshold)
         return max(sizes) / min(sizes) if min(sizes) > 0 else math.inf
 
@@ -78,6 +78,8 @@ class Finding:
         dict of str to object
         """
         plain = asdict(self) | {"severity": self.severity.name}
+        # JSON has neither NaN nor infinities; Python would write them and other parsers fail.
         for name in ("value", "threshold"):
-            plain[name] = plain[name] if math.isfinite(plain[name]) else None
+            if not math.isfinite(plain[name]):
+                plain[name] = None
         return plain

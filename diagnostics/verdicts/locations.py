@@ -1,4 +1,4 @@
-"""Where is it, in words? Depths and connections as people name them."""
+"""Where is a finding, in words? Depths, connections and modules as people name them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Do tokens stay apart, do dimensions stay in use, does every layer do something? Verdicts on states."""
+"""Do tokens stay different, dimensions in use, and every layer active? Verdicts on the states.
+
+Limits without a comment or a source are heuristics of ours.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,36 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.verdict import Limits, Profile, number, verdict
 
-# Angle, as a share of π, below which a layer counts as doing nothing.
+# Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
+# layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
 
 START = "No layer does more: as at the start of training, where branches begin near zero."
 
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
-    """A rank as a share of its null, both counted from the least possible rank of 1."""
+    """A rank as a share of its null, both counted from the smallest possible rank of 1."""
     return (value - 1.0) / (null - 1.0).where(null > 1.0)
 
 
-def _beside(value: xr.DataArray, share: xr.DataArray, null: float) -> str:
-    """The rank itself, where its share is the least, and the null."""
+def _rank_and_null(value: xr.DataArray, share: xr.DataArray, null: float) -> str:
+    """A sentence with the rank where its share is smallest, and its null."""
     at = int(np.argmin(share.fillna(np.inf).values))
     return (
         f"The effective rank itself is {number(float(value[at]))}, and {number(null)} for noise of that size."
     )
 
 
-@verdict(metric="effective_rank", limits=Limits(warn=0.05, fail=0.01, above=False))
+# A share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of 3.5. Heuristic.
+@verdict(
+    metric="effective_rank",
+    limits=Limits(warn=0.05, fail=0.01, above=False),
+    follows_from={"dead_state": from_there_on},
+)
 def rank_collapse(
     effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, dong_residual: xr.DataArray
 ) -> Iterator[Profile]:
@@ -44,33 +54,46 @@ def rank_collapse(
     null = effective_rank_null.sel(scope="sequence", tokens="ordinary", centering="raw", drop=True)
     share = _share_of_null(value, null)
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
-    # Both must be low: a common mean alone lowers the one, a single loud feature the other.
+    # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
     both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(value.coords)
     yield Profile(
         both.where(share.notnull()),
         "the larger of Dong residual and effective rank over its null, within a sequence, is",
-        more=_beside(value, both, float(null)),
+        note=_rank_and_null(value, both, float(null)),
     )
 
 
-@verdict(metric="effective_rank", limits=Limits(warn=0.05, fail=0.005, above=False))
+# It fails later than within a sequence: pooled tokens of a trained model use a small part of a wide space. Heuristic.
+@verdict(
+    metric="effective_rank",
+    limits=Limits(warn=0.05, fail=0.005, above=False),
+    follows_from={"rank_collapse": from_there_on},
+)
 def dimensional_collapse(
     effective_rank: xr.DataArray, effective_rank_null: xr.DataArray
 ) -> Iterator[Profile]:
     """Over the data the representation uses few directions.
 
     Look for the block where it falls. A head with few classes explains it at the end; elsewhere try less
-    weight decay or decorrelation, and look at more data: N is beside the number.
+    weight decay or decorrelation, and look at more data: N is given with the number.
     """
     pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
     value = effective_rank.sel(pick, drop=True)
     null = effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
     share = _share_of_null(value, null)
     words = "over the data the effective rank, as a share of that of noise, is"
-    yield Profile(share, words, more=_beside(value, share, float(null)))
+    yield Profile(share, words, note=_rank_and_null(value, share, float(null)))
 
 
-@verdict(metric="angular_distance", limits=Limits(warn=IDLE, above=False))
+@verdict(
+    metric="angular_distance",
+    limits=Limits(warn=IDLE, above=False),
+    follows_from={
+        "single_gain_explosion": from_there_on,
+        "gain_explosion": overlapping,
+        "wasted_layer": within,
+    },
+)
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
@@ -81,26 +104,27 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     table = angular_distance.sel(tokens="ordinary", drop=True).transpose("depth", "other_depth")
     angles = np.full(steps.sizes["depth"], np.nan)
     angles[1:] = np.diagonal(table.values, offset=-1)
-    # Neither a final norm nor a change between two blocks is a layer; block influence must be known too.
+    # A final norm is no layer, and neither is a change between two blocks. NaN steps, as at the embedding, are none.
     layers = steps.notnull()
     if "site" in steps.coords:
         layers &= ~steps["site"].isin(["final", "pre"])
     turned = steps.copy(data=angles).where(layers)
-    # A network whose every layer does nothing has not begun to learn, or is no network: the former is common.
+    # If no layer at all does anything, it is most likely a fresh network whose branches begin at zero.
     all_idle = not (turned >= IDLE).any()
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
         ceiling=Severity.INFO if all_idle else Severity.FAIL,
-        more=START if all_idle else "",
+        note=START if all_idle else "",
     )
 
 
-@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05, source="sun2024massive"))
+# What is massive is defined by Sun et al. 2024. The 5 % are ours: the first token and the delimiters are fewer.
+@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05))
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
 ) -> Iterator[Profile]:
-    """Some tokens hold massive activations.
+    """Some tokens have massive activations.
 
     Normal in trained language models, on the first token and delimiters: read ranks and similarities without
     these tokens (tokens = ordinary). Elsewhere look for a feature that the norm does not see.
@@ -110,21 +134,20 @@ def massive_activations(
     yield Profile(
         share,
         "the share of tokens with a massive activation is",
-        more=_where_massive(massive_token_fraction.attrs, largest),
+        note=_massive_locations(massive_token_fraction.attrs, largest),
     )
 
 
-def _where_massive(places: Mapping[str, Any], largest: float) -> str:
-    features = ", ".join(map(str, places.get("massive_features", [])))
-    tokens = sorted({int(token) for _, token in places.get("massive_tokens", [])})
+def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
+    features = ", ".join(map(str, attrs.get("massive_features", [])))
+    tokens = sorted({int(token) for _, token in attrs.get("massive_tokens", [])})
     where = [f"features {features}"] if features else []
     where += [f"token positions {', '.join(map(str, tokens))}"] if tokens else []
-    held = f" ({'; '.join(where)})" if where else ""
-    return (
-        f"The largest is {number(largest)} times the median{held}; this is normal in trained language models."
-    )
+    locations = f" ({'; '.join(where)})" if where else ""
+    return f"The largest is {number(largest)} times the median{locations}; this is normal in trained language models."
 
 
+# Half of the range of CKA: fewer tokens than features. Heuristic.
 @verdict(metric="cka_null", limits=Limits(info=0.5))
 def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     """There are too few tokens for the biased CKA.
@@ -145,10 +168,10 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """
     if "notes" not in attrs:
         return None
-    # The rank of gradients is at most the number of sequences, a handful in every run; its null stands beside it.
+    # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
     notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
-    told = " ".join(
+    sentence = " ".join(
         f"The sample is small for {name.replace('_', ' ')}: {note}." for name, note in notes.items()
     )
     words = "the number of quantities that the sample is small for is"
-    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, told=told)]
+    return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, sentence=sentence)]

@@ -1,4 +1,7 @@
-"""Do the residual streams stay apart, mix as claimed, and all get used? Verdicts on connections."""
+"""Do the streams stay different, mix as claimed, and all get used? Verdicts on connections.
+
+Limits without a comment or a source are heuristics of ours.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,26 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 # Families whose streams never mix by construction: an identity says nothing about them.
 UNMIXED = ("residual", "independent_hc", "gated")
 
-# Streams inside a block whose mean cosine is below this have parted.
+# Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
 PARTED = 0.99
 
-
-# 1 - cosine of streams below this is rounding: they are the same numbers, which one step of training would end.
+# Streams with 1 − cosine below this are the same numbers but for the rounding of float64, as only before the first
+# step of training.
 SAME = 1e-12
+
+# Logarithms (base 10) of the deflated gain: below the first, rounding is all that is left of 1; the second stands for −∞.
+ROUNDING = -14.0
+NOTHING = -300.0
+
+# An identity distance of 0.05: of four streams, each gives 1.4 % of itself to every other at a connection. Heuristic.
+STUCK = 0.05
 
 UNTRAINED = (
     "All streams are equal to the last digit, although the connections read them unequally: no step of training has been "
@@ -30,10 +41,11 @@ UNTRAINED = (
 
 
 def _untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | None) -> bool:
-    """Whether the streams are still the same numbers although they are read unequally, so that training parts them."""
+    """Whether the streams are still the same numbers although read unequally, so that a step of training would end it."""
     if stream_cosine is None or read_share is None:
         return False
     shares = read_share.sel(stream=[s for s in read_share["stream"].values.tolist() if s != "mean"])
+    # A tenth of an equal share: larger than rounding, smaller than any random start of H_pre. Heuristic.
     unequal = shares.max("stream") - shares.min("stream") > 0.1 / shares.sizes["stream"]
     return bool((1.0 - stream_cosine).max() < SAME and unequal.any())
 
@@ -42,6 +54,7 @@ def _claims_doubly_stochastic(attrs: Mapping[str, Any]) -> bool:
     return attrs.get("family") == "mhc"
 
 
+# The limits are ours: over 60 connections an error of 0.01 in every sum is a gain of 1.8, and one of 0.1 of 300.
 @verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-2, fail=1e-1))
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
@@ -58,6 +71,7 @@ def sinkhorn_not_converged(
     return [Profile(values, f"the worst error of a {kind} sum is") for values, kind in sides]
 
 
+# exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
 @verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=1e-2))
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
@@ -72,7 +86,13 @@ def negative_mixing(
     return [Profile(size, "the most negative entry of a mixing matrix has the size")]
 
 
-@verdict(metric="composite_singular_value", limits=Limits(warn=1.05, fail=2.0))
+# A doubly stochastic matrix has norm 1. The published mHC of 60 connections has 1.14 over the later half (its Fig. 8), which
+# this warns of; the limits are ours.
+@verdict(
+    metric="composite_singular_value",
+    limits=Limits(warn=1.05, fail=2.0),
+    follows_from={"sinkhorn_not_converged": from_there_on, "negative_mixing": from_there_on},
+)
 def expansive_mixing(
     mixing_singular_value: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -92,7 +112,12 @@ def expansive_mixing(
     ]
 
 
-@verdict(metric="deflated_gain", limits=Limits(warn=-2.0, above=False), not_for=ALTUP)
+@verdict(
+    metric="deflated_gain",
+    limits=Limits(warn=-2.0, above=False),
+    not_for=ALTUP,
+    follows_from={"uniform_mixing": from_there_on},
+)
 def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """The mixing makes all streams carry the same signal.
 
@@ -104,7 +129,7 @@ def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
         left,
         "of the differences between the streams of the embedding there is left a share of",
         first=True,
-        shown=lambda logarithm: 10.0**logarithm,
+        display=lambda logarithm: 10.0**logarithm,
     )
 
 
@@ -116,17 +141,17 @@ def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """
     left = deflated_gain.sel(reduction="median", drop=True)
     before = left.shift(connection=1, fill_value=0.0)
-    # Past −14 rounding is all that is left, and differences of it say nothing.
-    step = (left - before).where(np.isfinite(before) & (before > -14.0))
+    # What is left after earlier connections may be rounding already, and its ratios mean nothing.
+    step = (left - before).where(np.isfinite(before) & (before > ROUNDING))
     yield Profile(
-        step.where(np.isfinite(step) | step.isnull(), -300.0),
+        step.where(np.isfinite(step) | step.isnull(), NOTHING),
         "one connection alone leaves of the differences between streams a share of",
         first=True,
-        shown=lambda logarithm: 10.0**logarithm,
+        display=lambda logarithm: 10.0**logarithm,
     )
 
 
-@verdict(metric="identity_distance", limits=Limits(info=0.05, above=False), not_for=UNMIXED)
+@verdict(metric="identity_distance", limits=Limits(info=STUCK, above=False), not_for=UNMIXED)
 def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
     """Some connections do not mix the streams.
 
@@ -134,12 +159,12 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     its logits (off-diagonal ones near −8) or a zero dynamic scale.
     """
     typical = identity_distance.sel(reduction="median", drop=True)
-    if bool((typical < 0.05).all()):
+    if bool((typical < STUCK).all()):  # then it is `stuck_at_identity`
         return None
     return [Profile(typical, "the distance of H_res from the identity is")]
 
 
-@verdict(metric="identity_distance", limits=Limits(warn=0.05, above=False), not_for=UNMIXED)
+@verdict(metric="identity_distance", limits=Limits(warn=STUCK, above=False), not_for=UNMIXED)
 def stuck_at_identity(
     identity_distance: xr.DataArray,
     stream_cosine: xr.DataArray | None = None,
@@ -153,11 +178,12 @@ def stuck_at_identity(
     """
     most = identity_distance.sel(reduction="median", drop=True).max("connection")
     words = "the largest distance of any H_res from the identity is"
-    return [Profile(most, words, **_mild_where(_untrained(stream_cosine, read_share)))]
+    return [Profile(most, words, **_info_if(_untrained(stream_cosine, read_share)))]
 
 
-def _mild_where(untrained: bool) -> dict[str, Any]:
-    return {"ceiling": Severity.INFO, "more": UNTRAINED} if untrained else {}
+def _info_if(untrained: bool) -> dict[str, Any]:
+    """Options of a `Profile` that is no failure in an untrained network."""
+    return {"ceiling": Severity.INFO, "note": UNTRAINED} if untrained else {}
 
 
 def _mean_shares(share: xr.DataArray) -> xr.DataArray:
@@ -165,21 +191,26 @@ def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     return share.sel(stream=[s for s in share["stream"].values.tolist() if s != "mean"]).mean("connection")
 
 
-def _dead(share: xr.DataArray, verb: str, **more: Any) -> Iterator[Profile]:
+def _unused_streams(share: xr.DataArray, verb: str, **options: Any) -> Iterator[Profile]:
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
         words = f"stream {stream} is {verb} with a share, relative to an equal one, of"
-        yield Profile(relative, words, stream=str(stream), **more)
+        yield Profile(relative, words, stream=str(stream), **options)
 
 
-@verdict(metric="read_share", limits=Limits(warn=0.1, above=False), not_for=ALTUP)
+@verdict(
+    metric="read_share",
+    limits=Limits(warn=0.1, above=False),
+    not_for=ALTUP,
+    follows_from={"dominant_stream": anywhere},
+)
 def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None = None) -> Iterator[Profile]:
     """A stream is hardly read by any connection.
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    yield from _dead(read_share, "read", **_mild_where(_untrained(stream_cosine, read_share)))
+    yield from _unused_streams(read_share, "read", **_info_if(_untrained(stream_cosine, read_share)))
 
 
 @verdict(metric="write_share", limits=Limits(warn=0.1, above=False))
@@ -188,7 +219,7 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
 
     Fewer streams would do, or a start that writes to them all; check the gradient of H_post.
     """
-    yield from _dead(write_share, "written")
+    yield from _unused_streams(write_share, "written")
 
 
 @verdict(metric="read_share", limits=Limits(warn=1.5, above=False), not_for=ALTUP)
@@ -207,24 +238,33 @@ def dominant_stream(read_share: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="stream_cosine", limits=Limits(warn=0.99))
+@verdict(
+    metric="stream_cosine",
+    limits=Limits(warn=0.99),
+    follows_from={
+        "uniform_mixing": from_there_on,
+        "stream_collapse": overlapping,
+        "passing_streams": anywhere,
+    },
+)
 def copied_streams(stream_cosine: xr.DataArray, read_share: xr.DataArray | None = None) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
-    They start as copies and can only part where writes or mixing differ: break the symmetry of H_post or
+    They start as copies and become different only where writes or mixing differ: break the symmetry of H_post or
     H_pre at the start. Normal in a fresh symmetric network; after training it wastes the streams.
     """
+    # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     yield Profile(
         stream_cosine.where(xr.DataArray(late, dims="depth")),
         "the mean cosine between streams is",
-        **_mild_where(_untrained(stream_cosine, read_share)),
+        **_info_if(_untrained(stream_cosine, read_share)),
     )
 
 
 @verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False))
 def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
-    """The streams do not persist between blocks: they part inside a block and are one again at its end.
+    """The streams do not persist between blocks: they differ inside a block and are one again at its end.
 
     What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
     embedding and merge once before the head; look for a mean over streams at the end of the block.
@@ -232,7 +272,8 @@ def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
     if "site" not in stream_cosine.coords:
         return None
     site = stream_cosine["site"].values
-    handed_on = "pre" if "pre" in site else "post"  # changed on the way to the next block, or not
+    # The state that the next block gets: changed between the blocks ("pre"), or the block's output ("post").
+    handed_on = "pre" if "pre" in site else "post"
     inside = stream_cosine.values[(site != handed_on) & (site != "embed")]
     if not (inside < PARTED).any():
         return None
@@ -260,13 +301,13 @@ def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -
     """Whether rows or columns of H_res are destinations could not be proved.
 
     The streams were copies of one another, or the matrices symmetric, so H_res and its transpose fit alike:
-    forward and backward may be exchanged. Capture a network whose streams have parted.
+    forward and backward may be exchanged. Capture a network whose streams differ.
     """
     if attrs.get("orientation") != "ambiguous":
         return None
     return [
         Profile(
-            xr.DataArray(2.0),
+            xr.DataArray(2.0),  # H_res and its transpose
             "H_res and its transpose both give the next state: the number of orientations that fit is",
             ceiling=Severity.INFO,
         )

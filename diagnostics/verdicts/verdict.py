@@ -1,25 +1,27 @@
-"""What is a verdict? A profile of numbers, limits with their source, a sentence when one is crossed."""
+"""What is a verdict? Numbers along an axis, limits with their source, and a sentence where a limit is crossed."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
 
-# AltUp's branch output holds the active stream itself: its matrix gives that stream up, and products of matrices tell
-# nothing; it always reads the active stream alone.
+# AltUp's branch output contains the active stream itself: its matrix gives that stream up, so that products of matrices
+# mean nothing; and it always reads the active stream only.
 ALTUP = ("altup",)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """From which value on a verdict speaks, and how loudly.
+    """From which value on a verdict reports, by severity.
 
     Parameters
     ----------
@@ -48,14 +50,14 @@ class Limits:
         return values > limit if self.above else values < limit
 
     def severity(self, value: float) -> tuple[Severity, float]:
-        """How bad a value is, and the limit that says so: the mildest one where the value is within."""
+        """How bad a value is, and the limit that it crosses: the mildest one where it crosses none."""
         crossed = [level for level in self.levels if self.beyond(np.asarray(value), level[1])]
         return crossed[-1] if crossed else (Severity.PASS, self.levels[0][1])
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a verdict looks at: numbers along depth, along the connections, or one for the run.
+    """What a verdict judges: numbers along depth, along the connections or modules, or one for the run.
 
     Parameters
     ----------
@@ -66,15 +68,15 @@ class Profile:
     stream : str, optional
         The stream that it belongs to.
     first : bool
-        Tell the first place beyond the limits, not the worst.
+        Report the first position beyond the limits, not the worst.
     ceiling : Severity
-        The worst that it may be called.
-    more : str
-        A sentence that follows.
-    shown : function, optional
-        The number as people read it, where the profile holds another form of it.
-    told : str
-        The whole sentence, where place and number would say nothing.
+        The worst severity that it may get.
+    note : str
+        A further sentence.
+    display : function, optional
+        The number as people read it, where the values are another form of it, such as a logarithm.
+    sentence : str
+        The complete sentence, in place of the one made of `words`, number and position.
     """
 
     values: xr.DataArray
@@ -82,9 +84,13 @@ class Profile:
     stream: str | None = None
     first: bool = False
     ceiling: Severity = Severity.FAIL
-    more: str = ""
-    shown: Callable[[float], float] | None = None
-    told: str = ""
+    note: str = ""
+    display: Callable[[float], float] | None = None
+    sentence: str = ""
+
+    def displayed(self, value: float) -> float:
+        """A value as people read it."""
+        return float(value if self.display is None else self.display(value))
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,11 @@ class Verdict:
     function : function
         Variables in, profiles out; None where the question does not apply.
     wants : tuple of str
-        Variables that it takes where they are there: its parameters that are None by default.
+        Variables that it takes where the analysis has them: its parameters that are None by default.
     not_for : tuple of str
         Families of connections for which the question has no meaning.
+    follows_from : mapping of str to function
+        Other verdicts that explain this one, and where, see `causes`; it is then no more than INFO.
     """
 
     name: str
@@ -118,6 +126,7 @@ class Verdict:
     function: Callable[..., Iterable[Profile] | None]
     wants: tuple[str, ...] = ()
     not_for: tuple[str, ...] = ()
+    follows_from: Mapping[str, Relation] = field(default_factory=dict)
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain.
@@ -136,22 +145,29 @@ class Verdict:
         missing = [name for name in self.needs if name != "attrs" and name not in analysis]
         if missing or analysis.attrs.get("family") in self.not_for:
             return []
-        known = [name for name in self.wants if name in analysis]
-        given = {
-            name: analysis.attrs if name == "attrs" else analysis[name] for name in (*self.needs, *known)
-        }
-        found = [self._judge(profile) for profile in self.function(**given) or ()]
-        return _folded([finding for finding in found if finding is not None])
+        arguments: dict[str, Any] = {}
+        for name in (*self.needs, *self.wants):
+            if name == "attrs":
+                arguments[name] = analysis.attrs
+            elif name in analysis:
+                arguments[name] = analysis[name]
+        found = [self._judge(profile) for profile in self.function(**arguments) or ()]
+        return _merged_by_stream([finding for finding in found if finding is not None])
 
     def _judge(self, profile: Profile) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():
             return None
-        at = self._told(values, profile.first)
+        mildest = self.limits.levels[0][1]
+        beyond = np.flatnonzero(self.limits.beyond(values, mildest))
+        if profile.first and len(beyond):
+            at = int(beyond[0])
+        else:
+            at = int(np.nanargmax(values) if self.limits.above else np.nanargmin(values))
         severity, limit = self.limits.severity(values[at])
         severity = min(severity, profile.ceiling)
-        mildest = self.limits.levels[0][1]
-        beyond = np.flatnonzero(self.limits.beyond(values, mildest)) if severity else np.array([at])
+        if not severity:
+            beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"
         first, last = (-1, -1) if axis == "run" else (int(beyond[0]), int(beyond[-1]))
         return Finding(
@@ -159,8 +175,8 @@ class Verdict:
             severity=severity,
             sentence=self._sentence(profile, values[at], limit, severity, at, beyond),
             metric=self.metric,
-            value=_shown(profile, values[at]),
-            threshold=_shown(profile, limit),
+            value=profile.displayed(values[at]),
+            threshold=profile.displayed(limit),
             source=self.limits.source,
             axis=axis,
             first=first,
@@ -169,31 +185,30 @@ class Verdict:
             stream=profile.stream,
         )
 
-    def _told(self, values: np.ndarray, first: bool) -> int:
-        """The position to tell: the worst, or the first beyond the mildest limit."""
-        beyond = np.flatnonzero(self.limits.beyond(values, self.limits.levels[0][1]))
-        if first and len(beyond):
-            return int(beyond[0])
-        return int(np.nanargmax(values) if self.limits.above else np.nanargmin(values))
-
     def _sentence(
         self, profile: Profile, value: float, limit: float, severity: Severity, at: int, beyond: np.ndarray
     ) -> str:
-        if profile.told:
-            return profile.told
+        if profile.sentence:
+            return profile.sentence
         side = "above" if self.limits.above else "below"
-        held = f"{'' if severity else 'not '}{side} {number(_shown(profile, limit))}"
+        compared = f"{'' if severity else 'not '}{side} {number(profile.displayed(limit))}"
         where = f" {place(profile.values, at)}" if profile.values.dims else ""
-        sentence = f"{profile.words} {number(_shown(profile, value))}{where}, {held} ({self.limits.source})"
+        sentence = (
+            f"{profile.words} {number(profile.displayed(value))}{where}, {compared} ({self.limits.source})"
+        )
         if severity and len(beyond) > 1:
-            mildest = number(_shown(profile, self.limits.levels[0][1]))
+            mildest = number(profile.displayed(self.limits.levels[0][1]))
             sentence += f"; it is {side} {mildest} {span(profile.values, beyond)}"
-        more = f" {profile.more}" if profile.more and severity else ""
-        return f"{sentence[0].upper()}{sentence[1:]}.{more}"
+        note = f" {profile.note}" if profile.note and severity else ""
+        return f"{sentence[0].upper()}{sentence[1:]}.{note}"
 
 
 def verdict(
-    *, metric: str, limits: Limits, not_for: tuple[str, ...] = ()
+    *,
+    metric: str,
+    limits: Limits,
+    not_for: tuple[str, ...] = (),
+    follows_from: Mapping[str, Relation] | None = None,
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
 
@@ -202,9 +217,11 @@ def verdict(
     metric : str
         The metric that the number comes from.
     limits : Limits
-        Where it begins to speak.
+        From which value on it reports.
     not_for : tuple of str
         Families of connections that it does not judge.
+    follows_from : mapping of str to function, optional
+        See `Verdict`.
 
     Returns
     -------
@@ -215,19 +232,25 @@ def verdict(
     def declare(function: Callable[..., Iterable[Profile] | None]) -> Verdict:
         title, _, advice = (inspect.getdoc(function) or "").partition("\n")
         parameters = inspect.signature(function).parameters.values()
-        needs, wants = (
-            tuple(each.name for each in parameters if (each.default is None) is optional)
-            for optional in (False, True)
+        return Verdict(
+            name=function.__name__,
+            title=title,
+            advice=" ".join(advice.split()),
+            metric=metric,
+            limits=limits,
+            needs=tuple(each.name for each in parameters if each.default is not None),
+            function=function,
+            wants=tuple(each.name for each in parameters if each.default is None),
+            not_for=not_for,
+            follows_from=follows_from or {},
         )
-        words = " ".join(advice.split())
-        return Verdict(function.__name__, title, words, metric, limits, needs, function, wants, not_for)
 
     return declare
 
 
-def _folded(found: list[Finding]) -> list[Finding]:
-    """The worst of the findings about a stream, its sentence followed by those of the others; passed ones stay."""
-    kept = [finding for finding in found if finding.severity == Severity.PASS]
+def _merged_by_stream(found: list[Finding]) -> list[Finding]:
+    """One finding a stream: the worst, its sentence followed by those of the others; passed ones unchanged."""
+    merged = [finding for finding in found if finding.severity == Severity.PASS]
     beyond = sorted(
         (finding for finding in found if finding.severity),
         key=lambda finding: (finding.severity, finding.excess),
@@ -235,16 +258,10 @@ def _folded(found: list[Finding]) -> list[Finding]:
     )
     for stream in dict.fromkeys(finding.stream for finding in beyond):
         worst, *others = (finding for finding in beyond if finding.stream == stream)
-        sentences = [
-            worst.sentence,
-            *(f"Also: {each.sentence[0].lower()}{each.sentence[1:]}" for each in others),
-        ]
-        kept.append(replace(worst, sentence=" ".join(sentences)))
-    return kept
-
-
-def _shown(profile: Profile, value: float) -> float:
-    return float(value if profile.shown is None else profile.shown(value))
+        sentences = [worst.sentence]
+        sentences += [f"Also: {each.sentence[0].lower()}{each.sentence[1:]}" for each in others]
+        merged.append(replace(worst, sentence=" ".join(sentences)))
+    return merged
 
 
 def number(value: float) -> str:

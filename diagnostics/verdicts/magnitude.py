@@ -1,4 +1,7 @@
-"""Does the signal explode, fade or stop being a number? Verdicts forward and backward."""
+"""Does the signal explode, fade or stop being a number? Verdicts on states, gradients and gains.
+
+Limits without a comment or a source are heuristics of ours.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,18 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import NOT_FINITE, WITHOUT_GRADIENT
+from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.locations import place, span
 from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 DIRECTIONS = ("forward", "backward")
 
-# Over the later half of the depth a sum of like branches grows by √2, and by 2 where they all agree.
+# A sum of branches grows over the later half of the depth by √2 where they are independent, and by 2 where they all
+# agree; a state that is multiplied grows exponentially. Heuristic: between 2 and that.
 LATE_GROWTH = 3.0
-# Below this share of its sum a stream counts as faded.
+# A stream with less than half of its sum left counts as faded. Heuristic.
 FADED = 0.5
 
 CANCELLED = (
@@ -26,21 +31,22 @@ CANCELLED = (
 
 
 def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
-    """How many tokens are not finite at each place of an axis; 1 where that was not counted."""
-    if "stream" in values.dims:  # their mean is not known of every run, and counts only where it is alone
+    """How many tokens are not finite at each position of an axis; 1 where that was not counted."""
+    if "stream" in values.dims:
+        # Training curves have no mean over streams: of several, only the streams themselves count.
         values = values.sel(stream=[s for s in values["stream"].values.tolist() if s != "mean"] or ["mean"])
     missing = values.isnull().any([dim for dim in values.dims if dim != axis]).astype(float)
-    counts = values.attrs.get(schema.NOT_FINITE, {})
-    told = [
-        counts.get(str(place), found)
-        for place, found in zip(missing[axis].values, missing.values, strict=True)
+    counts = values.attrs.get(NOT_FINITE, {})
+    numbers = [
+        counts.get(str(position), found)
+        for position, found in zip(missing[axis].values, missing.values, strict=True)
     ]
-    return missing.copy(data=np.array(told, dtype=float)).where(missing > 0, 0.0)
+    return missing.copy(data=np.array(numbers, dtype=float)).where(missing > 0, 0.0)
 
 
-@verdict(metric="residual_norm", limits=Limits(fail=0.0))
+@verdict(metric="residual_norm", limits=Limits(fail=0.0), follows_from={"mixing_not_finite": from_there_on})
 def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
-    """The residual holds NaN or infinities.
+    """The residual has NaN or infinities.
 
     Look at the block before the first such depth: overflow in half precision, a division by zero in a norm,
     or exploded weights. Rerun that block in float32 and lower the learning rate.
@@ -50,15 +56,15 @@ def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     )
 
 
-@verdict(metric="mixing_gain", limits=Limits(fail=0.0))
+@verdict(metric="mixing_gain", limits=Limits(fail=0.0), follows_from={"residual_not_finite": deeper})
 def mixing_not_finite(mixing_gain: xr.DataArray) -> Iterator[Profile]:
-    """Mixing matrices hold NaN or infinities.
+    """Mixing matrices have NaN or infinities.
 
     Look at the logits of that connection, and at the norm of what they are computed from: overflow in half
     precision, or a division by zero. No product with it is known, so later composites are undefined.
     """
     yield Profile(
-        _not_finite(mixing_gain.sel(reduction="mean"), "connection"),  # statistics keep no quantiles
+        _not_finite(mixing_gain.sel(reduction="mean"), "connection"),  # training curves have no quantiles
         "the number of tokens whose mixing matrix is not finite is",
         first=True,
     )
@@ -69,7 +75,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """The state is zero: nothing is passed on.
 
     Look at the block before the first such depth: a branch or a skip that is multiplied by zero, a ReLU that no
-    token passes, or values below what half precision holds.
+    token passes, or values that half precision rounds to zero.
     """
     norm = _one_view(residual_norm)
     zero = np.flatnonzero(norm.values == 0)
@@ -78,11 +84,17 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
         (norm == 0).astype(float).where(norm.notnull()),
         "the number of depths at which the state is zero is",
         first=True,
-        told=f"The state is zero {where}, where any size above 0 is expected (heuristic)." if where else "",
+        sentence=f"The state is zero {where}, where any size above 0 is expected (heuristic)."
+        if where
+        else "",
     )
 
 
-@verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8))
+# Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
+# embedding. Beyond 1e8 the sum no longer resolves the embedding in float32, whose spacing is 1.2e-7.
+@verdict(
+    metric="residual_norm", limits=Limits(warn=1e4, fail=1e8), follows_from={"exploding_gradient": anywhere}
+)
 def exploding_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """The state grows without measure through the depth.
 
@@ -91,7 +103,12 @@ def exploding_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     yield from _growth(residual_norm)
 
 
-@verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False))
+# The inverse of those of an exploding state.
+@verdict(
+    metric="residual_norm",
+    limits=Limits(warn=1e-4, fail=1e-8, above=False),
+    follows_from={"vanishing_gradient": anywhere},
+)
 def vanishing_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """The state fades through the depth.
 
@@ -101,7 +118,7 @@ def vanishing_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
 
 def _growth(norm: xr.DataArray) -> Iterator[Profile]:
-    """Size of the state over that of the embedding, where neither is zero."""
+    """Size of the state over that of the embedding, where neither is zero (see `dead_state`)."""
     norm = _one_view(_before_final_norm(norm))
     first = norm.isel(depth=0, drop=True)
     yield Profile(
@@ -110,20 +127,30 @@ def _growth(norm: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="gradient_norm", limits=Limits(fail=0.0))
+@verdict(
+    metric="gradient_norm",
+    limits=Limits(fail=0.0),
+    follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
+)
 def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
-    """The gradient holds NaN or infinities.
+    """The gradient has NaN or infinities.
 
     Lower the loss scale or the learning rate, clip the gradient, and look at the loss itself first.
     """
-    absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(schema.WITHOUT_GRADIENT, []))
+    absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(WITHOUT_GRADIENT, []))
     yield Profile(
         _not_finite(gradient_norm, "depth").where(~absent),
         "the number of tokens whose gradient is not finite is",
     )
 
 
-@verdict(metric="composite_gain", limits=Limits(warn=10.0, fail=100.0), not_for=ALTUP)
+# Heuristic, between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports; so for one connection.
+@verdict(
+    metric="composite_gain",
+    limits=Limits(warn=10.0, fail=100.0),
+    not_for=ALTUP,
+    follows_from={"single_gain_explosion": from_there_on},
+)
 def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
     """The signal explodes through the product of the mixing matrices.
 
@@ -131,6 +158,7 @@ def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
     mHC paper reports about 3000 for an unstable 27B HC and 1.6 for mHC.
     """
     for direction in DIRECTIONS:
+        # The 99th percentile over tokens: one outlier token is no explosion. Heuristic.
         gain = composite_gain.sel(direction=direction, reduction="p99", drop=True)
         yield Profile(
             gain,
@@ -145,12 +173,19 @@ def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     Look at the dynamic part of that connection: its scale, and the norm of what it is computed from.
     """
     for direction in DIRECTIONS:
-        reduction = "p99" if "p99" in mixing_gain["reduction"].values else "max"  # statistics keep the latter
+        reduction = (
+            "p99" if "p99" in mixing_gain["reduction"].values else "max"
+        )  # training curves have the latter
         gain = mixing_gain.sel(direction=direction, reduction=reduction, drop=True)
         yield Profile(gain, f"the {direction} gain of one connection ({reduction} over tokens) is")
 
 
-@verdict(metric="composite_attenuation", limits=Limits(warn=FADED, fail=0.05, above=False), not_for=ALTUP)
+@verdict(
+    metric="composite_attenuation",
+    limits=Limits(warn=FADED, fail=0.05, above=False),
+    not_for=ALTUP,
+    follows_from={"sinkhorn_not_converged": from_there_on},
+)
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray
 ) -> Iterator[Profile]:
@@ -163,18 +198,22 @@ def attenuation(
     for direction in DIRECTIONS:
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
         side = "row" if direction == "forward" else "column"
-        # Where no entry is negative, the least singular value is below every sum, and the sum stands.
+        # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger. Where no
+        # entry is negative it is below every sum, and the sum is judged.
         faded = weakest.copy(data=np.maximum(weakest.values, least.values))
         cancelled = not (faded < FADED).any()
         yield Profile(
             weakest if cancelled else faded,
             f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",
             ceiling=Severity.INFO if cancelled else Severity.FAIL,
-            more=CANCELLED if cancelled else "",
+            note=CANCELLED if cancelled else "",
         )
 
 
-@verdict(metric="backward_gain", limits=Limits(warn=10.0, fail=1000.0))
+# Within a factor of 10 across depth is a rule of thumb; the fail limits are ours.
+@verdict(
+    metric="backward_gain", limits=Limits(warn=10.0, fail=1000.0), follows_from={"gain_explosion": anywhere}
+)
 def exploding_gradient(
     backward_gain: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -185,7 +224,11 @@ def exploding_gradient(
     yield from _gradient_profiles(backward_gain, residual_norm, relative_gradient, growing=True)
 
 
-@verdict(metric="backward_gain", limits=Limits(warn=0.1, fail=1e-3, above=False))
+@verdict(
+    metric="backward_gain",
+    limits=Limits(warn=0.1, fail=1e-3, above=False),
+    follows_from={"dead_state": anywhere},
+)
 def vanishing_gradient(
     backward_gain: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -202,9 +245,9 @@ def _gradient_profiles(
 ) -> Iterator[Profile]:
     """Gain against the last state before a final norm; no more than INFO where a sum of branches explains it.
 
-    Branches that normalise their input make the gradient inversely proportional to the state: ‖δ‖·‖x‖, of
-    every token where it is known, is what then stays constant. So it does in any network that multiplies the
-    state by a factor; but a sum of such branches does not shrink, and does not multiply late in the depth.
+    Branches that normalise their input make the gradient inversely proportional to the state: then ‖δ‖·‖x‖, per token
+    where it is known, stays constant. It does so in any network that multiplies the state by a factor too; but a sum
+    of such branches does not shrink, and does not multiply late in the depth.
     """
     sensitivity = gain * norm if relative is None else relative
     gain, sensitivity, norm = (
@@ -216,9 +259,10 @@ def _gradient_profiles(
         profile / profile.isel(depth=-1, drop=True).where(lambda last: last > 0)
         for profile in (gain, sensitivity)
     )
+    # Multiplication shows in the later half; the first branches dwarf the embedding in a healthy sum as well.
     summed = bool(norm.isel(depth=-1) <= LATE_GROWTH * norm.isel(depth=norm.sizes["depth"] // 2))
     explained = growing and summed and bool(sensitivity.max() <= 10.0)
-    more = (
+    note = (
         "Relative to the size of the state it stays within a factor of 10: it follows the size of the states, "
         "as where every branch normalises its input and is added."
     )
@@ -226,15 +270,16 @@ def _gradient_profiles(
         gain,
         "the gradient's norm, relative to that at the last block, is",
         ceiling=Severity.INFO if explained else Severity.FAIL,
-        more=more if explained else "",
+        note=note if explained else "",
     )
 
 
 def _before_final_norm(profile: xr.DataArray) -> xr.DataArray:
     if "site" not in profile.coords:
         return profile
-    keep = np.flatnonzero(profile["site"].values != "final")
-    return profile.isel(depth=slice(0, int(keep[-1]) + 1)) if len(keep) else profile
+    # The final norm resets the size, so that what comes before it would look as if it exploded or faded.
+    before = np.flatnonzero(profile["site"].values != "final")
+    return profile.isel(depth=slice(0, int(before[-1]) + 1)) if len(before) else profile
 
 
 def _one_view(profile: xr.DataArray) -> xr.DataArray:

@@ -1,4 +1,7 @@
-"""Did training move the mixing, or is it what initialisation and weight decay made of it? Verdicts beside a replay."""
+"""Did training move the mixing, or did initialisation and weight decay alone? Verdicts that compare with a replay.
+
+Limits without a source are heuristics of ours.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,32 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.verdict import Limits, Profile, number, verdict
 
+# Logarithm of half: a contraction by less needs no explanation. Heuristic.
 HALF = float(np.log10(0.5))
-NOTHING = -300.0  # log₁₀ that stands for exactly nothing
+# Replaces −∞, the logarithm of exactly nothing, so that differences of it are finite.
+NOTHING = -300.0
 
 
+# A hundredth of the scale of the identity, the distance of entries that moved by 0.01. Heuristic.
 @verdict(metric="initial_distance", limits=Limits(warn=0.01, above=False))
 def unmoved_mixing(initial_distance: xr.DataArray) -> Iterator[Profile]:
     """No mixing matrix has moved from its initialisation.
 
-    See whether the optimiser holds the logits, and what gradient they get: those that Sinkhorn maps to entries
+    See whether the optimiser has the logits, and what gradient they get: those that Sinkhorn maps to entries
     near 0 or 1 get hardly any. Normal before training.
     """
     most = initial_distance.sel(reduction="median", drop=True).max("connection")
     yield Profile(most, "the largest distance of any H_res from its initial value is")
 
 
-@verdict(metric="replayed_deflated_gain", limits=Limits(warn=0.1, above=False))
+@verdict(
+    metric="replayed_deflated_gain",
+    limits=Limits(warn=0.1, above=False),
+    follows_from={"unmoved_mixing": anywhere},
+)
 def decayed_mixing(
     deflated_gain: xr.DataArray, replayed_deflated_gain: xr.DataArray
 ) -> Iterable[Profile] | None:
@@ -35,22 +46,17 @@ def decayed_mixing(
     """
     measured = deflated_gain.sel(reduction="median", drop=True).clip(min=NOTHING)
     replayed = replayed_deflated_gain.clip(min=NOTHING)
-    whole = float(np.fmin(measured[-1], replayed[-1]))
-    if not whole < HALF:  # hardly anything is lost, and nothing is there to explain
+    total = float(np.fmin(measured[-1], replayed[-1]))
+    if not total < HALF:  # hardly anything is lost, or it is not known (NaN)
         return None
-    left, explained, decay = (
-        number(value)
-        for value in (
-            10.0 ** float(measured[-1]),
-            10.0 ** float(replayed[-1]),
-            replayed_deflated_gain.attrs["decay"],
-        )
-    )
+    left = number(10.0 ** float(measured[-1]))
+    explained = number(10.0 ** float(replayed[-1]))
+    decay = number(replayed_deflated_gain.attrs["decay"])
     return [
         Profile(
-            abs(measured - replayed).max() / abs(whole),
+            abs(measured - replayed).max() / abs(total),
             "training changed the contraction of the streams over depth, in logarithms, by a share of",
-            more=(
+            note=(
                 f"Of the differences between streams {left} is left; the initial matrices after weight decay (logits "
                 f"times {decay}) alone leave {explained}."
             ),

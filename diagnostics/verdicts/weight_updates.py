@@ -1,4 +1,7 @@
-"""Does a step of the optimiser move every module, and none too far? Verdicts on weights and their updates."""
+"""Does a step of the optimiser move every module, and none too far? Verdicts on updates of weights.
+
+Limits without a source are heuristics of ours.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import xarray as xr
 from depthscope.diagnostics.verdicts.verdict import Limits, Profile, verdict
 
 
-# The ratio is to the weights after the step: a step that rewrites a module wholly has 1.
+# The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
+# module completely has 1.
 @verdict(metric="update_ratio", limits=Limits(warn=0.1, fail=0.5))
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One step of the optimiser rewrites much of a module.
@@ -20,11 +24,12 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     yield Profile(update_ratio, "the change of the weights in one step, relative to the weights, is")
 
 
+# About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False))
 def lost_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """A step of the optimiser leaves a module as it was.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, whether the optimiser
-    holds its parameters, and whether half precision rounds the update away: keep float32 weights beside them.
+    has its parameters, and whether half precision rounds the update away: keep a float32 copy of the weights.
     """
     yield Profile(update_ratio, "the change of the weights in one step, relative to the weights, is")
