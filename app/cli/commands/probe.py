@@ -89,7 +89,7 @@ def _read_text(source: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text.strip():
-        raise ValueError(f"{source} holds no text; expected a few thousand words of UTF-8")
+        raise ValueError(f"{source} contains no text; expected a few thousand words of UTF-8")
     return text
 
 

@@ -19,17 +19,17 @@ from tests.models.stream_models import deepseek_v4
 def test_analyze_writes_metrics_into_the_run(saved, tmp_path, capsys):
     path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--json"]) == FINE
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     with schema.open_run(path) as run:
-        assert set(run["metrics"].data_vars) == set(told["metrics"])
+        assert set(run["metrics"].data_vars) == set(printed["metrics"])
         assert "residual" in run["trace"]
         assert run.attrs["family"] == "mhc"
         first = run["metrics"]["effective_rank"].sel(
             scope="sequence", tokens="all", centering="raw", stream="mean"
         )
-        assert told["depth"]["m"][0]["effective_rank"] == pytest.approx(float(first[0, 0]))
-    assert told["connection"]["m"][0]["composite_gain_forward"] == pytest.approx(1.0, abs=1e-3)
-    assert told["depth"]["m"][0]["adjacent_cka"] is None  # undefined, not zero
+        assert printed["depth"]["m"][0]["effective_rank"] == pytest.approx(float(first[0, 0]))
+    assert printed["connection"]["m"][0]["composite_gain_forward"] == pytest.approx(1.0, abs=1e-3)
+    assert printed["depth"]["m"][0]["adjacent_cka"] is None  # undefined, not zero
 
 
 def test_analyze_out_leaves_the_run_alone(saved, tmp_path, capsys):
@@ -74,7 +74,7 @@ def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, optio
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_metrics_that_a_run_holds_stay_beside_those_measured_again(saved, tmp_path):
+def test_metrics_that_a_run_contains_stay_with_those_measured_again(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--jackknife"]) == FINE
     first = schema.open_run(path)["metrics"].to_dataset().load()
@@ -130,14 +130,14 @@ def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
     assert "curvature (" in said
     assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
     assert main([*asked, "--json"]) == FINE
-    told = json.loads(capsys.readouterr().out)["apart"]["m"]
-    assert told["cka"]["dims"] == ["depth", "other_depth"]
+    printed = json.loads(capsys.readouterr().out)["apart"]["m"]
+    assert printed["cka"]["dims"] == ["depth", "other_depth"]
     stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
-    assert told["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
-    assert told["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
+    assert printed["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
+    assert printed["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
 
 
-def test_metrics_computed_on_request_stand_beside_the_others(saved, tmp_path):
+def test_metrics_computed_on_request_are_added_to_the_others(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
     assert main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == FINE
     (reading,) = read_runs({"r": schema.open_run(path)})

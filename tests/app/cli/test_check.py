@@ -22,14 +22,14 @@ def exploding(saved) -> str:
 
 def test_check_judges_and_exits_one_at_the_limit(exploding, saved, capsys):
     assert main(["check", exploding, "--fail-on", "warn", "--json"]) == FOUND
-    told = json.loads(capsys.readouterr().out)
-    severities = {each["severity"] for each in told["runs"][0]["findings"]}
+    printed = json.loads(capsys.readouterr().out)
+    severities = {each["severity"] for each in printed["runs"][0]["findings"]}
     assert severities & {"WARN", "FAIL"}
-    assert told["failed"] == ["exploding"]
+    assert printed["failed"] == ["exploding"]
     code = main(["check", str(saved / "residual.nc"), "--fail-on", "warn", "--json"])
-    told = json.loads(capsys.readouterr().out)
-    severe = [each for each in told["runs"][0]["findings"] if each["severity"] in ("WARN", "FAIL")]
-    assert (code == FOUND) == bool(severe) == bool(told["failed"])
+    printed = json.loads(capsys.readouterr().out)
+    severe = [each for each in printed["runs"][0]["findings"] if each["severity"] in ("WARN", "FAIL")]
+    assert (code == FOUND) == bool(severe) == bool(printed["failed"])
 
 
 def test_check_by_verdict_name(exploding, capsys):

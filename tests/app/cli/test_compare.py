@@ -13,14 +13,14 @@ from depthscope.diagnostics import schema
 
 def test_compare_aligns_by_relative_depth(saved, capsys):
     assert main(["compare", str(saved), "--metrics", "residual_norm", "--points", "3", "--json"]) == FINE
-    told = json.loads(capsys.readouterr().out)
-    assert [row["relative depth"] for row in told["aligned"]] == [0.0, 0.5, 1.0]
-    assert {row["run"] for row in told["summary"]} == {"residual", "hc", "mhc"}
+    printed = json.loads(capsys.readouterr().out)
+    assert [row["relative depth"] for row in printed["aligned"]] == [0.0, 0.5, 1.0]
+    assert {row["run"] for row in printed["summary"]} == {"residual", "hc", "mhc"}
     with schema.open_run(saved / "hc.nc") as run:
         from depthscope.diagnostics import analyze
 
         last = analyze(run)["residual_norm"].sel(stream="mean").isel(step=-1, depth=-1)
-    assert told["aligned"][-1]["hc"] == pytest.approx(float(last))
+    assert printed["aligned"][-1]["hc"] == pytest.approx(float(last))
 
 
 def test_compare_warns_of_other_token_counts(saved, tmp_path, make_run, capsys):
@@ -29,7 +29,7 @@ def test_compare_warns_of_other_token_counts(saved, tmp_path, make_run, capsys):
     assert "different numbers of tokens" in capsys.readouterr().err
 
 
-def test_same_names_in_two_folders_stay_apart(saved, tmp_path, make_run, capsys):
+def test_same_names_in_two_folders_stay_distinct(saved, tmp_path, make_run, capsys):
     (tmp_path / "b").mkdir()
     other = schema.save_run(make_run("residual", layers=2), tmp_path / "b" / "hc.nc")
     assert main(["compare", str(saved / "hc.nc"), str(other), "--json"]) == FINE

@@ -78,7 +78,7 @@ def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
     assert not (tmp_path / "r.nc").exists()
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "holds no text")])
+@pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "contains no text")])
 def test_text_must_be_text(content, said, tmp_path, capsys):
     (tmp_path / "t.txt").write_bytes(content)
     assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.nc"]) == USAGE
