@@ -17,6 +17,7 @@ Analyses = Mapping[str, xr.Dataset]
 """Run name → its analysis, in the order in which the runs are drawn."""
 
 
+# Without `eq`: arrays compare element by element, which has no truth value.
 @dataclass(frozen=True, eq=False)
 class Line:
     """One curve: a measured quantity, the null or a law of theory for the measured line before it, or a threshold.

@@ -66,6 +66,7 @@ def foreign_files(target: Path) -> list[Path]:
         return []
     if not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder to write to")
+    # A link to a folder counts as a file of somebody else: it moves along, what it points to stays where it is.
     present = sorted(
         entry.relative_to(target) for entry in target.rglob("*") if not entry.is_dir() or entry.is_symlink()
     )
@@ -123,6 +124,7 @@ def _swap(fresh: Path, target: Path, aside: Path, foreign: list[Path]) -> None:
     try:
         fresh.rename(target)
     except OSError:
+        # The old folder comes back, so that a failed export leaves what was there.
         if aside.exists():
             aside.rename(target)
         raise

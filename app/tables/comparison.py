@@ -142,6 +142,7 @@ def _at_extreme(column: Column | None, place: str) -> dict[str, float]:
         return empty
     if place == "span":
         size = np.abs(values[known])
+        # An exact zero is a signal that is gone: the span is infinite, not undefined.
         return empty | {"": float(size.max() / size.min()) if size.min() > 0 else math.inf}
     index = {
         "last": known[-1],

@@ -311,6 +311,7 @@ def _measured_table(
     rows: int,
 ) -> Table:
     data = pd.DataFrame(dict(place))
+    # Paths of modules are wider than all numbers; they are in the data.
     printed = pd.DataFrame(
         {_heading(name): _cells(values) for name, values in place.items() if name != "module"}
     )

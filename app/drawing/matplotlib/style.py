@@ -112,6 +112,7 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
 def _settings(size: Width) -> dict[str, Any]:
     small = size.points - 1
     return {
+        # Looks like the Times of most venues, and comes with matplotlib: the same on every machine.
         "font.family": ["STIXGeneral", "DejaVu Sans"],
         "mathtext.fontset": "stix",
         "font.size": size.points,
@@ -130,7 +131,7 @@ def _settings(size: Width) -> dict[str, Any]:
         "axes.linewidth": 0.6,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.formatter.useoffset": False,
+        "axes.formatter.useoffset": False,  # "+1e3" over an axis is overlooked
         "xtick.major.width": 0.6,
         "ytick.major.width": 0.6,
         "xtick.minor.width": 0.4,

@@ -82,7 +82,13 @@ def _frame(figure: Figure) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "font": {"family": FONT, "size": 12.5},
-        "margin": {"l": 56, "r": 32 if getattr(figure, "missing", ()) else 16, "t": 12, "b": 44},
+        # Room on the right for the note about missing laws, which a matrix never has.
+        "margin": {
+            "l": 56,
+            "r": 32 if isinstance(figure, Lines) and figure.missing else 16,
+            "t": 12,
+            "b": 44,
+        },
         "legend": {
             "orientation": "h",
             "yanchor": "bottom",

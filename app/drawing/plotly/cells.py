@@ -64,6 +64,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     plotly.graph_objects.Figure
     """
     z = np.asarray(figure.z, dtype=np.float32)
+    # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
     shown = _log(z) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
     bar = {
@@ -81,6 +82,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
             text=_cell_names(figure),
             zmin=None if limits is None else limits[0],
             zmax=None if limits is None else limits[1],
+            # plotly takes the middle only where it sets the ends itself.
             zmid=0.0 if figure.diverging and limits is None else None,
             colorscale=DIVERGING if figure.diverging else "Viridis",
             colorbar=bar | (_log_ticks(shown) if figure.log_z else {}),

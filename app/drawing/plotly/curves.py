@@ -135,6 +135,7 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
         marker={"size": 4.5},
         error_y=_whiskers(line, look.colour),
         opacity=1.0 if look.measured else 0.7,
+        # Lines of one legend group are hidden together: all those of a law, or a line with its null and band.
         legendgroup=line.law or (line.label if named else line.group),
         text=None if line.text is None else list(line.text),
         hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
@@ -225,6 +226,7 @@ def _y_range(figure: Lines) -> tuple[float, float] | None:
         return None
     low, high = visible_limits(*limits_with_theory(known, _drawable(figure, ("theory",)), figure.log_y))
     limits = _drawable(figure, ("threshold",))
+    # The next threshold on either side shows how far away it is; those beyond it would flatten the curves.
     above, below = limits[limits > high], limits[limits < low]
     high = float(above.min()) if above.size else high
     low = float(below.max()) if below.size else low

@@ -69,7 +69,9 @@ def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
         Such as "N = 512 tokens"; a range where runs or depths differ; empty when not recorded.
     """
     found = [pick(data, "num_tokens", choice, scope=scope, stream="mean") for data in analyses.values()]
-    counts = np.array([n for array in found if array is not None for n in array.values.ravel() if n == n])
+    values = [np.ravel(array.values) for array in found if array is not None]
+    counts = np.concatenate(values) if values else np.zeros(0)
+    counts = counts[np.isfinite(counts)]  # NaN where a run has no such slice
     if counts.size == 0:
         return ""
     low, high = (round(float(end), 1) for end in (counts.min(), counts.max()))

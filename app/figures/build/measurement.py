@@ -236,6 +236,7 @@ class Measurement:
 
     def basis_words(self) -> str:
         """Sentence about the basis that the metric depends on, empty for an invariant one and for one stream."""
+        # One stream has one basis: what depends on it depends on nothing there.
         basis = str(self.attrs.get("basis", ""))
         streams = any(
             data.sizes.get("stream", 1) > 1 or "connection" in data.dims for data in self.analyses.values()

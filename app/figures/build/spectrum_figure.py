@@ -16,8 +16,8 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 __all__ = ["SpectrumFigure", "by_order", "density"]
 
-NUM_DEPTHS = 5  # curves that can still be told apart with their nulls
-NUM_BINS = 20
+NUM_DEPTHS = 5  # each has a null: ten lines in one figure. A heuristic of ours.
+NUM_BINS = 20  # at least so many points of a density
 _NOISE = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."
 
 

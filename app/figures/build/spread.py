@@ -74,6 +74,7 @@ def _declared_band(
     if found is None or not bool(found.notnull().any()):
         return None
     if "quantile" in found.dims:
+        # The outermost quantiles that the analysis has, whichever they are.
         ends = found.transpose("quantile", *curve.dims)
         low, high = (100 * float(q) for q in ends["quantile"].values[[0, -1]])
         return Spread(ends.values[0], ends.values[-1], None, (f"Band: {low:g} to {high:g} % of the tokens.",))
