@@ -28,6 +28,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_browser(parser: argparse.ArgumentParser) -> None:
     """``--no-browser`` as ``args.browser``, true by default."""
+    # The positive name: `if args.browser` reads better than a double negative.
     parser.add_argument("--no-browser", dest="browser", action="store_false", help="print the address only")
 
 
@@ -58,6 +59,7 @@ def selection_of(args: argparse.Namespace) -> Selection:
     """
     from depthscope.app.figures import Selection
 
+    # Options that were not given are left out, so that the defaults are declared in `Selection` alone.
     given = {name: getattr(args, name) for name in ("scope", "tokens", "centering", "reduction")}
     return Selection.of({name: label for name, label in given.items() if label is not None})
 

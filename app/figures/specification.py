@@ -58,7 +58,7 @@ class Line:
 class Lines:
     """Curves over one axis, with an optional healthy band.
 
-    ``sources`` are the bibliography keys of the laws drawn, ``missing`` says why a law is not.
+    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not.
     """
 
     name: str

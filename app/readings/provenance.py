@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from depthscope.diagnostics.package_versions import package_versions
 
-_LIBRARIES = ("numpy", "scipy", "xarray", "pandas", "matplotlib")
+# Those that compute or draw what a report and a bundle show.
+_PACKAGES = ("depthscope", "numpy", "scipy", "xarray", "pandas", "matplotlib")
 
 
 def depthscope_version() -> str:
@@ -15,15 +16,15 @@ def depthscope_version() -> str:
     str
         ``"0+source"`` where the code runs without being installed.
     """
-    return package_versions(["depthscope"]).get("depthscope", "0+source")
+    return software()["depthscope"]
 
 
 def software() -> dict[str, str]:
-    """Versions of depthscope and of the libraries that compute and draw.
+    """Versions of depthscope and of the packages that compute and draw.
 
     Returns
     -------
     dict of str to str
-        Libraries that are absent are left out.
+        Packages that are absent are left out.
     """
-    return {"depthscope": depthscope_version(), **package_versions(_LIBRARIES)}
+    return {"depthscope": "0+source", **package_versions(_PACKAGES)}

@@ -88,6 +88,7 @@ class Column:
     stderr: xr.DataArray | None = None
     null: xr.DataArray | None = None
 
+    # A null is one number for all depths or one for each; both are written on every row.
     def numbers(self) -> dict[str, np.ndarray]:
         """Machine columns: the value, then its error and null where known."""
         parts = {"": self.value, "_stderr": self.stderr, "_null": self.null}

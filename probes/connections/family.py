@@ -10,7 +10,7 @@ weights, and mostly H_res or the mixed streams; the model itself writes X'. A *p
 
 A family is detected by the shapes of what its modules take and return. Detection may be wrong: what `read` returns is
 believed only because X' is recomputed from it (`depthscope.probes.connections.proof`), and what is frozen only because the
-derivative of X' is compared with that of the formula (`depthscope.probes.jacobian.frozen_routing`).
+derivative of X' is compared with that of the formula (`depthscope.probes.jacobian.derivative_check`).
 """
 
 from __future__ import annotations

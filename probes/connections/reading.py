@@ -74,7 +74,7 @@ def read_returned(
     sampled = parts.at(rows)
     if parts.read is None and not site.reads_features:
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
-        read = watched_read(site, x, rows, branch_in, seen())
+        read = watched_read(site, x, rows, branch_in, seen(), write=sampled.write.squeeze(-1))
         # no tensor of the module explains the branch input: it may read by a fused kernel
         sampled.read = (least_squares_read(streams, branch_in) if read is None else read).unsqueeze(-2)
     return sampled, parts
@@ -92,7 +92,12 @@ def canonical_streams(site: Site, x: torch.Tensor, batch_size: int | None = None
 
 
 def watched_read(
-    site: Site, x: torch.Tensor, rows: torch.Tensor, branch_in: torch.Tensor, seen: list[torch.Tensor]
+    site: Site,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    branch_in: torch.Tensor,
+    seen: list[torch.Tensor],
+    write: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """H_pre of the sampled sequences, (K, T, N), among the tensors that the module computed.
 
@@ -108,6 +113,9 @@ def watched_read(
         What the branch took, (K, T, D).
     seen : list of Tensor
         Of the sampled sequences or of all.
+    write : Tensor, optional
+        H_post, (K, T, N), which is taken for H_pre only where nothing else explains the branch input: models begin with equal
+        streams, and there all weights of the same sum explain it alike.
 
     Returns
     -------
@@ -122,7 +130,9 @@ def watched_read(
             candidates.append(tensor.reshape(of_sample))
         elif tensor.numel() == of_all.numel():
             candidates.append(tensor.reshape(of_all)[rows])
-    return find_read_weights(streams[rows], branch_in, candidates)
+    others = [c for c in candidates if write is None or not torch.allclose(c.float(), write.float())]
+    read = find_read_weights(streams[rows], branch_in, others)
+    return find_read_weights(streams[rows], branch_in, candidates) if read is None else read
 
 
 # --- paired connections

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from depthscope.probes.jacobian.frozen_routing import replaced
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.tensors import first_float
+from depthscope.probes.model.tensors import first_float, version
 from depthscope.probes.session.model_call import call_model, eager
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import FORWARD, version
+from depthscope.probes.structure.tape import FORWARD
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""How is a model differentiated with constant coefficients of its stream connections? They are replaced, and then checked.
+"""How are the coefficients of stream connections held constant in a forward? Each is replaced by its value.
 
     X' = H_res X + H_post ⊗ F(H_pre · X)
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,14 +27,13 @@ from depthscope.probes.connections.reading import (
     returned_watch,
     watched_read,
 )
+from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.hooks import replace_method
 from depthscope.probes.model.tensors import first_float, floats_in, tensors_in
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Connection
 
 INSTEAD = "take routing='full', or capture() the model, which reports whether its connections can be proven"
-# Heuristic: the checks compare derivatives, which a backward through a block rounds more often than a forward.
-ROUNDINGS = 3.0
 
 
 @dataclass
@@ -115,7 +114,7 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[Frozen
     Yields
     ------
     FrozenRouting
-        For `require_frozen`, which must be called with the states of the forward.
+        For `depthscope.probes.jacobian.derivative_check.require_frozen`, which must be called with the states of the forward.
 
     Raises
     ------
@@ -151,25 +150,36 @@ def constant_routing(session: Session, start: int, stop: int) -> Iterator[Frozen
 
 def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list[FrozenCall]) -> None:
     forward: Callable[..., Any] = module.forward
+    family, name = forward_family(site), type(module).__name__
 
     def constant_forward(*args: Any, **kwargs: Any) -> Any:
         x = first_float(args, kwargs)
         assert x is not None
+        generic = _generic_run(forward, args, kwargs, x, lambda other: returned_watch(other, site))
         with returned_watch(x, site) as watch:
             output = forward(*args, **kwargs)
-        parts = forward_family(site).read(site, x.detach(), output, watch.floating).each(torch.Tensor.detach)
+        seen, every = watch.floating(), torch.arange(site.batch_size(x), device=x.device)
+
+        def reads_matrix(candidate: torch.Tensor) -> bool:
+            return _succeeds(lambda: family.read(site, generic.x, generic.result, lambda: [candidate]))
+
+        matrices = _selected(seen, generic.seen, reads_matrix, name)
+        parts = family.read(site, x.detach(), _detached(output), lambda: matrices)
         if parts.read is None:
-            every = torch.arange(len(parts.branch_in), device=x.device)
-            read = watched_read(site, x.detach(), every, parts.branch_in.squeeze(2), watch.floating())
-            if (
-                read is None
-            ):  # the least-squares weights would not be the module's own where streams are copies
+            at = family.read(site, generic.x, generic.result, lambda: generic.seen).branch_in.squeeze(2)
+
+            def reads_branch(candidate: torch.Tensor) -> bool:
+                return watched_read(site, generic.x, every, at, [candidate]) is not None
+
+            vectors = _selected(seen, generic.seen, reads_branch, name)
+            read = watched_read(site, x.detach(), every, parts.branch_in.squeeze(2), vectors)
+            if read is None:  # least-squares weights would not be the module's own where streams are copies
                 raise StreamConnectionError(
-                    f"routing='frozen': {type(module).__name__} computes no {site.num_streams} read weights that explain its "
-                    f"branch input; {INSTEAD}"
+                    f"routing='frozen': {name} computes no {site.num_streams} read weights that explain its branch input; "
+                    f"{INSTEAD}"
                 )
             parts = replace(parts, read=read.unsqueeze(-2))
-        output, branch_in = _with_constants(output, x, site, site.batch_size(x), parts, type(module).__name__)
+        output, branch_in = _with_constants(output, x, site, site.batch_size(x), parts, name)
         assert parts.read is not None
         calls.append(FrozenCall(site, x, parts.read, branch_in, parts))
         return output
@@ -178,7 +188,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
 
 
 def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[FrozenCall]) -> None:
-    family = BY_NAME[site.style]
+    family, name = BY_NAME[site.style], type(module).__name__
     assert isinstance(family, PairedFamily)
     opens, closes = getattr(module, family.opens), getattr(module, family.closes)
     opened: list[tuple[Opening, FrozenCall]] = []
@@ -186,36 +196,91 @@ def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[
     def constant_opening(*args: Any, **kwargs: Any) -> Any:
         x = first_float(args, kwargs)
         assert x is not None
-        opening = Opening(site, site.batch_size(x), x.detach())
-        with opening.watch() as watch:
+        batch_size = site.batch_size(x)
+        generic = _generic_run(opens, args, kwargs, x, lambda other: family.watch(site, other))
+        with family.watch(site, x) as watch:
             result = opens(*args, **kwargs)
-        opening.read(_detached(result), watch)
-        parts = opening.parts
-        assert parts is not None
+
+        def reads(candidate: torch.Tensor) -> bool:
+            return _succeeds(lambda: family.read(site, batch_size, generic.x, generic.result, [candidate]))
+
+        seen = _selected(watch.floating(), generic.seen, reads, name)
+        parts = family.read(site, batch_size, x.detach(), _detached(result), seen)
         assert parts.read is not None
-        result, branch_in = _with_constants(result, x, site, opening.batch_size, parts, type(module).__name__)
+        result, branch_in = _with_constants(result, x, site, batch_size, parts, name)
         call = FrozenCall(site, x, parts.read, branch_in, None)
         calls.append(call)
-        opened.append((opening, call))
+        opened.append((Opening(site, batch_size, x.detach(), parts=parts), call))
         return result
 
     def constant_closing(*args: Any, **kwargs: Any) -> Any:
-        opening, call = opened.pop()
+        opening, call = opened.pop()  # the last one that was opened is closed first
         branch_out = floats_in(args, kwargs)[family.branch_argument]
         watch = opening.closing_watch(branch_out)
-        if (
-            watch is None
-        ):  # it computes no weights: with the constants of the opening method it is linear as it stands
-            result = closes(*args, **kwargs)
-            call.parts = opening.close(branch_out.detach(), result, None)
-            return result
-        with watch:
+        with watch or nullcontext():
             result = closes(*args, **kwargs)
         call.parts = opening.close(branch_out.detach(), result, watch)
-        return _with_linear_form(result, branch_out, call)
+        # a method that computes no weights is linear as it stands, with the constants of the opening method
+        return result if watch is None else _with_linear_form(result, branch_out, call)
 
     replace_method(stack, module, family.opens, constant_opening)
     replace_method(stack, module, family.closes, constant_closing)
+
+
+@dataclass
+class _GenericRun:
+    """A connection at streams that are no copies of one another: what it took, returned and computed."""
+
+    x: torch.Tensor
+    result: Any
+    seen: list[torch.Tensor]
+
+
+def _generic_run(
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    x: torch.Tensor,
+    watch_of: Callable[[torch.Tensor], Watch],
+) -> _GenericRun:
+    """Run a connection's method once at perturbed streams.
+
+    Models begin with equal streams, and there any weights of the same sum explain the output, H_post as well as H_pre. At
+    generic streams only the weights that are applied do. This run comes before the real one, which thus has the last word
+    where the module stores something.
+    """
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    scale = torch.linalg.vector_norm(x.detach().float()) / x.numel() ** 0.5
+    other = x.detach() + (noise.to(x.device) * scale).to(x.dtype)
+    args, kwargs = replaced((args, kwargs), {id(x): other})
+    devices = [x.device] if x.device.type == "cuda" else []
+    # the model's own random numbers, of dropout for one, must come as without this run
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), watch_of(other) as watch:
+        result = method(*args, **kwargs)
+    return _GenericRun(other, result, watch.floating())
+
+
+def _selected(
+    seen: list[torch.Tensor],
+    generic: list[torch.Tensor],
+    explains: Callable[[torch.Tensor], bool],
+    name: str,
+) -> list[torch.Tensor]:
+    """Those of the tensors that were seen whose counterparts explain the output at generic streams."""
+    if len(seen) != len(generic):
+        raise StreamConnectionError(
+            f"routing='frozen': {name} computed {len(seen)} tensors that may be weights, and {len(generic)} when it ran at "
+            f"other streams; expected the same computation; {INSTEAD}"
+        )
+    return [tensor for tensor, other in zip(seen, generic, strict=True) if explains(other)]
+
+
+def _succeeds(read: Callable[[], Any]) -> bool:
+    try:
+        read()
+    except StreamConnectionError:
+        return False
+    return True
 
 
 def _detached(value: Any) -> Any:
@@ -244,7 +309,7 @@ def _with_constants(
             continue
         views = as_views(tensor, *read.shape)
         if views is not None and torch.equal(views, parts.branch_in):
-            branch_in = _valued(_rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
+            branch_in = _valued(rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
             changes[id(tensor)] = branch_in
         else:
             changes[id(tensor)] = _mixed_or_detached(tensor, streams, site, parts.mix)
@@ -269,10 +334,10 @@ def _mixed_or_detached(
         )
 
     values = arrange(tensor.detach())
-    for matrix in _orientations(mix, streams):
+    for matrix in orientations(mix, streams):
         mixed = matrix.to(streams.dtype) @ streams
         if relative_error(mixed - values, values) <= tolerance(streams.dtype):
-            return _valued(_rearranged(mixed, arrange, tensor), tensor)
+            return _valued(rearranged(mixed, arrange, tensor), tensor)
     return tensor.detach()
 
 
@@ -289,12 +354,12 @@ def _with_linear_form(output: Any, branch_out: torch.Tensor, call: FrozenCall) -
     def arrange(t: torch.Tensor) -> torch.Tensor:
         return canonical_streams(call.site, t, batch_size)
 
-    candidates = [m.to(streams.dtype) @ streams + written for m in _orientations(parts.mix, streams)]
+    candidates = [m.to(streams.dtype) @ streams + written for m in orientations(parts.mix, streams)]
     path = min(candidates, key=lambda form: relative_error(form - arrange(state), arrange(state)))
-    return replaced(output, {id(state): _valued(_rearranged(path, arrange, state), state)})
+    return replaced(output, {id(state): _valued(rearranged(path, arrange, state), state)})
 
 
-def _orientations(mix: torch.Tensor | None, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def orientations(mix: torch.Tensor | None, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """H_res in both orientations, since only its effect shows which one is applied."""
     if mix is None:
         return (torch.eye(streams.shape[2], device=streams.device),)
@@ -306,10 +371,10 @@ def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value.detach() + (path - path.detach())
 
 
-def _rearranged(
+def rearranged(
     values: torch.Tensor, arrange: Callable[[torch.Tensor], torch.Tensor | None], like: torch.Tensor
 ) -> torch.Tensor:
-    """The tensor t of the shape of ``like`` for which ``arrange(t)`` is ``values``; arrange only moves elements."""
+    """The tensor t of the shape of ``like`` for which ``arrange(t)`` is ``values``, where arrange only moves elements."""
     result = values.new_empty(like.shape)
     view = arrange(result)
     assert view is not None
@@ -348,135 +413,3 @@ def replaced(value: Any, changes: Mapping[int, torch.Tensor]) -> Any:
         items = [replaced(item, changes) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-# --- checking
-
-
-def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -> None:
-    """Refuse where the derivative of a connection is not that of its formula with constant coefficients.
-
-    A model may use other tensors than those that its connection returned: an attribute, the fused tensor of which they are
-    slices, or the same weights computed again. Their values agree, so nothing but the derivative shows it. With the branch
-    input b = H_pre · X as a tensor of the graph, and a random cotangent u at X', the total derivatives must satisfy
-
-        ∂X'/∂X · u = H_resᵀ u + H_preᵀ (∂X'/∂b · u)        (coefficients do not depend on X)
-        ∂X'/∂b · u = 0   for u ⟂ H_post                    (b acts through H_post ⊗ F(b) alone)
-
-    and, for u ⟂ H_post, the derivative by the first state must be that through X alone (no weights of an earlier depth).
-    A gate on all of H_post at once that is computed from b outside of the connection is the one case that passes.
-
-    Parameters
-    ----------
-    routing : FrozenRouting
-        Of `constant_routing`.
-    states : mapping of int to Tensor
-        The states of the forward by depth, with the graph between them.
-
-    Raises
-    ------
-    StreamConnectionError
-        With the first connection that was not frozen, and by how much its derivative differs.
-    """
-    generator = torch.Generator().manual_seed(0)
-    later: list[torch.Tensor] = []
-    earlier: list[torch.Tensor] = []
-    cotangents: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for number, link in routing.links.items():
-        call, x, x_next = routing.call_of(number, link), states[link.depth_in], states[link.depth_out]
-        check = _DerivativeCheck(call, x, x_next, generator)
-        if not check.error <= check.limit:
-            raise StreamConnectionError(_not_frozen(number, link, check.error, check.limit))
-        later.append(x_next)
-        earlier.append(x)
-        cotangents.append((check.cotangent, check.carried))
-    if not later:
-        return
-    # All connections at once, with independent cotangents: two backwards in place of two for each pair of depths.
-    first = states[min(states)]
-    total = _gradient(later, [first], [u for u, _ in cotangents])[0]
-    through = _gradient(earlier, [first], [v for _, v in cotangents])[0]
-    limit = ROUNDINGS * tolerance(first.dtype)
-    error = _finite_error(total, through)
-    if not error <= limit:
-        number, link = next(iter(routing.links.items()))
-        raise StreamConnectionError(_not_frozen(number, link, error, limit, "it or a later one"))
-
-
-def _not_frozen(number: int, link: Connection, error: float, limit: float, which: str = "it") -> str:
-    return (
-        f"routing='frozen': connection {number} ({link.path!r}) returned H_pre, H_post and H_res and they were replaced by "
-        f"constants, but the derivative of the next state differs from that of H_res X + H_post ⊗ F(H_pre X) by {error:.1e} "
-        f"(limit {limit:.0e}): {which} is applied with other tensors than those returned, such as an attribute, slices of one "
-        f"fused tensor, or weights that are computed again; {INSTEAD}"
-    )
-
-
-class _DerivativeCheck:
-    """The first two equations of `require_frozen` for one connection.
-
-    Attributes
-    ----------
-    error, limit : float
-        The larger of both relative errors, and up to which it is rounding.
-    cotangent, carried : Tensor
-        u ⟂ H_post at X' and H_resᵀ u at X, in the layouts of the states.
-    """
-
-    def __init__(
-        self, call: FrozenCall, x: torch.Tensor, x_next: torch.Tensor, generator: torch.Generator
-    ) -> None:
-        self._call, self._x, self._x_next = call, x, x_next
-        assert call.parts is not None
-        write, streams = call.parts.write.double(), self._canonical(x)
-        batch_size, tokens, _, width = streams.shape
-        self._views = (batch_size, tokens, call.read.shape[-2], width)
-        any_u = torch.randn(streams.shape, generator=generator, dtype=torch.float64).to(x.device)
-        flat_u = any_u - write @ (torch.linalg.pinv(write) @ any_u)  # ⟂ H_post for every token and feature
-        by_x, by_branch = self._derivatives(any_u)
-        _, by_branch_flat = self._derivatives(flat_u)
-        read = torch.einsum("btvn,btvd->btnd", call.read.double(), by_branch)
-        errors = {}
-        for matrix in _orientations(call.parts.mix, streams):
-            errors[_finite_error(by_x, matrix.double().mT @ any_u + read)] = matrix.double()
-        best = min(errors)
-        leak = _finite_norm(by_branch_flat) / max(_finite_norm(by_branch), torch.finfo(torch.float64).tiny)
-        self.error = max(best, leak)
-        self.limit = ROUNDINGS * tolerance(x.dtype)
-        self.cotangent = self._as_state(flat_u, x_next)
-        self.carried = self._as_state(errors[best].mT @ flat_u, x)
-
-    def _canonical(self, state: torch.Tensor) -> torch.Tensor:
-        assert self._call.parts is not None
-        return canonical_streams(self._call.site, state.detach(), self._call.parts.branch_in.shape[0])
-
-    def _as_state(self, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return _rearranged(values, self._canonical, like).to(like.dtype)
-
-    def _derivatives(self, cotangent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """By X, (B, T, N, D), and by the branch input, (B, T, V, D)."""
-        at = self._as_state(cotangent, self._x_next)
-        by_x, by_branch = _gradient([self._x_next], [self._x, self._call.branch_in], [at])
-        views = as_views(by_branch, *self._views)
-        assert views is not None
-        return self._canonical(by_x).double(), views.double()
-
-
-def _gradient(
-    outputs: list[torch.Tensor], inputs: list[torch.Tensor], cotangents: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Total derivatives; zero where nothing links."""
-    found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
-
-
-def _finite_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error over finite entries: padding may have no finite gradient. NaN where nothing is finite."""
-    finite = value.isfinite() & expected.isfinite()
-    if not finite.any():
-        return float("nan")
-    return relative_error(value[finite] - expected[finite], expected[finite])
-
-
-def _finite_norm(value: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(value[value.isfinite()].double()))

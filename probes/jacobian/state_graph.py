@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from depthscope.probes.jacobian.derivative_check import require_frozen
 from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
-from depthscope.probes.jacobian.frozen_routing import constant_routing, require_frozen
+from depthscope.probes.jacobian.frozen_routing import constant_routing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forward import Forward

@@ -20,26 +20,12 @@ PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "de
 
 
 def run_attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
-    """The attributes of a run; those that do not apply are left out.
-
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    sequences : list of Sequence
-        The sampled sequences.
-    evidence : Evidence
-        The proofs of the stream connections.
-
-    Returns
-    -------
-    dict of str to value
-    """
+    """The attributes of a run; those that do not apply are left out."""
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
-    # A weight that the proof could not reconstruct for lack of tokens has an error of NaN.
+    # NaN where nothing was compared, as where all sampled tokens are padding.
     errors = [error for error in evidence.errors if not math.isnan(error)]
-    attributes = {
+    attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
         "family": structure.family,
         "n_streams": structure.num_streams,
@@ -52,6 +38,7 @@ def run_attributes(session: Session, sequences: list[Sequence], evidence: Eviden
         "autocast": str(precision).removeprefix("torch.") if precision != dtype else None,
         "block": structure.chains[0].block_class,
         "num_blocks": len(structure.chains[0].blocks),
+        # Tied weights count once, as parameters() lists them.
         "num_parameters": sum(parameter.numel() for parameter in session.model.parameters()),
         "seed": options.seed,
         "data_digest": _data_digest(sequences),

@@ -77,6 +77,8 @@ def coverage_dataset(rows: list[Coverage]) -> xr.Dataset:
 
 
 def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
+    # A forward counts only if every captured state and connection fired in it, so that a site that is hooked at all fired in
+    # all of them.
     count, selection = session.num_forwards, session.options.selection
     captured = {(owner, depth) for owner, depth, _ in session.structure.captured}
     for depth, point in enumerate(chain.points):
@@ -92,6 +94,7 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
             fired=count if fired else 0,
             why="" if stored else not_stored,
         )
+    # Sites that this chain has nowhere are listed once, without a layer: that they are missing must not look like an omission.
     if not any(point.site == "mid" for point in chain.points):
         why = NO_SUMS if selection.inside_blocks else NOT_REQUESTED
         yield Coverage(MID_NAME, "mid", "", -1, chain.name, 0, 0, why)

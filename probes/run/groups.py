@@ -19,20 +19,7 @@ class Group(NamedTuple):
 
 
 def chain_groups(session: Session, number: int) -> list[Group]:
-    """Split a chain where the width or the number of tokens of its states changes; only states that are stored count.
-
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    number : int
-        Which chain.
-
-    Returns
-    -------
-    list of Group
-        In depth order.
-    """
+    """Split a chain where the width or the number of tokens of its states changes; only states that are stored count."""
     chain = session.structure.chains[number]
     selection = session.options.selection
     all_depths = range(len(chain.points))
@@ -46,6 +33,7 @@ def chain_groups(session: Session, number: int) -> list[Group]:
             stages[-1].append(depth)
         else:
             stages.append([depth])
+    # A chain of one stage has the chain's own name: runs of plain transformers have no groups below /trace.
     if len(stages) == 1:
         return [Group(chain.name, stages[0])]
     prefix = f"{chain.name}_" if chain.name else ""

@@ -45,27 +45,11 @@ def statistics_dataset(
 ) -> xr.Dataset:
     """The statistics of one group, without those of the weights.
 
-    Parameters
-    ----------
-    chain : Chain
-        The chain.
-    number : int
-        Its number.
-    depths : list of int
-        Its depths in this group.
-    rows : list of StepStatistics
-        One per measured step.
-    pooled : list of TokenSums
-        Statistics of all steps since the weights last changed, one per chain.
-    evidence : Evidence
-        The proofs, which give the orientation of the mixing matrices.
-
-    Returns
-    -------
-    Dataset
+    ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain.
     """
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
+        # Of the first depth: all states of a group have the same tokens.
         "token_count": ("step", _stacked(sums, "token_count", depths[:1])[:, 0]),
         "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
     }
@@ -82,12 +66,13 @@ def statistics_dataset(
     coords = depth_coords(chain, depths)
     coords["step"] = np.array([row.step for row in rows])
     coords["stream"] = np.arange(pairs.shape[2])
+    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
     streaming = pooled[number].streaming
     if streaming is not None:
         streamed, streamed_coords = streamed_variables(streaming, depths)
         variables.update(streamed)
         coords.update(streamed_coords)
-    if evidence.proofs:
+    if evidence.proofs:  # only stream connections have gains: a plain block's is 1
         variables.update(_gain_variables(sums, evidence))
         coords.update(connection_coords(chain.connections))
         coords["direction"] = DIRECTIONS

@@ -25,30 +25,11 @@ def trace_dataset(
     evidence: Evidence,
     token_text: Any,
 ) -> xr.Dataset:
-    """The trace of one group.
-
-    Parameters
-    ----------
-    session : Session
-        With its chains found.
-    number : int
-        The chain.
-    depths : list of int
-        Its depths in this group.
-    sequences : list of Sequence
-        The sampled sequences.
-    evidence : Evidence
-        The proofs of the stream connections.
-    token_text : sequence of sequences of str or None
-        Text of every token, by the sequence's index.
-
-    Returns
-    -------
-    Dataset
-    """
+    """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index."""
     chain, selection = session.structure.chains[number], session.options.selection
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
+    # Sequences of several batches may differ in length: zeros, which the mask marks as padding.
     states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
     residual = torch.stack([torch.stack(row) for row in states]).numpy()
     variables: dict[str, Any] = {
@@ -109,7 +90,7 @@ def _final_variables(number: int, sequences: list[Sequence], tokens: int, width:
 def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
     texts = np.full((len(sequences), tokens), "", dtype=object)
     for i, sequence in enumerate(sequences):
-        if sequence.index < len(token_text):
+        if sequence.index < len(token_text):  # of a loader's later batches the user may have given no text
             words = list(token_text[sequence.index])[:tokens]
             texts[i, : len(words)] = words
     return texts

@@ -14,17 +14,9 @@ SHARDED = "FullyShardedDataParallel"  # its parameters are shards, but look like
 
 
 def weights_digest(model: nn.Module) -> str | None:
-    """A digest of the names, shapes, types and some numbers of all parameters, the same in every process.
+    """SHA-256 over the names, shapes, types and some numbers of all parameters, the same in every process.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-
-    Returns
-    -------
-    str or None
-        SHA-256; None where a parameter cannot be read in this process: sharded, offloaded, not initialised.
+    None where a parameter cannot be read in this process: sharded, offloaded, not initialised.
     """
     parameters = dict(model.named_parameters())
     if any(type(module).__name__ == SHARDED for module in model.modules()):

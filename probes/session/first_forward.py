@@ -23,7 +23,7 @@ from depthscope.probes.model.autocast import user_autocast
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch
 from depthscope.probes.model.layout import count_streams
-from depthscope.probes.model.tensors import first_float
+from depthscope.probes.model.tensors import first_float, version
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -32,7 +32,7 @@ from depthscope.probes.structure.find_chains import find_chains
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.tape import FORWARD, Call, Tape, version
+from depthscope.probes.structure.tape import FORWARD, Call, Tape
 
 
 class RewrittenError(CaptureError):

@@ -57,9 +57,8 @@ class Session:
     ):
         self.model = model
         self.options = options
-        self.errors: list[
-            Exception
-        ] = []  # of hooks: raised at the end of a step, never in the user's forward
+        # Of hooks, which must not raise in the user's forward or backward: raised at the end of a step.
+        self.errors: list[Exception] = []
         self.forwards: list[Forward] = []  # that ended since the last fold
         self.last: Forward | None = None
         self.num_forwards = 0

@@ -16,6 +16,7 @@ from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, 
 from depthscope.app.figures.build.default_figure import default_figure, default_figures
 from depthscope.app.figures.specification import FigureKind
 from depthscope.diagnostics import CATALOGUE
+from depthscope.diagnostics.verdicts import VERDICTS
 
 MODULES = sorted(found.name for found in pkgutil.iter_modules(catalogue.__path__))
 DEFAULTS = {
@@ -109,6 +110,15 @@ def test_a_metric_with_more_dims_than_a_figure_has_axes_is_refused():
     metric = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
     with pytest.raises(ValueError, match="no default figure shows kind and norm at once"):
         default_figure(metric, "mixing", "")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in DEFINED.items() if getattr(kind, "thresholds", ())])
+def test_thresholds_are_the_limits_of_the_verdicts_on_the_metric(name):
+    """Where a verdict judges the metric; 1 is the reference of gains."""
+    limits = [verdict.limits for verdict in VERDICTS.values() if verdict.metric == DEFINED[name].metric]
+    levels = {level for limit in limits for _, level in limit.levels}
+    drawn = {value for value, _ in DEFINED[name].thresholds}
+    assert not levels or drawn - {1.0} <= levels
 
 
 def test_a_run_that_lacks_the_metric_is_told(whole):

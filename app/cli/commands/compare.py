@@ -39,7 +39,7 @@ def _run(args: argparse.Namespace) -> int:
         summary_table,
     )
 
-    # Names are checked first: analysing several runs takes minutes, a typing error should not.
+    # Names are checked first: a typing error should not wait for the analysis of every run.
     metrics = metric_names(args.metrics) or COMPARED_METRICS
     selection = selection_of(args)
     with working("analysing") as progress:

@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.app.paper.export import VECTOR, write_bundle
     from depthscope.app.readings.readings import open_runs
 
-    # PGF is drawn by running LaTeX, which many machines lack and which takes seconds for each figure.
+    # PGF is drawn by running LaTeX, which many machines lack.
     formats = (*VECTOR, "pgf") if args.pgf else VECTOR
     with working("analysing and drawing"):
         folder = write_bundle(

@@ -1,4 +1,4 @@
-"""Which numbers of an analysis does a selection name? One labelled slice and its positions."""
+"""Which numbers of an analysis does a selection name? One labelled slice, its positions and their names."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", 
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
-    """Whether an analysis holds a defined number of every variable named.
+    """Whether an analysis has a defined number of every variable named.
 
     Parameters
     ----------
@@ -63,6 +63,7 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
         return None
     array = data[name]
     if "step" in array.dims:
+        # Runs that are compared have measured other steps; the nearest one is shown.
         array = array.isel(step=-1) if choice.step is None else array.sel(step=choice.step, method="nearest")
     for dim in LABELLED:
         if dim not in array.dims:
@@ -122,7 +123,7 @@ def fed(
 
 
 def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
-    """Where the values of a slice lie: indices, or fractions of the last index.
+    """Positions of the values of a slice: indices, or fractions of the last index.
 
     Parameters
     ----------
@@ -138,7 +139,8 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
     numpy.ndarray
         Shape (size of the dimension,).
     """
-    numbered = along in array.coords and along != "weight"  # modules have names only
+    # The labels of modules are names; of the other axes they are numbers, with gaps where a depth was left out.
+    numbered = along in array.coords and along != "weight"
     index = array[along].values if numbered else np.arange(array.sizes[along])
     index = np.asarray(index, dtype=np.float64)
     last = index.max(initial=0.0)
@@ -159,6 +161,7 @@ def names_of(array: xr.DataArray, along: str) -> list[str]:
     -------
     list of str
     """
+    # Both axes of a matrix share the names, which are coordinates of the first one.
     base = along.removeprefix("other_")
     if base == "weight":
         return [str(path) for path in array["weight"].values]
@@ -200,17 +203,18 @@ def reduce_blocks(matrix: Array, largest: int = 300) -> tuple[Array, int]:
     matrix : numpy.ndarray
         Shape (rows, columns).
     largest : int
-        Most rows or columns kept.
+        Most rows or columns of the result.
 
     Returns
     -------
     tuple
         The matrix (float32) and the side of a block, 1 where nothing was reduced.
     """
-    side = -(-max(matrix.shape) // largest)
+    side = -(-max(matrix.shape) // largest)  # rounded up
     if side <= 1:
         return np.asarray(matrix, dtype=np.float32), 1
     rows, columns = (-(-size // side) for size in matrix.shape)
+    # Padded with NaN, which the means leave out, so that the last blocks may be smaller.
     padded = np.full((rows * side, columns * side), np.nan)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     blocks = padded.reshape(rows, side, columns, side)

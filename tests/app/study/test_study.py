@@ -192,7 +192,7 @@ def test_runs(saved):
     assert runs["hc"].attrs["training"]["connection_movement"]["static_alpha"] > 1e-3
 
 
-def test_weights_beside_the_runs_load_again(saved, monkeypatch):
+def test_weights_saved_with_the_runs_load_again(saved, monkeypatch):
     monkeypatch.setattr(small_lm, "build", lambda kind: build(kind, size=SIZE))
     for kind, path in saved.items():
         loaded = load_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -149,9 +150,9 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 16, (2, T), generator=torch.Generator().manual_seed(0))
 
 
-def frozen_reference(model: Model, ids: torch.Tensor) -> torch.Tensor:
+def frozen_reference(model: Model, ids: torch.Tensor, x: torch.Tensor | None = None) -> torch.Tensor:
     """The Jacobian of all blocks, with the weights that they have at these states as constants."""
-    x = model.embed(ids).unflatten(-1, (N, D)).detach()
+    x = model.embed(ids).unflatten(-1, (N, D)).detach() if x is None else x
     weights, state = [], x
     for block in model.blocks:
         weights.append([w.detach() for w in block.connect.weights(state)])
@@ -282,3 +283,61 @@ def test_rounding_is_not_refused(dtype, ids):
     model = built(lambda: Fused("split", True)).to(dtype)
     op = jacobian(model, ids, tokens="all", routing="frozen")
     assert op.dtype == dtype
+
+
+class Copies(Model):
+    """Streams that begin as copies of the embedding, as nearly all models have them."""
+
+    def forward(self, ids):
+        x = self.embed(ids)[..., :D].unsqueeze(-2).repeat(1, 1, N, 1)
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(2)
+
+
+class Normalised(Fused):
+    """H_pre and H_post both sum to one, so that on copies either of them gives the branch input."""
+
+    def weights(self, x):
+        pre, post, mix = split(self.linear(x.flatten(-2)))
+        mix = mix.unflatten(-1, (N, N)).softmax(-1)
+        return pre.softmax(-1), post.softmax(-1), mix
+
+
+class NormalisedPair(Normalised, FusedPair):
+    """The same as two methods; other matrices of the same shape pass before and after the one that is applied."""
+
+    def width_connection(self, x):
+        pre, post, mix = self.weights(x)
+        alpha = torch.cat([pre.unsqueeze(-1), mix.mT], dim=-1)
+        branch_in, *mixed = torch.einsum("btsv,btsd->btvd", alpha, x).split([1, N], dim=-2)
+        decoy = torch.full_like(alpha, 1 / N) * 1.0
+        return branch_in.squeeze(-2), mixed[0] + 0 * decoy.sum(), {"beta": post}
+
+
+@pytest.mark.parametrize("connection", [Normalised, NormalisedPair])
+def test_copied_streams_are_frozen_by_the_weights_that_are_applied(connection, ids):
+    torch.manual_seed(0)
+    model = Copies(lambda: connection("split", False)).eval()
+    for name, parameter in model.named_parameters():
+        if "connect" in name:
+            nn.init.normal_(parameter, std=0.5)
+    x = model.embed(ids)[..., :D].unsqueeze(-2).repeat(1, 1, N, 1).detach()
+    expected = frozen_reference(model, ids, x)
+    op = jacobian(model, ids, tokens="all", routing="frozen")
+    rows = torch.stack([op.rmatvec(u) for u in torch.eye(op.shape[0], dtype=torch.float64)])
+    assert (rows - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 6, 11])
+def test_a_capture_of_copied_streams_tells_read_from_write_weights(seed, ids):
+    """In bfloat16 the write weights of two of these models explain the branch input better than its own ones."""
+    torch.manual_seed(seed)
+    model = Copies(lambda: Normalised("split", False)).eval()
+    for name, parameter in model.named_parameters():
+        if "connect" in name:
+            nn.init.normal_(parameter, std=0.5)
+    trace = probes.capture(model.bfloat16(), ids).trace
+    x = torch.from_numpy(trace.residual.values[0]).bfloat16()
+    pre = model.blocks[0].connect.weights(x)[0].detach().float().numpy()
+    np.testing.assert_allclose(trace.h_pre.values[0], pre, atol=1e-6)

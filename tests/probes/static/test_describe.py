@@ -253,7 +253,10 @@ def test_library_model_has_places_gates_and_what_is_assumed(models, tmp_path):
     ("make", "words"),
     [
         (lambda: constrained.mHC(N, dim=8, num_fracs=2), "not square"),
-        (lambda: free.HyperConnections(N, dim=8, num_fracs=2, add_branch_out_to_residual=False), "not told"),
+        (
+            lambda: free.HyperConnections(N, dim=8, num_fracs=2, add_branch_out_to_residual=False),
+            "do not decide",
+        ),
     ],
 )
 def test_what_the_file_does_not_tell_is_said(make, words, tmp_path):
