@@ -98,7 +98,7 @@ class Pairs:
 
 @quantity
 def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> Pairs:
-    """Every depth beside every other."""
+    """Every pair of depths."""
     return Pairs(residual_states, mean_states, token_masks)
 
 

@@ -1,4 +1,4 @@
-"""Did training move the mixing? What initialisation and weight decay alone make of its logits, beside what was measured.
+"""Did training move the mixing? The measured matrices against what initialisation and weight decay alone make of the logits.
 
 Decoupled weight decay multiplies logits without a gradient by ∏ (1 − η λ): they shrink towards zero, whose matrix is
 uniform, and the streams contract although nothing was learned. Matrices are compared, not logits: Sinkhorn gives the
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels._arrays import as_count, as_float64
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.metrics.mixing import PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
 from depthscope.diagnostics.quantities.registry import quantity
+from depthscope.diagnostics.schema import TRACE, chain_dataset, chains, validate
+from depthscope.diagnostics.schema.groups import group_path
 
 LOGITS = "initial_logits"
 
@@ -39,7 +40,7 @@ def decay_factor(
     weight_decay : float
         λ, as AdamW takes it.
     steps : int, optional
-        Number of steps; not beside a schedule.
+        Number of steps of one rate; None for a schedule.
 
     Returns
     -------
@@ -49,7 +50,7 @@ def decay_factor(
     Raises
     ------
     ValueError
-        For steps beside a schedule, none beside one rate or not a whole number of them, a schedule of no step, or a
+        For steps with a schedule, no steps with one rate or a number of them that is no integer, an empty schedule, or a
         step that leaves nothing or adds to the weight.
 
     Examples
@@ -60,8 +61,8 @@ def decay_factor(
     scheduled = np.ndim(learning_rate) > 0
     if scheduled != (steps is None):
         raise ValueError(
-            f"steps is {steps} beside {'a schedule' if scheduled else 'one learning rate'}; expected the number of "
-            "steps beside one rate, and None beside a schedule"
+            f"steps is {steps} with {'a schedule' if scheduled else 'one learning rate'}; expected the number of "
+            "steps with one rate, and None with a schedule"
         )
     times = 1 if steps is None else as_count(steps, name="steps", least=0)
     if np.ndim(learning_rate) > 1 or np.size(learning_rate) == 0 or np.ndim(weight_decay) > 0:
@@ -91,12 +92,12 @@ def with_replay(
     last: str | None = None,
     floor: float | None = None,
 ) -> xr.DataTree:
-    """Keep the initial static logits of an mHC with its run, so that what training moved can be told.
+    """Store the initial static logits of an mHC in its run, so that what training moved can be measured.
 
     Parameters
     ----------
     run : DataTree
-        A run that holds ``h_res``.
+        A run with ``h_res``.
     initial : DataArray or ndarray
         Logits (connection, stream_out, stream_in), rows are destinations; `probes.initial_logits` reads them from a
         checkpoint, with the coordinates by which they are matched. An array is in the run's order.
@@ -115,24 +116,26 @@ def with_replay(
     Raises
     ------
     ValueError
-        Where the run holds no ``h_res``, a connection of it is not among the logits or has some that are not finite,
-        or ``sinkhorn_steps`` is no whole number of 1 or more.
+        Where the run has no ``h_res``, a connection of it is not among the logits or has some that are not finite,
+        or ``sinkhorn_steps`` is no integer of 1 or more.
     """
     if sinkhorn_steps is not None:
         sinkhorn_steps = as_count(sinkhorn_steps, name="sinkhorn_steps")
     given = initial if isinstance(initial, xr.DataArray) else _in_order(np.asarray(initial))
-    told = {"decay": decay, "sinkhorn_steps": sinkhorn_steps, "last": last, "floor": floor}
-    attrs = {"sinkhorn_steps": 20, "last": "row", "floor": 0.0} | dict(given.attrs)
-    attrs |= {name: value for name, value in told.items() if value is not None}
-    found = {chain: schema.chain_dataset(run, "trace", chain) for chain in schema.chains(run)}
-    mixing = {chain: trace for chain, trace in found.items() if trace is not None and "h_res" in trace}
+    # Defaults of the mHC paper first, then what the checkpoint gives, then what the caller names.
+    attrs: dict[str, Any] = {"sinkhorn_steps": 20, "last": "row", "floor": 0.0}
+    attrs.update(given.attrs)
+    named = {"decay": decay, "sinkhorn_steps": sinkhorn_steps, "last": last, "floor": floor}
+    attrs.update({name: value for name, value in named.items() if value is not None})
+    traces = {chain: chain_dataset(run, "trace", chain) for chain in chains(run)}
+    mixing = {chain: trace for chain, trace in traces.items() if trace is not None and "h_res" in trace}
     if not mixing:
-        raise ValueError("the run holds no h_res to compare with; capture a model whose streams are mixed")
+        raise ValueError("the run has no h_res to compare with; capture a model whose streams are mixed")
     replayed = run.copy()
     for chain, trace in mixing.items():
-        logits = xr.Variable(schema.TRACE[LOGITS].dims, _matched(given, trace), attrs)
-        replayed[f"trace/{chain}".rstrip("/")].dataset = trace.assign({LOGITS: logits})
-    schema.validate(replayed)
+        logits = xr.Variable(TRACE[LOGITS].dims, _matched(given, trace), attrs)
+        replayed[group_path("trace", chain)].dataset = trace.assign({LOGITS: logits})
+    validate(replayed)
     return replayed
 
 
@@ -141,17 +144,17 @@ def _in_order(logits: np.ndarray) -> xr.DataArray:
         raise ValueError(
             f"initial has shape {logits.shape}; expected logits (connection, stream_out, stream_in)"
         )
-    return xr.DataArray(logits, dims=schema.TRACE[LOGITS].dims)
+    return xr.DataArray(logits, dims=TRACE[LOGITS].dims)
 
 
 def _matched(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
     """The logits of a chain's connections, in its order."""
-    values = given.transpose(*schema.TRACE[LOGITS].dims).values
+    values = given.transpose(*TRACE[LOGITS].dims).values
     if "connection_module" in given.coords and "connection_module" in trace.coords:
         names, places = _modules(given), _places(given)
         found = [_position(*key, names, places) for key in zip(_modules(trace), _places(trace), strict=True)]
         values = values[found]
-    shape = tuple(trace["h_res"].sizes[dim] for dim in schema.TRACE[LOGITS].dims)
+    shape = tuple(trace["h_res"].sizes[dim] for dim in TRACE[LOGITS].dims)
     if values.shape != shape:
         raise ValueError(
             f"the initial logits have shape {values.shape}, the run's connections {shape}; expected one square of "
@@ -165,14 +168,14 @@ def _modules(data: xr.DataArray | xr.Dataset) -> list[str]:
 
 
 def _places(data: xr.DataArray | xr.Dataset) -> list[tuple[int, str] | None]:
-    """Block and branch of every connection, where they are told."""
+    """Block and branch of every connection, where they are known."""
     if not {"connection_layer", "branch"} <= set(data.coords):
         return [None] * data.sizes["connection"]
     return list(zip(data["connection_layer"].values.tolist(), map(str, data["branch"].values), strict=True))
 
 
 def _position(module: str, place: Any, names: list[str], places: list[Any]) -> int:
-    """Which of the logits are a module's: by its path, whole or behind a prefix, or by block and branch.
+    """Index of the logits of a module: by its path, without or with a prefix, or by block and branch.
 
     A checkpoint's files may name a module in another way than the model does.
     """
@@ -214,8 +217,8 @@ def replayed_matrices(initial_logits: xr.DataArray) -> np.ndarray:
 
 def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
     """‖H − M‖_F/√n of every token's H from a static M (C, n, n)."""
-    apart = np.linalg.norm(mixing.matrices - matrices[:, None], axis=(-2, -1))
-    return mixing.reduced(apart / math.sqrt(mixing.num_streams))
+    distance = np.linalg.norm(mixing.matrices - matrices[:, None], axis=(-2, -1))
+    return mixing.reduced(distance / math.sqrt(mixing.num_streams))
 
 
 @metric(

@@ -1,4 +1,4 @@
-"""Which depths say the same? CKA, angles and block influence between depths, cosines between streams.
+"""Which depths are alike? CKA, angles and block influence between depths, cosines between streams.
 
 States are compared in the mean over streams, which a plain head reads.
 """
@@ -176,6 +176,7 @@ def _influences(states: np.ndarray) -> np.ndarray:
 @metric(
     symbol=r"\overline{\cos}(x_i, x_j)",
     dims="depth",
+    # As in the verdict `copied_streams`: an angle of 8° between any two streams.
     healthy=Range(high=0.99, source="heuristic"),
     cite="zhu2024hyper",
     basis="stream",
