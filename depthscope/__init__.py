@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from depthscope.probes import (
         CaptureError,
         ChainError,
-        ConnectionError,
         LayoutError,
         ProbeWarning,
         ReconstructionError,
         Recorder,
         SiteError,
+        StreamConnectionError,
         capture,
         describe,
         describe_weights,
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
 _PROBES = (
     *("capture", "record", "Recorder", "describe", "describe_weights", "initial_logits", "merge_runs"),
-    *("CaptureError", "ChainError", "ConnectionError", "LayoutError", "ReconstructionError", "SiteError"),
-    "ProbeWarning",
+    *("CaptureError", "ChainError", "LayoutError", "ReconstructionError", "SiteError"),
+    *("StreamConnectionError", "ProbeWarning"),
 )
 _DIAGNOSTICS = (
     *("analyze", "judge", "Finding", "Severity", "CATALOGUE", "training_curves", "with_replay"),
@@ -69,7 +69,6 @@ __all__ = [
     "CATALOGUE",
     "CaptureError",
     "ChainError",
-    "ConnectionError",
     "Finding",
     "LayoutError",
     "ProbeWarning",
@@ -78,6 +77,7 @@ __all__ = [
     "SchemaError",
     "Severity",
     "SiteError",
+    "StreamConnectionError",
     "analyze",
     "app",
     "capture",

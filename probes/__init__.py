@@ -1,6 +1,6 @@
 """Probes: torch in, labelled arrays out. Attach them to a model, keep what its residual streams show."""
 
-from depthscope.probes.connections.detection import ConnectionError, ReconstructionError
+from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
 from depthscope.probes.description import describe
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError
@@ -15,12 +15,12 @@ from depthscope.probes.training.recorder import ProbeWarning, Recorder, record
 __all__ = [
     "CaptureError",
     "ChainError",
-    "ConnectionError",
     "LayoutError",
     "ProbeWarning",
     "ReconstructionError",
     "Recorder",
     "SiteError",
+    "StreamConnectionError",
     "capture",
     "describe",
     "describe_weights",

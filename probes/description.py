@@ -1,7 +1,8 @@
-"""What a model shows of its residual streams: blocks, streams, layout, sites, and the proof of its connections."""
+"""A description of a model's residual streams: blocks, streams, layout, sites, and the proof of its connections."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack
@@ -93,17 +94,15 @@ class Description:
             f"  proof        H_res X + H_post ⊗ F(H_pre X) gives the next state within {self.reconstruction_error:.1e} "
             f"(tolerance {self.reconstruction_tolerance:.0e}; worst at {worst.module})",
         ]
-        reads = [c.read_error for c in self.connections if c.read_error == c.read_error]
+        reads = [c.read_error for c in self.connections if not math.isnan(c.read_error)]
         lines.append(
             f"  H_pre        gives the branch's input within {max(reads):.1e}"
             if reads
             else "  H_pre        no scalar weights: read by gates per feature, or by several views"
         )
         if self.orientation != "not_applicable":
-            rows, columns = (
-                max(getattr(c, side) for c in self.connections)
-                for side in ("row_sum_error", "column_sum_error")
-            )
+            rows = max(c.row_sum_error for c in self.connections)
+            columns = max(c.column_sum_error for c in self.connections)
             lines.append(
                 f"  sums         of H_res over the sources within {rows:.1e} of 1, over the destinations within {columns:.1e}"
             )
@@ -115,6 +114,7 @@ class Description:
         return lines
 
     def _coverage(self) -> list[str]:
+        """How many sites fired, and for those that were not expected the reason: one line a reason, not a site."""
         expected = [row for row in self.coverage if row["expected"]]
         fired = sum(row["fired"] >= row["expected"] for row in expected)
         lines = [f"  coverage     {fired} of {len(expected)} expected sites fired"]
@@ -179,7 +179,7 @@ def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
     """The connections with streams; those of plain blocks have no weights to prove."""
     for number in range(trace.sizes["connection"] if "h_res" in trace else 0):
         at = trace.isel(connection=number)
-        h_res = at["h_res"].where(at["mask"])
+        h_res = at["h_res"].where(at["mask"])  # NaN on padding, which `max` skips below and `sum` must not
         yield ConnectionFacts(
             module=str(at["connection_module"].item()),
             layer=int(at["connection_layer"]),

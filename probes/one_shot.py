@@ -12,7 +12,8 @@ from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.model_call import batches, call_observed, eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
@@ -83,7 +84,9 @@ def capture(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
     known = [value for value in losses if value is not None]
-    row = Row(0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None)
+    row = StepStatistics(
+        0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
+    )
     return build_run(session, [row], step, attrs=attrs, token_text=token_text)
 
 

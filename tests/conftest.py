@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import xarray as xr
 
+from depthscope.diagnostics import CATALOGUE, analyze
+from depthscope.diagnostics.metrics.replay import with_replay
+from depthscope.diagnostics.metrics.spectrum import singular_value
+from depthscope.diagnostics.quantities.registry import Quantities
 from tests.models.synthetic_run import synthetic_run
 
 
@@ -29,3 +34,37 @@ def hc_run() -> xr.DataTree:
 @pytest.fixture(scope="session")
 def mhc_run() -> xr.DataTree:
     return synthetic_run("mhc")
+
+
+# --- analyses with every metric, those on request among them
+
+
+def with_spectrum(run: xr.DataTree, analysis: xr.Dataset) -> xr.Dataset:
+    """The analysis with the singular values of the states."""
+    if "singular_value" in analysis:
+        return analysis
+    found = singular_value.evaluate(Quantities(run["trace"].to_dataset()))
+    return analysis.assign(
+        {
+            name: value if name.endswith("_null") else value.expand_dims(step=analysis["step"].values)
+            for name, value in found.items()
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_run(make_run) -> dict[str, xr.DataTree]:
+    """A residual run and an mHC run with more tokens than features, the initial logits of the mHC beside it."""
+    size = {"layers": 4, "samples": 4, "tokens": 20, "features": 16}
+    mhc = make_run("mhc", **size)
+    logits = 3.0 * np.broadcast_to(np.eye(4), (8, 4, 4))
+    return {"plain": make_run("residual", **size), "mhc": with_replay(mhc, logits, decay=0.9)}
+
+
+@pytest.fixture(scope="session")
+def whole(whole_run) -> dict[str, xr.Dataset]:
+    """Run name → analysis with every metric of the catalogue."""
+    return {
+        name: with_spectrum(run, analyze(run, metrics=list(CATALOGUE), jackknife=True))
+        for name, run in whole_run.items()
+    }

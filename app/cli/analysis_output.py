@@ -63,6 +63,7 @@ def tabulate(reading: Reading, selection: Selection, asked: Collection[str]) -> 
     columns = {"num_tokens", *by_depth.metrics, *(by_connection.metrics if by_connection else ())}
     analysis = reading.analysis
     named = [name for name in asked if name in analysis and name not in columns]
+    # A matrix of every two depths has no place in a table with one row a depth.
     pairs = [
         str(name)
         for name, values in analysis.data_vars.items()
@@ -87,6 +88,7 @@ def analysis_as_dict(tables: Sequence[AnalysisTables], selection: Selection, wri
     -------
     dict
     """
+    # Names with the errors and nulls that accompany a metric, as they are called in /metrics.
     names = {str(name) for each in tables for name in each.reading.analysis.data_vars}
     return {
         "written": str(written),
@@ -140,6 +142,7 @@ def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
                     [str(column) for column in table.printed], table.printed.astype(str).to_numpy().tolist()
                 )
                 say()
+    # After all tables: what could not be computed is easily missed between two of them.
     for each in tables:
         if each.not_in_tables:
             names = ", ".join(f"{name} ({_dims(each.reading.analysis[name])})" for name in each.not_in_tables)

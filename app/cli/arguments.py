@@ -7,8 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthscope.app.cli.suggestion import closest
-
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
 
@@ -30,6 +28,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_browser(parser: argparse.ArgumentParser) -> None:
     """``--no-browser`` as ``args.browser``, true by default."""
+    # The positive name: `if args.browser` reads better than a double negative.
     parser.add_argument("--no-browser", dest="browser", action="store_false", help="print the address only")
 
 
@@ -60,6 +59,7 @@ def selection_of(args: argparse.Namespace) -> Selection:
     """
     from depthscope.app.figures import Selection
 
+    # Options that were not given are left out, so that the defaults are declared in `Selection` alone.
     given = {name: getattr(args, name) for name in ("scope", "tokens", "centering", "reduction")}
     return Selection.of({name: label for name, label in given.items() if label is not None})
 
@@ -83,10 +83,11 @@ def metric_names(names: list[str] | None) -> list[str] | None:
         For a name that is no metric, with the closest one.
     """
     from depthscope.diagnostics import CATALOGUE
+    from depthscope.diagnostics.closest_names import did_you_mean
 
     for name in names or ():
         if name not in CATALOGUE:
-            raise ValueError(f"no metric {name!r}{closest(name, CATALOGUE)}")
+            raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
     return names
 
 

@@ -70,6 +70,7 @@ def site_names(args: argparse.Namespace) -> list[str] | None:
     -------
     list of str or None
     """
+    # Not `comma_separated`: an empty name is refused by the capture, which lists the sites that there are.
     return None if args.sites is None else [name.strip() for name in args.sites.split(",")]
 
 

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
 from depthscope.app.cli.commands import COMMANDS
-from depthscope.app.cli.suggestion import closest
 
-# Import name of an optional dependency → the extra of pyproject.toml that installs it.
+# Import name of an optional dependency → the extra of pyproject.toml that installs it. The core installs without them,
+# so that a saved run is opened, analysed and judged where there is no torch and no display.
 EXTRAS = {
     "torch": "capture",
     "safetensors": "capture",
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [command.name for command in COMMANDS]
     # argparse would answer with all names; the closest one is what helps after a typing error.
     if not words[0].startswith("-") and words[0] not in names:
-        parser.error(f"no command {words[0]!r}{closest(words[0], names)}")
+        from depthscope.diagnostics.closest_names import did_you_mean  # imports xarray, which --help must not
+
+        parser.error(f"no command {words[0]!r}; {did_you_mean(words[0], names)}")
     args = parser.parse_args(words)
     try:
         return args.run_command(args)
@@ -170,6 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    # metavar: argparse would otherwise print all names in braces, in the usage and again above the list.
+    # parser_class: errors inside a command are one line too.
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for command in COMMANDS:
         title = f"{command.help[0].upper()}{command.help[1:]}."

@@ -25,9 +25,10 @@ __all__ = ["CONFIG", "free_port", "launch", "serve"]
 HOST = "127.0.0.1"
 FIRST_PORT = 8501  # Streamlit's own
 TRIED_PORTS = 100
-# A heuristic of ours: importing streamlit, plotly and xarray takes 3 s on a laptop and half a minute from a cold disk.
+# A heuristic of ours: a first start reads streamlit, plotly and xarray from a cold disk.
 START_SECONDS = 60.0
 
+# Both themes are given, so that a visitor's choice of light or dark is followed; Streamlit's own red would read as failure.
 _LIGHT = {
     "primaryColor": "#35618E",
     "backgroundColor": "#FFFFFF",
@@ -169,6 +170,7 @@ def serve(paths: Sequence[Path], port: int) -> None:
     from depthscope.app.dashboard.state import run_library
 
     run_library.allow(paths)
+    # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
     script = Path(__file__).resolve().parent / "navigation" / "entrypoint.py"
@@ -198,6 +200,7 @@ def refuse_other_hosts(application: Any) -> Any:
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         host = dict(scope.get("headers", [])).get(b"host", b"").decode("latin-1")
         known = host.partition(":")[0] in CONFIG["server.allowedHosts"]
+        # Web sockets and the start and stop of the server ("lifespan") pass: Streamlit checks the former itself.
         refusal = PlainTextResponse(f"this dashboard answers at {HOST} only", status_code=403)
         await (application if known or scope["type"] != "http" else refusal)(scope, receive, send)
 
@@ -210,6 +213,7 @@ def _serve_from_other_process(paths: Sequence[Path], port: int, address: str) ->
     code = (
         "import sys; from depthscope.app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
     )
+    # A new interpreter and not a fork: torch and Streamlit have threads, whose locks a fork copies in any state.
     process = subprocess.Popen(
         [sys.executable, "-c", code, request],
         # A notebook or a test finds depthscope where its own sys.path leads, which is not always the default one.
@@ -226,12 +230,14 @@ def _serve_from_other_process(paths: Sequence[Path], port: int, address: str) ->
 
 def _serve_request(request: str) -> None:
     wanted = json.loads(request)
+    # Daemon: a server that is stopped by itself must not wait for the end of its parent.
     Thread(target=_end_with_parent, daemon=True).start()
     serve([Path(path) for path in wanted["paths"]], wanted["port"])
 
 
 def _end_with_parent() -> None:
-    sys.stdin.read()
+    sys.stdin.read()  # returns when the parent's end of the pipe is closed
+    # A signal, since sys.exit in a thread ends that thread alone; uvicorn answers it by closing the connections.
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -53,6 +53,7 @@ def limits_with_theory(measured: Array, theory: Array, log_y: bool) -> tuple[flo
 
     Examples
     --------
+    >>> import numpy as np
     >>> limits_with_theory(np.array([1.0, 2.0]), np.array([1.0, 1e9]), True)
     (1.0, 20.0)
     """

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.quantities.registry import LABELS
+
 __all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
 
 Array = np.ndarray
@@ -56,7 +58,7 @@ class Line:
 class Lines:
     """Curves over one axis, with an optional healthy band.
 
-    ``sources`` are the bibliography keys of the laws drawn, ``missing`` says why a law is not.
+    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not.
     """
 
     name: str
@@ -160,12 +162,9 @@ class Selection:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "scope": ("sequence", "data"),
-    "tokens": ("all", "ordinary"),
-    "centering": ("raw", "centred"),
-    "estimator": ("biased", "unbiased"),
-    "direction": ("both", "forward", "backward"),
-    "reduction": ("mean", "median", "p1", "p99", "max"),
+    **{dim: LABELS[dim] for dim in ("scope", "tokens", "centering", "estimator")},
+    "direction": ("both", *LABELS["direction"]),
+    "reduction": LABELS["reduction"],
     "axis": ("depth", "relative"),
 }
 """The labels that a selection may take; streams, steps and runs depend on the data."""

@@ -36,6 +36,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """
     foreign = foreign_files(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target: a rename within one file system is atomic, and the old folder can be moved back.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
         fresh = Path(place) / "fresh"
         fresh.mkdir()
@@ -59,7 +60,7 @@ def foreign_files(target: Path) -> list[Path]:
     Raises
     ------
     ValueError
-        Where the folder is a file, is somebody else's, or holds files of ours that were edited.
+        For a file, a folder of somebody else, or one with files of ours that were edited.
     """
     if not target.exists():
         return []
@@ -89,7 +90,7 @@ def _written(target: Path) -> Mapping[str, str]:
         return dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{target} holds files that depthscope did not write; choose an empty or new folder with --out"
+            f"{target} contains files that depthscope did not write; choose an empty or new folder with --out"
         ) from error
 
 
@@ -116,6 +117,7 @@ def refuse_taken(fresh: Path, foreign: list[Path], target: Path) -> None:
 
 
 def _swap(fresh: Path, target: Path, aside: Path, foreign: list[Path]) -> None:
+    """Move the target aside, the fresh folder in its place, and the files of others back into it."""
     if target.exists():
         target.rename(aside)
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from depthscope.diagnostics.package_versions import package_versions
 
-_LIBRARIES = ("numpy", "scipy", "xarray", "pandas", "matplotlib")
+# Those that compute or draw what a report and a bundle show.
+_PACKAGES = ("depthscope", "numpy", "scipy", "xarray", "pandas", "matplotlib")
 
 
 def depthscope_version() -> str:
@@ -15,23 +16,15 @@ def depthscope_version() -> str:
     str
         ``"0+source"`` where the code runs without being installed.
     """
-    return _version("depthscope") or "0+source"
+    return software()["depthscope"]
 
 
 def software() -> dict[str, str]:
-    """Versions of depthscope and of the libraries that compute and draw.
+    """Versions of depthscope and of the packages that compute and draw.
 
     Returns
     -------
     dict of str to str
-        Libraries that are absent are left out.
+        Packages that are absent are left out.
     """
-    known = {name: _version(name) for name in _LIBRARIES}
-    return {"depthscope": depthscope_version()} | {name: found for name, found in known.items() if found}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {"depthscope": "0+source", **package_versions(_PACKAGES)}

@@ -1,4 +1,4 @@
-"""What there is to say about each run: its provenance, its analysis and its findings, one reading a chain."""
+"""What is known about a run? Its attributes, its analysis and its findings: one reading for each chain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reading:
     attrs : mapping
         The run's attributes: model, family, seed, …
     analysis : Dataset
-        What `diagnostics.analyze` gives, or what the run holds in /metrics.
+        What `diagnostics.analyze` returns, or the stored /metrics of the run.
     findings : tuple of Finding
         Worst first.
     """
@@ -48,7 +48,7 @@ class Reading:
 def read_runs(
     runs: Mapping[str, xr.DataTree], *, progress: Callable[[str, int, int], None] | None = None
 ) -> list[Reading]:
-    """Analyse and judge runs; metrics that a run already holds are taken as they are.
+    """Analyse and judge runs; complete stored metrics are used as they are.
 
     Parameters
     ----------
@@ -89,16 +89,17 @@ def _analyses(
 
 
 def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, xr.Dataset]) -> bool:
-    """Whether the metrics that a run holds are complete, a history, or all that is left of it."""
-    if len(known) < len(stored):
+    """Whether the stored metrics of a run make a new analysis superfluous."""
+    if not known or len(known) < len(stored):
         return False
+    # A history has metrics of steps whose states are gone; an analysis of the last trace would replace it by one step.
+    final = all(data.attrs.get(COMPLETE) or data.sizes.get("step", 1) > 1 for data in known.values())
     has_trace = any(schema.chain_dataset(run, "trace", chain) is not None for chain in stored)
-    whole = all(data.attrs.get(COMPLETE) or data.sizes.get("step", 1) > 1 for data in known.values())
-    return bool(known) and (whole or not has_trace)
+    return final or not has_trace
 
 
 def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
-    """An analysis with the metrics that the run holds beside it, such as those computed on request."""
+    """An analysis together with stored metrics that it does not compute, such as those computed on request."""
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
@@ -118,7 +119,7 @@ def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
     Parameters
     ----------
     paths : sequence of str
-        Run files, or folders that hold some.
+        Run files, or folders with some in them.
 
     Returns
     -------
@@ -127,9 +128,9 @@ def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
     Raises
     ------
     FileNotFoundError
-        Where nothing lies at a path.
+        Where a path does not exist.
     ValueError
-        Where a folder holds no run.
+        Where a folder contains no run.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -150,7 +151,7 @@ def _runs_at(path: Path) -> list[Path]:
 
 
 def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
-    """The file's name, with as many folders before it as it takes to tell the runs apart."""
+    """The name of the file, with as many folders before it as make the names unique."""
     unique = list(dict.fromkeys(path.resolve() for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
         names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
@@ -160,7 +161,7 @@ def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def without_ending(name: str) -> str:
-    """A run's file name without what says its format.
+    """The file name of a run without the ending of its format.
 
     Parameters
     ----------
@@ -171,7 +172,7 @@ def without_ending(name: str) -> str:
     -------
     str
     """
-    for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):
+    for suffix in sorted(schema.SUFFIXES, key=len, reverse=True):  # .zarr.zip before .zip
         if name.endswith(suffix):
             return name.removesuffix(suffix)
     return name

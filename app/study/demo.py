@@ -8,17 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from depthscope.app.readings.readings import COMPLETE, read_runs
 from depthscope.app.tables.findings import findings_text
-from depthscope.app.text.terminal import remark, say, working
+from depthscope.app.text.terminal import progress_bar, remark, say, working
 from depthscope.diagnostics import analyze, schema
 
 SMOLLM2 = "SmolLM2-135M"
@@ -35,12 +32,12 @@ class Steps:
     times: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Say what is being done, and afterwards how long it took.
+    def step(self, title: str) -> Iterator[None]:
+        """Print what is being done, and afterwards how long it took.
 
         Parameters
         ----------
-        what : str
+        title : str
             In plain words.
 
         Yields
@@ -48,56 +45,61 @@ class Steps:
         None
             While it is done.
         """
-        _tell(f"[{len(self.times) + 1}/{self.total}] {what}")
+        _print_progress(f"[{len(self.times) + 1}/{self.total}] {title}")
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.times[what] = time.perf_counter() - started
-            _tell(f"      {self.times[what]:.1f} s")
+            self.times[title] = time.perf_counter() - started
+            _print_progress(f"      {self.times[title]:.1f} s")
 
 
-def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> int:
+def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> None:
     """Probe a real model and three small ones, print the findings, write a paper bundle, open the dashboard.
 
     With a browser, or without one on a terminal (a server that somebody is logged in to), the dashboard is
     served until Ctrl-C. Without a browser and without a terminal (continuous integration, a pipe) the demo ends
-    after printing the command that serves it.
+    after printing the command that serves it. What cannot be done is printed, and the rest goes on.
 
     Parameters
     ----------
     out : Path
         Folder for ``runs/`` and ``paper/``; results of an earlier demo in it are replaced one by one, each only
-        when the new one is whole.
+        when the new one is complete.
     browser : bool
         Open the dashboard in the default browser.
     quick : bool
         Ten seconds of training and no SmolLM2.
-
-    Returns
-    -------
-    int
-        0; what could not be done is said and the rest goes on.
     """
     started = time.perf_counter()
     steps = Steps(total=4 if quick else 6)
     folder = out / "runs"
-    probed = {} if quick else _probe_smollm2(steps, folder)
-    probed |= _train_study(steps, folder, QUICK_SECONDS if quick else SECONDS)
-    with steps.step(f"Measuring {len(probed)} runs with every metric"):
-        runs = _analysed(probed)
+    paths = {} if quick else _probe_smollm2(steps, folder)
+    paths.update(_train_small_models(steps, folder, QUICK_SECONDS if quick else SECONDS))
+    with steps.step(f"Measuring {len(paths)} runs with every metric"):
+        runs = _analyze_saved(paths)
     with steps.step("Judging them: what was found"):
-        _print_findings(runs)
+        for reading in read_runs(runs):
+            say(f"\n{reading.name}: {about(reading.attrs)}\n")
+            say(findings_text(reading.findings))
+        say()
     with steps.step("Writing figures, tables and sources for a paper"), working("drawing"):
         bundle = _write_paper(runs, out / "paper")
-    _print_results(probed, bundle)
-    _tell(_summary(time.perf_counter() - started))
-    _show(folder, browser=browser)
-    return 0
+    for path in paths.values():
+        say(f"run    {path}  ({path.stat().st_size / 1e6:.0f} MB)")
+    if bundle is not None:
+        say(f"paper  {bundle}  (figures, tables, sources; main.tex compiles it)")
+    memory = peak_memory()
+    used = "" if memory is None else f", peak memory {memory / 1e9:.1f} GB"
+    _print_progress(f"{time.perf_counter() - started:.0f} s in all{used}")
+    _show_dashboard(folder, browser=browser)
 
 
 def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
+    """The saved run of SmolLM2 by its name; nothing where its weights are not installed."""
+    from depthscope import probes
     from depthscope.probes.checkpoints.load import load_checkpoint
+    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
     from depthscope.probes.checkpoints.weight_files import CheckpointError
 
     try:
@@ -107,58 +109,58 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
         remark(f"{error}; going on without {SMOLLM2}")
         steps.total -= 1
         return {}
-    with steps.step(f"Probing {SMOLLM2} on {SEQUENCES} × {LENGTH} tokens of Python's documentation"):
-        return {SMOLLM2: _probe(loaded, folder / f"{SMOLLM2}.nc")}
-
-
-def _probe(loaded: Any, path: Path) -> Path:
-    from depthscope import probes
-    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
-
-    batch = encode_text(loaded, sample_text(), sequences=SEQUENCES, length=LENGTH)
-    attrs = {
-        "model": loaded.name,
-        "weights_digest": loaded.digest,
-        "data": "pydoc_data.topics",
-        "loss_reduction": "mean",
-    }
-    with working("forward and backward"):
+    title = f"Probing {SMOLLM2} on {SEQUENCES} × {LENGTH} tokens of Python's documentation"
+    with steps.step(title), working("forward and backward"):
+        batch = encode_text(loaded, sample_text(), sequences=SEQUENCES, length=LENGTH)
         run = probes.capture(
-            loaded.model, batch, gradients=True, token_text=token_texts(loaded, batch), attrs=attrs
+            loaded.model,
+            batch,
+            gradients=True,
+            token_text=token_texts(loaded, batch),
+            attrs={
+                "model": loaded.name,
+                "weights_digest": loaded.digest,
+                "data": "pydoc_data.topics",
+                "loss_reduction": "mean",
+            },
         )
-    return schema.save_run(run, path)
+        return {SMOLLM2: schema.save_run(run, folder / f"{SMOLLM2}.nc")}
 
 
-def _train_study(steps: Steps, folder: Path, seconds: float) -> dict[str, Path]:
+def _train_small_models(steps: Steps, folder: Path, seconds: float) -> dict[str, Path]:
     from depthscope.app.study.study import run_study
 
-    what = f"Training three small models that differ only in their connection, {seconds:.0f} s side by side"
-    with steps.step(what):
+    title = f"Training three small models that differ only in their connection, {seconds:.0f} s side by side"
+    with steps.step(title):
         return run_study(folder, seconds=seconds)
 
 
-def _analysed(probed: Mapping[str, Path]) -> dict[str, xr.DataTree]:
-    """The runs with their metrics, saved again: neither the paper nor the dashboard has to wait for them."""
+def _analyze_saved(paths: Mapping[str, Path]) -> dict[str, xr.DataTree]:
+    """The runs with their metrics, saved again: neither the paper nor the dashboard has to compute them."""
     runs: dict[str, xr.DataTree] = {}
-    with _bar(len(probed)) as show:
-        for number, (name, path) in enumerate(probed.items()):
+    with progress_bar("measuring") as show:
+        for name, path in paths.items():
+
+            def show_metric(metric: str, done: int, count: int, name: str = name) -> None:
+                show((len(runs) + done / count) / len(paths), f"{name} {metric}")
+
             run = schema.open_run(path)
             run.load()
             run.close()  # before the file is replaced
-            runs[name] = with_metrics(run, partial(show, number, name))
+            runs[name] = with_metrics(run, show_metric)
             schema.save_run(runs[name], path)
     return runs
 
 
 def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | None = None) -> xr.DataTree:
-    """A run of one chain with the whole catalogue measured.
+    """A run of one chain with every metric of the catalogue that it can feed.
 
     Parameters
     ----------
     run : DataTree
         With a trace.
     progress : callable, optional
-        Told (metric, number done, number in all).
+        Called with (metric, number done, number in all).
 
     Returns
     -------
@@ -171,27 +173,8 @@ def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | N
     return schema.create_run(**parts, metrics=metrics.assign_attrs({COMPLETE: True}), attrs=attrs)
 
 
-@contextmanager
-def _bar(num_runs: int) -> Iterator[Callable[[int, str, str, int, int], None]]:
-    columns = TextColumn("measuring"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=num_runs)
-
-        def show(number: int, name: str, metric: str, done: int, count: int) -> None:
-            bar.update(task, completed=number + done / count, description=f"{name} {metric}")
-
-        yield show
-
-
-def _print_findings(runs: Mapping[str, xr.DataTree]) -> None:
-    for reading in read_runs(runs):
-        say(f"\n{reading.name}: {about(reading.attrs)}\n")
-        say(findings_text(reading.findings))
-    say()
-
-
 def about(attrs: Mapping[str, Any]) -> str:
-    """One line on a run: its family, and what its training came to where that is known.
+    """One line on a run: its family, and the result of its training where that is known.
 
     Parameters
     ----------
@@ -201,37 +184,30 @@ def about(attrs: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        Such as ``mhc, 4 streams; held-out loss 2.39 nats a byte after 106 steps (unigram 3.14)``.
+        Such as ``mhc, 4 streams; held-out loss 2.39 nats a byte after 106 steps (byte frequencies alone: 3.14)``.
     """
     streams = attrs.get("n_streams", 1)
-    words = f"{attrs.get('family')}, {streams} stream{'s' if streams != 1 else ''}"
+    text = f"{attrs.get('family')}, {streams} stream{'s' if streams != 1 else ''}"
     training = attrs.get("training")
     if not training:
-        return words
+        return text
     return (
-        f"{words}; held-out loss {training['held_out_loss']:.2f} nats a byte after {training['steps']} steps "
+        f"{text}; held-out loss {training['held_out_loss']:.2f} nats a byte after {training['steps']} steps "
         f"(byte frequencies alone: {training['unigram_entropy']:.2f})"
     )
 
 
-def _write_paper(runs: Mapping[str, xr.DataTree], bundle: Path) -> Path | None:
+def _write_paper(runs: Mapping[str, xr.DataTree], folder: Path) -> Path | None:
     from depthscope.app.paper.export import write_bundle
 
     try:
-        return write_bundle(runs, bundle)
-    except ValueError as error:  # files that somebody edited there are not written over
+        return write_bundle(runs, folder)
+    except ValueError as error:  # files there that somebody has edited are not overwritten
         remark(f"no paper bundle: {error}")
         return None
 
 
-def _print_results(probed: Mapping[str, Path], bundle: Path | None) -> None:
-    for path in probed.values():
-        say(f"run    {path}  ({path.stat().st_size / 1e6:.0f} MB)")
-    if bundle is not None:
-        say(f"paper  {bundle}  (figures, tables, sources; main.tex compiles it)")
-
-
-def _show(folder: Path, *, browser: bool) -> None:
+def _show_dashboard(folder: Path, *, browser: bool) -> None:
     if not browser and not sys.stdout.isatty():
         say(f"Browse them with: depthscope dashboard {shlex.quote(str(folder))}")
         return
@@ -241,7 +217,7 @@ def _show(folder: Path, *, browser: bool) -> None:
 
 
 def peak_memory() -> float | None:
-    """Largest resident memory of this process so far, in bytes; None on systems that do not tell.
+    """Largest resident memory of this process so far, in bytes; None on systems that do not report it.
 
     Returns
     -------
@@ -251,16 +227,11 @@ def peak_memory() -> float | None:
         import resource
     except ImportError:  # Windows
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def _summary(seconds: float) -> str:
-    memory = peak_memory()
-    return f"{seconds:.0f} s in all" + ("" if memory is None else f", peak memory {memory / 1e9:.1f} GB")
-
-
-def _tell(line: str) -> None:
-    """Progress is for people and goes to stderr at once, also into a pipe."""
+def _print_progress(line: str) -> None:
+    # Flushed: in a pipe a minute of training would otherwise pass without a sign.
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

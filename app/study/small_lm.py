@@ -22,7 +22,8 @@ from torch import nn
 NUM_BYTES = 256
 NUM_STREAMS = 4
 ROPE_BASE = 10_000.0
-CONNECTIONS = ("residual", "hc", "mhc")
+TITLES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
+CONNECTIONS = tuple(TITLES)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         Parameters
         ----------
         x_BTD : torch.Tensor
-            What the connection reads from the streams.
+            Input of the branch, which the connection reads from the streams.
 
         Returns
         -------
@@ -69,6 +70,7 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.norm(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        # Without a mask of padding: padding is on the right, where a causal token does not look.
         mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(B, T, D))
 
@@ -88,7 +90,7 @@ class MLP(nn.Module):
         Parameters
         ----------
         x_BTD : torch.Tensor
-            What the connection reads from the streams.
+            Input of the branch, which the connection reads from the streams.
 
         Returns
         -------
@@ -112,6 +114,7 @@ def rotated(x_BHTd: torch.Tensor) -> torch.Tensor:
         Of the same shape and norm.
     """
     T, d = x_BHTd.shape[-2:]
+    # Pairs are (i, i + d/2), GPT-NeoX's order, so that one chunk splits them.
     rates = ROPE_BASE ** -(torch.arange(0, d, 2, device=x_BHTd.device) / d)
     angles = torch.outer(torch.arange(T, device=x_BHTd.device), rates)
     first, second = x_BHTd.chunk(2, dim=-1)
@@ -165,8 +168,10 @@ class SmallLM(nn.Module):
         streams = 1 if kind == "residual" else size.streams
         connection = partial(connection_class(kind), streams, dim=size.width)
         self.embedding = nn.Embedding(NUM_BYTES, size.width)
+        # Expanded to (B·N, T, D), as the package has its streams: copies at the start, added up at the end.
         self.expand, self.reduce = get_expand_reduce_stream_functions(streams, disable=kind == "residual")
         self.blocks = nn.ModuleList(Block(connection, layer, size) for layer in range(size.layers))
+        # One norm after the streams are added up: the sum of 4 copies is 4 times as large as one stream.
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, NUM_BYTES, bias=False)
         self._initialise(size)
@@ -175,6 +180,7 @@ class SmallLM(nn.Module):
         nn.init.normal_(self.embedding.weight)
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
+                # 2L branches write to the stream: with 1/√(2L) each its variance grows by 1 and not by 2L.
                 writes = name.endswith((".out", ".down"))
                 scale = 1 / math.sqrt(2 * size.layers) if writes else 1.0
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
@@ -257,6 +263,7 @@ def build(kind: str, *, size: Size = Size(), seed: int = 0) -> SmallLM:
     SmallLM
         Untrained.
     """
+    # Forked: a caller's own random numbers do not change, and every kind draws the same weights from the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SmallLM(kind, size)

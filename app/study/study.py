@@ -1,4 +1,4 @@
-"""What does the connection alone change? Three small language models trained side by side."""
+"""What does the connection alone change? Three small language models trained side by side, probed and saved."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ import xarray as xr
 from safetensors.torch import save_model
 
 from depthscope import probes
-from depthscope.app.study.small_lm import CONNECTIONS
-from depthscope.app.study.training import (
-    TITLES,
-    Corpus,
-    Learner,
-    Recipe,
-    connection_movement,
-    held_out_loss,
-    learner,
-    single_threaded,
-    split,
-    train_side_by_side,
-)
+from depthscope.app.study.corpus import Corpus, split_corpus
+from depthscope.app.study.learner import Learner, connection_movement, create_learner, held_out_loss
+from depthscope.app.study.recipe import Recipe
+from depthscope.app.study.small_lm import CONNECTIONS, TITLES
+from depthscope.app.study.training import single_threaded, train_side_by_side
 from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
@@ -66,32 +58,31 @@ def run_study(
     recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
     if recipe.seconds <= 0 or (recipe.steps is not None and recipe.steps < 1):
         raise StudyError(f"got {recipe.seconds:g} s and {recipe.steps} steps; expected more than 0")
-    text = sample_text()
-    corpus = split(text)
-    learners = [learner(kind, recipe) for kind in CONNECTIONS]
+    corpus = split_corpus(sample_text())
+    learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
+
+    def measure(step: int) -> None:
+        for learner in learners:
+            learner.history.append(_statistics(_probe(learner, corpus, recipe, {}), step))
+
     with single_threaded():
-        spent = train_side_by_side(
-            learners,
-            corpus,
-            recipe,
-            measure=lambda step: _measure_all(learners, corpus, recipe, step),
-            progress=progress,
-        )
+        spent = train_side_by_side(learners, corpus, recipe, measure=measure, progress=progress)
         out.mkdir(parents=True, exist_ok=True)
-        return {each.kind: _saved(each, corpus, recipe, out, spent) for each in learners}
+        return {learner.kind: _save(learner, corpus, recipe, out, spent) for learner in learners}
 
 
-def _probe(each: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str, Any]) -> xr.DataTree:
+def _probe(learner: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str, Any]) -> xr.DataTree:
     """Measure a model on the same held-out windows every time."""
-    loaded = LoadedModel(each.model, None, TITLES[each.kind], "", each.kind)
+    loaded = LoadedModel(learner.model, None, TITLES[learner.kind], "", learner.kind)
+    # A byte cut off at the border of the held-out text is replaced; the windows stay the same for every model.
     text = bytes(corpus.held_out.tolist()).decode(errors="replace")
     batch = encode_text(
         loaded, text, sequences=recipe.probed_sequences, length=recipe.probed_length, seed=recipe.seed
     )
-    each.model.eval()
+    learner.model.eval()
     try:
         return probes.capture(
-            each.model,
+            learner.model,
             batch,
             gradients=True,
             token_text=token_texts(loaded, batch),
@@ -99,13 +90,7 @@ def _probe(each: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str, An
             attrs=attrs,
         )
     finally:
-        each.model.train()
-
-
-def _measure_all(learners: Sequence[Learner], corpus: Corpus, recipe: Recipe, step: int) -> None:
-    for each in learners:
-        run = _probe(each, corpus, recipe, {})
-        each.history.append(_statistics(run, step))
+        learner.model.train()
 
 
 def _statistics(run: xr.DataTree, step: int) -> xr.Dataset:
@@ -130,6 +115,7 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
         Sums over all tokens (without a step) are those of the final weights.
     """
     final = _statistics(run, step)
+    # Sums over every token are large and have no step dimension: those of the final weights alone are saved.
     stepwise = [name for name, value in final.data_vars.items() if "step" in value.dims]
     rows = [dataset[stepwise] for dataset in (*history, final)]
     joined = xr.concat(rows, dim="step", data_vars="all", coords="minimal", compat="override", join="exact")
@@ -138,32 +124,32 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
     return schema.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=attrs)
 
 
-def _saved(each: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
-    step = len(each.losses)
-    weights = out / f"{each.kind}.safetensors"
-    save_model(each.model, str(weights), metadata={"format": "pt"})
+def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
+    step = len(learner.losses)
+    weights = out / f"{learner.kind}.safetensors"
+    save_model(learner.model, str(weights), metadata={"format": "pt"})
     attrs = {
-        "model": f"small LM, {TITLES[each.kind]}",
+        "model": f"small LM, {TITLES[learner.kind]}",
         "seed": recipe.seed,
         "loss_reduction": "mean",
         "weights_digest": file_digest([weights]),
-        "training": training_facts(each, corpus, recipe, spent),
+        "training": training_facts(learner, corpus, recipe, spent),
     }
-    run = with_history(_probe(each, corpus, recipe, attrs), each.history, step)
-    return schema.save_run(run, out / f"{each.kind}.nc")
+    run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
+    return schema.save_run(run, out / f"{learner.kind}.nc")
 
 
-def training_facts(each: Learner, corpus: Corpus, recipe: Recipe, spent: float) -> dict[str, Any]:
+def training_facts(learner: Learner, corpus: Corpus, recipe: Recipe, spent: float) -> dict[str, Any]:
     """What a reader has to know about the training to judge the comparison.
 
     Parameters
     ----------
-    each : Learner
+    learner : Learner
         A trained learner.
     corpus : Corpus
-        What it read.
+        Its text.
     recipe : Recipe
-        How.
+        Its training.
     spent : float
         Seconds, of all three together.
 
@@ -172,7 +158,7 @@ def training_facts(each: Learner, corpus: Corpus, recipe: Recipe, spent: float) 
     dict
         Losses in nats a byte.
     """
-    steps = len(each.losses)
+    steps = len(learner.losses)
     return {
         "corpus": "pydoc_data.topics, bytes; the last tenth held out",
         "steps": steps,
@@ -185,9 +171,9 @@ def training_facts(each: Learner, corpus: Corpus, recipe: Recipe, spent: float) 
         "learning_rate": recipe.learning_rate,
         "schedule": "linear warm-up, cosine to zero, by "
         + ("the clock" if recipe.steps is None else "steps"),
-        "initial_loss": each.losses[0],
-        "final_loss": float(np.mean(each.losses[-10:])),
-        "held_out_loss": held_out_loss(each.model, corpus),
+        "initial_loss": learner.losses[0],
+        "final_loss": float(np.mean(learner.losses[-10:])),
+        "held_out_loss": held_out_loss(learner.model, corpus),
         "unigram_entropy": corpus.unigram_entropy,
-        "connection_movement": connection_movement(each),
+        "connection_movement": connection_movement(learner),
     }

@@ -1,4 +1,4 @@
-"""How do runs compare? One row a run, and the same metrics side by side at the same relative depth."""
+"""How do runs compare? One row for each run, and the same metrics side by side at the same relative depth."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Column, Table, column_of
 from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
 
+# Chosen by hand, one for each question of the dashboard: the table has a block of rows for each metric, and
+# `depthscope compare --metrics` takes any other.
 COMPARED_METRICS = ("effective_rank", "token_cosine", "residual_norm", "gradient_norm", "composite_gain")
 
 
@@ -39,6 +41,7 @@ class Extreme:
     fixed: Mapping[str, str] = field(default_factory=dict)
 
 
+# Chosen by hand: which place along the depth matters is not a property of a metric but of the question about it.
 SUMMARY = (
     Extreme("effective_rank", "last"),
     Extreme("effective_rank", "lowest"),
@@ -88,7 +91,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
         symbols[extreme.metric] = known.symbol
         shown.append(extreme.metric)
-    printed = printed.drop(columns="model")  # the widest cell; the data keep it
+    printed = printed.drop(columns="model")  # the widest cell; it stays in the data
     for severity in ("fail", "warn"):
         counts = [
             sum(found.severity.name.lower() == severity for found in reading.findings) for reading in readings
@@ -161,16 +164,15 @@ def _cell_text(cell: Mapping[str, float], place: str) -> str:
     return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
 
 
+def _dims(readings: Sequence[Reading], metrics: Sequence[str]) -> set[str]:
+    """Dimensions of some metrics in any of the runs, for the words about the selection."""
+    analyses = [reading.analysis for reading in readings]
+    return {str(dim) for data in analyses for name in metrics if name in data for dim in data[name].dims}
+
+
 def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
-    dims = {
-        str(dim)
-        for reading in readings
-        for metric in shown
-        if metric in reading.analysis
-        for dim in reading.analysis[metric].dims
-    }
     parts = [
-        selection_words(dims, view),
+        selection_words(_dims(readings, shown), view),
         "@ is the depth or connection index of the extreme",
         "± is one standard error over sequences",
         "null is the value expected of independent entries",
@@ -209,7 +211,7 @@ def comparison_table(
     Raises
     ------
     ValueError
-        Where no run holds any of the metrics along its depth.
+        Where no run has any of the metrics along its depth.
     """
     view = view or Selection()
     where = np.linspace(0.0, 1.0, points)
@@ -226,21 +228,14 @@ def comparison_table(
             text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
     if not rows:
         raise ValueError(
-            f"no run holds {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
+            f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
         )
     used = tuple(dict.fromkeys(row["metric"] for row in rows))
-    dims = {
-        str(dim)
-        for reading in readings
-        for name in used
-        if name in reading.analysis
-        for dim in reading.analysis[name].dims
-    }
     return Table(
         name="comparison",
         title="Runs side by side",
         caption="Runs side by side at the measured depth nearest to the relative depth. "
-        f"{sentence([selection_words(dims, view)])}",
+        f"{sentence([selection_words(_dims(readings, used), view)])}",
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,

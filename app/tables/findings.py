@@ -1,4 +1,4 @@
-"""What was found, in plain words for the terminal and as a table for a paper."""
+"""How are findings shown? As text for a terminal, and as a table for a paper."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
 
 
 def _paragraph(finding: Finding, width: int) -> str:
-    heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{_where(finding)}"
+    place = place_of(finding)
+    where = "" if place == "whole run" else f", {place}"
+    heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{where}"
     lines = [cited(finding.sentence)]
     if finding.advice:
         lines.append(f"Try: {finding.advice}")
-    if finding.source not in finding.sentence:
+    if finding.source not in finding.sentence:  # most sentences cite it themselves
         lines.append(f"Threshold from {source_words(finding.source)}.")
     wrapped = [
         textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 6) for line in lines
@@ -49,7 +51,7 @@ def _paragraph(finding: Finding, width: int) -> str:
 
 
 def place_of(finding: Finding) -> str:
-    """Where a finding lies, such as ``depth 3-7`` or ``whole run``.
+    """The place of a finding, such as ``depth 3-7`` or ``whole run``.
 
     Parameters
     ----------
@@ -67,11 +69,6 @@ def place_of(finding: Finding) -> str:
     else:
         place = f"{finding.axis} {finding.first}–{finding.last}"
     return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
-
-
-def _where(finding: Finding) -> str:
-    place = place_of(finding)
-    return "" if place == "whole run" else f", {place}"
 
 
 def count_words(findings: Sequence[Finding]) -> str:

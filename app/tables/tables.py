@@ -15,7 +15,7 @@ import xarray as xr
 
 from depthscope.app.figures import DRAWN, FIGURES
 from depthscope.app.figures.build.captions import selection_words, token_count_words
-from depthscope.app.figures.build.values import pick
+from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
@@ -37,9 +37,9 @@ class Table:
     name : str
         File name and LaTeX label.
     title, caption : str
-        The caption says which slice was taken, and what was left out of the printed rows.
+        The caption names the slice, and how many of the rows are printed.
     data : DataFrame
-        Every number in a column of its own; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
+        Every number has a column; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
     printed : DataFrame
         The same as text.
     symbols : mapping of str to str
@@ -88,6 +88,7 @@ class Column:
     stderr: xr.DataArray | None = None
     null: xr.DataArray | None = None
 
+    # A null is one number for all depths or one for each; both are written on every row.
     def numbers(self) -> dict[str, np.ndarray]:
         """Machine columns: the value, then its error and null where known."""
         parts = {"": self.value, "_stderr": self.stderr, "_null": self.null}
@@ -205,11 +206,9 @@ def columns_along(axis: str, analysis: xr.Dataset, view: Selection) -> list[Colu
 def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dict[str, Any]]:
     """The labels that are columns of their own: of the dimensions of which the selection names none."""
     dims = [dim for dim in map(str, values.dims) if dim not in (axis, "step")]
-    dims = [dim for dim in dims if getattr(view, dim, None) not in values[dim].values]
-    labels = [
-        [label for label in values[dim].values.tolist() if label not in _LABELS_WITHOUT_COLUMN]
-        for dim in dims
-    ]
+    known = {dim: defined_labels(values, dim) for dim in dims}
+    dims = [dim for dim in dims if getattr(view, dim, None) not in known[dim]]
+    labels = [[label for label in known[dim] if label not in _LABELS_WITHOUT_COLUMN] for dim in dims]
     columns = [dict(zip(dims, chosen, strict=True)) for chosen in itertools.product(*labels)]
     return columns if len(columns) <= MOST_COLUMNS else []
 
@@ -249,7 +248,7 @@ def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 
     view : Selection, optional
         Slice; the figures' own by default.
     rows : int
-        Most rows printed; the data hold all.
+        Most rows printed; the data have all.
 
     Returns
     -------
@@ -275,7 +274,7 @@ def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int =
     view : Selection, optional
         Slice.
     rows : int
-        Most rows printed; the data hold all.
+        Most rows printed; the data have all.
 
     Returns
     -------
@@ -318,14 +317,14 @@ def _measured_table(
     for column in columns:
         data = data.assign(**column.numbers())
         printed[column.label] = column.text()
-    kept = evenly(len(printed), rows)
-    left_out = "" if len(kept) == len(printed) else f" {len(kept)} of {len(printed)} rows; the CSV has all."
+    shown = evenly(len(printed), rows)
+    left_out = "" if len(shown) == len(printed) else f" {len(shown)} of {len(printed)} rows; the CSV has all."
     return Table(
         name=f"{kind}_{slug(reading.name)}",
         title=title,
         caption=f"{title}. {_slice_words(reading, columns, view)}{left_out}",
         data=data,
-        printed=printed.iloc[kept].reset_index(drop=True),
+        printed=printed.iloc[shown].reset_index(drop=True),
         symbols={column.metric: column.symbol for column in columns if column.symbol},
         metrics=tuple(dict.fromkeys(column.metric for column in columns)),
     )
@@ -392,11 +391,12 @@ def slug(name: str) -> str:
     -------
     str
     """
-    kept = "".join(
+    safe = "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
     )
-    kept = kept.strip("-.")[:60]
-    if kept and kept == name:
+    # A name that begins with a dot is hidden, one with a dash is an option; file systems allow 255 bytes with an ending.
+    safe = safe.strip("-.")[:60]
+    if safe and safe == name:
         return name
-    mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never become one
-    return f"{kept}-{mark}" if kept else f"run-{mark}"
+    mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never share a slug
+    return f"{safe}-{mark}" if safe else f"run-{mark}"

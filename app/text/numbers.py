@@ -33,11 +33,11 @@ def number(value: float, *, digits: int = 3) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    if not 1e-3 <= abs(value) < 1e5:
+    if not 1e-3 <= abs(value) < 1e5:  # plain notation would be longer than scientific
         return _scientific(value, digits)
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else _leading_zeros(value)
-    text = f"{value:.{max(digits - whole, 0)}f}"
-    return _signed(text)
+    # Digits before the point; zeros after it count against the digits, negatively.
+    before = len(str(int(abs(value)))) if abs(value) >= 1 else math.floor(math.log10(abs(value))) + 1
+    return _signed(f"{value:.{max(digits - before, 0)}f}")
 
 
 def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> str:
@@ -73,6 +73,7 @@ def _with_error(value: float, stderr: float) -> str:
         or stderr < 1e-5
     ):
         return f"{number(value)} ± {number(stderr, digits=2)}"
+    # The error has two significant digits, and the value as many places as the error.
     places = max(1 - math.floor(math.log10(stderr)), 0)
     return f"{_signed(f'{value:.{places}f}')} ± {stderr:.{places}f}"
 
@@ -83,12 +84,8 @@ def _scientific(value: float, digits: int) -> str:
     return _signed(f"{mantissa}e{int(exponent)}")
 
 
-def _leading_zeros(value: float) -> int:
-    """Zeros after the point count against the digits, negatively."""
-    return math.floor(math.log10(abs(value))) + 1
-
-
 def _signed(text: str) -> str:
+    # The minus sign: a hyphen is narrower than the digits, and is read as one.
     return "−" + text[1:] if text.startswith("-") else text
 
 

@@ -23,6 +23,7 @@ from benchmarks.analysis.comparison import Comparison
 from benchmarks.shared import process, tables
 
 TOPICS = ("cka", "one_pass", "ranks", "mixing", "scalars", "measured_steps")
+# Names of distributions, for the versions on the page.
 PEERS = (
     *("torch-cka", "cka-pytorch", "pytorch-cka", "ckatorch", "repsim", "torchlens"),
     *("scikit-dimension", "dimensionality", "rsatoolbox"),
@@ -83,12 +84,14 @@ def comparisons(topic: str, *, quick: bool) -> dict[str, Comparison]:
 def rows(topic: str, name: str, comparison: Comparison, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every tool's row, in the order of the comparison."""
     found: dict[str, Any] = {}
+    # Quick runs give up the isolation of peers for one start of Python.
     for names in [list(comparison.tools)] if arguments.quick else comparison.groups():
         print(f"{name}: {'; '.join(names)}", file=sys.stderr)
         task = {"topic": topic, "comparison": name, "names": names}
         answer = process.ask(
             "benchmarks.analysis", task | {"rounds": arguments.rounds, "quick": arguments.quick}
         )
+        # A crash of the worker, such as a segmentation fault of a peer, is the reason in all its rows.
         if "reason" in answer:
             answer = dict.fromkeys(names, answer)
         found = answer | found  # every group has the baseline: its row is that of the first
@@ -99,6 +102,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     """What a worker process computes: the rows of some tools for one comparison."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    # Some libraries read no environment variable after import.
     torch.set_num_threads(1)
     comparison = comparisons(task["topic"], quick=task["quick"])[task["comparison"]]
     return measure.rows(comparison, task["names"], task["rounds"])

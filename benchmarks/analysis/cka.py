@@ -150,15 +150,18 @@ def truth(states: np.ndarray, *, unbiased: bool) -> np.ndarray:
     count = states.shape[1]
     grams = np.empty((len(states), count, count))
     for gram, state in zip(grams, states, strict=True):
+        # Centred before the product: at an offset of 1e4 a centred Gram matrix would have lost eight digits.
         centred = state.astype(np.float64)
         centred -= centred.mean(0)
         np.matmul(centred, centred.T, out=gram)
         if unbiased:
             np.fill_diagonal(gram, 0.0)
+    # All HSIC sums as one product of (L, N²) with its transpose.
     flat = grams.reshape(len(states), -1)
     hsic = flat @ flat.T
     if unbiased:
         sums = grams.sum(1)
+        # The two other terms of Song's Eq. 5, for diagonals of zero.
         hsic += np.outer(sums.sum(1), sums.sum(1)) / ((count - 1) * (count - 2)) - sums @ sums.T * 2 / (
             count - 2
         )

@@ -85,6 +85,7 @@ class Comparison:
 
     def groups(self) -> list[list[str]]:
         """Tools that share a process, the baseline first."""
+        # Tools without a package form one group with the baseline.
         packages: dict[str, list[str]] = {}
         for name, tool in self.tools.items():
             if name != self.baseline:

@@ -70,6 +70,7 @@ def number(rows: Rows, tool: str, part: str, key: str) -> Any:
     cell = row.get(part, {}).get(key, row.get("reason", "not asked"))
     if isinstance(cell, str):
         raise NotMeasuredError(cell)
+    # Cells of times are dicts, with a reason where the tool failed; cells of errors are numbers or reasons.
     if isinstance(cell, dict) and "ratio" not in cell:
         raise NotMeasuredError(cell.get("reason", "not timed"))
     return cell
@@ -132,6 +133,7 @@ def sketch_alone(rows: Rows) -> float:
     streaming = ratio("probes, streaming=True")(rows)
     statistics = ratio("· the other statistics alone")(rows)
     moments = ratio("· plain Gram matrices of the features")(rows)
+    # The difference of three measurements can be below zero on a noisy machine.
     return 1.0 / max(streaming - (statistics + moments), 1e-6)
 
 

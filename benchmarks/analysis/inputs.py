@@ -14,6 +14,7 @@ def walk(layers: int, tokens: int, *, offset: float = 0.0, width: int = WIDTH, s
     """States (L, N, D) to which every depth adds; the common offset is in units of their spread at the first depth."""
     rng = np.random.default_rng(seed)
     steps = rng.standard_normal((layers, tokens, width), dtype=np.float32)
+    # Signs of equal size: a common offset in every feature.
     direction = rng.choice(np.float32([-1.0, 1.0]), width)
     return np.cumsum(steps, axis=0, dtype=np.float32) + np.float32(offset) * direction
 
@@ -84,6 +85,7 @@ def mixing(kind: str, shape: tuple[int, ...], streams: int, *, seed: int = 0) ->
     if kind == "HC":
         return np.eye(streams) + 0.3 * noise
     matrix = np.exp(noise + (8.0 * np.eye(streams) if kind == "near identity" else 0.0))
+    # Sinkhorn, plainly: inputs must not come from the kernel under test.
     for _ in range(20):
         matrix /= matrix.sum(-2, keepdims=True)
         matrix /= matrix.sum(-1, keepdims=True)

@@ -54,6 +54,7 @@ def errors(comparison: Comparison, names: list[str], make: Make) -> dict[str, fl
     answering = [name for name in names if comparison.tools[name].answers]
     try:
         data = make()
+    # SmolLM2 is a package of weights that few have installed.
     except ImportError as missing:
         return dict.fromkeys(answering, f"{NO_DATA}: {missing}")
     truths: dict[str, np.ndarray] = {}
@@ -86,12 +87,14 @@ def times(
             continue
         try:
             step = tool.prepare(data)
+            # What prepare() allocated is resident by now: the peak above it is the step's own.
             floor = trimmed()
             first[name] = timed(step, 1)
             cells[name] = {"peak": status("VmHWM") - floor}
             ready[name] = step
         except Exception as failure:
             cells[name] = {"reason": reason(failure)}
+    # Without it there is nothing to divide by; the cells have their reasons and memory.
     if comparison.baseline not in ready:
         return cells
     seconds = interleaved(ready, first, rounds, comparison.baseline)
@@ -105,10 +108,12 @@ def interleaved(
     ready: dict[str, Step], first: dict[str, float], rounds: int, baseline: str
 ) -> dict[str, list[float]]:
     """Seconds of the rounds of each tool, taken in turn, as long as its `PATIENCE` lasts; else those of the first run."""
+    # The first run tells how many repetitions last WARM seconds; at most 500.
     repeats = {name: max(1, int(WARM / max(first[name], 1e-4))) for name in ready}
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(rounds):
         for name, step in ready.items():
+            # The baseline takes part in all rounds, for its median divides all others.
             if name == baseline or sum(seconds[name]) + first[name] <= PATIENCE:
                 seconds[name].append(timed(step, repeats[name]))
     return {name: values or [first[name]] for name, values in seconds.items()}

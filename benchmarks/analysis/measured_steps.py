@@ -74,6 +74,7 @@ def naive(case: Case, *, backward: bool) -> Step:
             if backward:
                 output.register_hook(lambda gradient: gradients.append(gradient.clone()))
 
+        # Put on and removed at each step, as a recorder does between measured steps.
         handles = [module.register_forward_hook(see) for module in modules]
         try:
             run(case, batch, backward=backward)
@@ -105,6 +106,7 @@ def spectrum(case: Case, state: torch.Tensor) -> list[np.ndarray]:
 
 def pairwise_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     x, y = x - x.mean(0), y - y.mean(0)
+    # ‖XᵀY‖_F² / (‖XᵀX‖_F ‖YᵀY‖_F), as it is usually written.
     norms = [torch.linalg.matrix_norm(a.T @ b) for a, b in ((x, y), (x, x), (y, y))]
     return float(norms[0] ** 2 / (norms[1] * norms[2]))
 

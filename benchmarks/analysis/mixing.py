@@ -89,6 +89,7 @@ def matmul_prefix(matrices: np.ndarray, *, convert: Callable[[np.ndarray], Any])
 
 
 def true_prefix(matrices: np.ndarray) -> np.ndarray:
+    # 80 bits on x86, eleven more than float64: its rounding is no part of the error.
     products = [matrices[0].astype(np.longdouble)]
     for matrix in matrices[1:]:
         products.append(np.einsum("tij,tjk->tik", matrix, products[-1]))
@@ -115,6 +116,7 @@ def run_of(matrices: np.ndarray) -> xr.DataTree:
     connections, tokens, streams, _ = matrices.shape
     depth = np.arange(connections + 1)
     names = np.array([f"blocks.{i}" for i in range(connections)], dtype=object)
+    # pair_gain is a metric: it reads connections from a run, not from an array.
     trace = xr.Dataset(
         {
             "residual": (schema.STATE, np.ones((len(depth), 1, tokens, streams, 1), np.float32)),
@@ -160,6 +162,7 @@ def own_pairs(matrices: np.ndarray) -> Step:
 
     def step() -> np.ndarray:
         found = analyze(run, metrics=["pair_gain"])["pair_gain"].squeeze("step")
+        # Without a dim of reductions the table has maxima only.
         found = found if "reduction" in found.dims else found.expand_dims(reduction=["max"], axis=-1)
         order = [name for name in ("mean", "median", "p1", "p99", "max") if name in found["reduction"].values]
         ordered = found.transpose("direction", "connection", "other_connection", "reduction")

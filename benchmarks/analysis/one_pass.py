@@ -28,7 +28,8 @@ def flat(states: np.ndarray) -> np.ndarray:
 
 
 def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
-    """What `probes` adds up forward by forward: the statistics of every token; with `streaming`, moments and sketch too."""
+    """The sums of `probes`, forward by forward: statistics of every token; with `streaming`, moments and sketch too."""
+    # (L, B, T, D) in several forwards, with a stream dim of one.
     parts = [part.unsqueeze(3) for part in torch.from_numpy(states).chunk(forwards, 1)]
 
     def step() -> TokenSums:
@@ -75,6 +76,7 @@ def row_sketch(states: np.ndarray, *, buckets: int) -> Step:
 
     def step() -> np.ndarray:
         mean = x.mean(1, dtype=np.float64)
+        # Σ‖x − μ‖² = Σ‖x‖² − N‖μ‖², accumulated in float64.
         square = np.einsum("lnd,lnd->l", x, x, dtype=np.float64) - x.shape[1] * (mean**2).sum(1)
         sketch, signs = sketches.row_sketch(x, np.arange(x.shape[1]), buckets)
         return sketches.cka_from_sketch(sketch, signs, mean, diagonals=square, count=x.shape[1])

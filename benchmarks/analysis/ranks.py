@@ -17,6 +17,7 @@ from depthscope.diagnostics.kernels import rank
 def entropy_of(singular: Any) -> float:
     """Exp of the entropy of the shares, in float64 (Roy and Vetterli)."""
     values = np.asarray(singular, dtype=np.float64)
+    # 0 ln 0 is 0.
     share = values[values > 0] / values.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
@@ -31,6 +32,7 @@ def gram(matrix: np.ndarray, *, dtype: torch.dtype) -> Step:
     side = x if x.shape[0] < x.shape[1] else x.T
 
     def step() -> float:
+        # The product in dtype, eigenvalues in float64: the error is that of squaring in dtype.
         part = side.to(dtype)
         return entropy_of(torch.linalg.eigvalsh((part @ part.T).double()).clamp_min(0).sqrt())
 

@@ -16,6 +16,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 def points(tokens: int, *, width: int = 256, dimension: int = 12) -> np.ndarray:
     """A curved cloud of a few dimensions in many, float64."""
     rng = np.random.default_rng(0)
+    # A known dimension, with noise that makes all rows distinct.
     hidden = rng.standard_normal((tokens, dimension))
     return np.tanh(hidden @ rng.standard_normal((dimension, width)) / 4) + 0.01 * rng.standard_normal(
         (tokens, width)
@@ -48,6 +49,7 @@ def true_dimension(x: np.ndarray) -> np.ndarray:
 
     distances = np.sort(cdist(x, x), axis=1)
     ratio = np.sort(distances[:, 2] / distances[:, 1])[: int(0.9 * len(x))]
+    # Facco et al.: the empirical distribution of the ratios.
     level = -np.log(1 - np.arange(1, len(ratio) + 1) / len(x))
     return np.linalg.lstsq(np.log(ratio)[:, None], level, rcond=None)[0][0]
 
@@ -76,6 +78,7 @@ def u_statistics(gram: np.ndarray) -> np.ndarray:
     """Estimates of (tr K)² and of ‖K‖² of the centred kernel, from sums over distinct rows."""
     n = len(gram)
     diagonal = np.diagonal(gram).copy()
+    # Sums over two, three and four distinct indices from row sums and squares of the matrix off its diagonal.
     off = gram - np.diag(diagonal)
     sums, square = off.sum(0), (off**2).sum()
     total = sums.sum()
@@ -124,6 +127,7 @@ def scipy_procrustes(states: Pair) -> Step:
     def step() -> float:
         sides = [state - state.mean(0) for state in states]
         left, right = (side / np.linalg.norm(side) for side in sides)
+        # Rounding can lift the cosine above 1.
         return np.arccos(min(orthogonal_procrustes(left, right)[1], 1.0))
 
     return step

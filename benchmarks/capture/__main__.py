@@ -101,6 +101,7 @@ def memories(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     chosen = TOOLS if arguments.only is None else ("plain", *arguments.only)
     names = [name for name in TOOLS if name in chosen and name != "plain again"]
+    # The tiny blocks are there for the time of a hook only.
     for case in (case for case in arguments.cases if case != "tiny"):
         for mode, counts in BATCHES.items():
             for name in names:
@@ -114,6 +115,7 @@ def memories(arguments: argparse.Namespace) -> dict[str, Any]:
 def ask(task: dict[str, Any]) -> dict[str, Any]:
     """Run one task in a process of its own; a tool that is not installed needs none."""
     last = task["names"][-1]
+    # A package is imported under its name with underscores.
     if last in PEERS and find_spec(last.replace("-", "_")) is None:
         return {"reason": "not installed"}
     print(f"{', '.join(task['cases'])}: {', '.join(task['names'])}", file=sys.stderr)

@@ -51,6 +51,8 @@ def gpt2(sizes: Sizes) -> Case:
     """transformers' GPT-2; 12 × 768 has 92 million parameters here."""
     import transformers
 
+    # No dropout: tools that run their own forward must give the same states. A small vocabulary, so that the blocks and
+    # not the head are what is timed.
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=sizes.width,
@@ -63,6 +65,7 @@ def gpt2(sizes: Sizes) -> Case:
         eos_token_id=0,
         use_cache=False,
     )
+    # The dropout after the embeddings is where the first residual state is; blocks return the later ones.
     sites = ("transformer.drop", *(f"transformer.h.{i}" for i in range(sizes.layers)))
     return Case("residual", transformers.GPT2LMHeadModel(config), sites, sizes)
 
@@ -107,6 +110,7 @@ class StreamDecoder(nn.Module):
         self.position = nn.Embedding(sizes.tokens, width)
         self.expand = Expand(expand)
         branches = [part for _ in range(sizes.layers) for part in (Attention(sizes), feedforward(width))]
+        # Two connections a layer, around attention and around the feed-forward branch.
         self.blocks = nn.ModuleList(connect(branch=branch) for branch in branches)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
@@ -118,6 +122,7 @@ class StreamDecoder(nn.Module):
         logits = self.head(self.norm(self.reduce(x)))
         if labels is None:
             return {"logits": logits}
+        # Each position predicts the next token, as transformers shifts labels.
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return {"loss": loss, "logits": logits}
 
@@ -141,6 +146,7 @@ def mhc(sizes: Sizes) -> Case:
 
 def tiny(_: Sizes) -> Case:
     """48 blocks that cost next to nothing, so that most of the difference from plain is the cost of hooks."""
+    # 8 tokens of 32 features: a block takes microseconds of arithmetic.
     case = gpt2(Sizes(layers=48, width=32, batch=1, tokens=8, heads=4))
     return replace(case, name="48 tiny blocks")
 
@@ -150,6 +156,7 @@ CASES: dict[str, Callable[[Sizes], Case]] = {"residual": gpt2, "mhc": mhc, "tiny
 
 def build(name: str, sizes: Sizes) -> Case:
     """The same weights at every call."""
+    # Weights are drawn at construction: tools and references must have the same model.
     torch.manual_seed(0)
     return CASES[name](sizes)
 

@@ -57,12 +57,15 @@ def interleaved(case: Case, names: list[str], backward: bool, rounds: int) -> di
             ready[name] = TOOLS[name](case, backward)
             rows[name] = agreement(case, ready[name], backward)
         except Exception as error:
+            # Peers fail in many ways; each becomes the reason in the tool's row.
             ready.pop(name, None)
             rows[name] = {"reason": reason(error)}
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     batch = case.batch()
+    # In turn, not one tool after the other: a machine that becomes slower then slows all of them.
     for _ in range(WARM_UPS + rounds):
         for name, tool in ready.items():
+            # A limit in multiples of plain too: on large models everything is slow, and nothing is to be cut.
             if sum(seconds[name]) <= max(PATIENCE, 3 * sum(seconds["plain"])):
                 seconds[name].append(timed(case, tool, batch))
     for name, values in seconds.items():
@@ -94,6 +97,7 @@ def agreement(case: Case, tool: Tool, backward: bool) -> dict[str, Any]:
     case.model.zero_grad(set_to_none=True)
     if found is None:
         return {}
+    # Plain hooks are the reference: they see the tensors that the model itself passes on.
     truth: Captured = TOOLS["hooks, clones"](case, backward).step(batch)
     case.model.zero_grad(set_to_none=True)
     row = {"states": len(found.states), "difference": difference(case, found.states, truth.states)}
@@ -108,6 +112,7 @@ def difference(case: Case, found: list[torch.Tensor], truth: list[torch.Tensor])
     worst = 0.0
     for one, other in zip(found, truth, strict=False):
         expected = case.canonical(other)
+        # A run gives (B, T, N, D) already, hooks the model's own layout.
         state = one.detach() if one.ndim == 4 else case.canonical(one.detach())
         if state.shape != expected.shape:
             raise CannotTakeError(f"gave a state of shape {tuple(state.shape)}, not {tuple(expected.shape)}")
@@ -160,6 +165,7 @@ def peaks(
     try:
         with tool.around():
             for number in range(1, max(counts) + 1):
+                # Then the row has fewer cells; the page says so.
                 if time.perf_counter() - started > PATIENCE:
                     break
                 results.append(tool.step(case.batch(number)))

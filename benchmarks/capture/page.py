@@ -107,6 +107,7 @@ def same(cells: list[dict[str, Any]]) -> str:
     for kind, key in names.items():
         found = [cell[key] for cell in cells if key in cell]
         counts = [cell[f"{kind}s"] for cell in cells if f"{kind}s" in cell]
+        # Tools that return no states have no cell.
         if found and min(counts):
             worst = max(found)
             words.append(f"{min(counts)} {kind}s: " + ("equal" if worst == 0 else f"off by {worst:.0e}"))
@@ -143,7 +144,7 @@ plain, since some change torch when they are imported. *Plain again* is a second
 
 * *A measured step* ends with `recorder.step()`. The weights change before each, as in training, so that raw sequences are kept
   anew: 8, here the whole batch, or 1.
-* *No statistics* puts nothing in the place of what `Sums` computes. The row above it less this one is the cost of the exact
+* *No statistics* puts nothing in the place of what `TokenSums` computes. The row above less this one is the cost of the exact
   statistics over every token; this one less 1 is the cost of capturing.
 * *Streaming evaluation* has constant weights. The raw sample is full, and statistics are nearly all that is left.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.

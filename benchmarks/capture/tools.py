@@ -67,6 +67,7 @@ def hooks(case: Case, backward: bool, store: Callable[[torch.Tensor], torch.Tens
     def step(batch: Batch) -> Captured:
         captured = Captured([])
 
+        # A tensor hook has the gradient of the state that the next block read, after all its uses.
         def see(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
             captured.states.append(store(output.detach()))
             if backward:
@@ -103,6 +104,7 @@ def hidden_states(case: Case, backward: bool) -> Tool:
         with torch.set_grad_enabled(backward):
             output = case.model(**batch, output_hidden_states=True)
         if backward:
+            # Intermediate tensors retain no gradient unless asked before the backward.
             for state in output.hidden_states:
                 state.retain_grad()
             output.loss.backward()
@@ -135,6 +137,7 @@ def nnsight(case: Case, backward: bool) -> Tool:
         with wrapped.trace(**batch):
             states = nnsight.save([place.output for place in places])
             loss = wrapped.output["loss"]
+            # nnsight visits gradients in the order of the backward: the last depth first.
             with loss.backward():
                 gradients = nnsight.save([state.grad for state in states[::-1]])
         return Captured(states, gradients[::-1])
@@ -150,6 +153,7 @@ def transformer_lens(case: Case, backward: bool) -> Tool:
     # The bridge rebuilds the model that it is given: it gets one of its own, with the same weights.
     own = build("tiny" if "tiny" in case.name else "residual", case.sizes).model
     bridge = build_bridge_from_module(own, "GPT2LMHeadModel", hf_config=own.config)
+    # hook_in of block l + 1 is hook_out of block l: the embedding, then one name for each block.
     names = ["blocks.0.hook_in", *(f"blocks.{i}.hook_out" for i in range(case.sizes.layers))]
 
     def step(batch: Batch) -> Any:
@@ -183,6 +187,7 @@ def captum(case: Case, backward: bool) -> Tool:
     if backward:
         raise CannotTakeError("forward only here: its layer gradients come one layer a run")
     modules = [case.model.get_submodule(site) for site in case.sites]
+    # LayerActivation passes one tensor and expects one tensor back.
     activation = LayerActivation(WithLoss(case.model), modules)
 
     def step(batch: Batch) -> list[torch.Tensor]:
@@ -205,6 +210,7 @@ def pyvene(case: Case, backward: bool) -> Tool:
         collected.append(base.clone())
         return base
 
+    # Its own notation: indices in brackets.
     paths = ["transformer.drop", *(f"transformer.h[{i}]" for i in range(case.sizes.layers))]
     places = [{"component": f"{path}.output", "intervention": collect} for path in paths]
     model = pyvene.IntervenableModel(pyvene.IntervenableConfig(places), model=case.model)
@@ -237,6 +243,7 @@ def baukit(case: Case, backward: bool) -> Tool:
     from baukit import TraceDict
 
     def step(batch: Batch) -> Captured:
+        # retain_grad puts .grad on the outputs that it returns.
         with TraceDict(case.model, list(case.sites), retain_grad=backward) as traced:
             run(case, batch, backward=backward)
         outputs = [traced[site].output for site in case.sites]
@@ -258,6 +265,7 @@ def capture(case: Case, backward: bool) -> Tool:
 
 def read_run(tree: Any) -> Captured:
     """States (B, T, N, D) of a run, in the order of the batch."""
+    # The reservoir stores sequences in any order; hooks see the order of the batch.
     trace = tree.trace.to_dataset().sortby("sample")
     states = [torch.from_numpy(state) for state in trace.residual.values]
     gradients = [torch.from_numpy(g) for g in trace.gradient.values] if "gradient" in trace else []
@@ -275,6 +283,7 @@ def recording(
     streaming: bool | dict[str, int] = False,
 ) -> Tool:
 
+    # every=1 measures each step: the default would leave most of them out of the timing.
     recorder = probes.record(
         case.model,
         start_step=start,
@@ -334,7 +343,7 @@ def without_statistics(case: Case, backward: bool) -> Tool:
 
 @contextmanager
 def no_statistics() -> Iterator[None]:
-    """Leave out what `TokenSums` computes, and only that; a session still wants to know that a state came."""
+    """Leave out what `TokenSums` computes, and only that; a session still counts the states that it received."""
     from depthscope.probes.statistics.token_sums import TokenSums
 
     def note(self: TokenSums, depth: int, *_: Any, **__: Any) -> None:
@@ -343,6 +352,7 @@ def no_statistics() -> Iterator[None]:
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
+    # Patched on the class: a session makes its own sums.
     with patch.multiple(TokenSums, add_state=note, add_gradient=nothing, add_mixing=nothing):
         yield
 

@@ -37,6 +37,7 @@ streams, `feature` and `stream` ones do. *Null* is the value for data without st
 `depthscope analyze --metrics`.
 """
 
+# A reST directive: the equation is on its line, and on indented lines after it.
 _EQUATION = re.compile(r"^\.\. math::[ ]*(.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
 
 
@@ -129,6 +130,7 @@ def _docstring(text: str) -> tuple[str, list[str], str]:
 
 
 def _inline(formula: str) -> str:
+    # GitHub's form of inline mathematics in which underscores need no escape.
     return f"$`{formula}`$"
 
 
@@ -173,6 +175,7 @@ def _sources() -> str:
     named = [source for metric in CATALOGUE.values() for source in (metric.cite, _source(metric.healthy))]
     named += [verdict.limits.source for verdict in VERDICTS.values()]
     named += [law.cite for law in LAWS.values()]
+    # A source that several declarations cite is listed once.
     keys = sorted(set(named) - {"heuristic"})
     return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"
 

@@ -43,6 +43,7 @@ def _table(title: str, rows: Sequence[Any]) -> str:
 
 
 def _cell(text: str) -> str:
+    # A bar would end the cell.
     return text.replace("|", "\\|")
 
 

@@ -22,7 +22,10 @@ from benchmarks.growth import operations, page
 from benchmarks.shared import process, tables
 
 SECOND = 1.0  # parts that take longer are timed in the first round only
+# Small enough for a step of a few seconds at the largest value of each factor, large enough for products to dominate.
 BASE = Sizes(layers=4, width=256, batch=2, tokens=256)
+QUICK_BASE = Sizes(layers=1, width=64, batch=1, tokens=32)
+# Each value twice the one before: equal distances in logarithms.
 FACTORS: dict[str, tuple[str, tuple[int, ...]]] = {
     "depth": ("layers", (2, 4, 8, 16)),
     "width": ("width", (128, 256, 512, 1024)),
@@ -37,7 +40,8 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
-    results = {"factors": {name: points(name, arguments) for name in FACTORS}, "base": asdict(BASE)}
+    base = QUICK_BASE if arguments.quick else BASE
+    results = {"factors": {name: points(name, base, arguments) for name in FACTORS}, "base": asdict(base)}
     results |= tables.circumstances("benchmarks.growth", page.PACKAGES) | {"rounds": arguments.rounds}
     print(json.dumps(results, indent=1) if arguments.json else page.text(results))
     if arguments.markdown:
@@ -50,7 +54,9 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="three small sizes of each: only to see it run")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small model, three sizes of each factor: only to see it run"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument(
         "--markdown", type=Path, help="write its part of the page, docs/analyzers.md, and its figures"
@@ -59,12 +65,13 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def points(factor: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def points(factor: str, base: Sizes, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Sizes with the seconds that each part takes, from the smallest."""
     field, values = FACTORS[factor]
     values = values[:3] if arguments.quick else values
     print(f"{factor}: {', '.join(map(str, values))}", file=sys.stderr)
-    sizes = [asdict(replace(BASE, **{field: value})) for value in values]
+    sizes = [asdict(replace(base, **{field: value})) for value in values]
+    # One process for all sizes of a factor: their ratios are from the same state of the machine.
     answer = process.ask("benchmarks.growth", {"sizes": sizes, "rounds": arguments.rounds})
     if "reason" in answer:
         raise SystemExit(f"{factor}: {answer['reason']}")
@@ -73,6 +80,7 @@ def points(factor: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
     """What a worker process computes: seconds of each part, and the operations that it should take, for each size."""
+    # Imported in the worker only: --help and the pages need no torch.
     import torch
 
     logging.disable(logging.WARNING)
@@ -91,6 +99,7 @@ def seconds(sizes: Sizes, rounds: int) -> dict[str, float]:
     from depthscope.diagnostics import analyze
 
     plain = measured_steps.plain(build("mhc", sizes), backward=True)
+    # Two models with the same weights: hooks of the recorder are on one of them only.
     captured = measured_steps.measured(build("mhc", sizes), backward=True, analysis=False)
     run = captured()
     groups = operations.groups()
@@ -107,6 +116,7 @@ def medians(parts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 
     taken = {name: [timed(part, 1)] for name, part in parts.items()}
     short = {name: values[0] < SECOND for name, values in taken.items()}
+    # In turn, so that a slower minute of the machine is in all parts.
     for _ in range(rounds):
         for name, part in parts.items():
             if short[name]:

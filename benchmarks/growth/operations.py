@@ -53,11 +53,14 @@ def of(sizes: Sizes) -> dict[str, float]:
     -------
     dict
     """
+    # Two connections a layer, and a state after each and after the embedding.
     states, connections = 2 * sizes.layers + 1, 2 * sizes.layers
     n, d, tokens = sizes.streams, sizes.width, sizes.batch * sizes.tokens
+    # Metrics look at each stream and at their mean.
     views, passes = states * (n + 1), PASSES * states * (n + 1) * tokens * d
     pooled = spectrum(tokens, d)
     each = sizes.batch * spectrum(sizes.tokens, d)
+    # The cheaper of Gram matrices and cross-covariances, as the kernel chooses.
     lower = min(states * tokens**2 * d + states**2 * tokens**2, states**2 * tokens * d**2)
     return {
         "capture": states * tokens * n * d,

@@ -18,6 +18,7 @@ LAST = 3  # points to which an exponent is fitted: fixed costs dominate the smal
 
 def slope(values: list[float], costs: list[float]) -> float:
     """The exponent over the last points, by least squares in logarithms."""
+    # cost = a size^p is a line of slope p in logarithms.
     return float(np.polyfit(np.log(values[-LAST:]), np.log(costs[-LAST:]), 1)[0])
 
 
@@ -112,10 +113,12 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     for factor, points in results["factors"].items():
         with style("icml") as size:
             canvas = drawn(LABELS[factor], points, size.inches)
+            # Without the date: a figure changes only with its numbers.
             canvas.savefig(folder / f"cost-{factor}.svg", metadata={"Date": None})
 
 
 def drawn(label: str, points: list[dict[str, Any]], inches: float) -> Any:
+    # Figure, not pyplot: no backend, no global state.
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -126,11 +129,13 @@ def drawn(label: str, points: list[dict[str, Any]], inches: float) -> Any:
     values = [point["value"] for point in points]
     for group, colour, marker in zip(points[0]["operations"], COLOURS, MARKERS, strict=False):
         taken = [point["seconds"][group] for point in points]
+        # The expected slope, moved to the last measured point.
         counted = np.array([point["operations"][group] for point in points])
         axes.plot(values, taken, color=colour, marker=marker, label=group)
         axes.plot(
             values, counted / counted[-1] * taken[-1], color=colour, linestyle=(0, (4, 2)), linewidth=0.6
         )
+    # Log axes label powers of ten; sizes are powers of two.
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [str(value) for value in values])
     canvas.legend(loc="outside lower center", ncols=3)

@@ -82,6 +82,7 @@ def cosine_band(rows_2S: np.ndarray) -> np.ndarray:
     """Quantiles of the cosine of two sums of independent directions: about its mean, a spread of (1 − c²)/√D."""
     first, second = rows_2S
     cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    # The cosine of vectors with correlation c in D dimensions has a deviation of about (1 − c²)/√D (Fisher).
     reach = NORMAL_95 * (1 - cosine**2) / WIDTH**0.5
     return cosine + reach * np.array([-1, 0, 1])
 
@@ -93,6 +94,7 @@ def dense_connections() -> Iterator[Row]:
     for name in ("Pre-LN", "HC at its start"):
         difference = np.abs(matrices[name] - triangle).max()
         yield Row(f"{name}: largest difference from a triangle of ones", 0.0, difference, 0)
+    # Outputs fade as 1, ½, ¼, …; the embedding does not.
     sides = 1 + sum(FADING**age for age in range(RECENT))
     total = 1 + (1 - FADING ** (CONNECTIONS - 1)) / (1 - FADING)
     for name, law in (("Pre-LN", (1 + RECENT) / CONNECTIONS), ("Λ", sides / total)):
@@ -122,6 +124,7 @@ def side_by_side(matrices: Mapping[str, np.ndarray]) -> str:
 def picture(name: str, matrix_CS: np.ndarray) -> list[str]:
     """Lines of one matrix, darker where more is read, as a share of the largest entry."""
     size = np.abs(matrix_CS)
+    # Rounded up: whatever is read is visible.
     shade = np.ceil((len(SHADES) - 1) * size / size.max()).astype(int)
     lines = [name, *("".join(SHADES[s] for s in row) for row in shade)]
     return [f"  {line:<{max(map(len, lines))}}" for line in lines]

@@ -31,6 +31,7 @@ DIRECTIONS = {"forward": mixing.forward_gain, "backward": mixing.backward_gain}
 
 def free_connections(seed: int = 0) -> np.ndarray:
     """HC's mixing (C, T, N, N): noise about a matrix whose rows and columns sum to 3000^(1/60) = 1.143."""
+    # Attention and MLP connections alternate.
     spread = np.resize(HC_SPREADS, CONNECTIONS)[:, None, None, None]
     noise = np.random.default_rng(seed).standard_normal((CONNECTIONS, TOKENS, STREAMS, STREAMS))
     return np.eye(STREAMS) + (DRIFT - 1) / STREAMS + spread * noise
@@ -39,6 +40,7 @@ def free_connections(seed: int = 0) -> np.ndarray:
 def constrained_connections(seed: int = 0) -> np.ndarray:
     """Mixing of mHC (C, T, N, N): twenty Sinkhorn steps, rows last, from logits of a large range."""
     rng = np.random.default_rng(seed)
+    # As in the paper: a learned part, and a smaller one that depends on the token.
     static = rng.standard_normal((CONNECTIONS, 1, STREAMS, STREAMS))
     dynamic = 0.1 * rng.standard_normal((CONNECTIONS, TOKENS, STREAMS, STREAMS))
     return mixing.sinkhorn(MHC_DIAGONAL * np.eye(STREAMS) + MHC_SPREAD * (static + dynamic))
@@ -48,6 +50,7 @@ def gains_of_free_mixing() -> Iterator[Row]:
     """mHC Fig. 3: Amax gains of 60 built HC connections that drift to the printed order (27B weights are not public)."""
     h = free_connections()
     for start, (branch, spread) in enumerate(zip(BRANCHES, HC_SPREADS, strict=True)):
+        # A row sum is normal with mean DRIFT and deviation spread · √n; the gain is the largest of n of them.
         expected = DRIFT + LARGEST_OF_FOUR * spread * STREAMS**0.5
         for direction, gain in DIRECTIONS.items():
             found = gain(h[start::2]).mean()

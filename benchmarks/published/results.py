@@ -12,6 +12,7 @@ from benchmarks.published import dense_connections, gains
 from benchmarks.published.row import Row
 from depthscope.diagnostics.kernels import mixing, rank, similarity
 
+# The printed matrices, typed from the figure, are test data of the kernels.
 FIGURE_8 = (
     Path(__file__).resolve().parents[2] / "tests" / "diagnostics" / "kernels" / "data" / "mhc_fig8.json"
 )
@@ -32,6 +33,7 @@ def order_of_products() -> Iterator[Row]:
         part = matrices(family)
         late, early, total = part["P31-60"], part["P1-30"], part["P1-60"]
         size = np.abs(total).max()
+        # Printed to two decimals, a product of two of them has errors of a few 0.01.
         error, turned = (np.abs(p - total).max() / size for p in (late @ early, early @ late))
         yield Row(f"{family}: P31-60 P1-30 against P1-60, worst entry, share of largest", 0.0, error, 0.03)
         yield Row(
@@ -67,6 +69,7 @@ def gains_of_printed_matrices() -> Iterator[Row]:
 
 def uniform_start() -> Iterator[Row]:
     """A fresh mHC with zero logits mixes uniformly: gain 1 hides rank 1 (closed form)."""
+    # exp(0) = 1 everywhere: one Sinkhorn step gives 1/4.
     h = mixing.sinkhorn(np.zeros((6, 4, 4)))
     product = mixing.composite(h)
     yield Row("forward gain of six connections", 1.0, mixing.forward_gain(product), 1e-12)
@@ -99,6 +102,7 @@ def log_residuals(*, skip: bool, seed: int = 0) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     tokens, width = 12, 32
+    # A fixed query-key product; what counts is that scores are quadratic in x.
     scoring = rng.standard_normal((width, width)) / np.sqrt(width)
     x = rng.standard_normal((tokens, width))
     x = 1e-2 * (x - x.mean(0)) / np.abs(x).sum(-1).max()
@@ -171,6 +175,7 @@ def traffic(n: int, d: int) -> tuple[int, int]:
     """Elements read and written per token by the residual connection of one sublayer (n = 1: a plain one)."""
     if n == 1:
         return 2 * d, d
+    # (read, written) of each step of Table 2.
     mappings = d * n, n * n + 2 * n
     read_branch, write_branch = (n * d + n, d), (d + n, n * d)
     mix, merge = (n * d + n * n, n * d), (2 * n * d, n * d)

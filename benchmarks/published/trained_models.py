@@ -30,6 +30,7 @@ def measured(path: Path) -> xr.Dataset:
             raise ValueError(
                 f"{path.name} does not say how it was trained; expected a run that depthscope study wrote"
             )
+        # Loaded before the file is closed.
         return diagnostics.analyze(run, metrics=METRICS).isel(step=-1).load()
 
 

@@ -119,6 +119,7 @@ def put_section(path: Path, name: str, text: str) -> None:
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     page = path.read_text(encoding="utf-8") if path.exists() else ""
     part = f"{start}{text.rstrip()}\n{end}"
+    # A new part, at the end.
     if start not in page:
         path.write_text(f"{page.rstrip()}\n\n{part}".lstrip(), encoding="utf-8")
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from depthscope.diagnostics.analysis import sample_size
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import training_curves
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities, Unavailable, sources
@@ -116,8 +116,7 @@ def find_metric(name: str) -> Metric:
         raise ValueError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
     if name in CATALOGUE:
         return CATALOGUE[name]
-    close = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.4) or list(CATALOGUE)
-    raise ValueError(f"no metric {name!r}; closest: {', '.join(map(repr, close))}")
+    raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
 
 
 def _counted(progress: Progress | None, total: int) -> Callable[[str], None]:

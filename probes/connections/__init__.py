@@ -1,1 +1,1 @@
-"""What does one stream connection do? Each family detected, read and proven."""
+"""What does one connection between streams do? Detected, read and proven; one file a family in `families`."""

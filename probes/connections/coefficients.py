@@ -1,4 +1,4 @@
-"""The parts of one connection call, and how near one number is to another.
+"""What are the coefficients of one connection call? Their container, and up to which error they count as its own.
 
 Shapes: B batch, T token, N stream, V view (a branch input; mostly one), D feature.
 """
@@ -10,26 +10,27 @@ from dataclasses import dataclass, fields
 
 import torch
 
-# connections compute in float32 inside even where the states are float64
+# By the type of the states; heuristics. float32: about a thousand roundings, for the sums of a connection. Half types:
+# three, since the proof rounds where the model rounds. float64: connections compute their weights in float32 there too.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass
 class Parts:
-    """The weights of one connection call and what its branch took and gave.
+    """The weights of one connection call, and what its branch took and returned.
 
     Parameters
     ----------
     mix : Tensor or None
-        (B, T, N, N) as the module keeps it; None where nothing mixes.
+        (B, T, N, N) in the orientation of the module; None where nothing mixes.
     read : Tensor or None
-        H_pre, (B, T, V, N); None where no scalar read weights exist.
+        H_pre, (B, T, V, N); None where no scalar read weights exist, or where they are unknown.
     write : Tensor
         H_post, (B, T, N, V).
     branch_in : Tensor
         (B, T, V, D).
     branch_out : Tensor or None
-        (B, T, V, D), where the connection itself saw it.
+        (B, T, V, D), where the connection itself takes it.
     """
 
     mix: torch.Tensor | None
@@ -47,24 +48,24 @@ class Parts:
         return self.each(lambda tensor: tensor.detach()[rows].to("cpu", torch.float32))
 
     def detached(self) -> Parts:
-        """Copies in float32 that share nothing with the model's own tensors."""
+        """Copies in float32 that share no memory with the model's own tensors."""
         return self.each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
         """The parts with one change made to every tensor."""
-        held = [getattr(self, field.name) for field in fields(self)]
-        return Parts(*(None if tensor is None else change(tensor) for tensor in held))
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        return Parts(*(None if tensor is None else change(tensor) for tensor in tensors))
 
 
 def as_views(
     tensor: torch.Tensor, batch_size: int, tokens: int, views: int, width: int
 ) -> torch.Tensor | None:
-    """A branch's input or output as (B, T, V, D), or None where its shape fits no way of keeping views.
+    """A branch's input or output as (B, T, V, D), or None where its shape has no such reading.
 
     Parameters
     ----------
     tensor : Tensor
-        As the model holds it.
+        As in the model.
     batch_size, tokens, views, width : int
         B, T, V and D.
 
@@ -72,16 +73,18 @@ def as_views(
     -------
     Tensor or None
     """
-    t, shape = tensor.detach(), tuple(tensor.shape)
-    if t.numel() != batch_size * tokens * views * width:
+    shape = tuple(tensor.shape)
+    if tensor.numel() != batch_size * tokens * views * width:
         return None
     if views > 1 and (shape[:2] == (views, batch_size) or shape[0] == views * batch_size):
-        return t.reshape(views, batch_size, tokens, width).permute(1, 2, 0, 3)
+        return tensor.reshape(views, batch_size, tokens, width).permute(
+            1, 2, 0, 3
+        )  # stacked, or merged with the batch
     if shape[0] != batch_size:
         return None
     if len(shape) == 4 and shape[1] == width != shape[-1] and views == 1:
-        return t.flatten(2).mT.unsqueeze(2)
-    return t.reshape(batch_size, tokens, views, width)
+        return tensor.flatten(2).mT.unsqueeze(2)  # an image, channels first
+    return tensor.reshape(batch_size, tokens, views, width)
 
 
 def spread(count: int, most: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The proof of the connections: recompute the next state from the captured parts, in every way they can be read.
+"""Do the captured parts of a connection give the next state? It is recomputed from them, in every way they can be read.
 
 Shapes: K sequence, T token, N stream, V view, D feature; flattened tokens are ``n`` in the sums' letters.
 """
@@ -6,24 +6,35 @@ Shapes: K sequence, T token, N stream, V view, D feature; flattened tokens are `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from depthscope.probes.connections.coefficients import Parts, as_views, relative_error, spread, tolerance
-from depthscope.probes.connections.detection import ReconstructionError
-from depthscope.probes.session.reservoir import Sequence, padded, token_masks
-from depthscope.probes.session.session import Session
+from depthscope.probes.connections.coefficients import Parts, relative_error, spread, tolerance
+from depthscope.probes.connections.family import ReconstructionError
 
-PROOF_TOKENS = 512  # tokens that a proof looks at; more make it slower, not surer
-CLEAR = 10.0  # an orientation is told apart when the other one reconstructs this many times worse
+# Heuristic: a wrong reading is wrong at nearly every token; more tokens make the proof slower, not surer.
+PROOF_TOKENS = 512
+# Heuristic: an orientation is decided where the other one reconstructs this many times worse. Where a matrix is symmetric both
+# are right and their errors are rounding, which differs by less.
+CLEAR = 10.0
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read the parts: which side of the matrix is the destination, at which precision, with which branch."""
+    """One way to read the parts.
+
+    Parameters
+    ----------
+    transposed : bool
+        Whether the matrix is source by destination.
+    cast : bool
+        Whether the model rounds the weights to the precision of the states before it applies them.
+    observed : bool
+        Whether the branch's output is the one that was captured; otherwise it is solved for by least squares.
+    """
 
     transposed: bool
     cast: bool
@@ -43,7 +54,7 @@ class Proof:
     reading : Reading
         The reading that gave ``error``.
     known : bool
-        Whether any token could be looked at: false where no state beside the connection is finite; the errors are NaN.
+        False where no state around the connection is finite; the errors are NaN then.
     """
 
     error: float
@@ -52,7 +63,7 @@ class Proof:
     known: bool = True
 
     def ambiguous(self, limit: float) -> bool:
-        """Whether both orientations fit equally well, so that this site cannot tell them apart."""
+        """Whether both orientations fit equally well, so that this connection does not decide which one it is."""
         return self.other <= max(limit / 100, CLEAR * self.error)
 
 
@@ -60,6 +71,7 @@ class Proof:
 class Joint:
     """The sampled states and parts around one connection; tensors (K, T, …), mask (K, T)."""
 
+    path: str
     x_in: torch.Tensor
     x_out: torch.Tensor
     parts: Parts
@@ -93,7 +105,7 @@ def readings(joint: Joint) -> Iterator[Reading]:
 
 
 def prove(joint: Joint) -> Proof:
-    """Recompute the next state in every reading and keep the best.
+    """Recompute the next state in every reading and return the best.
 
     Parameters
     ----------
@@ -108,11 +120,11 @@ def prove(joint: Joint) -> Proof:
     if not len(tokens.mask):
         return Proof(math.nan, math.nan, next(readings(joint)), known=False)
     errors = {reading: reconstruction_error(tokens, reading) for reading in readings(tokens)}
-    limit = tolerance(joint.dtype)
-    seen = [r for r in errors if r.observed and errors[r] <= limit]
-    best = min(seen or errors, key=errors.__getitem__)
+    # A captured branch output leaves no freedom, so a reading with it proves more than a smaller error with a solved one.
+    observed = [r for r in errors if r.observed and errors[r] <= tolerance(joint.dtype)]
+    best = min(observed or errors, key=errors.__getitem__)
     twin = replace(best, transposed=not best.transposed)
-    return Proof(errors[best], errors.get(twin, float("inf")), best)
+    return Proof(errors[best], errors.get(twin, math.inf), best)
 
 
 def reconstruction_error(joint: Joint, reading: Reading) -> float:
@@ -139,7 +151,7 @@ def reconstruction_error(joint: Joint, reading: Reading) -> float:
 
 
 def _rounded_state(joint: Joint, branch: torch.Tensor, reading: Reading) -> torch.Tensor:
-    """The next state, rounded where the model rounds, so that a low precision still tells the readings apart."""
+    """The next state, rounded where the model rounds, so that even a low precision separates the readings."""
     exact = torch.float64 if joint.dtype in (torch.float32, torch.float64) else torch.float32
     inner = joint.dtype if reading.cast else exact
     write = _as_applied(joint.parts.write, joint.dtype, reading.cast).to(inner)
@@ -149,7 +161,7 @@ def _rounded_state(joint: Joint, branch: torch.Tensor, reading: Reading) -> torc
 
 
 def applied_matrix(joint: Joint, reading: Reading) -> torch.Tensor:
-    """H_res in the canonical orientation, rounded as the model rounds it; the identity where nothing mixes."""
+    """H_res, destination by source, rounded as the model rounds it; the identity where nothing mixes."""
     if joint.parts.mix is None:
         n = joint.parts.write.shape[-2]
         return torch.eye(n).expand(*joint.parts.write.shape[:-1], n)
@@ -159,7 +171,7 @@ def applied_matrix(joint: Joint, reading: Reading) -> torch.Tensor:
 
 def solved_branch(rest: torch.Tensor, write: torch.Tensor) -> torch.Tensor:
     """The branch outputs F (…, V, D) that best explain rest = H_post F, by least squares."""
-    if write.shape[-1] == 1:
+    if write.shape[-1] == 1:  # one column: the projection on it, many times cheaper than a pseudo-inverse
         weight = write.square().sum(-2, keepdim=True)
         return (write.mT @ rest) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
     return torch.linalg.pinv(write.double()).to(rest.dtype) @ rest
@@ -169,7 +181,7 @@ def _as_applied(tensor: torch.Tensor, dtype: torch.dtype, cast: bool) -> torch.T
     return tensor.to(dtype).float() if cast else tensor.float()
 
 
-# --- all connections of a run ---
+# --- all connections of a run
 
 
 @dataclass(frozen=True)
@@ -194,15 +206,13 @@ class Evidence:
         return replace(self.proofs[number].reading, transposed=self.transposed)
 
 
-def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
-    """Prove every stream connection on the kept sequences and settle the orientation.
+def gather_evidence(joints: Sequence[Joint]) -> Evidence:
+    """Prove every stream connection on the sampled sequences, and decide the orientation of the matrices.
 
     Parameters
     ----------
-    session : Session
-        With its chains found.
-    sequences : list of Sequence
-        The kept sequences.
+    joints : sequence of Joint
+        One for each connection.
 
     Returns
     -------
@@ -213,85 +223,36 @@ def gather_evidence(session: Session, sequences: list[Sequence]) -> Evidence:
     ReconstructionError
         Above tolerance, with the worst connection and what it means.
     """
-    joints = tuple(_joint(session, number, sequences) for number in range(len(session.structure.connections)))
-    proofs = tuple(prove(joint) for joint in joints)
-    if not proofs:
+    if not joints:
         return Evidence((), (), "not_applicable", False)
-    limit = tolerance(session.observer.precision)
+    proofs = tuple(prove(joint) for joint in joints)
     mixing = [proof for proof, joint in zip(proofs, joints, strict=True) if joint.parts.mix is not None]
-    votes = {
-        proof.reading.transposed for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)
-    }
+    limit = tolerance(joints[0].dtype)
+    decided = [proof for proof in mixing if proof.error <= limit and not proof.ambiguous(limit)]
+    votes = {proof.reading.transposed for proof in decided}
     if len(votes) > 1:
         raise ReconstructionError(
-            "some connections apply their matrix and others its transpose; one run holds one orientation only"
+            "some connections apply their matrix and others its transpose; one run has one orientation only"
         )
-    transposed = votes.pop() if len(votes) == 1 else _majority(mixing)
-    told = any(proof.error <= limit and not proof.ambiguous(limit) for proof in mixing)
-    orientation = "not_applicable" if not mixing else "destination_source" if told else "ambiguous"
-    evidence = Evidence(proofs, joints, orientation, transposed)
-    _require_proof(session, evidence, limit)
+    # where none decides, both orientations reconstruct, and the more frequent one is as good
+    transposed = votes.pop() if votes else 2 * sum(p.reading.transposed for p in mixing) > len(mixing)
+    orientation = "not_applicable" if not mixing else "destination_source" if decided else "ambiguous"
+    evidence = Evidence(proofs, tuple(joints), orientation, transposed)
+    _require_proof(evidence, limit)
     return evidence
 
 
-def _majority(proofs: list[Proof]) -> bool:
-    return sum(proof.reading.transposed for proof in proofs) * 2 > len(proofs)
-
-
-def _require_proof(session: Session, evidence: Evidence, limit: float) -> None:
+def _require_proof(evidence: Evidence, limit: float) -> None:
     errors = [
         error if proof.known else 0.0 for error, proof in zip(evidence.errors, evidence.proofs, strict=True)
     ]
     worst = int(np.argmax(errors))
-    if not errors[worst] <= limit:
-        link, dtype = (
-            session.structure.connections[worst],
-            str(session.observer.precision).removeprefix("torch."),
-        )
+    if not errors[worst] <= limit:  # NaN is refused too
+        joint = evidence.joints[worst]
+        dtype = str(joint.dtype).removeprefix("torch.")
         raise ReconstructionError(
-            f"connection {worst} ({link.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
+            f"connection {worst} ({joint.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
             f"{errors[worst]:.1e} (tolerance {limit:.0e} for {dtype}), in either orientation. "
             "The matrix that the module returns is not the one that the model applies, or something else is added to "
             "the streams between two connections (dropout in training mode, for one); the capture is refused"
         )
-
-
-def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
-    held = [sequence.parts[0, number] for sequence in sequences]
-    link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
-    tokens = mask.shape[1]
-
-    def stack(pick: Callable[[Parts], torch.Tensor | None]) -> torch.Tensor | None:
-        known = [tensor for parts in held if (tensor := pick(parts)) is not None]
-        whole = len(known) == len(held)
-        return torch.stack([padded(tensor, tokens) for tensor in known]) if whole else None
-
-    def states(depth: int) -> torch.Tensor:
-        return torch.stack([padded(s.states[0, depth], tokens) for s in sequences])
-
-    write, branch_in = stack(lambda parts: parts.write), stack(lambda parts: parts.branch_in)
-    assert write is not None
-    assert branch_in is not None
-    branch_out = stack(lambda parts: parts.branch_out)
-    if branch_out is None:
-        branch_out = _seen_branches(number, sequences, tokens, write.shape[-1], branch_in.shape[-1])
-    return Joint(
-        x_in=states(link.depth_in),
-        x_out=states(link.depth_out),
-        parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
-        mask=torch.from_numpy(mask),
-        dtype=session.observer.precision,
-    )
-
-
-def _seen_branches(
-    number: int, sequences: list[Sequence], tokens: int, views: int, width: int
-) -> torch.Tensor | None:
-    """What a hook on the branch saw, (K, T, V, D), where it has that many numbers."""
-    held = [sequence.branches.get((0, number)) for sequence in sequences]
-    shaped = [
-        None if t is None else as_views(t.unsqueeze(0), 1, t.numel() // (views * width), views, width)
-        for t in held
-    ]
-    known = [t[0] for t in shaped if t is not None]
-    return torch.stack([padded(t, tokens) for t in known]) if len(known) == len(held) else None

@@ -1,6 +1,6 @@
-"""The tensors that pass while a connection runs, and which of them explains what it gave.
+"""Which of the tensors that a connection computes are its weights? Those from which its output can be recomputed.
 
-No family's formula is repeated: what explains the module's output is its weight.
+No family's formula is repeated here: a tensor is the weight because it explains the output.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from depthscope.probes.model.tensors import tensors_in
 T = TypeVar("T")
 Explanation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-EXACT = 4  # an error of so many roundings is none
-SELECTING_TOKENS = 64  # tokens that tell which of the watched tensors are the weights; the proof looks again
+# An error of so many roundings is none, so that no further candidate is tried; a heuristic.
+EXACT = 4
+# Heuristic: enough to select the weights among the watched tensors. The proof looks at more tokens, and at the next state.
+SELECTING_TOKENS = 64
 
 
 class Watch(TorchFunctionMode):
-    """Keep every tensor of some shapes that passes through torch functions while the mode is on.
+    """Keep every tensor of some shapes that passes through a torch function while the mode is on.
+
+    A function mode sees the tensors that the module's own code handles; a dispatch mode, which runs below autograd, would also
+    see every intermediate of torch's own functions.
 
     Parameters
     ----------
@@ -35,12 +40,15 @@ class Watch(TorchFunctionMode):
     def __init__(self, accept: Callable[[tuple[int, ...]], bool]):
         super().__init__()
         self._accept = accept
-        self.seen: dict[int, torch.Tensor] = {}
+        self.seen: dict[
+            int, torch.Tensor
+        ] = {}  # by id, which stays unique as long as the tensors are stored here
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""
         result = func(*args, **(kwargs or {}))
         for value in (*args, result):
+            # this runs at every function of the module, and most arguments are tensors: no recursion for these
             for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
                 if self._accept(tuple(tensor.shape)):
                     self.seen[id(tensor)] = tensor
@@ -52,7 +60,7 @@ class Watch(TorchFunctionMode):
 
 
 def explaining(candidates: Iterable[tuple[T, Explanation]], *goal: torch.Tensor) -> T | None:
-    """The candidate whose explanation comes nearest to a goal, where it comes near enough; the first that is exact ends it.
+    """The candidate whose explanation comes nearest to a goal, if it comes near enough; the search ends at an exact one.
 
     Parameters
     ----------
@@ -64,6 +72,7 @@ def explaining(candidates: Iterable[tuple[T, Explanation]], *goal: torch.Tensor)
     Returns
     -------
     object or None
+        None where the best relative error is above the tolerance of the goal's precision.
     """
     batch, tokens = goal[0].shape[:2]
     few = spread(batch * tokens, SELECTING_TOKENS).to(goal[0].device)
@@ -80,11 +89,11 @@ def explaining(candidates: Iterable[tuple[T, Explanation]], *goal: torch.Tensor)
 
 
 def mixing(matrix: torch.Tensor, streams: torch.Tensor) -> Explanation:
-    """What a matrix (B, T, M, N) makes of the streams (B, T, N, D), at some tokens."""
+    """The product of a matrix (B, T, M, N) with the streams (B, T, N, D), at some tokens."""
     return lambda few: few_of(matrix, few) @ few_of(streams, few)
 
 
 def few_of(tensor: torch.Tensor, few: torch.Tensor) -> torch.Tensor:
-    """Some tokens of a tensor (B, T, …), in float64; streams that lie apart are not all copied for it."""
+    """Some tokens of a tensor (B, T, …), in float64; two indices, so that a strided tensor is not copied first."""
     tokens = tensor.shape[1]
     return tensor[few // tokens, few % tokens].double()

@@ -1,4 +1,4 @@
-"""One forward whose states keep the graph between them: weights constant, hooks gone, the model as it was."""
+"""How do we get states with the graph between them? One forward with constant weights; the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from depthscope.probes.jacobian.frozen_routing import replaced
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.tensors import first_float
+from depthscope.probes.model.tensors import first_float, version
 from depthscope.probes.session.model_call import call_model, eager
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import FORWARD, version
+from depthscope.probes.structure.tape import FORWARD
 
 Meet: TypeAlias = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -33,7 +33,7 @@ EXPLANATIONS = {
     "not to have been used in the graph": "the later state does not depend on the earlier one: some block between them is "
     "skipped or runs without gradients",
     "leaf Variable that requires grad is being used in an in-place": "the model rewrites a state in place outside its "
-    "blocks; name the modules that take and return whole states with layers=",
+    "blocks; name the modules that take and return complete states with layers=",
     "checkpoint": "activation checkpointing recomputes blocks without the hooks of this measurement; turn it off, for "
     "example with model.gradient_checkpointing_disable() or model.eval()",
 }
@@ -45,7 +45,7 @@ class JacobianError(ValueError):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Say what to do where torch says what it cannot do."""
+    """Turn torch's errors into advice."""
     try:
         yield
     except RuntimeError as error:
@@ -67,7 +67,7 @@ def differentiable_states(
     batch : mapping, tensor or tuple
         One batch.
     chain : Chain
-        The chain whose states are kept.
+        The chain whose states are returned.
     start, stop : int
         Depths.
 
@@ -86,18 +86,20 @@ def differentiable_states(
 
     def meet(depth: int, state: torch.Tensor) -> torch.Tensor:
         if depth == start and not state.requires_grad:
-            state.requires_grad_()  # the tensor itself, so that whoever else holds it is differentiated too
+            # The tensor itself and not a copy: other references to it, such as a skip around the block, count too.
+            state.requires_grad_()
         states[depth], versions[depth] = state, version(state)
-        return (
-            state.detach().clone() if depth == stop else state.clone()
-        )  # a block may write into what it gets
+        # Copies, since a block may write into its input in place; and no graph after the last state, to save memory.
+        return state.detach().clone() if depth == stop else state.clone()
 
     with (
         preserved_state(model),
         _constant_weights(model),
         eager(),
-        sdpa_kernel(SDPBackend.MATH),
-        torch.inference_mode(False),
+        sdpa_kernel(
+            SDPBackend.MATH
+        ),  # the fused kernels have no second derivative, which products with J need
+        torch.inference_mode(False),  # inference tensors record no graph even where gradients are on
         torch.enable_grad(),
         ExitStack() as stack,
         explained(),
@@ -134,7 +136,10 @@ def _require_linked(
 
 
 def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Refuse a graph that is recomputed: without this module's hooks, another function would be differentiated."""
+    """Refuse a graph that is recomputed (activation checkpointing).
+
+    The recomputation runs without this module's hooks, so another function would be differentiated. One backward shows it.
+    """
     recomputed: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -149,7 +154,7 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
 
 
 def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
-    """Hand every state of the chain to ``meet`` as it passes, and what that returns on to the model."""
+    """Call ``meet`` with every state of the chain as it passes; the model goes on with what it returns."""
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
     for depth in depths:
@@ -171,7 +176,7 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
 def _between(
     method: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """A method between two hooks that may exchange what it takes and gives."""
+    """A method with hooks that may replace its arguments and its result, which torch has for modules only."""
 
     def around(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = before(None, args, kwargs) or (args, kwargs)
@@ -208,7 +213,7 @@ def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
 
 @contextmanager
 def _constant_weights(model: nn.Module) -> Iterator[None]:
-    """No graph through the weights: it holds less, and no gradient can reach them."""
+    """No graph through the weights: it needs less memory, and no gradient can reach them."""
     weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
     try:
         for weight in weights:

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-EXHAUSTED = 10.0  # a Krylov space is exhausted when its next vector is this many roundings of the map's size
+# A Krylov space is exhausted when its next vector is this many roundings of the map's size: what orthogonalisation leaves of
+# a vector inside the space is a few of them. A heuristic.
+EXHAUSTED = 10.0
 
 
 class LinearMap(Protocol):
@@ -48,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SingularValue:
-    """A Ritz value after ``steps`` Lanczos steps: some σ lies within ``error`` of it, and σ_max is not below it."""
+    """A Ritz value after ``steps`` Lanczos steps: some σ is within ``error`` of it, and σ_max is not below it."""
 
     value: float
     error: float
@@ -58,7 +60,7 @@ class SingularValue:
 
 @dataclass(frozen=True, eq=False)
 class SingularValues:
-    """The largest singular values, falling; some σ lies within ``errors[i]`` of ``values[i]``."""
+    """The largest singular values, falling; some σ is within ``errors[i]`` of ``values[i]``."""
 
     values: np.ndarray
     errors: np.ndarray
@@ -82,8 +84,8 @@ class SpectralDensity:
 def sigma_max(op: LinearMap, *, steps: int = 20, seed: int = 0) -> SingularValue:
     """Largest singular value, by Golub-Kahan-Lanczos bidiagonalisation from a random start.
 
-    A V = U B and Aᵀ U = V Bᵀ + β v eᵀ with B upper bidiagonal. For a singular triple (p, θ, q) of B, A(Vq) = θ(Up) holds
-    exactly and ‖Aᵀ(Up) − θ(Vq)‖ = β|p_K|: a singular value of A lies within that residual of θ, and θ ≤ σ_max.
+    A V = U B and Aᵀ U = V Bᵀ + β v eᵀ with B upper bidiagonal. For a singular triple (p, θ, q) of B, A(Vq) = θ(Up) is
+    exact and ‖Aᵀ(Up) − θ(Vq)‖ = β|p_K|: a singular value of A is within that residual of θ, and θ ≤ σ_max.
 
     Parameters
     ----------
@@ -111,7 +113,7 @@ def sigma_max(op: LinearMap, *, steps: int = 20, seed: int = 0) -> SingularValue
 
     Examples
     --------
-    >>> from probes.jacobian.estimators import DenseMap
+    >>> from depthscope.probes.jacobian.estimators import DenseMap
     >>> round(sigma_max(DenseMap([[3.0, 0.0], [0.0, 4.0]]), steps=2).value, 9)
     4.0
     """
@@ -127,7 +129,7 @@ def top_singular_values(
     """The k largest singular values, by randomised range finding with power iterations.
 
     Q spans (J Jᵀ)^q J Ω for a Gaussian Ω of k + p columns, re-orthonormalised at every product; the singular values of
-    Qᵀ J are those of J within its residual. Since Jᵀu_i = σ_i v_i holds exactly for u_i in the span of Q, the error given is
+    Qᵀ J are those of J within its residual. Since Jᵀu_i = σ_i v_i is exact for u_i in the span of Q, the error given is
     ‖J v_i − σ_i u_i‖.
 
     Parameters
@@ -159,7 +161,7 @@ def top_singular_values(
 
     Examples
     --------
-    >>> from probes.jacobian.estimators import DenseMap
+    >>> from depthscope.probes.jacobian.estimators import DenseMap
     >>> top_singular_values(DenseMap([[3.0, 0.0], [0.0, 4.0]]), 2).values.round(9).tolist()
     [4.0, 3.0]
     """
@@ -168,12 +170,14 @@ def top_singular_values(
     require_least("power", power, 0)
     width = min(k + oversampling, *op.shape)
     basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], width), seed, op)))
-    for _ in range(power):
+    for _ in range(
+        power
+    ):  # orthonormal after every product: powers of J alone would lose the smaller σ to rounding
         basis = orthonormal(columns(op.rmatvec, basis))
         basis = orthonormal(columns(op.matvec, basis))
     right, values, left = torch.linalg.svd(columns(op.rmatvec, basis), full_matrices=False)
-    kept = basis @ left.mT[:, :k]
-    residual = columns(op.matvec, right[:, :k]) - kept * values[:k]
+    top = basis @ left.mT[:, :k]
+    residual = columns(op.matvec, right[:, :k]) - top * values[:k]
     return SingularValues(
         values[:k].cpu().numpy(), torch.linalg.vector_norm(residual, dim=0).cpu().numpy(), width, seed
     )
@@ -209,7 +213,7 @@ def squared_frobenius(op: LinearMap, *, probes: int = 32, seed: int = 0) -> Esti
 
     Examples
     --------
-    >>> from probes.jacobian.estimators import DenseMap
+    >>> from depthscope.probes.jacobian.estimators import DenseMap
     >>> squared_frobenius(DenseMap([[3.0, 0.0], [0.0, 4.0]]), probes=2)
     Estimate(value=25.0, stderr=0.0, probes=2, seed=0)
     """
@@ -253,7 +257,7 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
 
     Examples
     --------
-    >>> from probes.jacobian.estimators import DenseMap
+    >>> from depthscope.probes.jacobian.estimators import DenseMap
     >>> density = spectral_density(DenseMap([[3.0, 0.0], [0.0, 4.0]]), steps=2, probes=2)
     >>> round(density.mean.value, 9), round(density.variance.value, 9)
     (12.5, 12.25)
@@ -262,6 +266,7 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
     require_least("probes", probes, 1)
     nodes, weights = [], []
     for z in _signs((probes, op.shape[1]), seed, op):
+        # BᵀB of the bidiagonal matrix is the Lanczos matrix of JᵀJ: its eigenvalues are σ², without squaring the condition
         _, values, right = torch.linalg.svd(_golub_kahan(op, z, min(steps, op.shape[1]))[0])
         nodes.append(values.square())
         weights.append(right[:, 0].square())
@@ -324,11 +329,12 @@ def _golub_kahan(op: LinearMap, start: torch.Tensor, steps: int) -> tuple[torch.
 def _next_direction(
     vector: torch.Tensor, basis: list[torch.Tensor], floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is new in a vector beside a basis: its direction, zero where that is rounding only, and its length."""
+    """The part of a vector orthogonal to a basis: its direction, zero where that is rounding only, and its length."""
     size = torch.linalg.vector_norm(vector)
     if basis:
         known = torch.stack(basis)
-        for _ in range(2):  # once leaves a remainder of the size of the rounding over the length
+        # twice is enough (Kahan and Parlett): once leaves a remainder of the size of the rounding over the length
+        for _ in range(2):
             vector = vector - known.mT @ (known @ vector)
     length = torch.linalg.vector_norm(vector)
     return (vector / length if length > floor * size else torch.zeros_like(vector)), length
@@ -351,6 +357,7 @@ def gaussian(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
 
 
 def _signs(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
+    """Independent ±1 (Rademacher) probes, whose variance is the smallest among unbiased ones."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(0, 2, shape, generator=generator) * 2 - 1).to(op.device, torch.float64)
 

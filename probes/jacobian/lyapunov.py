@@ -122,7 +122,7 @@ def lyapunov_exponents(
 
     Examples
     --------
-    >>> from probes.jacobian.estimators import DenseMap
+    >>> from depthscope.probes.jacobian.estimators import DenseMap
     >>> (lyapunov_exponents([DenseMap([[2.0, 0.0], [0.0, 0.5]])] * 3, 2).exponents / np.log(2)).round(9).tolist()
     [1.0, -1.0]
     """
@@ -134,6 +134,7 @@ def lyapunov_exponents(
     basis = orthonormal(gaussian((blocks[0].shape[1], k), seed, blocks[0]))
     previous, (basis, increments) = torch.full((k,), torch.nan), _accumulate(blocks, basis)
     for _ in range(sweeps - 1):
+        # the transposes turn the basis towards the product's right singular vectors, as a power iteration does
         for op in reversed(blocks):
             basis = orthonormal(columns(op.rmatvec, basis))
         previous, (basis, increments) = increments.mean(0), _accumulate(blocks, basis)
@@ -148,7 +149,9 @@ def _accumulate(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch
     rows = []
     for op in blocks:
         basis, upper = torch.linalg.qr(columns(op.matvec, basis))
-        rows.append(upper.diagonal().abs().log().cpu())
+        rows.append(
+            upper.diagonal().abs().log().cpu()
+        )  # logs add up where the diagonals would overflow in depth
     return basis, torch.stack(rows)
 
 

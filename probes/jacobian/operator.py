@@ -1,6 +1,6 @@
 """Jacobians between the states of a residual chain: products with J and Jᵀ, never J itself.
 
-The model runs once with its weights held constant. From then on Jᵀu is one backward through the kept graph, and Jv one
+The model runs once with its weights held constant. From then on Jᵀu is one backward through the stored graph, and Jv one
 backward through the graph of that backward, since u ↦ Jᵀu is linear (the double-backward trick): no forward mode is needed,
 and attention runs on its plain kernel, which alone has second derivatives.
 """
@@ -74,7 +74,7 @@ def jacobian(
     ------
     JacobianError
         For an unknown depth, a start that is not before stop, or a chain without a gradient path.
-    ChainError, LayoutError, ConnectionError
+    ChainError, LayoutError, StreamConnectionError
         Where the model cannot be read, as in `probes.capture`.
 
     Notes
@@ -148,19 +148,21 @@ def _operator(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
     return JacobianOperator(graph.states[start], graph.states[stop], source, target, start=start, stop=stop)
 
 
+# Largest relative difference of ⟨u, J v⟩ and ⟨Jᵀu, v⟩ that is rounding; a heuristic. A backward without a graph of its own,
+# which the check looks for, leaves out a term and differs by order one.
 ADJOINT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 Moves: TypeAlias = list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 
 
 class JacobianOperator:
-    """Products with J = ∂ state(stop) / ∂ state(start) and with Jᵀ, on the packed entries of the kept tokens.
+    """Products with J = ∂ state(stop) / ∂ state(start) and with Jᵀ, on the packed entries of the selected tokens.
 
     Parameters
     ----------
     source, target : Tensor
         The two states, in the model's layout, with the graph between them.
     source_entries, target_entries : Entries
-        Where the kept tokens' entries are in the two states.
+        Where the selected tokens' entries are in the two states.
     start, stop : int
         Their depths.
 
@@ -261,7 +263,7 @@ class JacobianOperator:
         if vector.shape != (wanted,):
             raise JacobianError(
                 f"a vector of shape {tuple(vector.shape)} came; expected ({wanted},): one entry for every stream and feature "
-                f"of the {self.num_tokens} kept tokens"
+                f"of the {self.num_tokens} selected tokens"
             )
         given = vector.detach().to(state.device, state.dtype)
         moved = torch.zeros(size, dtype=vector.dtype, device=state.device)
@@ -277,7 +279,9 @@ class JacobianOperator:
 
     def _push(self, tangent: torch.Tensor) -> torch.Tensor:
         with explained():
-            if self._pulled is None:
+            if (
+                self._pulled is None
+            ):  # built at the first product with J: those with Jᵀ alone need no second graph
                 self._pulled = self._linear_graph()
                 self._require_adjoint()
             cotangent, pulled = self._pulled
@@ -286,12 +290,13 @@ class JacobianOperator:
     def _linear_graph(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A placeholder u and the graph of Jᵀu, whose own backward is the product with J."""
         with torch.inference_mode(False), torch.enable_grad():
+            # u ↦ Jᵀu is linear, so its derivative does not depend on u, and zeros will do
             cotangent = torch.zeros_like(self._target).requires_grad_()
             (pulled,) = torch.autograd.grad(self._target, self._source, cotangent, create_graph=True)
         return cotangent, pulled
 
     def _require_adjoint(self) -> None:
-        """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair; a kernel whose backward has no graph would be left out in silence."""
+        """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair: a kernel whose backward has no graph would silently be left out."""
         (_, source), (_, target) = self._moves[0]
         generator = torch.Generator().manual_seed(0)
         v, u = (torch.zeros(state.numel(), dtype=state.dtype) for state in (self._source, self._target))

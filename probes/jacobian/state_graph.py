@@ -1,4 +1,4 @@
-"""The states of a chain that one forward links by its graph: which depths, which tokens, what counts as constant."""
+"""Which states does one graph link, and which of their entries are meant? Depths, tokens, and what counts as constant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states
+from depthscope.probes.jacobian.derivative_check import require_frozen
+from depthscope.probes.jacobian.differentiable_forward import JacobianError, differentiable_states, explained
 from depthscope.probes.jacobian.frozen_routing import constant_routing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
@@ -45,7 +46,7 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """Flat positions of the kept tokens' entries in a state, (P, N, D), and each token's group, (P,)."""
+    """Flat positions of the selected tokens' entries in a state, (P, N, D), and each token's group, (P,)."""
 
     slots: torch.Tensor
     group: torch.Tensor
@@ -73,7 +74,7 @@ class StateGraph:
     selection: Selection
 
     def entries(self, start: int, stop: int) -> tuple[Entries, Entries]:
-        """Entries of the kept tokens at two depths.
+        """Entries of the selected tokens at two depths.
 
         Parameters
         ----------
@@ -83,7 +84,7 @@ class StateGraph:
         Returns
         -------
         source, target : Entries
-            In groups that move and see each other: all tokens, or the k-th kept token of every sequence.
+            In groups that move and see each other: all tokens, or the k-th selected token of every sequence.
 
         Raises
         ------
@@ -97,7 +98,7 @@ class StateGraph:
                 f"the states at depths {start} and {stop} have {source.shape[1]} and {target.shape[1]} tokens; one token's "
                 "own Jacobian, masks and positions need the same tokens: take tokens='all', or depths of one stage"
             )
-        return self._kept(source), self._kept(target)
+        return self._selected(source), self._selected(target)
 
     def _positions(self, depth: int) -> torch.Tensor:
         """Flat positions of a state's entries, (B, T, N, D)."""
@@ -111,22 +112,26 @@ class StateGraph:
             fractions=self.fractions,
         )
 
-    def _kept(self, positions: torch.Tensor) -> Entries:
-        kept = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
+    def _selected(self, positions: torch.Tensor) -> Entries:
+        """Entries of the tokens that the mask and ``positions=`` leave."""
+        selected = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
         if self.mask is not None:
-            kept &= self.mask.to(kept.device)
+            selected &= self.mask.to(selected.device)
         if self.selection.positions is not None:
-            kept &= _chosen(self.selection.positions, kept.shape[1]).to(kept.device)
-        if not kept.any():
+            selected &= _chosen(self.selection.positions, selected.shape[1]).to(selected.device)
+        if not selected.any():
             raise JacobianError("the mask and positions= leave no real token; expected at least one")
-        order = kept.long().cumsum(1)[kept] - 1
-        return Entries(positions[kept], order if self.selection.tokens == "own" else torch.zeros_like(order))
+        # One token of every sequence makes a group: sequences do not see each other, so a single backward serves all of them.
+        order = selected.long().cumsum(1)[selected] - 1
+        return Entries(
+            positions[selected], order if self.selection.tokens == "own" else torch.zeros_like(order)
+        )
 
 
 def state_graph(
     model: nn.Module, batch: Any, start: int, stop: int | None, selection: Selection
 ) -> StateGraph:
-    """Run the model twice, once to find its chain and once to keep the graph from start to stop.
+    """Run the model twice, once to find its chain and once to record the graph from start to stop.
 
     Parameters
     ----------
@@ -153,9 +158,11 @@ def state_graph(
     number = _chain_number(session.structure.chains, selection.chain)
     first, last = _depths(session.structure.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
-    routing = constant_routing(session, first, last) if frozen else nullcontext()
-    with routing:
+    with constant_routing(session, first, last) if frozen else nullcontext() as routing:
         states = differentiable_states(model, batch, session.structure.chains[number], first, last)
+    if routing is not None:
+        with explained():
+            require_frozen(routing, states)
     return StateGraph(
         start=first,
         stop=last,

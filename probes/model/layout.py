@@ -100,22 +100,7 @@ def canonical(
 
 
 def count_streams(shape: Sequence[int], layout: str, batch_size: int) -> int:
-    """Number of streams in a state of a given layout.
-
-    Parameters
-    ----------
-    shape : sequence of int
-        Shape of the state.
-    layout : str
-        Its layout.
-    batch_size : int
-        Splits an axis that merges batch and streams.
-
-    Returns
-    -------
-    int
-        1 where the layout has no stream axis.
-    """
+    """Number of streams in a state of a given layout; 1 where the layout has no stream axis."""
     for group, size in zip(parse_layout(layout), shape, strict=False):
         if group == ["N"]:
             return size

@@ -1,4 +1,4 @@
-"""Which tensors does a call take or return? Those inside nested containers, and the local data of a replicated DTensor."""
+"""Which tensors does a call take or return? Those inside nested containers; their versions, and local data."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def floats_in(*values: Any) -> list[torch.Tensor]:
 def first_float(*values: Any) -> torch.Tensor | None:
     """First floating tensor with at least two axes, or None."""
     return next(iter(floats_in(values)), None)
+
+
+def version(tensor: torch.Tensor | None) -> int | None:
+    """How often a tensor was written in place; None in inference mode, where torch does not count."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

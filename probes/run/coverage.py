@@ -1,17 +1,24 @@
-"""What fired: every site of a model with how often it was expected and seen, and why it was not where it was not."""
+"""Which sites fired? Every site of a model with the forwards in which it was expected and seen, and the reason where not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import xarray as xr
 
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import PLAIN, Chain, Connection, HookPoint
 from depthscope.probes.structure.model_structure import FINAL
 
-NOT_ASKED = "not asked for; name it in sites="
+NOT_REQUESTED = "not asked for; name it in sites="
+FOR_PROOF = "seen for a proof only; name it in sites= to keep it"
 NO_SUMS = "the blocks do not show how they add their branches to the state"
+SOLVED = "solved from the states; no module call showed it"
+FINAL_NAME, MID_NAME = "ln_final.hook_normalized", "blocks.{i}.hook_resid_mid"
+TEXTS = ("name", "site", "module", "chain", "why")
 
 
 @dataclass(frozen=True)
@@ -36,110 +43,113 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
     session : Session
         With its chains found and its forwards counted.
     evidence : Evidence
-        The proofs, which tell how a branch's output was had.
+        The proofs, which show whether a branch's output was hooked or solved for.
 
     Returns
     -------
     list of Coverage
-        In depth order; ``fired`` is below ``expected`` only where ``why`` says so.
+        In depth order; where ``fired`` is below ``expected``, or both are 0, ``why`` gives the reason.
     """
     rows: list[Coverage] = []
     for number, chain in enumerate(session.structure.chains):
-        rows += _states(session, number, chain)
-        rows += _connections(session, chain, evidence)
+        rows += _state_rows(session, number, chain)
+        rows += _connection_rows(session, chain, evidence)
     return rows
 
 
-def _states(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
+def coverage_counts(rows: list[Coverage]) -> dict[str, int]:
+    """The attributes of a run that count its sites."""
+    expected = [row for row in rows if row.expected]
+    return {
+        "sites_expected": len(expected),
+        "sites_fired": sum(row.fired >= row.expected for row in expected),
+    }
+
+
+def coverage_dataset(rows: list[Coverage]) -> xr.Dataset:
+    """The coverage as a table, one row per site."""
+    variables = {}
+    for column in asdict(rows[0]):
+        values = [getattr(row, column) for row in rows]
+        name = "place_name" if column == "name" else column  # as the schema has it
+        variables[name] = ("place", np.array(values, dtype=object if column in TEXTS else np.int64))
+    return xr.Dataset(variables)
+
+
+def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
+    # A forward counts only if every captured state and connection fired in it, so that a site that is hooked at all fired in
+    # all of them.
     count, selection = session.num_forwards, session.options.selection
-    captured = {(n, depth) for n, depth, _ in session.structure.captured}
-    for depth, place in enumerate(chain.points):
-        fired = (number, depth) in captured
-        kept = selection.keeps(chain, depth)
-        why = (
-            "" if kept else NOT_ASKED if not fired else "seen for a proof only; name it in sites= to keep it"
-        )
-        yield _row(
-            state_name(chain, depth),
-            place.site,
-            place,
-            chain,
-            count if kept else 0,
-            count if fired else 0,
-            why,
-        )
-    if not any(place.site == "mid" for place in chain.points):
-        why = NO_SUMS if selection.inside_blocks else NOT_ASKED
-        yield Coverage("blocks.{i}.hook_resid_mid", "mid", "", -1, chain.name, 0, 0, why)
-    if chain.final is None:
+    captured = {(owner, depth) for owner, depth, _ in session.structure.captured}
+    for depth, point in enumerate(chain.points):
+        fired, stored = (number, depth) in captured, selection.stores(chain, depth)
+        not_stored = FOR_PROOF if fired else NOT_REQUESTED
         yield Coverage(
-            "ln_final.hook_normalized", "final", "", -1, chain.name, 0, 0, "no norm takes the last state"
+            name=state_name(chain, depth),
+            site=point.site,
+            module=_call(point),
+            layer=point.layer,
+            chain=chain.name,
+            expected=count if stored else 0,
+            fired=count if fired else 0,
+            why="" if stored else not_stored,
         )
+    # Sites that this chain has nowhere are listed once, without a layer: that they are missing must not look like an omission.
+    if not any(point.site == "mid" for point in chain.points):
+        why = NO_SUMS if selection.inside_blocks else NOT_REQUESTED
+        yield Coverage(MID_NAME, "mid", "", -1, chain.name, 0, 0, why)
+    if chain.final is None:
+        yield Coverage(FINAL_NAME, "final", "", -1, chain.name, 0, 0, "no norm takes the last state")
     else:
-        fired = (number, FINAL) in captured
-        counted = count if fired else 0
-        yield _row(
-            "ln_final.hook_normalized",
-            "final",
-            chain.final,
-            chain,
-            counted,
-            counted,
-            "" if fired else NOT_ASKED,
-        )
+        times = count if (number, FINAL) in captured else 0
+        why = "" if (number, FINAL) in captured else NOT_REQUESTED
+        module, layer = _call(chain.final), chain.final.layer
+        yield Coverage(FINAL_NAME, "final", module, layer, chain.name, times, times, why)
 
 
 def state_name(chain: Chain, depth: int) -> str:
-    """The name of a state that people know, ``blocks.{i}.hook_resid_…``."""
-    place = chain.points[depth]
-    return "hook_embed" if place.site == "embed" else f"blocks.{place.layer}.hook_resid_{place.site}"
+    """The common name of a state, ``blocks.{i}.hook_resid_…``, as TransformerLens has it."""
+    point = chain.points[depth]
+    return "hook_embed" if point.site == "embed" else f"blocks.{point.layer}.hook_resid_{point.site}"
 
 
-def _connections(session: Session, chain: Chain, evidence: Evidence) -> Iterator[Coverage]:
-    count, selection = session.num_forwards, session.options.selection
-    for number, link in enumerate(chain.connections):
-        for variable, why in _variables(session, link, evidence, number):
-            kept = selection.keeps_variable(chain, variable)
-            had = not why or why.startswith("solved")
-            name = f"blocks.{link.layer}.{link.branch}.{variable}"
+def _call(point: HookPoint) -> str:
+    """The call that shows a state, such as ``model.layers.0 (output)``."""
+    path = point.path if point.method == "forward" else f"{point.path}.{point.method}"
+    return f"{path} ({point.at})"
+
+
+def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iterator[Coverage]:
+    for number, connection in enumerate(chain.connections):
+        for variable, why in _connection_variables(session, connection, evidence, number):
+            stored = session.options.selection.stores_variable(chain, variable)
+            exists = why in ("", SOLVED)
+            times = session.num_forwards if stored and exists else 0
             yield Coverage(
-                name,
-                variable,
-                link.path,
-                link.layer,
-                chain.name,
-                count if kept and had else 0,
-                count if kept and had else 0,
-                why or ("" if kept else NOT_ASKED),
+                name=f"blocks.{connection.layer}.{connection.branch}.{variable}",
+                site=variable,
+                module=connection.path,
+                layer=connection.layer,
+                chain=chain.name,
+                expected=times,
+                fired=times,
+                why=why or ("" if stored else NOT_REQUESTED),
             )
 
 
-def _variables(
-    session: Session, link: Connection, evidence: Evidence, number: int
+def _connection_variables(
+    session: Session, connection: Connection, evidence: Evidence, number: int
 ) -> Iterator[tuple[str, str]]:
-    if link.style in PLAIN:
+    """The variables of a connection, each with the reason why it does not exist, or was solved for."""
+    if connection.style in PLAIN:
         yield from (("branch_in", ""), ("branch_out", ""))
         return
     parts, site = evidence.joints[number].parts, session.structure.sites[number]
-    yield "h_res", "" if site.mixes else "nothing mixes: the identity"
-    single = parts.write.shape[-1] == parts.branch_in.shape[-2] == 1
-    several = "" if single else "several branch inputs: see read and write"
+    one_view = parts.write.shape[-1] == parts.branch_in.shape[-2] == 1
+    several_views = "" if one_view else "several branch inputs: see read and write"
     gated = "read by gates per feature: no scalar weights exist" if parts.read is None else ""
-    yield "h_pre", gated or several
-    yield "h_post", several
+    yield "h_res", "" if site.mixes else "nothing mixes: the identity"
+    yield "h_pre", gated or several_views
+    yield "h_post", several_views
     yield "branch_in", ""
-    yield (
-        "branch_out",
-        "" if parts.branch_out is not None else "solved from the states; no module call showed it",
-    )
-
-
-def _row(
-    name: str, site: str, place: HookPoint, chain: Chain, expected: int, fired: int, why: str
-) -> Coverage:
-    module = (
-        f"{place.path} ({place.at})"
-        if place.method == "forward"
-        else f"{place.path}.{place.method} ({place.at})"
-    )
-    return Coverage(name, site, module, place.layer, chain.name, expected, fired, why)
+    yield "branch_out", "" if parts.branch_out is not None else SOLVED

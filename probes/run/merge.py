@@ -1,4 +1,4 @@
-"""What do two runs say together? Their streamed sums added, offline: the run of all their tokens, without the model."""
+"""How are the streamed sums of several runs added, without the model? To one run over the tokens of all."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from depthscope.probes.statistics.stored_sums import HASH, SKETCH_VARIABLES, res
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 
-# What runs of the same model at the same place must share.
-SAME = ("model", "family", "block", "num_blocks", "num_parameters", "n_streams", "layout")
+# Attributes that runs of one model share. Not the precision or the seed: sums of either may be added.
+MODEL_ATTRIBUTES = ("model", "family", "block", "num_blocks", "num_parameters", "n_streams", "layout")
 
 
 def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
-    """Add what several runs of one model streamed, such as its processes on parts of the data.
+    """Add what several runs of one model streamed, such as those of its processes on parts of the data.
 
-    All else is the first run's: its sampled states, the rows of its steps and its attributes; ``merged_tokens`` is added.
+    Everything else is the first run's: its sampled states, the rows of its steps and its attributes; ``merged_tokens`` is
+    added.
 
     Parameters
     ----------
     runs : sequence of DataTree
-        Captured with ``streaming=True``, over different sequences, with the same weights. Where two of them number their
-        sequences alike, their sketches cannot be added: then ``hsic`` is left out, and ``merged_without`` says why;
-        ``streaming={"first_sequence": …}`` numbers them apart.
+        Captured with ``streaming=True``, over different sequences, with the same weights. Where two of them have sequences of
+        the same number, their sketches cannot be added: then ``hsic`` is left out, and ``merged_without`` gives the reason;
+        ``streaming={"first_sequence": …}`` gives them different numbers.
 
     Returns
     -------
@@ -38,39 +39,42 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     ------
     ValueError
         For fewer than two runs, for runs of different models, weights, depths or hashes, for the same data twice, and for
-        a run that keeps no sums.
+        a run that stores no sums.
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run; expected at least two, to be added")
     for first, other in pairwise(runs):
-        _require_same(first.attrs, other.attrs)
-    _require_other_data(runs)
-    chains = schema.chains(runs[0])
-    statistics = {chain: _merged([_statistics(run, chain) for run in runs], chain) for chain in chains}
-    nodes = {f"/statistics/{chain}".rstrip("/"): dataset for chain, dataset in statistics.items()}
-    merged = xr.DataTree.from_dict(runs[0].to_dict() | nodes)
-    reasons = [dataset.attrs.pop("merged_without", "") for dataset in statistics.values()]
-    count = next(iter(statistics.values())).streamed_count.values.max()
-    merged.attrs = dict(runs[0].attrs) | {"merged_runs": len(runs), "merged_tokens": int(count)}
-    merged.attrs |= {"merged_without": reasons[0]} if any(reasons) else {}
+        _require_same_model(first.attrs, other.attrs)
+    _require_different_data(runs)
+    nodes = dict(runs[0].to_dict())
+    reasons, counts = [], []
+    for chain in schema.chains(runs[0]):
+        statistics, reason = _merged_statistics([_statistics(run, chain) for run in runs], chain)
+        nodes[f"/statistics/{chain}".rstrip("/")] = statistics
+        reasons.append(reason)
+        counts.append(int(statistics.streamed_count.values.max()))
+    merged = xr.DataTree.from_dict(nodes)
+    merged.attrs = {**runs[0].attrs, "merged_runs": len(runs), "merged_tokens": counts[0]}
+    if any(reasons):
+        merged.attrs["merged_without"] = next(filter(None, reasons))
     schema.validate(merged)
     return merged
 
 
-def _require_same(first: Mapping[Any, Any], other: Mapping[Any, Any]) -> None:
-    weights = {of.get("weights_digest") for of in (first, other)}
-    if len(weights) == 2 and None not in weights:
+def _require_same_model(first: Mapping[Any, Any], other: Mapping[Any, Any]) -> None:
+    digests = (first.get("weights_digest"), other.get("weights_digest"))
+    if None not in digests and digests[0] != digests[1]:  # None: sharded weights, of which no digest exists
         raise ValueError(
             "the runs were measured with other weights (weights_digest differs); expected runs of one model at one step"
         )
-    for name in SAME:
+    for name in MODEL_ATTRIBUTES:
         if first.get(name) != other.get(name):
             raise ValueError(
                 f"{name} is {first.get(name)!r} in one run and {other.get(name)!r} in another; expected runs of one model"
             )
 
 
-def _require_other_data(runs: Sequence[xr.DataTree]) -> None:
+def _require_different_data(runs: Sequence[xr.DataTree]) -> None:
     digests = [run.attrs.get("data_digest") for run in runs]
     for (i, a), (j, b) in combinations(enumerate(digests), 2):
         if a == b:
@@ -89,41 +93,37 @@ def _statistics(run: xr.DataTree, chain: str) -> xr.Dataset:
     return found
 
 
-def _merged(parts: Sequence[xr.Dataset], chain: str) -> xr.Dataset:
-    """The first part's statistics with the streamed ones of all."""
+def _merged_statistics(parts: Sequence[xr.Dataset], chain: str) -> tuple[xr.Dataset, str]:
+    """The first part's statistics with the streamed ones of all parts, and why there is no HSIC among them."""
     depths = parts[0]["depth"].values.tolist()
     for part in parts[1:]:
         if part["depth"].values.tolist() != depths:
             raise ValueError(
                 f"depths are {depths} and {part['depth'].values.tolist()}; expected the same {chain or 'ones'}"
             )
-    streamings = [restore_sums(part) for part in parts]
-    reason = _why_no_sketch(parts, streamings)
+    sums = [restore_sums(part) for part in parts]
+    reason = _why_no_sketch(parts, sums)
     if reason:
-        for streaming in streamings:
-            streaming.sketches = {}
-    variables, coords = streamed_variables(reduce(StreamedSums.merged_with, streamings), depths)
-    old = parts[0].drop_vars(
-        [
-            name
-            for name in parts[0].variables
-            if name in (*schema.OF_STREAMING, *SKETCH_VARIABLES, "other_depth")
-        ]
-    )
-    return (
-        old.assign(variables).assign_coords(coords).assign_attrs({"merged_without": reason} if reason else {})
-    )
+        for of in sums:
+            of.sketches = {}
+    variables, coords = streamed_variables(reduce(StreamedSums.merged_with, sums), depths)
+    # All streamed variables go, not only those that are replaced: an HSIC that cannot be merged must not stay.
+    streamed = (*schema.OF_STREAMING, *SKETCH_VARIABLES, "other_depth")
+    others = parts[0].drop_vars([name for name in parts[0].variables if name in streamed])
+    return others.assign(variables).assign_coords(coords), reason
 
 
-def _why_no_sketch(parts: Sequence[xr.Dataset], streamings: Sequence[StreamedSums]) -> str:
-    if not all(streaming.sketches for streaming in streamings):
+def _why_no_sketch(parts: Sequence[xr.Dataset], sums: Sequence[StreamedSums]) -> str:
+    """Why the sketches cannot be added; empty where they can."""
+    if not all(of.sketches for of in sums):
         return "hsic: a run has no sketch over all its depths"
     for part in parts:
         if part["sum_sign"].attrs["hash"] != HASH:
             raise ValueError(
                 f"a run's sketch is by {part['sum_sign'].attrs['hash']!r}; expected {HASH!r}: capture it anew"
             )
-    spans = sorted(span for streaming in streamings for span in streaming.sequences)
-    if any(b > c for (_, b), (c, _) in pairwise(spans)):
+    # Equal numbers give equal signs: products of two different tokens would no longer average out.
+    ranges = sorted(span for of in sums for span in of.sequences)
+    if any(end > start for (_, end), (start, _) in pairwise(ranges)):
         return "hsic: the runs number their sequences alike, so that signs of different tokens are not independent"
     return ""

@@ -23,25 +23,10 @@ def weight_variables(
     starts: Sequence[int],
     stage: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The variables and coordinates of one group of ``/statistics``, as xarray takes them.
+    """The variables and coordinates of one group of ``/statistics``; empty where nothing was measured.
 
-    Parameters
-    ----------
-    rows : sequence of WeightNorms or None
-        One per step; None where the weights were not measured.
-    chains : sequence of Chain
-        All chains of the model.
-    number : int
-        The chain of this group. A module belongs to the chain whose block contains it, any other one to the first chain.
-    starts : sequence of int
-        The first depth of every stage of that chain.
-    stage : int
-        The stage of this group; it gets the modules of the blocks that end in it.
-
-    Returns
-    -------
-    variables, coords : dict
-        Empty where nothing was measured.
+    A module belongs to the chain whose block contains it, any other one to the first chain. Of a chain's stages, whose first
+    depths are ``starts``, each gets the modules of the blocks that end in it.
     """
     measured = next((row for row in reversed(rows) if row is not None), None)
     if measured is None:
@@ -54,6 +39,7 @@ def weight_variables(
             layers.append(layer)
     if not chosen:
         return {}, {}
+    # A weight variable covers all steps of the run: NaN in those that measured no weights.
     undefined = np.full(len(measured.paths), math.nan)
     variables: dict[str, Any] = {}
     for name in VARIABLES:

@@ -1,4 +1,4 @@
-"""Were two runs measured with the same weights? A digest of some numbers of each parameter says so, without reading all."""
+"""Were two runs measured with the same weights? A digest of some numbers of each parameter tells, without reading all."""
 
 from __future__ import annotations
 
@@ -7,45 +7,41 @@ import hashlib
 import torch
 from torch import nn
 
-TAKEN = 256  # numbers of each parameter: any optimiser moves nearly all
-SHARDED = "FullyShardedDataParallel"  # its parameters look like any other, and are parts
+# Numbers of each parameter. An optimiser's step changes nearly all of them, so that a few tell; `checkpoints.digests` reads
+# all, which takes seconds for a large model.
+NUMBERS_PER_PARAMETER = 256
+SHARDED = "FullyShardedDataParallel"  # its parameters are shards, but look like plain ones
 
 
 def weights_digest(model: nn.Module) -> str | None:
-    """A digest of the names, shapes, kinds and some numbers of all parameters, the same in every process.
+    """SHA-256 over the names, shapes, types and some numbers of all parameters, the same in every process.
 
-    Parameters
-    ----------
-    model : Module
-        The model.
-
-    Returns
-    -------
-    str or None
-        SHA-256; None where a parameter cannot be read here as a whole: sharded, offloaded, not initialised.
+    None where a parameter cannot be read in this process: sharded, offloaded, not initialised.
     """
     parameters = dict(model.named_parameters())
     if any(type(module).__name__ == SHARDED for module in model.modules()):
         return None
-    if not all(_is_whole(parameter) for parameter in parameters.values()):
+    if not all(_is_readable(parameter) for parameter in parameters.values()):
         return None
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_some(parameter).view(torch.uint8).numpy().tobytes())
+        digest.update(_some_numbers(parameter).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _is_whole(parameter: nn.Parameter) -> bool:
+def _is_readable(parameter: nn.Parameter) -> bool:
     if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.is_meta:
         return False
-    return parameter.layout == torch.strided and not (
-        hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")  # DTensor; DeepSpeed's third stage
-    )
+    # By attributes, without importing either: a DTensor; a parameter of DeepSpeed's third stage, which is empty here.
+    is_shard = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")
+    return parameter.layout == torch.strided and not is_shard
 
 
-def _some(parameter: nn.Parameter) -> torch.Tensor:
-    """Numbers at even distances, the first among them."""
+def _some_numbers(parameter: nn.Parameter) -> torch.Tensor:
+    """Numbers at equal distances, from the first one on."""
     flat = parameter.detach().reshape(-1)
-    step = max(len(flat) // TAKEN, 1) | 1  # odd, so that not one column of a matrix is all that is seen
+    step = (
+        max(len(flat) // NUMBERS_PER_PARAMETER, 1) | 1
+    )  # odd: an even one may divide the width, and read one column
     return flat[::step].cpu().contiguous()

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import Site, opened_site, pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import opened_site, paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, Site
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.autocast import user_autocast
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch
 from depthscope.probes.model.layout import count_streams
-from depthscope.probes.model.tensors import first_float
+from depthscope.probes.model.tensors import first_float, version
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -31,7 +32,7 @@ from depthscope.probes.structure.find_chains import find_chains
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.tape import FORWARD, Call, Tape, version
+from depthscope.probes.structure.tape import FORWARD, Call, Tape
 
 
 class RewrittenError(CaptureError):
@@ -75,7 +76,7 @@ class FirstForward:
         for path, module in self._model.named_modules():
             attachment.before(module, partial(self._before_call, path))
             attachment.after(module, self._after_call)
-            pair = pair_of(module)
+            pair = paired_family(module)
             if pair is not None:
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
@@ -94,7 +95,7 @@ class FirstForward:
 
     def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
-        x, pair = first_float(args, kwargs), pair_of(module)
+        x, pair = first_float(args, kwargs), paired_family(module)
         if tape is None or forward is None or x is None or pair is None:
             return None
         site = opened_site(pair, module, x, forward.batch_size)
@@ -113,7 +114,7 @@ class FirstForward:
         tape, forward = self._current.taped, self._current.recorded
         if tape is None or forward is None or not forward.openings.get(path):
             return None
-        # The last one that was opened is closed first: a branch may contain connections of its own.
+        # A shared connection may be opened again before it is closed: the last opening is closed first.
         opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
@@ -153,9 +154,7 @@ def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> Non
 # --- what the model is ---
 
 
-def find_structure(
-    tape: Tape, forward: Forward, model: nn.Module, options: Options, batch_axis: int
-) -> Structure:
+def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Options) -> Structure:
     """Find the structure of a model in the calls of one forward.
 
     Parameters
@@ -168,8 +167,6 @@ def find_structure(
         The model.
     options : Options
         What the user names of the structure, and asks for.
-    batch_axis : int
-        Axis along which the sequences of this forward were counted.
 
     Returns
     -------
@@ -178,13 +175,13 @@ def find_structure(
     Raises
     ------
     AxisError
-        Where they should have been counted along the other axis.
+        Where the sequences of the forward should have been counted along the other axis.
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or has not what is asked for.
     """
     chains = tuple(find_chains(tape, model, layers=options.blocks))
     sites = _stream_sites(tape, chains[0])
-    layouts = tuple(_layout(tape, chain, forward, sites, options, batch_axis) for chain in chains)
+    layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     options.selection.require(chains)
     return Structure(
@@ -192,7 +189,7 @@ def find_structure(
         layouts=layouts,
         sites=sites,
         named_streams=named_streams,
-        batch_axis=batch_axis,
+        batch_axis=forward.batch_axis,
         selection=options.selection,
     )
 
@@ -206,15 +203,13 @@ def _stream_sites(tape: Tape, chain: Chain) -> dict[int, Site]:
     return {number: shown[key] for number, key in numbered if key in shown}
 
 
-def _layout(
-    tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], options: Options, batch_axis: int
-) -> str:
+def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], options: Options) -> str:
     if options.layout is not None:
         return options.layout
     if sites:
         return sites[0].layout
     evidence = read_evidence(tape, chain)
-    if batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
+    if forward.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
         raise AxisError(
             "the model takes its tokens first, so the batch is its second axis; call the model once more"
         )
@@ -271,7 +266,7 @@ def _replay_connection(
 ) -> None:
     if call.closing is not None and call.closing.parts is not None:
         observer.record_connection(forward, number, call.closing.parts)
-    elif connection.style == "returned" and call.x is not None:
+    elif isinstance(BY_NAME[connection.style], ForwardFamily) and call.x is not None:
         x, site, rows = call.x.detach(), observer.structure.sites[number], forward.rows
 
         def computed() -> list[torch.Tensor]:

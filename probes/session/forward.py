@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.paired import Opening
+from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -38,14 +38,15 @@ class Forward:
     """What was recorded of one call of the model."""
 
     batch_size: int
+    batch_axis: int  # of the model's first tensor
     stamp: int
     first_index: int  # of its sequences, over all forwards
     slots: dict[int, int]  # row of the batch to slot of the reservoir
     arguments: Mapping[str, Any]
     decoding: bool
     rows: torch.Tensor  # the sampled sequences
-    lead_shape: tuple[int, ...]
-    row_data: torch.Tensor | None
+    lead_shape: tuple[int, ...]  # of that tensor
+    row_data: torch.Tensor | None  # its sampled sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.detection import pair_of
-from depthscope.probes.connections.paired import Opening, branch_output
-from depthscope.probes.connections.returned import returned_watch
+from depthscope.probes.connections.detection import paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, PairedFamily
+from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.forward import CurrentForward, Forward
@@ -56,14 +57,15 @@ class LaterForwards:
         for (path, method), states in inputs.items():
             if method == FORWARD:
                 attachment.before(modules[path], partial(self._before_call, path, states))
-        returned = {c.path for c in self._structure.connections if c.style == "returned"}
+        connections = [(c.path, BY_NAME[c.style]) for c in self._structure.connections]
+        returned = {path for path, family in connections if isinstance(family, ForwardFamily)}
         for path in returned:
             # Around the forward method, not a hook: the watch must be on while it runs.
             attachment.around(modules[path], FORWARD, partial(self._around_returned, path))
-        paired = {c.path for c in self._structure.connections if c.style in ("width", "altup")}
+        paired = {path for path, family in connections if isinstance(family, PairedFamily)}
         methods = {path for path, method in (*inputs, *outputs) if method != FORWARD}
         for path in paired | methods:
-            pair = pair_of(modules[path])
+            pair = paired_family(modules[path])
             assert pair is not None
             opened, closed = inputs.get((path, pair.opens), []), outputs.get((path, pair.closes), [])
             attachment.around(
@@ -149,10 +151,10 @@ class LaterForwards:
 
     def _around_returned(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         """Watch a connection that returns its weights for those that it does not return, such as H_pre."""
-        forward, x = self._current.recorded, first_float(args, kwargs)
-        number = None if forward is None or x is None else self._connection_number(forward, path)
-        if forward is None or x is None or number is None:
+        begun = self._begin_connection(path, first_float(args, kwargs))
+        if begun is None:
             return None
+        forward, number, x = begun
         watch = returned_watch(x, self._structure.sites[number])
         record = partial(self._observer.record_returned, forward, number, x.detach())
         return MethodWatch(watch, lambda output: record(output, watch.floating))
@@ -166,12 +168,11 @@ class LaterForwards:
         args: Any,
         kwargs: Any,
     ) -> MethodWatch | None:
-        x = first_float(args, kwargs)
         self._record_states("input", path, method, states, floats_in(args, kwargs))
-        forward = self._current.recorded
-        number = None if forward is None or x is None else self._connection_number(forward, path)
-        if forward is None or x is None or number is None:
+        begun = self._begin_connection(path, first_float(args, kwargs))
+        if begun is None:
             return None
+        forward, number, x = begun
         opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
@@ -204,9 +205,16 @@ class LaterForwards:
 
         return MethodWatch(watch or nullcontext(), done)
 
-    def _connection_number(self, forward: Forward, path: str) -> int | None:
+    def _begin_connection(
+        self, path: str, x: torch.Tensor | None
+    ) -> tuple[Forward, int, torch.Tensor] | None:
+        """The running forward, the number of the connection that is called, and its streams; None where none is recorded."""
+        forward = self._current.recorded
+        if forward is None or x is None:
+            return None
         call = path, forward.next_index("connection", path)
-        return next((n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call), None)
+        numbers = [n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call]
+        return (forward, numbers[0], x) if numbers else None
 
     # --- branches ---
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.returned import read_returned
+from depthscope.probes.connections.reading import read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.model.hooks import Hook

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -12,6 +11,7 @@ from typing import Any, TypedDict, TypeVar
 
 import torch
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import parse_layout
 from depthscope.probes.statistics.streamed_sums import StreamedSums
@@ -180,10 +180,9 @@ def takes_options(declared: type) -> Callable[[Function], Function]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             unknown = [name for name in kwargs if name not in signature.parameters]
             if unknown:
-                near = difflib.get_close_matches(unknown[0], list(signature.parameters), n=1)
-                advice = f"; closest: {near[0]!r}" if near else ""
+                advice = did_you_mean(unknown[0], signature.parameters)
                 raise TypeError(
-                    f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}{advice}"
+                    f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}; {advice}"
                 )
             return function(*args, **kwargs)
 

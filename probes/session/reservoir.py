@@ -1,4 +1,4 @@
-"""Which whole sequences are kept raw: a uniform sample of all that the present weights have seen."""
+"""Which complete sequences are stored raw: a uniform sample of all that the present weights have seen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from depthscope.probes.connections.coefficients import Parts
 
 @dataclass
 class Sequence:
-    """One kept sequence; tensors on the CPU, first axis the token."""
+    """One stored sequence; tensors on the CPU, first axis the token."""
 
     index: int
     mask: dict[int, torch.Tensor]
@@ -23,18 +23,21 @@ class Sequence:
     gradients: dict[tuple[int, int], torch.Tensor]
     parts: dict[tuple[int, int], Parts]
     branches: dict[tuple[int, int], torch.Tensor]
-    row: torch.Tensor | None
+    row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
     decoding: bool = False
 
 
 @dataclass
 class Reservoir:
-    """A uniform sample of sequences (Vitter's algorithm R), begun anew when the weights change.
+    """A uniform sample of sequences (Vitter's algorithm R, doi:10.1145/3147.3165), restarted when the weights change.
+
+    Choosing and storing are two steps: rows are chosen when a forward begins, and its sequences replace stored ones only when
+    it has ended well. Hence two stamps of the weights: those of the sequences chosen from, and those of the stored ones.
 
     Parameters
     ----------
     size : int
-        How many sequences are kept.
+        Number of stored sequences at most.
     seed : int
         Seed of its own generator; torch's and Python's global random states are not touched.
     """
@@ -44,24 +47,23 @@ class Reservoir:
     seen: int = 0
     total: int = 0
     stamp: int | None = None
-    held_stamp: int | None = None
-    held: dict[int, Sequence] = field(default_factory=dict)
+    stored_stamp: int | None = None
+    stored: dict[int, Sequence] = field(default_factory=dict)  # by slot
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"max_sequences is {self.size}; expected at least 1")
+        assert self.size >= 1
         self._random = random.Random(self.seed)
 
     def choose(self, batch_size: int, stamp: int) -> dict[int, int]:
-        """Decide which rows of a batch are kept.
+        """Choose the rows of a batch that are stored.
 
         Parameters
         ----------
         batch_size : int
             Rows in the batch.
         stamp : int
-            `weights_stamp` of the model; another one than before restarts the sample.
+            `weights_stamp` of the model; another one than before restarts the sample, with the same seed.
 
         Returns
         -------
@@ -75,13 +77,15 @@ class Reservoir:
         for row in range(batch_size):
             slot = self.seen if self.seen < self.size else self._random.randrange(self.seen + 1)
             if slot < self.size:
-                chosen = {r: s for r, s in chosen.items() if s != slot} | {row: slot}
+                # A later row of the same batch may take the slot of an earlier one.
+                chosen = {other: taken for other, taken in chosen.items() if taken != slot}
+                chosen[row] = slot
             self.seen += 1
         self.total += batch_size
         return chosen
 
-    def keep(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
-        """Put whole sequences into their slots; those that earlier weights gave leave.
+    def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
+        """Put complete sequences into their slots; those of earlier weights are dropped.
 
         Parameters
         ----------
@@ -90,9 +94,9 @@ class Reservoir:
         stamp : int
             The weights that forward used.
         """
-        if stamp != self.held_stamp:
-            self.held, self.held_stamp = {}, stamp
-        self.held |= dict(sequences)
+        if stamp != self.stored_stamp:
+            self.stored, self.stored_stamp = {}, stamp
+        self.stored.update(sequences)
 
 
 def weights_stamp(model: nn.Module) -> int:
@@ -106,14 +110,15 @@ def weights_stamp(model: nn.Module) -> int:
     Returns
     -------
     int
-        The sum of the parameters' version counters.
+        The sum of the parameters' version counters, which torch increments at every write in place. Reading them costs no
+        synchronisation with the device; lazy parameters and those made in inference mode have none.
     """
     lazy = nn.parameter.UninitializedTensorMixin
     return sum(p._version for p in model.parameters() if not isinstance(p, lazy) and not p.is_inference())
 
 
 def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A sequence's tensor (T, …) lengthened with zeros to a number of tokens."""
+    """A sequence's tensor (T, …) with zeros appended up to a number of tokens."""
     missing = tokens - tensor.shape[0]
     return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 

@@ -57,9 +57,8 @@ class Session:
     ):
         self.model = model
         self.options = options
-        self.errors: list[
-            Exception
-        ] = []  # of hooks: raised at the end of a step, never in the user's forward
+        # Of hooks, which must not raise in the user's forward or backward: raised at the end of a step.
+        self.errors: list[Exception] = []
         self.forwards: list[Forward] = []  # that ended since the last fold
         self.last: Forward | None = None
         self.num_forwards = 0
@@ -67,7 +66,7 @@ class Session:
         self.reservoir = Reservoir(options.max_sequences, options.seed)
         self._loss_scale = loss_scale
         self._observer: Observer | None = None  # from the end of the first forward on
-        self._batch_axis = 0  # of the model's first tensor
+        self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._measured: list[Measured] = []
         self._current = CurrentForward()
         self._lock = threading.RLock()  # guards all of the above against forwards of other threads
@@ -135,12 +134,14 @@ class Session:
             if unknown:
                 self._first_thread = threading.get_ident()
             stamp = weights_stamp(module)
-            batch_size = lead.shape[self._batch_axis]
+            batch_axis = self._first_batch_axis if unknown else self.structure.batch_axis
+            batch_size = lead.shape[batch_axis]
             slots = self.reservoir.choose(batch_size, stamp)
             first_index = self.reservoir.total - batch_size
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
         self._current.forward = Forward(
             batch_size=batch_size,
+            batch_axis=batch_axis,
             stamp=stamp,
             first_index=first_index,
             slots=slots,
@@ -148,7 +149,7 @@ class Session:
             decoding=is_decoding(named),
             rows=rows,
             lead_shape=tuple(lead.shape),
-            row_data=lead.detach().movedim(self._batch_axis, 0)[rows].clone(),
+            row_data=lead.detach().movedim(batch_axis, 0)[rows].clone(),
         )
         if unknown:
             blocks = self.options.blocks
@@ -181,9 +182,9 @@ class Session:
     def _end_first(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in the first forward, and record what that forward showed of it."""
         try:
-            structure = find_structure(tape, forward, self.model, self.options, self._batch_axis)
+            structure = find_structure(tape, forward, self.model, self.options)
         except AxisError:
-            self._batch_axis = 1
+            self._first_batch_axis = 1
             self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)  # tokens were drawn
             raise
         observer = Observer(structure, self.options, self.errors.append, self._loss_scale)
@@ -240,7 +241,7 @@ class Session:
         for forward in done:
             forward.release()
             self.num_forwards += 1
-            self.reservoir.keep(forward.sequences(), forward.stamp)
+            self.reservoir.store(forward.sequences(), forward.stamp)
             if not self._measured or self._measured[-1].stamp != forward.stamp:
                 self._measured.append(Measured(forward.stamp, 0, []))
             self._measured[-1].add(forward)

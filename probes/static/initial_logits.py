@@ -14,12 +14,11 @@ from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 from depthscope.probes.static.describe import describe_weights
-from depthscope.probes.static.families import Family, find_connections, place_of
-from depthscope.probes.static.formulas import SINKHORN_ROUNDS, weigh
+from depthscope.probes.static.recognition import find_connections, place_of
 
 
 class Logits(NamedTuple):
-    """Static logits of one connection, rows are destinations, and how the model makes a matrix of them."""
+    """Static logits of one connection, rows are destinations, and how Sinkhorn makes a matrix of them (``how``)."""
 
     module: str
     layer: int
@@ -40,13 +39,13 @@ def initial_logits(initial: str | Path | nn.Module) -> xr.DataArray:
     -------
     DataArray
         Dims (connection, stream_out, stream_in), rows are destinations, with the coordinates ``connection_module``,
-        ``connection_layer`` and ``branch``; its attributes say by how many rounds of Sinkhorn, ending on which side,
+        ``connection_layer`` and ``branch``; its attributes give by how many rounds of Sinkhorn, ending on which side,
         they become matrices.
 
     Raises
     ------
     CheckpointError
-        Where it holds no mHC connection, or several kinds of them.
+        Where it contains no mHC connection, or several kinds of them.
     """
     found = list(_of_module(initial) if isinstance(initial, nn.Module) else _of_checkpoint(initial))
     name = type(initial).__name__ if isinstance(initial, nn.Module) else f"'{initial}'"
@@ -75,44 +74,25 @@ def initial_logits(initial: str | Path | nn.Module) -> xr.DataArray:
 
 
 def _of_checkpoint(path: str | Path) -> Iterator[Logits]:
-    told = describe_weights(path)
-    for one in told.connections:
+    description = describe_weights(path)
+    for one in description.connections:
         if one.logits is not None:
-            yield Logits(one.module, one.layer, one.branch, one.logits, _how(one.style, told.settings))
+            yield Logits(one.module, one.layer, one.branch, one.logits, one.sinkhorn)
 
 
 def _of_module(model: nn.Module) -> Iterator[Logits]:
     state = model.state_dict()
+    modules = dict(model.named_modules())
     stored = {name: StoredTensor(name, tuple(value.shape), "", Path(), 0, 0) for name, value in state.items()}
-    for family, found in find_connections(stored):
-        if not family.constrained:
+    for pattern, found in find_connections(stored):
+        if pattern.sinkhorn is None:
             continue
         values = {
             role: state[tensor.name].detach().double().cpu().numpy() for role, tensor in found.roles.items()
         }
-        settings = _settings(family, model, found.module)
-        weights = weigh(
-            family.name, family.style, n=found.streams, f=found.fractions, values=values, settings=settings
-        )
-        if "res" in weights.biases:
+        # a path that is only the stem of parameter names belongs to the model itself
+        settings = pattern.module_settings(modules.get(found.module, model), pattern.settings)
+        logits = pattern.weigh(found, values, settings).biases.get("res")
+        if logits is not None:
             place = place_of(found.module)
-            yield Logits(
-                found.module, place.layer, place.branch, weights.biases["res"], _how(family.style, settings)
-            )
-
-
-def _settings(family: Family, model: nn.Module, path: str) -> dict[str, float]:
-    """What the module itself keeps of the family's settings, and the defaults of the rest."""
-    module = dict(model.named_modules()).get(path, model)
-    constraint = getattr(module, "residual_mix_constraint_fn", None)
-    rounds = getattr(constraint, "keywords", {}).get("iters", SINKHORN_ROUNDS)
-    own = {name: float(getattr(module, name, value)) for name, value in family.settings.items()}
-    return {"rounds": float(rounds)} | own
-
-
-def _how(style: str, settings: Mapping[str, float]) -> dict[str, Any]:
-    """Rounds, the exact side in the canonical orientation, and the floor, as `depthscope.probes.static.formulas` has them."""
-    if style == "returned":
-        rounds = int(settings["hc_sinkhorn_iters"])
-        return {"sinkhorn_steps": rounds, "last": "row", "floor": settings["hc_eps"]}
-    return {"sinkhorn_steps": int(settings.get("rounds", SINKHORN_ROUNDS)), "last": "column", "floor": 0.0}
+            yield Logits(found.module, place.layer, place.branch, logits, pattern.sinkhorn(settings))

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from depthscope.probes.static.facts import StaticComposite, StaticConnection
+
 if TYPE_CHECKING:
-    from depthscope.probes.static.describe import StaticComposite, StaticConnection, StaticDescription
+    from depthscope.probes.static.describe import StaticDescription
 
 COLUMNS = (
     "connection", "gates pre/post/res", "logits", "H_pre", "H_post", "row sums", "column sums", "σ₂", "gap", "off-diag",
@@ -61,7 +63,7 @@ def heading(found: StaticDescription) -> str:
         return "\n".join(
             [
                 f"{name}: no stream connection in {found.num_tensors} tensors of {files}{absent}",
-                "  A plain residual network holds none; nor does a connection without parameters, which only a run shows "
+                "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
                 "(describe without --weights-only).",
                 "  Looked for:",
                 *(f"  - {words}" for words in found.looked_for),
@@ -115,7 +117,7 @@ def _row(one: StaticConnection) -> list[str]:
     gates = "/".join(f"{one.gates[part]:.2g}" if part in one.gates else NOTHING for part in PARTS)
     described = [one.module, gates, _span(one.logits), _span(one.h_pre), _span(one.h_post)]
     facts = one.mixing
-    if facts is None or not one.learns_mixing:  # a matrix that is the same in every model says nothing
+    if facts is None or not one.learns_mixing:  # a matrix that is the same in every model is no news
         return described + [NOTHING] * (len(COLUMNS) - len(described))
     numbers = (
         facts.singular_values[1], facts.spectral_gap, facts.off_diagonal,
@@ -133,7 +135,7 @@ def _span(values: np.ndarray | None, *, digits: int = 2) -> str:
 
 
 def ending(found: StaticDescription) -> str:
-    """Products over depth, warnings, and what the files do not tell.
+    """Products over depth, warnings, and what the files do not determine.
 
     Parameters
     ----------

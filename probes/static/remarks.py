@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from depthscope.probes.static.describe import StaticComposite, StaticConnection
+from depthscope.probes.static.facts import StaticComposite, StaticConnection
 
+# Heuristics of ours, except for LOGIT_RANGE.
 UNIFORM = 0.01  # largest difference between the rows of H_res
 SATURATED = 1e-3  # the second weight of every row: a logit about 7 below the largest
-NEGATIVE = 0.01
-SHUT = 1e-6
-LOGIT_RANGE = 30.0  # beyond, Sinkhorn does not converge
-GAIN = 2.0
+NEGATIVE = 0.01  # size of a negative weight
+SHUT = 1e-6  # size of a gate
+# max − min; 20 rounds of Sinkhorn on random 4 × 4 logits of this range leave column sums 0.03 (median) away from 1.
+LOGIT_RANGE = 30.0
+GAIN = 2.0  # of the product over the depth; that of doubly stochastic matrices is 1
 
 
 def remarks(

@@ -89,17 +89,7 @@ def heaviness(norm_Lt: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
 
 
 def place_tokens(index_t: torch.Tensor, real_t: torch.Tensor, score_t: torch.Tensor) -> TokenPlacement:
-    """Find the heaviest tokens of a forward, and the bucket and the sign of every token.
-
-    Parameters
-    ----------
-    index_t, real_t, score_t : Tensor
-        As returned by `token_index` and `heaviness`.
-
-    Returns
-    -------
-    TokenPlacement
-    """
+    """Find the heaviest tokens of a forward, and the bucket and the sign of every token."""
     score_h, top_h = score_t.topk(min(NUM_HEAVY, len(score_t)))
     bucket_t, sign_t = bucket_and_sign(index_t)
     sign_t = torch.where(real_t, sign_t, 0.0)
@@ -252,17 +242,9 @@ def _store_heavy(
 
 
 def bucket_and_sign(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hash the numbers of tokens to a bucket and a sign each, as ``row_sketch`` in benchmarks/analysis/sketches.py does.
+    """Hash the numbers of tokens to a bucket (int64) and a sign (1 or −1, float32) each.
 
-    Parameters
-    ----------
-    index : Tensor
-        Numbers of tokens.
-
-    Returns
-    -------
-    bucket, sign : Tensor
-        int64, and 1 or −1 in float32.
+    The hash is that of ``row_sketch`` in benchmarks/analysis/sketches.py.
     """
     # A multiply-xorshift hash of 32 bits. Not torch's generator, whose numbers depend on the device and on the order.
     for _ in range(3):
@@ -272,17 +254,7 @@ def bucket_and_sign(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def merge_sketches(a: Sketch, b: Sketch) -> Sketch:
-    """The sketch of two sets of tokens together; neither is overwritten.
-
-    Parameters
-    ----------
-    a, b : Sketch
-        Of the same depths and of different tokens.
-
-    Returns
-    -------
-    Sketch
-    """
+    """The sketch of two sets of tokens together, of the same depths; neither is overwritten."""
     score, index = torch.cat([a.score_h, b.score_h]), torch.cat([a.index_h, b.index_h])
     choice = _choose_heavy(score, index)
     buckets = a.buckets_LmD + b.buckets_LmD

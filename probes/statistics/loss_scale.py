@@ -44,12 +44,6 @@ class LossScale:
         return scale
 
     def end(self) -> float | None:
-        """End a step: return the scale of its first gradient, read back from the device.
-
-        Returns
-        -------
-        float or None
-            None where no gradient was divided.
-        """
+        """End a step: the scale of its first gradient, read back from the device; None where no gradient was divided."""
         first, self._first = self._first, None
         return None if first is None else float(first)

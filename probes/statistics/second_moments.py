@@ -48,21 +48,7 @@ class CombinedMeans(NamedTuple):
 
 
 def combined_means(count: torch.Tensor | None, mean_D: torch.Tensor, block: TokenBlock) -> CombinedMeans:
-    """Combine the mean of earlier tokens with those of a block; the earlier tokens come first, if there are any.
-
-    Parameters
-    ----------
-    count : Tensor or None
-        Number of earlier tokens; None where there are none.
-    mean_D : Tensor
-        Their mean.
-    block : TokenBlock
-        Further tokens.
-
-    Returns
-    -------
-    CombinedMeans
-    """
+    """Combine the mean of earlier tokens, if there are any, with those of a block; the earlier tokens come first."""
     counts_k = block.count_k
     means_kD = block.shift_kD + block.total_kD / counts_k[:, None].clamp_min(1)
     if count is not None:
@@ -132,15 +118,6 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """The moments of two sets of tokens together (Chan, Golub and LeVeque 1983); neither is overwritten.
 
     C = C_a + C_b + n_a n_b / (n_a + n_b) · (m_b − m_a)(m_b − m_a)ᵀ.
-
-    Parameters
-    ----------
-    a, b : Moments
-        Of different tokens.
-
-    Returns
-    -------
-    Moments
     """
     count = a.count + b.count
     share, difference_D = b.count / count.clamp_min(1), b.mean_D - a.mean_D

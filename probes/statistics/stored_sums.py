@@ -30,19 +30,7 @@ SKETCH_VARIABLES = (
 
 
 def stored_variables(sums: StreamedSums, depths: Sequence[int]) -> dict[str, Any]:
-    """Variables from which `restore_sums` rebuilds the sums of a stage; none where they exceed `MAX_STORED_BYTES`.
-
-    Parameters
-    ----------
-    sums : StreamedSums
-        Of the stage's chain, with nothing buffered.
-    depths : sequence of int
-        The depths of the stage.
-
-    Returns
-    -------
-    dict
-    """
+    """Variables from which `restore_sums` rebuilds the sums of a stage; none where they exceed `MAX_STORED_BYTES`."""
     views = sorted(view for depth, view in sums.moments if depth == depths[0])
     moments = [[sums.moments[depth, view] for view in views] for depth in depths]
     width = len(moments[0][0].mean_D)

@@ -26,19 +26,7 @@ CENTERING = np.array(["raw", "centred"], dtype=object)
 def streamed_variables(
     streaming: StreamedSums, depths: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Variables and coordinates of the statistics of one stage.
-
-    Parameters
-    ----------
-    streaming : StreamedSums
-        Of its chain.
-    depths : sequence of int
-        The depths of the stage.
-
-    Returns
-    -------
-    variables, coords : dict
-    """
+    """Variables and coordinates of the statistics of one stage, some depths of a chain."""
     sums = streaming.flushed()
     count = np.array([float(sums.moments[depth, MEAN].count) for depth in depths])
     # One in so many sequences was streamed: metrics and captions tell it.
@@ -100,19 +88,10 @@ def _depth_spectra(moments: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def depth_hsic(streaming: StreamedSums, depths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """HSIC between the depths of a stage, as `depth_sketch.estimate_hsic` returns it.
+    """HSIC between the depths of a stage as `depth_sketch.estimate_hsic` returns it, (L, L) and (g, L, L).
 
-    Parameters
-    ----------
-    streaming : StreamedSums
-        Of its chain, with nothing buffered.
-    depths : sequence of int
-        The depths of the stage.
-
-    Returns
-    -------
-    (L, L) and (g, L, L), or None
-        None where no sketch has every token, since the depths were not always of one width and number of tokens.
+    None where no sketch has every token, since the depths were not always of one width and number of tokens. Nothing may be
+    buffered.
     """
     sketch = streaming.sketch_of(depths)
     return None if sketch is None else estimate_hsic(sketch)

@@ -182,30 +182,14 @@ class StreamedSums:
         self._drawn.clear()
 
     def merged_with(self, other: StreamedSums) -> StreamedSums:
-        """The sums of both; neither is overwritten.
-
-        Parameters
-        ----------
-        other : StreamedSums
-            Of the same chain, over other tokens.
-
-        Returns
-        -------
-        StreamedSums
-        """
+        """The sums of both, over different tokens of one chain; neither is overwritten."""
         both = StreamedSums(every=self.every)
         both.add(self)
         both.add(other)
         return both
 
     def add(self, other: StreamedSums) -> None:
-        """Add the sums of other tokens, without overwriting them; only buffered tokens are shared afterwards.
-
-        Parameters
-        ----------
-        other : StreamedSums
-            Of the same chain, over other tokens.
-        """
+        """Add the sums of other tokens, without overwriting them; only buffered tokens are shared afterwards."""
         self.num_streams = max(self.num_streams, other.num_streams)
         self.every = max(self.every, other.every)
         self.streams_left_out = self.streams_left_out or other.streams_left_out
@@ -217,13 +201,7 @@ class StreamedSums:
         self._add_buffered([depths for depths, buffered in self._buffer.items() if _enough(buffered)])
 
     def flushed(self) -> StreamedSums:
-        """The same sums with every buffered token added.
-
-        Returns
-        -------
-        StreamedSums
-            Itself where nothing is buffered.
-        """
+        """The same sums with every buffered token added; itself where nothing is buffered."""
         if not self._buffer:
             return self
         flushed = StreamedSums()
@@ -232,17 +210,9 @@ class StreamedSums:
         return flushed
 
     def sketch_of(self, depths: Sequence[int]) -> Sketch | None:
-        """The sketch of some depths.
+        """The sketch of some depths, of which nothing may be buffered.
 
-        Parameters
-        ----------
-        depths : sequence of int
-            Depths of which nothing is buffered.
-
-        Returns
-        -------
-        Sketch or None
-            None where no sketch has every token of theirs: their width or number of tokens differed in some forward.
+        None where no sketch has every token of theirs: their width or number of tokens differed in some forward.
         """
         key = next((key for key in self.sketches if set(depths) <= set(key)), None)
         if key is None or float(self.sketches[key].count) != float(self.moments[depths[0], MEAN].count):
@@ -278,19 +248,7 @@ class StreamedSums:
 
 
 def is_drawn(sequence: int, every: int) -> bool:
-    """Whether a sequence is streamed where only one in ``every`` is: of each group of that many, one at random.
-
-    Parameters
-    ----------
-    sequence : int
-        Its index.
-    every : int
-        Size of the groups of consecutive sequences.
-
-    Returns
-    -------
-    bool
-    """
+    """Whether a sequence is streamed where only one in ``every`` is: of each group of that many, one at random."""
     # By the group's number alone, so that all processes agree. Not every n-th sequence: data may be periodic.
     return every == 1 or sequence % every == random.Random(sequence // every).randrange(every)
 

@@ -166,13 +166,7 @@ class TokenSums:
             self.streaming.end_forward()
 
     def merge(self, other: TokenSums) -> None:
-        """Add the statistics of another part of the data.
-
-        Parameters
-        ----------
-        other : TokenSums
-            Of the same chain.
-        """
+        """Add the statistics of another part of the data, of the same chain."""
         for name, parts in other.sums.items():
             for key, value in parts.items():
                 self._add(name, key, value)
@@ -194,10 +188,7 @@ class TokenSums:
     def compact(self) -> TokenSums:
         """The same statistics without their feature axis, small enough for one row per measured step.
 
-        Returns
-        -------
-        TokenSums
-            With ``unit_square``, the squared norm of ``unit_sum``, in its place; without ``feature_sum`` and streamed sums.
+        ``unit_square``, the squared norm of ``unit_sum``, replaces it; ``feature_sum`` and streamed sums are left out.
         """
         row = TokenSums()
         row.maxima = self.maxima

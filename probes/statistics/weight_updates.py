@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import Hook
-from depthscope.probes.structure.tape import version
+from depthscope.probes.model.tensors import version
 
 # Elements that are converted to float64 at a time, so that no weight is copied as a whole: as many as fit into a CPU's cache,
 # and enough to make launching a kernel worth it elsewhere.
@@ -51,12 +51,7 @@ class WeightNorms:
     skipped: Mapping[str, int]
 
     def without_gradient(self) -> WeightNorms:
-        """The same norms with undefined gradients.
-
-        Returns
-        -------
-        WeightNorms
-        """
+        """The same norms with undefined gradients."""
         undefined = np.full(len(self.paths), math.nan)
         return replace(self, values={**self.values, "weight_gradient_square_norm": undefined})
 
@@ -109,17 +104,7 @@ class WeightUpdates:
             self._errors.append(error)
 
     def end(self) -> WeightNorms:
-        """Measure what changed since `begin`, and release everything.
-
-        Returns
-        -------
-        WeightNorms
-
-        Raises
-        ------
-        Exception
-            The first error that `begin` or a hook met.
-        """
+        """Measure what changed since `begin`, and release everything; an error that `begin` or a hook met is raised."""
         try:
             if self._errors:
                 raise self._errors[0]
@@ -186,18 +171,7 @@ class WeightUpdates:
 
 
 def square_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """The squared Frobenius norm in float64, on the tensor's device.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        Of any floating type, dense or sparse.
-
-    Returns
-    -------
-    Tensor
-        Without axes.
-    """
+    """The squared Frobenius norm of a floating tensor, dense or sparse, in float64 and on its device."""
     squares = []
     for chunk in _chunks(tensor):
         values = chunk.double()

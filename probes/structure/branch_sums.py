@@ -13,9 +13,10 @@ import torch
 
 from depthscope.probes.connections.coefficients import spread, tolerance
 from depthscope.probes.model.autocast import compute_dtype
+from depthscope.probes.model.tensors import version
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.stream_chain import branch_label
-from depthscope.probes.structure.tape import Call, is_norm, version
+from depthscope.probes.structure.tape import Call, is_norm
 
 # More calls with the state's shape than this are a stack of blocks, not a block: the search grows with the square of their
 # number. A heuristic of ours.

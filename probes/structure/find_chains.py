@@ -5,7 +5,6 @@ Found by how the calls of one forward link, output to input, never by class name
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
@@ -23,11 +23,12 @@ from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm,
 from depthscope.probes.structure.tracks import split_tracks
 
 # Shares of parameters; heuristics of ours, tested on the models of docs/compatibility.md.
-SHARE = 0.8  # a finer chain wins while it covers this much of the coarsest one: blocks inside of stages
-LEAST = (
-    0.3  # the largest chain must cover this much of the model without embeddings and heads, to be its trunk
-)
-SECOND = 0.1  # a second chain, such as a decoder, counts from this much of the first one on
+# A chain of finer blocks, such as those inside of stages, is taken while it covers this much of the coarsest chain.
+FINER_SHARE = 0.8
+# The largest chain is the model's trunk if it covers this much of all but embeddings and heads.
+TRUNK_SHARE = 0.3
+# A further chain, such as a decoder, needs this much of the largest one; smaller ones are parts of heads.
+FURTHER_SHARE = 0.1
 
 
 def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
@@ -90,23 +91,26 @@ def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
         return []
     best, best_size = _finest(found)
     share = best_size / _trunk_size(model)
-    if share < LEAST:
+    if share < TRUNK_SHARE:
         raise ChainError(
             f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
             "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
         )
     chosen = [best]
     # A model may have several trunks; parts of one trunk, such as its attentions, overlap with it and are left out.
-    rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= SECOND * best_size]
+    rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= FURTHER_SHARE * best_size]
     while rest := [pair for pair in rest if not any(_overlap(pair[0], other) for other in chosen)]:
         chosen.append(_finest(rest)[0])
     return sorted(chosen, key=lambda run: run[0].order)
 
 
 def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
-    """The longest of the runs that cover nearly as many parameters as the largest one; blocks before single layers."""
+    """The longest of the runs that cover nearly as many parameters as the largest one; blocks before single layers.
+
+    An MLP may be a longer run of layers than the model is of blocks.
+    """
     largest = max(size for _, size in found)
-    fit = [pair for pair in found if pair[1] >= SHARE * largest]
+    fit = [pair for pair in found if pair[1] >= FINER_SHARE * largest]
     return max(fit, key=lambda pair: (_is_block_run(pair[0]), len(pair[0])))
 
 
@@ -116,7 +120,10 @@ def _is_block_run(run: list[Call]) -> bool:
 
 
 def _candidates(tape: Tape) -> list[list[Call]]:
-    """Runs of one class; and runs in one container, unless they are a class run with a norm or a head at its ends."""
+    """Runs of one class; and runs in one container, unless they are a class run with a norm or a head at its ends.
+
+    Blocks of one model may have several classes, as in hybrids of attention and state-space layers; a container has them all.
+    """
     by_class: dict[Any, list[list[Call]]] = {}
     mixed: list[list[Call]] = []
     for (kind, key), run in tape.linked_runs():
@@ -148,6 +155,7 @@ def _trunk_size(model: nn.Module) -> int:
 
     In a small model with a large vocabulary these are most of all parameters.
     """
+    # A head that is tied to the embedding shares its parameter; one that is not has as many outputs.
     vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     outside = {
         id(p)
@@ -165,7 +173,7 @@ def _covers(container: list[Call], run: list[Call]) -> bool:
     rest = [call for call in container if id(call) not in in_run]
     if len(rest) + len(run) > len(container) or any(_has_children(call) for call in rest):
         return False
-    return _size(c.module for c in run) >= SHARE * _size(c.module for c in container)
+    return _size(c.module for c in run) >= FINER_SHARE * _size(c.module for c in container)
 
 
 def _overlap(a: list[Call], b: list[Call]) -> bool:
@@ -241,8 +249,7 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
 
 
 def _closest(path: str, modules: dict[str, nn.Module]) -> str:
-    near = difflib.get_close_matches(path, list(modules), n=3, cutoff=0.3)
-    return f"closest: {', '.join(map(repr, near))}" if near else "print the model to see its module paths"
+    return did_you_mean(path, modules, otherwise="print the model to see its module paths")
 
 
 def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:

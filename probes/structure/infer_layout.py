@@ -39,6 +39,7 @@ def infer_layout(shape: Sequence[int], *, batch_size: int, evidence: LayoutEvide
 
 
 def _plain_layout(size: tuple[int, ...], batch_size: int, evidence: LayoutEvidence) -> str:
+    # A square batch, of as many tokens as sequences, fits both ways: what the modules declare decides.
     if evidence.tokens_first and len(size) == 3 and size[1] == batch_size:
         return "T B D"
     if size[0] != batch_size:
@@ -52,6 +53,7 @@ def _merged_layout(size: tuple[int, ...], plain: str, evidence: LayoutEvidence) 
     """A layout with streams merged into the token or feature axis of a state of plain shape, and their number."""
     letters = plain.split()
     for copies in evidence.copies:
+        # Copies along the batch are equal sequences, copies along a side of an image are stripes.
         tokens_second = letters[copies.axis] == "T" and copies.axis == 1
         if letters[copies.axis] == "D" or tokens_second:
             return _split_axis(letters, size, copies), copies.count
@@ -74,6 +76,7 @@ def _stream_layout(
     """A layout with streams for a state of a shape that is not plain, where its copies show the streams."""
     for copies in evidence.copies:
         if len(size) == 4 and copies.count == size[copies.axis]:
+            # An axis of its own: of the other three the batch is known by its size, and the feature axis is the last.
             rest = [axis for axis in range(4) if axis != copies.axis]
             batch = next((axis for axis in rest if size[axis] == batch_size), rest[0])
             tokens, features = (axis for axis in rest if axis != batch)

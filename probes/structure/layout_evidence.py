@@ -17,13 +17,13 @@ from torch import nn
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import Call, Tape
 
-MAX_STREAMS = 32  # published models have 2 to 8; a larger count would be a coincidence of sizes
+MAX_STREAMS = 32  # heuristic: published models have 2 to 16; a larger count would be a coincidence of sizes
 CORNER = 4  # elements along each axis that are compared first
 
 
 @dataclass(frozen=True)
 class Copies:
-    """An axis of the first state that holds equal copies.
+    """An axis of the first state along which it consists of equal copies.
 
     Parameters
     ----------
@@ -81,7 +81,8 @@ def read_evidence(tape: Tape, chain: Chain) -> LayoutEvidence:
     takers = {(point.path, point.method, point.index) for point in chain.points if point.at == "input"}
     blocks = [call for call in tape.calls if call.key in takers]
     first, inside = blocks[0], _inside(tape, blocks[0])
-    even = next((block for block in blocks if block.x_shape == block.y_shape), None)
+    # The first block of a stage may change the shape, and what its branches write shows nothing.
+    constant = next((block for block in blocks if block.x_shape == block.y_shape), None)
     return LayoutEvidence(
         image=_image(tape, first, inside),
         tokens_first=any(
@@ -89,7 +90,7 @@ def read_evidence(tape: Tape, chain: Chain) -> LayoutEvidence:
             for call in inside
         ),
         copies=tuple(copies for copies in _copies(first.x) if _expanded(tape, first, copies)),
-        parts=1 if even is None else _parts_written(even, _inside(tape, even)),
+        parts=1 if constant is None else _parts_written(constant, _inside(tape, constant)),
     )
 
 
@@ -114,10 +115,13 @@ def _image(tape: Tape, first: Call, inside: list[Call]) -> str:
     shape = first.x_shape
     if len(shape) != 4:
         return ""
+    # torch's convolutions take channels first.
     if any(_is_spatial(call.module) and call.x_shape[2:] == shape[2:] for call in inside):
         return "first"
+    # Without one (window attention, MLP-Mixers) the model must have been called with an image, of which the state is a
+    # smaller grid, and some matrix must write all of the state: those of streams write one stream.
     image = tape.calls[0].x_shape
-    if len(image) != 4 or not any(_writes_whole(call, first) for call in inside[1:]):
+    if len(image) != 4 or not any(_writes_all(call, first) for call in inside[1:]):
         return ""
     if _shrunk(image[2:], shape[1:3]) and not any(isinstance(call.module, nn.Conv2d) for call in inside):
         return "last"
@@ -129,7 +133,7 @@ def _is_spatial(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and min(module.kernel_size) > 1
 
 
-def _writes_whole(call: Call, first: Call) -> bool:
+def _writes_all(call: Call, first: Call) -> bool:
     return _has_matrix(call.module) and math.prod(call.y_shape) == math.prod(first.x_shape)
 
 
@@ -143,7 +147,10 @@ def _shrunk(image: Sequence[int], grid: Sequence[int]) -> bool:
 
 
 def _expanded(tape: Tape, first: Call, copies: Copies) -> bool:
-    """Whether copies along the second axis were made by an expansion; equal tokens have equal rows, too."""
+    """Whether copies along the second axis were made by an expansion: an earlier call then gave the state without it.
+
+    Along this axis copies may also be equal tokens, such as padding, at a first state without positions.
+    """
     shape = first.x_shape
     if copies.axis != 1 or len(shape) != 3:
         return True
@@ -158,6 +165,7 @@ def _copies(state: torch.Tensor | None) -> Iterable[Copies]:
     state = state.detach()
     for axis, size in enumerate(state.shape):
         counts = [count for count in range(min(size, MAX_STREAMS), 1, -1) if size % count == 0]
+        # (copies, rest) before (rest, copies): where the state is constant along the axis both fit, and mean the same.
         ways = [Copies(axis, count, outer) for count in counts for outer in (True, False)]
         yield from islice((way for way in ways if _equal(_split(state, way))), 1)
 
@@ -182,6 +190,7 @@ def _parts_written(first: Call, inside: list[Call]) -> int:
     branches = _branches(first, inside)
     if not branches:
         return 1
+    # The last branch is an MLP or an output projection, which writes to the state; earlier ones may be projections inside.
     parts = _parts(branches[-1].y_shape, first.x_shape)
     if parts == 1:
         return 1

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from depthscope.probes.connections.detection import Site
+from depthscope.probes.connections.family import Site
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -61,9 +61,9 @@ class Structure:
     def _captured(self) -> Iterator[CapturedState]:
         for number, chain in enumerate(self.chains):
             for depth, point in enumerate(chain.points):
-                if self.selection.needs(chain, depth):
+                if self.selection.captures(chain, depth):
                     yield CapturedState(number, depth, point)
-            if chain.final is not None and self.selection.wants("final"):
+            if chain.final is not None and self.selection.includes("final"):
                 yield CapturedState(number, FINAL, chain.final)
 
     @property

@@ -10,11 +10,11 @@ for the block; without ``blocks.`` a hook name means every block.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.structure.chain import Chain, Connection
 
 STATES = ("embed", "pre", "mid", "post")
@@ -77,12 +77,9 @@ class Request:
         if self.state is not None:
             return self.state == _block_boundary(chain, depth)
         if "resid_pre" in self.kinds:
-            following = _block_boundary(chain, depth)
-            return (
-                following is not None
-                and (self.block is None or following == self.block)
-                and (following < _num_blocks(chain))
-            )
+            # The state before block i is the one after block i − 1; after the last block there is no block.
+            block = _block_boundary(chain, depth)
+            return block is not None and self.block in (None, block) and block < _num_blocks(chain)
         if "hc_in" in self.kinds:
             return any(c.depth_in == depth and self.takes_connection(c) for c in chain.connections)
         return point.site in self.kinds and (self.block is None or point.layer == self.block)
@@ -93,8 +90,15 @@ class Request:
 
     def takes_connection(self, connection: Connection) -> bool:
         """Whether a connection's block and branch are asked for; one that is neither attention nor MLP counts as both."""
-        return (self.block is None or connection.layer == self.block) and (
-            self.branch is None or connection.branch in (self.branch, "block")
+        in_block = self.block in (None, connection.layer)
+        return in_block and (self.branch is None or connection.branch in (self.branch, "block"))
+
+    def fits(self, chain: Chain) -> bool:
+        """Whether a chain has anything of what is asked for."""
+        return (
+            any(self.takes_state(chain, depth) for depth in range(len(chain.points)))
+            or ("final" in self.kinds and chain.final is not None)
+            or any(self.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
         )
 
 
@@ -119,15 +123,15 @@ class SiteSelection:
         """Whether the insides of plain blocks are wanted, which takes a search for their sums."""
         return any({"mid", "branch_in", "branch_out"} & set(request.kinds) for request in self.requests)
 
-    def needs(self, chain: Chain, depth: int) -> bool:
+    def captures(self, chain: Chain, depth: int) -> bool:
         """Whether a state must be captured: because it is wanted, or because the proof of a connection needs it."""
-        if not self.requests or chain.has_streams or not self._some_states(chain):
+        if self.stores(chain, depth) or chain.has_streams:
             return True
-        proof = {depth for c in chain.connections for depth in (c.depth_in, c.depth_out)}
-        branches = any(self.wants(name) for name in ("branch_in", "branch_out"))
-        return self.keeps(chain, depth) or (branches and depth in proof)
+        # branch_in is the state before the connection, and branch_out is proven by the states around it.
+        branches = self.includes("branch_in") or self.includes("branch_out")
+        return branches and any(depth in (c.depth_in, c.depth_out) for c in chain.connections)
 
-    def keeps(self, chain: Chain, depth: int) -> bool:
+    def stores(self, chain: Chain, depth: int) -> bool:
         """Whether a state is stored in the run; all are where no request names one, since every analysis needs some."""
         return not self.requests or self._takes(chain, depth) or not self._some_states(chain)
 
@@ -137,7 +141,7 @@ class SiteSelection:
     def _some_states(self, chain: Chain) -> bool:
         return any(self._takes(chain, depth) for depth in range(len(chain.points)))
 
-    def keeps_connection(self, chain: Chain, connection: Connection) -> bool:
+    def stores_connection(self, chain: Chain, connection: Connection) -> bool:
         """Whether a connection is stored in the run."""
         return not self.requests or any(
             request.takes_connection(connection)
@@ -145,17 +149,17 @@ class SiteSelection:
             if set(request.kinds) & set(VARIABLES)
         )
 
-    def keeps_variable(self, chain: Chain, name: str) -> bool:
+    def stores_variable(self, chain: Chain, name: str) -> bool:
         """Whether a variable of the connections is stored in the run."""
         if not self.requests:
             return chain.has_streams
         return any(request.takes_variable(chain, name) for request in self.requests)
 
-    def connects(self, chain: Chain) -> bool:
+    def stores_connections(self, chain: Chain) -> bool:
         """Whether any variable of the connections is stored in the run."""
-        return any(self.keeps_variable(chain, name) for name in VARIABLES if _has(chain, name))
+        return any(self.stores_variable(chain, name) for name in VARIABLES if _has(chain, name))
 
-    def wants(self, kind: str) -> bool:
+    def includes(self, kind: str) -> bool:
         """Whether a kind of site is wanted at all."""
         return not self.requests or any(kind in request.kinds for request in self.requests)
 
@@ -173,24 +177,16 @@ class SiteSelection:
             With the name, why no state or variable has it, and what the model has.
         """
         for request in self.requests:
-            if not any(_serves(chain, request) for chain in chains):
-                raise SiteError(f"the site {request.name!r} did not fire: {_reason(chains, request)}")
-
-
-def _serves(chain: Chain, request: Request) -> bool:
-    states = any(request.takes_state(chain, depth) for depth in range(len(chain.points)))
-    return (
-        states
-        or ("final" in request.kinds and chain.final is not None)
-        or any(request.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
-    )
+            if not any(request.fits(chain) for chain in chains):
+                raise SiteError(f"the site {request.name!r} did not fire: {_why_missing(chains, request)}")
 
 
 def _has(chain: Chain, variable: str) -> bool:
+    # The branches of plain blocks have inputs and outputs, but no weights.
     return bool(chain.connections) and (chain.has_streams or not variable.startswith("h_"))
 
 
-def _reason(chains: Sequence[Chain], request: Request) -> str:
+def _why_missing(chains: Sequence[Chain], request: Request) -> str:
     blocks = max(_num_blocks(chain) for chain in chains)
     if request.block is not None and request.block >= blocks:
         return f"the model has the blocks 0 … {blocks - 1}"
@@ -256,7 +252,5 @@ def _request(name: str) -> Request:
         kind, branch = HOOKS[hook]
         number = int(block[1]) if block and block[1].isdigit() else None
         return Request(name, (kind,), number, branch)
-    # Names of hooks are long and alike, so difflib's usual cutoff of 0.6 misses mistyped ones: 0.4, by trial.
-    near = difflib.get_close_matches(hook, [*WORDS, *HOOKS], n=3, cutoff=0.4)
-    advice = f"closest: {', '.join(map(repr, near))}" if near else f"known are such as {', '.join(EXAMPLES)}"
+    advice = did_you_mean(hook, [*WORDS, *HOOKS], otherwise=f"known are such as {', '.join(EXAMPLES)}")
     raise SiteError(f"no site is called {name!r}; {advice}")

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.detection import Site, past_states, returned_site
+from depthscope.probes.connections.detection import past_states, returned_site
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import PairedFamily, Site
 from depthscope.probes.model.arguments import named_arguments
-from depthscope.probes.model.tensors import first_float, floats_in
+from depthscope.probes.model.tensors import first_float, floats_in, version
 
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
@@ -64,9 +66,8 @@ class Call:
     closing: Call | None = None  # of an opening method: the call of the closing one
     parts: Parts | None = None  # of a closing method
     copy: torch.Tensor | None = None  # of a closing method: its output, which the model may rewrite in place
-    past: tuple[Call, str] | None = (
-        None  # of a depth-history connection: where its newest past state was seen
-    )
+    # Of a depth-history connection: the call that shows its newest past state, and at which side.
+    past: tuple[Call, str] | None = None
     children: list[Call] = field(default_factory=list)
     branch_sums: Any = None  # of a block: how its branches are added, where that was asked for
     level: int = 0
@@ -183,7 +184,8 @@ class Tape:
         call = self._begin(opening.path, opening.module, method, branch_out)
         self._end(call, output)
         call.pinned, call.parts = True, parts
-        if opening.site is not None and opening.site.style == "altup":
+        family = None if opening.site is None else BY_NAME[opening.site.style]
+        if isinstance(family, PairedFamily) and family.rewrites_output:
             # Models with AltUp add per-layer embeddings to this very tensor.
             call.copy = output.detach().clone()
         opening.closing = call
@@ -197,6 +199,7 @@ class Tape:
         call.x_shape = tuple(x.shape) if x is not None else ()
         call.versions = version(x), None
         call.level = len(self._stack)
+        # The call that ended last: of a container and its last module, which return one tensor, the container.
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path, method] = index + 1
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
@@ -395,11 +398,6 @@ def _group_keys(call: Call) -> list[tuple[str, Any]]:
     if last.isdigit():
         keys.append(("container", container))
     return keys
-
-
-def version(tensor: torch.Tensor | None) -> int | None:
-    """How often a tensor was written in place; None in inference mode, where torch does not count."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

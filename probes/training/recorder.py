@@ -1,4 +1,4 @@
-"""A loop: measure every so many steps of a training or an evaluation that the user runs."""
+"""How is a loop of the user's measured? Every so many steps, between which no hook is on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.run.build_run import Row, build_run
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.model_call import eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
@@ -26,11 +27,12 @@ from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 
 REDUCTIONS = ("mean", "sum")
-GRADIENT = "gradient_square_norm_sum"
+# Warnings point at the user's line: the fourth frame, after _warn, the method that failed, and step() or close().
+USER_FRAME = 4
 
 
 class ProbeWarning(UserWarning):
-    """A step could not be measured; the user's run goes on."""
+    """A step could not be measured, or the run not be saved; the user's run goes on."""
 
 
 class Recorder:
@@ -38,24 +40,26 @@ class Recorder:
 
     Every measured step gives one row of ``/statistics`` (exact over all its tokens). The raw sequences in ``/trace`` are a
     uniform sample of all that the *present* weights have seen: over a whole evaluation all batches, in training the last
-    measured step. Memory does not grow with the number of batches, but for the few numbers of each row.
+    measured step. Memory does not grow with the number of batches, except for the few numbers of each row.
 
     Parameters
     ----------
     session : Session
-        The hooks.
+        The session of the model.
     every : int
         Measure one step in so many.
     start_step, end_step : int
         First step to measure, and the step before which measuring stops.
     store : Path or None
-        Where the run is saved when the block ends, on every path.
+        Where the run is saved when the block ends, also after an exception.
     attrs : mapping or None
         Attributes to add.
+    token_text : sequence of sequences of str or None
+        Text of every token, by the sequence's index.
     weights : WeightUpdates or None
-        The weights, where they are measured too.
+        Measures the weights as well.
     scale : LossScale or None
-        By what the loss is multiplied.
+        The factor that the loss is multiplied by.
     """
 
     def __init__(
@@ -74,48 +78,50 @@ class Recorder:
         if every < 1:
             raise ValueError(f"every is {every}; expected 1 or more")
         self.errors: list[Exception] = []
-        self.position = 0
+        self.position = 0  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
         self._weights, self._scale = weights, scale or LossScale(None)
-        self._rows: list[Row] = []
+        self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
-        self._pooled: list[TokenSums] = []
+        self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
-        self._inside = False
+        self._inside = False  # the ``with`` block
 
     def __enter__(self) -> Recorder:
         self._inside = True
-        self._arm()
+        self._attach_if_measuring()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:  # a backward that was cut short left only some of the gradients
+        if kind is not None:
+            # The exception may have cut a backward short, which left only some of the gradients: the last step is not
+            # measured then. Without gradients its forwards are complete, and count.
             self._weights = None
             if self._session.options.gradients:
                 self._session.drop()
         self.close()
 
     def step(self, loss: float | torch.Tensor | None = None) -> None:
-        """End one step: keep what its forwards and backwards showed, and get ready for the next.
+        """End one step: record its forwards and backwards as a row, and start the next one.
 
         Parameters
         ----------
         loss : float or Tensor, optional
-            The step's loss, to be kept beside the statistics.
+            The step's loss, to be stored with the statistics.
         """
         if not self._inside:
             raise CaptureError(
                 "step() outside the block: use it inside `with probes.record(model) as recorder:`"
             )
         if self.measuring:
-            self._fold(float(loss.detach()) if isinstance(loss, torch.Tensor) else loss)
+            self._end_measured_step(float(loss.detach()) if isinstance(loss, torch.Tensor) else loss)
         self.position += 1
-        self._arm()
+        self._attach_if_measuring()
 
     @property
     def measuring(self) -> bool:
@@ -130,29 +136,30 @@ class Recorder:
         Raises
         ------
         CaptureError
-            Where no step was measured whole; the first error says why.
+            Where no step was measured completely; the message includes the first error.
         """
         if not self._rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
-            raise CaptureError(f"no measured step is whole{reason}")
-        return build_run(
-            self._session,
-            self._rows,
-            self._pooled,
-            attrs=self._said() | dict(self._attrs or {}),
-            token_text=self._token_text,
-        )
+            raise CaptureError(f"no step was measured completely{reason}")
+        attrs: dict[str, Any] = {}
+        if self._overflowed:
+            attrs["overflowed_steps"] = self._overflowed
+        weights = [row.weights for row in self._rows if row.weights is not None]
+        if weights and weights[-1].skipped:
+            attrs["weights_skipped"] = dict(weights[-1].skipped)
+        attrs.update(self._attrs or {})
+        return build_run(self._session, self._rows, self._pooled, attrs=attrs, token_text=self._token_text)
 
     def close(self) -> None:
-        """Take the hooks off and save the run where a store was given; calling it twice is fine."""
+        """Remove the hooks, and save the run where a store was given; calling it twice is fine."""
         if not self._inside:
             return
         self._inside = False
         try:
             if self.measuring and self._session.pending:
-                self._fold(None)  # a loop that ended before step() loses nothing that is whole
+                self._end_measured_step(None)  # the loop ended before step(), after complete forwards
         finally:
-            self._disarm()
+            self._detach()
         if self._store is not None and self._rows:
             self._save(self._store)
 
@@ -160,10 +167,12 @@ class Recorder:
         try:
             schema.save_run(self.run, store)
         except Exception as error:  # what follows the block, such as saving the model, must still be reached
-            self._report(f"the run was not saved: {error}", error)
+            self._warn(f"the run was not saved: {error}", error)
 
-    def _fold(self, loss: float | None) -> None:
-        weights, scale = self._weight_row(), self._scale.end()
+    def _end_measured_step(self, loss: float | None) -> None:
+        """Add the row of the present step; where it cannot be measured, warn and leave it out."""
+        # First of all: the weights' hooks and copies end with the step, whatever fails below.
+        weights, scale = self._weight_norms(), self._scale.end()
         try:
             self._session.raise_first_error()
             parts = self._session.fold()
@@ -171,54 +180,53 @@ class Recorder:
                 raise CaptureError("the model was not called between two steps; nothing to measure")
         except Exception as error:
             self._session.drop()
-            self._report(f"step {self.position} was not measured: {error}", error)
+            self._warn(f"step {self.position} was not measured: {error}", error)
             return
-        sums = self._add(parts)
-        if scale is not None and ((weights is not None and weights.overflowed) or not _finite(sums)):
+        sums = self._pool(parts)
+        # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
+        if scale is not None and (
+            (weights is not None and weights.overflowed) or not _finite_gradients(sums)
+        ):
             self._overflowed.append(self.position)
-            self._report(
+            self._warn(
                 f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
                 "the forward's numbers stand"
             )
-            sums, weights = _undefined(sums), weights and weights.without_gradient()
+            _make_gradients_undefined(sums)
+            weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
-        self._rows.append(Row(self.position, sums, sequences, loss, weights, scale))
+        self._rows.append(StepStatistics(self.position, sums, sequences, loss, weights, scale))
 
-    def _add(self, parts: list[Measured]) -> list[TokenSums]:
-        """Pool the parts of a step, and give what its row keeps of them."""
+    def _pool(self, parts: list[Measured]) -> list[TokenSums]:
+        """Add the parts of a step to the pooled statistics; returns the compact statistics of its row."""
         sums: list[TokenSums] = []
         for part in parts:
             sums = merge_sums(sums, part.sums)
+            # Sums over several steps describe one model only as long as its weights are the same.
             if part.stamp != self._pooled_stamp:
                 self._pooled, self._pooled_stamp = [], part.stamp
             self._pooled = merge_sums(self._pooled, part.sums)
         return [chain.compact() for chain in sums]
 
-    def _weight_row(self) -> WeightNorms | None:
+    def _weight_norms(self) -> WeightNorms | None:
         if self._weights is None:
             return None
         try:
             return self._weights.end()
         except Exception as error:
-            self._report(f"the weights of step {self.position} were not measured: {error}", error)
+            self._warn(f"the weights of step {self.position} were not measured: {error}", error)
             return None
 
-    def _report(self, message: str, error: Exception | None = None) -> None:
+    def _warn(self, message: str, error: Exception | None = None) -> None:
         if error is not None:
             self.errors.append(error)
-        warnings.warn(message, ProbeWarning, stacklevel=4)
+        warnings.warn(message, ProbeWarning, stacklevel=USER_FRAME)
 
-    def _said(self) -> dict[str, Any]:
-        """Attributes about what the rows lack."""
-        said: dict[str, Any] = {}
-        if self._overflowed:
-            said["overflowed_steps"] = self._overflowed
-        skipped = next((dict(row.weights.skipped) for row in reversed(self._rows) if row.weights), {})
-        return said | {"weights_skipped": skipped} if skipped else said
-
-    def _arm(self) -> None:
-        self._disarm()
+    def _attach_if_measuring(self) -> None:
+        """Remove the hooks of the step before, and put on those of the present one if it is measured."""
+        self._detach()
         if self.measuring:
+            # Compiled code skips hooks that are put on after its compilation.
             self._stack.enter_context(eager())
             self._session.attach()
             self._stack.callback(self._session.detach)
@@ -226,22 +234,20 @@ class Recorder:
                 self._weights.begin()
                 self._stack.callback(self._weights.drop)
 
-    def _disarm(self) -> None:
+    def _detach(self) -> None:
         self._stack.close()
         self._stack = ExitStack()
 
 
-def _finite(sums: list[TokenSums]) -> bool:
+def _finite_gradients(sums: list[TokenSums]) -> bool:
     gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
     return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
 
 
-def _undefined(sums: list[TokenSums]) -> list[TokenSums]:
-    """A row's statistics with NaN for gradients that no optimiser uses."""
+def _make_gradients_undefined(sums: list[TokenSums]) -> None:
     for chain in sums:
         parts = chain.sums.get(GRADIENT, {})
         chain.sums[GRADIENT] = {depth: torch.full_like(value, math.nan) for depth, value in parts.items()}
-    return sums
 
 
 @takes_options(CaptureOptions)
@@ -275,17 +281,17 @@ def record(
     token_text, attrs
         As in `probes.capture`.
     weights : bool
-        Keep of every module that owns parameters the squared norms of its weights at `step`, of their gradient, and of
+        Measure, for every module that owns parameters, the squared norms of its weights at `step`, of their gradient, and of
         their change since the step before (or the start of the block): one step of the optimiser, whether ``optimizer.step()``
         comes before or after ``recorder.step()``; NaN where the optimiser did not run in between. The gradient is the one that
         the last backward left in ``.grad``, accumulated and not yet clipped; under data parallelism that of this process. A
-        second copy of the trainable weights is held while a step is measured, and none between.
+        second copy of the trainable weights is in memory while a step is measured, and none between.
     scaler : GradScaler, optional
-        The scaler that multiplies the loss; gradients are divided by its scale, and the scale is kept beside them. Whether
-        ``scaler.unscale_(optimizer)`` is called does not matter. A step whose gradients overflow is reported and keeps NaN
-        for them. Without the scaler a scaled loss cannot be told from any other: its gradients are kept as they come.
+        The scaler that multiplies the loss; gradients are divided by its scale, which is stored with them. Whether
+        ``scaler.unscale_(optimizer)`` is called does not matter. A step whose gradients overflow is reported, and they are
+        NaN in its row. Without the scaler a scaled loss looks like any other: its gradients are stored as they come.
     loss_reduction : {"mean", "sum"}, optional
-        How the loss adds up over tokens; kept as an attribute, since gradients are read by it. Unknown where not given.
+        How the loss is reduced over tokens; stored as an attribute that analyses of gradients need. Unknown where not given.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -306,17 +312,19 @@ def record(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
+    # A name without an ending would be refused only when the block ends, and the measurements be lost.
     path = None if store is None else Path(store)
     if path is not None and not path.name.endswith(schema.SUFFIXES):
         path = path.with_name(path.name + ".nc")
-    told = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
+    all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
+    all_attrs.update(attrs or {})
     return Recorder(
         Session(model, Options(**options), scale if scaler is not None else None),
         every=every,
         start_step=start_step,
         end_step=end_step,
         store=path,
-        attrs=told | dict(attrs or {}),
+        attrs=all_attrs,
         token_text=token_text,
         weights=WeightUpdates(model, scale) if weights else None,
         scale=scale,

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("metric", "verdict", "figure", "page", "command", "family")
-BLOCK = re.compile(r"<!-- (?P<order>[^>]*?) -->\n+```python\n(?P<code>.*?)```", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<order>[^>]*?) -->\n+```(?:python|text)\n(?P<code>.*?)```", re.DOTALL)
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
@@ -57,7 +57,8 @@ def apply(order: str, code: str, folder: Path) -> None:
         path, anchor = re.fullmatch(r"(\S+) \| after: (.*)", rest).groups()
         lines = (folder / path).read_text(encoding="utf-8").splitlines(keepends=True)
         (place,) = [number for number, line in enumerate(lines) if line.strip() == anchor.strip()]
-        lines.insert(place + 1, code)
+        indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
+        lines.insert(place + 1, indent + code.strip() + "\n")
         (folder / path).write_text("".join(lines), encoding="utf-8")
 
 
@@ -81,7 +82,7 @@ def test_the_example_is_one_definition_and_one_line(kind, tmp_path):
     blocks = sections()[kind]
     edits = [(order, code) for order, code in blocks if order != "check"]
     assert [order.partition(":")[0] for order, _ in edits] in (["new file", "line"], ["append to", "line"])
-    assert edits[1][1].count("\n") == 1, "the register takes one line"
+    assert edits[1][1].strip().count("\n") == 0, "the register takes one line"
     for order, code in edits:
         apply(order, code, folder)
     (check,) = [code for order, code in blocks if order == "check"]

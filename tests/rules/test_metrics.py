@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from depthscope import diagnostics
+from depthscope.app.text.bibliography import bibliography, entries, reference
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
-BIBLIOGRAPHY = Path(diagnostics.__file__).with_name("references.bib").read_text()
-KEYS = set(re.findall(r"^@\w+\{([\w-]+),", BIBLIOGRAPHY, re.MULTILINE))
+KEYS = set(entries(bibliography()))
 OF_SEVERAL_STREAMS = {
     name
     for name, metric in CATALOGUE.items()
@@ -163,8 +161,8 @@ def test_padding_changes_nothing(make_run, family, content):
 
 
 def test_every_reference_is_whole():
-    entries = BIBLIOGRAPHY.split("\n@")
-    for entry in entries:
-        for field in ("author", "title", "year"):
-            assert re.search(rf"\b{field}\s*=", entry), entry.splitlines()[0]
-    assert len(KEYS) == len(entries)
+    for key in KEYS:
+        found = reference(key)
+        for field in (found.surnames, found.title, found.year):
+            assert field, key
+    assert len(KEYS) == bibliography().count("\n@") + 1

@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.app.readings.readings import read_runs, without_ending
     from depthscope.diagnostics import analyze, schema
 
+    # All arguments are checked before the run is read: a wrong one leaves the file as it is.
     metrics = metric_names(args.metrics)
     selection = selection_of(args)
     if args.out is not None:
@@ -73,6 +74,7 @@ def _run(args: argparse.Namespace) -> int:
         analysis = analyze(run, metrics=metrics, jackknife=args.jackknife, progress=progress)
     groups = _metric_groups(analysis)
     written = _write(run, groups, args)
+    # Judged and printed is what was measured now, not what the run contained before.
     measured = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **groups})
     readings = read_runs({without_ending(Path(args.run).name): measured})
     tables = [tabulate(reading, selection, metrics or ()) for reading in readings]
@@ -116,6 +118,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     from depthscope.diagnostics import CATALOGUE, schema
     from depthscope.diagnostics.metrics.replay import LOGITS
 
+    # Metrics that were named are a part of those that the run can feed: other commands then compute the rest.
     complete = not args.metrics
     nodes = {"/": xr.Dataset(attrs=run.attrs)}
     if args.out:

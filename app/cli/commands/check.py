@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from depthscope.app.cli.arguments import add_json, add_runs, comma_separated
 from depthscope.app.cli.command import FINE, FOUND, Command
-from depthscope.app.cli.suggestion import closest
 from depthscope.app.text.terminal import emit, say, working
 
 if TYPE_CHECKING:
@@ -53,13 +52,16 @@ def _run(args: argparse.Namespace) -> int:
 def _limits(names: Sequence[str]) -> tuple[Severity | None, set[str]]:
     """The lowest severity that fails a check (None where none is named), and the verdicts that fail it."""
     from depthscope.diagnostics import Severity
+    from depthscope.diagnostics.closest_names import did_you_mean
     from depthscope.diagnostics.verdicts import VERDICTS
 
     # A note (INFO) is never a reason to fail: it describes the model and asks for nothing.
     severities = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
     for name in names:
         if name not in severities and name not in VERDICTS:
-            raise ValueError(f"no severity or verdict {name!r}{closest(name, [*severities, *VERDICTS])}")
+            raise ValueError(
+                f"no severity or verdict {name!r}; {did_you_mean(name, [*severities, *VERDICTS])}"
+            )
     lowest = min((severities[name] for name in names if name in severities), default=None)
     return lowest, {name for name in names if name in VERDICTS}
 
@@ -68,6 +70,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
     """Whether a finding fails the check; a verdict that is named fails from WARN on."""
     from depthscope.diagnostics import Severity
 
+    # Naming a verdict makes its warnings count; its notes still describe and ask for nothing.
     if finding.verdict in verdicts and finding.severity >= Severity.WARN:
         return True
     return lowest is not None and finding.severity >= lowest

@@ -39,6 +39,7 @@ def _run(args: argparse.Namespace) -> int:
         summary_table,
     )
 
+    # Names are checked first: a typing error should not wait for the analysis of every run.
     metrics = metric_names(args.metrics) or COMPARED_METRICS
     selection = selection_of(args)
     with working("analysing") as progress:
@@ -46,6 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     summary = summary_table(readings, selection)
     aligned = comparison_table(readings, metrics, selection, points=args.points)
     warnings = differences(readings, selection)
+    # On stderr, also with --json: a comparison of unlike runs is still printed, and stdout stays one document.
     for text in warnings:
         remark(text)
     if args.json:

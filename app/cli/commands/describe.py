@@ -32,6 +32,7 @@ def _run(args: argparse.Namespace) -> int:
 
     batch = encode_text(loaded, sample_text(), seed=args.seed, sequences=SEQUENCES, length=LENGTH)
     options = {name: getattr(args, name) for name in ("layers", "layout", "streams")}
+    # Only what was given: an option that is left out means "detect it".
     given = {name: value for name, value in options.items() if value is not None}
     with capture_errors_for_users():
         found = probes.describe(loaded.model, batch, sites=site_names(args), **given)
@@ -43,6 +44,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _describe_weights(args: argparse.Namespace) -> int:
+    # --seed and --device have defaults, so that it cannot be known whether they were given.
     options = ("weights", "layers", "layout", "streams", "sites", "dtype")
     given = [name for name in options if getattr(args, name) is not None]
     if given:

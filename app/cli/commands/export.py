@@ -25,11 +25,13 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.app.paper.export import VECTOR, write_bundle
     from depthscope.app.readings.readings import open_runs
 
+    # PGF is drawn by running LaTeX, which many machines lack.
     formats = (*VECTOR, "pgf") if args.pgf else VECTOR
     with working("analysing and drawing"):
         folder = write_bundle(
             open_runs(args.runs), Path(args.out), width=args.width, view=selection_of(args), formats=formats
         )
+    # as_posix: the names in the JSON are the same on every system.
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     if args.json:
         emit({"folder": str(folder), "files": files})

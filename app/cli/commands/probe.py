@@ -48,10 +48,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from depthscope.diagnostics import schema
 
-    # Both are checked before torch is imported: a wrong path should not cost ten seconds.
+    # Both are checked before torch is imported and the model is loaded, which takes far longer than this.
     require_run_name(args.out, suffixes=schema.SUFFIXES)
     text = _read_text(args.text)
     loaded = load(args)
+    # After `load`, which prints that torch is being imported while it is.
     from depthscope import probes
     from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
 
@@ -88,7 +89,7 @@ def _read_text(source: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if not text.strip():
-        raise ValueError(f"{source} holds no text; expected a few thousand words of UTF-8")
+        raise ValueError(f"{source} contains no text; expected a few thousand words of UTF-8")
     return text
 
 

@@ -17,6 +17,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.study.study import run_study
 
+    # Paths alone on stdout: `depthscope check $(depthscope study --out runs)` works.
     for path in run_study(Path(args.out), seconds=60 * args.minutes).values():
         say(str(path))
     return FINE

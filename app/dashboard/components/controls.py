@@ -1,35 +1,57 @@
 """What may a visitor choose? The version of each number, in controls whose values are part of the URL."""
 
+# Every control has a key and `bind="query-params"`: the key is its name in the URL, so that a copied address shows the
+# same view to somebody else, and the reload of a page loses nothing.
+
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import streamlit as st
 
-from depthscope.app.figures import CHOICES, Analyses, FigureKind
+from depthscope.app.figures import CHOICES, Analyses, FigureKind, Selection
 from depthscope.app.figures.build.values import streams_of
 
 __all__ = ["choose", "choose_section", "chosen_run"]
 
-_WORDS = {
-    "scope": ("Scope", {"sequence": "within sequences", "data": "over all data"}),
-    "tokens": ("Tokens", {"all": "all", "ordinary": "without massive"}),
-    "centering": ("Centring", {"raw": "raw", "centred": "centred"}),
-    "estimator": ("Estimator", {"biased": "biased", "unbiased": "unbiased"}),
-    "direction": ("Direction", {"both": "both", "forward": "forward", "backward": "backward"}),
-    "reduction": ("Over tokens", {}),
-    "axis": ("Axis", {"depth": "index", "relative": "relative"}),
+
+@dataclass(frozen=True)
+class Control:
+    """How one field of a selection is offered; its options are those of `CHOICES`.
+
+    Parameters
+    ----------
+    label, help : str
+        Above the control, and in its tooltip.
+    words : mapping of str to str
+        Option → what is written on its button, where that differs.
+    """
+
+    label: str
+    help: str | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+CONTROLS = {
+    "scope": Control(
+        "Scope",
+        "Within each sequence, averaged: do tokens become equal? Over data: are few directions used?",
+        {"sequence": "within sequences", "data": "over all data"},
+    ),
+    "tokens": Control(
+        "Tokens",
+        "Massive activations dominate ranks and similarities; look without them too.",
+        {"ordinary": "without massive"},
+    ),
+    "centering": Control("Centring", "Centred removes the mean token first."),
+    "estimator": Control("Estimator", "Biased CKA is high for few tokens even where nothing is shared."),
+    "direction": Control("Direction"),
+    "reduction": Control("Over tokens", "How the numbers of single tokens become one."),
+    "axis": Control("Axis", "Relative depth lines up runs of different depth.", {"depth": "index"}),
 }
-_HELP = {
-    "scope": "Within each sequence, averaged: do tokens become equal? Over data: are few directions used?",
-    "tokens": "Massive activations dominate ranks and similarities; look without them too.",
-    "centering": "Centred removes the mean token first.",
-    "estimator": "Biased CKA is high for few tokens even where nothing is shared.",
-    "axis": "Relative depth lines up runs of different depth.",
-    "reduction": "How the numbers of single tokens become one.",
-}
-_DEFAULT = {"estimator": "unbiased"}
+"""Controls by field of `Selection`, in the order in which they stand on a page."""
 
 
 def choose(kinds: Iterable[FigureKind], analyses: Analyses) -> dict[str, Any]:
@@ -45,42 +67,39 @@ def choose(kinds: Iterable[FigureKind], analyses: Analyses) -> dict[str, Any]:
     Returns
     -------
     dict
-        Selection of `depthscope.app.figures`.
+        Fields of `Selection`; those that are not offered are missing.
     """
     used = {name for kind in kinds for name in kind.uses}
     selection: dict[str, Any] = {}
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        for name in _WORDS:
+        for name, control in CONTROLS.items():
             if name in used:
-                selection[name] = _one(name)
-        if "stream" in used:
-            selection["stream"] = _stream(analyses)
+                selection[name] = _choose_option(name, control)
+        streams = streams_of(analyses)
+        if "stream" in used and len(streams) > 1:
+            selection["stream"] = _choose_stream(streams)
         if "depths" in used:
-            selection["depths"] = _depths(analyses)
-    return {name: value for name, value in selection.items() if value is not None}
+            depths = _choose_depths(analyses)
+            if depths:  # none chosen leaves the figure's own
+                selection["depths"] = depths
+    return selection
 
 
-def _one(name: str) -> str | None:
-    label, words = _WORDS[name]
-    options = CHOICES[name]
+def _choose_option(name: str, control: Control) -> str:
     return st.segmented_control(
-        label,
-        options,
-        default=_DEFAULT.get(name, options[0]),
-        format_func=lambda option: words.get(option, option),
+        control.label,
+        CHOICES[name],
+        default=getattr(Selection(), name),
+        format_func=lambda option: control.words.get(option, option),
         key=name,
         bind="query-params",
-        help=_HELP.get(name),
-        required=True,
+        help=control.help,
+        required=True,  # a second click on the chosen option would choose none
         width="content",
     )
 
 
-def _stream(analyses: Analyses) -> str | None:
-    """Which stream; nothing to choose where no run has several."""
-    streams = streams_of(analyses)
-    if len(streams) < 2:
-        return None
+def _choose_stream(streams: Sequence[str]) -> str:
     words = {"mean": "mean of streams", "each": "each stream"}
     return st.selectbox(
         "Stream",
@@ -92,22 +111,22 @@ def _stream(analyses: Analyses) -> str | None:
     )
 
 
-def _depths(analyses: Analyses) -> tuple[int, ...] | None:
-    """Depths whose spectra are shown; none chosen leaves the figure's own."""
-    last = max((data.sizes.get("depth", 1) for data in analyses.values()), default=1) - 1
+def _choose_depths(analyses: Analyses) -> tuple[int, ...]:
+    """Depths whose spectra are shown, up to the last one of the deepest run."""
+    num_depths = max((data.sizes.get("depth", 1) for data in analyses.values()), default=1)
     chosen = st.multiselect(
         "Depths",
-        range(last + 1),
+        range(num_depths),
         key="depths",
         bind="query-params",
         placeholder="five from first to last",
         width=260,
     )
-    return tuple(sorted(chosen)) or None
+    return tuple(sorted(chosen))
 
 
 def choose_section(sections: Sequence[str]) -> str:
-    """Which of a page's sections is shown, in the URL as `?part=`.
+    """Which section of a page is shown, in the URL as `?part=`.
 
     Parameters
     ----------
@@ -118,8 +137,9 @@ def choose_section(sections: Sequence[str]) -> str:
     -------
     str
     """
+    # The section of another page, or of other runs: Streamlit raises for a value that is no option.
     if st.session_state.get("part") not in sections:
-        st.session_state.pop("part", None)  # of another page, or of other runs
+        st.session_state.pop("part", None)
     return st.segmented_control(
         "Part",
         sections,
@@ -131,15 +151,13 @@ def choose_section(sections: Sequence[str]) -> str:
     )
 
 
-def chosen_run(names: list[str], label: str = "Run of the heat maps") -> str:
+def chosen_run(names: Sequence[str]) -> str:
     """The run that heat maps show, in the URL as `?run=`.
 
     Parameters
     ----------
-    names : list of str
+    names : sequence of str
         Runs that can feed them; at least one.
-    label : str
-        Label of the control.
 
     Returns
     -------
@@ -147,4 +165,4 @@ def chosen_run(names: list[str], label: str = "Run of the heat maps") -> str:
     """
     if len(names) == 1:
         return names[0]
-    return st.selectbox(label, names, key="run", bind="query-params", width=260)
+    return st.selectbox("Run of the heat maps", names, key="run", bind="query-params", width=260)

@@ -37,6 +37,7 @@ def show_finding(finding: Finding) -> None:
             st.badge(f"{sign} {word}", color=colour)
             st.markdown(f"**{escaped(finding.verdict.replace('_', ' ').capitalize())}**", width="content")
             st.caption(escaped(place_of(finding)), width="content")
+        # `cited` replaces a bibliography key by author and year; escaping comes last, since keys contain underscores.
         st.markdown(escaped(cited(finding.sentence)))
         facts = (
             f"{finding.metric} {number(float(finding.value))} · threshold {number(float(finding.threshold))}"

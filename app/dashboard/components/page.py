@@ -74,6 +74,7 @@ def show_page(page: Page) -> None:
             has_data = bool(figures)
         if not has_data:
             _explain_missing(page)
+        # Findings first: the figures below are read with the question that they raise.
         show_findings(chosen, page.question)
         if not figures:
             return

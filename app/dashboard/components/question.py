@@ -29,6 +29,7 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
         A question of the register of figures.
     """
     kinds = [kind for kind in FIGURES.values() if kind.question == question]
+    # Also of figures that the runs do not feed: a finding is worth reading without its curve.
     metrics = {name for kind in kinds for name in (*kind.needs, *kind.also)}
     for name, reading in chosen.readings.items():
         findings = [finding for finding in reading.findings if finding.metric in metrics]

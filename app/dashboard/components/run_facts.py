@@ -14,7 +14,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import column_of
 
 _DIGEST_LENGTH = len("sha256:") + 12
-"""Twelve hexadecimal digits tell data apart at a glance; the run has all of them."""
+"""Twelve hexadecimal digits distinguish data sets at a glance; the run has all of them."""
 
 
 def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:

@@ -33,6 +33,7 @@ def _show(chosen: ChosenRuns) -> None:
     names = [name for name in FIRST_FIGURES if chosen.feeding(FIGURES[name].needs)]
     for column, name in zip(st.columns(2), names, strict=False):
         with column:
+            # No controls here: every figure in the version that its own page opens with.
             figure = build(FIGURES[name], chosen.analyses, {})
             card(figure, key=f"overview_{name}", runs=list(chosen.analyses))
     with st.container(border=True):
@@ -45,7 +46,7 @@ def _show(chosen: ChosenRuns) -> None:
                 file_name="findings.csv",
                 mime="text/csv",
                 key="findings_csv",
-                on_click="ignore",
+                on_click="ignore",  # the download changes nothing on the page
                 type="tertiary",
             )
         st.table(facts_table(readings), border="horizontal")

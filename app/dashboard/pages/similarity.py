@@ -33,6 +33,7 @@ def _show(chosen: ChosenRuns) -> None:
             selection["run"] = chosen_run(runs)
             pair = _choose_pair(chosen.analyses[selection["run"]], selection)
             st.caption("Click a cell of a heat map, or type two depths, to open the pair.", width="content")
+        # Drawn after the fields: the ring around the open pair has to be where they are now.
         _show_heat_maps(chosen, selection, pair)
         _show_pair(chosen, selection, pair)
     show_in_rows([kind for name, kind in figures.items() if name not in HEAT_MAPS], chosen, selection)

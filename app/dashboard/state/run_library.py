@@ -1,7 +1,7 @@
 """Which runs may the dashboard open? Those below the paths named at launch; each is analysed until its file changes."""
 
 # A visitor sends names, in the sidebar and in the URL, never paths: a page has no box for a path, and a name is looked
-# up in the list of what lies below the paths that the command line named. No name reaches another file that way.
+# up in the list of what is below the paths that the command line named. No name reaches another file that way.
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from depthscope.app.figures.specification import Figure, Heatmap
 __all__ = ["FORMATS", "WIDTHS", "Width", "style", "to_matplotlib", "to_svg", "write_figure"]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
+# A date in the file would change its bytes on every export.
 UNDATED: dict[str, dict[str, None]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
@@ -78,10 +79,10 @@ def _write_pgf(figure: Figure, path: Path, width: str) -> None:
     from depthscope.app.text.latex import tex
 
     with pgf_style():
-        to_matplotlib(worded(figure, tex), width=width).savefig(path)
+        to_matplotlib(translated(figure, tex), width=width).savefig(path)
 
 
-def worded(figure: Figure, translate: Callable[[str], str]) -> Figure:
+def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
     """A figure with its labels translated.
 
     Parameters
@@ -109,8 +110,9 @@ def _require_format(path: Path) -> None:
 
 def _laid_out(figure: Figure, width: str) -> Canvas:
     canvas = to_matplotlib(figure, width=width)
+    # The layout is computed once, not for every format.
     canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # the layout is found once, not for every format
+    canvas.set_layout_engine("none")
     return canvas
 
 
@@ -134,6 +136,7 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
         _laid_out(figure, width).savefig(buffer, format="svg", metadata=UNDATED["svg"])
     text = buffer.getvalue()
     element = text[text.index("<svg") :]
+    # matplotlib names its clip paths by their content: two figures on a page may have the same id.
     for before in ('id="', 'href="#', "url(#"):
         element = element.replace(before, f"{before}{figure.name}-")
     return element

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from depthscope.app.drawing.matplotlib.style import Width, plain, plain_ticks, whole, wrapped
+from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks, wrapped
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.figures.specification import Line, Lines
 
@@ -24,8 +24,9 @@ DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.
 HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
 THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
-LONGEST_INSIDE = 28  # letters
-LEGEND_INSIDE = 4  # more entries than these hide the curves, and go below the axes, still inside the figure
+# A legend with more entries, or longer ones (in letters), would hide the curves: it goes below the axes. Heuristics of ours.
+LEGEND_INSIDE = 4
+LONGEST_INSIDE = 28
 
 
 def draw_lines(figure: Lines, size: Width) -> Canvas:
@@ -50,6 +51,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
         axes.set_yscale("log", nonpositive="mask")
     if figure.log_x:
         axes.set_xscale("log", nonpositive="mask")
+    # The limits are set between the two: a law that is far off must not flatten the curves, nor may a threshold.
     _draw_roles(axes, figure, looks, ("measured", "null"))
     _limit(axes, figure)
     _draw_roles(axes, figure, looks, ("theory",))
@@ -61,7 +63,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
 
 
 def _entries(figure: Lines, measured: Sequence[Line]) -> list[str]:
-    """What the legend may list, before the axes are drawn: some thresholds are named there instead."""
+    """All that the legend may list; which thresholds it names is known only after the size of the figure is set."""
     others = {(line.role, line.law or line.role) for line in figure.lines if line.role != "measured"}
     return [*(line.label for line in measured), *(label for _, label in sorted(others))]
 
@@ -72,22 +74,24 @@ def _height(size: Width, entries: Sequence[str]) -> float:
 
 
 def _fits_inside(entries: Sequence[str]) -> bool:
-    """Whether a legend hides little of the curves: few entries, and short ones."""
+    """Whether a legend inside the axes hides little of the curves: few entries, and short ones."""
     return len(entries) <= LEGEND_INSIDE and max(map(len, entries), default=0) <= LONGEST_INSIDE
 
 
 def _num_columns(entries: Sequence[str], size: Width) -> int:
-    """Columns of a legend below the axes, so that the longest entry fits: a letter is half an em, a handle four."""
+    """Columns of a legend below the axes, so that the longest entry fits."""
+    # A letter is about half an em wide, the handle with its spaces four and a half; a point is 1/72 inch.
     across = (0.5 * max(map(len, entries)) + 4.5) * (size.points - 1) / 72
     return max(1, min(int(size.inches // across), int(size.inches // 1.6)))
 
 
 def _axes_height(size: Width) -> float:
+    # Near the golden ratio in one column; flatter across the page, where it would take half of it.
     return 0.62 * size.inches if size.inches < 4 else 0.45 * size.inches
 
 
 def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
-    """Colour by run where there are several, else by line; what colour leaves equal, dashes tell apart."""
+    """Colour by run where there are several, else by line; lines of one colour differ in their dashes."""
     groups = list(dict.fromkeys(line.group for line in lines))
     if len(groups) < 2:
         return {id(line): _look(position, 0, len(lines)) for position, line in enumerate(lines)}
@@ -100,6 +104,7 @@ def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
 
 
 def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
+    # Steps of three: neighbouring variants of a run do not get the marker of the next run.
     marker = MARKERS[(colour + 3 * variant) % len(MARKERS)]
     shade = (
         COLOURS[colour % len(COLOURS)]
@@ -116,7 +121,8 @@ def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
 
 
 def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
-    thinned = max(1, math.ceil(len(line.x) / 12))
+    thinned = max(1, math.ceil(len(line.x) / 12))  # about twelve markers, however deep the model
+    # A logarithmic axis shows nothing of a line of zeros; its legend entry must explain that.
     hidden = axes.get_yscale() == "log" and not np.any(line.y > 0)
     label = f"{line.label} (never above 0)" if hidden else line.label
     axes.plot(line.x, line.y, label=plain(label), markevery=thinned, zorder=3, **look)
@@ -145,24 +151,24 @@ def _draw_roles(
 
 
 def _limit(axes: Axes, figure: Lines) -> None:
-    """Limits set by what was measured, not by far laws and thresholds; ticks as plain as they can be."""
-    if not figure.log_x and all(whole(line.x) for line in figure.lines):
+    """Limits from the measured values, not from distant laws and thresholds; ticks as plain as possible."""
+    if not figure.log_x and all(are_whole(line.x) for line in figure.lines):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.02)
     axes.autoscale_view()
-    _move_apart(axes, figure)
+    _widen_flat_limits(axes, figure)
     if any(line.role == "theory" for line in figure.lines):
-        _make_room(axes, figure)
+        _include_theory(axes, figure)
     low, high = axes.get_ylim()
     for line in figure.lines:
-        if line.role == "threshold" and _near(line.y[0], low, high, axes):
-            axes.set_ylim(*_around(line.y[0], axes))
+        if line.role == "threshold" and _is_near(line.y[0], low, high, axes):
+            axes.set_ylim(*_limits_including(line.y[0], axes))
     if axes.get_yscale() == "log":
         plain_ticks(axes.yaxis, *axes.get_ylim())
 
 
-def _move_apart(axes: Axes, figure: Lines) -> None:
-    """Limits around curves that are flat but for rounding."""
+def _widen_flat_limits(axes: Axes, figure: Lines) -> None:
+    """Limits around curves that differ by rounding only."""
     lines = [line for line in figure.lines if line.role in ("measured", "null")]
     values = np.concatenate(
         [part for line in lines for part in (line.y, line.lower, line.upper) if part is not None]
@@ -174,7 +180,7 @@ def _move_apart(axes: Axes, figure: Lines) -> None:
             axes.set_ylim(*visible_limits(low, high))
 
 
-def _make_room(axes: Axes, figure: Lines) -> None:
+def _include_theory(axes: Axes, figure: Lines) -> None:
     """Limits widened for the laws as far as `limits_with_theory`; from here on they are fixed."""
     log_y = axes.get_yscale() == "log"
     known: dict[str, list[float]] = {"measured": [], "theory": []}
@@ -184,17 +190,18 @@ def _make_room(axes: Axes, figure: Lines) -> None:
     if known["measured"]:
         low, high = min(known["measured"]), max(known["measured"])
         for end in limits_with_theory(np.array(known["measured"]), np.array(known["theory"]), log_y):
-            axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _around(end, axes)))
+            axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _limits_including(end, axes)))
 
 
-def _near(value: float, low: float, high: float, axes: Axes) -> bool:
+def _is_near(value: float, low: float, high: float, axes: Axes) -> bool:
+    """Whether a threshold is at most a decade, or half the span, away: near enough to be shown. A heuristic of ours."""
     if axes.get_yscale() == "log":
         return value > 0 and low / 10 <= value <= high * 10
     return low - (high - low) / 2 <= value <= high + (high - low) / 2
 
 
-def _around(value: float, axes: Axes) -> tuple[float, float]:
-    """The limits of the axis, widened so that a value lies a little inside."""
+def _limits_including(value: float, axes: Axes) -> tuple[float, float]:
+    """The limits of the axis, widened so that a value is a little inside."""
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
         return min(low, value / 1.15), max(high, value * 1.15)
@@ -203,7 +210,7 @@ def _around(value: float, axes: Axes) -> tuple[float, float]:
 
 
 def _draw_limits(axes: Axes, figure: Lines) -> None:
-    """Thresholds and the healthy band, as far as they lie in view; they never move the axes."""
+    """Thresholds and the healthy band, as far as they are in view; they never move the axes."""
     low, high = axes.get_ylim()
     for line in figure.lines:
         if line.role == "threshold" and low <= line.y[0] <= high:
@@ -223,6 +230,7 @@ def _free_side(axes: Axes, figure: Lines, value: float) -> str:
     """The end of the axes where no curve runs through the words above a threshold, or nothing."""
     measured = [line for line in figure.lines if line.role != "threshold" and line.x.size]
     first, last = min(line.x.min() for line in measured), max(line.x.max() for line in measured)
+    # The words take about 9 % of the height above the line.
     low, high = (_height_of(axes, value) + shift for shift in (-0.02, 0.09))
     for side, near in (
         ("right", lambda x: x >= last - 0.3 * (last - first)),
@@ -237,7 +245,7 @@ def _free_side(axes: Axes, figure: Lines, value: float) -> str:
 
 
 def _height_of(axes: Axes, value: float) -> float:
-    """Where a value lies between the bottom (0) and the top (1) of the axes; NaN where it has no place."""
+    """Height of a value between the bottom (0) and the top (1) of the axes; NaN for one that a log axis cannot show."""
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
         return math.log(value / low) / math.log(high / low) if value > 0 else math.nan

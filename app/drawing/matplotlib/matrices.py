@@ -10,10 +10,11 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from depthscope.app.drawing.matplotlib.style import Width, plain, plain_ticks, whole
+from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks
 from depthscope.app.figures.specification import Array, Heatmap
 
-DENSE = 400  # cells from which a mesh is rasterised inside the vector file
+# Cells from which a mesh is rasterised inside the vector file: as vectors, each is a path that viewers draw one by one.
+DENSE = 400
 
 
 def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
@@ -30,7 +31,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     -------
     matplotlib.figure.Figure
     """
-    across = min(size.inches, 4.2)
+    across = min(size.inches, 4.2)  # a square across the page would be as high as the page
     canvas = Canvas(figsize=(size.inches, 0.82 * across), layout="compressed")
     axes = canvas.add_subplot()
     mesh = axes.pcolormesh(
@@ -40,7 +41,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         norm=_norm(figure),
         cmap=_colour_map(figure),
         rasterized=figure.z.size > DENSE,
-        edgecolors="face",
+        edgecolors="face",  # viewers show white seams between cells without an edge
         linewidth=0.1,
     )
     axes.set_facecolor("0.9")  # undefined cells
@@ -48,7 +49,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
-        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=whole(values)))
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=are_whole(values)))
     axes.set_xlabel(plain(figure.x_label))
     axes.set_ylabel(plain(figure.y_label))
     bar = canvas.colorbar(mesh, ax=axes, label=plain(figure.z_label), fraction=0.06, pad=0.03)
@@ -59,7 +60,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
 
 
 def _colour_map(figure: Heatmap) -> Colormap:
-    """Both grow lighter from end to end, so they survive grey; cividis turns from blue to yellow at zero."""
+    """Both grow lighter from end to end, so that they can be read in grey; cividis turns from blue to yellow at zero."""
     return mpl.colormaps["cividis" if figure.diverging else "viridis"]
 
 

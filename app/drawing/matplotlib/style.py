@@ -97,9 +97,10 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
     low, high : float
         Its limits.
     """
+    # Over more than about one and a half decades, powers of ten are read faster than plain numbers.
     if not 0 < low < high or high / low > 30:
         return
-    few = high / low < 4
+    few = high / low < 4  # 1-2-5 ticks would leave one or two
     axis.set_major_locator(MaxNLocator(nbins=5) if few else LogLocator(subs=(1, 2, 5)))
     nearly_equal = few and low >= 1e-3  # then the formatter of linear axes finds as many digits as it takes
     plain_number = FuncFormatter(lambda value, _: f"{value:.4g}")
@@ -166,7 +167,7 @@ def plain(text: str) -> str:
     return text
 
 
-def whole(values: np.ndarray) -> bool:
+def are_whole(values: np.ndarray) -> bool:
     """Whether positions are whole numbers, so that their axis has no ticks between them.
 
     Parameters
@@ -195,5 +196,6 @@ def wrapped(text: str, inches: float) -> str:
     -------
     str
     """
+    # A letter is about half an em wide; a point is 1/72 inch.
     letters = max(int(inches * 72 / (0.5 * mpl.rcParams["font.size"])), 8)
     return plain(text if "$" in text else textwrap.fill(text, letters, break_long_words=False))

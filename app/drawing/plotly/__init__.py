@@ -37,7 +37,7 @@ def to_plotly(
 
     Examples
     --------
-    >>> from app.figures import Line
+    >>> from depthscope.app.figures import Line, Lines
     >>> line = Line(np.arange(3.0), np.array([4.0, 2.0, 1.0]), "a")
     >>> drawn = to_plotly(Lines("rank", "Rank", "depth", "rank", (line,)))
     >>> drawn.data[0].y.tolist()

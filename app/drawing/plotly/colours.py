@@ -1,4 +1,4 @@
-"""Which colours and dashes does the screen use? Told apart by colour-blind eyes, on white and on black pages."""
+"""Which colours and dashes does the screen use? Distinct for colour-blind eyes, on white and on black pages."""
 
 from __future__ import annotations
 

@@ -33,10 +33,12 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
     """
     drawn = go.Figure()
     looks = _looks(figure.lines, runs)
+    # Dashes appear where a run has several lines: the legend then lists runs and variants instead of every line.
     crowded = any(look.dash != DASHES[0] for look in looks if look.measured)
     num_bands = sum(line.lower is not None for line in figure.lines)
     for line, look in zip(figure.lines, looks, strict=True):
         if line.lower is not None and line.upper is not None:
+            # Bands add up where they overlap: many of them are fainter.
             drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
     num_measured = sum(look.measured for look in looks)
     laws = {line.law: None for line in figure.lines if line.role == "theory"}
@@ -45,6 +47,7 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
             _curve(
                 line,
                 look,
+                # Markers of many or long lines run into each other. The limits are heuristics of ours.
                 marked=num_measured <= 4 and len(line.x) <= 40 and not figure.log_x,
                 named=(num_measured > 1 or bool(laws)) and not crowded,
             )
@@ -55,7 +58,7 @@ def draw_lines(figure: Lines, runs: Sequence[str] = ()) -> go.Figure:
         drawn.add_traces(_key(figure.lines, looks))
     drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])
     if figure.missing:
-        _tell_missing(drawn, figure.missing)
+        _note_missing_laws(drawn, figure.missing)
     span = _y_range(figure)
     if figure.healthy is not None and span is not None:
         _shade(drawn, figure.healthy, span)
@@ -103,7 +106,7 @@ class _Look:
 
 
 def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
-    """Colour and dash of every line: a run keeps one colour; within it dashes tell lines apart."""
+    """Colour and dash of every line: a run keeps one colour; its lines differ in their dashes."""
     groups = list(runs) or list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
     several = len(groups) > 1
     seen: dict[str, int] = {}
@@ -166,8 +169,8 @@ def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
     )
 
 
-def _tell_missing(drawn: go.Figure, reasons: Sequence[str]) -> None:
-    """Words along the right side, where the hover has room, that tell why a law is not drawn."""
+def _note_missing_laws(drawn: go.Figure, reasons: Sequence[str]) -> None:
+    """A note along the right side whose hover gives the reason why a law is not drawn."""
     lines = ["<br>".join(textwrap.wrap(reason, 70)) for reason in reasons]
     drawn.add_annotation(
         x=1,
@@ -186,7 +189,7 @@ def _tell_missing(drawn: go.Figure, reasons: Sequence[str]) -> None:
 
 
 def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
-    """Closed outline of the spread; NaN and, on a log axis, what is not positive is left out."""
+    """Closed outline of the spread; NaN and, on a log axis, values that are not positive are left out."""
     assert line.lower is not None
     assert line.upper is not None
     known = np.isfinite(line.lower) & np.isfinite(line.upper)
@@ -209,7 +212,7 @@ def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
 
 
 def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, float]) -> None:
-    """Healthy band behind the curves, cut at the ends of the axis."""
+    """Healthy band below the curves, cut at the ends of the axis."""
     low, high = max(healthy[0], span[0]), min(healthy[1], span[1])
     if low < high:
         drawn.add_hrect(y0=low, y1=high, fillcolor=HEALTHY, line_width=0, layer="below")
@@ -228,7 +231,7 @@ def _y_range(figure: Lines) -> tuple[float, float] | None:
     if figure.log_y:
         margin = (high / low) ** 0.08 if high > low else 2.0
         return low / margin, high * margin
-    margin = 0.08 * (high - low) if high > low else 0.1 * abs(high) or 0.5
+    margin = 0.08 * (high - low) if high > low else 0.1 * abs(high) or 0.5  # a line of zeros has no size
     return low - margin, high + margin
 
 

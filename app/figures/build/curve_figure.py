@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.figures.build.captions import describe_lines
 from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
-from depthscope.app.figures.build.values import LABELLED, streams_of
+from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Range
@@ -130,6 +130,7 @@ class CurveFigure(FigureKind):
         ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
         lines = _without_repeated_nulls([line for curve in ordered for line in curve.lines])
         overlays = [(curve.line.group, overlay) for curve in curves for overlay in curve.laws]
+        # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
         healthy = _ends(declared.healthy)
         remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
@@ -165,9 +166,12 @@ class CurveFigure(FigureKind):
         if self.over == "direction":
             chosen = ("forward", "backward") if choice.direction == "both" else (choice.direction,)
             return [(direction, {"direction": direction}) for direction in chosen]
-        if "stream" in measurement.dims and (self.over == "stream" or choice.stream == "each"):
-            streams = [stream for stream in streams_of(measurement.analyses) if stream != "mean"]
-            return [(f"stream {stream}", {"stream": stream}) for stream in streams]
+        if "stream" in measurement.dims:
+            # Shares of the streams have no mean: without one every stream is drawn, whatever the selection.
+            has_mean = "mean" in defined_labels(measurement.variable, "stream")
+            if self.over == "stream" or choice.stream == "each" or not has_mean:
+                streams = [stream for stream in streams_of(measurement.analyses) if stream != "mean"]
+                return [(f"stream {stream}", {"stream": stream}) for stream in streams]
         return [("", {})]
 
     def _split(self, values: xr.DataArray, label: str) -> list[tuple[str, xr.DataArray]]:
@@ -196,6 +200,7 @@ class CurveFigure(FigureKind):
 
     def _references(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
         """The curve that the measured one is compared with, of every run that has it."""
+        # Its line only: bands and laws are those of the measured curve.
         if self.reference:
             name, label = self.reference
             reference = Measurement(name, analyses, choice)
@@ -220,12 +225,12 @@ def _ends(healthy: Range | None) -> tuple[float, float] | None:
 
 def _without_repeated_nulls(lines: Sequence[Line]) -> list[Line]:
     """Lines with every null of a run once: its four streams share one expectation."""
-    kept: list[Line] = []
+    distinct: list[Line] = []
     for line in lines:
-        nulls = [other for other in kept if other.role == "null" and other.group == line.group]
+        nulls = [other for other in distinct if other.role == "null" and other.group == line.group]
         if line.role != "null" or not any(np.array_equal(line.y, o.y, equal_nan=True) for o in nulls):
-            kept.append(line)
-    return kept
+            distinct.append(line)
+    return distinct
 
 
 def _sources(metric: str, lines: Sequence[Line], curves: Sequence[Curve]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) ->
     metrics : sequence of Metric
         Those that no defined figure draws.
     defined : sequence of FigureKind
-        Figures of the catalogue, which tell the page and the section.
+        Figures of the catalogue, whose pages and sections are used.
 
     Returns
     -------
@@ -63,6 +63,7 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
             f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(others)} at once; "
             "define one in app/figures/catalogue"
         )
+    # Both orders of a matrix are right; the axis itself goes up, as in the figures of the catalogue.
     if across:
         columns = across[0]
         return MatrixFigure(
@@ -83,6 +84,7 @@ def _place(metric: Metric, defined: Sequence[FigureKind]) -> tuple[str, str]:
     siblings = [kind for kind in defined if CATALOGUE[kind.metric].question == metric.question]
     if siblings:
         return siblings[-1].question, siblings[-1].section
+    # h_res, h_pre and h_post are the parts of a connection.
     if any(root.startswith("h_") for root in metric.roots):
         page = "mixing"
     elif any("gradient" in root or "weight" in root for root in metric.roots):

@@ -104,7 +104,7 @@ def null_words(metric: str) -> str:
     from depthscope.diagnostics.theory import null_law
 
     null = CATALOGUE[metric].null if metric in CATALOGUE else None
-    # The docstring of a null is a noun phrase; what follows "; NaN" tells where it is undefined.
+    # The docstring of a null is a noun phrase; after "; NaN" comes where it is undefined.
     docstring = (null.__doc__ or "") if callable(null) else ""
     what = docstring.partition("\n")[0].partition("; NaN")[0].rstrip(".")
     what = what or "independent noise of the same shape"

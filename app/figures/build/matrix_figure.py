@@ -28,7 +28,7 @@ class MatrixFigure(FigureKind):
     rows, columns : str
         Dimensions of the vertical and the horizontal axis.
     x_label, y_label : str
-        Their labels; the name of the dimension by default.
+        Their labels; the name of the dimension, without ``other_``, by default.
     limits : tuple of (float or None) or None
         Ends of the colour scale; None at an end is the data's own, None is both.
     below : bool
@@ -101,8 +101,8 @@ class MatrixFigure(FigureKind):
             x=positions(array, self.columns, choice.axis),
             y=positions(array, self.rows, choice.axis),
             z=z,
-            x_label=self.x_label or self.columns.replace("_", " "),
-            y_label=self.y_label or self.rows.replace("_", " "),
+            x_label=self.x_label or self.columns.removeprefix("other_"),
+            y_label=self.y_label or self.rows.removeprefix("other_"),
             z_label=measurement.axis_label(self.z_label),
             limits=self._colour_limits(z),
             log_z=CATALOGUE[self.metric].scale == "log",

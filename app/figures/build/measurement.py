@@ -74,6 +74,7 @@ class Measurement:
     analyses: Analyses
     choice: Selection
 
+    # Runs share the declaration of a metric; its labels and attributes are those of the first run that has it.
     @cached_property
     def variable(self) -> xr.DataArray:
         """The metric in the first run that has it, for its labels; a scalar without attributes where none has."""
@@ -134,7 +135,7 @@ class Measurement:
         axis : str
             Its dimension.
         label : str
-            What tells it from other curves of the run.
+            What distinguishes it from other curves of the run.
         around : str
             Variable with its band, see `spread_of`.
         **fixed : str

@@ -1,4 +1,4 @@
-"""How sure is a curve, and how wide? Its band, its standard error, and the sentences that tell which is which."""
+"""How sure is a curve, and how wide? Its band, its standard error, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def aligned(found: xr.DataArray | None, curve: xr.DataArray) -> Array | None:
     Returns
     -------
     numpy.ndarray or None
-        None where the curve does not tell which label of a dimension it is.
+        None where the curve has no label for a dimension.
     """
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Which numbers of an analysis does a selection name? One labelled slice and its positions."""
+"""Which numbers of an analysis does a selection name? One labelled slice, its positions and their names."""
 
 from collections.abc import Iterator
 
@@ -7,14 +7,24 @@ import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
 
-__all__ = ["LABELLED", "fed", "feeds", "names_of", "pick", "positions", "reduce_blocks", "streams_of"]
+__all__ = [
+    "LABELLED",
+    "defined_labels",
+    "fed",
+    "feeds",
+    "names_of",
+    "pick",
+    "positions",
+    "reduce_blocks",
+    "streams_of",
+]
 
 LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
 """Dimensions of an analysis of which a selection takes one label."""
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
-    """Whether an analysis holds a defined number of every variable named.
+    """Whether an analysis has a defined number of every variable named.
 
     Parameters
     ----------
@@ -53,6 +63,7 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
         return None
     array = data[name]
     if "step" in array.dims:
+        # Runs that are compared have measured other steps; the nearest one is shown.
         array = array.isel(step=-1) if choice.step is None else array.sel(step=choice.step, method="nearest")
     for dim in LABELLED:
         if dim not in array.dims:
@@ -62,6 +73,26 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
             return None
         array = array.sel({dim: label})
     return array
+
+
+def defined_labels(array: xr.DataArray, dim: str) -> list:
+    """Labels of a dimension under which a variable has a value.
+
+    Variables of an analysis share their labels: the mean over streams is a label of shares of streams too, but undefined.
+
+    Parameters
+    ----------
+    array : xarray.DataArray
+        Variable of an analysis.
+    dim : str
+        One of its dimensions.
+
+    Returns
+    -------
+    list
+    """
+    defined = array.notnull().any([other for other in array.dims if other != dim])
+    return array[dim].values[defined.values].tolist()
 
 
 def fed(
@@ -92,7 +123,7 @@ def fed(
 
 
 def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
-    """Where the values of a slice lie: indices, or fractions of the last index.
+    """Positions of the values of a slice: indices, or fractions of the last index.
 
     Parameters
     ----------
@@ -108,7 +139,8 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
     numpy.ndarray
         Shape (size of the dimension,).
     """
-    numbered = along in array.coords and along != "weight"  # modules have names only
+    # The labels of modules are names; of the other axes they are numbers, with gaps where a depth was left out.
+    numbered = along in array.coords and along != "weight"
     index = array[along].values if numbered else np.arange(array.sizes[along])
     index = np.asarray(index, dtype=np.float64)
     last = index.max(initial=0.0)
@@ -129,6 +161,7 @@ def names_of(array: xr.DataArray, along: str) -> list[str]:
     -------
     list of str
     """
+    # Both axes of a matrix share the names, which are coordinates of the first one.
     base = along.removeprefix("other_")
     if base == "weight":
         return [str(path) for path in array["weight"].values]
@@ -170,17 +203,18 @@ def reduce_blocks(matrix: Array, largest: int = 300) -> tuple[Array, int]:
     matrix : numpy.ndarray
         Shape (rows, columns).
     largest : int
-        Most rows or columns kept.
+        Most rows or columns of the result.
 
     Returns
     -------
     tuple
         The matrix (float32) and the side of a block, 1 where nothing was reduced.
     """
-    side = -(-max(matrix.shape) // largest)
+    side = -(-max(matrix.shape) // largest)  # rounded up
     if side <= 1:
         return np.asarray(matrix, dtype=np.float32), 1
     rows, columns = (-(-size // side) for size in matrix.shape)
+    # Padded with NaN, which the means leave out, so that the last blocks may be smaller.
     padded = np.full((rows * side, columns * side), np.nan)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     blocks = padded.reshape(rows, side, columns, side)

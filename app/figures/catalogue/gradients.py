@@ -8,6 +8,7 @@ _states = partial(CurveFigure, question="gradients", section="States and gradien
 _propagation = partial(CurveFigure, question="gradients", section="Signal propagation")
 _weights = partial(CurveFigure, question="gradients", section="Weights")
 
+# A loss that is summed over tokens has gradients larger by their number than one that is averaged.
 _REDUCTION = "The loss reduction of the run scales the whole curve."
 
 gradient_norm = _states(

@@ -5,6 +5,7 @@ from functools import partial
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 
+# 1 is the gain of every doubly stochastic matrix; 10 and 100 are the limits of the verdict `gain_explosion`.
 _GAIN_LIMITS = ((1.0, "1"), (10.0, "warn: 10"), (100.0, "fail: 100"))
 
 _gains = partial(CurveFigure, question="mixing", section="Gains")
@@ -45,6 +46,7 @@ composite_attenuation = _gains(
     thresholds=((0.5, "attenuated: 0.5"),),
     note="Smallest signed row sum (forward) or column sum (backward) of the product: the gain hides it.",
 )
+# ln 2 is 0.69: a sum that has doubled or halved.
 composite_deviation = _gains(
     "composite_deviation",
     "Sums of the composite, away from 1",
@@ -75,6 +77,7 @@ composite_operator_gain = _gains(
     over="norm",
     thresholds=_GAIN_LIMITS,
 )
+# The later connection is on the vertical axis, since rows of a product are destinations.
 pair_gain = MatrixFigure(
     "pair_gain",
     "Gain between every two connections",
@@ -87,6 +90,7 @@ pair_gain = MatrixFigure(
     question="mixing",
     section="Gains",
 )
+# −2 is the limit of the verdict `stream_collapse`: 1 % of a difference between streams is left.
 deflated_gain = _streams(
     "deflated_gain",
     "Stream collapse of the composite",

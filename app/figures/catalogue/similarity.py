@@ -15,13 +15,15 @@ from depthscope.app.figures.specification import Analyses, Line, Lines, Selectio
 
 __all__ = ["build_cut"]
 
-_matrix = partial(MatrixFigure, question="similarity", x_label="depth", y_label="depth")
+_matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
+# The whole range of an index, so that the colours of two runs can be compared; RSA and CKNNA may be negative.
 _BOUNDED = (0.0, 1.0)
 
 
 def _from_depth_before(matrix: xr.DataArray) -> xr.DataArray:
     """The first subdiagonal of a matrix over (depth, other_depth), along depth; NaN at the first depth."""
+    # On all labels at once: the selection takes one of them afterwards, as of any other metric.
     matrix = matrix.transpose(..., "depth", "other_depth")
     values = np.full(matrix.shape[:-1], np.nan)
     values[..., 1:] = np.diagonal(matrix.values, offset=-1, axis1=-2, axis2=-1)
@@ -46,6 +48,7 @@ def _with_step_angles(data: xr.Dataset) -> xr.Dataset:
     if "angular_distance" not in data:
         return data
     angles = _from_depth_before(data["angular_distance"])
+    # The standard error is that of the matrix.
     return data.drop_vars("angular_distance_stderr", errors="ignore").assign(angular_distance=angles)
 
 

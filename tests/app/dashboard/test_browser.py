@@ -216,7 +216,7 @@ def test_another_host_name_is_refused(address):
     assert status(port, "/depthscope/plotly/../__init__.py") in (400, 404)
 
 
-def test_a_launch_beside_this_process_answers_and_ends_with_it_however_it_ends(runs_root):
+def test_a_launch_in_another_process_answers_and_ends_with_it_however_it_ends(runs_root):
     code = (
         "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
         "print(launch([Path(sys.argv[1])], open_browser=False, block=False), flush=True); input()"

@@ -1,4 +1,4 @@
-"""Does every page tell what its runs hold, and does a bad run explain itself?"""
+"""Does every page show what its runs contain, and does a bad run explain itself?"""
 
 import base64
 import json
@@ -83,7 +83,7 @@ def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     ]
 
 
-def test_a_chart_holds_the_numbers_of_the_analysis(opened, mhc_run):
+def test_a_chart_contains_the_numbers_of_the_analysis(opened, mhc_run):
     data = charts(opened("mixing", "mhc.nc", part="Streams"))["deflated_gain"]
     traces = json.loads(data["figure"])["data"]
     (sent,) = [t for t in traces if t.get("name") == "mhc"]
@@ -105,7 +105,7 @@ def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(opened, mh
     assert facts.loc["Tokens analysed"].iloc[0] == "28"
 
 
-def test_a_page_that_nothing_feeds_says_why_and_what_to_do(opened):
+def test_a_page_that_nothing_feeds_explains_why_and_what_to_do(opened):
     mixing = words(opened("mixing", "plain.nc"))
     assert "has streams to mix" in mixing
     assert "depthscope demo" in mixing
@@ -156,7 +156,7 @@ def test_a_page_names_what_costs_more_and_the_command(opened):
     assert "--metrics intrinsic_dimension" in said
 
 
-def test_what_was_streamed_stands_in_the_tables(opened, mhc_run):
+def test_what_was_streamed_is_in_the_tables(opened, mhc_run):
     analysis = analyze(mhc_run)
     facts = opened("", "mhc.nc").table[0].value
     shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
@@ -177,9 +177,9 @@ def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):
     assert "depth 4" in charts(test)["spectrum"]["alt"]
     test.multiselect(key="depths").set_value([1, 2]).run()
     assert not test.exception
-    told = charts(test)["spectral_density"]["alt"]
-    assert "depth 1" in told
-    assert "depth 4" not in told
+    alt = charts(test)["spectral_density"]["alt"]
+    assert "depth 1" in alt
+    assert "depth 4" not in alt
 
 
 def test_heat_maps_follow_the_chosen_run(opened):
@@ -236,7 +236,7 @@ def test_an_empty_folder_gives_the_next_command(monkeypatch, tmp_path):
     assert "depthscope demo" in words(test)
 
 
-def test_the_chains_of_a_run_stand_beside_each_other(monkeypatch, tmp_path, make_run):
+def test_the_chains_of_a_run_are_shown_together(monkeypatch, tmp_path, make_run):
     parts = {"encoder": make_run("residual", layers=2), "decoder": make_run("residual", layers=3)}
     traces = {name: run["trace"].to_dataset() for name, run in parts.items()}
     save_run(create_run(traces, attrs=dict(parts["encoder"].attrs)), tmp_path / "two.nc")
@@ -262,7 +262,7 @@ def test_only_what_lies_below_the_roots_is_listed(monkeypatch, tmp_path, runs):
     assert "not below the paths" in outside.reason
 
 
-def test_runs_of_the_same_name_are_told_apart(monkeypatch, tmp_path, runs):
+def test_runs_of_the_same_name_get_distinct_names(monkeypatch, tmp_path, runs):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         shutil.copy(runs / "plain.nc", tmp_path / folder / "a.nc")
@@ -284,7 +284,7 @@ def test_a_run_is_analysed_again_only_when_its_file_changes(monkeypatch, tmp_pat
 # --- numbers and words ---
 
 
-def test_the_table_holds_every_number_of_a_figure(residual_run):
+def test_the_table_contains_every_number_of_a_figure(residual_run):
     analysis = analyze(residual_run)
     lines = FIGURES["effective_rank"].build({"a": analysis})
     table = numbers_of(lines)

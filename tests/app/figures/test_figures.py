@@ -303,7 +303,7 @@ def test_blocks_are_means_of_what_is_defined():
 
 def test_the_register_needs_no_renderer_and_no_torch():
     code = (
-        "import sys, app.figures; "
+        "import sys, depthscope.app.figures; "
         "print(sorted({'plotly', 'matplotlib', 'streamlit', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

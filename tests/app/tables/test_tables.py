@@ -117,7 +117,7 @@ def test_comparison_takes_the_nearest_measured_depth(readings):
     norm = readings[0].analysis["residual_norm"].sel(stream="mean").isel(step=-1).values
     nearest = [int(np.argmin(np.abs(np.arange(depths) / (depths - 1) - x))) for x in (0, 1 / 3, 2 / 3, 1)]
     np.testing.assert_allclose(table.data["plain"], norm[nearest])
-    with pytest.raises(ValueError, match="no run holds mixing_gain"):
+    with pytest.raises(ValueError, match="no run has mixing_gain"):
         comparison_table(readings[:1], ["mixing_gain"])
 
 

@@ -47,15 +47,15 @@ def cleaned(x, scale):
 
 
 def centred(x):
-    apart = x - x[:1]
-    return cleaned(apart - apart.sum(axis=0) / len(x), largest(apart))
+    shifted = x - x[:1]
+    return cleaned(shifted - shifted.sum(axis=0) / len(x), largest(shifted))
 
 
 def over(a, b):
     return NAN if b == 0 else a / b
 
 
-def settled(value):
+def rounded(value):
     """A number without its last digits, so that what is equal is equal; zero where those are all it has."""
     return mpf(mp.nstr(value, 35)) if abs(value) > NOTHING else mpf(0)
 
@@ -104,7 +104,7 @@ def participation_ratio(x):
 
 
 def participation_ratio_of_pairs(x):
-    """Rows kept distinct, uncentred."""
+    """Sums over distinct rows, uncentred."""
     k = x @ x.T
     d = np.diag(k)
     return over(sum(d) ** 2 - sum(d * d), np.sum(k * k) - sum(d * d)) if len(x) > 1 else NAN
@@ -154,8 +154,8 @@ def angle(u, w):
 
 
 def token_cosine(x):
-    u, kept = units(x)
-    return mean([a @ b for a, b in combinations(u[kept], 2)])
+    u, nonzero = units(x)
+    return mean([a @ b for a, b in combinations(u[nonzero], 2)])
 
 
 def row_cosine(x, y):
@@ -179,8 +179,8 @@ def curvature(x):
 
 
 def dirichlet_energy(x):
-    apart = centred(x)
-    return over((apart * apart).sum(), (x * x).sum())
+    differences = centred(x)
+    return over((differences * differences).sum(), (x * x).sum())
 
 
 def dirichlet_energy_of_path(x):
@@ -216,10 +216,10 @@ def two_nn(x):
     fitted = int(n * 0.9)
     if n < 3 or fitted < 2:
         return NAN
-    apart = [
+    ordered = [
         sorted(sqrt(((p - q) ** 2).sum()) for j, q in enumerate(rows) if j != i) for i, p in enumerate(rows)
     ]
-    stretch = sorted(log(d[1] / d[0]) for d in apart)[:fitted]
+    stretch = sorted(log(d[1] / d[0]) for d in ordered)[:fitted]
     level = [-log(1 - mpf(i + 1) / n) for i in range(fitted)]
     return over(sum(s * v for s, v in zip(stretch, level, strict=True)), sum(s * s for s in stretch))
 
@@ -271,8 +271,8 @@ def linear_hsic(x, y, hsic=song):
 
 @remembered
 def distances(x):
-    apart = [sqrt(((p - q) ** 2).sum()) for p, q in combinations(x, 2)]
-    return np.array([mpf(mp.nstr(d, 35)) for d in apart], dtype=object)
+    found = [sqrt(((p - q) ** 2).sum()) for p, q in combinations(x, 2)]
+    return np.array([mpf(mp.nstr(d, 35)) for d in found], dtype=object)
 
 
 def square(flat, n):
@@ -285,8 +285,8 @@ def square(flat, n):
 def rbf_cka(x, y, hsic=biased):
     kernels = []
     for side in (x, y):
-        apart = sorted(d := distances(side))
-        middle = (apart[(len(d) - 1) // 2] + apart[len(d) // 2]) / 2 if len(d) else mpf(0)
+        ordered = sorted(d := distances(side))
+        middle = (ordered[(len(d) - 1) // 2] + ordered[len(d) // 2]) / 2 if len(d) else mpf(0)
         if middle == 0:
             return NAN
         kernels.append(
@@ -346,8 +346,8 @@ def dissimilarities(x, metric):
     """Of all pairs of rows; none where a row has no direction."""
     if metric == "euclidean":
         return distances(x)
-    u, kept = units(centred(x.T).T if metric == "correlation" else x)
-    return np.array([settled(1 - p @ q) for p, q in combinations(u, 2)]) if kept.all() else None
+    u, nonzero = units(centred(x.T).T if metric == "correlation" else x)
+    return np.array([rounded(1 - p @ q) for p, q in combinations(u, 2)]) if nonzero.all() else None
 
 
 def rsa(x, y, metric, compare):
@@ -370,7 +370,7 @@ def near(similarity, k):
     chosen = np.zeros((n, n), dtype=bool)
     for i in range(n):
         others = [j for j in range(n) if j != i]
-        chosen[i, sorted(others, key=lambda j: -settled(similarity[i, j]))[:k]] = True
+        chosen[i, sorted(others, key=lambda j: -rounded(similarity[i, j]))[:k]] = True
     return chosen
 
 
@@ -396,7 +396,7 @@ def gradient_norm(g):
 
 
 def signal_propagation(x):
-    apart = centred(x)
+    centred_x = centred(x)
     return np.array(
-        [mean((x.sum(axis=0) / len(x)) ** 2), mean((apart**2).sum(axis=0) / len(x))], dtype=object
+        [mean((x.sum(axis=0) / len(x)) ** 2), mean((centred_x**2).sum(axis=0) / len(x))], dtype=object
     )

@@ -1,4 +1,4 @@
-"""What is measured? Every kernel of one or two matrices, beside what 50 digits give."""
+"""What is measured? Every kernel of one or two matrices, with its value in 50 digits."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What do other libraries say? Their values on states made by formula, kept in ``peer_values.json``.
+"""Which values do other libraries give? On states made by formula, stored in ``peer_values.json``.
 
 These packages are heavy, pin old dependencies or change, so the suite reads their answers from the file. To make it
 anew, in an environment of its own (2026-11-24, python 3.11, torch 2.13, numpy 2.4):
@@ -120,7 +120,7 @@ def of_dissimilarities() -> dict[str, object]:
         for metric in ("correlation", "cosine", "euclidean"):
             a, b = (torchlens.repgeom.rdm(side, metric=metric) for side in pair)
             found[f"torchlens pearson {metric} {size}"] = torchlens.repgeom.rdm_compare(a, b, "pearson")
-        if size == "narrow":  # it measures distances: what lies in fewer tokens than features is the same
+        if size == "narrow":  # it measures distances: for fewer tokens than features they are the same
             ratio = torchlens.repgeom.effective_dimensionality(pair[0])["participation_ratio"]
             found["torchlens participation_ratio"] = ratio
     return found

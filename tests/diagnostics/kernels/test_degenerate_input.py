@@ -103,8 +103,8 @@ def refused(name, x, y):
     if name == "pwcca" and tokens <= x.shape[1]:
         return "canonical correlations are 1 by construction"
     if name == "svcca":
-        kept = [exact.directions(exact.wide(side), exact.mpf("0.99")).shape[1] for side in (x, y)]
-        if tokens <= 1 or tokens - 1 <= max(kept):
+        directions = [exact.directions(exact.wide(side), exact.mpf("0.99")).shape[1] for side in (x, y)]
+        if tokens <= 1 or tokens - 1 <= max(directions):
             return "canonical correlations are 1 by construction"
     if (name == "mutual_knn" and tokens <= 2) or (name == "cknna" and tokens <= 3):
         return f"rows; expected . ≤ k < {tokens}"

@@ -200,8 +200,8 @@ def test_alpha_req_short_spectra_are_undefined(array, rng):
 def test_two_nn_equals_scikit_dimension(array, rng, dimension, width, discard):
     x = rng.random((300, dimension)) @ rng.normal(size=(dimension, width)) + 100
     if discard == 0.0:  # scikit-dimension's last point is at infinity
-        kept = float(geometry.two_nn(array(x), discard=0.0))
-        assert kept == pytest.approx(dimension, rel=0.35)
+        estimate = float(geometry.two_nn(array(x), discard=0.0))
+        assert estimate == pytest.approx(dimension, rel=0.35)
         return
     expected = skdim.id.TwoNN(discard_fraction=discard).fit(x).dimension_
     assert float(geometry.two_nn(array(x), discard=discard)) == pytest.approx(expected, rel=1e-5)
@@ -218,8 +218,8 @@ def test_two_nn_counts_duplicates_once(array, rng):
 
 def two_nn_of_differences(x):
     """Distances from differences, the line by least squares; 1 − F = 1/10 at the last tenth."""
-    apart = np.sort(np.linalg.norm(x[:, None] - x[None, :], axis=-1), axis=1)
-    stretch = np.sort(np.log(apart[:, 2] / apart[:, 1]))[: int(0.9 * len(x))]
+    distances = np.sort(np.linalg.norm(x[:, None] - x[None, :], axis=-1), axis=1)
+    stretch = np.sort(np.log(distances[:, 2] / distances[:, 1]))[: int(0.9 * len(x))]
     level = -np.log(1 - np.arange(1, len(stretch) + 1) / len(x))
     return (stretch @ level) / (stretch @ stretch)
 
@@ -242,9 +242,9 @@ def test_two_nn_tells_rows_apart_by_any_column(array, rng):
 
 def test_two_nn_blocks_and_masks(monkeypatch, rng):
     x = rng.normal(size=(2, 90, 3))
-    whole = geometry.two_nn(x)
+    unblocked = geometry.two_nn(x)
     monkeypatch.setattr(geometry.intrinsic_dimension, "BLOCK", 1000)
-    np.testing.assert_allclose(geometry.two_nn(x), whole, rtol=1e-9)
+    np.testing.assert_allclose(geometry.two_nn(x), unblocked, rtol=1e-9)
     mask = rng.random((2, 90)) < 0.7
     np.testing.assert_allclose(geometry.two_nn(x, mask=mask)[1], geometry.two_nn(x[1][mask[1]]), rtol=1e-9)
     with pytest.raises(ValueError, match="expected a share"):

@@ -20,9 +20,11 @@ def test_gradient_norm(array, rng):
     mask = rng.random((3, 6)) < 0.5
     mask[:, 0] = True
     g[~mask] = np.inf
-    kept = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+    own_mask = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
     expected = [np.sqrt((g[b][mask[b]] ** 2).mean()) for b in range(3)]
-    np.testing.assert_allclose(gradients.gradient_norm(array(g), rms=True, mask=kept), expected, rtol=1e-13)
+    np.testing.assert_allclose(
+        gradients.gradient_norm(array(g), rms=True, mask=own_mask), expected, rtol=1e-13
+    )
 
 
 def test_gradient_norm_neither_over_nor_underflows(array):

@@ -1,4 +1,4 @@
-"""A masked row is as if absent, whatever it holds; what is not masked and not finite is refused by number and place."""
+"""A masked row is ignored, whatever it contains; NaN and infinities in other rows are refused by number and index."""
 
 import numpy as np
 import pytest
@@ -43,9 +43,9 @@ def without(name, x, y, mask):
     except ValueError as error:
         return str(error)
     if name in OF_ROWS:
-        whole = np.full((TOKENS, *value.shape[1:]), OF_ROWS[name])
-        whole[mask] = value
-        return whole
+        full = np.full((TOKENS, *value.shape[1:]), OF_ROWS[name])
+        full[mask] = value
+        return full
     if "singular_values" in name:
         return np.concatenate([value, np.zeros(FEATURES - len(value))])
     return value
@@ -56,11 +56,11 @@ def kinds(*arrays):
     return arrays, tuple(map(torch.asarray, arrays))
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3, 5, 11])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 11])
 @pytest.mark.parametrize("name", MASKED)
-def test_masked_rows_are_as_if_absent(name, kept):
+def test_masked_rows_are_as_if_absent(name, count):
     mask = np.zeros(TOKENS, dtype=bool)
-    mask[np.arange(kept) * 5 % TOKENS] = True
+    mask[np.arange(count) * 5 % TOKENS] = True
     due = without(name, X[0], Y[0], mask)
     for x, y, keep in kinds(spoiled(X[0], mask), spoiled(Y[0], mask), mask):
         if isinstance(due, str):
@@ -105,9 +105,9 @@ def test_what_is_not_finite_is_refused_by_number_and_place(name, bad):
     for spoilt, sound in kinds(x, y):
         with pytest.raises(
             ValueError, match=r" contains 2 NaN or infinite values of \d+, the first at index \(.*3, 2\)"
-        ) as told:
+        ) as refusal:
             measured(name, spoilt, sound)
-        assert ("mask=" in str(told.value)) == (name in MASKED)
+        assert ("mask=" in str(refusal.value)) == (name in MASKED)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *LAYERS])

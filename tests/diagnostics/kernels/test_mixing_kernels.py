@@ -32,20 +32,20 @@ def doubly_stochastic(rng, *shape, sharpness=1.0):
 
 
 def test_figure_8_composites_multiply_later_on_the_left(array):
-    early, late, whole = (np.asarray(FIGURE["mHC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
+    early, late, total = (np.asarray(FIGURE["mHC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
     got = mixing.composite(array(np.stack([early, late])))
-    assert np.abs(np.asarray(got) - whole).max() < 0.011
+    assert np.abs(np.asarray(got) - total).max() < 0.011
     reversed_order = mixing.composite(array(np.stack([late, early])))
-    assert np.abs(np.asarray(reversed_order) - whole).max() > 0.05
+    assert np.abs(np.asarray(reversed_order) - total).max() > 0.05
 
 
 def test_figure_8_composites_of_free_matrices(array):
     """Rounding P1-30 to 0.01 alone moves the product of HC by 3: it agrees to 3 % of its largest entry."""
-    early, late, whole = (np.asarray(FIGURE["HC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
+    early, late, total = (np.asarray(FIGURE["HC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
     got = np.asarray(mixing.composite(array(np.stack([early, late]))))
-    assert np.abs(got - whole).max() < 0.03 * np.abs(whole).max()
+    assert np.abs(got - total).max() < 0.03 * np.abs(total).max()
     reversed_order = np.asarray(mixing.composite(array(np.stack([late, early]))))
-    assert np.abs(reversed_order - whole).max() > 0.5 * np.abs(whole).max()
+    assert np.abs(reversed_order - total).max() > 0.5 * np.abs(total).max()
 
 
 def test_figure_8_truncated_sinkhorn_is_expansive(array):
@@ -194,9 +194,9 @@ def test_refusals():
     for steps in (0, 2.5, np.nan, "20"):
         with pytest.raises(ValueError, match=r"steps is .*; expected a whole number, 1 or more"):
             mixing.sinkhorn(np.eye(2), steps=steps)
-    with pytest.raises(ValueError, match="find what made them") as told:
+    with pytest.raises(ValueError, match="find what made them") as refusal:
         mixing.sinkhorn(bad)
-    assert "mask" not in str(told.value)
+    assert "mask" not in str(refusal.value)
 
 
 # Sinkhorn
@@ -254,11 +254,11 @@ def test_unbatched_and_single_layers(array, rng):
 
 def test_all_pairs_reduced_in_blocks(array, rng, monkeypatch):
     h = rng.normal(size=(6, 7, 3, 3))
-    whole = mixing.all_pairs(array(h))
+    total = mixing.all_pairs(array(h))
     monkeypatch.setattr("depthscope.diagnostics.kernels.mixing.pairs.BLOCK", 6 * 9 * 2)
     got = np.asarray(mixing.all_pairs(array(h), reduce=mixing.forward_gain))
     upper = np.triu_indices(6)
-    np.testing.assert_allclose(got[upper], np.asarray(mixing.forward_gain(whole[upper])), rtol=1e-12)
+    np.testing.assert_allclose(got[upper], np.asarray(mixing.forward_gain(total[upper])), rtol=1e-12)
     assert np.isnan(got[np.tril_indices(6, -1)]).all()
 
 
@@ -288,7 +288,7 @@ def test_overflow_never_makes_nan(array):
 
 
 def test_deflated_gain_goes_on_below_rounding(array):
-    h = 0.3 * np.eye(4) + 0.7 * np.full((4, 4), 0.25)  # |λ₂| = 0.3 on the whole complement
+    h = 0.3 * np.eye(4) + 0.7 * np.full((4, 4), 0.25)  # |λ₂| = 0.3 on all of the complement
     gain = np.asarray(mixing.deflated_gain(array(np.tile(h, (500, 1, 1)))))
     np.testing.assert_allclose(gain, np.arange(1, 501) * math.log(0.3), rtol=1e-12)
     direct = np.linalg.norm(np.linalg.matrix_power(h, 500) - 0.25, 2)
@@ -381,7 +381,7 @@ def test_effective_streams_is_at_most_the_streams(array, connections):
     streams = np.asarray(mixing.effective_streams(m, embedding=True))
     assert streams.shape == (2, 7)
     assert (streams <= 3 + 1e-9).all()
-    assert streams[0, 0] == pytest.approx(1)  # only the embedding lies below the first cut
+    assert streams[0, 0] == pytest.approx(1)  # only the embedding is before the first cut
     plain = np.asarray(mixing.effective_streams(mixing.depth_kernel(*map(array, connections))))
     block = np.asarray(m)[1, 3:6, 1:4]
     expected = float(rank.effective_rank_of(np.linalg.svd(block, compute_uv=False)))
@@ -434,7 +434,7 @@ def test_results_are_float64_of_the_same_kind(rng):
 def test_streams_across_cuts_are_those_of_the_depth_kernel(array, rng, n):
     h = np.eye(n) + 0.4 * rng.normal(size=(12, 5, n, n))
     reads, writes = rng.normal(size=(2, 12, 5, n))
-    reads[4:] = 0.0 if n == 2 else reads[4:]  # nothing is read behind the fifth
+    reads[4:] = 0.0 if n == 2 else reads[4:]  # nothing is read after the fifth
     found = np.asarray(mixing.streams_across(*map(array, (h, reads, writes))))
     expected = mixing.effective_streams(mixing.depth_kernel(h, reads, writes))
     np.testing.assert_allclose(found, expected, rtol=1e-10)

@@ -69,12 +69,12 @@ def test_composites_by_fractions(array, rng):
 
 def test_reduced_tables_are_those_of_the_products(array, rng):
     h = rng.normal(size=(6, 2, 5, 4, 4))
-    whole = np.asarray(mixing.all_pairs(array(h)))
+    total = np.asarray(mixing.all_pairs(array(h)))
     upper = np.triu_indices(6)
     for gain in (mixing.forward_gain, mixing.backward_gain):
         got = np.asarray(mixing.all_pairs(array(h), reduce=gain))
         assert got.shape == (6, 6, 2, 5)
-        np.testing.assert_allclose(got[upper], gain(whole[upper]), rtol=1e-12)
+        np.testing.assert_allclose(got[upper], gain(total[upper]), rtol=1e-12)
         assert np.isnan(got[np.tril_indices(6, -1)]).all()
 
 

@@ -192,10 +192,10 @@ def test_identical_tokens(array):
         assert float(kernel(x)) == pytest.approx(1.0, abs=1e-12)
         assert np.isnan(float(kernel(x, center=True)))
     mask = np.array([False, True, True, False, True, True, False])
-    kept = mask if isinstance(x, np.ndarray) else torch.asarray(mask)
+    own_mask = mask if isinstance(x, np.ndarray) else torch.asarray(mask)
     for kernel in ON_MATRICES[:4]:
-        assert np.isnan(float(kernel(x, center=True, mask=kept)))
-    assert float(rank.dong_residual(x, mask=kept)) == 0.0
+        assert np.isnan(float(kernel(x, center=True, mask=own_mask)))
+    assert float(rank.dong_residual(x, mask=own_mask)) == 0.0
     assert float(rank.dong_residual(x)) == 0.0
     assert float(rank.numerical_rank(x, center=True)) == 0.0
 

@@ -17,7 +17,7 @@ MODULES = {
 
 
 def of_entries(wanted):
-    """The comparisons that are wanted, with who says so."""
+    """The comparisons that are wanted, with their sources."""
     return [
         pytest.param(reference, id=f"{name} by {reference.source}")
         for module in MODULES.values()
@@ -43,12 +43,12 @@ def assert_near(got, expected, **tolerance):
 
 
 def rounded(inputs):
-    """The numbers that float32 holds, in float64; whole numbers as they are."""
+    """The numbers rounded to float32, in float64; integers as they are."""
     return [x.astype(np.float32).astype(float) if x.dtype == float else x for x in inputs]
 
 
 def called(kernel, inputs, array, dtype):
-    """A kernel on arrays of one kind; whole numbers keep their dtype."""
+    """A kernel on arrays of one kind; integers retain their dtype."""
     return kernel(*(array(x, dtype if x.dtype == float else "int64") for x in inputs))
 
 
@@ -94,5 +94,5 @@ def test_a_batch_gives_the_values_of_its_members(array, reference):
     got = called(reference.ours, stacks, array, "float64")
     for i, j in itertools.product(range(2), range(3)):
         alone = called(reference.ours, turned if j == 1 else inputs, array, "float64")
-        for whole, part in zip(parts(got), parts(alone), strict=True):
-            np.testing.assert_allclose(whole[i, j], part, rtol=1e-11, atol=1e-13)
+        for batch, part in zip(parts(got), parts(alone), strict=True):
+            np.testing.assert_allclose(batch[i, j], part, rtol=1e-11, atol=1e-13)

@@ -92,8 +92,8 @@ def test_batched_masked_and_of_the_same_kind(array, rng, name):
     mask = np.ones((2, 3, 20), bool)
     mask[0, 1, [2, 7, 11]] = mask[1, 2, 15:] = False
     x[~mask], y[~mask] = np.nan, np.inf
-    kept = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
-    got = measure(array(x), array(y), mask=kept)
+    own_mask = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+    got = measure(array(x), array(y), mask=own_mask)
     assert type(got) is type(array(x))
     assert str(got.dtype).endswith("float64")
     assert tuple(got.shape) == (2, 3)
@@ -293,8 +293,8 @@ def test_both_costs_give_the_same_matrix_and_blocks_do_not_matter(monkeypatch, r
 def test_cka_matrix_of_two_models(array, rng, unbiased):
     x, y = walk(rng, 3, 30, 8), walk(rng, 2, 30, 5)
     mask = np.arange(30) % 5 > 0
-    kept = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
-    got = similarity.cka_matrix(array(x), y=array(y), unbiased=unbiased, mask=kept)
+    own_mask = mask if isinstance(array(0.0), np.ndarray) else torch.asarray(mask)
+    got = similarity.cka_matrix(array(x), y=array(y), unbiased=unbiased, mask=own_mask)
     expected = similarity.linear_cka(
         x[:, None, mask] + np.zeros((3, 2, 1, 1)),
         y[None, :, mask] + np.zeros((3, 2, 1, 1)),
@@ -333,15 +333,15 @@ def test_minibatches_add_up(array, rng):
 
 def test_batches_that_are_not_of_the_same_layers_are_refused(array, rng):
     x = walk(rng, 3, 10, 6)
-    whole, narrow, fewer, one = array(x), array(x[..., :4]), array(x[:2]), array(x[0])
-    for batches in ([whole, narrow], [whole, fewer], [one, whole], [one, array(x[1, :, :4])]):
-        for both in ((batches, None), ([whole, whole], batches), (batches, [whole, whole])):
+    full, narrow, fewer, one = array(x), array(x[..., :4]), array(x[:2]), array(x[0])
+    for batches in ([full, narrow], [full, fewer], [one, full], [one, array(x[1, :, :4])]):
+        for both in ((batches, None), ([full, full], batches), (batches, [full, full])):
             with pytest.raises(ValueError, match="expected batches of the same layers and features"):
                 similarity.minibatch_cka(*both)
     with pytest.raises(ValueError, match=r"\(10, 6\) and \(3, 10, 6\); expected \(n, d\) on both sides"):
-        similarity.minibatch_cka([one], [whole])
+        similarity.minibatch_cka([one], [full])
     with pytest.raises(ValueError, match=r"batches_x\[0\] has shape \(1, 3, 10, 6\); expected \(n, d\)"):
-        similarity.minibatch_cka([whole[None]])
+        similarity.minibatch_cka([full[None]])
     found = similarity.minibatch_cka([one, one], [narrow[1], narrow[1]])  # two sides may differ in width
     due = similarity.linear_cka(x[0], x[1, :, :4], unbiased=True)
     assert float(found) == pytest.approx(float(due), rel=1e-9)
@@ -378,8 +378,8 @@ def test_cca_by_the_eigenproblem(array, x, y):
     assert float(similarity.svcca(array(x), array(y), energy=1.0)) == pytest.approx(rho.mean(), rel=1e-8)
     assert min(rho) < float(similarity.pwcca(array(x), array(y))) < max(rho)
     u, s, _vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    kept = int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), 0.9)) + 1
-    expected = canonical_correlations(u[:, :kept] * s[:kept], y).mean()
+    count = int(np.searchsorted(np.cumsum(s**2) / (s**2).sum(), 0.9)) + 1
+    expected = canonical_correlations(u[:, :count] * s[:count], y).mean()
     full = y @ np.linalg.inv(np.linalg.cholesky(np.cov(y.T)).T)  # equal variances: nothing is dropped at 0.9
     assert float(similarity.svcca(array(x), array(full), energy=0.9)) == pytest.approx(expected, rel=1e-8)
 

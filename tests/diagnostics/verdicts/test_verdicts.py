@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import xarray as xr
 
 from depthscope import diagnostics
+from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS
 
@@ -456,11 +454,7 @@ def test_the_furthest_beyond_comes_first(mixed):
 
 
 def test_every_verdict_is_declared_whole():
-    keys = set(
-        re.findall(
-            r"^@\w+\{([\w-]+),", Path(diagnostics.__file__).with_name("references.bib").read_text(), re.M
-        )
-    )
+    keys = set(entries(bibliography()))
     for name, each in VERDICTS.items():
         assert each.name == name == each.function.__name__
         assert each.title.endswith(".")

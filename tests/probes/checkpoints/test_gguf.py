@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, cache):
-    """A stand-in for the slow conversion: a tied model that says it is quantised, and a count of conversions."""
+    """A stand-in for the slow conversion: a tied model whose config is marked as quantised, and a count of conversions."""
     from tokenizers import Tokenizer, models
 
     file = tmp_path / "tiny.gguf"

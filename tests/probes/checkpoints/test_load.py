@@ -195,7 +195,7 @@ FACTORIES = """
 
 @pytest.fixture
 def factories(tmp_path, monkeypatch):
-    """A module beside the user, as when a command is run in a project's folder."""
+    """A module in the working folder, as when a command is run in a project's folder."""
     name = f"models_{abs(hash(tmp_path)) % 10**9}"
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(FACTORIES))
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.functional import jacobian as dense_jacobian
 
-from depthscope.probes.connections.detection import ConnectionError
+from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.jacobian.differentiable_forward import JacobianError
 from depthscope.probes.jacobian.operator import JacobianOperator, block_jacobians, jacobian
 
@@ -427,7 +427,7 @@ def test_a_checkpointed_transformer_is_refused_in_training_mode_only(models, ids
 
 def test_streams_without_a_known_connection_cannot_be_frozen(points):
     model = stack()
-    with pytest.raises(ConnectionError, match="take routing='full'"):
+    with pytest.raises(StreamConnectionError, match="take routing='full'"):
         jacobian(
             model, points.reshape(2, 1, 5), layout="B N D", layers="blocks.{i}", streams=2, routing="frozen"
         )

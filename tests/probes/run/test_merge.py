@@ -1,4 +1,4 @@
-"""Runs added offline say what one run of all their tokens says; runs that do not belong together are refused."""
+"""Runs added offline give what one run of all their tokens gives; runs that do not belong together are refused."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def split(request):
 
 
 def test_runs_added_are_the_run_of_everything(split, tmp_path):
-    whole, runs = split
+    single, runs = split
     opened = [
         diagnostics.open_run(diagnostics.save_run(run, tmp_path / f"{i}.nc")) for i, run in enumerate(runs)
     ]
     merged = merge_runs(opened)
-    assert merged.attrs["merged_tokens"] == float(whole.statistics.streamed_count[0]) == 24 * 18
-    found, expected = diagnostics.analyze(merged), diagnostics.analyze(whole)
+    assert merged.attrs["merged_tokens"] == float(single.statistics.streamed_count[0]) == 24 * 18
+    found, expected = diagnostics.analyze(merged), diagnostics.analyze(single)
     for name in RANKS:
         name = f"streamed_{name}"
         assert expected[name].notnull().all()
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3 if "effective" in name else 1e-5)
-    for name in set(whole.statistics.data_vars) & {"stream_eigenvalue"}:
-        top = whole.statistics[name].max("component")
-        np.testing.assert_allclose(merged.statistics[name] / top, whole.statistics[name] / top, atol=1e-6)
+    for name in set(single.statistics.data_vars) & {"stream_eigenvalue"}:
+        top = single.statistics[name].max("component")
+        np.testing.assert_allclose(merged.statistics[name] / top, single.statistics[name] / top, atol=1e-6)
     np.testing.assert_allclose(found.streamed_cka, expected.streamed_cka, atol=0.1)  # other heavy tokens
 
 
@@ -68,10 +68,10 @@ def test_sequences_numbered_alike_add_their_moments_only():
     model = llama()
     parts = batches(12)
     merged = merge_runs([captured(model, parts[:6]), captured(model, parts[6:])])
-    whole = captured(model, parts)
-    top = float(whole.statistics.eigenvalue.max())
+    single = captured(model, parts)
+    top = float(single.statistics.eigenvalue.max())
     np.testing.assert_allclose(
-        merged.statistics.eigenvalue / top, whole.statistics.eigenvalue / top, atol=1e-6
+        merged.statistics.eigenvalue / top, single.statistics.eigenvalue / top, atol=1e-6
     )
     assert "number their sequences alike" in merged.attrs["merged_without"]
     assert "hsic" not in merged.statistics

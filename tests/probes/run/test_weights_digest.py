@@ -1,4 +1,4 @@
-"""A digest of weights: equal for equal ones, other for any that were trained, none where they are not whole here."""
+"""A digest of weights: equal for equal ones, other for any that were trained, none where they are sharded."""
 
 from __future__ import annotations
 

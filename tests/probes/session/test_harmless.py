@@ -300,7 +300,7 @@ def test_an_error_in_a_hook_never_reaches_the_user(ids, monkeypatch):
         assert torch.equal(model(ids), expected)
         with pytest.warns(probes.ProbeWarning, match="a bug of ours"):
             recorder.step()
-    with pytest.raises(probes.CaptureError, match="no measured step is whole: a bug of ours"):
+    with pytest.raises(probes.CaptureError, match="no step was measured completely: a bug of ours"):
         _ = recorder.run
 
 

@@ -253,7 +253,10 @@ def test_library_model_has_places_gates_and_what_is_assumed(models, tmp_path):
     ("make", "words"),
     [
         (lambda: constrained.mHC(N, dim=8, num_fracs=2), "not square"),
-        (lambda: free.HyperConnections(N, dim=8, num_fracs=2, add_branch_out_to_residual=False), "not told"),
+        (
+            lambda: free.HyperConnections(N, dim=8, num_fracs=2, add_branch_out_to_residual=False),
+            "do not decide",
+        ),
     ],
 )
 def test_what_the_file_does_not_tell_is_said(make, words, tmp_path):
@@ -335,7 +338,7 @@ def test_only_parameters_of_connections_are_read(saved, monkeypatch):
     read = []
     values = tensor_inventory._finite_values
     monkeypatch.setattr(
-        tensor_inventory, "_values", lambda tensor: read.append(tensor.name) or values(tensor)
+        tensor_inventory, "_finite_values", lambda tensor: read.append(tensor.name) or values(tensor)
     )
     found = probes.describe_weights(folder)
     described = (*found.connections, *found.heads)
@@ -423,7 +426,7 @@ def test_torn_shard_with_a_connection_is_an_error(shards):
 def test_transformers_is_not_imported(saved):
     _, folder = saved("deepseek")
     code = (
-        f"import sys, probes; print(len(probes.describe_weights({str(folder)!r}).connections)); "
+        f"import sys; from depthscope import probes; print(len(probes.describe_weights({str(folder)!r}).connections)); "
         "assert 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -191,7 +191,7 @@ def test_tokens_that_are_not_finite_are_left_out_everywhere_and_counted(bad, off
     states, mask = walk(30) + offset, padding(30)
     states[1, 4, 7, 0, 2] = bad
     states[2, 11] = bad
-    states[0, 20:] = bad  # whole batches
+    states[0, 20:] = bad  # complete batches
     good = mask & states.isfinite().all(-1).all(-1).all(0)
     found = joined(in_parts(states, mask, [7, 20, 25]))
     assert int(found.left_out[0, 1, 2]) == (mask & ~good).sum()
@@ -280,7 +280,7 @@ def test_hsic_without_a_group_rests_on_the_same_heavy_tokens():
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
-    """Over many sketches the mean is right, by all buckets and by some, and the spread is what the error says."""
+    """Over many sketches the mean is right, by all buckets and by some, and the spread is as large as the stated error."""
     monkeypatch.setattr(depth_sketch, "NUM_HEAVY", 20)
     monkeypatch.setattr(depth_sketch, "NUM_BUCKETS", 128)
     states, mask = walk(100, width=16), padding(100)
@@ -292,15 +292,15 @@ def test_hsic_is_unbiased_and_says_how_near_it_is(offset, monkeypatch):
     for first in range(0, 300_000, 1000):
         parts = [forward(states[:, a : a + 50] + offset, mask[a : a + 50], first + a) for a in (0, 50)]
         found.append([table.numpy() for table in depth_hsic(joined(parts), range(L))])
-    whole = np.array([table for table, _ in found])
+    full = np.array([table for table, _ in found])
     without = np.array([tables.mean(0) for _, tables in found])
-    for estimates in (whole, without):
+    for estimates in (full, without):
         error = estimates.std(0) / math.sqrt(len(found))
         assert (error < 0.01 * exact).all()
         assert (np.abs(estimates.mean(0) - exact) < 4 * error).all()
     groups = depth_sketch.NUM_GROUPS
     jackknife = [((t - t.mean(0)) ** 2).sum(0) * (groups - 1) / groups for _, t in found]
-    ratio = np.sqrt(np.mean(jackknife, axis=0)) / whole.std(0)
+    ratio = np.sqrt(np.mean(jackknife, axis=0)) / full.std(0)
     assert (ratio > 0.7).all()
     assert (ratio < 1.6).all()
 
@@ -335,21 +335,21 @@ def test_any_order_of_merging_gives_the_same(data):
     states, mask = walk(24, seed=3) + 10.0, padding(24)
     cuts = data.draw(st.lists(st.integers(1, 23), unique=True, max_size=6))
     parts = in_parts(states, mask, cuts)
-    whole = joined(parts)
+    merged = joined(parts)
     pool = data.draw(st.permutations(parts))
     while len(pool) > 1:  # a random tree, as processes may reduce
         a, b = (pool.pop(data.draw(st.integers(0, len(pool) - 1))) for _ in range(2))
         pool.append(a.merged_with(b))
     found = pool[0].flushed()
     for depth in range(L):
-        assert_close(found.moments[depth, 0], whole.moments[depth, 0], rtol=1e-6, atol=1e-4)
-    np.testing.assert_allclose(cka_of(found), cka_of(whole), atol=1e-6)
+        assert_close(found.moments[depth, 0], merged.moments[depth, 0], rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(cka_of(found), cka_of(merged), atol=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_any_order_and_split_is_the_whole_whatever_a_batch_holds(data):
-    """Batches of one sequence, of none, of padding, in any order, some added up before, behind an odd first batch."""
+    """Batches of one sequence, of none, of padding, in any order, some added up before, after an odd first batch."""
     states, mask = walk(24, seed=5, streams=2), padding(24)
     offset = data.draw(st.sampled_from([0.0, 1e2, 1e4]))
     states[:, 0] += offset  # a first forward far from all others
@@ -391,9 +391,9 @@ def test_a_first_batch_that_is_an_outlier_costs_no_digits(offset):
 @given(cuts=st.lists(st.integers(1, 23), unique=True, max_size=8))
 def test_any_split_gives_the_moments_of_the_whole_and_cka_within_its_error(cuts):
     states, mask = walk(24, seed=4) + 10.0, padding(24)
-    split, whole = joined(in_parts(states, mask, cuts)), seen(states, mask)
+    split, at_once = joined(in_parts(states, mask, cuts)), seen(states, mask)
     for depth in range(L):
-        assert_close(split.moments[depth, 0], whole.moments[depth, 0], rtol=1e-6, atol=1e-4)
+        assert_close(split.moments[depth, 0], at_once.moments[depth, 0], rtol=1e-6, atol=1e-4)
     exact = similarity.cka_matrix(tokens_of(states, mask), unbiased=True)
     np.testing.assert_allclose(cka_of(split), exact, atol=0.12)  # 512 buckets and 128 tokens of 240
 
@@ -410,19 +410,19 @@ def numbers(of: StreamedSums) -> list[torch.Tensor]:
     """Every tensor that is held, those that wait included."""
     parts = [part for waiting in of._buffer.values() for part in waiting]
     waiting = [view.signed_tD for part in parts for state in part.states for view in state.views]
-    kept = [value for part in (*of.moments.values(), *of.sketches.values()) for value in part]
-    return waiting + [value for value in kept if isinstance(value, torch.Tensor)]
+    added = [value for part in (*of.moments.values(), *of.sketches.values()) for value in part]
+    return waiting + [value for value in added if isinstance(value, torch.Tensor)]
 
 
 def test_no_number_of_batches_enlarges_what_is_held():
     held = {}
     for count in (2, 8, 24):
         parts = (forward(walk(16, seed=i), None, 16 * i) for i in range(count))
-        whole = reduce(StreamedSums.merged_with, parts)
+        merged = reduce(StreamedSums.merged_with, parts)
         assert (
-            sum(len(part.placement.real_t) for waiting in whole._buffer.values() for part in waiting) < 2 * D
+            sum(len(part.placement.real_t) for waiting in merged._buffer.values() for part in waiting) < 2 * D
         )
-        held[count] = sum(value.numel() for value in numbers(whole))
+        held[count] = sum(value.numel() for value in numbers(merged))
     assert held[2] == held[8] == held[24]
     of_moments = L * (D * D + D + 1)
     of_sketch = (
@@ -436,7 +436,7 @@ def test_no_number_of_batches_enlarges_what_is_held():
 
 
 def test_nothing_waits_for_the_device():
-    """A meta tensor holds no numbers, so that reading one back raises."""
+    """A meta tensor has no numbers, so that reading one back raises."""
     for mask in (None, torch.ones(4, T, dtype=torch.bool, device="meta")):
         parts = [seen(torch.empty(L, 4, T, 2, D, device="meta"), mask, first) for first in (0, 4)]
         found = joined([part.flushed() for part in parts])
@@ -471,7 +471,7 @@ def test_of_each_so_many_sequences_one_is_drawn_at_random():
 def test_what_is_drawn_is_all_that_is_streamed_in_any_split(streams):
     states, mask = walk(30, streams=streams) + 1e3, padding(30)
     places = [i for i in range(30) if streamed_sums.is_drawn(7 + i, 3)]
-    whole = [seen(states[:, [i]], mask[[i]], 7 + i) for i in places]
+    parts = [seen(states[:, [i]], mask[[i]], 7 + i) for i in places]
     for cuts in ([], [1, 2, 9, 25], [20]):
         found = StreamedSums(7, every=3)
         for a, b in pairwise([0, *cuts, 30]):
@@ -480,7 +480,7 @@ def test_what_is_drawn_is_all_that_is_streamed_in_any_split(streams):
                 sums.add_state(depth, state, mask[a:b])
             sums.end_forward()
             found = found.merged_with(sums.streaming)
-        found, expected = found.flushed(), joined(whole)
+        found, expected = found.flushed(), joined(parts)
         assert found.every == 3
         assert set(found.moments) == set(expected.moments)
         for key, of in expected.moments.items():
@@ -499,7 +499,7 @@ def test_where_nothing_is_drawn_nothing_is_known():
     assert np.isnan(variables["hsic"][1]).all()
 
 
-# In place, where nobody else holds it
+# In place, where nobody else refers to it
 
 
 def test_sums_write_what_they_made_and_not_what_they_were_given():
@@ -507,16 +507,16 @@ def test_sums_write_what_they_made_and_not_what_they_were_given():
     parts = [TokenSums(part) for part in in_parts(states, mask, [10, 20])]
     given = parts[0].streaming.flushed()
     before = [value.clone() for value in numbers(given)]
-    whole = TokenSums(given)
+    merged = TokenSums(given)
     for part in parts[1:]:
-        whole.merge(part)
+        merged.merge(part)
     assert all(torch.equal(a, b) for a, b in zip(before, numbers(given), strict=True))
-    held = whole.streaming.flushed()
-    whole = TokenSums(held)
-    whole.merge(TokenSums(forward(walk(30, seed=2), None, 30)))
-    place = whole.streaming.moments[1, 0].scatter_DD.data_ptr()
-    whole.merge(TokenSums(forward(walk(30, seed=3), None, 60)))
-    assert whole.streaming.moments[1, 0].scatter_DD.data_ptr() == place
+    held = merged.streaming.flushed()
+    merged = TokenSums(held)
+    merged.merge(TokenSums(forward(walk(30, seed=2), None, 30)))
+    place = merged.streaming.moments[1, 0].scatter_DD.data_ptr()
+    merged.merge(TokenSums(forward(walk(30, seed=3), None, 60)))
+    assert merged.streaming.moments[1, 0].scatter_DD.data_ptr() == place
     assert held.moments[1, 0].scatter_DD.data_ptr() != place
 
 
@@ -536,7 +536,7 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("family", ["llama", "deepseek"])
 def test_a_capture_streams_what_its_trace_shows(models, family):
-    """Where every sequence is kept raw, the metrics of both roads agree."""
+    """Where every sequence is sampled, streamed metrics and those of the trace agree."""
     run = probes.capture(models[family](), batches(4), max_sequences=8, streaming=True)
     found = diagnostics.analyze(run)
     assert float(run.statistics.streamed_count[0]) == run.trace.mask.values.sum() == 4 * 15
@@ -548,7 +548,9 @@ def test_a_capture_streams_what_its_trace_shows(models, family):
         rtol = 1e-3 if name == "effective_rank" else 1e-5
         np.testing.assert_allclose(got.values[known], exact.values[known], rtol=rtol, err_msg=name)
     exact = found.cka.sel(estimator="unbiased", tokens="all").values
-    np.testing.assert_allclose(found.streamed_cka.values, exact, atol=1e-5)  # so few are all kept as they are
+    np.testing.assert_allclose(
+        found.streamed_cka.values, exact, atol=1e-5
+    )  # so few tokens are all stored exactly
     assert float(found.streamed_cka_error.max()) < 1e-9
 
 
@@ -683,9 +685,9 @@ def test_every_stream_has_its_spectra_beside_the_mean(offset):
 
 def test_streams_whose_sums_are_too_large_give_way_to_their_mean(monkeypatch):
     monkeypatch.setattr(streamed_sums, "ALL_STREAMS_BYTES", 3 * D * D * 8 - 1)
-    whole = joined([forward(walk(4, streams=3), None), forward(walk(4, streams=3), None, 4)])
-    assert set(whole.moments) == {(depth, 0) for depth in range(L)}
-    variables, _ = streamed_variables(whole, range(L))
+    merged = joined([forward(walk(4, streams=3), None), forward(walk(4, streams=3), None, 4)])
+    assert set(merged.moments) == {(depth, 0) for depth in range(L)}
+    variables, _ = streamed_variables(merged, range(L))
     assert variables["stream_eigenvalue"][1].shape == (2, L, 3, D)
     assert np.isnan(variables["stream_eigenvalue"][1]).all()
     assert "3 streams of 10 features" in variables["eigenvalue"][2]["streams_left_out"]
@@ -703,8 +705,8 @@ def test_a_capture_keeps_the_spectra_of_each_stream(models):
 
 def test_blocks_of_tokens_and_strips_of_features_add_up(monkeypatch):
     states = walk(6)
-    whole = seen(states, None)
+    at_once = seen(states, None)
     monkeypatch.setattr(second_moments, "TOKENS_PER_PRODUCT", 5)
     monkeypatch.setattr(second_moments, "STRIP_WIDTH", 4)
-    cut, whole = (moment_spectra(found.moments[2, 0])[0] for found in (seen(states, None), whole))
-    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    cut, at_once = (moment_spectra(found.moments[2, 0])[0] for found in (seen(states, None), at_once))
+    torch.testing.assert_close(cut, at_once, rtol=1e-5, atol=1e-5)

@@ -70,7 +70,7 @@ def assert_as_defined(
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mask", [None, some_padding()], ids=["whole", "padded"])
+@pytest.mark.parametrize("mask", [None, some_padding()], ids=["unpadded", "padded"])
 def test_every_statistic_is_the_defined_one(dtype, mask):
     states = [draw(seed).to(dtype) for seed in range(3)]
     assert_as_defined(seen(states, mask), states, mask)
@@ -79,9 +79,9 @@ def test_every_statistic_is_the_defined_one(dtype, mask):
 @pytest.mark.usefixtures("blocks")
 def test_streams_that_lie_apart_give_the_same():
     states = [draw(seed) for seed in range(3)]
-    apart = [state.permute(STREAMS_APART).contiguous().permute(STREAMS_APART) for state in states]
-    mixed = [apart[0], states[1], apart[2]]
-    assert not apart[0].is_contiguous()
+    strided = [state.permute(STREAMS_APART).contiguous().permute(STREAMS_APART) for state in states]
+    mixed = [strided[0], states[1], strided[2]]
+    assert not strided[0].is_contiguous()
     assert_as_defined(seen(mixed, some_padding()), states, some_padding())
 
 
@@ -201,7 +201,7 @@ def test_cosines_are_of_neighbours_in_one_forward_only():
     assert np.isfinite(sums.array("adjacent_cosine_sum", range(6))[5]).all()
 
 
-@pytest.mark.parametrize("mask", [None, some_padding()], ids=["whole", "padded"])
+@pytest.mark.parametrize("mask", [None, some_padding()], ids=["unpadded", "padded"])
 def test_gains_are_the_largest_sums_of_rows_and_of_columns(mask):
     alpha = torch.randn(B, T, 4, 5, generator=torch.Generator().manual_seed(0))
     mix = alpha[..., 1:]  # a view, as a width connection's
@@ -217,10 +217,10 @@ def test_gains_are_the_largest_sums_of_rows_and_of_columns(mask):
 def test_parts_of_the_data_add_up_to_the_whole():
     mask = some_padding()
     states = [draw(seed) for seed in range(3)]
-    whole, part = seen(states, mask), seen([state[:1] for state in states], mask[:1])
+    full, part = seen(states, mask), seen([state[:1] for state in states], mask[:1])
     part.merge(seen([state[1:] for state in states], mask[1:]))
     for name in expected(states, mask):
-        np.testing.assert_allclose(part.array(name, [1]), whole.array(name, [1]), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(part.array(name, [1]), full.array(name, [1]), rtol=1e-6, atol=1e-6)
 
 
 def test_compact_keeps_the_square_of_the_sum_of_unit_vectors():
@@ -250,7 +250,7 @@ def test_autocast_changes_nothing():
 
 
 def test_nothing_waits_for_the_device():
-    """A meta tensor holds no numbers, so that reading one back raises."""
+    """A meta tensor has no numbers, so that reading one back raises."""
     mask = torch.ones(B, T, dtype=torch.bool, device="meta")
     sums = TokenSums()
     for given in (None, mask):

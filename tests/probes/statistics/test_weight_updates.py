@@ -380,7 +380,7 @@ def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, w
     assert [str(error) for error in recorder.errors] == ["a bug of ours"]
 
 
-# --- nothing is left behind ---
+# --- no memory leaks ---
 
 
 def test_no_copy_and_no_hook_is_left_between_measured_steps(batches):
@@ -402,10 +402,10 @@ def test_no_copy_and_no_hook_is_left_between_measured_steps(batches):
             model(batches[0])
         recorder.step()
         assert hooks() == 0
-        kept = tensors()
-        assert kept - plain < size
+        still_alive = tensors()
+        assert still_alive - plain < size
     assert hooks() == 0
-    assert tensors() == kept
+    assert tensors() == still_alive
 
 
 def test_a_run_with_weights_survives_its_file(batches, tmp_path):

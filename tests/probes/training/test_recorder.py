@@ -1,4 +1,4 @@
-"""Over a loop: exact statistics of every token, a uniform sample of whole sequences, bounded memory."""
+"""Over a loop: exact statistics of every token, a uniform sample of complete sequences, bounded memory."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_statistics_equal_the_raw_states_when_all_sequences_are_kept(models):
 
 def test_statistics_do_not_depend_on_the_split_into_batches(models):
     model, parts = models["llama"](), batches(4)
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    split, joined = probes.capture(model, parts), probes.capture(model, whole)
+    concatenated = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    split, joined = probes.capture(model, parts), probes.capture(model, concatenated)
     for name in ("norm_sum", "square_norm_sum", "unit_pair_sum", "adjacent_cosine_sum", "norm_max"):
         np.testing.assert_allclose(split.statistics[name].values, joined.statistics[name].values, rtol=1e-5)
     np.testing.assert_array_equal(split.trace.sample.values, joined.trace.sample.values)
@@ -165,9 +165,9 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
                 model(**part)
                 recorder.step()
                 if number == 1:
-                    raise RuntimeError("the cluster says goodbye")
+                    raise RuntimeError("the cluster goes down")
 
-    with pytest.raises(RuntimeError, match="goodbye"):
+    with pytest.raises(RuntimeError, match="goes down"):
         loop()
     with schema.open_run(tmp_path / "runs" / "a.nc") as run:
         assert run.statistics.sizes["step"] == 2
@@ -369,10 +369,10 @@ def test_the_statistics_of_a_second_backward_are_undefined_where_not_all_is_kept
 
 
 def test_micro_batches_have_the_gradient_of_the_whole(ids):
-    whole = recorded(stack(), partial(one_step, ids=ids))
+    once = recorded(stack(), partial(one_step, ids=ids))
     parts = recorded(stack(), partial(micro_batches, ids=ids))
-    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(parts[1], whole[1], rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(parts[0], once[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts[1], once[1], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:step 0 was not measured.*rewritten in place:probes.ProbeWarning")

@@ -17,14 +17,14 @@ OUTLIERS = [(np.where(uniform(*x.shape, seed=20) > 0.99, 900.0, 0.1) * x,) for (
 CLOUDS = [(noise(400, 3, seed=31) @ noise(3, 40, seed=32),), (noise(200, 6, seed=33) + 50.0,)]
 
 
-def apart(x, y):
+def cosine_distances(x, y):
     """Cosine distances row by row."""
     return np.array([cosine(a, b) for a, b in zip(x, y, strict=True)])
 
 
 def turning(x):
     steps = np.diff(x, axis=0)
-    return np.arccos(1 - apart(steps[1:], steps[:-1])).mean()
+    return np.arccos(1 - cosine_distances(steps[1:], steps[:-1])).mean()
 
 
 def smoothness(adjacency):
@@ -77,14 +77,17 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     ),
     "geometry.row_cosine": (
         Reference(
-            "scipy.spatial.distance.cosine", geometry.row_cosine, lambda x, y: 1 - apart(x, y), EQUAL_PAIRS
+            "scipy.spatial.distance.cosine",
+            geometry.row_cosine,
+            lambda x, y: 1 - cosine_distances(x, y),
+            EQUAL_PAIRS,
         ),
     ),
     "geometry.angular_distance": (
         Reference(
             "scipy.spatial.distance.cosine",
             geometry.angular_distance,
-            lambda x, y: np.mean(np.arccos(1 - apart(x, y))) / np.pi,
+            lambda x, y: np.mean(np.arccos(1 - cosine_distances(x, y))) / np.pi,
             EQUAL_PAIRS,
         ),
     ),
@@ -92,7 +95,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
         Reference(
             "scipy.spatial.distance.cosine",
             geometry.block_influence,
-            lambda x, y: apart(x, y).mean(),
+            lambda x, y: cosine_distances(x, y).mean(),
             EQUAL_PAIRS,
         ),
     ),

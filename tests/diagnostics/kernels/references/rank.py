@@ -22,8 +22,8 @@ def energies(x):
 
 
 def residual(x):
-    apart = x - x.mean(axis=0)
-    over, under = (np.linalg.norm(m, 1) * np.linalg.norm(m, np.inf) for m in (apart, x))
+    centred = x - x.mean(axis=0)
+    over, under = (np.linalg.norm(m, 1) * np.linalg.norm(m, np.inf) for m in (centred, x))
     return np.sqrt(over / under)
 
 

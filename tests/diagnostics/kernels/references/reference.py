@@ -16,7 +16,7 @@ class Reference:
     Parameters
     ----------
     source : str
-        Who says so.
+        Who or what computes the value.
     ours : function
         Arrays in, value or named tuple of values out.
     theirs : function

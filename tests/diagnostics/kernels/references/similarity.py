@@ -16,16 +16,16 @@ from tests.diagnostics.kernels import peer_values
 from tests.diagnostics.kernels.formula_data import walk
 from tests.diagnostics.kernels.references.reference import PAIRS, Reference
 
-SAID = json.loads(peer_values.FILE.read_text())["values"]
+PEER_VALUES = json.loads(peer_values.FILE.read_text())["values"]
 TALL = PAIRS[:2]
 KERNELS = [(peer_values.gram(x), peer_values.gram(y)) for x, y in PAIRS]
 SIZES = {"narrow": peer_values.narrow(), "wide": peer_values.wide()}
 LAYERS = [(walk(4, 120, 40, seed=60),), (walk(3, 30, 80, seed=70),)]
 
 
-def said(key, ours, inputs, **options):
-    """A number that another package gave once; it holds for these inputs in float64."""
-    return Reference(key, ours, lambda *_: SAID[key], [inputs], narrow=False, batched=False, **options)
+def published_value(key, ours, inputs, **options):
+    """A number that another package computed once, for these inputs in float64."""
+    return Reference(key, ours, lambda *_: PEER_VALUES[key], [inputs], narrow=False, batched=False, **options)
 
 
 def centred(kernel):
@@ -69,8 +69,8 @@ def of_minibatches(x, y):
 
 
 def radial(x):
-    apart = pdist(x)
-    return np.exp(-squareform(apart**2) / (2 * (0.5 * np.median(apart)) ** 2))
+    distances = pdist(x)
+    return np.exp(-squareform(distances**2) / (2 * (0.5 * np.median(distances)) ** 2))
 
 
 def canonical_correlations(x, y):
@@ -89,11 +89,11 @@ def projection_weighted(x, y):
 
 def of_leading(x, y):
     """Raghu et al.: the directions that hold 99 % of the variance of each side, then CCA."""
-    kept = []
+    bases = []
     for side in (x - x.mean(0), y - y.mean(0)):
         u, s, _ = np.linalg.svd(side, full_matrices=False)
-        kept.append(u[:, : np.searchsorted(np.cumsum(s**2) / np.sum(s**2), 0.99) + 1])
-    return np.mean(np.cos(subspace_angles(*kept)))
+        bases.append(u[:, : np.searchsorted(np.cumsum(s**2) / np.sum(s**2), 0.99) + 1])
+    return np.mean(np.cos(subspace_angles(*bases)))
 
 
 def disparity(x, y):
@@ -159,13 +159,18 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             PAIRS,
             rtol=1e-8,
         ),
-        *(said(f"ckatorch cka_base {size}", similarity.linear_cka, pair) for size, pair in SIZES.items()),
         *(
-            said(f"rsatoolbox cosine_cov {size}", similarity.linear_cka, pair)  # Diedrichsen et al. 2021
+            published_value(f"ckatorch cka_base {size}", similarity.linear_cka, pair)
             for size, pair in SIZES.items()
         ),
         *(
-            said(
+            published_value(
+                f"rsatoolbox cosine_cov {size}", similarity.linear_cka, pair
+            )  # Diedrichsen et al. 2021
+            for size, pair in SIZES.items()
+        ),
+        *(
+            published_value(
                 f"ckatorch cka_base unbiased {size}",
                 lambda x, y: similarity.linear_cka(x, y, unbiased=True),
                 pair,
@@ -175,14 +180,16 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     ),
     "similarity.hsic1": (
         Reference("Song et al., Eq. 5", similarity.hsic1, song, KERNELS, narrow=False, rtol=1e-7),
-        said("cka-pytorch hsic1", similarity.hsic1, tuple(map(peer_values.gram, peer_values.batches()))),
-        said(
+        published_value(
+            "cka-pytorch hsic1", similarity.hsic1, tuple(map(peer_values.gram, peer_values.batches()))
+        ),
+        published_value(
             "torch-cka _HSIC float32",
             lambda k, q: similarity.hsic1(k[0], q[0]),
             tuple(map(peer_values.gram, peer_values.batches())),
             rtol=1e-4,
         ),
-        said("repsim hsic song", lambda x, y: similarity.hsic1(x @ x.T, y @ y.T), SIZES["narrow"]),
+        published_value("repsim hsic song", lambda x, y: similarity.hsic1(x @ x.T, y @ y.T), SIZES["narrow"]),
     ),
     "similarity.hsic_matrix": (
         Reference(
@@ -192,7 +199,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             LAYERS,
             batched=False,
         ),
-        said("pytorch-cka hsic", similarity.hsic_matrix, (peer_values.layers(),)),
+        published_value("pytorch-cka hsic", similarity.hsic_matrix, (peer_values.layers(),)),
     ),
     "similarity.cka_matrix": (
         Reference(
@@ -209,7 +216,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             LAYERS,
             batched=False,
         ),
-        said("repsim cka linear", similarity.cka_matrix, (peer_values.layers(),)),
+        published_value("repsim cka linear", similarity.cka_matrix, (peer_values.layers(),)),
     ),
     "similarity.cka_matrices": (
         Reference(
@@ -228,7 +235,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             [peer_values.batches()],
             batched=False,
         ),
-        said(
+        published_value(
             "ckatorch cka_batch",
             lambda x, y: similarity.minibatch_cka(list(x), list(y)),
             peer_values.batches(),
@@ -250,10 +257,12 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             PAIRS,
         ),
         *(
-            said(f"ckatorch rbf {size}", lambda x, y: similarity.rbf_cka(x, y, fraction=0.8), pair)
+            published_value(f"ckatorch rbf {size}", lambda x, y: similarity.rbf_cka(x, y, fraction=0.8), pair)
             for size, pair in SIZES.items()
         ),
-        said("repsim cka rbf", lambda x, y: similarity.rbf_cka(x, y, fraction=1.0), SIZES["narrow"]),
+        published_value(
+            "repsim cka rbf", lambda x, y: similarity.rbf_cka(x, y, fraction=1.0), SIZES["narrow"]
+        ),
     ),
     "similarity.svcca": (
         Reference("scipy.linalg.subspace_angles of leading directions", similarity.svcca, of_leading, TALL),
@@ -263,11 +272,13 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             lambda x, y: np.mean(canonical_correlations(x, y)),
             TALL,
         ),
-        said("repsim cca pillai", lambda x, y: similarity.svcca(x, y, energy=1.0), SIZES["narrow"]),
+        published_value(
+            "repsim cca pillai", lambda x, y: similarity.svcca(x, y, energy=1.0), SIZES["narrow"]
+        ),
     ),
     "similarity.pwcca": (
         Reference("Morcos et al., by QR", similarity.pwcca, projection_weighted, TALL),
-        said(
+        published_value(
             "repsim pwcca",  # it averages both directions
             lambda x, y: (similarity.pwcca(x, y) + similarity.pwcca(y, x)) / 2,
             SIZES["narrow"],
@@ -300,7 +311,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             for name, compare in (("spearman", stats.spearmanr), ("pearson", stats.pearsonr))
         ),
         *(
-            said(
+            published_value(
                 f"rsatoolbox spearman {metric} {size}",
                 lambda x, y, metric=metric: similarity.rsa(x, y, metric=metric),
                 pair,
@@ -309,7 +320,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             for size, pair in SIZES.items()
         ),
         *(
-            said(
+            published_value(
                 f"torchlens pearson {metric} {size}",
                 lambda x, y, metric=metric: similarity.rsa(x, y, metric=metric, compare="pearson"),
                 pair,

@@ -44,14 +44,14 @@ def test_page_names_connections_products_and_settings(checkpoint, capsys):
 
 def test_json_holds_the_static_matrix(checkpoint, capsys):
     assert main(["describe", str(checkpoint), "--weights-only", "--json"]) == FINE
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     # doubly stochastic 2 × 2: [[p, 1 - p], [1 - p, p]] where (p/(1 - p))² = e^(2 + 0 - 0 - 1), unchanged by Sinkhorn
     p = 1 / (1 + np.exp(-0.5))
-    np.testing.assert_allclose(told["connections"][0]["h_res"], [[p, 1 - p], [1 - p, p]], atol=1e-9)
-    assert told["connections"][0]["mixing"]["singular_values"] == pytest.approx([1, 2 * p - 1])
-    assert told["composites"][0]["singular_values"] == pytest.approx([1, (2 * p - 1) ** 2])
-    assert told["connections"][0]["h_pre"] == pytest.approx([0.5, 0.5])
-    assert told["checkpoint"] == str(checkpoint)
+    np.testing.assert_allclose(printed["connections"][0]["h_res"], [[p, 1 - p], [1 - p, p]], atol=1e-9)
+    assert printed["connections"][0]["mixing"]["singular_values"] == pytest.approx([1, 2 * p - 1])
+    assert printed["composites"][0]["singular_values"] == pytest.approx([1, (2 * p - 1) ** 2])
+    assert printed["connections"][0]["h_pre"] == pytest.approx([0.5, 0.5])
+    assert printed["checkpoint"] == str(checkpoint)
 
 
 def test_no_connection_is_fine_and_said(tmp_path, capsys):

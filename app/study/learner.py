@@ -1,0 +1,147 @@
+"""What is trained? A model with its optimiser, its losses, and how far its connections have moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope.app.study.corpus import Corpus
+from depthscope.app.study.recipe import Recipe
+from depthscope.app.study.small_lm import SmallLM, build
+
+
+@dataclass
+class Learner:
+    """One model in training."""
+
+    kind: str
+    model: SmallLM
+    optimiser: torch.optim.Optimizer
+    initial: dict[str, torch.Tensor]
+    """The connections' parameters at step 0."""
+    losses: list[float] = field(default_factory=list)
+    """Training loss of every step, nats a byte."""
+    history: list[xr.Dataset] = field(default_factory=list)
+    """Statistics at the recipe's snapshots."""
+
+
+def create_learner(kind: str, recipe: Recipe) -> Learner:
+    """A fresh model and its optimiser; only the branches' matrices and the head decay.
+
+    Parameters
+    ----------
+    kind : {"residual", "hc", "mhc"}
+        The connection.
+    recipe : Recipe
+        Size, seed, optimiser.
+
+    Returns
+    -------
+    Learner
+        At step 0.
+    """
+    model = build(kind, size=recipe.size, seed=recipe.seed)
+    # Embedding, norms and connections do not decay, as in other GPT-like models; so what moves the mixing matrices is
+    # the gradient alone.
+    decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in decaying], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decaying], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+    initial = {name: value.clone() for name, value in connection_parameters(model).items()}
+    return Learner(kind, model, optimiser, initial)
+
+
+def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip: float) -> None:
+    """One step of the optimiser; the loss is added to the learner's losses.
+
+    Parameters
+    ----------
+    learner : Learner
+        Changed in place.
+    batch : torch.Tensor
+        (batch, length + 1) bytes.
+    learning_rate : float
+        Of this step.
+    clip : float
+        Largest norm of the gradient of all parameters.
+    """
+    for group in learner.optimiser.param_groups:
+        group["lr"] = learning_rate
+    loss = learner.model(batch, labels=batch).loss
+    learner.optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(learner.model.parameters(), clip)
+    learner.optimiser.step()
+    learner.losses.append(float(loss.detach()))
+
+
+def held_out_loss(model: SmallLM, corpus: Corpus, *, length: int = 128, windows: int = 64) -> float:
+    """Mean loss on evenly spread windows of the held-out text, in nats a byte.
+
+    Parameters
+    ----------
+    model : SmallLM
+        A trained model.
+    corpus : Corpus
+        With the held-out bytes.
+    length, windows : int
+        Length and number of the windows: the same ones for every model.
+
+    Returns
+    -------
+    float
+    """
+    starts = torch.linspace(0, len(corpus.held_out) - length - 1, windows).long().unsqueeze(1)
+    batch = corpus.held_out[starts + torch.arange(length + 1)]
+    with torch.inference_mode():
+        return float(np.mean([model(part, labels=part).loss.item() for part in batch.split(8)]))
+
+
+def connection_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that belong to the connections and not to the branches inside them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        One of the study's models.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        Detached, by name; empty for the residual model.
+    """
+    return {
+        f"{prefix}.{name}": value.detach()
+        for prefix, module in model.named_modules()
+        if hasattr(module, "branch")
+        for name, value in module.named_parameters()
+        if not name.startswith("branch.")
+    }
+
+
+def connection_movement(learner: Learner) -> dict[str, float]:
+    """How far the connections have moved from their initial values: rms change for each kind of parameter.
+
+    Parameters
+    ----------
+    learner : Learner
+        A trained learner.
+
+    Returns
+    -------
+    dict of str to float
+        Such as ``{"static_alpha": 0.08, …}``; a connection that never learns shows zeros.
+    """
+    squares: dict[str, list[torch.Tensor]] = {}
+    for name, value in connection_parameters(learner.model).items():
+        parts = name.split(".")
+        # The last word names the kind, but "gamma" alone would not tell which norm it belongs to.
+        kind = ".".join(parts[parts.index("norm") :]) if "norm" in parts else parts[-1]
+        squares.setdefault(kind, []).append((value - learner.initial[name]).square().flatten())
+    return {kind: float(torch.cat(values).mean().sqrt()) for kind, values in squares.items()}

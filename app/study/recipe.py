@@ -1,0 +1,79 @@
+"""How are the study's models trained? One recipe for all of them, and the learning rate over its budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from depthscope.app.study.small_lm import Size
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the models are trained; the same for each.
+
+    The learning rate rises over the first part of the budget and falls to zero along a cosine. The budget is time, so
+    that a slow machine also ends on a trained model, unless `steps` is given: then a run is exactly reproducible.
+    """
+
+    seconds: float = 60.0
+    steps: int | None = None
+    batch: int = 8
+    length: int = 64
+    # Heuristics of ours for decoders of this size.
+    learning_rate: float = 3e-3
+    warm_up: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    size: Size = field(default_factory=Size)
+    probed_sequences: int = 8
+    probed_length: int = 128
+    snapshots: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75)
+    """Fractions of the budget at which the models are measured, in addition to its end. Denser at the beginning, where
+    the loss falls fastest."""
+
+
+def spent_fraction(recipe: Recipe, seconds: float, steps: int) -> float:
+    """The fraction of the budget that is spent: of the steps where the recipe has a number of them, else of the time.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The budget.
+    seconds : float
+        Seconds of training so far.
+    steps : int
+        Steps of training so far.
+
+    Returns
+    -------
+    float
+        0 at the start; 1 or more ends the training.
+    """
+    return steps / recipe.steps if recipe.steps is not None else seconds / recipe.seconds
+
+
+def schedule(fraction: float, warm_up: float) -> float:
+    """The learning rate's factor: a linear rise, then a cosine to zero.
+
+    Parameters
+    ----------
+    fraction : float
+        Of the budget, 0 to 1.
+    warm_up : float
+        Fraction at which the rise ends.
+
+    Returns
+    -------
+    float
+        From 0 to 1.
+
+    Examples
+    --------
+    >>> schedule(0.1, 0.1), round(schedule(0.55, 0.1), 6)
+    (1.0, 0.5)
+    """
+    if fraction < warm_up:
+        return max(fraction / warm_up, 0.01)  # a first step at rate 0 would change nothing
+    return 0.5 * (1 + math.cos(math.pi * (fraction - warm_up) / (1 - warm_up)))

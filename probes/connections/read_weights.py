@@ -1,0 +1,76 @@
+"""Which weights H_pre combine the streams to the branch's input? Those of the module, or the least-squares ones.
+
+Shapes: … any leading axes, N stream, D feature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from depthscope.probes.connections.coefficients import relative_error, spread, tolerance
+from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS
+from depthscope.probes.model.autocast import compute_dtype
+
+# Heuristic. More than for a matrix, which every stream of a token tests: a vector has one equation for a token and feature.
+READ_TOKENS = 8 * SELECTING_TOKENS
+RANK_TOLERANCE = (
+    1e-6  # relative singular value; a few float32 roundings, below which two streams count as copies
+)
+
+
+def read_error(x: torch.Tensor, read: torch.Tensor, branch_in: torch.Tensor) -> float:
+    """Relative error of Σ_j read_j X_j against the branch input, on at most `READ_TOKENS` tokens."""
+    lead = tuple(x.shape[:-2])
+    few = torch.unravel_index(spread(math.prod(lead), READ_TOKENS).to(x.device), lead)
+    goal = branch_in[few].double()
+    value = torch.einsum("kn,knd->kd", read[few].double(), x[few].double())
+    return relative_error(value - goal, goal)
+
+
+def find_read_weights(
+    x: torch.Tensor, branch_in: torch.Tensor, candidates: Iterable[torch.Tensor]
+) -> torch.Tensor | None:
+    """The candidate that combines the streams to the branch input, up to rounding.
+
+    Parameters
+    ----------
+    x : Tensor
+        Streams, (..., N, D).
+    branch_in : Tensor
+        (..., D).
+    candidates : iterable of Tensor
+        (..., N).
+
+    Returns
+    -------
+    Tensor or None
+    """
+    fits = [(read_error(x, read, branch_in), read) for read in candidates]
+    error, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
+    return best if error <= tolerance(compute_dtype(x)) else None
+
+
+def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:
+    """The smallest read weights that give the branch input; exact where the streams are independent.
+
+    Parameters
+    ----------
+    x : Tensor
+        Streams, (..., N, D).
+    branch_in : Tensor
+        (..., D).
+
+    Returns
+    -------
+    Tensor
+        (..., N); NaN where the streams are not finite.
+    """
+    finite = (x.isfinite().all(-1).all(-1) & branch_in.isfinite().all(-1)).unsqueeze(-1)
+    streams = torch.where(finite.unsqueeze(-1), x, 0.0).double()  # torch's SVD raises at NaN
+    # by pseudo-inverse: streams may be copies of one another, as they are at the embedding
+    inverse = torch.linalg.pinv(streams.mT, rtol=RANK_TOLERANCE)
+    read = (inverse @ torch.where(finite, branch_in, 0.0).double().unsqueeze(-1)).squeeze(-1).float()
+    return torch.where(finite, read, torch.nan)

@@ -1,0 +1,213 @@
+"""What are the coefficients of one call of a connection? What its family reads, for the tokens that are asked for.
+
+Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.detection import paired_family
+from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
+from depthscope.probes.connections.read_weights import find_read_weights, least_squares_read
+from depthscope.probes.connections.tensor_watch import Watch
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.tensors import tensors_in
+
+
+def forward_family(site: Site) -> ForwardFamily:
+    """The declaration of the forward connection that a site was detected as."""
+    family = BY_NAME[site.style]
+    assert isinstance(family, ForwardFamily)
+    return family
+
+
+# --- forward connections
+
+
+def returned_watch(x: torch.Tensor, site: Site) -> Watch:
+    """A watch for the weights that a forward connection computes and does not return."""
+    return forward_family(site).watch(site, x)
+
+
+def read_returned(
+    site: Site, x: torch.Tensor, output: Any, rows: torch.Tensor, seen: Callable[[], list[torch.Tensor]]
+) -> tuple[Parts | None, Parts]:
+    """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
+
+    Parameters
+    ----------
+    site : Site
+        What the connection is.
+    x : Tensor
+        Its input.
+    output : object
+        What it returned.
+    rows : Tensor
+        Indices of the sampled sequences.
+    seen : callable
+        Returns the tensors that the connection computed, of the sampled sequences or of all.
+
+    Returns
+    -------
+    sampled : Parts or None
+        None where no sequence is sampled.
+    all_tokens : Parts
+        H_pre may be missing.
+
+    Raises
+    ------
+    StreamConnectionError
+        Where the family finds no weights that explain the output.
+    """
+    parts = forward_family(site).read(site, x, output, seen)
+    if not len(rows):
+        return None, parts
+    sampled = parts.at(rows)
+    if parts.read is None and not site.reads_features:
+        streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
+        read = watched_read(site, x, rows, branch_in, seen(), write=sampled.write.squeeze(-1))
+        # no tensor of the module explains the branch input: it may read by a fused kernel
+        sampled.read = (least_squares_read(streams, branch_in) if read is None else read).unsqueeze(-2)
+    return sampled, parts
+
+
+def canonical_streams(site: Site, x: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+    """Streams as (B, T, N, D)."""
+    return canonical(
+        x,
+        site.layout,
+        batch_size=site.batch_size(x) if batch_size is None else batch_size,
+        num_streams=site.num_streams,
+        fractions=site.fractions,
+    )
+
+
+def watched_read(
+    site: Site,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    branch_in: torch.Tensor,
+    seen: list[torch.Tensor],
+    write: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """H_pre of the sampled sequences, (K, T, N), among the tensors that the module computed.
+
+    Parameters
+    ----------
+    site : Site
+        What the connection is.
+    x : Tensor
+        Its input, all sequences.
+    rows : Tensor
+        Indices of the K sampled sequences.
+    branch_in : Tensor
+        What the branch took, (K, T, D).
+    seen : list of Tensor
+        Of the sampled sequences or of all.
+    write : Tensor, optional
+        H_post, (K, T, N), which is taken for H_pre only where nothing else explains the branch input: models begin with equal
+        streams, and there all weights of the same sum explain it alike.
+
+    Returns
+    -------
+    Tensor or None
+        None where no tensor explains the branch input.
+    """
+    streams = canonical_streams(site, x)
+    of_all, of_sample = streams.shape[:-1], streams[rows].shape[:-1]
+    candidates = []
+    for tensor in seen:
+        if tensor.numel() == of_sample.numel():
+            candidates.append(tensor.reshape(of_sample))
+        elif tensor.numel() == of_all.numel():
+            candidates.append(tensor.reshape(of_all)[rows])
+    others = [c for c in candidates if write is None or not torch.allclose(c.float(), write.float())]
+    read = find_read_weights(streams[rows], branch_in, others)
+    return find_read_weights(streams[rows], branch_in, candidates) if read is None else read
+
+
+# --- paired connections
+
+
+@dataclass
+class Opening:
+    """A paired connection that was opened and not closed yet.
+
+    Parameters
+    ----------
+    site : Site
+        What it is.
+    batch_size : int
+        Size of the batch.
+    x : Tensor
+        The streams that it took.
+    key : object
+        Whose opening it is, for the caller's own use.
+    """
+
+    site: Site
+    batch_size: int
+    x: torch.Tensor
+    key: Any = None
+    parts: Parts | None = None
+
+    @property
+    def family(self) -> PairedFamily:
+        """The declaration of the connection."""
+        family = BY_NAME[self.site.style]
+        assert isinstance(family, PairedFamily)
+        return family
+
+    def watch(self) -> Watch:
+        """A watch for the weights that the opening method computes."""
+        return self.family.watch(self.site, self.x)
+
+    def read(self, result: Any, watch: Watch) -> None:
+        """Read what the opening method returned, ``result``."""
+        self.parts = self.family.read(self.site, self.batch_size, self.x, result, watch.floating())
+
+    def closing_watch(self, branch_out: torch.Tensor) -> Watch | None:
+        """A watch for the weights that the closing method computes; None where it computes none."""
+        watch = self.family.watch_closing
+        return None if watch is None else watch(self.site, branch_out)
+
+    def close(self, branch_out: torch.Tensor, output: Any, watch: Watch | None) -> Parts:
+        """All parts, after the closing method took the branch's output and returned the next state, ``output``."""
+        assert self.parts is not None
+        seen = [] if watch is None else watch.floating()
+        return self.family.close(self.site, self.parts, branch_out, output, seen)
+
+
+def branch_output(module: nn.Module, args: Any, kwargs: Any) -> torch.Tensor:
+    """The branch's output among the arguments of a closing method.
+
+    Parameters
+    ----------
+    module : Module
+        A paired connection.
+    args, kwargs
+        What its closing method was called with.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    CaptureError
+        Where no tensor is there.
+    """
+    family = paired_family(module)
+    floating = [t for t in tensors_in((args, kwargs)) if t.is_floating_point() and t.ndim >= 2]
+    if family is None or len(floating) <= family.branch_argument:
+        raise CaptureError(f"{type(module).__name__} closed a connection without its branch's output")
+    return floating[family.branch_argument].detach()

@@ -1,0 +1,72 @@
+"""Which attributes does a run get? What the model is, how it was measured, with which weights and on which data."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+
+from depthscope.diagnostics.package_versions import package_versions
+from depthscope.probes.connections.coefficients import tolerance
+from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.run.connection_variables import changes_outside
+from depthscope.probes.run.weights_digest import weights_digest
+from depthscope.probes.session.reservoir import Sequence, weights_stamp
+from depthscope.probes.session.session import Session
+
+PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
+
+
+def run_attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
+    """The attributes of a run; those that do not apply are left out."""
+    structure, options = session.structure, session.options
+    dtype, precision = session.observer.dtype, session.observer.precision
+    # NaN where nothing was compared, as where all sampled tokens are padding.
+    errors = [error for error in evidence.errors if not math.isnan(error)]
+    attributes = {  # None: does not apply; netCDF has no None
+        "model": type(session.model).__name__,
+        "family": structure.family,
+        "n_streams": structure.num_streams,
+        "layout": structure.layouts[0],
+        "layouts": list(structure.layouts) if len(set(structure.layouts)) > 1 else None,
+        "orientation": evidence.orientation,
+        "reconstruction_error": max(errors, default=None),
+        "reconstruction_tolerance": tolerance(precision) if evidence.proofs else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "autocast": str(precision).removeprefix("torch.") if precision != dtype else None,
+        "block": structure.chains[0].block_class,
+        "num_blocks": len(structure.chains[0].blocks),
+        # Tied weights count once, as parameters() lists them.
+        "num_parameters": sum(parameter.numel() for parameter in session.model.parameters()),
+        "seed": options.seed,
+        "data_digest": _data_digest(sequences),
+        "weights_digest": _weights_digest(session),
+        "sampling": {
+            "max_sequences": options.max_sequences,
+            "seed": options.seed,
+            "sequences_seen": session.reservoir.total,
+            "sequences_kept": len(sequences),
+        },
+        "software": package_versions(PACKAGES),
+        "changes_outside": changes_outside(session, sequences) or None,
+        "forwards_skipped": session.skipped or None,
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _weights_digest(session: Session) -> str | None:
+    """Digest of the weights that the run was measured with; None where they were trained further since."""
+    if weights_stamp(session.model) != session.reservoir.stored_stamp:
+        return None
+    return weights_digest(session.model)
+
+
+def _data_digest(sequences: list[Sequence]) -> str:
+    """SHA-256 over the model's input of the sampled sequences."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        if sequence.row is not None:
+            digest.update(sequence.row.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""Which groups does a run have? One per chain, or per stage of a chain whose states change their width or token count."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from depthscope.diagnostics import schema
+from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
+
+
+class Group(NamedTuple):
+    """Depths of a chain whose states have one shape, so that they fit into one array."""
+
+    name: str
+    depths: list[int]
+
+
+def chain_groups(session: Session, number: int) -> list[Group]:
+    """Split a chain where the width or the number of tokens of its states changes; only states that are stored count."""
+    chain = session.structure.chains[number]
+    selection = session.options.selection
+    all_depths = range(len(chain.points))
+    stored = [depth for depth in all_depths if selection.stores(chain, depth)]
+    captured = [depth for depth in all_depths if selection.captures(chain, depth)]
+    stages: list[list[int]] = []
+    for depth in (
+        stored or captured
+    ):  # every analysis needs some states, even if only connections were asked for
+        if stages and chain.shapes[stages[-1][-1]] == chain.shapes[depth]:
+            stages[-1].append(depth)
+        else:
+            stages.append([depth])
+    # A chain of one stage has the chain's own name: runs of plain transformers have no groups below /trace.
+    if len(stages) == 1:
+        return [Group(chain.name, stages[0])]
+    prefix = f"{chain.name}_" if chain.name else ""
+    return [Group(f"{prefix}stage{i}", depths) for i, depths in enumerate(stages)]
+
+
+def depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
+    """Coordinates of the depth axis of a group."""
+    points = [chain.points[depth] for depth in depths]
+    return {
+        "depth": np.array(depths),
+        "layer": ("depth", np.array([point.layer for point in points])),
+        "site": ("depth", np.array([point.site for point in points], dtype=object)),
+        "module": ("depth", np.array([point.module for point in points], dtype=object)),
+    }
+
+
+def without_gradient(depths: list[int], reached: set[int]) -> dict[str, list[int]]:
+    """The attribute that lists depths which no gradient reached, as below frozen weights: NaN there is no error."""
+    missing = [depth for depth in depths if depth not in reached]
+    return {schema.WITHOUT_GRADIENT: missing} if missing else {}

@@ -1,0 +1,114 @@
+"""How does ``/statistics`` come from the sums of the measured steps? One row per step, as arrays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.run.connection_variables import connection_coords
+from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.statistics.streamed_spectra import streamed_variables
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import WeightNorms
+from depthscope.probes.structure.chain import Chain
+
+DIRECTIONS = np.array(["forward", "backward"], dtype=object)
+GRADIENT = "gradient_square_norm_sum"
+PROFILES = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum", GRADIENT)
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """The statistics of one measured step, one `TokenSums` per chain; `TokenSums.compact` ones stay small."""
+
+    step: int
+    sums: list[TokenSums]
+    sequences: int
+    loss: float | None
+    weights: WeightNorms | None = None
+    scale: float | None = None
+
+
+def statistics_dataset(
+    chain: Chain,
+    number: int,
+    depths: list[int],
+    rows: list[StepStatistics],
+    pooled: list[TokenSums],
+    evidence: Evidence,
+) -> xr.Dataset:
+    """The statistics of one group, without those of the weights.
+
+    ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain.
+    """
+    sums = [row.sums[number] for row in rows]
+    variables: dict[str, Any] = {
+        # Of the first depth: all states of a group have the same tokens.
+        "token_count": ("step", _stacked(sums, "token_count", depths[:1])[:, 0]),
+        "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
+    }
+    for name, values in (("loss", [row.loss for row in rows]), ("loss_scale", [row.scale for row in rows])):
+        if any(value is not None for value in values):
+            variables[name] = ("step", np.array([math.nan if value is None else value for value in values]))
+    variables.update(_profile_variables(sums, depths))
+    # Σ_{i≠j} u_i·u_j over all pairs of unit vectors = ‖Σ u‖² − number of them: the mean cosine without forming any pair.
+    pairs = _stacked(sums, "unit_square", depths) - _stacked(sums, "unit_count", depths)
+    variables["unit_pair_sum"] = (schema.PROFILE, pairs)
+    for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
+        values_LND = _stacked(pooled[number : number + 1], name, depths)[0]
+        variables[name] = (("depth", "stream", "feature"), values_LND)
+    coords = depth_coords(chain, depths)
+    coords["step"] = np.array([row.step for row in rows])
+    coords["stream"] = np.arange(pairs.shape[2])
+    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
+    streaming = pooled[number].streaming
+    if streaming is not None:
+        streamed, streamed_coords = streamed_variables(streaming, depths)
+        variables.update(streamed)
+        coords.update(streamed_coords)
+    if evidence.proofs:  # only stream connections have gains: a plain block's is 1
+        variables.update(_gain_variables(sums, evidence))
+        coords.update(connection_coords(chain.connections))
+        coords["direction"] = DIRECTIONS
+    return xr.Dataset(variables, coords)
+
+
+def _profile_variables(sums: list[TokenSums], depths: list[int]) -> dict[str, Any]:
+    """What was added up at every depth in every step."""
+    found: dict[str, Any] = {}
+    for name in PROFILES:
+        if any(of.array(name, depths) is not None for of in sums):
+            found[name] = (schema.PROFILE, _stacked(sums, name, depths))
+    if GRADIENT in found:
+        reached = {depth for of in sums for depth in of.sums.get(GRADIENT, ())}
+        found[GRADIENT] = (*found[GRADIENT], without_gradient(depths, reached))
+    return found
+
+
+def _stacked(sums: list[TokenSums], name: str, keys: list[int]) -> np.ndarray:
+    """One statistic of all steps; NaN in steps where it was not measured."""
+    arrays = [of.array(name, keys) for of in sums]
+    known = [array for array in arrays if array is not None]
+    return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])
+
+
+def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]:
+    """The gains along both axes of the mixing matrices, named forward and backward by the proven orientation."""
+    keys = list(range(len(evidence.proofs)))
+    if all(of.array("gain_sum", keys) is None for of in sums):
+        return {}
+    variables: dict[str, Any] = {}
+    for name in ("gain_sum", "gain_max"):
+        gains = _stacked(
+            sums, name, keys
+        )  # step, connection, (summed over the last axis, over the one before)
+        if evidence.transposed:  # the matrix as the module computes it has its sources first
+            gains = gains[..., ::-1]
+        variables[name] = (schema.GAIN, np.moveaxis(gains, -1, 1).copy())
+    return variables

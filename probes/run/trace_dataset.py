@@ -1,0 +1,96 @@
+"""How does ``/trace`` come from the sampled sequences? States, gradients, connections, masks and texts as arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.run.connection_variables import connection_coords, connection_variables
+from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.session.reservoir import Sequence, padded, token_masks
+from depthscope.probes.session.session import Session
+from depthscope.probes.structure.model_structure import FINAL
+
+
+def trace_dataset(
+    session: Session,
+    number: int,
+    depths: list[int],
+    sequences: list[Sequence],
+    evidence: Evidence,
+    token_text: Any,
+) -> xr.Dataset:
+    """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index."""
+    chain, selection = session.structure.chains[number], session.options.selection
+    mask = np.stack(token_masks(sequences, number, depths[0]))
+    tokens = mask.shape[1]
+    # Sequences of several batches may differ in length: zeros, which the mask marks as padding.
+    states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
+    residual = torch.stack([torch.stack(row) for row in states]).numpy()
+    variables: dict[str, Any] = {
+        "residual": (schema.STATE, residual),
+        "mask": (("sample", "token"), mask),
+    }
+    if any(sequence.gradients for sequence in sequences):
+        values = _gradients(number, depths, sequences, residual.shape)
+        reached = {depth for sequence in sequences for owner, depth in sequence.gradients if owner == number}
+        variables["gradient"] = (schema.STATE, values, without_gradient(depths, reached))
+    coords = depth_coords(chain, depths)
+    coords["sample"] = np.array([sequence.index for sequence in sequences])
+    coords["token"] = np.arange(tokens)
+    coords["stream"] = np.arange(residual.shape[3])
+    if any(sequence.decoding for sequence in sequences):
+        phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
+        coords["phase"] = ("sample", np.array(phases, dtype=object))
+    if chain.connections and selection.stores_connections(chain):
+        variables.update(connection_variables(session, number, sequences, evidence, tokens))
+        coords.update(connection_coords(chain.connections))
+    variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
+    if token_text is not None:
+        variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
+    trace = xr.Dataset(variables, coords)
+    if "connection" not in trace.dims:
+        return trace
+    # Cut only now: the variables are computed from all connections, whose branches add up to one state.
+    stored = [i for i, of in enumerate(chain.connections) if selection.stores_connection(chain, of)]
+    return trace.isel(connection=stored)
+
+
+def _gradients(
+    number: int, depths: list[int], sequences: list[Sequence], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Gradients in the shape of the states; NaN where none reached a state."""
+    gradients = np.full(shape, np.nan, dtype=np.float32)
+    for i, depth in enumerate(depths):
+        for j, sequence in enumerate(sequences):
+            gradient = sequence.gradients.get((number, depth))
+            if gradient is not None:
+                gradients[i, j] = padded(gradient, shape[2]).numpy()
+    return gradients
+
+
+def _final_variables(number: int, sequences: list[Sequence], tokens: int, width: int) -> dict[str, Any]:
+    """The states after the last norm and their gradients, where all have the group's tokens and width."""
+    # Another width or more tokens belong to another stage, or to a head that pools or projects.
+    found = {}
+    for name, attribute in (("final", "states"), ("final_gradient", "gradients")):
+        tensors = [getattr(sequence, attribute).get((number, FINAL)) for sequence in sequences]
+        fitting = [t for t in tensors if t is not None and t.shape[0] <= tokens and t.shape[-1] == width]
+        if fitting and len(fitting) == len(tensors):
+            values = torch.stack([padded(t, tokens) for t in fitting]).numpy()
+            found[name] = (("sample", "token", "feature"), values)
+    return found
+
+
+def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
+    texts = np.full((len(sequences), tokens), "", dtype=object)
+    for i, sequence in enumerate(sequences):
+        if sequence.index < len(token_text):  # of a loader's later batches the user may have given no text
+            words = list(token_text[sequence.index])[:tokens]
+            texts[i, : len(words)] = words
+    return texts

@@ -1,0 +1,168 @@
+"""What is known of one connection, and of the product of a chain of them, from weight files alone."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.kernels import rank
+
+COLLAPSED = 0.01  # share of the differences between streams below which they count as one; a heuristic
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of a connection, from the header of its file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: bool
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Smallest, mean and largest value of some parameters."""
+
+    minimum: float
+    mean: float
+    maximum: float
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFacts:
+    """A static mixing matrix in numbers; distances are Frobenius norms over √n."""
+
+    singular_values: np.ndarray
+    spectral_gap: float
+    row_sums: np.ndarray
+    column_sums: np.ndarray
+    off_diagonal: float
+    identity_distance: float
+    uniform_distance: float
+
+
+@dataclass(frozen=True, eq=False)
+class StaticConnection:
+    """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
+
+    ``composes``: whether products of H_res alone describe mixing over depth; ``sinkhorn``: how ``logits`` become H_res.
+    """
+
+    module: str
+    chain: str
+    layer: int
+    branch: str
+    family: str
+    style: str
+    streams: int
+    fractions: int
+    width: int | None
+    constrained: bool
+    learns_mixing: bool
+    composes: bool
+    parameters: tuple[Parameter, ...]
+    biases: dict[str, Spread]
+    gates: dict[str, float]
+    h_res: np.ndarray | None
+    h_pre: np.ndarray | None
+    h_post: np.ndarray | None
+    logits: np.ndarray | None
+    sinkhorn: dict[str, Any]
+    mixing: MatrixFacts | None
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class StaticComposite:
+    """The product of the static matrices of a chain, first to last."""
+
+    chain: str
+    connections: int
+    streams: int
+    forward_gain: float
+    backward_gain: float
+    singular_values: np.ndarray
+    effective_rank: float
+    effective_streams: float | None
+    collapsed_after: int | None
+
+
+def spread_of(values: np.ndarray) -> Spread:
+    """Smallest, mean and largest value."""
+    return Spread(float(values.min()), float(values.mean()), float(values.max()))
+
+
+def matrix_facts(h_res: np.ndarray) -> MatrixFacts:
+    """A mixing matrix, destination by source, in numbers."""
+    n = len(h_res)
+    size = np.abs(h_res)
+    return MatrixFacts(
+        singular_values=kernel.singular_values(h_res),
+        spectral_gap=float(kernel.spectral_gap(h_res)),
+        row_sums=h_res.sum(axis=1),
+        column_sums=h_res.sum(axis=0),
+        off_diagonal=float(1.0 - np.trace(size) / size.sum()) if size.any() else math.nan,
+        identity_distance=float(kernel.identity_distance(h_res)),
+        uniform_distance=float(np.linalg.norm(h_res - 1.0 / n) / math.sqrt(n)),
+    )
+
+
+# --- products over depth
+
+
+def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]:
+    """One product for each chain and number of streams in which every matrix is known and composes."""
+    chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
+    for connection in connections:
+        chains[connection.chain, connection.streams * max(connection.fractions, 1)].append(connection)
+    return [
+        _composite(chain, members)
+        for (chain, _), members in chains.items()
+        if all(member.h_res is not None and member.composes for member in members)
+    ]
+
+
+def _composite(chain: str, members: Sequence[StaticConnection]) -> StaticComposite:
+    h_res = np.stack([member.h_res for member in members if member.h_res is not None])
+    product, log_scale = kernel.composite(h_res, return_log_scale=True)
+    with np.errstate(over="ignore"):  # a gain beyond float64 is shown as infinite
+        forward = np.exp(kernel.log_forward_gain(product, log_scale))
+        backward = np.exp(kernel.log_backward_gain(product, log_scale))
+        singular_values = kernel.singular_values(product) * np.exp(log_scale)
+    return StaticComposite(
+        chain=chain,
+        connections=len(members),
+        streams=h_res.shape[-1],
+        forward_gain=float(forward),
+        backward_gain=float(backward),
+        singular_values=singular_values,
+        effective_rank=float(rank.effective_rank_of(kernel.singular_values(product))),
+        effective_streams=_effective_streams(h_res, members),
+        collapsed_after=_collapsed_after(h_res) if all(member.constrained for member in members) else None,
+    )
+
+
+def _effective_streams(h_res: np.ndarray, members: Sequence[StaticConnection]) -> float | None:
+    """Effective streams at the narrowest cut between two connections; None where reads or writes are unknown."""
+    reads = [member.h_pre for member in members if member.h_pre is not None and member.h_pre.ndim == 1]
+    writes = [member.h_post for member in members if member.h_post is not None and member.h_post.ndim == 1]
+    if len(members) < 2 or len(reads) < len(members) or len(writes) < len(members):
+        return None
+    weights = kernel.depth_kernel(h_res, np.stack(reads), np.stack(writes))
+    if not np.isfinite(weights).all():  # free matrices can amplify beyond float64
+        return None
+    cuts = kernel.effective_streams(weights)
+    return None if np.isnan(cuts).all() else float(np.nanmin(cuts))
+
+
+def _collapsed_after(h_res: np.ndarray) -> int | None:
+    """The number of connections after which less than `COLLAPSED` of the differences between streams is left."""
+    below = kernel.deflated_gain(h_res) < math.log(COLLAPSED)
+    return int(np.argmax(below)) + 1 if below.any() else None

@@ -1,0 +1,183 @@
+"""analyze: what is written into a run, what stays as it was, what is printed and what is only named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import xarray as xr
+
+from depthscope import probes
+from depthscope.app.cli.command import FINE, USAGE
+from depthscope.app.cli.main import main
+from depthscope.app.readings.readings import read_runs
+from depthscope.diagnostics import schema
+from tests.models.stream_models import deepseek_v4
+
+
+def test_analyze_writes_metrics_into_the_run(saved, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+    assert main(["analyze", str(path), "--json"]) == FINE
+    printed = json.loads(capsys.readouterr().out)
+    with schema.open_run(path) as run:
+        assert set(run["metrics"].data_vars) == set(printed["metrics"])
+        assert "residual" in run["trace"]
+        assert run.attrs["family"] == "mhc"
+        first = run["metrics"]["effective_rank"].sel(
+            scope="sequence", tokens="all", centering="raw", stream="mean"
+        )
+        assert printed["depth"]["m"][0]["effective_rank"] == pytest.approx(float(first[0, 0]))
+    assert printed["connection"]["m"][0]["composite_gain_forward"] == pytest.approx(1.0, abs=1e-3)
+    assert printed["depth"]["m"][0]["adjacent_cka"] is None  # undefined, not zero
+
+
+def test_analyze_out_leaves_the_run_alone(saved, tmp_path, capsys):
+    before = (saved / "residual.nc").read_bytes()
+    out = tmp_path / "metrics.nc"
+    words = [
+        "analyze",
+        str(saved / "residual.nc"),
+        "--metrics",
+        "effective_rank,token_cosine",
+        "--out",
+        str(out),
+    ]
+    assert main(words) == FINE
+    assert (saved / "residual.nc").read_bytes() == before
+    with schema.open_run(out) as run:
+        assert "trace" not in run.children
+        assert {"effective_rank", "token_cosine"} <= set(run["metrics"].data_vars)
+        assert "participation_ratio" not in run["metrics"]
+    assert "effective rank" in capsys.readouterr().out
+
+
+WRONG_OPTIONS = {
+    "scope": (["--scope", "nonsense"], "expected one of sequence, data"),
+    "metric": (["--metrics", "effective_rank,nonsense"], "no metric 'nonsense'"),
+    "decay": (["--decay", "0.5"], "expected --initial CHECKPOINT too"),
+    "out": (["--out", "metrics.npy"], "expected a name that ends in .nc, .zarr, .zarr.zip"),
+    "empty out": (["--out", ""], "expected a name that ends in .nc, .zarr, .zarr.zip"),
+    "out of the run": (["--out", "RUN"], "is the run itself"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS)
+def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, options, said):
+    path = tmp_path / "r.nc"
+    path.write_bytes((saved / "residual.nc").read_bytes())
+    before = path.read_bytes(), path.stat().st_ino
+    words = ["analyze", str(path), *(option.replace("RUN", str(path)) for option in options)]
+    assert main(words) == USAGE
+    assert said in capsys.readouterr().err
+    assert (path.read_bytes(), path.stat().st_ino) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_that_a_run_contains_stay_with_those_measured_again(saved, tmp_path):
+    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+    assert main(["analyze", str(path), "--jackknife"]) == FINE
+    first = schema.open_run(path)["metrics"].to_dataset().load()
+    assert main(["analyze", str(path), "--metrics", "effective_rank,composite_gain,rbf_cka"]) == FINE
+    second = schema.open_run(path)["metrics"].to_dataset().load()
+    assert set(second.data_vars) - set(first.data_vars) == {"rbf_cka"}
+    xr.testing.assert_allclose(second.drop_vars("rbf_cka"), first)
+    assert second.attrs["complete"] is True
+    assert second["effective_rank_stderr"].sel(scope="data").notnull().any()
+    assert "rbf_cka" in first.attrs["on_request"]
+    assert "rbf_cka" not in second.attrs["on_request"]
+    for attr in ("not_computed", "notes"):
+        assert second.attrs[attr] == first.attrs[attr]
+
+
+def test_what_a_part_leaves_is_not_complete(saved, tmp_path):
+    path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
+    for name in ("token_cosine", "effective_rank"):
+        assert main(["analyze", str(path), "--metrics", name]) == FINE
+    stored = schema.open_run(path)["metrics"]
+    assert {"token_cosine", "effective_rank"} <= set(stored.data_vars)
+    assert stored.attrs["complete"] is False
+
+
+def test_every_chain_keeps_its_metrics(make_run, tmp_path):
+    part = make_run("residual", layers=2)["trace"].to_dataset()
+    run = schema.create_run({"encoder": part, "decoder": part}, attrs={"family": "residual", "n_streams": 1})
+    path = schema.save_run(run, tmp_path / "r.nc")
+    for name in ("residual_norm", "curvature"):
+        assert main(["analyze", str(path), "--metrics", name]) == FINE
+    stored = schema.open_run(path)
+    for chain in ("encoder", "decoder"):
+        assert {"residual_norm", "curvature"} <= set(stored[f"metrics/{chain}"].data_vars)
+        assert "residual" in stored[f"trace/{chain}"]
+
+
+def test_metrics_of_another_trace_are_not_mixed(saved, tmp_path, capsys):
+    run = schema.open_run(saved / "residual.nc").load()
+    run["metrics"] = xr.Dataset({"token_cosine": ("step", [0.0, 1.0])}, {"step": [5, 6]})
+    path = schema.save_run(run, tmp_path / "r.nc")
+    before = path.read_bytes()
+    assert main(["analyze", str(path), "--metrics", "residual_norm"]) == USAGE
+    assert "their step differs from that of the run's trace" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_analyze_says_where_the_tables_over_pairs_are(saved, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
+    asked = ["analyze", str(path), "--metrics", "cka,pair_gain,curvature"]
+    assert main(asked) == FINE
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not printed: cka (estimator × tokens × depth × other depth), pair_gain (" in said
+    assert "curvature (" in said
+    assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
+    assert main([*asked, "--json"]) == FINE
+    printed = json.loads(capsys.readouterr().out)["apart"]["m"]
+    assert printed["cka"]["dims"] == ["depth", "other_depth"]
+    stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
+    assert printed["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
+    assert printed["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_metrics_computed_on_request_are_added_to_the_others(saved, tmp_path):
+    path = schema.save_run(schema.open_run(saved / "residual.nc"), tmp_path / "r.nc")
+    assert main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == FINE
+    (reading,) = read_runs({"r": schema.open_run(path)})
+    assert {"effective_rank", "intrinsic_dimension"} <= set(reading.analysis)
+    assert "intrinsic_dimension" not in reading.analysis.attrs["on_request"]
+    assert "rbf_cka" in reading.analysis.attrs["on_request"]
+
+
+def test_errors_of_pooled_metrics_are_a_choice(saved, tmp_path, capsys):
+    out = tmp_path / "m.nc"
+    asked = ["analyze", str(saved / "residual.nc"), "--metrics", "cka", "--out", str(out)]
+    assert main([*asked, "--jackknife"]) == FINE
+    assert "cka_stderr" in schema.open_run(out)["metrics"]
+    assert main(asked) == FINE
+    assert "cka_stderr" not in schema.open_run(out)["metrics"]
+
+
+def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
+    model = deepseek_v4(2)
+    model.save_pretrained(tmp_path / "initial")
+    ids = torch.arange(24).reshape(2, 12) + 1
+    path = str(schema.save_run(probes.capture(model, {"input_ids": ids}), tmp_path / "r.nc"))
+    asked = ["analyze", path, "--metrics", "initial_distance,replay_distance"]
+    assert main([*asked, "--decay", "0.5"]) == USAGE
+    assert "expected --initial CHECKPOINT too" in capsys.readouterr().err
+    assert main([*asked, "--initial", str(tmp_path / "initial"), "--decay", "0.5"]) == FINE
+    run = schema.open_run(path)
+    assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
+    assert set(run["metrics"].data_vars) == {"initial_distance", "replay_distance"}
+    assert set(run.children) == {"trace", "statistics", "coverage", "metrics"}
+    again = ["analyze", path, "--metrics", "mixing_gain", "--initial", str(tmp_path / "initial")]
+    assert main(again) == FINE  # with another decay: what rested on the old one no longer holds
+    assert set(schema.open_run(path)["metrics"].data_vars) == {"mixing_gain"}
+    assert main([*asked, "--initial", str(tmp_path / "nowhere")]) == USAGE
+    assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_partial_metrics_in_a_run_are_not_taken_for_all(saved, tmp_path, capsys):
+    path = schema.save_run(schema.open_run(saved / "hc.nc"), tmp_path / "h.nc")
+    assert main(["analyze", str(path), "--metrics", "effective_rank"]) == FINE
+    capsys.readouterr()
+    assert main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == FINE
+    assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"

@@ -1,0 +1,150 @@
+"""The command line: what is imported, what is printed on which channel, with which exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from depthscope.app.cli.command import FINE, INTERRUPTED, USAGE
+from depthscope.app.cli.commands import COMMANDS
+from depthscope.app.cli.main import main
+from depthscope.app.figures import CHOICES
+
+HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "xarray", "numpy", "rich")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from depthscope.app.cli.main import main\n"
+        "try: main(['--help'])\n"
+        f"except SystemExit: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    printed = " ".join(done.stdout.split())
+    assert all(f" {command.name} {command.help} " in printed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_help_and_runs_the_function_that_it_declares(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command.name, "--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: depthscope {command.name}" in printed
+    assert "--debug" in printed
+    assert command.run.__module__ == f"depthscope.app.cli.commands.{command.name}"
+
+
+def test_the_options_of_a_slice_name_every_label(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    printed = capsys.readouterr().out
+    for name in ("scope", "tokens", "centering", "reduction"):
+        assert f"--{name} {'|'.join(CHOICES[name])}" in printed
+
+
+def test_bare_call_prints_help(capsys):
+    assert main([]) == 0
+    assert "depthscope demo" in capsys.readouterr().out
+
+
+def test_version_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("depthscope ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["chek"], "closest: 'check'"),
+        (["zzz"], "expected one of demo, probe"),
+        (["export", "a.nc"], "the following arguments are required: --out"),
+        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),
+        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "ten"], "'ten' is no whole number"),
+        (["analyze", "a.nc", "--metrics", ""], "argument --metrics: '' names nothing; give one name or"),
+        (["compare", "a.nc", "--metrics", " , "], "argument --metrics: ' , ' names nothing"),
+        (["check", "a.nc", "--fail-on", ""], "argument --fail-on: '' names nothing"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_two(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == USAGE
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "missing.nc"], "missing.nc"),
+        (["check", "RUNS/hc.nc", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
+        (["analyze", "RUNS/hc.nc", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
+        (["compare", "RUNS", "--tokens", "some"], "expected one of all, ordinary"),
+        (["export", "RUNS", "--out", "OUT/paper", "--width", "a4"], "expected icml, neurips, full"),
+        (["report", "RUNS", "--out", "OUT/report.pdf"], "expected such as report.html"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.nc"], "missing.txt: no such file"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr, .zarr.zip"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsys):
+    words = [word.replace("RUNS", str(saved)).replace("OUT", str(tmp_path)) for word in words]
+    assert main(words) == USAGE
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_foreign_file_is_no_run(tmp_path, capsys):
+    (tmp_path / "torn.nc").write_bytes(b"not a netCDF file")
+    assert main(["check", str(tmp_path / "torn.nc")]) == USAGE
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_folder_without_runs_says_how_to_make_one(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == USAGE
+    assert "depthscope probe CHECKPOINT" in capsys.readouterr().err
+
+
+def test_missing_extra_names_the_install_line(monkeypatch, capsys, saved):
+    def absent(paths, **options):
+        raise ModuleNotFoundError("No module named 'streamlit'", name="streamlit.web")
+
+    monkeypatch.setattr("depthscope.app.dashboard.server.launch", absent)
+    assert main(["dashboard", str(saved)]) == USAGE
+    assert capsys.readouterr().err.strip() == (
+        "depthscope dashboard needs streamlit: pip install 'depthscope[app]'"
+    )
+
+
+def test_missing_module_of_no_extra_is_our_fault_and_raises(monkeypatch, saved):
+    def broken(paths, **options):
+        raise ModuleNotFoundError("No module named 'depthscope.app.nowhere'", name="depthscope.app.nowhere")
+
+    monkeypatch.setattr("depthscope.app.dashboard.server.launch", broken)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        main(["dashboard", str(saved)])
+
+
+def test_interrupt_is_130(monkeypatch, saved, capsys):
+    def interrupted(paths, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("depthscope.app.dashboard.server.launch", interrupted)
+    assert main(["dashboard", str(saved)]) == INTERRUPTED
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
+    seen = {}
+    monkeypatch.setattr(
+        "depthscope.app.dashboard.server.launch", lambda paths, **more: seen.update(more, paths=paths)
+    )
+    assert main(["dashboard", str(saved), "--port", "8600", "--no-browser"]) == FINE
+    assert seen == {"paths": [saved], "port": 8600, "open_browser": False}

@@ -1,0 +1,97 @@
+"""probe: arguments reach the capture, the data are recorded, what cannot be probed is one line."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import xarray as xr
+
+from depthscope import probes
+from depthscope.app.cli.command import FINE, FOUND, USAGE
+from depthscope.app.cli.main import main
+from depthscope.diagnostics import schema
+
+
+def _stand_in(monkeypatch, run: xr.DataTree):
+    """A checkpoint that needs no weights: the capture gives a synthetic run."""
+    seen = {}
+    loaded = SimpleNamespace(model="model", tokenizer=None, name="tiny", digest="sha256:0", source="tiny")
+    monkeypatch.setattr(
+        "depthscope.probes.checkpoints.load.load_checkpoint",
+        lambda spec, **more: seen.update(spec=spec, **more) or loaded,
+    )
+    monkeypatch.setattr(
+        "depthscope.probes.checkpoints.text_batch.encode_text",
+        lambda model, text, **more: seen.update(text=text, **more) or {},
+    )
+    monkeypatch.setattr("depthscope.probes.checkpoints.text_batch.token_texts", lambda model, batch: None)
+
+    def capture(model, batch, **more):
+        seen.update(more)
+        run.attrs.update(more["attrs"])
+        return run
+
+    monkeypatch.setattr(probes, "capture", capture)
+    return seen
+
+
+def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, make_run, capsys):
+    seen = _stand_in(monkeypatch, make_run("residual", layers=2))
+    (tmp_path / "t.txt").write_text("some words")
+    out = tmp_path / "r.nc"
+    words = [
+        "probe",
+        "tiny",
+        "--text",
+        str(tmp_path / "t.txt"),
+        "--out",
+        str(out),
+        "--seed",
+        "3",
+        "--dtype",
+        "float32",
+    ]
+    assert main([*words, "--no-gradients", "--layers", "blocks", "--length", "64", "--json"]) == FINE
+    assert json.loads(capsys.readouterr().out)["sizes"]["run"]["depths"] == 3
+    assert (seen["text"], seen["length"], seen["seed"], seen["dtype"]) == ("some words", 64, 3, "float32")
+    assert (seen["gradients"], seen["layers"]) == (False, "blocks")
+    with schema.open_run(out) as run:
+        assert run.attrs["model"] == "tiny"
+        assert run.attrs["data"] == "t.txt"
+        assert run.attrs["data_digest"].startswith("sha256:")
+
+
+def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
+    from depthscope.probes.model.arguments import CaptureError
+
+    _stand_in(monkeypatch, make_run("residual", layers=2))
+
+    def refuse(*_, **__):
+        raise CaptureError("no residual stream was found; give layers=")
+
+    monkeypatch.setattr(probes, "capture", refuse)
+    (tmp_path / "t.txt").write_text("some words")
+    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]) == USAGE
+    assert "no residual stream was found" in capsys.readouterr().err
+    assert not (tmp_path / "r.nc").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "contains no text")])
+def test_text_must_be_text(content, said, tmp_path, capsys):
+    (tmp_path / "t.txt").write_bytes(content)
+    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.nc"]) == USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_probe_describe_check_for_real(tmp_path, capsys):
+    """One small model through the true probes: factory, capture, check."""
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    spec, out = "depthscope.app.study.small_lm:residual", tmp_path / "r.nc"
+    pytest.importorskip("depthscope.app.study.small_lm")
+    sizes = ["--sequences", "2", "--length", "32"]
+    assert main(["probe", spec, "--text", str(tmp_path / "t.txt"), "--out", str(out), *sizes]) == FINE
+    assert main(["describe", spec, "--json"]) == FINE
+    assert "residual" in capsys.readouterr().out
+    assert main(["check", str(out)]) in (FINE, FOUND)

@@ -1,0 +1,126 @@
+"""Every figure that a module of `app/figures/catalogue` defines is in DEFINED; every other metric has a default one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope.app.drawing.matplotlib import to_matplotlib
+from depthscope.app.drawing.plotly import to_plotly
+from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, Lines, catalogue
+from depthscope.app.figures.build.default_figure import default_figure, default_figures
+from depthscope.app.figures.specification import FigureKind
+from depthscope.diagnostics import CATALOGUE
+from depthscope.diagnostics.verdicts import VERDICTS
+
+MODULES = sorted(found.name for found in pkgutil.iter_modules(catalogue.__path__))
+DEFAULTS = {
+    kind.name: kind
+    for kind in default_figures(
+        [metric for name, metric in CATALOGUE.items() if name not in NOT_DRAWN], tuple(DEFINED.values())
+    )
+}
+
+
+def defined():
+    """(module, attribute, figure) for each figure of a module of the catalogue."""
+    return [
+        (module, attribute, value)
+        for module in MODULES
+        for attribute, value in vars(importlib.import_module(f"{catalogue.__name__}.{module}")).items()
+        if isinstance(value, FigureKind)
+    ]
+
+
+def test_every_defined_figure_is_registered():
+    registered = {id(kind) for kind in DEFINED.values()}
+    missing = [f"{module}.{name}" for module, name, kind in defined() if id(kind) not in registered]
+    assert not missing, (
+        f"{', '.join(missing)} of app/figures/catalogue is defined but not registered: add the line "
+        f"`{missing[0]},` to DEFINED in app/figures/__init__.py"
+    )
+
+
+def test_every_registered_figure_is_defined_once_and_under_its_own_name():
+    assert sorted(kind.name for _, _, kind in defined()) == sorted(DEFINED)
+    assert all(attribute == kind.name for _, attribute, kind in defined())
+    assert all(name == kind.name for name, kind in FIGURES.items())
+    assert list(FIGURES)[: len(DEFINED)] == list(DEFINED)
+
+
+def test_a_figure_draws_metrics_of_the_catalogue():
+    unknown = {kind.name: {*kind.needs, *kind.also} - set(CATALOGUE) for kind in FIGURES.values()}
+    assert not {name: names for name, names in unknown.items() if names}
+
+
+def test_every_metric_is_drawn_by_a_defined_figure_or_by_a_default_one_or_has_a_reason():
+    drawn = {name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)}
+    assert set(CATALOGUE) - drawn == set(NOT_DRAWN)
+    assert set(FIGURES) - set(DEFINED) == set(CATALOGUE) - DRAWN - set(NOT_DRAWN)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_declaration_is_enough_for_a_figure(name, whole):
+    """Metrics that have a figure of their own would be drawn without it too."""
+    kind, metric = DEFAULTS[name], CATALOGUE[name]
+    figure = kind.build(whole)
+    assert figure.metric == figure.name == name
+    assert metric.title in figure.title
+    assert any(character.isdigit() for character in figure.alt)
+    assert isinstance(figure, Heatmap) == (metric.pairwise or "order" in metric.dims)
+    measured = [figure.z] if isinstance(figure, Heatmap) else [line.y for line in figure.lines]
+    assert any(np.isfinite(values).any() for values in measured)
+    to_plotly(figure)
+    to_matplotlib(figure)
+
+
+@pytest.mark.parametrize("name", sorted(set(DEFINED) & set(DEFAULTS)))
+def test_a_default_figure_shows_the_numbers_of_the_defined_one(name, whole):
+    mine, default = DEFINED[name].build(whole), DEFAULTS[name].build(whole)
+    if isinstance(mine, Heatmap):
+        assert isinstance(default, Heatmap)
+        assert default.z.shape in (mine.z.shape, mine.z.shape[::-1])
+        return
+    assert isinstance(default, Lines)
+    added = ("every token, streamed", "initialisation and weight decay alone")
+    mine_y = [line.y for line in mine.lines if line.role == "measured" and not line.label.endswith(added)]
+    default_y = [line.y for line in default.lines if line.role == "measured"]
+    for values, expected in zip(default_y, mine_y, strict=True):
+        np.testing.assert_array_equal(values, expected)
+    assert default.log_y == mine.log_y
+
+
+def test_a_default_figure_is_beside_its_siblings():
+    assert (DEFAULTS["effective_rank"].question, DEFAULTS["cka"].question) == ("collapse", "similarity")
+    assert {DEFAULTS[name].question for name in ("weight_norm", "gradient_norm")} == {"gradients"}
+    alone = replace(CATALOGUE["mixing_gain"], question="a new module")
+    (kind,) = default_figures([alone], tuple(DEFINED.values()))
+    assert (kind.question, kind.section) == ("mixing", "Other metrics")
+    pairs = replace(CATALOGUE["cka"], question="a new module")
+    (kind,) = default_figures([pairs], tuple(DEFINED.values()))
+    assert (kind.question, kind.section) == ("similarity", "")
+
+
+def test_a_metric_with_more_dims_than_a_figure_has_axes_is_refused():
+    metric = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
+    with pytest.raises(ValueError, match="no default figure shows kind and norm at once"):
+        default_figure(metric, "mixing", "")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in DEFINED.items() if getattr(kind, "thresholds", ())])
+def test_thresholds_are_the_limits_of_the_verdicts_on_the_metric(name):
+    """Where a verdict judges the metric; 1 is the reference of gains."""
+    limits = [verdict.limits for verdict in VERDICTS.values() if verdict.metric == DEFINED[name].metric]
+    levels = {level for limit in limits for _, level in limit.levels}
+    drawn = {value for value, _ in DEFINED[name].thresholds}
+    assert not levels or drawn - {1.0} <= levels
+
+
+def test_a_run_that_lacks_the_metric_is_told(whole):
+    data = {"a": whole["plain"], "b": xr.Dataset()}
+    assert "Not measured in b." in DEFAULTS["effective_rank"].build(data).caption
