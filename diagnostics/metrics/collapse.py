@@ -221,7 +221,7 @@ def massive_activation(massive: Massive) -> xr.DataArray:
     dims="scope tokens depth stream",
     cite="marchenko1967distribution",
     basis="invariant",
-    null="none: it is what the nulls rest on",
+    null="none: it is what the nulls are computed from",
     estimator="count; within a sequence: mean over sequences",
     smooth=False,
     per_step=False,
