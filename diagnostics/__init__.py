@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from depthscope.diagnostics.analysis.training_curves import training_curves
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.metrics.declaration import Metric, Range
-    from depthscope.diagnostics.metrics.replay import decay_factor, with_replay
+    from depthscope.diagnostics.quantities.initial_logits import decay_factor, with_replay
     from depthscope.diagnostics.verdicts import judge
     from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
@@ -41,8 +41,8 @@ _HOMES = {
     "Severity": "verdicts.finding",
     "Metric": "metrics.declaration",
     "Range": "metrics.declaration",
-    "decay_factor": "metrics.replay",
-    "with_replay": "metrics.replay",
+    "decay_factor": "quantities.initial_logits",
+    "with_replay": "quantities.initial_logits",
     "judge": "verdicts",
 }
 

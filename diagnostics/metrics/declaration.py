@@ -13,6 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.labelled_input import bind_arrays, split_options, trace_of, with_mask
 from depthscope.diagnostics.quantities import (
+    initial_logits,
     mean_states,
     mixing_matrices,
     over_sequences,
@@ -24,7 +25,7 @@ from depthscope.diagnostics.quantities import (
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
-QUANTITY_MODULES = (states, tokens, token_spectra, mean_states, mixing_matrices)
+QUANTITY_MODULES = (states, tokens, token_spectra, mean_states, mixing_matrices, initial_logits)
 
 Null = Callable[..., xr.DataArray] | float | str
 
