@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from depthscope.diagnostics.analysis.training_curves import training_curves
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.metrics.declaration import Metric, Range
-    from depthscope.diagnostics.metrics.replay import decay_factor, with_replay
+    from depthscope.diagnostics.quantities.initial_logits import decay_factor, with_replay
     from depthscope.diagnostics.verdicts import judge
     from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
+# Where a name is defined, below this package. Not imported at the top: `import depthscope` is to take milliseconds.
 _HOMES = {
     "analyze": "analysis.analyze",
     "CATALOGUE": "metrics.catalogue",
@@ -40,8 +41,8 @@ _HOMES = {
     "Severity": "verdicts.finding",
     "Metric": "metrics.declaration",
     "Range": "metrics.declaration",
-    "decay_factor": "metrics.replay",
-    "with_replay": "metrics.replay",
+    "decay_factor": "quantities.initial_logits",
+    "with_replay": "quantities.initial_logits",
     "judge": "verdicts",
 }
 
@@ -71,13 +72,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    if name.startswith("__"):  # Python asks for these while it imports
         raise AttributeError(name)
     if name in _HOMES:
         return getattr(importlib.import_module(f"depthscope.diagnostics.{_HOMES[name]}"), name)
-    if importlib.util.find_spec(
-        f"depthscope.diagnostics.{name}"
-    ):  # a module, asked for before it was imported
+    # A sub-package that nothing has imported yet: `diagnostics.kernels` works right after `import depthscope`.
+    if importlib.util.find_spec(f"depthscope.diagnostics.{name}"):
         return importlib.import_module(f"depthscope.diagnostics.{name}")
     catalogue = importlib.import_module("depthscope.diagnostics.metrics.catalogue").CATALOGUE
     if name in catalogue:

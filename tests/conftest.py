@@ -9,8 +9,8 @@ import pytest
 import xarray as xr
 
 from depthscope.diagnostics import CATALOGUE, analyze
-from depthscope.diagnostics.metrics.replay import with_replay
 from depthscope.diagnostics.metrics.spectrum import singular_value
+from depthscope.diagnostics.quantities.initial_logits import with_replay
 from depthscope.diagnostics.quantities.registry import Quantities
 from tests.models.synthetic_run import synthetic_run
 

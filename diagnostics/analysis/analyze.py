@@ -1,4 +1,4 @@
-"""What can be said about a run? Every metric that its trace can feed, and why one is missing."""
+"""What can be measured in a run? Every metric that its trace can feed, and why one is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis import sample_size
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
@@ -18,6 +17,7 @@ from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities, Unavailable, sources
+from depthscope.diagnostics.schema import chain_dataset, chains
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,48 +34,47 @@ def analyze(
     Parameters
     ----------
     run : DataTree
-        A run with a trace; one that holds only statistics gives its training curves.
+        A run with a trace; one with statistics only gives its training curves.
     metrics : str or iterable of str, optional
-        One name of `CATALOGUE` or several; by default all but the costly ones (``Metric.default`` is false). Nothing is
-        computed that these do not need.
+        One name of `CATALOGUE` or several; by default all but the expensive ones (``Metric.default`` is false). Nothing
+        is computed that these do not need.
     jackknife : bool
         Estimate the standard errors of metrics over pooled tokens too, by leaving out one sequence at a time: it
         costs about one more analysis for each sequence. See `diagnostics.analysis.jackknife`. Means over sequences have
-        theirs always.
+        standard errors in any case.
     progress : function, optional
         Called with (metric, number done, number in all) before each metric and once at the end.
 
     Returns
     -------
     Dataset or DataTree
-        ``step`` first, with nulls and standard errors beside the metrics; a tree with one child per chain
-        where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
+        ``step`` first, with nulls and standard errors as ``NAME_null`` and ``NAME_stderr``; a tree with one child per
+        chain where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
         where no metric was named ``on_request``: the names of those that were left out for their cost. ``notes``
-        says, by metric, where the sample is too small for the question.
+        are sentences, by metric, where the sample is too small for the question.
 
     Raises
     ------
     ValueError
-        For an unknown metric, what is no run, or a run that holds neither a trace nor statistics.
+        For an unknown metric, what is no run, or a run that has neither a trace nor statistics.
     """
     _require_run(run)
-    unasked, costly = (
-        [name for name, metric in CATALOGUE.items() if metric.default is default] for default in (True, False)
-    )
-    chosen = {name: find_metric(name) for name in (unasked if metrics is None else _names(metrics))}
-    chains = schema.chains(run)
-    rounds = [len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains]
-    report = _counted(progress, sum(rounds))
-    analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains}
+    chosen = {name: find_metric(name) for name in _names(metrics)}
+    num_rounds = sum(len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains(run))
+    report = _counted(progress, num_rounds)
+    analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains(run)}
     if metrics is None:
-        analyses = {chain: found.assign_attrs(on_request=costly) for chain, found in analyses.items()}
+        expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
+        analyses = {chain: found.assign_attrs(on_request=expensive) for chain, found in analyses.items()}
     report("")
     if list(analyses) == [""]:
         return analyses[""]
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 
-def _names(metrics: str | Iterable[str]) -> list[str]:
+def _names(metrics: str | Iterable[str] | None) -> list[str]:
+    if metrics is None:
+        return [name for name, metric in CATALOGUE.items() if metric.default]
     if isinstance(metrics, str):
         return [metrics]
     if not isinstance(metrics, Iterable):
@@ -86,12 +85,14 @@ def _names(metrics: str | Iterable[str]) -> list[str]:
 def _require_run(run: xr.DataTree) -> None:
     if isinstance(run, xr.DataTree):
         return
-    came, then = f"a {type(run).__name__}", "capture one with probes.capture(...)"
+    came = f"a {type(run).__name__}"
+    advice = "capture one with probes.capture(...)"
     if isinstance(run, (str, os.PathLike)):
-        came, then = f"the path {os.fspath(run)!r}", "open it: analyze(diagnostics.open_run(path))"
+        came = f"the path {os.fspath(run)!r}"
+        advice = "open it: analyze(diagnostics.open_run(path))"
     elif isinstance(run, xr.Dataset):
-        then = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
-    raise ValueError(f"came {came}; expected a run, a DataTree; {then}")
+        advice = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
+    raise ValueError(f"came {came}; expected a run, a DataTree; {advice}")
 
 
 def find_metric(name: str) -> Metric:
@@ -126,18 +127,18 @@ def _counted(progress: Progress | None, total: int) -> Callable[[str], None]:
 def _analyze_chain(
     run: xr.DataTree, chain: str, chosen: Mapping[str, Metric], report: Callable[[str], None], jackknife: bool
 ) -> xr.Dataset:
-    trace = schema.chain_dataset(run, "trace", chain)
+    trace = chain_dataset(run, "trace", chain)
     if trace is None:
         for name in chosen:
             report(name)
         return _curves_alone(run, chain, chosen)
-    source = Quantities(sources(trace, schema.chain_dataset(run, "statistics", chain)))
+    source = Quantities(sources(trace, chain_dataset(run, "statistics", chain)))
     found: dict[str, xr.DataArray] = {}
     reasons: dict[str, str] = {}
     for name, metric in chosen.items():
         report(name)
         try:
-            found |= metric.evaluate(source)
+            found.update(metric.evaluate(source))
         except Unavailable as reason:
             reasons[name] = str(reason)
     if jackknife:
@@ -145,7 +146,7 @@ def _analyze_chain(
         _add_errors(found, jackknife_errors(trace, known, report), chosen)
     dataset = assemble(found, _step(run, trace))
     notes = _notes(dataset, source, jackknife)
-    return dataset.assign_attrs(dict(run.attrs) | {"not_computed": reasons, "notes": notes})
+    return dataset.assign_attrs({**run.attrs, "not_computed": reasons, "notes": notes})
 
 
 def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:
@@ -160,26 +161,26 @@ def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[st
 
 
 def _num_replicas(run: xr.DataTree, chain: str) -> int:
-    trace = schema.chain_dataset(run, "trace", chain)
+    trace = chain_dataset(run, "trace", chain)
     return 0 if trace is None else num_replicas(trace)
 
 
 def _add_errors(
     found: dict[str, xr.DataArray], errors: Mapping[str, xr.DataArray], chosen: Mapping[str, Metric]
 ) -> None:
-    """Put jackknife errors beside the metrics; those of means over sequences stay as they are."""
+    """Add jackknife errors to the variables; those of means over sequences are not replaced."""
     for name, error in errors.items():
         own = found.get(f"{name}_stderr")
         if own is None:
             found[f"{name}_stderr"] = chosen[name].stamp_error(error)
         elif "scope" in own.dims:
-            both = f"{own.attrs['estimator']}; over the data: {error.attrs['estimator']}"
+            estimator = f"{own.attrs['estimator']}; over the data: {error.attrs['estimator']}"
             filled = own.fillna(error.reindex(scope=own["scope"]))
-            found[f"{name}_stderr"] = filled.assign_attrs(own.attrs | {"estimator": both})
+            found[f"{name}_stderr"] = filled.assign_attrs({**own.attrs, "estimator": estimator})
 
 
 def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
-    """Put measured variables to one dataset, ``step`` first; nulls and counts have no step.
+    """Make one dataset of measured variables, ``step`` first; nulls and facts about the sample have no step.
 
     Parameters
     ----------
@@ -192,6 +193,7 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
     -------
     Dataset
     """
+    # Shares of streams have no "mean", states have: one axis with all labels, as a dataset has one of each name.
     labels = [value["stream"].values.tolist() for value in variables.values() if "stream" in value.dims]
     streams = list(dict.fromkeys(label for of_one in labels for label in of_one))
     coords: dict[str, Any] = {}
@@ -201,13 +203,14 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
             value = value.reindex(stream=streams)
         per_step = not name.endswith("_null") and (name not in CATALOGUE or CATALOGUE[name].per_step)
         dims = ("step", *value.dims) if per_step else value.dims
-        data[name] = value.variable.set_dims(dims).transpose(*_ordered(dims))
-        coords |= {str(label): coord.variable for label, coord in value.coords.items()}
-    return xr.Dataset(data, coords | {"step": [step]})
+        data[name] = value.variable.set_dims(dims).transpose(*sorted(map(str, dims), key=_ORDER.index))
+        for label, coord in value.coords.items():
+            coords[str(label)] = coord.variable
+    coords["step"] = [step]
+    return xr.Dataset(data, coords)
 
 
-def _ordered(dims: Iterable[Any]) -> list[str]:
-    return sorted(map(str, dims), key=("step", *DIMS).index)
+_ORDER = ("step", *DIMS)
 
 
 def _step(run: xr.DataTree, trace: xr.Dataset) -> int:
@@ -217,9 +220,10 @@ def _step(run: xr.DataTree, trace: xr.Dataset) -> int:
 
 
 def _curves_alone(run: xr.DataTree, chain: str, chosen: Mapping[str, Metric]) -> xr.Dataset:
-    """What the exact statistics of a run without a trace say about the chosen metrics."""
+    """The chosen metrics as far as the statistics of a run without a trace give them."""
     curves = training_curves(run, chain=chain)
-    kept = curves[[name for name in curves.data_vars if name in chosen or name not in CATALOGUE]]
-    reason = "the run holds no trace: capture one with probes.capture(...)"
-    missing = {name: reason for name in chosen if name not in kept}
-    return kept.assign_attrs(dict(run.attrs) | {"not_computed": missing})
+    # The loss is no metric, and always among the curves.
+    found = curves[[name for name in curves.data_vars if name in chosen or name not in CATALOGUE]]
+    reason = "the run has no trace: capture one with probes.capture(...)"
+    missing = {name: reason for name in chosen if name not in found}
+    return found.assign_attrs({**run.attrs, "not_computed": missing})

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
+from depthscope.diagnostics.schema import TRACE
 
 # Leaving out one at a time is wrong for quantiles and extremes, however many sequences there are (Efron 1979).
 ROUGH = ("median", "p1", "p99", "max")
@@ -33,30 +33,32 @@ def jackknife(
     trace : Dataset
         The chain's trace.
     metrics : iterable of Metric
-        Those that are not `smooth`, or rest on no sequences, get no error.
+        Those that are not `smooth`, or do not come from sequences, get no error.
     report : function, optional
         Called with "jackknife" before each sequence.
 
     Returns
     -------
     dict of str to DataArray
-        Standard errors by name of the metric; at the scope ``data`` alone where it has scopes. None with fewer than
-        two sequences that hold tokens.
+        Standard errors by name of the metric; at the scope ``data`` only where it has scopes. None with fewer than
+        two sequences that have tokens.
     """
     masks = list(_without_each(trace))
     wanted = [metric for metric in metrics if resampled(metric)]
     found: dict[str, list[xr.DataArray]] = {metric.name: [] for metric in wanted}
-    for left in masks:
+    for mask in masks:
         report("jackknife")
         for limit, group in _by_limit(wanted, trace).items():
-            source = Quantities(trace.assign(mask=left & _thinned(trace, limit)), choices={"scope": "data"})
+            # Means over sequences have their errors already: only pooled tokens are measured again.
+            source = Quantities(trace.assign(mask=mask & _thinned(trace, limit)), choices={"scope": "data"})
             for metric in group:
                 found[metric.name] += _value(metric, source)
+    # A metric that some replica could not give has no error: those that could are not a fair sample.
     return {name: _error(values) for name, values in found.items() if len(values) == len(masks) > 1}
 
 
 def num_replicas(trace: xr.Dataset) -> int:
-    """How many times the jackknife measures: once for each sequence that holds tokens, if it is not alone.
+    """How many times the jackknife measures: once for each sequence that has tokens, of two or more.
 
     Parameters
     ----------
@@ -67,12 +69,12 @@ def num_replicas(trace: xr.Dataset) -> int:
     -------
     int
     """
-    held = int(_mask(trace).any("token").sum())
-    return held if held > 1 else 0
+    num_sequences = int(_mask(trace).any("token").sum())
+    return num_sequences if num_sequences > 1 else 0
 
 
 def resampled(metric: Metric) -> bool:
-    """Whether leaving out sequences says how sure a metric is.
+    """Whether leaving out sequences estimates the error of a metric.
 
     Parameters
     ----------
@@ -82,9 +84,9 @@ def resampled(metric: Metric) -> bool:
     Returns
     -------
     bool
-        False for what is not `smooth` and for what does not rest on sampled sequences.
+        False for what is not `smooth` and for what does not come from sampled sequences.
     """
-    known = [schema.TRACE[root].dims for root in metric.roots if root in schema.TRACE]
+    known = [TRACE[root].dims for root in metric.roots if root in TRACE]
     return metric.smooth and any("sample" in dims for dims in known)
 
 
@@ -93,17 +95,18 @@ def _mask(trace: xr.Dataset) -> xr.DataArray:
 
 
 def _without_each(trace: xr.Dataset) -> Iterator[xr.DataArray]:
-    """The mask with one sequence left out, for each that holds tokens; nothing where there is but one."""
+    """The mask without one sequence, for each that has tokens; nothing where there is only one."""
     mask = _mask(trace)
-    held = np.flatnonzero(mask.values.any(axis=1))
-    for sequence in held if len(held) > 1 else ():
-        left = mask.copy(deep=True)
-        left.values[sequence] = False
-        yield left
+    if num_replicas(trace) == 0:
+        return
+    for sequence in np.flatnonzero(mask.values.any(axis=1)):
+        without = mask.copy(deep=True)
+        without.values[sequence] = False
+        yield without
 
 
 def _by_limit(metrics: Iterable[Metric], trace: xr.Dataset) -> dict[int | None, list[Metric]]:
-    """Metrics by the most tokens that they take, so that all are measured on tokens chosen once."""
+    """Metrics by the most tokens that they use, so that each limit needs one thinned mask."""
     groups: dict[int | None, list[Metric]] = {}
     for metric in metrics:
         limit = None if metric.most_tokens is None else metric.most_tokens(trace.sizes.get("feature", 1))
@@ -112,18 +115,21 @@ def _by_limit(metrics: Iterable[Metric], trace: xr.Dataset) -> dict[int | None, 
 
 
 def _thinned(trace: xr.Dataset, limit: int | None) -> xr.DataArray:
-    """The mask of at most so many tokens, those that the metric itself would take of all sequences."""
+    """The mask of at most so many tokens, those that the metric itself would use of all sequences.
+
+    Chosen before a sequence is left out: a choice from the rest would be other tokens, and the difference their error too.
+    """
     mask = _mask(trace)
     if limit is None:
         return mask
     real = np.argwhere(mask.values)
-    kept = np.zeros(mask.shape, dtype=bool)
-    kept[tuple(real[evenly_spaced(len(real), limit)].T)] = True
-    return mask.copy(data=kept)
+    chosen = np.zeros(mask.shape, dtype=bool)
+    chosen[tuple(real[evenly_spaced(len(real), limit)].T)] = True
+    return mask.copy(data=chosen)
 
 
 def _value(metric: Metric, source: Quantities) -> list[xr.DataArray]:
-    """The value as a list of one, or none where the sequences left do not give it."""
+    """The value as a list of one, or an empty list where the remaining sequences do not give it."""
     try:
         return [metric.measure(source)[0]]
     except Unavailable:
@@ -132,9 +138,9 @@ def _value(metric: Metric, source: Quantities) -> list[xr.DataArray]:
 
 def _error(values: list[xr.DataArray]) -> xr.DataArray:
     """The standard error from the values without each sequence; NaN for rough reductions."""
-    apart = np.stack([value.values for value in values])
-    apart = apart - apart.mean(axis=0)
-    error = values[0].copy(data=np.sqrt((apart**2).sum(axis=0) * (len(values) - 1) / len(values)))
+    replicas = np.stack([value.values for value in values])
+    squares = ((replicas - replicas.mean(axis=0)) ** 2).sum(axis=0)
+    error = values[0].copy(data=np.sqrt(squares * (len(values) - 1) / len(values)))
     if "reduction" in error.dims:
         error = error.where(~error["reduction"].isin(ROUGH))
     return error.assign_attrs(estimator=f"delete-one jackknife over {len(values)} sequences")

@@ -1,4 +1,4 @@
-"""How did training go, step by step? What the exact statistics over every token can say."""
+"""How did training go, step by step? Metrics that the additive statistics over every token give exactly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import partial
 
 import xarray as xr
 
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics import collapse, gradients, mixing, propagation, streamed, weight_updates
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, sources
 from depthscope.diagnostics.quantities.token_spectra import RANKS
+from depthscope.diagnostics.schema import WITHOUT_GRADIENT, chain_dataset
 
 EXACT = "exact over every token of the step"
 
@@ -24,33 +24,33 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     run : DataTree
         A run with statistics.
     chain : str
-        A name of `schema.chains`, where there are several.
+        A name of `diagnostics.chains`, where there are several.
 
     Returns
     -------
     Dataset
         Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
-        ``mixing_gain`` (mean and max), the metrics of `weights` (step, weight), the ``streamed_`` ranks with
-        their nulls; and ``loss`` (step); as far as the statistics hold them. Streamed sums are of the tokens since
-        the weights last changed: their ranks stand at the last step and are NaN before it.
+        ``mixing_gain`` (mean and max), the metrics of `weight_updates` (step, weight), the ``streamed_`` ranks
+        with their nulls; and ``loss`` (step); as far as the statistics have them. Streamed sums are of the tokens since
+        the weights last changed: their ranks are values of the last step and NaN before it.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
     ------
     ValueError
-        Where the run holds no statistics.
+        Where the run has no statistics.
     """
-    statistics = schema.chain_dataset(run, "statistics", chain)
+    statistics = chain_dataset(run, "statistics", chain)
     if statistics is None:
         raise ValueError(
-            "the run holds no statistics; record it with probes.record(...), or analyze a run with a trace"
+            "the run has no statistics; record it with probes.record(...), or analyze a run with a trace"
         )
     statistics = _with_stream_labels(statistics)
     curves: dict[str, xr.DataArray] = {}
     for needs, build in _CURVES.items():
         if all(name in statistics for name in needs):
-            curves |= build(statistics)
+            curves.update(build(statistics))
     return xr.Dataset(curves)
 
 
@@ -59,6 +59,7 @@ def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
     streams = statistics.sizes.get("stream", 0)
     if streams < 2:
         return statistics.assign_coords(stream=["mean"]) if streams else statistics
+    # The norm of a mean is no sum over streams, so that the statistics cannot give it: NaN.
     labels = list(map(str, range(streams)))
     return statistics.assign_coords(stream=labels).reindex(stream=["mean", *labels])
 
@@ -75,8 +76,8 @@ def _residual_norm(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 def _gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     square = statistics["gradient_square_norm_sum"]
     norm = square**0.5
-    if held := square.attrs.get(schema.WITHOUT_GRADIENT):
-        norm = norm.assign_attrs({schema.WITHOUT_GRADIENT: held})
+    if depths := square.attrs.get(WITHOUT_GRADIENT):
+        norm = norm.assign_attrs({WITHOUT_GRADIENT: depths})
     last = norm.isel(depth=-1, drop=True)
     gain = (norm / last.where(last > 0)).transpose(*norm.dims)
     return {
@@ -87,6 +88,7 @@ def _gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 def _token_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     count = statistics["token_count"]
+    # Σ_{i≠j} u_i · u_j over all ordered pairs, divided by their number.
     cosine = statistics["unit_pair_sum"] / (count * (count - 1)).where(count > 1)
     labelled = cosine.transpose("step", "depth", "stream").expand_dims(
         scope=["data"], tokens=["all"], centering=["raw"]

@@ -1,13 +1,15 @@
-"""What is measured? One file a question; every metric of the catalogue is here by its name."""
+"""What is measured? One file a question; every metric of the catalogue is an attribute: `depthscope.metrics.cka`."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
+# Looked up when used: the modules of this package import from it, so that it cannot import the catalogue.
+
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    if name.startswith("__"):  # Python asks for these while it imports
         raise AttributeError(name)
     catalogue = importlib.import_module("depthscope.diagnostics.metrics.catalogue").CATALOGUE
     if name in catalogue:

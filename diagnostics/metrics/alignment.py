@@ -1,7 +1,7 @@
 """Do depths agree by another measure than CKA? Canonical correlations, shapes, distances, neighbours.
 
-States are compared in the mean over streams. All cost much, up to seconds for a few tens of depths:
-they are computed when asked for by name, over at most `ROWS` tokens.
+States are compared in the mean over streams. All are expensive, up to seconds for a few tens of depths:
+they are computed when requested by name, over at most `ROWS` tokens.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from depthscope.diagnostics.quantities.registry import Unavailable, quantity
 from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
-# Tokens compared, evenly spaced over all of them: neighbours and distances cost their square.
+# Tokens compared, evenly spaced over all of them: neighbours and distances cost their square. Heuristic.
 ROWS = 512
+# As in the paper on the platonic representation hypothesis (Huh et al. 2024).
 NEIGHBOURS = 10
 SAMPLED = f"over at most {ROWS} tokens, evenly spaced"
-# Canonical correlations need more tokens than directions.
+# With no more tokens than directions every canonical correlation is 1.
 SPARE = f"over at most {ROWS} tokens or twice as many as features, evenly spaced"
 
 # One stack of states (L, N, D) in, all pairs (L, L) out; or two states (N, D) in, a number out.
 Compare = Callable[..., np.ndarray]
 
 
-def _rows(width: int) -> int:
+def _limit(width: int) -> int:
     return ROWS
 
 
-def _rows_to_spare(width: int) -> int:
+def _cca_limit(width: int) -> int:
     return max(ROWS, 2 * width)
 
 
@@ -52,9 +53,11 @@ class Pairs:
     """
 
     def __init__(self, states: States, mean_states: MeanStates, masks: xr.DataArray) -> None:
-        self._states, self._mean, self._kinds = states, mean_states, masks["tokens"]
+        self._states = states
+        self._mean = mean_states
+        self._kinds = masks["tokens"]
 
-    def compare(self, measure: Compare, *, most: Callable[[int], int] = _rows) -> xr.DataArray:
+    def compare(self, measure: Compare, *, most: Callable[[int], int] = _limit) -> xr.DataArray:
         """Compare every depth with every other.
 
         Parameters
@@ -73,8 +76,9 @@ class Pairs:
         Raises
         ------
         Unavailable
-            Where it refuses every kind, with its words.
+            Where it refuses every kind, with the reason that it gives.
         """
+        # A kind of token may be too small while another is not: only if all are is the metric unavailable.
         refusals: list[str] = []
         limit = most(self._states.num_features)
         tables = self._mean.over_kinds(partial(self._table, measure, refusals, limit))
@@ -98,16 +102,16 @@ class Pairs:
 
 @quantity
 def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: xr.DataArray) -> Pairs:
-    """Every depth beside every other."""
+    """Every pair of depths."""
     return Pairs(residual_states, mean_states, token_masks)
 
 
-def _of_noise(measure: Compare, most: Callable[[int], int] = _rows, draws: int = 1) -> Null:
+def _of_noise(measure: Compare, most: Callable[[int], int] = _limit, draws: int = 1) -> Null:
     """What a measure gives for independent noise of the same size; NaN where it refuses that size."""
 
     @lru_cache(maxsize=256)
     def of_size(count: int, width: int) -> float:
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(0)  # the same null for the same size in every analysis
         sides = (rng.standard_normal((2, count, width)) for _ in range(draws))
         try:
             return float(np.mean([measure(left, right) for left, right in sides]))
@@ -132,7 +136,7 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _rows, draws: int =
     null=0.0,
     estimator=f"unbiased HSIC1, σ half the median distance; {SAMPLED}",
     default=False,
-    most_tokens=_rows,
+    most_tokens=_limit,
 )
 def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
@@ -148,10 +152,10 @@ def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     label="SVCCA",
     cite="raghu2017svcca",
     basis="stream",
-    null=_of_noise(kernel.svcca, _rows_to_spare),
+    null=_of_noise(kernel.svcca, _cca_limit),
     estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
     default=False,
-    most_tokens=_rows_to_spare,
+    most_tokens=_cca_limit,
     null_error=0.05,
 )
 def svcca(depth_pairs: Pairs) -> xr.DataArray:
@@ -161,7 +165,7 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Blind to any invertible map of the leading directions. Refused without more tokens than directions.
     """
-    return depth_pairs.compare(kernel.svcca, most=_rows_to_spare)
+    return depth_pairs.compare(kernel.svcca, most=_cca_limit)
 
 
 @metric(
@@ -170,10 +174,10 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
     label="PWCCA",
     cite="morcos2018insights",
     basis="feature",
-    null=_of_noise(kernel.pwcca, _rows_to_spare),
+    null=_of_noise(kernel.pwcca, _cca_limit),
     estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
     default=False,
-    most_tokens=_rows_to_spare,
+    most_tokens=_cca_limit,
     null_error=0.05,
 )
 def pwcca(depth_pairs: Pairs) -> xr.DataArray:
@@ -183,7 +187,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
     """
-    return depth_pairs.compare(kernel.pwcca, most=_rows_to_spare)
+    return depth_pairs.compare(kernel.pwcca, most=_cca_limit)
 
 
 @metric(
@@ -196,7 +200,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
     null=_of_noise(kernel.procrustes),
     estimator=f"exact; {SAMPLED}",
     default=False,
-    most_tokens=_rows,
+    most_tokens=_limit,
     null_error=0.02,
 )
 def procrustes(depth_pairs: Pairs) -> xr.DataArray:
@@ -216,7 +220,7 @@ def procrustes(depth_pairs: Pairs) -> xr.DataArray:
     null=0.0,
     estimator=f"Spearman correlation of 1 − Pearson dissimilarities; {SAMPLED}",
     default=False,
-    most_tokens=_rows,
+    most_tokens=_limit,
 )
 def rsa(depth_pairs: Pairs) -> xr.DataArray:
     """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
@@ -238,7 +242,7 @@ def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
     null=_shared_by_chance,
     estimator=f"{NEIGHBOURS} nearest by cosine; {SAMPLED}",
     default=False,
-    most_tokens=_rows,
+    most_tokens=_limit,
     null_error=0.05,
 )
 def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
@@ -255,7 +259,7 @@ def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
     null=_of_noise(partial(kernel.cknna, k=NEIGHBOURS), draws=4),
     estimator=f"unbiased HSIC1 over the pairs among {NEIGHBOURS} nearest on both sides; {SAMPLED}",
     default=False,
-    most_tokens=_rows,
+    most_tokens=_limit,
     null_error=0.15,
 )
 def cknna(depth_pairs: Pairs) -> xr.DataArray:

@@ -115,6 +115,7 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     dims="tokens depth stream",
     label="Dong residual",
     scale="log",
+    # A twentieth of what independent tokens have.
     healthy=Range(low=0.05, source="heuristic"),
     cite="dong2021attention",
     basis="feature",
@@ -143,6 +144,7 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
 @metric(
     symbol=r"\overline{\cos}",
     dims="scope tokens centering depth stream",
+    # An angle of 18° between any two tokens.
     healthy=Range(high=0.95, source="heuristic"),
     cite="ethayarajh2019contextual",
     basis="stream",
@@ -170,7 +172,7 @@ def token_cosine(
 
 
 def _cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: str) -> np.ndarray:
-    """Cosines (group, V) of the kept tokens of views (V, S, T, D)."""
+    """Cosines (group, V) of the tokens that count, of views (V, S, T, D)."""
     center, found = centering == "centred", []
     if "sequence" in scopes:
         found.append(geometry.token_cosine(views, center=center, mask=mask_or_none(keep)).T)
@@ -207,7 +209,7 @@ def massive_token_fraction(massive: Massive) -> xr.DataArray:
     basis="feature",
     null="about 6 for Gaussian activations; it grows with the logarithm of their number",
     estimator="over all real tokens and features",
-    smooth=False,
+    smooth=False,  # leaving out the sequence of the maximum moves it by an unknown step
 )
 def massive_activation(massive: Massive) -> xr.DataArray:
     """Largest activation over the median one; normal in trained language models, on a few fixed features."""
@@ -219,13 +221,13 @@ def massive_activation(massive: Massive) -> xr.DataArray:
     dims="scope tokens depth stream",
     cite="marchenko1967distribution",
     basis="invariant",
-    null="none: it is what the nulls rest on",
+    null="none: it is what the nulls are computed from",
     estimator="count; within a sequence: mean over sequences",
     smooth=False,
     per_step=False,
 )
 def num_tokens(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
-    """Number of tokens behind each number."""
+    """Number of tokens that each number is computed from."""
     template = residual_states.labelled(
         np.ones((len(residual_states), len(residual_states.streams))), ("depth", "stream")
     )

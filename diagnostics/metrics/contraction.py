@@ -17,6 +17,7 @@ BLOCK = 1024
 @metric(
     symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
     dims="connection reduction",
+    # A hundredth of the differences is left.
     healthy=Range(low=-2.0, source="heuristic"),
     cite="seneta2006nonnegative",
     basis="stream",

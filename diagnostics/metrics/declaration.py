@@ -1,31 +1,43 @@
-"""What is a metric? A declaration, a function of named quantities, and labels that survive the call."""
+"""What is a metric? A declaration, a function of named quantities, and labels that are the same before and after."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
-from depthscope.diagnostics.quantities import over_sequences, registry
-from depthscope.diagnostics.quantities.registry import DIMS, LABELS, Quantities
+from depthscope.diagnostics.metrics.labelled_input import bind_arrays, split_options, trace_of, with_mask
+from depthscope.diagnostics.quantities import (
+    initial_logits,
+    mean_states,
+    mixing_matrices,
+    over_sequences,
+    registry,
+    states,
+    token_spectra,
+    tokens,
+)
+from depthscope.diagnostics.quantities.registry import DIMS, Quantities
+
+# Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
+QUANTITY_MODULES = (states, tokens, token_spectra, mean_states, mixing_matrices, initial_logits)
 
 Null = Callable[..., xr.DataArray] | float | str
 
+# Dims that a figure is drawn along, the first that a metric has.
 AXES = ("depth", "connection", "weight", "component")
 SCALES = ("linear", "log")
 BASES = ("invariant", "stream", "feature")
 
-# Why a metric has no value anywhere, where it does not say so itself.
+# Why a metric has no value anywhere, where its function gives no reason.
 UNDEFINED = "too few tokens, or states that are zero, equal to each other or not finite"
 
-# What a bare array is measured by where the caller names nothing else; a run gives every variant.
+# The variant of a metric called on an array without options; a run gives all.
 PLAIN = {"scope": "sequence", "tokens": "all", "centering": "raw"}
 
 
@@ -100,7 +112,7 @@ class Metric:
     function : function
         Quantities in, DataArray out.
     default : bool
-        Whether an analysis computes it unless told otherwise; false for expensive ones, which are requested by name.
+        Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
         Whether a table for print, which has room for a few columns only, includes it.
     smooth : bool
@@ -161,11 +173,11 @@ class Metric:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The variables of a run that the metric rests on, the mask left out."""
+        """The variables of a run that the metric is computed from, without the mask."""
         return registry.roots(self.function)
 
     def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
-        """The metric, its ``_null`` and ``_stderr`` where it has them: labelled, stamped, without ``step``.
+        """The metric, its ``_null`` and ``_stderr`` where it has them, with attributes and without ``step``.
 
         Parameters
         ----------
@@ -182,8 +194,8 @@ class Metric:
             Where the run lacks what the metric needs.
         """
         value, stderr = self.measure(source)
-        if value.isnull().all():
-            value = value.assign_attrs({"undefined_because": UNDEFINED} | value.attrs)
+        if value.isnull().all() and "undefined_because" not in value.attrs:
+            value = value.assign_attrs(undefined_because=UNDEFINED)
         found = {self.name: self.stamp(value)}
         if callable(self.null):
             null = over_sequences.fold(source.call(self.null))[0]
@@ -193,7 +205,7 @@ class Metric:
         return found
 
     def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
-        """The bare value, and its standard error where it is a mean over sequences.
+        """The value without attributes, and its standard error where it is a mean over sequences.
 
         Parameters
         ----------
@@ -203,20 +215,20 @@ class Metric:
         Returns
         -------
         tuple of DataArray
-            The error is None where sequences are not told apart.
+            The error is None where the function returns no value of each sequence.
         """
         return over_sequences.fold(source.call(self.function))
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any
     ) -> xr.DataArray:
-        """Measure labelled data and keep its labels.
+        """Measure labelled data; the result has its labels.
 
         Parameters
         ----------
         *data : DataArray, Dataset or DataTree
-            The arrays of `roots` in that order, or a trace, or a run. A run gives every variant; an array
-            gives the plain one: ``scope="sequence"``, ``tokens="all"``, ``center=False``.
+            The arrays of `roots` in that order, or a trace, or a run. A run gives every variant; arrays
+            give the plain one: ``scope="sequence"``, ``tokens="all"``, ``center=False``.
         mask : array of bool, optional
             Dims (sample, token), true on real tokens.
         **options : str, bool or arrays
@@ -231,47 +243,29 @@ class Metric:
         ValueError
             For data or options that the metric does not know.
         """
-        labels = _labels(options)
-        arrays = {
-            name: options.pop(name) for name in list(options) if isinstance(options[name], xr.DataArray)
-        }
-        if options:
-            raise ValueError(
-                f"{self.name} got the options {sorted(options)}; it knows center, mask, {', '.join(LABELS)}"
-            )
-        bare = bool(arrays) or isinstance(data[0] if data else None, xr.DataArray)
-        trace, added = self._bind(data, arrays) if bare else (_trace_of(self.name, data), [])
+        asked, arrays = split_options(self.name, options)
+        added: list[str] = []
+        labels = dict(asked)
+        if arrays or (data and isinstance(data[0], xr.DataArray)):
+            trace, added = bind_arrays(self.name, self.roots, data, arrays)
+            labels = {**PLAIN, **asked}
+        else:
+            trace = trace_of(self.name, data)
         if mask is not None:
-            trace = trace.assign(mask=(("sample", "token"), _mask_values(mask, trace)))
-        value = self._measure(trace, PLAIN | labels if bare else labels, labels)
-        return value.squeeze([dim for dim in added if dim in value.dims])
-
-    def _measure(
-        self, trace: xr.Dataset, labels: Mapping[str, str], asked: Mapping[str, str]
-    ) -> xr.DataArray:
-        chosen = {dim: label for dim, label in labels.items() if dim in registry.CHOICES}
-        value = self.evaluate(Quantities(trace, choices=chosen))[self.name]
+            trace = with_mask(trace, mask)
+        # Only the wanted variant is computed: a spectrum centred and raw costs twice as much.
+        choices = {dim: label for dim, label in labels.items() if dim in registry.CHOICES}
+        value = self.evaluate(Quantities(trace, choices=choices))[self.name]
         foreign = sorted(set(asked) - set(value.dims))
         if foreign:
             raise ValueError(
                 f"{self.name} has no {', '.join(foreign)}; its dims are {', '.join(map(str, value.dims))}"
             )
-        return value.sel({dim: label for dim, label in labels.items() if dim in value.dims})
-
-    def _bind(self, data: tuple[Any, ...], named: Mapping[str, xr.DataArray]) -> tuple[xr.Dataset, list[str]]:
-        free = [root for root in self.roots if root not in named]
-        if len(data) != len(free) or not set(named) <= set(self.roots):
-            raise ValueError(
-                f"{self.name} got {len(data) + len(named)} arrays; expected {', '.join(self.roots)}, or a run"
-            )
-        arrays = dict(zip(free, data, strict=True)) | dict(named)
-        dims = {dim for array in arrays.values() for dim in array.dims}
-        whole = {name: _with_dims(array, name, self.name) for name, array in arrays.items()}
-        added = sorted({str(dim) for array in whole.values() for dim in array.dims} - set(map(str, dims)))
-        return xr.Dataset({name: array.rename(name) for name, array in whole.items()}), added
+        value = value.sel({dim: label for dim, label in labels.items() if dim in value.dims})
+        return value.squeeze([dim for dim in added if dim in value.dims])
 
     def stamp(self, value: xr.DataArray, what: str = "") -> xr.DataArray:
-        """Write what the declaration knows on a variable.
+        """Write the declaration into the attributes of a variable.
 
         Parameters
         ----------
@@ -298,12 +292,12 @@ class Metric:
         return value.assign_attrs(facts).rename(self.name)
 
     def stamp_error(self, error: xr.DataArray) -> xr.DataArray:
-        """Write on a standard error what it is of, and how it was estimated.
+        """Write into the attributes of a standard error what it is of, and how it was estimated.
 
         Parameters
         ----------
         error : DataArray
-            A standard error; its attribute ``estimator`` is kept.
+            A standard error; an attribute ``estimator`` is not overwritten.
 
         Returns
         -------
@@ -396,60 +390,3 @@ def _check_declaration(name: str, *, dims: str, scale: str, basis: str) -> None:
     for field, value, allowed in (("scale", scale, SCALES), ("basis", basis, BASES)):
         if value not in allowed:
             raise ValueError(f"metric {name} has {field}={value!r}; expected one of {', '.join(allowed)}")
-
-
-def _labels(options: dict[str, Any]) -> dict[str, str]:
-    """Take the labels out of the options: one by dimension, and ``center``."""
-    labels = {
-        dim: options.pop(dim)
-        for dim in LABELS
-        if dim in options and not isinstance(options[dim], xr.DataArray)
-    }
-    if "center" in options:
-        labels["centering"] = "centred" if options.pop("center") else "raw"
-    for dim, label in labels.items():
-        if label not in LABELS[dim]:
-            raise ValueError(f"{dim} is {label!r}; expected one of {', '.join(map(repr, LABELS[dim]))}")
-    return labels
-
-
-def _trace_of(name: str, data: tuple[Any, ...]) -> xr.Dataset:
-    """The trace of a run, of a node of it, or the dataset that already is one."""
-    if len(data) != 1 or not isinstance(data[0], xr.Dataset | xr.DataTree):
-        kinds = ", ".join(type(item).__name__ for item in data) or "nothing"
-        raise ValueError(f"{name} got {kinds}; expected labelled arrays, a trace or a run")
-    if isinstance(data[0], xr.Dataset):
-        return data[0]
-    run = data[0]
-    tree = run.children.get("trace", run)
-    if tree.children:
-        raise ValueError(
-            f"{name} got several chains: {', '.join(tree.children)}; choose one, such as run['trace/NAME']"
-        )
-    beside = run.children.get("statistics")
-    return registry.sources(tree.to_dataset(), None if beside is None else beside.to_dataset())
-
-
-def _with_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
-    """The array with every dim of its variable, those that it lacks with size 1."""
-    dims = (schema.TRACE | schema.STATISTICS)[root].dims
-    unknown = [str(dim) for dim in array.dims if dim not in dims]
-    if unknown:
-        raise ValueError(
-            f"{name} got {root} with the dims {', '.join(unknown)}; expected some of {', '.join(dims)}"
-        )
-    missing = [dim for dim in dims if dim not in array.dims]
-    return array.expand_dims(missing).transpose(*dims)
-
-
-def _mask_values(mask: Any, trace: xr.Dataset) -> Any:
-    """The mask on (sample, token) of a trace."""
-    sizes = (trace.sizes["sample"], trace.sizes["token"])
-    values = np.asarray(
-        mask.transpose("sample", "token")
-        if getattr(mask, "ndim", 0) == 2 and isinstance(mask, xr.DataArray)
-        else mask
-    )
-    if values.dtype != bool or values.size != np.prod(sizes):
-        raise ValueError(f"mask has shape {values.shape} and dtype {values.dtype}; expected booleans {sizes}")
-    return values.reshape(sizes)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import gradients as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
+from depthscope.diagnostics.schema import WITHOUT_GRADIENT
 
 
 def _norms(states: States) -> xr.DataArray:
@@ -65,14 +65,15 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     common to all of them would do, divided by n. NaN at depths that no gradient reached, as below frozen
     weights: the attribute ``without_gradient`` names them.
     """
-    held = gradient.attrs.get(schema.WITHOUT_GRADIENT)
-    return gradient_norms.assign_attrs({schema.WITHOUT_GRADIENT: held} if held else {})
+    depths = gradient.attrs.get(WITHOUT_GRADIENT)
+    return gradient_norms.assign_attrs({WITHOUT_GRADIENT: depths} if depths else {})
 
 
 @metric(
     symbol=r"\|\delta_l\| / \|\delta_D\|",
     dims="depth stream",
     scale="log",
+    # A rule of thumb: within a factor of 10 across depth.
     healthy=Range(low=0.1, high=10.0, source="heuristic"),
     cite="pascanu2013difficulty",
     basis="stream",
@@ -107,17 +108,18 @@ def relative_gradient(residual_states: States, gradient_states: States) -> xr.Da
     is what then stays constant across depth, for tokens of any size.
     """
     depths = [_product_of_norms(residual_states, gradient_states, d) for d in range(len(gradient_states))]
+    # Not `over_depth`, which reads the states of one variable only.
     return gradient_states.labelled(np.stack(depths), ("depth", "stream"))
 
 
 def _product_of_norms(states: States, gradients: States, depth: int) -> np.ndarray:
     """The relative gradient of every view at one depth, (V,); NaN where either is not finite."""
-    known, sizes = [], []
-    for of in (states, gradients):
-        views, finite = of.load(depth)
-        known.append(finite)
-        sizes.append(np.linalg.norm(of.rows(views).astype(np.float64), axis=-1))
-    return np.where(known[0] & known[1], np.linalg.norm(sizes[0] * sizes[1], axis=-1), np.nan)
+    state_views, finite_states = states.load(depth)
+    gradient_views, finite_gradients = gradients.load(depth)
+    state_norms = np.linalg.norm(states.rows(state_views).astype(np.float64), axis=-1)
+    gradient_norms = np.linalg.norm(gradients.rows(gradient_views).astype(np.float64), axis=-1)
+    found = np.linalg.norm(state_norms * gradient_norms, axis=-1)
+    return np.where(finite_states & finite_gradients, found, np.nan)
 
 
 def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -80,6 +80,7 @@ def _one_stream(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"n_{\mathrm{eff}}",
     dims="connection reduction",
+    # Two directions with shares of 0.86 and 0.14.
     healthy=Range(low=1.5, source="heuristic"),
     cite="roy2007effective",
     basis="invariant",
@@ -139,7 +140,8 @@ def _residual_mass(mixing: Mixing) -> xr.DataArray:
     symbol=r"\textstyle\sum_k |M_{kj}|",
     dims="connection",
     scale="log",
-    healthy=Range(low=0.01, source="zhu2024hyper"),
+    # A plain residual network has the number of later connections: 1 % of one reader is none.
+    healthy=Range(low=0.01, source="heuristic"),
     cite="zhu2024hyper",
     basis="invariant",
     null=_residual_mass,

@@ -11,6 +11,7 @@ from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
 
+# The band that the hyper-connections paper draws about the mean cosine (Zhu et al., Fig. 3), and the median.
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -53,7 +54,7 @@ def channel_squared_mean(channel_statistics: xr.DataArray) -> xr.DataArray:
     estimator="over all real tokens, then the mean over channels",
 )
 def channel_variance(channel_statistics: xr.DataArray) -> xr.DataArray:
-    r"""Average over channels of the variance over tokens: what tells them apart.
+    r"""Average over channels of the variance over tokens: what distinguishes them.
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \sigma_c^2
     """
@@ -76,7 +77,7 @@ def branch_variance(residual_states: States) -> xr.DataArray:
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \mathrm{Var}_i\,(x_l - x_{l-1})_{ic}
 
-    Of a plain residual step it is the branch's own variance; in a stream it holds what mixing moved too.
+    Of a plain residual step it is the branch's own variance; in a stream it includes what mixing moved.
     """
     return residual_states.over_steps(
         lambda before, after: kernel.signal_propagation(after - before).variance

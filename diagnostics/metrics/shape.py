@@ -17,8 +17,9 @@ from depthscope.diagnostics.quantities.token_spectra import free_rows
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 PER_SEQUENCE = "per sequence, mean over sequences"
 
-# How many directions count as the top ones, and the first index that the power law is fitted to.
+# How many directions count as the top ones.
 TOP = 10
+# Indices of the eigenvalues that the power law is fitted to, as in Stringer et al. 2019.
 FIRST, LAST = 11, 500
 
 
@@ -52,7 +53,7 @@ def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.D
 def numerical_rank(
     singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
 ) -> xr.DataArray:
-    r"""Numerical rank: how many directions stand above the rounding of float32.
+    r"""Numerical rank: how many directions are above the rounding of float32.
 
     .. math:: \#\{i : \sigma_i > \max(N, d)\, \varepsilon\, \sigma_1\}
     """

@@ -1,4 +1,4 @@
-"""Which singular values does the cloud of tokens have? Some of them by their order, with those of noise beside them."""
+"""Which singular values does the cloud of tokens have? Some of them by their order, and those of noise."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.quantities.states import States
 
-# Orders that are kept: so many in equal steps of their logarithm, and so many in equal steps.
+# Orders of a spectrum that are stored: 32 in equal steps of their logarithm, and 32 in equal steps. A figure of a spectrum
+# has no room for more, and all orders of all depths would be as large as the states.
 STEPS = 32
 
 
-def kept_orders(num_features: int) -> np.ndarray:
-    """The orders at which a spectrum is kept: dense at the top, even over the bulk.
+def stored_orders(num_features: int) -> np.ndarray:
+    """The orders at which a spectrum is stored: dense at the top, even over the bulk.
 
     They do not depend on the tokens, so that padding and left-out sequences change none.
 
@@ -33,7 +34,7 @@ def kept_orders(num_features: int) -> np.ndarray:
 
     Examples
     --------
-    >>> kept_orders(4).tolist()
+    >>> stored_orders(4).tolist()
     [1, 2, 3, 4]
     """
     parts = np.geomspace(1, num_features, STEPS), np.linspace(1, num_features, STEPS)
@@ -53,11 +54,11 @@ def _of_groups(
     states: States,
     measure: Callable[[np.ndarray, int], np.ndarray],
 ) -> xr.DataArray:
-    """What is measured of every spectrum of the mean over streams, at the orders kept; NaN beyond the rank."""
+    """What is measured of every spectrum of the mean over streams, at the stored orders; NaN beyond the rank."""
     spectra = singular_values.isel(stream=0, drop=True).transpose(
         "depth", "tokens", "centering", "group", "component"
     )
-    orders = kept_orders(states.num_features)
+    orders = stored_orders(states.num_features)
     rows = token_counts.transpose("tokens", "group").fillna(0).astype(int).values
     found = np.full((*spectra.shape[:-1], len(orders)), np.nan)
     for t, c, g in np.ndindex(spectra.shape[1:4]):
@@ -69,7 +70,7 @@ def _of_groups(
     return xr.DataArray(found, dims=dims, coords=dict(spectra.coords) | {"order": orders})
 
 
-def _noise_beside(
+def _scaled_spectrum_of_noise(
     singular_values: xr.DataArray, token_counts: xr.DataArray, residual_states: States
 ) -> xr.DataArray:
     """The Marchenko-Pastur law at that number of tokens and features, scaled to the energy of the states."""
@@ -88,7 +89,7 @@ def _noise_beside(
     units="activation",
     cite="marchenko1967distribution",
     basis="stream",
-    null=_noise_beside,
+    null=_scaled_spectrum_of_noise,
     estimator="of the mean over streams; within a sequence: mean over sequences of the value of that order",
     null_error=0.03,
 )
@@ -99,6 +100,6 @@ def singular_value(
 
     .. math:: X = U\, \mathrm{diag}(\sigma)\, V^\top
 
-    Of large spectra some orders are kept: the first ones, and even steps over all. NaN beyond min(N, d).
+    Of large spectra some orders are stored: the first ones, and even steps over all. NaN beyond min(N, d).
     """
     return _of_groups(singular_values, token_counts, residual_states, lambda values, count: values)

@@ -1,4 +1,4 @@
-"""What does every token say, not a sample of them? Ranks and CKA from sums that were streamed in one pass.
+"""What are ranks and CKA over every token, not a sample? From sums that were streamed in one pass.
 
 Ranks of the mean over streams and of each stream, all real tokens, since the weights last changed. Which tokens are
 massive is known only when all were seen, so that they cannot be left out here.
@@ -244,7 +244,7 @@ def streamed_cka(hsic: xr.DataArray) -> xr.DataArray:
 
     .. math:: \mathrm{HSIC}_1(X, Y) / \sqrt{\mathrm{HSIC}_1(X, X)\,\mathrm{HSIC}_1(Y, Y)}
 
-    Tokens go, with random signs, into buckets that all depths share; the heaviest are kept as they are, and up to
+    Tokens go, with random signs, into buckets that all depths share; the heaviest are stored one by one, and up to
     their number the value is exact. It may be negative, or exceed 1 by its error.
     """
     return _cka(hsic)

@@ -80,6 +80,7 @@ def weight_gradient_ratio(
     symbol=r"\|\Delta W_m\|_F / \|W_m\|_F",
     dims="weight",
     scale="log",
+    # Around the rule of thumb of 1e-3; how far around is ours.
     healthy=Range(low=1e-5, high=1e-2, source="heuristic"),
     cite="bernstein2020distance",
     basis="invariant",

@@ -1,1 +1,1 @@
-"""Which quantities do metrics share? Derived from a run once and kept."""
+"""What do metrics share? Quantities that are derived from a run once: states, tokens, spectra, mixing matrices."""

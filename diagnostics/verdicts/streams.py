@@ -17,7 +17,7 @@ from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, over
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
-# Families whose streams never mix by construction: an identity says nothing about them.
+# Families whose streams never mix by construction: an identity is no finding.
 UNMIXED = ("residual", "independent_hc", "gated")
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
@@ -27,7 +27,7 @@ PARTED = 0.99
 # step of training.
 SAME = 1e-12
 
-# Logarithms (base 10) of the deflated gain: below the first, rounding is all that is left of 1; the second stands for −∞.
+# Logarithms (base 10) of the deflated gain: below the first, rounding is all that is left of 1; the second replaces −∞.
 ROUNDING = -14.0
 NOTHING = -300.0
 

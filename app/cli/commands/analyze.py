@@ -116,7 +116,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     from depthscope.app.readings.readings import COMPLETE
     from depthscope.app.readings.stored_metrics import renewed
     from depthscope.diagnostics import CATALOGUE, schema
-    from depthscope.diagnostics.metrics.replay import LOGITS
+    from depthscope.diagnostics.quantities.initial_logits import LOGITS
 
     # Metrics that were named are a part of those that the run can feed: other commands then compute the rest.
     complete = not args.metrics

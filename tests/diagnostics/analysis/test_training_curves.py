@@ -75,7 +75,7 @@ def test_a_run_without_a_trace_is_analysed_by_its_curves(pair):
     found = diagnostics.analyze(recorded)
     assert found.sizes["step"] == 3
     assert {"residual_norm", "token_cosine", "loss"} <= set(found.data_vars)
-    assert "holds no trace" in found.attrs["not_computed"]["effective_rank"]
+    assert "has no trace" in found.attrs["not_computed"]["effective_rank"]
     assert "residual_norm" not in found.attrs["not_computed"]
     assert [finding.severity.name for finding in diagnostics.judge(found)] == []
 
@@ -86,7 +86,7 @@ def test_only_the_chosen_curves_are_given(pair):
 
 
 def test_a_run_without_statistics_says_so(make_run):
-    with pytest.raises(ValueError, match="holds no statistics"):
+    with pytest.raises(ValueError, match="has no statistics"):
         diagnostics.training_curves(make_run("residual", layers=2, weights=False))
 
 

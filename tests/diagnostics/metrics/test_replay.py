@@ -179,7 +179,7 @@ def test_logits_of_another_model_are_refused(run_of, residual_run):
         diagnostics.with_replay(run_of(0.5), TWO[:3], decay=0.5)
     with pytest.raises(ValueError, match=r"shape \(2, 2\); expected logits"):
         diagnostics.with_replay(run_of(0.5), TWO[0], decay=0.5)
-    with pytest.raises(ValueError, match="holds no h_res"):
+    with pytest.raises(ValueError, match="has no h_res"):
         diagnostics.with_replay(residual_run, TWO, decay=0.5)
 
 

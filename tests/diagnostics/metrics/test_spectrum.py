@@ -9,7 +9,7 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.jackknife import jackknife
 from depthscope.diagnostics.metrics.collapse import effective_rank
-from depthscope.diagnostics.metrics.spectrum import kept_orders, singular_value
+from depthscope.diagnostics.metrics.spectrum import singular_value, stored_orders
 from depthscope.diagnostics.quantities.registry import Quantities
 
 
@@ -94,7 +94,7 @@ def test_leaving_out_a_sequence_keeps_the_orders(states, mask):
 
 
 def test_few_orders_stand_for_a_large_spectrum():
-    orders = kept_orders(4096)
+    orders = stored_orders(4096)
     assert len(orders) < 64
     assert {1, 2, 4096} <= set(orders.tolist())
     assert (np.diff(orders) > 0).all()
