@@ -89,7 +89,7 @@ def capture_errors_for_users() -> Iterator[None]:
     ValueError
         With the message of the refusal.
     """
-    from depthscope.probes.model.arguments import CaptureError
+    from depthscope.probes.model.errors import CaptureError
 
     try:
         yield

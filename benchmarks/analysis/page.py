@@ -12,33 +12,13 @@ PACKAGES = ("torch", "numpy", "scipy", "transformers", "hyper-connections", "dep
 
 
 def text(results: dict[str, Any]) -> str:
-    """Tables for a terminal.
-
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-
-    Returns
-    -------
-    str
-    """
+    """Tables for a terminal."""
     head = f"{results['machine']}; medians of up to {results['rounds']} interleaved rounds"
     return f"{head}\n\n{layout.as_text(tables(results))}"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """This benchmark's part of docs/analyzers.md.
-
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-
-    Returns
-    -------
-    str
-    """
+    """This benchmark's part of docs/analyzers.md."""
     parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
     parts.append(layout.as_markdown(goals(results["goals"]), level=2))
     for comparison in results["comparisons"].values():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.analysis.comparison import Comparison, Step, Tool
+from benchmarks.analysis.comparison import Comparison, Step, Tool, relative
 from benchmarks.analysis.inputs import WIDTH, of_spectrum, smollm2, spectra
 from depthscope.diagnostics.kernels import rank
 
@@ -50,10 +50,6 @@ def numpy_svd(matrix: np.ndarray) -> Step:
 
 def truth(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(entropy_of(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)))
-
-
-def relative(found: np.ndarray, truth: np.ndarray) -> float:
-    return float(abs(found / truth - 1.0))
 
 
 BASELINE = "float32 Gram + eigvalsh"

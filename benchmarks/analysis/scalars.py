@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.analysis.comparison import Comparison, Step, Tool
+from benchmarks.analysis.comparison import Comparison, Step, Tool, relative
 from depthscope.diagnostics.kernels import geometry, rank, similarity
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -28,10 +28,6 @@ def pair(tokens: int, *, width: int = 256) -> Pair:
     rng = np.random.default_rng(0)
     shared = rng.standard_normal((tokens, width))
     return shared, shared @ rng.standard_normal((width, width)) / 16 + rng.standard_normal((tokens, width))
-
-
-def relative(found: np.ndarray, truth: np.ndarray) -> float:
-    return float(abs(found / truth - 1.0))
 
 
 # --- TwoNN ---

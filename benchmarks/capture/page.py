@@ -29,33 +29,13 @@ def circumstances(rounds: int, peers: list[str]) -> dict[str, Any]:
 
 
 def text(results: dict[str, Any]) -> str:
-    """Tables for a terminal.
-
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-
-    Returns
-    -------
-    str
-    """
+    """Tables for a terminal."""
     head = f"{results['machine']}; medians of {results['rounds']} interleaved rounds, ratios to plain"
     return f"{head}\n\n{layout.as_text(tables(results))}"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The page docs/benchmarks.md.
-
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-
-    Returns
-    -------
-    str
-    """
+    """The page docs/benchmarks.md."""
     parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
     parts += map(layout.as_markdown, tables(results))
     return "\n".join([*parts, layout.named(results["versions"]), ""])

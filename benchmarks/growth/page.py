@@ -61,32 +61,12 @@ def milliseconds(factor: str, points: list[dict[str, Any]]) -> Table:
 
 
 def text(results: dict[str, Any]) -> str:
-    """Tables for a terminal.
-
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-
-    Returns
-    -------
-    str
-    """
+    """Tables for a terminal."""
     return f"{results['machine']}; medians of {results['rounds']} rounds\n\n{layout.as_text(tables(results))}"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """This benchmark's part of docs/analyzers.md.
-
-    Parameters
-    ----------
-    results : dict
-        Of a run.
-
-    Returns
-    -------
-    str
-    """
+    """This benchmark's part of docs/analyzers.md."""
     fixed, *taken = tables(results)
     parts = [HEAD.format(**results), layout.as_markdown(fixed)]
     parts += [

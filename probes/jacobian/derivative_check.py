@@ -59,8 +59,9 @@ def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -
     for number, link in routing.links.items():
         call, x, x_next = routing.call_of(number, link), states[link.depth_in], states[link.depth_out]
         check = _DerivativeCheck(call, x, x_next, generator)
-        if not check.error <= check.limit:
-            raise StreamConnectionError(_not_frozen(number, link, check.error, check.limit))
+        limit = ROUNDINGS * tolerance(routing.precision)
+        if not check.error <= limit:  # NaN, where nothing is finite, is refused too
+            raise StreamConnectionError(_not_frozen(number, link, check.error, limit))
         later.append(x_next)
         earlier.append(x)
         cotangents.append((check.cotangent, check.carried))
@@ -70,7 +71,7 @@ def require_frozen(routing: FrozenRouting, states: Mapping[int, torch.Tensor]) -
     first = states[min(states)]
     total = _gradient(later, [first], [u for u, _ in cotangents])[0]
     through = _gradient(earlier, [first], [v for _, v in cotangents])[0]
-    limit = ROUNDINGS * tolerance(first.dtype)
+    limit = ROUNDINGS * tolerance(routing.precision)
     error = _finite_error(total, through)
     if not error <= limit:
         number, link = next(iter(routing.links.items()))
@@ -91,8 +92,8 @@ class _DerivativeCheck:
 
     Attributes
     ----------
-    error, limit : float
-        The larger of both relative errors, and up to which it is rounding.
+    error : float
+        The larger of both relative errors.
     cotangent, carried : Tensor
         u ⟂ H_post at X' and H_resᵀ u at X, in the layouts of the states.
     """
@@ -106,19 +107,22 @@ class _DerivativeCheck:
         batch_size, tokens, _, width = streams.shape
         self._views = (batch_size, tokens, call.read.shape[-2], width)
         any_u = torch.randn(streams.shape, generator=generator, dtype=torch.float64).to(x.device)
-        flat_u = any_u - write @ (torch.linalg.pinv(write) @ any_u)  # ⟂ H_post for every token and feature
+        orthogonal_u = any_u - write @ (
+            torch.linalg.pinv(write) @ any_u
+        )  # ⟂ H_post for every token and feature
         by_x, by_branch = self._derivatives(any_u)
-        _, by_branch_flat = self._derivatives(flat_u)
+        _, by_branch_orthogonal = self._derivatives(orthogonal_u)
         read = torch.einsum("btvn,btvd->btnd", call.read.double(), by_branch)
         errors = {}
         for matrix in orientations(call.parts.mix, streams):
             errors[_finite_error(by_x, matrix.double().mT @ any_u + read)] = matrix.double()
         best = min(errors)
-        leak = _finite_norm(by_branch_flat) / max(_finite_norm(by_branch), torch.finfo(torch.float64).tiny)
+        leak = _finite_norm(by_branch_orthogonal) / max(
+            _finite_norm(by_branch), torch.finfo(torch.float64).tiny
+        )
         self.error = max(best, leak)
-        self.limit = ROUNDINGS * tolerance(x.dtype)
-        self.cotangent = self._as_state(flat_u, x_next)
-        self.carried = self._as_state(errors[best].mT @ flat_u, x)
+        self.cotangent = self._as_state(orthogonal_u, x_next)
+        self.carried = self._as_state(errors[best].mT @ orthogonal_u, x)
 
     def _canonical(self, state: torch.Tensor) -> torch.Tensor:
         assert self._call.parts is not None

@@ -25,6 +25,7 @@ SECOND = (
     "an operation of this model has no second derivative, which products with J need (those with Jᵀ do not); load the model "
     "with attn_implementation='eager' or without custom kernels"
 )
+# By words of torch's own messages, which have no classes of their own.
 EXPLANATIONS = {
     "modified by an inplace operation": "a weight or a state was rewritten since the Jacobian's forward; take the Jacobian "
     "again after every change of the weights",
@@ -148,7 +149,9 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
     with ExitStack() as stack, explained():
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(note(name)).remove)
-        torch.autograd.grad(target, source, torch.ones_like(target), retain_graph=True)
+        torch.autograd.grad(
+            target, source, torch.ones_like(target), retain_graph=True
+        )  # the value does not matter
     if recomputed:
         raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
 
@@ -179,7 +182,7 @@ def _between(
     """A method with hooks that may replace its arguments and its result, which torch has for modules only."""
 
     def around(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = before(None, args, kwargs) or (args, kwargs)
+        args, kwargs = before(None, args, kwargs) or (args, kwargs)  # None: unchanged, as for a torch hook
         result = method(*args, **kwargs)
         changed = after(None, args, result)
         return result if changed is None else changed
@@ -188,7 +191,7 @@ def _between(
 
 
 def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
-    turn = count()
+    turn = count()  # one module may be called several times in a forward
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         depth, state = calls.get(next(turn)), first_float(args, kwargs)
@@ -214,7 +217,9 @@ def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
 @contextmanager
 def _constant_weights(model: nn.Module) -> Iterator[None]:
     """No graph through the weights: it needs less memory, and no gradient can reach them."""
-    weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    weights = [
+        p for p in model.parameters() if p.requires_grad and p.is_leaf
+    ]  # torch refuses the flag of non-leaves
     try:
         for weight in weights:
             weight.requires_grad_(False)

@@ -168,7 +168,7 @@ def top_singular_values(
     require_rank(k, op)
     require_least("oversampling", oversampling, 0)
     require_least("power", power, 0)
-    width = min(k + oversampling, *op.shape)
+    width = min(k + oversampling, *op.shape)  # more columns than the rank would be linearly dependent
     basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], width), seed, op)))
     for _ in range(
         power
@@ -310,6 +310,7 @@ class DenseMap:
 def _golub_kahan(op: LinearMap, start: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Upper bidiagonal B of at most ``steps`` rows, and the coefficient β that leads out of its space."""
     rights = [start / torch.linalg.vector_norm(start)]
+    # All vectors are stored and orthogonalised against: without it Lanczos finds the largest values again and again.
     lefts: list[torch.Tensor] = []
     diagonal: list[torch.Tensor] = []
     above: list[torch.Tensor] = []
@@ -319,6 +320,7 @@ def _golub_kahan(op: LinearMap, start: torch.Tensor, steps: int) -> tuple[torch.
         lefts.append(left)
         diagonal.append(alpha)
         right, beta = _next_direction(op.rmatvec(left), rights, floor)
+        # The last column is not needed, but its length β is: it bounds the error of the values.
         if not right.any() or len(diagonal) == min(steps, op.shape[1]):
             matrix = torch.diag(torch.stack(diagonal))
             return matrix + torch.diag(torch.stack(above), 1) if above else matrix, beta
@@ -376,7 +378,7 @@ def _spread(first: torch.Tensor, second: torch.Tensor, seed: int) -> Estimate:
     value = _unbiased_spread(first, second)
     if count == 2:
         return Estimate(float(value), float("nan"), count, seed)
-    keep = ~torch.eye(count, dtype=torch.bool)
+    keep = ~torch.eye(count, dtype=torch.bool)  # with two probes one is left, which has no variance
     left_out = torch.stack([_unbiased_spread(first[row], second[row]) for row in keep.to(first.device)])
     stderr = ((count - 1) * left_out.var(correction=0)).sqrt()
     return Estimate(float(value), float(stderr), count, seed)

@@ -73,7 +73,9 @@ class FrozenRouting:
     """
 
     def __init__(self, session: Session, start: int, stop: int):
-        self.session = session
+        self.precision = (
+            session.observer.precision
+        )  # that the states are multiplied in: autocast's, where it is on
         self.links = {
             number: link
             for number, link in enumerate(session.structure.connections)

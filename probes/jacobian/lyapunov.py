@@ -131,13 +131,16 @@ def lyapunov_exponents(
     _require_chained(blocks)
     for op in blocks:
         require_rank(k, op)
-    basis = orthonormal(gaussian((blocks[0].shape[1], k), seed, blocks[0]))
+    basis = orthonormal(
+        gaussian((blocks[0].shape[1], k), seed, blocks[0])
+    )  # no direction is missed, almost surely
     previous, (basis, increments) = torch.full((k,), torch.nan), _accumulate(blocks, basis)
     for _ in range(sweeps - 1):
         # the transposes turn the basis towards the product's right singular vectors, as a power iteration does
         for op in reversed(blocks):
             basis = orthonormal(columns(op.rmatvec, basis))
         previous, (basis, increments) = increments.mean(0), _accumulate(blocks, basis)
+    # the change in the last sweep, since the distance to the limit is unknown; NaN after a single sweep
     exponents = increments.mean(0)
     return LyapunovSpectrum(
         exponents.numpy(), (exponents - previous).abs().numpy(), increments.numpy(), sweeps, seed

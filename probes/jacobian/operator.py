@@ -265,7 +265,9 @@ class JacobianOperator:
                 f"a vector of shape {tuple(vector.shape)} came; expected ({wanted},): one entry for every stream and feature "
                 f"of the {self.num_tokens} selected tokens"
             )
-        given = vector.detach().to(state.device, state.dtype)
+        given = vector.detach().to(
+            state.device, state.dtype
+        )  # float64 in and out, products in the model's precision
         moved = torch.zeros(size, dtype=vector.dtype, device=state.device)
         for (at, slots_at), (to, slots_to) in moves:
             spread = torch.zeros_like(state, memory_format=torch.contiguous_format).flatten()

@@ -92,6 +92,7 @@ class StateGraph:
             Where the tokens of the two depths differ but must not, or none is left.
         """
         source, target = self._positions(start), self._positions(stop)
+        # all tokens of both depths may be taken whatever their number; anything else pairs them
         tied = self.selection.tokens == "own" or self.mask is not None or self.selection.positions is not None
         if tied and source.shape[:2] != target.shape[:2]:
             raise JacobianError(
@@ -181,6 +182,7 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
         raise JacobianError(
             f"a batch of type {type(batch).__name__} came; expected one mapping, tensor or tuple"
         )
+    # batch statistics make every token depend on every other one
     mixing = [
         name
         for name, m in model.named_modules()

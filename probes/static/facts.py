@@ -131,6 +131,7 @@ def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]
 
 def _composite(chain: str, members: Sequence[StaticConnection]) -> StaticComposite:
     h_res = np.stack([member.h_res for member in members if member.h_res is not None])
+    # scaled to avoid overflow: free matrices of a deep model multiply beyond float64
     product, log_scale = kernel.composite(h_res, return_log_scale=True)
     with np.errstate(over="ignore"):  # a gain beyond float64 is shown as infinite
         forward = np.exp(kernel.log_forward_gain(product, log_scale))
@@ -151,6 +152,7 @@ def _composite(chain: str, members: Sequence[StaticConnection]) -> StaticComposi
 
 def _effective_streams(h_res: np.ndarray, members: Sequence[StaticConnection]) -> float | None:
     """Effective streams at the narrowest cut between two connections; None where reads or writes are unknown."""
+    # connections with several branch inputs have matrices in place of vectors, for which the kernel has no cut
     reads = [member.h_pre for member in members if member.h_pre is not None and member.h_pre.ndim == 1]
     writes = [member.h_post for member in members if member.h_post is not None and member.h_post.ndim == 1]
     if len(members) < 2 or len(reads) < len(members) or len(writes) < len(members):

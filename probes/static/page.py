@@ -147,6 +147,7 @@ def ending(found: StaticDescription) -> str:
     str
         Lines.
     """
+    # as a set in order: the note of a family would come once for each connection
     notes = dict.fromkeys(one.note for one in (*found.connections, *found.heads) if one.note)
     return "\n".join(
         [

@@ -40,6 +40,7 @@ def find_connections(tensors: Mapping[str, StoredTensor]) -> list[tuple[WeightPa
     """
     modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
+        # x.proj.weight and x.scale are leaves of one module x: a Linear of it and a parameter of its own
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
         modules[module][leaf] = tensor
     found = [(pattern, one) for pattern in CONNECTIONS for one in _matches(pattern, modules)]
@@ -81,6 +82,7 @@ def place_of(module: str, inside: Sequence[str] = ()) -> Place:
         Layer -1 where the path has no number.
     """
     parts = module.split(".")
+    # the first number of a path counts the blocks; what follows it names the part of the block
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     own = parts if at is None else parts[at + 1 :]
     branch = next((found for text in (*reversed(own), *inside) if (found := _branch(text))), "block")

@@ -107,7 +107,7 @@ class CurveFigure(FigureKind):
         chosen = [dim for dim in LABELLED if dim in dims and (dim != self.over or dim == "direction")]
         return (*chosen, "axis", "step")
 
-    def draw(self, analyses: Analyses, choice: Selection) -> Lines:
+    def figure(self, analyses: Analyses, choice: Selection) -> Lines:
         """The curves of every run that has the metric.
 
         Parameters

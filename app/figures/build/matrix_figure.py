@@ -63,7 +63,7 @@ class MatrixFigure(FigureKind):
         dims = CATALOGUE[self.metric].dims
         return (*(dim for dim in LABELLED if dim in dims), "axis", "step", "run")
 
-    def draw(self, analyses: Analyses, choice: Selection) -> Heatmap:
+    def figure(self, analyses: Analyses, choice: Selection) -> Heatmap:
         """The matrix of one run, the selected one or the first that can feed it.
 
         Parameters

@@ -46,7 +46,7 @@ class SpectrumFigure(FigureKind):
         dims = CATALOGUE[self.metric].dims
         return (*(dim for dim in LABELLED if dim in dims), "depths", "step")
 
-    def draw(self, analyses: Analyses, choice: Selection) -> Lines:
+    def figure(self, analyses: Analyses, choice: Selection) -> Lines:
         """The spectra of every run that has them, at the chosen depths.
 
         Parameters

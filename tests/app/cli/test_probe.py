@@ -64,7 +64,7 @@ def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, 
 
 
 def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
-    from depthscope.probes.model.arguments import CaptureError
+    from depthscope.probes.model.errors import CaptureError
 
     _stand_in(monkeypatch, make_run("residual", layers=2))
 

@@ -10,13 +10,14 @@ import pytest
 
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
+from depthscope.app.tables import tables
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text, place_of
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
 from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
 from depthscope.app.text.latex import tex
 from depthscope.app.text.numbers import number, quantity
-from depthscope.diagnostics import Finding, Severity
+from depthscope.diagnostics import CATALOGUE, Finding, Severity
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,31 @@ def test_mixing_only_where_streams_mix(readings):
     assert table is not None
     assert table.data["doubly_stochastic_violation_column"].max() < 1e-5
     assert table.data["composite_gain_forward"].iloc[-1] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_columns_are_the_headline_metrics_of_the_axis():
+    for axis in ("depth", "connection"):
+        headline = {n for n, m in CATALOGUE.items() if m.headline and m.axis == axis and not m.pairwise}
+        assert set(tables.table_metrics(axis)) == headline
+
+
+def test_a_metric_that_no_figure_names_gets_its_columns(readings, monkeypatch):
+    new = {"stable_rank", "operator_gain", "read_share", "pair_gain", "mixing_singular_value"}
+    monkeypatch.setattr(tables, "DRAWN", tables.DRAWN - new)
+    by_depth, by_connection = depth_table(readings[1]), mixing_table(readings[1])
+    analysis = readings[1].analysis.isel(step=-1)
+    labels = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
+    np.testing.assert_array_equal(by_depth.data["stable_rank"], analysis["stable_rank"].sel(labels))
+    assert "stable rank" in by_depth.printed
+    for norm in ("infinity", "one", "two"):
+        expected = analysis["operator_gain"].sel(reduction="mean", norm=norm)
+        np.testing.assert_array_equal(by_connection.data[f"operator_gain_{norm}"], expected)
+    np.testing.assert_array_equal(
+        by_connection.data["read_share_3"], analysis["read_share"].sel(stream="3").values
+    )
+    assert "read share 3" in by_connection.printed
+    assert "mixing singular value component 0" in by_connection.printed
+    assert not [name for name in by_connection.data if name.startswith("pair_gain")]  # a matrix
 
 
 def test_summary_has_one_row_a_run_with_the_true_extremes(readings):

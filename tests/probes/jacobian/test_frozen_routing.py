@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch.autograd.functional import jacobian as dense_jacobian
 
 from depthscope import probes
 from depthscope.probes.jacobian import jacobian
+from depthscope.probes.jacobian.frozen_routing import FrozenRouting
+from depthscope.probes.structure.chain import Connection
 
 N, D, T = 3, 8, 4
 
@@ -341,3 +345,37 @@ def test_a_capture_of_copied_streams_tells_read_from_write_weights(seed, ids):
     x = torch.from_numpy(trace.residual.values[0]).bfloat16()
     pre = model.blocks[0].connect.weights(x)[0].detach().float().numpy()
     np.testing.assert_allclose(trace.h_pre.values[0], pre, atol=1e-6)
+
+
+class Alternating(Block):
+    """Calls its connection as a module once, and its function on its own from then on, where nothing can be replaced."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 1:
+            return super().forward(x)
+        branch_in, post, mix = Fused.forward(self.connect, x)
+        return mix @ x + post.unsqueeze(-1) * self.mlp(branch_in).unsqueeze(-2)
+
+
+def test_a_connection_that_is_not_called_again_is_refused(ids):
+    model = built(lambda: Fused("split", True))
+    for number in range(3):
+        block = Alternating(model.blocks[number].connect, "")
+        model.blocks[number] = block
+    with pytest.raises(ValueError, match=r"did not show|were not replaced by constants"):
+        jacobian(model, ids, tokens="all", routing="frozen")
+
+
+def test_what_was_not_replaced_is_counted():
+    connection = Connection("blocks.0.connect", 1, 0, "mlp", None, 0, "returned", 0, 1)
+    structure = SimpleNamespace(connections=(connection,))
+    session = SimpleNamespace(structure=structure, observer=SimpleNamespace(precision=torch.float32))
+    routing = FrozenRouting(session, 0, 1)
+    expected = (
+        r"connection 0 \('blocks.0.connect', call 1\) were not .* 0 calls were seen and 0 .* at least 2"
+    )
+    with pytest.raises(probes.StreamConnectionError, match=expected):
+        routing.call_of(0, connection)
