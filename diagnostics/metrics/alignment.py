@@ -17,7 +17,7 @@ from depthscope.diagnostics.metrics.declaration import Null, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity
 from depthscope.diagnostics.quantities.states import States
-from depthscope.diagnostics.quantities.tokens import evenly_spaced
+from depthscope.diagnostics.quantities.tokens import evenly_spaced, for_each_count
 
 # Tokens compared, evenly spaced over all of them: neighbours and distances cost their square. Heuristic.
 ROWS = 512
@@ -122,7 +122,7 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _limit, draws: int 
         """That of two independent sets of iid noise of the same size, drawn with a fixed seed."""
         width = residual_states.num_features
         counts = token_masks.sum(("sample", "token")).clip(max=most(width))
-        return xr.apply_ufunc(np.vectorize(lambda n: of_size(int(n), width), otypes=[float]), counts)
+        return for_each_count(counts, lambda n: of_size(int(n), width))
 
     return expectation
 

@@ -12,13 +12,14 @@ from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.metrics.declaration import Null, Range, metric
 from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
 from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks
-from depthscope.diagnostics.quantities.tokens import Massive
+from depthscope.diagnostics.quantities.tokens import Massive, for_each_count
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
 
 
 def _of_spectrum(measure: Callable[[Any], Any], singular_values: xr.DataArray) -> xr.DataArray:
     """A rank of every spectrum; NaN where all singular values are zero or undefined."""
+    # Kernels refuse NaN, and give NaN for a spectrum of zeros.
     return xr.apply_ufunc(measure, singular_values.fillna(0.0), input_core_dims=[["component"]])
 
 
@@ -29,8 +30,7 @@ def _of_noise(name: str) -> Null:
         token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
     ) -> xr.DataArray:
         width = residual_states.num_features
-        ranks = np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float])
-        return xr.apply_ufunc(ranks, free_rows(token_counts, centering))
+        return for_each_count(free_rows(token_counts, centering), lambda n: noise_ranks(n, width)[name])
 
     return expectation
 
@@ -137,6 +137,7 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
 
 def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
     """0 for raw noise; removing the mean leaves −1/(N − 1)."""
+    # Vectors that sum to zero: the cosines of each with all others sum to −1.
     of_each = {"raw": 0.0 * token_counts, "centred": -1.0 / (token_counts - 1.0).where(token_counts > 1)}
     return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
 

@@ -17,7 +17,7 @@ from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
-from depthscope.diagnostics.quantities.tokens import evenly_spaced
+from depthscope.diagnostics.quantities.tokens import evenly_spaced, for_each_count
 
 # Tokens that CKA between streams is computed over: it costs their square, at every depth. Heuristic.
 ROWS = 1024
@@ -61,8 +61,7 @@ def _cka_of_noise(
     """CKA of independent iid noise at that size: 0 when unbiased."""
     width = residual_states.num_features
     count = token_masks.sum(("sample", "token"))
-    null = np.vectorize(lambda n: kernel.cka_null(int(n), width), otypes=[float])
-    biased = xr.apply_ufunc(null, count.clip(1)).where(count > 0)
+    biased = for_each_count(count.clip(1), lambda n: kernel.cka_null(int(n), width)).where(count > 0)
     of_each = {"biased": biased, "unbiased": 0.0 * biased}
     return xr.concat([of_each[name] for name in estimator], xr.Variable("estimator", list(estimator)))
 
@@ -187,7 +186,7 @@ def stream_cosine(stream_states: States) -> xr.DataArray:
     """Mean cosine between the streams of a token: 1 where they are copies, as at the embedding."""
 
     def measure(views: np.ndarray) -> np.ndarray:
-        streams = np.moveaxis(stream_states.rows(views[1:]), 0, 1)
+        streams = np.moveaxis(stream_states.rows(views[1:]), 0, 1)  # the first view is the mean
         cosines = geometry.token_cosine(streams)
         mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
         return np.full(len(views), mean)

@@ -18,10 +18,14 @@ from depthscope.diagnostics.metrics.declaration import Null, metric
 from depthscope.diagnostics.metrics.shape import FIRST, LAST, TOP
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
+from depthscope.diagnostics.quantities.tokens import for_each_count
 
-# A rank that the rounding of the sums may move by more than this share is undefined.
+# Squares in float32 lose the directions with less than about 3e-4 of the largest singular value. The capture stores the
+# spectrum a second time, of sums moved by as much as rounding may have: a rank that this changes by more than a share of
+# RESOLVED is undefined. Heuristic.
 RESOLVED = 1e-3
-OF_FLOAT32 = 2e-7  # what the products' rounding adds to the relative error of any rank
+# What the rounding of the products adds to the relative error of any rank; the spacing of float32 is 1.2e-7.
+OF_FLOAT32 = 2e-7
 OF_SUMS = f"plug-in over every token; NaN where float32 sums leave more than {RESOLVED:g} of it open"
 
 
@@ -34,13 +38,13 @@ def streamed_spectra(
     centering: tuple[str, ...],
 ) -> tuple[xr.DataArray, xr.DataArray]:
     """Singular values of all tokens, and the same as far as rounding may have moved them."""
-    pairs = ((eigenvalue, stream_eigenvalue), (eigenvalue_shaken, stream_eigenvalue_shaken))
-    plain, shaken = (_of_views(*pair).sel(centering=list(centering)) ** 0.5 for pair in pairs)
-    return plain.assign_attrs(_of_part(eigenvalue)), shaken
+    spectrum = _of_views(eigenvalue, stream_eigenvalue).sel(centering=list(centering)) ** 0.5
+    moved = _of_views(eigenvalue_shaken, stream_eigenvalue_shaken).sel(centering=list(centering)) ** 0.5
+    return spectrum.assign_attrs(_of_part(eigenvalue)), moved
 
 
 def _of_part(of: xr.DataArray) -> dict[str, str]:
-    """That not every sequence was streamed, where it is so."""
+    """An attribute where not every sequence was streamed."""
     every = of.attrs.get("every", 1)
     return {"sequences": f"one in {every}; streamed_count is of their tokens"} if every > 1 else {}
 
@@ -55,35 +59,34 @@ def _of_views(mean: xr.DataArray, streams: xr.DataArray) -> xr.DataArray:
 
 def _resolved(measure: Callable[[Any], Any], spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     """A number of every spectrum with its stated error; NaN, and named, where the rounding of the sums decides it."""
-    plain, shaken = (
-        xr.apply_ufunc(measure, values.fillna(0.0), input_core_dims=[["component"]]) for values in spectra
+    value, moved = (
+        xr.apply_ufunc(measure, spectrum.fillna(0.0), input_core_dims=[["component"]]) for spectrum in spectra
     )
-    moved = abs(shaken - plain) / abs(plain)
-    known = moved <= RESOLVED
-    found = plain.where(known).assign_attrs(spectra[0].attrs)
-    if bool(known.any()):
-        found = found.assign_attrs(relative_error=2.0 * float(moved.where(known).max()) + OF_FLOAT32)
-    lost = ~known & plain.notnull()
-    return found.assign_attrs(undefined_because=_why(lost)) if bool(lost.any()) else found
+    change = abs(moved - value) / abs(value)
+    resolved = change <= RESOLVED
+    found = value.where(resolved).assign_attrs(spectra[0].attrs)
+    if bool(resolved.any()):
+        # Twice the largest change: rounding may have moved the sums either way.
+        found = found.assign_attrs(relative_error=2.0 * float(change.where(resolved).max()) + OF_FLOAT32)
+    lost = ~resolved & value.notnull()
+    return found.assign_attrs(undefined_because=_reason(lost)) if bool(lost.any()) else found
 
 
-def _why(lost: xr.DataArray) -> str:
-    """What float32 sums do not say, by centering, and by stream where there are several."""
+def _reason(lost: xr.DataArray) -> str:
+    """What float32 sums do not resolve, by centering, and by stream where there are several."""
     flat = lost.stack(case=[dim for dim in lost.dims if dim != "depth"]).transpose("case", "depth")
-    names = []
+    cases = []
     for case in flat:
-        if bool(case.any()):
-            centering = str(case["centering"].item())
-            stream = (
-                f", stream {case['stream'].item()}"
-                if "stream" in lost.dims and lost.sizes["stream"] > 1
-                else ""
-            )
-            names.append(
-                f"{centering}{stream} at depth {', '.join(map(str, case['depth'].values[case.values]))}"
-            )
-    said = "; ".join(names)
-    return f"float32 sums do not resolve the small directions ({said}): read the metric of the sampled tokens"
+        if not bool(case.any()):
+            continue
+        name = str(case["centering"].item())
+        if "stream" in lost.dims and lost.sizes["stream"] > 1:
+            name += f", stream {case['stream'].item()}"
+        cases.append(f"{name} at depth {', '.join(map(str, case['depth'].values[case.values]))}")
+    return (
+        f"float32 sums do not resolve the small directions ({'; '.join(cases)}): "
+        "read the metric of the sampled tokens"
+    )
 
 
 def _of_noise(name: str) -> Null:
@@ -92,7 +95,7 @@ def _of_noise(name: str) -> Null:
     def expectation(streamed_count: xr.DataArray, eigenvalue: xr.DataArray) -> xr.DataArray:
         width = eigenvalue.sizes["component"]
         count = streamed_count.where(streamed_count > 0)
-        return xr.apply_ufunc(np.vectorize(lambda n: noise_ranks(n, width)[name], otypes=[float]), count)
+        return for_each_count(count, lambda n: noise_ranks(n, width)[name])
 
     return expectation
 
@@ -171,11 +174,12 @@ def _of_spectrum(measure: Callable[[Any], Any]) -> Null:
     def expectation(streamed_count: xr.DataArray, eigenvalue: xr.DataArray) -> xr.DataArray:
         width = eigenvalue.sizes["component"]
         known = streamed_count.where(streamed_count > 0)
+        # One integral for each number of tokens, which most depths have in common.
         values = {
             count: float(measure(rank.marchenko_pastur(int(count), width).singular_values()))
             for count in np.unique(known.values[known.notnull().values]).tolist()
         }
-        return xr.apply_ufunc(np.vectorize(lambda n: values.get(n, np.nan), otypes=[float]), known)
+        return for_each_count(known, lambda n: values.get(n, float("nan")))
 
     return expectation
 

@@ -5,6 +5,7 @@ Shapes: ``V`` views of the streams, ``S`` sequences, ``T`` tokens, ``D`` feature
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,25 @@ def token_counts(token_masks: xr.DataArray, scope: tuple[str, ...]) -> xr.DataAr
     labels = [label for label in scope for _ in range(groups[label].sizes["group"])]
     coords = {"tokens": token_masks["tokens"], "scope": ("group", labels)}
     return xr.DataArray(np.where(stacked > 0, stacked, np.nan), dims=("tokens", "group"), coords=coords)
+
+
+def for_each_count(counts: xr.DataArray, measure: Callable[[float], float]) -> xr.DataArray:
+    """A number that depends on how many tokens there are, as the null of a rank does, for each of several counts.
+
+    Parameters
+    ----------
+    counts : DataArray
+        Numbers of tokens, any dims; NaN for none.
+    measure : function
+        A count in, a number out.
+
+    Returns
+    -------
+    DataArray
+        With the same dims.
+    """
+    # Without otypes vectorize calls the function once more, to learn the dtype, and fails on an empty array.
+    return xr.apply_ufunc(np.vectorize(measure, otypes=[float]), counts)
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:
