@@ -34,6 +34,6 @@ def test_every_public_function_has_an_example_and_sections(name):
 
 
 def test_no_torch_is_imported():
-    code = "import sys; from diagnostics import kernels; print('torch' in sys.modules)"
+    code = "import sys; from depthscope.diagnostics import kernels; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=".")
     assert done.stdout.strip() == "False"
