@@ -62,13 +62,14 @@ def apply(order: str, code: str, folder: Path) -> None:
         (folder / path).write_text("".join(lines), encoding="utf-8")
 
 
-def run(folder: Path, *arguments: str) -> None:
-    """Run Python at the root of the copy, which is the package that it imports."""
+def run(folder: Path, *arguments: str, fails: bool = False) -> str:
+    """What Python prints at the root of the copy, which is the package that it imports."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_there_is_one_example_for_each_kind():
@@ -83,11 +84,16 @@ def test_the_example_is_one_definition_and_one_line(kind, tmp_path):
     edits = [(order, code) for order, code in blocks if order != "check"]
     assert [order.partition(":")[0] for order, _ in edits] in (["new file", "line"], ["append to", "line"])
     assert edits[1][1].strip().count("\n") == 0, "the register takes one line"
-    for order, code in edits:
-        apply(order, code, folder)
+    rule = f"tests/rules/test_registered_{'families' if kind == 'family' else kind + 's'}.py"
+    pytest_rule = ("-m", "pytest", "-q", "-p", "no:cacheprovider", rule)
+
+    apply(*edits[0], folder)
+    register = edits[1][0].removeprefix("line: ").partition(" | ")[0]
+    assert register in run(folder, *pytest_rule, fails=True), "a forgotten line is named"
+
+    apply(*edits[1], folder)
+    run(folder, *pytest_rule)
     (check,) = [code for order, code in blocks if order == "check"]
     (folder / "check.py").write_text(check, encoding="utf-8")
     run(folder, "-W", "ignore", "check.py")
-    rule = f"tests/rules/test_registered_{'families' if kind == 'family' else kind + 's'}.py"
-    run(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", rule)
     run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")
