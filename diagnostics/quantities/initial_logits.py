@@ -51,7 +51,7 @@ def decay_factor(
 
     Examples
     --------
-    >>> decay_factor(0.5, weight_decay=0.2, steps=2), decay_factor([0.5, 0.0], weight_decay=0.2)
+    >>> round(decay_factor(0.5, weight_decay=0.2, steps=2), 12), decay_factor([0.5, 0.0], weight_decay=0.2)
     (0.81, 0.9)
     """
     scheduled = np.ndim(learning_rate) > 0
