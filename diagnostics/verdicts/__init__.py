@@ -16,8 +16,8 @@ from depthscope.diagnostics.verdicts import (
     weight_updates,
 )
 from depthscope.diagnostics.verdicts.causes import explain
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
-from depthscope.diagnostics.verdicts.verdict import Limits, Profile, Verdict, verdict
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 

@@ -12,9 +12,9 @@ import xarray as xr
 
 from depthscope.diagnostics.schema import NOT_FINITE, WITHOUT_GRADIENT
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
+from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.locations import place, span
-from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 DIRECTIONS = ("forward", "backward")
 

@@ -12,8 +12,8 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.verdict import Limits, Profile, number, verdict
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.

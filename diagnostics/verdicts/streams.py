@@ -14,8 +14,8 @@ import xarray as xr
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
+from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.verdict import ALTUP, Limits, Profile, verdict
 
 # Families whose streams never mix by construction: an identity is no finding.
 UNMIXED = ("residual", "independent_hc", "gated")

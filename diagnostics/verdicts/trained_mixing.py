@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.verdict import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 
 # Logarithm of half: a contraction by less needs no explanation. Heuristic.
 HALF = float(np.log10(0.5))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.verdict import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a

@@ -9,7 +9,7 @@ import sys
 
 from depthscope.diagnostics import verdicts
 from depthscope.diagnostics.verdicts import VERDICTS
-from depthscope.diagnostics.verdicts.verdict import Verdict
+from depthscope.diagnostics.verdicts.declaration import Verdict
 
 MODULES = sorted(found.name for found in pkgutil.iter_modules(verdicts.__path__))
 

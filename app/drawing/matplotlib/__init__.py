@@ -11,10 +11,10 @@ from matplotlib.figure import Figure as Canvas
 
 from depthscope.app.drawing.matplotlib.curves import draw_lines
 from depthscope.app.drawing.matplotlib.matrices import draw_heatmap
-from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, pgf_style, style
+from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, figure_style, pgf_style
 from depthscope.app.figures.specification import Figure, Heatmap
 
-__all__ = ["FORMATS", "WIDTHS", "Width", "style", "to_matplotlib", "to_svg", "write_figure"]
+__all__ = ["FORMATS", "WIDTHS", "Width", "figure_style", "to_matplotlib", "to_svg", "write_figure"]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
 # A date in the file would change its bytes on every export.
@@ -41,7 +41,7 @@ def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
     ValueError
         For a width that is not known.
     """
-    with style(width) as size:
+    with figure_style(width) as size:
         return draw_heatmap(figure, size) if isinstance(figure, Heatmap) else draw_lines(figure, size)
 
 
@@ -64,7 +64,7 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
     """
     for path in paths:
         _require_format(path)
-    with style(width):
+    with figure_style(width):
         canvas = _laid_out(figure, width)
         for path in paths:
             ending = path.suffix.removeprefix(".")
@@ -132,7 +132,7 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
         From ``<svg`` on, without the XML declaration.
     """
     buffer = io.StringIO()
-    with style(width):
+    with figure_style(width):
         _laid_out(figure, width).savefig(buffer, format="svg", metadata=UNDATED["svg"])
     text = buffer.getvalue()
     element = text[text.index("<svg") :]

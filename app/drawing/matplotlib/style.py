@@ -43,7 +43,7 @@ WIDTHS: dict[str, Width] = {
 
 
 @contextmanager
-def style(width: str = "icml") -> Iterator[Width]:
+def figure_style(width: str = "icml") -> Iterator[Width]:
     """Matplotlib's settings for one width, undone on leaving.
 
     Parameters
