@@ -59,9 +59,9 @@ def analyze(
         For an unknown metric, what is no run, or a run that has neither a trace nor statistics.
     """
     _require_run(run)
-    chosen = {name: find_metric(name) for name in _names(metrics)}
+    chosen = {name: find_metric(name) for name in _metric_names(metrics)}
     num_rounds = sum(len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains(run))
-    report = _counted(progress, num_rounds)
+    report = _progress_counter(progress, num_rounds)
     analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains(run)}
     if metrics is None:
         expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
@@ -72,10 +72,10 @@ def analyze(
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 
-def _names(metrics: str | Iterable[str] | None) -> list[str]:
+def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
     if metrics is None:
         return [name for name, metric in CATALOGUE.items() if metric.default]
-    if isinstance(metrics, str):
+    if isinstance(metrics, str):  # an iterable too, of its letters
         return [metrics]
     if not isinstance(metrics, Iterable):
         raise ValueError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
@@ -119,7 +119,7 @@ def find_metric(name: str) -> Metric:
     raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
 
 
-def _counted(progress: Progress | None, total: int) -> Callable[[str], None]:
+def _progress_counter(progress: Progress | None, total: int) -> Callable[[str], None]:
     done = iter(range(total + 1))
     return lambda name: progress(name, next(done), total) if progress else None
 
@@ -129,6 +129,7 @@ def _analyze_chain(
 ) -> xr.Dataset:
     trace = chain_dataset(run, "trace", chain)
     if trace is None:
+        # Counted in the total: the progress must arrive there.
         for name in chosen:
             report(name)
         return _curves_alone(run, chain, chosen)
@@ -139,12 +140,14 @@ def _analyze_chain(
         report(name)
         try:
             found.update(metric.evaluate(source))
+        # Only this: any other error is a mistake of ours and must not look like a fact about the run.
         except Unavailable as reason:
             reasons[name] = str(reason)
     if jackknife:
+        # What all sequences together do not give, they do not give without one either.
         known = [metric for name, metric in chosen.items() if name in found]
         _add_errors(found, jackknife_errors(trace, known, report), chosen)
-    dataset = assemble(found, _step(run, trace))
+    dataset = assemble(found, _training_step(run, trace))
     notes = _notes(dataset, source, jackknife)
     return dataset.assign_attrs({**run.attrs, "not_computed": reasons, "notes": notes})
 
@@ -175,6 +178,7 @@ def _add_errors(
             found[f"{name}_stderr"] = chosen[name].stamp_error(error)
         elif "scope" in own.dims:
             estimator = f"{own.attrs['estimator']}; over the data: {error.attrs['estimator']}"
+            # Means over sequences have an error already, which stays: only that of pooled tokens, NaN so far, is filled.
             filled = own.fillna(error.reindex(scope=own["scope"]))
             found[f"{name}_stderr"] = filled.assign_attrs({**own.attrs, "estimator": estimator})
 
@@ -204,6 +208,7 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
         per_step = not name.endswith("_null") and (name not in CATALOGUE or CATALOGUE[name].per_step)
         dims = ("step", *value.dims) if per_step else value.dims
         data[name] = value.variable.set_dims(dims).transpose(*sorted(map(str, dims), key=_ORDER.index))
+        # Nulls and some metrics lack coordinates that others have: the dataset gets those of all.
         for label, coord in value.coords.items():
             coords[str(label)] = coord.variable
     coords["step"] = [step]
@@ -213,7 +218,7 @@ def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
 _ORDER = ("step", *DIMS)
 
 
-def _step(run: xr.DataTree, trace: xr.Dataset) -> int:
+def _training_step(run: xr.DataTree, trace: xr.Dataset) -> int:
     """The training step of a trace, 0 where unknown."""
     known = trace.coords.get("step", trace.attrs.get("step", run.attrs.get("step")))
     return 0 if known is None else int(np.asarray(known))

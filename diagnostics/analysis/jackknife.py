@@ -50,11 +50,13 @@ def jackknife(
         report("jackknife")
         for limit, group in _by_limit(wanted, trace).items():
             # Means over sequences have their errors already: only pooled tokens are measured again.
-            source = Quantities(trace.assign(mask=mask & _thinned(trace, limit)), choices={"scope": "data"})
+            source = Quantities(
+                trace.assign(mask=mask & _thinned_mask(trace, limit)), choices={"scope": "data"}
+            )
             for metric in group:
-                found[metric.name] += _value(metric, source)
+                found[metric.name] += _replica(metric, source)
     # A metric that some replica could not give has no error: those that could are not a fair sample.
-    return {name: _error(values) for name, values in found.items() if len(values) == len(masks) > 1}
+    return {name: _jackknife_error(values) for name, values in found.items() if len(values) == len(masks) > 1}
 
 
 def num_replicas(trace: xr.Dataset) -> int:
@@ -86,11 +88,13 @@ def resampled(metric: Metric) -> bool:
     bool
         False for what is not `smooth` and for what does not come from sampled sequences.
     """
+    # Statistics are of every token of the training: no sequence of them was sampled.
     known = [TRACE[root].dims for root in metric.roots if root in TRACE]
     return metric.smooth and any("sample" in dims for dims in known)
 
 
 def _mask(trace: xr.Dataset) -> xr.DataArray:
+    # By the quantities, which make a mask where the trace has none.
     return Quantities(trace)["mask"].transpose("sample", "token")
 
 
@@ -114,7 +118,7 @@ def _by_limit(metrics: Iterable[Metric], trace: xr.Dataset) -> dict[int | None, 
     return groups
 
 
-def _thinned(trace: xr.Dataset, limit: int | None) -> xr.DataArray:
+def _thinned_mask(trace: xr.Dataset, limit: int | None) -> xr.DataArray:
     """The mask of at most so many tokens, those that the metric itself would use of all sequences.
 
     Chosen before a sequence is left out: a choice from the rest would be other tokens, and the difference their error too.
@@ -128,7 +132,7 @@ def _thinned(trace: xr.Dataset, limit: int | None) -> xr.DataArray:
     return mask.copy(data=chosen)
 
 
-def _value(metric: Metric, source: Quantities) -> list[xr.DataArray]:
+def _replica(metric: Metric, source: Quantities) -> list[xr.DataArray]:
     """The value as a list of one, or an empty list where the remaining sequences do not give it."""
     try:
         return [metric.measure(source)[0]]
@@ -136,10 +140,11 @@ def _value(metric: Metric, source: Quantities) -> list[xr.DataArray]:
         return []
 
 
-def _error(values: list[xr.DataArray]) -> xr.DataArray:
+def _jackknife_error(values: list[xr.DataArray]) -> xr.DataArray:
     """The standard error from the values without each sequence; NaN for rough reductions."""
     replicas = np.stack([value.values for value in values])
     squares = ((replicas - replicas.mean(axis=0)) ** 2).sum(axis=0)
+    # (S − 1)/S and not 1/(S − 1): two replicas differ in one sequence of each only, so that their spread is small.
     error = values[0].copy(data=np.sqrt(squares * (len(values) - 1) / len(values)))
     if "reduction" in error.dims:
         error = error.where(~error["reduction"].isin(ROUGH))

@@ -48,6 +48,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         )
     statistics = _with_stream_labels(statistics)
     curves: dict[str, xr.DataArray] = {}
+    # A recording has the sums that were requested: a curve whose sums are missing is left out.
     for needs, build in _CURVES.items():
         if all(name in statistics for name in needs):
             curves.update(build(statistics))
@@ -90,6 +91,7 @@ def _token_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     count = statistics["token_count"]
     # Σ_{i≠j} u_i · u_j over all ordered pairs, divided by their number.
     cosine = statistics["unit_pair_sum"] / (count * (count - 1)).where(count > 1)
+    # The labels of this variant in an analysis, so that a curve and a trace can be compared.
     labelled = cosine.transpose("step", "depth", "stream").expand_dims(
         scope=["data"], tokens=["all"], centering=["raw"]
     )
@@ -105,6 +107,7 @@ def _adjacent_cosine(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def _mixing_gain(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    # No quantiles, which sums over batches cannot give.
     parts = [statistics["gain_sum"] / statistics["token_count"], statistics["gain_max"]]
     gain = xr.concat(parts, xr.Variable("reduction", ["mean", "max"]), coords="minimal", compat="override")
     gain = gain.assign_coords(direction=list(mixing.DIRECTIONS))
@@ -120,10 +123,11 @@ def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    source = Quantities(sources(xr.Dataset(), statistics))
+    source = Quantities(sources(xr.Dataset(), statistics))  # of a run that may have no trace
     found: dict[str, xr.DataArray] = {}
     for name in RANKS:
         found |= getattr(streamed, f"streamed_{name}").evaluate(source)
+    # Sums since the weights last changed are of the last weights: no other step has a value.
     steps = statistics["step"].values
     return {
         name: value if name.endswith("_null") else value.expand_dims(step=steps[-1:]).reindex(step=steps)
@@ -132,6 +136,7 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    # The function itself, on all steps at once: `Quantities` of an analysis have the last one only.
     return {metric.name: metric.stamp(metric.function(*(statistics[name] for name in metric.needs)))}
 
 

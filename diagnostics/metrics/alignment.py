@@ -31,11 +31,13 @@ SPARE = f"over at most {ROWS} tokens or twice as many as features, evenly spaced
 Compare = Callable[..., np.ndarray]
 
 
-def _limit(width: int) -> int:
+# With the signature of `Metric.most_tokens`, as the next one, which does depend on the width.
+def _most_tokens(width: int) -> int:
     return ROWS
 
 
-def _cca_limit(width: int) -> int:
+def _most_tokens_of_cca(width: int) -> int:
+    # More tokens than directions are needed; twice as many is a heuristic of ours.
     return max(ROWS, 2 * width)
 
 
@@ -57,7 +59,7 @@ class Pairs:
         self._mean = mean_states
         self._kinds = masks["tokens"]
 
-    def compare(self, measure: Compare, *, most: Callable[[int], int] = _limit) -> xr.DataArray:
+    def compare(self, measure: Compare, *, most: Callable[[int], int] = _most_tokens) -> xr.DataArray:
         """Compare every depth with every other.
 
         Parameters
@@ -84,12 +86,14 @@ class Pairs:
         tables = self._mean.over_kinds(partial(self._table, measure, refusals, limit))
         if np.isnan(tables).all() and refusals:
             raise Unavailable(refusals[0])
+        # States that are not finite were replaced by zeros, which the measure took for states.
         finite = self._mean.finite
         tables = np.where(finite[:, None] & finite[None, :], tables, np.nan)
         return self._states.labelled(tables, ("tokens", "depth", "other_depth"), tokens=self._kinds)
 
     @staticmethod
     def _table(measure: Compare, refusals: list[str], most: int, states: np.ndarray) -> np.ndarray:
+        # The same choice as the jackknife makes (see `_thinned_mask` there).
         states = states[:, evenly_spaced(states.shape[1], most)]
         try:
             if not states.shape[1]:
@@ -106,7 +110,7 @@ def depth_pairs(residual_states: States, mean_states: MeanStates, token_masks: x
     return Pairs(residual_states, mean_states, token_masks)
 
 
-def _of_noise(measure: Compare, most: Callable[[int], int] = _limit, draws: int = 1) -> Null:
+def _of_noise(measure: Compare, most: Callable[[int], int] = _most_tokens, draws: int = 1) -> Null:
     """What a measure gives for independent noise of the same size; NaN where it refuses that size."""
 
     @lru_cache(maxsize=256)
@@ -115,7 +119,7 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _limit, draws: int 
         sides = (rng.standard_normal((2, count, width)) for _ in range(draws))
         try:
             return float(np.mean([measure(left, right) for left, right in sides]))
-        except ValueError:
+        except ValueError:  # too few tokens: what is measured is refused too
             return float("nan")
 
     def expectation(token_masks: xr.DataArray, residual_states: States) -> xr.DataArray:
@@ -133,10 +137,10 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _limit, draws: int 
     label="RBF CKA",
     cite="kornblith2019similarity",
     basis="stream",
-    null=0.0,
+    null=0.0,  # HSIC1 is unbiased
     estimator=f"unbiased HSIC1, σ half the median distance; {SAMPLED}",
     default=False,
-    most_tokens=_limit,
+    most_tokens=_most_tokens,
 )
 def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
@@ -152,10 +156,10 @@ def rbf_cka(depth_pairs: Pairs) -> xr.DataArray:
     label="SVCCA",
     cite="raghu2017svcca",
     basis="stream",
-    null=_of_noise(kernel.svcca, _cca_limit),
+    null=_of_noise(kernel.svcca, _most_tokens_of_cca),
     estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
     default=False,
-    most_tokens=_cca_limit,
+    most_tokens=_most_tokens_of_cca,
     null_error=0.05,
 )
 def svcca(depth_pairs: Pairs) -> xr.DataArray:
@@ -165,7 +169,7 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Blind to any invertible map of the leading directions. Refused without more tokens than directions.
     """
-    return depth_pairs.compare(kernel.svcca, most=_cca_limit)
+    return depth_pairs.compare(kernel.svcca, most=_most_tokens_of_cca)
 
 
 @metric(
@@ -173,11 +177,11 @@ def svcca(depth_pairs: Pairs) -> xr.DataArray:
     dims="tokens depth other_depth",
     label="PWCCA",
     cite="morcos2018insights",
-    basis="feature",
-    null=_of_noise(kernel.pwcca, _cca_limit),
+    basis="feature",  # the weights add up magnitudes of single features, which a rotation changes
+    null=_of_noise(kernel.pwcca, _most_tokens_of_cca),
     estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
     default=False,
-    most_tokens=_cca_limit,
+    most_tokens=_most_tokens_of_cca,
     null_error=0.05,
 )
 def pwcca(depth_pairs: Pairs) -> xr.DataArray:
@@ -187,7 +191,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
 
     Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
     """
-    return depth_pairs.compare(kernel.pwcca, most=_cca_limit)
+    return depth_pairs.compare(kernel.pwcca, most=_most_tokens_of_cca)
 
 
 @metric(
@@ -200,7 +204,7 @@ def pwcca(depth_pairs: Pairs) -> xr.DataArray:
     null=_of_noise(kernel.procrustes),
     estimator=f"exact; {SAMPLED}",
     default=False,
-    most_tokens=_limit,
+    most_tokens=_most_tokens,
     null_error=0.02,
 )
 def procrustes(depth_pairs: Pairs) -> xr.DataArray:
@@ -216,11 +220,11 @@ def procrustes(depth_pairs: Pairs) -> xr.DataArray:
     dims="tokens depth other_depth",
     label="RSA",
     cite="kriegeskorte2008representational",
-    basis="feature",
+    basis="feature",  # a Pearson correlation subtracts the mean over features, which a rotation changes
     null=0.0,
     estimator=f"Spearman correlation of 1 − Pearson dissimilarities; {SAMPLED}",
     default=False,
-    most_tokens=_limit,
+    most_tokens=_most_tokens,
 )
 def rsa(depth_pairs: Pairs) -> xr.DataArray:
     """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
@@ -229,6 +233,7 @@ def rsa(depth_pairs: Pairs) -> xr.DataArray:
 
 def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
     """k/(N − 1)."""
+    # Two independent draws of k of the N − 1 other tokens have k²/(N − 1) in common, a share of k/(N − 1).
     count = token_masks.sum(("sample", "token")).clip(max=ROWS)
     return (NEIGHBOURS / (count - 1.0).where(count > NEIGHBOURS)).clip(max=1.0)
 
@@ -242,7 +247,7 @@ def _shared_by_chance(token_masks: xr.DataArray) -> xr.DataArray:
     null=_shared_by_chance,
     estimator=f"{NEIGHBOURS} nearest by cosine; {SAMPLED}",
     default=False,
-    most_tokens=_limit,
+    most_tokens=_most_tokens,
     null_error=0.05,
 )
 def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
@@ -256,10 +261,11 @@ def mutual_knn(depth_pairs: Pairs) -> xr.DataArray:
     label="CKNNA",
     cite="huh2024platonic",
     basis="stream",
+    # Few pairs are among the nearest on both sides, so that one draw is rough: four halve its error.
     null=_of_noise(partial(kernel.cknna, k=NEIGHBOURS), draws=4),
     estimator=f"unbiased HSIC1 over the pairs among {NEIGHBOURS} nearest on both sides; {SAMPLED}",
     default=False,
-    most_tokens=_limit,
+    most_tokens=_most_tokens,
     null_error=0.15,
 )
 def cknna(depth_pairs: Pairs) -> xr.DataArray:

@@ -20,6 +20,7 @@ from depthscope.diagnostics.metrics import (
 )
 from depthscope.diagnostics.metrics.declaration import Metric
 
+# One explicit list: no metric registers itself by being imported, so that no import can change the order.
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -46,6 +47,7 @@ CATALOGUE: dict[str, Metric] = {
         similarity.block_influence,
         similarity.stream_cosine,
         similarity.stream_cka,
+        # Of every token, where the run was captured with streaming=True; those above are of the sampled tokens.
         streamed.streamed_effective_rank,
         streamed.streamed_entropy_rank,
         streamed.streamed_participation_ratio,
@@ -54,6 +56,7 @@ CATALOGUE: dict[str, Metric] = {
         streamed.streamed_alpha_req,
         streamed.streamed_cka,
         streamed.streamed_cka_error,
+        # Expensive: an analysis computes these when they are named.
         alignment.rbf_cka,
         alignment.svcca,
         alignment.pwcca,
@@ -84,6 +87,7 @@ CATALOGUE: dict[str, Metric] = {
         contraction.spectral_gap,
         contraction.dobrushin,
         contraction.lyapunov_spectrum,
+        # Only for runs to which `with_replay` has added the initial logits.
         replay.initial_distance,
         replay.replay_distance,
         replay.replayed_deflated_gain,
@@ -107,6 +111,7 @@ CATALOGUE: dict[str, Metric] = {
         propagation.branch_share,
         propagation.adjacent_cosine,
         propagation.adjacent_cosine_band,
+        # From the statistics of `record(model, weights=True)`, not from a trace.
         weight_updates.weight_norm,
         weight_updates.weight_gradient_norm,
         weight_updates.weight_gradient_ratio,

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.metrics.declaration import Null, Range, metric
 from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
-from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks
+from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks, over_spectra
 from depthscope.diagnostics.quantities.tokens import Massive, for_each_count
 
 SPECTRAL = "plug-in; within a sequence: mean over sequences"
-
-
-def _of_spectrum(measure: Callable[[Any], Any], singular_values: xr.DataArray) -> xr.DataArray:
-    """A rank of every spectrum; NaN where all singular values are zero or undefined."""
-    # Kernels refuse NaN, and give NaN for a spectrum of zeros.
-    return xr.apply_ufunc(measure, singular_values.fillna(0.0), input_core_dims=[["component"]])
 
 
 def _of_noise(name: str) -> Null:
@@ -53,7 +44,7 @@ def effective_rank(singular_values: xr.DataArray) -> xr.DataArray:
     Between 1 and min(N, d). Read it against its null, and with the massive tokens left out: one huge token
     brings it down alone.
     """
-    return _of_spectrum(rank.effective_rank_of, singular_values)
+    return over_spectra(rank.effective_rank_of, singular_values)
 
 
 @metric(
@@ -70,7 +61,7 @@ def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
 
     .. math:: \exp H(\lambda / \textstyle\sum\lambda), \quad \lambda = \sigma^2
     """
-    return _of_spectrum(rank.entropy_rank_of, singular_values)
+    return over_spectra(rank.entropy_rank_of, singular_values)
 
 
 @metric(
@@ -90,7 +81,7 @@ def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
 
     Biased by the finite sample: 1/PR is about 1/N + 1/d + 1/(true value).
     """
-    return _of_spectrum(rank.participation_ratio_of, singular_values)
+    return over_spectra(rank.participation_ratio_of, singular_values)
 
 
 @metric(
@@ -100,14 +91,14 @@ def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
     basis="stream",
     null=_of_noise("stable_rank"),
     estimator=SPECTRAL,
-    null_error=0.1,
+    null_error=0.1,  # one singular value decides it, and in a small matrix that is below the edge of the law
 )
 def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Stable rank: the energy in units of the strongest direction.
 
     .. math:: \|X\|_F^2 / \|X\|_2^2
     """
-    return _of_spectrum(rank.stable_rank_of, singular_values)
+    return over_spectra(rank.stable_rank_of, singular_values)
 
 
 @metric(
@@ -118,7 +109,7 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     # A twentieth of what independent tokens have.
     healthy=Range(low=0.05, source="heuristic"),
     cite="dong2021attention",
-    basis="feature",
+    basis="feature",  # the 1-norm and the ∞-norm add up magnitudes of single features
     null="none in closed form: it depends on the feature basis; compare with depth 0",
     estimator="per sequence, mean over sequences",
     headline=True,
@@ -138,6 +129,7 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
 def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
     """0 for raw noise; removing the mean leaves −1/(N − 1)."""
     # Vectors that sum to zero: the cosines of each with all others sum to −1.
+    # Multiplied by zero, not zero: an empty sequence keeps its NaN.
     of_each = {"raw": 0.0 * token_counts, "centred": -1.0 / (token_counts - 1.0).where(token_counts > 1)}
     return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
 
@@ -161,20 +153,26 @@ def token_cosine(
 
     .. math:: \frac{\|\sum_i u_i\|^2 - m}{m (m - 1)}, \quad u_i = x_i / \|x_i\|
     """
+    # In the order of the groups, whose labels the values get; a set has no order.
     scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
 
     def measure(views: np.ndarray) -> np.ndarray:
+        # Stacked as (tokens, centering, group, V); `over_depth` expects the views first.
         return np.stack(
-            [[_cosines(views, keep, scopes, label) for label in centering] for keep in token_masks.values]
+            [
+                [_token_cosines(views, keep, scopes, label) for label in centering]
+                for keep in token_masks.values
+            ]
         ).transpose(3, 0, 1, 2)
 
     labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
     return residual_states.over_depth(measure, ("tokens", "centering", "group"), **labels)
 
 
-def _cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: str) -> np.ndarray:
+def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: str) -> np.ndarray:
     """Cosines (group, V) of the tokens that count, of views (V, S, T, D)."""
     center, found = centering == "centred", []
+    # Only the scopes that were chosen: the jackknife measures pooled tokens alone.
     if "sequence" in scopes:
         found.append(geometry.token_cosine(views, center=center, mask=mask_or_none(keep)).T)
     if "data" in scopes:
@@ -183,6 +181,7 @@ def _cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], centering: 
 
 
 def _pooled_cosine(rows: np.ndarray, center: bool) -> np.ndarray:
+    # Kernels refuse a matrix without rows, as where every token is massive.
     return geometry.token_cosine(rows, center=center) if rows.shape[1] else np.full(len(rows), np.nan)
 
 
@@ -229,6 +228,7 @@ def massive_activation(massive: Massive) -> xr.DataArray:
 )
 def num_tokens(token_counts: xr.DataArray, residual_states: States) -> xr.DataArray:
     """Number of tokens that each number is computed from."""
+    # The masks are the same at every depth, so is the count: repeated, to be read next to the ranks.
     template = residual_states.labelled(
         np.ones((len(residual_states), len(residual_states.streams))), ("depth", "stream")
     )

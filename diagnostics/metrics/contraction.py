@@ -39,7 +39,7 @@ def deflated_gain(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
     dims="connection reduction",
-    healthy=Range(low=-2.0, source="heuristic"),
+    healthy=Range(low=-2.0, source="heuristic"),  # as `deflated_gain`
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
@@ -60,6 +60,7 @@ def _left_of_differences(mixing: Mixing, *, reverse: bool = False) -> np.ndarray
     """Log₁₀ of the deflated gain (C, N), a block of tokens at a time."""
     # Rounded up: array_split makes blocks of BLOCK tokens or fewer.
     blocks = np.array_split(mixing.matrices, -(-mixing.matrices.shape[1] // BLOCK), axis=1)
+    # The kernel gives natural logarithms; powers of ten are read more easily.
     return np.concatenate([kernel.deflated_gain(h, reverse=reverse) for h in blocks], axis=1) / np.log(10.0)
 
 
@@ -78,6 +79,7 @@ def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
 
     0 for the identity, 1 where one connection already makes all streams the same.
     """
+    # In descending order: the first is the 1 of the mean over streams, where the sums of H are 1.
     return mixing.reduced(1.0 - eigenvalue_moduli[..., 1])
 
 
@@ -117,6 +119,7 @@ def composite_dobrushin(mixing: Mixing) -> xr.DataArray:
 
     It stops at rounding, near 1e-16; the deflated gain goes on below.
     """
+    # τ is proportional to P, so that the scale that was taken out of P can be put back into τ.
     share = mixing.each_product(lambda product, log_scale: rescaled(kernel.dobrushin(product), log_scale))
     return mixing.reduced(share, depends_on="earlier")
 
@@ -139,6 +142,7 @@ def lyapunov_spectrum(mixing: Mixing) -> xr.DataArray:
 
     The first is 0 for stochastic matrices; the others tell how fast the streams become equal.
     """
+    # `over_tokens` reduces values of connections: this is one value for all of them.
     exponents = over_tokens(kernel.lyapunov_spectrum(mixing.matrices)[None])[0]
     # They are of the product of all connections: one connection that is not finite leaves none.
     if not mixing.finite.all():

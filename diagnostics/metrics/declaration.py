@@ -164,6 +164,7 @@ class Metric:
     @property
     def axis(self) -> str:
         """The dim to draw it along: ``depth``, ``connection``, ``weight`` or ``component``."""
+        # There is one: `_check_declaration` refuses a metric without.
         return next(dim for dim in AXES if dim in self.dims)
 
     @property
@@ -194,12 +195,15 @@ class Metric:
             Where the run lacks what the metric needs.
         """
         value, stderr = self.measure(source)
+        # A metric that knows a closer reason has stated it, as those of streamed sums do.
         if value.isnull().all() and "undefined_because" not in value.attrs:
             value = value.assign_attrs(undefined_because=UNDEFINED)
         found = {self.name: self.stamp(value)}
         if callable(self.null):
+            # Folded like the value: sequences of different lengths have different nulls, of which the mean is taken too.
             null = over_sequences.fold(source.call(self.null))[0]
             found[f"{self.name}_null"] = self.stamp(null, "expected of iid noise")
+        # Counts and extremes vary over sequences too, but that spread does not estimate their error.
         if stderr is not None and self.smooth:
             found[f"{self.name}_stderr"] = self.stamp_error(stderr)
         return found
@@ -243,12 +247,12 @@ class Metric:
         ValueError
             For data or options that the metric does not know.
         """
-        asked, arrays = split_options(self.name, options)
+        requested, arrays = split_options(self.name, options)
         added: list[str] = []
-        labels = dict(asked)
+        labels = dict(requested)
         if arrays or (data and isinstance(data[0], xr.DataArray)):
             trace, added = bind_arrays(self.name, self.roots, data, arrays)
-            labels = {**PLAIN, **asked}
+            labels = {**PLAIN, **requested}
         else:
             trace = trace_of(self.name, data)
         if mask is not None:
@@ -256,12 +260,13 @@ class Metric:
         # Only the wanted variant is computed: a spectrum centred and raw costs twice as much.
         choices = {dim: label for dim, label in labels.items() if dim in registry.CHOICES}
         value = self.evaluate(Quantities(trace, choices=choices))[self.name]
-        foreign = sorted(set(asked) - set(value.dims))
+        foreign = sorted(set(requested) - set(value.dims))
         if foreign:
             raise ValueError(
                 f"{self.name} has no {', '.join(foreign)}; its dims are {', '.join(map(str, value.dims))}"
             )
         value = value.sel({dim: label for dim, label in labels.items() if dim in value.dims})
+        # Dims that were added for the quantities, and that no array of the caller has.
         return value.squeeze([dim for dim in added if dim in value.dims])
 
     def stamp(self, value: xr.DataArray, what: str = "") -> xr.DataArray:
@@ -287,6 +292,7 @@ class Metric:
             "basis": self.basis,
             "question": self.question,
         }
+        # A null that is computed is a variable of its own; a null or an error has none.
         if not (callable(self.null) or what):
             facts["null"] = self.null
         return value.assign_attrs(facts).rename(self.name)
@@ -381,6 +387,7 @@ def metric(
 
 
 def _check_declaration(name: str, *, dims: str, scale: str, basis: str) -> None:
+    # −1 keeps an unknown dim from raising here: the message below names all that are expected.
     ordered = sorted(dims.split(), key=lambda dim: DIMS.index(dim) if dim in DIMS else -1)
     if not set(AXES) & set(ordered) or dims.split() != ordered or not set(ordered) <= set(DIMS):
         raise ValueError(

@@ -14,7 +14,7 @@ from depthscope.diagnostics.quantities.token_spectra import noise_ranks
 from depthscope.diagnostics.schema import WITHOUT_GRADIENT
 
 
-def _norms(states: States) -> xr.DataArray:
+def _frobenius_norms(states: States) -> xr.DataArray:
     """Frobenius norms over all real tokens, by depth and stream."""
     return states.over_depth(lambda views: kernel.gradient_norm(states.rows(views)))
 
@@ -34,14 +34,16 @@ def residual_norm(residual_states: States) -> xr.DataArray:
 
     .. math:: \sqrt{\tfrac{1}{N} \textstyle\sum_i \|x_i\|^2}
     """
-    norms = _norms(residual_states) / np.sqrt(residual_states.mask.sum())
+    norms = _frobenius_norms(residual_states) / np.sqrt(residual_states.mask.sum())
+    # Known only now: `States` counts what is not finite while it reads the depths.
     return norms.assign_attrs(residual_states.not_finite)
 
 
 @quantity
 def gradient_norms(gradient_states: States) -> xr.DataArray:
     """Norms of the gradient over all real tokens."""
-    return _norms(gradient_states).assign_attrs(gradient_states.not_finite)
+    # The attribute is taken after the norms, which read every depth; see `residual_norm`.
+    return _frobenius_norms(gradient_states).assign_attrs(gradient_states.not_finite)
 
 
 @metric(
@@ -65,6 +67,7 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     common to all of them would do, divided by n. NaN at depths that no gradient reached, as below frozen
     weights: the attribute ``without_gradient`` names them.
     """
+    # Of the variable itself: quantities computed from it are new arrays without its attributes.
     depths = gradient.attrs.get(WITHOUT_GRADIENT)
     return gradient_norms.assign_attrs({WITHOUT_GRADIENT: depths} if depths else {})
 
@@ -85,6 +88,7 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
 
     .. math:: \|\delta_l\| / \|\delta_D\|
     """
+    # A last gradient of zero leaves the gain undefined, not infinite.
     last = gradient_norms.isel(depth=-1, drop=True)
     return (gradient_norms / last.where(last > 0)).assign_coords(gradient_norms.coords)
 
@@ -116,6 +120,7 @@ def _product_of_norms(states: States, gradients: States, depth: int) -> np.ndarr
     """The relative gradient of every view at one depth, (V,); NaN where either is not finite."""
     state_views, finite_states = states.load(depth)
     gradient_views, finite_gradients = gradients.load(depth)
+    # In float64: squares of float32 gradients below some 1e-23 would be zero.
     state_norms = np.linalg.norm(states.rows(state_views).astype(np.float64), axis=-1)
     gradient_norms = np.linalg.norm(gradients.rows(gradient_views).astype(np.float64), axis=-1)
     found = np.linalg.norm(state_norms * gradient_norms, axis=-1)
@@ -124,11 +129,13 @@ def _product_of_norms(states: States, gradients: States, depth: int) -> np.ndarr
 
 def _sample_gradients(views: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Gradients summed over the tokens of each sequence that has some, (V, S, D)."""
+    # Padding needs no mask, `States` has set it to zero; a sequence of padding alone has no gradient.
     return views[:, mask.any(axis=1)].sum(axis=2, dtype=np.float64)
 
 
 def _rank_of_noise(gradient_states: States) -> xr.DataArray:
     """The effective rank of iid noise at the number of sequences and features."""
+    # Rows are sequences here, not tokens.
     count = float(gradient_states.mask.any(axis=1).sum())
     return xr.DataArray(noise_ranks(count, gradient_states.num_features)["effective_rank"])
 

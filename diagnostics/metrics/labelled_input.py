@@ -36,8 +36,10 @@ def split_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, str]
     arrays: dict[str, xr.DataArray] = {}
     unknown: list[str] = []
     for key, value in options.items():
+        # Recognised by type: names of arrays are those of variables, which `bind_arrays` checks.
         if isinstance(value, xr.DataArray):
             arrays[key] = value
+        # The name of this option in the kernels, for the dim `centering` of an analysis.
         elif key == "center":
             labels["centering"] = "centred" if value else "raw"
         elif key not in LABELS:
@@ -96,12 +98,14 @@ def bind_arrays(
 
 def _with_all_dims(array: xr.DataArray, root: str, name: str) -> xr.DataArray:
     """The array with every dim of its variable, those that it lacks with size 1."""
+    # A root that is no variable of the trace is one of the statistics, see `registry.sources`.
     dims = (TRACE[root] if root in TRACE else STATISTICS[root]).dims
     unknown = [str(dim) for dim in array.dims if dim not in dims]
     if unknown:
         raise ValueError(
             f"{name} got {root} with the dims {', '.join(unknown)}; expected some of {', '.join(dims)}"
         )
+    # With size 1, so that quantities need no case for arrays with fewer dims.
     missing = [dim for dim in dims if dim not in array.dims]
     return array.expand_dims(missing).transpose(*dims)
 
@@ -132,11 +136,13 @@ def trace_of(name: str, data: Sequence[Any]) -> xr.Dataset:
     if isinstance(data[0], xr.Dataset):
         return data[0]
     run = data[0]
+    # A node such as run['trace/decoder'] is a trace itself.
     trace = run.children.get("trace", run)
     if trace.children:
         raise ValueError(
             f"{name} got several chains: {', '.join(trace.children)}; choose one, such as run['trace/NAME']"
         )
+    # A node has none: metrics of weights and of streamed sums need the run itself.
     statistics = run.children.get("statistics")
     return sources(trace.to_dataset(), None if statistics is None else statistics.to_dataset())
 
@@ -160,6 +166,7 @@ def with_mask(trace: xr.Dataset, mask: Any) -> xr.Dataset:
     ValueError
         For another dtype or number of entries.
     """
+    # Only labels tell the order; a bare array is taken as (sample, token).
     if isinstance(mask, xr.DataArray) and mask.ndim == 2:
         mask = mask.transpose("sample", "token")
     values = np.asarray(mask)

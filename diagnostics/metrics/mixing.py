@@ -10,9 +10,12 @@ from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, rescaled
 from depthscope.diagnostics.schema import NOT_FINITE
 
+# Reduced over tokens last, in each of these metrics: the product of means is not the mean of products.
 PER_TOKEN = "per token in float64, then reduced over tokens"
 PER_PRODUCT = "product per token in float64, then reduced over tokens"
 DIRECTIONS = ("forward", "backward")
+# Nulls here and in `operators` and `contraction` are the values of the identity, the H_res of a plain residual network; only
+# the entropy is compared with uniform mixing.
 
 # The mHC paper reports about 1.6 for mHC and 3000 for an unstable HC; the ends of the range between are ours.
 GAIN = Range(low=0.5, high=10.0, source="heuristic")
@@ -93,6 +96,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     """
     # How many connections before each are not finite: a product from a to b contains one where the count rises.
     num_broken = np.concatenate([[0], np.cumsum(~mixing.finite)])
+    # The row is a, the column b, both included in the product.
     has_broken = num_broken[None, 1:] - num_broken[:-1, None] > 0
     gains = np.where(has_broken[..., None], np.nan, pair_gains)
     dims = ("direction", "connection", "other_connection", "reduction")
@@ -122,7 +126,7 @@ def doubly_stochastic_violation(mixing: Mixing) -> xr.DataArray:
     return xr.concat(found, xr.Variable("kind", list(kinds)))
 
 
-def _weakest(matrices: np.ndarray) -> np.ndarray:
+def _weakest_sums(matrices: np.ndarray) -> np.ndarray:
     """Weakest row sum and weakest column sum, (..., 2)."""
     found = kernel.attenuation(matrices)
     return np.stack([found.row, found.column], axis=-1)
@@ -144,7 +148,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \min_i |\textstyle\sum_j P_{ij}| \quad\text{and backward}\quad \min_j |\sum_i P_{ij}|
     """
-    weakest = mixing.each_product(lambda p, scale: rescaled(_weakest(p), scale[..., None]))
+    weakest = mixing.each_product(lambda p, scale: rescaled(_weakest_sums(p), scale[..., None]))
     return _by_direction([mixing.reduced(weakest[..., side], depends_on="earlier") for side in (0, 1)])
 
 
@@ -152,7 +156,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\min_i |\sum_j H_{ij}|",
     dims="direction connection reduction",
     scale="log",
-    healthy=Range(low=0.5, source="heuristic"),
+    healthy=Range(low=0.5, source="heuristic"),  # as `composite_attenuation`
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -163,7 +167,7 @@ def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \min_i |\textstyle\sum_j H_{ij}| \quad\text{and backward}\quad \min_j |\sum_i H_{ij}|
     """
-    weakest = mixing.each(_weakest)
+    weakest = mixing.each(_weakest_sums)
     return _by_direction([mixing.reduced(weakest[..., side]) for side in (0, 1)])
 
 
@@ -185,6 +189,7 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
 
     0 for doubly stochastic connections; infinite where a sum cancels to nothing.
     """
+    # By the kernel that takes the log scale: a sum beyond float64 still has a logarithm.
     return mixing.reduced(mixing.each_product(kernel.log_deviation), depends_on="earlier")
 
 

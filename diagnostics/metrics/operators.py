@@ -13,14 +13,16 @@ from depthscope.diagnostics.metrics.declaration import Range, metric
 from depthscope.diagnostics.metrics.mixing import GAIN, PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
 
+# In the order of the labels of the dim `norm`; the values are those of the kernel's `order`.
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
+# Singular values and eigenvalues of doubly stochastic matrices are at most 1; the margin of 5 % is ours.
+NOT_EXPANDING = Range(high=1.05, source="heuristic")
 
 
 @metric(
     symbol=r"\sigma_i(H)",
     dims="connection component reduction",
-    # Doubly stochastic matrices have 1; the margin of 5 % is ours.
-    healthy=Range(high=1.05, source="heuristic"),
+    healthy=NOT_EXPANDING,
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -31,14 +33,14 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
 
     The largest is the spectral norm: 1 for a doubly stochastic matrix, above it the connection expands.
     """
-    return _components(mixing, connection_spectrum)
+    return _by_component(mixing, connection_spectrum)
 
 
 @metric(
     symbol=r"\sigma_i(P)",
     dims="connection component reduction",
     scale="log",
-    healthy=Range(high=1.05, source="heuristic"),
+    healthy=NOT_EXPANDING,
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -47,14 +49,14 @@ def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr
 def composite_singular_value(mixing: Mixing) -> xr.DataArray:
     """Singular values of the product of all connections from the embedding on, the largest first."""
     product, log_scale = mixing.prefix
-    values = rescaled(kernel.singular_values(product), log_scale[..., None])
-    return _components(mixing, values, depends_on="earlier")
+    values = rescaled(kernel.singular_values(product), log_scale[..., None])  # one scale for all of a matrix
+    return _by_component(mixing, values, depends_on="earlier")
 
 
 @metric(
     symbol=r"|\lambda_i(H)|",
     dims="connection component reduction",
-    healthy=Range(high=1.05, source="heuristic"),
+    healthy=NOT_EXPANDING,
     cite="seneta2006nonnegative",
     basis="stream",
     null=1.0,
@@ -65,17 +67,20 @@ def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> 
 
     The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
     """
-    return _components(mixing, eigenvalue_moduli)
+    return _by_component(mixing, eigenvalue_moduli)
 
 
-def _components(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itself") -> xr.DataArray:
+def _by_component(mixing: Mixing, values: np.ndarray, *, depends_on: str = "itself") -> xr.DataArray:
     labels = np.arange(mixing.num_streams)
     return mixing.reduced(values, ("component",), depends_on=depends_on, component=labels)
 
 
-def _norms(mixing: Mixing, matrices: np.ndarray, log_scale: np.ndarray, *, depends_on: str) -> xr.DataArray:
+def _operator_norms(
+    mixing: Mixing, matrices: np.ndarray, log_scale: np.ndarray, *, depends_on: str
+) -> xr.DataArray:
     """Operator norms of matrices (C, N, n, n) times e^log_scale, by name of the norm."""
     found = [
+        # A norm is proportional to its matrix: the scale can be put back into it.
         mixing.reduced(rescaled(kernel.operator_gain(matrices, order), log_scale), depends_on=depends_on)
         for order in NORMS.values()
     ]
@@ -97,7 +102,8 @@ def operator_gain(mixing: Mixing) -> xr.DataArray:
 
     .. math:: \|H\|_\infty = \max_i \textstyle\sum_j |H_{ij}|, \quad \|H\|_1 = \max_j \sum_i |H_{ij}|, \quad \|H\|_2 = \sigma_1
     """
-    return _norms(mixing, mixing.matrices, np.zeros(()), depends_on="itself")
+    # No scale was taken out of a single matrix: of zeros `rescaled` returns the values as they are.
+    return _operator_norms(mixing, mixing.matrices, np.zeros(()), depends_on="itself")
 
 
 @metric(
@@ -116,7 +122,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     .. math:: P = H_c \cdots H_2 H_1
     """
     product, log_scale = mixing.prefix
-    return _norms(mixing, product, log_scale, depends_on="earlier")
+    return _operator_norms(mixing, product, log_scale, depends_on="earlier")
 
 
 @metric(
@@ -136,6 +142,7 @@ def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Data
 
     .. math:: \sigma_1 / \sigma_n
     """
+    # From the singular values that other metrics need as well.
     return mixing.reduced(rank.condition_of(connection_spectrum))
 
 
@@ -159,12 +166,12 @@ def henrici(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"r(H)",
     dims="connection reduction",
-    healthy=Range(high=1.05, source="heuristic"),
+    healthy=NOT_EXPANDING,
     cite="horn1991topics",
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
-    default=False,
+    default=False,  # a search over angles for every token, where others take one decomposition
 )
 def numerical_radius(mixing: Mixing) -> xr.DataArray:
     r"""Numerical radius of one connection: the most that a step can amplify before its powers settle.

@@ -21,7 +21,7 @@ TOKENS = 64
     dims="connection other_connection",
     cite="zhu2024hyper",
     basis="invariant",
-    null=1.0,
+    null=1.0,  # a plain residual network reads every earlier output once
     estimator="per token in float64, then the mean of the magnitude over tokens",
 )
 def depth_kernel(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
@@ -50,7 +50,7 @@ def _equal_share(mixing: Mixing) -> xr.DataArray:
 )
 def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
     """Share of each stream in what a connection reads."""
-    return _shares(mixing, read_weights)
+    return _labelled_shares(mixing, read_weights)
 
 
 @metric(
@@ -63,11 +63,13 @@ def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
 )
 def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     """Share of each stream in what a connection writes."""
-    return _shares(mixing, write_weights)
+    return _labelled_shares(mixing, write_weights)
 
 
-def _shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+def _labelled_shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+    # Summed over tokens before the division: a token that reads little counts little.
     shares = np.stack([kernel.stream_shares(of_connection) for of_connection in weights])
+    # The labels of `States.streams` without their mean, of which there are no weights.
     return mixing.labelled(shares, ("connection", "stream"), stream=list(map(str, range(mixing.num_streams))))
 
 
@@ -97,8 +99,10 @@ def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     At the cut before a connection; NaN at the first. At most the number of streams; it does not change with
     their basis. Below 1.5 one stream does all.
     """
+    # All connections of the same few tokens: a cut depends on the whole depth of a token.
     chosen = evenly_spaced(mixing.matrices.shape[1], TOKENS)
     cuts = np.full((len(mixing), len(chosen)), np.nan)
+    # The kernel gives the cuts between connections: nothing passes before the first one.
     cuts[1:] = kernel.streams_across(
         mixing.matrices[:, chosen], read_weights[:, chosen], write_weights[:, chosen]
     ).T
@@ -133,6 +137,7 @@ def effective_path_depth(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.Da
 def _residual_mass(mixing: Mixing) -> xr.DataArray:
     """How many later connections there are: a plain residual network reads each output in full."""
     later = np.arange(len(mixing))[::-1].astype(float)
+    # NaN at the last, as the metric: only the head reads it.
     return mixing.labelled(np.where(later > 0, later, np.nan), ("connection",))
 
 
@@ -162,8 +167,9 @@ def _all_streams(mixing: Mixing) -> xr.DataArray:
     return mixing.labelled(np.full(len(mixing), float(mixing.num_streams)), ("connection",))
 
 
-def _in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
+def _streams_in_use(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
     """Exponential of the entropy of the shares of the streams, connection by connection."""
+    # The kernel is the exponential entropy of shares of any non-negative numbers; here of weights, not singular values.
     return mixing.labelled(rank.effective_rank_of(np.abs(weights).sum(axis=1)), ("connection",))
 
 
@@ -180,7 +186,7 @@ def read_streams(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
 
     .. math:: \exp H\big(|H^{pre}_s| / \textstyle\sum_s |H^{pre}_s|\big)
     """
-    return _in_use(mixing, read_weights)
+    return _streams_in_use(mixing, read_weights)
 
 
 @metric(
@@ -196,4 +202,4 @@ def write_streams(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
 
     .. math:: \exp H\big(|H^{post}_s| / \textstyle\sum_s |H^{post}_s|\big)
     """
-    return _in_use(mixing, write_weights)
+    return _streams_in_use(mixing, write_weights)

@@ -15,6 +15,7 @@ from depthscope.diagnostics.quantities.states import States
 QUANTILES = (0.05, 0.5, 0.95)
 
 
+# A quantity, so that its two metrics share one pass over the states.
 @quantity
 def channel_statistics(residual_states: States) -> xr.DataArray:
     """Average channel squared mean and average channel variance, by depth and stream."""
@@ -84,9 +85,10 @@ def branch_variance(residual_states: States) -> xr.DataArray:
     )
 
 
-def _share(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def _relative_size(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     size, added = (np.linalg.norm(x, axis=-1) for x in (before, after - before))
-    defined = size > 0
+    defined = size > 0  # relative to zero a step has no size: such tokens are left out
+    # Divided by 1 where undefined: numpy would warn of a zero, although that value is not used.
     shares = np.where(defined, added / np.where(defined, size, 1.0), 0.0)
     count = defined.sum(axis=-1)
     return shares.sum(axis=-1) / np.where(count > 0, count, np.nan)
@@ -109,22 +111,23 @@ def branch_share(residual_states: States) -> xr.DataArray:
 
     Of a final norm it is the change of scale.
     """
-    return residual_states.over_steps(_share)
+    return residual_states.over_steps(_relative_size)
 
 
+# A quantity for the same reason: the mean and the band are of the same cosines.
 @quantity
 def adjacent_cosines(residual_states: States) -> xr.DataArray:
     """Mean and 5, 50, 95 % quantiles over tokens of the cosine with the depth before."""
 
     def measure(before: np.ndarray, after: np.ndarray) -> np.ndarray:
         cosines = geometry.row_cosine(before, after)
-        return np.stack([_summary(of_view) for of_view in cosines])
+        return np.stack([_mean_and_quantiles(of_view) for of_view in cosines])
 
     return residual_states.over_steps(measure, ("summary",))
 
 
-def _summary(cosines: np.ndarray) -> np.ndarray:
-    known = cosines[np.isfinite(cosines)]
+def _mean_and_quantiles(cosines: np.ndarray) -> np.ndarray:
+    known = cosines[np.isfinite(cosines)]  # a state of zero has no angle to another
     if not known.size:
         return np.full(1 + len(QUANTILES), np.nan)
     return np.array([known.mean(), *np.quantile(known, QUANTILES)])
@@ -160,6 +163,7 @@ def adjacent_cosine(adjacent_cosines: xr.DataArray) -> xr.DataArray:
     of_steps=True,
 )
 def adjacent_cosine_band(adjacent_cosines: xr.DataArray) -> xr.DataArray:
-    """Band of the cosine with the depth before: 5, 50 and 95 % of the tokens lie below."""
+    """Band of the cosine with the depth before: 5, 50 and 95 % of the tokens are below."""
+    # The first of the summary is the mean, see `adjacent_cosine`.
     band = adjacent_cosines.isel(summary=slice(1, None)).rename(summary="quantile")
     return band.assign_coords(quantile=list(QUANTILES))

@@ -19,7 +19,9 @@ from depthscope.diagnostics.quantities.mixing_matrices import Mixing
 
 def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.DataArray:
     """‖H − M‖_F/√n of every token's H from a static M (C, n, n)."""
+    # A static matrix has no tokens: the same M is compared with the H of each.
     distance = np.linalg.norm(mixing.matrices - matrices[:, None], axis=(-2, -1))
+    # √n is the norm of the identity: so distances are comparable between numbers of streams, as `identity_distance`.
     return mixing.reduced(distance / math.sqrt(mixing.num_streams))
 
 
@@ -56,16 +58,19 @@ def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.DataArr
 
 @metric(
     symbol=r"\log_{10} \sigma_1(P_{\eta\lambda}|_{1^\perp})",
+    # No dim `reduction`: static matrices are the same for every token.
     dims="connection",
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
     estimator="static matrices in float64",
-    infinite=True,
+    infinite=True,  # logits of zero give uniform matrices, which leave nothing
 )
 def replayed_deflated_gain(
     mixing: Mixing, initial_logits: xr.DataArray, replayed_matrices: np.ndarray
 ) -> xr.DataArray:
     """What initialisation and weight decay alone leave of the differences between streams: log₁₀, as `deflated_gain`."""
+    # The kernel gives natural logarithms.
     left = kernel.deflated_gain(replayed_matrices) / np.log(10.0)
+    # The decay goes with it: the verdict `decayed_mixing` names it.
     return mixing.labelled(left, ("connection",)).assign_attrs(decay=initial_logits.attrs["decay"])

@@ -9,16 +9,16 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
+from depthscope.diagnostics.metrics.collapse import SPECTRAL
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States, mask_or_none
-from depthscope.diagnostics.quantities.token_spectra import free_rows
+from depthscope.diagnostics.quantities.token_spectra import free_rows, over_spectra
 from depthscope.diagnostics.quantities.tokens import for_each_count
 
-SPECTRAL = "plug-in; within a sequence: mean over sequences"
 PER_SEQUENCE = "per sequence, mean over sequences"
 
-# How many directions count as the top ones.
+# How many directions count as the top ones. Heuristic.
 TOP = 10
 # Indices of the eigenvalues that the power law is fitted to, as in Stringer et al. 2019.
 FIRST, LAST = 11, 500
@@ -58,6 +58,7 @@ def numerical_rank(
 
     .. math:: \#\{i : \sigma_i > \max(N, d)\, \varepsilon\, \sigma_1\}
     """
+    # max(N, d), as in numpy.linalg.matrix_rank.
     sizes = token_counts.clip(min=residual_states.num_features)
 
     def measure(s: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -65,6 +66,7 @@ def numerical_rank(
         return rank.numerical_rank_of(s, rtol=float(np.finfo(np.float32).eps) * size[..., None])
 
     found = xr.apply_ufunc(measure, singular_values.fillna(0.0), sizes, input_core_dims=[["component"], []])
+    # Spectra of NaN were replaced by zeros above, whose rank is 0: a value.
     defined = singular_values.notnull().all("component") & token_counts.notnull()
     return found.where(defined)
 
@@ -83,11 +85,10 @@ def top_energy(singular_values: xr.DataArray) -> xr.DataArray:
 
     .. math:: \textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i, \quad \lambda = \sigma^2
     """
-    return xr.apply_ufunc(
-        lambda s: rank.top_energy_of(s, TOP), singular_values.fillna(0.0), input_core_dims=[["component"]]
-    )
+    return over_spectra(lambda s: rank.top_energy_of(s, TOP), singular_values)
 
 
+# A quantity, so that the exponent and its error come from one fit.
 @quantity
 def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     """Exponent of every spectrum and its standard error."""
@@ -169,6 +170,7 @@ def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.D
     units="rad",
     cite="skean2025layer",
     basis="stream",
+    # Two successive steps share x_{k+1} with opposite signs: of independent tokens their cosine is −1/2.
     null=2.0 * np.pi / 3.0,
     estimator=PER_SEQUENCE,
     null_error=0.01,
@@ -208,7 +210,7 @@ def _dimension_of_noise(token_masks: xr.DataArray, residual_states: States) -> x
     basis="stream",
     null=_dimension_of_noise,
     estimator="all tokens pooled, repeated ones once; the largest tenth of the ratios left out",
-    default=False,
+    default=False,  # it costs the square of the number of tokens
     null_error=0.05,
 )
 def intrinsic_dimension(residual_states: States, token_masks: xr.DataArray) -> xr.DataArray:
@@ -218,6 +220,7 @@ def intrinsic_dimension(residual_states: States, token_masks: xr.DataArray) -> x
     """
 
     def measure(views: np.ndarray) -> np.ndarray:
+        # The mask goes to the kernel: neighbours are searched among the tokens that count.
         pooled = views.reshape(len(views), -1, views.shape[-1])
         kinds = [geometry.two_nn(pooled, mask=mask_or_none(keep.ravel())) for keep in token_masks.values]
         return np.stack(kinds, axis=1)

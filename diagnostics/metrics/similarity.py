@@ -29,6 +29,7 @@ def _between_depths(
     values: np.ndarray, dims: tuple[str, ...], states: States, mean_states: MeanStates, masks: xr.DataArray
 ) -> xr.DataArray:
     """Values (..., L, L) labelled; NaN where either depth is not finite."""
+    # States that are not finite were replaced by zeros, which the kernels took for states.
     finite = mean_states.finite
     values = np.where(finite[:, None] & finite[None, :], values, np.nan)
     return states.labelled(values, (*dims, "depth", "other_depth"), tokens=masks["tokens"])
@@ -45,7 +46,7 @@ def cka_table(
 
 
 def _cka(states: np.ndarray, estimator: tuple[str, ...]) -> np.ndarray:
-    """CKA by every estimator asked for, (E, L, L), from products that are computed once."""
+    """CKA by every requested estimator, (E, L, L), from products that are computed once."""
     depths, num_tokens, _ = states.shape
     if not num_tokens:
         return np.full((len(estimator), depths, depths), np.nan)
@@ -61,6 +62,7 @@ def _cka_of_noise(
     """CKA of independent iid noise at that size: 0 when unbiased."""
     width = residual_states.num_features
     count = token_masks.sum(("sample", "token"))
+    # The formula needs a token; without one there is no null, whatever it gives.
     biased = for_each_count(count.clip(1), lambda n: kernel.cka_null(int(n), width)).where(count > 0)
     of_each = {"biased": biased, "unbiased": 0.0 * biased}
     return xr.concat([of_each[name] for name in estimator], xr.Variable("estimator", list(estimator)))
@@ -133,6 +135,8 @@ def _angles_between(states: np.ndarray) -> np.ndarray:
     total, count = np.zeros((depths, depths)), np.zeros((depths, depths))
     block = max(1, BLOCK // (depths * width))
     for start in range(0, num_tokens, block):
+        # Tokens first, so that one product gives the cosines of all depths; in float64, for near 1 an error of ε in a
+        # cosine is one of √(2ε) in the angle.
         part = np.moveaxis(states[:, start : start + block], 0, 1).astype(np.float64)
         length = np.linalg.norm(part, axis=-1, keepdims=True)
         unit = part / np.where(length > 0, length, 1.0)
@@ -188,8 +192,9 @@ def stream_cosine(stream_states: States) -> xr.DataArray:
     def measure(views: np.ndarray) -> np.ndarray:
         streams = np.moveaxis(stream_states.rows(views[1:]), 0, 1)  # the first view is the mean
         cosines = geometry.token_cosine(streams)
+        # A token with a stream of zeros has no cosine; nanmean warns where no token has one.
         mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
-        return np.full(len(views), mean)
+        return np.full(len(views), mean)  # `over_depth` expects a value of each view: below one is taken
 
     return stream_states.over_depth(measure).isel(stream=0, drop=True)
 
@@ -213,12 +218,13 @@ def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> x
     null_error=0.02,
 )
 def stream_cka(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
-    """Mean linear CKA between the streams: 1 where they hold the same geometry of tokens, even if rotated."""
+    """Mean linear CKA between the streams: 1 where they have the same geometry of tokens, even if rotated."""
     pairs = ~np.eye(stream_states.num_streams, dtype=bool)
 
     def measure(views: np.ndarray) -> np.ndarray:
         rows = stream_states.rows(views[1:])
         rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
+        # One value for all views, as in `stream_cosine`; of each pair both orders are averaged, which are equal.
         return np.tile(_cka(rows, estimator)[:, pairs].mean(axis=-1), (len(views), 1))
 
     found = stream_states.over_depth(measure, ("estimator",), estimator=list(estimator))

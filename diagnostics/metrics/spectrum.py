@@ -48,24 +48,29 @@ def _spectrum_of_noise(count: int, width: int) -> np.ndarray:
     return expected / np.linalg.norm(expected)
 
 
-def _of_groups(
+def _at_stored_orders(
     singular_values: xr.DataArray,
     token_counts: xr.DataArray,
     states: States,
     measure: Callable[[np.ndarray, int], np.ndarray],
 ) -> xr.DataArray:
     """What is measured of every spectrum of the mean over streams, at the stored orders; NaN beyond the rank."""
+    # The first view is the mean over streams.
     spectra = singular_values.isel(stream=0, drop=True).transpose(
         "depth", "tokens", "centering", "group", "component"
     )
     orders = stored_orders(states.num_features)
+    # An empty sequence has NaN: zero rows, so that no order is within its rank.
     rows = token_counts.transpose("tokens", "group").fillna(0).astype(int).values
     found = np.full((*spectra.shape[:-1], len(orders)), np.nan)
     for t, c, g in np.ndindex(spectra.shape[1:4]):
+        # Removing the mean makes one singular value zero by construction.
         count = int(rows[t, g]) - (spectra["centering"].values[c] == "centred")
         inside = orders[orders <= min(count, states.num_features)]
         if inside.size:
-            found[:, t, c, g, : inside.size] = measure(spectra.values[:, t, c, g], count)[:, inside - 1]
+            found[:, t, c, g, : inside.size] = measure(spectra.values[:, t, c, g], count)[
+                :, inside - 1
+            ]  # orders count from 1
     dims = (*spectra.dims[:-1], "order")
     return xr.DataArray(found, dims=dims, coords=dict(spectra.coords) | {"order": orders})
 
@@ -79,7 +84,7 @@ def _scaled_spectrum_of_noise(
         energy = np.linalg.norm(values, axis=-1, keepdims=True)
         return energy * _spectrum_of_noise(count, residual_states.num_features)
 
-    return _of_groups(singular_values, token_counts, residual_states, measure)
+    return _at_stored_orders(singular_values, token_counts, residual_states, measure)
 
 
 @metric(
@@ -102,4 +107,4 @@ def singular_value(
 
     Of large spectra some orders are stored: the first ones, and even steps over all. NaN beyond min(N, d).
     """
-    return _of_groups(singular_values, token_counts, residual_states, lambda values, count: values)
+    return _at_stored_orders(singular_values, token_counts, residual_states, lambda values, count: values)

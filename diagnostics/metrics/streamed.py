@@ -17,7 +17,7 @@ from depthscope.diagnostics.kernels.similarity import cka_from_hsic
 from depthscope.diagnostics.metrics.declaration import Null, metric
 from depthscope.diagnostics.metrics.shape import FIRST, LAST, TOP
 from depthscope.diagnostics.quantities.registry import quantity
-from depthscope.diagnostics.quantities.token_spectra import noise_ranks
+from depthscope.diagnostics.quantities.token_spectra import noise_ranks, over_spectra
 from depthscope.diagnostics.quantities.tokens import for_each_count
 
 # Squares in float32 lose the directions with less than about 3e-4 of the largest singular value. The capture stores the
@@ -38,6 +38,7 @@ def streamed_spectra(
     centering: tuple[str, ...],
 ) -> tuple[xr.DataArray, xr.DataArray]:
     """Singular values of all tokens, and the same as far as rounding may have moved them."""
+    # Eigenvalues of Σ x xᵀ are squares of the singular values that the kernels take.
     spectrum = _of_views(eigenvalue, stream_eigenvalue).sel(centering=list(centering)) ** 0.5
     moved = _of_views(eigenvalue_shaken, stream_eigenvalue_shaken).sel(centering=list(centering)) ** 0.5
     return spectrum.assign_attrs(_of_part(eigenvalue)), moved
@@ -51,23 +52,25 @@ def _of_part(of: xr.DataArray) -> dict[str, str]:
 
 def _of_views(mean: xr.DataArray, streams: xr.DataArray) -> xr.DataArray:
     """Spectra of the mean over streams, and of each of several, by their labels."""
+    # A training curve has a label "mean" in all its variables: NaN here, for that spectrum is `eigenvalue`.
     labels = [str(label) for label in streams["stream"].values]
     streams = streams.assign_coords(stream=labels).sel(stream=[label for label in labels if label != "mean"])
+    # A single stream is its own mean.
     views = [mean.expand_dims(stream=["mean"]), *([streams] if streams.sizes["stream"] > 1 else [])]
     return xr.concat(views, "stream").transpose(..., "depth", "stream", "component")
 
 
 def _resolved(measure: Callable[[Any], Any], spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     """A number of every spectrum with its stated error; NaN, and named, where the rounding of the sums decides it."""
-    value, moved = (
-        xr.apply_ufunc(measure, spectrum.fillna(0.0), input_core_dims=[["component"]]) for spectrum in spectra
-    )
+    value, moved = (over_spectra(measure, spectrum) for spectrum in spectra)
     change = abs(moved - value) / abs(value)
+    # NaN compares as false: what is undefined in either spectrum is not resolved.
     resolved = change <= RESOLVED
     found = value.where(resolved).assign_attrs(spectra[0].attrs)
     if bool(resolved.any()):
         # Twice the largest change: rounding may have moved the sums either way.
         found = found.assign_attrs(relative_error=2.0 * float(change.where(resolved).max()) + OF_FLOAT32)
+    # What is NaN for another reason, as a depth of zeros, is not blamed on rounding.
     lost = ~resolved & value.notnull()
     return found.assign_attrs(undefined_because=_reason(lost)) if bool(lost.any()) else found
 
@@ -179,6 +182,7 @@ def _of_spectrum(measure: Callable[[Any], Any]) -> Null:
             count: float(measure(rank.marchenko_pastur(int(count), width).singular_values()))
             for count in np.unique(known.values[known.notnull().values]).tolist()
         }
+        # A depth without tokens has NaN, which is no key.
         return for_each_count(known, lambda n: values.get(n, float("nan")))
 
     return expectation
@@ -228,6 +232,7 @@ def streamed_alpha_req(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> x
 
 
 def _cka(hsic: xr.DataArray) -> xr.DataArray:
+    # Attributes of the sums are dropped below: they describe HSIC; only which part was streamed is true of CKA too.
     table = hsic.transpose(..., "depth", "other_depth")
     own = np.diagonal(table.values, axis1=-2, axis2=-1)
     found = table.copy(data=cka_from_hsic(table.values, own[..., :, None], own[..., None, :]))
@@ -240,7 +245,7 @@ def _cka(hsic: xr.DataArray) -> xr.DataArray:
     label="streamed CKA",
     cite="song2012feature",
     basis="invariant",
-    null=0.0,
+    null=0.0,  # HSIC1 is unbiased, so that few tokens raise nothing
     estimator="unbiased HSIC1 from a signed row sketch and the heaviest tokens; its error is streamed_cka_error",
 )
 def streamed_cka(hsic: xr.DataArray) -> xr.DataArray:
@@ -269,6 +274,7 @@ def streamed_cka_error(hsic_without: xr.DataArray) -> xr.DataArray:
 
     .. math:: \sqrt{\tfrac{G - 1}{G} \textstyle\sum_g (c_g - \bar{c})^2}
     """
+    # skipna=False below: the other groups alone would be no fair sample, as in `analysis.jackknife`.
     tables = _cka(hsic_without)
     groups = tables.sizes["group"]
     return (((tables - tables.mean("group")) ** 2).sum("group", skipna=False) * (groups - 1) / groups) ** 0.5

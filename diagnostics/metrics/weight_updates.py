@@ -9,9 +9,9 @@ from depthscope.diagnostics.metrics.declaration import Range, metric
 OF_A_MODULE = "exact, over all parameters that the module owns"
 
 
-def _over(above: xr.DataArray, below: xr.DataArray) -> xr.DataArray:
+def _norm_ratio(numerator: xr.DataArray, denominator: xr.DataArray) -> xr.DataArray:
     """The ratio of two norms from their squares; NaN where the weights are zero."""
-    return (above / below.where(below > 0)) ** 0.5
+    return (numerator / denominator.where(denominator > 0)) ** 0.5
 
 
 @metric(
@@ -30,6 +30,7 @@ def weight_norm(weight_square_norm: xr.DataArray) -> xr.DataArray:
 
     As they stand at the end of the step. A parameter that two modules share counts for the first of them.
     """
+    # Statistics store squares, which add up over the parameters of a module.
     return weight_square_norm**0.5
 
 
@@ -73,7 +74,7 @@ def weight_gradient_ratio(
     Plain gradient descent moves a module by the learning rate times this share of itself. Its inverse is the
     trust ratio of LARS.
     """
-    return _over(weight_gradient_square_norm, weight_square_norm)
+    return _norm_ratio(weight_gradient_square_norm, weight_square_norm)
 
 
 @metric(
@@ -96,4 +97,4 @@ def update_ratio(weight_update_square_norm: xr.DataArray, weight_square_norm: xr
     (Bernstein et al. 2020), so deeper networks bear less of it. NaN where no optimiser ran during the step, 0
     where it ran and left the module as it was.
     """
-    return _over(weight_update_square_norm, weight_square_norm)
+    return _norm_ratio(weight_update_square_norm, weight_square_norm)

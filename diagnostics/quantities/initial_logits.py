@@ -66,16 +66,15 @@ def decay_factor(
             f"learning_rate has shape {np.shape(learning_rate)} and weight_decay {np.shape(weight_decay)}; expected one "
             "rate or a schedule of a step or more, and one weight decay"
         )
-    (_, rate), (_, decay) = (
-        as_float64(value, name=name, ndim=0)
-        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay))
-    )
+    rate = as_float64(learning_rate, name="learning_rate", ndim=0)[1]
+    decay = as_float64(weight_decay, name="weight_decay", ndim=0)[1]
     lost = np.asarray(rate) * np.asarray(decay)
     if not (np.all(lost >= 0.0) and np.all(lost < 1.0)):
         raise ValueError(
             f"a step takes a share of {np.max(lost):g} to {np.min(lost):g} of the weight; expected 0 to below 1: "
             "learning rate times weight decay"
         )
+    # log1p, not a product of 1 − ηλ, which would round a small ηλ in every one of many steps.
     return math.exp(float(np.sum(np.log1p(-lost))) * times)
 
 
@@ -117,7 +116,7 @@ def with_replay(
     """
     if sinkhorn_steps is not None:
         sinkhorn_steps = as_count(sinkhorn_steps, name="sinkhorn_steps")
-    given = initial if isinstance(initial, xr.DataArray) else _in_order(np.asarray(initial))
+    given = initial if isinstance(initial, xr.DataArray) else _labelled_logits(np.asarray(initial))
     # Defaults of the mHC paper first, then what the checkpoint gives, then what the caller names.
     attrs: dict[str, Any] = {"sinkhorn_steps": 20, "last": "row", "floor": 0.0}
     attrs.update(given.attrs)
@@ -127,15 +126,15 @@ def with_replay(
     mixing = {chain: trace for chain, trace in traces.items() if trace is not None and "h_res" in trace}
     if not mixing:
         raise ValueError("the run has no h_res to compare with; capture a model whose streams are mixed")
-    replayed = run.copy()
+    replayed = run.copy()  # shallow: the arrays are shared, the caller's run gets no new variable
     for chain, trace in mixing.items():
-        logits = xr.Variable(TRACE[LOGITS].dims, _matched(given, trace), attrs)
+        logits = xr.Variable(TRACE[LOGITS].dims, _matched_logits(given, trace), attrs)
         replayed[group_path("trace", chain)].dataset = trace.assign({LOGITS: logits})
-    validate(replayed)
+    validate(replayed)  # the attributes too: a decay above 1, or no round of Sinkhorn, is refused here
     return replayed
 
 
-def _in_order(logits: np.ndarray) -> xr.DataArray:
+def _labelled_logits(logits: np.ndarray) -> xr.DataArray:
     if logits.ndim != 3:
         raise ValueError(
             f"initial has shape {logits.shape}; expected logits (connection, stream_out, stream_in)"
@@ -143,9 +142,10 @@ def _in_order(logits: np.ndarray) -> xr.DataArray:
     return xr.DataArray(logits, dims=TRACE[LOGITS].dims)
 
 
-def _matched(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
+def _matched_logits(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
     """The logits of a chain's connections, in its order."""
     values = given.transpose(*TRACE[LOGITS].dims).values
+    # Without names on both sides, as for a bare array, the order of the run is taken.
     if "connection_module" in given.coords and "connection_module" in trace.coords:
         names, blocks = _modules(given), _blocks(given)
         wanted = zip(_modules(trace), _blocks(trace), strict=True)
@@ -156,6 +156,7 @@ def _matched(given: xr.DataArray, trace: xr.Dataset) -> np.ndarray:
             f"the initial logits have shape {values.shape}, the run's connections {shape}; expected one square of "
             "logits for each connection, in the run's order"
         )
+    # It refuses what is not finite, which would spread through every round of Sinkhorn.
     return np.asarray(as_float64(values, name="initial, in the run's order,")[1])
 
 
@@ -182,6 +183,7 @@ def _index_of(
         if f".{name}".endswith(f".{module}") or f".{module}".endswith(f".{name}")
     ]
     same_block = [i for i, other in enumerate(blocks) if block is not None and other == block]
+    # The surest first. Two logits that fit alike are no match: a guess would compare other matrices.
     for matches in (same_path, same_end, same_block):
         if len(matches) == 1:
             return matches[0]

@@ -39,12 +39,14 @@ class Mixing:
         bad = ~np.isfinite(matrices).all(axis=(2, 3))
         self.finite = ~bad.any(axis=1)
         self.not_finite = {str(c): int(bad[c].sum()) for c in np.flatnonzero(~self.finite)}
+        # LAPACK refuses NaN, and products would carry them on: `reduced` sets what depends on these to NaN.
         matrices[~self.finite] = np.eye(matrices.shape[-1])
         # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
         # run along the tokens and vectorise.
         self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
         self.num_streams = matrices.shape[-1]
         self._coords = connection_coords(h_res)
+        # Products take as much memory as the matrices again: only where a metric needs them.
         self._prefix: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -168,6 +170,7 @@ def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     keep = mask.transpose("sample", "token").values.astype(bool)
     if not keep.any():
         raise Unavailable("the mask leaves no token: every position is marked as padding")
+    # Selecting by booleans copies: `Mixing` may write to the result.
     return values.transpose("connection", "sample", "token", ...).values[:, keep].astype(np.float64)
 
 
@@ -219,6 +222,7 @@ def over_last(values: np.ndarray) -> np.ndarray:
     # One sort serves all quantiles, and np.quantile gives NaN next to an infinity.
     ranked = np.sort(values, axis=-1)
     last = ranked.shape[-1] - 1
+    # Infinities are values here: their mean may be infinite, or undefined as that of ∞ and −∞.
     with np.errstate(over="ignore", invalid="ignore"):
         mean = values.mean(axis=-1)
         quantiles = [_interpolated(ranked, share * last) for share in QUANTILES]
@@ -226,7 +230,7 @@ def over_last(values: np.ndarray) -> np.ndarray:
 
 
 def _interpolated(ranked: np.ndarray, rank: float) -> np.ndarray:
-    """Ranked values at a rank between two whole ones; the nearer value where one of them is infinite."""
+    """Ranked values at a rank between two integers; the nearer value where one of them is infinite."""
     below, share = int(rank), rank - int(rank)
     low, high = ranked[..., below], ranked[..., min(below + 1, ranked.shape[-1] - 1)]
     value = low + share * (high - low)
@@ -285,6 +289,7 @@ def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     for start in range(0, num_tokens, block):
         part = slice(start, start + block)
         weights = mixing.matrices[:, part], read_weights[:, part], write_weights[:, part]
+        # Magnitudes before the sum: reads of opposite sign in two tokens do not cancel.
         with np.errstate(over="ignore"):
             total += np.abs(kernel.depth_kernel(*weights)).sum(axis=0)
     if not np.isfinite(total).all():
@@ -296,6 +301,7 @@ def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: n
 def pair_gains(mixing: Mixing) -> np.ndarray:
     """Amax gain of every product H_b … H_a, reduced over tokens: (direction, a, b, reduction), NaN where a > b."""
     count = len(mixing)
+    # By one end at a time: all products of a deep network are not in memory at once.
     table = np.full((2, count, count, len(REDUCTIONS)), np.nan)
     for end, gain, scale in kernel.pair_gains(mixing.matrices):
         table[0, : end + 1, end] = over_last(rescaled(gain, scale))
@@ -318,7 +324,8 @@ def rescaled(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     -------
     ndarray
     """
-    if not log_scale.any():
+    if not log_scale.any():  # the way through the logarithm would round
         return values
+    # The logarithm of zero is −∞, of which the exponential makes a zero again.
     with np.errstate(over="ignore", divide="ignore"):
         return np.exp(np.log(values) + log_scale)

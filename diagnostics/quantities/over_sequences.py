@@ -37,6 +37,7 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
         return value, None
     template = value.isel(group=0, drop=True)
     scopes, values = value["scope"].values, value.transpose("group", ...).values
+    # Pooled tokens are one group: their mean is the value itself, and their error NaN.
     means, errors = {}, {}
     for label in dict.fromkeys(scopes.tolist()):
         means[label], errors[label] = _mean_and_error(values[scopes == label])
@@ -52,6 +53,7 @@ def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count = known.sum(axis=0)
     mean = np.where(known, values, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
     deviation = np.where(known, values - mean, 0.0)
+    # Over count − 1: the mean is estimated from the same sequences.
     variance = (deviation**2).sum(axis=0) / np.where(count > 1, count - 1, np.nan)
     return mean, np.sqrt(variance / np.where(count > 1, count, np.nan))
 

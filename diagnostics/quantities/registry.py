@@ -75,6 +75,7 @@ class Quantities:
 
     def __init__(self, trace: xr.Dataset, *, choices: Mapping[str, str] | None = None) -> None:
         self.trace = trace
+        # A choice is a quantity too: a function that names the dim gets the labels to compute.
         self._values: dict[str, Any] = dict(CHOICES)
         for dim, label in (choices or {}).items():
             self._values[dim] = (label,)
@@ -122,6 +123,7 @@ class Quantities:
             sizes = {dim: self.trace.sizes.get(dim, 1) for dim in TRACE["mask"].dims}
             return xr.DataArray(np.ones(tuple(sizes.values()), dtype=bool), dims=tuple(sizes))
         if name not in (*TRACE, *OF_WEIGHTS, *OF_STREAMING):
+            # Not Unavailable, which is a reason about the run: this is a mistake in a declaration.
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
         remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
         raise Unavailable(f"the run has no {name}{remedy}")
@@ -199,6 +201,7 @@ def roots(function: Callable[..., Any]) -> tuple[str, ...]:
     tuple of str
         In the order of the parameters.
     """
+    # Without the mask: nearly all take it, and a bare array has none.
     found: list[str] = []
     for name in inspect.signature(function).parameters:
         if name in QUANTITIES:

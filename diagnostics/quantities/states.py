@@ -82,7 +82,8 @@ class States:
 
     def _read(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
         streams = np.moveaxis(self._states.variable[depth].values, -2, 0)
-        # A view, not the user's array: it is marked read-only below.
+        # A view, not the user's array: it is marked read-only below. Padding may contain anything, NaN too: as zeros it adds
+        # nothing to a sum, and does not count as not finite.
         streams = streams[:] if self.mask.all() else np.where(self.mask[..., None], streams, 0)
         finite = np.isfinite(streams).all(axis=(1, 2, 3))
         if not finite.all():
@@ -92,9 +93,10 @@ class States:
             streams = np.where(finite[:, None, None, None], streams, 0)
         if len(streams) > 1:
             # float64 sums: of many float32 streams that nearly cancel, the rounding would be the mean.
+            # All zero where one stream is: the mean of the others is no state of the network.
             mean = streams.mean(axis=0, keepdims=True, dtype=np.float64).astype(streams.dtype) * finite.all()
             streams, finite = np.concatenate([mean, streams]), np.concatenate([[finite.all()], finite])
-        streams.flags.writeable = False
+        streams.flags.writeable = False  # it is cached: a metric that wrote to it would change all later ones
         return streams, finite
 
     def rows(self, views: np.ndarray) -> np.ndarray:
@@ -133,7 +135,7 @@ class States:
         found = []
         for depth in range(len(self)):
             views, finite = self.load(depth)
-            values = np.asarray(measure(views), dtype=float)
+            values = np.asarray(measure(views), dtype=float)  # counts are integers, which have no NaN
             values[~finite] = np.nan
             found.append(values)
         return self.labelled(np.stack(found), ("depth", "stream", *dims), **coords)

@@ -5,7 +5,9 @@ Shapes: ``V`` views of the streams, ``S`` sequences, ``T`` tokens, ``D`` feature
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -23,6 +25,7 @@ def singular_values(
 ) -> xr.DataArray:
     """Singular values of the tokens of each sequence and of all pooled; zero beyond the rank."""
     kinds = token_masks.values
+    # In the order of the groups, whose labels the spectra get; a set has no order.
     scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
 
     def decompose(views: np.ndarray) -> np.ndarray:
@@ -39,6 +42,7 @@ def _spectra(
     """Spectra (V, centering, group, component) of the tokens that count, of views (V, S, T, D)."""
     num_groups = sum(len(counted) if scope == "sequence" else 1 for scope in scopes)
     width = min(counted.size, views.shape[-1])
+    # Groups of fewer tokens have fewer values: the rest stays zero, which counts for no rank.
     spectra = np.zeros((len(views), len(centering), num_groups, width))
     # View by view: a batched decomposition of all would take as many copies of the states in float64.
     for v, view in enumerate(views):
@@ -57,7 +61,27 @@ def _spectra(
 
 def _pooled_spectrum(view: np.ndarray, counted: np.ndarray, *, center: bool) -> np.ndarray:
     rows = select_rows(view[None], counted)
+    # Kernels refuse a matrix without rows, as where every token is massive.
     return rank.singular_values(rows, center=center)[0] if rows.shape[1] else np.zeros(0)
+
+
+def over_spectra(measure: Callable[[Any], Any], spectra: xr.DataArray) -> xr.DataArray:
+    """Measure every spectrum; NaN where all its singular values are zero or undefined.
+
+    Parameters
+    ----------
+    measure : function
+        Singular values (..., component) in, values (...) out: a rank.
+    spectra : DataArray
+        With the dim ``component``.
+
+    Returns
+    -------
+    DataArray
+        Without it.
+    """
+    # Kernels refuse NaN, and give NaN for a spectrum of zeros.
+    return xr.apply_ufunc(measure, spectra.fillna(0.0), input_core_dims=[["component"]])
 
 
 def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.DataArray:
@@ -75,6 +99,7 @@ def free_rows(token_counts: xr.DataArray, centering: tuple[str, ...]) -> xr.Data
     DataArray
         With the dim ``centering``.
     """
+    # One token less its mean is zero: it has no spectrum, and so has its noise.
     of_each = {"raw": token_counts, "centred": (token_counts - 1.0).where(token_counts > 1)}
     return xr.concat([of_each[label] for label in centering], xr.Variable("centering", list(centering)))
 

@@ -58,6 +58,7 @@ def massive(residual_states: States, mask: xr.DataArray) -> Massive:
     has_token = np.zeros(real.shape, dtype=bool)
     has_feature = np.zeros(residual_states.num_features, dtype=bool)
 
+    # Shares and ratios are of each depth, tokens and features of any depth: the latter are collected on the way.
     def measure(views: np.ndarray) -> np.ndarray:
         found = geometry.massive_activations(views, mask=mask_or_none(real))
         has_token[found.any(axis=(0, 3))] = True
@@ -147,4 +148,5 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
     >>> evenly_spaced(9, 5).tolist()
     [0, 2, 4, 6, 8]
     """
+    # Unique: halves are rounded to even numbers, so that 1.5 and 2.5 meet at 2.
     return np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(int))
