@@ -74,7 +74,7 @@ def decode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
     for key, value in attrs.items():
         if isinstance(value, str) and value.startswith(_JSON):
             value = json.loads(value.removeprefix(_JSON))
-        elif isinstance(value, np.generic):
+        elif isinstance(value, np.generic):  # netCDF gives numpy's numbers, JSON and the caller Python's
             value = value.item()
         decoded[str(key)] = value
     return decoded
@@ -87,6 +87,7 @@ def _encode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
 def _encode_value(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
+    # bool is an int in Python, and would come back as a number.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_text = isinstance(value, str) and value != "" and not value.startswith(_JSON)
     return value if is_number or is_text else _JSON + json.dumps(value, default=_json_default)

@@ -47,6 +47,7 @@ def create_run(
     for group, part in groups.items():
         if part is None:
             continue
+        # One chain has no name, and no level of its own in the tree.
         by_chain = {"": part} if isinstance(part, xr.Dataset) else part
         for chain, dataset in by_chain.items():
             nodes[group_path(group, chain)] = dataset

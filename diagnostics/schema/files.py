@@ -38,6 +38,7 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str]) -> Path:
         Where the run breaks the contract or the ending is unknown.
     """
     target = Path(path)
+    # Both are refused before anything is written.
     suffix = suffix_of(target)
     validate(run)
     encoded = run.map_over_datasets(encode_dataset)
@@ -87,7 +88,7 @@ def open_run(path: str | os.PathLike[str]) -> xr.DataTree:
         run.attrs = decode_attrs(tree.attrs)
         validate(run)
     except SchemaError as error:
-        tree.close()
+        tree.close()  # the caller gets no tree that could be closed
         raise SchemaError(f"{source}: {error}") from None
     # The decoded tree is a new one, which does not know the open file yet.
     run.set_close(tree.close)

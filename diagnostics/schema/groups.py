@@ -19,6 +19,7 @@ def chains(run: xr.DataTree) -> list[str]:
     -------
     list of str
     """
+    # Not the first group only: the coverage of all chains is one dataset, and a run may have no trace.
     for group in GROUPS:
         if group in run.children and run[group].children:
             return list(run[group].children)
@@ -44,7 +45,7 @@ def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset |
     if group not in run.children or (chain and chain not in run[group].children):
         return None
     dataset = run[group_path(group, chain)].to_dataset()
-    return dataset if dataset.variables else None
+    return dataset if dataset.variables else None  # the node above several chains is empty
 
 
 def group_path(group: str, chain: str) -> str:

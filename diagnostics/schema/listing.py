@@ -22,6 +22,7 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     dict of str to Path
         In alphabetical order; links that leave the root are left out.
     """
+    # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
     if base.name.endswith(SUFFIXES):
         return {_without_suffix(base.name): base} if base.exists() else {}

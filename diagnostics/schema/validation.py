@@ -11,8 +11,10 @@ import xarray as xr
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.variables import COVERAGE, SITES, STATISTICS, TRACE, TRACE_COORDS, Variable
 
+# The first number grows where older versions cannot read a run, the second where variables are added.
 SCHEMA_VERSION = "1.1"
 
+# Without these nothing else of a group can be read: states need their padding, sums the number of their tokens.
 _REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": (), "coverage": ()}
 _DECLARED: dict[str, dict[str, Variable]] = {
     "trace": TRACE | TRACE_COORDS,
@@ -69,6 +71,7 @@ def check_version(attrs: Mapping[Any, Any]) -> None:
             "make one with probes.capture(...) and diagnostics.save_run(...)"
         )
     try:
+        # Newer minor versions add variables only, which are not checked; numbers, not text: 10 is above 9.
         major = int(str(version).split(".")[0])
     except ValueError:
         raise SchemaError(
@@ -109,6 +112,7 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
     unknown = set(map(str, trace["site"].values)) - set(SITES)
     if unknown:
         raise SchemaError(f"{path} has sites {sorted(unknown)}, expected some of {SITES}")
+    # xarray keeps one size for a dim: that these three dims are of the same streams is a rule of ours.
     streams = trace.sizes["stream"]
     for side in ("stream_out", "stream_in"):
         if trace.sizes.get(side, streams) != streams:

@@ -42,6 +42,7 @@ class Variable:
     meaning: str
 
 
+# Kinds of text are "U" of a fixed width, "O" for Python's own, as stored and read, and "T" for numpy's StringDType.
 TRACE: dict[str, Variable] = {
     "residual": Variable(STATE, "f", "residual state of each stream"),
     "gradient": Variable(STATE, "f", "gradient of the loss with respect to the residual state"),
@@ -92,9 +93,10 @@ TRACE_COORDS: dict[str, Variable] = {
     "depth_out": Variable(("connection",), "iu", "depth index that the connection writes"),
 }
 
+# Sums over tokens where possible, not means: those of several batches add up, whatever their sizes.
 STATISTICS: dict[str, Variable] = {
-    "token_count": Variable(("step",), "fiu", "real tokens seen in the step"),
-    "sequence_count": Variable(("step",), "fiu", "sequences seen in the step"),
+    "token_count": Variable(("step",), "fiu", "real tokens of the step"),
+    "sequence_count": Variable(("step",), "fiu", "sequences of the step"),
     "loss": Variable(("step",), "f", "the user's loss, where known"),
     "loss_scale": Variable(("step",), "f", "what a gradient scaler multiplied the loss by"),
     "norm_sum": Variable(PROFILE, "f", "Σ ‖x‖ over tokens"),
@@ -148,6 +150,7 @@ STATISTICS: dict[str, Variable] = {
     ),
 }
 
+# All of this shape, so that a further statistic of weights needs no second entry.
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
 """Statistics of each module's weights: their square root, or that of a ratio of them, is a metric."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from depthscope.diagnostics.theory import mean_field, noise, products, residual
 from depthscope.diagnostics.theory.laws import Law
 
+# One explicit list, like the catalogue of metrics: the order does not depend on imports.
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (

@@ -74,7 +74,7 @@ class Measured:
         selection = {
             str(dim): c.item() for dim, c in self.curve.coords.items() if c.ndim == 0 and dim != over
         }
-        selection.update(labels)
+        selection.update(labels)  # after the curve's own, which they replace
         array = array.sel({dim: label for dim, label in selection.items() if dim in array.dims})
         ambiguous = [str(dim) for dim in array.dims if dim not in (*self.curve.dims, over)]
         if ambiguous:

@@ -63,7 +63,7 @@ def mean_field_curve(
     """
     if state not in ("pre", "post"):
         raise ValueError(f"state is {state!r}; expected 'pre' or 'post' (the activation)")
-    lengths, cosines = _maps(second_moment, cosine, num_depths, activation, sigma_w, sigma_b)
+    lengths, cosines = _lengths_and_cosines(second_moment, cosine, num_depths, activation, sigma_w, sigma_b)
     slopes = np.array([meanfield.chi_1(sigma_w, sigma_b, activation, q) for q in lengths])
     if state == "pre":
         # The first layer reads the input itself, without an activation: its gain is σ_w² alone.
@@ -82,7 +82,7 @@ def mean_field_curve(
     )
 
 
-def _maps(
+def _lengths_and_cosines(
     second_moment: float, cosine: float, count: int, activation: str, sigma_w: float, sigma_b: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Variance and correlation of the pre-activations of ``count`` layers; the first layer reads the input itself."""

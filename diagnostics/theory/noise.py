@@ -12,5 +12,5 @@ MARCHENKO_PASTUR = Law(
     assumption="independent entries of equal variance, at the same number of tokens and features",
     metrics=(*RANKS, *(f"streamed_{name}" for name in RANKS), "singular_value"),
     description="Ranks of noise: the null of these metrics, which every analysis contains.",
-    function=None,
+    function=None,  # every analysis contains its values as the metrics' nulls: nothing to compute again
 )

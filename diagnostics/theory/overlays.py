@@ -51,7 +51,7 @@ def overlay_laws(curve: xr.DataArray, analysis: xr.Dataset) -> list[Overlay]:
     >>> overlay_laws(norm, norm.to_dataset())[0].reason
     'the analysis contains no adjacent_cosine'
     """
-    # A law starts from the first value or the first step: over one point it could not be told from the data.
+    # A law starts from the first value or the first step: over one point it would be the data themselves.
     if curve.size < 2:
         return []
     measured = Measured(curve, analysis)

@@ -128,6 +128,7 @@ def _reduced_products(moments: _Moments, reduction: str) -> np.ndarray:
 def _reduced_connections(moments: _Moments, name: str, reduction: str) -> np.ndarray:
     """Singular values or eigenvalue moduli (connections, streams) of random matrices, the largest first."""
     middle, spread, size, common = _random_parts(moments)
+    # The same draws for every connection: their curve shows the connections, not the chance of each draw.
     draws = np.random.default_rng(0).standard_normal((DRAWS, size, size))
     reduce = np.median if reduction == "median" else np.mean
     values = np.ones((len(middle), common + size))

@@ -25,7 +25,7 @@ def pre_ln_growth(measured: Measured) -> np.ndarray:
     training steps, for several streams, or where a branch has a cosine above 0.2 with the stream that it is added
     to, as in trained networks: the law assumes independence.
     """
-    squares = _grown(measured)
+    squares = _squared_norms(measured)
     # x_l = x_{l−1} + b with b ⊥ x_{l−1}: cos(x_{l−1}, x_l) = ‖x_{l−1}‖/‖x_l‖.
     cosine = np.concatenate([[np.nan], np.sqrt(np.minimum(squares[:-1] / squares[1:], 1.0))])
     values = {
@@ -36,7 +36,7 @@ def pre_ln_growth(measured: Measured) -> np.ndarray:
     return values[str(measured.curve.name)]
 
 
-def _grown(measured: Measured) -> np.ndarray:
+def _squared_norms(measured: Measured) -> np.ndarray:
     """Squared norms by depth, from the first block's growth."""
     if measured.analysis.sizes.get("stream", 1) > 1:
         raise Unavailable("the law is of one residual stream, the run has several")

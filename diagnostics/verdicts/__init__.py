@@ -21,6 +21,7 @@ from depthscope.diagnostics.verdicts.finding import Finding, Severity
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
+# In the order in which passed verdicts are listed; findings are ordered by `judge`.
 VERDICTS: dict[str, Verdict] = {
     each.name: each
     for each in (
@@ -86,25 +87,26 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
     """
     found = [
         replace(finding, chain=chain)
-        for chain, part in _chains(analysis).items()
+        for chain, part in _analysis_by_chain(analysis).items()
         for finding in _judge_chain(part)
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
-    return sorted(reported, key=_order)
+    return sorted(reported, key=_severity_order)
 
 
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
+    # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
     found = [finding for each in VERDICTS.values() for finding in each.findings(last)]
     return explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
 
 
-def _order(finding: Finding) -> tuple[float, bool, float]:
+def _severity_order(finding: Finding) -> tuple[float, bool, float]:
     """Sort key: the worst first, those that follow from another one last, passed ones in the order of VERDICTS."""
     return -finding.severity, bool(finding.because), -finding.excess if finding.severity else 0.0
 
 
-def _chains(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
     """The analysis of each chain, by its name; "" where there is one."""
     if isinstance(analysis, xr.Dataset):
         found = {"": analysis}

@@ -156,7 +156,7 @@ class Verdict:
 
     def _judge(self, profile: Profile) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))
-        if np.isnan(values).all():
+        if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
         mildest = self.limits.levels[0][1]
         beyond = np.flatnonzero(self.limits.beyond(values, mildest))
@@ -165,8 +165,9 @@ class Verdict:
         else:
             at = int(np.nanargmax(values) if self.limits.above else np.nanargmin(values))
         severity, limit = self.limits.severity(values[at])
+        # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
-        if not severity:
+        if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"
         first, last = (-1, -1) if axis == "run" else (int(beyond[0]), int(beyond[-1]))

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Severity(IntEnum):
-    """How bad a finding is; PASS is given only where passed verdicts are asked for."""
+    """How bad a finding is; PASS is given only where passed verdicts are requested."""
 
     PASS = 0
     INFO = 1

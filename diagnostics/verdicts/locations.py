@@ -23,11 +23,12 @@ def place(values: xr.DataArray, position: int) -> str:
     str
         Such as ``after block 17 (depth 18)`` or ``at connection 41 (mlp of block 20)``.
     """
+    # Coordinates may be missing, as in an analysis by hand: then the position alone is named.
     here = values.isel({values.dims[0]: position})
     if values.dims[0] == "weight":
         return f"in {here.coords['weight'].item() or 'the model'}"
     if values.dims[0] == "connection":
-        return f"at {_connection(here, position)}"
+        return f"at {_name_of_connection(here, position)}"
     known = {name: here.coords[name].item() for name in ("layer", "site") if name in here.coords}
     site = known.get("site")
     if site == "embed":
@@ -37,7 +38,7 @@ def place(values: xr.DataArray, position: int) -> str:
     return f"at depth {position}"
 
 
-def _connection(here: xr.DataArray, position: int) -> str:
+def _name_of_connection(here: xr.DataArray, position: int) -> str:
     if "branch" not in here.coords or "connection_layer" not in here.coords:
         return f"connection {position}"
     branch, layer = here.coords["branch"].item(), here.coords["connection_layer"].item()

@@ -100,7 +100,7 @@ def exploding_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
     Scale branches by 1/√depth, normalise their input, or look for a skip that multiplies by more than 1.
     """
-    yield from _growth(residual_norm)
+    yield from _relative_size(residual_norm)
 
 
 # The inverse of those of an exploding state.
@@ -114,10 +114,10 @@ def vanishing_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
     Keep the skip path at full strength, or raise the initial scale of layers without one.
     """
-    yield from _growth(residual_norm)
+    yield from _relative_size(residual_norm)
 
 
-def _growth(norm: xr.DataArray) -> Iterator[Profile]:
+def _relative_size(norm: xr.DataArray) -> Iterator[Profile]:
     """Size of the state over that of the embedding, where neither is zero (see `dead_state`)."""
     norm = _one_view(_before_final_norm(norm))
     first = norm.isel(depth=0, drop=True)
@@ -173,9 +173,8 @@ def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     Look at the dynamic part of that connection: its scale, and the norm of what it is computed from.
     """
     for direction in DIRECTIONS:
-        reduction = (
-            "p99" if "p99" in mixing_gain["reduction"].values else "max"
-        )  # training curves have the latter
+        # Training curves have no quantiles, which sums cannot give.
+        reduction = "p99" if "p99" in mixing_gain["reduction"].values else "max"
         gain = mixing_gain.sel(direction=direction, reduction=reduction, drop=True)
         yield Profile(gain, f"the {direction} gain of one connection ({reduction} over tokens) is")
 

@@ -27,7 +27,8 @@ def sections() -> dict[str, list[tuple[str, str]]]:
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of the files that git knows, links kept as links."""
+    """A copy of the files that git lists, links as links."""
+    # Files that are not committed yet are copied too; ignored ones, such as environments and data, are not.
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -36,14 +37,15 @@ def checkout(folder: Path) -> Path:
         check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).exists():
+        if (ROOT / name).exists():  # git still lists a file that was deleted and not committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            # depthscope/ consists of links to the rooms: followed, it would be a second copy that no edit reaches.
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     return folder
 
 
 def apply(order: str, code: str, folder: Path) -> None:
-    """Do what the comment above a code block says: a new file, an addition, or a line after another one."""
+    """Do what the comment above a code block orders: a new file, an addition, or a line after another one."""
     action, _, rest = order.partition(": ")
     if action == "new file":
         assert not (folder / rest).exists(), f"{rest} exists already"
@@ -56,6 +58,7 @@ def apply(order: str, code: str, folder: Path) -> None:
         assert action == "line", f"unknown comment above a code block: {order}"
         path, anchor = re.fullmatch(r"(\S+) \| after: (.*)", rest).groups()
         lines = (folder / path).read_text(encoding="utf-8").splitlines(keepends=True)
+        # Exactly one such line: an example must not depend on which of two is meant.
         (place,) = [number for number, line in enumerate(lines) if line.strip() == anchor.strip()]
         indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
         lines.insert(place + 1, indent + code.strip() + "\n")
@@ -89,11 +92,13 @@ def test_the_example_is_one_definition_and_one_line(kind, tmp_path):
 
     apply(*edits[0], folder)
     register = edits[1][0].removeprefix("line: ").partition(" | ")[0]
+    # Before the line is added: a rule that cannot fail would pass every example.
     assert register in run(folder, *pytest_rule, fails=True), "a forgotten line is named"
 
     apply(*edits[1], folder)
     run(folder, *pytest_rule)
     (check,) = [code for order, code in blocks if order == "check"]
+    # In a file of its own and a fresh process: nothing of it was imported before the example was there.
     (folder / "check.py").write_text(check, encoding="utf-8")
     run(folder, "-W", "ignore", "check.py")
     run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")

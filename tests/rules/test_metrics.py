@@ -1,4 +1,4 @@
-"""Every metric of the catalogue keeps the rules: declared whole, labelled, deterministic, blind to padding."""
+"""Every metric of the catalogue follows the rules: declared completely, labelled, deterministic, blind to padding."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def run_of(make_run, family):
     run = make_run(family, **SIZES)
     if family != "mhc":
         return run
+    # In one family only: the others show the reason why metrics of the replay are missing.
     logits = np.random.default_rng(0).standard_normal((run["trace"].sizes["connection"], 4, 4))
     return diagnostics.with_replay(run, logits, decay=0.5, sinkhorn_steps=20, last="row")
 
@@ -127,6 +128,7 @@ def test_ranks_carry_null_and_standard_error(analyses, family):
 @every_family
 def test_the_rank_chain_holds(analyses, family):
     chain = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
+    # Equal for a flat spectrum, hence the margin for rounding.
     for above, below in pairwise(chain):
         assert (analyses[family][above] >= analyses[family][below] - 1e-9).all()
 
@@ -141,6 +143,7 @@ def test_a_second_look_gives_the_same(make_run, analyses, family):
 def test_the_order_of_sequences_does_not_matter(make_run, family):
     run = make_run(family, layers=2, features=12, samples=3)
     trace = run["trace"].to_dataset()
+    # Not exactly equal: sums over sequences are rounded in another order.
     turned = with_trace(run, trace.isel(sample=[2, 0, 1]))
     xr.testing.assert_allclose(analyze(turned), analyze(run), rtol=1e-6, atol=1e-9)
 
@@ -154,6 +157,7 @@ def test_padding_changes_nothing(make_run, family, content):
         token=(3, 2), sample=(0, 1), constant_values={v: content for v in trace.data_vars if v != "mask"}
     )
     mask = trace["mask"].pad(token=(3, 2), sample=(0, 1), constant_values=False)
+    # xarray's padding turns booleans and integers into objects or floats.
     padded = padded.assign(mask=mask.astype(bool)).assign_coords(token=range(21), sample=range(3))
     padded = padded.astype({v: trace[v].dtype for v in trace.data_vars})
     wider = analyze(with_trace(run, padded))

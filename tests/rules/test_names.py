@@ -1,4 +1,4 @@
-"""Is every name one thing? One import name, no module behind a function, no class twice."""
+"""Is every name one thing? One import name, no module hidden by a function, no class twice."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import depthscope
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("probes", "diagnostics", "app")
 SCRIPTS = ("depthscope.app.dashboard.navigation.",)  # run by Streamlit, not imported
+# `import depthscope` is to take milliseconds, and runs are read where none of these is installed.
 HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "transformers")
 
 
@@ -37,6 +38,7 @@ def definitions(package: str) -> list[tuple[Path, ast.AST]]:
 
 def test_importing_depthscope_imports_nothing_heavy():
     code = f"import sys, depthscope; print([name for name in {HEAVY!r} if name in sys.modules])"
+    # A fresh process: in this one other tests have imported them.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -73,6 +75,7 @@ def test_verbs_are_functions_and_no_module_has_their_name():
     for verb in ("capture", "record", "describe", "analyze", "judge", "open_run"):
         assert callable(getattr(depthscope, verb))
         assert not isinstance(getattr(depthscope, verb), ModuleType)
+    # A module of that name would replace the function in its package as soon as anything imports it.
     for missing in (
         "probes.record",
         "probes.capture",

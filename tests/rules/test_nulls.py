@@ -1,4 +1,4 @@
-"""Every rank and similarity stands beside its null: what independent noise of the same size really gives."""
+"""Is the null of every rank and similarity what independent noise of the same size really gives?"""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ def test_noise_lies_at_its_null(analysis, name):
     null = analysis.get(f"{name}_null", xr.DataArray(CATALOGUE[name].null))
     value, null = (each.sel(tokens="all") if "tokens" in each.dims else each for each in (value, null))
     draws = [dim for dim in ("depth", "other_depth") if dim in value.dims]
-    if "other_depth" in draws:  # a depth beside itself is no comparison
+    if "other_depth" in draws:  # a depth with itself is no comparison
         value = value.where(value["depth"] != value["other_depth"])
-    apart = abs(value.mean(draws) - null)
+    difference = abs(value.mean(draws) - null)
+    # Four standard errors. Pairs of depths share depths: only as many draws count as there are depths.
     chance = 4 * value.std(draws, ddof=1) / value.sizes["depth"] ** 0.5
-    assert apart.notnull().all()
-    assert (apart <= CATALOGUE[name].null_error * abs(null) + chance).all(), (
-        apart.values,
+    assert difference.notnull().all()
+    assert (difference <= CATALOGUE[name].null_error * abs(null) + chance).all(), (
+        difference.values,
         chance.values,
         null.values,
     )

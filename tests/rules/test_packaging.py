@@ -54,6 +54,7 @@ run = ds.capture(make(), torch.arange(24).reshape(2, 12), max_sequences=2)
 ds.save_run(run, "a.nc")
 assert ds.open_run("a.nc").trace.residual.sizes["depth"] == 4
 """
+# Our rooms have these names in the checkout, and a user's project may well have them too.
 OWN_FOLDERS = ("app", "probes", "diagnostics", "tests")
 
 
@@ -76,7 +77,7 @@ def served(*command: object, folder: Path) -> str:
         printed = ""
         for line in process.stdout or ():
             printed += line
-            if "http://" in line:
+            if "http://" in line:  # it has started; by itself it would not end
                 break
         process.terminate()
     return printed
@@ -85,6 +86,7 @@ def served(*command: object, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
     """The sdist, the wheel that is built from it, and the wheel of the checkout itself."""
+    # Both wheels: a file that the sdist lacks is missing in the first only.
     out = tmp_path_factory.mktemp("built")
     run(sys.executable, "-m", "build", "-q", "--no-isolation", "--outdir", out / "sdist", ROOT, folder=out)
     run(sys.executable, "-m", "build", "-qw", "--no-isolation", "--outdir", out / "wheel", ROOT, folder=out)
@@ -110,6 +112,7 @@ def test_wheel_and_sdist_hold_every_file_under_one_name(built):
         members = [member for member in archive.getmembers() if not member.isdir()]
     inside = {member.name.partition("/")[2]: member for member in members}
     assert {path for path in inside if path.startswith("depthscope/")} == sources()
+    # The checkout's depthscope/ consists of links, which would point to nothing in an archive.
     assert not any(member.issym() for member in members)
     assert not {path.partition("/")[0] for path in inside} & {*OWN_FOLDERS, "benchmarks"}
 
@@ -124,6 +127,7 @@ def installed(built, tmp_path_factory) -> tuple[Path, Path]:
     for name in OWN_FOLDERS:
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text(
+            # Not an ImportError, which the command line may take for a missing extra.
             f"raise SystemExit('the user\\'s own {name}/ was imported')\n"
         )
     (folder / "mymodel.py").write_text(MODEL)

@@ -27,6 +27,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "array": np.random.default_rng(0).normal(size=(20, 8)),
     }
+    # One block: a second one would need names of its own here.
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     exec(compile(block, str(README), "exec"), names)
     assert "residual" in capsys.readouterr().out

@@ -49,6 +49,7 @@ def test_every_declared_family_is_registered():
 
 
 def test_an_unregistered_family_is_named_with_the_file_where_its_line_belongs(monkeypatch):
+    # As if the first line of the register were forgotten.
     monkeypatch.setattr("tests.rules.test_registered_families.FAMILIES", FAMILIES[1:])
     (sentence,) = unregistered()
     assert "'returned'" in sentence
@@ -57,6 +58,7 @@ def test_an_unregistered_family_is_named_with_the_file_where_its_line_belongs(mo
 
 def test_an_unregistered_file_is_named(monkeypatch, tmp_path):
     (tmp_path / "forgotten.py").write_text('"""A family that nobody declared."""\n')
+    # A further folder of the package, so that no file is written into the checkout.
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     (sentence,) = unregistered()
     assert "families/forgotten.py declares no family" in sentence
@@ -64,6 +66,7 @@ def test_an_unregistered_file_is_named(monkeypatch, tmp_path):
 
 def test_names_are_unique():
     assert [name for name, count in Counter(family.name for family in FAMILIES).items() if count > 1] == []
+    # A pattern may have one entry for each style of weights of the same family.
     kinds = Counter((pattern.name, pattern.style) for pattern in PATTERNS)
     assert [kind for kind, count in kinds.items() if count > 1] == []
 

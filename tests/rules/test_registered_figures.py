@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +15,9 @@ from depthscope.app.figures.build.default_figure import default_figure, default_
 from depthscope.app.figures.specification import FigureKind
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS
+from tests.rules.registers import declared, unregistered
 
-MODULES = sorted(found.name for found in pkgutil.iter_modules(catalogue.__path__))
+# Of every metric, also of those with a figure of their own, which FIGURES has in its place.
 DEFAULTS = {
     kind.name: kind
     for kind in default_figures(
@@ -27,19 +26,8 @@ DEFAULTS = {
 }
 
 
-def defined():
-    """(module, attribute, figure) for each figure of a module of the catalogue."""
-    return [
-        (module, attribute, value)
-        for module in MODULES
-        for attribute, value in vars(importlib.import_module(f"{catalogue.__name__}.{module}")).items()
-        if isinstance(value, FigureKind)
-    ]
-
-
 def test_every_defined_figure_is_registered():
-    registered = {id(kind) for kind in DEFINED.values()}
-    missing = [f"{module}.{name}" for module, name, kind in defined() if id(kind) not in registered]
+    missing = unregistered(catalogue, FigureKind, DEFINED)
     assert not missing, (
         f"{', '.join(missing)} of app/figures/catalogue is defined but not registered: add the line "
         f"`{missing[0]},` to DEFINED in app/figures/__init__.py"
@@ -47,8 +35,8 @@ def test_every_defined_figure_is_registered():
 
 
 def test_every_registered_figure_is_defined_once_and_under_its_own_name():
-    assert sorted(kind.name for _, _, kind in defined()) == sorted(DEFINED)
-    assert all(attribute == kind.name for _, attribute, kind in defined())
+    assert sorted(kind.name for _, _, kind in declared(catalogue, FigureKind)) == sorted(DEFINED)
+    assert all(attribute == kind.name for _, attribute, kind in declared(catalogue, FigureKind))
     assert all(name == kind.name for name, kind in FIGURES.items())
     assert list(FIGURES)[: len(DEFINED)] == list(DEFINED)
 
@@ -84,9 +72,11 @@ def test_a_default_figure_shows_the_numbers_of_the_defined_one(name, whole):
     mine, default = DEFINED[name].build(whole), DEFAULTS[name].build(whole)
     if isinstance(mine, Heatmap):
         assert isinstance(default, Heatmap)
+        # A definition may put the other axis across.
         assert default.z.shape in (mine.z.shape, mine.z.shape[::-1])
         return
     assert isinstance(default, Lines)
+    # Lines that a definition adds to the metric: the default figure shows its numbers only.
     added = ("every token, streamed", "initialisation and weight decay alone")
     mine_y = [line.y for line in mine.lines if line.role == "measured" and not line.label.endswith(added)]
     default_y = [line.y for line in default.lines if line.role == "measured"]

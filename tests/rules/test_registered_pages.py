@@ -31,6 +31,7 @@ def test_every_file_declares_one_page_that_is_registered(name):
 
 def test_every_page_has_an_address_of_its_own_and_the_first_one_is_the_root():
     paths = [page.url_path for page in PAGES]
+    # Streamlit serves the page without a path at the root.
     assert paths[0] == ""
     assert all(path.isidentifier() for path in paths[1:]), f"addresses of one word, got {paths}"
     assert len(set(paths)) == len(paths), f"two pages at one address: {paths}"

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import subprocess
-import sys
-
 from depthscope.diagnostics import verdicts
 from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.diagnostics.verdicts.declaration import Verdict
-
-MODULES = sorted(found.name for found in pkgutil.iter_modules(verdicts.__path__))
-
-
-def declared():
-    """(module, attribute, verdict) for each verdict, in the module whose function it is."""
-    return [
-        (module, attribute, value)
-        for module in MODULES
-        for attribute, value in vars(importlib.import_module(f"{verdicts.__name__}.{module}")).items()
-        if isinstance(value, Verdict) and value.function.__module__ == f"{verdicts.__name__}.{module}"
-    ]
+from tests.rules.registers import declared, order_in_a_fresh_process, unregistered
 
 
 def test_every_declared_verdict_is_registered():
-    registered = {id(each) for each in VERDICTS.values()}
-    missing = [f"{module}.{name}" for module, name, each in declared() if id(each) not in registered]
+    missing = unregistered(verdicts, Verdict, VERDICTS)
     assert not missing, (
         f"{', '.join(missing)} of diagnostics/verdicts is declared but not registered: add the line "
         f"`{missing[0]},` to VERDICTS in diagnostics/verdicts/__init__.py"
@@ -34,19 +17,12 @@ def test_every_declared_verdict_is_registered():
 
 
 def test_every_registered_verdict_is_declared_once_and_under_its_own_name():
-    names = [each.name for _, _, each in declared()]
+    names = [each.name for _, _, each in declared(verdicts, Verdict)]
     assert sorted(names) == sorted(VERDICTS)
     assert len(set(names)) == len(names)
-    assert all(attribute == each.name for _, attribute, each in declared())
+    assert all(attribute == each.name for _, attribute, each in declared(verdicts, Verdict))
     assert all(name == each.name for name, each in VERDICTS.items())
 
 
 def test_the_order_is_the_same_whatever_is_imported_first():
-    code = (
-        "import importlib\n"
-        f"for name in {MODULES[::-1]}: importlib.import_module('{verdicts.__name__}.' + name)\n"
-        "from depthscope.diagnostics.verdicts import VERDICTS\n"
-        "print(*VERDICTS)\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == list(VERDICTS)
+    assert order_in_a_fresh_process(verdicts, "depthscope.diagnostics.verdicts.VERDICTS") == list(VERDICTS)
