@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import xarray as xr
@@ -54,7 +55,8 @@ def jackknife(
                 trace.assign(mask=mask & _thinned_mask(trace, limit)), choices={"scope": "data"}
             )
             for metric in group:
-                found[metric.name] += _replica(metric, source)
+                with suppress(Unavailable):  # the remaining sequences may be too few for it
+                    found[metric.name].append(metric.measure(source)[0])
     # A metric that some replica could not give has no error: those that could are not a fair sample.
     return {name: _jackknife_error(values) for name, values in found.items() if len(values) == len(masks) > 1}
 
@@ -130,14 +132,6 @@ def _thinned_mask(trace: xr.Dataset, limit: int | None) -> xr.DataArray:
     chosen = np.zeros(mask.shape, dtype=bool)
     chosen[tuple(real[evenly_spaced(len(real), limit)].T)] = True
     return mask.copy(data=chosen)
-
-
-def _replica(metric: Metric, source: Quantities) -> list[xr.DataArray]:
-    """The value as a list of one, or an empty list where the remaining sequences do not give it."""
-    try:
-        return [metric.measure(source)[0]]
-    except Unavailable:
-        return []
 
 
 def _jackknife_error(values: list[xr.DataArray]) -> xr.DataArray:

@@ -86,9 +86,7 @@ class Pairs:
         tables = self._mean.over_kinds(partial(self._table, measure, refusals, limit))
         if np.isnan(tables).all() and refusals:
             raise Unavailable(refusals[0])
-        # States that are not finite were replaced by zeros, which the measure took for states.
-        finite = self._mean.finite
-        tables = np.where(finite[:, None] & finite[None, :], tables, np.nan)
+        tables = np.where(self._mean.finite_pairs, tables, np.nan)
         return self._states.labelled(tables, ("tokens", "depth", "other_depth"), tokens=self._kinds)
 
     @staticmethod

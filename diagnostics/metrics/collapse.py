@@ -176,13 +176,11 @@ def _token_cosines(views: np.ndarray, keep: np.ndarray, scopes: list[str], cente
     if "sequence" in scopes:
         found.append(geometry.token_cosine(views, center=center, mask=mask_or_none(keep)).T)
     if "data" in scopes:
-        found.append(_pooled_cosine(select_rows(views, keep), center)[None])
+        rows = select_rows(views, keep)
+        # Kernels refuse a matrix without rows, as where every token is massive.
+        pooled = geometry.token_cosine(rows, center=center) if rows.shape[1] else np.full(len(rows), np.nan)
+        found.append(pooled[None])
     return np.concatenate(found)
-
-
-def _pooled_cosine(rows: np.ndarray, center: bool) -> np.ndarray:
-    # Kernels refuse a matrix without rows, as where every token is massive.
-    return geometry.token_cosine(rows, center=center) if rows.shape[1] else np.full(len(rows), np.nan)
 
 
 @metric(

@@ -117,7 +117,7 @@ def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     .. math:: \lambda_i \propto i^{-\alpha}
 
     Near 1 in good representations (Agrawal et al. 2022); larger: few directions hold the variance, smaller: it
-    spreads as noise does. NaN where fewer than three eigenvalues lie in the range. Centred is the published form.
+    spreads as noise does. NaN where fewer than three eigenvalues are in the range. Centred is the published form.
     """
     return power_law[0]
 

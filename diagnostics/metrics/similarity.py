@@ -29,9 +29,7 @@ def _between_depths(
     values: np.ndarray, dims: tuple[str, ...], states: States, mean_states: MeanStates, masks: xr.DataArray
 ) -> xr.DataArray:
     """Values (..., L, L) labelled; NaN where either depth is not finite."""
-    # States that are not finite were replaced by zeros, which the kernels took for states.
-    finite = mean_states.finite
-    values = np.where(finite[:, None] & finite[None, :], values, np.nan)
+    values = np.where(mean_states.finite_pairs, values, np.nan)
     return states.labelled(values, (*dims, "depth", "other_depth"), tokens=masks["tokens"])
 
 

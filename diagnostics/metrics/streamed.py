@@ -1,7 +1,7 @@
 """What are ranks and CKA over every token, not a sample? From sums that were streamed in one pass.
 
 Ranks of the mean over streams and of each stream, all real tokens, since the weights last changed. Which tokens are
-massive is known only when all were seen, so that they cannot be left out here.
+massive is known only after the last one, so that they cannot be left out here.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def streamed_effective_rank(streamed_spectra: tuple[xr.DataArray, xr.DataArray])
 
     .. math:: \exp H(\sqrt{\lambda} / \textstyle\sum\sqrt{\lambda}), \quad \lambda = \mathrm{eig} \sum_i x_i x_i^\top
 
-    Raw, or about the mean. Where a few directions hold nearly all, squares in float32 do not tell how many
+    Raw, or about the mean. Where a few directions carry nearly all, squares in float32 do not tell how many
     there are below: then it is NaN.
     """
     return _resolved(rank.effective_rank_of, streamed_spectra)

@@ -35,6 +35,11 @@ class MeanStates:
         self.values = np.stack(values)
         self.finite = np.array(finite)
 
+    @property
+    def finite_pairs(self) -> np.ndarray:
+        """Whether both depths of every pair are finite, (L, L): the others were replaced by zeros, see `States.load`."""
+        return self.finite[:, None] & self.finite[None, :]
+
     def over_kinds(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure the tokens of each kind; what two kinds share is measured once.
 
