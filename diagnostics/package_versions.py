@@ -12,6 +12,6 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # an extra, such as transformers
+        except PackageNotFoundError:  # an optional package
             continue
     return versions

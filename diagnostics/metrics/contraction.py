@@ -79,7 +79,7 @@ def spectral_gap(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.DataArray:
 
     0 for the identity, 1 where one connection already makes all streams the same.
     """
-    # In descending order: the first is the 1 of the mean over streams, where the sums of H are 1.
+    # In descending order: the first one is that of the mean over streams, 1 where all sums of H are.
     return mixing.reduced(1.0 - eigenvalue_moduli[..., 1])
 
 

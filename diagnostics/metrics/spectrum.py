@@ -68,9 +68,9 @@ def _at_stored_orders(
         count = int(rows[t, g]) - (spectra["centering"].values[c] == "centred")
         inside = orders[orders <= min(count, states.num_features)]
         if inside.size:
-            found[:, t, c, g, : inside.size] = measure(spectra.values[:, t, c, g], count)[
-                :, inside - 1
-            ]  # orders count from 1
+            # Orders count from 1, indices from 0.
+            values = measure(spectra.values[:, t, c, g], count)[:, inside - 1]
+            found[:, t, c, g, : inside.size] = values
     dims = (*spectra.dims[:-1], "order")
     return xr.DataArray(found, dims=dims, coords=dict(spectra.coords) | {"order": orders})
 

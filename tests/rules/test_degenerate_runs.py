@@ -8,6 +8,7 @@ from depthscope import diagnostics
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
+# Without statistics of weights, which no state can spoil.
 SIZES = {"layers": 3, "samples": 2, "tokens": 16, "features": 6, "weights": False}
 FAMILIES = ("residual", "mhc")
 SPOILT = 2  # neither the first depth nor the last: those before and after it must stay as they are
@@ -111,6 +112,7 @@ ODD_SIZES = {
 
 def analysed(run):
     """Every metric of the catalogue, the costly ones too."""
+    # By name: without names an analysis leaves the expensive ones out.
     return diagnostics.analyze(run, metrics=CATALOGUE)
 
 
@@ -173,6 +175,7 @@ def test_other_depths_stay_as_they_are(make_run, family, name):
 def test_what_is_not_finite_does_not_spread_and_does_not_pass(make_run, bad):
     found = analysed(changed(make_run("residual", **SIZES), CHANGES[bad]))
     for name, value in found.data_vars.items():
+        # The number of tokens is known whatever the states are.
         of_states = name in CATALOGUE and CATALOGUE[name].roots == ("residual",) and name != "num_tokens"
         if of_states and "depth" in value.dims:
             assert value.sel(depth=SPOILT).isnull().all(), name

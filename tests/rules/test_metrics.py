@@ -63,6 +63,7 @@ def test_a_declaration_is_whole(name):
     assert metric.__doc__.startswith(metric.description)
     assert metric.basis in ("invariant", "stream", "feature")
     assert metric.cite in KEYS
+    # Text in place of a null is the reason why there is none: more than the word.
     assert callable(metric.null) or isinstance(metric.null, float) or len(metric.null) > 10
     assert metric.roots
     assert metric.label
@@ -169,4 +170,5 @@ def test_every_reference_is_whole():
         found = reference(key)
         for field in (found.surnames, found.title, found.year):
             assert field, key
+    # Counted by another way than the reader's: one entry more than follow a line break.
     assert len(KEYS) == bibliography().count("\n@") + 1

@@ -54,6 +54,7 @@ def test_saved_runs_are_read_and_judged_without_torch():
 
 @pytest.mark.parametrize("name", depthscope.__all__)
 def test_every_public_name_is_there(name):
+    # Names are loaded when they are first used; dir() lists them before that, for completion.
     assert getattr(depthscope, name) is not None
     assert name in dir(depthscope)
 

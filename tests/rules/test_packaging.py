@@ -122,6 +122,7 @@ def installed(built, tmp_path_factory) -> tuple[Path, Path]:
     """An empty environment with the core only, and a project folder with the user's own `app/`, `probes/` and so on."""
     folder = tmp_path_factory.mktemp("project")
     environment = tmp_path_factory.mktemp("environment")
+    # Not the environment of the tests, in which every extra is installed.
     run(sys.executable, "-m", "venv", environment, folder=folder)
     run(environment / "bin" / "pip", "install", "-q", built["wheel"], folder=folder)
     for name in OWN_FOLDERS:

@@ -29,6 +29,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     }
     # One block: a second one would need names of its own here.
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    # Compiled under its name, so that a traceback points to README.md.
     exec(compile(block, str(README), "exec"), names)
     assert "residual" in capsys.readouterr().out
     assert (tmp_path / "a.nc").exists()

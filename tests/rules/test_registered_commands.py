@@ -38,6 +38,7 @@ def test_no_command_is_registered_twice():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_the_line_of_help_fits_into_the_list(command):
+    # In the manner of argparse's own line: «show this help message and exit».
     assert command.help
     assert not command.help.endswith("."), f"{command.name}: {command.help!r} ends in a full stop"
     assert command.help[0].islower(), f"{command.name}: {command.help!r} does not begin in lower case"

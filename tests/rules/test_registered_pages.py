@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("streamlit")
+pytest.importorskip("streamlit")  # an extra: without it there are no pages
 
 from depthscope.app.dashboard import pages
 from depthscope.app.dashboard.components.page import Page
