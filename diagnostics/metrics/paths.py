@@ -99,7 +99,7 @@ def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: n
     At the cut before a connection; NaN at the first. At most the number of streams; it does not change with
     their basis. Below 1.5 one stream does all.
     """
-    # All connections of the same few tokens: a cut depends on the whole depth of a token.
+    # All connections of the same few tokens: a cut depends on the connections at every depth.
     chosen = evenly_spaced(mixing.matrices.shape[1], TOKENS)
     cuts = np.full((len(mixing), len(chosen)), np.nan)
     # The kernel gives the cuts between connections: nothing passes before the first one.
@@ -125,7 +125,7 @@ def _residual_hops(mixing: Mixing) -> xr.DataArray:
     estimator="weights per token in float64, mean of their magnitude over tokens, then the mean of hops",
 )
 def effective_path_depth(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
-    r"""Effective path depth: how many connections back the outputs lie that a connection reads.
+    r"""Effective path depth: how many connections back the outputs are that a connection reads.
 
     .. math:: \textstyle\sum_j |M_{kj}| (k - j) / \sum_j |M_{kj}|
 
