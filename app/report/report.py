@@ -115,4 +115,5 @@ def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _fact(value: Any) -> str:
     if value is None:
         return "unknown"
+    # Lists and mappings as JSON: Python's own form has single quotes and None.
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

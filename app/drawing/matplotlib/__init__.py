@@ -68,6 +68,7 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
         canvas = _laid_out(figure, width)
         for path in paths:
             ending = path.suffix.removeprefix(".")
+            # LaTeX sets its words, so that it is drawn again under other settings; the other formats share one canvas.
             if ending == "pgf":
                 _write_pgf(figure, path, width)
             else:
@@ -78,6 +79,7 @@ def _write_pgf(figure: Figure, path: Path, width: str) -> None:
     """LaTeX sets the words of a PGF figure, so that they are escaped for it."""
     from depthscope.app.text.latex import tex
 
+    # PGF alone: escaped signs would be printed as they are in the other formats.
     with pgf_style():
         to_matplotlib(translated(figure, tex), width=width).savefig(path)
 
@@ -135,6 +137,7 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
     with figure_style(width):
         _laid_out(figure, width).savefig(buffer, format="svg", metadata=UNDATED["svg"])
     text = buffer.getvalue()
+    # The XML declaration and the document type are allowed at the start of a document only, not inside a page.
     element = text[text.index("<svg") :]
     # matplotlib names its clip paths by their content: two figures on a page may have the same id.
     for before in ('id="', 'href="#', "url(#"):

@@ -69,11 +69,13 @@ def _norm(figure: Heatmap) -> Normalize:
     if figure.log_z and bool(np.any(known > 0)):
         positive = known[known > 0]
         low, high = figure.limits or (float(positive.min()), float(positive.max()))
+        # Declared limits may begin at zero, which a logarithm has not.
         low = low if low > 0 else float(positive.min())
         return LogNorm(low, high if high > low else low * 1.01)
     low, high = figure.limits or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
     if figure.diverging:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    # Values cannot be scaled to a range of no width.
     return Normalize(low, high if high > low else low + 1e-6)
 
 
@@ -95,6 +97,7 @@ def edges(centres: Array) -> Array:
     [-0.5, 0.5, 2.0, 4.0]
     """
     centres = np.asarray(centres, dtype=np.float64)
+    # A single cell has no neighbour to take its width from.
     if centres.size < 2:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = np.array([(a + b) / 2 for a, b in pairwise(centres)])

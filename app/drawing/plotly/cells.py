@@ -63,6 +63,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     -------
     plotly.graph_objects.Figure
     """
+    # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
     shown = _log(z) if figure.log_z else z
@@ -96,6 +97,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
 
 
 def _log(z: np.ndarray) -> np.ndarray:
+    # `where` leaves what has no logarithm undefined, without numpy's warning.
     return np.log10(z, out=np.full_like(z, np.nan), where=z > 0)
 
 
@@ -111,11 +113,13 @@ def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
     if known.size == 0:
         return {}
     low, high = float(known.min()), float(known.max())
+    # One tick a decade over three decades, 1-2-5 over one, else nearly every digit. Heuristics of ours.
     steps = (
         (1.0,) if high - low > 3 else (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     )
     decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     values = np.array([step * 10.0**decade for decade in decades for step in steps])
+    # 1e-6: an end that is a round number is not lost to the rounding of its logarithm.
     inside = values[(np.log10(values) >= low - 1e-6) & (np.log10(values) <= high + 1e-6)]
     return {"tickvals": np.log10(inside).tolist(), "ticktext": [f"{value:g}" for value in inside]}
 
