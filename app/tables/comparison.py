@@ -292,14 +292,10 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         ("data_digest", "different data"),
         ("dtype", "different precision"),
     ):
-        known = {run: row[key] for run, row in facts.items() if not _unknown(row.get(key))}
+        known = {run: row[key] for run, row in facts.items() if not pd.isna(row.get(key))}
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(
                 f"{run}: {value if isinstance(value, str) else number(value)}" for run, value in known.items()
             )
             said.append(f"the runs have {words} ({listed})")
     return said
-
-
-def _unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures import DRAWN, FIGURES
+from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
 from depthscope.app.figures.build.captions import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
@@ -321,7 +321,11 @@ def _measured_table(
     data = pd.DataFrame(dict(place))
     # Paths of modules are wider than all numbers; they are in the data.
     printed = pd.DataFrame(
-        {_heading(name): _cells(values) for name, values in place.items() if name != "module"}
+        {
+            "N" if name == "num_tokens" else name: _cells(values)
+            for name, values in place.items()
+            if name != "module"
+        }
     )
     for column in columns:
         data = data.assign(**column.numbers())
@@ -360,10 +364,6 @@ def _cells(values: np.ndarray) -> list[str]:
     if values.dtype.kind == "f":
         return [UNDEFINED if math.isnan(value) else f"{value:g}" for value in values]
     return [str(value) for value in values]
-
-
-def _heading(name: str) -> str:
-    return {"num_tokens": "N"}.get(name, name)
 
 
 def evenly(size: int, most: int) -> list[int]:

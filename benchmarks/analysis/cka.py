@@ -25,6 +25,7 @@ class Given(nn.Module):
         self.layers = nn.ModuleList(Layer(state) for state in states)
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
+        # The layers are called one after another for their hooks; only the last output is returned.
         for layer in self.layers:
             output = layer(index)
         return output
@@ -155,6 +156,7 @@ def truth(states: np.ndarray, *, unbiased: bool) -> np.ndarray:
         centred -= centred.mean(0)
         np.matmul(centred, centred.T, out=gram)
         if unbiased:
+            # The unbiased estimator leaves a token's product with itself out.
             np.fill_diagonal(gram, 0.0)
     # All HSIC sums as one product of (L, N²) with its transpose.
     flat = grams.reshape(len(states), -1)
@@ -198,6 +200,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         variants={f"offset {offset:g}": partial(walk, *checked, offset=offset) for offset in OFFSETS},
         own_variants={
             f"{list(sizes)[-1]}, offset {offset:g}": partial(walk, *large, offset=offset)
+            # The first and the last: no offset, and the largest.
             for offset in OFFSETS[:: len(OFFSETS) - 1]
         },
         truths={"unbiased": partial(truth, unbiased=True), "biased": partial(truth, unbiased=False)},

@@ -15,6 +15,7 @@ from benchmarks.analysis.inputs import KINDS, mixing
 from depthscope.diagnostics import analyze, create_run, schema
 from depthscope.diagnostics.kernels import mixing as kernel
 
+# In the order of the catalogue's reductions: median, p1, p99.
 QUANTILES = (0.5, 0.01, 0.99)
 
 # --- singular values ---
@@ -176,6 +177,7 @@ def naive_pairs(matrices: np.ndarray) -> Step:
     stack = torch.from_numpy(matrices)
 
     def step() -> np.ndarray:
+        # NaN where the second connection comes before the first: there is no product.
         table = torch.full((2, len(stack), len(stack), 5), torch.nan, dtype=torch.float64)
         for first, last, product in pairs_of(stack):
             gains = (product.sum(-1).abs().amax(-1), product.sum(-2).abs().amax(-1))
@@ -191,7 +193,9 @@ def pairs_of(stack: Any) -> Iterator[tuple[int, int, Any]]:
     for first in range(len(stack)):
         product = stack[first]
         yield first, first, product
+        # Each product from the one before it: n²/2 products and not n³/6.
         for last in range(first + 1, len(stack)):
+            # Later connections are on the left.
             product = stack[last] @ product
             yield first, last, product
 
@@ -208,6 +212,7 @@ def true_pairs(matrices: np.ndarray) -> np.ndarray:
 def of_gain(found: np.ndarray, truth: np.ndarray) -> float:
     """The largest relative error; a table of maxima only is compared with the maxima, the last reduction."""
     reductions = truth[..., -found.shape[-1] :]
+    # Both tables are NaN below the diagonal.
     return float(np.nanmax(np.abs(found / reductions - 1.0)))
 
 

@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         pictures[trained_models.cosines] = partial(trained_models.drawn, asked.runs)
+    # Last, since they take longest: a wrong --runs is refused before. Their tables come first in the output.
     tables = {result: list(result()) for result in results.RESULTS} | tables
     if asked.json:
         print(
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_table(result.__doc__, rows)
             if result in pictures:
                 print(pictures[result](), end="\n\n")
+    # Rows without a printed number always agree.
     return int(not all(row.agrees for rows in tables.values() for row in rows))
 
 

@@ -37,7 +37,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     figure : Lines
         What to draw.
     size : Width
-        Inches across and type size; `style` must be active.
+        Inches across and type size; `figure_style` must be active.
 
     Returns
     -------

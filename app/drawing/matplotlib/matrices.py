@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
@@ -25,7 +24,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     figure : Heatmap
         What to draw.
     size : Width
-        Inches across and type size; `style` must be active.
+        Inches across and type size; `figure_style` must be active.
 
     Returns
     -------
@@ -39,7 +38,8 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         edges(figure.y),
         np.ma.masked_invalid(figure.z),
         norm=_norm(figure),
-        cmap=_colour_map(figure),
+        # Both grow lighter from end to end, so that they can be read in grey; cividis turns from blue to yellow at zero.
+        cmap="cividis" if figure.diverging else "viridis",
         rasterized=figure.z.size > DENSE,
         edgecolors="face",  # viewers show white seams between cells without an edge
         linewidth=0.1,
@@ -57,11 +57,6 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     if isinstance(mesh.norm, LogNorm):
         plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
     return canvas
-
-
-def _colour_map(figure: Heatmap) -> Colormap:
-    """Both grow lighter from end to end, so that they can be read in grey; cividis turns from blue to yellow at zero."""
-    return mpl.colormaps["cividis" if figure.diverging else "viridis"]
 
 
 def _norm(figure: Heatmap) -> Normalize:

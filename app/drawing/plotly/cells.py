@@ -66,7 +66,8 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
-    shown = _log(z) if figure.log_z else z
+    # `where` leaves what has no logarithm undefined, without numpy's warning.
+    shown = np.log10(z, out=np.full_like(z, np.nan), where=z > 0) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
     bar = {
         "title": {"text": figure.z_label, "side": "right", "font": {"size": 12.5}},
@@ -94,11 +95,6 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     if mark is not None:
         _ring(drawn, figure, mark)
     return drawn
-
-
-def _log(z: np.ndarray) -> np.ndarray:
-    # `where` leaves what has no logarithm undefined, without numpy's warning.
-    return np.log10(z, out=np.full_like(z, np.nan), where=z > 0)
 
 
 def _log_limits(limits: tuple[float, float] | None) -> tuple[float, float] | None:
