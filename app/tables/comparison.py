@@ -286,7 +286,7 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         One sentence a difference; empty where there is none.
     """
     facts = {reading.name: _facts(reading, view or Selection()) | dict(reading.attrs) for reading in readings}
-    said = []
+    sentences = []
     for key, words in (
         ("num_tokens", "different numbers of tokens, and ranks grow with N"),
         ("data_digest", "different data"),
@@ -297,5 +297,5 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
             listed = ", ".join(
                 f"{run}: {value if isinstance(value, str) else number(value)}" for run, value in known.items()
             )
-            said.append(f"the runs have {words} ({listed})")
-    return said
+            sentences.append(f"the runs have {words} ({listed})")
+    return sentences

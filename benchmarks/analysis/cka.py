@@ -192,7 +192,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
     sizes = {"6 × 256": (6, 256)} if quick else {"13 × 512": (13, 512), LARGE: (13, 2048)}
     checked = (3, 128) if quick else (4, 512)
     large = list(sizes.values())[-1]
-    asked = Comparison(
+    comparison = Comparison(
         title="CKA of every layer with every other (layers × tokens, 768 features)",
         tools=TOOLS,
         baseline="depthscope, numpy",
@@ -206,7 +206,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         truths={"unbiased": partial(truth, unbiased=True), "biased": partial(truth, unbiased=False)},
         note=NOTE.format(layers=checked[0], tokens=checked[1]),
     )
-    return {"cka": asked}
+    return {"cka": comparison}
 
 
 NOTE = """Errors are largest absolute differences over {layers} layers × {tokens} tokens, a walk over depth with a common

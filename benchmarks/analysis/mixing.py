@@ -227,8 +227,8 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
     """Singular values, products from the first connection on, products between any two."""
     depth, tokens = (12, 256) if quick else (60, 4096)
     size = f"{depth} × {tokens} of 4 × 4"
-    asked = {f"singular values {n}": values_comparison(n, quick) for n in (2, 3, 4, 8)}
-    asked["prefix"] = Comparison(
+    compared = {f"singular values {n}": values_comparison(n, quick) for n in (2, 3, 4, 8)}
+    compared["prefix"] = Comparison(
         title="Products from the first connection through each (connections × tokens)",
         tools=PREFIX,
         baseline="torch, a loop of bmm",
@@ -238,7 +238,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=of_each,
         note="Errors are relative to the largest entry of the product, against long double, over 64 tokens.",
     )
-    asked["all pairs"] = Comparison(
+    compared["all pairs"] = Comparison(
         title="Gains of the products between any two connections, reduced over tokens",
         tools=PAIRS,
         baseline="one prefix pass (depthscope, numpy)",
@@ -248,7 +248,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=of_gain,
         note=PAIRS_NOTE,
     )
-    return asked
+    return compared
 
 
 PAIRS_NOTE = """The metric's time includes reading the connections from the run and labelling the table: forward and

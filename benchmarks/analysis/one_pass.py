@@ -27,7 +27,7 @@ def flat(states: np.ndarray) -> np.ndarray:
     return states.reshape(len(states), -1, states.shape[-1])
 
 
-def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
+def token_sums(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
     """The sums of `probes`, forward by forward: statistics of every token; with `streaming`, moments and sketch too."""
     # (L, B, T, D) in several forwards, with a stream dim of one.
     parts = [part.unsqueeze(3) for part in torch.from_numpy(states).chunk(forwards, 1)]
@@ -48,7 +48,7 @@ def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[
 
 
 def streamed(states: np.ndarray) -> Step:
-    sums = seen(states, streaming=True)
+    sums = token_sums(states, streaming=True)
 
     def step() -> np.ndarray:
         streaming = sums().streaming
@@ -102,7 +102,7 @@ def subsample(states: np.ndarray, *, size: int) -> Step:
 TOOLS = {
     "exact (cka_matrix)": Tool(exact, answers=False),
     "probes, streaming=True": Tool(streamed),
-    "· the other statistics alone": Tool(partial(seen, streaming=False), answers=False),
+    "· the other statistics alone": Tool(partial(token_sums, streaming=False), answers=False),
     "· plain Gram matrices of the features": Tool(moments, answers=False),
     "row sketch, 256 buckets": Tool(partial(row_sketch, buckets=256)),
     "minibatches of 64": Tool(partial(minibatches, size=64)),

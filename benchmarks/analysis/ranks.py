@@ -83,7 +83,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
     known = spectra(min(checked, WIDTH))
     sizes: dict[str, Callable[[], np.ndarray]] = {f"noise, N {n}": partial(noise, n) for n in counts}
     sizes[f"collapse, N {checked}"] = partial(of_spectrum, known["collapse, rest 1e-5"], checked)
-    asked = Comparison(
+    comparison = Comparison(
         title="Effective rank of a matrix (N tokens, 768 features)",
         tools=TOOLS,
         baseline=BASELINE,
@@ -94,7 +94,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=relative,
         note=NOTE.format(tokens=checked),
     )
-    return {"ranks": asked}
+    return {"ranks": comparison}
 
 
 NOTE = """Errors are relative, of {tokens} tokens. The true value is that of a float64 SVD of the float32 matrix. The

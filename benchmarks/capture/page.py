@@ -128,7 +128,7 @@ plain, since some change torch when they are imported. *Plain again* is a second
   statistics over every token; this one less 1 is the cost of capturing.
 * *Streaming evaluation* has constant weights. The raw sample is full, and statistics are nearly all that is left.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.
-* transformer-lens runs the model through its own modules with its own attention; the ratio holds that too.
+* transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
 in one process per tool, and again after the first batch, in which this package finds the chain. What a step gives is kept for

@@ -96,11 +96,11 @@ def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
     groups = list(dict.fromkeys(line.group for line in lines))
     if len(groups) < 2:
         return {id(line): _look(position, 0, len(lines)) for position, line in enumerate(lines)}
-    seen: dict[str, int] = dict.fromkeys(groups, 0)
+    num_drawn: dict[str, int] = dict.fromkeys(groups, 0)
     looks = {}
     for line in lines:
-        looks[id(line)] = _look(groups.index(line.group), seen[line.group], len(groups))
-        seen[line.group] += 1
+        looks[id(line)] = _look(groups.index(line.group), num_drawn[line.group], len(groups))
+        num_drawn[line.group] += 1
     return looks
 
 

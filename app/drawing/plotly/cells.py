@@ -20,7 +20,7 @@ LARGEST_NAMED = 64
 
 
 def shrink(figure: Heatmap) -> Heatmap:
-    """Heat map small enough for a screen: block means, said in the caption.
+    """Heat map small enough for a screen: block means, which the caption states.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def shrink(figure: Heatmap) -> Heatmap:
     z, side = reduce_blocks(figure.z, LARGEST_SIDE)
     if side == 1:
         return figure
-    said = (
+    note = (
         f"Reduced for the screen: each cell is the mean of a {side} × {side} block; the table has every cell."
     )
     return replace(
@@ -45,7 +45,7 @@ def shrink(figure: Heatmap) -> Heatmap:
         z=z,
         x_text=None if figure.x_text is None else list(figure.x_text)[::side],
         y_text=None if figure.y_text is None else list(figure.y_text)[::side],
-        caption=f"{figure.caption} {said}".strip(),
+        caption=f"{figure.caption} {note}".strip(),
     )
 
 

@@ -110,7 +110,7 @@ def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
     # The caller's order, so that a run keeps its colour in a figure that lacks another one.
     groups = list(runs) or list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
     several = len(groups) > 1
-    seen: dict[str, int] = {}
+    num_drawn: dict[str, int] = {}
     looks: list[_Look] = []
     for line in lines:
         if line.role == "threshold":
@@ -119,8 +119,8 @@ def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
             colour = looks[-1].colour if looks else PALETTE[0]
             looks.append(_Look(colour, "dash" if line.role == "null" else THEORY, measured=False))
         else:
-            rank = seen.get(line.group, 0)
-            seen[line.group] = rank + 1
+            rank = num_drawn.get(line.group, 0)
+            num_drawn[line.group] = rank + 1
             # Colour distinguishes the lines of one run; of several runs it is taken, and dashes do.
             colour = PALETTE[(groups.index(line.group) if several else rank) % len(PALETTE)]
             looks.append(_Look(colour, DASHES[rank % len(DASHES)] if several else "solid", measured=True))

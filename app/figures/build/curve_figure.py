@@ -136,7 +136,7 @@ class CurveFigure(FigureKind):
         # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
         healthy = _ends(declared.healthy)
-        # The same sentence about four streams is said once.
+        # One sentence is enough for four streams.
         remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
         return Lines(
             name=self.name,
