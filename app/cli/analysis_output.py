@@ -112,6 +112,7 @@ def analysis_as_dict(tables: Sequence[AnalysisTables], selection: Selection, wri
 
 def _values_as_dict(values: xr.DataArray, selection: Selection) -> dict[str, Any]:
     """One metric at its last step in the selected slice: the dims that remain, their labels, the values."""
+    # As in the tables: of a training history the final weights are shown.
     if "step" in values.dims:
         values = values.isel(step=-1)
     # Only labels that the array has are selected: a metric of the mean stream alone has no other stream.
@@ -145,7 +146,9 @@ def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
     # After all tables: what could not be computed is easily missed between two of them.
     for each in tables:
         if each.not_in_tables:
-            names = ", ".join(f"{name} ({_dims(each.reading.analysis[name])})" for name in each.not_in_tables)
+            found = each.reading.analysis
+            names = ", ".join(f"{name} ({_printed_dims(found[name])})" for name in each.not_in_tables)
+            # All three places: in a terminal a matrix can only be pointed to.
             where = f"they are in /metrics of {written}, in --json, and in: depthscope dashboard {written}"
             _say_wrapped(f"Measured in {each.reading.name}, not printed: {names}: {where}")
         for reason, metrics in each.reading.not_computed.items():
@@ -153,7 +156,8 @@ def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
     say(f"Metrics written to {written}")
 
 
-def _dims(values: xr.DataArray) -> str:
+def _printed_dims(values: xr.DataArray) -> str:
+    """Such as "depth × other depth", which explains why a metric is in no table of one row a depth."""
     return " × ".join(str(dim).replace("_", " ") for dim in values.dims if dim != "step")
 
 

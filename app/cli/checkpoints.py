@@ -27,6 +27,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
     )
+    # Not `positive_integer`: the capture refuses a wrong number itself, and the Python interface needs that too.
     parser.add_argument("--streams", type=int, metavar="N", help="streams, where the layout merges them")
     parser.add_argument(
         "--sites",
@@ -52,6 +53,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
     -------
     LoadedModel
     """
+    # Seconds, in which nothing else would be printed.
     with working("importing torch"):
         from depthscope.probes.checkpoints.load import load_checkpoint
     with working(f"loading {args.checkpoint}"):
@@ -93,5 +95,6 @@ def capture_errors_for_users() -> Iterator[None]:
 
     try:
         yield
+    # A RuntimeError of its own: the message tells the user what to do, so that no traceback is needed.
     except CaptureError as error:
         raise ValueError(str(error)) from error

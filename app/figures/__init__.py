@@ -117,6 +117,7 @@ DEFINED: dict[str, FigureKind] = {
 }
 """Every figure of the catalogue by name, in display order."""
 
+# `also` too: a band or a streamed twin is in the figure of its metric and needs none of its own.
 DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
 """Metrics that a figure of the catalogue draws."""
 
@@ -130,7 +131,7 @@ FIGURES: dict[str, FigureKind] = DEFINED | {
         tuple(DEFINED.values()),
     )
 }
-"""Every figure by name, in display order: the defined ones, then one for every metric that none of them draws."""
+"""Every figure by name, in display order: the defined ones, then one for every metric that none of them draws but could."""
 
 
 def available(analyses: Analyses) -> dict[str, FigureKind]:

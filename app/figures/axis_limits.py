@@ -28,6 +28,7 @@ def visible_limits(low: float, high: float) -> tuple[float, float]:
     >>> visible_limits(1.0, 2.0), visible_limits(2.0, 2.0)
     ((1.0, 2.0), (1.9, 2.1))
     """
+    # Relative to the size of the values, as rounding is: a difference of 1e-3 is a trend at 1 and noise at 1e5.
     size = max(abs(low), abs(high))
     if high - low >= FLAT * size:
         return low, high
@@ -58,9 +59,11 @@ def limits_with_theory(measured: Array, theory: Array, log_y: bool) -> tuple[flo
     (1.0, 20.0)
     """
     low, high = float(measured.min()), float(measured.max())
+    # A heuristic of ours, as is the decade of a logarithmic axis.
     room = 0.5 * (high - low)
     least, most = (low / 10, high * 10) if log_y else (low - room, high + room)
     return (
+        # `initial`: without a point of theory the limits are those of the measured values.
         max(float(theory.min(initial=low)), least),
         min(float(theory.max(initial=high)), most),
     )

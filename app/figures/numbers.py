@@ -25,10 +25,12 @@ def figure_table(figure: Figure) -> pd.DataFrame:
         number. NaN is undefined.
     """
     if isinstance(figure, Heatmap):
+        # Wide, as the matrix is drawn: one row a cell would repeat both positions in every row.
         table = pd.DataFrame(figure.z, columns=figure.x)
         table.insert(0, "y", figure.y)
         table.insert(1, "where", figure.y_text if figure.y_text is not None else "")
         return table
+    # pandas refuses to concatenate nothing, and an empty figure still has a table with these columns.
     points = [_points(line) for line in figure.lines]
     return pd.concat(points, ignore_index=True) if points else _points(Line(np.zeros(0), np.zeros(0), ""))
 

@@ -17,7 +17,7 @@ Analyses = Mapping[str, xr.Dataset]
 """Run name → its analysis, in the order in which the runs are drawn."""
 
 
-# Without `eq`: arrays compare element by element, which has no truth value.
+# Without `eq`, here and below: arrays compare element by element, which has no truth value.
 @dataclass(frozen=True, eq=False)
 class Line:
     """One curve: a measured quantity, the null or a law of theory for the measured line before it, or a threshold.
@@ -152,10 +152,13 @@ class Selection:
         ValueError
             A field or a label that is not one of `CHOICES`.
         """
+        # Checked here once for the command line, the dashboard and Python: a wrong label would otherwise select no numbers,
+        # and the figure would look as if the run had none.
         known = [f.name for f in fields(cls)]
         for name, value in choices.items():
             if name not in known:
                 raise ValueError(f"no selection {name!r}; expected one of {', '.join(known)}")
+            # Streams, steps, runs and depths are those of the data: any value is taken.
             options = CHOICES.get(name)
             if options and value not in options:
                 raise ValueError(f"{name}={value!r}; expected one of {', '.join(options)}")
@@ -164,6 +167,7 @@ class Selection:
 
 CHOICES: dict[str, tuple[str, ...]] = {
     **{dim: LABELS[dim] for dim in ("scope", "tokens", "centering", "estimator")},
+    # "both" is a choice of figures alone: analyses have the two directions.
     "direction": ("both", *LABELS["direction"]),
     "reduction": LABELS["reduction"],
     "axis": ("depth", "relative"),
@@ -196,6 +200,7 @@ class FigureKind(ABC):
     metric: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
+        # Frozen: the default depends on another field, which `field(default=…)` cannot express.
         if not self.metric:
             object.__setattr__(self, "metric", self.name)
 

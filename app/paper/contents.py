@@ -61,6 +61,8 @@ class Contents:
         Contents
         """
         view = view or Selection()
+        # At the same index a run of 12 layers is at its end and one of 24 in its middle; at the same share of the depth both
+        # compare.
         depths = {reading.analysis.sizes.get("depth") for reading in readings} - {None}
         view = replace(view, axis="relative") if len(depths) > 1 else view
         by_connection = [mixing_table(reading, view) for reading in readings]
@@ -82,6 +84,7 @@ class Contents:
         tables = (self.summary, self.findings, *self.tables)
         metrics = {figure.metric for figure in self.figures}
         metrics |= {metric for table in tables for metric in table.metrics}
+        # A metric without a citation has an empty one, which `keys_of` leaves out.
         cited = [CITES.get(metric, "") for metric in metrics]
         cited += [key for figure in self.figures for key in figure.sources]
         cited += [finding.source for reading in self.readings for finding in reading.findings]

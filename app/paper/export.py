@@ -57,8 +57,10 @@ def write_bundle(
     ValueError
         For an unknown width, no run, a foreign folder, or a bundle with edited files.
     """
+    # Before the runs are analysed, which takes far longer.
     if width not in WIDTHS:
         raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
+    # Analysed inside: a folder of somebody else is refused before anything is computed.
     with replaced_folder(Path(out)) as folder:
         contents = Contents.of(read_runs(runs), view)
         _write_figures(contents, folder, width, formats)
@@ -68,6 +70,7 @@ def write_bundle(
 
 
 def _write_figures(contents: Contents, folder: Path, width: str, formats: Sequence[str]) -> None:
+    # savefig makes no folder.
     (folder / "figures").mkdir()
     for figure in contents.figures:
         paths = [folder / "figures" / f"{figure.name}.{ending}" for ending in formats]
@@ -120,6 +123,7 @@ def figure_csv(figure: Figure) -> str:
     table = figure_table(figure).drop(columns="where")
     if isinstance(figure, Heatmap):
         table = table.rename(columns={"y": figure.y_label})
+    # The same bytes on every system, so that the hashes of the manifest agree.
     return table.to_csv(index=False, lineterminator="\n")
 
 
@@ -128,6 +132,7 @@ def _facts(contents: Contents, width: str) -> dict[str, Any]:
         "made_by": "depthscope export",
         "software": software(),
         "width": width,
+        # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),
         "runs": {reading.name: dict(reading.attrs) for reading in contents.readings},
         "figures": {

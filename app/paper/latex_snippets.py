@@ -11,6 +11,7 @@ from depthscope.app.text.latex import unicode_declarations
 from depthscope.app.text.templates import latex_template
 
 _HERE = "depthscope.app.paper"
+# 6.75 in of text and a gap of 0.25 leave 3.25 for each column, the widths in `WIDTHS`.
 _TWO_COLUMNS = ("10pt,twocolumn", "textwidth=6.75in,columnsep=0.25in,textheight=9in")
 # Options of the class and of the page for a document in which figures of each width fit.
 _PAGES = {
@@ -37,6 +38,7 @@ def figures_tex(figures: Sequence[Figure], cites: Mapping[str, str], width: str)
     str
     """
     cited = [(figure, keys_of([cites.get(figure.metric, ""), *figure.sources])) for figure in figures]
+    # Only the starred float spans both columns.
     float_name = "figure*" if width == "full" else "figure"
     return latex_template(_HERE, "snippet.tex.jinja").render(
         name="figures", figures=cited, float=float_name, tables=()

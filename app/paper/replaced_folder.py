@@ -40,6 +40,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
         fresh = Path(place) / "fresh"
         fresh.mkdir()
+        # Where the block raises, nothing below runs and the temporary folder goes with all that was written.
         yield fresh
         refuse_taken(fresh, foreign, target)
         _swap(fresh, target, Path(place) / "old", foreign)
@@ -70,9 +71,11 @@ def foreign_files(target: Path) -> list[Path]:
     present = sorted(
         entry.relative_to(target) for entry in target.rglob("*") if not entry.is_dir() or entry.is_symlink()
     )
+    # An empty folder belongs to nobody.
     if not present:
         return []
     written = _written(target)
+    # Edited by hand is work that an export would destroy.
     edited = [
         name for name in present if str(name) in written and sha256(target / name) != written[str(name)]
     ]
@@ -89,6 +92,7 @@ def _written(target: Path) -> Mapping[str, str]:
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         return dict(manifest["files"])
+    # No manifest, no JSON, or a manifest of another program: in each case these files are not ours.
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{target} contains files that depthscope did not write; choose an empty or new folder with --out"
@@ -113,6 +117,7 @@ def refuse_taken(fresh: Path, foreign: list[Path], target: Path) -> None:
         Where a fresh file has the name of a foreign one.
     """
     for name in foreign:
+        # Refused before the swap, so that the folder is as it was.
         if (fresh / name).exists():
             raise ValueError(f"{target / name} was not written by depthscope and is in the way; rename it")
 
@@ -129,6 +134,7 @@ def _swap(fresh: Path, target: Path, aside: Path, foreign: list[Path]) -> None:
             aside.rename(target)
         raise
     for name in foreign:
+        # The folder of the foreign file may be one that this export did not write to.
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (aside / name).rename(target / name)
 
@@ -147,6 +153,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
     -------
     Path
     """
+    # Sorted: the order of a directory listing differs between systems, and with it the bytes of the manifest.
     names = sorted(entry.relative_to(folder) for entry in folder.rglob("*") if entry.is_file())
     listed = {name.as_posix(): sha256(folder / name) for name in names}
     path = folder / MANIFEST

@@ -39,6 +39,7 @@ class Reading:
     @property
     def not_computed(self) -> dict[str, list[str]]:
         """Metrics that the run could not feed, by the reason."""
+        # By the reason: many metrics lack for the same one, which is printed once.
         reasons: dict[str, list[str]] = {}
         for metric, reason in self.analysis.attrs.get("not_computed", {}).items():
             reasons.setdefault(str(reason), []).append(str(metric))
@@ -90,6 +91,7 @@ def _analyses(
 
 def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, xr.Dataset]) -> bool:
     """Whether the stored metrics of a run make a new analysis superfluous."""
+    # One chain without metrics is reason enough: `analyze` computes all chains of a run together.
     if not known or len(known) < len(stored):
         return False
     # A history has metrics of steps whose states are gone; an analysis of the last trace would replace it by one step.
@@ -100,6 +102,7 @@ def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, x
 
 def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
     """An analysis together with stored metrics that it does not compute, such as those computed on request."""
+    # Metrics of another step are of other states: they cannot stand in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
@@ -139,6 +142,7 @@ def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
 
 
 def _runs_at(path: Path) -> list[Path]:
+    # A Zarr run is a folder too. A missing path is left to `open_run`, whose error names it.
     if not path.exists() or path.name.endswith(schema.SUFFIXES):
         return [path]
     below = list(schema.list_runs(path).values())
@@ -152,11 +156,13 @@ def _runs_at(path: Path) -> list[Path]:
 
 def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
     """The name of the file, with as many folders before it as make the names unique."""
+    # Resolved: the same run by two paths, or in a folder that was also given, is one run.
     unique = list(dict.fromkeys(path.resolve() for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
         names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):
             return dict(zip(names, unique, strict=True))
+    # Reached only where endings alone differ, such as a.nc and a.zarr: the ending then stays.
     return {path.name: path for path in unique}
 
 

@@ -41,6 +41,7 @@ def renewed(
     if stored is None:
         return fresh.assign_attrs({COMPLETE: complete})
     _require_same_trace(fresh, stored)
+    # A stored value of a metric that this trace cannot feed would contradict the reason in `not_computed`.
     not_computed = set(fresh.attrs.get("not_computed", {}))
     stale = set(outdated) - set(map(str, fresh.data_vars)) - not_computed
     fresh, stored = _with_same_streams(fresh, stored)
@@ -48,6 +49,7 @@ def renewed(
     removed = {name for name in stored.data_vars if _metric_of(name) in stale | not_computed}
     merged = stored.drop_vars(removed).assign(dict(fresh.data_vars))
     merged = merged.assign(_stored_errors(fresh, stored))
+    # Without the stale ones a part is missing, and other commands have to compute it.
     complete = complete or bool(stored.attrs.get(COMPLETE) and not stale)
     return merged.assign_attrs({**_attributes(fresh, stored, merged, stale), COMPLETE: complete})
 
@@ -57,6 +59,7 @@ def _metric_of(variable: Any) -> str:
 
 
 def _require_same_trace(fresh: xr.Dataset, stored: xr.Dataset) -> None:
+    # Streams may differ: an analysis of the mean stream has one label, see `_with_same_streams`.
     shared = set(fresh.sizes) & set(stored.sizes) - {"stream"}
     for dim in sorted(map(str, shared)):
         if not fresh[dim].variable.equals(stored[dim].variable):
@@ -71,6 +74,7 @@ def _with_same_streams(fresh: xr.Dataset, stored: xr.Dataset) -> list[xr.Dataset
     parts = (stored, fresh)
     found = [label for part in parts if "stream" in part.dims for label in part["stream"].values.tolist()]
     streams = list(dict.fromkeys(found))
+    # Labels that one of them lacks become NaN, undefined.
     return [part.reindex(stream=streams) if "stream" in part.dims else part for part in (fresh, stored)]
 
 
@@ -85,6 +89,7 @@ def _stored_errors(fresh: xr.Dataset, stored: xr.Dataset) -> dict[str, xr.DataAr
 def _attributes(
     fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset, stale: Collection[str]
 ) -> dict[str, Any]:
+    # The new analysis wins, except where both list metrics: those lists are merged below.
     attrs = {**stored.attrs, **fresh.attrs}
     for name in ("not_computed", "notes"):
         # A reason or a note of a metric that was computed again is replaced, or no longer true.

@@ -52,6 +52,7 @@ def write_report(runs: Mapping[str, xr.DataTree], out: Path, *, view: Selection 
         For no run, or a name that does not end in ``.html``.
     """
     out = Path(out)
+    # Before the runs are analysed; browsers open a file by its ending.
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"a report is an HTML file; got {out.name!r}, expected such as report.html")
     text = to_html(read_runs(runs), view=view)
@@ -109,10 +110,12 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    # A run of another tool may lack any of them.
     return [(name, attrs[key]) for key, name in _DESCRIBED.items() if attrs.get(key) is not None]
 
 
 def _fact(value: Any) -> str:
     if value is None:
         return "unknown"
+    # Lists and mappings as JSON: Python's own form has single quotes and None.
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

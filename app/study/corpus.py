@@ -63,5 +63,6 @@ def draw_batch(ids: torch.Tensor, batch: int, length: int, generator: torch.Gene
     torch.Tensor
         (batch, length + 1) int64.
     """
+    # The last start leaves room for length + 1 bytes: `high` itself is never drawn.
     starts = torch.randint(0, len(ids) - length, (batch, 1), generator=generator)
     return ids[starts + torch.arange(length + 1)]

@@ -19,6 +19,7 @@ from depthscope.app.text.terminal import progress_bar, remark, say, working
 from depthscope.diagnostics import analyze, schema
 
 SMOLLM2 = "SmolLM2-135M"
+# Of training alone, for the three models together.
 SECONDS, QUICK_SECONDS = 60.0, 10.0
 # Gradients of 4 × 256 tokens of SmolLM2 peak at 3.5 GB; twice as many would not fit an 8 GB laptop comfortably.
 SEQUENCES, LENGTH = 4, 256
@@ -107,6 +108,7 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
             loaded = load_checkpoint("smollm2")
     except CheckpointError as error:
         remark(f"{error}; going on without {SMOLLM2}")
+        # Probing would have been a step of its own.
         steps.total -= 1
         return {}
     title = f"Probing {SMOLLM2} on {SEQUENCES} × {LENGTH} tokens of Python's documentation"
@@ -120,6 +122,7 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
             attrs={
                 "model": loaded.name,
                 "weights_digest": loaded.digest,
+                # Comes with Python: no text has to be downloaded.
                 "data": "pydoc_data.topics",
                 "loss_reduction": "mean",
             },
@@ -140,7 +143,7 @@ def _analyze_saved(paths: Mapping[str, Path]) -> dict[str, xr.DataTree]:
     runs: dict[str, xr.DataTree] = {}
     with progress_bar("measuring") as show:
         for name, path in paths.items():
-
+            # `name` is bound as a default: a closure would see that of a later run.
             def show_metric(metric: str, done: int, count: int, name: str = name) -> None:
                 show((len(runs) + done / count) / len(paths), f"{name} {metric}")
 

@@ -97,9 +97,11 @@ def held_out_loss(model: SmallLM, corpus: Corpus, *, length: int = 128, windows:
     -------
     float
     """
+    # Fixed and not random windows: the three losses differ by the models alone.
     starts = torch.linspace(0, len(corpus.held_out) - length - 1, windows).long().unsqueeze(1)
     batch = corpus.held_out[starts + torch.arange(length + 1)]
     with torch.inference_mode():
+        # Eight windows at a time bound the memory of the logits.
         return float(np.mean([model(part, labels=part).loss.item() for part in batch.split(8)]))
 
 
@@ -119,6 +121,7 @@ def connection_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         f"{prefix}.{name}": value.detach()
         for prefix, module in model.named_modules()
+        # The package's connections have their sublayer as `branch`.
         if hasattr(module, "branch")
         for name, value in module.named_parameters()
         if not name.startswith("branch.")

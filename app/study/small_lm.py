@@ -19,8 +19,10 @@ from torch import nn
 
 # Shapes: B sequences, T tokens, D features, H heads, V vocabulary, N streams.
 
+# Bytes need no tokenizer: the study trains without any download.
 NUM_BYTES = 256
 NUM_STREAMS = 4
+# Of the paper on rotary embeddings (Su et al. 2021).
 ROPE_BASE = 10_000.0
 TITLES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 CONNECTIONS = tuple(TITLES)
@@ -184,6 +186,7 @@ class SmallLM(nn.Module):
                 writes = name.endswith((".out", ".down"))
                 scale = 1 / math.sqrt(2 * size.layers) if writes else 1.0
                 nn.init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
+        # All logits are zero: the first loss is ln 256 for every seed and kind.
         nn.init.zeros_(self.head.weight)
 
     def forward(
@@ -215,6 +218,7 @@ class SmallLM(nn.Module):
         logits = self.head(self.norm(self.reduce(streams)))
         if labels is None:
             return LanguageOutput(logits)
+        # Shifted: the logits at a byte predict the next one, and the last has none.
         return LanguageOutput(logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
 
 

@@ -127,6 +127,7 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
 def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
     step = len(learner.losses)
     weights = out / f"{learner.kind}.safetensors"
+    # The format "pt" is what transformers asks of a safetensors file.
     save_model(learner.model, str(weights), metadata={"format": "pt"})
     attrs = {
         "model": f"small LM, {TITLES[learner.kind]}",
@@ -172,6 +173,7 @@ def training_facts(learner: Learner, corpus: Corpus, recipe: Recipe, spent: floa
         "schedule": "linear warm-up, cosine to zero, by "
         + ("the clock" if recipe.steps is None else "steps"),
         "initial_loss": learner.losses[0],
+        # Ten batches: the loss of one is noisy.
         "final_loss": float(np.mean(learner.losses[-10:])),
         "held_out_loss": held_out_loss(learner.model, corpus),
         "unigram_entropy": corpus.unigram_entropy,

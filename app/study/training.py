@@ -62,6 +62,7 @@ def train_side_by_side(
     float
         Seconds spent in training steps; measuring is not counted.
     """
+    # Its own generator: neither measuring nor a caller's random numbers change the batches.
     generator = torch.Generator().manual_seed(recipe.seed)
     snapshots = list(recipe.snapshots) if measure else []
     seconds, step = 0.0, 0
@@ -79,6 +80,7 @@ def train_side_by_side(
             steps = [pool.submit(train_step, learner, batch, rate, recipe.clip) for learner in learners]
             for each in steps:
                 each.result()
+            # Training alone, so that measuring does not shorten it.
             seconds += time.perf_counter() - started
             step += 1
             losses = "  ".join(f"{TITLES[each.kind]} {np.mean(each.losses[-10:]):.2f}" for each in learners)

@@ -74,11 +74,13 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     """
     view = view or Selection()
     facts = [_facts(reading, view) for reading in readings]
+    # Two tables in step: numbers at full precision for the CSV, text for people.
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
     symbols: dict[str, str] = {}
     shown: list[str] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
+        # The heading and the symbol are the same for all runs: those of the first one that has the metric.
         known = next((column for column in columns if column is not None), None)
         if known is None:
             continue
@@ -101,6 +103,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         name="summary",
         title="Summary of runs",
         caption=f"Summary of runs. {_summary_words(readings, shown, view)}",
+        # Errors, nulls and places that no run has would be empty columns of the CSV.
         data=data.dropna(axis="columns", how="all"),
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
@@ -111,6 +114,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
 
 def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
     analysis, attrs = reading.analysis, reading.attrs
+    # Layers count from 0 and -1 is none, so that a run without layers has 0 of them.
     layers = analysis["layer"].values if "layer" in analysis.coords else np.array([-1])
     counts = pick(analysis, "num_tokens", view)
     return {
@@ -119,6 +123,7 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
         "family": str(attrs.get("family") or UNDEFINED),
         "streams": int(attrs.get("n_streams") or 1),
         "layers": int(layers.max()) + 1,
+        # The largest: stages of a convolutional network have fewer tokens further down.
         "num_tokens": math.nan if counts is None else float(counts.max()),
     }
 
@@ -162,6 +167,7 @@ def _at_extreme(column: Column | None, place: str) -> dict[str, float]:
 def _cell_text(cell: Mapping[str, float], place: str) -> str:
     text = quantity(cell[""], cell["_stderr"], cell["_null"])
     where = cell["_at"]
+    # The last place needs no index, and a span has two.
     return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
 
 
@@ -221,6 +227,7 @@ def comparison_table(
     for metric in metrics:
         columns = {reading.name: _profile(reading, metric, view) for reading in readings}
         known = [column for column in columns.values() if column is not None]
+        # A metric that no run has would be rows of dashes; without any row the table is refused below.
         for fraction in where if known else ():
             cells = {run: _nearest(column, fraction) for run, column in columns.items()}
             start = {"metric": metric, "relative depth": float(fraction)}
@@ -231,6 +238,7 @@ def comparison_table(
         raise ValueError(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
         )
+    # Only metrics that have a row are cited and named in the caption.
     used = tuple(dict.fromkeys(row["metric"] for row in rows))
     return Table(
         name="comparison",
@@ -247,6 +255,7 @@ def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
     dims = reading.analysis[metric].dims if metric in reading.analysis else ()
     fixed = {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
     column = column_of(reading.analysis, metric, view, **fixed)
+    # Singular values and modules have no relative depth.
     return column if column is None or column.value.dims[0] in ("depth", "connection") else None
 
 
@@ -254,6 +263,7 @@ def _nearest(column: Column | None, fraction: float) -> dict[str, float]:
     if column is None:
         return {"": math.nan, "_stderr": math.nan, "_null": math.nan}
     along = positions(column.value, str(column.value.dims[0]), "relative")
+    # The nearest measured depth and no interpolation: between two depths there is no state.
     at = int(np.argmin(np.abs(along - fraction)))
     numbers = column.numbers()
     parts = {end: numbers.get(column.key + end) for end in ("", "_stderr", "_null")}
@@ -276,20 +286,16 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         One sentence a difference; empty where there is none.
     """
     facts = {reading.name: _facts(reading, view or Selection()) | dict(reading.attrs) for reading in readings}
-    said = []
+    sentences = []
     for key, words in (
         ("num_tokens", "different numbers of tokens, and ranks grow with N"),
         ("data_digest", "different data"),
         ("dtype", "different precision"),
     ):
-        known = {run: row[key] for run, row in facts.items() if not _unknown(row.get(key))}
+        known = {run: row[key] for run, row in facts.items() if not pd.isna(row.get(key))}
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(
                 f"{run}: {value if isinstance(value, str) else number(value)}" for run, value in known.items()
             )
-            said.append(f"the runs have {words} ({listed})")
-    return said
-
-
-def _unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+            sentences.append(f"the runs have {words} ({listed})")
+    return sentences

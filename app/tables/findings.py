@@ -62,12 +62,14 @@ def place_of(finding: Finding) -> str:
     -------
     str
     """
+    # A negative position is none.
     if finding.axis == "run" or finding.first < 0:
         place = "whole run"
     elif finding.last == finding.first:
         place = f"{finding.axis} {finding.first}"
     else:
         place = f"{finding.axis} {finding.first}–{finding.last}"
+    # The mean over streams is not one of them.
     return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
 
 
@@ -83,6 +85,7 @@ def count_words(findings: Sequence[Finding]) -> str:
     -------
     str
     """
+    # In the order of the findings, worst first.
     counts: dict[str, int] = {}
     for finding in findings:
         counts[finding.severity.name.lower()] = counts.get(finding.severity.name.lower(), 0) + 1
@@ -104,6 +107,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     found = [(reading.name, finding) for reading in readings for finding in reading.findings]
     data = pd.DataFrame(
         [{"run": run} | finding.as_dict() for run, finding in found],
+        # Without findings pandas has no columns, and the CSV would be an empty file.
         columns=None if found else ["run", "verdict", "severity", "sentence"],
     )
     printed = pd.DataFrame(

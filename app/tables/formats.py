@@ -38,6 +38,7 @@ def to_latex(table: Table, cites: Mapping[str, str]) -> str:
             (spoken(metric), symbol, keys_of([cites.get(metric, "")]))
             for metric, symbol in table.symbols.items()
         ],
+        # Sentences wrap in a column of fixed width; "l" would make the table as wide as the longest one.
         shape="".join("p{0.42\\textwidth}" if name in table.wrapped else "l" for name in columns),
         headings=[textwrap.wrap(name, HEADING_WIDTH, break_long_words=False) for name in columns],
         rows=[
@@ -49,6 +50,7 @@ def to_latex(table: Table, cites: Mapping[str, str]) -> str:
 
 def _cell_lines(table: Table, column: str, text: str) -> list[str]:
     """The lines of a cell: its citation, its value on top of its null, or its text."""
+    # "heuristic" is no key: it is printed as text.
     keys = keys_of([text]) if column in table.cited else []
     if keys:
         return [cite(keys)]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures import DRAWN, FIGURES
+from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
 from depthscope.app.figures.build.captions import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
@@ -129,9 +129,11 @@ def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) 
         None where the run has no such variable, label or defined value.
     """
     value = _picked(analysis, metric, view, fixed)
+    # A slice with another dimension left, such as a matrix, is no column; one of NaN alone would be dashes.
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
         return None
     attrs = analysis[metric].attrs
+    # A label that is a number, such as a quantile, needs the name of its dimension.
     words = [label if isinstance(label, str) else f"{dim} {label:g}" for dim, label in fixed.items()]
     return Column(
         key="_".join((metric, *words)).replace(" ", "_"),
@@ -151,6 +153,7 @@ def _picked(
     value = pick(analysis, name, view, **fixed)
     if value is None:
         return None
+    # Labels that `pick` has selected are no dimension of the slice any more.
     return value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
 
 
@@ -169,8 +172,10 @@ def table_metrics(axis: str) -> list[str]:
     -------
     list of str
     """
-    drawn = dict.fromkeys(name for kind in FIGURES.values() for name in (*kind.needs, *kind.also))
-    metrics = [CATALOGUE[name] for name in drawn if name in CATALOGUE]
+    drawn = [name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)]
+    # The catalogue adds metrics that no figure can draw, which need a column all the more.
+    ordered = dict.fromkeys([*drawn, *CATALOGUE])
+    metrics = [CATALOGUE[name] for name in ordered if name in CATALOGUE and name not in NOT_DRAWN]
     return [
         metric.name
         for metric in metrics
@@ -207,8 +212,10 @@ def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dic
     """The labels that are columns of their own: of the dimensions of which the selection names none."""
     dims = [dim for dim in map(str, values.dims) if dim not in (axis, "step")]
     known = {dim: defined_labels(values, dim) for dim in dims}
+    # A dimension with a selected label is one column; shares of streams have no mean and become one column a stream.
     dims = [dim for dim in dims if getattr(view, dim, None) not in known[dim]]
     labels = [[label for label in known[dim] if label not in _LABELS_WITHOUT_COLUMN] for dim in dims]
+    # Without such a dimension the product has one empty choice: the metric is a single column.
     columns = [dict(zip(dims, chosen, strict=True)) for chosen in itertools.product(*labels)]
     return columns if len(columns) <= MOST_COLUMNS else []
 
@@ -296,6 +303,7 @@ def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) 
     size = analysis.sizes.get(along, 0)
     place = {along: np.asarray(analysis[along].values) if along in analysis.coords else np.arange(size)}
     for coord, printed in names:
+        # Runs of different families carry different names of a connection; those that a run lacks are no column.
         if coord in analysis.coords and analysis[coord].dims == (along,):
             place[printed] = np.asarray(analysis[coord].values)
     return place
@@ -313,7 +321,11 @@ def _measured_table(
     data = pd.DataFrame(dict(place))
     # Paths of modules are wider than all numbers; they are in the data.
     printed = pd.DataFrame(
-        {_heading(name): _cells(values) for name, values in place.items() if name != "module"}
+        {
+            "N" if name == "num_tokens" else name: _cells(values)
+            for name, values in place.items()
+            if name != "module"
+        }
     )
     for column in columns:
         data = data.assign(**column.numbers())
@@ -352,10 +364,6 @@ def _cells(values: np.ndarray) -> list[str]:
     if values.dtype.kind == "f":
         return [UNDEFINED if math.isnan(value) else f"{value:g}" for value in values]
     return [str(value) for value in values]
-
-
-def _heading(name: str) -> str:
-    return {"num_tokens": "N"}.get(name, name)
 
 
 def evenly(size: int, most: int) -> list[int]:
@@ -397,6 +405,7 @@ def slug(name: str) -> str:
     )
     # A name that begins with a dot is hidden, one with a dash is an option; file systems allow 255 bytes with an ending.
     safe = safe.strip("-.")[:60]
+    # A name that was safe already stays readable; only a changed one could collide with another.
     if safe and safe == name:
         return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never share a slug

@@ -38,6 +38,7 @@ class Reference:
     @property
     def author_year(self) -> str:
         """Such as "Xie et al. 2025"."""
+        # From three authors on "et al.", as author-year citation styles have it.
         authors = " & ".join(self.surnames) if len(self.surnames) < 3 else f"{self.surnames[0]} et al."
         return f"{authors} {self.year}"
 
@@ -84,6 +85,7 @@ def entries(text: str) -> dict[str, str]:
     """
     import bibtexparser  # here: `depthscope --help` must not wait for it
 
+    # Without middleware, which would rewrite the entries: a paper gets them as we wrote them.
     library = bibtexparser.parse_string(text, parse_stack=[])
     if library.failed_blocks:
         start = " ".join(str(library.failed_blocks[0].raw)[:40].split())
@@ -157,6 +159,7 @@ def keys_of(sources: Iterable[str]) -> list[str]:
     >>> keys_of(["roy2007effective, garrido2023rankme", "heuristic"])
     ['garrido2023rankme', 'roy2007effective']
     """
+    # Authors of metrics separate keys as they like: by commas, semicolons or spaces.
     names = {name for source in sources for name in re.split(r"[,;\s]+", source) if name}
     return sorted(names & set(_library()))
 

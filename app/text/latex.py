@@ -104,6 +104,7 @@ def unicode_declarations() -> Latex:
     -------
     Latex
     """
+    # ASCII signs such as "<" are no Unicode characters to declare, and text such as "--" needs no mathematics.
     return Latex(
         "".join(
             rf"\DeclareUnicodeCharacter{{{ord(sign):04X}}}{{\ensuremath{{{code.strip('$')}}}}}" + "\n"

@@ -62,6 +62,7 @@ def quantity(value: float, stderr: float = math.nan, null: float = math.nan) -> 
     """
     if math.isnan(value):
         return UNDEFINED
+    # `not … > 0` also for NaN. An error of exactly 0 has no digit that could set the places.
     text = number(value) if not stderr > 0 else _with_error(value, stderr)
     return text if math.isnan(null) else f"{text} (null {number(null)})"
 
@@ -80,6 +81,7 @@ def _with_error(value: float, stderr: float) -> str:
 
 def _scientific(value: float, digits: int) -> str:
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    # 3.00e-7 is 3e-7: zeros of the format are no measured digits.
     mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
     return _signed(f"{mantissa}e{int(exponent)}")
 

@@ -57,6 +57,7 @@ def _jsonable(data: Any) -> Any:
         return {str(key): _jsonable(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_jsonable(value) for value in data]
+    # By the method, not by the type: so numpy need not be imported here.
     if hasattr(data, "tolist"):  # numpy scalars and arrays
         return _jsonable(data.tolist())
     return None if isinstance(data, float) and not math.isfinite(data) else data
@@ -89,6 +90,7 @@ def working(what: str) -> Iterator[Progress]:
     """
     if not sys.stderr.isatty():
         remark(what)
+        # In a log a line for every metric would bury the result.
         yield lambda part, done, total: None
         return
     from rich.console import Console

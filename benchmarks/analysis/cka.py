@@ -25,6 +25,7 @@ class Given(nn.Module):
         self.layers = nn.ModuleList(Layer(state) for state in states)
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
+        # The layers are called one after another for their hooks; only the last output is returned.
         for layer in self.layers:
             output = layer(index)
         return output
@@ -155,6 +156,7 @@ def truth(states: np.ndarray, *, unbiased: bool) -> np.ndarray:
         centred -= centred.mean(0)
         np.matmul(centred, centred.T, out=gram)
         if unbiased:
+            # The unbiased estimator leaves a token's product with itself out.
             np.fill_diagonal(gram, 0.0)
     # All HSIC sums as one product of (L, N²) with its transpose.
     flat = grams.reshape(len(states), -1)
@@ -190,7 +192,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
     sizes = {"6 × 256": (6, 256)} if quick else {"13 × 512": (13, 512), LARGE: (13, 2048)}
     checked = (3, 128) if quick else (4, 512)
     large = list(sizes.values())[-1]
-    asked = Comparison(
+    comparison = Comparison(
         title="CKA of every layer with every other (layers × tokens, 768 features)",
         tools=TOOLS,
         baseline="depthscope, numpy",
@@ -198,12 +200,13 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         variants={f"offset {offset:g}": partial(walk, *checked, offset=offset) for offset in OFFSETS},
         own_variants={
             f"{list(sizes)[-1]}, offset {offset:g}": partial(walk, *large, offset=offset)
+            # The first and the last: no offset, and the largest.
             for offset in OFFSETS[:: len(OFFSETS) - 1]
         },
         truths={"unbiased": partial(truth, unbiased=True), "biased": partial(truth, unbiased=False)},
         note=NOTE.format(layers=checked[0], tokens=checked[1]),
     )
-    return {"cka": asked}
+    return {"cka": comparison}
 
 
 NOTE = """Errors are largest absolute differences over {layers} layers × {tokens} tokens, a walk over depth with a common

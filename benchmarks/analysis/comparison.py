@@ -84,6 +84,7 @@ class Comparison:
     sizes: Mapping[str, Make]
     variants: Mapping[str, Make] = field(default_factory=dict)
     truths: Mapping[str, Callable[[Any], np.ndarray]] = field(default_factory=dict)
+    # The worst entry: a mean would hide one wrong value among many right ones.
     error: Callable[[np.ndarray, np.ndarray], float] = worst
     own_variants: Mapping[str, Make] = field(default_factory=dict)
     note: str = ""
@@ -102,6 +103,7 @@ def on_all_pairs(of_pair: Callable[[Any, Any], float], layers: Any) -> np.ndarra
     """A symmetric table from a function of two matrices, each pair once."""
     table = np.empty((len(layers), len(layers)))
     for i, x in enumerate(layers):
+        # With itself too: a tool is timed for what a user calls it for, the full table.
         for j in range(i, len(layers)):
             table[i, j] = table[j, i] = float(of_pair(x, layers[j]))
     return table

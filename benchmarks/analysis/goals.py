@@ -46,6 +46,7 @@ class Goal:
         """The number, its limit, and whether it is met; None and a reason where it was not measured."""
         row = {"text": self.text, "limit": self.limit, "least": self.least, "found": None, "met": None}
         if self.comparison not in results:
+            # A goal that was not measured is neither met nor missed: `met` stays None.
             return row | {"reason": "not asked in this run"}
         try:
             number = self.found(results[self.comparison]["rows"])
@@ -58,6 +59,7 @@ def cells(rows: Rows, tool: str, part: str) -> list[str]:
     """Variants or sizes at which a tool was measured; refused where there are none."""
     row = rows.get(tool, {})
     found = row.get(part, {})
+    # Where the machine lacks data, as without the package of SmolLM2, the other variants still count.
     known = [key for key, cell in found.items() if not (isinstance(cell, str) and cell.startswith(NO_DATA))]
     if not known:
         raise NotMeasuredError(row.get("reason", "not asked"))
@@ -95,11 +97,13 @@ def root_mean_square(tool: str) -> Callable[[Rows], float]:
 
 def largest(rows: Rows, of: str) -> str:
     """The last of the sizes at which a tool was timed."""
+    # Sizes are declared from small to large.
     return cells(rows, of, "times")[-1]
 
 
 def slower(tools: Iterable[str], *, by: str = OWN) -> Callable[[Rows], float]:
     """How many times the baseline's time the fastest of some tools takes at the largest size."""
+    # The fastest peer counts: a goal that compares with a slow one would be met too easily.
     return lambda rows: min(number(rows, tool, "times", largest(rows, by))["ratio"] for tool in tools)
 
 

@@ -45,6 +45,7 @@ def massive(layers: int, sequences: int, tokens: int, *, width: int, seed: int =
     steps = rng.standard_normal((layers, sequences, tokens, width), dtype=np.float32)
     states = np.cumsum(steps, axis=0, dtype=np.float32) * np.logspace(0, -1, width, dtype=np.float32)
     middle = slice(layers // 8, layers - max(1, layers // 10))
+    # Two features of the first token, as in trained language models (Sun et al. 2024).
     states[middle, :, 0, :2] += np.float32(300.0) * rng.uniform(0.8, 1.2, (sequences, 2)).astype(np.float32)
     return states
 
@@ -84,8 +85,10 @@ def mixing(kind: str, shape: tuple[int, ...], streams: int, *, seed: int = 0) ->
     noise = rng.standard_normal((*shape, streams, streams))
     if kind == "HC":
         return np.eye(streams) + 0.3 * noise
+    # exp(8) is 3000: the diagonal takes nearly the whole row.
     matrix = np.exp(noise + (8.0 * np.eye(streams) if kind == "near identity" else 0.0))
     # Sinkhorn, plainly: inputs must not come from the kernel under test.
+    # Twenty rounds, as in the mHC paper.
     for _ in range(20):
         matrix /= matrix.sum(-2, keepdims=True)
         matrix /= matrix.sum(-1, keepdims=True)

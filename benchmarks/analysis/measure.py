@@ -34,11 +34,11 @@ def rows(comparison: Comparison, names: list[str], rounds: int) -> dict[str, dic
         Tool to ``errors`` by variant, and ``times`` by size.
     """
     found: dict[str, dict[str, Any]] = {name: {"errors": {}, "times": {}} for name in names}
-    asked = dict(comparison.variants)
+    variants = dict(comparison.variants)
     own = [name for name in names if not comparison.tools[name].package]
     if len(own) > 1:  # in the groups of peers the baseline alone is ours
-        asked |= comparison.own_variants
-    for variant, make in asked.items():
+        variants |= comparison.own_variants
+    for variant, make in variants.items():
         chosen = own if variant in comparison.own_variants else names
         for name, cell in errors(comparison, chosen, make).items():
             found[name]["errors"][variant] = cell

@@ -28,6 +28,7 @@ def plain(case: Case, *, backward: bool) -> Step:
 def moved(case: Case) -> None:
     """Raise the version counter of the weights, as an optimiser does, and remove the gradients."""
     with torch.no_grad():
+        # Adding zero in place changes nothing but the version, by which a recorder knows that a training step was made.
         next(case.model.parameters()).view(-1)[0].add_(0.0)
     case.model.zero_grad(set_to_none=True)
 
@@ -35,6 +36,7 @@ def moved(case: Case) -> None:
 def measured(case: Case, *, backward: bool, analysis: bool = True, sequences: int = 8) -> Step:
     """A step that is captured, its run built, and the run analysed by every default metric."""
     batch = case.batch()
+    # Made once, outside the timed step, as in a training loop.
     recorder = probes.record(case.model, gradients=backward, max_sequences=sequences)
 
     def step() -> Any:
@@ -70,6 +72,7 @@ def naive(case: Case, *, backward: bool) -> Step:
         gradients: list[torch.Tensor] = []
 
         def see(_module: Any, _args: Any, output: torch.Tensor) -> None:
+            # A clone, as one writes by hand: later operations may write into the output.
             states.append(output.detach().clone())
             if backward:
                 output.register_hook(lambda gradient: gradients.append(gradient.clone()))
@@ -129,6 +132,7 @@ EVALUATION = {
 
 def comparisons(quick: bool) -> dict[str, Comparison]:
     """Steps of a residual model and of an mHC model, and an evaluation."""
+    # The full size is that of GPT-2 small: 12 layers of 768 features.
     residual = Sizes(2, 64, 2, 32) if quick else Sizes(12, 768, 4, 128, heads=12)
     streams = Sizes(1, 32, 2, 16) if quick else Sizes(6, 384, 4, 128)
     return {

@@ -15,6 +15,7 @@ from benchmarks.analysis.inputs import KINDS, mixing
 from depthscope.diagnostics import analyze, create_run, schema
 from depthscope.diagnostics.kernels import mixing as kernel
 
+# In the order of the catalogue's reductions: median, p1, p99.
 QUANTILES = (0.5, 0.01, 0.99)
 
 # --- singular values ---
@@ -176,6 +177,7 @@ def naive_pairs(matrices: np.ndarray) -> Step:
     stack = torch.from_numpy(matrices)
 
     def step() -> np.ndarray:
+        # NaN where the second connection comes before the first: there is no product.
         table = torch.full((2, len(stack), len(stack), 5), torch.nan, dtype=torch.float64)
         for first, last, product in pairs_of(stack):
             gains = (product.sum(-1).abs().amax(-1), product.sum(-2).abs().amax(-1))
@@ -191,7 +193,9 @@ def pairs_of(stack: Any) -> Iterator[tuple[int, int, Any]]:
     for first in range(len(stack)):
         product = stack[first]
         yield first, first, product
+        # Each product from the one before it: n²/2 products and not n³/6.
         for last in range(first + 1, len(stack)):
+            # Later connections are on the left.
             product = stack[last] @ product
             yield first, last, product
 
@@ -208,6 +212,7 @@ def true_pairs(matrices: np.ndarray) -> np.ndarray:
 def of_gain(found: np.ndarray, truth: np.ndarray) -> float:
     """The largest relative error; a table of maxima only is compared with the maxima, the last reduction."""
     reductions = truth[..., -found.shape[-1] :]
+    # Both tables are NaN below the diagonal.
     return float(np.nanmax(np.abs(found / reductions - 1.0)))
 
 
@@ -222,8 +227,8 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
     """Singular values, products from the first connection on, products between any two."""
     depth, tokens = (12, 256) if quick else (60, 4096)
     size = f"{depth} × {tokens} of 4 × 4"
-    asked = {f"singular values {n}": values_comparison(n, quick) for n in (2, 3, 4, 8)}
-    asked["prefix"] = Comparison(
+    compared = {f"singular values {n}": values_comparison(n, quick) for n in (2, 3, 4, 8)}
+    compared["prefix"] = Comparison(
         title="Products from the first connection through each (connections × tokens)",
         tools=PREFIX,
         baseline="torch, a loop of bmm",
@@ -233,7 +238,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=of_each,
         note="Errors are relative to the largest entry of the product, against long double, over 64 tokens.",
     )
-    asked["all pairs"] = Comparison(
+    compared["all pairs"] = Comparison(
         title="Gains of the products between any two connections, reduced over tokens",
         tools=PAIRS,
         baseline="one prefix pass (depthscope, numpy)",
@@ -243,7 +248,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=of_gain,
         note=PAIRS_NOTE,
     )
-    return asked
+    return compared
 
 
 PAIRS_NOTE = """The metric's time includes reading the connections from the run and labelling the table: forward and

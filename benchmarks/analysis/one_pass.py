@@ -27,12 +27,13 @@ def flat(states: np.ndarray) -> np.ndarray:
     return states.reshape(len(states), -1, states.shape[-1])
 
 
-def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
+def token_sums(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[[], TokenSums]:
     """The sums of `probes`, forward by forward: statistics of every token; with `streaming`, moments and sketch too."""
     # (L, B, T, D) in several forwards, with a stream dim of one.
     parts = [part.unsqueeze(3) for part in torch.from_numpy(states).chunk(forwards, 1)]
 
     def step() -> TokenSums:
+        # `first` numbers the sequences over all forwards: the hash of a token is that of its index.
         total, first = TokenSums(), 0
         for part in parts:
             sums = TokenSums(StreamedSums(first)) if streaming else TokenSums()
@@ -47,7 +48,7 @@ def seen(states: np.ndarray, *, streaming: bool, forwards: int = 4) -> Callable[
 
 
 def streamed(states: np.ndarray) -> Step:
-    sums = seen(states, streaming=True)
+    sums = token_sums(states, streaming=True)
 
     def step() -> np.ndarray:
         streaming = sums().streaming
@@ -86,12 +87,14 @@ def row_sketch(states: np.ndarray, *, buckets: int) -> Step:
 
 def minibatches(states: np.ndarray, *, size: int) -> Step:
     x = flat(states)
+    # Cut before the timing: a training loop has its batches anyway.
     batches = [x[:, start : start + size] for start in range(0, x.shape[1], size)]
     return partial(similarity.minibatch_cka, batches)
 
 
 def subsample(states: np.ndarray, *, size: int) -> Step:
     x = flat(states)
+    # Evenly spread over the sequences.
     chosen = np.linspace(0, x.shape[1] - 1, size).round().astype(int)
     return lambda: similarity.cka_matrix(x[:, chosen], unbiased=True)
 
@@ -99,7 +102,7 @@ def subsample(states: np.ndarray, *, size: int) -> Step:
 TOOLS = {
     "exact (cka_matrix)": Tool(exact, answers=False),
     "probes, streaming=True": Tool(streamed),
-    "· the other statistics alone": Tool(partial(seen, streaming=False), answers=False),
+    "· the other statistics alone": Tool(partial(token_sums, streaming=False), answers=False),
     "· plain Gram matrices of the features": Tool(moments, answers=False),
     "row sketch, 256 buckets": Tool(partial(row_sketch, buckets=256)),
     "minibatches of 64": Tool(partial(minibatches, size=64)),
@@ -110,6 +113,7 @@ TOOLS = {
 
 def rms(found: np.ndarray, truth: np.ndarray) -> float:
     """Root mean square over pairs of different depths."""
+    # The table is symmetric, and its diagonal is 1 for every tool.
     away = (found - truth)[np.triu_indices(len(truth), 1)]
     return float(np.sqrt((away**2).mean()))
 
@@ -117,6 +121,7 @@ def rms(found: np.ndarray, truth: np.ndarray) -> float:
 def in_orders(make: Callable[[], np.ndarray], what: str, count: int) -> dict[str, Callable[[], np.ndarray]]:
     """The same states with their sequences in another order or two."""
     return {
+        # `number` is bound as a default: a closure would see the last one.
         f"{what}order {number}": lambda number=number: in_order(make(), number)
         for number in range(1, count + 1)
     }

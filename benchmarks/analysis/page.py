@@ -20,6 +20,7 @@ def text(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """This benchmark's part of docs/analyzers.md."""
     parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
+    # Goals first: the tables below are read to see why one was missed.
     parts.append(layout.as_markdown(goals(results["goals"]), level=2))
     for comparison in results["comparisons"].values():
         note = comparison["note"]
@@ -53,6 +54,7 @@ def goals(judged: list[dict[str, Any]]) -> Table:
 def tables_of(comparison: dict[str, Any]) -> tuple[Table, Table]:
     """Answers, then times with memory; either may be without rows."""
     rows = comparison["rows"]
+    # Tools have different variants; the columns are all of them, in the order in which they were declared.
     variants = list(dict.fromkeys(key for row in rows.values() for key in row.get("errors", {})))
     sizes = list(dict.fromkeys(key for row in rows.values() for key in row.get("times", {})))
     answers = [
@@ -72,6 +74,7 @@ def of(row: dict[str, Any], size: str) -> dict[str, Any]:
 def error(cell: float | str | None) -> str:
     if cell is None or isinstance(cell, str):
         return cell or "–"
+    # One digit: the size of an error matters, its digits differ from machine to machine.
     return "NaN" if math.isnan(cell) else f"{cell:.0e}" if cell else "0"
 
 

@@ -29,11 +29,13 @@ def own(matrix: np.ndarray, *, convert: Callable[[np.ndarray], Any]) -> Step:
 def gram(matrix: np.ndarray, *, dtype: torch.dtype) -> Step:
     """Eigenvalues in float64 of the smaller Gram matrix."""
     x = torch.from_numpy(matrix)
+    # The nonzero eigenvalues of XXᵀ and XᵀX are the same; the smaller matrix is cheaper.
     side = x if x.shape[0] < x.shape[1] else x.T
 
     def step() -> float:
         # The product in dtype, eigenvalues in float64: the error is that of squaring in dtype.
         part = side.to(dtype)
+        # Rounding makes eigenvalues near zero negative, whose root is NaN.
         return entropy_of(torch.linalg.eigvalsh((part @ part.T).double()).clamp_min(0).sqrt())
 
     return step
@@ -49,6 +51,7 @@ def numpy_svd(matrix: np.ndarray) -> Step:
 
 
 def truth(matrix: np.ndarray) -> np.ndarray:
+    # An SVD of the matrix itself, which a Gram matrix squares: small singular values keep their digits.
     return np.asarray(entropy_of(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)))
 
 
@@ -80,7 +83,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
     known = spectra(min(checked, WIDTH))
     sizes: dict[str, Callable[[], np.ndarray]] = {f"noise, N {n}": partial(noise, n) for n in counts}
     sizes[f"collapse, N {checked}"] = partial(of_spectrum, known["collapse, rest 1e-5"], checked)
-    asked = Comparison(
+    comparison = Comparison(
         title="Effective rank of a matrix (N tokens, 768 features)",
         tools=TOOLS,
         baseline=BASELINE,
@@ -91,7 +94,7 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=relative,
         note=NOTE.format(tokens=checked),
     )
-    return {"ranks": asked}
+    return {"ranks": comparison}
 
 
 NOTE = """Errors are relative, of {tokens} tokens. The true value is that of a float64 SVD of the float32 matrix. The

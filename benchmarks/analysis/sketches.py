@@ -59,12 +59,14 @@ def row_sketch(x: Array, index: Array, m: int, *, seed: int = 0) -> tuple[Array,
     matrix = rows(x)
     xp = matrix.xp
     index = xp.astype(xp.asarray(index, device=device(matrix.values)), xp.int64)
+    # A single bucket has no two different ones to compare.
     if m < 2 or tuple(index.shape) != (matrix.values.shape[-2],):
         raise ValueError(
             f"index has shape {tuple(index.shape)} and m is {m}; expected one index for each of the "
             f"{matrix.values.shape[-2]} rows, and at least 2 buckets"
         )
     h = _hashed(xp, index, seed)
+    # Sign and bucket from different bits, so that they are independent.
     bucket, sign = (h >> 1) % m, xp.astype(1 - 2 * (h & 1), xp.float64)
     chosen = xp.arange(m, device=device(matrix.values))[:, None] == bucket[None, :]
     signed = xp.astype(chosen, xp.float64) * sign
@@ -115,6 +117,7 @@ def cka_from_sketch(
         raise ValueError("got only one of diagonals and count; expected both or neither")
     xp, sketch = as_float64(sketch, name="sketch", ndim=3)
     centered = sketch - signs[:, None] * mean[:, None, :]
+    # Scaled by the largest entry, since products of products follow.
     centered = centered / (scale := peak(xp, centered))
     buckets = xp.reshape(
         _without_diagonal(xp, centered @ xp.matrix_transpose(centered)), (sketch.shape[0], -1)

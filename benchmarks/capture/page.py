@@ -54,6 +54,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 def times(title: str, entry: dict[str, Any]) -> Table:
     modes = entry["modes"]
+    # A tool may take one mode only, such as a forward without a backward.
     names = list(dict.fromkeys(name for rows in modes.values() for name in rows))
     header = ["", *(f"{mode}, × plain" for mode in modes), "same states"]
     rows = []
@@ -88,6 +89,7 @@ def same(cells: list[dict[str, Any]]) -> str:
         found = [cell[key] for cell in cells if key in cell]
         counts = [cell[f"{kind}s"] for cell in cells if f"{kind}s" in cell]
         # Tools that return no states have no cell.
+        # The difference of no states is zero, which would read as equal.
         if found and min(counts):
             worst = max(found)
             words.append(f"{min(counts)} {kind}s: " + ("equal" if worst == 0 else f"off by {worst:.0e}"))
@@ -99,6 +101,7 @@ def site(cell: dict[str, Any], sites: int) -> str:
 
 
 def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
+    # JSON has strings for keys: as such "24" would come before "8".
     counts = sorted({int(count) for row in rows.values() for count in row if count != "reason"})
     header = ["", *("first batch" if count == 1 else f"up to batch {count}" for count in counts)]
     body = []
@@ -128,7 +131,7 @@ plain, since some change torch when they are imported. *Plain again* is a second
   statistics over every token; this one less 1 is the cost of capturing.
 * *Streaming evaluation* has constant weights. The raw sample is full, and statistics are nearly all that is left.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.
-* transformer-lens runs the model through its own modules with its own attention; the ratio holds that too.
+* transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
 in one process per tool, and again after the first batch, in which this package finds the chain. What a step gives is kept for

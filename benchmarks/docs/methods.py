@@ -49,6 +49,7 @@ def methods_page() -> str:
     str
     """
     parts = [HEADER, "## Metrics\n"]
+    # groupby joins neighbours only: the catalogue lists the metrics of a module together.
     for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question):
         parts += [_question(question), *map(_metric, metrics)]
     parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
@@ -105,6 +106,7 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def _law(law: Law) -> str:
+    # The description and the equation are fields of a law; of its docstring only the rest is new.
     text = _docstring(law.function.__doc__ or "")[2] if law.function else ""
     facts = {
         "Drawn as": law.label if law.function else "the null",

@@ -38,13 +38,12 @@ def published_results() -> str:
 
 def _table(title: str, rows: Sequence[Any]) -> str:
     head = f"### {title.partition(chr(10))[0].rstrip('.')}\n\n| | printed | found |\n|---|---:|---:|"
-    lines = (f"| {_cell(row.name)} | {_printed(row)} | {_digits(row.found)} |" for row in rows)
+    # A bar in a name would end the cell.
+    names = [row.name.replace("|", "\\|") for row in rows]
+    lines = (
+        f"| {name} | {_printed(row)} | {_digits(row.found)} |" for name, row in zip(names, rows, strict=True)
+    )
     return "\n".join([head, *lines]) + "\n"
-
-
-def _cell(text: str) -> str:
-    # A bar would end the cell.
-    return text.replace("|", "\\|")
 
 
 def _printed(row: Any) -> str:

@@ -67,6 +67,7 @@ def text(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """This benchmark's part of docs/analyzers.md."""
+    # The exponents go first: the times are of one machine.
     fixed, *taken = tables(results)
     parts = [HEAD.format(**results), layout.as_markdown(fixed)]
     parts += [
@@ -87,11 +88,11 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     folder : Path
         Where ``cost-*.svg`` go.
     """
-    from depthscope.app.drawing.matplotlib.style import style
+    from depthscope.app.drawing.matplotlib.style import figure_style
 
     folder.mkdir(parents=True, exist_ok=True)
     for factor, points in results["factors"].items():
-        with style("icml") as size:
+        with figure_style("icml") as size:
             canvas = drawn(LABELS[factor], points, size.inches)
             # Without the date: a figure changes only with its numbers.
             canvas.savefig(folder / f"cost-{factor}.svg", metadata={"Date": None})

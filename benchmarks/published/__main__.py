@@ -25,19 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--runs", type=Path, help="folder of depthscope study: the same curves of trained models"
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     tables: dict[Any, list[Row]] = {}
     pictures: dict[Any, Any] = {dense_connections.dense_connections: dense_connections.drawn}
-    if asked.runs:
+    if options.runs:
         try:
             tables |= {
-                result: list(result(asked.runs)) for result in (trained_models.gains, trained_models.cosines)
+                result: list(result(options.runs))
+                for result in (trained_models.gains, trained_models.cosines)
             }
         except ValueError as error:
             parser.error(str(error))
-        pictures[trained_models.cosines] = partial(trained_models.drawn, asked.runs)
+        pictures[trained_models.cosines] = partial(trained_models.drawn, options.runs)
+    # Last, since they take longest: a wrong --runs is refused before. Their tables come first in the output.
     tables = {result: list(result()) for result in results.RESULTS} | tables
-    if asked.json:
+    if options.json:
         print(
             json.dumps({name_of(result): list(map(plain, rows)) for result, rows in tables.items()}, indent=2)
         )
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_table(result.__doc__, rows)
             if result in pictures:
                 print(pictures[result](), end="\n\n")
+    # Rows without a printed number always agree.
     return int(not all(row.agrees for rows in tables.values() for row in rows))
 
 

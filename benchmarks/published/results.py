@@ -111,6 +111,7 @@ def log_residuals(*, skip: bool, seed: int = 0) -> np.ndarray:
     for _ in range(LAYERS):
         square = np.exp(2 * logs[-1])
         scores = x @ scoring @ x.T
+        # expm1 keeps the digits of exp(s) − 1 for small s.
         raised = np.expm1(square * scores) / square if square > TINY else scores
         weights = (raised - raised.mean(-1, keepdims=True)) / (
             tokens + square * raised.sum(-1, keepdims=True)
@@ -148,6 +149,7 @@ def pre_norm_growth() -> Iterator[Row]:
 def cka_of_noise() -> Iterator[Row]:
     """Biased CKA of independent data is near 1 for few tokens (Kornblith et al. 1905.00414; Song et al. 2012)."""
     rng = np.random.default_rng(0)
+    # Ten times as many features as tokens: there biased CKA is high for independent data.
     x, y = rng.standard_normal((2, 100, 1000))
     yield Row("biased CKA, N = 100, d = 1000", 0.91, similarity.linear_cka(x, y), 0.01)
     yield Row("its null in closed form", 0.91, similarity.cka_null(100, 1000), 0.01)

@@ -31,4 +31,5 @@ class Row:
 
     @property
     def agrees(self) -> bool:
+        # A number of another model, `elsewhere`, is shown and never compared.
         return self.printed is None or bool(abs(self.printed - self.found) <= self.tolerance)

@@ -42,6 +42,7 @@ def gains(folder: Path) -> Iterator[Row]:
         for direction in found.direction.values:
             single, product = (found[name].sel(direction=direction) for name in METRICS[:2])
             for branch, name in BRANCHES.items():
+                # The paper plots attention and MLP separately.
                 largest = float(single[found.branch.values == branch].max())
                 yield Row(f"{family}: one connection, {name}, {direction}", None, largest)
             name = f"{family}: largest of {product.size} products, {direction} (in brackets: 27B model)"
@@ -52,6 +53,7 @@ def cosines(folder: Path) -> Iterator[Row]:
     """HC Fig. 3 on small trained models: cosine of a state with the one before, 5-95 % band, mean of the streams."""
     for family in ("residual", *ORDERS):
         band = measured(folder / f"{family}.nc")["adjacent_cosine_band"]
+        # The middle and the end of the curve stand for the figure.
         for depth in (band.sizes["depth"] // 2, band.sizes["depth"] - 1):
             for quantile in band["quantile"].values:
                 value = band.isel(depth=depth).sel(quantile=quantile)

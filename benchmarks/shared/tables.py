@@ -43,6 +43,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     for name in packages:
         try:
             found[name] = metadata.version(name)
+        # Peers are optional: the page lists those that were measured.
         except metadata.PackageNotFoundError:
             continue
     return found

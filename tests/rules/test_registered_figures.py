@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.drawing.matplotlib import to_matplotlib
 from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, Lines, catalogue
-from depthscope.app.figures.build.default_figure import default_figure, default_figures
+from depthscope.app.figures.build.default_figure import default_figure, default_figures, undrawn_dims
 from depthscope.app.figures.specification import FigureKind
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS
@@ -44,6 +44,22 @@ def test_every_registered_figure_is_defined_once_and_under_its_own_name():
 def test_a_figure_draws_metrics_of_the_catalogue():
     unknown = {kind.name: {*kind.needs, *kind.also} - set(CATALOGUE) for kind in FIGURES.values()}
     assert not {name: names for name, names in unknown.items() if names}
+
+
+def undrawn(metrics):
+    """The advice of `default_figure` for each metric that it can't draw."""
+    advice = []
+    for metric in metrics:
+        if undrawn_dims(metric):
+            with pytest.raises(ValueError, match=metric.name) as refused:
+                default_figure(metric, "", "")
+            advice.append(str(refused.value))
+    return advice
+
+
+def test_every_metric_without_a_defined_figure_can_have_a_default_one():
+    advice = undrawn(metric for name, metric in CATALOGUE.items() if name not in DRAWN | set(NOT_DRAWN))
+    assert not advice, "\n".join(advice)
 
 
 def test_every_metric_is_drawn_by_a_defined_figure_or_by_a_default_one_or_has_a_reason():
@@ -100,6 +116,15 @@ def test_a_metric_with_more_dims_than_a_figure_has_axes_is_refused():
     metric = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
     with pytest.raises(ValueError, match="no default figure shows kind and norm at once"):
         default_figure(metric, "mixing", "")
+
+
+def test_a_metric_that_no_figure_can_draw_is_left_out_of_the_default_ones():
+    """FIGURES is built when the app is imported: one such metric must not take the command line down."""
+    undrawable = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
+    kinds = default_figures([undrawable, CATALOGUE["mixing_gain"]], tuple(DEFINED.values()))
+    assert [kind.name for kind in kinds] == ["mixing_gain"]
+    (advice,) = undrawn([undrawable, CATALOGUE["mixing_gain"]])
+    assert advice.endswith("define one in app/figures/catalogue")
 
 
 @pytest.mark.parametrize("name", [name for name, kind in DEFINED.items() if getattr(kind, "thresholds", ())])

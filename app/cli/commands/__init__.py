@@ -7,6 +7,7 @@ from importlib import import_module
 from depthscope.app.cli.command import Command
 
 COMMANDS: tuple[Command, ...] = tuple(
+    # A new command is one word here and no import line above it.
     import_module(f"depthscope.app.cli.commands.{name}").COMMAND
     for name in (
         "demo",

@@ -68,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         require_run_name(args.out, suffixes=schema.SUFFIXES, source=args.run)
     run = schema.open_run(args.run)
     with working(f"analysing {args.run}") as progress:
+        # Into memory, since the file is replaced by a new one below.
         run.load()
         run.close()  # before the metrics are written into the same file
         run = _with_initial_logits(run, args)
@@ -96,6 +97,7 @@ def _with_initial_logits(run: xr.DataTree, args: argparse.Namespace) -> xr.DataT
     from depthscope import probes
     from depthscope.diagnostics import with_replay
 
+    # None and not 1.0 as the default of the option: only so is --decay without --initial recognised.
     decay = 1.0 if args.decay is None else args.decay
     return with_replay(run, probes.initial_logits(args.initial), decay=decay)
 
@@ -127,6 +129,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
         return schema.save_run(xr.DataTree.from_dict(nodes), args.out)
     # Other initial logits change the metrics that read them, so their stored values no longer apply.
     outdated = [name for name, metric in CATALOGUE.items() if args.initial and LOGITS in metric.roots]
+    # Trace and statistics are written again as they are: saving replaces the file.
     for node in run.subtree:
         if node.path not in groups:
             nodes[node.path] = node.to_dataset()

@@ -30,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.readings.readings import open_runs, read_runs
 
+    # Before the runs are analysed: a typing error should not wait for that.
     lowest, verdicts = _limits(args.fail_on)
     with working("analysing and judging") as progress:
         readings = read_runs(open_runs(args.runs), progress=progress)
@@ -43,6 +44,7 @@ def _run(args: argparse.Namespace) -> int:
             {"run": reading.name, "findings": [finding.as_dict() for finding in reading.findings]}
             for reading in readings
         ]
+        # The limits are part of the document: a log shows why a check passed.
         emit({"failed": failed, "fail_on": args.fail_on, "runs": runs})
     else:
         _print_findings(readings, failed, args.fail_on)

@@ -38,6 +38,7 @@ def _run(args: argparse.Namespace) -> int:
         return FINE
     for kind in ("figures", "tables", "data"):
         say(f"{folder / kind}: {sum(name.startswith(f'{kind}/') for name in files)} files")
+    # Both ways are printed to be copied: into a paper, or compiled alone.
     say(f"In LaTeX: \\newcommand{{\\depthscopepath}}{{{folder}}} \\input{{{folder}/figures.tex}}")
     say(f"As it is: cd {folder} && latexmk -pdf main.tex")
     return FINE

@@ -85,6 +85,7 @@ def _read_text(source: str) -> str:
     """The text of a file, or of stdin for ``-``."""
     raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     try:
+        # No guess at another encoding: wrong characters would be other tokens, without an error.
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
@@ -99,6 +100,7 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
     sizes: dict[str, dict[str, int]] = {}
     for chain in schema.chains(run):
         trace = schema.chain_dataset(run, "trace", chain)
+        # A run may have statistics alone.
         known = {} if trace is None else trace.sizes
         sizes[chain or "run"] = {word: known[dim] for dim, word in SIZES.items() if dim in known}
     if args.json:

@@ -103,6 +103,7 @@ def _choose_stream(streams: Sequence[str]) -> str:
     words = {"mean": "mean of streams", "each": "each stream"}
     return st.selectbox(
         "Stream",
+        # `streams_of` has "mean" first, which is offered here with "each".
         ["mean", "each", *streams[1:]],
         format_func=lambda option: words.get(option, f"stream {option}"),
         key="stream",

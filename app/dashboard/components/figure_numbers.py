@@ -24,6 +24,7 @@ def numbers_of(figure: Figure) -> pd.DataFrame:
     """
     table = figure_table(figure)
     if isinstance(figure, Heatmap):
+        # One heading for the column of rows, at the corner of both axes: names of columns are positions.
         corner = f"{figure.y_label} ↓ / {figure.x_label} →"
         return table.rename(columns=lambda x: x if isinstance(x, str) else f"{x:.4g}").rename(
             columns={"y": corner}

@@ -88,5 +88,6 @@ def _explain_missing(page: Page) -> None:
     """Why the chosen runs do not fill the page, how to get a run that does, and what it would show."""
     st.info(page.missing, icon="ℹ️")
     st.code(page.command, "bash")
+    # All figures of the question, since the chosen runs feed none.
     titles = [inside_sentence(kind.title) for kind in FIGURES.values() if kind.question == page.question]
     st.caption(f"This page shows: {escaped(', '.join(titles))}.")

@@ -104,6 +104,7 @@ def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dic
     selection : dict
         Choices of the controls.
     """
+    # All chosen runs, also those without this metric: colours are the same in every figure of a page.
     runs = list(chosen.analyses)
     for first in range(0, len(kinds), 2):
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.

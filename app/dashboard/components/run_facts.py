@@ -31,6 +31,7 @@ def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
         Of escaped text, with a dash where a run lacks a fact.
     """
     table = pd.DataFrame({escaped(reading.name): _facts(reading) for reading in readings})
+    # A row of dashes would only lengthen the table.
     table = table[table.notna().any(axis=1)].fillna("–")
     return table.map(lambda value: escaped(str(value)))
 
@@ -68,6 +69,7 @@ def _sizes(analysis: Any) -> dict[str, str | None]:
 
 def _evidence(attrs: Mapping[str, Any]) -> dict[str, str | None]:
     """Whether the reported connections are those that the model applies, and what was not seen."""
+    # A run without connections to prove has no such attribute.
     proof = attrs.get("reconstruction_error")
     expected = attrs.get("sites_expected")
     changes = [
@@ -88,6 +90,7 @@ def _last_value(reading: Reading, metric: str, selection: Selection) -> str | No
     column = column_of(reading.analysis, metric, selection)
     if column is None:
         return None
+    # `column_of` has made sure that there is one.
     last = int(np.flatnonzero(np.isfinite(column.value.values))[-1])
     where = "" if last == column.value.size - 1 else f", at depth {last}"
     return f"{column.text()[last]}{where}"

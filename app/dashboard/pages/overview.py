@@ -30,6 +30,7 @@ def _show(chosen: ChosenRuns) -> None:
         _show_one_run(readings[0])
     else:
         _show_several_runs(readings)
+    # More than two are cut off by `zip` below: the row has two columns.
     names = [name for name in FIRST_FIGURES if chosen.feeding(FIGURES[name].needs)]
     for column, name in zip(st.columns(2), names, strict=False):
         with column:

@@ -54,6 +54,7 @@ def _choose_pair(data: xr.Dataset, selection: dict[str, Any]) -> tuple[int, int]
         cell = clicked_cell(f"chart_{name}")
         if cell is not None:
             scale = _axis_scale(data, selection)
+            # A click may come from a heat map that was drawn for a deeper run.
             column, row = (int(np.clip(round(position * scale), 0, last)) for position in cell)
             st.session_state["a"], st.session_state["b"] = row, column
     pair = []
@@ -74,6 +75,7 @@ def _show_heat_maps(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[i
         with column:
             if feeds(data, (name,)):
                 figure = build(FIGURES[name], chosen.analyses, selection)
+                # Horizontal first: b is the column of the cell and a its row.
                 ring = (pair[1] / scale, pair[0] / scale)
                 card(figure, key=f"chart_{name}", height=430, clickable=True, mark=ring)
 
@@ -93,6 +95,7 @@ def _show_pair(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[int, i
         st.caption("Noise: what independent noise of the same shape would give.")
     with right:
         if feeds(data, ("cka",)):
+            # The fields that the two rows depend on; `run` would otherwise be the first one.
             used = {name: selection[name] for name in ("estimator", "tokens", "run") if name in selection}
             card(build_cut(chosen.analyses, depths=pair, **used), key="chart_cka_cut", height=260)
 

@@ -62,24 +62,23 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
     ValueError
         For a width or an ending that is not known, or PGF without LaTeX.
     """
+    # All endings before the first file: a wrong one leaves none of them.
     for path in paths:
-        _require_format(path)
+        if path.suffix.removeprefix(".") not in FORMATS:
+            raise ValueError(f"cannot draw {path.name!r}; expected an ending of {', '.join(FORMATS)}")
     with figure_style(width):
         canvas = _laid_out(figure, width)
         for path in paths:
             ending = path.suffix.removeprefix(".")
-            if ending == "pgf":
-                _write_pgf(figure, path, width)
-            else:
+            if ending != "pgf":
                 canvas.savefig(path, metadata=UNDATED.get(ending))
+                continue
+            from depthscope.app.text.latex import tex
 
-
-def _write_pgf(figure: Figure, path: Path, width: str) -> None:
-    """LaTeX sets the words of a PGF figure, so that they are escaped for it."""
-    from depthscope.app.text.latex import tex
-
-    with pgf_style():
-        to_matplotlib(translated(figure, tex), width=width).savefig(path)
+            # LaTeX sets the words of a PGF figure: it is drawn again with its labels escaped, which the other formats
+            # would print as they are.
+            with pgf_style():
+                to_matplotlib(translated(figure, tex), width=width).savefig(path)
 
 
 def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
@@ -101,11 +100,6 @@ def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
         return replace(figure, x_label=across, y_label=up, z_label=translate(figure.z_label))
     lines = tuple(replace(line, label=translate(line.label)) for line in figure.lines)
     return replace(figure, x_label=across, y_label=up, lines=lines)
-
-
-def _require_format(path: Path) -> None:
-    if path.suffix.removeprefix(".") not in FORMATS:
-        raise ValueError(f"cannot draw {path.name!r}; expected an ending of {', '.join(FORMATS)}")
 
 
 def _laid_out(figure: Figure, width: str) -> Canvas:
@@ -135,6 +129,7 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
     with figure_style(width):
         _laid_out(figure, width).savefig(buffer, format="svg", metadata=UNDATED["svg"])
     text = buffer.getvalue()
+    # The XML declaration and the document type are allowed at the start of a document only, not inside a page.
     element = text[text.index("<svg") :]
     # matplotlib names its clip paths by their content: two figures on a page may have the same id.
     for before in ('id="', 'href="#', "url(#"):

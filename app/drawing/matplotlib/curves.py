@@ -37,7 +37,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     figure : Lines
         What to draw.
     size : Width
-        Inches across and type size; `style` must be active.
+        Inches across and type size; `figure_style` must be active.
 
     Returns
     -------
@@ -47,6 +47,7 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     looks = _looks(measured)
     canvas = Canvas(figsize=(size.inches, _height(size, _entries(figure, measured))), layout="constrained")
     axes = canvas.add_subplot()
+    # On a log axis without a positive value matplotlib warns and draws nothing.
     if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
         axes.set_yscale("log", nonpositive="mask")
     if figure.log_x:
@@ -95,11 +96,11 @@ def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
     groups = list(dict.fromkeys(line.group for line in lines))
     if len(groups) < 2:
         return {id(line): _look(position, 0, len(lines)) for position, line in enumerate(lines)}
-    seen: dict[str, int] = dict.fromkeys(groups, 0)
+    num_drawn: dict[str, int] = dict.fromkeys(groups, 0)
     looks = {}
     for line in lines:
-        looks[id(line)] = _look(groups.index(line.group), seen[line.group], len(groups))
-        seen[line.group] += 1
+        looks[id(line)] = _look(groups.index(line.group), num_drawn[line.group], len(groups))
+        num_drawn[line.group] += 1
     return looks
 
 
@@ -115,6 +116,7 @@ def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
         "color": shade,
         "linestyle": DASHES[variant % len(DASHES)],
         "marker": marker if count <= len(COLOURS) else "",
+        # Every other line has hollow markers: they differ where colours are printed in grey.
         "markerfacecolor": "white" if (colour + variant) % 2 else shade,
         "markeredgewidth": 0.7,
     }
@@ -152,6 +154,7 @@ def _draw_roles(
 
 def _limit(axes: Axes, figure: Lines) -> None:
     """Limits from the measured values, not from distant laws and thresholds; ticks as plain as possible."""
+    # Depths are counted: there is no depth 2.5.
     if not figure.log_x and all(are_whole(line.x) for line in figure.lines):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.02)
@@ -159,6 +162,7 @@ def _limit(axes: Axes, figure: Lines) -> None:
     _widen_flat_limits(axes, figure)
     if any(line.role == "theory" for line in figure.lines):
         _include_theory(axes, figure)
+    # Measured before the loop: otherwise one threshold could bring the next one near.
     low, high = axes.get_ylim()
     for line in figure.lines:
         if line.role == "threshold" and _is_near(line.y[0], low, high, axes):
@@ -186,9 +190,11 @@ def _include_theory(axes: Axes, figure: Lines) -> None:
     known: dict[str, list[float]] = {"measured": [], "theory": []}
     for line in figure.lines:
         if line.role in known:
+            # What a log axis cannot show would make its limit zero.
             known[line.role].extend(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log_y))])
     if known["measured"]:
         low, high = min(known["measured"]), max(known["measured"])
+        # An end within the measured values keeps matplotlib's own margin.
         for end in limits_with_theory(np.array(known["measured"]), np.array(known["theory"]), log_y):
             axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _limits_including(end, axes)))
 
@@ -229,6 +235,7 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
 def _free_side(axes: Axes, figure: Lines, value: float) -> str:
     """The end of the axes where no curve runs through the words above a threshold, or nothing."""
     measured = [line for line in figure.lines if line.role != "threshold" and line.x.size]
+    # The words are taken to fit into the outer 30 % on either side. A heuristic of ours.
     first, last = min(line.x.min() for line in measured), max(line.x.max() for line in measured)
     # The words take about 9 % of the height above the line.
     low, high = (_height_of(axes, value) + shift for shift in (-0.02, 0.09))
@@ -267,6 +274,7 @@ def _name_threshold(axes: Axes, line: Line, side: str) -> None:
 
 
 def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
+    # Nulls and laws have the colours of their runs; one grey entry stands for all of a kind.
     handles, labels = axes.get_legend_handles_labels()
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", **NULL))
@@ -274,6 +282,7 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width) -> None:
     for law in dict.fromkeys(line.law for line in figure.lines if line.role == "theory"):
         handles.append(Line2D([], [], color="0.4", **THEORY))
         labels.append(law)
+    # The caption names what a single line shows.
     if len(handles) < 2:
         return
     if _fits_inside(labels):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
@@ -25,7 +24,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     figure : Heatmap
         What to draw.
     size : Width
-        Inches across and type size; `style` must be active.
+        Inches across and type size; `figure_style` must be active.
 
     Returns
     -------
@@ -39,7 +38,8 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         edges(figure.y),
         np.ma.masked_invalid(figure.z),
         norm=_norm(figure),
-        cmap=_colour_map(figure),
+        # Both grow lighter from end to end, so that they can be read in grey; cividis turns from blue to yellow at zero.
+        cmap="cividis" if figure.diverging else "viridis",
         rasterized=figure.z.size > DENSE,
         edgecolors="face",  # viewers show white seams between cells without an edge
         linewidth=0.1,
@@ -59,21 +59,18 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
     return canvas
 
 
-def _colour_map(figure: Heatmap) -> Colormap:
-    """Both grow lighter from end to end, so that they can be read in grey; cividis turns from blue to yellow at zero."""
-    return mpl.colormaps["cividis" if figure.diverging else "viridis"]
-
-
 def _norm(figure: Heatmap) -> Normalize:
     known = figure.z[np.isfinite(figure.z)]
     if figure.log_z and bool(np.any(known > 0)):
         positive = known[known > 0]
         low, high = figure.limits or (float(positive.min()), float(positive.max()))
+        # Declared limits may begin at zero, which a logarithm has not.
         low = low if low > 0 else float(positive.min())
         return LogNorm(low, high if high > low else low * 1.01)
     low, high = figure.limits or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
     if figure.diverging:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    # Values cannot be scaled to a range of no width.
     return Normalize(low, high if high > low else low + 1e-6)
 
 
@@ -95,6 +92,7 @@ def edges(centres: Array) -> Array:
     [-0.5, 0.5, 2.0, 4.0]
     """
     centres = np.asarray(centres, dtype=np.float64)
+    # A single cell has no neighbour to take its width from.
     if centres.size < 2:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = np.array([(a + b) / 2 for a, b in pairwise(centres)])

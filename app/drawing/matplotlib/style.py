@@ -103,8 +103,10 @@ def plain_ticks(axis: Axis, low: float, high: float) -> None:
     few = high / low < 4  # 1-2-5 ticks would leave one or two
     axis.set_major_locator(MaxNLocator(nbins=5) if few else LogLocator(subs=(1, 2, 5)))
     nearly_equal = few and low >= 1e-3  # then the formatter of linear axes finds as many digits as it takes
+    # The formatter of a log axis writes powers of ten, which are hard to read between 1 and 10.
     plain_number = FuncFormatter(lambda value, _: f"{value:.4g}")
     axis.set_major_formatter(ScalarFormatter(useOffset=False) if nearly_equal else plain_number)
+    # Otherwise matplotlib labels minor ticks too, on top of these, where an axis spans less than a decade.
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
@@ -141,7 +143,7 @@ def _settings(size: Width) -> dict[str, Any]:
         "figure.dpi": 150,
         "savefig.dpi": 400,
         "pdf.fonttype": 42,  # TrueType: venues reject the default, Type 3
-        "svg.fonttype": "path",
+        "svg.fonttype": "path",  # outlines: a reader may lack the fonts
         "svg.hashsalt": "depthscope",  # the same bytes on a rerun
     }
 
@@ -162,6 +164,7 @@ def plain(text: str) -> str:
     if "$" not in text:
         return text
     try:
+        # What is no mathematics would raise only when the figure is drawn.
         MathTextParser("path").parse(text)
     except ValueError:
         return text.replace("$", r"\$")

@@ -62,6 +62,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
             "yaxis": y_axis,
             "hovermode": "x unified",
         }
+    # Equal units on both axes make cells square; "domain" shrinks the drawing instead of widening the ranges.
     bare = {"showgrid": False, "showline": False}
     return _frame(figure) | {
         "xaxis": x_axis | bare | {"constrain": "domain"},

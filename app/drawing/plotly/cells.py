@@ -20,7 +20,7 @@ LARGEST_NAMED = 64
 
 
 def shrink(figure: Heatmap) -> Heatmap:
-    """Heat map small enough for a screen: block means, said in the caption.
+    """Heat map small enough for a screen: block means, which the caption states.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def shrink(figure: Heatmap) -> Heatmap:
     z, side = reduce_blocks(figure.z, LARGEST_SIDE)
     if side == 1:
         return figure
-    said = (
+    note = (
         f"Reduced for the screen: each cell is the mean of a {side} × {side} block; the table has every cell."
     )
     return replace(
@@ -45,7 +45,7 @@ def shrink(figure: Heatmap) -> Heatmap:
         z=z,
         x_text=None if figure.x_text is None else list(figure.x_text)[::side],
         y_text=None if figure.y_text is None else list(figure.y_text)[::side],
-        caption=f"{figure.caption} {said}".strip(),
+        caption=f"{figure.caption} {note}".strip(),
     )
 
 
@@ -63,9 +63,11 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     -------
     plotly.graph_objects.Figure
     """
+    # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
-    shown = _log(z) if figure.log_z else z
+    # `where` leaves what has no logarithm undefined, without numpy's warning.
+    shown = np.log10(z, out=np.full_like(z, np.nan), where=z > 0) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
     bar = {
         "title": {"text": figure.z_label, "side": "right", "font": {"size": 12.5}},
@@ -95,10 +97,6 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     return drawn
 
 
-def _log(z: np.ndarray) -> np.ndarray:
-    return np.log10(z, out=np.full_like(z, np.nan), where=z > 0)
-
-
 def _log_limits(limits: tuple[float, float] | None) -> tuple[float, float] | None:
     if limits is None or limits[0] <= 0:
         return None
@@ -111,11 +109,13 @@ def _log_ticks(shown: np.ndarray) -> dict[str, Any]:
     if known.size == 0:
         return {}
     low, high = float(known.min()), float(known.max())
+    # One tick a decade over three decades, 1-2-5 over one, else nearly every digit. Heuristics of ours.
     steps = (
         (1.0,) if high - low > 3 else (1, 2, 5) if high - low > 1 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
     )
     decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     values = np.array([step * 10.0**decade for decade in decades for step in steps])
+    # 1e-6: an end that is a round number is not lost to the rounding of its logarithm.
     inside = values[(np.log10(values) >= low - 1e-6) & (np.log10(values) <= high + 1e-6)]
     return {"tickvals": np.log10(inside).tolist(), "ticktext": [f"{value:g}" for value in inside]}
 

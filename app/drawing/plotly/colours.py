@@ -8,6 +8,7 @@ __all__ = ["DASHES", "DIVERGING", "FAINT", "FONT", "GREY", "HEALTHY", "PALETTE",
 PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44")
 DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 THEORY = "20px,4px"  # longer than any dash of a measured line
+# Half grey, and colours that let the page through: legible on white and on black.
 GREY = "rgba(128, 128, 128, 0.9)"
 FAINT = "rgba(128, 128, 128, 0.18)"
 HEALTHY = "rgba(34, 136, 51, 0.07)"

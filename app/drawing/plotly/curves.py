@@ -107,9 +107,10 @@ class _Look:
 
 def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
     """Colour and dash of every line: a run keeps one colour; its lines differ in their dashes."""
+    # The caller's order, so that a run keeps its colour in a figure that lacks another one.
     groups = list(runs) or list(dict.fromkeys(line.group for line in lines if line.role == "measured"))
     several = len(groups) > 1
-    seen: dict[str, int] = {}
+    num_drawn: dict[str, int] = {}
     looks: list[_Look] = []
     for line in lines:
         if line.role == "threshold":
@@ -118,8 +119,9 @@ def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
             colour = looks[-1].colour if looks else PALETTE[0]
             looks.append(_Look(colour, "dash" if line.role == "null" else THEORY, measured=False))
         else:
-            rank = seen.get(line.group, 0)
-            seen[line.group] = rank + 1
+            rank = num_drawn.get(line.group, 0)
+            num_drawn[line.group] = rank + 1
+            # Colour distinguishes the lines of one run; of several runs it is taken, and dashes do.
             colour = PALETTE[(groups.index(line.group) if several else rank) % len(PALETTE)]
             looks.append(_Look(colour, DASHES[rank % len(DASHES)] if several else "solid", measured=True))
     return looks
@@ -158,6 +160,7 @@ def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
     for line, look in zip(lines, looks, strict=True):
         if look.measured:
             entries.setdefault(line.group, {"color": look.colour, "width": 4})
+            # Labels are "run · variant"; in this legend the run has an entry of its own.
             variant = line.label.removeprefix(f"{line.group} · ")
             variants.setdefault(variant, {"color": GREY, "width": 1.8, "dash": look.dash})
     return [_legend_entry(name, style) for name, style in (entries | variants).items()]
@@ -197,6 +200,7 @@ def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
     lower = np.where(line.lower > 0, line.lower, np.nan) if log_y else line.lower
     known &= np.isfinite(lower)
     x, low, high = line.x[known], lower[known], line.upper[known]
+    # plotly takes the opacity of a fill only as part of its colour.
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return go.Scatter(
         x=np.concatenate([x, x[::-1]]),
@@ -231,6 +235,7 @@ def _y_range(figure: Lines) -> tuple[float, float] | None:
     high = float(above.min()) if above.size else high
     low = float(below.max()) if below.size else low
     if figure.log_y:
+        # 8 % beyond on either side, of the decades on a log axis. A heuristic of ours.
         margin = (high / low) ** 0.08 if high > low else 2.0
         return low / margin, high * margin
     margin = 0.08 * (high - low) if high > low else 0.1 * abs(high) or 0.5  # a line of zeros has no size
@@ -253,5 +258,6 @@ def _scale(span: tuple[float, float] | None, log_y: bool) -> dict[str, Any]:
         return {"range": list(span)}
     ends = [float(np.log10(end)) for end in span]
     decades = ends[1] - ends[0]
+    # About six ticks on a long axis; "D2" is plotly's name for 1-2-5 ticks.
     ticks = {"dtick": max(1, round(decades / 6))} if decades > 2 else {"dtick": "D2"} if decades > 0.8 else {}
     return {"type": "log", "range": ends, "exponentformat": "power", "tickfont": {"size": 11}, **ticks}

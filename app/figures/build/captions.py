@@ -12,6 +12,7 @@ from depthscope.app.text.numbers import number
 
 __all__ = ["describe_lines", "describe_matrix", "selection_words", "token_count_words"]
 
+# In the order in which a caption names them: which tokens, what was done to them, how they became one number.
 _LABEL_WORDS = {
     "scope": {
         "sequence": "within each sequence, then averaged",
@@ -46,6 +47,7 @@ def selection_words(dims: Iterable[str], choice: Selection) -> str:
     """
     known = set(dims)
     phrases = [words[getattr(choice, dim)] for dim, words in _LABEL_WORDS.items() if dim in known]
+    # The mean is the default, and with "each" the legend names the streams.
     if "stream" in known and choice.stream not in ("mean", "each"):
         phrases.append(f"stream {choice.stream}")
     return "; ".join(phrases)
@@ -69,11 +71,13 @@ def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
         Such as "N = 512 tokens"; a range where runs or depths differ; empty when not recorded.
     """
     found = [pick(data, "num_tokens", choice, scope=scope, stream="mean") for data in analyses.values()]
+    # One count for each depth where stages of a network differ in it, such as those of a convolutional one.
     values = [np.ravel(array.values) for array in found if array is not None]
     counts = np.concatenate(values) if values else np.zeros(0)
     counts = counts[np.isfinite(counts)]  # NaN where a run has no such slice
     if counts.size == 0:
         return ""
+    # One decimal: per sequence the count is a mean over sequences of different length.
     low, high = (round(float(end), 1) for end in (counts.min(), counts.max()))
     count = f"{high:g}" if low == high else f"{low:g} to {high:g}"
     return f"N = {count} tokens" + (" a sequence" if scope == "sequence" else "")
@@ -95,6 +99,7 @@ def describe_lines(lines: Sequence[Line], title: str, axis: str) -> str:
     -------
     str
     """
+    # The caption explains nulls and laws.
     sentences = [_describe_line(line, axis) for line in lines if line.role == "measured"]
     return f"{title}. {' '.join(sentences)}" if sentences else f"{title}: nothing was measured."
 
@@ -104,6 +109,7 @@ def _describe_line(line: Line, axis: str) -> str:
     if known.size == 0:
         return f"{line.label}: undefined everywhere."
     lowest, highest = known[np.argmin(line.y[known])], known[np.argmax(line.y[known])]
+    # Also a line with one known point: it has no first and last value to tell apart.
     if lowest == highest:
         return f"{line.label}: {number(line.y[lowest])} throughout."
 
@@ -144,6 +150,7 @@ def describe_matrix(
         row, column = divmod(flat, matrix.shape[1])
         return f"{number(matrix[row, column])} ({rows[row]} against {columns[column]})"
 
+    # ±inf in place of NaN keeps the flat index that of the whole matrix.
     lowest = cell(int(np.argmin(np.where(known, matrix, np.inf))))
     highest = cell(int(np.argmax(np.where(known, matrix, -np.inf))))
     return f"{size}: lowest {lowest}, highest {highest}, median {number(float(np.median(matrix[known])))}."

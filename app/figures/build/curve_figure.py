@@ -47,6 +47,7 @@ def axis_title(dim: str, axis: str) -> str:
     -------
     str
     """
+    # A dimension without a title here, such as that of a new metric, goes by its name.
     return _AXES.get((dim, axis), dim.replace("_", " "))
 
 
@@ -122,17 +123,20 @@ class CurveFigure(FigureKind):
         Lines
         """
         if self.derive is not None:
+            # Before anything is selected: a derived variable is picked, labelled and captioned as a measured one.
             analyses = {run: self.derive(data) for run, data in analyses.items()}
         measurement = Measurement(self.metric, analyses, choice)
         curves = [*self._measured(measurement), *self._streamed(analyses, choice)]
         curves += self._references(analyses, choice)
         runs = list(analyses)
+        # By run, and `sorted` is stable: a null or a law takes the colour of the measured line before it.
         ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
         lines = _without_repeated_nulls([line for curve in ordered for line in curve.lines])
         overlays = [(curve.line.group, overlay) for curve in curves for overlay in curve.laws]
         # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
         healthy = _ends(declared.healthy)
+        # One sentence is enough for four streams.
         remarks = dict.fromkeys(remark for curve in curves for remark in curve.remarks)
         return Lines(
             name=self.name,
@@ -144,6 +148,7 @@ class CurveFigure(FigureKind):
             healthy=healthy,
             caption=measurement.caption(
                 lines,
+                # Weights are not measured on tokens: there is nothing to count.
                 scope="" if declared.axis == "weight" else self.scope,
                 remarks=[*remarks, law_words(overlays), "Green: healthy." if healthy else "", self.note],
             ),
@@ -176,6 +181,7 @@ class CurveFigure(FigureKind):
 
     def _split(self, values: xr.DataArray, label: str) -> list[tuple[str, xr.DataArray]]:
         """One-dimensional curves of a slice: itself, or one for each label of a dimension that is not selected."""
+        # Directions and streams are selected by `_variants` and are no dimension of the slice any more.
         if self.over not in values.dims:
             return [(label, values)]
         names = [str(name) for name in values[self.over].values]
@@ -209,6 +215,7 @@ class CurveFigure(FigureKind):
 
     def _threshold_lines(self, lines: Sequence[Line]) -> list[Line]:
         ends = [end for line in lines for end in (line.x.min(initial=0.0), line.x.max(initial=0.0))]
+        # Without a curve a threshold still needs two ends.
         span = np.array([min(ends, default=0.0), max(ends, default=1.0)])
         return [Line(span, np.full(2, value), label, role="threshold") for value, label in self.thresholds]
 
@@ -238,5 +245,6 @@ def _sources(metric: str, lines: Sequence[Line], curves: Sequence[Curve]) -> tup
     from depthscope.diagnostics.theory import null_law
 
     cited = [law.law.cite for curve in curves for law in curve.laws if law.values is not None]
+    # Of a null that is not drawn the source would be cited for nothing.
     law = null_law(metric) if any(line.role == "null" for line in lines) else None
     return tuple(dict.fromkeys([*cited, *([law.cite] if law else [])]))

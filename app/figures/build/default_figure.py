@@ -11,14 +11,14 @@ from depthscope.app.figures.specification import FigureKind
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 
-__all__ = ["default_figure", "default_figures"]
+__all__ = ["default_figure", "default_figures", "undrawn_dims"]
 
 # Dimensions with so few labels that each is a line; any other one is the second axis of a heat map.
 _LINES = ("direction", "kind", "norm", "component", "quantile")
 
 
 def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
-    """A figure for each of some metrics.
+    """A figure for each of some metrics that one can be made for.
 
     Parameters
     ----------
@@ -32,7 +32,31 @@ def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) ->
     list of FigureKind
         In the order of the metrics.
     """
-    return [default_figure(metric, *_place(metric, defined)) for metric in metrics]
+    # Called when the app is imported: a metric that no default figure can draw must not stop the command line.
+    # tests/rules/test_registered_figures.py fails for it, with the advice of `default_figure`.
+    return [
+        default_figure(metric, *_place(metric, defined)) for metric in metrics if not undrawn_dims(metric)
+    ]
+
+
+def undrawn_dims(metric: Metric) -> list[str]:
+    """Dimensions of a metric that no default figure shows at once; empty where one can be made.
+
+    Parameters
+    ----------
+    metric : Metric
+        Any metric.
+
+    Returns
+    -------
+    list of str
+        Those besides the axis of which no label is selected.
+    """
+    others = _further_dims(metric)
+    # Curves spend their one dimension on the directions; a heat map is of one direction, see `MatrixFigure.figure`.
+    only_lines = set(others) <= set(_LINES)
+    at_once = others if only_lines else [dim for dim in others if dim != "direction"]
+    return others if len(at_once) > 1 else []
 
 
 def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
@@ -54,29 +78,32 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
     ValueError
         For a metric with more dimensions than a figure has axes.
     """
-    axis = metric.axis
-    # A selection takes one label of each of these, but draws both directions as lines.
-    others = [dim for dim in metric.dims if dim != axis and (dim not in LABELLED or dim == "direction")]
-    across = [dim for dim in others if dim not in _LINES]
-    if len(set(others) - {"direction"}) > 1 or (len(others) > 1 and not across):
+    if undrawn := undrawn_dims(metric):
         raise ValueError(
-            f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(others)} at once; "
+            f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(undrawn)} at once; "
             "define one in app/figures/catalogue"
         )
+    others = _further_dims(metric)
+    across = [dim for dim in others if dim not in _LINES]
     # Both orders of a matrix are right; the axis itself goes up, as in the figures of the catalogue.
     if across:
-        columns = across[0]
         return MatrixFigure(
             metric.name,
             metric.title,
             metric.label,
-            rows=axis,
-            columns=columns,
+            rows=metric.axis,
+            columns=across[0],
             question=question,
             section=section,
         )
     over = others[0] if others else ""
     return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question, section=section)
+
+
+def _further_dims(metric: Metric) -> list[str]:
+    """Dimensions besides the axis that a figure has to show."""
+    # A selection takes one label of each of these, but draws both directions as lines.
+    return [dim for dim in metric.dims if dim != metric.axis and (dim not in LABELLED or dim == "direction")]
 
 
 def _place(metric: Metric, defined: Sequence[FigureKind]) -> tuple[str, str]:

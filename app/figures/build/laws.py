@@ -57,6 +57,7 @@ def law_words(overlays: Iterable[tuple[str, Overlay]]) -> str:
     -------
     str
     """
+    # By name: several runs and directions draw the same law, which is explained once.
     drawn = {overlay.law.name: overlay.law for _, overlay in overlays if overlay.values is not None}
     return " ".join(
         f"Long dashes: {law.label} ({source_words(law.cite)}); it holds for {law.assumption}."
@@ -79,6 +80,7 @@ def missing_laws(overlays: Iterable[tuple[str, Overlay]]) -> tuple[str, ...]:
     """
     runs: dict[tuple[str, str], list[str]] = {}
     for run, overlay in overlays:
+        # In the order in which the reasons first appear; a run with several curves is named once.
         if overlay.values is None:
             named = runs.setdefault((overlay.law.label, overlay.reason), [])
             if run not in named:
@@ -100,6 +102,7 @@ def null_words(metric: str) -> str:
     -------
     str
     """
+    # Here: the theory imports scipy's integration.
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.theory import null_law
 

@@ -85,6 +85,7 @@ class MatrixFigure(FigureKind):
         measurement = Measurement(self.metric, analyses, choice)
         # One matrix shows one direction: forward where both are selected.
         fixed = {"direction": "forward"} if choice.direction == "both" else {}
+        # Slices, not variables: a run that has the metric under other labels cannot feed this selection.
         able = {run: array for run, _, array in measurement.slices(**fixed)}
         run = choice.run if choice.run is not None else next(iter(able), None)
         if run is None or run not in able:
@@ -92,11 +93,13 @@ class MatrixFigure(FigureKind):
             raise ValueError(f"run {run!r} has no {self.metric}; {has} can feed {self.name}")
         array = able[run].transpose(self.rows, self.columns)
         z = np.asarray(array.values, dtype=np.float64)
+        # What cannot exist is undefined (grey), not a measured zero.
         if self.below:
             z = np.where(np.tri(len(z), z.shape[1], -1, dtype=bool), z, np.nan)
         rows, columns = names_of(array, self.rows), names_of(array, self.columns)
         return Heatmap(
             name=self.name,
+            # Of several runs the matrix is of one: the title says which.
             title=self.title if len(analyses) == 1 else f"{self.title}: {run}",
             x=positions(array, self.columns, choice.axis),
             y=positions(array, self.rows, choice.axis),
@@ -107,6 +110,7 @@ class MatrixFigure(FigureKind):
             limits=self._colour_limits(z),
             log_z=CATALOGUE[self.metric].scale == "log",
             caption=self._caption(measurement, run, set(able), fixed),
+            # Without the diagonal, whose extremes (1 or 0 with itself) would be the only ones named.
             alt=describe_matrix(
                 _off_diagonal(z), rows, columns, title=f"{self.title} (off the diagonal)", run=run
             ),
@@ -122,6 +126,7 @@ class MatrixFigure(FigureKind):
             return None
         lowest, highest = float(known.min()), float(known.max())
         if self.limits is None:
+            # None leaves the ends to the drawing; only a nearly constant matrix needs other ones.
             visible = visible_limits(lowest, highest)
             return None if visible == (lowest, highest) else visible
         low, high = self.limits
@@ -131,6 +136,7 @@ class MatrixFigure(FigureKind):
         """Selection and count, error of a cell and null, and which runs cannot feed it."""
         one = measurement.of([run])
         direction = fixed.get("direction", one.choice.direction) if "direction" in one.dims else ""
+        # Streamed sums have seen more tokens than `num_tokens` counts, which are the sampled ones.
         tokens = one.token_words("data" if self.counts else "")
         parts = [
             sentence([f"Run {run}", selection_words(one.dims, one.choice), direction, tokens]),
@@ -150,6 +156,7 @@ class MatrixFigure(FigureKind):
             known = _off_diagonal(np.asarray(error.values, dtype=np.float64))
             known = known[np.isfinite(known)]
             if known.size:
+                # A cell has no room for whiskers.
                 typical, largest = number(float(np.median(known))), number(float(known.max()))
                 return f"Standard error of a cell: {typical}, at most {largest}."
         return ""
@@ -158,6 +165,7 @@ class MatrixFigure(FigureKind):
 def _null_words(one: Measurement) -> str:
     """Sentence with the value that independent noise of the same shape would give."""
     for _, _, null in fed(one.analyses, f"{one.metric}_null", one.choice):
+        # One number for all cells; a null that varies over cells has no place in a sentence.
         if null.ndim == 0:
             return f"Independent noise of the same shape would give {number(float(null))}."
     return one.constant_null_words()
@@ -165,6 +173,7 @@ def _null_words(one: Measurement) -> str:
 
 def _off_diagonal(z: Array) -> Array:
     """Square matrix with its diagonal undefined: a state compared with itself is no finding."""
+    # Of a single cell the diagonal is all there is.
     if z.shape[0] != z.shape[1] or z.shape[0] < 2:
         return z
     masked = z.copy()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Curve", "Measurement"]
 
+# An invariant metric has no entry, so that its caption has no sentence.
 _BASES = {
     "stream": "Depends on the basis of the streams.",
     "feature": "Depends on the basis of the features.",
@@ -78,6 +79,7 @@ class Measurement:
     @cached_property
     def variable(self) -> xr.DataArray:
         """The metric in the first run that has it, for its labels; a scalar without attributes where none has."""
+        # A generator: `next` opens the first run that has the metric and no other.
         found = (data[self.metric] for data in self.analyses.values() if self.metric in data)
         return next(found, xr.DataArray(np.nan))
 
@@ -103,6 +105,7 @@ class Measurement:
         -------
         Measurement
         """
+        # In the order of the analyses, not of `runs`: it is the order of the colours.
         chosen = {run: data for run, data in self.analyses.items() if run in runs}
         return Measurement(self.metric, chosen, self.choice)
 
@@ -192,6 +195,7 @@ class Measurement:
         level = null.values if null.ndim == 0 else aligned(null, values)
         if level is None:
             return None
+        # A copy: a broadcast array is read-only and its elements share memory.
         y = np.broadcast_to(np.asarray(level, dtype=np.float64), like.y.shape).copy()
         return Line(like.x, y, f"{like.label} · null", role="null", group=like.group)
 
@@ -209,6 +213,7 @@ class Measurement:
         -------
         str
         """
+        # "1" is the unit of pure numbers in the CF conventions, which readers need not see.
         units = str(self.attrs.get("units") or "1")
         return name if units == "1" else f"{name} ({units})"
 
@@ -224,11 +229,13 @@ class Measurement:
         -------
         str
         """
+        # A metric with scopes counts those of the selected one, whatever the figure declares.
         scope = self.choice.scope if scope and "scope" in self.dims else scope
         return token_count_words(self.analyses, self.choice, scope) if scope else ""
 
     def constant_null_words(self) -> str:
         """Sentence about a null that is one declared number, empty where it is not."""
+        # A null that is a function has a variable of its own, and is drawn as a line.
         null = self.attrs.get("null") if "depth" in self.dims else None
         return (
             f"Without structure it would be {number(float(null))}." if isinstance(null, int | float) else ""
@@ -268,6 +275,7 @@ class Measurement:
         str
         """
         runs = {line.group for line in drawn}
+        # Tokens and samples are those of the runs that are drawn; the others are named as missing.
         shown = self.of([run for run in self.analyses if run in runs])
         parts = [
             sentence([selection_words(shown.dims, self.choice), shown.token_words(scope)]),

@@ -78,8 +78,10 @@ class SpectrumFigure(FigureKind):
             name=self.name,
             title=self.title,
             x_label=self.x_label,
+            # The units are those of a singular value; a density has none.
             y_label=measurement.axis_label(self.y_label) if self.curve is by_order else self.y_label,
             lines=tuple(lines),
+            # A power law is a straight line on two logarithmic axes.
             log_y=True,
             log_x=True,
             caption=measurement.caption(measured, scope=choice.scope, remarks=remarks),
@@ -98,14 +100,17 @@ class SpectrumFigure(FigureKind):
         for depth in _depths(values.sizes["depth"], measurement.choice):
             label = f"depth {depth}" if len(measurement.analyses) == 1 else f"{run} · depth {depth}"
             sigma, deviation, noise = (_at(part, depth, values) for part in (values, error, null))
+            # All depths share the labels of `order`; beyond those that the states of this one can have they are NaN.
             reached = np.isfinite(sigma) | np.isfinite(noise)
             orders = np.asarray(values["order"].values, dtype=np.float64)[reached]
             sigma, deviation, noise = sigma[reached], deviation[reached], noise[reached]
             floor = _rounding(sigma, orders)
+            # On a log axis rounding noise would look like a cliff at the end of the spectrum.
             sigma = np.where(sigma > floor, sigma, np.nan)
             x, y = self.curve(orders, sigma)
             lower = upper = None
             if self.curve is by_order and np.isfinite(deviation).any():
+                # A band that reaches zero or below cannot be drawn on a log axis.
                 lower, upper = np.maximum(sigma - deviation, floor), sigma + deviation
             yield Line(x, y, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(x))
             if np.isfinite(noise).any():
@@ -115,7 +120,9 @@ class SpectrumFigure(FigureKind):
 def _depths(size: int, choice: Selection) -> list[int]:
     """The depths that were chosen and exist, or some from the first to the last."""
     if choice.depths:
+        # A depth that a shallower run lacks is left out of its lines, not refused for all runs.
         return [depth for depth in choice.depths if 0 <= depth < size]
+    # A set: of fewer depths than `NUM_DEPTHS` several positions round to the same one.
     return sorted({round(position) for position in np.linspace(0, size - 1, NUM_DEPTHS)})
 
 
@@ -167,12 +174,15 @@ def density(orders: Array, sigma: Array) -> tuple[Array, Array]:
     tuple of numpy.ndarray
         Eigenvalues and density per decade.
     """
+    # Singular values come sorted: the share of eigenvalues between two orders is known exactly, without a histogram.
     ends = _bin_ends(orders)
     if len(ends) < 2:
         return np.zeros(0), np.zeros(0)
+    # Eigenvalues of XᵀX are squared singular values.
     energy, share = np.log10(sigma[ends] ** 2), np.diff(orders[ends]) / orders[-1]
     width, middle = energy[:-1] - energy[1:], 0.5 * (energy[:-1] + energy[1:])
     known = width > 1e-9  # equal eigenvalues have no density: their bin has no width
+    # From the largest eigenvalue to the least so far; a curve goes from left to right.
     return 10 ** middle[known][::-1], (share[known] / width[known])[::-1]
 
 

@@ -44,11 +44,13 @@ def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: 
     """
     name = f"{curve.name}_stderr"
     error = _standard_error(data, curve, choice, fixed)
+    # The band that a figure names is more specific than the percentiles that every reduced metric has.
     band = _declared_band(data, curve, choice, around, fixed) or _percentiles(data, curve, choice, fixed)
     if error is None:
         # Of one sequence there is no error over sequences; the analysis gives the reason.
         reason = data[name].attrs.get("undefined_because") if name in data else None
         return band or Spread(words=(f"No standard error: {reason}.",) if reason else ())
+    # A jackknife is named, since its error of a pooled metric is not that of a mean over sequences.
     estimator = str(data[name].attrs.get("estimator", ""))
     what = "standard error over sequences" + (f" ({estimator})" if "jackknife" in estimator else "")
     if band is None:
@@ -78,6 +80,7 @@ def _declared_band(
         ends = found.transpose("quantile", *curve.dims)
         low, high = (100 * float(q) for q in ends["quantile"].values[[0, -1]])
         return Spread(ends.values[0], ends.values[-1], None, (f"Band: {low:g} to {high:g} % of the tokens.",))
+    # After a colon a long name explains itself, which is too long for a band.
     what = str(data[around].attrs.get("long_name", around)).partition(":")[0]
     words = f"Band: ± {what[0].lower()}{what[1:]}."
     return Spread(curve.values - found.values, curve.values + found.values, None, (words,))

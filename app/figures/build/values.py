@@ -37,6 +37,7 @@ def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
     -------
     bool
     """
+    # All NaN is no number: an analysis has a metric that was computed and is undefined everywhere.
     return all(name in data and bool(data[name].notnull().any()) for name in needs)
 
 
@@ -68,6 +69,7 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
     for dim in LABELLED:
         if dim not in array.dims:
             continue
+        # `fixed` wins: a curve of one direction asks for it where the selection says both.
         label = fixed.get(dim, getattr(choice, dim))
         if label not in array[dim].values:
             return None
@@ -92,6 +94,7 @@ def defined_labels(array: xr.DataArray, dim: str) -> list:
     list
     """
     defined = array.notnull().any([other for other in array.dims if other != dim])
+    # As Python values: labels are compared with those of a selection, and printed.
     return array[dim].values[defined.values].tolist()
 
 
@@ -144,6 +147,7 @@ def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
     index = array[along].values if numbered else np.arange(array.sizes[along])
     index = np.asarray(index, dtype=np.float64)
     last = index.max(initial=0.0)
+    # One depth alone has no relative position but 0.
     return index / last if axis == "relative" and last > 0 else index
 
 
@@ -170,6 +174,7 @@ def names_of(array: xr.DataArray, along: str) -> list[str]:
     kind = _labels(array, part, base)
     if layer is None or kind is None:
         return [f"{base} {i}" for i in range(array.sizes[along])]
+    # A negative layer is none: states outside the layers, such as the embedding, are named by their site.
     return [str(k) if int(n) < 0 else f"layer {int(n)} {k}" for n, k in zip(layer, kind, strict=True)]
 
 
@@ -191,6 +196,7 @@ def streams_of(analyses: Analyses) -> list[str]:
     list of str
     """
     found = {str(s) for data in analyses.values() if "stream" in data.coords for s in data["stream"].values}
+    # As numbers: "10" comes after "9".
     numbered = sorted((s for s in found if s.isdigit()), key=int)
     return (["mean"] if "mean" in found or not numbered else []) + numbered
 

@@ -5,9 +5,11 @@ from functools import partial
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.spectrum_figure import SpectrumFigure, by_order, density
 
+# One partial for each section of the page; figures are shown in the order of DEFINED.
 _ranks = partial(CurveFigure, question="collapse", section="Ranks")
 _tokens = partial(CurveFigure, question="collapse", section="Tokens")
 _spectrum = partial(CurveFigure, question="collapse", section="Spectrum")
+# Two figures of one metric: neither has its name, so both name it.
 _singular_values = partial(SpectrumFigure, question="collapse", section="Spectrum", metric="singular_value")
 
 effective_rank = _ranks(
@@ -46,6 +48,7 @@ intrinsic_dimension = _ranks(
     "TwoNN dimension",
     note="From the two nearest neighbours of each token, all tokens pooled.",
 )
+# These three compare the tokens of one sequence: the caption counts those of one, not of all ("data", the default).
 dong_residual = _tokens(
     "dong_residual",
     "Distance to identical tokens across depth",
@@ -73,6 +76,7 @@ curvature = _tokens(
     scope="sequence",
     note="0 is a straight path from token to token, π one that goes back and forth.",
 )
+# Sun et al. 2024 call an activation massive above 100 and above 1000 × the median; the metric is a ratio to the median.
 massive_activation = _tokens(
     "massive_activation",
     "Massive activations across depth",

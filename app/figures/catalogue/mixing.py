@@ -30,6 +30,7 @@ composite_gain = _gains(
     note="Product of H_res from the first connection through this one, later layers on the left; "
     "multiplied for each token, then reduced.",
 )
+# Below 0.5 less than half of a sum is left, the limit of the verdict on the composite. A heuristic of ours.
 mixing_attenuation = _gains(
     "mixing_attenuation",
     "Attenuation of each connection",
@@ -54,6 +55,7 @@ composite_deviation = _gains(
     thresholds=((0.7, "a factor of two: 0.7"),),
     note="Of the rows and columns of the product: up as the gain, down as the attenuation.",
 )
+# 0.01 warns in the verdict: over 60 connections that error in every sum is a gain of 1.8.
 doubly_stochastic_violation = _gains(
     "doubly_stochastic_violation",
     "Distance from doubly stochastic",
@@ -107,6 +109,7 @@ suffix_deflated_gain = _streams(
     note="Product of H_res from this connection through the last: below −2 the head cannot tell to "
     "which stream a connection wrote.",
 )
+# 1.5 is the limit below which the verdict on streams read calls one dominant. A heuristic of ours.
 effective_streams = _streams(
     "effective_streams",
     "Effective streams between earlier and later connections",
@@ -138,6 +141,7 @@ mixing_entropy = _streams(
     "row entropy",
     note="0 is a permutation, ln n is the uniform average.",
 )
+# At 0.05 each of four streams gives 1.4 % of itself to every other, the limit of `stuck_at_identity`. A heuristic of ours.
 identity_distance = _streams(
     "identity_distance",
     "Distance from the identity",
@@ -222,6 +226,7 @@ numerical_radius = _spectra(
     "Numerical radius of each connection",
     "r(H_res)",
 )
+# From 0 on, the value of a sublayer that is not read; the largest is the data's own.
 depth_kernel = MatrixFigure(
     "depth_kernel",
     "Which sublayer reads which",

@@ -137,6 +137,7 @@ block_influence = _steps(
     "1 − cos(in, out)",
     note="Near 0: the block hardly changes the state.",
 )
+# 0.99 is the warning of the verdict on this metric.
 stream_cosine = _steps(
     "stream_cosine",
     "Cosine between streams across depth",
@@ -175,6 +176,7 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
     Lines
     """
     choice = Selection.of(selection)
+    # The first run that has CKA where none is selected, as in the heat map above it.
     slices = Measurement("cka", analyses, choice).slices()
     run, _, matrix = next(found for found in slices if choice.run in (None, found[0]))
     text = names_of(matrix, "other_depth")
@@ -187,6 +189,7 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
             group=run,
             text=text,
         )
+        # On the diagonal both depths are the same row, which is drawn once.
         for depth in dict.fromkeys(depths)
     )
     title = "CKA of the two depths with every depth"
