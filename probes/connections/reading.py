@@ -39,7 +39,11 @@ def returned_watch(x: torch.Tensor, site: Site) -> Watch:
 
 
 def read_returned(
-    site: Site, x: torch.Tensor, output: Any, rows: torch.Tensor, seen: Callable[[], list[torch.Tensor]]
+    site: Site,
+    x: torch.Tensor,
+    output: Any,
+    rows: torch.Tensor,
+    computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
 
@@ -53,8 +57,8 @@ def read_returned(
         What it returned.
     rows : Tensor
         Indices of the sampled sequences.
-    seen : callable
-        Returns the tensors that the connection computed, of the sampled sequences or of all.
+    computed : callable
+        Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
 
     Returns
     -------
@@ -68,13 +72,13 @@ def read_returned(
     StreamConnectionError
         Where the family finds no weights that explain the output.
     """
-    parts = forward_family(site).read(site, x, output, seen)
+    parts = forward_family(site).read(site, x, output, lambda: computed(None))
     if not len(rows):
         return None, parts
     sampled = parts.at(rows)
     if parts.read is None and not site.reads_features:
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
-        read = watched_read(site, x, rows, branch_in, seen(), write=sampled.write.squeeze(-1))
+        read = watched_read(site, x, rows, branch_in, computed(rows), write=sampled.write.squeeze(-1))
         # no tensor of the module explains the branch input: it may read by a fused kernel
         sampled.read = (least_squares_read(streams, branch_in) if read is None else read).unsqueeze(-2)
     return sampled, parts

@@ -267,26 +267,23 @@ def _replay_connection(
     if call.closing is not None and call.closing.parts is not None:
         observer.record_connection(forward, number, call.closing.parts)
     elif isinstance(BY_NAME[connection.style], ForwardFamily) and call.x is not None:
-        x, site, rows = call.x.detach(), observer.structure.sites[number], forward.rows
+        x, site = call.x.detach(), observer.structure.sites[number]
 
-        def computed() -> list[torch.Tensor]:
+        def computed(rows: torch.Tensor | None) -> list[torch.Tensor]:
             """What the module computes inside, which no watch could look for before it was known as a connection."""
-            sampled = _sequences_at(x, site, rows)
-            watch = returned_watch(sampled, site)
-            # Its forward alone runs once more, on the sampled sequences and in the user's precision; without hooks, which a
-            # call of the module would run. Where it cannot run again (sharded weights are gone by now, for one) H_pre is
-            # solved from the states.
+            chosen = x
+            if rows is not None:
+                chosen = x[:, rows] if site.layout.startswith("N B") else x[rows]
+            watch = returned_watch(chosen, site)
+            # Its forward alone runs once more, in the user's precision and without hooks, which a call of the module would
+            # run: on the sampled sequences for H_pre, on all of them for an H_res that is not returned, whose gains are added
+            # up over every token. Where it cannot run again (sharded weights are gone by now, for one) H_pre is solved from
+            # the states.
             with suppress(Exception), user_autocast(), watch:
-                call.module.forward(sampled)
+                call.module.forward(chosen)
             return watch.floating()
 
         observer.record_returned(forward, number, x, call.output, computed)
-
-
-def _sequences_at(x: torch.Tensor, site: Site, rows: torch.Tensor) -> torch.Tensor:
-    """The sampled sequences of a connection's input, in the module's own layout."""
-    rows = rows.to(x.device)
-    return x[:, rows] if site.layout.startswith("N B") else x[rows]
 
 
 def _refuse_rewritten(call: Call, point: HookPoint) -> None:

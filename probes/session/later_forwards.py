@@ -157,7 +157,8 @@ class LaterForwards:
         forward, number, x = begun
         watch = returned_watch(x, self._structure.sites[number])
         record = partial(self._observer.record_returned, forward, number, x.detach())
-        return MethodWatch(watch, lambda output: record(output, watch.floating))
+        # The watch sees the user's own call, hence all sequences at once.
+        return MethodWatch(watch, lambda output: record(output, lambda rows: watch.floating()))
 
     def _around_opening(
         self,

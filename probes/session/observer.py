@@ -145,9 +145,9 @@ class Observer:
         number: int,
         x: torch.Tensor,
         output: Any,
-        computed: Callable[[], list[torch.Tensor]],
+        computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
     ) -> None:
-        """Read and record a connection that returns its weights; ``computed`` gives the tensors computed inside."""
+        """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
         sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed)
         self.record_connection(forward, number, complete, sampled)
