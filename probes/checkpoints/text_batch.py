@@ -175,9 +175,8 @@ def _check_positions(model: nn.Module, length: int) -> None:
 
 
 def _windows(ids: np.ndarray, sequences: int, length: int, seed: int) -> list[np.ndarray]:
-    starts = np.arange(
-        0, len(ids) - 1, length
-    )  # up to len - 1: a window of one token has no next token to predict
+    # Up to len - 1: a window of one token has no next token to predict
+    starts = np.arange(0, len(ids) - 1, length)
     full = starts[starts + length <= len(ids)]
     # The shorter last window is used only where there are not enough full ones.
     chosen = np.random.default_rng(seed).permutation(full)[:sequences] if len(full) >= sequences else starts

@@ -40,9 +40,8 @@ class Watch(TorchFunctionMode):
     def __init__(self, accept: Callable[[tuple[int, ...]], bool]):
         super().__init__()
         self._accept = accept
-        self.seen: dict[
-            int, torch.Tensor
-        ] = {}  # by id, which stays unique as long as the tensors are stored here
+        # By id, which stays unique as long as the tensors are stored here
+        self.seen: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""

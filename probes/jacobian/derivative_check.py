@@ -107,9 +107,8 @@ class _DerivativeCheck:
         batch_size, tokens, _, width = streams.shape
         self._views = (batch_size, tokens, call.read.shape[-2], width)
         any_u = torch.randn(streams.shape, generator=generator, dtype=torch.float64).to(x.device)
-        orthogonal_u = any_u - write @ (
-            torch.linalg.pinv(write) @ any_u
-        )  # ⟂ H_post for every token and feature
+        # ⟂ H_post for every token and feature
+        orthogonal_u = any_u - write @ (torch.linalg.pinv(write) @ any_u)
         by_x, by_branch = self._derivatives(any_u)
         _, by_branch_orthogonal = self._derivatives(orthogonal_u)
         read = torch.einsum("btvn,btvd->btnd", call.read.double(), by_branch)

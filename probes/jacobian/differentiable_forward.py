@@ -97,9 +97,8 @@ def differentiable_states(
         preserved_state(model),
         _constant_weights(model),
         eager(),
-        sdpa_kernel(
-            SDPBackend.MATH
-        ),  # the fused kernels have no second derivative, which products with J need
+        # The fused kernels have no second derivative, which products with J need.
+        sdpa_kernel(SDPBackend.MATH),
         torch.inference_mode(False),  # inference tensors record no graph even where gradients are on
         torch.enable_grad(),
         ExitStack() as stack,
@@ -149,9 +148,8 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
     with ExitStack() as stack, explained():
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(note(name)).remove)
-        torch.autograd.grad(
-            target, source, torch.ones_like(target), retain_graph=True
-        )  # the value does not matter
+        # Any cotangent will do: only what runs in the backward is looked at.
+        torch.autograd.grad(target, source, torch.ones_like(target), retain_graph=True)
     if recomputed:
         raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
 
@@ -217,9 +215,8 @@ def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
 @contextmanager
 def _constant_weights(model: nn.Module) -> Iterator[None]:
     """No graph through the weights: it needs less memory, and no gradient can reach them."""
-    weights = [
-        p for p in model.parameters() if p.requires_grad and p.is_leaf
-    ]  # torch refuses the flag of non-leaves
+    # torch refuses to change the flag of a tensor that is no leaf.
+    weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
     try:
         for weight in weights:
             weight.requires_grad_(False)

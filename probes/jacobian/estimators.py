@@ -170,9 +170,8 @@ def top_singular_values(
     require_least("power", power, 0)
     width = min(k + oversampling, *op.shape)  # more columns than the rank would be linearly dependent
     basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], width), seed, op)))
-    for _ in range(
-        power
-    ):  # orthonormal after every product: powers of J alone would lose the smaller σ to rounding
+    # Orthonormal after every product: powers of J alone would lose the smaller σ to rounding.
+    for _ in range(power):
         basis = orthonormal(columns(op.rmatvec, basis))
         basis = orthonormal(columns(op.matvec, basis))
     right, values, left = torch.linalg.svd(columns(op.rmatvec, basis), full_matrices=False)

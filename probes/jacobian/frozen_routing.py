@@ -73,9 +73,8 @@ class FrozenRouting:
     """
 
     def __init__(self, session: Session, start: int, stop: int):
-        self.precision = (
-            session.observer.precision
-        )  # that the states are multiplied in: autocast's, where it is on
+        # The precision that the states are multiplied in: autocast's, where it is on, and not the dtype of the streams.
+        self.precision = session.observer.precision
         self.links = {
             number: link
             for number, link in enumerate(session.structure.connections)

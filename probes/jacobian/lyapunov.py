@@ -131,9 +131,8 @@ def lyapunov_exponents(
     _require_chained(blocks)
     for op in blocks:
         require_rank(k, op)
-    basis = orthonormal(
-        gaussian((blocks[0].shape[1], k), seed, blocks[0])
-    )  # no direction is missed, almost surely
+    # A Gaussian start has a part along every direction, almost surely: none is missed.
+    basis = orthonormal(gaussian((blocks[0].shape[1], k), seed, blocks[0]))
     previous, (basis, increments) = torch.full((k,), torch.nan), _accumulate(blocks, basis)
     for _ in range(sweeps - 1):
         # the transposes turn the basis towards the product's right singular vectors, as a power iteration does
@@ -152,9 +151,8 @@ def _accumulate(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch
     rows = []
     for op in blocks:
         basis, upper = torch.linalg.qr(columns(op.matvec, basis))
-        rows.append(
-            upper.diagonal().abs().log().cpu()
-        )  # logs add up where the diagonals would overflow in depth
+        # Logs add up where the diagonals would overflow in depth
+        rows.append(upper.diagonal().abs().log().cpu())
     return basis, torch.stack(rows)
 
 

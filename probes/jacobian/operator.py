@@ -265,9 +265,8 @@ class JacobianOperator:
                 f"a vector of shape {tuple(vector.shape)} came; expected ({wanted},): one entry for every stream and feature "
                 f"of the {self.num_tokens} selected tokens"
             )
-        given = vector.detach().to(
-            state.device, state.dtype
-        )  # float64 in and out, products in the model's precision
+        # scipy hands over float64 and gets it back; the products are in the model's precision.
+        given = vector.detach().to(state.device, state.dtype)
         moved = torch.zeros(size, dtype=vector.dtype, device=state.device)
         for (at, slots_at), (to, slots_to) in moves:
             spread = torch.zeros_like(state, memory_format=torch.contiguous_format).flatten()
@@ -281,9 +280,8 @@ class JacobianOperator:
 
     def _push(self, tangent: torch.Tensor) -> torch.Tensor:
         with explained():
-            if (
-                self._pulled is None
-            ):  # built at the first product with J: those with Jᵀ alone need no second graph
+            # Built at the first product with J: those with Jᵀ alone need no second graph.
+            if self._pulled is None:
                 self._pulled = self._linear_graph()
                 self._require_adjoint()
             cotangent, pulled = self._pulled

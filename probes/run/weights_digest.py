@@ -41,7 +41,6 @@ def _is_readable(parameter: nn.Parameter) -> bool:
 def _some_numbers(parameter: nn.Parameter) -> torch.Tensor:
     """Numbers at equal distances, from the first one on."""
     flat = parameter.detach().reshape(-1)
-    step = (
-        max(len(flat) // NUMBERS_PER_PARAMETER, 1) | 1
-    )  # odd: an even one may divide the width, and read one column
+    # Odd: an even one may divide the width, and read one column
+    step = max(len(flat) // NUMBERS_PER_PARAMETER, 1) | 1
     return flat[::step].cpu().contiguous()

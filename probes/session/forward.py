@@ -59,9 +59,8 @@ class Forward:
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
-    first_states: list[torch.Tensor] = field(
-        default_factory=list
-    )  # up to which a backward of ours must reach
+    # A backward of ours must reach these and no further: gradients of weights are the user's.
+    first_states: list[torch.Tensor] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def next_index(self, kind: str, path: str) -> int:

@@ -34,9 +34,8 @@ def stored_variables(sums: StreamedSums, depths: Sequence[int]) -> dict[str, Any
     views = sorted(view for depth, view in sums.moments if depth == depths[0])
     moments = [[sums.moments[depth, view] for view in views] for depth in depths]
     width = len(moments[0][0].mean_D)
-    if (
-        len(depths) * len(views) * width * (width + 1) * 4 > MAX_STORED_BYTES
-    ):  # D (D + 1) / 2 pairs of 8 bytes
+    # D (D + 1) / 2 pairs of 8 bytes
+    if len(depths) * len(views) * width * (width + 1) * 4 > MAX_STORED_BYTES:
         return {}
     size = torch.stack([torch.stack([_feature_size(of) for of in row]) for row in moments])
     attrs: dict[str, Any] = {

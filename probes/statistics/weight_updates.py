@@ -191,9 +191,8 @@ def _square_distance(of: _Before) -> torch.Tensor:
 def _chunks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
-        tensor = (
-            tensor.coalesce().values()
-        )  # a sparse gradient has a row as often as its token occurs; they add up
+        # A sparse gradient has a row as often as its token occurs; they add up
+        tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.reshape(-1).split(CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_GPU)

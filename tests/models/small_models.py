@@ -74,9 +74,8 @@ def lucidrains(family: str, **options) -> nn.Module:
     model = LucidrainsLM(family, **options)
     for name, parameter in model.named_parameters():
         if any(word in name for word in ("alpha", "beta", "_scale")):
-            nn.init.normal_(
-                parameter, std=0.5
-            )  # fresh connections are near the identity, which proves little
+            # Fresh connections are near the identity, which proves little
+            nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 

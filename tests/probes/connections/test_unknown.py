@@ -170,7 +170,9 @@ def test_a_batch_with_more_sequences_than_are_stored(name):
         np.testing.assert_allclose(trace.h_res.values[number], mix[trace.sample.values].numpy(), atol=1e-6)
     # the gains are those of every token, whichever sequences are stored
     everything = probes.capture(model, ids, max_sequences=7)
-    np.testing.assert_allclose(run.statistics.gain_sum.values, everything.statistics.gain_sum.values, rtol=1e-5)
+    np.testing.assert_allclose(
+        run.statistics.gain_sum.values, everything.statistics.gain_sum.values, rtol=1e-5
+    )
 
 
 def test_streams_that_nothing_mixes():
