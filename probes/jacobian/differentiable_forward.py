@@ -123,6 +123,7 @@ def _require_linked(
         place = chain.points[depth]
         if depth not in states:
             raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
+        # torch counts the writes into a tensor: one after it passed changed the value that the graph was recorded with.
         if version(states[depth]) != versions[depth]:
             raise JacobianError(
                 f"the state at depth {depth} ({place.at} of {place.path!r}) was rewritten in place outside its block; "
@@ -156,7 +157,7 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
 
 def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
     """Call ``meet`` with every state of the chain as it passes; the model goes on with what it returns."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared block has several paths
     wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
     for depth in depths:
         place = chain.points[depth]
@@ -228,6 +229,7 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
 
 def _own_buffers(model: nn.Module) -> None:
     """Buffers that this forward may write and its graph may keep; `preserved_state` puts the model's own back."""
+    # By identity, so that modules which share a buffer go on sharing it.
     copies: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -240,7 +242,9 @@ def _aliases(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         if not batch.is_floating_point():
             return batch
+        # A view of an inference tensor is one too, and records no graph.
         return batch.clone() if batch.is_inference() else batch.detach()
     if isinstance(batch, Mapping):
         return {name: _aliases(value) for name, value in batch.items()}
+    # Of exactly these types: a named tuple takes its items one by one.
     return type(batch)(_aliases(value) for value in batch) if type(batch) in (tuple, list) else batch

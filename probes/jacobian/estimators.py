@@ -174,6 +174,7 @@ def top_singular_values(
     for _ in range(power):
         basis = orthonormal(columns(op.rmatvec, basis))
         basis = orthonormal(columns(op.matvec, basis))
+    # JᵀQ = V Σ Wᵀ: its left vectors are right ones of J, and Q W are the left ones.
     right, values, left = torch.linalg.svd(columns(op.rmatvec, basis), full_matrices=False)
     top = basis @ left.mT[:, :k]
     residual = columns(op.matvec, right[:, :k]) - top * values[:k]
@@ -338,6 +339,7 @@ def _next_direction(
         for _ in range(2):
             vector = vector - known.mT @ (known @ vector)
     length = torch.linalg.vector_norm(vector)
+    # Rounding alone has a direction too, which would add a singular value that the map does not have.
     return (vector / length if length > floor * size else torch.zeros_like(vector)), length
 
 
@@ -375,10 +377,11 @@ def _spread(first: torch.Tensor, second: torch.Tensor, seed: int) -> Estimate:
     if count == 1:
         return Estimate(float(second[0] - first[0] ** 2), float("nan"), 1, seed)
     value = _unbiased_spread(first, second)
-    if count == 2:
+    if count == 2:  # without one of two probes one is left, which has no variance
         return Estimate(float(value), float("nan"), count, seed)
-    keep = ~torch.eye(count, dtype=torch.bool)  # with two probes one is left, which has no variance
+    keep = ~torch.eye(count, dtype=torch.bool)
     left_out = torch.stack([_unbiased_spread(first[row], second[row]) for row in keep.to(first.device)])
+    # The jackknife's variance, (P − 1)/P Σ (x_p − mean)².
     stderr = ((count - 1) * left_out.var(correction=0)).sqrt()
     return Estimate(float(value), float(stderr), count, seed)
 

@@ -75,11 +75,13 @@ class FrozenRouting:
     def __init__(self, session: Session, start: int, stop: int):
         # The precision that the states are multiplied in: autocast's, where it is on, and not the dtype of the streams.
         self.precision = session.observer.precision
+        # Connections outside of start … stop are not between the two states, and nothing differentiates them.
         self.links = {
             number: link
             for number, link in enumerate(session.structure.connections)
             if start <= link.depth_in and link.depth_out <= stop
         }
+        # By module: one that several blocks share is called several times, and `Connection.index` counts its calls.
         self.calls: dict[str, list[FrozenCall]] = {link.path: [] for link in self.links.values()}
 
     def call_of(self, number: int, link: Connection) -> FrozenCall:
@@ -159,6 +161,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
         generic = _generic_run(forward, args, kwargs, x, lambda other: returned_watch(other, site))
         with returned_watch(x, site) as watch:
             output = forward(*args, **kwargs)
+        # Every sequence is differentiated, so none is left out of the sample.
         seen, every = watch.floating(), torch.arange(site.batch_size(x), device=x.device)
 
         def reads_matrix(candidate: torch.Tensor) -> bool:
@@ -273,6 +276,7 @@ def _selected(
             f"routing='frozen': {name} computed {len(seen)} tensors that may be weights, and {len(generic)} when it ran at "
             f"other streams; expected the same computation; {INSTEAD}"
         )
+    # The i-th tensors of both runs are counterparts, since one computation made them in one order.
     return [tensor for tensor, other in zip(seen, generic, strict=True) if explains(other)]
 
 
@@ -309,6 +313,7 @@ def _with_constants(
         if not tensor.is_floating_point():
             continue
         views = as_views(tensor, *read.shape)
+        # To the bit: the parts contain this very output, and another output of its shape may come near it.
         if views is not None and torch.equal(views, parts.branch_in):
             branch_in = _valued(rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
             changes[id(tensor)] = branch_in
@@ -356,13 +361,14 @@ def _with_linear_form(output: Any, branch_out: torch.Tensor, call: FrozenCall) -
         return canonical_streams(call.site, t, batch_size)
 
     candidates = [m.to(streams.dtype) @ streams + written for m in orientations(parts.mix, streams)]
+    # A symmetric H_res makes both candidates equal; otherwise only one gives the state that came.
     path = min(candidates, key=lambda form: relative_error(form - arrange(state), arrange(state)))
     return replaced(output, {id(state): _valued(rearranged(path, arrange, state), state)})
 
 
 def orientations(mix: torch.Tensor | None, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """H_res in both orientations, since only its effect shows which one is applied."""
-    if mix is None:
+    if mix is None:  # nothing mixes: H_res = I
         return (torch.eye(streams.shape[2], device=streams.device),)
     return mix, mix.mT
 

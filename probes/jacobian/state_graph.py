@@ -103,6 +103,7 @@ class StateGraph:
 
     def _positions(self, depth: int) -> torch.Tensor:
         """Flat positions of a state's entries, (B, T, N, D)."""
+        # Numbered entries are rearranged as the state would be: its layout is known in one place only.
         state = self.states[depth]
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
         return canonical(
@@ -178,6 +179,7 @@ def state_graph(
 
 
 def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> None:
+    # A list or a loader means several batches elsewhere; a Jacobian is that of one forward.
     if not isinstance(batch, (Mapping, torch.Tensor, tuple)):
         raise JacobianError(
             f"a batch of type {type(batch).__name__} came; expected one mapping, tensor or tuple"

@@ -82,6 +82,7 @@ def describe_weights(path: str | Path) -> StaticDescription:
     inventory = take_inventory(path)
     found = find_connections(inventory.tensors)
     _require_no_absent_connection(path, inventory, [one for _, one in found])
+    # A setting that config.json lacks gets the family's default, and the page lists it as assumed.
     config = _config(path if path.is_dir() else path.parent)
     defaults = {name: value for pattern, _ in found for name, value in pattern.settings.items()}
     settings = {name: _number(config, name) for name in defaults}
@@ -91,6 +92,7 @@ def describe_weights(path: str | Path) -> StaticDescription:
         (pattern, _connection(pattern, one, values, {**defaults, **known}, inventory))
         for pattern, one in found
     ]
+    # A head reads the streams and mixes nothing, so that it is no factor of the products.
     connections = tuple(one for pattern, one in described if not pattern.head)
     products = tuple(composites(connections))
     return StaticDescription(
@@ -134,6 +136,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -215,6 +218,7 @@ def _parameters(found: FoundTensors) -> list[Parameter]:
 
 
 def _plain(value: Any) -> Any:
+    # Not dataclasses.asdict, which leaves arrays and tuples as they are: json writes neither.
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):

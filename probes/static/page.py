@@ -9,7 +9,7 @@ import numpy as np
 
 from depthscope.probes.static.facts import StaticComposite, StaticConnection
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # describe imports this file
     from depthscope.probes.static.describe import StaticDescription
 
 COLUMNS = (
@@ -17,7 +17,7 @@ COLUMNS = (
     "to I", "to J/n",
 )  # fmt: skip
 PARTS = ("pre", "post", "res")
-NOTHING = "–"
+NOTHING = "–"  # the files do not determine it, or it is the same in every model
 
 
 def page(found: StaticDescription) -> str:
@@ -119,10 +119,12 @@ def _row(one: StaticConnection) -> list[str]:
     facts = one.mixing
     if facts is None or not one.learns_mixing:  # a matrix that is the same in every model is no news
         return described + [NOTHING] * (len(COLUMNS) - len(described))
+    # σ₂ and not σ₁, which is 1 for every doubly stochastic matrix.
     numbers = (
         facts.singular_values[1], facts.spectral_gap, facts.off_diagonal,
         facts.identity_distance, facts.uniform_distance,
     )  # fmt: skip
+    # Four digits: sums are near 1, and how near is what the columns show.
     sums = [_span(sums, digits=4) for sums in (facts.row_sums, facts.column_sums)]
     return described + sums + [f"{number:.2g}" for number in numbers]
 

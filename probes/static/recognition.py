@@ -85,6 +85,7 @@ def place_of(module: str, inside: Sequence[str] = ()) -> Place:
     # the first number of a path counts the blocks; what follows it names the part of the block
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     own = parts if at is None else parts[at + 1 :]
+    # The innermost name is the most specific one; what is inside the module counts last.
     branch = next((found for text in (*reversed(own), *inside) if (found := _branch(text))), "block")
     return Place("", -1, branch) if at is None else Place(".".join(parts[:at]), int(parts[at]), branch)
 
@@ -97,5 +98,6 @@ def _order(module: str) -> tuple[Any, ...]:
     """Sort key: chain, then every number of the path, then attention before feed-forward, as blocks run them."""
     ranks = {branch: rank for rank, (branch, _) in enumerate(BRANCHES)}
     place = place_of(module)
+    # As numbers: sorted as text, block 10 would come before block 2.
     numbers = tuple(int(part) for part in module.split(".") if part.isdigit())
     return place.chain, numbers, ranks.get(place.branch, len(ranks)), module
