@@ -71,7 +71,7 @@ def capture(
     """
     session = Session(model, Options(**options))
     gradients = session.options.gradients
-    step, losses = [TokenSums()], []
+    step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
     sequences = 0
     with preserved_state(model), _differentiable(model, gradients), eager():
         for item in batches(batch):
@@ -83,6 +83,7 @@ def capture(
         raise CaptureError(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
+    # Without gradients a batch needs no loss, and some batches may carry one all the same.
     known = [value for value in losses if value is not None]
     row = StepStatistics(
         0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
@@ -102,7 +103,7 @@ def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured,
         if gradients and value is not None:
             _backward(value, session.forwards[-1])
             session.raise_first_error()
-        (measured,) = session.fold()
+        (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, None if value is None else float(value.detach())
     finally:
         session.detach()
@@ -111,6 +112,7 @@ def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured,
 def _with_gradients(batch: Any) -> Any:
     """The batch with aliases of its floating leaves that require gradients, so that the first state has one too."""
     if isinstance(batch, torch.Tensor):
+        # An alias, since the flag would stay on the user's tensor; one with a history of its own carries a gradient already.
         return batch.detach().requires_grad_() if batch.is_floating_point() and batch.is_leaf else batch
     if isinstance(batch, Mapping):
         # A mask that requires gradients would switch fused attention off.
@@ -145,6 +147,7 @@ def _backward(value: torch.Tensor, forward: Forward) -> None:
     """Run the backward up to the first states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
+    # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
     torch.autograd.grad(value, forward.first_states, allow_unused=True)
 
 

@@ -162,6 +162,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _config(folder: Path) -> Any:
+    # Imported here and below: a factory or a GGUF error needs no transformers, whose import is slow.
     from transformers import AutoConfig
 
     try:
@@ -187,6 +188,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    # Nothing is fetched, no pickled code runs, and the report lists the weights that are missing.
     options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
     if dtype is not None:
         options["dtype"] = dtype
@@ -215,7 +217,7 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
 
 
 def _tokenizer(folder: Path) -> Any | None:
-    # Asked first: without these files AutoTokenizer raises errors that do not tell "none" from "broken".
+    # Checked first: without these files AutoTokenizer raises errors that do not tell "none" from "broken".
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -270,7 +272,7 @@ def _call_factory(spec: str, factory: Any) -> nn.Module:
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
         )
     try:
-        inspect.signature(factory).bind()  # asked before the call, whose own TypeErrors are the user's to see
+        inspect.signature(factory).bind()  # before the call, whose own TypeErrors are the user's to see
     except TypeError as error:
         raise CheckpointError(
             f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"

@@ -120,15 +120,12 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
     """
     ids = batch["input_ids"].cpu().numpy()
     # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.
-    known = {int(token): _token_text(loaded.tokenizer, int(token)) for token in np.unique(ids)}
+    decode = chr if loaded.tokenizer is None else lambda token: str(loaded.tokenizer.decode([token]))
+    known = {int(token): decode(int(token)) for token in np.unique(ids)}
     texts = np.array([[known[int(token)] for token in row] for row in ids], dtype=object)
     if "attention_mask" in batch:
         texts[batch["attention_mask"].cpu().numpy() == 0] = ""
     return texts
-
-
-def _token_text(tokenizer: Any | None, token: int) -> str:
-    return chr(token) if tokenizer is None else str(tokenizer.decode([token]))
 
 
 def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:

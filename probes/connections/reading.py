@@ -1,4 +1,4 @@
-"""What are the coefficients of one call of a connection? What its family reads, for the tokens that are asked for.
+"""What are the coefficients of one call of a connection? What its family reads, for the requested tokens.
 
 Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 """
@@ -127,6 +127,7 @@ def watched_read(
         None where no tensor explains the branch input.
     """
     streams = canonical_streams(site, x)
+    # A first forward is watched on the sample alone, later ones on all sequences: the number of elements tells which.
     of_all, of_sample = streams.shape[:-1], streams[rows].shape[:-1]
     candidates = []
     for tensor in seen:

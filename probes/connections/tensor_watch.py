@@ -54,7 +54,7 @@ class Watch(TorchFunctionMode):
         return result
 
     def floating(self) -> list[torch.Tensor]:
-        """The floating ones of the tensors that were seen, the last one first: what is applied is computed last."""
+        """The floating ones of the tensors that passed, the last one first: what is applied is computed last."""
         return [tensor.detach() for tensor in reversed(self.seen.values()) if tensor.is_floating_point()]
 
 

@@ -104,11 +104,11 @@ def differentiable_states(
         ExitStack() as stack,
         explained(),
     ):
-        _own_buffers(model)
-        _watch(stack, model, chain, range(start, stop + 1), meet)
-        call_model(model, _aliases(batch))
+        _copy_buffers(model)
+        _hook_states(stack, model, chain, range(start, stop + 1), meet)
+        call_model(model, _aliased(batch))
     _require_linked(chain, states, versions, start, stop)
-    _require_kept(model, states[start], states[stop])
+    _require_no_recomputation(model, states[start], states[stop])
     return states
 
 
@@ -136,7 +136,7 @@ def _require_linked(
             )
 
 
-def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
+def _require_no_recomputation(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse a graph that is recomputed (activation checkpointing).
 
     The recomputation runs without this module's hooks, so another function would be differentiated. One backward shows it.
@@ -155,7 +155,7 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
         raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
 
 
-def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
+def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
     """Call ``meet`` with every state of the chain as it passes; the model goes on with what it returns."""
     modules = dict(model.named_modules(remove_duplicate=False))  # a shared block has several paths
     wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
@@ -165,9 +165,9 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
         sides[place.at][place.index] = depth
     for (path, method), sides in wanted.items():
         module = modules[path]
-        before, after = _before(sides["input"], meet), _after(sides["output"], meet)
+        before, after = _input_hook(sides["input"], meet), _output_hook(sides["output"], meet)
         if method != FORWARD:
-            replace_method(stack, module, method, _between(getattr(module, method), before, after))
+            replace_method(stack, module, method, _with_method_hooks(getattr(module, method), before, after))
             continue
         if sides["input"]:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -175,7 +175,7 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
             stack.callback(module.register_forward_hook(after).remove)
 
 
-def _between(
+def _with_method_hooks(
     method: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A method with hooks that may replace its arguments and its result, which torch has for modules only."""
@@ -189,7 +189,7 @@ def _between(
     return around
 
 
-def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+def _input_hook(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
     turn = count()  # one module may be called several times in a forward
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -201,7 +201,7 @@ def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
     return hook
 
 
-def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+def _output_hook(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
     turn = count()
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -227,7 +227,7 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _own_buffers(model: nn.Module) -> None:
+def _copy_buffers(model: nn.Module) -> None:
     """Buffers that this forward may write and its graph may keep; `preserved_state` puts the model's own back."""
     # By identity, so that modules which share a buffer go on sharing it.
     copies: dict[int, torch.Tensor] = {}
@@ -237,7 +237,7 @@ def _own_buffers(model: nn.Module) -> None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
 
 
-def _aliases(batch: Any) -> Any:
+def _aliased(batch: Any) -> Any:
     """The batch with its own view of every floating tensor, since one of them may be the first state."""
     if isinstance(batch, torch.Tensor):
         if not batch.is_floating_point():
@@ -245,6 +245,6 @@ def _aliases(batch: Any) -> Any:
         # A view of an inference tensor is one too, and records no graph.
         return batch.clone() if batch.is_inference() else batch.detach()
     if isinstance(batch, Mapping):
-        return {name: _aliases(value) for name, value in batch.items()}
+        return {name: _aliased(value) for name, value in batch.items()}
     # Of exactly these types: a named tuple takes its items one by one.
-    return type(batch)(_aliases(value) for value in batch) if type(batch) in (tuple, list) else batch
+    return type(batch)(_aliased(value) for value in batch) if type(batch) in (tuple, list) else batch

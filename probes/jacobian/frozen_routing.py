@@ -167,7 +167,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
         def reads_matrix(candidate: torch.Tensor) -> bool:
             return _succeeds(lambda: family.read(site, generic.x, generic.result, lambda: [candidate]))
 
-        matrices = _selected(seen, generic.seen, reads_matrix, name)
+        matrices = _tensors_that_explain(seen, generic.seen, reads_matrix, name)
         parts = family.read(site, x.detach(), _detached(output), lambda: matrices)
         if parts.read is None:
             at = family.read(site, generic.x, generic.result, lambda: generic.seen).branch_in.squeeze(2)
@@ -175,7 +175,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
             def reads_branch(candidate: torch.Tensor) -> bool:
                 return watched_read(site, generic.x, every, at, [candidate]) is not None
 
-            vectors = _selected(seen, generic.seen, reads_branch, name)
+            vectors = _tensors_that_explain(seen, generic.seen, reads_branch, name)
             read = watched_read(site, x.detach(), every, parts.branch_in.squeeze(2), vectors)
             if read is None:  # least-squares weights would not be the module's own where streams are copies
                 raise StreamConnectionError(
@@ -208,7 +208,7 @@ def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[
         def reads(candidate: torch.Tensor) -> bool:
             return _succeeds(lambda: family.read(site, batch_size, generic.x, generic.result, [candidate]))
 
-        seen = _selected(watch.floating(), generic.seen, reads, name)
+        seen = _tensors_that_explain(watch.floating(), generic.seen, reads, name)
         parts = family.read(site, batch_size, x.detach(), _detached(result), seen)
         assert parts.read is not None
         result, branch_in = _with_constants(result, x, site, batch_size, parts, name)
@@ -264,7 +264,7 @@ def _generic_run(
     return _GenericRun(other, result, watch.floating())
 
 
-def _selected(
+def _tensors_that_explain(
     seen: list[torch.Tensor],
     generic: list[torch.Tensor],
     explains: Callable[[torch.Tensor], bool],
@@ -315,7 +315,7 @@ def _with_constants(
         views = as_views(tensor, *read.shape)
         # To the bit: the parts contain this very output, and another output of its shape may come near it.
         if views is not None and torch.equal(views, parts.branch_in):
-            branch_in = _valued(rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
+            branch_in = _with_value(rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
             changes[id(tensor)] = branch_in
         else:
             changes[id(tensor)] = _mixed_or_detached(tensor, streams, site, parts.mix)
@@ -343,7 +343,7 @@ def _mixed_or_detached(
     for matrix in orientations(mix, streams):
         mixed = matrix.to(streams.dtype) @ streams
         if relative_error(mixed - values, values) <= tolerance(streams.dtype):
-            return _valued(rearranged(mixed, arrange, tensor), tensor)
+            return _with_value(rearranged(mixed, arrange, tensor), tensor)
     return tensor.detach()
 
 
@@ -363,7 +363,7 @@ def _with_linear_form(output: Any, branch_out: torch.Tensor, call: FrozenCall) -
     candidates = [m.to(streams.dtype) @ streams + written for m in orientations(parts.mix, streams)]
     # A symmetric H_res makes both candidates equal; otherwise only one gives the state that came.
     path = min(candidates, key=lambda form: relative_error(form - arrange(state), arrange(state)))
-    return replaced(output, {id(state): _valued(rearranged(path, arrange, state), state)})
+    return replaced(output, {id(state): _with_value(rearranged(path, arrange, state), state)})
 
 
 def orientations(mix: torch.Tensor | None, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -373,7 +373,7 @@ def orientations(mix: torch.Tensor | None, streams: torch.Tensor) -> tuple[torch
     return mix, mix.mT
 
 
-def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _with_value(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A tensor with the value of one and the derivative of the other, so that freezing moves no state."""
     return value.detach() + (path - path.detach())
 

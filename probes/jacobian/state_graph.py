@@ -120,7 +120,7 @@ class StateGraph:
         if self.mask is not None:
             selected &= self.mask.to(selected.device)
         if self.selection.positions is not None:
-            selected &= _chosen(self.selection.positions, selected.shape[1]).to(selected.device)
+            selected &= _position_mask(self.selection.positions, selected.shape[1]).to(selected.device)
         if not selected.any():
             raise JacobianError("the mask and positions= leave no real token; expected at least one")
         # One token of every sequence makes a group: sequences do not see each other, so a single backward serves all of them.
@@ -156,9 +156,9 @@ def state_graph(
         Where the depths are unknown or nothing links them.
     """
     _require_readable(model, batch, selection)
-    session, forward = _discovered(model, batch, selection)
+    session, forward = _find_chains(model, batch, selection)
     number = _chain_number(session.structure.chains, selection.chain)
-    first, last = _depths(session.structure.chains[number], start, stop)
+    first, last = _valid_depths(session.structure.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
     with constant_routing(session, first, last) if frozen else nullcontext() as routing:
         states = differentiable_states(model, batch, session.structure.chains[number], first, last)
@@ -197,7 +197,7 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
         )
 
 
-def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
+def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
     session = Session(model, selection.options)
     session.attach()
@@ -220,7 +220,7 @@ def _chain_number(chains: Sequence[Chain], name: str | None) -> int:
     return names.index(name)
 
 
-def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
+def _valid_depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
     deepest = len(chain.points) - 1
     stop = deepest if stop is None else stop
     for name, depth in (("start", start), ("stop", stop)):
@@ -233,7 +233,7 @@ def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
     return start, stop
 
 
-def _chosen(positions: Sequence[int], num_tokens: int) -> torch.Tensor:
+def _position_mask(positions: Sequence[int], num_tokens: int) -> torch.Tensor:
     outside = [position for position in positions if not 0 <= position < num_tokens]
     if outside:
         raise JacobianError(

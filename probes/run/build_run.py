@@ -52,6 +52,7 @@ def build_run(
     ReconstructionError
         Where a connection's coefficients do not give its next state.
     """
+    # Slots of the reservoir are in no order; the samples of a run are in that of the data.
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
     evidence = gather_evidence(sampled_joints(session, sequences))
     covered = coverage(session, evidence)

@@ -134,7 +134,7 @@ def _branch_variables(number: int, chain: Chain, sequences: list[Sequence], toke
     errors = []
     for connection in chain.connections:
         if connection.style == "normed":
-            errors.append(math.nan)  # the next state is a norm of the sum; the sum itself was not seen
+            errors.append(math.nan)  # the next state is a norm of the sum; no module shows the sum itself
             continue
         change = (states(connection.depth_out) - states(connection.depth_in)).double()
         # Parallel branches, as of GPT-J, start from one state and are added together.

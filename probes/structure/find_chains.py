@@ -46,7 +46,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     Returns
     -------
     list of Chain
-        The largest chain first; more than one for an encoder and a decoder.
+        In the order in which they run; more than one for an encoder and a decoder.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     histories = history_chain(tape)
     if histories is not None:
         return [_with_final(tape, histories)]
-    runs = _runs(tape, model)
+    runs = _chosen_runs(tape, model)
     if not runs:
         raise ChainError(
             "no chain of blocks was found: no two calls of like modules hand one tensor on. "
@@ -85,8 +85,10 @@ def _with_final(tape: Tape, chain: Chain) -> Chain:
     return replace(chain, final=HookPoint(norm.path, norm.index, "output", last.layer, "final", norm.path))
 
 
-def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
-    found = [(run, size) for run in _candidates(tape) if (size := _size(call.module for call in run))]
+def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
+    found = [
+        (run, size) for run in _candidates(tape) if (size := _num_parameters(call.module for call in run))
+    ]
     if not found:
         return []
     best, best_size = _finest(found)
@@ -173,14 +175,16 @@ def _covers(container: list[Call], run: list[Call]) -> bool:
     rest = [call for call in container if id(call) not in in_run]
     if len(rest) + len(run) > len(container) or any(_has_children(call) for call in rest):
         return False
-    return _size(c.module for c in run) >= FINER_SHARE * _size(c.module for c in container)
+    return _num_parameters(c.module for c in run) >= FINER_SHARE * _num_parameters(
+        c.module for c in container
+    )
 
 
 def _overlap(a: list[Call], b: list[Call]) -> bool:
     return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
 
 
-def _size(modules: Iterable[nn.Module]) -> int:
+def _num_parameters(modules: Iterable[nn.Module]) -> int:
     parameters = {id(p): p.numel() for module in modules for p in module.parameters()}  # shared ones once
     return sum(parameters.values())
 
@@ -202,7 +206,7 @@ def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[C
     calls = {path: [call for call in tape.calls if call.path == path] for path in wanted}
     for path in wanted:
         if path not in modules:
-            raise ChainError(f"no module {path!r} in the model; {_closest(path, modules)}")
+            raise ChainError(f"no module {path!r} in the model; {_closest_paths(path, modules)}")
         if not calls[path]:
             raise ChainError(f"the module {path!r} was never called in the forward; name modules that run")
     blocks = sorted((call for path in wanted for call in calls[path]), key=lambda call: call.order)
@@ -240,7 +244,7 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
         expression = re.escape(pattern).replace(r"\{i\}", r"\d+").replace(r"\*", r"[^.]+")
         found = [path for path in modules if re.fullmatch(expression, path)]
         if not found:
-            raise ChainError(f"the pattern {pattern!r} names no module; {_closest(pattern, modules)}")
+            raise ChainError(f"the pattern {pattern!r} names no module; {_closest_paths(pattern, modules)}")
         return found
     container = modules.get(pattern)
     if isinstance(container, (nn.ModuleList, nn.Sequential)):
@@ -248,7 +252,7 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
     return [pattern]
 
 
-def _closest(path: str, modules: dict[str, nn.Module]) -> str:
+def _closest_paths(path: str, modules: dict[str, nn.Module]) -> str:
     return did_you_mean(path, modules, otherwise="print the model to see its module paths")
 
 

@@ -19,7 +19,7 @@ FINAL = -1  # used as a depth: the state after the last norm
 
 
 class CapturedState(NamedTuple):
-    """One state that is captured in every forward: the number of its chain, its depth, and where it is seen."""
+    """One state that is captured in every forward: the number of its chain, its depth, and what shows it."""
 
     chain: int
     depth: int  # or `FINAL`

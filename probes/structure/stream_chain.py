@@ -44,7 +44,7 @@ State = list[Observation]  # those that show one and the same value, in order
 def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     """A chain with streams: the input of every connection, and each state that differs from it before the next one.
 
-    A state that changes outside of the connections, by a per-layer embedding for one, is seen before and after that change.
+    A state that changes outside of the connections, as by a per-layer embedding, is captured before and after the change.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     Raises
     ------
     ChainError
-        Where the state after the last connection is seen by no module.
+        Where no module shows the state after the last connection.
     """
     layers = layer_numbers(connections)
     first = connections[0]
@@ -93,7 +93,9 @@ def _observations_after(tape: Tape, call: Call, following: Call | None) -> list[
     if following is not None:
         found.append(Observation(following, "input"))
     elif not found:
-        found = [Observation(later, "input") for later in _later_calls(tape, call)][:1]
+        # After the last connection any later call that takes a tensor of the streams' shape shows the state, the first one best.
+        later = (c for c in tape.calls[call.order + 1 :] if c.x_shape == call.x_shape and not c.inside(call))
+        found = [Observation(taker, "input") for taker in later][:1]
     if not found:
         raise ChainError(
             f"the state after the last connection {call.path!r} (shape {call.x_shape}) is seen by no module: "
@@ -112,12 +114,6 @@ def _blocks_that_end(call: Call, following: Call | None) -> Iterator[Call]:
         closed = call.closing is not None and same_tensor(around.y, call.closing.y)
         if around.x_shape == around.y_shape == call.x_shape and (closed or not own):
             yield around
-
-
-def _later_calls(tape: Tape, last: Call) -> Iterator[Call]:
-    for later in tape.calls[last.order + 1 :]:
-        if later.x_shape == last.x_shape and not later.inside(last):
-            yield later
 
 
 def _distinct(observations: list[Observation]) -> list[State]:

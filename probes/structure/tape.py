@@ -22,7 +22,9 @@ from depthscope.probes.model.tensors import first_float, floats_in, version
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
 RECENT = 8  # the producer of a tensor is one of this many calls that ended last
-PAST_CALLS = 4 * RECENT  # and an earlier state of a depth history was seen by one of so many that began last
+PAST_CALLS = (
+    4 * RECENT
+)  # and an earlier state of a depth history was passed to one of so many that began last
 
 FORWARD = "forward"
 
@@ -69,7 +71,7 @@ class Call:
     # Of a depth-history connection: the call that shows its newest past state, and at which side.
     past: tuple[Call, str] | None = None
     children: list[Call] = field(default_factory=list)
-    branch_sums: Any = None  # of a block: how its branches are added, where that was asked for
+    branch_sums: Any = None  # of a block: how its branches are added, where that was requested
     level: int = 0
     # Why the tensors of an ended call are still needed; see `Tape._release`.
     runs: int = 0  # by so many runs of linked calls
@@ -108,7 +110,7 @@ class Call:
 class Tape:
     """The calls of one forward.
 
-    A tape of all tensors would hold every activation of the model at once, also where the user computes without a graph. So
+    A tape of all tensors would keep every activation of the model at once, also where the user computes without a graph. So
     the tensors of an ended call are released as soon as nothing can need them: the runs of calls that link output to input
     (a chain may be one of them), the modules that the user named, and the connections keep theirs.
 

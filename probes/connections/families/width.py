@@ -84,7 +84,7 @@ def watch(site: Site, x: torch.Tensor) -> Watch:
 
 
 def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[torch.Tensor]) -> Parts:
-    """The weights in that matrix, of all that were seen, that explains both the branch input and the mixed streams.
+    """The weights in that matrix, of all that the module computed, that explains both the branch input and the mixed streams.
 
     ``result`` is ``(branch_input, residuals, {"beta": …})``; the matrix of the `Parts` is source by destination, as in the
     module.
