@@ -93,7 +93,7 @@ def _observations_after(tape: Tape, call: Call, following: Call | None) -> list[
     if following is not None:
         found.append(Observation(following, "input"))
     elif not found:
-        # After the last connection any later call that takes a tensor of the streams' shape shows the state, the first one best.
+        # After the last connection any later call that takes a tensor of the streams' shape may show the state: the first one.
         later = (c for c in tape.calls[call.order + 1 :] if c.x_shape == call.x_shape and not c.inside(call))
         found = [Observation(taker, "input") for taker in later][:1]
     if not found:
