@@ -41,6 +41,7 @@ class LucidrainsLM(nn.Module):
     ):
         super().__init__()
         module = constrained if family == "mhc" else free
+        # disable gives plain residual blocks of the same classes, so that families differ in the connections alone.
         init, self.expand, self.reduce = module.get_init_and_expand_reduce_stream_functions(
             streams, dim=width, disable=family == "residual"
         )
