@@ -167,7 +167,7 @@ def test_a_batch_with_more_sequences_than_are_stored(name):
     trace = run["trace"].to_dataset()
     assert trace.sizes["sample"] == 3
     for number, mix in enumerate(mixes):
-        np.testing.assert_allclose(trace.h_res.values[number], mix[trace.sample.values].numpy(), atol=1e-6)
+        np.testing.assert_allclose(trace.h_res.values[number], mix.numpy()[trace.sample.values], atol=1e-6)
     # the gains are those of every token, whichever sequences are stored
     everything = probes.capture(model, ids, max_sequences=7)
     np.testing.assert_allclose(
