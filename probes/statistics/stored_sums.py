@@ -19,9 +19,8 @@ from depthscope.probes.statistics.second_moments import Moments
 from depthscope.probes.statistics.streamed_sums import MEAN, StreamedSums
 
 MAX_STORED_BYTES = 2**28  # of one stage's products (a heuristic of ours: a run is a file that people share)
-HASH = (
-    "multiply-xorshift 0x45D9F3B, of sequence and position"  # sketches by different hashes must not be added
-)
+# Stored with the sums: sketches by different hashes must not be added.
+HASH = "multiply-xorshift 0x45D9F3B, of sequence and position"
 MOMENT_VARIABLES = ("sum_mean", "sum_size", "sum_product")
 SKETCH_VARIABLES = (
     *("sum_token_mean", "sum_token_square", "sum_bucket", "sum_sign"),

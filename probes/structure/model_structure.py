@@ -33,7 +33,7 @@ class Structure:
     Parameters
     ----------
     chains : tuple of Chain
-        The largest one first.
+        In the order in which they run.
     layouts : tuple of str
         Axes of the states, one text for each chain.
     sites : mapping of int to Site
