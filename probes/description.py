@@ -172,13 +172,13 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         sites={site: sites.count(site) for site in dict.fromkeys(sites)},
         reconstruction_error=run.attrs.get("reconstruction_error"),
         reconstruction_tolerance=run.attrs.get("reconstruction_tolerance"),
-        connections=tuple(_connections(leading)),
+        connections=tuple(_connection_facts(leading)),
         changes_outside=tuple(run.attrs.get("changes_outside", ())),
-        coverage=tuple(_coverage(run)),
+        coverage=tuple(_coverage_rows(run)),
     )
 
 
-def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
+def _connection_facts(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
     """The connections with streams; those of plain blocks have no weights to prove."""
     for number in range(trace.sizes["connection"] if "h_res" in trace else 0):
         at = trace.isel(connection=number)
@@ -196,7 +196,7 @@ def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
         )
 
 
-def _coverage(run: xr.DataTree) -> Iterator[dict[str, Any]]:
+def _coverage_rows(run: xr.DataTree) -> Iterator[dict[str, Any]]:
     # Plain values, row by row: a description is written as JSON.
     table = run["coverage"].to_dataset()
     for number in range(table.sizes["place"]):

@@ -73,9 +73,9 @@ def capture(
     gradients = session.options.gradients
     step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
     sequences = 0
-    with preserved_state(model), _differentiable(model, gradients), eager():
+    with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
-            measured, value = _measure(session, item, loss)
+            measured, value = _measure_batch(session, item, loss)
             sequences += measured.batch_size
             losses.append(value)
             step = merge_sums(step, measured.sums)
@@ -91,7 +91,7 @@ def capture(
     return build_run(session, [row], step, attrs=attrs, token_text=token_text)
 
 
-def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
+def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
@@ -101,7 +101,7 @@ def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured,
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
         if gradients and value is not None:
-            _backward(value, session.forwards[-1])
+            _run_backward(value, session.forwards[-1])
             session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, None if value is None else float(value.detach())
@@ -143,7 +143,7 @@ def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -
     return None
 
 
-def _backward(value: torch.Tensor, forward: Forward) -> None:
+def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     """Run the backward up to the first states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
@@ -152,7 +152,7 @@ def _backward(value: torch.Tensor, forward: Forward) -> None:
 
 
 @contextmanager
-def _differentiable(model: nn.Module, gradients: bool) -> Iterator[None]:
+def _gradients_enabled(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not gradients or any(p.requires_grad for p in parameters):

@@ -133,12 +133,12 @@ def lyapunov_exponents(
         require_rank(k, op)
     # A Gaussian start has a part along every direction, almost surely: none is missed.
     basis = orthonormal(gaussian((blocks[0].shape[1], k), seed, blocks[0]))
-    previous, (basis, increments) = torch.full((k,), torch.nan), _accumulate(blocks, basis)
+    previous, (basis, increments) = torch.full((k,), torch.nan), _multiply_through(blocks, basis)
     for _ in range(sweeps - 1):
         # the transposes turn the basis towards the product's right singular vectors, as a power iteration does
         for op in reversed(blocks):
             basis = orthonormal(columns(op.rmatvec, basis))
-        previous, (basis, increments) = increments.mean(0), _accumulate(blocks, basis)
+        previous, (basis, increments) = increments.mean(0), _multiply_through(blocks, basis)
     # the change in the last sweep, since the distance to the limit is unknown; NaN after a single sweep
     exponents = increments.mean(0)
     return LyapunovSpectrum(
@@ -146,7 +146,7 @@ def lyapunov_exponents(
     )
 
 
-def _accumulate(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply_through(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass through the maps: the last basis, and ln|R_ii| of every map, (L, k)."""
     rows = []
     for op in blocks:

@@ -70,7 +70,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
     chains: list[Chain] = []
-    for name, run in zip(_names(runs), runs, strict=True):
+    for name, run in zip(_chain_names(runs), runs, strict=True):
         chain = _with_final(tape, _linked_chain(run, name))
         chains += split_tracks(chain, run, named=False)
     return chains
@@ -87,11 +87,11 @@ def _with_final(tape: Tape, chain: Chain) -> Chain:
 
 def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     found = [
-        (run, size) for run in _candidates(tape) if (size := _num_parameters(call.module for call in run))
+        (run, size) for run in _candidate_runs(tape) if (size := _num_parameters(call.module for call in run))
     ]
     if not found:
         return []
-    best, best_size = _finest(found)
+    best, best_size = _finest_run(found)
     share = best_size / _trunk_size(model)
     if share < TRUNK_SHARE:
         raise ChainError(
@@ -101,12 +101,12 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     chosen = [best]
     # A model may have several trunks; parts of one trunk, such as its attentions, overlap with it and are left out.
     rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= FURTHER_SHARE * best_size]
-    while rest := [pair for pair in rest if not any(_overlap(pair[0], other) for other in chosen)]:
-        chosen.append(_finest(rest)[0])
+    while rest := [pair for pair in rest if not any(_share_calls(pair[0], other) for other in chosen)]:
+        chosen.append(_finest_run(rest)[0])
     return sorted(chosen, key=lambda run: run[0].order)
 
 
-def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
+def _finest_run(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
     """The longest of the runs that cover nearly as many parameters as the largest one; blocks before single layers.
 
     An MLP may be a longer run of layers than the model is of blocks.
@@ -121,7 +121,7 @@ def _is_block_run(run: list[Call]) -> bool:
     return all(_has_children(call) for call in run if call.x_shape == call.y_shape)
 
 
-def _candidates(tape: Tape) -> list[list[Call]]:
+def _candidate_runs(tape: Tape) -> list[list[Call]]:
     """Runs of one class; and runs in one container, unless they are a class run with a norm or a head at its ends.
 
     Blocks of one model may have several classes, as in hybrids of attention and state-space layers; a container has them all.
@@ -180,7 +180,7 @@ def _covers(container: list[Call], run: list[Call]) -> bool:
     )
 
 
-def _overlap(a: list[Call], b: list[Call]) -> bool:
+def _share_calls(a: list[Call], b: list[Call]) -> bool:
     return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
 
 
@@ -189,7 +189,7 @@ def _num_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(parameters.values())
 
 
-def _names(runs: list[list[Call]]) -> list[str]:
+def _chain_names(runs: list[list[Call]]) -> list[str]:
     """Short distinct names: the first path component in which all chains differ."""
     if len(runs) == 1:
         return [""]
@@ -262,7 +262,7 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
     Where these do not link they are branches, which something outside adds to the state: their outputs are no states, and
     the last state is the input of the next call.
     """
-    chain = _chain(blocks, "")
+    chain = _plain_chain(blocks, "")
     if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
         return chain
     points = list(chain.points[:-1])
@@ -275,7 +275,7 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
 
 def _linked_chain(blocks: list[Call], name: str) -> Chain:
     """A chain of blocks that link; the state before a bridge between stages is the output of the block before it."""
-    chain = _chain(blocks, name)
+    chain = _plain_chain(blocks, name)
     points = list(chain.points)
     shapes = list(chain.shapes)
     for depth, (before, call) in enumerate(pairwise(blocks), 1):
@@ -285,7 +285,7 @@ def _linked_chain(blocks: list[Call], name: str) -> Chain:
     return replace(chain, points=tuple(points), shapes=tuple(shapes))
 
 
-def _chain(blocks: list[Call], name: str) -> Chain:
+def _plain_chain(blocks: list[Call], name: str) -> Chain:
     """A plain chain: the input of every block and the output of the last one."""
     # Where the shape changes there are stages, whose blocks are numbered from 0 each.
     one_shape = len({call.x_shape for call in blocks}) == 1

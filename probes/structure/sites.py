@@ -99,7 +99,7 @@ class Request:
         return (
             any(self.takes_state(chain, depth) for depth in range(len(chain.points)))
             or ("final" in self.kinds and chain.final is not None)
-            or any(self.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
+            or any(self.takes_variable(chain, name) for name in VARIABLES if _has_variable(chain, name))
         )
 
 
@@ -156,7 +156,7 @@ class SiteSelection:
 
     def stores_connections(self, chain: Chain) -> bool:
         """Whether any variable of the connections is stored in the run."""
-        return any(self.stores_variable(chain, name) for name in VARIABLES if _has(chain, name))
+        return any(self.stores_variable(chain, name) for name in VARIABLES if _has_variable(chain, name))
 
     def includes(self, kind: str) -> bool:
         """Whether a kind of site is wanted at all."""
@@ -180,7 +180,7 @@ class SiteSelection:
                 raise SiteError(f"the site {request.name!r} did not fire: {_why_missing(chains, request)}")
 
 
-def _has(chain: Chain, variable: str) -> bool:
+def _has_variable(chain: Chain, variable: str) -> bool:
     # The branches of plain blocks have inputs and outputs, but no weights.
     return bool(chain.connections) and (chain.has_streams or not variable.startswith("h_"))
 
@@ -234,13 +234,13 @@ def select(names: str | Sequence[str] | None) -> SiteSelection:
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted or not all(isinstance(name, str) for name in wanted):
         raise SiteError(f"sites is {names!r}; expected one name or several, such as {', '.join(EXAMPLES)}")
-    return SiteSelection(tuple(_request(name.strip()) for name in wanted))
+    return SiteSelection(tuple(_parse_name(name.strip()) for name in wanted))
 
 
 EXAMPLES = ("'mid'", "'final'", "'h_res'", "'blocks.3.hook_resid_post'", "'hidden_states[2]'")
 
 
-def _request(name: str) -> Request:
+def _parse_name(name: str) -> Request:
     if name in WORDS:
         return Request(name, WORDS[name])
     index = STATE_INDEX.fullmatch(name)

@@ -69,9 +69,9 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     for number, call in enumerate(connections):
         following = connections[number + 1] if number + 1 < len(connections) else None
         next_layer = None if following is None else layers[number + 1]
-        states = _distinct(_observations_after(tape, call, following))
+        states = _distinct_states(_observations_after(tape, call, following))
         found.append(_connection(call, layers[number], len(points) - 1))
-        for state, site in zip(states, _sites(states, layers[number], next_layer), strict=True):
+        for state, site in zip(states, _site_names(states, layers[number], next_layer), strict=True):
             layer = layers[number] if site != "pre" or next_layer is None else next_layer
             producer = call.path if state is states[0] else state[0].call.producer or state[0].call.path
             points.append(_hook_point(state, layer, site, producer))
@@ -116,7 +116,7 @@ def _blocks_that_end(call: Call, following: Call | None) -> Iterator[Call]:
             yield around
 
 
-def _distinct(observations: list[Observation]) -> list[State]:
+def _distinct_states(observations: list[Observation]) -> list[State]:
     """The observations by the values that they show: a new state where the value changes."""
     states: list[State] = []
     for observation in observations:
@@ -127,7 +127,7 @@ def _distinct(observations: list[Observation]) -> list[State]:
     return states
 
 
-def _sites(states: list[State], layer: int, next_layer: int | None) -> list[str]:
+def _site_names(states: list[State], layer: int, next_layer: int | None) -> list[str]:
     """The site of each state up to the next connection: mid inside a block, post after it, pre where the next one begins."""
     if next_layer == layer:
         return ["mid"] * len(states)
