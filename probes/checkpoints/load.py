@@ -121,7 +121,7 @@ def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
         return LoadedModel(model, tokenizer, path.stem, digest, spec)
     if path.is_file():
         raise CheckpointError(_advice_for_file(path))
-    if ":" in spec:
+    if ":" in spec:  # no file has this name, so a factory was meant
         raise CheckpointError(f"got '{spec}', expected 'package.module:function', such as my_models:build")
     raise CheckpointError(f"no such checkpoint: '{spec}'; {EXPECTED}")
 
@@ -138,7 +138,7 @@ def _advice_for_file(path: Path) -> str:
 
 
 def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
-    files = _weight_files(folder)
+    files = _weight_files(folder)  # first of all: a torn file is refused before a model is built
     config = _config(folder)
     model = _pretrained(folder, config, dtype)
     return LoadedModel(model, _tokenizer(folder), folder.resolve().name, file_digest(files), spec)
@@ -250,7 +250,9 @@ def _import_factory(spec: str) -> Any:
     module_name, _, path = spec.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (
+        ModuleNotFoundError
+    ) as error:  # by error.name, since it may be a module that the factory's own one imports
         raise CheckpointError(
             f"no module '{error.name}' to import for '{spec}'; run from its folder, or install it"
         ) from error
@@ -265,7 +267,7 @@ def _import_factory(spec: str) -> Any:
 
 
 def _call_factory(spec: str, factory: Any) -> nn.Module:
-    if isinstance(factory, nn.Module):
+    if isinstance(factory, nn.Module):  # callable too, but a call would be its forward
         return factory
     if not callable(factory):
         raise CheckpointError(

@@ -77,6 +77,7 @@ def read_returned(
         return None, parts
     sampled = parts.at(rows)
     if parts.read is None and not site.reads_features:
+        # A forward connection has one view: its branch takes one tensor.
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
         read = watched_read(site, x, rows, branch_in, computed(rows), write=sampled.write.squeeze(-1))
         # no tensor of the module explains the branch input: it may read by a fused kernel

@@ -54,6 +54,7 @@ class Entries:
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For every group its positions in the packed vector and in the flat state."""
         flat = self.slots.flatten()
+        # A token's N·D entries are neighbours in the packed vector.
         of_entry = self.group.repeat_interleave(self.slots[0].numel())
         members = [(of_entry == number).nonzero().squeeze(-1) for number in range(int(self.group.max()) + 1)]
         return [(member, flat[member]) for member in members]
@@ -163,7 +164,7 @@ def state_graph(
     with constant_routing(session, first, last) if frozen else nullcontext() as routing:
         states = differentiable_states(model, batch, session.structure.chains[number], first, last)
     if routing is not None:
-        with explained():
+        with explained():  # the check runs backwards of its own
             require_frozen(routing, states)
     return StateGraph(
         start=first,

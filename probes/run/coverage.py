@@ -59,6 +59,7 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
 
 def coverage_counts(rows: list[Coverage]) -> dict[str, int]:
     """The attributes of a run that count its sites."""
+    # Sites that were not requested are expected in no forward, and count on neither side.
     expected = [row for row in rows if row.expected]
     return {
         "sites_expected": len(expected),

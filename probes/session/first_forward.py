@@ -279,7 +279,7 @@ def _replay_connection(
             # Its forward alone runs once more, in the user's precision and without hooks, which a call of the module would
             # run: on the sampled sequences for H_pre, on all of them for an H_res that is not returned, whose gains are added
             # up over every token. Where it cannot run again (sharded weights are gone by now, for one) H_pre is solved from
-            # the states.
+            # the states, and an H_res that is not returned is refused.
             with suppress(Exception), user_autocast(), watch:
                 call.module.forward(chosen)
             return watch.floating()

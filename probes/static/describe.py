@@ -218,7 +218,7 @@ def _parameters(found: FoundTensors) -> list[Parameter]:
 
 
 def _plain_values(value: Any) -> Any:
-    # Not dataclasses.asdict, which leaves arrays and tuples as they are: json writes neither.
+    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
     if is_dataclass(value):
         return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
