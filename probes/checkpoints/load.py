@@ -250,9 +250,8 @@ def _import_factory(spec: str) -> Any:
     module_name, _, path = spec.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except (
-        ModuleNotFoundError
-    ) as error:  # by error.name, since it may be a module that the factory's own one imports
+    except ModuleNotFoundError as error:
+        # By error.name: what is missing may be a module that the factory's own one imports.
         raise CheckpointError(
             f"no module '{error.name}' to import for '{spec}'; run from its folder, or install it"
         ) from error

@@ -219,6 +219,7 @@ DECODERS = (
     ),
     _decoder("mixtral", "Mixtral", **FEED, num_local_experts=4, num_key_value_heads=2),
     _decoder("qwen3_moe", "Qwen3Moe", **FEED, **ROUTED, num_experts=4, num_key_value_heads=2, head_dim=8),
+    # One dense block and then routed ones: blocks of one class with different parts.
     _decoder(
         "deepseek_v3", "DeepseekV3", **FEED, **ROUTED, n_routed_experts=4, n_group=1, topk_group=1, kv_lora_rank=16,
         q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
@@ -420,6 +421,7 @@ def _timm_mixer() -> nn.Module:
 IMAGES = (
     _image_model("resnet18", "torchvision", partial(_torchvision_resnet, False, [2, 2, 2, 2]), "layer*.{i}", 8),
     _image_model("resnet50", "torchvision", partial(_torchvision_resnet, True, [3, 4, 6, 3]), "layer*.{i}", 16),
+    # ConvNeXt and Swin have their stages at odd positions, with a downsampling module between two of them.
     _image_model("convnext", "torchvision", _torchvision_convnext, "features.[135].{i}", 6),
     _image_model("swin", "torchvision", partial(_torchvision_swin, 1), "features.[13].{i}", 4),
     _image_model("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
@@ -471,6 +473,7 @@ def _esmfold() -> nn.Module:
         "num_blocks": 3, "sequence_state_dim": 16, "pairwise_state_dim": 8, "sequence_head_width": 4,
         "pairwise_head_width": 4, "position_bins": 4, "chunk_size": None, "max_recycles": 1, "structure_module": structure,
     }  # fmt: skip
+    # fp16_esm, which is on by default, would run the language model in half precision.
     config = transformers.EsmConfig(
         vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
         mask_token_id=32, max_position_embeddings=64, position_embedding_type="rotary", is_folding_model=True,
