@@ -275,7 +275,7 @@ def _shift(state_BTND: torch.Tensor, mean_ND: torch.Tensor, usable_t: torch.Tens
 
 
 def _buffered(states: list[_State]) -> _Buffered:
-    """Join the depths of a stage: only together they tell which tokens are left out, and which are heavy."""
+    """Join the depths of a stage: only together they show which tokens are left out, and which are heavy."""
     views = [state.views[MEAN].signed_tD for state in states]
     device, drawn, masked_t = views[0].device, states[0].drawn, states[0].real_t
     norm_Lt = torch.stack([torch.linalg.vector_norm(x_tD, dim=1).to(device, torch.float32) for x_tD in views])

@@ -156,7 +156,7 @@ class WeightUpdates:
         trained = {name: of for name, of in self._before.items() if of.copy is not None}
         distances = _read_back({name: _square_distance(of) for name, of in trained.items()})
         # The version counter tells a step that changed nothing (update 0) from no step (undefined). A write through .data
-        # does not count, so that the distances are asked too.
+        # does not count, so that the distances are looked at too.
         written = any(version(of.parameter) != of.version for of in trained.values())
         return distances if written or any(distances.values()) else {}
 

@@ -186,7 +186,7 @@ def _has_variable(chain: Chain, variable: str) -> bool:
 
 
 def _why_missing(chains: Sequence[Chain], request: Request) -> str:
-    # The narrowest reason first: a block that does not exist says more than a kind that the model lacks.
+    # The narrowest reason first: a block that does not exist explains more than a kind that the model lacks.
     blocks = max(_num_blocks(chain) for chain in chains)
     if request.block is not None and request.block >= blocks:
         return f"the model has the blocks 0 … {blocks - 1}"

@@ -133,7 +133,7 @@ class Connection(nn.Module):
 
     def __init__(self, read: torch.Tensor, mix: torch.Tensor, write: torch.Tensor):
         super().__init__()
-        # Cloned: a caller passes one tensor to several connections, which then learn apart.
+        # Cloned: a caller passes one tensor to several connections, each of which learns its own.
         self.read, self.mix, self.write = (nn.Parameter(each.clone()) for each in (read, mix, write))
 
     def mixing(self) -> torch.Tensor:
