@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-# Numbers of each parameter. An optimiser's step changes nearly all of them, so that a few are enough; `checkpoints.digests` reads
+# Numbers of each parameter. An optimiser's step changes nearly all of them, so that a few do; `checkpoints.digests` reads
 # all, which takes seconds for a large model.
 NUMBERS_PER_PARAMETER = 256
 SHARDED = "FullyShardedDataParallel"  # its parameters are shards, but look like plain ones
