@@ -100,12 +100,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("app", "diagnostics", "probes"):
-        return importlib.import_module(f"depthscope.{name}")
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'depthscope' has no attribute {name!r}; public names: {', '.join(__all__)}")
+# Type checkers read the imports above; for them an unknown name must stay an error.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in ("app", "diagnostics", "probes"):
+            return importlib.import_module(f"depthscope.{name}")
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(
+            f"module 'depthscope' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
 
 
 def __dir__() -> list[str]:

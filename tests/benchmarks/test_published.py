@@ -12,6 +12,7 @@ from benchmarks.published import dense_connections, results
 from depthscope.diagnostics import schema
 
 
+@pytest.mark.slow
 def test_every_published_number_is_found(capsys):
     assert published.main([]) == 0
     assert "MISSED" not in capsys.readouterr().out

@@ -74,6 +74,7 @@ def test_a_wrong_option_of_analyze_writes_nothing(saved, tmp_path, capsys, optio
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_metrics_that_a_run_contains_stay_with_those_measured_again(saved, tmp_path):
     path = schema.save_run(schema.open_run(saved / "mhc.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--jackknife"]) == FINE

@@ -60,6 +60,7 @@ def test_bundle_is_whole_and_hashed(bundle):
     assert {f"tables/summary.{ending}" for ending in ("tex", "csv", "md")} <= set(files)
 
 
+@pytest.mark.slow
 def test_rerun_gives_identical_bytes(runs, tmp_path, monkeypatch):
     from depthscope.app.paper import contents
 

@@ -10,6 +10,7 @@ from depthscope.app.readings.stored_metrics import renewed
 from depthscope.diagnostics import CATALOGUE, analyze
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["plain", "mhc"])
 def test_measuring_any_metric_again_changes_nothing(whole_run, whole, run):
     stored = whole[run].assign_attrs({COMPLETE: True})

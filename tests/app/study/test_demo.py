@@ -46,6 +46,7 @@ def tiny(monkeypatch):
     return bundles
 
 
+@pytest.mark.slow
 def test_quick_demo_ends_with_everything_written(tmp_path, capsys, tiny):
     assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
     runs = schema.list_runs(tmp_path / "runs")
@@ -71,6 +72,7 @@ def two_metrics(monkeypatch):
     monkeypatch.setattr(demo, "analyze", partial(diagnostics.analyze, metrics=names))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_metrics")
 def test_an_earlier_demo_is_replaced_and_other_files_stay(tmp_path):
     (tmp_path / "runs").mkdir()
@@ -81,6 +83,7 @@ def test_an_earlier_demo_is_replaced_and_other_files_stay(tmp_path):
     assert (tmp_path / "runs" / "mine.txt").read_text() == "notes"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_metrics")
 def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     def absent(spec):
@@ -94,6 +97,7 @@ def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     assert len(schema.list_runs(tmp_path / "runs")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_metrics")
 def test_edited_bundle_is_left_alone_and_said(tmp_path, monkeypatch, capsys):
     def edited(runs, out):

@@ -164,6 +164,7 @@ def held(values, errors, truth):
     return np.mean(abs(values - truth) < scipy.stats.t.ppf(0.975, SEQUENCES - 1) * errors)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_participation_ratio_holds_that_of_the_population(run_of):
     run = run_of(population(np.random.default_rng(0)))  # every depth is a replication
     found = diagnostics.analyze(run, metrics=["participation_ratio"], jackknife=True)
@@ -172,6 +173,7 @@ def test_the_interval_of_the_participation_ratio_holds_that_of_the_population(ru
     assert 0.85 <= held(found["participation_ratio"], found["participation_ratio_stderr"], truth) <= 0.99
 
 
+@pytest.mark.slow
 def test_the_interval_of_unbiased_cka_holds_that_of_the_population(run_of):
     rng = np.random.default_rng(1)
     values, errors = [], []

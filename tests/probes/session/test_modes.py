@@ -94,6 +94,7 @@ def _checkpointed(forward, reentrant):
     return lambda x: checkpoint(forward, x, use_reentrant=reentrant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled_streams_are_read_in_every_measured_step(models, ids, inside):
     model = models["lucidrains"]("mhc")
