@@ -94,6 +94,7 @@ class Description:
             f"  proof        H_res X + H_post ⊗ F(H_pre X) gives the next state within {self.reconstruction_error:.1e} "
             f"(tolerance {self.reconstruction_tolerance:.0e}; worst at {worst.module})",
         ]
+        # NaN where no scalar H_pre exists, which is not an error of it.
         reads = [c.read_error for c in self.connections if not math.isnan(c.read_error)]
         lines.append(
             f"  H_pre        gives the branch's input within {max(reads):.1e}"
@@ -106,6 +107,7 @@ class Description:
             lines.append(
                 f"  sums         of H_res over the sources within {rows:.1e} of 1, over the destinations within {columns:.1e}"
             )
+        # Zero unless the model rounds the weights to the precision of its states before it applies them.
         rounding = max(c.rounding for c in self.connections)
         if rounding > 0:
             lines.append(
@@ -150,11 +152,12 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
     ChainError, LayoutError, ReconstructionError
         As in `probes.capture`.
     """
+    # One batch is enough: which chains and connections a model has does not depend on the data.
     first = next(iter(batches(batch)))
     run = capture(model, first, **options, max_sequences=2)  # a proof needs tokens, not sequences
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
-    leading = traces[names[0]]
+    leading = traces[names[0]]  # only the first chain may have stream connections
     assert leading is not None
     sites = [str(site) for site in leading["site"].values]
     return Description(
@@ -169,13 +172,13 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         sites={site: sites.count(site) for site in dict.fromkeys(sites)},
         reconstruction_error=run.attrs.get("reconstruction_error"),
         reconstruction_tolerance=run.attrs.get("reconstruction_tolerance"),
-        connections=tuple(_connections(leading)),
+        connections=tuple(_connection_facts(leading)),
         changes_outside=tuple(run.attrs.get("changes_outside", ())),
-        coverage=tuple(_coverage(run)),
+        coverage=tuple(_coverage_rows(run)),
     )
 
 
-def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
+def _connection_facts(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
     """The connections with streams; those of plain blocks have no weights to prove."""
     for number in range(trace.sizes["connection"] if "h_res" in trace else 0):
         at = trace.isel(connection=number)
@@ -193,7 +196,8 @@ def _connections(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
         )
 
 
-def _coverage(run: xr.DataTree) -> Iterator[dict[str, Any]]:
+def _coverage_rows(run: xr.DataTree) -> Iterator[dict[str, Any]]:
+    # Plain values, row by row: a description is written as JSON.
     table = run["coverage"].to_dataset()
     for number in range(table.sizes["place"]):
         row = {str(name): values.item() for name, values in table.isel(place=number).data_vars.items()}

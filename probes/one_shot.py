@@ -71,11 +71,11 @@ def capture(
     """
     session = Session(model, Options(**options))
     gradients = session.options.gradients
-    step, losses = [TokenSums()], []
+    step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
     sequences = 0
-    with preserved_state(model), _differentiable(model, gradients), eager():
+    with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
-            measured, value = _measure(session, item, loss)
+            measured, value = _measure_batch(session, item, loss)
             sequences += measured.batch_size
             losses.append(value)
             step = merge_sums(step, measured.sums)
@@ -83,6 +83,7 @@ def capture(
         raise CaptureError(
             "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
+    # Without gradients a batch needs no loss, and some batches may carry one all the same.
     known = [value for value in losses if value is not None]
     row = StepStatistics(
         0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
@@ -90,7 +91,7 @@ def capture(
     return build_run(session, [row], step, attrs=attrs, token_text=token_text)
 
 
-def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
+def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
@@ -100,9 +101,9 @@ def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured,
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
         if gradients and value is not None:
-            _backward(value, session.forwards[-1])
+            _run_backward(value, session.forwards[-1])
             session.raise_first_error()
-        (measured,) = session.fold()
+        (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, None if value is None else float(value.detach())
     finally:
         session.detach()
@@ -111,6 +112,7 @@ def _measure(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured,
 def _with_gradients(batch: Any) -> Any:
     """The batch with aliases of its floating leaves that require gradients, so that the first state has one too."""
     if isinstance(batch, torch.Tensor):
+        # An alias, since the flag would stay on the user's tensor; one with a history of its own carries a gradient already.
         return batch.detach().requires_grad_() if batch.is_floating_point() and batch.is_leaf else batch
     if isinstance(batch, Mapping):
         # A mask that requires gradients would switch fused attention off.
@@ -141,15 +143,16 @@ def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -
     return None
 
 
-def _backward(value: torch.Tensor, forward: Forward) -> None:
+def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     """Run the backward up to the first states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
+    # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
     torch.autograd.grad(value, forward.first_states, allow_unused=True)
 
 
 @contextmanager
-def _differentiable(model: nn.Module, gradients: bool) -> Iterator[None]:
+def _gradients_enabled(model: nn.Module, gradients: bool) -> Iterator[None]:
     """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     if not gradients or any(p.requires_grad for p in parameters):

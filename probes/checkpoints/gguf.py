@@ -20,9 +20,8 @@ from depthscope.probes.checkpoints.weight_files import CheckpointError
 logger = logging.getLogger(__name__)
 
 STAMP = "depthscope.json"  # in the cached folder: what it was converted from, by what, and the digests of its files
-COPY_LIMIT = (
-    4 << 30
-)  # bytes; nobody expects a hidden copy larger than this on their disk (a heuristic of ours)
+# Bytes; nobody expects a hidden copy larger than this on their disk (a heuristic of ours)
+COPY_LIMIT = 4 << 30
 
 
 def smollm2_file() -> Path:
@@ -149,9 +148,8 @@ def _cache_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> 
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
             new = Path(scratch) / "copy"
             _write_copy(model, tokenizer, new, digest)
-            if (
-                folder.exists()
-            ):  # stale or damaged: moved away first, since a folder cannot be replaced in one step
+            # Stale or damaged: moved away first, since a folder cannot be replaced in one step
+            if folder.exists():
                 folder.rename(Path(scratch) / "old")
             new.rename(folder)
     except OSError as error:

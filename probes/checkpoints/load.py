@@ -121,7 +121,7 @@ def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
         return LoadedModel(model, tokenizer, path.stem, digest, spec)
     if path.is_file():
         raise CheckpointError(_advice_for_file(path))
-    if ":" in spec:
+    if ":" in spec:  # no file has this name, so a factory was meant
         raise CheckpointError(f"got '{spec}', expected 'package.module:function', such as my_models:build")
     raise CheckpointError(f"no such checkpoint: '{spec}'; {EXPECTED}")
 
@@ -138,7 +138,7 @@ def _advice_for_file(path: Path) -> str:
 
 
 def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
-    files = _weight_files(folder)
+    files = _weight_files(folder)  # first of all: a torn file is refused before a model is built
     config = _config(folder)
     model = _pretrained(folder, config, dtype)
     return LoadedModel(model, _tokenizer(folder), folder.resolve().name, file_digest(files), spec)
@@ -162,6 +162,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _config(folder: Path) -> Any:
+    # Imported here and below: a factory or a GGUF error needs no transformers, whose import is slow.
     from transformers import AutoConfig
 
     try:
@@ -187,6 +188,7 @@ def _model_class(config: Any) -> Any:
 
 
 def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+    # Nothing is fetched, no pickled code runs, and the report lists the weights that are missing.
     options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
     if dtype is not None:
         options["dtype"] = dtype
@@ -215,7 +217,7 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
 
 
 def _tokenizer(folder: Path) -> Any | None:
-    # Asked first: without these files AutoTokenizer raises errors that do not tell "none" from "broken".
+    # Checked first: without these files AutoTokenizer raises errors that do not tell "none" from "broken".
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -249,6 +251,7 @@ def _import_factory(spec: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        # By error.name: what is missing may be a module that the factory's own one imports.
         raise CheckpointError(
             f"no module '{error.name}' to import for '{spec}'; run from its folder, or install it"
         ) from error
@@ -263,14 +266,14 @@ def _import_factory(spec: str) -> Any:
 
 
 def _call_factory(spec: str, factory: Any) -> nn.Module:
-    if isinstance(factory, nn.Module):
+    if isinstance(factory, nn.Module):  # callable too, but a call would be its forward
         return factory
     if not callable(factory):
         raise CheckpointError(
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
         )
     try:
-        inspect.signature(factory).bind()  # asked before the call, whose own TypeErrors are the user's to see
+        inspect.signature(factory).bind()  # before the call, whose own TypeErrors are the user's to see
     except TypeError as error:
         raise CheckpointError(
             f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"

@@ -1,4 +1,4 @@
-"""Which tensors are in a safetensors checkpoint? Names, shapes and types from its headers; values only of those asked for."""
+"""Which tensors are in a safetensors checkpoint? Names, shapes and types from its headers; values only of those requested."""
 
 from __future__ import annotations
 

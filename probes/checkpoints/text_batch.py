@@ -120,15 +120,12 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
     """
     ids = batch["input_ids"].cpu().numpy()
     # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.
-    known = {int(token): _token_text(loaded.tokenizer, int(token)) for token in np.unique(ids)}
+    decode = chr if loaded.tokenizer is None else lambda token: str(loaded.tokenizer.decode([token]))
+    known = {int(token): decode(int(token)) for token in np.unique(ids)}
     texts = np.array([[known[int(token)] for token in row] for row in ids], dtype=object)
     if "attention_mask" in batch:
         texts[batch["attention_mask"].cpu().numpy() == 0] = ""
     return texts
-
-
-def _token_text(tokenizer: Any | None, token: int) -> str:
-    return chr(token) if tokenizer is None else str(tokenizer.decode([token]))
 
 
 def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
@@ -175,9 +172,8 @@ def _check_positions(model: nn.Module, length: int) -> None:
 
 
 def _windows(ids: np.ndarray, sequences: int, length: int, seed: int) -> list[np.ndarray]:
-    starts = np.arange(
-        0, len(ids) - 1, length
-    )  # up to len - 1: a window of one token has no next token to predict
+    # Up to len - 1: a window of one token has no next token to predict
+    starts = np.arange(0, len(ids) - 1, length)
     full = starts[starts + length <= len(ids)]
     # The shorter last window is used only where there are not enough full ones.
     chosen = np.random.default_rng(seed).permutation(full)[:sequences] if len(full) >= sequences else starts

@@ -160,7 +160,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     CheckpointError
         Listing missing, unexpected and mis-shaped entries.
     """
-    # keep_vars gives the parameters themselves, so that tied ones can be told by their identity.
+    # keep_vars gives the parameters themselves, so that tied ones show by their identity.
     expected = model.state_dict(keep_vars=True)
     tied = {id(expected[name]) for name in tensors if name in expected}
     problems = {

@@ -77,9 +77,8 @@ def as_views(
     if tensor.numel() != batch_size * tokens * views * width:
         return None
     if views > 1 and (shape[:2] == (views, batch_size) or shape[0] == views * batch_size):
-        return tensor.reshape(views, batch_size, tokens, width).permute(
-            1, 2, 0, 3
-        )  # stacked, or merged with the batch
+        # The outputs of several views come stacked, or merged with the batch.
+        return tensor.reshape(views, batch_size, tokens, width).permute(1, 2, 0, 3)
     if shape[0] != batch_size:
         return None
     if len(shape) == 4 and shape[1] == width != shape[-1] and views == 1:

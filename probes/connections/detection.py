@@ -1,4 +1,4 @@
-"""Is this call a stream connection, and of which family? Every family of `FAMILIES` is asked in order."""
+"""Is this call a stream connection, and of which family? Every family of `FAMILIES` is tried in order."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def returned_site(module: nn.Module, x: torch.Tensor | None, output: Any) -> Sit
     Site or None
         None for a paired connection too: its forward may return what a forward connection returns, but its methods are read.
     """
+    # Streams have three axes at least (a sequence or token, the stream, the feature), and a connection returns two tensors:
+    # the branch's input and weights.
     if x is None or x.ndim < 3 or not isinstance(output, (tuple, list, dict)):
         return None
     if paired_family(module) is not None:
@@ -61,6 +63,7 @@ def opened_site(family: PairedFamily, module: nn.Module, x: torch.Tensor, batch_
 
 
 def _declared(family: Family, site: Site) -> Site:
+    # An invariant of the family's own file: a name that it does not declare would reach every run unexplained.
     assert site.style == family.name
     assert site.family in family.constrains, (
         f"the family {family.name!r} declares no models named {site.family!r}"
@@ -88,10 +91,11 @@ def past_states(
     if x is None or not args or args[0] is not x:
         return None
     for value in (*args[1:], *kwargs.values()):
-        if isinstance(value, (list, tuple)) and value and all(_is_state_like(x, item) for item in value):
+        # By shape and type alone: whether these are states shows in which calls returned them.
+        if isinstance(value, (list, tuple)) and value and all(_could_be_state(x, item) for item in value):
             return list(value)
     return None
 
 
-def _is_state_like(x: torch.Tensor, item: Any) -> bool:
+def _could_be_state(x: torch.Tensor, item: Any) -> bool:
     return isinstance(item, torch.Tensor) and item.shape == x.shape and item.is_floating_point()

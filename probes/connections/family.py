@@ -75,6 +75,7 @@ class Site:
         """Number of sequences in streams of this layout."""
         if self.layout.startswith("N B"):
             return x.shape[1]
+        # Fractions are parts of the feature axis: only the streams proper are merged with the batch.
         return x.shape[0] // (self.num_streams // self.fractions if self.layout.startswith("(B N)") else 1)
 
 
@@ -109,7 +110,7 @@ class ForwardFamily(Family):
         ``watch(site, x)``: which tensors to keep while the module runs.
     read : callable
         ``read(site, x, output, seen)``: the `Parts` of every token. ``read`` may be None there: then H_pre is looked for
-        among the tensors that were seen.
+        among the tensors that the module computed.
     """
 
     detect: Callable[[nn.Module, torch.Tensor, Any], Site | None]

@@ -1,4 +1,4 @@
-"""What are the coefficients of one call of a connection? What its family reads, for the tokens that are asked for.
+"""What are the coefficients of one call of a connection? What its family reads, for the requested tokens.
 
 Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 """
@@ -39,7 +39,11 @@ def returned_watch(x: torch.Tensor, site: Site) -> Watch:
 
 
 def read_returned(
-    site: Site, x: torch.Tensor, output: Any, rows: torch.Tensor, seen: Callable[[], list[torch.Tensor]]
+    site: Site,
+    x: torch.Tensor,
+    output: Any,
+    rows: torch.Tensor,
+    computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
 
@@ -53,8 +57,8 @@ def read_returned(
         What it returned.
     rows : Tensor
         Indices of the sampled sequences.
-    seen : callable
-        Returns the tensors that the connection computed, of the sampled sequences or of all.
+    computed : callable
+        Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
 
     Returns
     -------
@@ -68,13 +72,14 @@ def read_returned(
     StreamConnectionError
         Where the family finds no weights that explain the output.
     """
-    parts = forward_family(site).read(site, x, output, seen)
+    parts = forward_family(site).read(site, x, output, lambda: computed(None))
     if not len(rows):
         return None, parts
     sampled = parts.at(rows)
     if parts.read is None and not site.reads_features:
+        # A forward connection has one view: its branch takes one tensor.
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
-        read = watched_read(site, x, rows, branch_in, seen(), write=sampled.write.squeeze(-1))
+        read = watched_read(site, x, rows, branch_in, computed(rows), write=sampled.write.squeeze(-1))
         # no tensor of the module explains the branch input: it may read by a fused kernel
         sampled.read = (least_squares_read(streams, branch_in) if read is None else read).unsqueeze(-2)
     return sampled, parts
@@ -123,6 +128,7 @@ def watched_read(
         None where no tensor explains the branch input.
     """
     streams = canonical_streams(site, x)
+    # A first forward is watched on the sample alone, later ones on all sequences: the number of elements tells which.
     of_all, of_sample = streams.shape[:-1], streams[rows].shape[:-1]
     candidates = []
     for tensor in seen:

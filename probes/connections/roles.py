@@ -159,8 +159,7 @@ def mentions_sinkhorn(module: nn.Module) -> bool:
     unconstrained H_res is doubly stochastic too, so its values cannot decide.
     """
     own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    functions = [
-        getattr(value, "func", value) for value in own.values()
-    ]  # a functools.partial names its function
+    # a functools.partial names its function
+    functions = [getattr(value, "func", value) for value in own.values()]
     names = [*own, *(getattr(function, "__name__", "") for function in functions if callable(function))]
     return any("sinkhorn" in name.lower() for name in names)

@@ -40,9 +40,8 @@ class Watch(TorchFunctionMode):
     def __init__(self, accept: Callable[[tuple[int, ...]], bool]):
         super().__init__()
         self._accept = accept
-        self.seen: dict[
-            int, torch.Tensor
-        ] = {}  # by id, which stays unique as long as the tensors are stored here
+        # By id, which stays unique as long as the tensors are stored here
+        self.seen: dict[int, torch.Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""
@@ -55,7 +54,7 @@ class Watch(TorchFunctionMode):
         return result
 
     def floating(self) -> list[torch.Tensor]:
-        """The floating ones of the tensors that were seen, the last one first: what is applied is computed last."""
+        """The floating ones of the tensors that passed, the last one first: what is applied is computed last."""
         return [tensor.detach() for tensor in reversed(self.seen.values()) if tensor.is_floating_point()]
 
 

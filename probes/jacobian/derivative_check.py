@@ -103,20 +103,22 @@ class _DerivativeCheck:
     ) -> None:
         self._call, self._x, self._x_next = call, x, x_next
         assert call.parts is not None
+        # In float64, so that the check adds no rounding of its own to the model's.
         write, streams = call.parts.write.double(), self._canonical(x)
         batch_size, tokens, _, width = streams.shape
         self._views = (batch_size, tokens, call.read.shape[-2], width)
         any_u = torch.randn(streams.shape, generator=generator, dtype=torch.float64).to(x.device)
-        orthogonal_u = any_u - write @ (
-            torch.linalg.pinv(write) @ any_u
-        )  # ⟂ H_post for every token and feature
+        # u ⟂ H_post for every token and feature: the part of u in the span of H_post is taken away.
+        orthogonal_u = any_u - write @ (torch.linalg.pinv(write) @ any_u)
         by_x, by_branch = self._derivatives(any_u)
         _, by_branch_orthogonal = self._derivatives(orthogonal_u)
         read = torch.einsum("btvn,btvd->btnd", call.read.double(), by_branch)
         errors = {}
+        # Which axis of H_res is the destination is not known here: the orientation that fits better counts.
         for matrix in orientations(call.parts.mix, streams):
             errors[_finite_error(by_x, matrix.double().mT @ any_u + read)] = matrix.double()
         best = min(errors)
+        # Relative to the derivative by any u; tiny, since a branch without a derivative leaks nothing.
         leak = _finite_norm(by_branch_orthogonal) / max(
             _finite_norm(by_branch), torch.finfo(torch.float64).tiny
         )

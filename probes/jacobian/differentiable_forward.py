@@ -97,19 +97,18 @@ def differentiable_states(
         preserved_state(model),
         _constant_weights(model),
         eager(),
-        sdpa_kernel(
-            SDPBackend.MATH
-        ),  # the fused kernels have no second derivative, which products with J need
+        # The fused kernels have no second derivative, which products with J need.
+        sdpa_kernel(SDPBackend.MATH),
         torch.inference_mode(False),  # inference tensors record no graph even where gradients are on
         torch.enable_grad(),
         ExitStack() as stack,
         explained(),
     ):
-        _own_buffers(model)
-        _watch(stack, model, chain, range(start, stop + 1), meet)
-        call_model(model, _aliases(batch))
+        _copy_buffers(model)
+        _hook_states(stack, model, chain, range(start, stop + 1), meet)
+        call_model(model, _aliased(batch))
     _require_linked(chain, states, versions, start, stop)
-    _require_kept(model, states[start], states[stop])
+    _require_no_recomputation(model, states[start], states[stop])
     return states
 
 
@@ -124,6 +123,7 @@ def _require_linked(
         place = chain.points[depth]
         if depth not in states:
             raise JacobianError(f"depth {depth} did not show: {place.at} of {place.path!r} did not run again")
+        # torch counts the writes into a tensor: one after it passed changed the value that the graph was recorded with.
         if version(states[depth]) != versions[depth]:
             raise JacobianError(
                 f"the state at depth {depth} ({place.at} of {place.path!r}) was rewritten in place outside its block; "
@@ -136,7 +136,7 @@ def _require_linked(
             )
 
 
-def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
+def _require_no_recomputation(model: nn.Module, source: torch.Tensor, target: torch.Tensor) -> None:
     """Refuse a graph that is recomputed (activation checkpointing).
 
     The recomputation runs without this module's hooks, so another function would be differentiated. One backward shows it.
@@ -149,16 +149,15 @@ def _require_kept(model: nn.Module, source: torch.Tensor, target: torch.Tensor) 
     with ExitStack() as stack, explained():
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(note(name)).remove)
-        torch.autograd.grad(
-            target, source, torch.ones_like(target), retain_graph=True
-        )  # the value does not matter
+        # Any cotangent will do: only what runs in the backward is looked at.
+        torch.autograd.grad(target, source, torch.ones_like(target), retain_graph=True)
     if recomputed:
         raise JacobianError(f"the backward ran {recomputed[0]!r} again: {EXPLANATIONS['checkpoint']}")
 
 
-def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
+def _hook_states(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[int], meet: Meet) -> None:
     """Call ``meet`` with every state of the chain as it passes; the model goes on with what it returns."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared block has several paths
     wanted: dict[tuple[str, str], dict[str, dict[int, int]]] = {}
     for depth in depths:
         place = chain.points[depth]
@@ -166,9 +165,9 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
         sides[place.at][place.index] = depth
     for (path, method), sides in wanted.items():
         module = modules[path]
-        before, after = _before(sides["input"], meet), _after(sides["output"], meet)
+        before, after = _input_hook(sides["input"], meet), _output_hook(sides["output"], meet)
         if method != FORWARD:
-            replace_method(stack, module, method, _between(getattr(module, method), before, after))
+            replace_method(stack, module, method, _with_method_hooks(getattr(module, method), before, after))
             continue
         if sides["input"]:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -176,7 +175,7 @@ def _watch(stack: ExitStack, model: nn.Module, chain: Chain, depths: Sequence[in
             stack.callback(module.register_forward_hook(after).remove)
 
 
-def _between(
+def _with_method_hooks(
     method: Callable[..., Any], before: Callable[..., Any], after: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A method with hooks that may replace its arguments and its result, which torch has for modules only."""
@@ -190,7 +189,7 @@ def _between(
     return around
 
 
-def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+def _input_hook(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
     turn = count()  # one module may be called several times in a forward
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -202,7 +201,7 @@ def _before(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
     return hook
 
 
-def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
+def _output_hook(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
     turn = count()
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -217,9 +216,8 @@ def _after(calls: dict[int, int], meet: Meet) -> Callable[..., Any]:
 @contextmanager
 def _constant_weights(model: nn.Module) -> Iterator[None]:
     """No graph through the weights: it needs less memory, and no gradient can reach them."""
-    weights = [
-        p for p in model.parameters() if p.requires_grad and p.is_leaf
-    ]  # torch refuses the flag of non-leaves
+    # torch refuses to change the flag of a tensor that is no leaf.
+    weights = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
     try:
         for weight in weights:
             weight.requires_grad_(False)
@@ -229,8 +227,9 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _own_buffers(model: nn.Module) -> None:
+def _copy_buffers(model: nn.Module) -> None:
     """Buffers that this forward may write and its graph may keep; `preserved_state` puts the model's own back."""
+    # By identity, so that modules which share a buffer go on sharing it.
     copies: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -238,12 +237,14 @@ def _own_buffers(model: nn.Module) -> None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
 
 
-def _aliases(batch: Any) -> Any:
+def _aliased(batch: Any) -> Any:
     """The batch with its own view of every floating tensor, since one of them may be the first state."""
     if isinstance(batch, torch.Tensor):
         if not batch.is_floating_point():
             return batch
+        # A view of an inference tensor is one too, and records no graph.
         return batch.clone() if batch.is_inference() else batch.detach()
     if isinstance(batch, Mapping):
-        return {name: _aliases(value) for name, value in batch.items()}
-    return type(batch)(_aliases(value) for value in batch) if type(batch) in (tuple, list) else batch
+        return {name: _aliased(value) for name, value in batch.items()}
+    # Of exactly these types: a named tuple takes its items one by one.
+    return type(batch)(_aliased(value) for value in batch) if type(batch) in (tuple, list) else batch

@@ -170,11 +170,11 @@ def top_singular_values(
     require_least("power", power, 0)
     width = min(k + oversampling, *op.shape)  # more columns than the rank would be linearly dependent
     basis = orthonormal(columns(op.matvec, gaussian((op.shape[1], width), seed, op)))
-    for _ in range(
-        power
-    ):  # orthonormal after every product: powers of J alone would lose the smaller σ to rounding
+    # Orthonormal after every product: powers of J alone would lose the smaller σ to rounding.
+    for _ in range(power):
         basis = orthonormal(columns(op.rmatvec, basis))
         basis = orthonormal(columns(op.matvec, basis))
+    # JᵀQ = V Σ Wᵀ: its left vectors are right ones of J, and Q W are the left ones.
     right, values, left = torch.linalg.svd(columns(op.rmatvec, basis), full_matrices=False)
     top = basis @ left.mT[:, :k]
     residual = columns(op.matvec, right[:, :k]) - top * values[:k]
@@ -218,8 +218,8 @@ def squared_frobenius(op: LinearMap, *, probes: int = 32, seed: int = 0) -> Esti
     Estimate(value=25.0, stderr=0.0, probes=2, seed=0)
     """
     require_least("probes", probes, 1)
-    signs = _signs((probes, op.shape[0]), seed, op)
-    return _mean(torch.stack([op.rmatvec(z).square().sum() for z in signs]), seed)
+    signs = _random_signs((probes, op.shape[0]), seed, op)
+    return _mean_estimate(torch.stack([op.rmatvec(z).square().sum() for z in signs]), seed)
 
 
 def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: int = 0) -> SpectralDensity:
@@ -265,7 +265,7 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
     require_least("steps", steps, 2)
     require_least("probes", probes, 1)
     nodes, weights = [], []
-    for z in _signs((probes, op.shape[1]), seed, op):
+    for z in _random_signs((probes, op.shape[1]), seed, op):
         # BᵀB of the bidiagonal matrix is the Lanczos matrix of JᵀJ: its eigenvalues are σ², without squaring the condition
         _, values, right = torch.linalg.svd(_golub_kahan(op, z, min(steps, op.shape[1]))[0])
         nodes.append(values.square())
@@ -275,8 +275,8 @@ def spectral_density(op: LinearMap, *, steps: int = 20, probes: int = 8, seed: i
     return SpectralDensity(
         nodes=torch.cat(nodes).cpu().numpy(),
         weights=torch.cat(weights).cpu().numpy() / probes,
-        mean=_mean(first, seed),
-        variance=_spread(first, second, seed),
+        mean=_mean_estimate(first, seed),
+        variance=_variance_estimate(first, second, seed),
         steps=steps,
         probes=probes,
         seed=seed,
@@ -339,6 +339,7 @@ def _next_direction(
         for _ in range(2):
             vector = vector - known.mT @ (known @ vector)
     length = torch.linalg.vector_norm(vector)
+    # Rounding alone has a direction too, which would add a singular value that the map does not have.
     return (vector / length if length > floor * size else torch.zeros_like(vector)), length
 
 
@@ -358,33 +359,34 @@ def gaussian(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(op.device)
 
 
-def _signs(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
+def _random_signs(shape: tuple[int, ...], seed: int, op: LinearMap) -> torch.Tensor:
     """Independent ±1 (Rademacher) probes, whose variance is the smallest among unbiased ones."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(0, 2, shape, generator=generator) * 2 - 1).to(op.device, torch.float64)
 
 
-def _mean(samples: torch.Tensor, seed: int) -> Estimate:
+def _mean_estimate(samples: torch.Tensor, seed: int) -> Estimate:
     count = len(samples)
     stderr = float(samples.std() / count**0.5) if count > 1 else float("nan")
     return Estimate(float(samples.mean()), stderr, count, seed)
 
 
-def _spread(first: torch.Tensor, second: torch.Tensor, seed: int) -> Estimate:
+def _variance_estimate(first: torch.Tensor, second: torch.Tensor, seed: int) -> Estimate:
     """Var σ² from moments per probe; its standard error by leaving out one probe at a time."""
     count = len(first)
     if count == 1:
         return Estimate(float(second[0] - first[0] ** 2), float("nan"), 1, seed)
-    value = _unbiased_spread(first, second)
-    if count == 2:
+    value = _unbiased_variance(first, second)
+    if count == 2:  # without one of two probes one is left, which has no variance
         return Estimate(float(value), float("nan"), count, seed)
-    keep = ~torch.eye(count, dtype=torch.bool)  # with two probes one is left, which has no variance
-    left_out = torch.stack([_unbiased_spread(first[row], second[row]) for row in keep.to(first.device)])
+    keep = ~torch.eye(count, dtype=torch.bool)
+    left_out = torch.stack([_unbiased_variance(first[row], second[row]) for row in keep.to(first.device)])
+    # The jackknife's variance, (P − 1)/P Σ (x_p − mean)².
     stderr = ((count - 1) * left_out.var(correction=0)).sqrt()
     return Estimate(float(value), float(stderr), count, seed)
 
 
-def _unbiased_spread(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _unbiased_variance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return second.mean() - first.mean().square() + first.var() / len(first)
 
 

@@ -73,14 +73,15 @@ class FrozenRouting:
     """
 
     def __init__(self, session: Session, start: int, stop: int):
-        self.precision = (
-            session.observer.precision
-        )  # that the states are multiplied in: autocast's, where it is on
+        # The precision that the states are multiplied in: autocast's, where it is on, and not the dtype of the streams.
+        self.precision = session.observer.precision
+        # Connections outside of start … stop are not between the two states, and nothing differentiates them.
         self.links = {
             number: link
             for number, link in enumerate(session.structure.connections)
             if start <= link.depth_in and link.depth_out <= stop
         }
+        # By module: one that several blocks share is called several times, and `Connection.index` counts its calls.
         self.calls: dict[str, list[FrozenCall]] = {link.path: [] for link in self.links.values()}
 
     def call_of(self, number: int, link: Connection) -> FrozenCall:
@@ -160,12 +161,13 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
         generic = _generic_run(forward, args, kwargs, x, lambda other: returned_watch(other, site))
         with returned_watch(x, site) as watch:
             output = forward(*args, **kwargs)
+        # Every sequence is differentiated, so none is left out of the sample.
         seen, every = watch.floating(), torch.arange(site.batch_size(x), device=x.device)
 
         def reads_matrix(candidate: torch.Tensor) -> bool:
             return _succeeds(lambda: family.read(site, generic.x, generic.result, lambda: [candidate]))
 
-        matrices = _selected(seen, generic.seen, reads_matrix, name)
+        matrices = _tensors_that_explain(seen, generic.seen, reads_matrix, name)
         parts = family.read(site, x.detach(), _detached(output), lambda: matrices)
         if parts.read is None:
             at = family.read(site, generic.x, generic.result, lambda: generic.seen).branch_in.squeeze(2)
@@ -173,7 +175,7 @@ def _freeze_forward(stack: ExitStack, module: nn.Module, site: Site, calls: list
             def reads_branch(candidate: torch.Tensor) -> bool:
                 return watched_read(site, generic.x, every, at, [candidate]) is not None
 
-            vectors = _selected(seen, generic.seen, reads_branch, name)
+            vectors = _tensors_that_explain(seen, generic.seen, reads_branch, name)
             read = watched_read(site, x.detach(), every, parts.branch_in.squeeze(2), vectors)
             if read is None:  # least-squares weights would not be the module's own where streams are copies
                 raise StreamConnectionError(
@@ -206,7 +208,7 @@ def _freeze_paired(stack: ExitStack, module: nn.Module, site: Site, calls: list[
         def reads(candidate: torch.Tensor) -> bool:
             return _succeeds(lambda: family.read(site, batch_size, generic.x, generic.result, [candidate]))
 
-        seen = _selected(watch.floating(), generic.seen, reads, name)
+        seen = _tensors_that_explain(watch.floating(), generic.seen, reads, name)
         parts = family.read(site, batch_size, x.detach(), _detached(result), seen)
         assert parts.read is not None
         result, branch_in = _with_constants(result, x, site, batch_size, parts, name)
@@ -262,7 +264,7 @@ def _generic_run(
     return _GenericRun(other, result, watch.floating())
 
 
-def _selected(
+def _tensors_that_explain(
     seen: list[torch.Tensor],
     generic: list[torch.Tensor],
     explains: Callable[[torch.Tensor], bool],
@@ -274,6 +276,7 @@ def _selected(
             f"routing='frozen': {name} computed {len(seen)} tensors that may be weights, and {len(generic)} when it ran at "
             f"other streams; expected the same computation; {INSTEAD}"
         )
+    # The i-th tensors of both runs are counterparts, since one computation made them in one order.
     return [tensor for tensor, other in zip(seen, generic, strict=True) if explains(other)]
 
 
@@ -310,8 +313,9 @@ def _with_constants(
         if not tensor.is_floating_point():
             continue
         views = as_views(tensor, *read.shape)
+        # To the bit: the parts contain this very output, and another output of its shape may come near it.
         if views is not None and torch.equal(views, parts.branch_in):
-            branch_in = _valued(rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
+            branch_in = _with_value(rearranged(read, lambda t: as_views(t, *read.shape), tensor), tensor)
             changes[id(tensor)] = branch_in
         else:
             changes[id(tensor)] = _mixed_or_detached(tensor, streams, site, parts.mix)
@@ -339,7 +343,7 @@ def _mixed_or_detached(
     for matrix in orientations(mix, streams):
         mixed = matrix.to(streams.dtype) @ streams
         if relative_error(mixed - values, values) <= tolerance(streams.dtype):
-            return _valued(rearranged(mixed, arrange, tensor), tensor)
+            return _with_value(rearranged(mixed, arrange, tensor), tensor)
     return tensor.detach()
 
 
@@ -357,18 +361,19 @@ def _with_linear_form(output: Any, branch_out: torch.Tensor, call: FrozenCall) -
         return canonical_streams(call.site, t, batch_size)
 
     candidates = [m.to(streams.dtype) @ streams + written for m in orientations(parts.mix, streams)]
+    # A symmetric H_res makes both candidates equal; otherwise only one gives the state that came.
     path = min(candidates, key=lambda form: relative_error(form - arrange(state), arrange(state)))
-    return replaced(output, {id(state): _valued(rearranged(path, arrange, state), state)})
+    return replaced(output, {id(state): _with_value(rearranged(path, arrange, state), state)})
 
 
 def orientations(mix: torch.Tensor | None, streams: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """H_res in both orientations, since only its effect shows which one is applied."""
-    if mix is None:
+    if mix is None:  # nothing mixes: H_res = I
         return (torch.eye(streams.shape[2], device=streams.device),)
     return mix, mix.mT
 
 
-def _valued(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _with_value(path: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A tensor with the value of one and the derivative of the other, so that freezing moves no state."""
     return value.detach() + (path - path.detach())
 

@@ -131,15 +131,14 @@ def lyapunov_exponents(
     _require_chained(blocks)
     for op in blocks:
         require_rank(k, op)
-    basis = orthonormal(
-        gaussian((blocks[0].shape[1], k), seed, blocks[0])
-    )  # no direction is missed, almost surely
-    previous, (basis, increments) = torch.full((k,), torch.nan), _accumulate(blocks, basis)
+    # A Gaussian start has a part along every direction, almost surely: none is missed.
+    basis = orthonormal(gaussian((blocks[0].shape[1], k), seed, blocks[0]))
+    previous, (basis, increments) = torch.full((k,), torch.nan), _multiply_through(blocks, basis)
     for _ in range(sweeps - 1):
         # the transposes turn the basis towards the product's right singular vectors, as a power iteration does
         for op in reversed(blocks):
             basis = orthonormal(columns(op.rmatvec, basis))
-        previous, (basis, increments) = increments.mean(0), _accumulate(blocks, basis)
+        previous, (basis, increments) = increments.mean(0), _multiply_through(blocks, basis)
     # the change in the last sweep, since the distance to the limit is unknown; NaN after a single sweep
     exponents = increments.mean(0)
     return LyapunovSpectrum(
@@ -147,14 +146,13 @@ def lyapunov_exponents(
     )
 
 
-def _accumulate(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply_through(blocks: Sequence[LinearMap], basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One pass through the maps: the last basis, and ln|R_ii| of every map, (L, k)."""
     rows = []
     for op in blocks:
         basis, upper = torch.linalg.qr(columns(op.matvec, basis))
-        rows.append(
-            upper.diagonal().abs().log().cpu()
-        )  # logs add up where the diagonals would overflow in depth
+        # Logs add up where the diagonals would overflow in depth
+        rows.append(upper.diagonal().abs().log().cpu())
     return basis, torch.stack(rows)
 
 

@@ -94,6 +94,7 @@ def jacobian(
     >>> op.shape, op.matvec(torch.tensor([0.0, 1.0])).tolist(), op.rmatvec(torch.tensor([1.0, 0.0])).tolist()
     ((2, 2), [12.0, 8.0], [8.0, 12.0])
     """
+    # One stored sequence is enough: the chains and masks are taken from the first forward, and its sample is not used.
     selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, start, stop, selection)
     return _operator(graph, graph.start, graph.stop)
@@ -151,6 +152,7 @@ def _operator(graph: StateGraph, start: int, stop: int) -> JacobianOperator:
 # Largest relative difference of ⟨u, J v⟩ and ⟨Jᵀu, v⟩ that is rounding; a heuristic. A backward without a graph of its own,
 # which the check looks for, leaves out a term and differs by order one.
 ADJOINT = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# For each group of tokens, at the source and at the target: positions in the packed vector, and in the flat state.
 Moves: TypeAlias = list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -265,11 +267,11 @@ class JacobianOperator:
                 f"a vector of shape {tuple(vector.shape)} came; expected ({wanted},): one entry for every stream and feature "
                 f"of the {self.num_tokens} selected tokens"
             )
-        given = vector.detach().to(
-            state.device, state.dtype
-        )  # float64 in and out, products in the model's precision
+        # scipy hands over float64 and gets it back; the products are in the model's precision.
+        given = vector.detach().to(state.device, state.dtype)
         moved = torch.zeros(size, dtype=vector.dtype, device=state.device)
         for (at, slots_at), (to, slots_to) in moves:
+            # Contiguous, whatever the strides of the state: the slots count its entries in the order of its axes.
             spread = torch.zeros_like(state, memory_format=torch.contiguous_format).flatten()
             spread[slots_at] = given[at]
             moved[to] = apply(spread.view(state.shape)).flatten()[slots_to].to(vector.dtype)
@@ -277,13 +279,13 @@ class JacobianOperator:
 
     def _pull(self, cotangent: torch.Tensor) -> torch.Tensor:
         with explained():
+            # Retained: every product is one more backward through the same graph.
             return torch.autograd.grad(self._target, self._source, cotangent, retain_graph=True)[0]
 
     def _push(self, tangent: torch.Tensor) -> torch.Tensor:
         with explained():
-            if (
-                self._pulled is None
-            ):  # built at the first product with J: those with Jᵀ alone need no second graph
+            # Built at the first product with J: those with Jᵀ alone need no second graph.
+            if self._pulled is None:
                 self._pulled = self._linear_graph()
                 self._require_adjoint()
             cotangent, pulled = self._pulled
@@ -309,7 +311,7 @@ class JacobianOperator:
         gap = pushed @ u.to(self.device)[target].double() - pulled @ v.to(self.device)[source].double()
         error = float(gap.abs() / torch.linalg.vector_norm(pushed))
         if error > ADJOINT[self.dtype]:
-            self._pulled = None
+            self._pulled = None  # the next product with J must be refused again
             raise JacobianError(
                 f"products with J and with Jᵀ disagree by {error:.1e} (limit {ADJOINT[self.dtype]:.0e} for {self.dtype}): "
                 "some operation's backward has no derivative of its own. Products with Jᵀ are right; for those with J load "

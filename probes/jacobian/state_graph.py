@@ -54,6 +54,7 @@ class Entries:
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For every group its positions in the packed vector and in the flat state."""
         flat = self.slots.flatten()
+        # A token's N·D entries are neighbours in the packed vector.
         of_entry = self.group.repeat_interleave(self.slots[0].numel())
         members = [(of_entry == number).nonzero().squeeze(-1) for number in range(int(self.group.max()) + 1)]
         return [(member, flat[member]) for member in members]
@@ -103,6 +104,7 @@ class StateGraph:
 
     def _positions(self, depth: int) -> torch.Tensor:
         """Flat positions of a state's entries, (B, T, N, D)."""
+        # Numbered entries are rearranged as the state would be: its layout is known in one place only.
         state = self.states[depth]
         numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
         return canonical(
@@ -119,7 +121,7 @@ class StateGraph:
         if self.mask is not None:
             selected &= self.mask.to(selected.device)
         if self.selection.positions is not None:
-            selected &= _chosen(self.selection.positions, selected.shape[1]).to(selected.device)
+            selected &= _position_mask(self.selection.positions, selected.shape[1]).to(selected.device)
         if not selected.any():
             raise JacobianError("the mask and positions= leave no real token; expected at least one")
         # One token of every sequence makes a group: sequences do not see each other, so a single backward serves all of them.
@@ -155,14 +157,14 @@ def state_graph(
         Where the depths are unknown or nothing links them.
     """
     _require_readable(model, batch, selection)
-    session, forward = _discovered(model, batch, selection)
+    session, forward = _find_chains(model, batch, selection)
     number = _chain_number(session.structure.chains, selection.chain)
-    first, last = _depths(session.structure.chains[number], start, stop)
+    first, last = _valid_depths(session.structure.chains[number], start, stop)
     frozen = selection.routing == "frozen" and number == 0  # only the first chain has connections
     with constant_routing(session, first, last) if frozen else nullcontext() as routing:
         states = differentiable_states(model, batch, session.structure.chains[number], first, last)
     if routing is not None:
-        with explained():
+        with explained():  # the check runs backwards of its own
             require_frozen(routing, states)
     return StateGraph(
         start=first,
@@ -178,6 +180,7 @@ def state_graph(
 
 
 def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> None:
+    # A list or a loader means several batches elsewhere; a Jacobian is that of one forward.
     if not isinstance(batch, (Mapping, torch.Tensor, tuple)):
         raise JacobianError(
             f"a batch of type {type(batch).__name__} came; expected one mapping, tensor or tuple"
@@ -195,7 +198,7 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
         )
 
 
-def _discovered(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
+def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
     session = Session(model, selection.options)
     session.attach()
@@ -218,7 +221,7 @@ def _chain_number(chains: Sequence[Chain], name: str | None) -> int:
     return names.index(name)
 
 
-def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
+def _valid_depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
     deepest = len(chain.points) - 1
     stop = deepest if stop is None else stop
     for name, depth in (("start", start), ("stop", stop)):
@@ -231,7 +234,7 @@ def _depths(chain: Chain, start: int, stop: int | None) -> tuple[int, int]:
     return start, stop
 
 
-def _chosen(positions: Sequence[int], num_tokens: int) -> torch.Tensor:
+def _position_mask(positions: Sequence[int], num_tokens: int) -> torch.Tensor:
     outside = [position for position in positions if not 0 <= position < num_tokens]
     if outside:
         raise JacobianError(

@@ -48,7 +48,7 @@ def find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.T
     """
     if given is not None:
         return (given(arguments) if callable(given) else given).bool()
-    # Masks with more axes are attention patterns (causal, per head), which do not tell padding.
+    # Masks with more axes are attention patterns (causal, per head), which do not show padding.
     for name in REAL_TOKEN_MASKS:
         mask = arguments.get(prefix + name)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:

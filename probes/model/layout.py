@@ -1,4 +1,4 @@
-"""Which axis of a residual state is batch, token, stream and feature? The layout, a short text, tells.
+"""Which axis of a residual state is batch, token, stream and feature? A short text, the layout, names them.
 
 A layout is a text such as ``"B T D"``, ``"B T N D"``, ``"(B N) T D"`` or ``"B D H W"``: B batch, T tokens,
 N streams, F fractions of a stream's features (each counts as a stream of its own), D features, H and W the two axes of an

@@ -45,9 +45,8 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     CaptureError
         For a sharded or partial DTensor: the norms and spectra of a shard are not those of the state.
     """
-    placements = getattr(
-        tensor, "placements", None
-    )  # by attribute: importing DTensor needs torch.distributed
+    # By attribute: importing DTensor needs torch.distributed, which some builds of torch lack.
+    placements = getattr(tensor, "placements", None)
     if placements is None:
         return tensor
     if not all(placement.is_replicate() for placement in placements):

@@ -25,6 +25,8 @@ def run_attributes(session: Session, sequences: list[Sequence], evidence: Eviden
     dtype, precision = session.observer.dtype, session.observer.precision
     # NaN where nothing was compared, as where all sampled tokens are padding.
     errors = [error for error in evidence.errors if not math.isnan(error)]
+    # Weights that were trained further since are not those that the run was measured with: no digest then.
+    unchanged = weights_stamp(session.model) == session.reservoir.stored_stamp
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
         "family": structure.family,
@@ -42,7 +44,7 @@ def run_attributes(session: Session, sequences: list[Sequence], evidence: Eviden
         "num_parameters": sum(parameter.numel() for parameter in session.model.parameters()),
         "seed": options.seed,
         "data_digest": _data_digest(sequences),
-        "weights_digest": _weights_digest(session),
+        "weights_digest": weights_digest(session.model) if unchanged else None,
         "sampling": {
             "max_sequences": options.max_sequences,
             "seed": options.seed,
@@ -56,17 +58,11 @@ def run_attributes(session: Session, sequences: list[Sequence], evidence: Eviden
     return {name: value for name, value in attributes.items() if value is not None}
 
 
-def _weights_digest(session: Session) -> str | None:
-    """Digest of the weights that the run was measured with; None where they were trained further since."""
-    if weights_stamp(session.model) != session.reservoir.stored_stamp:
-        return None
-    return weights_digest(session.model)
-
-
 def _data_digest(sequences: list[Sequence]) -> str:
     """SHA-256 over the model's input of the sampled sequences."""
     digest = hashlib.sha256()
     for sequence in sequences:
         if sequence.row is not None:
+            # As bytes: numpy has no bfloat16.
             digest.update(sequence.row.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

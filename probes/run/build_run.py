@@ -52,7 +52,9 @@ def build_run(
     ReconstructionError
         Where a connection's coefficients do not give its next state.
     """
+    # Slots of the reservoir are in no order; the samples of a run are in that of the data.
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     evidence = gather_evidence(sampled_joints(session, sequences))
     covered = coverage(session, evidence)
     chains = session.structure.chains

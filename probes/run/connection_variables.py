@@ -20,7 +20,7 @@ from depthscope.probes.structure.chain import Chain, Connection
 # A connection with one branch input has no view axis; its variables then have the papers' names.
 ONE_VIEW_NAMES = {"read": "h_pre", "write": "h_post", "views_in": "branch_in", "views_out": "branch_out"}
 VIEW_AXES = {"read": -2, "write": -1, "views_in": -2, "views_out": -2}
-# These few numbers of each connection are stored whatever sites were asked for.
+# These few numbers of each connection are stored whatever sites were requested.
 ERRORS = ("reconstruction_error", "other_orientation_error", "read_error", "rounding")
 
 
@@ -39,7 +39,7 @@ def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
 def connection_variables(
     session: Session, number: int, sequences: list[Sequence], evidence: Evidence, tokens: int
 ) -> dict[str, Any]:
-    """Variables of a chain's connections as (dims, array), those that were asked for.
+    """Variables of a chain's connections as (dims, array), those that were requested.
 
     ``tokens`` is the number of tokens of the longest sequence, to which the others are padded.
     """
@@ -134,7 +134,7 @@ def _branch_variables(number: int, chain: Chain, sequences: list[Sequence], toke
     errors = []
     for connection in chain.connections:
         if connection.style == "normed":
-            errors.append(math.nan)  # the next state is a norm of the sum; the sum itself was not seen
+            errors.append(math.nan)  # the next state is a norm of the sum; no module shows the sum itself
             continue
         change = (states(connection.depth_out) - states(connection.depth_in)).double()
         # Parallel branches, as of GPT-J, start from one state and are added together.

@@ -1,4 +1,4 @@
-"""Which sites fired? Every site of a model with the forwards in which it was expected and seen, and the reason where not."""
+"""Which sites fired? Every site of a model, in how many forwards it was expected and fired, and why it did not."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
 
 def coverage_counts(rows: list[Coverage]) -> dict[str, int]:
     """The attributes of a run that count its sites."""
+    # Sites that were not requested are expected in no forward, and count on neither side.
     expected = [row for row in rows if row.expected]
     return {
         "sites_expected": len(expected),
@@ -87,7 +88,7 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
         yield Coverage(
             name=state_name(chain, depth),
             site=point.site,
-            module=_call(point),
+            module=_call_name(point),
             layer=point.layer,
             chain=chain.name,
             expected=count if stored else 0,
@@ -103,7 +104,7 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
     else:
         times = count if (number, FINAL) in captured else 0
         why = "" if (number, FINAL) in captured else NOT_REQUESTED
-        module, layer = _call(chain.final), chain.final.layer
+        module, layer = _call_name(chain.final), chain.final.layer
         yield Coverage(FINAL_NAME, "final", module, layer, chain.name, times, times, why)
 
 
@@ -113,7 +114,7 @@ def state_name(chain: Chain, depth: int) -> str:
     return "hook_embed" if point.site == "embed" else f"blocks.{point.layer}.hook_resid_{point.site}"
 
 
-def _call(point: HookPoint) -> str:
+def _call_name(point: HookPoint) -> str:
     """The call that shows a state, such as ``model.layers.0 (output)``."""
     path = point.path if point.method == "forward" else f"{point.path}.{point.method}"
     return f"{path} ({point.at})"
@@ -123,6 +124,7 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
     for number, connection in enumerate(chain.connections):
         for variable, why in _connection_variables(session, connection, evidence, number):
             stored = session.options.selection.stores_variable(chain, variable)
+            # What does not exist is expected in no forward: it must not count as a site that failed to fire.
             exists = why in ("", SOLVED)
             times = session.num_forwards if stored and exists else 0
             yield Coverage(

@@ -26,9 +26,8 @@ def chain_groups(session: Session, number: int) -> list[Group]:
     stored = [depth for depth in all_depths if selection.stores(chain, depth)]
     captured = [depth for depth in all_depths if selection.captures(chain, depth)]
     stages: list[list[int]] = []
-    for depth in (
-        stored or captured
-    ):  # every analysis needs some states, even if only connections were asked for
+    # Every analysis needs some states, even if only connections were requested.
+    for depth in stored or captured:
         if stages and chain.shapes[stages[-1][-1]] == chain.shapes[depth]:
             stages[-1].append(depth)
         else:

@@ -33,6 +33,7 @@ def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:
 
 def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     sampled = [sequence.parts[0, number] for sequence in sequences]
+    # Chain 0: only the first chain has stream connections.
     link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
     tokens = mask.shape[1]
 
@@ -50,6 +51,7 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
     assert write is not None
     assert branch_in is not None
     branch_out = stack(lambda parts: parts.branch_out)
+    # Only where no closing method took it: that one shows exactly what is added.
     if branch_out is None:
         branch_out = _hooked_branches(number, sequences, tokens, write.shape[-1], branch_in.shape[-1])
     return Joint(
@@ -58,6 +60,7 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
         x_out=states(link.depth_out),
         parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
         mask=torch.from_numpy(mask),
+        # In which the model multiplies them, so that the tolerance is that of its rounding: autocast's, where it is on.
         dtype=session.observer.precision,
     )
 

@@ -49,7 +49,7 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     nodes = dict(runs[0].to_dict())
     reasons, counts = [], []
     for chain in schema.chains(runs[0]):
-        statistics, reason = _merged_statistics([_statistics(run, chain) for run in runs], chain)
+        statistics, reason = _merged_statistics([_chain_statistics(run, chain) for run in runs], chain)
         nodes[f"/statistics/{chain}".rstrip("/")] = statistics
         reasons.append(reason)
         counts.append(int(statistics.streamed_count.values.max()))
@@ -76,6 +76,7 @@ def _require_same_model(first: Mapping[Any, Any], other: Mapping[Any, Any]) -> N
 
 def _require_different_data(runs: Sequence[xr.DataTree]) -> None:
     digests = [run.attrs.get("data_digest") for run in runs]
+    # Every pair, not neighbours alone: the same data may come first and last.
     for (i, a), (j, b) in combinations(enumerate(digests), 2):
         if a == b:
             raise ValueError(
@@ -84,7 +85,7 @@ def _require_different_data(runs: Sequence[xr.DataTree]) -> None:
             )
 
 
-def _statistics(run: xr.DataTree, chain: str) -> xr.Dataset:
+def _chain_statistics(run: xr.DataTree, chain: str) -> xr.Dataset:
     found = schema.chain_dataset(run, "statistics", chain)
     if found is None:
         raise ValueError(

@@ -105,9 +105,8 @@ def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]
         return {}
     variables: dict[str, Any] = {}
     for name in ("gain_sum", "gain_max"):
-        gains = _stacked(
-            sums, name, keys
-        )  # step, connection, (summed over the last axis, over the one before)
+        # (step, connection, 2): the gain along the matrix's last axis, then along the one before.
+        gains = _stacked(sums, name, keys)
         if evidence.transposed:  # the matrix as the module computes it has its sources first
             gains = gains[..., ::-1]
         variables[name] = (schema.GAIN, np.moveaxis(gains, -1, 1).copy())

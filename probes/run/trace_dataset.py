@@ -52,7 +52,7 @@ def trace_dataset(
         coords.update(connection_coords(chain.connections))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
-        variables["token_text"] = (("sample", "token"), _texts(token_text, sequences, tokens))
+        variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     trace = xr.Dataset(variables, coords)
     if "connection" not in trace.dims:
         return trace
@@ -87,7 +87,7 @@ def _final_variables(number: int, sequences: list[Sequence], tokens: int, width:
     return found
 
 
-def _texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
+def _token_texts(token_text: Any, sequences: list[Sequence], tokens: int) -> np.ndarray:
     texts = np.full((len(sequences), tokens), "", dtype=object)
     for i, sequence in enumerate(sequences):
         if sequence.index < len(token_text):  # of a loader's later batches the user may have given no text

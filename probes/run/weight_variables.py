@@ -34,6 +34,7 @@ def weight_variables(
     chosen, layers = [], []
     for i, path in enumerate(measured.paths):
         chain, layer, depth = _chain_layer_depth(path, chains)
+        # Of the stage that contains this depth; weights before the first stored depth go to the first stage.
         if chain == number and max(0, bisect_right(starts, depth) - 1) == stage:
             chosen.append(i)
             layers.append(layer)

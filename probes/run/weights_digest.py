@@ -1,4 +1,4 @@
-"""Were two runs measured with the same weights? A digest of some numbers of each parameter tells, without reading all."""
+"""Were two runs measured with the same weights? A digest of some numbers of each parameter answers, without reading all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-# Numbers of each parameter. An optimiser's step changes nearly all of them, so that a few tell; `checkpoints.digests` reads
+# Numbers of each parameter. An optimiser's step changes nearly all of them, so that a few do; `checkpoints.digests` reads
 # all, which takes seconds for a large model.
 NUMBERS_PER_PARAMETER = 256
 SHARDED = "FullyShardedDataParallel"  # its parameters are shards, but look like plain ones
@@ -41,7 +41,6 @@ def _is_readable(parameter: nn.Parameter) -> bool:
 def _some_numbers(parameter: nn.Parameter) -> torch.Tensor:
     """Numbers at equal distances, from the first one on."""
     flat = parameter.detach().reshape(-1)
-    step = (
-        max(len(flat) // NUMBERS_PER_PARAMETER, 1) | 1
-    )  # odd: an even one may divide the width, and read one column
+    # Odd: an even one may divide the width, and read one column
+    step = max(len(flat) // NUMBERS_PER_PARAMETER, 1) | 1
     return flat[::step].cpu().contiguous()

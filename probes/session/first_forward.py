@@ -77,7 +77,7 @@ class FirstForward:
             attachment.before(module, partial(self._before_call, path))
             attachment.after(module, self._after_call)
             pair = paired_family(module)
-            if pair is not None:
+            if pair is not None:  # torch calls hooks around a module's forward only, not around other methods
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
 
@@ -177,13 +177,13 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     AxisError
         Where the sequences of the forward should have been counted along the other axis.
     ChainError, LayoutError, SiteError
-        Where the model cannot be read, or has not what is asked for.
+        Where the model cannot be read, or lacks a requested site.
     """
     chains = tuple(find_chains(tape, model, layers=options.blocks))
     sites = _stream_sites(tape, chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
-    options.selection.require(chains)
+    options.selection.require(chains)  # only now is it known which sites the model has
     return Structure(
         chains=chains,
         layouts=layouts,
@@ -207,7 +207,7 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], 
     if options.layout is not None:
         return options.layout
     if sites:
-        return sites[0].layout
+        return sites[0].layout  # a connection was detected by its layout; a plain state shows none
     evidence = read_evidence(tape, chain)
     if forward.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
         raise AxisError(
@@ -247,6 +247,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         assert value is not None
         listener = forward.listeners.get((id(tensor), written))
         if listener is not None and listener.tensor() is tensor:
+            # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
             listener.receive = partial(observer.record_gradient, forward, number, depth)
             observer.expect_gradient(forward, (number, depth), tensor)
         observer.record_state(forward, number, depth, value)
@@ -267,26 +268,23 @@ def _replay_connection(
     if call.closing is not None and call.closing.parts is not None:
         observer.record_connection(forward, number, call.closing.parts)
     elif isinstance(BY_NAME[connection.style], ForwardFamily) and call.x is not None:
-        x, site, rows = call.x.detach(), observer.structure.sites[number], forward.rows
+        x, site = call.x.detach(), observer.structure.sites[number]
 
-        def computed() -> list[torch.Tensor]:
+        def computed(rows: torch.Tensor | None) -> list[torch.Tensor]:
             """What the module computes inside, which no watch could look for before it was known as a connection."""
-            sampled = _sequences_at(x, site, rows)
-            watch = returned_watch(sampled, site)
-            # Its forward alone runs once more, on the sampled sequences and in the user's precision; without hooks, which a
-            # call of the module would run. Where it cannot run again (sharded weights are gone by now, for one) H_pre is
-            # solved from the states.
+            chosen = x
+            if rows is not None:
+                chosen = x[:, rows] if site.layout.startswith("N B") else x[rows]
+            watch = returned_watch(chosen, site)
+            # Its forward alone runs once more, in the user's precision and without hooks, which a call of the module would
+            # run: on the sampled sequences for H_pre, on all of them for an H_res that is not returned, whose gains are added
+            # up over every token. Where it cannot run again (sharded weights are gone by now, for one) H_pre is solved from
+            # the states, and an H_res that is not returned is refused.
             with suppress(Exception), user_autocast(), watch:
-                call.module.forward(sampled)
+                call.module.forward(chosen)
             return watch.floating()
 
         observer.record_returned(forward, number, x, call.output, computed)
-
-
-def _sequences_at(x: torch.Tensor, site: Site, rows: torch.Tensor) -> torch.Tensor:
-    """The sampled sequences of a connection's input, in the module's own layout."""
-    rows = rows.to(x.device)
-    return x[:, rows] if site.layout.startswith("N B") else x[rows]
 
 
 def _refuse_rewritten(call: Call, point: HookPoint) -> None:

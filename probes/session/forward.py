@@ -59,9 +59,8 @@ class Forward:
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
-    first_states: list[torch.Tensor] = field(
-        default_factory=list
-    )  # up to which a backward of ours must reach
+    # A backward of ours must reach these and no further: gradients of weights are the user's.
+    first_states: list[torch.Tensor] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def next_index(self, kind: str, path: str) -> int:
@@ -102,10 +101,10 @@ class Forward:
             sequence = Sequence(
                 index=self.first_index + row,
                 mask={number: mask[row].cpu() for number, mask in self.masks.items() if mask is not None},
-                states=_row(self.states, position),
-                gradients=_row(self.gradients, position),
+                states=_cloned_row(self.states, position),
+                gradients=_cloned_row(self.gradients, position),
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
-                branches=_row(self.branches, position),
+                branches=_cloned_row(self.branches, position),
                 decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
             )
@@ -113,7 +112,7 @@ class Forward:
         return found
 
 
-def _row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:
+def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:
     # Cloned, since a view would keep the other sequences of its batch in memory.
     return {key: tensor[position].cpu().clone() for key, tensor in tensors.items()}
 

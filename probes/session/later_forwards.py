@@ -1,4 +1,4 @@
-"""Every forward after the first: hooks only where a state, a branch or a connection is seen."""
+"""Every forward after the first: hooks only on modules that show a state, a branch or a connection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from depthscope.probes.structure.tape import FORWARD
 
 
 class LaterForwards:
-    """Hooks on the modules where a known structure is seen.
+    """Hooks on the modules that show a known structure.
 
     Parameters
     ----------
@@ -64,6 +64,7 @@ class LaterForwards:
             attachment.around(modules[path], FORWARD, partial(self._around_returned, path))
         paired = {path for path, family in connections if isinstance(family, PairedFamily)}
         methods = {path for path, method in (*inputs, *outputs) if method != FORWARD}
+        # A state may be the output of a closing method, so those methods are wrapped for the states' sake too.
         for path in paired | methods:
             pair = paired_family(modules[path])
             assert pair is not None
@@ -84,7 +85,7 @@ class LaterForwards:
                 attachment.after(modules[path], partial(self._after_call, path, states))
 
     def _states_seen_at(self, side: str) -> dict[tuple[str, str], list[CapturedState]]:
-        """The states that are seen at the input or at the output of calls, by module path and method."""
+        """The states that the inputs or the outputs of calls show, by module path and method."""
         found: dict[tuple[str, str], list[CapturedState]] = {}
         for state in self._structure.captured:
             if state.point.at == side:
@@ -126,6 +127,7 @@ class LaterForwards:
         forward = self._current.forward
         if forward is None:
             return
+        # Counted by side and method: a module may have a hook on one of them only.
         index = forward.next_index(f"{side} {method}", path)
         for number, depth, point in states:
             if point.index == index and point.item < len(tensors):
@@ -157,7 +159,8 @@ class LaterForwards:
         forward, number, x = begun
         watch = returned_watch(x, self._structure.sites[number])
         record = partial(self._observer.record_returned, forward, number, x.detach())
-        return MethodWatch(watch, lambda output: record(output, watch.floating))
+        # The watch sees the user's own call, hence all sequences at once.
+        return MethodWatch(watch, lambda output: record(output, lambda rows: watch.floating()))
 
     def _around_opening(
         self,

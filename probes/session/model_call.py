@@ -63,6 +63,7 @@ def call_observed(session: Session, batch: Any) -> Any:
     """
     with torch.set_grad_enabled(session.options.gradients):
         output = call_model(session.model, batch)
+        # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):
             session.errors.clear()
             output = call_model(session.model, batch)

@@ -42,7 +42,7 @@ class Observer:
     ):
         self.structure = structure
         self.options = options
-        self.dtype = torch.float32  # of the states seen last
+        self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
         self._report = report
         self._loss_scale = loss_scale
@@ -66,7 +66,7 @@ class Observer:
                 forward.states[number, depth] = forward.sampled(final)
             return
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size)
-        mask = self._mask(forward, number, state)
+        mask = self._chain_mask(forward, number, state)
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
@@ -76,7 +76,7 @@ class Observer:
             sums.streaming = self.options.new_streaming(forward.first_index)
         sums.add_state(depth, state, mask)
 
-    def _mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
+    def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
         """The mask of a chain, found at its first state: an encoder and a decoder have one each."""
         if number not in forward.masks:
             prefix = "decoder_" if "decoder" in self.structure.chains[number].name else ""
@@ -145,9 +145,9 @@ class Observer:
         number: int,
         x: torch.Tensor,
         output: Any,
-        computed: Callable[[], list[torch.Tensor]],
+        computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
     ) -> None:
-        """Read and record a connection that returns its weights; ``computed`` gives the tensors computed inside."""
+        """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
         sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed)
         self.record_connection(forward, number, complete, sampled)

@@ -66,12 +66,12 @@ class Options:
     sites : str or iterable of str, optional
         What to capture, by the names that people know, such as ``"mid"``, ``"final"``, ``"h_res"`` or
         ``"blocks.3.hook_resid_post"``: see `probes.structure.sites`. By default every state, and every weight of stream
-        connections; the insides of plain blocks (``mid``, ``branch_out``) only when asked for.
+        connections; the insides of plain blocks (``mid``, ``branch_out``) only on request.
     mask : Tensor or callable, optional
         (B, T), true on real tokens, or a function from the model's arguments to it. Without it the arguments
         ``attention_mask`` and ``src_key_padding_mask`` are used.
     max_sequences : int
-        Complete sequences to store raw, drawn uniformly from all that were seen; the statistics count every token.
+        Complete sequences to store raw, drawn uniformly from all that ran; the statistics count every token.
     seed : int
         Seed of that draw.
     streaming : bool or mapping

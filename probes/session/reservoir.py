@@ -1,4 +1,4 @@
-"""Which complete sequences are stored raw: a uniform sample of all that the present weights have seen."""
+"""Which complete sequences are stored raw: a uniform sample of all that ran with the present weights."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ class Reservoir:
             self._random = random.Random(self.seed)
         chosen: dict[int, int] = {}
         for row in range(batch_size):
+            # Algorithm R: the first `size` sequences fill the slots, the k-th one takes a slot with probability size / k.
             slot = self.seen if self.seen < self.size else self._random.randrange(self.seen + 1)
             if slot < self.size:
                 # A later row of the same batch may take the slot of an earlier one.

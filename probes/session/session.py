@@ -90,7 +90,7 @@ class Session:
     # --- hooks on, hooks off ---
 
     def attach(self) -> None:
-        """Put the hooks on: on every module until the structure is known, then where it is seen."""
+        """Put the hooks on: on every module until the structure is known, then on those that show it."""
         self.detach()
         attachment = self._attachment = Attachment(self.errors.append)
         # The model's own pre-hook goes first and its hook last, since the model itself may be a module that shows a state.
@@ -101,7 +101,7 @@ class Session:
             )
             first.attach(attachment)
         else:
-            later = LaterForwards(self.model, self._observer, self._current, self._last_unfolded)
+            later = LaterForwards(self.model, self._observer, self._current, self._last_forward)
             later.attach(attachment)
         attachment.after(self.model, self._end)
 
@@ -113,7 +113,8 @@ class Session:
         self._current.clear()
         self._first_thread = None
 
-    def _last_unfolded(self) -> Forward | None:
+    def _last_forward(self) -> Forward | None:
+        """The last forward since the fold, to which a running backward belongs."""
         return self.forwards[-1] if self.forwards else None
 
     # --- one forward ---
@@ -153,7 +154,7 @@ class Session:
         )
         if unknown:
             blocks = self.options.blocks
-            # The search for the sums inside of blocks needs the tensors of every call in them: only where it is asked for.
+            # The search for the sums inside of blocks needs the tensors of every call in them: only where it is requested.
             search = find_branch_sums if self.options.selection.inside_blocks else None
             self._current.tape = Tape(keep=block_paths(module, blocks) if blocks else (), on_block=search)
 
@@ -215,7 +216,7 @@ class Session:
         Raises
         ------
         CaptureError
-            Where a state or connection was not seen, or no gradient arrived; none of these forwards counts then.
+            Where a state or connection did not show, or no gradient arrived; none of these forwards counts then.
         """
         with self._lock:
             self._absorb()

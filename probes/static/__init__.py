@@ -1,1 +1,1 @@
-"""What do weight files alone tell about the connections? What they are before any forward."""
+"""Which facts about the connections do weight files alone give? What they are before any forward."""

@@ -53,7 +53,7 @@ class StaticDescription:
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
-        return _plain(self)
+        return _plain_values(self)
 
     def __str__(self) -> str:
         return page(self)
@@ -82,15 +82,17 @@ def describe_weights(path: str | Path) -> StaticDescription:
     inventory = take_inventory(path)
     found = find_connections(inventory.tensors)
     _require_no_absent_connection(path, inventory, [one for _, one in found])
-    config = _config(path if path.is_dir() else path.parent)
+    # A setting that config.json lacks gets the family's default, and the page lists it as assumed.
+    config = _configuration(path if path.is_dir() else path.parent)
     defaults = {name: value for pattern, _ in found for name, value in pattern.settings.items()}
-    settings = {name: _number(config, name) for name in defaults}
+    settings = {name: _first_number(config, name) for name in defaults}
     known = {name: value for name, value in settings.items() if value is not None}
     values = read_values(tensor for _, one in found for tensor in one.roles.values())
     described = [
         (pattern, _connection(pattern, one, values, {**defaults, **known}, inventory))
         for pattern, one in found
     ]
+    # A head reads the streams and mixes nothing, so that it is no factor of the products.
     connections = tuple(one for pattern, one in described if not pattern.head)
     products = tuple(composites(connections))
     return StaticDescription(
@@ -105,7 +107,7 @@ def describe_weights(path: str | Path) -> StaticDescription:
         connections=connections,
         heads=tuple(one for pattern, one in described if pattern.head),
         composites=products,
-        warnings=tuple(remarks(connections, products, _number(config, *STREAM_SETTINGS))),
+        warnings=tuple(remarks(connections, products, _first_number(config, *STREAM_SETTINGS))),
         looked_for=tuple(pattern.looked_for for pattern in CONNECTIONS),
     )
 
@@ -133,7 +135,8 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _configuration(folder: Path) -> dict[str, Any]:
+    # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -148,7 +151,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _number(config: Mapping[str, Any], *names: str) -> float | None:
+def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
     """The first of some numbers in the configuration or in a part of it (``text_config``); None where there is none."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     values = (part[name] for name in names for part in parts if name in part)
@@ -167,7 +170,7 @@ def _connection(
 ) -> StaticConnection:
     by_role = {role: values[tensor.name] for role, tensor in found.roles.items()}
     weights = pattern.weigh(found, by_role, settings)
-    place = _place(pattern, found, inventory)
+    place = _place_in_network(pattern, found, inventory)
     return StaticConnection(
         module=found.module,
         chain=place.chain,
@@ -194,7 +197,7 @@ def _connection(
     )
 
 
-def _place(pattern: WeightPattern, found: FoundTensors, inventory: Inventory) -> Place:
+def _place_in_network(pattern: WeightPattern, found: FoundTensors, inventory: Inventory) -> Place:
     place = place_of(found.module)
     if pattern.head:
         return Place(place.chain, place.layer, pattern.name)
@@ -214,11 +217,12 @@ def _parameters(found: FoundTensors) -> list[Parameter]:
     ]
 
 
-def _plain(value: Any) -> Any:
+def _plain_values(value: Any) -> Any:
+    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain_values(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(each) for each in value]
+        return [_plain_values(each) for each in value]
     return value.tolist() if isinstance(value, np.ndarray) else value

@@ -102,6 +102,7 @@ def spread_of(values: np.ndarray) -> Spread:
 def matrix_facts(h_res: np.ndarray) -> MatrixFacts:
     """A mixing matrix, destination by source, in numbers."""
     n = len(h_res)
+    # By sizes: with signed weights the sums could cancel, and the share be anything.
     size = np.abs(h_res)
     return MatrixFacts(
         singular_values=kernel.singular_values(h_res),
@@ -121,6 +122,7 @@ def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]
     """One product for each chain and number of streams in which every matrix is known and composes."""
     chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
     for connection in connections:
+        # Matrices of an encoder and a decoder, or of other sizes, do not multiply.
         chains[connection.chain, connection.streams * max(connection.fractions, 1)].append(connection)
     return [
         _composite(chain, members)
@@ -144,8 +146,11 @@ def _composite(chain: str, members: Sequence[StaticConnection]) -> StaticComposi
         forward_gain=float(forward),
         backward_gain=float(backward),
         singular_values=singular_values,
+        # Of the scaled product: a rank does not depend on the scale, which may be infinite here.
         effective_rank=float(rank.effective_rank_of(kernel.singular_values(product))),
         effective_streams=_effective_streams(h_res, members),
+        # Doubly stochastic matrices keep the mean of the streams and enlarge no difference, so a collapse lasts; after free
+        # ones differences may grow again.
         collapsed_after=_collapsed_after(h_res) if all(member.constrained for member in members) else None,
     )
 

@@ -84,6 +84,7 @@ def _of_checkpoint(path: str | Path) -> Iterator[Logits]:
 def _of_module(model: nn.Module) -> Iterator[Logits]:
     state = model.state_dict()
     modules = dict(model.named_modules())
+    # Recognition looks at names and shapes only, so no file is needed.
     stored = {name: StoredTensor(name, tuple(value.shape), "", Path(), 0, 0) for name, value in state.items()}
     for pattern, found in find_connections(stored):
         if pattern.sinkhorn is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from depthscope.probes.static.facts import StaticComposite, StaticConnection
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # describe imports this file
     from depthscope.probes.static.describe import StaticDescription
 
 COLUMNS = (
@@ -17,7 +17,7 @@ COLUMNS = (
     "to I", "to J/n",
 )  # fmt: skip
 PARTS = ("pre", "post", "res")
-NOTHING = "–"
+NOTHING = "–"  # the files do not determine it, or it is the same in every model
 
 
 def page(found: StaticDescription) -> str:
@@ -71,7 +71,7 @@ def heading(found: StaticDescription) -> str:
         )
     return "\n".join(
         [
-            f"{name}: {', '.join(_kinds(found.connections))}",
+            f"{name}: {', '.join(_connection_kinds(found.connections))}",
             f"  read         {found.num_read} of {found.num_tensors} tensors in {files}{absent}; no model was built",
             "  values       at an input that adds nothing: biases through the family's own constraint; "
             "rows of H_res are destinations",
@@ -80,7 +80,7 @@ def heading(found: StaticDescription) -> str:
     )
 
 
-def _kinds(connections: Sequence[StaticConnection]) -> list[str]:
+def _connection_kinds(connections: Sequence[StaticConnection]) -> list[str]:
     kinds: dict[str, int] = {}
     for one in connections:
         fractions = f" × {one.fractions} fractions" if one.fractions > 1 else ""
@@ -115,19 +115,27 @@ def rows(found: StaticDescription) -> list[list[str]]:
 
 def _row(one: StaticConnection) -> list[str]:
     gates = "/".join(f"{one.gates[part]:.2g}" if part in one.gates else NOTHING for part in PARTS)
-    described = [one.module, gates, _span(one.logits), _span(one.h_pre), _span(one.h_post)]
+    described = [
+        one.module,
+        gates,
+        _value_range(one.logits),
+        _value_range(one.h_pre),
+        _value_range(one.h_post),
+    ]
     facts = one.mixing
     if facts is None or not one.learns_mixing:  # a matrix that is the same in every model is no news
         return described + [NOTHING] * (len(COLUMNS) - len(described))
+    # σ₂ and not σ₁, which is 1 for every doubly stochastic matrix.
     numbers = (
         facts.singular_values[1], facts.spectral_gap, facts.off_diagonal,
         facts.identity_distance, facts.uniform_distance,
     )  # fmt: skip
-    sums = [_span(sums, digits=4) for sums in (facts.row_sums, facts.column_sums)]
+    # Four digits: sums are near 1, and how near is what the columns show.
+    sums = [_value_range(sums, digits=4) for sums in (facts.row_sums, facts.column_sums)]
     return described + sums + [f"{number:.2g}" for number in numbers]
 
 
-def _span(values: np.ndarray | None, *, digits: int = 2) -> str:
+def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
     if values is None:
         return NOTHING
     low, high = f"{values.min():.{digits}g}", f"{values.max():.{digits}g}"

@@ -47,7 +47,7 @@ def find_connections(tensors: Mapping[str, StoredTensor]) -> list[tuple[WeightPa
     sizes = {(one.streams, one.width) for _, one in found}
     heads = [(pattern, one) for pattern in HEADS for one in _matches(pattern, modules)]
     return [
-        *sorted(found, key=lambda pair: _order(pair[1].module)),
+        *sorted(found, key=lambda pair: _depth_order(pair[1].module)),
         *((pattern, one) for pattern, one in heads if (one.streams, one.width) in sizes),
     ]
 
@@ -85,17 +85,19 @@ def place_of(module: str, inside: Sequence[str] = ()) -> Place:
     # the first number of a path counts the blocks; what follows it names the part of the block
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     own = parts if at is None else parts[at + 1 :]
-    branch = next((found for text in (*reversed(own), *inside) if (found := _branch(text))), "block")
+    # The innermost name is the most specific one; what is inside the module counts last.
+    branch = next((found for text in (*reversed(own), *inside) if (found := _branch_named_in(text))), "block")
     return Place("", -1, branch) if at is None else Place(".".join(parts[:at]), int(parts[at]), branch)
 
 
-def _branch(text: str) -> str:
+def _branch_named_in(text: str) -> str:
     return next((branch for branch, words in BRANCHES if words.search(text)), "")
 
 
-def _order(module: str) -> tuple[Any, ...]:
+def _depth_order(module: str) -> tuple[Any, ...]:
     """Sort key: chain, then every number of the path, then attention before feed-forward, as blocks run them."""
     ranks = {branch: rank for rank, (branch, _) in enumerate(BRANCHES)}
     place = place_of(module)
+    # As numbers: sorted as text, block 10 would come before block 2.
     numbers = tuple(int(part) for part in module.split(".") if part.isdigit())
     return place.chain, numbers, ranks.get(place.branch, len(ranks)), module

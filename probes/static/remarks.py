@@ -43,7 +43,7 @@ def remarks(
     for test, words in _TESTS:
         hits = [connection for connection in connections if test(connection)]
         if hits:
-            yield f"{_where(hits, len(connections))}: {words(hits)}"
+            yield f"{_named_connections(hits, len(connections))}: {words(hits)}"
     yield from _on_gates(connections)
     learned = {connection.chain for connection in connections if connection.learns_mixing}
     for composite in composites:
@@ -57,7 +57,7 @@ def remarks(
         )
 
 
-def _where(hits: Sequence[StaticConnection], total: int) -> str:
+def _named_connections(hits: Sequence[StaticConnection], total: int) -> str:
     if len(hits) == total:
         return f"all {total} connections" if total > 1 else hits[0].module
     first = ", ".join(hit.module for hit in hits[:2]) + (", …" if len(hits) > 2 else "")
@@ -85,7 +85,7 @@ def _logit_range(connection: StaticConnection) -> float:
     return 0.0 if connection.logits is None else float(np.ptp(connection.logits))
 
 
-def _lowest(connection: StaticConnection) -> float:
+def _lowest_weight(connection: StaticConnection) -> float:
     return 0.0 if connection.h_res is None or not connection.learns_mixing else float(connection.h_res.min())
 
 
@@ -112,10 +112,10 @@ _TESTS: tuple[tuple[Callable[[StaticConnection], bool], Callable[[Sequence[Stati
         ),
     ),
     (
-        lambda connection: _lowest(connection) < -NEGATIVE,
+        lambda connection: _lowest_weight(connection) < -NEGATIVE,
         lambda hits: (
-            f"mixing weights are negative (down to {min(map(_lowest, hits)):.3g}): streams are subtracted from one another, "
-            "and signed sums hide how much is mixed"
+            f"mixing weights are negative (down to {min(map(_lowest_weight, hits)):.3g}): streams are subtracted from one "
+            "another, and signed sums hide how much is mixed"
         ),
     ),
 )
@@ -128,7 +128,7 @@ def _on_gates(connections: Sequence[StaticConnection]) -> Iterator[str]:
     for parts, hits in shut.items():
         if parts:
             named = ", ".join(f"H_{part}" for part in parts)
-            yield f"{_where(hits, len(connections))}: zero gates, so the input does not change {named}"
+            yield f"{_named_connections(hits, len(connections))}: zero gates, so the input does not change {named}"
 
 
 # --- their product

@@ -225,9 +225,8 @@ class _HeavyChoice(NamedTuple):
 
 
 def _choose_heavy(score: torch.Tensor, index: torch.Tensor) -> _HeavyChoice:
-    order = score.argsort(
-        descending=True, stable=True
-    )  # stable: all processes choose alike where scores are equal
+    # Stable: all processes choose alike where scores are equal
+    order = score.argsort(descending=True, stable=True)
     stored, displaced = order[:NUM_HEAVY], order[NUM_HEAVY:]
     bucket, sign = bucket_and_sign(index[displaced])
     return _HeavyChoice(stored, displaced, bucket, torch.where(score[displaced] >= 0, sign, 0.0).double())

@@ -122,7 +122,6 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     count = a.count + b.count
     share, difference_D = b.count / count.clamp_min(1), b.mean_D - a.mean_D
     scatter = (a.scatter_DD + b.scatter_DD).addr_(a.count * share * difference_D, difference_D)
-    mean_D = torch.where(
-        a.count > 0, a.mean_D + share * difference_D, b.mean_D
-    )  # the mean of no tokens is not used
+    # The mean of no tokens is not used
+    mean_D = torch.where(a.count > 0, a.mean_D + share * difference_D, b.mean_D)
     return Moments(count, mean_D, scatter, max(a.rounding, b.rounding))

@@ -19,9 +19,8 @@ from depthscope.probes.statistics.second_moments import Moments
 from depthscope.probes.statistics.streamed_sums import MEAN, StreamedSums
 
 MAX_STORED_BYTES = 2**28  # of one stage's products (a heuristic of ours: a run is a file that people share)
-HASH = (
-    "multiply-xorshift 0x45D9F3B, of sequence and position"  # sketches by different hashes must not be added
-)
+# Stored with the sums: sketches by different hashes must not be added.
+HASH = "multiply-xorshift 0x45D9F3B, of sequence and position"
 MOMENT_VARIABLES = ("sum_mean", "sum_size", "sum_product")
 SKETCH_VARIABLES = (
     *("sum_token_mean", "sum_token_square", "sum_bucket", "sum_sign"),
@@ -34,9 +33,8 @@ def stored_variables(sums: StreamedSums, depths: Sequence[int]) -> dict[str, Any
     views = sorted(view for depth, view in sums.moments if depth == depths[0])
     moments = [[sums.moments[depth, view] for view in views] for depth in depths]
     width = len(moments[0][0].mean_D)
-    if (
-        len(depths) * len(views) * width * (width + 1) * 4 > MAX_STORED_BYTES
-    ):  # D (D + 1) / 2 pairs of 8 bytes
+    # D (D + 1) / 2 pairs of 8 bytes
+    if len(depths) * len(views) * width * (width + 1) * 4 > MAX_STORED_BYTES:
         return {}
     size = torch.stack([torch.stack([_feature_size(of) for of in row]) for row in moments])
     attrs: dict[str, Any] = {

@@ -29,7 +29,7 @@ def streamed_variables(
     """Variables and coordinates of the statistics of one stage, some depths of a chain."""
     sums = streaming.flushed()
     count = np.array([float(sums.moments[depth, MEAN].count) for depth in depths])
-    # One in so many sequences was streamed: metrics and captions tell it.
+    # One in so many sequences was streamed: metrics and captions state it.
     sampling: dict[str, Any] = {"every": sums.every} if sums.every > 1 else {}
     left_out = sum(int(number) for key, number in sums.left_out.items() if set(depths) <= set(key))
     reason = {"left_out_because": "not finite at some depth: in no sum of any depth"} if left_out else {}

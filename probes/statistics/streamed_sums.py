@@ -198,7 +198,7 @@ class StreamedSums:
         self.sequences = _merged_ranges(self.sequences + other.sequences)
         self.left_out = _merged(self.left_out, other.left_out, torch.add)
         self._buffer = _merged(self._buffer, other._buffer, lambda a, b: a + b)
-        self._add_buffered([depths for depths, buffered in self._buffer.items() if _enough(buffered)])
+        self._add_buffered([depths for depths, buffered in self._buffer.items() if _buffer_is_full(buffered)])
 
     def flushed(self) -> StreamedSums:
         """The same sums with every buffered token added; itself where nothing is buffered."""
@@ -233,7 +233,7 @@ class StreamedSums:
             update = SketchUpdate(self.sketches.get(depths), placements, len(depths), width)
             for position, depth in enumerate(depths):
                 block = self._add_moments(depth, buffered, position)
-                update.add_depth(position, block, _squares(buffered, position))
+                update.add_depth(position, block, _square_sums(buffered, position))
             self.sketches[depths] = update.sketch
             for part in buffered:
                 self.left_out = _merged(self.left_out, {depths: part.num_left_out}, torch.add)
@@ -242,7 +242,7 @@ class StreamedSums:
         """Add every view of one depth to its moments; returns the tokens of the mean over streams."""
         num_views = len(buffered[0].states[position].views)
         for view in reversed(range(num_views)):  # the mean last, since its block goes on to the sketch
-            block = _block(buffered, position, view)
+            block = _joined_block(buffered, position, view)
             self.moments[depth, view] = add_block(self.moments.get((depth, view)), block)
         return block
 
@@ -275,7 +275,7 @@ def _shift(state_BTND: torch.Tensor, mean_ND: torch.Tensor, usable_t: torch.Tens
 
 
 def _buffered(states: list[_State]) -> _Buffered:
-    """Join the depths of a stage: only together they tell which tokens are left out, and which are heavy."""
+    """Join the depths of a stage: only together they show which tokens are left out, and which are heavy."""
     views = [state.views[MEAN].signed_tD for state in states]
     device, drawn, masked_t = views[0].device, states[0].drawn, states[0].real_t
     norm_Lt = torch.stack([torch.linalg.vector_norm(x_tD, dim=1).to(device, torch.float32) for x_tD in views])
@@ -288,7 +288,7 @@ def _buffered(states: list[_State]) -> _Buffered:
     return _Buffered(tuple(states), placement, square_L, left_out.sum(), all_finite)
 
 
-def _enough(buffered: tuple[_Buffered, ...]) -> bool:
+def _buffer_is_full(buffered: tuple[_Buffered, ...]) -> bool:
     """Whether the buffered tokens are as many bytes as the scatter matrix that they are added to: 4 t D ≥ 8 D²."""
     # So the buffer at most doubles the memory, and writing the matrix is spread over as many tokens as that allows.
     width = buffered[0].states[0].shape[3]
@@ -301,13 +301,13 @@ def _needs_float64(depth: int) -> bool:
     return depth == 0 or torch.get_float32_matmul_precision() != "highest"
 
 
-def _squares(buffered: tuple[_Buffered, ...], position: int) -> torch.Tensor:
+def _square_sums(buffered: tuple[_Buffered, ...], position: int) -> torch.Tensor:
     """Σ ‖x − shift‖² of one depth of each forward."""
     size = torch.stack([part.states[position].size for part in buffered]).double()
     return torch.stack([part.square_L[position].to(size.device) for part in buffered]) * size.square()
 
 
-def _block(buffered: tuple[_Buffered, ...], position: int, view: int) -> TokenBlock:
+def _joined_block(buffered: tuple[_Buffered, ...], position: int, view: int) -> TokenBlock:
     """The buffered tokens of one view at one depth, forward by forward, over a common size."""
     states = [part.states[position] for part in buffered]
     views = [state.views[view] for state in states]
@@ -344,10 +344,10 @@ def _zero_unreal(x_tD: torch.Tensor, real_t: torch.Tensor) -> torch.Tensor:
 
 def _copies_of_new(other: dict[Key, Summed], own: dict[Key, Summed]) -> dict[Key, Summed]:
     """The other's sums, copied where there are none of our own: what is taken over will be overwritten."""
-    return {key: value if key in own else _copy(value) for key, value in other.items()}
+    return {key: value if key in own else _cloned(value) for key, value in other.items()}
 
 
-def _copy(value: Summed) -> Summed:
+def _cloned(value: Summed) -> Summed:
     parts = (part.clone() if isinstance(part, torch.Tensor) else part for part in value)
     return type(value)(*parts)
 

@@ -81,9 +81,8 @@ class TokenSums:
         self._add("token_count", depth, count)
         self._add("norm_sum", depth, norm.sum(0))
         self._add("square_norm_sum", depth, norm.square().sum(0))
-        self._add(
-            "unit_count", depth, (norm > 0).sum(0).double()
-        )  # a zero token, as padding is made, has no direction
+        # A zero token, as padding is made, has no direction
+        self._add("unit_count", depth, (norm > 0).sum(0).double())
         self._add_maximum("norm_max", depth, norm.amax(0))
         self._add_maximum("abs_max", depth, largest.amax(0).double())
         self._add("feature_sum", depth, feature_sum)
@@ -147,9 +146,8 @@ class TokenSums:
         mask_BT : Tensor or None
             True on real tokens.
         """
-        mix = (
-            mix_BTNN.detach().flatten(0, 1).movedim(0, -1)
-        )  # sums of rows of tokens are twice as fast as of short rows
+        # Sums of rows of tokens are twice as fast as of short rows
+        mix = mix_BTNN.detach().flatten(0, 1).movedim(0, -1)
         mix = mix.to(torch.float64, memory_format=torch.contiguous_format)
         gains = torch.stack([mix.sum(1), mix.sum(0)]).abs().amax(1)
         if mask_BT is not None:

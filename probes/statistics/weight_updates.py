@@ -156,7 +156,7 @@ class WeightUpdates:
         trained = {name: of for name, of in self._before.items() if of.copy is not None}
         distances = _read_back({name: _square_distance(of) for name, of in trained.items()})
         # The version counter tells a step that changed nothing (update 0) from no step (undefined). A write through .data
-        # does not count, so that the distances are asked too.
+        # does not count, so that the distances are looked at too.
         written = any(version(of.parameter) != of.version for of in trained.values())
         return distances if written or any(distances.values()) else {}
 
@@ -191,9 +191,8 @@ def _square_distance(of: _Before) -> torch.Tensor:
 def _chunks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
-        tensor = (
-            tensor.coalesce().values()
-        )  # a sparse gradient has a row as often as its token occurs; they add up
+        # A sparse gradient has a row as often as its token occurs; they add up
+        tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.reshape(-1).split(CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_GPU)

@@ -28,7 +28,7 @@ CLEAR_CHANGE = 10.0
 
 @dataclass(frozen=True)
 class BranchSum:
-    """One step inside a block: these branches were added, and the state after them is seen here."""
+    """One step inside a block: these branches were added, and this call shows the state after them."""
 
     branches: tuple[Call, ...]
     seen: Call | None  # None for the block's own output
@@ -57,14 +57,14 @@ def find_branch_sums(block: Call) -> tuple[BranchSum, ...] | None:
     ]
     if len(inner) > MAX_CALLS:
         return None
-    return _Search(block, inner).steps(_sample(block.x), block.order) or None
+    return _Search(block, inner).steps(_sampled_elements(block.x), block.order) or None
 
 
 class _Search:
     """The search for the steps of one block: what is added first, and what follows from there."""
 
     def __init__(self, block: Call, inner: list[Call]) -> None:
-        self.goal = _sample(block.y)
+        self.goal = _sampled_elements(block.y)
         self.limit = tolerance(compute_dtype(block.y)) if block.y is not None else 0.0
         shape = block.x_shape
         self.branches = [c for c in inner if c.y is not None and c.y_shape == shape]
@@ -74,31 +74,31 @@ class _Search:
         if (state - self.goal).norm() <= self.limit * self.goal.norm():
             return ()
         # Depth first: a step that leads nowhere is taken back, as where one branch happens to fit a state that two made.
-        for add, after in self._options(state, order):
+        for add, after in self._next_steps(state, order):
             rest = self.steps(after, max(branch.order for branch in add.branches))
             if rest is not None:
                 return (add, *rest) if rest else (replace(add, seen=None, at="output"),)
         return None
 
-    def _options(self, state: torch.Tensor, order: int) -> Iterator[tuple[BranchSum, torch.Tensor]]:
+    def _next_steps(self, state: torch.Tensor, order: int) -> Iterator[tuple[BranchSum, torch.Tensor]]:
         later = [branch for branch in self.branches if branch.order > order]
         for count in (1, 2):  # one branch after the other, or two in parallel
             for chosen in combinations(later, count):
-                total = torch.stack([_sample(branch.y) for branch in chosen]).sum(0)
-                for target, seen, at, after in self._targets(max(c.order for c in chosen)):
+                total = torch.stack([_sampled_elements(branch.y) for branch in chosen]).sum(0)
+                for target, seen, at, after in self._possible_sums(max(c.order for c in chosen)):
                     if _explains(target - state, total, target, self.limit):
                         yield BranchSum(chosen, seen, at, normed=at == "output" and seen is not None), after
 
-    def _targets(self, order: int) -> Iterator[tuple[torch.Tensor, Call | None, str, torch.Tensor]]:
+    def _possible_sums(self, order: int) -> Iterator[tuple[torch.Tensor, Call | None, str, torch.Tensor]]:
         """What the sum may be: the block's output, what a later call takes, or what a norm takes to give the state."""
         for call in self.takers:
             if call.order > order:
-                taken = _sample(call.x)
+                taken = _sampled_elements(call.x)
                 yield taken, call, "input", taken
         yield self.goal, None, "output", self.goal
         for call in self.takers:
             if call.order > order and call in self.branches and is_norm(call.module):
-                yield _sample(call.x), call, "output", _sample(call.y)
+                yield _sampled_elements(call.x), call, "output", _sampled_elements(call.y)
 
 
 def _explains(change: torch.Tensor, branch: torch.Tensor, target: torch.Tensor, limit: float) -> bool:
@@ -110,7 +110,7 @@ def _explains(change: torch.Tensor, branch: torch.Tensor, target: torch.Tensor, 
     return bool((change - scale * branch).norm() <= limit * target.norm() and scale > 0)
 
 
-def _sample(tensor: torch.Tensor | None) -> torch.Tensor:
+def _sampled_elements(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
     flat = tensor.detach().reshape(-1)
     return flat[spread(len(flat), ELEMENTS).to(flat.device)].double()

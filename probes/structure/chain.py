@@ -1,4 +1,4 @@
-"""A residual chain: where its states are seen, and which connections join them."""
+"""A residual chain: which calls show its states, and which connections join them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where one state of a chain is seen: at the input or the output of one call of a module."""
+    """What shows one state of a chain: the input or the output of one call of a module."""
 
     path: str
     index: int  # of the call, among the module's calls in one forward
@@ -42,7 +42,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Chain:
-    """A residual chain: where its states are seen, in depth order, and its connections where they are known."""
+    """A residual chain: what shows its states, in depth order, and its connections where they are known."""
 
     name: str
     points: tuple[HookPoint, ...]

@@ -46,7 +46,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     Returns
     -------
     list of Chain
-        The largest chain first; more than one for an encoder and a decoder.
+        In the order in which they run; more than one for an encoder and a decoder.
 
     Raises
     ------
@@ -63,14 +63,14 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     histories = history_chain(tape)
     if histories is not None:
         return [_with_final(tape, histories)]
-    runs = _runs(tape, model)
+    runs = _chosen_runs(tape, model)
     if not runs:
         raise ChainError(
             "no chain of blocks was found: no two calls of like modules hand one tensor on. "
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
     chains: list[Chain] = []
-    for name, run in zip(_names(runs), runs, strict=True):
+    for name, run in zip(_chain_names(runs), runs, strict=True):
         chain = _with_final(tape, _linked_chain(run, name))
         chains += split_tracks(chain, run, named=False)
     return chains
@@ -85,11 +85,13 @@ def _with_final(tape: Tape, chain: Chain) -> Chain:
     return replace(chain, final=HookPoint(norm.path, norm.index, "output", last.layer, "final", norm.path))
 
 
-def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
-    found = [(run, size) for run in _candidates(tape) if (size := _size(call.module for call in run))]
+def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
+    found = [
+        (run, size) for run in _candidate_runs(tape) if (size := _num_parameters(call.module for call in run))
+    ]
     if not found:
         return []
-    best, best_size = _finest(found)
+    best, best_size = _finest_run(found)
     share = best_size / _trunk_size(model)
     if share < TRUNK_SHARE:
         raise ChainError(
@@ -99,12 +101,12 @@ def _runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     chosen = [best]
     # A model may have several trunks; parts of one trunk, such as its attentions, overlap with it and are left out.
     rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= FURTHER_SHARE * best_size]
-    while rest := [pair for pair in rest if not any(_overlap(pair[0], other) for other in chosen)]:
-        chosen.append(_finest(rest)[0])
+    while rest := [pair for pair in rest if not any(_share_calls(pair[0], other) for other in chosen)]:
+        chosen.append(_finest_run(rest)[0])
     return sorted(chosen, key=lambda run: run[0].order)
 
 
-def _finest(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
+def _finest_run(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
     """The longest of the runs that cover nearly as many parameters as the largest one; blocks before single layers.
 
     An MLP may be a longer run of layers than the model is of blocks.
@@ -119,7 +121,7 @@ def _is_block_run(run: list[Call]) -> bool:
     return all(_has_children(call) for call in run if call.x_shape == call.y_shape)
 
 
-def _candidates(tape: Tape) -> list[list[Call]]:
+def _candidate_runs(tape: Tape) -> list[list[Call]]:
     """Runs of one class; and runs in one container, unless they are a class run with a norm or a head at its ends.
 
     Blocks of one model may have several classes, as in hybrids of attention and state-space layers; a container has them all.
@@ -173,19 +175,21 @@ def _covers(container: list[Call], run: list[Call]) -> bool:
     rest = [call for call in container if id(call) not in in_run]
     if len(rest) + len(run) > len(container) or any(_has_children(call) for call in rest):
         return False
-    return _size(c.module for c in run) >= FINER_SHARE * _size(c.module for c in container)
+    return _num_parameters(c.module for c in run) >= FINER_SHARE * _num_parameters(
+        c.module for c in container
+    )
 
 
-def _overlap(a: list[Call], b: list[Call]) -> bool:
+def _share_calls(a: list[Call], b: list[Call]) -> bool:
     return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
 
 
-def _size(modules: Iterable[nn.Module]) -> int:
+def _num_parameters(modules: Iterable[nn.Module]) -> int:
     parameters = {id(p): p.numel() for module in modules for p in module.parameters()}  # shared ones once
     return sum(parameters.values())
 
 
-def _names(runs: list[list[Call]]) -> list[str]:
+def _chain_names(runs: list[list[Call]]) -> list[str]:
     """Short distinct names: the first path component in which all chains differ."""
     if len(runs) == 1:
         return [""]
@@ -202,7 +206,7 @@ def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[C
     calls = {path: [call for call in tape.calls if call.path == path] for path in wanted}
     for path in wanted:
         if path not in modules:
-            raise ChainError(f"no module {path!r} in the model; {_closest(path, modules)}")
+            raise ChainError(f"no module {path!r} in the model; {_closest_paths(path, modules)}")
         if not calls[path]:
             raise ChainError(f"the module {path!r} was never called in the forward; name modules that run")
     blocks = sorted((call for path in wanted for call in calls[path]), key=lambda call: call.order)
@@ -240,7 +244,7 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
         expression = re.escape(pattern).replace(r"\{i\}", r"\d+").replace(r"\*", r"[^.]+")
         found = [path for path in modules if re.fullmatch(expression, path)]
         if not found:
-            raise ChainError(f"the pattern {pattern!r} names no module; {_closest(pattern, modules)}")
+            raise ChainError(f"the pattern {pattern!r} names no module; {_closest_paths(pattern, modules)}")
         return found
     container = modules.get(pattern)
     if isinstance(container, (nn.ModuleList, nn.Sequential)):
@@ -248,7 +252,7 @@ def block_paths(model: nn.Module, layers: Sequence[str]) -> list[str]:
     return [pattern]
 
 
-def _closest(path: str, modules: dict[str, nn.Module]) -> str:
+def _closest_paths(path: str, modules: dict[str, nn.Module]) -> str:
     return did_you_mean(path, modules, otherwise="print the model to see its module paths")
 
 
@@ -258,7 +262,7 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
     Where these do not link they are branches, which something outside adds to the state: their outputs are no states, and
     the last state is the input of the next call.
     """
-    chain = _chain(blocks, "")
+    chain = _plain_chain(blocks, "")
     if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
         return chain
     points = list(chain.points[:-1])
@@ -271,7 +275,7 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
 
 def _linked_chain(blocks: list[Call], name: str) -> Chain:
     """A chain of blocks that link; the state before a bridge between stages is the output of the block before it."""
-    chain = _chain(blocks, name)
+    chain = _plain_chain(blocks, name)
     points = list(chain.points)
     shapes = list(chain.shapes)
     for depth, (before, call) in enumerate(pairwise(blocks), 1):
@@ -281,7 +285,7 @@ def _linked_chain(blocks: list[Call], name: str) -> Chain:
     return replace(chain, points=tuple(points), shapes=tuple(shapes))
 
 
-def _chain(blocks: list[Call], name: str) -> Chain:
+def _plain_chain(blocks: list[Call], name: str) -> Chain:
     """A plain chain: the input of every block and the output of the last one."""
     # Where the shape changes there are stages, whose blocks are numbered from 0 each.
     one_shape = len({call.x_shape for call in blocks}) == 1

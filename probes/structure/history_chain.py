@@ -26,11 +26,13 @@ def history_chain(tape: Tape) -> Chain | None:
         None where no two such modules follow one another.
     """
     calls = [call for call in tape.calls if call.past is not None and call.x_shape == call.y_shape]
+    # Each must be given what the one before returned: a growing list of states, and not any list of tensors of one shape.
     if len(calls) < 2 or not all(same_tensor(a.y, _newest(b)) for a, b in pairwise(calls)):
         return None
     assert calls[0].past is not None
     start, at = calls[0].past
     producer = start.path if at == "output" else start.producer or "(input)"
+    # The newest state that the first module is given is the embedding: a call outside of the chain took or returned it.
     points = [HookPoint(start.path, start.index, at, -1, "embed", producer)]
     for call, layer in zip(calls, layer_numbers(calls), strict=True):
         points.append(HookPoint(call.path, call.index, "output", layer, "post", call.path))

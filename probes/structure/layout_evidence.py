@@ -80,17 +80,17 @@ def read_evidence(tape: Tape, chain: Chain) -> LayoutEvidence:
         return _evidence_of_track(tape, chain)
     takers = {(point.path, point.method, point.index) for point in chain.points if point.at == "input"}
     blocks = [call for call in tape.calls if call.key in takers]
-    first, inside = blocks[0], _inside(tape, blocks[0])
+    first, inside = blocks[0], _calls_during(tape, blocks[0])
     # The first block of a stage may change the shape, and what its branches write shows nothing.
     constant = next((block for block in blocks if block.x_shape == block.y_shape), None)
     return LayoutEvidence(
-        image=_image(tape, first, inside),
+        image=_image_channels(tape, first, inside),
         tokens_first=any(
             getattr(call.module, "batch_first", None) is False and call.x_shape == first.x_shape
             for call in inside
         ),
-        copies=tuple(copies for copies in _copies(first.x) if _expanded(tape, first, copies)),
-        parts=1 if constant is None else _parts_written(constant, _inside(tape, constant)),
+        copies=tuple(copies for copies in _equal_copies(first.x) if _made_by_expansion(tape, first, copies)),
+        parts=1 if constant is None else _parts_written(constant, _calls_during(tape, constant)),
     )
 
 
@@ -102,7 +102,7 @@ def _evidence_of_track(tape: Tape, chain: Chain) -> LayoutEvidence:
     return LayoutEvidence(image="last" if pairs else "")
 
 
-def _inside(tape: Tape, block: Call) -> list[Call]:
+def _calls_during(tape: Tape, block: Call) -> list[Call]:
     """The block's call and all calls during it."""
     return [call for call in tape.calls[block.order :] if call is block or call.inside(block)]
 
@@ -110,7 +110,7 @@ def _inside(tape: Tape, block: Call) -> list[Call]:
 # --- images ---
 
 
-def _image(tape: Tape, first: Call, inside: list[Call]) -> str:
+def _image_channels(tape: Tape, first: Call, inside: list[Call]) -> str:
     """Where the channels of an image are, by evidence beyond its shape: other 4-D states, such as streams, have the same."""
     shape = first.x_shape
     if len(shape) != 4:
@@ -123,9 +123,11 @@ def _image(tape: Tape, first: Call, inside: list[Call]) -> str:
     image = tape.calls[0].x_shape
     if len(image) != 4 or not any(_writes_all(call, first) for call in inside[1:]):
         return ""
-    if _shrunk(image[2:], shape[1:3]) and not any(isinstance(call.module, nn.Conv2d) for call in inside):
+    if _shrunk_alike(image[2:], shape[1:3]) and not any(
+        isinstance(call.module, nn.Conv2d) for call in inside
+    ):
         return "last"
-    return "first" if _shrunk(image[2:], shape[2:]) else ""
+    return "first" if _shrunk_alike(image[2:], shape[2:]) else ""
 
 
 def _is_spatial(module: nn.Module) -> bool:
@@ -137,7 +139,7 @@ def _writes_all(call: Call, first: Call) -> bool:
     return _has_matrix(call.module) and math.prod(call.y_shape) == math.prod(first.x_shape)
 
 
-def _shrunk(image: Sequence[int], grid: Sequence[int]) -> bool:
+def _shrunk_alike(image: Sequence[int], grid: Sequence[int]) -> bool:
     """Whether both axes shrink by one factor."""
     factors = {round(size / small) for size, small in zip(image, grid, strict=True)}
     return len(factors) == 1 and min(factors) >= 1
@@ -146,7 +148,7 @@ def _shrunk(image: Sequence[int], grid: Sequence[int]) -> bool:
 # --- merged streams ---
 
 
-def _expanded(tape: Tape, first: Call, copies: Copies) -> bool:
+def _made_by_expansion(tape: Tape, first: Call, copies: Copies) -> bool:
     """Whether copies along the second axis were made by an expansion: an earlier call then gave the state without it.
 
     Along this axis copies may also be equal tokens, such as padding, at a first state without positions.
@@ -158,7 +160,7 @@ def _expanded(tape: Tape, first: Call, copies: Copies) -> bool:
     return any(call.y_shape == one for call in tape.calls[: first.order])
 
 
-def _copies(state: torch.Tensor | None) -> Iterable[Copies]:
+def _equal_copies(state: torch.Tensor | None) -> Iterable[Copies]:
     """For every axis the largest number of equal copies along it."""
     if state is None:
         return
@@ -167,7 +169,7 @@ def _copies(state: torch.Tensor | None) -> Iterable[Copies]:
         counts = [count for count in range(min(size, MAX_STREAMS), 1, -1) if size % count == 0]
         # (copies, rest) before (rest, copies): where the state is constant along the axis both fit, and mean the same.
         ways = [Copies(axis, count, outer) for count in counts for outer in (True, False)]
-        yield from islice((way for way in ways if _equal(_split(state, way))), 1)
+        yield from islice((way for way in ways if _all_equal(_split(state, way))), 1)
 
 
 def _split(state: torch.Tensor, way: Copies) -> torch.Tensor:
@@ -176,7 +178,7 @@ def _split(state: torch.Tensor, way: Copies) -> torch.Tensor:
     return split.movedim(way.axis if way.outer else way.axis + 1, 0)
 
 
-def _equal(parts: torch.Tensor) -> bool:
+def _all_equal(parts: torch.Tensor) -> bool:
     """Whether all parts are equal, and not constant: a state of zeros repeats itself in every way."""
     corner = parts[(slice(None), *[slice(CORNER)] * (parts.ndim - 1))]
     for compared in (corner, parts):  # most differ in the corner already, which is cheap to compare
@@ -187,22 +189,22 @@ def _equal(parts: torch.Tensor) -> bool:
 
 def _parts_written(first: Call, inside: list[Call]) -> int:
     """Number of parts n ≥ 2 where the last branch of a block writes 1/n of the state and no branch writes all of it."""
-    branches = _branches(first, inside)
+    branches = _branch_calls(first, inside)
     if not branches:
         return 1
     # The last branch is an MLP or an output projection, which writes to the state; earlier ones may be projections inside.
-    parts = _parts(branches[-1].y_shape, first.x_shape)
+    parts = _num_parts(branches[-1].y_shape, first.x_shape)
     if parts == 1:
         return 1
     complete = [call for call in branches if call.y_shape == first.x_shape]
-    return 1 if any(_parts(call.x_shape, first.x_shape) != parts for call in complete) else parts
+    return 1 if any(_num_parts(call.x_shape, first.x_shape) != parts for call in complete) else parts
 
 
-def _branches(block: Call, inside: list[Call]) -> list[Call]:
+def _branch_calls(block: Call, inside: list[Call]) -> list[Call]:
     """The block's own calls of modules that have matrices; where one module only wraps the block, those inside it."""
     own = [call for call in inside if call.parent is block and _has_matrix(call.module)]
     if len(own) == 1 and own[0].x_shape == own[0].y_shape == block.x_shape:
-        return _branches(own[0], inside) or own
+        return _branch_calls(own[0], inside) or own
     return own
 
 
@@ -210,7 +212,7 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(p.ndim >= 2 for p in module.parameters())
 
 
-def _parts(shape: Sequence[int], state: Sequence[int]) -> int:
+def _num_parts(shape: Sequence[int], state: Sequence[int]) -> int:
     """How many parts of this shape make up a state, along its last axis or its second one; 1 where none do."""
     if len(state) == 3 and tuple(shape) == (state[0], state[2]) and 1 < state[1] <= MAX_STREAMS:
         return state[1]

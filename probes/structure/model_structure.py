@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,7 +19,7 @@ FINAL = -1  # used as a depth: the state after the last norm
 
 
 class CapturedState(NamedTuple):
-    """One state that is captured in every forward: the number of its chain, its depth, and where it is seen."""
+    """One state that is captured in every forward: the number of its chain, its depth, and what shows it."""
 
     chain: int
     depth: int  # or `FINAL`
@@ -33,7 +33,7 @@ class Structure:
     Parameters
     ----------
     chains : tuple of Chain
-        The largest one first.
+        In the order in which they run.
     layouts : tuple of str
         Axes of the states, one text for each chain.
     sites : mapping of int to Site
@@ -56,15 +56,14 @@ class Structure:
     @cached_property
     def captured(self) -> tuple[CapturedState, ...]:
         """Every state that is captured."""
-        return tuple(self._captured())
-
-    def _captured(self) -> Iterator[CapturedState]:
+        found: list[CapturedState] = []
         for number, chain in enumerate(self.chains):
             for depth, point in enumerate(chain.points):
                 if self.selection.captures(chain, depth):
-                    yield CapturedState(number, depth, point)
+                    found.append(CapturedState(number, depth, point))
             if chain.final is not None and self.selection.includes("final"):
-                yield CapturedState(number, FINAL, chain.final)
+                found.append(CapturedState(number, FINAL, chain.final))
+        return tuple(found)
 
     @property
     def connections(self) -> tuple[Connection, ...]:

@@ -26,8 +26,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "H_pre": ("h_pre",),
     "H_post": ("h_post",),
     "H_res": ("h_res",),
-    "comb": ("h_res",),
-    "alpha": ("h_pre", "h_res"),
+    "comb": ("h_res",),  # in DeepSeek-V4's code
+    "alpha": ("h_pre", "h_res"),  # HC's α has the reads and the mixing in one matrix (arXiv 2409.19606)
     "beta": ("h_post",),
     "hook_embed": ("embed",),
     "ln_final.hook_normalized": ("final",),
@@ -43,6 +43,7 @@ HOOKS: dict[str, tuple[str, str | None]] = {
     "hook_mlp_out": ("branch_out", "mlp"),
     **{
         f"{branch}_hc.{hook}": (kind, label)
+        # DeepSeek-V4 calls its feed-forward connection ffn_hc, others mlp_hc.
         for branch, label in (("attn", "attn"), ("mlp", "mlp"), ("ffn", "mlp"))
         for hook, kind in (
             ("hook_in", "hc_in"),
@@ -63,7 +64,7 @@ class SiteError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """One name that was asked for: kinds of sites, of one block or of all, of one branch or of all."""
+    """One requested name: kinds of sites, of one block or of all, of one branch or of all."""
 
     name: str
     kinds: tuple[str, ...]
@@ -72,7 +73,7 @@ class Request:
     state: int | None = None
 
     def takes_state(self, chain: Chain, depth: int) -> bool:
-        """Whether a state of a chain is asked for."""
+        """Whether a state of a chain is requested."""
         point = chain.points[depth]
         if self.state is not None:
             return self.state == _block_boundary(chain, depth)
@@ -80,25 +81,25 @@ class Request:
             # The state before block i is the one after block i − 1; after the last block there is no block.
             block = _block_boundary(chain, depth)
             return block is not None and self.block in (None, block) and block < _num_blocks(chain)
-        if "hc_in" in self.kinds:
+        if "hc_in" in self.kinds:  # the state that a connection reads, whatever its site is called
             return any(c.depth_in == depth and self.takes_connection(c) for c in chain.connections)
         return point.site in self.kinds and (self.block is None or point.layer == self.block)
 
     def takes_variable(self, chain: Chain, name: str) -> bool:
-        """Whether a variable of a chain's connections is asked for."""
+        """Whether a variable of a chain's connections is requested."""
         return name in self.kinds and any(self.takes_connection(c) for c in chain.connections)
 
     def takes_connection(self, connection: Connection) -> bool:
-        """Whether a connection's block and branch are asked for; one that is neither attention nor MLP counts as both."""
+        """Whether a connection's block and branch are requested; one that is neither attention nor MLP counts as both."""
         in_block = self.block in (None, connection.layer)
         return in_block and (self.branch is None or connection.branch in (self.branch, "block"))
 
     def fits(self, chain: Chain) -> bool:
-        """Whether a chain has anything of what is asked for."""
+        """Whether a chain has any of the requested states or variables."""
         return (
             any(self.takes_state(chain, depth) for depth in range(len(chain.points)))
             or ("final" in self.kinds and chain.final is not None)
-            or any(self.takes_variable(chain, name) for name in VARIABLES if _has(chain, name))
+            or any(self.takes_variable(chain, name) for name in VARIABLES if _has_variable(chain, name))
         )
 
 
@@ -133,13 +134,11 @@ class SiteSelection:
 
     def stores(self, chain: Chain, depth: int) -> bool:
         """Whether a state is stored in the run; all are where no request names one, since every analysis needs some."""
-        return not self.requests or self._takes(chain, depth) or not self._some_states(chain)
+        some_states = any(self._takes_state(chain, other) for other in range(len(chain.points)))
+        return not some_states or self._takes_state(chain, depth)
 
-    def _takes(self, chain: Chain, depth: int) -> bool:
+    def _takes_state(self, chain: Chain, depth: int) -> bool:
         return any(request.takes_state(chain, depth) for request in self.requests)
-
-    def _some_states(self, chain: Chain) -> bool:
-        return any(self._takes(chain, depth) for depth in range(len(chain.points)))
 
     def stores_connection(self, chain: Chain, connection: Connection) -> bool:
         """Whether a connection is stored in the run."""
@@ -157,7 +156,7 @@ class SiteSelection:
 
     def stores_connections(self, chain: Chain) -> bool:
         """Whether any variable of the connections is stored in the run."""
-        return any(self.stores_variable(chain, name) for name in VARIABLES if _has(chain, name))
+        return any(self.stores_variable(chain, name) for name in VARIABLES if _has_variable(chain, name))
 
     def includes(self, kind: str) -> bool:
         """Whether a kind of site is wanted at all."""
@@ -181,12 +180,13 @@ class SiteSelection:
                 raise SiteError(f"the site {request.name!r} did not fire: {_why_missing(chains, request)}")
 
 
-def _has(chain: Chain, variable: str) -> bool:
+def _has_variable(chain: Chain, variable: str) -> bool:
     # The branches of plain blocks have inputs and outputs, but no weights.
     return bool(chain.connections) and (chain.has_streams or not variable.startswith("h_"))
 
 
 def _why_missing(chains: Sequence[Chain], request: Request) -> str:
+    # The narrowest reason first: a block that does not exist explains more than a kind that the model lacks.
     blocks = max(_num_blocks(chain) for chain in chains)
     if request.block is not None and request.block >= blocks:
         return f"the model has the blocks 0 … {blocks - 1}"
@@ -234,20 +234,20 @@ def select(names: str | Sequence[str] | None) -> SiteSelection:
     wanted = [names] if isinstance(names, str) else list(names)
     if not wanted or not all(isinstance(name, str) for name in wanted):
         raise SiteError(f"sites is {names!r}; expected one name or several, such as {', '.join(EXAMPLES)}")
-    return SiteSelection(tuple(_request(name.strip()) for name in wanted))
+    return SiteSelection(tuple(_parse_name(name.strip()) for name in wanted))
 
 
 EXAMPLES = ("'mid'", "'final'", "'h_res'", "'blocks.3.hook_resid_post'", "'hidden_states[2]'")
 
 
-def _request(name: str) -> Request:
+def _parse_name(name: str) -> Request:
     if name in WORDS:
         return Request(name, WORDS[name])
     index = STATE_INDEX.fullmatch(name)
     if index:
         return Request(name, ("state",), state=int(index[1] or index[2]))
     block = BLOCK.fullmatch(name)
-    hook = block[2] if block else name
+    hook = block[2] if block else name  # a bare hook name means that hook of every block
     if hook in HOOKS:
         kind, branch = HOOKS[hook]
         number = int(block[1]) if block and block[1].isdigit() else None

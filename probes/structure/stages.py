@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from depthscope.probes.structure.tape import Call, Tape
 
-# At most so many calls between two stages: a norm, a convolution, and the modules that wrap these. A heuristic, seen on
+# At most so many calls between two stages: a norm, a convolution, and the modules that wrap these. A heuristic of ours, from
 # torchvision's and timm's models; more would join parts that only happen to follow one another.
 BRIDGE = 4
 

@@ -44,7 +44,7 @@ State = list[Observation]  # those that show one and the same value, in order
 def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     """A chain with streams: the input of every connection, and each state that differs from it before the next one.
 
-    A state that changes outside of the connections, by a per-layer embedding for one, is seen before and after that change.
+    A state that changes outside of the connections, as by a per-layer embedding, is captured before and after the change.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     Raises
     ------
     ChainError
-        Where the state after the last connection is seen by no module.
+        Where no module shows the state after the last connection.
     """
     layers = layer_numbers(connections)
     first = connections[0]
@@ -69,9 +69,9 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     for number, call in enumerate(connections):
         following = connections[number + 1] if number + 1 < len(connections) else None
         next_layer = None if following is None else layers[number + 1]
-        states = _distinct(_observations_after(tape, call, following))
+        states = _distinct_states(_observations_after(tape, call, following))
         found.append(_connection(call, layers[number], len(points) - 1))
-        for state, site in zip(states, _sites(states, layers[number], next_layer), strict=True):
+        for state, site in zip(states, _site_names(states, layers[number], next_layer), strict=True):
             layer = layers[number] if site != "pre" or next_layer is None else next_layer
             producer = call.path if state is states[0] else state[0].call.producer or state[0].call.path
             points.append(_hook_point(state, layer, site, producer))
@@ -93,7 +93,9 @@ def _observations_after(tape: Tape, call: Call, following: Call | None) -> list[
     if following is not None:
         found.append(Observation(following, "input"))
     elif not found:
-        found = [Observation(later, "input") for later in _later_calls(tape, call)][:1]
+        # After the last connection any later call that takes a tensor of the streams' shape may show the state: the first one.
+        later = (c for c in tape.calls[call.order + 1 :] if c.x_shape == call.x_shape and not c.inside(call))
+        found = [Observation(taker, "input") for taker in later][:1]
     if not found:
         raise ChainError(
             f"the state after the last connection {call.path!r} (shape {call.x_shape}) is seen by no module: "
@@ -114,13 +116,7 @@ def _blocks_that_end(call: Call, following: Call | None) -> Iterator[Call]:
             yield around
 
 
-def _later_calls(tape: Tape, last: Call) -> Iterator[Call]:
-    for later in tape.calls[last.order + 1 :]:
-        if later.x_shape == last.x_shape and not later.inside(last):
-            yield later
-
-
-def _distinct(observations: list[Observation]) -> list[State]:
+def _distinct_states(observations: list[Observation]) -> list[State]:
     """The observations by the values that they show: a new state where the value changes."""
     states: list[State] = []
     for observation in observations:
@@ -131,7 +127,7 @@ def _distinct(observations: list[Observation]) -> list[State]:
     return states
 
 
-def _sites(states: list[State], layer: int, next_layer: int | None) -> list[str]:
+def _site_names(states: list[State], layer: int, next_layer: int | None) -> list[str]:
     """The site of each state up to the next connection: mid inside a block, post after it, pre where the next one begins."""
     if next_layer == layer:
         return ["mid"] * len(states)

@@ -22,7 +22,8 @@ from depthscope.probes.model.tensors import first_float, floats_in, version
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
 RECENT = 8  # the producer of a tensor is one of this many calls that ended last
-PAST_CALLS = 4 * RECENT  # and an earlier state of a depth history was seen by one of so many that began last
+# An earlier state of a depth history was passed to one of so many calls that began last.
+PAST_CALLS = 4 * RECENT
 
 FORWARD = "forward"
 
@@ -69,7 +70,7 @@ class Call:
     # Of a depth-history connection: the call that shows its newest past state, and at which side.
     past: tuple[Call, str] | None = None
     children: list[Call] = field(default_factory=list)
-    branch_sums: Any = None  # of a block: how its branches are added, where that was asked for
+    branch_sums: Any = None  # of a block: how its branches are added, where that was requested
     level: int = 0
     # Why the tensors of an ended call are still needed; see `Tape._release`.
     runs: int = 0  # by so many runs of linked calls
@@ -108,7 +109,7 @@ class Call:
 class Tape:
     """The calls of one forward.
 
-    A tape of all tensors would hold every activation of the model at once, also where the user computes without a graph. So
+    A tape of all tensors would keep every activation of the model at once, also where the user computes without a graph. So
     the tensors of an ended call are released as soon as nothing can need them: the runs of calls that link output to input
     (a chain may be one of them), the modules that the user named, and the connections keep theirs.
 
@@ -136,7 +137,7 @@ class Tape:
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
         call = self._begin(path, module, FORWARD, first_float(args, kwargs))
-        call.inputs = _several(floats_in(args, kwargs), lambda: _parameter_names(module, args, kwargs))
+        call.inputs = _passed_tensors(floats_in(args, kwargs), lambda: _parameter_names(module, args, kwargs))
         past = past_states(args, kwargs, call.x)
         if past is not None:
             call.past, call.pinned = self._source(past[-1]), True
@@ -153,7 +154,7 @@ class Tape:
         if call.module is not module:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
         self._end(call, first_float(output))
-        call.outputs = _several(floats_in(output))
+        call.outputs = _passed_tensors(floats_in(output))
         call.site = returned_site(module, call.x, output)
         if call.site is not None:
             call.output = output
@@ -329,7 +330,7 @@ class Tape:
             call.inputs = call.outputs = ()
 
 
-def _several(
+def _passed_tensors(
     tensors: list[torch.Tensor], names: Callable[[], list[str]] | None = None
 ) -> tuple[PassedTensor, ...]:
     if len(tensors) < 2:

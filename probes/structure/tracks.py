@@ -57,6 +57,7 @@ def _passed_on(blocks: Sequence[Call]) -> list[tuple[int, int]]:
     A tensor that no block changes, such as a mask or rotary embeddings, is no state.
     """
     found = []
+    # From 1: the tensors at 0 are the states of the chain itself. A run of linked calls has two blocks at least.
     for given in range(1, len(blocks[0].outputs)):
         for taken in range(1, len(blocks[1].inputs)):
             linked = all(
@@ -78,7 +79,8 @@ def _track(chain: Chain, blocks: Sequence[Call], given: int, taken: int) -> Chai
     return replace(
         chain,
         name=blocks[0].inputs[taken].name,
+        # The tape knows the producer of a call's first tensor only.
         points=(replace(first, module="(input)"), *rest, last),
         shapes=(*shapes, tuple(blocks[-1].outputs[given].tensor.shape)),
-        final=None,
+        final=None,  # the last norm takes the first state
     )

@@ -1,4 +1,4 @@
-"""How is a loop of the user's measured? Every so many steps, between which no hook is on."""
+"""How is the user's own loop measured? Every so many steps, between which no hook is on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Recorder:
     """Measure the model inside a ``with`` block; `step` ends one step of the user's loop.
 
     Every measured step gives one row of ``/statistics`` (exact over all its tokens). The raw sequences in ``/trace`` are a
-    uniform sample of all that the *present* weights have seen: over a whole evaluation all batches, in training the last
+    uniform sample of all that ran with the *present* weights: over a whole evaluation all batches, in training the last
     measured step. Memory does not grow with the number of batches, except for the few numbers of each row.
 
     Parameters
@@ -195,6 +195,7 @@ class Recorder:
             _make_gradients_undefined(sums)
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
+        # The numbers of the forward are right even where the gradients overflowed, so the row stays.
         self._rows.append(StepStatistics(self.position, sums, sequences, loss, weights, scale))
 
     def _pool(self, parts: list[Measured]) -> list[TokenSums]:
@@ -268,7 +269,7 @@ def record(
     """Measure a model while the user's own loop runs it.
 
     Nothing of the user's run changes: hooks return nothing, errors in them are reported by a `ProbeWarning` at the end of the
-    step (and kept in ``recorder.errors``), and between measured steps no hook is on.
+    step (and stored in ``recorder.errors``), and between measured steps no hook is on.
 
     Parameters
     ----------

@@ -20,9 +20,11 @@ from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
 
+from tests.models.small_models import Feedforward
 from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
 from tests.models.unseen import unseen
 
+# Tiny random models draw warnings about settings that only trained ones need.
 transformers.logging.set_verbosity_error()
 
 VOCABULARY = 64
@@ -75,7 +77,9 @@ class Family:
 
 def built(family: Family) -> nn.Module:
     """The model, with the same weights in every process, in evaluation mode."""
-    with torch.random.fork_rng():
+    with (
+        torch.random.fork_rng()
+    ):  # a test's own random numbers must not depend on which models were built before
         torch.manual_seed(0)
         return family.build().eval()
 
@@ -105,6 +109,7 @@ def _generator() -> torch.Generator:
 
 def ids(length: int = LENGTH) -> torch.Tensor:
     """Three sequences of tokens."""
+    # From 3: the lower ones are padding and the marks of begin and end, which some models mask or treat alone.
     return torch.randint(3, VOCABULARY, (3, length), generator=_generator())
 
 
@@ -214,6 +219,7 @@ DECODERS = (
     ),
     _decoder("mixtral", "Mixtral", **FEED, num_local_experts=4, num_key_value_heads=2),
     _decoder("qwen3_moe", "Qwen3Moe", **FEED, **ROUTED, num_experts=4, num_key_value_heads=2, head_dim=8),
+    # One dense block and then routed ones: blocks of one class with different parts.
     _decoder(
         "deepseek_v3", "DeepseekV3", **FEED, **ROUTED, n_routed_experts=4, n_group=1, topk_group=1, kv_lora_rank=16,
         q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
@@ -224,6 +230,7 @@ DECODERS = (
     _decoder(
         "recurrent_gemma", "RecurrentGemma", **FEED, lru_width=32, num_key_value_heads=1, attention_window_size=8
     ),
+    # rescale_every would halve the state after every few blocks in evaluation.
     _decoder("rwkv", "Rwkv", "rwkv.blocks.{i}", attention_hidden_size=32, context_length=64, rescale_every=0, use_cache=False),
 )  # fmt: skip
 
@@ -319,6 +326,7 @@ class Universal(nn.Module):
 
 def _torch_encoder(norm_first: bool, batch_first: bool) -> nn.Module:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=batch_first, norm_first=norm_first)
+    # torch would warn that pre-norm and token-first layers use no nested tensors; in the tests warnings are errors.
     return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
 
 
@@ -393,7 +401,7 @@ def _torchvision_vit() -> nn.Module:
     return model
 
 
-def _seen(
+def _image_model(
     name: str, package: str, build: Callable[[], nn.Module], blocks: str, count: int, **more: Any
 ) -> Family:
     return Family(name=name, package=package, build=build, batch=image, blocks=((blocks, count),), **more)
@@ -404,23 +412,28 @@ def _timm(name: str, **sizes: Any) -> Callable[[], nn.Module]:
 
 
 def _timm_mixer() -> nn.Module:
+    # Its head starts at zero too.
     model = timm.models.MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=3, embed_dim=32)
     nn.init.normal_(model.head.weight)
     return model
 
 
 IMAGES = (
-    _seen("resnet18", "torchvision", partial(_torchvision_resnet, False, [2, 2, 2, 2]), "layer*.{i}", 8),
-    _seen("resnet50", "torchvision", partial(_torchvision_resnet, True, [3, 4, 6, 3]), "layer*.{i}", 16),
-    _seen("convnext", "torchvision", _torchvision_convnext, "features.[135].{i}", 6),
-    _seen("swin", "torchvision", partial(_torchvision_swin, 1), "features.[13].{i}", 4),
-    _seen("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
-    _seen("efficientnet", "torchvision", _torchvision_efficientnet, "features.[123].{i}", 8),
-    _seen("vit", "torchvision", _torchvision_vit, "encoder.layers.*", 3),
-    _seen("resnet18", "timm", _timm("resnet18", zero_init_last=False), "layer*.{i}", 8),
-    _seen("resnet50", "timm", _timm("resnet50", zero_init_last=False), "layer*.{i}", 16),
-    _seen("convnext", "timm", _timm("convnext_atto", depths=(2, 2, 2, 2), dims=(8, 16, 24, 32)), "stages.*.blocks.{i}", 8),
-    _seen(
+    _image_model("resnet18", "torchvision", partial(_torchvision_resnet, False, [2, 2, 2, 2]), "layer*.{i}", 8),
+    _image_model("resnet50", "torchvision", partial(_torchvision_resnet, True, [3, 4, 6, 3]), "layer*.{i}", 16),
+    # ConvNeXt and Swin have their stages at odd positions, with a downsampling module between two of them.
+    _image_model("convnext", "torchvision", _torchvision_convnext, "features.[135].{i}", 6),
+    _image_model("swin", "torchvision", partial(_torchvision_swin, 1), "features.[13].{i}", 4),
+    _image_model("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
+    _image_model("efficientnet", "torchvision", _torchvision_efficientnet, "features.[123].{i}", 8),
+    _image_model("vit", "torchvision", _torchvision_vit, "encoder.layers.*", 3),
+    # zero_init_last would make every fresh block the identity, with no branch to find.
+    _image_model("resnet18", "timm", _timm("resnet18", zero_init_last=False), "layer*.{i}", 8),
+    _image_model("resnet50", "timm", _timm("resnet50", zero_init_last=False), "layer*.{i}", 16),
+    _image_model(
+        "convnext", "timm", _timm("convnext_atto", depths=(2, 2, 2, 2), dims=(8, 16, 24, 32)), "stages.*.blocks.{i}", 8
+    ),
+    _image_model(
         "swin",
         "timm",
         _timm(
@@ -430,15 +443,15 @@ IMAGES = (
         "layers.*.blocks.{i}",
         4,
     ),
-    _seen("efficientnet", "timm", _timm("efficientnet_b0"), "blocks.[1-6].{i}", 15),
-    _seen(
+    _image_model("efficientnet", "timm", _timm("efficientnet_b0"), "blocks.[1-6].{i}", 15),
+    _image_model(
         "vit",
         "timm",
         _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4),
         "blocks.{i}",
         3,
     ),
-    _seen(
+    _image_model(
         "mlp-mixer",
         "timm",
         _timm_mixer,
@@ -460,6 +473,7 @@ def _esmfold() -> nn.Module:
         "num_blocks": 3, "sequence_state_dim": 16, "pairwise_state_dim": 8, "sequence_head_width": 4,
         "pairwise_head_width": 4, "position_bins": 4, "chunk_size": None, "max_recycles": 1, "structure_module": structure,
     }  # fmt: skip
+    # fp16_esm, which is on by default, would run the language model in half precision.
     config = transformers.EsmConfig(
         vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
         mask_token_id=32, max_position_embeddings=64, position_embedding_type="rotary", is_folding_model=True,
@@ -493,19 +507,6 @@ def _perturbed(build: Callable[[], nn.Module]) -> nn.Module:
     return perturbed(build())
 
 
-class Feedforward(nn.Module):
-    """The branch of the small models below."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class Lucidrains(nn.Module):
     """A language model on one of lucidrains' connections."""
 
@@ -527,6 +528,7 @@ class Lucidrains(nn.Module):
 
 
 def _lucidrains(connections: Any, **sizes: int) -> nn.Module:
+    # Fresh connections are near the identity, where a wrong reading would fit as well as the right one.
     return perturbed(Lucidrains(connections, **sizes), "alpha", "beta", "_scale")
 
 
@@ -615,9 +617,9 @@ STREAMS = (
 # --- streams that nobody has declared ---
 
 
-def _undeclared(name: str, held: str, refused: str, override: Mapping[str, Any], **more: Any) -> Family:
+def _undeclared(name: str, layout: str, refused: str, override: Mapping[str, Any], **more: Any) -> Family:
     return Family(
-        name=f"undeclared streams {name}", package="nobody", build=partial(unseen, held), batch=ids,
+        name=f"undeclared streams {name}", package="nobody", build=partial(unseen, layout), batch=ids,
         blocks=(("blocks.{i}", 3),) * len(more.get("chains", [""])), refused=refused, override=override, **more,
     )  # fmt: skip
 

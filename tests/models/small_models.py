@@ -41,6 +41,7 @@ class LucidrainsLM(nn.Module):
     ):
         super().__init__()
         module = constrained if family == "mhc" else free
+        # disable gives plain residual blocks of the same classes, so that families differ in the connections alone.
         init, self.expand, self.reduce = module.get_init_and_expand_reduce_stream_functions(
             streams, dim=width, disable=family == "residual"
         )
@@ -74,9 +75,8 @@ def lucidrains(family: str, **options) -> nn.Module:
     model = LucidrainsLM(family, **options)
     for name, parameter in model.named_parameters():
         if any(word in name for word in ("alpha", "beta", "_scale")):
-            nn.init.normal_(
-                parameter, std=0.5
-            )  # fresh connections are near the identity, which proves little
+            # Fresh connections are near the identity, which proves little
+            nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ SIZES = {
 
 
 def deepseek_v4(layers: int = 4, **more: Any) -> nn.Module:
+    # One block routes by hash and the others by scores, so that blocks of one class have different parts.
     config = transformers.DeepseekV4Config(
         **SIZES, num_hidden_layers=layers, moe_intermediate_size=64, head_dim=32, q_lora_rank=32, partial_rotary_factor=0.5,
         num_experts_per_tok=2, n_routed_experts=4, o_groups=2, o_lora_rank=16, index_n_heads=2, index_head_dim=32,
@@ -51,6 +52,7 @@ def qwen4_exp(layers: int = 4, **more: Any) -> nn.Module:
         "mrope_section": [3, 3, 2],
         "partial_rotary_factor": 1.0,
     }
+    # One per-layer embedding, which is added to the streams outside of the connections.
     config = transformers.Qwen4ExpTextConfig(
         **SIZES, num_hidden_layers=layers, num_key_value_heads=2, head_dim=16, linear_key_head_dim=16,
         linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=32,

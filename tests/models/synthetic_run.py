@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -12,7 +14,7 @@ from depthscope.diagnostics.kernels import similarity
 def _doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
     logits = strength * rng.standard_normal(shape) + 3.0 * np.eye(shape[-1])
     matrix = np.exp(logits)
-    for _ in range(50):
+    for _ in range(50):  # more than the models' 20 rounds, so that both sums are 1 to rounding
         matrix /= matrix.sum(-2, keepdims=True)
         matrix /= matrix.sum(-1, keepdims=True)
     return matrix
@@ -33,68 +35,28 @@ def synthetic_run(
     """Build a run whose states really follow x' = H_res x + h_post F for random branches F."""
     rng = np.random.default_rng(seed)
     n = 1 if family == "residual" else streams
-    sublayers = layers if n == 1 else 2 * layers
-    x = np.repeat(rng.standard_normal((samples, tokens, 1, features)), n, axis=2)
-    states, parts = [x], {"h_res": [], "h_pre": [], "h_post": [], "branch_in": [], "branch_out": []}
-    for _ in range(sublayers):
-        h_res = np.broadcast_to(np.eye(n), (samples, tokens, n, n)).copy()
-        if family == "mhc":
-            h_res = _doubly_stochastic(rng, (samples, tokens, n, n), 0.3)
-        elif family == "hc":
-            h_res = h_res + 0.05 * rng.standard_normal(h_res.shape)
-        h_pre = np.full((samples, tokens, n), 1.0 / n) + (
-            0.05 * rng.standard_normal((samples, tokens, n)) if n > 1 else 0
-        )
-        h_post = np.ones((samples, tokens, n)) + (
-            0.1 * rng.standard_normal((samples, tokens, n)) if n > 1 else 0
-        )
-        branch_in = np.einsum("btn,btnd->btd", h_pre, x)
-        branch_out = rng.standard_normal((samples, tokens, features))
-        x = np.einsum("btij,btjd->btid", h_res, x) + h_post[..., None] * branch_out[:, :, None]
-        for name, value in zip(parts, (h_res, h_pre, h_post, branch_in, branch_out), strict=True):
-            parts[name].append(value)
-        states.append(x)
+    per_layer = (
+        1 if n == 1 else 2
+    )  # a plain block shows one state, a connection stands before attention and before the MLP
+    states, parts = _forward(rng, family, per_layer * layers, (samples, tokens, n, features))
     mask = np.ones((samples, tokens), dtype=bool)
-    mask[-1, : tokens // 4] = False
-    per_layer = 1 if n == 1 else 2
-    depth = np.arange(sublayers + 1)
-    site = ["embed"] + ["post" if per_layer == 1 or i % 2 else "mid" for i in range(sublayers)]
-    dims = schema.STATE
+    mask[-1, : tokens // 4] = False  # padding on the left, of one sequence only
     variables = {
-        "residual": (dims, np.stack(states).astype(np.float32)),
+        "residual": (schema.STATE, states.astype(np.float32)),
         "mask": (("sample", "token"), mask),
     }
     if gradients:
-        variables["gradient"] = (
-            dims,
-            (1e-3 * rng.standard_normal(np.stack(states).shape)).astype(np.float32),
-        )
-    coords = {
-        "depth": depth,
-        "layer": ("depth", np.array([-1] + [i // per_layer for i in range(sublayers)])),
-        "site": ("depth", np.array(site, dtype=object)),
-        "module": (
-            "depth",
-            np.array(["embed"] + [f"blocks.{i // per_layer}" for i in range(sublayers)], dtype=object),
-        ),
+        values = 1e-3 * rng.standard_normal(states.shape)
+        variables["gradient"] = (schema.STATE, values.astype(np.float32))
+    coords = _state_coords(layers, per_layer) | {
         "sample": np.arange(samples),
         "token": np.arange(tokens),
         "stream": np.arange(n),
     }
     if n > 1:
         for name, values in parts.items():
-            variables[name] = (schema.TRACE[name].dims, np.stack(values).astype(np.float32))
-        coords |= {
-            "connection": np.arange(sublayers),
-            "connection_layer": ("connection", np.arange(sublayers) // 2),
-            "branch": ("connection", np.array(["attn", "mlp"] * layers, dtype=object)),
-            "connection_module": (
-                "connection",
-                np.array([f"blocks.{i // 2}" for i in range(sublayers)], dtype=object),
-            ),
-            "depth_in": ("connection", np.arange(sublayers)),
-            "depth_out": ("connection", np.arange(1, sublayers + 1)),
-        }
+            variables[name] = (schema.TRACE[name].dims, values.astype(np.float32))
+        coords |= _connection_coords(layers)
     attrs = {
         "model": f"synthetic-{family}",
         "family": family,
@@ -108,9 +70,70 @@ def synthetic_run(
         "sampling": {"max_sequences": samples, "seed": seed},
         "software": {"numpy": np.__version__},
     }
-    streamed = _streamed_statistics(np.stack(states)[:, mask])
+    streamed = _streamed_statistics(states[:, mask])
     statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
+
+
+def _forward(
+    rng: np.random.Generator, family: str, sublayers: int, shape: tuple[int, ...]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The states of every depth (depth, *shape) in float64, and the connections' variables by name."""
+    samples, tokens, n, features = shape
+    # Streams begin as copies of one embedding, as in the models.
+    x = np.repeat(rng.standard_normal((samples, tokens, 1, features)), n, axis=2)
+    states, parts = [x], {"h_res": [], "h_pre": [], "h_post": [], "branch_in": [], "branch_out": []}
+    for _ in range(sublayers):
+        h_res, h_pre, h_post = _weights(rng, family, (samples, tokens, n))
+        branch_in = np.einsum("btn,btnd->btd", h_pre, x)
+        branch_out = rng.standard_normal((samples, tokens, features))
+        x = np.einsum("btij,btjd->btid", h_res, x) + h_post[..., None] * branch_out[:, :, None]
+        for name, value in zip(parts, (h_res, h_pre, h_post, branch_in, branch_out), strict=True):
+            parts[name].append(value)
+        states.append(x)
+    return np.stack(states), {name: np.stack(values) for name, values in parts.items()}
+
+
+def _weights(
+    rng: np.random.Generator, family: str, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """H_res, H_pre and H_post of one connection for every token; a plain residual has 1 for each."""
+    n = shape[-1]
+    h_res = np.broadcast_to(np.eye(n), (*shape, n)).copy()
+    if family == "mhc":
+        h_res = _doubly_stochastic(rng, h_res.shape, 0.3)
+    elif family == "hc":
+        h_res = h_res + 0.05 * rng.standard_normal(h_res.shape)
+    # The noise keeps streams from staying copies of one another; a single stream has no use for it.
+    h_pre = np.full(shape, 1.0 / n) + (0.05 * rng.standard_normal(shape) if n > 1 else 0)
+    h_post = np.ones(shape) + (0.1 * rng.standard_normal(shape) if n > 1 else 0)
+    return h_res, h_pre, h_post
+
+
+def _state_coords(layers: int, per_layer: int) -> dict[str, Any]:
+    """Coordinates of the depth axis: the embedding, then one state after every sublayer."""
+    sublayers = np.arange(per_layer * layers)
+    site = ["embed"] + ["post" if per_layer == 1 or i % 2 else "mid" for i in sublayers]
+    module = ["embed"] + [f"blocks.{i // per_layer}" for i in sublayers]
+    return {
+        "depth": np.arange(len(sublayers) + 1),
+        "layer": ("depth", np.array([-1, *(sublayers // per_layer)])),
+        "site": ("depth", np.array(site, dtype=object)),
+        "module": ("depth", np.array(module, dtype=object)),
+    }
+
+
+def _connection_coords(layers: int) -> dict[str, Any]:
+    """Coordinates of the connection axis: two connections a layer, each between two neighbouring depths."""
+    number = np.arange(2 * layers)
+    return {
+        "connection": number,
+        "connection_layer": ("connection", number // 2),
+        "branch": ("connection", np.array(["attn", "mlp"] * layers, dtype=object)),
+        "connection_module": ("connection", np.array([f"blocks.{i // 2}" for i in number], dtype=object)),
+        "depth_in": ("connection", number),
+        "depth_out": ("connection", number + 1),
+    }
 
 
 def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr.Dataset:
@@ -143,7 +166,7 @@ def _eigenvalues(x: np.ndarray) -> np.ndarray:
 
 
 def _streamed_statistics(streams: np.ndarray) -> xr.Dataset:
-    """What streaming sums say of tokens (depth, token, stream, feature), here from all of them at once."""
+    """The streamed statistics of tokens (depth, token, stream, feature), here computed from all of them at once."""
     x = streams.mean(2)
     values, of_streams = _eigenvalues(x), _eigenvalues(streams.swapaxes(1, 2))
     away = x - x.mean(1, keepdims=True)
@@ -153,6 +176,7 @@ def _streamed_statistics(streams: np.ndarray) -> xr.Dataset:
     variables = {
         "streamed_count": ("depth", np.full(len(x), float(x.shape[1]))),
         "eigenvalue": (schema.SPECTRUM, values),
+        # Exact sums: rounding moves no eigenvalue, and no group of sketch buckets changes HSIC.
         "eigenvalue_shaken": (schema.SPECTRUM, values),
         "stream_eigenvalue": (schema.STREAM_SPECTRUM, of_streams),
         "stream_eigenvalue_shaken": (schema.STREAM_SPECTRUM, of_streams),

@@ -1,4 +1,4 @@
-"""Models with streams that nobody has declared, mixed by plain functions and held in every way that one can think of."""
+"""Models with streams that no family declares, mixed by plain functions, in every layout that one can think of."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Block(nn.Module):
         self.attention = Attention()
         self.up, self.down = nn.Linear(WIDTH, STREAMS * WIDTH), nn.Linear(STREAMS * WIDTH, WIDTH)
         self.mlp = None if inlined else nn.Sequential(self.up, nn.GELU(), self.down)
+        # Bare parameters and no module that returns weights: no hook can see what mixes the streams.
         self.read = nn.Parameter(torch.rand(2, STREAMS))
         self.mix = nn.Parameter(torch.rand(2, STREAMS, STREAMS) / STREAMS)
         self.write = nn.Parameter(torch.rand(2, STREAMS))
@@ -35,6 +36,7 @@ class Block(nn.Module):
         self.weights = nn.Linear(STREAMS * WIDTH, STREAMS) if dynamic else None
 
     def feed(self, x):
+        # Inlined, no module call shows the branch's output.
         return self.down(nn.functional.gelu(self.up(x))) if self.inlined else self.mlp(x)
 
     def forward(self, state):
@@ -63,7 +65,7 @@ def closed(x, held: str):
 
 
 class Unseen(nn.Module):
-    """A language model whose streams are held in any way; ``apart`` starts them as different vectors, not as copies."""
+    """A language model with streams in any layout; ``apart`` starts them as different vectors, not as copies."""
 
     def __init__(self, held: str, *, apart: bool = False, **options):
         super().__init__()

@@ -48,7 +48,7 @@ def feedforward(width: int = WIDTH, inner: int = 2 * WIDTH) -> nn.Sequential:
 
 
 class PreNorm(nn.Module):
-    """A branch behind a norm."""
+    """A branch after a norm."""
 
     def __init__(self, branch: nn.Module, width: int = WIDTH):
         super().__init__()
@@ -133,6 +133,7 @@ class Connection(nn.Module):
 
     def __init__(self, read: torch.Tensor, mix: torch.Tensor, write: torch.Tensor):
         super().__init__()
+        # Cloned: a caller passes one tensor to several connections, each of which learns its own.
         self.read, self.mix, self.write = (nn.Parameter(each.clone()) for each in (read, mix, write))
 
     def mixing(self) -> torch.Tensor:
@@ -152,6 +153,7 @@ class Constrained(Connection):
         self.sinkhorn_steps, self.overshoot = sinkhorn_steps, overshoot
 
     def mixing(self) -> torch.Tensor:
+        # In logs, where a normalisation is a difference: no weight underflows to zero.
         logs = self.mix
         for _ in range(self.sinkhorn_steps):
             logs = logs.log_softmax(0).log_softmax(1)
@@ -245,7 +247,7 @@ def passing() -> Passing:
     model = Passing()
     for block in model.blocks:
         nn.init.normal_(block.static_beta, mean=1.0, std=0.5)
-        with torch.no_grad():
+        with torch.no_grad():  # its first column reads; the others mix
             block.static_alpha[:, 1:].lerp_(UNIFORM, 0.1)
     return model
 
@@ -263,12 +265,14 @@ def trained(diagonal: float, *, weight_decay: float, faster: float = 5.0) -> xr.
     others = [p for p in model.parameters() if all(p is not one for one in logits)]
     rate = DECAY["learning_rate"]
     decayed = {"params": logits, "lr": rate * (faster or 1.0), "weight_decay": weight_decay / (faster or 1.0)}
+    # AdamW decays by lr · λ: with lr multiplied and λ divided by `faster` the decay is the requested one.
     optimiser = torch.optim.AdamW([decayed, {"params": others, "lr": 0.01, "weight_decay": 0.0}])
     for _ in range(DECAY["steps"]):
         optimiser.zero_grad()
+        # The second half repeats the first, so that there is something to predict.
         copied = torch.cat([batch[:, :8], batch[:, :8]], 1)
         nn.functional.cross_entropy(model(copied)[:, :-1].flatten(0, 1), copied[:, 1:].flatten()).backward()
-        for one in () if faster else logits:
+        for one in () if faster else logits:  # decay alone moves them then
             one.grad.zero_()
         optimiser.step()
     decay = diagnostics.decay_factor(**DECAY | {"weight_decay": weight_decay})

@@ -57,6 +57,7 @@ def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[t
     streams, predicted = x.detach().movedim(0, 2), result.detach().movedim(0, 2)
     eye = torch.eye(n, device=x.device)
     squares = [t for t in seen if t.ndim == 4 and tuple(t.shape[-2:]) == (n, n)]
+    # A matrix and its transpose both pass through the module: the prediction decides which one is applied.
     matrices = [eye + m.float() for t in squares for m in (t, t.mT)]
     found = explaining(((matrix, mixing(matrix, streams)) for matrix in matrices), predicted)
     if found is None:
@@ -75,6 +76,7 @@ def close(
     corrected = next(tensors_in(output)).detach().movedim(0, 2)
     n = site.num_streams
     vectors = [v for t in seen for v in _as_vectors(t, tuple(branch.shape[:2]), n)]
+    # The active stream is not read from a setting, whose name may change: it is the one that explains the correction.
     best = explaining(
         (((active, v), _innovation(active, v, prediction, branch)) for active in range(n) for v in vectors),
         corrected - prediction,

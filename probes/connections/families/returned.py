@@ -78,6 +78,8 @@ def read(site: Site, x: torch.Tensor, output: Any, seen: Seen) -> Parts:
     streams = canonical(x, site.layout, batch_size=site.batch_size(x), num_streams=site.num_streams)
     vectors = [_per_token(vector, streams, (site.num_streams,)) for vector in roles.vectors]
     mix = _matrix(roles, streams, seen)
+    # Without a branch input nothing shows which vector reads: H_pre is taken to come first, and the proof refuses
+    # the other order.
     if roles.collapsed is None:  # the module returns H_pre, and the model reads with it
         pre, write = vectors[0], vectors[-1]
         branch_in = torch.einsum("btn,btnd->btd", pre, streams.to(pre.dtype))
@@ -97,7 +99,7 @@ def _per_token(weight: torch.Tensor, streams: torch.Tensor, tail: tuple[int, ...
 
 
 def _matrix(roles: Roles, streams: torch.Tensor, seen: Seen) -> torch.Tensor | None:
-    """H_res: returned, or the matrix among those that were seen that explains the mixed streams; None where nothing mixes."""
+    """H_res: returned, or the computed matrix that explains the mixed streams; None where nothing mixes."""
     n, lead = roles.num_streams, streams.shape[:2]
     if roles.mix is not None:
         return _per_token(roles.mix, streams, (n, n))
@@ -106,6 +108,7 @@ def _matrix(roles: Roles, streams: torch.Tensor, seen: Seen) -> torch.Tensor | N
     mixed = canonical(roles.mixed, roles.layout, batch_size=lead[0], num_streams=n)
     few = spread(lead.numel(), READ_TOKENS).to(streams.device)
     before = few_of(streams, few)
+    # Unmixed streams need no matrix, which none of those that the module computes would explain.
     if relative_error(few_of(mixed, few) - before, before) <= tolerance(compute_dtype(streams)):
         return None
     matrices = [t.reshape(*lead, n, n) for t in seen() if t.numel() == lead.numel() * n * n]

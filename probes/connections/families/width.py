@@ -84,7 +84,7 @@ def watch(site: Site, x: torch.Tensor) -> Watch:
 
 
 def read(site: Site, batch_size: int, x: torch.Tensor, result: Any, seen: list[torch.Tensor]) -> Parts:
-    """The weights in that matrix, of all that were seen, that explains both the branch input and the mixed streams.
+    """The weights in that matrix, of all that the module computed, that explains both the branch input and the mixed streams.
 
     ``result`` is ``(branch_input, residuals, {"beta": …})``; the matrix of the `Parts` is source by destination, as in the
     module.
@@ -132,11 +132,8 @@ def _arrangements(
     size = seen.numel() // (batch * tokens * n)
     shape = (batch, tokens, n, size)
     if fractions == 1:
-        if seen.ndim >= 4 and tuple(seen.shape[:3]) == (
-            batch,
-            n,
-            size,
-        ):  # channels first: (B, N, V + N, H, W)
+        # Channels first: (B, N, V + N, H, W)
+        if seen.ndim >= 4 and tuple(seen.shape[:3]) == (batch, n, size):
             yield seen.reshape(batch, n, size, tokens).permute(0, 3, 1, 2)
         if n in seen.shape and size in seen.shape:
             yield seen.reshape(shape)
@@ -266,9 +263,8 @@ def _weigh_mhc(found: FoundTensors, values: Values, settings: Settings) -> Stati
     if beta is not None:
         biases["post"] = beta
         post = 2.0 * expit(beta)
-    if (
-        post is not None and f > 1
-    ):  # one weight for each stream and fraction read, the same for every fraction written
+    # One weight for each stream and fraction read, the same for every fraction written
+    if post is not None and f > 1:
         post = np.repeat(post.reshape(n, 1, f), f, axis=1).reshape(n * f, f)
     mixed = kernel.sinkhorn(logits, steps=SINKHORN_ROUNDS, last="row").T
     return StaticWeights(

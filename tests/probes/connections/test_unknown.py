@@ -156,6 +156,25 @@ def test_later_steps_and_gradients_are_read_as_the_first(name):
         )
 
 
+@pytest.mark.parametrize("name", READ)
+def test_a_batch_with_more_sequences_than_are_stored(name):
+    returns, options = READ[name]
+    model = built(returns, **options)
+    ids = torch.randint(0, 64, (7, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        _, mixes = expected(model, ids)
+    run = probes.capture(model, ids, max_sequences=3)
+    trace = run["trace"].to_dataset()
+    assert trace.sizes["sample"] == 3
+    for number, mix in enumerate(mixes):
+        np.testing.assert_allclose(trace.h_res.values[number], mix.numpy()[trace.sample.values], atol=1e-6)
+    # the gains are those of every token, whichever sequences are stored
+    everything = probes.capture(model, ids, max_sequences=7)
+    np.testing.assert_allclose(
+        run.statistics.gain_sum.values, everything.statistics.gain_sum.values, rtol=1e-5
+    )
+
+
 def test_streams_that_nothing_mixes():
     model = built(("in", "mixed", "post"), mixes=False)
     run = probes.capture(model, torch.randint(0, 64, (2, 7)))
