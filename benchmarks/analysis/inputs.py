@@ -15,7 +15,7 @@ def walk(layers: int, tokens: int, *, offset: float = 0.0, width: int = WIDTH, s
     rng = np.random.default_rng(seed)
     steps = rng.standard_normal((layers, tokens, width), dtype=np.float32)
     # Signs of equal size: a common offset in every feature.
-    direction = rng.choice(np.float32([-1.0, 1.0]), width)
+    direction = rng.choice(np.array([-1.0, 1.0], dtype=np.float32), width)
     return np.cumsum(steps, axis=0, dtype=np.float32) + np.float32(offset) * direction
 
 

@@ -44,8 +44,8 @@ def rows(comparison: Comparison, names: list[str], rounds: int) -> dict[str, dic
             found[name]["errors"][variant] = cell
     for size, make in comparison.sizes.items():
         data = make()
-        for name, cell in times(comparison, names, size, data, rounds).items():
-            found[name]["times"][size] = cell
+        for name, timed in times(comparison, names, size, data, rounds).items():
+            found[name]["times"][size] = timed
     return found
 
 

@@ -120,11 +120,11 @@ def rms(found: np.ndarray, truth: np.ndarray) -> float:
 
 def in_orders(make: Callable[[], np.ndarray], what: str, count: int) -> dict[str, Callable[[], np.ndarray]]:
     """The same states with their sequences in another order or two."""
-    return {
-        # `number` is bound as a default: a closure would see the last one.
-        f"{what}order {number}": lambda number=number: in_order(make(), number)
-        for number in range(1, count + 1)
-    }
+
+    def reordered(number: int) -> np.ndarray:
+        return in_order(make(), number)
+
+    return {f"{what}order {number}": partial(reordered, number) for number in range(1, count + 1)}
 
 
 def comparisons(quick: bool) -> dict[str, Comparison]:

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def seconds(sizes: Sizes, rounds: int) -> dict[str, float]:
     run = captured()
     groups = operations.groups()
     parts: dict[str, Callable[[], Any]] = {"plain": plain, "captured": captured}
-    parts |= {name: lambda chosen=chosen: analyze(run, metrics=chosen) for name, chosen in groups.items()}
+    parts |= {name: partial(analyze, run, metrics=chosen) for name, chosen in groups.items()}
     taken = medians(parts, rounds)
     excess = max(taken.pop("captured") - taken["plain"], 1e-6)  # positive: an exponent needs its logarithm
     return {"capture": excess, "a plain step": taken.pop("plain"), **taken}

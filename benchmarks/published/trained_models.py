@@ -30,8 +30,11 @@ def measured(path: Path) -> xr.Dataset:
             raise ValueError(
                 f"{path.name} does not say how it was trained; expected a run that depthscope study wrote"
             )
+        analysis = diagnostics.analyze(run, metrics=METRICS)
+        if not isinstance(analysis, xr.Dataset):
+            raise ValueError(f"{path.name} has several chains; expected a run that depthscope study wrote")
         # Loaded before the file is closed.
-        return diagnostics.analyze(run, metrics=METRICS).isel(step=-1).load()
+        return analysis.isel(step=-1).load()
 
 
 def gains(folder: Path) -> Iterator[Row]:
