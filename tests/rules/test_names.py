@@ -19,6 +19,16 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("probes", "diagnostics", "app")
 SCRIPTS = ("depthscope.app.dashboard.navigation.",)  # run by Streamlit, not imported
 # `import depthscope` is to take milliseconds, and runs are read where none of these is installed.
+# Others build on these names: they stay.
+KERNELS = {
+    "rank": "effective_rank entropy_rank participation_ratio stable_rank dong_residual marchenko_pastur",
+    "geometry": "token_cosine curvature two_nn dirichlet_energy angular_distance block_influence massive_activations alpha_req",
+    "similarity": "linear_cka cka_matrix rbf_cka svcca pwcca procrustes rsa mutual_knn cknna",
+    "mixing": "sinkhorn forward_gain backward_gain operator_gain attenuation composite prefix_composites suffix_composites "
+    "all_pairs deflated_gain lyapunov_spectrum depth_kernel effective_streams henrici numerical_radius dobrushin "
+    "doubly_stochastic_violation mixing_entropy identity_distance",
+    "gradients": "gradient_norm backward_gain_profile noise_scale",
+}
 HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "transformers")
 
 
@@ -57,6 +67,12 @@ def test_every_public_name_is_there(name):
     # Names are loaded when they are first used; dir() lists them before that, for completion.
     assert getattr(depthscope, name) is not None
     assert name in dir(depthscope)
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_the_kernels_have_their_fixed_names(module):
+    kernels = getattr(depthscope.kernels, module)
+    assert [name for name in KERNELS[module].split() if not callable(getattr(kernels, name, None))] == []
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
