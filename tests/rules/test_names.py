@@ -22,7 +22,8 @@ SCRIPTS = ("depthscope.app.dashboard.navigation.",)  # run by Streamlit, not imp
 # Others build on these names: they stay.
 KERNELS = {
     "rank": "effective_rank entropy_rank participation_ratio stable_rank dong_residual marchenko_pastur",
-    "geometry": "token_cosine curvature two_nn dirichlet_energy angular_distance block_influence massive_activations alpha_req",
+    "geometry": "token_cosine curvature two_nn dirichlet_energy angular_distance block_influence massive_activations "
+    "alpha_req",
     "similarity": "linear_cka cka_matrix rbf_cka svcca pwcca procrustes rsa mutual_knn cknna",
     "mixing": "sinkhorn forward_gain backward_gain operator_gain attenuation composite prefix_composites suffix_composites "
     "all_pairs deflated_gain lyapunov_spectrum depth_kernel effective_streams henrici numerical_radius dobrushin "
