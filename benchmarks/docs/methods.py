@@ -7,7 +7,6 @@ page is old.
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -50,8 +49,8 @@ def methods_page() -> str:
     """
     parts = [HEADER, "## Metrics\n"]
     # groupby joins neighbours only: the catalogue lists the metrics of a module together.
-    for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question):
-        parts += [_question(question), *map(_metric, metrics)]
+    for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question_text):
+        parts += [f"### {question}\n", *map(_metric, metrics)]
     parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
     parts += ["## Laws\n", _LAWS, *map(_law, LAWS.values())]
     parts += ["## Published results\n", published_results()]
@@ -70,13 +69,6 @@ assumptions, as far as the run shows; on the screen "laws not drawn: why?" gives
 `depthscope.diagnostics.theory.overlay_laws(curve, analysis)` gives values and reasons in a script. A law fits
 nothing but what its text states.
 """
-
-
-def _question(name: str) -> str:
-    """The heading of a module of metrics: the first line of its docstring, a question with its answer."""
-    module = importlib.import_module(f"depthscope.diagnostics.metrics.{name}")
-    heading = (module.__doc__ or "").partition("\n")[0]
-    return f"### {heading}\n"
 
 
 def _metric(metric: Metric) -> str:
