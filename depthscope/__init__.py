@@ -50,19 +50,10 @@ if TYPE_CHECKING:
     )
     from depthscope.probes.jacobian import jacobian
 
-_PROBES = (
-    *("capture", "record", "Recorder", "describe", "describe_weights", "initial_logits", "merge_runs"),
-    *("CaptureError", "ChainError", "LayoutError", "ReconstructionError", "SiteError"),
-    *("StreamConnectionError", "ProbeWarning"),
-)
+# What a saved run needs: its names are loaded without torch. Every other public name is of `probes`.
 _DIAGNOSTICS = (
     *("analyze", "judge", "Finding", "Severity", "CATALOGUE", "training_curves", "with_replay"),
     *("open_run", "save_run", "validate", "SchemaError", "kernels", "metrics"),
-)
-_HOMES = (
-    {name: "depthscope.probes" for name in _PROBES}
-    | {name: "depthscope.diagnostics" for name in _DIAGNOSTICS}
-    | {"jacobian": "depthscope.probes.jacobian"}
 )
 
 __all__ = [
@@ -106,8 +97,11 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name in ("app", "diagnostics", "probes"):
             return importlib.import_module(f"depthscope.{name}")
-        if name in _HOMES:
-            return getattr(importlib.import_module(_HOMES[name]), name)
+        if name == "jacobian":  # `probes.jacobian` is the room, and its verb is in it
+            return importlib.import_module("depthscope.probes.jacobian").jacobian
+        if name in __all__:
+            room = "diagnostics" if name in _DIAGNOSTICS else "probes"
+            return getattr(importlib.import_module(f"depthscope.{room}"), name)
         raise AttributeError(
             f"module 'depthscope' has no attribute {name!r}; public names: {', '.join(__all__)}"
         )
