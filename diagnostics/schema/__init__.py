@@ -1,9 +1,11 @@
 """What is a run? Its groups, variables and attributes, their validation, and runs on disk."""
 
 from depthscope.diagnostics.schema.creation import Parts, create_run
-from depthscope.diagnostics.schema.files import SUFFIXES, open_run, save_run
+from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
+from depthscope.diagnostics.schema.opening import open_run
+from depthscope.diagnostics.schema.saving import save_run
 from depthscope.diagnostics.schema.validation import SCHEMA_VERSION, SchemaError, check_version, validate
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,

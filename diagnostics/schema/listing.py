@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from depthscope.diagnostics.schema.files import SUFFIXES, suffix_of
+from depthscope.diagnostics.schema.formats import SUFFIXES, suffix_of
 
 
 def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:

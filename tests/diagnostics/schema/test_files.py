@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import attributes, files
+from depthscope.diagnostics.schema import attributes, saving
 
 
 @pytest.mark.parametrize("suffix", schema.SUFFIXES)
@@ -65,12 +65,12 @@ def test_a_torn_file_is_named(make_run, tmp_path):
 @pytest.mark.parametrize("suffix", schema.SUFFIXES)
 def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
     foreign = tmp_path / f"foreign{suffix}"
-    files._write(xr.DataTree(xr.Dataset({"x": ("y", [1.0])})), foreign, suffix)
+    saving._write(xr.DataTree(xr.Dataset({"x": ("y", [1.0])})), foreign, suffix)
     with pytest.raises(schema.SchemaError, match="not a depthscope run"):
         schema.open_run(foreign)
     newer = make_run("residual")
     newer.attrs["schema_version"] = "2.0"
-    files._write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / f"newer{suffix}", suffix)
+    saving._write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / f"newer{suffix}", suffix)
     with pytest.raises(schema.SchemaError, match=r"schema version 2.0.*pip install --upgrade"):
         schema.open_run(tmp_path / f"newer{suffix}")
 

@@ -1,0 +1,32 @@
+"""In which formats is a run on disk? One netCDF file, a zarr folder or a zipped one: the ending of its name tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from depthscope.diagnostics.schema.validation import SchemaError
+
+SUFFIXES = (".nc", ".zarr", ".zarr.zip")
+
+
+def suffix_of(path: Path) -> str:
+    """Which of `SUFFIXES` a path ends in.
+
+    Parameters
+    ----------
+    path : Path
+        Of a run.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    SchemaError
+        Where it ends in none of them.
+    """
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return suffix
+    raise SchemaError(f"a run's name ends in {', '.join(SUFFIXES)}; got {path.name!r}")
