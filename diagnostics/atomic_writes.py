@@ -292,6 +292,32 @@ def require_writable(target: str | os.PathLike[str]) -> Path:
     return place
 
 
+def entries_below(folder: Path) -> Iterator[Path]:
+    """Every file, link and special file below a folder, and its empty folders.
+
+    Parameters
+    ----------
+    folder : Path
+        Not followed are links inside it.
+
+    Yields
+    ------
+    Path
+        Path below the folder; those of each folder in alphabetical order.
+    """
+    waiting = [folder]  # no recursion: folders may be nested a thousand deep
+    while waiting:
+        present = waiting.pop()
+        entries = sorted(present.iterdir())
+        if not entries and present != folder:
+            yield present.relative_to(folder)
+        for entry in entries:
+            if stat.S_ISDIR(entry.lstat().st_mode):
+                waiting.append(entry)
+            else:
+                yield entry.relative_to(folder)
+
+
 def kind_of(mode: int) -> str:
     """What kind of file a mode is of, in words.
 

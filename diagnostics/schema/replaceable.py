@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from depthscope.diagnostics.atomic_writes import kind_of, require_writable
+from depthscope.diagnostics.atomic_writes import entries_below, kind_of, require_writable
 from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.validation import SchemaError, check_version
@@ -171,27 +171,16 @@ def files_of_others(store: Path, *, any_store: bool = False) -> Iterator[str]:
     counts: dict[
         str, tuple[int, ...]
     ] = {}  # by the path of an array, how many chunks it has along each dimension
-    for entry in _walk(store):
-        name = entry.relative_to(store).as_posix()
+    for entry in entries_below(store):
+        name = entry.as_posix()
         known_group = any_store or name == "zarr.json" or name.partition("/")[0] in GROUPS
         # A link is nobody's chunk, and what it points to is not ours.
-        if not known_group or not stat.S_ISREG(entry.lstat().st_mode):
+        if not known_group or not stat.S_ISREG((store / entry).lstat().st_mode):
             yield name
         elif entry.name != "zarr.json":
             match = _CHUNK.fullmatch(name)
             if match is None or not (any_store or _is_chunk(store, match, counts)):
                 yield name
-
-
-def _walk(store: Path) -> Iterator[Path]:
-    """All that is below a folder and no folder; without recursion, since folders may be nested a thousand deep."""
-    waiting = [store]
-    while waiting:
-        for entry in sorted(waiting.pop().iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                waiting.append(entry)
-            else:
-                yield entry
 
 
 def _is_chunk(store: Path, match: re.Match[str], counts: dict[str, tuple[int, ...]]) -> bool:
