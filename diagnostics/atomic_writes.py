@@ -55,29 +55,49 @@ def replaced_file(target: str | os.PathLike[str], *, check: Check | None = None)
     OSError
         Where the target is no regular file or read-only, its folder cannot be written to, or the disk is full.
     """
-    place = require_writable(target)
-    _check_file(place, check)
+    place = require_replaceable_file(target, check)
     with _scratch_folder(place) as scratch:
         fresh = scratch / "new" / place.name
         yield fresh
         flush(fresh)
         # Once more: the block may have taken minutes.
-        if _check_file(place, check):
+        require_replaceable_file(place, check)
+        if place.exists():
             shutil.copymode(place, fresh)  # a file that its owner made private stays private
         os.replace(fresh, place)
         _flush_folder(place.parent)
 
 
-def _check_file(place: Path, check: Check | None) -> bool:
-    """Whether a file is there that may be replaced."""
-    if not os.path.lexists(place):
-        return False
-    mode = place.lstat().st_mode
-    if not stat.S_ISREG(mode):
-        raise FileExistsError(f"{place} is {kind_of(mode)}, but a file is written here; name another path")
-    if check is not None:
-        check(place)
-    return True
+def require_replaceable_file(target: str | os.PathLike[str], check: Check | None = None) -> Path:
+    """Refuse what `replaced_file` would refuse, before anything expensive is computed; writes nothing.
+
+    Parameters
+    ----------
+    target : path-like
+        As in `replaced_file`.
+    check : callable, optional
+        As in `replaced_file`.
+
+    Returns
+    -------
+    Path
+        Absolute and without links.
+
+    Raises
+    ------
+    OSError
+        As in `replaced_file`.
+    """
+    place = require_writable(target)
+    if os.path.lexists(place):
+        mode = place.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            raise FileExistsError(
+                f"{place} is {kind_of(mode)}, but a file is written here; name another path"
+            )
+        if check is not None:
+            check(place)
+    return place
 
 
 @contextmanager
@@ -116,7 +136,7 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
         fresh.mkdir()
         yield fresh
         # One writer after the other: what the second one carries along, the first has finished.
-        with one_at_a_time(place, seconds=PLACING_SECONDS):
+        with one_at_a_time(place, "replacing", seconds=PLACING_SECONDS):
             _place_folder(fresh, place, scratch / "old" / place.name, listed)
 
 
@@ -403,13 +423,15 @@ def _full_disk_named(place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(target: Path, *, seconds: float) -> Iterator[None]:
+def one_at_a_time(target: Path, work: str, *, seconds: float) -> Iterator[None]:
     """Hold what only one process (and thread) may hold for a target; the others wait.
 
     Parameters
     ----------
     target : Path
         What is worked on; its folder must exist.
+    work : str
+        What is done, such as ``"converting"``: one process at a time does it, while others may do other work.
     seconds : float
         How long to wait.
 
@@ -423,12 +445,12 @@ def one_at_a_time(target: Path, *, seconds: float) -> Iterator[None]:
     TimeoutError
         Where another process holds it for that long.
     """
-    scratch = target.parent / f"{SCRATCH}{_short(target.name)}"
+    scratch = target.parent / f"{SCRATCH}{_short(f'{work} {target.name}')}"
     try:
         lock = _lock(scratch, seconds=seconds)
     except TimeoutError:
         raise TimeoutError(
-            f"another process has been writing {target} for {seconds:g} s; end it, or try again later"
+            f"another process has been {work} {target} for {seconds:g} s; end it, or try again later"
         ) from None
     try:
         yield

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from safetensors import safe_open
 from safetensors.torch import save_model
 
 from depthscope import probes
@@ -18,9 +19,13 @@ from depthscope.app.study.recipe import Recipe
 from depthscope.app.study.small_lm import CONNECTIONS, TITLES
 from depthscope.app.study.training import single_threaded, train_side_by_side
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.atomic_writes import replaced_file, require_replaceable_file
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
+
+# In the header of the weights: by this the next study knows that it may replace them.
+MADE_BY = "depthscope study"
 
 
 class StudyError(ValueError):
@@ -54,10 +59,16 @@ def run_study(
     ------
     StudyError
         If the time is not positive.
+    OSError
+        Where the folder cannot be written to; FileExistsError where a file of another origin has a name of the study's.
     """
     recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
     if recipe.seconds <= 0 or (recipe.steps is not None and recipe.steps < 1):
         raise StudyError(f"got {recipe.seconds:g} s and {recipe.steps} steps; expected more than 0")
+    # Before the training: minutes of it would be lost.
+    for kind in CONNECTIONS:
+        schema.require_replaceable(out / f"{kind}.nc")
+        require_replaceable_file(out / f"{kind}.safetensors", require_study_weights)
     corpus = split_corpus(sample_text())
     learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
 
@@ -67,7 +78,6 @@ def run_study(
 
     with single_threaded():
         spent = train_side_by_side(learners, corpus, recipe, measure=measure, progress=progress)
-        out.mkdir(parents=True, exist_ok=True)
         return {learner.kind: _save(learner, corpus, recipe, out, spent) for learner in learners}
 
 
@@ -126,18 +136,43 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
 
 def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
     step = len(learner.losses)
-    weights = out / f"{learner.kind}.safetensors"
-    # The format "pt" is what transformers asks of a safetensors file.
-    save_model(learner.model, str(weights), metadata={"format": "pt"})
-    attrs = {
-        "model": f"small LM, {TITLES[learner.kind]}",
-        "seed": recipe.seed,
-        "loss_reduction": "mean",
-        "weights_digest": file_digest([weights]),
-        "training": training_facts(learner, corpus, recipe, spent),
-    }
-    run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
-    return schema.save_run(run, out / f"{learner.kind}.nc")
+    # The block ends with the weights in place, directly after the run that names their digest.
+    with replaced_file(out / f"{learner.kind}.safetensors", check=require_study_weights) as weights:
+        # The format "pt" is what transformers asks of a safetensors file.
+        save_model(learner.model, str(weights), metadata={"format": "pt", "made_by": MADE_BY})
+        attrs = {
+            "model": f"small LM, {TITLES[learner.kind]}",
+            "seed": recipe.seed,
+            "loss_reduction": "mean",
+            "weights_digest": file_digest([weights]),
+            "training": training_facts(learner, corpus, recipe, spent),
+        }
+        run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
+        return schema.save_run(run, out / f"{learner.kind}.nc")
+
+
+def require_study_weights(path: Path) -> None:
+    """Refuse to replace weights that no study wrote.
+
+    Parameters
+    ----------
+    path : Path
+        A regular file.
+
+    Raises
+    ------
+    FileExistsError
+        With what to do.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            made_by = (file.metadata() or {}).get("made_by")
+    except Exception:  # safetensors has its own error for a file of another format, which is no OSError
+        made_by = None
+    if made_by != MADE_BY:
+        raise FileExistsError(
+            f"{path} exists and was not written by a study; move it away, or name another folder"
+        )
 
 
 def training_facts(learner: Learner, corpus: Corpus, recipe: Recipe, spent: float) -> dict[str, Any]:
