@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import xarray as xr
 from safetensors import safe_open
 from safetensors.torch import save_model
+from torch import nn
 
 from depthscope import probes
 from depthscope.app.study.corpus import Corpus, split_corpus
@@ -23,9 +25,6 @@ from depthscope.diagnostics.atomic_writes import replaced_file, require_replacea
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
-
-# In the header of the weights: by this the next study knows that it may replace them.
-MADE_BY = "depthscope study"
 
 
 class StudyError(ValueError):
@@ -65,12 +64,14 @@ def run_study(
     recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
     if recipe.seconds <= 0 or (recipe.steps is not None and recipe.steps < 1):
         raise StudyError(f"got {recipe.seconds:g} s and {recipe.steps} steps; expected more than 0")
-    # Before the training: minutes of it would be lost.
-    for kind in CONNECTIONS:
-        schema.require_replaceable(out / f"{kind}.nc")
-        require_replaceable_file(out / f"{kind}.safetensors", require_study_weights)
     corpus = split_corpus(sample_text())
     learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
+    # Before the training: minutes of it would be lost.
+    for learner in learners:
+        schema.require_replaceable(out / f"{learner.kind}.nc")
+        require_replaceable_file(
+            out / f"{learner.kind}.safetensors", partial(require_weights_of, learner.model)
+        )
 
     def measure(step: int) -> None:
         for learner in learners:
@@ -137,9 +138,10 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
 def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
     step = len(learner.losses)
     # The block ends with the weights in place, directly after the run that names their digest.
-    with replaced_file(out / f"{learner.kind}.safetensors", check=require_study_weights) as weights:
+    check = partial(require_weights_of, learner.model)
+    with replaced_file(out / f"{learner.kind}.safetensors", check=check) as weights:
         # The format "pt" is what transformers asks of a safetensors file.
-        save_model(learner.model, str(weights), metadata={"format": "pt", "made_by": MADE_BY})
+        save_model(learner.model, str(weights), metadata={"format": "pt"})
         attrs = {
             "model": f"small LM, {TITLES[learner.kind]}",
             "seed": recipe.seed,
@@ -151,11 +153,16 @@ def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: fl
         return schema.save_run(run, out / f"{learner.kind}.nc")
 
 
-def require_study_weights(path: Path) -> None:
-    """Refuse to replace weights that no study wrote.
+def require_weights_of(model: nn.Module, path: Path) -> None:
+    """Refuse to replace a file that is not the weights of such a model.
+
+    Told by the names of the tensors: a mark in the header would change the digest of equal weights, since safetensors writes
+    several entries of it in random order.
 
     Parameters
     ----------
+    model : Module
+        A model of the study; its sizes do not matter.
     path : Path
         A regular file.
 
@@ -166,12 +173,12 @@ def require_study_weights(path: Path) -> None:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            made_by = (file.metadata() or {}).get("made_by")
-    except Exception:  # safetensors has its own error for a file of another format, which is no OSError
-        made_by = None
-    if made_by != MADE_BY:
+            names = set(file.keys())
+    except Exception:  # safetensors has an error of its own for a file of another format
+        names = set()
+    if not names or not names <= set(model.state_dict()):
         raise FileExistsError(
-            f"{path} exists and was not written by a study; move it away, or name another folder"
+            f"{path} exists and is not the weights of an earlier study; move it away, or name another folder"
         )
 
 
