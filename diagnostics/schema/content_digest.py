@@ -41,7 +41,13 @@ def content_digest(run: xr.DataTree) -> dict[str, str]:
         digests[node.path] = hashlib.sha256(_canonical_json(attrs)).hexdigest()
         for name, variable in dataset.variables.items():
             role = "coordinate" if name in dataset.coords else "variable"
-            digests[f"{node.path.rstrip('/')}/{name}"] = _variable_digest(variable, role)
+            path = f"{node.path.rstrip('/')}/{name}"
+            try:
+                digests[path] = _variable_digest(variable, role)
+            except Exception as error:
+                # The libraries' own errors of a damaged chunk name no variable.
+                error.add_note(f"in {path}")
+                raise
     return digests
 
 

@@ -50,6 +50,7 @@ def check_hdf5(path: Path, max_bytes: int | None) -> None:
         for name, variable in _variables(file.id):
             _check_attributes(variable, name)
             declared_here, stored_here = _check_variable(variable, name)
+            _read_labels(variable, name)
             declared += declared_here
             stored += stored_here
     # More than the file has: several variables that share bytes.
@@ -131,6 +132,15 @@ def _check_variable(variable: Any, name: str) -> tuple[int, int]:
             return 0, stored
         raise SchemaError(f"{name} has {declared} bytes by its shape, but {stored} are stored")
     return declared, stored
+
+
+def _read_labels(variable: Any, name: str) -> None:
+    """Read a short one-dimensional array: xarray does when it opens the file, and its error names no variable."""
+    if len(variable.shape) == 1 and variable.get_storage_size() <= MAX_TEXT:
+        try:
+            h5py.Dataset(variable)[()]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SchemaError(f"{name} is damaged ({error})") from error
 
 
 def _is_dimension(variable: Any) -> bool:

@@ -213,4 +213,5 @@ def unreadable(path: Path, error: Exception) -> str:
     # The first line: the libraries print the rest of their state below it.
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    reason = " ".join([reason, *getattr(error, "__notes__", ())])  # such as the variable that was read
     return f"it cannot be read as {suffix_of(path)} ({reason}). {_DAMAGED}"
