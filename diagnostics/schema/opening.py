@@ -101,7 +101,7 @@ def integrity(run: xr.DataTree) -> str:
 
 # In the encoding, where xarray has what is known of a file: the attributes are the user's, and equal those that were saved.
 _INTEGRITY = "integrity"
-_DAMAGED = "It is damaged or of another format; copy it again from where it came, or save the run again"
+_DAMAGED = "It is torn or of another format; copy it again from where it came, or save the run again"
 
 
 def open_here(path: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTree:
