@@ -6,22 +6,23 @@ import json
 import os
 import re
 import stat
-import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from depthscope.diagnostics.atomic_writes import entries_below, kind_of, require_writable
+from depthscope.diagnostics.schema.file_digest import compare_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import GROUPS
+from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, check_version
+from depthscope.diagnostics.schema.zarr_stores import METADATA, check_zarr_archive, check_zarr_folder
 
-# Bytes. A root's metadata takes some kilobytes, and the directory of a zip some hundred bytes a chunk; what takes more than
-# this is no run of ours and is not read (a heuristic of ours).
-METADATA_LIMIT = 64 << 20
-# A chunk of a zarr 3 array: c/0/3 of an array with two dimensions, c of one with none.
-_CHUNK = re.compile(r"(?P<array>.+)/c(?P<position>(?:/\d+)*)")
+# A chunk of a Zarr 3 array: c/0/3 of an array with two dimensions, c of one with none.
+_CHUNK = re.compile(r".+/c(/\d+)*")
+# No array is read, so that any size will do.
+_NO_LIMIT = 1 << 62
 
 
 def require_replaceable(path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -95,107 +96,46 @@ def require_run(place: Path, suffix: str, *, force: bool = False) -> None:
 
 
 def _root_attrs(place: Path, suffix: str) -> Mapping[str, Any]:
+    """The root's attributes; what cannot be a run is refused by the checks that `open_run` begins with."""
     if suffix == ".nc":
         return _netcdf_attrs(place)
     if suffix == ".zarr":
-        return _group_attrs(_read_json(place / "zarr.json"))
-    with place.open("rb") as file:
-        _require_small_directory(file)
-        with zipfile.ZipFile(file) as archive:
-            entry = archive.getinfo("zarr.json")
-            # Ours are stored as they are, since the chunks are compressed already; a few packed bytes may unpack to gigabytes.
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > METADATA_LIMIT:
-                raise ValueError("its zarr.json is not one that depthscope wrote")
-            return _group_attrs(json.loads(archive.read(entry)))
+        check_zarr_folder(place, _NO_LIMIT)
+        return dict(json.loads((place / METADATA).read_bytes())["attributes"])
+    check_zarr_archive(place, _NO_LIMIT)
+    with zipfile.ZipFile(place) as archive:
+        return dict(json.loads(archive.read(METADATA))["attributes"])
 
 
 def _netcdf_attrs(place: Path) -> Mapping[str, Any]:
+    if compare_file_digest(place) != "intact":
+        # Damaged, of an earlier version or of another program: the HDF5 library may crash on it, and the measurement that is
+        # to be saved would be lost.
+        open_in_trial(place, verify=False, max_bytes=_NO_LIMIT)
     import h5py
 
     with h5py.File(place, "r") as file:
-        if "schema_version" not in file.attrs:
-            return {}
-        described = file.attrs.get_id("schema_version")
-        if (
-            described.shape != () or described.dtype.itemsize > 1024
-        ):  # only a version is read, however long it claims to be
-            raise ValueError("its schema_version is no text")
-        return {"schema_version": file.attrs["schema_version"]}
-
-
-def _require_small_directory(file: BinaryIO) -> None:
-    """Refuse a zip whose list of files is so long that reading it would fill the memory."""
-    size = file.seek(0, os.SEEK_END)
-    # The end record, and the comment of up to 64 KiB that may follow it.
-    tail = min(size, 22 + (1 << 16))
-    file.seek(size - tail)
-    _, found, record = file.read(tail).rpartition(b"PK\x05\x06")
-    if not found or len(record) < 18:
-        raise ValueError("it is no zip file")
-    (directory,) = struct.unpack_from("<I", record, 8)
-    # All ones: the number is in the record of a zip beyond 4 GiB, which may have as long a list as it likes.
-    if directory > METADATA_LIMIT and directory != 0xFFFFFFFF:
-        raise ValueError("its list of files is longer than that of any run")
-    if directory == 0xFFFFFFFF:
-        raise ValueError("its list of files is longer than 4 GiB")
-
-
-def _read_json(path: Path) -> Any:
-    described = path.lstat()
-    if not stat.S_ISREG(described.st_mode) or described.st_size > METADATA_LIMIT:
-        raise ValueError(f"{path.name} is no small file")
-    return json.loads(path.read_bytes())
-
-
-def _group_attrs(metadata: Any) -> Mapping[str, Any]:
-    if metadata["zarr_format"] != 3 or metadata["node_type"] != "group":
-        raise ValueError("its root is no group of zarr 3")
-    return dict(metadata["attributes"])
+        return dict(file.attrs)
 
 
 def files_of_others(store: Path, *, any_store: bool = False) -> Iterator[str]:
-    """Files in a zarr folder that no run has: all but the metadata of its groups and the chunks that these name.
+    """What is in a Zarr folder and has no name that a file of a run has.
 
     Parameters
     ----------
     store : Path
         The folder.
     any_store : bool
-        Take every file for ours that has the name of a zarr 3 file, also where the metadata is torn or of another program.
+        Whether groups that no run has are taken for a run's.
 
     Yields
     ------
     str
-        Path below the folder.
+        Path below the folder; links, special files and empty folders are among them.
     """
-    counts: dict[
-        str, tuple[int, ...]
-    ] = {}  # by the path of an array, how many chunks it has along each dimension
     for entry in entries_below(store):
         name = entry.as_posix()
-        known_group = any_store or name == "zarr.json" or name.partition("/")[0] in GROUPS
-        # A link is nobody's chunk, and what it points to is not ours.
-        if not known_group or not stat.S_ISREG((store / entry).lstat().st_mode):
+        known_group = any_store or name == METADATA or name.partition("/")[0] in GROUPS
+        is_file = stat.S_ISREG((store / entry).lstat().st_mode)
+        if not (known_group and is_file and (entry.name == METADATA or _CHUNK.fullmatch(name))):
             yield name
-        elif entry.name != "zarr.json":
-            match = _CHUNK.fullmatch(name)
-            if match is None or not (any_store or _is_chunk(store, match, counts)):
-                yield name
-
-
-def _is_chunk(store: Path, match: re.Match[str], counts: dict[str, tuple[int, ...]]) -> bool:
-    """Whether the metadata of an array name a chunk of this position."""
-    array = match["array"]
-    if array not in counts:
-        try:
-            metadata = _read_json(store / array / "zarr.json")
-            chunk_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-            pairs = zip(metadata["shape"], chunk_shape, strict=True)
-            counts[array] = tuple(-(-int(size) // int(chunk)) for size, chunk in pairs)
-        # Torn, of another program, or nested too deep: in each case it names no chunk.
-        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
-            counts[array] = (0,)
-    position = [int(index) for index in match["position"].split("/")[1:]]
-    return len(position) == len(counts[array]) and all(
-        index < count for index, count in zip(position, counts[array], strict=True)
-    )
