@@ -505,19 +505,20 @@ def _restore(scratch: Path, folder: Path) -> None:
 
 def _discard(scratch: Path, lock: Any) -> None:
     """Remove a scratch folder under its lock; the lock goes last, so that nobody else begins in the middle."""
-    left = [scratch / "new", scratch / "old"]
-    for _ in range(3):  # a background thread of a writer that was interrupted may still add a file
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
-    if lock is not None and os.name == "nt":  # an open file cannot be removed there
-        lock.release()
-    # Once and no second time: the file that is there after this line may be the lock of the next one who waited for it.
-    with suppress(OSError):
-        (scratch / LOCK).unlink(missing_ok=True)
-        # Not empty where somebody waits for this lock, or a file came late; whoever looks here next removes it.
-        scratch.rmdir()
-    if lock is not None:
-        lock.release()
+    try:
+        for _ in range(3):  # a background thread of a writer that was interrupted may still add a file
+            for folder in (scratch / "new", scratch / "old"):
+                shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None and os.name == "nt":  # an open file cannot be removed there
+            lock.release()
+        # Once and no second time: the file that is there after this may be the lock of the next one who waited for it.
+        with suppress(OSError):
+            (scratch / LOCK).unlink(missing_ok=True)
+            # Not empty where somebody waits for this lock, or a file came late; whoever looks here next removes it.
+            scratch.rmdir()
+    finally:
+        if lock is not None:
+            lock.release()  # also where Ctrl-C comes here; the next writer removes what is left
 
 
 def flush(path: Path) -> None:
