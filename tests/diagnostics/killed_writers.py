@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+SMALL = {"layers": 1, "tokens": 8, "features": 8}
+# A write that nobody disturbs comes after every so many kills: it succeeds, and nothing is left of those that were killed.
+UNDISTURBED = 10
 FORMER, NEW, MISSING, HALF = STATES = ("former", "new", "missing", "half")
 
 
@@ -48,7 +51,7 @@ def _run_writer(folder: Path, suffix: str) -> Writer:
     from depthscope.diagnostics import schema
     from tests.models.synthetic_run import synthetic_run
 
-    runs = {FORMER: synthetic_run("residual", layers=3, seed=0), NEW: synthetic_run("hc", layers=3, seed=1)}
+    runs = {FORMER: synthetic_run("residual", **SMALL), NEW: synthetic_run("hc", seed=1, **SMALL)}
     target = folder / f"run{suffix}"
     return Writer(
         target, lambda which: schema.save_run(runs[which], target), lambda: _which_run(target, runs)
@@ -73,7 +76,7 @@ def _analysis_writer(folder: Path) -> Writer:
     from depthscope.diagnostics import schema
     from tests.models.synthetic_run import synthetic_run
 
-    run = synthetic_run("hc", layers=3)
+    run = synthetic_run("hc", **SMALL)
     target = folder / "run.nc"
 
     def write(which: str) -> None:
@@ -129,7 +132,7 @@ def _export_writer(folder: Path) -> Writer:
     from tests.models.synthetic_run import synthetic_run
 
     contents.draw_all = lambda readings, view: draw_all(readings, view)[:2]  # sixty take half a minute
-    runs = {FORMER: {"a": synthetic_run("residual", layers=2)}, NEW: {"b": synthetic_run("hc", layers=2)}}
+    runs = {FORMER: {"a": synthetic_run("residual", **SMALL)}, NEW: {"b": synthetic_run("hc", **SMALL)}}
     target = folder / "paper"
     target.mkdir()
     _in_child(lambda: export.write_bundle(runs[FORMER], target))
@@ -146,7 +149,7 @@ def _report_writer(folder: Path) -> Writer:
     from tests.models.synthetic_run import synthetic_run
 
     contents.draw_all = lambda readings, view: draw_all(readings, view)[:2]
-    runs = {FORMER: {"a": synthetic_run("residual", layers=2)}, NEW: {"b": synthetic_run("hc", layers=2)}}
+    runs = {FORMER: {"a": synthetic_run("residual", **SMALL)}, NEW: {"b": synthetic_run("hc", **SMALL)}}
     target = folder / "report.html"
     return _file_writer(target, lambda which: write_report(runs[which], target))
 
@@ -266,7 +269,7 @@ def _state(writer: Writer) -> str:
 def kill_writers(kind: str, moments: int, seed: int = 0) -> dict[str, object]:
     """Kill so many writers of one kind at random moments, and count what was left.
 
-    After each of them the former content is written once more, undisturbed: then it must be there, without litter.
+    Between them, and at the end, is a write that nobody disturbs.
     """
     place = Path(tempfile.mkdtemp(prefix="killed-writers-"))
     try:
@@ -282,13 +285,17 @@ def kill_writers(kind: str, moments: int, seed: int = 0) -> dict[str, object]:
         if _in_child(lambda: writer.write(NEW)) != 0 or _state(writer) != NEW:
             raise RuntimeError(f"{kind}: the new content cannot be written")
         seconds = time.perf_counter() - started
-        _in_child(lambda: writer.write(FORMER))
         counts: Counter[str] = Counter()
         chance = random.Random(seed)
         for moment in range(moments):
-            counts.update(
-                _kill_one(writer, chance.uniform(0, seconds), (signal.SIGKILL, signal.SIGTERM)[moment % 2])
-            )
+            if moment % UNDISTURBED == 0:
+                counts.update(_write_undisturbed(writer))
+            # The next one replaces what is there now.
+            before = _state(writer)
+            which = NEW if before == FORMER else FORMER
+            number = (signal.SIGKILL, signal.SIGTERM)[moment % 2]
+            counts.update(_kill_one(writer, which, chance.uniform(0, seconds), number))
+        counts.update(_write_undisturbed(writer))
         return {
             "kind": kind,
             "moments": moments,
@@ -299,30 +306,38 @@ def kill_writers(kind: str, moments: int, seed: int = 0) -> dict[str, object]:
         shutil.rmtree(place)
 
 
-def _kill_one(writer: Writer, delay: float, number: int) -> list[str]:
-    child = _fork(lambda: writer.write(NEW))
+def _kill_one(writer: Writer, which: str, delay: float, number: int) -> list[str]:
+    litter = writer.litter()
+    child = _fork(lambda: writer.write(which))
     time.sleep(delay)
     os.kill(child, number)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seen = [f"exit {code}", _state(writer)]
-    if writer.litter():
+    state = _state(writer)
+    # Relative to this write: NEW is what it wrote.
+    seen = [f"exit {code}", state if state in (MISSING, HALF) else NEW if state == which else FORMER]
+    if set(writer.litter()) - set(litter):
         seen.append(f"litter after {signal.Signals(number).name}")
-    # The next call: it succeeds, and nothing is left of the one that was killed.
+    if state in (MISSING, HALF):
+        _remove(writer, [writer.target.name])
+        _in_child(lambda: writer.write(FORMER))
+    return seen
+
+
+def _write_undisturbed(writer: Writer) -> list[str]:
+    seen = []
     if _in_child(lambda: writer.write(FORMER)) != 0:
         seen.append("next write failed")
-        if _state(writer) != FORMER:
-            for name in (writer.target.name, *writer.litter()):
-                path = writer.target.parent / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            _in_child(lambda: writer.write(FORMER))
-    elif _state(writer) != FORMER:
+    if _state(writer) != FORMER:
         seen.append("next write wrong")
-    if left := writer.litter():
-        seen.append("litter that stays")
-        for name in left:
-            path = writer.target.parent / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    left = writer.litter()
+    seen += ["litter that stays"] * len(left)
+    _remove(writer, left)
     return seen
+
+
+def _remove(writer: Writer, names: list[str]) -> None:
+    for path in (writer.target.parent / name for name in names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
