@@ -408,9 +408,8 @@ def killed(kind: str, moments: int) -> dict[str, int]:
 
 
 @posix
-@pytest.mark.parametrize("kind", ["nc", "zarr"])
-def test_a_run_whose_writer_is_killed_is_the_former_or_the_new(kind):
-    counts = killed(kind, 6)
+def test_a_run_whose_writer_is_killed_is_the_former_or_the_new():
+    counts = killed("zarr", 6)
     assert counts.get("former", 0) + counts.get("new", 0) == 6, counts
     assert not {"missing", "half", "next write failed", "next write wrong", "litter that stays"} & set(counts)
 
