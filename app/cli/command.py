@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# 2 is what argparse itself exits with; 130 and 141 are the shell's 128 + SIGINT and 128 + SIGPIPE.
-FINE, FOUND, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+# 2 is what argparse itself exits with; the others are the shell's 128 + SIGINT, SIGPIPE and SIGTERM.
+FINE, FOUND, USAGE, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 
 
 @dataclass(frozen=True)

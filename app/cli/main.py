@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
+from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, TERMINATED, USAGE
 from depthscope.app.cli.commands import COMMANDS
 
 # Import name of an optional dependency → the extra of pyproject.toml that installs it. The core installs without them,
@@ -53,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 fine, 1 findings above the limits of `check`, 2 usage or bad input, 130 interrupted.
+        0 fine, 1 findings above the limits of `check`, 2 usage or bad input, 130 interrupted, 143 terminated.
     """
+    if (
+        argv is None
+    ):  # the process is this command line: SIGTERM ends it as an error does, with its scratch files removed
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     if not words:

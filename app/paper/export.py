@@ -129,7 +129,6 @@ def figure_csv(figure: Figure) -> str:
 
 def _facts(contents: Contents, width: str) -> dict[str, Any]:
     return {
-        "made_by": "depthscope export",
         "software": software(),
         "width": width,
         # As it was applied: of runs of different depth the axis was changed.
