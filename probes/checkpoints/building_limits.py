@@ -70,9 +70,9 @@ def check_numbers(config: Mapping[str, Any], stored: StoredSize, source: str) ->
         if isinstance(value, Mapping):
             waiting.extend((str(key), each, depth + 1) for key, each in value.items())
         elif isinstance(value, (list, tuple)):
-            if len(value) > limit:
+            if len(value) > LONGEST_LIST:
                 raise CheckpointError(
-                    f"{source}: '{name}' has {len(value)} entries; expected at most {limit}"
+                    f"{source}: '{name}' has {len(value)} entries; expected at most {LONGEST_LIST}"
                 )
             waiting.extend((name, each, depth + 1) for each in value)
         elif isinstance(value, (int, float)) and _is_too_large(name, value, limit):

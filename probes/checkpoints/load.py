@@ -285,7 +285,9 @@ def _from_factory(spec: str, weights: str | Path | None, dtype: torch.dtype | No
         path = given_path(weights)
         load_strictly(model, state_dict(path), str(path))
     # Weights loaded into a parameter without data would be lost without an error.
-    if any(nn.parameter.is_lazy(value) or value.is_meta for value in model.parameters()):
+    with errors_of_user_code(f"'{spec}'"):
+        parameters = list(model.parameters())
+    if any(nn.parameter.is_lazy(value) or value.is_meta for value in parameters):
         raise CheckpointError(f"the model that '{spec}' returns has parameters without data; {MAKE_READABLE}")
     if weights is None:
         with errors_of(

@@ -14,9 +14,8 @@ from depthscope.probes.checkpoints.errors import CheckpointError, first_line
 
 # This package, by the path that it was imported from: in a checkout the files are elsewhere, and so are the user's own.
 OUR_FOLDERS = (str(Path(__file__).parents[2]),)
-LIBRARY_FOLDERS = tuple(
-    {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-)
+STANDARD_LIBRARY = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
+INSTALLED = ("site-packages", "dist-packages")
 # Files of torch from which a model's own code is called, forward and backward
 CALLS_OF_A_MODEL = (
     ("nn", "modules", "module.py"),
@@ -49,9 +48,8 @@ def errors_of_user_code(source: str) -> Iterator[None]:
         yield
     except (CheckpointError, KeyboardInterrupt):
         raise
-    except (
-        BaseException
-    ) as error:  # sys.exit and GeneratorExit too: the code decides nothing for this process
+    # sys.exit and GeneratorExit too: this process does not end by what a checkpoint does
+    except BaseException as error:
         raise CheckpointError(own_error(source, error)) from error
 
 
@@ -81,7 +79,7 @@ def own_error(source: str, error: BaseException) -> str:
         if not frame.f_code.co_filename.startswith("<")
         and not _is_below(frame.f_code.co_filename, OUR_FOLDERS)
     ]
-    own = [frame for frame in frames if not _is_below(frame[0], LIBRARY_FOLDERS)]
+    own = [frame for frame in frames if _is_users(frame[0])]
     if own:
         # The innermost line of theirs: it may have called a library with what does not fit.
         place = _shown(*own[-1], linecache.getline(*own[-1]))
@@ -99,8 +97,9 @@ def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
     return list(traceback.walk_tb(error.__traceback__))
 
 
-def _is_user_code(file: str) -> bool:
-    return not file.startswith("<") and not _is_below(file, OUR_FOLDERS)
+def _is_users(file: str) -> bool:
+    is_installed = any(part in INSTALLED for part in Path(file).parts)
+    return not is_installed and not _is_below(file, STANDARD_LIBRARY) and not _is_below(file, OUR_FOLDERS)
 
 
 def _is_below(file: str, folders: tuple[str, ...]) -> bool:
@@ -108,7 +107,7 @@ def _is_below(file: str, folders: tuple[str, ...]) -> bool:
 
 
 def is_model_error(error: BaseException) -> bool:
-    """Whether an error comes from a model that was called, and not from this library's own code around it.
+    """Whether an error comes from a model, and not from this library's own code around it.
 
     Parameters
     ----------
@@ -118,9 +117,13 @@ def is_model_error(error: BaseException) -> bool:
     Returns
     -------
     bool
-        True where a module was called after the last frame of this library.
+        True where, after the last frame of this library, a module was called or code outside all libraries ran.
     """
     files = [frame.f_code.co_filename for frame, _ in _frames(error)]
     # A hook of ours runs within the call of a module too, and is then the last.
     last = max((i for i, file in enumerate(files) if _is_below(file, OUR_FOLDERS)), default=-1)
-    return any(Path(file).parts[-3:] in CALLS_OF_A_MODEL for file in files[last + 1 :])
+    return any(
+        Path(file).parts[-3:] in CALLS_OF_A_MODEL or _is_users(file)
+        for file in files[last + 1 :]
+        if not file.startswith("<")
+    )
