@@ -17,18 +17,19 @@ from torch.nn.modules import module as hooks
 from depthscope.probes.checkpoints.errors import CheckpointError
 
 # What a model may have beyond what is stored. All heuristics of ours, far above every model of the compatibility page.
-MOST_COPIES = 4  # of a stored element: tied weights are built twice and then joined; packed ones are unpacked
+MOST_COPIES = 4  # of a stored element: tied weights are built once for each name and then joined
 SPARE_PARAMETERS = 1 << 20
 SPARE_BUFFERS = 1 << 27  # elements: causal masks and position tables are not stored
 SPARE_MODULES = 50_000
 MODULES_PER_TENSOR = 50
-PACKED = 8  # elements in a byte, of quantised weights
 # A number above this one is a size of no model, unless a stored tensor has a dimension as large. Lists of so many entries
 # are made in a fraction of a second.
 LARGEST_COUNT = 10**6
 LONGEST_LIST = 100_000  # each entry is validated, and copied with the configuration, some ten times
 # Numbers that count nothing that is built, and may be larger: positions, frequencies, tokens' numbers.
-NO_COUNT = re.compile(r"position|length|window|context|theta|base|freq|seed|_ids?$|params|total")
+NO_COUNT = re.compile(
+    r"position|length|window|context|tokenizer_chunk|theta|base|freq|seed|_ids?$|param|total"
+)
 LARGEST_NUMBER = 1 << 40
 DEEPEST_CONFIG = 50
 

@@ -102,7 +102,7 @@ def _tensor(name: str, entry: Any, file: Path, first: int) -> StoredTensor:
     if not name.isprintable():  # names are printed, and an escape sequence would reach the terminal
         raise ValueError(f"{ascii(name)[:80]} is no name of a tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets):
+    if not isinstance(dtype, str) or not dtype or not _are_sizes(shape) or not _are_sizes(offsets):
         raise ValueError(f"the type, shape or offsets of {ascii(name)[:80]} are no such")
     if len(shape) > MOST_DIMENSIONS or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"the shape or offsets of {ascii(name)[:80]} are impossible")

@@ -16,7 +16,7 @@ from depthscope.probes.checkpoints.building_limits import StoredSize
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
 from depthscope.probes.checkpoints.own_files import exists, own_file, read_json, require_file
 from depthscope.probes.checkpoints.pickle_files import load_pickle, tensors_in
-from depthscope.probes.checkpoints.safetensors_header import StoredTensor, read_header, torn_file
+from depthscope.probes.checkpoints.safetensors_header import BITS, StoredTensor, read_header, torn_file
 
 INDEX_ENDING = ".safetensors.index.json"
 # Keys under which training scripts save the weights next to the optimiser: Lightning's, then two common ones.
@@ -194,16 +194,25 @@ def stored_size(files: Iterable[Path]) -> StoredSize:
         If one of them is torn.
     """
     shapes: list[tuple[int, ...]] = []
+    num_elements = 0
     for file in files:
         found: list[Any] = (
             check_safetensors([file])
             if file.suffix == ".safetensors"
             else list(tensors_in(load_pickle(file)))
         )
-        shapes += [tuple(tensor.shape) for tensor in found]
-    num_elements = sum(math.prod(shape) for shape in shapes)
+        for tensor in found:
+            shapes.append(tuple(tensor.shape))
+            num_elements += math.prod(tensor.shape) * _elements_in_one(tensor.dtype)
     largest = max((size for shape in shapes for size in shape), default=0)
     return StoredSize(num_elements, len(shapes), largest)
+
+
+def _elements_in_one(dtype: str | torch.dtype) -> int:
+    """Weights that one stored number may contain: quantised ones of two bits or more are packed into integers."""
+    if isinstance(dtype, torch.dtype):
+        return 1 if dtype.is_floating_point or dtype.is_complex else 4 * dtype.itemsize
+    return BITS.get(dtype, 0) // 2 if dtype[0] in "IU" else 1
 
 
 def _find_state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from depthscope.probes.checkpoints.building_limits import (
@@ -16,6 +17,7 @@ from depthscope.probes.checkpoints.building_limits import (
     check_numbers,
 )
 from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.checkpoints.weight_files import stored_size
 
 STORED = StoredSize(num_elements=10_000, num_tensors=20, largest_dimension=300)
 
@@ -91,3 +93,12 @@ def test_nothing_is_counted_afterwards_or_in_other_threads():
         nn.Linear(10**5, 10**5)
     assert len(made) == 1
     assert not torch.nn.modules.module._global_parameter_registration_hooks
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_packed_weights_count_as_what_they_unpack_to(tmp_path, suffix):
+    """GPTQ keeps eight weights of four bits in an int32, and the model is first built with all of them."""
+    tensors = {"packed": torch.zeros(100, dtype=torch.int32), "scale": torch.zeros(10)}
+    file = tmp_path / f"m.{suffix}"
+    save_file(tensors, file) if suffix == "safetensors" else torch.save(tensors, file)
+    assert stored_size([file]).num_elements >= 8 * 100 + 10
