@@ -19,6 +19,7 @@ from depthscope.probes.checkpoints.own_files import MiB, require_file
 ZIP_BEGINNING = b"PK\x03\x04"  # how torch recognises its own format; all others are streams of pickles
 # The pickle of a state dict has about 100 bytes a tensor; its opcodes are read one by one.
 PICKLE_LIMIT = 64 * MiB
+MOST_OPCODES = 1_000_000  # a tensor has about 30, each of which is followed here in 2 µs
 DIRECTORY_LIMIT = 16 * MiB  # 200 000 entries, each of which becomes an object of Python
 ZIP_ENDING = 66_000  # bytes; a comment of at most 65535, and the records before it
 NUM_HEADER_PICKLES = (
@@ -122,9 +123,12 @@ def _check_opcodes(pickled: Any, file: Path) -> None:
     stack: list[int | None] = []  # number of entries below each value; None is a mark
     memo: dict[int, int] = {}
     try:
-        for opcode, argument, position in pickletools.genops(pickled):
-            if position is not None and position > PICKLE_LIMIT:
-                raise CheckpointError(f"'{file}' has a pickle above {PICKLE_LIMIT // MiB} MiB; save it again")
+        for number, (opcode, argument, position) in enumerate(pickletools.genops(pickled)):
+            if number > MOST_OPCODES or (position or 0) > PICKLE_LIMIT:
+                raise CheckpointError(
+                    f"'{file}' has a pickle of more than {MOST_OPCODES} steps or {PICKLE_LIMIT // MiB} MiB; save the weights "
+                    "alone with torch.save(model.state_dict(), path)"
+                )
             _follow(opcode, argument, stack, memo)
             if stack and (stack[-1] or 0) > LARGEST_TUPLE:
                 raise CheckpointError(

@@ -129,11 +129,14 @@ def _finite_values(tensor: StoredTensor) -> np.ndarray:
             f"'{tensor.name}' is stored as {tensor.dtype}; expected one of {', '.join(NUMPY_TYPES)}: take a checkpoint whose "
             "connections are not quantised"
         )
-    # By seek and read, not by a memory map of the shard: that fails where the shard is larger than the memory.
-    if (
-        tensor.stop > tensor.file.stat().st_size
-    ):  # before reading: `read` takes the memory for all that it is asked for
+    if tensor.start == tensor.stop:
+        raise CheckpointError(
+            f"'{tensor.name}' has no values (its shape is {tensor.shape}); download the checkpoint again"
+        )
+    # Before reading: `read` takes the memory for all that it is asked for.
+    if tensor.stop > tensor.file.stat().st_size:
         raise torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")
+    # By seek and read, not by a memory map of the shard: that fails where the shard is larger than the memory.
     with tensor.file.open("rb") as opened:
         opened.seek(tensor.start)
         raw = np.frombuffer(opened.read(tensor.stop - tensor.start), np.uint8)

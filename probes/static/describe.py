@@ -154,9 +154,9 @@ def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
 def _setting(value: float) -> float:
     # Rounds of Sinkhorn among them, each of which takes a microsecond
     if not abs(value) <= LARGEST_SETTING:
+        shown = f"{value:g}" if abs(value) < 1e300 else "beyond all numbers"
         raise CheckpointError(
-            f"config.json gives a connection the setting {value if value < LARGEST_SETTING**2 else 'beyond all numbers'}; "
-            f"expected at most {LARGEST_SETTING}: download it again"
+            f"config.json gives a connection the setting {shown}; expected at most {LARGEST_SETTING}: download it again"
         )
     return float(value)
 

@@ -130,3 +130,9 @@ def test_random_damage_is_refused_or_stays_small(new, seed):
         content, sentence = {}, str(error)
     assert "\n" not in sentence
     assert all(tensor.nbytes <= len(raw) for tensor in tensors_in(content))
+
+
+def test_a_pickle_without_end_ends():
+    Path("w.pt").write_bytes(b"\x80\x02" + b"(" * (1 << 21) + b".")
+    with pytest.raises(CheckpointError, match="more than 1000000 steps"):
+        load_pickle(Path("w.pt"))

@@ -639,3 +639,11 @@ def test_weights_of_a_shard_equal_the_tensors_in_it(saved):
     raw = load_file(folder / "model.safetensors")["model.layers.0.hc_attn_base"]
     logits = probes.describe_weights(folder).connections[0].logits
     np.testing.assert_array_equal(logits, raw[2 * N :].reshape(N, N).T.double())
+
+
+def test_a_connection_without_values_is_refused(models, tmp_path):
+    tensors = {name: value.clone() for name, value in models["lucidrains"]("mhc").state_dict().items()}
+    tensors["layers.0.0.residual_scale"] = torch.zeros(0)
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.0\.residual_scale' has no values"):
+        probes.describe_weights(tmp_path / "m.safetensors")
