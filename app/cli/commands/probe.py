@@ -83,6 +83,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _read_text(source: str) -> str:
     """The text of a file, or of stdin for ``-``."""
+    # A pipe or a device that nothing writes to would be waited for without end; stdin is the user's to end.
+    if source != "-" and Path(source).exists() and not Path(source).is_file():
+        raise ValueError(f"{source} is no regular file; expected one with text, or - for stdin")
     raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     try:
         # No guess at another encoding: wrong characters would be other tokens, without an error.
