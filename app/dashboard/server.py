@@ -120,7 +120,7 @@ def free_port(port: int | None = None) -> int:
     Parameters
     ----------
     port : int or None
-        The one that must be free; None looks from 8501 upwards.
+        The one that must be free; None and 0 look from 8501 upwards.
 
     Returns
     -------
@@ -129,13 +129,16 @@ def free_port(port: int | None = None) -> int:
     Raises
     ------
     ValueError
-        Where it is taken, or all that were tried are.
+        Where it is no port or is taken, or all that were tried are.
     """
-    wanted = range(FIRST_PORT, FIRST_PORT + TRIED_PORTS) if port is None else (port,)
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
+    # 0 is how programs ask for a free port.
+    wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
     for candidate in wanted:
         if _is_free(candidate):
             return candidate
-    if port is not None:
+    if port:
         raise ValueError(f"port {port} is taken; name another one, or leave --port out to take a free one")
     raise ValueError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
 

@@ -30,13 +30,15 @@ __all__ = ["findings_text", "to_html", "write_report"]
 _DESCRIBED = {"model": "model", "family": "family", "n_streams": "streams", "dtype": "dtype"}
 
 
-def write_report(runs: Mapping[str, xr.DataTree], out: Path, *, view: Selection | None = None) -> Path:
+def write_report(
+    runs: Mapping[str, xr.DataTree] | Sequence[Reading], out: Path, *, view: Selection | None = None
+) -> Path:
     """Write the report of some runs; an earlier one is replaced only when the new one is complete.
 
     Parameters
     ----------
-    runs : mapping of str to DataTree
-        Runs by the names to print.
+    runs : mapping of str to DataTree, or sequence of Reading
+        Runs by the names to print, or what `read_runs` made of them.
     out : Path
         HTML file.
     view : Selection, optional
@@ -55,7 +57,8 @@ def write_report(runs: Mapping[str, xr.DataTree], out: Path, *, view: Selection 
     # Before the runs are analysed; browsers open a file by its ending.
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"a report is an HTML file; got {out.name!r}, expected such as report.html")
-    text = to_html(read_runs(runs), view=view)
+    readings = read_runs(runs) if isinstance(runs, Mapping) else runs
+    text = to_html(readings, view=view)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Written in the same folder first: a rename within one file system is atomic.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:

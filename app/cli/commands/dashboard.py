@@ -7,11 +7,14 @@ from pathlib import Path
 
 from depthscope.app.cli.arguments import add_browser, add_runs
 from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.values import Number
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--port", type=int, metavar="PORT", help="default: a free one")
+    parser.add_argument(
+        "--port", type=Number(0, 65535), metavar="PORT", help="0 to 65535 (default, and for 0: a free one)"
+    )
     add_browser(parser)
 
 

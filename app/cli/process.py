@@ -1,0 +1,94 @@
+"""What does a process owe its shell? Streams that may be closed, and an interrupt that ends it whatever it is doing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from depthscope.app.cli.command import INTERRUPTED
+
+
+class _ClosedOutput(io.TextIOBase):
+    """A standard output that the shell closed (``>&-``), for which Python has None: an error only once it is written to."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
+def standard_streams() -> None:
+    """Make the three standard streams safe to use: closed ones, and ones that cannot show every character."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The next file that is opened would get the free number, and what is printed would be written into it.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (the process ends with it)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal in ASCII prints an escape where a table has an arrow, rather than an error.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def discard_stdout() -> None:
+    """Let what is still in the buffer of stdout go nowhere.
+
+    Python flushes it once more at exit, and would print the error of the first time again.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Interrupts:
+    """Ctrl-C while a command runs: the first raises KeyboardInterrupt, the second ends the process at once.
+
+    Code of others may swallow the exception or turn it into another one; `happened` stays true. Where SIGINT is not Python's
+    own (another handler, ignored in the background of a shell, another thread than the main one), nothing is changed.
+
+    Parameters
+    ----------
+    whole_process : bool
+        The process ends after the command: an interrupt during its last steps ends it without a traceback.
+    """
+
+    def __init__(self, *, whole_process: bool) -> None:
+        self.happened = False
+        self._whole_process = whole_process
+        self._ours = False
+
+    def __enter__(self) -> Interrupts:
+        main_thread = threading.current_thread() is threading.main_thread()
+        self._ours = main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._ours:
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, _leave if self._whole_process else signal.default_int_handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.happened:
+            _leave(number, frame)
+        self.happened = True
+        raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # Straight to the file: the buffer of stderr may be what the interrupted code is writing to.
+    with contextlib.suppress(OSError):
+        os.write(2, b"depthscope: interrupted\n")
+    os._exit(INTERRUPTED)
