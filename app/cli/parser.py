@@ -40,6 +40,10 @@ class Parser(argparse.ArgumentParser):
         # No abbreviations: --metric would become another option's name with the next version that adds one.
         super().__init__(**{"allow_abbrev": False, **options})
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse drops the error of a standard output that is closed or full, and exits with 0.
+        (file or sys.stderr).write(message)
+
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with 2.
 
@@ -48,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         message : str
             What argparse found.
         """
-        line = printable(" ".join(message.split()), limit=MAX_MESSAGE)
+        line = printable(" ".join(message.split()), longest=MAX_MESSAGE)
         sys.stderr.write(f"{self.prog}: {line}; see {self.prog} --help\n")
         sys.exit(USAGE)
 
@@ -72,6 +76,8 @@ class Parser(argparse.ArgumentParser):
             name, equals, _ = word.partition("=")
             before = None
             if name in known:
+                if equals and known[name].nargs == 0:
+                    self.error(f"{name} takes no value; leave out what is after it")
                 given[known[name].dest] += 1
                 before = None if equals else known[name]
             # A word with a space is a value for argparse too; so is one after an option that takes a value.
@@ -90,6 +96,10 @@ def _looks_like_an_option(word: str) -> bool:
 def _closest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     from depthscope.diagnostics.closest_names import did_you_mean  # imports xarray, which --help must not
 
+    # Abbreviations are not read, but understood.
+    longer = [option for option in known if len(name) > 2 and option.startswith(name)]
+    if longer:
+        return f"did you mean {', '.join(longer)}?"
     # The dashes are the same in all of them and would make every two names alike.
     plain = {option.lstrip("-"): option for option in known}
     advice = did_you_mean(name.strip("-")[:100], plain, otherwise="expected one of " + ", ".join(known))
@@ -164,6 +174,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = _build()
     if words[0].startswith("-"):
+        name = words[0].partition("=")[0]
+        if name not in ("-h", "--help") and any(
+            name in each._option_string_actions for each in commands.values()
+        ):
+            parser.error(f"option {quoted(words[0])} stands before the command; give the command first")
         parser.check_options(words[:1])
     # argparse would answer with all names; the closest one is what helps after a typing error.
     elif words[0] not in commands:

@@ -42,11 +42,14 @@ def require_ordinary(text: str, option: str) -> Path:
     """
     path = Path(require_text(text)).expanduser()
     # stat and not exists: of a circle of links exists says that it is missing, or raises a RuntimeError.
-    mode = os.stat(path).st_mode
+    mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(
             f"{option} {quoted(text)} is a pipe, a device or a socket; expected a file or a folder, so save it as one first"
         )
+    if f"{os.path.realpath(path)}/".startswith(("/proc/", "/sys/")):
+        # Regular files by their kind, but reading some of them waits for ever, or has no end.
+        raise ValueError(f"{option} {quoted(text)} is a file of the running system; expected one of your own")
     # pathlib drops the slash, with which the system itself would refuse the file.
     if text.endswith(("/", os.sep)) and not stat.S_ISDIR(mode):
         raise ValueError(f"{option} {quoted(text)} is a file; leave out the slash at its end")
@@ -107,7 +110,7 @@ class InputPath(Checked):
         """Refuse what cannot be read; see `Checked.check`."""
         require_text(value)
         # lexists: a link to nothing is an error of its own, which says so.
-        if self.must_exist or os.path.lexists(value):
+        if self.must_exist or os.path.lexists(Path(value)):
             require_ordinary(value, option)
 
 
@@ -140,7 +143,7 @@ class InputRun(Checked):
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse what cannot be a run by its name and kind; see `Checked.check`."""
         require_text(value)
-        if not os.path.lexists(value):
+        if not os.path.lexists(Path(value)):
             raise FileNotFoundError(
                 f"no run at {quoted(value)}; list the runs of a folder with: depthscope dashboard FOLDER"
             )
@@ -180,7 +183,8 @@ class OutputFile(Checked):
         require_text(value)
         path = Path(value)
         source = getattr(args, "run", None)
-        if source is not None and path.resolve() == Path(source).resolve():
+        # realpath and not resolve, which raises a RuntimeError for a link to itself.
+        if source is not None and os.path.realpath(path) == os.path.realpath(source):
             raise ValueError(
                 f"{option} {quoted(value)} is the run itself, whose trace it would replace; "
                 f"name another file, or leave {option} out"

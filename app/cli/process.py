@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -10,9 +11,13 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from depthscope.app.cli.command import INTERRUPTED
+
+# After an interrupt a command has this long to clean up after itself: to remove what it has half written, and to let the step
+# of each of its threads end.
+GRACE_SECONDS = 5.0
 
 
 class _ClosedOutput(io.TextIOBase):
@@ -53,7 +58,7 @@ def discard_stdout() -> None:
 
 
 class Interrupts:
-    """Ctrl-C while a command runs: the first raises KeyboardInterrupt, the second ends the process at once.
+    """Ctrl-C while a command runs: the first raises KeyboardInterrupt, the second, or `GRACE_SECONDS`, ends the process.
 
     Code of others may swallow the exception or turn it into another one; `happened` stays true. Where SIGINT is not Python's
     own (another handler, ignored in the background of a shell, another thread than the main one), nothing is changed.
@@ -78,16 +83,36 @@ class Interrupts:
 
     def __exit__(self, *_: Any) -> None:
         if self._ours:
-            signal.signal(signal.SIGINT, _leave if self._whole_process else signal.default_int_handler)
+            after = _interrupted_again if self._whole_process else signal.default_int_handler
+            signal.signal(signal.SIGINT, after)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.happened:
-            _leave(number, frame)
+            _interrupted_again(number, frame)
         self.happened = True
+        if self._whole_process:
+            # An exception that meets a finaliser or a callback is printed by Python and forgotten.
+            watch = threading.Timer(GRACE_SECONDS, _interrupted_again, (number, None))
+            watch.daemon = True
+            watch.start()
         raise KeyboardInterrupt
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def leave() -> NoReturn:
+    """End the process as interrupted.
+
+    Python itself would end it by the signal where the interrupt met code that is run from text, such as the making of a
+    dataclass: then the exit code is not 130.
+    """
+    # What the modules registered, such as the end of a server in another process.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(INTERRUPTED)
+
+
+def _interrupted_again(number: int, frame: FrameType | None) -> None:
     # Straight to the file: the buffer of stderr may be what the interrupted code is writing to.
     with contextlib.suppress(OSError):
         os.write(2, b"depthscope: interrupted\n")

@@ -35,7 +35,7 @@ def quoted(text: str) -> str:
     -------
     str
     """
-    return f"'{printable(text, limit=120)}'"
+    return f"'{printable(text, longest=120)}'"
 
 
 def require_text(text: str) -> str:
@@ -143,7 +143,7 @@ class Number:
         value = float(text) if not self.whole or len(text) > 40 else int(text)
         if not self.lowest <= value <= self.highest:
             wrong = "not positive" if value <= 0 < self.lowest else "out of range"
-            raise argparse.ArgumentTypeError(f"{printable(text, limit=40)} is {wrong}; {expected}")
+            raise argparse.ArgumentTypeError(f"{printable(text, longest=40)} is {wrong}; {expected}")
         return value
 
 

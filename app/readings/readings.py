@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +228,8 @@ def _runs_at(path: Path) -> list[Path]:
 def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
     """The name of the file, with as many folders before it as make the names unique."""
     # Resolved: the same run by two paths, or in a folder that was also given, is one run.
-    unique = list(dict.fromkeys(path.resolve() for path in paths))
+    # realpath and not resolve, which raises a RuntimeError for a link to itself.
+    unique = list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
         names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):

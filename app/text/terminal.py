@@ -13,11 +13,12 @@ import math
 import re
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from depthscope.app.text.visible import visible
 
 SEVERITY_STYLES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
 """rich's style of a line that begins with a severity."""
@@ -26,23 +27,20 @@ Progress = Callable[[str, int, int], None]
 """Takes the part that is being computed, the number done and the number in all."""
 
 
-# Control characters (escape sequences begin with one), formatting such as U+202E, which reverses what follows, lone
-# surrogates, and the line and paragraph separators.
-_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # A message is read by people: the middle of one with a megabyte of somebody's text in it is left out.
 MAX_MESSAGE = 1500
 
 
-def printable(value: Any, *, keep: str = "", limit: int | None = None) -> str:
-    r"""A value of somebody else as one line of visible characters; others are printed as their escape.
+def printable(value: object, *, lines: bool = False, longest: int | None = None) -> str:
+    r"""A value of somebody else for the terminal: as one line of visible characters, others as their escapes.
 
     Parameters
     ----------
     value : object
         Printed by ``str``.
-    keep : str
-        Hidden characters that stay, such as line feeds in text of our own.
-    limit : int, optional
+    lines : bool
+        Keep line breaks and tabs, of text of our own.
+    longest : int, optional
         Characters after which the middle is left out.
 
     Returns
@@ -54,17 +52,9 @@ def printable(value: Any, *, keep: str = "", limit: int | None = None) -> str:
     >>> printable("a\x1b[2J\nb")
     'a\\x1b[2J\\nb'
     """
-    text = str(value)
-    if limit is not None and len(text) > limit:
-        text = f"{text[: limit // 2]} … {text[-limit // 4 :]}"
-    if text.isprintable():
-        return text
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in _HIDDEN and character not in keep
-        else character
-        for character in text
-    )
+    shown = visible(value, lines=lines, longest=longest)
+    # Right-to-left words are isolated for a page. Few terminals know the two signs, and most print something for them.
+    return shown.replace("\u2068", "").replace("\u2069", "")
 
 
 def command_line(*words: str | Path) -> str:
@@ -100,7 +90,7 @@ def say(text: str = "") -> None:
         Plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody else
         goes through `printable` before it becomes part of the text.
     """
-    text = printable(text, keep="\n")
+    text = printable(text, lines=True)
     if not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         return
@@ -130,9 +120,8 @@ def emit(data: Any) -> None:
 
 
 def _json_escape(character: re.Match[str]) -> str:
-    # A character that a terminal would obey; JSON has an escape for it that means the same.
-    hidden = unicodedata.category(character[0]) in _HIDDEN
-    return json.dumps(character[0])[1:-1] if hidden else character[0]
+    # What a terminal would obey or not show; JSON has an escape for it that means the same.
+    return character[0] if character[0].isprintable() else json.dumps(character[0])[1:-1]
 
 
 def _jsonable(data: Any) -> Any:
@@ -154,7 +143,7 @@ def remark(text: str) -> None:
     text : str
         One line.
     """
-    sys.stderr.write(f"depthscope: {printable(' '.join(text.split()), limit=MAX_MESSAGE)}\n")
+    sys.stderr.write(f"depthscope: {printable(' '.join(text.split()), longest=MAX_MESSAGE)}\n")
 
 
 @contextmanager
@@ -207,9 +196,7 @@ def progress_bar(title: str, *, visible: bool | None = None) -> Iterator[Callabl
     columns = TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda fraction, text: bar.update(
-            task, completed=min(fraction, 1.0), description=printable(text)
-        )
+        yield lambda fraction, text: bar.update(task, completed=min(fraction, 1.0), description=text)
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
