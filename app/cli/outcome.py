@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
-from depthscope.app.cli.process import Interrupts, discard_stdout, leave, standard_streams
+from depthscope.app.cli.process import Interrupts, discard_stdout, leave, remarks_from_log, standard_streams
 
 # Import name of an optional dependency → the extra of pyproject.toml that installs it. The core installs without them,
 # so that a saved run is opened, analysed and judged where there is no torch and no display.
@@ -45,7 +45,7 @@ def run(words: Sequence[str], *, whole_process: bool) -> int:
         The exit code; see `main`.
     """
     standard_streams()
-    with Interrupts(whole_process=whole_process) as interrupts:
+    with Interrupts(whole_process=whole_process) as interrupts, remarks_from_log():
         try:
             try:
                 code = _call(words)

@@ -6,10 +6,12 @@ import atexit
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -43,6 +45,32 @@ def standard_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal in ASCII prints an escape where a table has an arrow, rather than an error.
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Remarks(logging.Handler):
+    """Warnings of our own modules as remarks on stderr: one line, and nothing in it that a terminal obeys."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from depthscope.app.text.terminal import remark
+
+        remark(record.getMessage())
+
+
+@contextlib.contextmanager
+def remarks_from_log() -> Iterator[None]:
+    """Print what our modules log, from warnings on, as remarks.
+
+    Yields
+    ------
+    None
+    """
+    handler = _Remarks(logging.WARNING)
+    logger = logging.getLogger("depthscope")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def discard_stdout() -> None:

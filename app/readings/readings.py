@@ -30,12 +30,15 @@ class Reading:
         What `diagnostics.analyze` returns, or the stored /metrics of the run.
     findings : tuple of Finding
         Worst first.
+    integrity : str
+        Whether the run is what was saved; see `schema.integrity`.
     """
 
     name: str
     attrs: Mapping[str, Any]
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
+    integrity: str = ""
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -72,7 +75,11 @@ def read_runs(
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     return [
         Reading(
-            label, {str(key): value for key, value in run.attrs.items()}, analysis, tuple(judge(analysis))
+            label,
+            {str(key): value for key, value in run.attrs.items()},
+            analysis,
+            tuple(judge(analysis)),
+            schema.integrity(run),
         )
         for name, run in runs.items()
         for label, analysis in _analyses(name, run, progress)
@@ -153,7 +160,7 @@ def read_paths(
     found = find_runs(paths)
     for name, path in found.items():
         try:
-            run = open_limited(path, max_bytes)
+            run = schema.open_run(path, max_bytes=max_bytes)
             try:
                 readings += read_runs({name: run}, progress=progress)
             finally:
@@ -184,12 +191,7 @@ def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str
     -------
     dict of str to DataTree
     """
-    return {name: open_limited(path, max_bytes) for name, path in find_runs(paths).items()}
-
-
-def open_limited(path: Path, max_bytes: int | None) -> xr.DataTree:
-    """TODO until the merge."""
-    return schema.open_run(path)
+    return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
 
 
 def find_runs(paths: Sequence[str]) -> dict[str, Path]:

@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.out is None:
         require_writable(Path(args.run), "RUN")
     selection = selection_of(args)
-    run = schema.open_run(args.run)
+    run = schema.open_run(args.run, max_bytes=args.max_bytes)
     with working(f"analysing {args.run}") as progress:
         # Into memory, since the file is replaced by a new one below.
         run.load()

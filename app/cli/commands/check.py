@@ -39,7 +39,11 @@ def _run(args: argparse.Namespace) -> int:
     ]
     if args.json:
         runs = [
-            {"run": reading.name, "findings": [finding.as_dict() for finding in reading.findings]}
+            {
+                "run": reading.name,
+                "integrity": reading.integrity,
+                "findings": [finding.as_dict() for finding in reading.findings],
+            }
             for reading in readings
         ]
         # The limits are part of the document: a log shows why a check passed.
@@ -86,6 +90,7 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
+        say(f"  file {printable(reading.integrity)}")
         say()
         say(findings_text(reading.findings))
         say()

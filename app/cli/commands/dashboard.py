@@ -21,7 +21,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.dashboard.server import launch
 
-    launch([Path(run) for run in args.runs], port=args.port, open_browser=args.browser)
+    paths = [Path(run) for run in args.runs]
+    launch(paths, port=args.port, open_browser=args.browser, max_bytes=args.max_bytes)
     return FINE
 
 

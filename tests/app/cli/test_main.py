@@ -150,5 +150,5 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
     monkeypatch.setattr(
         "depthscope.app.dashboard.server.launch", lambda paths, **more: seen.update(more, paths=paths)
     )
-    assert main(["dashboard", str(saved), "--port", "8600", "--no-browser"]) == FINE
-    assert seen == {"paths": [saved], "port": 8600, "open_browser": False}
+    assert main(["dashboard", str(saved), "--port", "8600", "--no-browser", "--max-bytes", "2GiB"]) == FINE
+    assert seen == {"paths": [saved], "port": 8600, "open_browser": False, "max_bytes": 2 * 1024**3}
