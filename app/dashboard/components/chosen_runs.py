@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
@@ -56,7 +54,8 @@ def require_chosen_runs() -> ChosenRuns:
             st.markdown(f"##### ⚠ {escaped(run.name)} cannot be shown")
             st.markdown(escaped(run.reason))
             st.caption("Measure the model again, then reload this page:")
-            st.code(f"depthscope probe CHECKPOINT --text FILE --out {shlex.quote(str(run.path))}", "bash")
+            # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
+            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
     if not chosen.readings:
         if not chosen.unreadable:
             _explain_none()

@@ -21,6 +21,10 @@ _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
 
+_limit: dict[str, int | None] = {"max_bytes": None}
+"""Of the arrays of one run, as named at launch."""
+
+
 @dataclass(frozen=True)
 class UnreadableRun:
     """One run that could not be read, and why.
@@ -40,14 +44,17 @@ class UnreadableRun:
     reason: str
 
 
-def allow(paths: Sequence[Path]) -> None:
+def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
     """Fix the files and folders that this process may show.
 
     Parameters
     ----------
     paths : sequence of Path
         Runs, or folders of runs.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
     """
+    _limit["max_bytes"] = max_bytes
     _roots[:] = [path.resolve() for path in paths]
 
 
@@ -106,7 +113,7 @@ def read_run(name: str) -> tuple[Reading, ...] | UnreadableRun:
 def _read(name: str, path: str, modified: int, size: int) -> tuple[Reading, ...] | UnreadableRun:
     """Read, analyse and judge; the newest change (ns) and the size (bytes) are parameters since they key the cache."""
     try:
-        run = schema.open_run(path)
+        run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
             return tuple(read_runs({name: run}))
         finally:
