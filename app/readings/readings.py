@@ -9,6 +9,7 @@ from typing import Any
 
 import xarray as xr
 
+from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
 
 COMPLETE = "complete"
@@ -71,7 +72,10 @@ def read_runs(
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     return [
         Reading(
-            label, {str(key): value for key, value in run.attrs.items()}, analysis, tuple(judge(analysis))
+            visible_name(label),
+            {str(key): value for key, value in run.attrs.items()},
+            analysis,
+            tuple(judge(analysis)),
         )
         for name, run in runs.items()
         for label, analysis in _analyses(name, run, progress)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from depthscope.app.text.visible import visible
+
 SEVERITY_STYLES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
 """rich's style of a line that begins with a severity."""
 
@@ -27,6 +29,7 @@ def say(text: str = "") -> None:
     text : str
         Plain text; rich's markup in square brackets is printed as it is.
     """
+    text = visible(text, lines=True)
     if not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         return
@@ -71,7 +74,7 @@ def remark(text: str) -> None:
     text : str
         One line.
     """
-    sys.stderr.write(f"depthscope: {text}\n")
+    sys.stderr.write(f"depthscope: {visible(text, lines=True)}\n")
 
 
 @contextmanager
@@ -144,12 +147,12 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
         grid = Table(box=SIMPLE_HEAD, header_style="bold")
         for column in columns:
-            grid.add_column(Text(column), overflow="fold")
+            grid.add_column(Text(visible(column)), overflow="fold")
         for row in rows:
-            grid.add_row(*(Text(cell) for cell in row))
+            grid.add_row(*(Text(visible(cell)) for cell in row))
         Console(highlight=False).print(grid)
         return
-    lines = [list(columns), *(list(row) for row in rows)]
+    lines = [[visible(cell) for cell in row] for row in (columns, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -13,6 +13,8 @@ from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.figures import Figure, FigureKind, Heatmap
+from depthscope.app.tables.formats import csv_text
+from depthscope.app.text.visible import visible
 
 __all__ = ["PLOTLY_ROUTE", "build", "card", "clicked_cell"]
 
@@ -86,7 +88,7 @@ def card(
             data={
                 "name": shown.name,
                 "figure": to_plotly(shown, mark=mark, runs=runs).to_json(),
-                "alt": shown.alt,
+                "alt": visible(shown.alt),
                 "height": height,
                 "clickable": clickable,
                 "plotly": f"{PLOTLY_ROUTE}/plotly.min.js",
@@ -105,7 +107,7 @@ def _numbers(figure: Figure, key: str) -> None:
         st.dataframe(table, hide_index=True, height=320, width=620)
         st.download_button(
             "Download CSV",
-            table.to_csv(index=False).encode(),
+            csv_text(table).encode(),
             file_name=f"{figure.name}.csv",
             mime="text/csv",
             key=f"{key}_csv",

@@ -1,0 +1,32 @@
+"""How does text get into a plotly figure? With its signs as entities: plotly reads tags and links in every label."""
+
+from __future__ import annotations
+
+import html
+
+from depthscope.app.text.visible import LONGEST_NAME, visible
+
+__all__ = ["words"]
+
+
+def words(text: str, *, longest: int | None = LONGEST_NAME) -> str:
+    """Text that plotly draws as it is.
+
+    Parameters
+    ----------
+    text : str
+        Label of a line, an axis, a position.
+    longest : int or None
+        Letters after which the middle is left out: a longer legend would leave no room for the curves.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> words("<a href='javascript:x'>R&D</a> %{x}")
+    "&lt;a href='javascript:x'&gt;R&amp;D&lt;/a&gt; &#37;{x}"
+    """
+    # An entity also for the percent sign: a template of a hover would fill in what "%{…}" names.
+    return html.escape(visible(text, longest=longest), quote=False).replace("%{", "&#37;{")
