@@ -103,7 +103,11 @@ def guarded(application: Any, *, hosts: tuple[str, ...], page_policy: str) -> An
         private = not scope["path"].startswith(_PUBLIC)
 
         async def send_guarded(message: Any) -> None:
-            if message["type"] in ("http.response.start", "websocket.accept", "websocket.http.response.start"):
+            if message["type"] in (
+                "http.response.start",
+                "websocket.accept",
+                "websocket.http.response.start",
+            ):
                 # What a run contains stays in no cache of the browser.
                 cache = {"Cache-Control": "no-store"} if private else {}
                 message = message | {"headers": _replaced(message.get("headers", []), added | cache)}

@@ -44,7 +44,7 @@ def _show(chosen: ChosenRuns) -> None:
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             st.download_button(
                 "Findings as CSV",
-                to_csv(findings_table(readings)).encode(),
+                lambda: to_csv(findings_table(readings)).encode(),  # only when it is asked for
                 file_name="findings.csv",
                 mime="text/csv",
                 key="findings_csv",

@@ -24,7 +24,7 @@ from matplotlib.ticker import (
 )
 
 from depthscope.app.text.latex import Latex, unicode_declarations
-from depthscope.app.text.visible import LONGEST_NAME, escape, visible
+from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
 
 FONTS = ("STIXGeneral", "DejaVu Sans")
 """Fonts of figures; the second one has the signs that the first one lacks."""
@@ -171,10 +171,14 @@ def plain(text: str) -> str:
     """
     if isinstance(text, Latex):
         return text
-    # Long names would leave no room for the curves; the tables have them whole.
+    # Shortened twice: a text of megabytes is not looked at letter by letter, and escapes make it longer again.
     shown = visible(text, lines=True, longest=LONGEST_NAME).strip("\u2068\u2069")
     if not shown.isascii():
-        shown = "".join(letter if _has_glyph(letter) else escape(letter) for letter in shown)
+        shown = "".join(
+            letter if letter == "\n" or _has_glyph(letter) else escape(letter) for letter in shown
+        )
+    # The tables have long names whole.
+    shown = shortened(shown, LONGEST_LABEL, counted=False)
     # A legend leaves out labels that begin with an underscore: matplotlib's own mark of what is internal.
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
 

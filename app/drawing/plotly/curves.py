@@ -14,6 +14,7 @@ from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE
 from depthscope.app.drawing.plotly.words import words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.text.visible import LONGEST_TEXT, shortened
 
 __all__ = ["draw_lines"]
 
@@ -176,7 +177,8 @@ def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
 
 def _note_missing_laws(drawn: go.Figure, reasons: Sequence[str]) -> None:
     """A note along the right side whose hover gives the reason why a law is not drawn."""
-    lines = ["<br>".join(map(words, textwrap.wrap(reason, 70))) for reason in reasons]
+    wrapped = [textwrap.wrap(shortened(reason, LONGEST_TEXT), 70) for reason in reasons]
+    lines = ["<br>".join(words(line, longest=LONGEST_TEXT) for line in paragraph) for paragraph in wrapped]
     drawn.add_annotation(
         x=1,
         xref="paper",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import html
 
-from depthscope.app.text.visible import LONGEST_NAME, visible
+from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, shortened, visible
 
 __all__ = ["words"]
 
 
-def words(text: str, *, longest: int | None = LONGEST_NAME) -> str:
+def words(text: str, longest: int = LONGEST_LABEL) -> str:
     """Text that plotly draws as it is.
 
     Parameters
     ----------
     text : str
         Label of a line, an axis, a position.
-    longest : int or None
-        Letters after which the middle is left out: a longer legend would leave no room for the curves.
+    longest : int
+        Letters after which the middle is left out.
 
     Returns
     -------
@@ -29,4 +29,5 @@ def words(text: str, *, longest: int | None = LONGEST_NAME) -> str:
     "&lt;a href='javascript:x'&gt;R&amp;D&lt;/a&gt; &#37;{x}"
     """
     # An entity also for the percent sign: a template of a hover would fill in what "%{…}" names.
-    return html.escape(visible(text, longest=longest), quote=False).replace("%{", "&#37;{")
+    shown = shortened(visible(text, longest=LONGEST_NAME), longest, counted=False)
+    return html.escape(shown, quote=False).replace("%{", "&#37;{")
