@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,9 @@ def _choose_pair(data: xr.Dataset, selection: dict[str, Any]) -> tuple[int, int]
             st.session_state["a"], st.session_state["b"] = row, column
     pair = []
     for key, default in (("a", 0), ("b", last)):
+        # Streamlit fails on an address with ?a=inf. Of a field that is drawn already it has taken the value.
+        if key not in st.session_state and not re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")):
+            del st.query_params[key]
         # A depth of a deeper run, or of a link to one: Streamlit raises for a value above the maximum.
         if st.session_state.get(key, default) > last:
             st.session_state[key] = last

@@ -66,12 +66,12 @@ class FileVersion:
 
 def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Every file and folder of a run, links not followed."""
-    entry = path.lstat()
-    yield str(path), entry
-    if stat.S_ISDIR(entry.st_mode):
-        for below in os.scandir(path):
-            yield from _files(Path(below.path))
-    elif not stat.S_ISREG(entry.st_mode):
-        raise OSError(
-            f"{path} is neither a file nor a folder; expected a saved run; remove it or name another run"
-        )
+    left = [str(path)]  # a list and no recursion: folders may be nested deeper than Python's stack
+    while left:
+        name = left.pop()
+        entry = os.lstat(name)
+        if stat.S_ISDIR(entry.st_mode):
+            left += [os.path.join(name, below) for below in os.listdir(name)]
+        elif not stat.S_ISREG(entry.st_mode):
+            raise OSError(f"{name} is no ordinary file, which a saved run is; remove it, or name another run")
+        yield name, entry

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from depthscope.app.dashboard.state.file_version import FileVersion
@@ -122,7 +122,10 @@ def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
     try:
         run = schema.open_run(path)
         try:
-            return tuple(read_runs({name: run}))
+            integrity = {"integrity": schema.integrity(run)}
+            return tuple(
+                replace(reading, attrs=dict(reading.attrs) | integrity) for reading in read_runs({name: run})
+            )
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
