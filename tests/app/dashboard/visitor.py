@@ -18,7 +18,11 @@ class Visitor:
     def __init__(self, address: str):
         host = urlsplit(address).netloc
         self._socket: ClientConnection = connect(
-            f"ws://{host}/_stcore/stream", subprotocols=["streamlit"], origin=address, max_size=None, open_timeout=120
+            f"ws://{host}/_stcore/stream",
+            subprotocols=["streamlit"],
+            origin=address,
+            max_size=None,
+            open_timeout=120,
         )
 
     def open(self, page: str = "", query: str = "", *, seconds: float = 300) -> list[ForwardMsg]:
