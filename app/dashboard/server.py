@@ -55,6 +55,9 @@ CONFIG: dict[str, Any] = {
     "runner.magicEnabled": False,  # a bare expression in a page is not printed
     "browser.gatherUsageStats": False,
     "client.toolbarMode": "minimal",
+    # A reload is a new session; what the old one showed is in its address, and need not be kept for two minutes.
+    "server.disconnectedSessionTTL": 10,
+    "server.maxUploadSize": 1,  # MB; no page takes files
     "client.showErrorDetails": "type",  # a traceback shows paths of this machine
     "logger.level": "warning",
     "theme.baseRadius": "8px",

@@ -17,7 +17,14 @@ CHART = ".depthscope-chart .main-svg"
 
 @contextmanager
 def serving(path: Path) -> Iterator[str]:
-    """A dashboard in a process of its own, killed on every way out."""
+    """The address of a dashboard in a process of its own, killed on every way out."""
+    with serving_process(path) as (address, _):
+        yield address
+
+
+@contextmanager
+def serving_process(path: Path) -> Iterator[tuple[str, int]]:
+    """The address of a dashboard in a process of its own, and the number of the process."""
     port = free_port()
     code = (
         "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
@@ -31,7 +38,7 @@ def serving(path: Path) -> Iterator[str]:
     )
     try:
         wait_for(lambda: server.poll() is None and status(port, "/_stcore/health") == 200, 60)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", server.pid
     finally:
         server.kill()
         server.wait()
