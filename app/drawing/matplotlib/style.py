@@ -172,7 +172,7 @@ def plain(text: str) -> str:
     if isinstance(text, Latex):
         return text
     # Shortened twice: a text of megabytes is not looked at letter by letter, and escapes make it longer again.
-    shown = visible(text, lines=True, longest=LONGEST_NAME).strip("\u2068\u2069")
+    shown = visible(shortened(text, LONGEST_NAME, counted=False), lines=True).strip("\u2068\u2069")
     if not shown.isascii():
         shown = "".join(
             letter if letter == "\n" or _has_glyph(letter) else escape(letter) for letter in shown

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, shrink
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.words import words
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "shrink", "to_plotly"]

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DIVERGING
-from depthscope.app.drawing.plotly.words import words
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.values import reduce_blocks
 

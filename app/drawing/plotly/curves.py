@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
-from depthscope.app.drawing.plotly.words import words
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
 from depthscope.app.text.visible import LONGEST_TEXT, shortened

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, shortened, visible
+from depthscope.app.text.visible import LONGEST_LABEL, shortened, visible
 
 __all__ = ["words"]
 
@@ -29,5 +29,5 @@ def words(text: str, longest: int = LONGEST_LABEL) -> str:
     "&lt;a href='javascript:x'&gt;R&amp;D&lt;/a&gt; &#37;{x}"
     """
     # An entity also for the percent sign: a template of a hover would fill in what "%{…}" names.
-    shown = shortened(visible(text, longest=LONGEST_NAME), longest, counted=False)
+    shown = shortened(visible(shortened(text, longest, counted=False)), longest, counted=False)
     return html.escape(shown, quote=False).replace("%{", "&#37;{")
