@@ -21,7 +21,8 @@ _KEY = "chosen_runs"
 
 def choose_runs() -> None:
     """Choose runs in the sidebar and in the URL as `?runs=`, read them, and remember them for the page."""
-    names = list(run_library.list_runs())
+    listed = run_library.list_runs()
+    names = list(listed)
     chosen: list[str] = []
     if names:
         with st.sidebar:
@@ -41,7 +42,7 @@ def choose_runs() -> None:
     readings, unreadable = {}, []
     for name in chosen[:MOST_RUNS]:
         with st.spinner(f"Analysing {escaped(name)} …"):
-            found = run_library.read_run(name)
+            found = run_library.read_run(name, listed)
         if isinstance(found, UnreadableRun):
             unreadable.append(found)
         else:

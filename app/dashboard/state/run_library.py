@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,19 +88,21 @@ def _distinct_name(name: str, path: Path, taken: dict[str, Path]) -> str:
     return shown
 
 
-def read_run(name: str) -> tuple[Reading, ...] | UnreadableRun:
+def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Reading, ...] | UnreadableRun:
     """A listed run, analysed and judged: one reading for each of its chains.
 
     Parameters
     ----------
     name : str
         A name from `list_runs`, possibly from a URL.
+    listed : mapping, optional
+        What `list_runs` returned just now: for many names the folders are walked through once.
 
     Returns
     -------
     tuple of Reading or UnreadableRun
     """
-    path = list_runs().get(name)
+    path = (list_runs() if listed is None else listed).get(name)
     if path is None:
         reason = "This run is not below the paths that the dashboard was started with."
         return UnreadableRun(name, Path(name), reason)
