@@ -21,6 +21,7 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.bibliography import bibliography, cited, entries
 from depthscope.app.text.numbers import number
 from depthscope.app.text.templates import html_template
+from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
 
 __all__ = ["findings_text", "to_html", "write_report"]
@@ -39,7 +40,6 @@ def write_report(
     *,
     force: bool = False,
     view: Selection | None = None,
-
 ) -> Path:
     """Write the report of some runs. An earlier one is replaced in one step, when the new one is complete.
 
@@ -151,4 +151,5 @@ def _fact(value: Any) -> str:
     if value is None:
         return "unknown"
     # Lists and mappings as JSON: Python's own form has single quotes and None.
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return shortened(text, LONGEST_TEXT)
