@@ -50,7 +50,10 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self._error is None:
             try:
-                self._look_at(args, result)
+                with (
+                    torch._C.DisableTorchFunction()
+                ):  # a mode of the user's must not see that shapes are read
+                    self._look_at(args, result)
             except (
                 Exception,
                 GeneratorExit,

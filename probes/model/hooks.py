@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -301,3 +302,13 @@ def in_recomputation() -> bool:
     """Whether a backward pass is running, so that a forward hook sees the recomputation of a checkpointed module."""
     # -1 outside of a backward. Activation checkpointing gives no public sign inside of the recomputed forward.
     return torch._C._current_graph_task_id() != -1
+
+
+def num_running_calls(model: nn.Module) -> int:
+    """How many calls of the model, one inside of another, the running code was called by."""
+    frame, calls = sys._getframe(), 0
+    while frame is not None:
+        # By name: what torch's method is wrapped in differs between versions.
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls

@@ -6,6 +6,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 import numpy as np
 import torch
@@ -72,6 +73,8 @@ def unhooked_twin(module: nn.Module) -> nn.Module:
                 vars(twin)[name] = OrderedDict()
             elif isinstance(value, WatchedMethod):
                 restore_entry(twin, name, value.unwatched_entry())
+            elif isinstance(value, MethodType) and value.__self__ is original:
+                vars(twin)[name] = MethodType(value.__func__, twin)
         children = {name: c if c is None else twin_of(c) for name, c in original._modules.items()}
         buffers = {name: b if b is None else b.clone() for name, b in original._buffers.items()}
         vars(twin).update(_modules=children, _buffers=buffers, _parameters=dict(original._parameters))

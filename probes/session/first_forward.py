@@ -135,6 +135,8 @@ class FirstForward:
             key = id(tensor), version(tensor)
             known = forward.listeners.get(key)
             if known is None or known.tensor() is not tensor:  # the id of a freed tensor is given out again
+                if known is not None and known.handle is not None:
+                    known.handle.remove()  # the graph may have the hook still
                 listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
                 hook = Hook(partial(_forward_gradient, listener), self._report)
                 listener.handle = tensor.register_hook(hook)

@@ -18,7 +18,7 @@ from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment
+from depthscope.probes.model.hooks import Attachment, num_running_calls
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import unreadable_mode
 from depthscope.probes.session.first_forward import (
@@ -144,6 +144,9 @@ class Session:
         int
             How many forwards had not ended, and are forgotten.
         """
+        # One that was stopped, as by a key, did not leave; those of other threads are taken to run.
+        if self._current.recorded is not None and not num_running_calls(self.model):
+            self.forget_running()
         with self._lock:
             if self._attachment is not None:
                 self._attachment.remove()
@@ -174,14 +177,17 @@ class Session:
         current = self._current
         if current.hidden or (self._only_own and own_calls.owner is not self.owner):
             return
-        if current.recorded is not None:
+        if current.recorded is not None and num_running_calls(self.model) > 1:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
         current.clear()
         if self.errors:  # the step will be left out
             return
+        tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            return  # an empty batch adds nothing, and shows no structure
+        lead = _readable(tensors[0] if tensors else None)
         named = named_arguments(module, args, kwargs)
-        lead = self._readable(next((t for t in tensors_in((args, kwargs)) if t.ndim > 0), None))
         with self._lock:
             if self._attachment is None or not self._is_first_thread():
                 return
@@ -239,19 +245,6 @@ class Session:
         search = find_branch_sums if self.options.selection.inside_blocks else None
         return Tape(keep=block_paths(self.model, blocks) if blocks else (), on_block=search)
 
-    def _readable(self, lead: torch.Tensor | None) -> torch.Tensor:
-        if lead is None:
-            raise CaptureError("the model was called without a tensor; expected a batch of tensors")
-        mode = unreadable_mode(lead)
-        if mode is not None:
-            raise CaptureError(f"the model was called {mode}; expected a plain call")
-        if self._searching and not lead.numel():
-            raise CaptureError(
-                f"the model was called with an empty batch, of shape {tuple(lead.shape)}, before its structure was known; "
-                "expected tokens"
-            )
-        return lead
-
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         current = self._current
         forward, tape = current.recorded, current.taped
@@ -263,6 +256,7 @@ class Session:
             forward.release()
             return
         try:
+            self._require_same_modules()
             if tape is not None:
                 self._end_first(tape, forward)
             for sums in forward.sums:
@@ -400,6 +394,16 @@ class Session:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+def _readable(lead: torch.Tensor | None) -> torch.Tensor:
+    """The first tensor that the model was called with, where its values can be read."""
+    if lead is None:
+        raise CaptureError("the model was called without a tensor; expected a batch of tensors")
+    mode = unreadable_mode(lead)
+    if mode is not None:
+        raise CaptureError(f"the model was called {mode}; expected a plain call")
+    return lead
 
 
 def _module_types(model: nn.Module) -> frozenset[tuple[str, type]]:

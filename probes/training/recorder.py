@@ -11,6 +11,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -51,8 +53,16 @@ def _close_all() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_leave_child_alone)
-# A loop in a generator that nobody closes leaves its block only when torch and the file system are gone.
-atexit.register(_close_all)
+
+
+@cache
+def _close_at_exit() -> None:
+    """Close what is open when the interpreter ends: a generator that nobody closed leaves its block too late to save."""
+    # The last one registered runs first, and HDF5's own, which ends the library, comes with its import: so import it now.
+    for name in ("h5py", "h5netcdf"):
+        with suppress(ImportError):
+            import_module(name)
+    atexit.register(_close_all)
 
 
 class ProbeWarning(UserWarning):
@@ -125,6 +135,8 @@ class Recorder:
             if self._state != "abandoned":
                 self._state = "open"
                 _open.add(self)
+                if self._store is not None:
+                    _close_at_exit()
                 self._attach_if_measuring()
         self._warn()
         return self
@@ -251,7 +263,9 @@ class Recorder:
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {self.position} did, and count to no step"
             )
         if not parts:
-            raise CaptureError("the model was not called between two steps; nothing to measure")
+            raise CaptureError(
+                "the model was not called between two steps, or with empty batches only; nothing to measure"
+            )
         if not _num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
