@@ -71,10 +71,11 @@ def unhooked_twin(module: nn.Module) -> nn.Module:
         for name, value in vars(original).items():
             if name in HOOK_TABLES:
                 vars(twin)[name] = OrderedDict()
-            elif isinstance(value, WatchedMethod):
-                restore_entry(twin, name, value.unwatched_entry())
-            elif isinstance(value, MethodType) and value.__self__ is original:
-                vars(twin)[name] = MethodType(value.__func__, twin)
+            elif isinstance(value, (WatchedMethod, MethodType)):
+                method = value.unwatched_entry() if isinstance(value, WatchedMethod) else value
+                if isinstance(method, MethodType) and method.__self__ is original:
+                    method = MethodType(method.__func__, twin)
+                restore_entry(twin, name, method)
         children = {name: c if c is None else twin_of(c) for name, c in original._modules.items()}
         buffers = {name: b if b is None else b.clone() for name, b in original._buffers.items()}
         vars(twin).update(_modules=children, _buffers=buffers, _parameters=dict(original._parameters))

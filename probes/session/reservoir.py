@@ -124,10 +124,11 @@ def weights_stamp(model: nn.Module) -> int:
 
 
 def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:
-    # Lazy parameters and those made in inference mode count no versions.
-    uncounted = isinstance(parameter, nn.parameter.UninitializedTensorMixin) or parameter.is_inference()
-    written = 0 if uncounted else parameter._version
-    if type(parameter) is not nn.Parameter or hasattr(parameter, "_fsdp_flattened"):
+    # Lazy parameters have a type of their own; those made in inference mode count no versions.
+    plain = type(parameter) is nn.Parameter
+    lazy = not plain and isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    written = 0 if lazy or parameter.is_inference() else parameter._version
+    if not plain or "_fsdp_flattened" in vars(parameter):
         return 0, written, 0  # FSDP makes these anew
     # FSDP gathers a parameter at another address in every forward.
     return id(parameter), written, 0 if sharded or parameter.is_meta else parameter.data_ptr()
