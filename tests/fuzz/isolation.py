@@ -1,0 +1,181 @@
+"""What happens to a process that does something dangerous? It is forked, watched and measured, and never waited for long."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MIB = 2**20
+# A machine that many share stretches the clock: a process that computes may run longer on the clock, up to this factor,
+# but not longer than `seconds` of its own processor time. One that only waits is stopped at once.
+PATIENCE = 4
+# A guard against an allocation so large that the machine itself would be in trouble; the limit that is judged is that of
+# resident memory, which is far lower.
+ADDRESS_SPACE = 6 * 2**30
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a forked process ended.
+
+    Parameters
+    ----------
+    answer : object or None
+        What the function returned, by way of JSON; None where it did not get that far.
+    stderr : str
+        The last part of what the process printed there.
+    signal : int
+        That ended it; 0 where it left by itself.
+    timed_out : bool
+        Whether it was stopped for its time.
+    seconds, mib : float
+        On the clock; its highest resident memory above that at its beginning.
+    """
+
+    answer: Any
+    stderr: str
+    signal: int
+    timed_out: bool
+    seconds: float
+    mib: float
+
+
+def in_child(function: Callable[[], Any], *, seconds: float, exit_functions: bool = False) -> Ended:
+    """Call a function in a forked process.
+
+    Parameters
+    ----------
+    function : callable
+        Without arguments; returns what JSON can express.
+    seconds : float
+        Its time.
+    exit_functions : bool
+        Whether the process also does what Python does at its exit, which is where some libraries print.
+
+    Returns
+    -------
+    Ended
+    """
+    # A lock that another thread holds at the fork would stay locked in the child for ever.
+    assert threading.active_count() == 1, [thread.name for thread in threading.enumerate()]
+    answer, out, err, beginning = (os.memfd_create(name) for name in ("answer", "out", "err", "beginning"))
+    start = time.monotonic()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        # Less than the parent has: pages of shared libraries are mapped when they are used.
+        os.write(beginning, str(_resident_mib()).encode())
+        _child(function, answer, out, err, exit_functions)
+    timed_out = not _wait(pid, seconds)
+    if timed_out:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    text = os.pread(answer, os.fstat(answer).st_size, 0)
+    size = os.fstat(err).st_size
+    stderr = os.pread(err, 20_000, max(0, size - 20_000)).decode(errors="replace")
+    before = float(os.pread(beginning, 100, 0) or 0)
+    for fd in (answer, out, err, beginning):
+        os.close(fd)
+    return Ended(
+        answer=json.loads(text) if text else None,
+        stderr=stderr,
+        signal=0 if timed_out or not os.WIFSIGNALED(status) else os.WTERMSIG(status),
+        timed_out=timed_out,
+        seconds=time.monotonic() - start,
+        mib=max(0.0, usage.ru_maxrss / 1024 - before),
+    )
+
+
+def _resident_mib() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / MIB
+
+
+def _child(function: Callable[[], Any], answer: int, out: int, err: int, exit_functions: bool) -> None:
+    """Never returns: whatever happens, the copy of the parent must not go on with the parent's work."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (out, 1), (err, 2)):
+            os.dup2(source, target)
+        # pytest replaces these by objects that the parent reads.
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.write(answer, json.dumps(function()).encode())
+        if exit_functions:
+            import atexit
+
+            atexit._run_exitfuncs()
+        code = 0
+    except BaseException:
+        import traceback
+
+        # Memory may be what is missing: the report is a service, the exit code is what counts.
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(pid: int, seconds: float) -> bool:
+    """Whether the process ended in its time."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        for _ in range(PATIENCE):
+            if poll.poll(1000 * seconds):
+                return True
+            spent = _cpu_seconds(pid)
+            # Mostly waiting, or it has had its time in full.
+            if spent < 0.1 * seconds or spent >= seconds:
+                return False
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Printed:
+    """What this process prints on its descriptors 1 and 2, from C too, part by part.
+
+    Only in a process of `in_child`, whose descriptors are files in memory.
+    """
+
+    def __init__(self) -> None:
+        self.seen = [os.fstat(fd).st_size for fd in (1, 2)]
+
+    def take(self) -> tuple[str, str]:
+        """Standard output and error since the last call."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        texts = []
+        for index, fd in enumerate((1, 2)):
+            size = os.fstat(fd).st_size
+            texts.append(os.pread(fd, min(size - self.seen[index], MIB), self.seen[index]).decode(errors="replace"))
+            self.seen[index] = size
+        return texts[0], texts[1]
