@@ -21,6 +21,7 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.bibliography import bibliography, cited, entries
 from depthscope.app.text.numbers import number
 from depthscope.app.text.templates import html_template
+from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
 
 __all__ = ["findings_text", "to_html", "write_report"]
@@ -34,14 +35,18 @@ MARK = '<meta name="generator" content="depthscope report">'
 
 
 def write_report(
-    runs: Mapping[str, xr.DataTree], out: Path, *, force: bool = False, view: Selection | None = None
+    runs: Mapping[str, xr.DataTree] | Sequence[Reading],
+    out: Path,
+    *,
+    force: bool = False,
+    view: Selection | None = None,
 ) -> Path:
     """Write the report of some runs. An earlier one is replaced in one step, when the new one is complete.
 
     Parameters
     ----------
-    runs : mapping of str to DataTree
-        Runs by the names to print.
+    runs : mapping of str to DataTree, or sequence of Reading
+        Runs by the names to print, or what `read_runs` made of them.
     out : Path
         HTML file; missing, or a report.
     force : bool
@@ -66,7 +71,8 @@ def write_report(
         raise ValueError(f"a report is an HTML file; got {out.name!r}, expected such as report.html")
     # Analysed inside: a file of somebody else is refused before anything is computed.
     with replaced_file(out, check=None if force else require_report) as fresh:
-        fresh.write_text(to_html(read_runs(runs), view=view), encoding="utf-8")
+        readings = read_runs(runs) if isinstance(runs, Mapping) else runs
+        fresh.write_text(to_html(readings, view=view), encoding="utf-8")
     return out
 
 
@@ -145,4 +151,5 @@ def _fact(value: Any) -> str:
     if value is None:
         return "unknown"
     # Lists and mappings as JSON: Python's own form has single quotes and None.
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return shortened(text, LONGEST_TEXT)

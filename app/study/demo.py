@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ import xarray as xr
 
 from depthscope.app.readings.readings import COMPLETE, read_runs
 from depthscope.app.tables.findings import findings_text
-from depthscope.app.text.terminal import progress_bar, remark, say, working
+from depthscope.app.text.terminal import command_line, progress_bar, remark, say, working
 from depthscope.diagnostics import analyze, schema
 
 SMOLLM2 = "SmolLM2-135M"
@@ -215,7 +214,7 @@ def _write_paper(runs: Mapping[str, xr.DataTree], folder: Path) -> Path | None:
 
 def _show_dashboard(folder: Path, *, browser: bool) -> None:
     if not browser and not sys.stdout.isatty():
-        say(f"Browse them with: depthscope dashboard {shlex.quote(str(folder))}")
+        say(f"Browse them with: {command_line('dashboard', folder)}")
         return
     from depthscope.app.dashboard.server import launch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -62,8 +63,11 @@ def run_study(
         Where the folder cannot be written to; FileExistsError where a file of another origin has a name of the study's.
     """
     recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
-    if recipe.seconds <= 0 or (recipe.steps is not None and recipe.steps < 1):
-        raise StudyError(f"got {recipe.seconds:g} s and {recipe.steps} steps; expected more than 0")
+    # Not `<= 0`: of nan that is false, and neither nan nor inf is ever spent.
+    if not 0 < recipe.seconds < math.inf or (recipe.steps is not None and recipe.steps < 1):
+        raise StudyError(
+            f"got {recipe.seconds:g} s and {recipe.steps} steps; expected finite numbers above 0"
+        )
     corpus = split_corpus(sample_text())
     learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
     # Before the training: minutes of it would be lost.
