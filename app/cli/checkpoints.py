@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CHECKPOINT",
         type=InputPath(must_exist=False),
-        help="transformers folder, .gguf file, module:factory, or the word smollm2",
+        help="transformers folder, .gguf file, module:factory (imports and runs that code: only what you trust), or the word "
+        "smollm2",
     )
     parser.add_argument("--weights", type=InputPath(), metavar="FILE", help="state dict for module:factory")
     parser.add_argument(
@@ -139,9 +141,9 @@ def site_names(args: argparse.Namespace) -> list[str] | None:
 
 @contextmanager
 def capture_errors_for_users() -> Iterator[None]:
-    """Turn a refused capture into the ValueError that the command line prints as one line.
+    """Turn a refused capture, or an error of the model's own code, into a ValueError that the command line prints as one line.
 
-    Other RuntimeErrors, such as those of torch inside the user's own model, keep their traceback.
+    Every other error is ours and keeps its traceback.
 
     Yields
     ------
@@ -150,12 +152,21 @@ def capture_errors_for_users() -> Iterator[None]:
     Raises
     ------
     ValueError
-        With the message of the refusal.
+        With the message of the refusal, or the error of the model and its place.
     """
+    from depthscope.probes.checkpoints.user_code import is_model_error, own_error
     from depthscope.probes.model.errors import CaptureError
 
     try:
-        yield
+        # What the model prints in its forward is no result of the command.
+        with redirect_stdout(sys.stderr):
+            yield
     # A RuntimeError of its own: the message tells the user what to do, so that no traceback is needed.
     except CaptureError as error:
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a model may call sys.exit
+        if not is_model_error(error):
+            raise
+        raise ValueError(own_error("the model", error)) from error

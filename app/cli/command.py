@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# 2 is what argparse itself exits with, 70 is EX_SOFTWARE of sysexits.h; 130 and 141 are the shell's 128 + SIGINT and
-# 128 + SIGPIPE.
-FINE, FOUND, USAGE, BUG, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 70, 130, 141
+# 2 is what argparse itself exits with, 70 is EX_SOFTWARE of sysexits.h; the others are the shell's 128 + SIGINT, SIGPIPE
+# and SIGTERM.
+FINE, FOUND, USAGE, BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 70, 130, 141, 143
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 fine, 1 findings above the limits of `check` or a run that was left out, 2 usage or bad input, 70 a bug of
-        ours, 130 interrupted, 141 the reader of a pipe left. Help, the version and a wrong option leave by SystemExit,
+        ours, 130 interrupted, 141 the reader of a pipe left, 143 terminated. Help, the version and a wrong option leave
+        by SystemExit,
         as in argparse.
     """
     try:

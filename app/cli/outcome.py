@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Sequence
 
-from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, USAGE
+from depthscope.app.cli.command import FINE, INTERRUPTED, PIPE_CLOSED, TERMINATED, USAGE
 from depthscope.app.cli.process import Interrupts, discard_stdout, leave, remarks_from_log, standard_streams
 
 # Import name of an optional dependency → the extra of pyproject.toml that installs it. The core installs without them,
@@ -45,6 +46,9 @@ def run(words: Sequence[str], *, whole_process: bool) -> int:
         The exit code; see `main`.
     """
     standard_streams()
+    if whole_process:
+        # SIGTERM ends the process as an error does, so that its scratch files are removed.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     with Interrupts(whole_process=whole_process) as interrupts, remarks_from_log():
         try:
             try:

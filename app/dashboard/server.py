@@ -55,6 +55,9 @@ CONFIG: dict[str, Any] = {
     "runner.magicEnabled": False,  # a bare expression in a page is not printed
     "browser.gatherUsageStats": False,
     "client.toolbarMode": "minimal",
+    # A reload is a new session; what the old one showed is in its address, and need not be kept for two minutes.
+    "server.disconnectedSessionTTL": 10,
+    "server.maxUploadSize": 1,  # MB; no page takes files
     "client.showErrorDetails": "type",  # a traceback shows paths of this machine
     "logger.level": "warning",
     "theme.baseRadius": "8px",
@@ -178,6 +181,7 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     from starlette.routing import Mount
     from starlette.staticfiles import StaticFiles
 
+    from depthscope.app.dashboard.access import guarded, policy
     from depthscope.app.dashboard.components import chart
     from depthscope.app.dashboard.state import run_library
 
@@ -186,37 +190,10 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
     script = Path(__file__).resolve().parent / "navigation" / "entrypoint.py"
-    application = st.App(
-        script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[Middleware(refuse_other_hosts)]
-    )
+    index = Path(str(files("streamlit") / "static" / "index.html"))
+    guard = Middleware(guarded, hosts=tuple(CONFIG["server.allowedHosts"]), page_policy=policy(index))
+    application = st.App(script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[guard])
     application.run(config=CONFIG | {"server.port": port})
-
-
-def refuse_other_hosts(application: Any) -> Any:
-    """Answer 403 to a request whose Host header names another machine.
-
-    Streamlit checks the hosts of its web sockets alone; a page of another name that points here (DNS rebinding)
-    could still fetch downloads.
-
-    Parameters
-    ----------
-    application : ASGI application
-        Answers all other requests.
-
-    Returns
-    -------
-    ASGI application
-    """
-    from starlette.responses import PlainTextResponse
-
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        host = dict(scope.get("headers", [])).get(b"host", b"").decode("latin-1")
-        known = host.partition(":")[0] in CONFIG["server.allowedHosts"]
-        # Web sockets and the start and stop of the server ("lifespan") pass: Streamlit checks the former itself.
-        refusal = PlainTextResponse(f"this dashboard answers at {HOST} only", status_code=403)
-        await (application if known or scope["type"] != "http" else refusal)(scope, receive, send)
-
-    return answer
 
 
 def _serve_from_other_process(paths: Sequence[Path], port: int, address: str, max_bytes: int | None) -> None:

@@ -18,7 +18,7 @@ from depthscope.app.paper.latex_snippets import figures_tex, main_tex, preamble_
 from depthscope.app.paper.replaced_folder import replaced_folder, write_manifest
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
+from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown
 from depthscope.app.text.bibliography import cut
 
 VECTOR = ("pdf", "svg")
@@ -125,12 +125,11 @@ def figure_csv(figure: Figure) -> str:
     if isinstance(figure, Heatmap):
         table = table.rename(columns={"y": figure.y_label})
     # The same bytes on every system, so that the hashes of the manifest agree.
-    return table.to_csv(index=False, lineterminator="\n")
+    return csv_text(table)
 
 
 def _facts(contents: Contents, width: str) -> dict[str, Any]:
     return {
-        "made_by": "depthscope export",
         "software": software(),
         "width": width,
         # As it was applied: of runs of different depth the axis was changed.

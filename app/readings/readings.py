@@ -10,6 +10,7 @@ from typing import Any
 
 import xarray as xr
 
+from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
 
 COMPLETE = "complete"
@@ -75,8 +76,8 @@ def read_runs(
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     return [
         Reading(
-            label,
-            {str(key): value for key, value in run.attrs.items()},
+            visible_name(label),
+            shown_attributes(run.attrs),
             analysis,
             tuple(judge(analysis)),
             schema.integrity(run),
@@ -84,6 +85,26 @@ def read_runs(
         for name, run in runs.items()
         for label, analysis in _analyses(name, run, progress)
     ]
+
+
+def shown_attributes(value: Any) -> Any:
+    """Attributes of a run in whose text everything can be seen, at every level.
+
+    Parameters
+    ----------
+    value : mapping, sequence or scalar
+        Attributes, or one of them.
+
+    Returns
+    -------
+    dict, list or scalar
+        Numbers are unchanged.
+    """
+    if isinstance(value, Mapping):
+        return {visible_name(key): shown_attributes(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown_attributes(part) for part in value]
+    return visible(value, lines=True) if isinstance(value, str) else value
 
 
 def _analyses(

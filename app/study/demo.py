@@ -71,6 +71,9 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> None:
     quick : bool
         Ten seconds of training and no SmolLM2.
     """
+    # Before the minutes that follow; the study looks at its own files.
+    if not quick:
+        schema.require_replaceable(out / "runs" / f"{SMOLLM2}.nc")
     started = time.perf_counter()
     steps = Steps(total=4 if quick else 6)
     folder = out / "runs"

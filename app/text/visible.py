@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["LONGEST_NAME", "LONGEST_TEXT", "escape", "shortened", "visible", "visible_name"]
+__all__ = ["LONGEST_LABEL", "LONGEST_NAME", "LONGEST_TEXT", "escape", "shortened", "visible", "visible_name"]
 
 LONGEST_NAME = 120
 """Letters of a name, such as that of a run or a module. A heuristic of ours: as many as fit into one line of a page."""
+
+LONGEST_LABEL = 60
+"""Letters of a name inside a figure, whose curves need the room. A heuristic of ours: half the width of a page."""
 
 LONGEST_TEXT = 2000
 """Letters of any other text of a run, such as an attribute: about a page. A heuristic of ours."""
@@ -63,11 +66,12 @@ def visible(text: object, *, lines: bool = False, longest: int | None = None) ->
     if shown.isascii() and shown.isprintable():
         return shown
     kept = "\n\t" if lines else ""
-    if not any(unicodedata.bidirectional(letter) in _RIGHT_TO_LEFT for letter in shown):
-        return _escaped(shown, kept)
     # A text that was isolated before comes back unchanged.
     isolated = shown.startswith(_ISOLATED) and shown.endswith(_END)
-    return f"{_ISOLATED}{_escaped(shown[1:-1] if isolated else shown, kept)}{_END}"
+    inner = _escaped(shown[1:-1] if isolated else shown, kept)
+    if any(unicodedata.bidirectional(letter) in _RIGHT_TO_LEFT for letter in inner):
+        return f"{_ISOLATED}{inner}{_END}"
+    return _escaped(shown, kept) if isolated else inner
 
 
 def visible_name(name: object) -> str:
@@ -144,7 +148,7 @@ def _is_in_emoji(text: str, place: int) -> bool:
     )
 
 
-def shortened(text: str, longest: int) -> str:
+def shortened(text: str, longest: int, *, counted: bool = True) -> str:
     """Text without its middle where it is too long, and how long it was.
 
     Parameters
@@ -153,6 +157,8 @@ def shortened(text: str, longest: int) -> str:
         Any text.
     longest : int
         Letters to keep.
+    counted : bool
+        Add how long it was, where there is room.
 
     Returns
     -------
@@ -160,11 +166,12 @@ def shortened(text: str, longest: int) -> str:
 
     Examples
     --------
-    >>> shortened("abcdefghij", 4)
-    'abc … j (10 characters)'
+    >>> shortened("abcdefghij", 4), shortened("abcdefghij", 4, counted=False)
+    ('abc … j (10 characters)', 'abc … j')
     """
     if len(text) <= longest:
         return text
     # The beginning says what it is; the end is where names of one series differ.
     end = longest // 4
-    return f"{text[: longest - end]} … {text[len(text) - end :]} ({len(text)} characters)"
+    kept = f"{text[: longest - end]} … {text[len(text) - end :]}"
+    return f"{kept} ({len(text)} characters)" if counted else kept

@@ -38,10 +38,16 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for entry in sorted(_walk(base, itertools.count(1))):
         # A dashboard may serve this folder to others: nothing outside it is offered.
-        # realpath and not resolve, which raises a RuntimeError for a link to itself.
-        if Path(os.path.realpath(entry)).is_relative_to(base):
+        if _is_below(base, entry):
             found[_without_suffix(str(entry.relative_to(base)))] = entry
     return found
+
+
+def _is_below(base: Path, entry: Path) -> bool:
+    try:
+        return entry.resolve().is_relative_to(base)
+    except (OSError, RuntimeError):  # a link that leads in a circle
+        return False
 
 
 def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
