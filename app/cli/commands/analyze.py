@@ -127,7 +127,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     if args.out:
         for path, metrics in groups.items():
             nodes[path] = metrics.assign_attrs({COMPLETE: complete})
-        return schema.save_run(xr.DataTree.from_dict(nodes), args.out)
+        return schema.save_run(xr.DataTree.from_dict(nodes), args.out, force=args.force)
     # Other initial logits change the metrics that read them, so their stored values no longer apply.
     outdated = [name for name, metric in CATALOGUE.items() if args.initial and LOGITS in metric.roots]
     # Trace and statistics are written again as they are: saving replaces the file.

@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
             },
         )
-    _print_saved(run, schema.save_run(run, args.out), args)
+    _print_saved(run, schema.save_run(run, args.out, force=args.force), args)
     return FINE
 
 
