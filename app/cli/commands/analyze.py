@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--initial",
-        type=InputPath(),
+        type=InputPath(must_exist=False),
         metavar="CHECKPOINT",
         help="the model before training: shows how far training moved the mixing of an mHC, weight decay taken out",
     )
