@@ -249,7 +249,10 @@ class Recorder:
         try:
             schema.save_run(self.run, store)
         except Exception as error:  # what follows the block, such as saving the model, must still be reached
-            self._say(f"the run was not saved: {error}", error)
+            self._say(
+                f"the run was not saved: {error}. It is still in recorder.run: save it under another name with save_run",
+                error,
+            )
 
     def _end_measured_step(self, loss: float | torch.Tensor | None) -> None:
         """Add the row of the present step."""
@@ -451,16 +454,20 @@ def record(
     ------
     ValueError
         For a loss reduction or a scaler of another kind.
+    OSError
+        Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
     """
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
-    # A name without an ending would be refused only when the block ends, and the measurements be lost.
+    # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
     path = None if store is None else Path(store)
-    if path is not None and not path.name.endswith(schema.SUFFIXES):
-        path = path.with_name(path.name + ".nc")
+    if path is not None:
+        if not path.name.endswith(schema.SUFFIXES):
+            path = path.with_name(path.name + ".nc")
+        schema.require_replaceable(path)
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     all_attrs.update(attrs or {})
     return Recorder(
