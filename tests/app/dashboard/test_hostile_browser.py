@@ -37,8 +37,8 @@ FOREIGN = """() => {
             const value = element.getAttribute(name) ?? element.getAttribute("xlink:" + name);
             if (value !== null && !own(value)) found.push(`${tag} ${name}=${value}`);
         }
-        // Links of the dashboard lead to its pages; text of a run is none.
-        if (tag === "a" && !element.closest("nav, [data-testid=stSidebarNav]") && !element.closest("svg.main-svg"))
+        // Links of the dashboard lead to its pages and headings; text of a run is none.
+        if (tag === "a" && !element.matches('[href^="#"]') && !element.closest("nav, [data-testid=stSidebarNav]") && !element.closest("svg.main-svg"))
             found.push(`a ${element.outerHTML.slice(0, 200)}`);
         const inserted = ":is(img, svg, video, audio, table, h1, h2, .katex, math, style)";
         if (element.matches(`[data-testid=stMarkdownContainer] ${inserted}`))
