@@ -4,7 +4,7 @@ from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
-from depthscope.diagnostics.schema.opening import open_run
+from depthscope.diagnostics.schema.opening import integrity, open_run
 from depthscope.diagnostics.schema.saving import save_run
 from depthscope.diagnostics.schema.validation import SCHEMA_VERSION, SchemaError, check_version, validate
 from depthscope.diagnostics.schema.variables import (
@@ -54,6 +54,7 @@ __all__ = [
     "chains",
     "check_version",
     "create_run",
+    "integrity",
     "list_runs",
     "open_run",
     "save_run",

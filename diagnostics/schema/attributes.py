@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest
+
 # netCDF attributes take no None, bool or dict, and an empty text comes back as None from h5netcdf. A prefix marks what
 # was encoded, so that text written by the user is never parsed.
 _JSON = "json:"
@@ -34,9 +36,37 @@ def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
         # Chunks and filters of the file that it was read from do not fit another format.
         variable.encoding = {}
         # Fixed-width text is stored at its own width by zarr and refused by h5netcdf; objects work in both.
-        if variable.dtype.kind in "UT":
-            encoded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
+        if variable.dtype.kind in "OUT":
+            texts = np.array([_storable(text) for text in variable.values.ravel().tolist()], object)
+            encoded[name] = (variable.dims, texts.reshape(variable.shape), variable.attrs)
     return encoded
+
+
+def _storable(text: Any) -> Any:
+    """A text that every format gives back as it was: half of a surrogate pair is no UTF-8, and NUL ends a text in C."""
+    if not isinstance(text, str):
+        return text
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\N{SYMBOL FOR NULL}")
+
+
+def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
+    """An encoded run with the digest of what is read from it.
+
+    Parameters
+    ----------
+    encoded : DataTree
+        What `encode_dataset` made of each group.
+
+    Returns
+    -------
+    DataTree
+    """
+    run = encoded.copy()
+    # Of the decoded run, which is what is compared: tuples come back as lists.
+    decoded = encoded.map_over_datasets(decode_dataset)
+    decoded.attrs = decode_attrs(encoded.attrs)
+    run.attrs |= _encode_attrs({CONTENT_DIGEST: content_digest(decoded)})
+    return run
 
 
 def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
@@ -89,7 +119,13 @@ def _encode_value(value: Any) -> Any:
         value = value.item()
     # bool is an int in Python, and would come back as a number.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    is_text = isinstance(value, str) and value != "" and not value.startswith(_JSON)
+    # netCDF has integers of 64 bits.
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        is_number = False
+    # JSON escapes what UTF-8 and C cannot have in a text.
+    is_text = (
+        isinstance(value, str) and value != "" and not value.startswith(_JSON) and _storable(value) == value
+    )
     return value if is_number or is_text else _JSON + json.dumps(value, default=_json_default)
 
 

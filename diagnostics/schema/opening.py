@@ -1,25 +1,54 @@
-"""How does a run get from disk? Checked before anything of it is believed; arrays are read when they are used."""
+"""How does a run get from disk? Checked before any of it is believed; its arrays are read when they are used."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics.schema.attributes import decode_attrs, decode_dataset
+from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest, describe_differences
+from depthscope.diagnostics.schema.file_digest import compare_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
+from depthscope.diagnostics.schema.hdf5_files import check_hdf5
+from depthscope.diagnostics.schema.limits import require_ordinary
+from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, validate
+from depthscope.diagnostics.schema.zarr_stores import check_zarr_archive, check_zarr_folder
+
+logger = logging.getLogger(__name__)
+
+VERIFIED = "verified"
+WITHOUT_DIGEST = (
+    "not verified: it was saved without checksums, by an earlier version or another program; save it again"
+)
+NOT_ASKED = "not verified: its checksums were not compared"
+
+# Values as stored: a run has no dates, and no packed numbers. A unit such as "s" must not become a time span.
+_DECODING: dict[str, Any] = {"decode_times": False, "decode_timedelta": False}
 
 
-def open_run(path: str | os.PathLike[str]) -> xr.DataTree:
+def open_run(
+    path: str | os.PathLike[str], *, verify: bool = True, max_bytes: int | None = None
+) -> xr.DataTree:
     """Open a saved run; arrays are read when they are used.
+
+    Only what `save_run` writes is opened, whatever the file says about itself: plain arrays of numbers and text, in the
+    file or folder itself, without filters but checksums. This is checked in the metadata before any array is read.
 
     Parameters
     ----------
     path : path-like
         A ``.nc`` file, a ``.zarr`` folder or a ``.zarr.zip`` file.
+    verify : bool
+        Read everything once and compare it with the digests that were saved with it. `integrity` tells the result. A run of
+        an earlier version has none; it is opened with a note in the log.
+    max_bytes : int, optional
+        Most bytes that all arrays of the run may have in memory; by default 256 MiB and 8 times the bytes on disk.
 
     Returns
     -------
@@ -30,7 +59,7 @@ def open_run(path: str | os.PathLike[str]) -> xr.DataTree:
     FileNotFoundError
         Where the path does not exist.
     SchemaError
-        For a torn, foreign or newer file.
+        For a damaged, foreign or newer file, for one with anything in it that a run does not have, and above `max_bytes`.
     """
     source = Path(path)
     suffix = suffix_of(source)
@@ -39,31 +68,150 @@ def open_run(path: str | os.PathLike[str]) -> xr.DataTree:
             f"no run at {source}; list the runs of a folder with: depthscope dashboard FOLDER"
         )
     try:
-        tree = _read(source, suffix)
-    except Exception as error:  # every backend has its own error for a torn file
-        raise SchemaError(
-            f"{source} cannot be read as {suffix}: {type(error).__name__}: {error}. "
-            "It is torn or of another format; save the run again"
-        ) from error
-    try:
-        run = tree.map_over_datasets(decode_dataset)
-        run.attrs = decode_attrs(tree.attrs)
-        validate(run)
+        require_ordinary(source, folder=suffix == ".zarr")
+        known = _known_integrity(source, verify=verify, max_bytes=max_bytes) if suffix == ".nc" else None
+        run = open_here(source, verify=verify and known is None, max_bytes=max_bytes)
     except SchemaError as error:
-        tree.close()  # the caller gets no tree that could be closed
         raise SchemaError(f"{source}: {error}") from None
-    # The decoded tree is a new one, which does not know the open file yet.
-    run.set_close(tree.close)
+    # Each library has its own errors for a damaged file; RecursionError and MemoryError are among them.
+    except Exception as error:
+        raise SchemaError(f"{source}: {unreadable(source, error)}") from error
+    if known is not None:
+        run.encoding[_INTEGRITY] = known
+    if run.encoding[_INTEGRITY] == WITHOUT_DIGEST:
+        logger.warning("%s: %s", source, WITHOUT_DIGEST)
     return run
 
 
-def _read(path: Path, suffix: str) -> xr.DataTree:
-    if suffix == ".nc":
-        return xr.open_datatree(path, engine="h5netcdf")
-    if suffix == ".zarr":
-        return xr.open_datatree(path, engine="zarr", consolidated=False)
-    # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
-    from zarr.storage import ZipStore
+def integrity(run: xr.DataTree) -> str:
+    """Whether a run is what was saved.
 
-    store: Any = ZipStore(path, mode="r")  # xarray takes a store, but its annotation names paths only
-    return xr.open_datatree(store, engine="zarr", consolidated=False)
+    Parameters
+    ----------
+    run : DataTree
+        As `open_run` returned it.
+
+    Returns
+    -------
+    str
+        ``"verified"``, or ``"not verified: "`` and why.
+    """
+    return str(run.encoding.get(_INTEGRITY, "not verified: it was not opened from a file"))
+
+
+# In the encoding, where xarray has what is known of a file: the attributes are the user's, and equal those that were saved.
+_INTEGRITY = "integrity"
+_DAMAGED = "It is torn or of another format; copy it again from where it came, or save the run again"
+
+
+def open_here(path: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTree:
+    """Open a run in this process, whatever its file may do to it.
+
+    Parameters
+    ----------
+    path : Path
+        An ordinary file, or a folder.
+    verify, max_bytes
+        As in `open_run`.
+
+    Returns
+    -------
+    DataTree
+
+    Raises
+    ------
+    SchemaError
+        For what `open_run` refuses; errors of the libraries pass as they are.
+    """
+    suffix = suffix_of(path)
+    _CHECKS[suffix](path, max_bytes)
+    run, stored_digest = _read(path, suffix)
+    try:
+        validate(run)
+        run.encoding[_INTEGRITY] = _compare(run, stored_digest) if verify else NOT_ASKED
+    except BaseException:
+        run.close()  # the caller gets no tree that could be closed
+        raise
+    return run
+
+
+_CHECKS = {".nc": check_hdf5, ".zarr": check_zarr_folder, ".zarr.zip": check_zarr_archive}
+"""What looks at the metadata of a format before an array is read."""
+
+
+def _known_integrity(path: Path, *, verify: bool, max_bytes: int | None) -> str | None:
+    """What is known of a netCDF file before it is opened here; None where that has to be found out."""
+    state = compare_file_digest(path)
+    if state == "intact":
+        return VERIFIED if verify else None
+    # The HDF5 library may crash or not end on such a file, and would take this process with it.
+    found = open_in_trial(path, verify=verify, max_bytes=max_bytes)
+    if state == "changed" and found == WITHOUT_DIGEST:
+        raise SchemaError(f"its bytes are not those that were saved. {_DAMAGED}")
+    return found
+
+
+def _read(path: Path, suffix: str) -> tuple[xr.DataTree, Any]:
+    """The decoded tree, and the digest that was saved with it."""
+    tree = _open_tree(path, suffix)
+    try:
+        run = tree.map_over_datasets(decode_dataset)
+        run.attrs = decode_attrs(tree.attrs)
+    except BaseException:
+        tree.close()
+        raise
+    # The decoded tree is a new one, which does not know the open file yet.
+    run.set_close(tree.close)
+    return run, run.attrs.pop(CONTENT_DIGEST, None)
+
+
+def _open_tree(path: Path, suffix: str) -> xr.DataTree:
+    if suffix == ".nc":
+        return xr.open_datatree(path, engine="h5netcdf", **_DECODING)
+    store: Any = path
+    if suffix == ".zarr.zip":
+        # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
+        from zarr.storage import ZipStore
+
+        store = ZipStore(path, mode="r")  # xarray takes a store, but its annotation names paths only
+    # Version 3 by name: a store with metadata of version 2 beside it would be read by those, which were not checked.
+    return xr.open_datatree(store, engine="zarr", consolidated=False, zarr_format=3, **_DECODING)
+
+
+def _compare(run: xr.DataTree, stored: Any) -> str:
+    if stored is None:
+        # Everything is read nevertheless: a chunk that cannot be read is found now and not in the middle of an analysis.
+        content_digest(run)
+        return WITHOUT_DIGEST
+    if not isinstance(stored, Mapping):
+        raise SchemaError(
+            f"its {CONTENT_DIGEST} is a {type(stored).__name__}; expected a digest for each variable"
+        )
+    differences = describe_differences(content_digest(run), stored)
+    if differences:
+        raise SchemaError(
+            f"it is not what was saved ({differences}). It is damaged, or another program has changed it; copy it again, or "
+            "open it with open_run(path, verify=False) and save it again"
+        )
+    return VERIFIED
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """What an error of a library means for a file, in one line.
+
+    Parameters
+    ----------
+    path : Path
+        Of the run.
+    error : Exception
+        What was raised.
+
+    Returns
+    -------
+    str
+    """
+    # The first line: the libraries print the rest of their state below it.
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    reason = " ".join([reason, *getattr(error, "__notes__", ())])  # such as the variable that was read
+    return f"it cannot be read as {suffix_of(path)} ({reason}). {_DAMAGED}"

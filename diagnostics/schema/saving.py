@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.schema.attributes import encode_dataset
+from depthscope.diagnostics.schema.attributes import encode_dataset, with_content_digest
+from depthscope.diagnostics.schema.file_digest import append_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.validation import validate
 
@@ -39,7 +43,7 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str]) -> Path:
     # Both are refused before anything is written.
     suffix = suffix_of(target)
     validate(run)
-    encoded = run.map_over_datasets(encode_dataset)
+    encoded = with_content_digest(run.map_over_datasets(encode_dataset))
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the folder of the target, so that the rename at the end stays within one file system and is atomic.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -50,18 +54,76 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str]) -> Path:
 
 
 def _write(run: xr.DataTree, path: Path, suffix: str) -> None:
+    """Write an encoded run in one format; every array with a checksum, and none compressed.
+
+    What is stored is what is read: a damaged or hostile file cannot grow on its way into memory. States of float32 would
+    lose a tenth of their size by compression.
+    """
     if suffix == ".nc":
-        run.to_netcdf(path, engine="h5netcdf")
+        run.to_netcdf(path, engine="h5netcdf", encoding=_encodings(run, _netcdf_encoding))
+        append_file_digest(path)
     elif suffix == ".zarr":
-        run.to_zarr(path, consolidated=False)
+        _write_zarr(run, path)
     else:
         # Zarr writes its metadata twice and a zip cannot be rewritten: write a folder first.
         folder = path.with_name("folder.zarr")
-        run.to_zarr(folder, consolidated=False)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # the chunks are compressed already
+        _write_zarr(run, folder)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for entry in sorted(folder.rglob("*")):
-                archive.write(entry, entry.relative_to(folder))
+                if entry.is_file():
+                    archive.write(entry, entry.relative_to(folder))
         shutil.rmtree(folder)
+
+
+def _write_zarr(run: xr.DataTree, folder: Path) -> None:
+    # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
+    from zarr.codecs import Crc32cCodec
+
+    def encoding(variable: xr.Variable) -> dict[str, Any]:
+        # Chunks of fill values are written too: one that is missing is known to be lost.
+        settings = {"compressors": (Crc32cCodec(),), "write_empty_chunks": True}
+        return settings | ({"chunks": _chunk_shape(variable, _ZARR_CHUNK)} if variable.size else {})
+
+    run.to_zarr(folder, consolidated=False, zarr_format=3, encoding=_encodings(run, encoding))
+
+
+def _netcdf_encoding(variable: xr.Variable) -> dict[str, Any]:
+    # A scalar has no chunks, without which HDF5 takes no checksum; the digest of the run is of its value too.
+    if not variable.ndim or not variable.size:
+        return {}
+    # Text as rows of bytes: HDF5 takes no checksum of texts of variable length, and stores them elsewhere in the file.
+    if variable.dtype.kind == "O":
+        return {"dtype": "S1", "fletcher32": True}
+    return {"fletcher32": True, "chunksizes": _chunk_shape(variable, _HDF5_CHUNK)}
+
+
+# Bytes. HDF5 reads a chunk at a time and keeps 1 MiB of them; of Zarr each is a file.
+_HDF5_CHUNK = 1 << 20
+_ZARR_CHUNK = 16 << 20
+
+
+def _chunk_shape(variable: xr.Variable, size: int) -> tuple[int, ...]:
+    """Parts of the leading axes, so that the rows that are read together are stored together."""
+    shape = list(variable.shape)
+    for axis in range(len(shape)):
+        inner = variable.dtype.itemsize * math.prod(shape[axis + 1 :])
+        shape[axis] = max(1, min(shape[axis], size // inner))
+        if shape[axis] > 1:
+            break
+    return tuple(shape)
+
+
+def _encodings(
+    run: xr.DataTree, encoding: Callable[[xr.Variable], dict[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Path of a group → variable → how it is stored."""
+    return {
+        node.path: {
+            str(name): encoding(variable)
+            for name, variable in node.to_dataset(inherit=False).variables.items()
+        }
+        for node in run.subtree
+    }
 
 
 def _replace(fresh: Path, target: Path, *, backup: Path) -> None:

@@ -1,0 +1,112 @@
+"""How much may a run on disk ask for? No more than its bytes can account for, so that a small file cannot fill the memory."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from depthscope.diagnostics.schema.validation import SchemaError
+
+# Heuristics of ours, far above the largest run that was tried (96 layers, 900 variables a group) and small enough that
+# looking at as many takes less than a few seconds.
+MAX_GROUPS = 256
+MAX_VARIABLES = 20_000
+MAX_FILES = 100_000
+MAX_DEPTH = 4
+"""Groups within groups: /metrics/encoder is at 2."""
+MAX_JSON_DEPTH = 64
+MAX_TEXT = 16 << 20
+"""Bytes of one attribute, and of one metadata file of Zarr."""
+MAX_ATTRIBUTES = 4096
+"""Attributes of one group or variable."""
+
+# A run that is stored without compression needs 1 × its size. Earlier versions compressed Zarr by zstd: states by 1.1 ×,
+# constant statistics by thousands, which are small.
+_FREE_BYTES = 256 << 20
+_RATIO = 8
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes that the arrays of a run may have in memory, and where that number is from.
+
+    Parameters
+    ----------
+    max_bytes : int
+        The limit.
+    reason : str
+        For the message: what set it.
+    """
+
+    max_bytes: int
+    reason: str
+
+    @classmethod
+    def of(cls, stored: int, max_bytes: int | None) -> Limit:
+        """The limit that was asked for, or else what the bytes on disk can account for.
+
+        Parameters
+        ----------
+        stored : int
+            Bytes on disk.
+        max_bytes : int or None
+            As asked for.
+
+        Returns
+        -------
+        Limit
+        """
+        if max_bytes is not None:
+            return cls(max_bytes, f"the limit of {max_bytes} bytes that was asked for")
+        allowed = _FREE_BYTES + _RATIO * stored
+        return cls(
+            allowed, f"the {allowed} bytes that {stored} stored bytes can account for; raise it by max_bytes"
+        )
+
+    def check(self, declared: int) -> None:
+        """Refuse arrays that are larger than the limit.
+
+        Parameters
+        ----------
+        declared : int
+            Bytes of all arrays by their shapes and dtypes.
+
+        Raises
+        ------
+        SchemaError
+            Where they exceed the limit.
+        """
+        if declared > self.max_bytes:
+            raise SchemaError(f"its arrays need {declared} bytes, more than {self.reason}")
+
+
+def require_ordinary(path: Path, *, folder: bool) -> None:
+    """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end.
+
+    Parameters
+    ----------
+    path : Path
+        May be a link to a file or folder.
+    folder : bool
+        Whether a folder is expected.
+
+    Raises
+    ------
+    SchemaError
+        For a pipe, a device, a socket, or a folder in place of a file and vice versa.
+    """
+    mode = os.stat(path).st_mode
+    expected = "a folder" if folder else "a file"
+    if (folder and stat.S_ISDIR(mode)) or (not folder and stat.S_ISREG(mode)):
+        return
+    kinds = {
+        "a folder": stat.S_ISDIR,
+        "a file": stat.S_ISREG,
+        "a pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    }
+    found = next((name for name, is_kind in kinds.items() if is_kind(mode)), "something else")
+    raise SchemaError(f"it is {found}; expected {expected}")

@@ -1,0 +1,431 @@
+"""Is a Zarr store built only of what a run is written with? Its files, metadata, codecs and sizes, before any is decoded."""
+
+# Metadata of a store names the code that decodes it: with version 2 of the format the codec `pickle` runs any program. Only
+# version 3 is read, and of its codecs those that a run is or was written with.
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NoReturn
+
+from depthscope.diagnostics.schema.limits import (
+    MAX_DEPTH,
+    MAX_FILES,
+    MAX_GROUPS,
+    MAX_JSON_DEPTH,
+    MAX_TEXT,
+    MAX_VARIABLES,
+    Limit,
+)
+from depthscope.diagnostics.schema.validation import SchemaError
+
+METADATA = "zarr.json"
+# Bytes of a number, by the name of its type.
+_ITEM_BYTES = {
+    "bool": 1,
+    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": bits // 8 for bits in (16, 32, 64)},
+    **{f"complex{bits}": bits // 8 for bits in (64, 128)},
+}
+_TEXT = "string"
+# A text of Python takes about 50 bytes and a reference, however short it is.
+_TEXT_BYTES = 64
+_ARRAY_KEYS = {
+    *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value"),
+    *("codecs", "attributes", "dimension_names", "storage_transformers"),
+}
+_GROUP_KEYS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
+_CRC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One file of a store: its size, and how its first bytes are read."""
+
+    size: int
+    read: Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
+class _Array:
+    """What the metadata of an array say, as far as it is needed to check its chunks."""
+
+    path: str
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    item_bytes: int
+    is_text: bool
+    codecs: tuple[str, ...]
+    """Those after the first, which makes bytes of numbers or texts."""
+
+
+def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
+    """Refuse a folder that has anything in it but arrays and groups of Zarr 3 as a run has them.
+
+    Parameters
+    ----------
+    path : Path
+        A folder.
+    max_bytes : int or None
+        See `Limit.of`.
+
+    Raises
+    ------
+    SchemaError
+        With the file and what is wrong with it.
+    """
+    entries: dict[str, _Entry] = {}
+    waiting = [path]
+    while waiting:
+        with os.scandir(waiting.pop()) as listing:
+            for found in listing:
+                name = Path(found.path).relative_to(path).as_posix()
+                mode = found.stat(follow_symlinks=False).st_mode
+                # A link would show a file of another place under the name of this run.
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise SchemaError(
+                        f"{name} in it is a link, a pipe or a device; expected files and folders"
+                    )
+                if stat.S_ISDIR(mode):
+                    waiting.append(Path(found.path))
+                else:
+                    entries[name] = _Entry(found.stat().st_size, _reader_of(Path(found.path)))
+                if len(entries) + len(waiting) > MAX_FILES:
+                    _too_many_files()
+    _check_entries(entries, max_bytes)
+
+
+def check_zarr_archive(path: Path, max_bytes: int | None) -> None:
+    """Refuse an archive that has anything in it but arrays and groups of Zarr 3 as a run has them.
+
+    Parameters
+    ----------
+    path : Path
+        An ordinary file.
+    max_bytes : int or None
+        See `Limit.of`.
+
+    Raises
+    ------
+    SchemaError
+        With the entry and what is wrong with it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        _check_directory_size(file, size)
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            _check_archive(infos, size)
+            entries = {info.filename: _Entry(info.file_size, _member_reader(archive, info)) for info in infos}
+            _check_entries(entries, max_bytes)
+
+
+def _reader_of(path: Path) -> Callable[[int], bytes]:
+    def read(count: int) -> bytes:
+        with path.open("rb") as file:
+            return file.read(count)
+
+    return read
+
+
+def _member_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[int], bytes]:
+    def read(count: int) -> bytes:
+        with archive.open(info) as file:
+            return file.read(count)
+
+    return read
+
+
+def _too_many_files() -> NoReturn:
+    raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
+
+
+def _check_directory_size(file: BinaryIO, size: int) -> None:
+    """Refuse an archive whose list of files is too large, before `zipfile` makes an object of each."""
+    # The record at the end: 22 bytes and a comment of at most 65 535. Its 4 bytes from 12 on are the size of the list.
+    start = max(0, size - 22 - 0xFFFF - 76)
+    file.seek(start)
+    ending = file.read()
+    place = ending.rfind(b"PK\x05\x06")
+    if place < 0 or len(ending) < place + 22:
+        raise SchemaError("it is no zip archive, or its end is missing")
+    (listed,) = struct.unpack_from("<L", ending, place + 12)
+    large = ending.rfind(b"PK\x06\x06", 0, place)
+    if large >= 0 and len(ending) >= large + 56:  # zip64: the same, as 8 bytes
+        (listed,) = struct.unpack_from("<Q", ending, large + 40)
+    # 46 bytes and a name of about 40 for each.
+    if listed > MAX_FILES * 128:
+        _too_many_files()
+    file.seek(0)
+
+
+def _check_archive(infos: list[zipfile.ZipInfo], size: int) -> None:
+    if len(infos) > MAX_FILES:
+        _too_many_files()
+    names = {info.filename for info in infos}
+    if len(names) < len(infos):
+        raise SchemaError("two files in it have the same name")
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        _check_member(info)
+        # An archive of one byte many times over looks as large as one likes.
+        if info.header_offset < end:
+            raise SchemaError(f"{info.filename!r} in it overlaps another file")
+        name_bytes = len(info.filename.encode("utf-8", "surrogateescape"))
+        end = info.header_offset + 30 + name_bytes + info.compress_size
+        if end > size:
+            raise SchemaError(f"{info.filename!r} in it reaches beyond the end of the archive")
+
+
+def _check_member(info: zipfile.ZipInfo) -> None:
+    name = info.filename
+    parts = PurePosixPath(name).parts
+    if not name or name.startswith("/") or ".." in parts or "\\" in name or "/".join(parts) != name:
+        raise SchemaError(f"{name!r} in it is no name of a file below the archive")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise SchemaError(f"{name!r} in it is compressed; expected stored files, as save_run writes them")
+    if info.flag_bits & 0x1:
+        raise SchemaError(f"{name!r} in it is encrypted")
+
+
+def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None:
+    """Check the metadata files, then every other file against the array that it belongs to."""
+    if METADATA not in entries:
+        raise SchemaError(f"it has no {METADATA}: it is no Zarr store of version 3")
+    arrays = _checked_arrays(entries)
+    limit = Limit.of(sum(entry.size for entry in entries.values()), max_bytes)
+    limit.check(sum(math.prod(array.shape) * array.item_bytes for array in arrays.values()))
+    num_chunks: Counter[str] = Counter()
+    for name, entry in entries.items():
+        if PurePosixPath(name).name != METADATA:
+            num_chunks[_check_chunk(name, entry, arrays, limit).path] += 1
+    for array in arrays.values():
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunk, strict=True))
+        # Earlier versions, which compressed, left out chunks of fill values; now a missing chunk is a loss.
+        if "zstd" not in array.codecs and num_chunks[array.path] != expected:
+            raise SchemaError(
+                f"/{array.path} has {num_chunks[array.path]} chunks; expected {expected}: some are missing"
+            )
+
+
+def _checked_arrays(entries: Mapping[str, _Entry]) -> dict[str, _Array]:
+    """The arrays by their paths; groups are checked on the way."""
+    arrays: dict[str, _Array] = {}
+    num_groups = 0
+    for name, entry in entries.items():
+        if PurePosixPath(name).name != METADATA:
+            continue
+        path = name.removesuffix(METADATA).rstrip("/")
+        document = _document(name, entry)
+        if document["node_type"] == "array":
+            arrays[path] = _checked_array(path, document)
+        else:
+            _check_group(path, document)
+            num_groups += 1
+        if num_groups > MAX_GROUPS or len(arrays) > MAX_VARIABLES:
+            raise SchemaError(
+                f"it has more than {MAX_VARIABLES} variables or {MAX_GROUPS} groups, which no run has"
+            )
+    return arrays
+
+
+def _document(name: str, entry: _Entry) -> dict[str, Any]:
+    if entry.size > MAX_TEXT:
+        raise SchemaError(f"{name} has {entry.size} bytes; at most {MAX_TEXT} are read")
+    try:
+        document = json.loads(entry.read(entry.size), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"{name} is no JSON that can be read ({error})") from error
+    if not isinstance(document, dict):
+        raise SchemaError(f"{name} is a {type(document).__name__}; expected metadata of Zarr 3")
+    if _depth(document) > MAX_JSON_DEPTH:
+        raise SchemaError(f"{name} is nested more than {MAX_JSON_DEPTH} deep")
+    if document.get("zarr_format") != 3 or document.get("node_type") not in ("group", "array"):
+        raise SchemaError(
+            f"{name} has zarr_format {document.get('zarr_format')!r} and node_type {document.get('node_type')!r}; "
+            "expected 3, and 'group' or 'array'"
+        )
+    return document
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of two values of one key another reader may take the other one.
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def _depth(document: Any) -> int:
+    """How deep lists and objects are nested; without recursion, which is what is limited here."""
+    deepest, waiting = 0, [(document, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        if isinstance(value, dict):
+            waiting += [(each, depth + 1) for each in value.values()]
+        elif isinstance(value, list):
+            waiting += [(each, depth + 1) for each in value]
+    return deepest
+
+
+def _check_group(path: str, document: Mapping[str, Any]) -> None:
+    _require_keys(path, document, _GROUP_KEYS)
+    if len(PurePosixPath(path).parts) > MAX_DEPTH:
+        raise SchemaError(f"/{path} is more than {MAX_DEPTH} groups deep")
+    # A second copy of all metadata, which nobody has checked.
+    if document.get("consolidated_metadata") is not None:
+        raise SchemaError(f"/{path} has consolidated metadata; a run has none")
+
+
+def _require_keys(path: str, document: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(document) - known)
+    if unknown:
+        raise SchemaError(f"the metadata of /{path} have {', '.join(unknown[:3])}, which a run has not")
+    if not isinstance(document.get("attributes", {}), dict):
+        raise SchemaError(f"the attributes of /{path} are no JSON object")
+
+
+def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
+    _require_keys(path, document, _ARRAY_KEYS)
+    if document.get("storage_transformers"):
+        raise SchemaError(f"/{path} has storage transformers; a run has none")
+    data_type = document.get("data_type")
+    is_text = data_type == _TEXT
+    if not isinstance(data_type, str) or not (is_text or data_type in _ITEM_BYTES):
+        raise SchemaError(f"/{path} has the type {data_type!r}; expected numbers or text")
+    grid, keys = document.get("chunk_grid"), document.get("chunk_key_encoding")
+    if not isinstance(grid, dict) or grid.get("name") != "regular":
+        raise SchemaError(f"/{path} has the chunk grid {grid!r}; expected a regular one")
+    if (
+        not isinstance(keys, dict)
+        or keys.get("name") != "default"
+        or _configuration(keys).get("separator", "/") != "/"
+    ):
+        raise SchemaError(f"/{path} has the chunk keys {keys!r}; expected the default ones")
+    shape = _sizes(path, "shape", document.get("shape"), least=0)
+    chunk = _sizes(path, "chunk_shape", _configuration(grid).get("chunk_shape"), least=1)
+    if len(chunk) != len(shape):
+        raise SchemaError(f"/{path} has the shape {shape} and chunks of the shape {chunk}")
+    names = document.get("dimension_names")
+    if (
+        not isinstance(names, list)
+        or len(names) != len(shape)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise SchemaError(f"/{path} has the dimension names {names!r} for the shape {shape}")
+    item_bytes = _TEXT_BYTES if is_text else _ITEM_BYTES[data_type]
+    return _Array(path, shape, chunk, item_bytes, is_text, _codecs(path, document.get("codecs"), is_text))
+
+
+def _configuration(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    configuration = part.get("configuration", {})
+    return configuration if isinstance(configuration, dict) else {}
+
+
+def _sizes(path: str, what: str, sizes: Any, *, least: int) -> tuple[int, ...]:
+    # bool is an int in Python.
+    valid = isinstance(sizes, list) and all(type(size) is int and least <= size < 2**63 for size in sizes)
+    if not valid:
+        raise SchemaError(f"/{path} has the {what} {sizes!r}; expected whole numbers from {least} on")
+    return tuple(sizes)
+
+
+def _codecs(path: str, codecs: Any, is_text: bool) -> tuple[str, ...]:
+    names = (
+        [codec.get("name") if isinstance(codec, dict) else None for codec in codecs]
+        if isinstance(codecs, list)
+        else []
+    )
+    first = "vlen-utf8" if is_text else "bytes"
+    # zstd: earlier versions wrote it, without a checksum.
+    if names[:1] != [first] or names[1:] not in ([], ["crc32c"], ["zstd"], ["zstd", "crc32c"]):
+        raise SchemaError(
+            f"/{path} has the codecs {codecs!r}; expected {first}, perhaps zstd, and a checksum crc32c".replace(
+                "\n", " "
+            )
+        )
+    return tuple(map(str, names[1:]))
+
+
+def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: Limit) -> _Array:
+    array = _array_of(name, arrays)
+    if array is None:
+        raise SchemaError(f"{name} in it belongs to no variable; remove it")
+    expected = math.prod(array.chunk) * array.item_bytes
+    # A chunk is decoded whole, however small the array is.
+    limit.check(expected)
+    has_checksum = "crc32c" in array.codecs
+    stored = entry.size - (_CRC_BYTES if has_checksum else 0)
+    is_compressed = "zstd" in array.codecs
+    decoded = _zstd_content_size(name, entry.read(18)) if is_compressed else stored
+    if not array.is_text and decoded != expected:
+        raise SchemaError(f"{name} has {decoded} bytes of data; expected {expected}: it is torn")
+    # Labels are read by xarray when it opens the store, and its error names no variable.
+    if has_checksum and len(array.shape) <= 1:
+        _check_crc(name, entry.read(entry.size))
+    if array.is_text:
+        limit.check(decoded)
+        start = _decompressed(entry.read(stored)) if is_compressed else entry.read(4)
+        # Texts begin with their number, for which the decoder makes room before it reads them.
+        (count,) = struct.unpack("<L", start[:4].ljust(4, b"\0"))
+        if count != math.prod(array.chunk):
+            raise SchemaError(f"{name} has {count} texts; expected {math.prod(array.chunk)}: it is torn")
+    return array
+
+
+def _check_crc(name: str, data: bytes) -> None:
+    from google_crc32c import value as crc32c
+
+    if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+        raise SchemaError(f"{name} is damaged: its checksum is another one")
+
+
+def _decompressed(data: bytes) -> bytes:
+    # Imported here: only earlier versions compressed texts.
+    from numcodecs.zstd import decompress
+
+    return bytes(decompress(data))
+
+
+def _array_of(name: str, arrays: Mapping[str, _Array]) -> _Array | None:
+    """The array that a chunk belongs to: ``trace/residual/c/0/0`` is the first one of trace/residual."""
+    parts = name.split("/")
+    for length in range(len(parts) - 1, 0, -1):
+        array = arrays.get("/".join(parts[:length]))
+        if array is None:
+            continue
+        index = parts[length + 1 :]
+        valid = parts[length] == "c" and len(index) == len(array.shape) and all(map(str.isdecimal, index))
+        inside = valid and all(
+            place == str(int(place)) and int(place) < -(-size // chunk)
+            for place, size, chunk in zip(index, array.shape, array.chunk, strict=True)
+        )
+        return array if inside else None
+    return None
+
+
+def _zstd_content_size(name: str, header: bytes) -> int:
+    """Bytes that a frame of Zstandard decompresses to, by its header (RFC 8878, section 3.1.1).
+
+    The decoder makes room for that many before it reads the frame, so that it is compared with the chunk first.
+    """
+    if not header.startswith(b"\x28\xb5\x2f\xfd") or len(header) < 5:
+        raise SchemaError(f"{name} is no chunk of Zstandard: it is torn")
+    descriptor = header[4]
+    is_single_segment, size_flag, dictionary_flag = descriptor >> 5 & 1, descriptor >> 6, descriptor & 3
+    start = 5 + (not is_single_segment) + (0, 1, 2, 4)[dictionary_flag]
+    length = (is_single_segment, 2, 4, 8)[size_flag]
+    field = header[start : start + length]
+    if length == 0 or len(field) < length:
+        raise SchemaError(f"{name} does not state how many bytes it has: it is torn")
+    # The two-byte form counts from 256.
+    return int.from_bytes(field, "little") + (256 if length == 2 else 0)
