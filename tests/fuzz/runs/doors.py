@@ -53,7 +53,7 @@ def _open(path: str, subject: Subject, material: Path) -> tuple[str, str]:
 
     with schema.open_run(path) as run:
         found = contents(run.load())
-        integrity = str(run.attrs.get("integrity", "not stated"))
+        integrity = schema.integrity(run)
     expected = pickle.loads((material / f"{subject['base']}.expected").read_bytes())
     differs = difference(found, expected)
     if subject.get("refuse"):
