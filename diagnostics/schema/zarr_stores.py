@@ -315,7 +315,7 @@ def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
     chunk = _sizes(path, "chunk_shape", _configuration(grid).get("chunk_shape"), least=1)
     if len(chunk) != len(shape):
         raise SchemaError(f"/{path} has the shape {shape} and chunks of the shape {chunk}")
-    names = document.get("dimension_names")
+    names = document.get("dimension_names") or []  # absent for a scalar
     if (
         not isinstance(names, list)
         or len(names) != len(shape)
