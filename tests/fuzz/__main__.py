@@ -15,7 +15,9 @@ from tests.fuzz.outcomes import FAILURES
 def main() -> int:
     """Run a campaign as the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(KINDS)}; all by default")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(KINDS)}; all by default"
+    )
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--rounds", type=int, default=None, help="cases for each mutator")
     parser.add_argument("--seed", type=int, default=0)

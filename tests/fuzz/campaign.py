@@ -17,7 +17,16 @@ from random import Random
 
 from tests.fuzz.isolation import in_child
 from tests.fuzz.kinds import Kind, NotApplicable, Subject
-from tests.fuzz.outcomes import DIFFERENT, FAILURES, OUTCOMES, TRACEBACK, UNVERIFIED, Answer, as_json, of_process
+from tests.fuzz.outcomes import (
+    DIFFERENT,
+    FAILURES,
+    OUTCOMES,
+    TRACEBACK,
+    UNVERIFIED,
+    Answer,
+    as_json,
+    of_process,
+)
 
 SECONDS = 10.0
 """Time of a case, from opening to the last sentence."""
@@ -47,7 +56,9 @@ def numbers_of(kind: str, mutator: str, seed: int) -> Random:
     return Random(f"{kind}/{mutator}/{seed}")
 
 
-def run_case(kind: Kind, mutator: str, seed: int, material: Path, *, keep: Path | None = None) -> Result | None:
+def run_case(
+    kind: Kind, mutator: str, seed: int, material: Path, *, keep: Path | None = None
+) -> Result | None:
     """Mutate and open, each in a forked process.
 
     Parameters
@@ -183,7 +194,9 @@ def run_cases(
         queue = context.SimpleQueue()
 
         def work(job: int) -> None:
-            chosen = islice(cases(kinds, only, seed), job, None if rounds is None else rounds * per_round, jobs)
+            chosen = islice(
+                cases(kinds, only, seed), job, None if rounds is None else rounds * per_round, jobs
+            )
             for kind, name, step in chosen:
                 if end is not None and time.monotonic() > end:
                     break
@@ -202,7 +215,9 @@ def run_cases(
             if item == "end":
                 running -= 1
             elif isinstance(item, Exception):
-                results.append(Result("?", "mutator failed", 0, "traceback", [Answer("mutator", "traceback", str(item))]))
+                results.append(
+                    Result("?", "mutator failed", 0, "traceback", [Answer("mutator", "traceback", str(item))])
+                )
             elif item is not None:
                 results.append(item)
                 if on_result is not None:
@@ -238,7 +253,9 @@ def examples(results: Iterable[Result]) -> str:
         if result.outcome in FAILURES or result.outcome == UNVERIFIED:
             seen.setdefault((result.outcome, _signature(result.worst)), []).append(result)
     lines = []
-    for (outcome, _), found in sorted(seen.items(), key=lambda item: (-OUTCOMES.index(item[0][0]), -len(item[1]))):
+    for (outcome, _), found in sorted(
+        seen.items(), key=lambda item: (-OUTCOMES.index(item[0][0]), -len(item[1]))
+    ):
         first = found[0]
         mutators = Counter(result.mutator for result in found)
         lines.append(

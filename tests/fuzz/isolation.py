@@ -107,7 +107,9 @@ def _resident_mib() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / MIB
 
 
-def _child(function: Callable[[], Any], answer: int, below: int, out: int, err: int, exit_functions: bool) -> None:
+def _child(
+    function: Callable[[], Any], answer: int, below: int, out: int, err: int, exit_functions: bool
+) -> None:
     """Never returns: whatever happens, the copy of the parent must not go on with the parent's work."""
     code = 1
     try:
@@ -188,6 +190,8 @@ class Printed:
         texts = []
         for index, fd in enumerate((1, 2)):
             size = os.fstat(fd).st_size
-            texts.append(os.pread(fd, min(size - self.seen[index], MIB), self.seen[index]).decode(errors="replace"))
+            texts.append(
+                os.pread(fd, min(size - self.seen[index], MIB), self.seen[index]).decode(errors="replace")
+            )
             self.seen[index] = size
         return texts[0], texts[1]

@@ -19,7 +19,9 @@ STEMS = ("tiny", "mhc", "analysed", "chains", "captured")
 
 
 def _tiny() -> xr.DataTree:
-    return synthetic_run("residual", layers=1, samples=1, tokens=4, features=4, gradients=False, weights=False)
+    return synthetic_run(
+        "residual", layers=1, samples=1, tokens=4, features=4, gradients=False, weights=False
+    )
 
 
 def _analysed() -> xr.DataTree:
@@ -32,7 +34,9 @@ def _analysed() -> xr.DataTree:
 def _chains() -> xr.DataTree:
     trace = synthetic_run("residual", **SMALL)["trace"].to_dataset()
     chains = {"encoder": trace, "decoder": trace.isel(depth=slice(2))}
-    return schema.create_run(chains, attrs={"family": "residual", "note": "", "flag": True, "nested": {"a": [1, None]}})
+    return schema.create_run(
+        chains, attrs={"family": "residual", "note": "", "flag": True, "nested": {"a": [1, None]}}
+    )
 
 
 def _captured() -> xr.DataTree:
@@ -79,7 +83,13 @@ def contents(run: xr.DataTree) -> dict[str, Any]:
         found[node.path] = dict(dataset.attrs)
         for name, variable in dataset.variables.items():
             kind = "coordinate" if name in dataset.coords else "variable"
-            found[f"{node.path}:{name}"] = (kind, variable.dims, str(variable.dtype), variable.values, dict(variable.attrs))
+            found[f"{node.path}:{name}"] = (
+                kind,
+                variable.dims,
+                str(variable.dtype),
+                variable.values,
+                dict(variable.attrs),
+            )
     return found
 
 
@@ -112,7 +122,9 @@ def same(value: Any, other: Any) -> bool:
         if value.dtype.kind == "O":
             return all(same(a, b) for a, b in zip(value.ravel(), other.ravel(), strict=True))
         # Bytes and not numbers: -0 is not 0, and one NaN is the other only where it is the same NaN.
-        return value.tobytes() == other.tobytes() or bool(np.array_equal(value, other, equal_nan=value.dtype.kind in "fc"))
+        return value.tobytes() == other.tobytes() or bool(
+            np.array_equal(value, other, equal_nan=value.dtype.kind in "fc")
+        )
     if isinstance(value, dict):
         return value.keys() == other.keys() and all(same(value[key], other[key]) for key in value)
     if isinstance(value, (list, tuple)):

@@ -109,7 +109,9 @@ def _dashboard(path: str, accepted: str) -> Answer:
         run_library.allow([Path(path).parent])
         readings: list[Any] = [run_library.read_run(name) for name in run_library.list_runs()]
         for reading in readings:
-            if isinstance(reading, run_library.UnreadableRun) and reading.reason.startswith("The analysis failed"):
+            if isinstance(reading, run_library.UnreadableRun) and reading.reason.startswith(
+                "The analysis failed"
+            ):
                 raise RuntimeError(reading.reason)
         return accepted, ""
 
