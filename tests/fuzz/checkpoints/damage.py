@@ -4,6 +4,9 @@ A mutator is ``(folder, rng) -> argv | None``: it damages ``folder`` (what its b
 line where it differs from the base's. ``expect`` is "refused" (must exit 2 with one line), or "any" (refused or accepted).
 """
 
+# Functions with a number of variants are tables in the form of branches.
+# ruff: noqa: C901
+
 from __future__ import annotations
 
 import io
@@ -428,7 +431,7 @@ def config_special(folder, rng, v):
 
 @mutator("folder", "any", variants=6)
 def config_auto_map(folder, rng, v):
-    (folder / "m/evil.py").write_text("import os; os.mkdir('/tmp/checkpoints-evil')\nclass M: pass\n")
+    (folder / "m/evil.py").write_text("import os; os.mkdir('canary')\nclass M: pass\n")
     edit(
         folder / "m/config.json",
         **(
@@ -677,7 +680,7 @@ def tokenizer_paths(folder, rng, v):
             {"auto_map": {"AutoTokenizer": ["evil.M", None]}},
         )[v],
     )
-    (folder / "m/evil.py").write_text("import os; os.mkdir('/tmp/checkpoints-evil')\nclass M: pass\n")
+    (folder / "m/evil.py").write_text("import os; os.mkdir('canary')\nclass M: pass\n")
 
 
 # --- safetensors
@@ -936,7 +939,7 @@ def index_weights_only(folder, rng, v):
 
 class Evil:
     def __reduce__(self):
-        return os.mkdir, ("/tmp/checkpoints-evil",)
+        return os.mkdir, ("canary",)
 
 
 def _damage_pickle(path: Path, rng, v):

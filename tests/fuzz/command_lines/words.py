@@ -1,9 +1,4 @@
-"""Which command lines is a stranger, a typing error or an attacker likely to give? Drawn from the registered commands.
-
-`command_lines(folder, rng)` yields (what was changed, words): every option of every registered command with every hostile
-value, in a seeded order, so that the first n are a fair sample of all. `folder` gets the good and the bad files that the
-words name (`make_files`). A new command or option is covered without a change here.
-"""
+"""Which command lines is a stranger, a typing error or an attacker likely to give? Drawn from the registered commands."""
 
 from __future__ import annotations
 
@@ -161,18 +156,13 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
     return dict(action.choices)
 
 
-def command_lines(paths: dict[str, str], rng: random.Random) -> Iterator[tuple[str, list[str]]]:
-    """Hostile command lines in a seeded order; (what is odd, words)."""
+def hostile_line(name: str, paths: dict[str, str], rng: random.Random) -> tuple[str, list[str]]:
+    """One hostile line of a command: (what is odd, words)."""
     from depthscope.app.cli.parser import build_parser
 
-    lines = [
-        (f"{name} {odd}", words)
-        for name, parser in subparsers(build_parser()).items()
-        for odd, words in _lines_of(BASES.get(name, [name]), parser, rng)
-    ]
-    rng.shuffle(lines)
-    for odd, words in lines:
-        yield odd, _filled(words, paths)
+    parser = subparsers(build_parser())[name]
+    odd, words = rng.choice(list(_lines_of(BASES[name], parser, rng)))
+    return odd, _filled(words, paths)
 
 
 def _lines_of(

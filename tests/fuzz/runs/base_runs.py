@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -60,19 +60,19 @@ MAKERS: dict[str, Callable[[], xr.DataTree]] = {
 }
 
 
-def prepare(folder: Path) -> None:
-    """Save every run in every format, with what opening it gives."""
-    for stem, make in MAKERS.items():
-        run = make()
+def prepare(folder: Path, stems: Iterable[str] = STEMS) -> None:
+    """Save runs in every format, with what opening each gives."""
+    for stem in stems:
+        run = MAKERS[stem]()
         for suffix in schema.SUFFIXES:
             path = schema.save_run(run, folder / f"{stem}{suffix}")
             with schema.open_run(path) as back:
                 (folder / f"{stem}{suffix}.expected").write_bytes(pickle.dumps(contents(back.load())))
 
 
-def choose(rng: Random, material: Path, suffix: str, stems: tuple[str, ...] = STEMS) -> Path:
-    """One of the saved runs, the small ones more often."""
-    return material / f"{rng.choice(stems)}{suffix}"
+def choose(rng: Random, material: Path, suffix: str) -> Path:
+    """One of the saved runs."""
+    return rng.choice([path for stem in STEMS if (path := material / f"{stem}{suffix}").exists()])
 
 
 def contents(run: xr.DataTree) -> dict[str, Any]:

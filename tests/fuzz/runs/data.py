@@ -206,10 +206,18 @@ def metric_of_other_shape(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     ]
     name = rng.choice(names)
     dataset = nodes["/metrics"].drop_vars(name, errors="ignore")
-    made = rng.choice((
-        ((), 1.0), ("depth", np.ones(2)), (("step", "depth", "x"), np.ones((1, 2, 3))), ("step", np.array(["a"], object)),
-        ("step", np.array([True])), ("nothing", np.zeros(0)), (("depth", "step"), np.ones((2, 1))), ("step", np.array([1 + 2j])),
-    ))  # fmt: skip
+    made = rng.choice(
+        (
+            ((), 1.0),
+            ("depth", np.ones(2)),
+            (("step", "depth", "x"), np.ones((1, 2, 3))),
+            ("step", np.array(["a"], object)),
+            ("step", np.array([True])),
+            ("nothing", np.zeros(0)),
+            (("depth", "step"), np.ones((2, 1))),
+            ("step", np.array([1 + 2j])),
+        )
+    )
     dims = (made[0],) if isinstance(made[0], str) else made[0]
     if (
         any(dataset.sizes.get(dim, size) != size for dim, size in zip(dims, np.shape(made[1]), strict=True))
@@ -274,10 +282,31 @@ def odd_text(nodes: dict[str, xr.Dataset], rng: Random) -> None:
 
 
 ATTRIBUTES: tuple[Any, ...] = (
-    "json:" + "[" * 900 + "]" * 900, "json:" + "[" * 10**5, 'json:{"a": NaN}', "json:Infinity", "json:" + "1" * 5000, "json:", "json:tru",
-    2**62, -1, float("nan"), float("inf"), "", "x" * 10**5, "<script>alert(1)</script>", "\x1b[2J", "a\nb\nc", "json:null", "json:[1, [2, {}]]",
-    "json:true", 'json:{"rms": 5}', "json:[1,2,3]", 0, 1.5, "json:\"\\ud800\"",
-)  # fmt: skip
+    "json:" + "[" * 900 + "]" * 900,
+    "json:" + "[" * 10**5,
+    'json:{"a": NaN}',
+    "json:Infinity",
+    "json:" + "1" * 5000,
+    "json:",
+    "json:tru",
+    2**62,
+    -1,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 10**5,
+    "<script>alert(1)</script>",
+    "\x1b[2J",
+    "a\nb\nc",
+    "json:null",
+    "json:[1, [2, {}]]",
+    "json:true",
+    'json:{"rms": 5}',
+    "json:[1,2,3]",
+    0,
+    1.5,
+    'json:"\\ud800"',
+)
 
 
 def odd_root_attribute(nodes: dict[str, xr.Dataset], rng: Random) -> None:

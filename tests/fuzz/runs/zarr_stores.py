@@ -136,15 +136,32 @@ def other_codecs(metadata: dict[str, Any], rng: Random) -> None:
 
 def other_data_type(metadata: dict[str, Any], rng: Random) -> None:
     options = (
-        "float16", "float32", "float64", "int8", "int64", "uint64", "bool", "complex64", "string", "bytes", "object", "O", "<f4",
-        "variable_length_bytes", "r64", "r999999999999",
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "int64",
+        "uint64",
+        "bool",
+        "complex64",
+        "string",
+        "bytes",
+        "object",
+        "O",
+        "<f4",
+        "variable_length_bytes",
+        "r64",
+        "r999999999999",
         {"name": "fixed_length_utf32", "configuration": {"length_bytes": rng.choice((4, 10**12))}},
         {"name": "null_terminated_bytes", "configuration": {"length_bytes": 10**12}},
         {"name": "raw_bytes", "configuration": {"length_bytes": 8}},
         {"name": "numpy.datetime64", "configuration": {"unit": "s", "scale_factor": 1}},
         {"name": "structured", "configuration": {"fields": [["a", "float32"], ["b", "int32"]]}},
-        {"name": "numpy.void"}, None, 7, ["float32"],
-    )  # fmt: skip
+        {"name": "numpy.void"},
+        None,
+        7,
+        ["float32"],
+    )
     metadata["data_type"] = rng.choice(options)
 
 
@@ -170,31 +187,71 @@ def huge_shape(metadata: dict[str, Any], rng: Random) -> None:
 
 def other_chunks(metadata: dict[str, Any], rng: Random) -> None:
     shape = metadata["shape"] or [1]
-    value = rng.choice((
-        [1] * len(shape), [0] * len(shape), [-1] * len(shape), [10**12] * len(shape), shape * 2, [], "auto", None, [1.5] * len(shape),
-    ))  # fmt: skip
+    value = rng.choice(
+        (
+            [1] * len(shape),
+            [0] * len(shape),
+            [-1] * len(shape),
+            [10**12] * len(shape),
+            shape * 2,
+            [],
+            "auto",
+            None,
+            [1.5] * len(shape),
+        )
+    )
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = value
 
 
 def other_grid(metadata: dict[str, Any], rng: Random) -> None:
-    metadata["chunk_grid"] = rng.choice((
-        {"name": "irregular"}, {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": [[1, 10**9]]}}, {}, None, [],
-    ))  # fmt: skip
+    metadata["chunk_grid"] = rng.choice(
+        (
+            {"name": "irregular"},
+            {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": [[1, 10**9]]}},
+            {},
+            None,
+            [],
+        )
+    )
 
 
 def other_keys(metadata: dict[str, Any], rng: Random) -> None:
     """The names of chunks lead elsewhere."""
-    metadata["chunk_key_encoding"] = rng.choice((
-        {"name": "v2", "configuration": {"separator": "."}}, {"name": "default", "configuration": {"separator": "../"}},
-        {"name": "default", "configuration": {"separator": "/../../"}}, {"name": "default", "configuration": {"separator": "\x00"}},
-        {"name": "suffix"}, {}, None, "default",
-    ))  # fmt: skip
+    metadata["chunk_key_encoding"] = rng.choice(
+        (
+            {"name": "v2", "configuration": {"separator": "."}},
+            {"name": "default", "configuration": {"separator": "../"}},
+            {"name": "default", "configuration": {"separator": "/../../"}},
+            {"name": "default", "configuration": {"separator": "\x00"}},
+            {"name": "suffix"},
+            {},
+            None,
+            "default",
+        )
+    )
 
 
 def other_fill_value(metadata: dict[str, Any], rng: Random) -> None:
-    metadata["fill_value"] = rng.choice((
-        0, 1, "NaN", "Infinity", "-Infinity", "0x7fc00000", None, True, [], {}, "x" * 10**6, 10**400, "AAAA", [1, 2], float("nan"), "0x",
-    ))  # fmt: skip
+    metadata["fill_value"] = rng.choice(
+        (
+            0,
+            1,
+            "NaN",
+            "Infinity",
+            "-Infinity",
+            "0x7fc00000",
+            None,
+            True,
+            [],
+            {},
+            "x" * 10**6,
+            10**400,
+            "AAAA",
+            [1, 2],
+            float("nan"),
+            "0x",
+        )
+    )
 
 
 def storage_transformers(metadata: dict[str, Any], rng: Random) -> None:
@@ -205,10 +262,21 @@ def storage_transformers(metadata: dict[str, Any], rng: Random) -> None:
 
 def other_dimension_names(metadata: dict[str, Any], rng: Random) -> None:
     names = metadata.get("dimension_names") or []
-    metadata["dimension_names"] = rng.choice((
-        None, [], [None] * len(names), names[::-1] or ["x"], ["same"] * len(names), [*names, "more"], [1] * len(names), "depth",
-        ["depth"] * len(names), [""] * len(names), ["a/b"] * len(names),
-    ))  # fmt: skip
+    metadata["dimension_names"] = rng.choice(
+        (
+            None,
+            [],
+            [None] * len(names),
+            names[::-1] or ["x"],
+            ["same"] * len(names),
+            [*names, "more"],
+            [1] * len(names),
+            "depth",
+            ["depth"] * len(names),
+            [""] * len(names),
+            ["a/b"] * len(names),
+        )
+    )
 
 
 def unknown_field(metadata: dict[str, Any], rng: Random) -> None:
