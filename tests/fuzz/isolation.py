@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MIB = 2**20
-# A machine that many share stretches the clock: a process that computes may run longer on the clock, up to this factor,
-# but not longer than `seconds` of its own processor time. One that only waits is stopped at once.
-PATIENCE = 4
+# A machine that many share stretches the clock. Seconds count in which a process computes, or in which it waits for
+# something; not those in which it waits for a processor. On the clock it may take up to this factor.
+PATIENCE = 30
 # A guard against an allocation so large that the machine itself would be in trouble; the limit that is judged is that of
 # resident memory, which is far lower.
 ADDRESS_SPACE = 6 * 2**30
@@ -146,32 +146,45 @@ def _wait(pid: int, seconds: float) -> bool:
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        for _ in range(PATIENCE):
-            if poll.poll(1000 * seconds):
+        start, idle, computed = time.monotonic(), 0.0, 0.0
+        while time.monotonic() < start + PATIENCE * seconds:
+            before = time.monotonic()
+            if poll.poll(500):
                 return True
-            spent = _cpu_seconds(pid)
-            # Mostly waiting, or it has had its time in full.
-            if spent < 0.1 * seconds or spent >= seconds:
+            cpu, ready = _activity(pid)
+            if not ready and cpu <= computed + 0.02:
+                idle += time.monotonic() - before
+            computed = max(cpu, computed)
+            if computed >= seconds or idle >= seconds:
                 return False
         return False
     finally:
         os.close(descriptor)
 
 
-def _cpu_seconds(group: int) -> float:
-    """Processor time of a process and of those that it started, which belong to its group."""
-    ticks = 0
+def _activity(group: int) -> tuple[float, bool]:
+    """Processor time of a process and of those that it started, and whether one of them would compute if it could."""
+    ticks, ready = 0, False
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
             with open(f"/proc/{entry.name}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()
+            if int(fields[2]) != group:
+                continue
+            states = [_state(f"/proc/{entry.name}/task/{task}/stat") for task in os.listdir(f"/proc/{entry.name}/task")]
         except OSError:
             continue  # it has ended
-        if int(fields[2]) == group:
+        else:
             ticks += sum(map(int, fields[11:15]))  # its own, and that of the children it has waited for
-    return ticks / os.sysconf("SC_CLK_TCK")
+            ready = ready or not {"R", "D"}.isdisjoint(states)  # runs or waits for a processor; waits for a disk
+    return ticks / os.sysconf("SC_CLK_TCK"), ready
+
+
+def _state(path: str) -> str:
+    with open(path) as file:
+        return file.read().rpartition(")")[2].split()[0]
 
 
 class Printed:

@@ -162,7 +162,8 @@ class Block(nn.Module):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(256, 16); self.blocks = nn.ModuleList([Block() for _ in range(3)]); self.head = nn.Linear(16, 256)
+        self.embed = nn.Embedding(256, 16); self.head = nn.Linear(16, 256)
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
     def forward(self, input_ids):
         x = self.embed(input_ids)
         for block in self.blocks: x = block(x)
