@@ -55,6 +55,9 @@ CONFIG: dict[str, Any] = {
     "runner.magicEnabled": False,  # a bare expression in a page is not printed
     "browser.gatherUsageStats": False,
     "client.toolbarMode": "minimal",
+    # A reload is a new session; what the old one showed is in its address, and need not be kept for two minutes.
+    "server.disconnectedSessionTTL": 10,
+    "server.maxUploadSize": 1,  # MB; no page takes files
     "client.showErrorDetails": "type",  # a traceback shows paths of this machine
     "logger.level": "warning",
     "theme.baseRadius": "8px",
@@ -65,7 +68,12 @@ CONFIG: dict[str, Any] = {
 
 
 def launch(
-    paths: Sequence[Path], *, port: int | None = None, open_browser: bool = True, block: bool = True
+    paths: Sequence[Path],
+    *,
+    port: int | None = None,
+    open_browser: bool = True,
+    block: bool = True,
+    max_bytes: int | None = None,
 ) -> str:
     """Show runs in a dashboard at a local address.
 
@@ -79,6 +87,8 @@ def launch(
         Open the address in the default browser once the server answers.
     block : bool
         Serve until interrupted. False serves from another process, which ends with this one.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
 
     Returns
     -------
@@ -103,14 +113,14 @@ def launch(
     chosen = free_port(port)
     address = f"http://{HOST}:{chosen}"
     if not block:
-        _serve_from_other_process(paths, chosen, address)
+        _serve_from_other_process(paths, chosen, address, max_bytes)
     if open_browser:
         # From a thread: this one is about to serve, and the browser must not come before the server answers.
         Thread(target=lambda: webbrowser.open(address) if _answers(address) else None, daemon=True).start()
     if block:
         sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
         sys.stderr.flush()
-        serve(paths, chosen)
+        serve(paths, chosen, max_bytes)
     return address
 
 
@@ -120,7 +130,7 @@ def free_port(port: int | None = None) -> int:
     Parameters
     ----------
     port : int or None
-        The one that must be free; None looks from 8501 upwards.
+        The one that must be free; None and 0 look from 8501 upwards.
 
     Returns
     -------
@@ -129,13 +139,16 @@ def free_port(port: int | None = None) -> int:
     Raises
     ------
     ValueError
-        Where it is taken, or all that were tried are.
+        Where it is no port or is taken, or all that were tried are.
     """
-    wanted = range(FIRST_PORT, FIRST_PORT + TRIED_PORTS) if port is None else (port,)
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
+    # 0 is how programs ask for a free port.
+    wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
     for candidate in wanted:
         if _is_free(candidate):
             return candidate
-    if port is not None:
+    if port:
         raise ValueError(f"port {port} is taken; name another one, or leave --port out to take a free one")
     raise ValueError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
 
@@ -151,7 +164,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def serve(paths: Sequence[Path], port: int) -> None:
+def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> None:
     """Serve the dashboard in this process until it is interrupted.
 
     Parameters
@@ -160,56 +173,34 @@ def serve(paths: Sequence[Path], port: int) -> None:
         Run files, or folders of runs.
     port : int
         A free port.
+    max_bytes : int, optional
+        Of the arrays of one run.
     """
     import streamlit as st
     from starlette.middleware import Middleware
     from starlette.routing import Mount
     from starlette.staticfiles import StaticFiles
 
+    from depthscope.app.dashboard.access import guarded, policy
     from depthscope.app.dashboard.components import chart
     from depthscope.app.dashboard.state import run_library
 
-    run_library.allow(paths)
+    run_library.allow(paths, max_bytes=max_bytes)
     # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
     script = Path(__file__).resolve().parent / "navigation" / "entrypoint.py"
-    application = st.App(
-        script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[Middleware(refuse_other_hosts)]
-    )
+    index = Path(str(files("streamlit") / "static" / "index.html"))
+    guard = Middleware(guarded, hosts=tuple(CONFIG["server.allowedHosts"]), page_policy=policy(index))
+    application = st.App(script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[guard])
     application.run(config=CONFIG | {"server.port": port})
 
 
-def refuse_other_hosts(application: Any) -> Any:
-    """Answer 403 to a request whose Host header names another machine.
-
-    Streamlit checks the hosts of its web sockets alone; a page of another name that points here (DNS rebinding)
-    could still fetch downloads.
-
-    Parameters
-    ----------
-    application : ASGI application
-        Answers all other requests.
-
-    Returns
-    -------
-    ASGI application
-    """
-    from starlette.responses import PlainTextResponse
-
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        host = dict(scope.get("headers", [])).get(b"host", b"").decode("latin-1")
-        known = host.partition(":")[0] in CONFIG["server.allowedHosts"]
-        # Web sockets and the start and stop of the server ("lifespan") pass: Streamlit checks the former itself.
-        refusal = PlainTextResponse(f"this dashboard answers at {HOST} only", status_code=403)
-        await (application if known or scope["type"] != "http" else refusal)(scope, receive, send)
-
-    return answer
-
-
-def _serve_from_other_process(paths: Sequence[Path], port: int, address: str) -> None:
+def _serve_from_other_process(paths: Sequence[Path], port: int, address: str, max_bytes: int | None) -> None:
     """Serve from another process and wait until it answers."""
-    request = json.dumps({"paths": [str(path.resolve()) for path in paths], "port": port})
+    request = json.dumps(
+        {"paths": [str(path.resolve()) for path in paths], "port": port, "max_bytes": max_bytes}
+    )
     code = (
         "import sys; from depthscope.app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
     )
@@ -232,7 +223,7 @@ def _serve_request(request: str) -> None:
     wanted = json.loads(request)
     # Daemon: a server that is stopped by itself must not wait for the end of its parent.
     Thread(target=_end_with_parent, daemon=True).start()
-    serve([Path(path) for path in wanted["paths"]], wanted["port"])
+    serve([Path(path) for path in wanted["paths"]], wanted["port"], wanted["max_bytes"])
 
 
 def _end_with_parent() -> None:

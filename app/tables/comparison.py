@@ -16,6 +16,7 @@ from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Column, Table, column_of
 from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
+from depthscope.app.text.visible import LONGEST_NAME, shortened
 
 # Chosen by hand, one for each question of the dashboard: the table has a block of rows for each metric, and
 # `depthscope compare --metrics` takes any other.
@@ -117,11 +118,15 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
     # Layers count from 0 and -1 is none, so that a run without layers has 0 of them.
     layers = analysis["layer"].values if "layer" in analysis.coords else np.array([-1])
     counts = pick(analysis, "num_tokens", view)
+    streams = attrs.get("n_streams") or 1
     return {
         "run": reading.name,
-        "model": str(attrs.get("model") or UNDEFINED),
-        "family": str(attrs.get("family") or UNDEFINED),
-        "streams": int(attrs.get("n_streams") or 1),
+        "model": shortened(str(attrs.get("model") or UNDEFINED), LONGEST_NAME),
+        "family": shortened(str(attrs.get("family") or UNDEFINED), LONGEST_NAME),
+        # A file of another tool may have anything there, which is printed as it is.
+        "streams": int(streams)
+        if isinstance(streams, (int, np.integer))
+        else shortened(str(streams), LONGEST_NAME),
         "layers": int(layers.max()) + 1,
         # The largest: stages of a convolutional network have fewer tokens further down.
         "num_tokens": math.nan if counts is None else float(counts.max()),
@@ -292,10 +297,15 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         ("data_digest", "different data"),
         ("dtype", "different precision"),
     ):
-        known = {run: row[key] for run, row in facts.items() if not pd.isna(row.get(key))}
+        known = {run: row[key] for run, row in facts.items() if _is_known(row.get(key))}
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(
-                f"{run}: {value if isinstance(value, str) else number(value)}" for run, value in known.items()
+                f"{run}: {number(value) if isinstance(value, float) else shortened(str(value), LONGEST_NAME)}"
+                for run, value in known.items()
             )
             sentences.append(f"the runs have {words} ({listed})")
     return sentences
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))

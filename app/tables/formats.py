@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
 
 from depthscope.app.tables.tables import Table, spoken
 from depthscope.app.text.bibliography import keys_of
 from depthscope.app.text.latex import Latex, cite, tex
+from depthscope.app.text.visible import visible
 
 HEADING_WIDTH = 14  # letters: as wide as "12.3 ± 0.4" with its margins, so that headings do not set the width
+_FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too
 _KEY_IN_BRACKETS = re.compile(r"\((\w+)\)")
 
 
@@ -83,7 +88,7 @@ def to_markdown(table: Table) -> str:
     str
     """
     columns = [str(column) for column in table.printed.columns]
-    rows = [columns, ["---"] * len(columns), *table.printed.astype(str).to_numpy().tolist()]
+    rows = [columns, ["---"] * len(columns), *table.printed.map(visible).to_numpy().tolist()]
     lines = [
         "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in row) + " |" for row in rows
     ]
@@ -103,4 +108,41 @@ def to_csv(table: Table) -> str:
     str
         Empty cells are undefined.
     """
-    return table.data.to_csv(index=False, lineterminator="\n")
+    return csv_text(table.data)
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV whose cells are values, also in a spreadsheet.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        Any table.
+
+    Returns
+    -------
+    str
+        Text that a spreadsheet would take for a formula has an apostrophe before it, as is customary; numbers, negative
+        ones too, are unchanged.
+
+    Examples
+    --------
+    >>> print(csv_text(pd.DataFrame({"run": ["=1+1", "a"], "gain": [-0.5, 1.0]})))
+    run,gain
+    '=1+1,-0.5
+    a,1.0
+    <BLANKLINE>
+    """
+    safe = table.rename(columns=_no_formula)
+    # Numbers are left as they are: a large matrix has a million of them.
+    words = safe.select_dtypes(exclude="number").columns
+    safe[words] = safe[words].map(_no_formula)
+    return safe.to_csv(index=False, lineterminator="\n")
+
+
+def _no_formula(value: Any) -> Any:
+    """A value whose text begins with no sign that starts a formula in a spreadsheet."""
+    if not isinstance(value, str):
+        return value
+    shown = visible(value, lines=True)
+    return f"'{shown}" if shown.lstrip()[:1] in _FORMULA_SIGNS else shown

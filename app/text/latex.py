@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from depthscope.app.text.visible import visible
+
 # What pdfTeX cannot set from plain text; the rest of Unicode passes through.
 SIGNS = {
     "±": r"$\pm$",
@@ -72,7 +74,7 @@ def tex(text: str) -> Latex:
     if isinstance(text, Latex):
         return text
     signs = _SPECIAL | SIGNS
-    escaped = "".join(signs.get(letter, letter) for letter in text)
+    escaped = "".join(signs.get(letter, letter) for letter in visible(text, lines=True))
     # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
     return Latex(_EXPONENT.sub(r"$\1\\times10^{\2}$", escaped))
 

@@ -6,8 +6,10 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 
 from depthscope.app.text.latex import Latex, cite, tex
+from depthscope.app.text.visible import visible
 
 # A missing value is an error, never an empty place in somebody's paper.
 _COMMON: dict[str, Any] = {
@@ -32,7 +34,12 @@ def html_template(package: str, name: str, **filters: Any) -> Template:
     -------
     jinja2.Template
     """
-    environment = Environment(autoescape=True, **_COMMON)
+    # `finalize` sees every value that is printed, before it is escaped; markup of our own comes as `Markup`.
+    environment = Environment(
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value, lines=True),
+        **_COMMON,
+    )
     environment.filters.update(filters)
     return environment.from_string(_source(package, name))
 

@@ -175,7 +175,10 @@ def _open_tree(path: Path, suffix: str) -> xr.DataTree:
 
         store = ZipStore(path, mode="r")  # xarray takes a store, but its annotation names paths only
     # Version 3 by name: a store with metadata of version 2 beside it would be read by those, which were not checked.
-    return xr.open_datatree(store, engine="zarr", consolidated=False, zarr_format=3, **_DECODING)
+    tree = xr.open_datatree(store, engine="zarr", consolidated=False, zarr_format=3, **_DECODING)
+    if store is not path:
+        tree.set_close(store.close)  # xarray leaves a store open that it was given
+    return tree
 
 
 def _compare(run: xr.DataTree, stored: Any) -> str:

@@ -13,11 +13,16 @@ from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.figures import Figure, FigureKind, Heatmap
+from depthscope.app.tables.formats import csv_text
+from depthscope.app.text.visible import visible
 
 __all__ = ["PLOTLY_ROUTE", "build", "card", "clicked_cell"]
 
 PLOTLY_ROUTE = "/depthscope/plotly"
 """Where the server answers with the files of the installed plotly, so that no page asks another machine."""
+
+MOST_ROWS, MOST_COLUMNS = 1000, 100
+"""Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
 
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
@@ -86,7 +91,7 @@ def card(
             data={
                 "name": shown.name,
                 "figure": to_plotly(shown, mark=mark, runs=runs).to_json(),
-                "alt": shown.alt,
+                "alt": visible(shown.alt),
                 "height": height,
                 "clickable": clickable,
                 "plotly": f"{PLOTLY_ROUTE}/plotly.min.js",
@@ -100,12 +105,20 @@ def card(
 
 def _numbers(figure: Figure, key: str) -> None:
     """The table of a figure's numbers, with its download."""
-    with st.popover("Numbers", type="tertiary", width="content"):
+    # It reruns the page when it is opened, so that a page with ten closed tables computes and sends none of them.
+    opened = st.popover("Numbers", type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun")
+    if not opened.open:
+        return
+    with opened:
         table = numbers_of(figure)
-        st.dataframe(table, hide_index=True, height=320, width=620)
+        # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
+        st.dataframe(table.iloc[:MOST_ROWS, :MOST_COLUMNS], hide_index=True, height=320, width=620)
+        if table.shape[0] > MOST_ROWS or table.shape[1] > MOST_COLUMNS:
+            st.caption(f"The first {MOST_ROWS} rows and {MOST_COLUMNS} columns; the file has every number.")
         st.download_button(
             "Download CSV",
-            table.to_csv(index=False).encode(),
+            # Computed when it is asked for: a file that is ready for every chart of every visitor fills the memory.
+            lambda: csv_text(table).encode(),
             file_name=f"{figure.name}.csv",
             mime="text/csv",
             key=f"{key}_csv",

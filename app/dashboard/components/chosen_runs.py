@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
@@ -11,14 +9,18 @@ from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 
+MOST_RUNS = 30
+"""Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""
+
 _KEY = "chosen_runs"
 """Key of the session state: Streamlit calls a page without arguments."""
 
 
 def choose_runs() -> None:
     """Choose runs in the sidebar and in the URL as `?runs=`, read them, and remember them for the page."""
-    names = list(run_library.list_runs())
-    chosen = []
+    listed = run_library.list_runs()
+    names = list(listed)
+    chosen: list[str] = []
     if names:
         with st.sidebar:
             chosen = st.multiselect(
@@ -29,17 +31,26 @@ def choose_runs() -> None:
                 key="runs",
                 bind="query-params",
                 placeholder="Choose runs",
+                # Also for a URL, which may name all runs of a folder: what is beyond it is not analysed.
+                max_selections=MOST_RUNS,
             )
+            if len(names) > MOST_RUNS:
+                st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
     readings, unreadable = {}, []
-    for name in chosen:
+    for name in chosen[:MOST_RUNS]:
         with st.spinner(f"Analysing {escaped(name)} …"):
-            found = run_library.read_run(name)
+            found = run_library.read_run(name, listed)
         if isinstance(found, UnreadableRun):
             unreadable.append(found)
         else:
             # A run of several chains has one reading for each.
             readings.update({reading.name: reading for reading in found})
     st.session_state[_KEY] = ChosenRuns(readings, tuple(unreadable))
+
+
+def forget_runs() -> None:
+    """Leave no reading in the session: a page that is open but idle would keep it in memory."""
+    st.session_state.pop(_KEY, None)
 
 
 def require_chosen_runs() -> ChosenRuns:
@@ -56,7 +67,8 @@ def require_chosen_runs() -> ChosenRuns:
             st.markdown(f"##### ⚠ {escaped(run.name)} cannot be shown")
             st.markdown(escaped(run.reason))
             st.caption("Measure the model again, then reload this page:")
-            st.code(f"depthscope probe CHECKPOINT --text FILE --out {shlex.quote(str(run.path))}", "bash")
+            # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
+            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
     if not chosen.readings:
         if not chosen.unreadable:
             _explain_none()

@@ -34,6 +34,9 @@ class Control:
     words: Mapping[str, str] = field(default_factory=dict)
 
 
+MOST_DEPTHS = 12
+"""Spectra in one figure: with more, lines cannot be told apart. A heuristic of ours."""
+
 CONTROLS = {
     "scope": Control(
         "Scope",
@@ -121,9 +124,10 @@ def _choose_depths(analyses: Analyses) -> tuple[int, ...]:
         key="depths",
         bind="query-params",
         placeholder="five from first to last",
+        max_selections=MOST_DEPTHS,  # also of those that a URL names
         width=260,
     )
-    return tuple(sorted(chosen))
+    return tuple(sorted(chosen[:MOST_DEPTHS]))
 
 
 def choose_section(sections: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from depthscope.app.dashboard.components.markdown import escaped, inside_sentenc
 from depthscope.app.dashboard.components.question import show_figures, show_findings
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES
+from depthscope.app.text.visible import LONGEST_TEXT, visible
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,22 @@ def show_page(page: Page) -> None:
     st.markdown(f"### {page.heading or page.title}")
     st.caption(page.help)
     chosen = require_chosen_runs()
+    try:
+        _show_contents(page, chosen)
+    except Exception as error:
+        # A run that was written by another tool may contain what no figure expects. The log has the traceback; the
+        # visitor needs to know that the page is incomplete, and which runs to leave out.
+        logging.getLogger(__name__).warning("page %s failed", page.title, exc_info=True)
+        reason = visible(f"{type(error).__name__}: {error}", longest=LONGEST_TEXT)
+        names = ", ".join(map(escaped, chosen.readings))
+        st.error(
+            f"The rest of this page cannot be drawn for {names}: {escaped(reason)}. "
+            "Leave one run out after another to find the one that it is about, and measure that one again."
+        )
+
+
+def _show_contents(page: Page, chosen: ChosenRuns) -> None:
+    """What a page shows of the chosen runs."""
     if page.question:
         figures = chosen.figures(page.question)
         if page.needs:

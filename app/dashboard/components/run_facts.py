@@ -51,6 +51,7 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Seed": attrs.get("seed"),
         "Commit": attrs.get("commit"),
         "Data": _shortened(str(attrs.get("data_digest") or "")),
+        "Integrity": attrs.get("integrity"),
         "Created": attrs.get("created"),
         "Software": _versions(attrs.get("software")),
     }
@@ -72,17 +73,26 @@ def _evidence(attrs: Mapping[str, Any]) -> dict[str, str | None]:
     # A run without connections to prove has no such attribute.
     proof = attrs.get("reconstruction_error")
     expected = attrs.get("sites_expected")
-    changes = [
-        f"before {change['module']} by {change['change']:.1%}"
-        for change in attrs.get("changes_outside") or ()
-    ]
+    changes = attrs.get("changes_outside") or ()
+    # A file of another tool may have anything there, which is shown as it is.
+    known = isinstance(changes, list) and all(_is_change(change) for change in changes)
+    if known:
+        changes = ", ".join(f"before {change['module']} by {change['change']:.1%}" for change in changes)
     return {
-        "Reconstruction proof": None if proof is None else f"states rebuilt to {float(proof):.1e}",
+        "Reconstruction proof": None if proof is None else _proof_words(proof),
         # Which axis of H_res is the source is known only where the connections were proven.
         "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
         "Sites": None if expected is None else f"{attrs.get('sites_fired')} of {expected} expected fired",
-        "Changed outside connections": ", ".join(changes),
+        "Changed outside connections": str(changes) if changes else None,
     }
+
+
+def _is_change(change: Any) -> bool:
+    return isinstance(change, dict) and "module" in change and isinstance(change.get("change"), float)
+
+
+def _proof_words(proof: Any) -> str:
+    return f"states rebuilt to {proof:.1e}" if isinstance(proof, (int, float)) else str(proof)
 
 
 def _last_value(reading: Reading, metric: str, selection: Selection) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.chosen_runs import choose_runs
+from depthscope.app.dashboard.components.chosen_runs import choose_runs, forget_runs
 from depthscope.app.dashboard.components.page import show_page
 from depthscope.app.dashboard.pages import PAGES
 
@@ -28,4 +28,7 @@ current = st.navigation(
 st.html(Path(__file__).with_name("page.css"))
 # Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
 choose_runs()
-current.run()
+try:
+    current.run()
+finally:
+    forget_runs()

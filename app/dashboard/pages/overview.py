@@ -15,6 +15,7 @@ from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import findings_table
+from depthscope.app.tables.formats import to_csv
 from depthscope.diagnostics import Finding
 
 FIRST_FIGURES = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
@@ -43,7 +44,7 @@ def _show(chosen: ChosenRuns) -> None:
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             st.download_button(
                 "Findings as CSV",
-                findings_table(readings).data.to_csv(index=False).encode(),
+                lambda: to_csv(findings_table(readings)).encode(),  # only when it is asked for
                 file_name="findings.csv",
                 mime="text/csv",
                 key="findings_csv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,15 @@ def _choose_pair(data: xr.Dataset, selection: dict[str, Any]) -> tuple[int, int]
             st.session_state["a"], st.session_state["b"] = row, column
     pair = []
     for key, default in (("a", 0), ("b", last)):
+        # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
+        bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None
+        if not bound:
+            del st.query_params[key]
         # A depth of a deeper run, or of a link to one: Streamlit raises for a value above the maximum.
         if st.session_state.get(key, default) > last:
             st.session_state[key] = last
-        pair.append(
-            int(st.number_input(f"Depth {key}", 0, last, default, key=key, bind="query-params", width=130))
-        )
+        bind = "query-params" if bound else None
+        pair.append(int(st.number_input(f"Depth {key}", 0, last, default, key=key, bind=bind, width=130)))
     return pair[0], pair[1]
 
 

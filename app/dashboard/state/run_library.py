@@ -6,19 +6,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import streamlit as st
-
+from depthscope.app.dashboard.state.file_version import FileVersion
+from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.readings.readings import Reading, read_runs
+from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
 
 __all__ = ["UnreadableRun", "allow", "list_runs", "read_run"]
 
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
+
+
+_limit: dict[str, int | None] = {"max_bytes": None}
+"""Of the arrays of one run, as named at launch."""
 
 
 @dataclass(frozen=True)
@@ -40,81 +46,123 @@ class UnreadableRun:
     reason: str
 
 
-def allow(paths: Sequence[Path]) -> None:
+def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
     """Fix the files and folders that this process may show.
 
     Parameters
     ----------
     paths : sequence of Path
         Runs, or folders of runs.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
     """
+    _limit["max_bytes"] = max_bytes
     _roots[:] = [path.resolve() for path in paths]
 
 
 def list_runs() -> dict[str, Path]:
-    """Runs below the allowed paths, under names that differ.
+    """Runs below the allowed paths, under names that differ to the eye.
 
     Returns
     -------
     dict of str to Path
-        Name → resolved path.
+        Name, in which everything can be seen → resolved path.
     """
     found: dict[str, Path] = {}
+    # The same run by two roots is listed once; a set, since a folder may contain thousands.
+    listed: set[Path] = set()
     for root in _roots:
         for name, path in schema.list_runs(root).items():
             target = path.resolve()
             # A link that leaves its root would open any file of this machine; two roots may contain the same run.
-            if target.is_relative_to(root) and target not in found.values():
+            if target.is_relative_to(root) and target not in listed:
+                listed.add(target)
                 found[_distinct_name(name, target, found)] = target
     return found
 
 
 def _distinct_name(name: str, path: Path, taken: dict[str, Path]) -> str:
-    """The name, with as many folders before it as make it differ from those taken."""
+    """The name, with as many folders before it as make it differ from those taken, or spelled in ASCII."""
+    # Composed: a letter with its accent and a letter followed by an accent look the same, and are two names.
+    shown = unicodedata.normalize("NFC", visible_name(name))
+    if shown not in taken:
+        return shown
+    if unicodedata.normalize("NFC", name) != name:
+        shown = name.encode("ascii", "backslashreplace").decode()
     folders = list(path.parent.parts[1:])
-    while name in taken and folders:
-        name = f"{folders.pop()}/{name}"
-    return name
+    while shown in taken and folders:
+        shown = f"{visible_name(folders.pop())}/{shown}"
+    return shown
 
 
-def read_run(name: str) -> tuple[Reading, ...] | UnreadableRun:
+def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Reading, ...] | UnreadableRun:
     """A listed run, analysed and judged: one reading for each of its chains.
 
     Parameters
     ----------
     name : str
         A name from `list_runs`, possibly from a URL.
+    listed : mapping, optional
+        What `list_runs` returned just now: for many names the folders are walked through once.
 
     Returns
     -------
     tuple of Reading or UnreadableRun
     """
-    path = list_runs().get(name)
+    path = (list_runs() if listed is None else listed).get(name)
     if path is None:
         reason = "This run is not below the paths that the dashboard was started with."
         return UnreadableRun(name, Path(name), reason)
-    # A zarr store is a folder of many files, of which a live run rewrites some.
-    files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
-    stats = [entry.stat() for entry in files]
-    modified = max((stat.st_mtime_ns for stat in stats), default=0)
-    return _read(name, str(path), modified, sum(stat.st_size for stat in stats))
-
-
-# cache_resource and not cache_data: cache_data copies what it returns by pickle at every rerun, and readings are
-# large and never changed.
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _read(name: str, path: str, modified: int, size: int) -> tuple[Reading, ...] | UnreadableRun:
-    """Read, analyse and judge; the newest change (ns) and the size (bytes) are parameters since they key the cache."""
-    try:
-        run = schema.open_run(path)
+    # Twice: a file that was replaced while it was read is there as a whole the second time.
+    for _ in range(2):
         try:
-            return tuple(read_runs({name: run}))
+            version = FileVersion.of(path)
+            found = _cache.get((name, path, version), lambda: _read(name, path))
+            if FileVersion.of(path) == version:
+                return found
+        except OSError as error:  # it has gone, or is a pipe
+            return UnreadableRun(name, path, _sentence(error))
+    reason = "This run changes while it is read. Reload this page when it is written."
+    return UnreadableRun(name, path, reason)
+
+
+def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
+    """Read, analyse and judge."""
+    try:
+        run = schema.open_run(path, max_bytes=_limit["max_bytes"])
+        try:
+            integrity = {"integrity": schema.integrity(run)}
+            return tuple(
+                replace(reading, attrs=dict(reading.attrs) | integrity) for reading in read_runs({name: run})
+            )
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
-        return UnreadableRun(name, Path(path), str(error))
+        return UnreadableRun(name, path, _sentence(error))
     except Exception as error:
         # A foreign file may fail in any way, and must not take the page of the other runs with it: the page explains
         # it, the log has the traceback.
-        logging.getLogger(__name__).warning("reading %s failed", path, exc_info=True)
-        return UnreadableRun(name, Path(path), f"The analysis failed. {type(error).__name__}: {error}")
+        logging.getLogger(__name__).warning("reading %s failed", ascii(str(path)), exc_info=True)
+        reason = f"The analysis failed. {type(error).__name__}: {_sentence(error)}"
+        return UnreadableRun(name, path, reason)
+
+
+def _sentence(error: Exception) -> str:
+    return visible(error, lines=True, longest=LONGEST_TEXT)
+
+
+def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
+    """Bytes that a result keeps in memory: its numbers, and its attributes about as they would be printed."""
+    if isinstance(found, UnreadableRun):
+        return len(found.reason)
+    return sum(
+        reading.analysis.nbytes + len(repr(reading.attrs)) + len(repr(reading.analysis.attrs))
+        for reading in found
+    )
+
+
+CACHE_BYTES = 512 * 2**20
+"""Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
+
+_cache = ReadingCache(CACHE_BYTES, _size_of)
+"""One for the process: all visitors share the analyses. Not Streamlit's own, which counts entries instead of bytes."""

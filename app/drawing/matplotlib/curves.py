@@ -126,8 +126,8 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any]) -> None:
     thinned = max(1, math.ceil(len(line.x) / 12))  # about twelve markers, however deep the model
     # A logarithmic axis shows nothing of a line of zeros; its legend entry must explain that.
     hidden = axes.get_yscale() == "log" and not np.any(line.y > 0)
-    label = f"{line.label} (never above 0)" if hidden else line.label
-    axes.plot(line.x, line.y, label=plain(label), markevery=thinned, zorder=3, **look)
+    label = plain(line.label) + (" (never above 0)" if hidden else "")
+    axes.plot(line.x, line.y, label=label, markevery=thinned, zorder=3, **look)
     if line.lower is not None and line.upper is not None:
         axes.fill_between(
             line.x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0, zorder=2

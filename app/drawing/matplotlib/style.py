@@ -12,8 +12,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axis import Axis
-from matplotlib.mathtext import MathTextParser
 from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
@@ -23,7 +23,11 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from depthscope.app.text.latex import unicode_declarations
+from depthscope.app.text.latex import Latex, unicode_declarations
+from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
+
+FONTS = ("STIXGeneral", "DejaVu Sans")
+"""Fonts of figures; the second one has the signs that the first one lacks."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def _settings(size: Width) -> dict[str, Any]:
     small = size.points - 1
     return {
         # Looks like the Times of most venues, and comes with matplotlib: the same on every machine.
-        "font.family": ["STIXGeneral", "DejaVu Sans"],
+        "font.family": list(FONTS),
         "mathtext.fontset": "stix",
         "font.size": size.points,
         "axes.labelsize": size.points,
@@ -148,27 +152,46 @@ def _settings(size: Width) -> dict[str, Any]:
     }
 
 
-@functools.cache
 def plain(text: str) -> str:
-    """Text that matplotlib can set: dollars that are no mathematics, as in a run's name, are escaped.
+    r"""Text that matplotlib sets as it is: dollars are no mathematics, and what its fonts lack is escaped.
 
     Parameters
     ----------
     text : str
-        Any label.
+        Any label; `Latex`, which is code for another typesetter, comes back unchanged.
 
     Returns
     -------
     str
+
+    Examples
+    --------
+    >>> plain("$x$"), plain("rank 模型")
+    ('\\$x\\$', 'rank \\u6a21\\u578b')
     """
-    if "$" not in text:
+    if isinstance(text, Latex):
         return text
-    try:
-        # What is no mathematics would raise only when the figure is drawn.
-        MathTextParser("path").parse(text)
-    except ValueError:
-        return text.replace("$", r"\$")
-    return text
+    # Shortened twice: a text of megabytes is not looked at letter by letter, and escapes make it longer again.
+    shown = visible(shortened(text, LONGEST_NAME, counted=False), lines=True).strip("\u2068\u2069")
+    if not shown.isascii():
+        shown = "".join(
+            letter if letter == "\n" or _has_glyph(letter) else escape(letter) for letter in shown
+        )
+    # The tables have long names whole.
+    shown = shortened(shown, LONGEST_LABEL, counted=False)
+    # A legend leaves out labels that begin with an underscore: matplotlib's own mark of what is internal.
+    return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_glyph(letter: str) -> bool:
+    """Whether one of the fonts of `_settings` can draw a letter; matplotlib would draw a box and warn."""
+    return any(letter_font.get_char_index(ord(letter)) for letter_font in map(_font, FONTS))
+
+
+@functools.cache
+def _font(family: str) -> Any:
+    return font_manager.get_font(font_manager.findfont(family))
 
 
 def are_whole(values: np.ndarray) -> bool:
@@ -192,7 +215,7 @@ def wrapped(text: str, inches: float) -> str:
     Parameters
     ----------
     text : str
-        A label; one with mathematics stays as it is.
+        A label; `Latex` stays as it is.
     inches : float
         Length of the axis.
 
@@ -202,4 +225,4 @@ def wrapped(text: str, inches: float) -> str:
     """
     # A letter is about half an em wide; a point is 1/72 inch.
     letters = max(int(inches * 72 / (0.5 * mpl.rcParams["font.size"])), 8)
-    return plain(text if "$" in text else textwrap.fill(text, letters, break_long_words=False))
+    return plain(text if isinstance(text, Latex) else textwrap.fill(text, letters, break_long_words=False))

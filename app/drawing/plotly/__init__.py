@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, shrink
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Figure, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "shrink", "to_plotly"]
@@ -54,8 +55,8 @@ _LOG = {"type": "log", "exponentformat": "power", "tickfont": {"size": 11}}
 def _layout(figure: Figure) -> dict[str, Any]:
     """Quiet axes on a transparent page; `uirevision` keeps zoom and hidden lines when the data change."""
     axis = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "ticks": "", "automargin": True}
-    x_axis = {**axis, "title": {"text": figure.x_label, "standoff": 6, "font": {"size": 12.5}}}
-    y_axis = {**axis, "title": {"text": figure.y_label, "standoff": 6, "font": {"size": 12.5}}}
+    x_axis = {**axis, "title": {"text": words(figure.x_label), "standoff": 6, "font": {"size": 12.5}}}
+    y_axis = {**axis, "title": {"text": words(figure.y_label), "standoff": 6, "font": {"size": 12.5}}}
     if isinstance(figure, Lines):
         return _frame(figure) | {
             "xaxis": {**x_axis, "showgrid": False, **(_LOG if figure.log_x else _whole_ticks(figure))},

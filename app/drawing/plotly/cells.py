@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DIVERGING
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.values import reduce_blocks
 
@@ -70,7 +71,7 @@ def draw_heatmap(figure: Heatmap, mark: tuple[float, float] | None = None) -> go
     shown = np.log10(z, out=np.full_like(z, np.nan), where=z > 0) if figure.log_z else z
     limits = _log_limits(figure.limits) if figure.log_z else figure.limits
     bar = {
-        "title": {"text": figure.z_label, "side": "right", "font": {"size": 12.5}},
+        "title": {"text": words(figure.z_label), "side": "right", "font": {"size": 12.5}},
         "thickness": 12,
         "outlinewidth": 0,
         "len": 0.9,
@@ -124,15 +125,14 @@ def _cell_names(figure: Heatmap) -> list[list[str]] | None:
     """Names of both ends of a cell, while they are few enough to send."""
     if figure.x_text is None or figure.y_text is None or max(figure.z.shape) > LARGEST_NAMED:
         return None
-    return [[f"{column}<br>{row}" for column in figure.x_text] for row in figure.y_text]
+    return [[f"{words(column)}<br>{words(row)}" for column in figure.x_text] for row in figure.y_text]
 
 
 def _hover(figure: Heatmap) -> str:
     value = "%{customdata:.4g}" if figure.log_z else "%{z:.4g}"
     names = "%{text}<br>" if _cell_names(figure) is not None else ""
-    return (
-        f"{names}{figure.x_label} %{{x:.4~g}}, {figure.y_label} %{{y:.4~g}}<br><b>{value}</b><extra></extra>"
-    )
+    across, up = words(figure.x_label), words(figure.y_label)
+    return f"{names}{across} %{{x:.4~g}}, {up} %{{y:.4~g}}<br><b>{value}</b><extra></extra>"
 
 
 def _ring(drawn: go.Figure, figure: Heatmap, mark: tuple[float, float]) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
+from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.text.visible import LONGEST_TEXT, shortened
 
 __all__ = ["draw_lines"]
 
@@ -77,7 +79,7 @@ def _name_threshold(drawn: go.Figure, line: Line, figure: Lines) -> None:
         y=level,
         yanchor="bottom",
         showarrow=False,
-        text=line.label,
+        text=words(line.label),
         font={"size": 11, "color": GREY},
     )
 
@@ -131,7 +133,7 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
     return go.Scatter(
         x=line.x,
         y=line.y,
-        name=line.label,
+        name=words(line.label),
         mode="lines+markers" if look.measured and marked else "lines",
         line={"color": look.colour, "dash": look.dash, "width": 2.2 if look.measured else 1.3},
         marker={"size": 4.5},
@@ -139,7 +141,7 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
         opacity=1.0 if look.measured else 0.7,
         # Lines of one legend group are hidden together: all those of a law, or a line with its null and band.
         legendgroup=line.law or (line.label if named else line.group),
-        text=None if line.text is None else list(line.text),
+        text=None if line.text is None else list(map(words, line.text)),
         hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
         hoverinfo="skip" if line.role == "threshold" else None,
         showlegend=look.measured and named,
@@ -169,13 +171,14 @@ def _key(lines: Sequence[Line], looks: Sequence[_Look]) -> list[go.Scatter]:
 def _legend_entry(name: str, style: dict[str, Any]) -> go.Scatter:
     """An entry of the legend without a line of its own."""
     return go.Scatter(
-        x=[None], y=[None], mode="lines", name=name, line=style, legendgroup=name, hoverinfo="skip"
+        x=[None], y=[None], mode="lines", name=words(name), line=style, legendgroup=name, hoverinfo="skip"
     )
 
 
 def _note_missing_laws(drawn: go.Figure, reasons: Sequence[str]) -> None:
     """A note along the right side whose hover gives the reason why a law is not drawn."""
-    lines = ["<br>".join(textwrap.wrap(reason, 70)) for reason in reasons]
+    wrapped = [textwrap.wrap(shortened(reason, LONGEST_TEXT), 70) for reason in reasons]
+    lines = ["<br>".join(words(line, longest=LONGEST_TEXT) for line in paragraph) for paragraph in wrapped]
     drawn.add_annotation(
         x=1,
         xref="paper",
@@ -212,7 +215,7 @@ def _band(line: Line, colour: str, log_y: bool, opacity: float) -> go.Scatter:
         hoverinfo="skip",
         showlegend=False,
         legendgroup=line.label,
-        name=f"{line.label} · spread",
+        name=words(f"{line.label} · spread"),
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.specification import Analyses, Array, Selection
+from depthscope.app.text.visible import LONGEST_NAME, visible
 
 __all__ = [
     "LABELLED",
@@ -168,14 +169,15 @@ def names_of(array: xr.DataArray, along: str) -> list[str]:
     # Both axes of a matrix share the names, which are coordinates of the first one.
     base = along.removeprefix("other_")
     if base == "weight":
-        return [str(path) for path in array["weight"].values]
+        return [visible(path, longest=LONGEST_NAME) for path in array["weight"].values]
     prefix, part = ("", "site") if base == "depth" else ("connection_", "branch")
     layer = _labels(array, f"{prefix}layer", base)
     kind = _labels(array, part, base)
     if layer is None or kind is None:
         return [f"{base} {i}" for i in range(array.sizes[along])]
     # A negative layer is none: states outside the layers, such as the embedding, are named by their site.
-    return [str(k) if int(n) < 0 else f"layer {int(n)} {k}" for n, k in zip(layer, kind, strict=True)]
+    sites = [visible(site, longest=LONGEST_NAME) for site in kind]
+    return [site if int(n) < 0 else f"layer {int(n)} {site}" for n, site in zip(layer, sites, strict=True)]
 
 
 def _labels(array: xr.DataArray, name: str, base: str) -> list | None:

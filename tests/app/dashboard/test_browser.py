@@ -1,88 +1,18 @@
 """Does the dashboard work in a real browser: no errors, no request outside, clicks and links that restore the view?"""
 
-import http.client
-import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from depthscope.app.dashboard.pages import PAGES
-from depthscope.app.dashboard.server import free_port
 from depthscope.diagnostics import save_run
+from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, status, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-
-ROOT = Path(__file__).parents[3]
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
-CHART = ".depthscope-chart .main-svg"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    found = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
-        None,
-    )
-    if found is None:
-        message = "no chromium on the path; install one, such as: apt-get install chromium"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return found
-
-
-@contextmanager
-def serving(path: Path) -> Iterator[str]:
-    """A dashboard in a process of its own, killed on every way out."""
-    port = free_port()
-    code = (
-        "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
-        "launch([Path(sys.argv[1])], port=int(sys.argv[2]), open_browser=False)"
-    )
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, str(path), str(port)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_for(lambda: server.poll() is None and status(port, "/_stcore/health") == 200, 60)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
-
-
-def status(port: int, path: str, host: str | None = None) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", path, headers={"Host": host} if host else {})
-        return connection.getresponse().status
-    except OSError:
-        return 0
-    finally:
-        connection.close()
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the dashboard did not answer in time"
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -97,42 +27,6 @@ def runs_root(tmp_path_factory, residual_run, mhc_run) -> Path:
 def address(chromium, runs_root) -> Iterator[str]:
     with serving(runs_root) as served:
         yield served
-
-
-class Watch:
-    """What a page does while it is open: requests that leave the host, errors of the console."""
-
-    def __init__(self, page, address: str):
-        self.outside: list[str] = []
-        self.errors: list[str] = []
-        self.host = urlsplit(address).netloc
-        page.on("request", self.request)
-        page.on("websocket", self.request)
-        page.on("console", self.console)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-
-    def request(self, request) -> None:
-        parts = urlsplit(request.url)
-        if parts.scheme not in ("data", "blob") and parts.netloc != self.host:
-            self.outside.append(request.url)
-
-    def console(self, message) -> None:
-        # below a page's path Streamlit first asks whether its server lives there: a 404 that it expects
-        expected = "/_stcore/" in message.location.get("url", "") and "404" in message.text
-        if message.type == "error" and not expected:
-            self.errors.append(message.text)
-
-
-@pytest.fixture
-def page(chromium, address):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        try:
-            yield browser.new_page(viewport={"width": 1440, "height": 900})
-        finally:
-            browser.close()
 
 
 def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, address):

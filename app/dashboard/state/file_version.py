@@ -1,0 +1,77 @@
+"""Is a run on disk still the one that was read? What identifies its files, taken before and after."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FileVersion"]
+
+# Linux dates a change by the tick of its clock, up to 10 ms: two changes within one have the same date. A file that was
+# changed in the last 50 ms is looked at again, so that a later change has another date.
+_TICK_NS = 50_000_000
+
+
+@dataclass(frozen=True)
+class FileVersion:
+    """What identifies the files of a run: another version differs, however it came about.
+
+    Parameters
+    ----------
+    digest : str
+        Of device, inode, size and dates of every file: a rename gives another inode, a change in place another date,
+        and a change back of the date another date of the inode.
+    size : int
+        Bytes in all.
+    """
+
+    digest: str
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileVersion:
+        """The version that is there now; after a short wait where it was changed just now.
+
+        Parameters
+        ----------
+        path : Path
+            A file, or the folder of a store.
+
+        Returns
+        -------
+        FileVersion
+
+        Raises
+        ------
+        OSError
+            Where nothing is there, or something else than files and folders: a pipe would wait for ever to be read.
+        """
+        found = list(_files(path))
+        newest = max((entry.st_mtime_ns for _, entry in found), default=0)
+        if 0 <= time.time_ns() - newest < _TICK_NS:
+            time.sleep(_TICK_NS / 1e9)
+            found = list(_files(path))
+        facts = [
+            (name, entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
+            for name, entry in found
+        ]
+        digest = hashlib.sha256(repr(sorted(facts)).encode("utf-8", "surrogatepass")).hexdigest()
+        return cls(digest, sum(entry.st_size for _, entry in found))
+
+
+def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file and folder of a run, links not followed."""
+    left = [str(path)]  # a list and no recursion: folders may be nested deeper than Python's stack
+    while left:
+        name = left.pop()
+        entry = os.lstat(name)
+        if stat.S_ISDIR(entry.st_mode):
+            left += [os.path.join(name, below) for below in os.listdir(name)]
+        elif not stat.S_ISREG(entry.st_mode):
+            raise OSError(f"{name} is no ordinary file, which a saved run is; remove it, or name another run")
+        yield name, entry

@@ -1,0 +1,85 @@
+"""How many analysed runs stay in memory? As many as fit into a number of bytes, those used last."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock, RLock
+from typing import Any
+
+__all__ = ["ReadingCache"]
+
+
+class ReadingCache:
+    """Values by key, bounded by their bytes and not by their number: one run may be as large as a thousand others.
+
+    Values are shared by all visitors and never changed. One value is made at a time, whoever asks: visitors who open the
+    same run wait for one analysis, and the memory that analyses need is that of one.
+
+    Parameters
+    ----------
+    most_bytes : int
+        Bytes of all values together. The value used last stays also where it is larger alone, since the next click of a
+        visitor needs it again.
+    size_of : callable
+        Bytes of a value.
+    """
+
+    def __init__(self, most_bytes: int, size_of: Callable[[Any], int]):
+        self.most_bytes = most_bytes
+        self._size_of = size_of
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = Lock()
+        # Reentrant, so that making a value may ask for another one.
+        self._making = RLock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all values that are kept."""
+        with self._lock:
+            return sum(size for _, size in self._kept.values())
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key, made where it is not kept.
+
+        Parameters
+        ----------
+        key : hashable
+            Identifies the value.
+        make : callable
+            Makes it; what it raises is raised, and nothing is kept.
+
+        Returns
+        -------
+        Any
+        """
+        kept = self._find(key)
+        if kept is not None:
+            return kept
+        with self._making:
+            kept = self._find(key)  # somebody else has made it meanwhile
+            if kept is None:
+                kept = make()
+                self._keep(key, kept)
+        return kept
+
+    def _find(self, key: Hashable) -> Any:
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def _keep(self, key: Hashable, value: Any) -> None:
+        size = self._size_of(value)
+        with self._lock:
+            self._kept[key] = (value, size)
+            total = sum(kept for _, kept in self._kept.values())
+            while total > self.most_bytes and len(self._kept) > 1:
+                _, (_, dropped) = self._kept.popitem(last=False)
+                total -= dropped
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._kept.clear()

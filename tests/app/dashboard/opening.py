@@ -1,0 +1,42 @@
+"""One page of the dashboard, run without a browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+from depthscope.app.dashboard import server
+from depthscope.app.dashboard.state import run_library
+
+ENTRY = Path(server.__file__).resolve().parent / "navigation" / "entrypoint.py"
+
+
+def open_page(page: str, roots: Sequence[Path], **parameters: str | list[str]) -> AppTest:
+    """Run a page on some files; the pages' own modules are the ones that the test sees."""
+    run_library.allow(roots)
+    test = AppTest.from_file(str(ENTRY), default_timeout=120)
+    for name, value in parameters.items():
+        test.query_params[name] = value
+    # AppTest.switch_page takes files only; Streamlit knows a page that is a function by the hash of its URL path.
+    test._page_hash = calc_hash(page)
+    test.run()
+    assert not test.exception, test.exception
+    return test
+
+
+def charts(test: AppTest) -> dict[str, dict]:
+    """Charts of a page by the name of the figure."""
+    sent = [json.loads(element.proto.json) for element in test.get("bidi_component")]
+    return {data["name"]: data for data in sent}
+
+
+def words(test: AppTest) -> str:
+    """All text of a page, without the backslashes that switch Markdown off."""
+    parts = [*test.markdown, *test.caption, *test.info, *test.code, *test.expander, *test.error]
+    return "\n".join(str(getattr(part, "value", getattr(part, "label", ""))) for part in parts).replace(
+        "\\", ""
+    )

@@ -1,0 +1,183 @@
+"""Who is answered, and what do answers forbid? Asked without a server, and of the real one with its pages."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from depthscope.app.dashboard.access import HEADERS, guarded, policy
+from depthscope.diagnostics import save_run
+from tests.app.dashboard.serving import serving
+from tests.app.dashboard.visitor import Visitor
+
+HOSTS = ("localhost", "127.0.0.1")
+OWN = "127.0.0.1:8501"
+
+
+def ask(kind: str = "http", path: str = "/", **headers: str) -> list[dict]:
+    """What a guarded application sends for one request; `sec_fetch_site` is the header `sec-fetch-site`."""
+    sent: list[dict] = []
+
+    async def application(scope, receive, send) -> None:
+        await send(
+            {"type": "websocket.accept" if kind == "websocket" else "http.response.start", "status": 200}
+        )
+
+    async def receive() -> dict:
+        return {"type": f"{kind}.request"}
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": kind, "path": path, "headers": given, "method": "GET"}
+    asyncio.run(guarded(application, hosts=HOSTS, page_policy="default-src 'none'")(scope, receive, send))
+    return sent
+
+
+def is_answered(sent: list[dict]) -> bool:
+    return sent[0]["type"] == "websocket.accept" or sent[0].get("status") == 200
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": ""},
+        {},
+        {"host": OWN, "origin": "http://evil.example"},
+        {"host": OWN, "origin": "null"},
+        {"host": OWN, "origin": ""},
+        {"host": OWN, "origin": "https://127.0.0.1:8501"},
+        {"host": OWN, "origin": "http://127.0.0.1:3000"},  # another program of this machine
+        {"host": OWN, "origin": "http://localhost:8501"},
+        {"host": OWN, "origin": "http://127.0.0.1:8501@evil.example"},
+        {"host": OWN, "sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"},
+        {"host": OWN, "sec_fetch_site": "same-site", "sec_fetch_mode": "cors"},
+    ],
+)
+def test_other_sites_are_refused(kind, headers):
+    assert not is_answered(ask(kind, **headers))
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": OWN},
+        {"host": "localhost:9000", "origin": "http://localhost:9000"},
+        {"host": OWN, "origin": f"http://{OWN}", "sec_fetch_site": "same-origin", "sec_fetch_mode": "cors"},
+        {"host": OWN, "sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"},  # a link
+    ],
+)
+def test_own_pages_and_links_are_answered(kind, headers):
+    assert is_answered(ask(kind, **headers))
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_every_answer_carries_the_headers(kind):
+    sent = dict(ask(kind, host=OWN)[0]["headers"])
+    for name, value in HEADERS.items():
+        assert sent[name.lower().encode()] == value.encode()
+    assert sent[b"content-security-policy"] == b"default-src 'none'"
+    assert sent[b"cache-control"] == b"no-store"
+    assert b"cache-control" not in dict(ask(path="/static/js/a.js", host=OWN)[0]["headers"])
+    assert dict(ask(host="evil.example")[0]["headers"])[b"x-content-type-options"] == b"nosniff"
+
+
+def test_the_policy_names_the_inline_scripts_of_the_installed_page(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text("<script>a</script><script src=x></script><script>b</script>")
+    scripts = next(part for part in policy(page).split("; ") if part.startswith("script-src"))
+    assert scripts.count("'sha256-") == 2
+    assert "unsafe" not in scripts
+
+
+# --- the server that is started ---
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, make_run) -> Iterator[str]:
+    root: Path = tmp_path_factory.mktemp("served")
+    save_run(make_run("residual", layers=2), root / "plain.nc")
+    with serving(root) as served:
+        yield served
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/collapse",
+        "/nowhere",
+        "/_stcore/health",
+        "/_stcore/host-config",
+        "/_stcore/agent/openapi.json",
+        "/media/absent.csv",
+        "/static/absent.js",
+        "/depthscope/plotly/plotly.min.js",
+        "/..%2f..%2fetc%2fpasswd",
+        "//evil.example/",
+    ],
+)
+def test_every_path_of_the_server_has_the_headers(path, address):
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    for name, value in HEADERS.items():
+        assert answer.getheader(name) == value
+    assert "default-src 'none'" in answer.getheader("Content-Security-Policy")
+    assert b"root:x:0" not in body
+
+
+@pytest.mark.slow
+def test_a_socket_of_another_page_is_refused(address):
+    url = address.replace("http", "ws") + "/_stcore/stream"
+    for origin in ("http://evil.example", "http://localhost:3000", "http://127.0.0.1:1", "null"):
+        with pytest.raises(InvalidStatus, match="403"), connect(url, origin=origin):
+            pass
+    with connect(url, origin=address) as socket:
+        headers = socket.response.headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.slow
+def test_the_server_answers_no_program_that_drives_it(address):
+    """Streamlit's interface for agents is off: it would start sessions without a page."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
+    connection.request(
+        "POST", "/_stcore/agent/interact", body="{}", headers={"Content-Type": "application/json"}
+    )
+    assert connection.getresponse().status in (403, 404, 405)
+    connection.close()
+
+
+@pytest.mark.slow
+def test_sessions_give_their_memory_back(tmp_path, make_run):
+    """A small version of `python -m tests.app.dashboard.load`: reloads and open pages within a few megabytes each."""
+    from tests.app.dashboard.load import measured
+
+    save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
+    found = measured(tmp_path, reloads=40, pages=10)
+    assert found.open_files == 0
+    assert found.after_reloads - found.warm < 40 * 2**20
+    assert (found.with_pages - found.after_reloads) / 10 < 8 * 2**20
+
+
+@pytest.mark.slow
+def test_a_visitor_gets_a_page(address):
+    visitor = Visitor(address)
+    assert any(message.WhichOneof("type") == "delta" for message in visitor.open())
+    visitor.close()

@@ -1,0 +1,150 @@
+"""Names and attributes that attack the page, in a real browser: shown as text, nothing runs, nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import xarray as xr
+
+from depthscope.app.dashboard.pages import PAGES
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.readings.readings import COMPLETE
+from depthscope.app.text.visible import visible
+from depthscope.diagnostics import analyze, save_run
+from tests.app.dashboard.serving import CHART, Watch, serving
+from tests.app.hostile_text import TEXTS, file_names, mutated
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+CASES = TEXTS | mutated(seed=6, count=20)
+NAMES = file_names(CASES)
+GROUP = 10
+
+FOREIGN = """() => {
+    const own = (url) => !url || new URL(url, location.href).origin === location.origin || /^(data|blob):/.test(url);
+    const found = [];
+    for (const element of document.querySelectorAll("*")) {
+        const tag = element.tagName.toLowerCase();
+        if (["iframe", "object", "embed", "base", "form", "frame", "applet", "portal"].includes(tag)) found.push(tag);
+        for (const {name, value} of element.attributes) {
+            if (/^on/i.test(name)) found.push(`${tag} ${name}`);
+            if (/^\\s*javascript:/i.test(value)) found.push(`${tag} ${name}=${value}`);
+        }
+        for (const name of ["src", "href", "action", "data", "srcset", "poster"]) {
+            const value = element.getAttribute(name) ?? element.getAttribute("xlink:" + name);
+            if (value !== null && !own(value)) found.push(`${tag} ${name}=${value}`);
+        }
+        // Links of the dashboard lead to its pages; text of a run is none.
+        if (tag === "a" && !element.closest("nav, [data-testid=stSidebarNav]") && !element.closest("svg.main-svg"))
+            found.push(`a ${element.outerHTML.slice(0, 200)}`);
+        const inserted = ":is(img, svg, video, audio, table, h1, h2, .katex, math, style)";
+        if (element.matches(`[data-testid=stMarkdownContainer] ${inserted}`))
+            found.push(`${tag} inside text: ${element.outerHTML.slice(0, 200)}`);
+    }
+    return found;
+}"""
+TEXT = """() => [document.body.innerText,
+    ...[...document.querySelectorAll("[aria-label]")].map((element) => element.getAttribute("aria-label"))].join("\\n")"""
+TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u200b\u200e\u200f\u2060\ufeff\x00\x1b")
+
+
+@pytest.fixture(scope="module")
+def hostile_root(tmp_path_factory, make_run) -> Path:
+    """A run a name, with the text of its case in the attributes that the page shows."""
+    root = tmp_path_factory.mktemp("hostile")
+    plain = make_run("residual", layers=2, weights=False)
+    metrics = analyze(plain).assign_attrs({COMPLETE: True})
+    for case, name in NAMES.items():
+        run = xr.DataTree.from_dict(
+            {"/": xr.Dataset(attrs=plain.attrs), "/trace": plain["trace"].to_dataset(), "/metrics": metrics}
+        )
+        text = CASES[case].replace("\x00", "").encode("utf-8", "ignore").decode()
+        for key in ("model", "commit", "created", "data_digest", "software"):
+            run.attrs[key] = text
+        save_run(run, root / "run.nc")
+        (root / "run.nc").rename(root / f"{name}.nc")
+    return root
+
+
+@pytest.fixture(scope="module")
+def hostile_address(chromium, hostile_root) -> Iterator[str]:
+    with serving(hostile_root) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def shown_names(hostile_root) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_library, "_roots", [hostile_root.resolve()])
+        return list(run_library.list_runs())
+
+
+def look(page, address: str, path: str, names: list[str]) -> str:
+    """Open a page on some runs, look for anything foreign, and return its text."""
+    watch = Watch(page, address)
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.goto(f"{address}/{path}?{urlencode([('runs', name) for name in names])}")
+    if path != "mixing":
+        page.wait_for_selector(CHART, timeout=120_000)
+    page.get_by_test_id("stStatusWidget").wait_for(state="detached", timeout=120_000)
+    page.wait_for_timeout(1000)
+    assert page.get_by_test_id("stException").count() == 0
+    assert page.evaluate(FOREIGN) == []
+    assert page.evaluate("() => window.hostile") is None
+    assert dialogs == []
+    assert watch.errors == []
+    assert watch.outside == []
+    text = page.evaluate(TEXT)
+    assert not TURNING & set(text)
+    return text
+
+
+def test_every_name_is_listed_once(shown_names):
+    assert len(shown_names) == len(NAMES)
+
+
+@pytest.mark.parametrize("first", range(0, len(NAMES), GROUP))
+def test_hostile_names_and_attributes_are_text(first, page, hostile_address, shown_names):
+    names = shown_names[first : first + GROUP]
+    text = " ".join(look(page, hostile_address, "", names).split())
+    for name in names:
+        assert " ".join(name.split()) in text, name
+
+
+@pytest.mark.parametrize("path", [shown.url_path for shown in PAGES if shown.url_path])
+def test_hostile_names_are_text_on_every_page(path, page, hostile_address, shown_names):
+    for first in (0, 3 * GROUP):
+        look(page, hostile_address, path, shown_names[first : first + GROUP])
+
+
+def test_hostile_text_in_a_chart_is_drawn_as_it_is(page, hostile_address, shown_names):
+    name = next(name for name in shown_names if name.startswith("<b>bold"))
+    look(page, hostile_address, "collapse", [name, shown_names[0]])
+    legend = page.locator(".depthscope-chart .legendtext").all_text_contents()
+    assert any("<b>bold</b>" in entry for entry in legend)
+
+
+def test_hostile_parameters_in_the_browser(page, hostile_address):
+    for case in ("script", "image", "markdown_link", "path", "bidi_override", "newlines", "formula"):
+        text = CASES[case]
+        watch = Watch(page, hostile_address)
+        names = ("runs", "run", "part", "stream", "depths", "a", "b", "scope", "axis", text)
+        page.goto(f"{hostile_address}/similarity?{urlencode([(name, text) for name in names])}")
+        page.get_by_text("No run is chosen").or_(page.locator(CHART).first).first.wait_for(timeout=120_000)
+        page.wait_for_timeout(500)
+        assert page.evaluate(FOREIGN) == []
+        assert page.evaluate("() => window.hostile") is None
+        assert watch.errors == []
+        assert watch.outside == []
+
+
+def test_a_facts_table_shows_attributes_as_they_are(page, hostile_address, shown_names):
+    cases = ["url", "markdown_link", "directive", "entities", "arrows", "math"]
+    names = [name for name in shown_names if name in {visible(NAMES[case]) for case in cases}]
+    text = look(page, hostile_address, "", names)
+    for case in cases:
+        assert CASES[case] in text, case

@@ -1,0 +1,124 @@
+"""Whatever an address asks for, the page opens, shows what it has, and does a bounded amount of work."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from depthscope.app.dashboard.components.chosen_runs import MOST_RUNS
+from depthscope.app.dashboard.components.controls import CONTROLS, MOST_DEPTHS
+from depthscope.app.dashboard.pages import PAGES
+from depthscope.app.dashboard.state import run_library
+from depthscope.diagnostics import save_run
+from tests.app.dashboard.opening import charts, open_page, words
+from tests.app.hostile_text import TEXTS, mutated
+
+PARAMETERS = ("runs", "run", "part", "stream", "depths", "a", "b", *CONTROLS)
+VALUES = {
+    **TEXTS,
+    **mutated(seed=4, count=20),
+    "negative": "-1",
+    "huge": "9" * 400,
+    "float": "1.5",
+    "exponent": "1e3",
+    "infinite": "inf",
+    "boolean": "true",
+    "encoded": "..%2f..%2fetc%2fpasswd",
+    "twice_encoded": "..%252f..%252fetc%252fpasswd",
+    "backslash": "..\\..\\windows\\win.ini",
+    "absolute": "/etc/passwd",
+    "drive": "C:\\x",
+    "arabic_digits": "٣",
+    "comma": "plain,mhc",
+    "known_and_more": "plain\x00",
+    "object": "{}",
+    "list": "[1, 2]",
+}
+
+# An address is bytes: a lone surrogate cannot be written in it.
+VALUES = {case: value.encode("utf-8", "replace").decode() for case, value in VALUES.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, make_run) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    save_run(make_run("residual", layers=2), root / "plain.nc")
+    save_run(make_run("mhc", layers=2), root / "mhc.nc")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _own_roots(monkeypatch):
+    monkeypatch.setattr(run_library, "_roots", [])
+
+
+def check(test) -> None:
+    """A page as it always is: charts, or a sentence why there are none; nothing of the parameter but as text."""
+    said = words(test)
+    assert charts(test) or "No run is chosen" in said or "streams to mix" in said
+    assert not test.error
+    assert "Traceback" not in said
+
+
+PAGE_NAMES = [page.url_path for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGE_NAMES)
+@pytest.mark.parametrize("first", range(0, len(VALUES), 20))
+def test_every_parameter_at_once(page, first, runs):
+    for case in list(VALUES)[first : first + 20 : 7]:
+        check(open_page(page, [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGE_NAMES)
+@pytest.mark.parametrize("case", VALUES)
+def test_every_value_of_every_parameter(page, case, runs):
+    check(open_page(page, [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
+    for name in PARAMETERS:
+        # The other parameters are absent, or name a run.
+        others = {} if name == "runs" else {"runs": "mhc"}
+        check(open_page(page, [runs], **others, **{name: VALUES[case]}))
+
+
+@pytest.mark.parametrize("page", PAGE_NAMES)
+def test_repeated_parameters(page, runs):
+    draw = random.Random(5)
+    for _ in range(3):
+        values = {name: draw.choices(list(VALUES.values()), k=3) for name in PARAMETERS}
+        check(open_page(page, [runs], **values))
+    check(open_page(page, [runs], runs=["mhc"] * 500, a=["1", "2"], scope=["data", "sequence"]))
+
+
+@pytest.mark.parametrize("page", PAGE_NAMES)
+def test_unknown_parameters(page, runs):
+    check(
+        open_page(
+            page, [runs], embed="true", embed_options="disable_scrolling", **{TEXTS["script"]: "1", "": "x"}
+        )
+    )
+
+
+def test_all_runs_of_a_large_folder_are_bounded_and_the_limit_is_said(tmp_path, runs):
+    names = [f"run{number:03}" for number in range(500)]
+    for name in names:
+        shutil.copy(runs / "plain.nc", tmp_path / f"{name}.nc")
+    start = time.monotonic()
+    test = open_page("collapse", [tmp_path], runs=names)
+    assert len(test.multiselect(key="runs").value) == MOST_RUNS
+    assert f"At most {MOST_RUNS} of the 500 runs" in words(test)
+    assert time.monotonic() - start < 90
+
+
+def test_all_depths_of_a_deep_run_are_bounded_and_the_limit_is_said(tmp_path, make_run):
+    run = make_run("residual", layers=1000, samples=1, tokens=3, features=2, gradients=False, weights=False)
+    save_run(run, tmp_path / "deep.nc")
+    test = open_page("collapse", [tmp_path], depths=[str(depth) for depth in range(1001)])
+    for data in charts(test).values():
+        assert len(data["figure"]) < 2_000_000
+    if test.multiselect:
+        assert all(len(field.value) <= max(MOST_DEPTHS, MOST_RUNS) for field in test.multiselect)

@@ -1,0 +1,103 @@
+"""Whatever a label contains, plotly and matplotlib draw its letters: no markup, no links, no mathematics, no warning."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from depthscope.app.drawing.matplotlib import to_svg
+from depthscope.app.drawing.plotly import to_plotly
+from depthscope.app.figures import Heatmap, Line, Lines
+from tests.app.hostile_text import TEXTS, mutated
+
+CASES = TEXTS | mutated(seed=2, count=40)
+# What plotly takes for a tag, an entity of its own or a value to fill in.
+PLOTLY_MARKUP = re.compile(r"<|>|%\{|&(?!amp;|lt;|gt;|#37;)")
+INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200c\u200e-\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2067\ufeff]"
+)
+X = np.arange(3.0)
+
+
+def curves(text: str) -> Lines:
+    lines = (
+        Line(X, X + 1, text, lower=X, upper=X + 2, group=text, text=[text] * 3),
+        Line(X, X + 2, f"{text} · b", group=text),
+        Line(X, X + 3, "c", group="c"),
+        Line(X[:2], np.full(2, 2.0), text, role="threshold"),
+    )
+    return Lines("hostile", "Title", text, text, lines, missing=(text,))
+
+
+def cells(text: str) -> Heatmap:
+    names = [text] * 3
+    return Heatmap("hostile", "Title", X, X, np.eye(3), text, text, text, x_text=names, y_text=names)
+
+
+def strings(value: object) -> list[str]:
+    """All text of a plotly figure, but for its colours and fonts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for part in value.values() for text in strings(part)]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [text for part in value for text in strings(part)]
+    return []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plotly_draws_the_letters(case):
+    text = CASES[case]
+    for figure in (curves(text), cells(text)):
+        sent = to_plotly(figure).to_plotly_json()
+        # Our own line breaks, bold number and hover fields are the only markup.
+        ours = re.compile(r"<br>|</?b>|<extra></extra>|%\{(text|y:\.4~g|x:\.4~g|z:\.4g|customdata:\.4g)\}")
+        found = strings(
+            [[trace.get(key) for key in ("name", "text", "hovertemplate")] for trace in sent["data"]]
+        )
+        layout = sent["layout"]
+        found += [layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+        for note in layout.get("annotations", ()):
+            found += [note.get("text") or "", note.get("hovertext") or ""]
+        for shown in found:
+            bare = ours.sub("", shown)
+            assert not PLOTLY_MARKUP.search(bare), shown
+            assert not INVISIBLE.search(bare), shown
+            assert len(shown) < 3000
+
+
+class Elements(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: set[tuple[str, tuple[str, ...]]] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.add((tag, tuple(sorted(name for name, _ in attrs))))
+
+
+@pytest.fixture(scope="module")
+def harmless() -> set[tuple[str, tuple[str, ...]]]:
+    return Elements(to_svg(curves("a"))).found | Elements(to_svg(cells("a"))).found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matplotlib_draws_the_letters(case, harmless):
+    text = CASES[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a missing glyph, a label that is left out
+        for figure in (curves(text), cells(text)):
+            drawn = to_svg(figure)
+            assert Elements(drawn).found <= harmless
+            drawn.encode("utf-8")
+
+
+def test_dollars_are_dollars():
+    # The drawing of "$x$" as mathematics has one letter, in italics; as text it has three.
+    as_text, as_one = to_svg(replace(cells("a"), x_label="$x$")), to_svg(replace(cells("a"), x_label="x"))
+    assert as_text.count("<use") == as_one.count("<use") + 2
