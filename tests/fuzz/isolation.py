@@ -173,12 +173,17 @@ def _activity(group: int) -> tuple[float, bool]:
                 fields = file.read().rpartition(")")[2].split()
             if int(fields[2]) != group:
                 continue
-            states = [_state(f"/proc/{entry.name}/task/{task}/stat") for task in os.listdir(f"/proc/{entry.name}/task")]
+            states = [
+                _state(f"/proc/{entry.name}/task/{task}/stat")
+                for task in os.listdir(f"/proc/{entry.name}/task")
+            ]
         except OSError:
             continue  # it has ended
         else:
             ticks += sum(map(int, fields[11:15]))  # its own, and that of the children it has waited for
-            ready = ready or not {"R", "D"}.isdisjoint(states)  # runs or waits for a processor; waits for a disk
+            ready = ready or not {"R", "D"}.isdisjoint(
+                states
+            )  # runs or waits for a processor; waits for a disk
     return ticks / os.sysconf("SC_CLK_TCK"), ready
 
 

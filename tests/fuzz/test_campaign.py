@@ -17,9 +17,7 @@ from tests.fuzz.runs import RUNS
 from tests.fuzz.runs.base_runs import contents, difference, prepare
 
 # In this process, so of those mutators only that leave it alone even where a check is missing.
-QUICK = [
-    name for name in RUNS.mutators if name.startswith(("zarr-json:", "zarr-chunk:", "zip:flip"))
-]
+QUICK = [name for name in RUNS.mutators if name.startswith(("zarr-json:", "zarr-chunk:", "zip:flip"))]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -336,8 +336,7 @@ def odd_type(file: h5py.File, rng: Random, folder: Path) -> None:  # noqa: C901 
 
 def text_of_another_kind(file: h5py.File, rng: Random, folder: Path) -> None:
     """Labels that are no UTF-8, contain NUL, or are very long."""
-    names = [name for name in _datasets(file) if file[name].dtype.kind == "O"]
-    name = rng.choice(names)
+    name = _dataset(file, rng, kinds="O")
     values = file[name][()]
     new = rng.choice(
         (
