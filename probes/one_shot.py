@@ -14,7 +14,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.session.forward import Forward, Measured
+from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.model_call import batches, call_observed, eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
@@ -69,7 +69,7 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    session = Session(model, Options(**options))
+    session = Session(model, Options(**options), only_own=True)
     gradients = session.options.gradients
     step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
     sequences = 0
@@ -101,12 +101,14 @@ def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Mea
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
         if gradients and value is not None:
-            _run_backward(value, session.forwards[-1])
+            with own_call(session.owner):
+                _run_backward(value, session.forwards[-1])
             session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, None if value is None else float(value.detach())
     finally:
         session.detach()
+        session.drop()  # after an error; nothing is left after a fold
 
 
 def _with_gradients(batch: Any) -> Any:

@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.app.figures import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, depth_table, mixing_table
-from depthscope.app.text.terminal import say, show_rows
+from depthscope.app.text.terminal import command_line, printable, say, show_rows
 from depthscope.diagnostics import CATALOGUE
 
 WIDTH = 100
@@ -149,11 +149,13 @@ def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
             found = each.reading.analysis
             names = ", ".join(f"{name} ({_printed_dims(found[name])})" for name in each.not_in_tables)
             # All three places: in a terminal a matrix can only be pointed to.
-            where = f"they are in /metrics of {written}, in --json, and in: depthscope dashboard {written}"
+            where = (
+                f"they are in /metrics of {written}, in --json, and in: {command_line('dashboard', written)}"
+            )
             _say_wrapped(f"Measured in {each.reading.name}, not printed: {names}: {where}")
         for reason, metrics in each.reading.not_computed.items():
             _say_wrapped(f"Not computed: {', '.join(metrics)}: {reason}")
-    say(f"Metrics written to {written}")
+    say(f"Metrics written to {printable(written)}")
 
 
 def _printed_dims(values: xr.DataArray) -> str:

@@ -1,24 +1,70 @@
-"""Which arguments do several commands share? Each is declared here once, with the function that reads it."""
+"""Which arguments do several commands share? Each is declared here once, with its type."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
+
+from depthscope.app.cli.paths import InputRun, OutputFile, OutputFolder, run_endings
+from depthscope.app.cli.values import Names, OneOf, Size
 
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
 
+RUN_FILE = OutputFile("run", run_endings)
+"""A run that is written."""
+
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """One run file as ``args.run``."""
-    parser.add_argument("run", metavar="RUN", help="run file (.nc, .zarr, .zarr.zip)")
+    parser.add_argument("run", metavar="RUN", type=InputRun(), help="run file (.nc, .zarr, .zarr.zip)")
+    add_max_bytes(parser)
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """Run files and folders of runs as ``args.runs``; `open_runs` opens them."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run file, or a folder of runs")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=InputRun(folders=True), help="run file, or a folder of runs"
+    )
+    add_max_bytes(parser)
+
+
+def add_max_bytes(parser: argparse.ArgumentParser) -> None:
+    """``--max-bytes``: how much memory the arrays of one run may take, as ``args.max_bytes``."""
+    parser.add_argument(
+        "--max-bytes",
+        type=Size(),
+        metavar="BYTES",
+        help="refuse a run that unpacks to more, such as 500MB or 2GiB (default: a limit by the size of its file)",
+    )
+
+
+def add_out(
+    parser: argparse.ArgumentParser, kind: OutputFile, *, metavar: str, about: str, required: bool = True
+) -> None:
+    """``--out`` for one file as ``args.out``, and ``--force``: an existing file is replaced with it alone."""
+    parser.add_argument("--out", type=kind, required=required, metavar=metavar, help=about)
+    parser.add_argument("--force", action="store_true", help="replace the file of --out where it exists")
+
+
+def add_out_folder(parser: argparse.ArgumentParser, *, about: str, default: str | None = None) -> None:
+    """``--out`` for a folder as ``args.out``."""
+    parser.add_argument(
+        "--out", type=OutputFolder(), required=default is None, default=default, metavar="DIR", help=about
+    )
+
+
+def add_metrics(parser: argparse.ArgumentParser, *, about: str) -> None:
+    """``--metrics`` as ``args.metrics``: a list of names in the catalogue, or None."""
+    parser.add_argument("--metrics", type=Names("metric", _metrics), metavar="A,B", help=about)
+
+
+def _metrics() -> Iterable[str]:
+    from depthscope.diagnostics import CATALOGUE
+
+    return CATALOGUE
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -35,14 +81,20 @@ def add_browser(parser: argparse.ArgumentParser) -> None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Which version of each number is shown; `selection_of` reads them."""
     group = parser.add_argument_group("which version of the numbers")
-    # No `choices=`: the labels are declared with the figures, and that import costs xarray. `Selection.of` refuses a
-    # wrong label and names the expected ones.
-    group.add_argument("--scope", metavar="sequence|data", help="within each sequence, or all tokens pooled")
-    group.add_argument("--tokens", metavar="all|ordinary", help="ordinary leaves massive activations out")
-    group.add_argument("--centering", metavar="raw|centred", help="centred takes the mean token away")
-    group.add_argument(
-        "--reduction", metavar="mean|median|p1|p99|max", help="over tokens, for mixing metrics"
-    )
+    # No `choices=`: the labels are declared with the figures, and that import costs xarray.
+    for name, labels, words in (
+        ("scope", "sequence|data", "within each sequence, or all tokens pooled"),
+        ("tokens", "all|ordinary", "ordinary leaves massive activations out"),
+        ("centering", "raw|centred", "centred takes the mean token away"),
+        ("reduction", "mean|median|p1|p99|max", "over tokens, for mixing metrics"),
+    ):
+        group.add_argument(f"--{name}", type=OneOf(partial(_labels, name)), metavar=labels, help=words)
+
+
+def _labels(name: str) -> Sequence[str]:
+    from depthscope.app.figures import CHOICES
+
+    return CHOICES[name]
 
 
 def selection_of(args: argparse.Namespace) -> Selection:
@@ -62,106 +114,3 @@ def selection_of(args: argparse.Namespace) -> Selection:
     # Options that were not given are left out, so that the defaults are declared in `Selection` alone.
     given = {name: getattr(args, name) for name in ("scope", "tokens", "centering", "reduction")}
     return Selection.of({name: label for name, label in given.items() if label is not None})
-
-
-def metric_names(names: list[str] | None) -> list[str] | None:
-    """Names of metrics, checked against the catalogue.
-
-    Parameters
-    ----------
-    names : list of str or None
-        Names as given on the command line; None where the option was left out.
-
-    Returns
-    -------
-    list of str or None
-        The same names.
-
-    Raises
-    ------
-    ValueError
-        For a name that is no metric, with the closest one.
-    """
-    from depthscope.diagnostics import CATALOGUE
-    from depthscope.diagnostics.closest_names import did_you_mean
-
-    for name in names or ():
-        if name not in CATALOGUE:
-            raise ValueError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
-    return names
-
-
-def require_run_name(out: str, *, suffixes: Collection[str], source: str | None = None) -> None:
-    """Refuse a name under which no run can be saved, before anything expensive is computed.
-
-    Parameters
-    ----------
-    out : str
-        The value of ``--out``.
-    suffixes : collection of str
-        Endings of run files, ``schema.SUFFIXES``.
-    source : str, optional
-        A run that must not be overwritten.
-
-    Raises
-    ------
-    ValueError
-        For another ending, or for `source` itself.
-    """
-    if not out.endswith(tuple(suffixes)):
-        raise ValueError(f"--out {out!r} is no run; expected a name that ends in {', '.join(suffixes)}")
-    if source is not None and Path(out).resolve() == Path(source).resolve():
-        raise ValueError(
-            f"--out {out!r} is the run itself, whose trace it would replace; name another file, or leave --out out"
-        )
-
-
-def positive_integer(text: str) -> int:
-    """A whole number from 1 on; for `type=` of an argument.
-
-    Parameters
-    ----------
-    text : str
-        What was typed.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ArgumentTypeError
-        For anything else.
-    """
-    # int() also takes "1_000", " 7 " and digits of other scripts, which are typing errors here.
-    if not text.isascii() or not text.removeprefix("-").isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; give one from 1 on")
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive; give a whole number from 1 on")
-    return int(text)
-
-
-def comma_separated(text: str) -> list[str]:
-    """Names with commas between them; for `type=` of an argument.
-
-    Parameters
-    ----------
-    text : str
-        What was typed.
-
-    Returns
-    -------
-    list of str
-        At least one name.
-
-    Raises
-    ------
-    ArgumentTypeError
-        Where no name is left: ``--metrics ""`` must not mean every metric.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} names nothing; give one name or several with commas between, or leave the option out"
-        )
-    return names

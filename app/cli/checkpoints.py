@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from depthscope.app.cli.paths import InputPath
+from depthscope.app.cli.values import Checked, Number, OneOf, quoted
 from depthscope.app.text.terminal import working
 
 if TYPE_CHECKING:
     from depthscope.probes.checkpoints.load import LoadedModel
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Types in which a model can run: a capture measures real numbers, and torch has no matrix products of 8-bit floats."""
+
+_DEVICE = re.compile(r"(cpu|cuda|xpu|mps)(?::(\d{1,3}))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Device(Checked):
+    """A torch device by its name, such as ``cpu`` or ``cuda:1``; `load` asks whether this machine has it."""
+
+    def check(self, value: str, option: str, args: argparse.Namespace) -> None:
+        """Refuse the name of no device that a model can run on; see `Checked.check`."""
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"{option} {quoted(value)} is no device; expected cpu, cuda, cuda:1, xpu or mps")
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that this machine does not have, before a model is loaded.
+
+    Parameters
+    ----------
+    device : str
+        Such as ``cuda:1``.
+
+    Raises
+    ------
+    ValueError
+        With the devices that there are.
+    """
+    import torch
+
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "xpu": torch.xpu.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    kind, _, number = device.partition(":")
+    if int(number or 0) >= counts[kind]:
+        present = [
+            f"{name}:{index}" if count > 1 else name
+            for name, count in counts.items()
+            for index in range(count)
+        ]
+        raise ValueError(f"this machine has no device {device!r}; it has {', '.join(present)}")
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -18,26 +70,36 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="transformers folder, .gguf file, module:factory, or the word smollm2",
+        type=InputPath(must_exist=False),
+        help="transformers folder, .gguf file, module:factory (imports and runs that code: only what you trust), or the word "
+        "smollm2",
     )
-    parser.add_argument("--weights", metavar="FILE", help="state dict for module:factory")
+    parser.add_argument("--weights", type=InputPath(), metavar="FILE", help="state dict for module:factory")
     parser.add_argument(
         "--layers", metavar="PATH", help="the list of blocks, such as model.layers (else detected)"
     )
     parser.add_argument(
         "--layout", metavar="AXES", help="axes of the state, such as 'B T N D' (else detected)"
     )
-    # Not `positive_integer`: the capture refuses a wrong number itself, and the Python interface needs that too.
-    parser.add_argument("--streams", type=int, metavar="N", help="streams, where the layout merges them")
+    parser.add_argument(
+        "--streams", type=Number(1, 65536), metavar="N", help="streams, where the layout merges them"
+    )
     parser.add_argument(
         "--sites",
         metavar="NAMES",
         help="what to keep, such as mid,final or 'blocks.3.hook_resid_post' (else all states)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the sequences (default 0)")
-    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
     parser.add_argument(
-        "--dtype", metavar="float32|bfloat16|…", help="precision of the model (default its own)"
+        "--seed", type=Number(0, 2**63 - 1), default=0, metavar="N", help="chooses the sequences (default 0)"
+    )
+    parser.add_argument(
+        "--device", type=Device(), default="cpu", metavar="cpu|cuda|…", help="torch device (default cpu)"
+    )
+    parser.add_argument(
+        "--dtype",
+        type=OneOf(lambda: DTYPES),
+        metavar="|".join(DTYPES),
+        help="precision of the model (default its own)",
     )
 
 
@@ -56,6 +118,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
     # Seconds, in which nothing else would be printed.
     with working("importing torch"):
         from depthscope.probes.checkpoints.load import load_checkpoint
+    require_device(args.device)
     with working(f"loading {args.checkpoint}"):
         return load_checkpoint(args.checkpoint, weights=args.weights, dtype=args.dtype, device=args.device)
 
@@ -78,9 +141,9 @@ def site_names(args: argparse.Namespace) -> list[str] | None:
 
 @contextmanager
 def capture_errors_for_users() -> Iterator[None]:
-    """Turn a refused capture into the ValueError that the command line prints as one line.
+    """Turn a refused capture, or an error of the model's own code, into a ValueError that the command line prints as one line.
 
-    Other RuntimeErrors, such as those of torch inside the user's own model, keep their traceback.
+    Every other error is ours and keeps its traceback.
 
     Yields
     ------
@@ -89,12 +152,21 @@ def capture_errors_for_users() -> Iterator[None]:
     Raises
     ------
     ValueError
-        With the message of the refusal.
+        With the message of the refusal, or the error of the model and its place.
     """
+    from depthscope.probes.checkpoints.user_code import is_model_error, own_error
     from depthscope.probes.model.errors import CaptureError
 
     try:
-        yield
+        # What the model prints in its forward is no result of the command.
+        with redirect_stdout(sys.stderr):
+            yield
     # A RuntimeError of its own: the message tells the user what to do, so that no traceback is needed.
     except CaptureError as error:
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a model may call sys.exit
+        if not is_model_error(error):
+            raise
+        raise ValueError(own_error("the model", error)) from error

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# 2 is what argparse itself exits with; 130 and 141 are the shell's 128 + SIGINT and 128 + SIGPIPE.
-FINE, FOUND, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+# 2 is what argparse itself exits with, 70 is EX_SOFTWARE of sysexits.h; the others are the shell's 128 + SIGINT, SIGPIPE
+# and SIGTERM.
+FINE, FOUND, USAGE, BUG, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 70, 130, 141, 143
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Command:
     help : str
         One line, in lower case and without a full stop: it stands in the list of commands.
     add_arguments : callable
-        Takes the command's parser. `depthscope.app.cli.arguments` has the arguments that commands share.
+        Takes the command's parser. `depthscope.app.cli.arguments` has the arguments that commands share, and
+        `depthscope.app.cli.values` and `paths` the types of all others: their values are checked before `run`.
     run : callable
-        Takes the parsed arguments and returns the exit code: `FINE`, or `FOUND` where a check fails. A ValueError or
-        an OSError that it raises is printed as one line, and the exit code is `USAGE`.
+        Takes the parsed arguments and returns the exit code: `FINE`, or `FOUND` where a check fails or a run was left
+        out. A ValueError or an OSError that it raises is printed as one line, and the exit code is `USAGE`; any other
+        exception is a bug of ours, and the exit code `BUG`.
     """
 
     name: str

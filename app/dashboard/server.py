@@ -68,7 +68,12 @@ CONFIG: dict[str, Any] = {
 
 
 def launch(
-    paths: Sequence[Path], *, port: int | None = None, open_browser: bool = True, block: bool = True
+    paths: Sequence[Path],
+    *,
+    port: int | None = None,
+    open_browser: bool = True,
+    block: bool = True,
+    max_bytes: int | None = None,
 ) -> str:
     """Show runs in a dashboard at a local address.
 
@@ -82,6 +87,8 @@ def launch(
         Open the address in the default browser once the server answers.
     block : bool
         Serve until interrupted. False serves from another process, which ends with this one.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
 
     Returns
     -------
@@ -106,14 +113,14 @@ def launch(
     chosen = free_port(port)
     address = f"http://{HOST}:{chosen}"
     if not block:
-        _serve_from_other_process(paths, chosen, address)
+        _serve_from_other_process(paths, chosen, address, max_bytes)
     if open_browser:
         # From a thread: this one is about to serve, and the browser must not come before the server answers.
         Thread(target=lambda: webbrowser.open(address) if _answers(address) else None, daemon=True).start()
     if block:
         sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
         sys.stderr.flush()
-        serve(paths, chosen)
+        serve(paths, chosen, max_bytes)
     return address
 
 
@@ -123,7 +130,7 @@ def free_port(port: int | None = None) -> int:
     Parameters
     ----------
     port : int or None
-        The one that must be free; None looks from 8501 upwards.
+        The one that must be free; None and 0 look from 8501 upwards.
 
     Returns
     -------
@@ -132,13 +139,16 @@ def free_port(port: int | None = None) -> int:
     Raises
     ------
     ValueError
-        Where it is taken, or all that were tried are.
+        Where it is no port or is taken, or all that were tried are.
     """
-    wanted = range(FIRST_PORT, FIRST_PORT + TRIED_PORTS) if port is None else (port,)
+    if port is not None and not 0 <= port <= 65535:
+        raise ValueError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
+    # 0 is how programs ask for a free port.
+    wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
     for candidate in wanted:
         if _is_free(candidate):
             return candidate
-    if port is not None:
+    if port:
         raise ValueError(f"port {port} is taken; name another one, or leave --port out to take a free one")
     raise ValueError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
 
@@ -154,7 +164,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def serve(paths: Sequence[Path], port: int) -> None:
+def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> None:
     """Serve the dashboard in this process until it is interrupted.
 
     Parameters
@@ -163,6 +173,8 @@ def serve(paths: Sequence[Path], port: int) -> None:
         Run files, or folders of runs.
     port : int
         A free port.
+    max_bytes : int, optional
+        Of the arrays of one run.
     """
     import streamlit as st
     from starlette.middleware import Middleware
@@ -173,7 +185,7 @@ def serve(paths: Sequence[Path], port: int) -> None:
     from depthscope.app.dashboard.components import chart
     from depthscope.app.dashboard.state import run_library
 
-    run_library.allow(paths)
+    run_library.allow(paths, max_bytes=max_bytes)
     # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
@@ -184,9 +196,11 @@ def serve(paths: Sequence[Path], port: int) -> None:
     application.run(config=CONFIG | {"server.port": port})
 
 
-def _serve_from_other_process(paths: Sequence[Path], port: int, address: str) -> None:
+def _serve_from_other_process(paths: Sequence[Path], port: int, address: str, max_bytes: int | None) -> None:
     """Serve from another process and wait until it answers."""
-    request = json.dumps({"paths": [str(path.resolve()) for path in paths], "port": port})
+    request = json.dumps(
+        {"paths": [str(path.resolve()) for path in paths], "port": port, "max_bytes": max_bytes}
+    )
     code = (
         "import sys; from depthscope.app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
     )
@@ -209,7 +223,7 @@ def _serve_request(request: str) -> None:
     wanted = json.loads(request)
     # Daemon: a server that is stopped by itself must not wait for the end of its parent.
     Thread(target=_end_with_parent, daemon=True).start()
-    serve([Path(path) for path in wanted["paths"]], wanted["port"])
+    serve([Path(path) for path in wanted["paths"]], wanted["port"], wanted["max_bytes"])
 
 
 def _end_with_parent() -> None:

@@ -17,7 +17,7 @@ from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.latex_snippets import figures_tex, main_tex, preamble_tex, tables_tex
 from depthscope.app.paper.replaced_folder import replaced_folder, write_manifest
 from depthscope.app.readings.provenance import software
-from depthscope.app.readings.readings import read_runs
+from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown
 from depthscope.app.text.bibliography import cut
 
@@ -25,7 +25,7 @@ VECTOR = ("pdf", "svg")
 
 
 def write_bundle(
-    runs: Mapping[str, xr.DataTree],
+    runs: Mapping[str, xr.DataTree] | Sequence[Reading],
     out: Path,
     *,
     width: str = "icml",
@@ -36,8 +36,8 @@ def write_bundle(
 
     Parameters
     ----------
-    runs : mapping of str to DataTree
-        Runs by the names to print.
+    runs : mapping of str to DataTree, or sequence of Reading
+        Runs by the names to print, or what `read_runs` made of them.
     out : Path
         Missing, empty, or written by an earlier export. Files of others in it stay.
     width : str
@@ -62,7 +62,8 @@ def write_bundle(
         raise ValueError(f"width {width!r} is not known; expected {', '.join(WIDTHS)}")
     # Analysed inside: a folder of somebody else is refused before anything is computed.
     with replaced_folder(Path(out)) as folder:
-        contents = Contents.of(read_runs(runs), view)
+        readings = read_runs(runs) if isinstance(runs, Mapping) else runs
+        contents = Contents.of(readings, view)
         _write_figures(contents, folder, width, formats)
         _write_texts(_texts(contents, width), folder)
         write_manifest(folder, _facts(contents, width))
@@ -129,7 +130,6 @@ def figure_csv(figure: Figure) -> str:
 
 def _facts(contents: Contents, width: str) -> dict[str, Any]:
     return {
-        "made_by": "depthscope export",
         "software": software(),
         "width": width,
         # As it was applied: of runs of different depth the axis was changed.

@@ -1,23 +1,29 @@
-"""How is a folder of results replaced without losing what others put there? By its manifest, in one move."""
+"""Which files in a folder of results are ours? Those that its manifest names; a new export carries all others along."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from depthscope.diagnostics import atomic_writes
+
 MANIFEST = "manifest.json"
+MADE_BY = "depthscope export"
+# Bytes; a manifest of ours takes some hundred for each file and a few thousand for each run (a heuristic of ours).
+MANIFEST_LIMIT = 64 << 20
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A fresh folder that takes the target's place when the block ends without an error.
 
-    Files in the target that an earlier run did not write move along, unchanged.
+    Files in the target that an earlier run did not write go along, unchanged; no instant is without them.
 
     Parameters
     ----------
@@ -32,111 +38,72 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     Raises
     ------
     ValueError
-        For a folder of somebody else, or a bundle whose files were edited.
+        For a folder of somebody else, a bundle whose files were edited, or a fresh file with the name of a foreign one.
     """
-    foreign = foreign_files(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: a rename within one file system is atomic, and the old folder can be moved back.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
-        fresh = Path(place) / "fresh"
-        fresh.mkdir()
-        # Where the block raises, nothing below runs and the temporary folder goes with all that was written.
+    with atomic_writes.replaced_folder(target, others=foreign_files) as fresh:
         yield fresh
-        refuse_taken(fresh, foreign, target)
-        _swap(fresh, target, Path(place) / "old", foreign)
 
 
 def foreign_files(target: Path) -> list[Path]:
-    """Files in a folder that its manifest does not name; relative paths.
+    """What is in a folder and not named by its manifest: files, links, and folders with nothing in them.
 
     Parameters
     ----------
     target : Path
-        A folder, perhaps missing.
+        A folder.
 
     Returns
     -------
     list of Path
+        Relative to the folder.
 
     Raises
     ------
     ValueError
         For a file, a folder of somebody else, or one with files of ours that were edited.
     """
-    if not target.exists():
-        return []
     if not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder to write to")
-    # A link to a folder counts as a file of somebody else: it moves along, what it points to stays where it is.
-    present = sorted(
-        entry.relative_to(target) for entry in target.rglob("*") if not entry.is_dir() or entry.is_symlink()
-    )
     # An empty folder belongs to nobody.
-    if not present:
+    if not os.listdir(target):
         return []
+    # Read before all files are listed, which are many where somebody names a home folder.
     written = _written(target)
-    # Edited by hand is work that an export would destroy.
-    edited = [
-        name for name in present if str(name) in written and sha256(target / name) != written[str(name)]
-    ]
-    if edited:
-        raise ValueError(
-            f"{target / edited[0]} was edited after depthscope wrote it; "
-            "rename it, or choose another folder with --out"
-        )
-    return [name for name in present if str(name) not in written and str(name) != MANIFEST]
+    foreign = []
+    for name in atomic_writes.entries_below(target):
+        if name.as_posix() not in written:
+            foreign.append(name)
+        # Edited by hand is work that an export would destroy.
+        elif not _is_as_written(target / name, written[name.as_posix()]):
+            raise ValueError(
+                f"{target / name} was edited after depthscope wrote it; "
+                "rename it, or choose another folder with --out"
+            )
+    return foreign
 
 
-def _written(target: Path) -> Mapping[str, str]:
-    """Files and hashes that the manifest names."""
+def _is_as_written(path: Path, digest: str | None) -> bool:
+    # A link or a pipe was not written by an export, and reading a pipe would wait for ever.
+    return stat.S_ISREG(path.lstat().st_mode) and digest in (None, sha256(path))
+
+
+def _written(target: Path) -> Mapping[str, str | None]:
+    """Files and hashes that the manifest names; of the manifest itself there is no hash."""
+    path = target / MANIFEST
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        return dict(manifest["files"])
-    # No manifest, no JSON, or a manifest of another program: in each case these files are not ours.
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        described = path.lstat()
+        if not stat.S_ISREG(described.st_mode) or described.st_size > MANIFEST_LIMIT:
+            raise ValueError(f"{MANIFEST} is no small file")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        # Other programs have manifests too.
+        if manifest["made_by"] != MADE_BY:
+            raise ValueError(f"{MANIFEST} is of another program")
+        return {**manifest["files"], MANIFEST: None}
+    # No manifest, no JSON, JSON of another shape or nested too deep: in each case these files are not ours.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{target} contains files that depthscope did not write; choose an empty or new folder with --out"
         ) from error
-
-
-def refuse_taken(fresh: Path, foreign: list[Path], target: Path) -> None:
-    """Refuse to write over a file of somebody else.
-
-    Parameters
-    ----------
-    fresh : Path
-        The folder that was written.
-    foreign : list of Path
-        Relative paths of files that move along.
-    target : Path
-        For the message.
-
-    Raises
-    ------
-    ValueError
-        Where a fresh file has the name of a foreign one.
-    """
-    for name in foreign:
-        # Refused before the swap, so that the folder is as it was.
-        if (fresh / name).exists():
-            raise ValueError(f"{target / name} was not written by depthscope and is in the way; rename it")
-
-
-def _swap(fresh: Path, target: Path, aside: Path, foreign: list[Path]) -> None:
-    """Move the target aside, the fresh folder in its place, and the files of others back into it."""
-    if target.exists():
-        target.rename(aside)
-    try:
-        fresh.rename(target)
-    except OSError:
-        # The old folder comes back, so that a failed export leaves what was there.
-        if aside.exists():
-            aside.rename(target)
-        raise
-    for name in foreign:
-        # The folder of the foreign file may be one that this export did not write to.
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (aside / name).rename(target / name)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
@@ -147,7 +114,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
     folder : Path
         A folder whose files are all written.
     facts : mapping
-        What JSON can say; anything else as text.
+        What JSON can say; anything else as text. By ``made_by`` the next export knows that the folder is one of its own.
 
     Returns
     -------
@@ -157,7 +124,10 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
     names = sorted(entry.relative_to(folder) for entry in folder.rglob("*") if entry.is_file())
     listed = {name.as_posix(): sha256(folder / name) for name in names}
     path = folder / MANIFEST
-    path.write_text(json.dumps({**facts, "files": listed}, indent=2, default=str, ensure_ascii=False) + "\n")
+    path.write_text(
+        json.dumps({"made_by": MADE_BY, **facts, "files": listed}, indent=2, default=str, ensure_ascii=False)
+        + "\n"
+    )
     return path
 
 
@@ -173,4 +143,5 @@ def sha256(path: Path) -> str:
     -------
     str
     """
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

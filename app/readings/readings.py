@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,15 @@ class Reading:
         What `diagnostics.analyze` returns, or the stored /metrics of the run.
     findings : tuple of Finding
         Worst first.
+    integrity : str
+        Whether the run is what was saved; see `schema.integrity`.
     """
 
     name: str
     attrs: Mapping[str, Any]
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
+    integrity: str = ""
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -76,6 +80,7 @@ def read_runs(
             shown_attributes(run.attrs),
             analysis,
             tuple(judge(analysis)),
+            schema.integrity(run),
         )
         for name, run in runs.items()
         for label, analysis in _analyses(name, run, progress)
@@ -140,8 +145,78 @@ def _by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
     return {chain: node.to_dataset() for chain, node in analysis.children.items()}
 
 
-def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
+def read_paths(
+    paths: Sequence[str],
+    *,
+    max_bytes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[list[Reading], dict[str, str]]:
+    """Open, analyse and judge runs; one that cannot be read, analysed or judged is left out, and the others stay.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Run files, or folders with some in them.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
+    progress : function, optional
+        Called with (metric, number done, number in all) for each run.
+
+    Returns
+    -------
+    tuple of list of Reading and dict of str to str
+        The readings, and the reasons why runs were left out by their names.
+
+    Raises
+    ------
+    Exception
+        That of the run, where there is one run and it is left out.
+    FileNotFoundError
+        Where a path does not exist.
+    ValueError
+        Where a folder contains no run, or every run is left out.
+    """
+    readings: list[Reading] = []
+    left_out: dict[str, str] = {}
+    found = find_runs(paths)
+    for name, path in found.items():
+        try:
+            run = schema.open_run(path, max_bytes=max_bytes)
+            try:
+                readings += read_runs({name: run}, progress=progress)
+            finally:
+                run.close()
+        # Whatever is wrong with one run, also where it meets a mistake of ours: it must not hide the verdict on others.
+        except Exception as error:
+            if len(found) == 1:
+                raise
+            kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+            left_out[name] = f"{kind}{error}"
+    if not readings:
+        first = next(iter(left_out.values()))
+        raise ValueError(f"none of the {len(left_out)} runs can be read; the first of them: {first}")
+    return readings, left_out
+
+
+def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str, xr.DataTree]:
     """Open runs, and folders of runs, under names that are short and differ.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Run files, or folders with some in them.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
+
+    Returns
+    -------
+    dict of str to DataTree
+    """
+    return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
+
+
+def find_runs(paths: Sequence[str]) -> dict[str, Path]:
+    """The runs of a command line, and those in its folders, under names that are short and differ.
 
     Parameters
     ----------
@@ -150,19 +225,14 @@ def open_runs(paths: Sequence[str]) -> dict[str, xr.DataTree]:
 
     Returns
     -------
-    dict of str to DataTree
+    dict of str to Path
 
     Raises
     ------
-    FileNotFoundError
-        Where a path does not exist.
     ValueError
         Where a folder contains no run.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        found += _runs_at(path)
-    return {name: schema.open_run(path) for name, path in _short_names(found).items()}
+    return _short_names([run for path in map(Path, paths) for run in _runs_at(path)])
 
 
 def _runs_at(path: Path) -> list[Path]:
@@ -181,7 +251,8 @@ def _runs_at(path: Path) -> list[Path]:
 def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
     """The name of the file, with as many folders before it as make the names unique."""
     # Resolved: the same run by two paths, or in a folder that was also given, is one run.
-    unique = list(dict.fromkeys(path.resolve() for path in paths))
+    # realpath and not resolve, which raises a RuntimeError for a link to itself.
+    unique = list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
     for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
         names = [without_ending("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from depthscope.app.text.bibliography import bibliography, cited, entries
 from depthscope.app.text.numbers import number
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
+from depthscope.diagnostics.atomic_writes import replaced_file
 
 __all__ = ["findings_text", "to_html", "write_report"]
 
@@ -31,15 +30,27 @@ __all__ = ["findings_text", "to_html", "write_report"]
 _DESCRIBED = {"model": "model", "family": "family", "n_streams": "streams", "dtype": "dtype"}
 
 
-def write_report(runs: Mapping[str, xr.DataTree], out: Path, *, view: Selection | None = None) -> Path:
-    """Write the report of some runs; an earlier one is replaced only when the new one is complete.
+# In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.
+MARK = '<meta name="generator" content="depthscope report">'
+
+
+def write_report(
+    runs: Mapping[str, xr.DataTree] | Sequence[Reading],
+    out: Path,
+    *,
+    force: bool = False,
+    view: Selection | None = None,
+) -> Path:
+    """Write the report of some runs. An earlier one is replaced in one step, when the new one is complete.
 
     Parameters
     ----------
-    runs : mapping of str to DataTree
-        Runs by the names to print.
+    runs : mapping of str to DataTree, or sequence of Reading
+        Runs by the names to print, or what `read_runs` made of them.
     out : Path
-        HTML file.
+        HTML file; missing, or a report.
+    force : bool
+        Also replace a file that is no report.
     view : Selection, optional
         Which slice of the numbers figures and tables show.
 
@@ -51,19 +62,39 @@ def write_report(runs: Mapping[str, xr.DataTree], out: Path, *, view: Selection 
     ------
     ValueError
         For no run, or a name that does not end in ``.html``.
+    OSError
+        Where the file cannot be written; FileExistsError where one is there that is no report.
     """
     out = Path(out)
     # Before the runs are analysed; browsers open a file by its ending.
     if out.suffix not in (".html", ".htm"):
         raise ValueError(f"a report is an HTML file; got {out.name!r}, expected such as report.html")
-    text = to_html(read_runs(runs), view=view)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Written in the same folder first: a rename within one file system is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        fresh = Path(folder) / out.name
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, out)
+    # Analysed inside: a file of somebody else is refused before anything is computed.
+    with replaced_file(out, check=None if force else require_report) as fresh:
+        readings = read_runs(runs) if isinstance(runs, Mapping) else runs
+        fresh.write_text(to_html(readings, view=view), encoding="utf-8")
     return out
+
+
+def require_report(path: Path) -> None:
+    """Refuse to replace a file that is no report.
+
+    Parameters
+    ----------
+    path : Path
+        A regular file.
+
+    Raises
+    ------
+    FileExistsError
+        With what to do.
+    """
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if MARK.encode() not in head:
+        raise FileExistsError(
+            f"{path} exists and is no report of depthscope; name another file, delete it, or replace it with --force"
+        )
 
 
 def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> str:
@@ -97,6 +128,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
     return page.render(
         bibtex="\n".join(known[key] for key in contents.sources),
         contents=contents,
+        mark=Markup(MARK),
         described=[_description(reading.attrs) for reading in readings],
         names=", ".join(reading.name for reading in readings),
         nothing=NOTHING,

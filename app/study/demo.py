@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ import xarray as xr
 
 from depthscope.app.readings.readings import COMPLETE, read_runs
 from depthscope.app.tables.findings import findings_text
-from depthscope.app.text.terminal import progress_bar, remark, say, working
+from depthscope.app.text.terminal import command_line, progress_bar, remark, say, working
 from depthscope.diagnostics import analyze, schema
 
 SMOLLM2 = "SmolLM2-135M"
@@ -72,6 +71,9 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> None:
     quick : bool
         Ten seconds of training and no SmolLM2.
     """
+    # Before the minutes that follow; the study looks at its own files.
+    if not quick:
+        schema.require_replaceable(out / "runs" / f"{SMOLLM2}.nc")
     started = time.perf_counter()
     steps = Steps(total=4 if quick else 6)
     folder = out / "runs"
@@ -212,7 +214,7 @@ def _write_paper(runs: Mapping[str, xr.DataTree], folder: Path) -> Path | None:
 
 def _show_dashboard(folder: Path, *, browser: bool) -> None:
     if not browser and not sys.stdout.isatty():
-        say(f"Browse them with: depthscope dashboard {shlex.quote(str(folder))}")
+        say(f"Browse them with: {command_line('dashboard', folder)}")
         return
     from depthscope.app.dashboard.server import launch
 

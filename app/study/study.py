@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from safetensors import safe_open
 from safetensors.torch import save_model
+from torch import nn
 
 from depthscope import probes
 from depthscope.app.study.corpus import Corpus, split_corpus
@@ -18,6 +22,7 @@ from depthscope.app.study.recipe import Recipe
 from depthscope.app.study.small_lm import CONNECTIONS, TITLES
 from depthscope.app.study.training import single_threaded, train_side_by_side
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.atomic_writes import replaced_file, require_replaceable_file
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
@@ -54,12 +59,23 @@ def run_study(
     ------
     StudyError
         If the time is not positive.
+    OSError
+        Where the folder cannot be written to; FileExistsError where a file of another origin has a name of the study's.
     """
     recipe = replace(recipe or Recipe(), seconds=seconds, seed=seed)
-    if recipe.seconds <= 0 or (recipe.steps is not None and recipe.steps < 1):
-        raise StudyError(f"got {recipe.seconds:g} s and {recipe.steps} steps; expected more than 0")
+    # Not `<= 0`: of nan that is false, and neither nan nor inf is ever spent.
+    if not 0 < recipe.seconds < math.inf or (recipe.steps is not None and recipe.steps < 1):
+        raise StudyError(
+            f"got {recipe.seconds:g} s and {recipe.steps} steps; expected finite numbers above 0"
+        )
     corpus = split_corpus(sample_text())
     learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
+    # Before the training: minutes of it would be lost.
+    for learner in learners:
+        schema.require_replaceable(out / f"{learner.kind}.nc")
+        require_replaceable_file(
+            out / f"{learner.kind}.safetensors", partial(require_weights_of, learner.model)
+        )
 
     def measure(step: int) -> None:
         for learner in learners:
@@ -67,7 +83,6 @@ def run_study(
 
     with single_threaded():
         spent = train_side_by_side(learners, corpus, recipe, measure=measure, progress=progress)
-        out.mkdir(parents=True, exist_ok=True)
         return {learner.kind: _save(learner, corpus, recipe, out, spent) for learner in learners}
 
 
@@ -126,18 +141,49 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
 
 def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
     step = len(learner.losses)
-    weights = out / f"{learner.kind}.safetensors"
-    # The format "pt" is what transformers asks of a safetensors file.
-    save_model(learner.model, str(weights), metadata={"format": "pt"})
-    attrs = {
-        "model": f"small LM, {TITLES[learner.kind]}",
-        "seed": recipe.seed,
-        "loss_reduction": "mean",
-        "weights_digest": file_digest([weights]),
-        "training": training_facts(learner, corpus, recipe, spent),
-    }
-    run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
-    return schema.save_run(run, out / f"{learner.kind}.nc")
+    # The block ends with the weights in place, directly after the run that names their digest.
+    check = partial(require_weights_of, learner.model)
+    with replaced_file(out / f"{learner.kind}.safetensors", check=check) as weights:
+        # The format "pt" is what transformers asks of a safetensors file.
+        save_model(learner.model, str(weights), metadata={"format": "pt"})
+        attrs = {
+            "model": f"small LM, {TITLES[learner.kind]}",
+            "seed": recipe.seed,
+            "loss_reduction": "mean",
+            "weights_digest": file_digest([weights]),
+            "training": training_facts(learner, corpus, recipe, spent),
+        }
+        run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
+        return schema.save_run(run, out / f"{learner.kind}.nc")
+
+
+def require_weights_of(model: nn.Module, path: Path) -> None:
+    """Refuse to replace a file that is not the weights of such a model.
+
+    Told by the names of the tensors: a mark in the header would change the digest of equal weights, since safetensors writes
+    several entries of it in random order.
+
+    Parameters
+    ----------
+    model : Module
+        A model of the study; its sizes do not matter.
+    path : Path
+        A regular file.
+
+    Raises
+    ------
+    FileExistsError
+        With what to do.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+    except Exception:  # safetensors has an error of its own for a file of another format
+        names = set()
+    if not names or not names <= set(model.state_dict()):
+        raise FileExistsError(
+            f"{path} exists and is not the weights of an earlier study; move it away, or name another folder"
+        )
 
 
 def training_facts(learner: Learner, corpus: Corpus, recipe: Recipe, spent: float) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """What reaches the terminal, and on which channel? Results on stdout, progress and remarks on stderr.
 
+Names, attributes and errors come from files of others, and may contain what moves the cursor, hides text or adds a line:
+everything that is printed goes through `printable` here.
+
 rich is imported where it is used: every command imports this module, and ``depthscope --help`` must not wait for it.
 """
 
@@ -7,9 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from depthscope.app.text.visible import visible
@@ -21,15 +27,70 @@ Progress = Callable[[str, int, int], None]
 """Takes the part that is being computed, the number done and the number in all."""
 
 
+# A message is read by people: the middle of one with a megabyte of somebody's text in it is left out.
+MAX_MESSAGE = 1500
+
+
+def printable(value: object, *, lines: bool = False, longest: int | None = None) -> str:
+    r"""A value of somebody else for the terminal: as one line of visible characters, others as their escapes.
+
+    Parameters
+    ----------
+    value : object
+        Printed by ``str``.
+    lines : bool
+        Keep line breaks and tabs, of text of our own.
+    longest : int, optional
+        Characters after which the middle is left out.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> printable("a\x1b[2J\nb")
+    'a\\x1b[2J\\nb'
+    """
+    shown = visible(value, lines=lines, longest=longest)
+    # Right-to-left words are isolated for a page. Few terminals know the two signs, and most print something for them.
+    return shown.replace("\u2068", "").replace("\u2069", "")
+
+
+def command_line(*words: str | Path) -> str:
+    """A command of ours to copy into a shell: a path in it is one word there, whatever its name is.
+
+    Parameters
+    ----------
+    *words : str or Path
+        After ``depthscope``.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> command_line("check", Path("a b;c.nc"))
+    "depthscope check 'a b;c.nc'"
+    """
+    # A path that begins with a dash would be read as an option.
+    plain = [
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words
+    ]
+    return shlex.join(["depthscope", *plain])
+
+
 def say(text: str = "") -> None:
     """Print text for people on stdout; severities are coloured on a terminal.
 
     Parameters
     ----------
     text : str
-        Plain text; rich's markup in square brackets is printed as it is.
+        Plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody else
+        goes through `printable` before it becomes part of the text.
     """
-    text = visible(text, lines=True)
+    text = printable(text, lines=True)
     if not sys.stdout.isatty():
         sys.stdout.write(text + "\n")
         return
@@ -52,7 +113,15 @@ def emit(data: Any) -> None:
         What to print; anything that JSON lacks becomes text.
     """
     # json.dumps writes NaN and Infinity as bare words, which are no JSON and which jq and JavaScript refuse.
-    sys.stdout.write(json.dumps(_jsonable(data), indent=2, ensure_ascii=False, default=str) + "\n")
+    # On another encoding than UTF-8 every other character is an escape, which JSON reads as the same character.
+    ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+    text = json.dumps(_jsonable(data), indent=2, ensure_ascii=ascii_only, default=str)
+    sys.stdout.write(re.sub(r"[^\n -~]", _json_escape, text) + "\n")
+
+
+def _json_escape(character: re.Match[str]) -> str:
+    # What a terminal would obey or not show; JSON has an escape for it that means the same.
+    return character[0] if character[0].isprintable() else json.dumps(character[0])[1:-1]
 
 
 def _jsonable(data: Any) -> Any:
@@ -74,7 +143,7 @@ def remark(text: str) -> None:
     text : str
         One line.
     """
-    sys.stderr.write(f"depthscope: {visible(text, lines=True)}\n")
+    sys.stderr.write(f"depthscope: {printable(' '.join(text.split()), longest=MAX_MESSAGE)}\n")
 
 
 @contextmanager
@@ -99,8 +168,9 @@ def working(what: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.text import Text
 
+    what = printable(what)
     with Console(stderr=True).status(Text(what)) as status:
-        yield lambda part, done, total: status.update(Text(f"{what}: {part} {done}/{total}"))
+        yield lambda part, done, total: status.update(Text(f"{what}: {printable(part)} {done}/{total}"))
 
 
 @contextmanager
@@ -139,6 +209,8 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     rows : sequence of sequence of str
         Cells.
     """
+    columns = [printable(column) for column in columns]
+    rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -147,12 +219,12 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
         grid = Table(box=SIMPLE_HEAD, header_style="bold")
         for column in columns:
-            grid.add_column(Text(visible(column)), overflow="fold")
+            grid.add_column(Text(column), overflow="fold")
         for row in rows:
-            grid.add_row(*(Text(visible(cell)) for cell in row))
+            grid.add_row(*(Text(cell) for cell in row))
         Console(highlight=False).print(grid)
         return
-    lines = [[visible(cell) for cell in row] for row in (columns, *rows)]
+    lines = [list(columns), *(list(row) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -5,6 +5,7 @@ from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
 from depthscope.diagnostics.schema.opening import integrity, open_run
+from depthscope.diagnostics.schema.replaceable import require_replaceable
 from depthscope.diagnostics.schema.saving import save_run
 from depthscope.diagnostics.schema.validation import SCHEMA_VERSION, SchemaError, check_version, validate
 from depthscope.diagnostics.schema.variables import (
@@ -57,6 +58,7 @@ __all__ = [
     "integrity",
     "list_runs",
     "open_run",
+    "require_replaceable",
     "save_run",
     "validate",
 ]

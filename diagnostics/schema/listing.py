@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from depthscope.diagnostics.schema.formats import SUFFIXES, suffix_of
+
+# A run in a zarr folder counts as one. A heuristic of ours: some seconds of reading.
+MAX_ENTRIES = 200_000
 
 
 def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
@@ -21,13 +25,18 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     -------
     dict of str to Path
         In alphabetical order; links that leave the root are left out.
+
+    Raises
+    ------
+    ValueError
+        For a folder of more than `MAX_ENTRIES` files.
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
     if base.name.endswith(SUFFIXES):
         return {_without_suffix(base.name): base} if base.exists() else {}
     found: dict[str, Path] = {}
-    for entry in sorted(_walk(base)):
+    for entry in sorted(_walk(base, itertools.count(1))):
         # A dashboard may serve this folder to others: nothing outside it is offered.
         if _is_below(base, entry):
             found[_without_suffix(str(entry.relative_to(base)))] = entry
@@ -41,17 +50,22 @@ def _is_below(base: Path, entry: Path) -> bool:
         return False
 
 
-def _walk(folder: Path) -> Iterable[Path]:
+def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
+        # The root of a disk would be read for minutes.
+        if next(seen) > MAX_ENTRIES:
+            raise ValueError(
+                f"more than {MAX_ENTRIES} files up to {folder}; name the folder that the runs are in"
+            )
         # A name with a dot is a run that is being written, see `save_run`.
         if entry.name.startswith("."):
             continue
         if entry.name.endswith(SUFFIXES):
             yield entry
         elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
-            yield from _walk(entry)
+            yield from _walk(entry, seen)
 
 
 def _without_suffix(name: str) -> str:

@@ -1,11 +1,11 @@
-"""How does a run get to disk? Complete beside the earlier one, which it then replaces."""
+"""How does a run get to disk? Complete beside the earlier one, which it then replaces in one step."""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,19 @@ from typing import Any
 
 import xarray as xr
 
+from depthscope.diagnostics.atomic_writes import replaced_file, replaced_folder
 from depthscope.diagnostics.schema.attributes import encode_dataset, with_content_digest
 from depthscope.diagnostics.schema.file_digest import append_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
+from depthscope.diagnostics.schema.replaceable import require_replaceable, require_run
 from depthscope.diagnostics.schema.validation import validate
 
 
-def save_run(run: xr.DataTree, path: str | os.PathLike[str]) -> Path:
-    """Write a run to one file or store, replacing an earlier one only when the new one is complete.
+def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write a run to one file or store. An earlier run there is replaced in one step, when the new one is complete.
+
+    Whatever happens meanwhile (an error, a full disk, a killed process), the path has the earlier run or the new one. Only a
+    run is replaced; of a link, what it points to.
 
     Parameters
     ----------
@@ -28,6 +33,9 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str]) -> Path:
         A run.
     path : path-like
         Ends in ``.nc`` (netCDF-4), ``.zarr`` (folder) or ``.zarr.zip``.
+    force : bool
+        Replace a file that is no run as well: a torn one, one of a newer schema, or of another program. A folder with files
+        of others in it is refused all the same.
 
     Returns
     -------
@@ -38,18 +46,29 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str]) -> Path:
     ------
     SchemaError
         Where the run breaks the contract or the ending is unknown.
+    OSError
+        Where the path cannot be written to; FileExistsError where what is there is no run.
     """
     target = Path(path)
-    # Both are refused before anything is written.
+    # All are refused before anything is written.
     suffix = suffix_of(target)
     validate(run)
+    require_replaceable(target, force=force)
     encoded = with_content_digest(run.map_over_datasets(encode_dataset))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the folder of the target, so that the rename at the end stays within one file system and is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        fresh = Path(folder) / target.name
+
+    def check(place: Path) -> tuple[Path, ...]:
+        require_run(place, suffix, force=force)
+        return ()  # no file of others goes along: where there is one, the folder is refused
+
+    replaced = (
+        replaced_folder(target, others=check) if suffix == ".zarr" else replaced_file(target, check=check)
+    )
+    with replaced as fresh:
+        # Looked at first: the HDF5 library prints a page of its state where the disk gets full, and may crash later.
+        needed = sum(variable.nbytes for node in run.subtree for variable in node.variables.values())
+        if shutil.disk_usage(fresh.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(encoded, fresh, suffix)
-        _replace(fresh, target, backup=Path(folder) / "old")
     return target
 
 
@@ -124,17 +143,3 @@ def _encodings(
         }
         for node in run.subtree
     }
-
-
-def _replace(fresh: Path, target: Path, *, backup: Path) -> None:
-    if target.is_dir() and not target.is_symlink():
-        # A folder cannot be replaced in one call: the old one is moved away until the new one is in place.
-        target.rename(backup)
-        try:
-            fresh.rename(target)
-        except OSError:
-            backup.rename(target)
-            raise
-        shutil.rmtree(backup)
-    else:
-        os.replace(fresh, target)

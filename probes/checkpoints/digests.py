@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from depthscope.probes.checkpoints.own_files import require_file
+
 CHUNK = 1 << 20  # bytes
 FULL_DIGEST_LIMIT = 4 << 30  # bytes; hashing more takes longer than the capture itself (a heuristic of ours)
 
@@ -29,8 +31,13 @@ def file_digest(files: Iterable[Path]) -> str:
     -------
     str
         ``sha256:…`` or ``sha256-sampled:…``.
+
+    Raises
+    ------
+    CheckpointError
+        If one is no regular file.
     """
-    paths = sorted(files)
+    paths = sorted(require_file(file) for file in files)
     sampled = sum(path.stat().st_size for path in paths) > FULL_DIGEST_LIMIT
     hashes = [_file_hash(path, sampled=sampled) for path in paths]
     lines = "".join(f"{value}  {path.name}\n" for value, path in zip(hashes, paths, strict=True))

@@ -7,21 +7,29 @@ import importlib.util
 import json
 import logging
 import os
-import tempfile
+import stat
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthscope.diagnostics.atomic_writes import one_at_a_time, remove_litter, replaced_folder
+from depthscope.probes.checkpoints.building_limits import StoredSize, building_limits, check_numbers
 from depthscope.probes.checkpoints.digests import file_digest
-from depthscope.probes.checkpoints.weight_files import CheckpointError
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
+from depthscope.probes.checkpoints.foreign_references import CONFIGURATIONS, offline
+from depthscope.probes.checkpoints.gguf_header import check_gguf
+from depthscope.probes.checkpoints.own_files import exists, require_file
 
 logger = logging.getLogger(__name__)
 
 STAMP = "depthscope.json"  # in the cached folder: what it was converted from, by what, and the digests of its files
 # Bytes; nobody expects a hidden copy larger than this on their disk (a heuristic of ours)
 COPY_LIMIT = 4 << 30
+# Seconds that a process waits for another one that converts the same file; the largest copy takes about three minutes.
+PATIENCE = 600.0
 
 
 def smollm2_file() -> Path:
@@ -76,20 +84,84 @@ def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
         If accelerate or gguf are missing, or transformers cannot read the file.
     """
     digest = file_digest([file])
-    folder = cache_root() / f"{file.stem}-{digest.rpartition(':')[2][:16]}"
-    if is_intact_copy(folder, digest):
-        model, tokenizer = _load_copy(folder)
+    root = trusted_cache_root()
+    if root is None:
+        model, tokenizer = _convert(file)
     else:
+        folder = root / f"{file.stem}-{digest.rpartition(':')[2][:16]}"
+        model, tokenizer = _load_or_convert(file, folder, digest)
+    return (model if dtype is None else model.to(dtype)), tokenizer, digest
+
+
+def trusted_cache_root() -> Path | None:
+    """The cache's folder, made where it is missing; None, with a warning, where others could have put something into it.
+
+    Returns
+    -------
+    Path or None
+    """
+    root = cache_root()
+    try:
+        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)
+        reason = distrust(root.parent) or distrust(root)
+    except OSError as error:
+        reason = str(error)
+    if not reason:
+        return root
+    logger.warning("no cached copy in '%s' (%s); the next start converts again", root, reason)
+    return None
+
+
+def distrust(folder: Path) -> str:
+    """Why a folder may have files of others in it; an empty text where it has not.
+
+    Parameters
+    ----------
+    folder : Path
+        Exists.
+
+    Returns
+    -------
+    str
+    """
+    if not hasattr(os, "geteuid"):  # Windows: a profile's folders are private, and their modes say nothing
+        return ""
+    described = folder.stat()
+    if described.st_uid != os.geteuid():
+        return f"'{folder}' is owned by another user; set XDG_CACHE_HOME to a folder of your own"
+    # In a sticky folder, as /tmp is, others can make files but not replace ours.
+    if described.st_mode & 0o022 and not described.st_mode & stat.S_ISVTX:
+        return f"others may write in '{folder}'; end that with: chmod go-w '{folder}'"
+    return ""
+
+
+def _load_or_convert(file: Path, folder: Path, digest: str) -> tuple[nn.Module, Any]:
+    with ExitStack() as stack:
+        try:
+            remove_litter(folder.parent)
+            if is_intact_copy(folder, digest):
+                return _load_copy(folder)
+            stack.enter_context(one_at_a_time(folder, "converting", seconds=PATIENCE))
+        except OSError as error:
+            logger.warning("no cached copy in '%s' (%s); the next start converts again", folder.parent, error)
+            return _convert(file)
+        # Another process may have converted it while this one waited.
+        if is_intact_copy(folder, digest):
+            return _load_copy(folder)
         model, tokenizer = _convert(file)
         _cache_copy(model, tokenizer, folder, digest)
-    return (model if dtype is None else model.to(dtype)), tokenizer, digest
+        return model, tokenizer
 
 
 def is_intact_copy(folder: Path, digest: str) -> bool:
     """Whether a cached copy is of this GGUF file, by this version of transformers, and undamaged."""
     try:
+        # Somebody else's: from a time when others could write in the cache.
+        if hasattr(os, "geteuid") and folder.lstat().st_uid != os.geteuid():
+            return False
         return json.loads((folder / STAMP).read_text()) == _stamp(folder, digest)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -113,15 +185,19 @@ def _convert(file: Path) -> tuple[nn.Module, Any]:
         raise CheckpointError(
             f"a GGUF file needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
         )
+    contents = check_gguf(file)
+    stored = StoredSize(contents.num_elements, contents.num_tensors, contents.largest_dimension)
+    check_numbers(contents.numbers, stored, f"'{file}'")
+    # transformers looks for some of these next to the file.
+    for name in (*CONFIGURATIONS, "adapter_config.json"):
+        if exists(file.parent / name):
+            require_file(file.parent / name)
     source = {"gguf_file": file.name, "local_files_only": True}
-    try:
+    message = f"transformers cannot read '{file}' as GGUF"
+    advice = "check that the download is complete and that its architecture is one that transformers converts"
+    with offline(), building_limits(stored, str(file)), errors_of("transformers", message, advice):
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
-    except (ValueError, OSError, KeyError, RuntimeError, NotImplementedError, IndexError) as error:
-        raise CheckpointError(
-            f"transformers cannot read '{file}' as GGUF ({error}); check that the download is complete and "
-            "that its architecture is one that transformers converts"
-        ) from error
     # save_pretrained refuses a model whose config is marked as quantised; the weights are plain float32 by now. The config
     # is copied first: transformers shares it between the model and its parts.
     model.config = copy.deepcopy(model.config)
@@ -143,15 +219,8 @@ def _cache_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> 
         logger.info("no cached copy of %s: %.1f GB is above the limit", folder.name, size / 1e9)
         return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written elsewhere on the same disk and renamed at the end: another process never sees half of a copy.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as scratch:
-            new = Path(scratch) / "copy"
-            _write_copy(model, tokenizer, new, digest)
-            # Stale or damaged: moved away first, since a folder cannot be replaced in one step
-            if folder.exists():
-                folder.rename(Path(scratch) / "old")
-            new.rename(folder)
+        with replaced_folder(folder) as fresh:
+            _write_copy(model, tokenizer, fresh, digest)
     except OSError as error:
         logger.warning("no cached copy in '%s' (%s); the next start converts again", folder.parent, error)
 
@@ -159,7 +228,6 @@ def _cache_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> 
 def _write_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> None:
     from safetensors.torch import save_model
 
-    folder.mkdir()
     # save_model, which keeps one of several tied tensors; save_file refuses tensors that share memory.
     save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
     model.config.save_pretrained(folder)

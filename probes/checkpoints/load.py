@@ -7,7 +7,6 @@ import importlib
 import inspect
 import io
 import logging
-import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -18,14 +17,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.probes.checkpoints.building_limits import building_limits, check_numbers
 from depthscope.probes.checkpoints.digests import file_digest, parameter_digest
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
+from depthscope.probes.checkpoints.foreign_references import check_references, offline
 from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
+from depthscope.probes.checkpoints.own_files import (
+    check_folder,
+    exists,
+    given_path,
+    list_folder,
+    own_file,
+    read_json,
+    require_file,
+)
+from depthscope.probes.checkpoints.user_code import errors_of_user_code
 from depthscope.probes.checkpoints.weight_files import (
-    CheckpointError,
-    check_safetensors,
     load_strictly,
     safetensors_files,
+    shards,
     state_dict,
+    stored_size,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,6 +51,14 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+# In the order in which transformers looks for them
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+MAKE_READABLE = "give every parameter its data: no meta device, no lazy module before its first forward"
 EXPECTED = (
     "expected a transformers folder (with config.json), a .gguf file, 'package.module:function' that returns "
     "an nn.Module, or the word smollm2"
@@ -68,7 +88,10 @@ def load_checkpoint(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> LoadedModel:
-    """Load the model of a checkpoint; nothing is fetched from a network, no pickled code runs.
+    """Load the model of a checkpoint; nothing is fetched from a network, and only a factory is code that runs.
+
+    ``package.module:function`` imports that module and calls that function, with all rights of this process: give only
+    code that you trust. No other kind of checkpoint runs code, and of a folder no file outside it is read.
 
     Parameters
     ----------
@@ -95,8 +118,8 @@ def load_checkpoint(
         If the checkpoint is missing, torn, of an unknown kind, or does not fit its model.
     """
     torch_dtype = _torch_dtype(dtype)
-    path = Path(spec).expanduser()
-    if FACTORY.fullmatch(spec) and not path.exists():  # a file name may have a colon too
+    path = given_path(spec)
+    if FACTORY.fullmatch(spec) and not exists(path):  # a file name may have a colon too
         loaded = _from_factory(spec, weights, torch_dtype)
     elif weights is not None:
         raise CheckpointError(
@@ -106,7 +129,10 @@ def load_checkpoint(
     else:
         with _progress_bars_on_terminals_only():
             loaded = _from_path(path, spec, torch_dtype)
-    loaded.model.to(device).eval()
+    with errors_of(
+        "torch", f"the model of '{printable(spec)}' does not go to '{device}'", "give another --device"
+    ):
+        loaded.model.to(device).eval()
     return loaded
 
 
@@ -114,16 +140,19 @@ def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
     if spec == "smollm2":
         model, tokenizer, digest = load_gguf(smollm2_file(), dtype=dtype)
         return LoadedModel(model, tokenizer, "SmolLM2-135M", digest, spec)
+    if not spec or not exists(path):
+        if ":" in spec:  # no file has this name, so a factory was meant
+            raise CheckpointError(
+                f"got '{printable(spec)}', expected 'package.module:function', such as my_models:build"
+            )
+        raise CheckpointError(f"no such checkpoint: '{printable(spec)}'; {EXPECTED}")
     if path.is_dir():
         return _from_folder(path, spec, dtype)
-    if path.suffix == ".gguf" and path.is_file():
-        model, tokenizer, digest = load_gguf(path, dtype=dtype)
-        return LoadedModel(model, tokenizer, path.stem, digest, spec)
-    if path.is_file():
+    require_file(path)  # before its name: a pipe may be called anything
+    if path.suffix != ".gguf":
         raise CheckpointError(_advice_for_file(path))
-    if ":" in spec:  # no file has this name, so a factory was meant
-        raise CheckpointError(f"got '{spec}', expected 'package.module:function', such as my_models:build")
-    raise CheckpointError(f"no such checkpoint: '{spec}'; {EXPECTED}")
+    model, tokenizer, digest = load_gguf(path, dtype=dtype)
+    return LoadedModel(model, tokenizer, path.stem, digest, spec)
 
 
 def _advice_for_file(path: Path) -> str:
@@ -138,50 +167,77 @@ def _advice_for_file(path: Path) -> str:
 
 
 def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
-    files = _weight_files(folder)  # first of all: a torn file is refused before a model is built
-    config = _config(folder)
-    model = _pretrained(folder, config, dtype)
-    return LoadedModel(model, _tokenizer(folder), folder.resolve().name, file_digest(files), spec)
+    # Everything that can be checked without transformers comes first: it follows what the files name.
+    check_folder(folder)
+    settings = _settings(folder)
+    files = _weight_files(folder, settings)
+    stored = stored_size(files)
+    check_numbers(settings, stored, f"'{folder}/config.json'")
+    check_references(folder)
+    with offline(), building_limits(stored, str(folder)):
+        config = _config(folder)
+        model = _pretrained(folder, config, dtype)
+        tokenizer = _tokenizer(folder)
+    return LoadedModel(model, tokenizer, folder.resolve().name, file_digest(files), spec)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if not any(folder.iterdir()):
+def _settings(folder: Path) -> dict[str, Any]:
+    entries = [path.name for path in list_folder(folder)]
+    if not entries:
         raise CheckpointError(f"the folder '{folder}' is empty; {EXPECTED}")
-    if not (folder / "config.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
-        raise CheckpointError(f"no config.json in '{folder}' (found: {found}); {EXPECTED}")
-    files = safetensors_files(folder)
-    check_safetensors(files)
-    if not files:  # pickles, which transformers opens with weights_only=True
-        files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
+    if "config.json" not in entries:
+        raise CheckpointError(f"no config.json in '{folder}' (found: {', '.join(entries[:6])}); {EXPECTED}")
+    return read_json(folder / "config.json", "transformers configuration")
+
+
+def _weight_files(folder: Path, settings: dict[str, Any]) -> list[Path]:
+    """The files that transformers opens, in the order in which it looks for them."""
+    named = settings.get("transformers_weights")
+    names = WEIGHT_FILES if named is None else (named,)
+    found = next((file for name in names if exists(file := own_file(folder, name))), None)
+    if found is None:
         raise CheckpointError(
-            f"'{folder}' has a config.json but no safetensors or pytorch_model.bin; complete the download"
+            f"'{folder}' has a config.json but no safetensors or pytorch_model.bin (looked for: "
+            f"{', '.join(map(str, names))}); complete the download"
         )
-    return files
+    return shards(found) if found.name.endswith(".index.json") else [require_file(found)]
 
 
 def _config(folder: Path) -> Any:
     # Imported here and below: a factory or a GGUF error needs no transformers, whose import is slow.
     from transformers import AutoConfig
 
-    try:
+    message = (
+        f"transformers does not know the architecture in '{folder}/config.json', or not with these settings"
+    )
+    advice = "code inside a checkpoint is never run: update transformers, or give 'package.module:function' and weights"
+    with errors_of("transformers", message, advice):
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(
-            f"transformers does not know the architecture in '{folder}/config.json' ({_first_line(error)}); "
-            "code inside a checkpoint is never run: update transformers, or give "
-            "'package.module:function' and weights"
-        ) from error
 
 
-def _model_class(config: Any) -> Any:
+def _model_class(config: Any, folder: Path) -> Any:
     """The class that saved the checkpoint: another one would drop some weights or initialise some at random."""
     import transformers
 
-    for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"'{folder}/config.json' names {ascii(names)[:80]} as architectures; expected a list of class names"
+        )
+    for name in names:
+        # Unknown names are passed over; a name of something else would be called with the folder.
+        found = getattr(transformers, name, None)
+        if found is None:
+            continue
+        if (
+            isinstance(found, type)
+            and issubclass(found, transformers.PreTrainedModel)
+            and getattr(found, "config_class", None)
+        ):
+            return found
+        raise CheckpointError(
+            f"'{folder}/config.json' names '{name}' as its architecture, which is no model of transformers; correct it"
+        )
     # A config without architectures: with a language-model head where there is one, so that it can give a loss.
     causal = transformers.AutoModelForCausalLM
     return causal if type(config) in causal._model_mapping else transformers.AutoModel
@@ -192,15 +248,8 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
     options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
     if dtype is not None:
         options["dtype"] = dtype
-    try:
-        model, report = _model_class(config).from_pretrained(str(folder), config=config, **options)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"the .bin files in '{folder}' are pickles that contain more than tensors and would have to run code "
-            "to open; ask for a safetensors version"
-        ) from error
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"'{folder}' does not load: {_first_line(error)}") from error
+    with errors_of("transformers", f"'{folder}' does not load"):
+        model, report = _model_class(config, folder).from_pretrained(str(folder), config=config, **options)
     # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
     random = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if random:
@@ -222,26 +271,36 @@ def _tokenizer(folder: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    try:
+    # Not without it: bytes as ids are another input than the model was trained on, and its numbers would pass for right.
+    advice = "repair its files, or remove them to read bytes as token ids"
+    with errors_of("transformers", f"the tokenizer in '{folder}' does not load", advice):
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        logger.warning(
-            "%s: the tokenizer does not load (%s); going on without it", folder, _first_line(error)
-        )
-        return None
 
 
 def _from_factory(spec: str, weights: str | Path | None, dtype: torch.dtype | None) -> LoadedModel:
-    with _working_folder_importable():
+    # What the code prints is no result of ours: with --json nothing else may reach stdout.
+    with _working_folder_importable(), contextlib.redirect_stdout(sys.stderr):
         model = _call_factory(spec, _import_factory(spec))
-    if weights is None:
-        digest = parameter_digest(model)
-    else:
-        path = Path(weights).expanduser()
+    if weights is not None:
+        path = given_path(weights)
         load_strictly(model, state_dict(path), str(path))
+    # Weights loaded into a parameter without data would be lost without an error.
+    with errors_of_user_code(f"'{spec}'"):
+        parameters = list(model.parameters())
+    if any(nn.parameter.is_lazy(value) or value.is_meta for value in parameters):
+        raise CheckpointError(f"the model that '{spec}' returns has parameters without data; {MAKE_READABLE}")
+    if weights is None:
+        with errors_of(
+            "torch", f"the weights of the model that '{spec}' returns cannot be read", MAKE_READABLE
+        ):
+            digest = parameter_digest(model)
+    else:
         digest = file_digest(safetensors_files(path) or [path])
     if dtype is not None:
-        model.to(dtype)
+        with errors_of(
+            "torch", f"the model that '{spec}' returns does not become {dtype}", "give another --dtype"
+        ):
+            model.to(dtype)
     source = spec if weights is None else f"{spec} with {weights}"
     return LoadedModel(model, None, spec.partition(":")[2].rpartition(".")[2], digest, source)
 
@@ -249,15 +308,19 @@ def _from_factory(spec: str, weights: str | Path | None, dtype: torch.dtype | No
 def _import_factory(spec: str) -> Any:
     module_name, _, path = spec.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # By error.name: what is missing may be a module that the factory's own one imports.
-        raise CheckpointError(
-            f"no module '{error.name}' to import for '{spec}'; run from its folder, or install it"
-        ) from error
+        with errors_of_user_code(f"'{spec}'"):
+            found: Any = importlib.import_module(module_name)
+    except CheckpointError as error:
+        missing = error.__cause__
+        # By its name: what is missing may also be a module that the factory's own one imports.
+        if isinstance(missing, ModuleNotFoundError):
+            raise CheckpointError(
+                f"no module '{missing.name}' to import for '{spec}'; run from its folder, or install it"
+            ) from missing
+        raise
     for name in path.split("."):
         if not hasattr(found, name):
-            public = [entry for entry in vars(found) if not entry.startswith("_")]
+            public = [entry for entry in dir(found) if not entry.startswith("_")]
             raise CheckpointError(
                 f"no '{name}' in '{module_name}'; it has: {', '.join(public[:8]) or 'nothing public'}"
             )
@@ -278,7 +341,10 @@ def _call_factory(spec: str, factory: Any) -> nn.Module:
         raise CheckpointError(
             f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
         ) from error
-    model = factory()
+    except ValueError:  # a callable of C has no signature; its call shows what it needs
+        pass
+    with errors_of_user_code(f"'{spec}'"):
+        model = factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"'{spec}' returned a {type(model).__name__}; expected an nn.Module")
     return model
@@ -313,7 +379,3 @@ def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"got dtype '{dtype}', expected a torch type such as float32 or bfloat16")
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

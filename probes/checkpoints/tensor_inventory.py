@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -11,34 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
+from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.checkpoints.own_files import exists, list_folder, require_file
+from depthscope.probes.checkpoints.safetensors_header import StoredTensor, read_header, torn_file
 from depthscope.probes.checkpoints.weight_files import (
     INDEX_ENDING,
-    CheckpointError,
     find_index,
+    named_files,
     read_index,
     safetensors_files,
-    torn_file,
 )
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: read as bits
-LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, little-endian
 SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
 EXPECTED = (
     "expected a folder with .safetensors files (and their index, if there are several), or one such file"
 )
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as the header of its file describes it; its data are the file's bytes from ``start`` to ``stop``."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -69,14 +57,16 @@ def take_inventory(path: Path) -> Inventory:
         If there is no safetensors file, a header is torn, the index is none, or a series without an index
         is incomplete.
     """
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(f"no checkpoint at '{path}'; {EXPECTED}")
+    if not path.is_dir():
+        require_file(path)
     index = find_index(path)
     if index is not None:
-        shards = read_index(index)
-        listed = {name: index.parent / name for name in sorted(set(shards.values()))}
-        present = {name: file for name, file in listed.items() if file.is_file()}
-        absent = {tensor: name for tensor, name in shards.items() if name not in present}
+        names = read_index(index)
+        listed = named_files(index, names)
+        present = {name: require_file(file) for name, file in listed.items() if exists(file)}
+        absent = {tensor: name for tensor, name in names.items() if name not in present}
         return Inventory(_headers(present.values()), absent, tuple(listed.values()))
     files = safetensors_files(path)
     if not files:
@@ -86,7 +76,7 @@ def take_inventory(path: Path) -> Inventory:
 
 
 def _advice_without_safetensors(path: Path) -> str:
-    names = [path.name] if path.is_file() else sorted(file.name for file in path.iterdir())
+    names = [path.name] if not path.is_dir() else [file.name for file in list_folder(path)]
     if any(name.endswith(PICKLES) for name in names):
         return (
             f"'{path}' contains pickles, whose tensors cannot be read one by one; load the model and save it again with "
@@ -108,30 +98,8 @@ def _require_complete_series(files: list[Path]) -> None:
 
 
 def _headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    return {tensor.name: tensor for file in files for tensor in _header(file)}
-
-
-def _header(file: Path) -> list[StoredTensor]:
-    """The tensors that the header of a file lists; their data may be missing, as in a partial download."""
-    # Read by hand: safetensors.safe_open refuses a file that is shorter than its header states.
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
-        # A file of another kind gives any length: never read more than there is.
-        text = opened.read(length) if LENGTH_BYTES + length <= size else b""
-    if not text:
-        raise torn_file(file, "its header is longer than the file")
-    tensors = []
-    try:
-        for name, entry in json.loads(text).items():
-            if name == "__metadata__":
-                continue
-            # Offsets count from the end of the header.
-            start, stop = (LENGTH_BYTES + length + offset for offset in entry["data_offsets"])
-            tensors.append(StoredTensor(name, tuple(entry["shape"]), entry["dtype"], file, start, stop))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise torn_file(file, f"its header cannot be read: {error}") from error
-    return tensors
+    # The data may be missing, as in a partial download: only the values of the connections are needed.
+    return {tensor.name: tensor for file in files for tensor in read_header(file, complete=False)}
 
 
 def read_values(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
@@ -161,6 +129,13 @@ def _finite_values(tensor: StoredTensor) -> np.ndarray:
             f"'{tensor.name}' is stored as {tensor.dtype}; expected one of {', '.join(NUMPY_TYPES)}: take a checkpoint whose "
             "connections are not quantised"
         )
+    if tensor.start == tensor.stop:
+        raise CheckpointError(
+            f"'{tensor.name}' has no values (its shape is {tensor.shape}); download the checkpoint again"
+        )
+    # Before reading: `read` takes the memory for all that it is asked for.
+    if tensor.stop > tensor.file.stat().st_size:
+        raise torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")
     # By seek and read, not by a memory map of the shard: that fails where the shard is larger than the memory.
     with tensor.file.open("rb") as opened:
         opened.seek(tensor.start)

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from depthscope.probes.checkpoints.errors import errors_of
 from depthscope.probes.checkpoints.load import LoadedModel
+from depthscope.probes.checkpoints.user_code import errors_of_user_code
 
 logger = logging.getLogger(__name__)
 
 NUM_BYTES = 256
+REPAIR = "repair the tokenizer's files"
 IGNORED_LABEL = -100  # torch's and transformers' ignore_index
 
 
@@ -91,13 +94,14 @@ def encode_text(
     ids = _token_ids(loaded, text)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; expected at least 2")
-    accepted = set(inspect.signature(loaded.model.forward).parameters)
+    with errors_of_user_code(f"the model '{loaded.name}'"):
+        accepted = set(inspect.signature(loaded.model.forward).parameters)
     if "attention_mask" not in accepted:  # padding cannot be masked: only full windows are used
         length = min(length, len(ids))
         ids = ids[: len(ids) // length * length]
     windows = _windows(ids, sequences, length, seed)
     padding = getattr(loaded.tokenizer, "pad_token_id", None)
-    batch = _padded(windows, length, 0 if padding is None else int(padding))
+    batch = _padded(windows, length, padding if isinstance(padding, int) else 0)
     batch = {name: value for name, value in batch.items() if name == "input_ids" or name in accepted}
     device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
     return {name: value.to(device) for name, value in batch.items()}
@@ -121,7 +125,8 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
     ids = batch["input_ids"].cpu().numpy()
     # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.
     decode = chr if loaded.tokenizer is None else lambda token: str(loaded.tokenizer.decode([token]))
-    known = {int(token): decode(int(token)) for token in np.unique(ids)}
+    with errors_of("transformers", f"the tokenizer of '{loaded.name}' does not decode its own ids", REPAIR):
+        known = {int(token): decode(int(token)) for token in np.unique(ids)}
     texts = np.array([[known[int(token)] for token in row] for row in ids], dtype=object)
     if "attention_mask" in batch:
         texts[batch["attention_mask"].cpu().numpy() == 0] = ""
@@ -132,8 +137,11 @@ def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
     if loaded.tokenizer is not None:
         # No BOS token, which only the first of all windows would have; verbose=False: the whole text is longer than the
         # model's positions, of which tokenizers warn.
-        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(ids, dtype=np.int64)
+        with errors_of("transformers", f"the tokenizer of '{loaded.name}' does not encode the text", REPAIR):
+            ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if not all(isinstance(token, int) for token in ids):
+                raise TypeError("its ids are no whole numbers")
+            return np.array(ids, dtype=np.int64)
     size = _vocabulary_size(loaded.model)  # bytes as ids: any vocabulary of 256 or more has an entry for each
     if size is None or size < NUM_BYTES:
         raise ValueError(
@@ -158,9 +166,10 @@ def _vocabulary_size(model: nn.Module) -> int | None:
 
 def _text_config(model: nn.Module) -> Any:
     # Configs of multimodal models have the language model's as a part; all others return themselves.
-    config = getattr(model, "config", None)
-    get_text_config = getattr(config, "get_text_config", None)
-    return config if get_text_config is None else get_text_config()
+    with errors_of_user_code(f"the configuration of {type(model).__name__}"):
+        config = getattr(model, "config", None)
+        get_text_config = getattr(config, "get_text_config", None)
+        return config if get_text_config is None else get_text_config()
 
 
 def _check_positions(model: nn.Module, length: int) -> None:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import pickle
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from depthscope.probes.checkpoints.building_limits import StoredSize
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
+from depthscope.probes.checkpoints.own_files import exists, own_file, read_json, require_file
+from depthscope.probes.checkpoints.pickle_files import load_pickle, tensors_in
+from depthscope.probes.checkpoints.safetensors_header import BITS, StoredTensor, read_header, torn_file
+
 INDEX_ENDING = ".safetensors.index.json"
 # Keys under which training scripts save the weights next to the optimiser: Lightning's, then two common ones.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+MOST_SHARDS = 10_000  # public checkpoints have some hundreds
 NUM_LISTED = 5  # names in a message at most
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message states what came, what was expected and what to do."""
+OTHER_WEIGHTS = "give the weights of this very architecture"
 
 
 def state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -41,84 +45,174 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
     CheckpointError
         If the file is missing, torn, or a pickle that would have to run code.
     """
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError(f"no weights at '{path}'; give a .safetensors file or a .pt/.pth state dict")
     files = safetensors_files(path)
     if files:
-        check_safetensors(files)
         tensors: dict[str, torch.Tensor] = {}
         for file in files:
-            tensors.update(load_file(file))
+            check_safetensors([file])
+            loaded = load_file(file)
+            twice = tensors.keys() & loaded.keys()
+            if twice:
+                raise CheckpointError(
+                    f"'{path}' has {len(twice)} tensors in several files ({min(twice)}); give the file that is meant"
+                )
+            tensors.update(loaded)
         return _without_wrapper_prefixes(tensors)
     if path.is_dir():
         raise CheckpointError(f"no .safetensors file in the folder '{path}'; give the weights file itself")
-    return _without_wrapper_prefixes(_unpickled(path))
+    return _without_wrapper_prefixes(_find_state_dict(load_pickle(path), path))
 
 
 def safetensors_files(path: Path) -> list[Path]:
     """Every safetensors shard of a file, an index or a folder; empty if there is none."""
     index = find_index(path)
     if index is not None:
-        names = sorted(set(read_index(index).values()))
-        missing = [name for name in names if not (index.parent / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"'{index}' names {len(names)} shards but {', '.join(missing)} is not there; complete the download"
-            )
-        return [index.parent / name for name in names]
+        return shards(index)
     if path.is_dir():
-        return sorted(path.glob("*.safetensors"))
-    return [path] if path.suffix == ".safetensors" else []
+        return [own_file(path, file.name) for file in sorted(path.glob("*.safetensors"))]
+    return [require_file(path)] if path.suffix == ".safetensors" else []
+
+
+def shards(index: Path) -> list[Path]:
+    """Every file that an index names, all of which must be there.
+
+    Parameters
+    ----------
+    index : Path
+        Of safetensors or of pickles.
+
+    Returns
+    -------
+    list of Path
+        Sorted by name.
+
+    Raises
+    ------
+    CheckpointError
+        If the index is none, a file is missing or is outside the index's folder.
+    """
+    files = named_files(index, read_index(index))
+    missing = [name for name, file in files.items() if not exists(file)]
+    if missing:
+        raise CheckpointError(
+            f"'{index}' names {len(files)} shards but {', '.join(missing[:NUM_LISTED])} is not there; complete the download"
+        )
+    return [require_file(file) for file in files.values()]
+
+
+def named_files(index: Path, names: Mapping[str, str]) -> dict[str, Path]:
+    """Every file that an index names, by its name; some may be missing.
+
+    Parameters
+    ----------
+    index : Path
+        The index.
+    names : Mapping of str to str
+        Its file for every tensor.
+
+    Returns
+    -------
+    dict of str to Path
+        Sorted by name.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is outside the index's folder, or there are too many.
+    """
+    found = sorted(set(names.values()))
+    if len(found) > MOST_SHARDS:
+        raise CheckpointError(f"'{index}' names {len(found)} files; expected at most {MOST_SHARDS} shards")
+    return {name: own_file(index.parent, name) for name in found}
 
 
 def find_index(path: Path) -> Path | None:
     """The index of a sharded checkpoint: in a folder, or the file itself if it is one."""
     if path.is_dir():
-        return min(path.glob("*" + INDEX_ENDING), default=None)
+        name = min((file.name for file in path.glob("*" + INDEX_ENDING)), default=None)
+        return None if name is None else own_file(path, name)
     return path if path.name.endswith(INDEX_ENDING) else None
 
 
 def read_index(index: Path) -> dict[str, str]:
     """File name of every tensor that an index lists."""
-    try:
-        entries = json.loads(index.read_text())["weight_map"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"'{index}' is no safetensors index ({error}); download it again") from error
-    return {str(name): str(file) for name, file in entries}
+    expected = "safetensors index" if index.name.endswith(INDEX_ENDING) else "index of weight files"
+    entries = read_json(index, expected).get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+        raise CheckpointError(
+            f"'{index}' is no {expected}: its weight_map gives no file by tensor; download it again"
+        )
+    return entries
 
 
-def check_safetensors(files: Iterable[Path]) -> None:
+def check_safetensors(files: Iterable[Path]) -> list[StoredTensor]:
     """Refuse torn files before anything is built on them.
+
+    Parameters
+    ----------
+    files : iterable of Path
+        The files.
+
+    Returns
+    -------
+    list of StoredTensor
+        What they contain.
 
     Raises
     ------
     CheckpointError
-        If a header cannot be read or a file is shorter than its header states.
+        If a number of a header does not fit its file.
     """
+    tensors = []
     for file in files:
+        tensors += read_header(file)
         try:
             with safetensors.safe_open(file, framework="pt"):
-                pass  # opening compares the header with the file's size
-        except safetensors.SafetensorError as error:
+                pass  # the library's own opinion, which it would give later in the middle of loading
+        except Exception as error:
             raise torn_file(file, str(error)) from error
+    return tensors
 
 
-def torn_file(file: Path, reason: str) -> CheckpointError:
-    """The error for a damaged safetensors file."""
-    return CheckpointError(f"'{file}' is torn or no safetensors file ({reason}); copy or download it again")
+def stored_size(files: Iterable[Path]) -> StoredSize:
+    """How much weight files contain, all of them checked.
+
+    Parameters
+    ----------
+    files : iterable of Path
+        Safetensors files, or pickles.
+
+    Returns
+    -------
+    StoredSize
+
+    Raises
+    ------
+    CheckpointError
+        If one of them is torn.
+    """
+    shapes: list[tuple[int, ...]] = []
+    num_elements = 0
+    for file in files:
+        found: list[Any] = (
+            check_safetensors([file])
+            if file.suffix == ".safetensors"
+            else list(tensors_in(load_pickle(file)))
+        )
+        for tensor in found:
+            shapes.append(tuple(tensor.shape))
+            num_elements += math.prod(tensor.shape) * _elements_in_one(tensor.dtype)
+    largest = max((size for shape in shapes for size in shape), default=0)
+    return StoredSize(num_elements, len(shapes), largest)
 
 
-def _unpickled(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{path}' is a pickle that contains more than tensors and would have to run code to open; save the "
-            "weights alone with torch.save(model.state_dict(), path) or as .safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as torch weights ({error}); copy it again") from error
-    return _find_state_dict(content, path)
+def _elements_in_one(dtype: str | torch.dtype) -> int:
+    """Weights that one stored number may contain: quantised ones of two bits or more are packed into integers."""
+    if isinstance(dtype, torch.dtype):
+        return 1 if dtype.is_floating_point or dtype.is_complex else 4 * dtype.itemsize
+    return BITS.get(dtype, 0) // 2 if dtype[0] in "IU" else 1
 
 
 def _find_state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
@@ -127,11 +221,13 @@ def _find_state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
             f"'{path}' contains a {type(content).__name__}; expected a state dict of tensors"
         )
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return {str(name): value for name, value in content.items()}
+        if not all(isinstance(name, str) for name in content):
+            raise CheckpointError(f"'{path}' has tensors without names; save model.state_dict()")
+        return dict(content)
     for key in STATE_DICT_KEYS:
         if isinstance(content.get(key), Mapping):
             return _find_state_dict(content[key], path)
-    found = ", ".join(map(str, list(content)[:6])) or "nothing"
+    found = ", ".join(ascii(key)[:80] for key in list(content)[:6]) or "nothing"
     raise CheckpointError(f"'{path}' contains no state dict (found: {found}); save model.state_dict()")
 
 
@@ -181,6 +277,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     )
     if listed:
         raise CheckpointError(
-            f"the weights '{source}' do not fit {type(model).__name__}: {listed}; give the weights of this very architecture"
+            f"the weights '{source}' do not fit {type(model).__name__}: {listed}; {OTHER_WEIGHTS}"
         )
-    model.load_state_dict(tensors, strict=False)  # the check above is stricter, but for tied names
+    with errors_of("torch", f"the weights '{source}' do not load into {type(model).__name__}", OTHER_WEIGHTS):
+        model.load_state_dict(tensors, strict=False)  # the check above is stricter, but for tied names

@@ -12,7 +12,7 @@ import torch
 
 from depthscope.probes.connections.coefficients import relative_error, spread, tolerance
 from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS
-from depthscope.probes.model.autocast import compute_dtype
+from depthscope.probes.model.user_modes import compute_dtype
 
 # Heuristic. More than for a matrix, which every stream of a token tests: a vector has one equation for a token and feature.
 READ_TOKENS = 8 * SELECTING_TOKENS

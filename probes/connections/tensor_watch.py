@@ -13,8 +13,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from depthscope.probes.connections.coefficients import relative_error, spread, tolerance
-from depthscope.probes.model.autocast import compute_dtype
+from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.user_modes import compute_dtype
 
 T = TypeVar("T")
 Explanation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -42,19 +43,42 @@ class Watch(TorchFunctionMode):
         self._accept = accept
         # By id, which stays unique as long as the tensors are stored here
         self.seen: dict[int, torch.Tensor] = {}
+        self._error: Exception | None = None  # why no more is kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what goes in and comes out."""
         result = func(*args, **(kwargs or {}))
+        if self._error is None:
+            try:
+                with (
+                    torch._C.DisableTorchFunction()
+                ):  # a mode of the user's must not see that shapes are read
+                    self._look_at(args, result)
+            except (
+                Exception,
+                GeneratorExit,
+            ) as error:  # it must not reach the module, whose function has run
+                self._error = without_frames(error)
+                self.seen = {}
+        return result
+
+    def _look_at(self, args: Any, result: Any) -> None:
         for value in (*args, result):
             # this runs at every function of the module, and most arguments are tensors: no recursion for these
             for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
                 if self._accept(tuple(tensor.shape)):
                     self.seen[id(tensor)] = tensor
-        return result
 
     def floating(self) -> list[torch.Tensor]:
-        """The floating ones of the tensors that passed, the last one first: what is applied is computed last."""
+        """The floating ones of the tensors that passed, the last one first: what is applied is computed last.
+
+        Raises
+        ------
+        Exception
+            What looking at them raised.
+        """
+        if self._error is not None:
+            raise self._error
         return [tensor.detach() for tensor in reversed(self.seen.values()) if tensor.is_floating_point()]
 
 

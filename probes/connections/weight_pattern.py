@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
+from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 
 Leaves = Mapping[str, StoredTensor]  # the tensors of one module, by the last part of their names
 Values = Mapping[str, np.ndarray]  # by role

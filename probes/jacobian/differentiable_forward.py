@@ -15,6 +15,7 @@ from depthscope.probes.jacobian.frozen_routing import replaced
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import first_float, version
+from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, eager
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import FORWARD
@@ -103,8 +104,8 @@ def differentiable_states(
         torch.enable_grad(),
         ExitStack() as stack,
         explained(),
+        own_call(states),  # no recorder that is on may count it
     ):
-        _copy_buffers(model)
         _hook_states(stack, model, chain, range(start, stop + 1), meet)
         call_model(model, _aliased(batch))
     _require_linked(chain, states, versions, start, stop)
@@ -225,16 +226,6 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-
-
-def _copy_buffers(model: nn.Module) -> None:
-    """Buffers that this forward may write and its graph may keep; `preserved_state` puts the model's own back."""
-    # By identity, so that modules which share a buffer go on sharing it.
-    copies: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
 
 
 def _aliased(batch: Any) -> Any:

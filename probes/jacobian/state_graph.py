@@ -200,7 +200,7 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
 
 def _find_chains(model: nn.Module, batch: Any, selection: Selection) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
-    session = Session(model, selection.options)
+    session = Session(model, selection.options, only_own=True)
     session.attach()
     try:
         with preserved_state(model), eager(), torch.no_grad():

@@ -2,15 +2,86 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from depthscope.probes.model.autocast import no_grad_no_autocast
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.user_modes import outside_user_modes
+
+INERT = "a hook of a probe was here"  # marks what copies of our hooks are
+Report: TypeAlias = Callable[[Exception], None]
+
+
+def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of ours in the middle of the user's code, which none of its errors may reach.
+
+    Parameters
+    ----------
+    report : callable
+        Called with what the function raised, without its frames.
+    function : callable
+        Called outside of the user's modes; see `outside_user_modes`.
+    *args, **kwargs
+        Its arguments.
+
+    Returns
+    -------
+    object
+        What it returned; None after an error.
+
+    Raises
+    ------
+    BaseException
+        What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal handler raised while the
+        function ran. The measurement is reported as interrupted then.
+    """
+    try:
+        with outside_user_modes():
+            return function(*args, **kwargs)
+    # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
+    except (Exception, GeneratorExit) as error:
+        if _from_signal_handler(error):
+            report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
+            raise
+        report(without_frames(error))
+        return None
+    except BaseException as error:
+        report(CaptureError(f"{type(error).__name__} interrupted the measurement"))
+        raise
+
+
+def without_frames(error: BaseException) -> Exception:
+    """An error that no longer refers to the frames it passed, whose variables are the user's tensors; a note says where."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is not None:
+        code = place.tb_frame.f_code
+        error.add_note(f"raised in {code.co_name}, {Path(code.co_filename).name}:{place.tb_lineno}")
+    if not isinstance(error, Exception):  # GeneratorExit, which nobody may raise again by accident
+        return CaptureError(f"{type(error).__name__}: {error}")
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
+def _from_signal_handler(error: BaseException) -> bool:
+    """Whether an error passed through a signal handler of the user's: these run wherever the program is."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    place = error.__traceback__
+    while place is not None and place.tb_frame.f_code not in codes:
+        place = place.tb_next
+    return place is not None
 
 
 class Hook:
@@ -18,33 +89,47 @@ class Hook:
 
     Parameters
     ----------
-    function : callable, optional
-        Called with the hook's arguments; its return value is dropped. None makes a hook that does nothing.
-    report : callable, optional
+    function : callable
+        Called with the hook's arguments; its return value is dropped.
+    report : callable
         Called with an exception that the function raised.
     """
 
     __slots__ = ("function", "report")
 
-    def __init__(
-        self, function: Callable[..., Any] | None = None, report: Callable[[Exception], None] | None = None
-    ):
-        self.function = function
+    def __init__(self, function: Callable[..., Any], report: Report):
+        self.function: Callable[..., Any] | None = function
         self.report = report
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the function and return None: any other value would replace the module's output."""
-        if self.function is None or self.report is None:
-            return
-        try:
-            with no_grad_no_autocast():
-                self.function(*args, **kwargs)
-        except Exception as error:  # the user's forward or backward must go on
-            self.report(error)
+        if self.function is not None:
+            call_safely(self.report, self.function, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        # deepcopy and pickle take hooks along (an EMA copy, a saved model): the copy must not write into our records.
-        return Hook, ()
+    def disable(self) -> None:
+        """Do nothing from now on: a hook that is removed while torch goes through the hooks of a module is still called."""
+        self.function = None
+
+    def __reduce__(self) -> Any:
+        # deepcopy and pickle take hooks along (an EMA copy, a saved model): the copy must not write into our records, and
+        # a saved model must open where this package is not installed. This method takes everything and returns None.
+        return getattr, (nullcontext(INERT), "__exit__")
+
+
+def remove_inert_hooks(model: nn.Module) -> None:
+    """Remove what copies of hooks left on a model, one of whose modules may be a copy of a probed one."""
+    for module in model.modules():
+        for table, more in (
+            (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+            (module._forward_hooks, [module._forward_hooks_with_kwargs, module._forward_hooks_always_called]),
+        ):
+            of = {key: getattr(hook, "__self__", None) for key, hook in table.items()}
+            inert = [key for key, o in of.items() if isinstance(o, nullcontext) and o.enter_result == INERT]
+            for key in inert:
+                del table[key]
+            for each in more:  # also of hooks that the user cleared from the table alone
+                for key in each.keys() - table.keys():
+                    del each[key]
 
 
 @dataclass
@@ -67,19 +152,38 @@ class Attachment:
         Called with every exception raised in a hook.
     """
 
-    def __init__(self, report: Callable[[Exception], None]):
+    def __init__(self, report: Report):
         self._report = report
         self._stack = ExitStack()
+        self._places: list[tuple[OrderedDict[int, Any], int]] = []  # tables of hooks, and our keys in them
 
     def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward."""
-        handle = module.register_forward_pre_hook(Hook(function, self._report), with_kwargs=True)
+        hook = self._new_hook(function)
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         self._stack.callback(handle.remove)
+        self._places.append((module._forward_pre_hooks, handle.id))
 
-    def after(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Call ``function(module, args, kwargs, output)`` after the module's forward."""
-        handle = module.register_forward_hook(Hook(function, self._report), with_kwargs=True)
+    def after(self, module: nn.Module, function: Callable[..., Any], *, always: bool = False) -> None:
+        """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
+        hook = self._new_hook(function)
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
         self._stack.callback(handle.remove)
+        self._places.append((module._forward_hooks, handle.id))
+
+    def _new_hook(self, function: Callable[..., Any]) -> Hook:
+        hook = Hook(function, self._report)
+        self._stack.callback(hook.disable)
+        return hook
+
+    def run_last(self) -> None:
+        """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
+        overtaken = {
+            id(table) for table, _ in self._places if table and type(table[next(reversed(table))]) is not Hook
+        }
+        for table, key in self._places:
+            if id(table) in overtaken and key in table:  # the user may have cleared a table
+                table.move_to_end(key)
 
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
         """Observe every call of one method of a module; torch has hooks for the forward only.
@@ -100,6 +204,7 @@ class Attachment:
     def remove(self) -> None:
         """Remove every hook; calling it twice is fine."""
         self._stack.close()
+        self._places = []
 
 
 class WatchedMethod:
@@ -119,9 +224,7 @@ class WatchedMethod:
 
     __slots__ = ("_instance_entry", "_method", "_module", "_name", "_report", "_watcher")
 
-    def __init__(
-        self, module: nn.Module, name: str, watcher: Watcher, report: Callable[[Exception], None]
-    ) -> None:
+    def __init__(self, module: nn.Module, name: str, watcher: Watcher, report: Report) -> None:
         self._module, self._name, self._report = module, name, report
         self._watcher: Watcher | None = watcher
         # Mostly None: the method is the class's. Libraries may set one on the instance, as accelerate does for forward.
@@ -130,41 +233,45 @@ class WatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method unchanged, in the watcher's context, and return its result."""
-        watch = self._report_errors(self._watcher, self._module, args, kwargs) if self._watcher else None
+        watcher, watch = self._watcher, None
+        if watcher is not None:
+            watch = call_safely(self._report, watcher, self._module, args, kwargs)
         if watch is None:
             return self._method(*args, **kwargs)
         with watch.mode:
             result = self._method(*args, **kwargs)
-        self._report_errors(watch.done, result)
+        call_safely(self._report, watch.done, result)
         return result
 
     def remove(self) -> None:
         """Restore the module's own entry; where somebody wrapped this one since, only stop watching."""
         self._watcher = None
-        if vars(self._module).get(self._name) is self:
-            _set_entry(self._module, self._name, self._instance_entry)
+        # Another probe may have wrapped the method since, and stay on: it is to call what this one called.
+        outer, entry = None, vars(self._module).get(self._name)
+        while isinstance(entry, WatchedMethod) and entry is not self:
+            outer, entry = entry, entry._instance_entry
+        if entry is not self:
+            return
+        if outer is None:
+            restore_entry(self._module, self._name, self._instance_entry)
+        else:
+            outer._instance_entry, outer._method = self._instance_entry, self._method
 
-    def _report_errors(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            with no_grad_no_autocast():
-                return function(*arguments)
-        except Exception as error:  # the user's forward must go on
-            self._report(error)
-            return None
+    def unwatched_entry(self) -> Any:
+        """What the instance had before any probe; None where the method is the class's."""
+        entry = self._instance_entry
+        return entry.unwatched_entry() if isinstance(entry, WatchedMethod) else entry
 
     def __reduce__(self) -> Any:
         # A copy of the module is rebuilt with what was there before us: its instance entry, or the class's method bound
         # to the copy of the module.
-        if self._instance_entry is not None:
-            return _identity, (self._instance_entry,)
+        entry = self.unwatched_entry()
+        if entry is not None:
+            return itemgetter(0), ((entry,),)
         return getattr, (self._module, self._name)
 
 
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _set_entry(module: nn.Module, name: str, value: Any) -> None:
+def restore_entry(module: nn.Module, name: str, value: Any) -> None:
     """Put an entry into the instance's dict; None removes it, so that the class's method shows again."""
     # Not by setattr, which nn.Module and its subclasses override.
     if value is None:
@@ -187,7 +294,7 @@ def replace_method(stack: ExitStack, module: nn.Module, name: str, function: Cal
     function : callable
         Called in place of the method.
     """
-    stack.callback(_set_entry, module, name, vars(module).get(name))
+    stack.callback(restore_entry, module, name, vars(module).get(name))
     vars(module)[name] = function
 
 
@@ -195,3 +302,13 @@ def in_recomputation() -> bool:
     """Whether a backward pass is running, so that a forward hook sees the recomputation of a checkpointed module."""
     # -1 outside of a backward. Activation checkpointing gives no public sign inside of the recomputed forward.
     return torch._C._current_graph_task_id() != -1
+
+
+def num_running_calls(model: nn.Module) -> int:
+    """How many calls of the model, one inside of another, the running code was called by."""
+    frame, calls = sys._getframe(), 0
+    while frame is not None:
+        # By name: what torch's method is wrapped in differs between versions.
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls

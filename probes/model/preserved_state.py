@@ -1,36 +1,84 @@
-"""What may a forward of ours change in the model and in torch? Nothing that is not restored afterwards."""
+"""What may a forward of ours change in the model and in the random states? Nothing that is not restored afterwards."""
 
 from __future__ import annotations
 
+import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
+import numpy as np
 import torch
 from torch import nn
+
+from depthscope.probes.model.hooks import WatchedMethod, restore_entry
+
+HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore the random state, the buffers and the training flags of a model after a forward of our own."""
+    """Restore the random states, the buffers and the training flags of a model after a forward of our own."""
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer)
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta
+        if buffer is not None
     ]
     training_flags = [(module, module.training) for module in model.modules()]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     with torch.random.fork_rng(devices=devices):
         try:
+            # The forward gets copies to write into: a write raises a buffer's version counter, even one that puts the
+            # old values back, and a graph of the user's that saved the buffer would refuse its backward.
+            copies: dict[int, torch.Tensor] = {}  # by identity: modules that share a buffer go on sharing it
+            for module, name, buffer in buffers:
+                if not buffer.is_meta:
+                    module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
             yield
         finally:
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer  # a module may have assigned another tensor
-                    # Copy only what changed: a copy raises the version counter, and a graph of the user's that saved
-                    # the buffer would refuse its backward.
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
             for module, training in training_flags:
                 module.training = training  # per module: train() would set all children alike
+
+
+def unhooked_twin(module: nn.Module) -> nn.Module:
+    """A module that computes the same from the same parameters, without hooks, and keeps what its forward notes to itself.
+
+    Parameters
+    ----------
+    module : Module
+        Not changed, so that another thread may go on using it.
+
+    Returns
+    -------
+    Module
+    """
+    twins: dict[int, nn.Module] = {}
+
+    def twin_of(original: nn.Module) -> nn.Module:
+        if id(original) in twins:  # a module may have two parents
+            return twins[id(original)]
+        twin = twins[id(original)] = object.__new__(type(original))
+        # The entries and not the module's own setters: these would register, check, or refuse.
+        vars(twin).update(vars(original))
+        for name, value in vars(original).items():
+            if name in HOOK_TABLES:
+                vars(twin)[name] = OrderedDict()
+            elif isinstance(value, (WatchedMethod, MethodType)):
+                method = value.unwatched_entry() if isinstance(value, WatchedMethod) else value
+                if isinstance(method, MethodType) and method.__self__ is original:
+                    method = MethodType(method.__func__, twin)
+                restore_entry(twin, name, method)
+        children = {name: c if c is None else twin_of(c) for name, c in original._modules.items()}
+        buffers = {name: b if b is None else b.clone() for name, b in original._buffers.items()}
+        vars(twin).update(_modules=children, _buffers=buffers, _parameters=dict(original._parameters))
+        return twin
+
+    return twin_of(module)

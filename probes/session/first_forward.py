@@ -7,7 +7,6 @@ hands the observer what the tape stored of the states, so that the first forward
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -19,11 +18,12 @@ from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.model.autocast import user_autocast
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch
+from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import count_streams
+from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, version
+from depthscope.probes.model.user_modes import user_autocast
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -58,14 +58,7 @@ class FirstForward:
         Called with every exception that a gradient hook raises.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        current: CurrentForward,
-        *,
-        gradients: bool,
-        report: Callable[[Exception], None],
-    ):
+    def __init__(self, model: nn.Module, current: CurrentForward, *, gradients: bool, report: Report):
         self._model = model
         self._current = current
         self._gradients = gradients
@@ -142,8 +135,11 @@ class FirstForward:
             key = id(tensor), version(tensor)
             known = forward.listeners.get(key)
             if known is None or known.tensor() is not tensor:  # the id of a freed tensor is given out again
+                if known is not None and known.handle is not None:
+                    known.handle.remove()  # the graph may have the hook still
                 listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
-                tensor.register_hook(Hook(partial(_forward_gradient, listener), self._report))
+                hook = Hook(partial(_forward_gradient, listener), self._report)
+                listener.handle = tensor.register_hook(hook)
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
@@ -249,7 +245,8 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         if listener is not None and listener.tensor() is tensor:
             # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
             listener.receive = partial(observer.record_gradient, forward, number, depth)
-            observer.expect_gradient(forward, (number, depth), tensor)
+            assert listener.handle is not None
+            observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
     for number, connection in enumerate(structure.connections):
@@ -280,8 +277,8 @@ def _replay_connection(
             # run: on the sampled sequences for H_pre, on all of them for an H_res that is not returned, whose gains are added
             # up over every token. Where it cannot run again (sharded weights are gone by now, for one) H_pre is solved from
             # the states, and an H_res that is not returned is refused.
-            with suppress(Exception), user_autocast(), watch:
-                call.module.forward(chosen)
+            with suppress(Exception), preserved_state(call.module), user_autocast(), watch:
+                unhooked_twin(call.module).forward(chosen)
             return watch.floating()
 
         observer.record_returned(forward, number, x, call.output, computed)

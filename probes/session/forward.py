@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.reading import Opening
@@ -30,10 +31,11 @@ class GradientListener:
     """
 
     tensor: weakref.ref[torch.Tensor]
+    handle: RemovableHandle | None = None
     receive: Callable[[torch.Tensor], None] | None = None  # set when the tensor turns out to be a state
 
 
-@dataclass
+@dataclass(eq=False)
 class Forward:
     """What was recorded of one call of the model."""
 
@@ -62,6 +64,11 @@ class Forward:
     # A backward of ours must reach these and no further: gradients of weights are the user's.
     first_states: list[torch.Tensor] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
+    handles: list[RemovableHandle] = field(default_factory=list)  # of gradient hooks
+    nested: int = 0  # calls of the model that are running inside of this one
+    ended: bool = False
+    cancelled: bool = False  # its step ended, or its hooks left, before it did
 
     def next_index(self, kind: str, path: str) -> int:
         """Index of this call among the calls of one module in this forward; a block may run several times."""
@@ -71,17 +78,24 @@ class Forward:
 
     def end(self) -> None:
         """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
+        self.ended = True
+        for listener in self.listeners.values():
+            if listener.handle is not None and listener.receive is None:  # the tensor is no state
+                listener.handle.remove()
         self.listeners.clear()
         self.openings.clear()
         self.arguments = {}
 
     def release(self) -> None:
-        """Drop the user's tensors as well.
+        """Remove the gradient hooks, and drop the user's tensors as well.
 
         The gradient hook of the first state refers to this object, which refers to that state: as long as it does, neither
         is freed.
         """
         self.end()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
         self.first_states.clear()
 
     def chain_sums(self, number: int) -> TokenSums:
@@ -135,36 +149,71 @@ class CurrentForward(threading.local):
     """The forward that this thread is running, and its tape while the chains are still to be found.
 
     One model may run in several threads at once; the hooks, which all threads share, find the record of their own here.
+
+    Parameters
+    ----------
+    owner : object
+        Stands for the session whose forwards these are.
     """
 
     forward: Forward | None = None
     tape: Tape | None = None
-    paused = False
+
+    def __init__(self, owner: object):
+        self.owner = owner
 
     @property
-    def recorded(self) -> Forward | None:
-        """The forward that hooks write to; None outside of one, and where what runs is not the user's forward.
+    def foreign(self) -> bool:
+        """Whether another probe runs the model for itself."""
+        return own_calls.owner not in (None, self.owner)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether what runs is not the user's forward, or one that another probe runs for itself.
 
         Under activation checkpointing the backward runs blocks once more: their states were recorded already.
         """
-        return None if self.paused or in_recomputation() else self.forward
+        return self.foreign or in_recomputation()
+
+    @property
+    def recorded(self) -> Forward | None:
+        """The forward that hooks write to; None outside of one, and where what runs is `hidden`."""
+        forward = self.forward
+        return None if forward is None or forward.cancelled or self.hidden else forward
 
     @property
     def taped(self) -> Tape | None:
         """The tape that hooks write to; None under the same conditions as `recorded`."""
-        return None if self.paused or in_recomputation() else self.tape
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Run a part of the model once more without recording it."""
-        self.paused = True
-        try:
-            yield
-        finally:
-            self.paused = False
+        return None if self.recorded is None else self.tape
 
     def clear(self) -> None:
         """Forget a forward that did not end."""
         if self.forward is not None:
+            self.forward.cancelled = True
             self.forward.release()
         self.forward = self.tape = None
+
+
+class _OwnCalls(threading.local):
+    """For whom this thread calls the user's model at present; None for the user."""
+
+    owner: object | None = None
+
+
+own_calls = _OwnCalls()
+
+
+@contextmanager
+def own_call(owner: object) -> Iterator[None]:
+    """Call the user's model for a measurement of ours: a recorder that is on at the same time must not count it.
+
+    Parameters
+    ----------
+    owner : object
+        Who measures the call.
+    """
+    before, own_calls.owner = own_calls.owner, owner
+    try:
+        yield
+    finally:
+        own_calls.owner = before

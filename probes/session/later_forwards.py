@@ -14,6 +14,7 @@ from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.forward import CurrentForward, Forward
@@ -33,8 +34,8 @@ class LaterForwards:
         Records what passes; it knows the structure.
     current : CurrentForward
         The running forward.
-    last : callable
-        Gives the forward that ended last, whose checkpoints a backward recomputes.
+    ended : callable
+        Gives the forwards that ended, whose checkpoints a backward recomputes.
     """
 
     def __init__(
@@ -42,13 +43,13 @@ class LaterForwards:
         model: nn.Module,
         observer: Observer,
         current: CurrentForward,
-        last: Callable[[], Forward | None],
+        ended: Callable[[], list[Forward]],
     ):
         self._model = model
         self._observer = observer
         self._structure = observer.structure
         self._current = current
-        self._last = last
+        self._ended = ended
 
     def attach(self, attachment: Attachment) -> None:
         """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
@@ -119,12 +120,12 @@ class LaterForwards:
         tensors: list[torch.Tensor],
     ) -> None:
         """Record the states that one call shows: those whose turn it is, where a module is called several times."""
-        if self._current.paused or not tensors:
+        if not tensors or self._current.foreign:
             return
         if in_recomputation():
             self._hook_recomputed(states, tensors)
             return
-        forward = self._current.forward
+        forward = self._current.recorded
         if forward is None:
             return
         # Counted by side and method: a module may have a hook on one of them only.
@@ -142,12 +143,19 @@ class LaterForwards:
         unknown here, since checkpoints are recomputed from the last to the first, so a module that shows several states
         by several calls is left out.
         """
-        last = self._last()
-        if last is None or len({state.point.item for state in states}) != len(states):
+        if len({state.point.item for state in states}) != len(states):
             return
+        ended = self._ended()
         for number, depth, point in states:
-            if point.item < len(tensors):
-                self._observer.hook_gradient(last, number, depth, tensors[point.item])
+            if point.item < len(tensors) and tensors[point.item].requires_grad:
+                waiting = [forward for forward in ended if (number, depth) not in forward.expected_gradients]
+                if len(waiting) > 1:
+                    raise CaptureError(
+                        "a reentrant checkpoint was recomputed when several forwards waited for their gradients, which "
+                        "cannot be told apart; run each backward before the next forward, or use use_reentrant=False"
+                    )
+                for forward in waiting:
+                    self._observer.hook_gradient(forward, number, depth, tensors[point.item])
 
     # --- connections ---
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.reading import read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
-from depthscope.probes.model.autocast import compute_dtype
-from depthscope.probes.model.hooks import Hook
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import Hook, Report
+from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.model_structure import FINAL, Structure
@@ -31,14 +33,18 @@ class Observer:
         Called with every exception that a gradient hook raises.
     loss_scale : callable, optional
         Gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
+    calls : mapping of (path, method) to int
+        How often each module was called in the forward that showed the structure.
     """
 
     def __init__(
         self,
         structure: Structure,
         options: Options,
-        report: Callable[[Exception], None],
+        report: Report,
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
+        *,
+        calls: Mapping[tuple[str, str], int],
     ):
         self.structure = structure
         self.options = options
@@ -46,6 +52,7 @@ class Observer:
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
         self._report = report
         self._loss_scale = loss_scale
+        self._calls = calls
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -65,6 +72,7 @@ class Observer:
                 final = self.structure.canonical_final(tensor.detach(), forward.batch_size)
                 forward.states[number, depth] = forward.sampled(final)
             return
+        forward.order.setdefault(number, []).append(depth)
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size)
         mask = self._chain_mask(forward, number, state)
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
@@ -84,19 +92,50 @@ class Observer:
             forward.masks[number] = None if mask is None else fit_mask(mask, state)
         return forward.masks[number]
 
+    def require_usual_calls(self, forward: Forward) -> None:
+        """Require that blocks ran as often, and in the order, that the structure was found from.
+
+        Parameters
+        ----------
+        forward : Forward
+            A forward in which every state showed.
+
+        Raises
+        ------
+        CaptureError
+            Where a block ran more often, or the states passed in another order: they would get the wrong depths.
+        """
+        for number, order in forward.order.items():
+            if order != sorted(order):
+                raise CaptureError(
+                    f"the states of {self.structure.chains[number].name or 'the model'} passed in another order ({order}) "
+                    "than in the first measured step: the model's forward has changed"
+                )
+        for _, depth, point in self.structure.captured:
+            ran = forward.call_counts.get((f"{point.at} {point.method}", point.path), 0)
+            usual = self._calls.get((point.path, point.method), ran)
+            if depth != FINAL and ran > usual:
+                raise CaptureError(
+                    f"{point.path or 'the model'} ran {ran} times in a forward, {usual} times in the first measured one; "
+                    "the states of the further calls have no depth"
+                )
+
     # --- gradients ---
 
     def hook_gradient(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Put a hook on the gradient of a state, where gradients are wanted and it will have one."""
         key = (number, depth)
         if self.options.gradients and tensor.requires_grad and key not in forward.expected_gradients:
-            self.expect_gradient(forward, key, tensor)
             # A hook on the tensor, not a module's full backward hook: that one would put a function into the user's graph,
             # and would see the gradient of a module's call, not of a state that several calls read.
-            tensor.register_hook(Hook(partial(self.record_gradient, forward, number, depth), self._report))
+            hook = Hook(partial(self.record_gradient, forward, number, depth), self._report)
+            self.expect_gradient(forward, key, tensor, tensor.register_hook(hook))
 
-    def expect_gradient(self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor) -> None:
-        """Note that the gradient of a state has a hook."""
+    def expect_gradient(
+        self, forward: Forward, key: tuple[int, int], tensor: torch.Tensor, handle: RemovableHandle
+    ) -> None:
+        """Note that the gradient of a state has a hook, which leaves with the forward."""
+        forward.handles.append(handle)
         if all(number != key[0] for number, _ in forward.expected_gradients):
             forward.first_states.append(tensor)
         forward.expected_gradients.add(key)
@@ -116,6 +155,8 @@ class Observer:
         gradient : Tensor
             As the backward gives it.
         """
+        if not forward.ended:  # a backward inside of the forward, of something that is not the loss
+            return
         scale = self._loss_scale() if self._loss_scale is not None else None
         unscaled = gradient.detach()
         if scale is not None:

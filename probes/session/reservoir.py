@@ -85,6 +85,11 @@ class Reservoir:
         self.total += batch_size
         return chosen
 
+    def restart_empty(self) -> None:
+        """Draw anew where nothing was stored of the present weights: the sequences chosen so far came to nothing."""
+        if self.stored_stamp != self.stamp:
+            self.stamp = None
+
     def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
         """Put complete sequences into their slots; those of earlier weights are dropped.
 
@@ -101,7 +106,7 @@ class Reservoir:
 
 
 def weights_stamp(model: nn.Module) -> int:
-    """A number that changes when an optimiser or a loader writes the weights.
+    """A number that changes when an optimiser or a loader writes the weights, or other ones take their place.
 
     Parameters
     ----------
@@ -111,11 +116,22 @@ def weights_stamp(model: nn.Module) -> int:
     Returns
     -------
     int
-        The sum of the parameters' version counters, which torch increments at every write in place. Reading them costs no
-        synchronisation with the device; lazy parameters and those made in inference mode have none.
+        A hash of the parameters' identities, addresses and version counters, which torch increments at every write in place.
+        Reading them costs no synchronisation with the device. A write through ``.data`` in place is not seen.
     """
-    lazy = nn.parameter.UninitializedTensorMixin
-    return sum(p._version for p in model.parameters() if not isinstance(p, lazy) and not p.is_inference())
+    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return hash(tuple(_weight_stamp(p, sharded) for p in model.parameters()))
+
+
+def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:
+    # Lazy parameters have a type of their own; those made in inference mode count no versions.
+    plain = type(parameter) is nn.Parameter
+    lazy = not plain and isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    written = 0 if lazy or parameter.is_inference() else parameter._version
+    if not plain or "_fsdp_flattened" in vars(parameter):
+        return 0, written, 0  # FSDP makes these anew
+    # FSDP gathers a parameter at another address in every forward.
+    return id(parameter), written, 0 if sharded or parameter.is_meta else parameter.data_ptr()
 
 
 def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:

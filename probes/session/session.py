@@ -7,8 +7,10 @@ returns anything. Each thread has its own current forward.
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, in_recomputation
+from depthscope.probes.model.hooks import Attachment, num_running_calls
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.user_modes import unreadable_mode
 from depthscope.probes.session.first_forward import (
     AxisError,
     FirstForward,
@@ -25,15 +28,17 @@ from depthscope.probes.session.first_forward import (
     find_structure,
     replay,
 )
-from depthscope.probes.session.forward import CurrentForward, Forward, Measured
+from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, weights_stamp
 from depthscope.probes.structure.branch_sums import find_branch_sums
 from depthscope.probes.structure.find_chains import block_paths
-from depthscope.probes.structure.model_structure import FINAL, Structure
+from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
 from depthscope.probes.structure.tape import Tape
+
+MOST_ERRORS = 8  # of one step, whose first one is what is said
 
 
 class Session:
@@ -47,6 +52,8 @@ class Session:
         What to capture.
     loss_scale : callable, optional
         Gives the factor by which the loss is multiplied at present; None for 1.
+    only_own : bool
+        Whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
     """
 
     def __init__(
@@ -54,9 +61,12 @@ class Session:
         model: nn.Module,
         options: Options,
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
+        *,
+        only_own: bool = False,
     ):
         self.model = model
         self.options = options
+        self.owner = object()  # and not the session itself, which its own hooks would then keep alive
         # Of hooks, which must not raise in the user's forward or backward: raised at the end of a step.
         self.errors: list[Exception] = []
         self.forwards: list[Forward] = []  # that ended since the last fold
@@ -65,11 +75,18 @@ class Session:
         self.skipped = 0  # forwards of other threads during the first forward
         self.reservoir = Reservoir(options.max_sequences, options.seed)
         self._loss_scale = loss_scale
+        self._only_own = only_own
         self._observer: Observer | None = None  # from the end of the first forward on
+        self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._measured: list[Measured] = []
-        self._current = CurrentForward()
+        self._current = CurrentForward(self.owner)
+        self._containers: list[
+            tuple[nn.Module, list[nn.Module | None]]
+        ] = []  # of states, with their children
+        self._running: weakref.WeakSet[Forward] = weakref.WeakSet()  # in all threads
         self._lock = threading.RLock()  # guards all of the above against forwards of other threads
+        self._searching = True  # for the structure, by hooks on every module
         self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
 
@@ -92,59 +109,128 @@ class Session:
     def attach(self) -> None:
         """Put the hooks on: on every module until the structure is known, then on those that show it."""
         self.detach()
-        attachment = self._attachment = Attachment(self.errors.append)
+        with self._lock:
+            self._attach()
+
+    def _attach(self) -> None:
+        self._first_thread = None
+        if self._attachment is not None:
+            self._attachment.remove()
+        attachment = self._attachment = Attachment(self.report)
         # The model's own pre-hook goes first and its hook last, since the model itself may be a module that shows a state.
         attachment.before(self.model, self._begin)
-        if self._observer is None:
+        if self._observer is None or self._modules != _module_types(self.model):
+            # Also where modules came or went since: the structure is looked for again, and must be as it was.
+            self._searching, self._containers = True, _containers(self.model)
             first = FirstForward(
-                self.model, self._current, gradients=self.options.gradients, report=self.errors.append
+                self.model, self._current, gradients=self.options.gradients, report=self.report
             )
             first.attach(attachment)
         else:
-            later = LaterForwards(self.model, self._observer, self._current, self._last_forward)
+            self._searching = False
+            later = LaterForwards(self.model, self._observer, self._current, lambda: self.forwards)
             later.attach(attachment)
+            states = {state.point.path for state in self._observer.structure.captured}
+            self._containers = _containers(self.model, states)
         attachment.after(self.model, self._end)
+        # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.
+        attachment.after(self.model, self._leave, always=True)
 
-    def detach(self) -> None:
-        """Take every hook off; gradient hooks stay on the tensors of running graphs, until these are freed."""
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+    def detach(self) -> int:
+        """Take every hook off; gradient hooks stay on the tensors of ended forwards, until these are folded or dropped.
+
+        Returns
+        -------
+        int
+            How many forwards had not ended, and are forgotten.
+        """
+        # One that was stopped, as by a key, did not leave; those of other threads are taken to run.
+        if self._current.recorded is not None and not num_running_calls(self.model):
+            self.forget_running()
+        with self._lock:
+            if self._attachment is not None:
+                self._attachment.remove()
+                self._attachment = None
+            self._first_thread = None
+            cut_short = [forward for forward in self._running if not forward.cancelled]
+            for forward in cut_short:
+                forward.cancelled = True
+                forward.release()
+            self._running.clear()
         self._current.clear()
-        self._first_thread = None
+        return len(cut_short)
 
-    def _last_forward(self) -> Forward | None:
-        """The last forward since the fold, to which a running backward belongs."""
-        return self.forwards[-1] if self.forwards else None
+    def after_fork(self) -> None:
+        """Forget the probe in a child process, which is a copy of the parent in the middle of anything."""
+        self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
+        self.detach()
+        self.drop()
+
+    def report(self, error: Exception) -> None:
+        """Note what a hook met; the first error of a step is enough to leave the step out."""
+        if len(self.errors) < MOST_ERRORS:
+            self.errors.append(error)
 
     # --- one forward ---
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if in_recomputation() or self._current.paused:
+        current = self._current
+        if current.hidden or (self._only_own and own_calls.owner is not self.owner):
             return
-        self._current.clear()  # a forward that raised never reached `_end`
+        if current.recorded is not None and num_running_calls(self.model) > 1:
+            current.recorded.nested += 1  # the model calls itself: part of the forward that is running
+            return
+        current.clear()
+        if self.errors:  # the step will be left out
+            return
+        tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            return  # an empty batch adds nothing, and shows no structure
+        lead = _readable(tensors[0] if tensors else None)
         named = named_arguments(module, args, kwargs)
-        lead = next((t for t in tensors_in((args, kwargs)) if t.ndim > 0), None)
-        if lead is None:
-            raise CaptureError("the model was called without a tensor; expected a batch of tensors")
         with self._lock:
-            unknown = self._observer is None
-            if unknown and self._first_thread not in (None, threading.get_ident()):
-                self.skipped += 1  # one tape at a time: the hooks on every module are about to be replaced
+            if self._attachment is None or not self._is_first_thread():
                 return
-            if unknown:
-                self._first_thread = threading.get_ident()
-            stamp = weights_stamp(module)
-            batch_axis = self._first_batch_axis if unknown else self.structure.batch_axis
-            batch_size = lead.shape[batch_axis]
-            slots = self.reservoir.choose(batch_size, stamp)
-            first_index = self.reservoir.total - batch_size
+            self._require_same_modules()
+            self._attachment.run_last()
+            forward = current.forward = self._new_forward(module, lead, named)
+            self._running.add(forward)
+            if self._searching:
+                current.tape = self._new_tape()
+
+    def _require_same_modules(self) -> None:
+        """Require that no layer came, went or was replaced since the hooks were put on: a new one has none."""
+        for module, children in self._containers:
+            if [*module._modules.values()] != children:  # modules are equal where they are one object
+                raise CaptureError(
+                    f"layers of {type(module).__name__} came, went or were replaced within the step; change a model between "
+                    "two steps, before recorder.step()"
+                )
+
+    def _is_first_thread(self) -> bool:
+        """Whether this thread's forward may be taped: one tape at a time, since its hooks are replaced at its end."""
+        if not self._searching:
+            return True
+        this = threading.get_ident()
+        if self._first_thread not in (None, this):
+            self.skipped += 1
+            return False
+        self._first_thread = this
+        return True
+
+    def _new_forward(self, model: nn.Module, lead: torch.Tensor, named: dict[str, Any]) -> Forward:
+        if not (self.forwards or self._measured or self._running):
+            self.reservoir.restart_empty()
+        stamp = weights_stamp(model)
+        batch_axis = self._first_batch_axis if self._observer is None else self.structure.batch_axis
+        batch_size = lead.shape[batch_axis]
+        slots = self.reservoir.choose(batch_size, stamp)
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
-        self._current.forward = Forward(
+        return Forward(
             batch_size=batch_size,
             batch_axis=batch_axis,
             stamp=stamp,
-            first_index=first_index,
+            first_index=self.reservoir.total - batch_size,
             slots=slots,
             arguments=named,
             decoding=is_decoding(named),
@@ -152,50 +238,78 @@ class Session:
             lead_shape=tuple(lead.shape),
             row_data=lead.detach().movedim(batch_axis, 0)[rows].clone(),
         )
-        if unknown:
-            blocks = self.options.blocks
-            # The search for the sums inside of blocks needs the tensors of every call in them: only where it is requested.
-            search = find_branch_sums if self.options.selection.inside_blocks else None
-            self._current.tape = Tape(keep=block_paths(module, blocks) if blocks else (), on_block=search)
+
+    def _new_tape(self) -> Tape:
+        blocks = self.options.blocks
+        # The search for the sums inside of blocks needs the tensors of every call in them: only where it is requested.
+        search = find_branch_sums if self.options.selection.inside_blocks else None
+        return Tape(keep=block_paths(self.model, blocks) if blocks else (), on_block=search)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        forward, self._current.forward = self._current.forward, None
-        tape, self._current.tape = self._current.tape, None
-        if forward is None or in_recomputation():
+        current = self._current
+        forward, tape = current.recorded, current.taped
+        if forward is None or forward.nested:
             return
-        if tape is not None:
-            try:
+        current.forward = current.tape = None
+        self._running.discard(forward)
+        if self.errors:  # something of this forward, or of another one of the step, is missing
+            forward.release()
+            return
+        try:
+            self._require_same_modules()
+            if tape is not None:
                 self._end_first(tape, forward)
-            except Exception:
-                forward.release()
-                raise
-            finally:
-                self.attach()  # with the hooks that the structure needs, or for another first forward
-        for sums in forward.sums:
-            sums.end_forward()
-        forward.end()
+            for sums in forward.sums:
+                sums.end_forward()
+            forward.end()
+            self._require_complete(forward)
+        except BaseException:
+            forward.release()
+            raise
         with self._lock:
             self.forwards.append(forward)
             self.last = forward
             if not self.options.gradients:
                 self._absorb()  # no backward will add to it, so a loop that never steps stores one forward at most
 
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Note that a call of the model is over; where it did not reach `_end`, it raised."""
+        forward = self._current.recorded
+        if forward is None:
+            return
+        if forward.nested:
+            forward.nested -= 1
+            return
+        self._running.discard(forward)
+        self._current.clear()
+
     def _end_first(self, tape: Tape, forward: Forward) -> None:
-        """Find the structure in the first forward, and record what that forward showed of it."""
+        """Find the structure in a forward, and record what that forward showed of it."""
         try:
             structure = find_structure(tape, forward, self.model, self.options)
+            if self._observer is not None:
+                require_same(structure, self._observer.structure)
+            observer = Observer(structure, self.options, self.report, self._loss_scale, calls=tape.counts())
+            try:
+                with own_call(observer):  # what it runs once more is nobody's forward
+                    replay(tape, forward, observer)
+            except RewrittenError:
+                self._adopt(observer)  # the structure is right: later forwards copy states as they pass
+                raise
+            self._adopt(observer)
         except AxisError:
             self._first_batch_axis = 1
             self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)  # tokens were drawn
             raise
-        observer = Observer(structure, self.options, self.errors.append, self._loss_scale)
-        try:
-            with self._current.pause():
-                replay(tape, forward, observer)
-        except RewrittenError:
-            self._observer = observer  # the structure is right: later forwards copy states as they pass
-            raise
-        self._observer = observer
+        finally:
+            with self._lock:
+                if (
+                    self._attachment is not None
+                ):  # with the hooks of the structure, or for another first forward
+                    self._attach()
+
+    def _adopt(self, observer: Observer) -> None:
+        self._observer, self._modules = observer, _module_types(self.model)
 
     # --- the end of a step ---
 
@@ -228,8 +342,13 @@ class Session:
         """Whether forwards ended, or errors came, since the last fold."""
         return bool(self.forwards or self._measured or self.errors)
 
+    def forget_running(self) -> None:
+        """Forget the forward that this thread was running when something stopped it."""
+        self._current.clear()
+
     def drop(self) -> None:
-        """Forget the forwards since the last fold."""
+        """Forget the forwards since the last fold, and the one that this thread is running."""
+        self.forget_running()
         for forward in self.forwards:
             forward.release()
         self.forwards, self._measured = [], []
@@ -237,10 +356,13 @@ class Session:
 
     def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
-        for forward in done:  # all are checked before any is counted
-            self._require_complete(forward)
+        try:
+            for forward in done:  # all are checked before any is counted
+                self._require_gradients(forward)
+        finally:
+            for forward in done:
+                forward.release()
         for forward in done:
-            forward.release()
             self.num_forwards += 1
             self.reservoir.store(forward.sequences(), forward.stamp)
             if not self._measured or self._measured[-1].stamp != forward.stamp:
@@ -264,8 +386,36 @@ class Session:
                 f"{len(missing)} requested places did not fire in a forward: {', '.join(missing[:5])}. "
                 "A compiled model skips hooks (capture before compiling), and a skipped layer has no state"
             )
+        self.observer.require_usual_calls(forward)
+
+    def _require_gradients(self, forward: Forward) -> None:
         if self.options.gradients and not forward.arrived_gradients:
             raise CaptureError(
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+def _readable(lead: torch.Tensor | None) -> torch.Tensor:
+    """The first tensor that the model was called with, where its values can be read."""
+    if lead is None:
+        raise CaptureError("the model was called without a tensor; expected a batch of tensors")
+    mode = unreadable_mode(lead)
+    if mode is not None:
+        raise CaptureError(f"the model was called {mode}; expected a plain call")
+    return lead
+
+
+def _module_types(model: nn.Module) -> frozenset[tuple[str, type]]:
+    """Which modules a model has: what changes where layers are added, dropped, wrapped or parametrised."""
+    return frozenset((path, type(module)) for path, module in model.named_modules(remove_duplicate=False))
+
+
+def _containers(
+    model: nn.Module, paths: Iterable[str] | None = None
+) -> list[tuple[nn.Module, list[nn.Module | None]]]:
+    """The modules that contain some others, or all, each with its children."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    above = {path.rpartition(".")[0] for path in (modules if paths is None else paths)}
+    above |= {path[: dot.start()] for path in above for dot in re.finditer(r"\.", path)} | {""}
+    return [(modules[path], [*modules[path]._modules.values()]) for path in sorted(above)]

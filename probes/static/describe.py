@@ -5,7 +5,6 @@ No model is built and no other tensor is read. The weights are those of an input
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from depthscope.probes.checkpoints.errors import CheckpointError, printable
+from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
 from depthscope.probes.checkpoints.tensor_inventory import Inventory, read_values, take_inventory
-from depthscope.probes.checkpoints.weight_files import CheckpointError
 from depthscope.probes.connections.weight_pattern import FoundTensors, WeightPattern
 from depthscope.probes.static.facts import (
     Parameter,
@@ -31,6 +31,7 @@ from depthscope.probes.static.remarks import remarks
 
 # Settings that give the number of streams, by model type; they only serve to warn where the shapes disagree.
 STREAM_SETTINGS = ("hc_mult", "hc_count", "altup_num_inputs")
+LARGEST_SETTING = 10_000  # a heuristic: public models have 20 rounds of Sinkhorn and magnitudes of a few
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def describe_weights(path: str | Path) -> StaticDescription:
     CheckpointError
         If the checkpoint is missing, torn or no safetensors, or lacks a shard that contains a connection.
     """
-    path = Path(path).expanduser()
+    path = given_path(path)
     inventory = take_inventory(path)
     found = find_connections(inventory.tensors)
     _require_no_absent_connection(path, inventory, [one for _, one in found])
@@ -97,7 +98,7 @@ def describe_weights(path: str | Path) -> StaticDescription:
     products = tuple(composites(connections))
     return StaticDescription(
         checkpoint=str(path),
-        model_type=str(config.get("model_type", "")),
+        model_type=printable(str(config.get("model_type", ""))),
         num_tensors=len(inventory.tensors) + len(inventory.absent),
         num_read=len(values),
         num_files=len(inventory.files),
@@ -138,24 +139,26 @@ def _without_numbers(name: str) -> str:
 def _configuration(folder: Path) -> dict[str, Any]:
     # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
     file = folder / "config.json"
-    if not file.is_file():
+    if not exists(file):
         return {}
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is no JSON ({error}); copy or download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"'{file}' holds a {type(config).__name__}; expected a transformers configuration"
-        )
-    return config
+    return read_json(own_file(folder, "config.json"), "transformers configuration")
 
 
 def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
     """The first of some numbers in the configuration or in a part of it (``text_config``); None where there is none."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     values = (part[name] for name in names for part in parts if name in part)
-    return next((float(value) for value in values if isinstance(value, (int, float))), None)
+    return next((_setting(value) for value in values if isinstance(value, (int, float))), None)
+
+
+def _setting(value: float) -> float:
+    # Rounds of Sinkhorn among them, each of which takes a microsecond
+    if not abs(value) <= LARGEST_SETTING:
+        shown = f"{value:g}" if abs(value) < 1e300 else "beyond all numbers"
+        raise CheckpointError(
+            f"config.json gives a connection the setting {shown}; expected at most {LARGEST_SETTING}: download it again"
+        )
+    return float(value)
 
 
 # --- one connection

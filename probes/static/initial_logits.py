@@ -11,8 +11,8 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
-from depthscope.probes.checkpoints.weight_files import CheckpointError
+from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.static.describe import describe_weights
 from depthscope.probes.static.recognition import find_connections, place_of
 

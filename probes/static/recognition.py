@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
+from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.connections.families import FAMILIES
 from depthscope.probes.connections.weight_pattern import FoundTensors, Leaves, WeightPattern
 

@@ -129,6 +129,8 @@ class TokenSums:
         """
         if anew:
             self.sums.get("gradient_square_norm_sum", {}).pop(depth, None)
+        if not gradient_BTND.numel():
+            return
         for x_tND in _blocks(gradient_BTND, mask_BT):
             _, largest, size = _scale(x_tND)
             square = largest.double().mul_(size).square_().sum((0, 2))
@@ -146,6 +148,8 @@ class TokenSums:
         mask_BT : Tensor or None
             True on real tokens.
         """
+        if not mix_BTNN.numel():
+            return
         # Sums of rows of tokens are twice as fast as of short rows
         mix = mix_BTNN.detach().flatten(0, 1).movedim(0, -1)
         mix = mix.to(torch.float64, memory_format=torch.contiguous_format)

@@ -99,6 +99,9 @@ class WeightUpdates:
             for names in self._owners.values():
                 for name in names:
                     self._copy(name, parameters.get(name))
+            known = {id(of.parameter) for of in self._before.values()}
+            added = {name for name, p in parameters.items() if id(p) not in known} - set(self._reasons)
+            self._reasons.update(dict.fromkeys(added, "not in the model when the recorder was made"))
         except Exception as error:  # such as out of memory for the copy: the user's run must go on
             self.drop()
             self._errors.append(error)
@@ -108,6 +111,7 @@ class WeightUpdates:
         try:
             if self._errors:
                 raise self._errors[0]
+            self._leave_out_replaced()
             norms = _read_back({name: square_norm(of.parameter) for name, of in self._before.items()})
             gradients = _read_back(self._gradients)
             counts = {name: float(of.parameter.numel()) for name, of in self._before.items()}
@@ -121,6 +125,15 @@ class WeightUpdates:
             )
         finally:
             self.drop()
+
+    def _leave_out_replaced(self) -> None:
+        """Leave out the parameters that the model no longer has, whose copies say nothing about its weights."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, of in list(self._before.items()):
+            if parameters.get(name) is not of.parameter:
+                self._reasons[name] = "replaced during the step"
+                self._gradients.pop(name, None)
+                del self._before[name]
 
     def drop(self) -> None:
         """Remove the hooks and discard the step; calling it twice is fine."""

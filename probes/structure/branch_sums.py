@@ -12,8 +12,8 @@ from itertools import combinations
 import torch
 
 from depthscope.probes.connections.coefficients import spread, tolerance
-from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.model.tensors import version
+from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.stream_chain import branch_label
 from depthscope.probes.structure.tape import Call, is_norm

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from depthscope.probes.connections.family import Site
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -105,3 +106,44 @@ class Structure:
         if not self.sites and self.num_streams == 1:
             return self.canonical(0, state, batch_size).squeeze(2)
         return state.reshape(batch_size, -1, state.shape[-1])
+
+
+def require_same(found: Structure, before: Structure) -> None:
+    """Require that a structure has the depths and connections of an earlier one, so that one run can have both.
+
+    Parameters
+    ----------
+    found, before : Structure
+        Modules may have been wrapped or replaced in between.
+
+    Raises
+    ------
+    CaptureError
+        Where a depth or a connection of one is not in the other.
+    """
+    for name, now, then in (
+        ("depths", [len(chain.points) for chain in found.chains], [len(c.points) for c in before.chains]),
+        ("states", _outline(found), _outline(before)),
+    ):
+        if now != then:
+            detail = f" ({then} then, {now} now)" if name == "depths" else ""
+            raise CaptureError(
+                f"the model has other {name} than in the first measured step{detail}: layers came, went or changed; a run "
+                "has one set of depths, so close this recorder and open another one for the model as it is now"
+            )
+
+
+def _outline(structure: Structure) -> list[Any]:
+    """What the axes of a run are made of."""
+    chains = [
+        (
+            chain.name,
+            [(point.layer, point.site) for point in chain.points],
+            [(c.layer, c.branch, c.style, c.depth_in, c.depth_out) for c in chain.connections],
+            [shape[-1] for shape in chain.shapes],
+            chain.final is None,
+            chain.history,
+        )
+        for chain in structure.chains
+    ]
+    return [*chains, structure.layouts, structure.num_streams, structure.fractions, structure.family]

@@ -223,6 +223,10 @@ class Tape:
                 return call, at
         return None
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """How often each method of each module was called, by module path and method."""
+        return dict(self._counts)
+
     def linked_runs(self) -> Iterator[tuple[tuple[str, Any], list[Call]]]:
         """All runs of two or more linked calls, with the key of their group."""
         for key, runs in self._runs.items():

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import math
+import os
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -16,6 +23,7 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
@@ -27,8 +35,34 @@ from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 
 REDUCTIONS = ("mean", "sum")
-# Warnings point at the user's line: the fourth frame, after _warn, the method that failed, and step() or close().
-USER_FRAME = 4
+OURS = str(Path(__file__).parents[1])  # the folder of the probes
+
+_open: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+def _leave_child_alone() -> None:
+    """In a child process no recorder writes, warns or measures: the parent's goes on."""
+    for recorder in list(_open):
+        recorder._abandon()
+
+
+def _close_all() -> None:
+    for recorder in list(_open):
+        recorder.close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_child_alone)
+
+
+@cache
+def _close_at_exit() -> None:
+    """Close what is open when the interpreter ends: a generator that nobody closed leaves its block too late to save."""
+    # The last one registered runs first, and HDF5's own, which ends the library, comes with its import: so import it now.
+    for name in ("h5py", "h5netcdf"):
+        with suppress(ImportError):
+            import_module(name)
+    atexit.register(_close_all)
 
 
 class ProbeWarning(UserWarning):
@@ -88,40 +122,75 @@ class Recorder:
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
-        self._inside = False  # the ``with`` block
+        self._sentences: list[str] = []  # what the end of the step has to say
+        self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Recorder:
-        self._inside = True
-        self._attach_if_measuring()
+        with self._lock:
+            if self._state == "open":
+                raise CaptureError(
+                    "this recorder is open already; make another one for a block inside its block"
+                )
+            if self._state != "abandoned":
+                self._state = "open"
+                _open.add(self)
+                if self._store is not None:
+                    _close_at_exit()
+                self._attach_if_measuring()
+        self._warn()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
-            # The exception may have cut a backward short, which left only some of the gradients: the last step is not
-            # measured then. Without gradients its forwards are complete, and count.
+        if kind is None:
+            self.close()
+            return
+        # The exception may have cut a backward short, which left only some of the gradients: the last step is not
+        # measured then. Without gradients its forwards are complete, and count.
+        if self._state == "open":
             self._weights = None
+            self._session.forget_running()
             if self._session.options.gradients:
                 self._session.drop()
-        self.close()
+        with suppress(
+            Exception
+        ):  # such as a warning that the user turned into an error: theirs goes on as it is
+            self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "new") == "open" and not sys.is_finalizing():
+            self._sentences.append("a recorder was never closed; use it in a with block")
+            self.close()
+
+    def __reduce__(self) -> Any:
+        # An object of the user's that holds the recorder may be copied, or sent to a worker of a loader.
+        return _copy_that_measures_nothing, ()
 
     def step(self, loss: float | torch.Tensor | None = None) -> None:
         """End one step: record its forwards and backwards as a row, and start the next one.
+
+        Any thread may call it. A forward that another thread is running then counts to no step.
 
         Parameters
         ----------
         loss : float or Tensor, optional
             The step's loss, to be stored with the statistics.
         """
-        if not self._inside:
-            raise CaptureError(
-                "step() outside the block: use it inside `with probes.record(model) as recorder:`"
-            )
-        if self.measuring:
-            self._end_measured_step(float(loss.detach()) if isinstance(loss, torch.Tensor) else loss)
-        self.position += 1
-        self._attach_if_measuring()
+        with self._lock:
+            if self._state in ("new", "closed"):
+                raise CaptureError(
+                    "step() outside the block: use it inside `with probes.record(model) as recorder:`"
+                )
+            if self._state == "open":
+                if self.measuring:
+                    self._safely(self._end_measured_step, loss)
+                self.position += 1
+                self._attach_if_measuring()
+            else:
+                self.position += 1
+        self._warn()
 
     @property
     def measuring(self) -> bool:
@@ -152,43 +221,64 @@ class Recorder:
 
     def close(self) -> None:
         """Remove the hooks, and save the run where a store was given; calling it twice is fine."""
-        if not self._inside:
-            return
-        self._inside = False
-        try:
-            if self.measuring and self._session.pending:
-                self._end_measured_step(None)  # the loop ended before step(), after complete forwards
-        finally:
-            self._detach()
-        if self._store is not None and self._rows:
-            self._save(self._store)
+        with self._lock:
+            if self._state != "open":
+                return
+            self._state = "closed"
+            _open.discard(self)
+            try:
+                if self.measuring and self._session.pending:
+                    # The loop ended before step(), after complete forwards
+                    self._safely(self._end_measured_step, None)
+            finally:
+                self._detach()
+                remove_inert_hooks(self._session.model)
+            if self._store is not None and self._rows:
+                self._save(self._store)
+        self._warn()
+
+    def _abandon(self) -> None:
+        """Stop for good, silently: what is open belongs to another process."""
+        self._state, self._sentences = "abandoned", []
+        self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
+        self._session.after_fork()
+        self._detach()
+        _open.discard(self)
 
     def _save(self, store: Path) -> None:
         try:
             schema.save_run(self.run, store)
         except Exception as error:  # what follows the block, such as saving the model, must still be reached
-            self._warn(f"the run was not saved: {error}", error)
+            self._say(
+                f"the run was not saved: {error}. It is still in recorder.run: save it under another name with save_run",
+                error,
+            )
 
-    def _end_measured_step(self, loss: float | None) -> None:
-        """Add the row of the present step; where it cannot be measured, warn and leave it out."""
-        # First of all: the weights' hooks and copies end with the step, whatever fails below.
+    def _end_measured_step(self, loss: float | torch.Tensor | None) -> None:
+        """Add the row of the present step."""
+        # First of all: hooks and copies end with the step, whatever fails below.
+        cut_short = self._session.detach()
         weights, scale = self._weight_norms(), self._scale.end()
-        try:
-            self._session.raise_first_error()
-            parts = self._session.fold()
-            if not parts:
-                raise CaptureError("the model was not called between two steps; nothing to measure")
-        except Exception as error:
-            self._session.drop()
-            self._warn(f"step {self.position} was not measured: {error}", error)
-            return
+        self._session.raise_first_error()
+        parts = self._session.fold()
+        if cut_short:
+            self._say(
+                f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {self.position} did, and count to no step"
+            )
+        if not parts:
+            raise CaptureError(
+                "the model was not called between two steps, or with empty batches only; nothing to measure"
+            )
+        if not _num_tokens(parts):
+            raise CaptureError("no batch of it had a real token; nothing to measure")
+        value = self._loss_value(loss)
         sums = self._pool(parts)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         if scale is not None and (
             (weights is not None and weights.overflowed) or not _finite_gradients(sums)
         ):
             self._overflowed.append(self.position)
-            self._warn(
+            self._say(
                 f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
                 "the forward's numbers stand"
             )
@@ -196,18 +286,34 @@ class Recorder:
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        self._rows.append(StepStatistics(self.position, sums, sequences, loss, weights, scale))
+        self._rows.append(StepStatistics(self.position, sums, sequences, value, weights, scale))
+
+    def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
+        try:
+            return None if loss is None else float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            self._say(
+                f"the loss of step {self.position} was not stored: a {type(loss).__name__} {shape} came; expected one number",
+                error,
+            )
+            return None
 
     def _pool(self, parts: list[Measured]) -> list[TokenSums]:
         """Add the parts of a step to the pooled statistics; returns the compact statistics of its row."""
         sums: list[TokenSums] = []
         for part in parts:
             sums = merge_sums(sums, part.sums)
+        row = [chain.compact() for chain in sums]
+        # An error from here on leaves half of a sum: what is pooled begins anew then.
+        (pooled, self._pooled), (stamp, self._pooled_stamp) = (self._pooled, []), (self._pooled_stamp, None)
+        for part in parts:
             # Sums over several steps describe one model only as long as its weights are the same.
-            if part.stamp != self._pooled_stamp:
-                self._pooled, self._pooled_stamp = [], part.stamp
-            self._pooled = merge_sums(self._pooled, part.sums)
-        return [chain.compact() for chain in sums]
+            if part.stamp != stamp:
+                pooled, stamp = [], part.stamp
+            pooled = merge_sums(pooled, part.sums)
+        self._pooled, self._pooled_stamp = pooled, stamp
+        return row
 
     def _weight_norms(self) -> WeightNorms | None:
         if self._weights is None:
@@ -215,29 +321,70 @@ class Recorder:
         try:
             return self._weights.end()
         except Exception as error:
-            self._warn(f"the weights of step {self.position} were not measured: {error}", error)
+            self._say(f"the weights of step {self.position} were not measured: {error}", error)
             return None
 
-    def _warn(self, message: str, error: Exception | None = None) -> None:
+    def _safely(self, action: Callable[..., None], *args: Any) -> None:
+        """Run what ends a step; where it cannot be measured, say so and leave it out."""
+        try:
+            action(*args)
+        except (Exception, GeneratorExit) as error:
+            self._session.drop()
+            self._say(f"step {self.position} was not measured: {error or type(error).__name__}", error)
+
+    def _say(self, message: str, error: BaseException | None = None) -> None:
+        """Note a sentence for the end of the step."""
         if error is not None:
-            self.errors.append(error)
-        warnings.warn(message, ProbeWarning, stacklevel=USER_FRAME)
+            self.errors.append(without_frames(error))
+        self._sentences.append(message)
+
+    def _warn(self) -> None:
+        """Say what there is to say, now that everything is in order: the user may have turned warnings into errors."""
+        sentences, self._sentences = self._sentences, []
+        for sentence in sentences:
+            warnings.warn(sentence, ProbeWarning, stacklevel=_user_frame())
 
     def _attach_if_measuring(self) -> None:
         """Remove the hooks of the step before, and put on those of the present one if it is measured."""
         self._detach()
-        if self.measuring:
+        if not self.measuring:
+            return
+        # Each is undone even where it fails halfway, hence the callbacks first.
+        try:
             # Compiled code skips hooks that are put on after its compilation.
             self._stack.enter_context(eager())
-            self._session.attach()
             self._stack.callback(self._session.detach)
+            self._session.attach()
             if self._weights is not None:
-                self._weights.begin()
                 self._stack.callback(self._weights.drop)
+                self._weights.begin()
+        except Exception as error:
+            self._detach()
+            self._say(f"step {self.position} cannot be measured: {error}", error)
 
     def _detach(self) -> None:
         self._stack.close()
         self._stack = ExitStack()
+
+
+def _copy_that_measures_nothing() -> Recorder:
+    recorder = Recorder(Session(nn.Identity(), Options()))
+    recorder._state = "abandoned"
+    return recorder
+
+
+def _user_frame() -> int:
+    """How many frames above `warnings.warn` in `_warn` the user's line is."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _num_tokens(parts: list[Measured]) -> float:
+    """The number of real tokens of all chains, at their first depths."""
+    counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
+    return sum(float(next(iter(count.values()))) for count in counts if count)
 
 
 def _finite_gradients(sums: list[TokenSums]) -> bool:
@@ -307,16 +454,20 @@ def record(
     ------
     ValueError
         For a loss reduction or a scaler of another kind.
+    OSError
+        Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
     """
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
-    # A name without an ending would be refused only when the block ends, and the measurements be lost.
+    # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
     path = None if store is None else Path(store)
-    if path is not None and not path.name.endswith(schema.SUFFIXES):
-        path = path.with_name(path.name + ".nc")
+    if path is not None:
+        if not path.name.endswith(schema.SUFFIXES):
+            path = path.with_name(path.name + ".nc")
+        schema.require_replaceable(path)
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     all_attrs.update(attrs or {})
     return Recorder(

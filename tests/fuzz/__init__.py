@@ -5,7 +5,10 @@ import os
 # Before numpy is imported: a process that is forked should have one thread.
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 
-from tests.fuzz.kinds import Kind  # noqa: E402
-from tests.fuzz.runs import RUNS  # noqa: E402
+from tests.fuzz.checkpoints import CHECKPOINTS
+from tests.fuzz.command_lines import COMMAND_LINES
+from tests.fuzz.kinds import Kind
+from tests.fuzz.runs import RUNS
+from tests.fuzz.urls import URLS
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (RUNS,)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (RUNS, CHECKPOINTS, COMMAND_LINES, URLS)}

@@ -15,7 +15,9 @@ from tests.fuzz.outcomes import FAILURES
 def main() -> int:
     """Run a campaign as the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(KINDS)}; all by default")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help=f"some of {', '.join(KINDS)}; all by default"
+    )
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--rounds", type=int, default=None, help="cases for each mutator")
     parser.add_argument("--seed", type=int, default=0)
@@ -37,6 +39,11 @@ def main() -> int:
     def count(result: Result) -> None:
         done[0] += 1
         done[1] += result.outcome in FAILURES
+        if result.outcome in FAILURES:  # at once: a campaign of hours may be stopped before its table
+            message = " ".join(result.worst.message.split())[:200]
+            sys.stderr.write(
+                f"{result.outcome}: {result.kind} {result.mutator} --seed {result.seed}: {message}\n"
+            )
         if done[0] % 500 == 0:
             sys.stderr.write(f"{done[0]} cases, {done[1]} failures, {time.monotonic() - start:.0f} s\n")
 

@@ -9,15 +9,25 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tests.fuzz.isolation import in_child
 from tests.fuzz.kinds import Kind, NotApplicable, Subject
-from tests.fuzz.outcomes import DIFFERENT, FAILURES, OUTCOMES, TRACEBACK, UNVERIFIED, Answer, as_json, of_process
+from tests.fuzz.outcomes import (
+    DIFFERENT,
+    FAILURES,
+    OUTCOMES,
+    TRACEBACK,
+    UNVERIFIED,
+    Answer,
+    as_json,
+    of_process,
+)
 
 SECONDS = 10.0
 """Time of a case, from opening to the last sentence."""
@@ -47,7 +57,9 @@ def numbers_of(kind: str, mutator: str, seed: int) -> Random:
     return Random(f"{kind}/{mutator}/{seed}")
 
 
-def run_case(kind: Kind, mutator: str, seed: int, material: Path, *, keep: Path | None = None) -> Result | None:
+def run_case(
+    kind: Kind, mutator: str, seed: int, material: Path, *, keep: Path | None = None
+) -> Result | None:
     """Mutate and open, each in a forked process.
 
     Parameters
@@ -131,7 +143,7 @@ def cases(kinds: Sequence[Kind], only: str | None, seed: int) -> Iterator[tuple[
             yield kind, name, step
 
 
-def run_cases(
+def run_cases(  # noqa: C901 (the workers' loop belongs here)
     kinds: Sequence[Kind],
     *,
     seconds: float | None = None,
@@ -140,7 +152,7 @@ def run_cases(
     only: str | None = None,
     keep: Path | None = None,
     jobs: int = 1,
-    on_result=None,
+    on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Run cases until the time or the rounds are over.
 
@@ -167,51 +179,62 @@ def run_cases(
     """
     per_round = sum(1 for kind in kinds for name in kind.mutators if only is None or only in name)
     if not per_round:
-        raise ValueError(f"no mutator with {only!r} in its name")
+        raise ValueError(f"no mutator with {only!r} in its name; see --list")
     # Not TemporaryDirectory: a case runs Python's exit functions, and these would remove the folder.
-    material = tempfile.mkdtemp(prefix="depthscope-fuzz-material-")
+    material = Path(tempfile.mkdtemp(prefix="depthscope-fuzz-material-"))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+
+    def work(job: int) -> None:
+        chosen = islice(cases(kinds, only, seed), job, None if rounds is None else rounds * per_round, jobs)
+        for kind, name, step in chosen:
+            if end is not None and time.monotonic() > end:
+                break
+            try:
+                queue.put(run_case(kind, name, step, material / kind.name, keep=keep))
+            except Exception as error:
+                # A mutator that fails has tested nothing, which must not pass for a good result.
+                queue.put(
+                    Result(kind.name, name, step, TRACEBACK, [Answer("mutator", TRACEBACK, str(error))])
+                )
+        queue.put(_END)
+
     try:
         for kind in kinds:
-            (Path(material) / kind.name).mkdir()
-            made = in_child(lambda kind=kind: kind.prepare(Path(material) / kind.name) or "made", seconds=300)
-            if made.answer != "made":
-                raise RuntimeError(f"the material of {kind.name} could not be made: {made.stderr[-2000:]}")
-            kind.warm_up(Path(material) / kind.name)
-        context = multiprocessing.get_context("fork")
-        results: list[Result] = []
+            _prepare(kind, material / kind.name)
         end = None if seconds is None else time.monotonic() + seconds
-        queue = context.SimpleQueue()
-
-        def work(job: int) -> None:
-            chosen = islice(cases(kinds, only, seed), job, None if rounds is None else rounds * per_round, jobs)
-            for kind, name, step in chosen:
-                if end is not None and time.monotonic() > end:
-                    break
-                try:
-                    queue.put(run_case(kind, name, step, Path(material) / kind.name, keep=keep))
-                except Exception as error:
-                    queue.put(error)
-            queue.put("end")
-
         workers = [context.Process(target=work, args=(job,)) for job in range(jobs)]
         for worker in workers:
             worker.start()
-        running = jobs
-        while running:
-            item = queue.get()
-            if item == "end":
-                running -= 1
-            elif isinstance(item, Exception):
-                results.append(Result("?", "mutator failed", 0, "traceback", [Answer("mutator", "traceback", str(item))]))
-            elif item is not None:
-                results.append(item)
-                if on_result is not None:
-                    on_result(item)
+        results = list(_collected(queue, jobs, on_result))
         for worker in workers:
             worker.join()
         return results
     finally:
-        _remove(Path(material))
+        _remove(material)
+
+
+_END = "end"
+
+
+def _prepare(kind: Kind, folder: Path) -> None:
+    folder.mkdir()
+    made = in_child(lambda: kind.prepare(folder) or "made", seconds=600)
+    if made.answer != "made":
+        raise RuntimeError(f"the material of {kind.name} could not be made: {made.stderr[-2000:]}")
+    kind.warm_up(folder)
+
+
+def _collected(queue: Any, jobs: int, on_result: Callable[[Result], None] | None) -> Iterator[Result]:
+    """Results as they come, until every worker has said that it ends."""
+    while jobs:
+        item = queue.get()
+        if item == _END:
+            jobs -= 1
+        elif item is not None:  # None: the mutator had nothing to mutate
+            if on_result is not None:
+                on_result(item)
+            yield item
 
 
 def table(results: Iterable[Result]) -> str:
@@ -238,7 +261,9 @@ def examples(results: Iterable[Result]) -> str:
         if result.outcome in FAILURES or result.outcome == UNVERIFIED:
             seen.setdefault((result.outcome, _signature(result.worst)), []).append(result)
     lines = []
-    for (outcome, _), found in sorted(seen.items(), key=lambda item: (-OUTCOMES.index(item[0][0]), -len(item[1]))):
+    for (outcome, _), found in sorted(
+        seen.items(), key=lambda item: (-OUTCOMES.index(item[0][0]), -len(item[1]))
+    ):
         first = found[0]
         mutators = Counter(result.mutator for result in found)
         lines.append(

@@ -45,7 +45,9 @@ class Answer:
     message: str
 
 
-def of_call(door: str, call: Callable[[], tuple[str, str]], *, refusals: tuple[type, ...] = (ValueError, OSError)) -> Answer:
+def of_call(
+    door: str, call: Callable[[], tuple[str, str]], *, refusals: tuple[type, ...] = (ValueError, OSError)
+) -> Answer:
     """Call a function of the library.
 
     Parameters
@@ -65,7 +67,9 @@ def of_call(door: str, call: Callable[[], tuple[str, str]], *, refusals: tuple[t
     try:
         outcome, message = call()
     except refusals as error:
-        outcome, message = (CLEAR, f"{type(error).__name__}: {error}") if str(error) else (TRACEBACK, repr(error))
+        outcome, message = (
+            (CLEAR, f"{type(error).__name__}: {error}") if str(error) else (TRACEBACK, repr(error))
+        )
     except MemoryError as error:
         outcome, message = MEMORY, last_frame(error)
     except BaseException as error:
@@ -116,7 +120,10 @@ def _of_output(code: Any, stdout: str, stderr: str, accepted: str) -> tuple[str,
         return NOISY, stderr[-2000:]
     if code == 2:
         if stdout.strip() or len(lines) != 1 or not lines[0].strip():
-            return NOISY, f"exit 2 with {len(lines)} lines on stderr, {len(stdout)} characters on stdout: {stderr[:1500]}"
+            return (
+                NOISY,
+                f"exit 2 with {len(lines)} lines on stderr, {len(stdout)} characters on stdout: {stderr[:1500]}",
+            )
         return CLEAR, lines[0][:2000]
     if code not in (0, 1, None):
         return TRACEBACK, f"exit code {code}: {stderr[-1500:]}"

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from depthscope.app.cli.arguments import (
+    RUN_FILE,
     add_json,
+    add_metrics,
+    add_out,
     add_run,
     add_selection,
-    comma_separated,
-    metric_names,
-    require_run_name,
     selection_of,
 )
 from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.paths import InputPath, require_writable
+from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import emit, working
 
 if TYPE_CHECKING:
@@ -24,12 +26,7 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument(
-        "--metrics",
-        type=comma_separated,
-        metavar="A,B",
-        help="only these (default: all that the run can feed)",
-    )
+    add_metrics(parser, about="only these (default: all that the run can feed)")
     parser.add_argument(
         "--jackknife",
         action="store_true",
@@ -37,18 +34,23 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--initial",
+        type=InputPath(must_exist=False),
         metavar="CHECKPOINT",
         help="the model before training: shows how far training moved the mixing of an mHC, weight decay taken out",
     )
     parser.add_argument(
         "--decay",
-        type=float,
+        type=Number(1e-9, 1, whole=False),
         metavar="FACTOR",
         help="what weight decay left of the initial logits, ∏(1 − learning rate × weight decay) over the steps (default "
         "1: they are not decayed)",
     )
-    parser.add_argument(
-        "--out", metavar="RUN", help="save the metrics alone here, and leave the run as it is"
+    add_out(
+        parser,
+        RUN_FILE,
+        metavar="RUN",
+        about="save the metrics alone here, and leave the run as it is",
+        required=False,
     )
     add_selection(parser)
     add_json(parser)
@@ -61,24 +63,29 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.app.readings.readings import read_runs, without_ending
     from depthscope.diagnostics import analyze, schema
 
-    # All arguments are checked before the run is read: a wrong one leaves the file as it is.
-    metrics = metric_names(args.metrics)
+    if args.decay is not None and args.initial is None:
+        raise ValueError(
+            "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
+        )
+    # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
+    if args.out is None:
+        require_writable(Path(args.run), "RUN")
+    else:
+        schema.require_replaceable(args.out, force=args.force)
     selection = selection_of(args)
-    if args.out is not None:
-        require_run_name(args.out, suffixes=schema.SUFFIXES, source=args.run)
-    run = schema.open_run(args.run)
+    run = schema.open_run(args.run, max_bytes=args.max_bytes)
     with working(f"analysing {args.run}") as progress:
         # Into memory, since the file is replaced by a new one below.
         run.load()
         run.close()  # before the metrics are written into the same file
         run = _with_initial_logits(run, args)
-        analysis = analyze(run, metrics=metrics, jackknife=args.jackknife, progress=progress)
+        analysis = analyze(run, metrics=args.metrics, jackknife=args.jackknife, progress=progress)
     groups = _metric_groups(analysis)
     written = _write(run, groups, args)
     # Judged and printed is what was measured now, not what the run contained before.
     measured = xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **groups})
     readings = read_runs({without_ending(Path(args.run).name): measured})
-    tables = [tabulate(reading, selection, metrics or ()) for reading in readings]
+    tables = [tabulate(reading, selection, args.metrics or ()) for reading in readings]
     if args.json:
         emit(analysis_as_dict(tables, selection, written))
     else:
@@ -89,10 +96,6 @@ def _run(args: argparse.Namespace) -> int:
 def _with_initial_logits(run: xr.DataTree, args: argparse.Namespace) -> xr.DataTree:
     """The run with the mixing logits of ``--initial``, decayed by ``--decay``; the run itself without them."""
     if args.initial is None:
-        if args.decay is not None:
-            raise ValueError(
-                "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
-            )
         return run
     from depthscope import probes
     from depthscope.diagnostics import with_replay
@@ -126,7 +129,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     if args.out:
         for path, metrics in groups.items():
             nodes[path] = metrics.assign_attrs({COMPLETE: complete})
-        return schema.save_run(xr.DataTree.from_dict(nodes), args.out)
+        return schema.save_run(xr.DataTree.from_dict(nodes), args.out, force=args.force)
     # Other initial logits change the metrics that read them, so their stored values no longer apply.
     outdated = [name for name, metric in CATALOGUE.items() if args.initial and LOGITS in metric.roots]
     # Trace and statistics are written again as they are: saving replaces the file.

@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from depthscope.app.cli.arguments import add_json, add_runs, comma_separated
-from depthscope.app.cli.command import FINE, FOUND, Command
-from depthscope.app.text.terminal import emit, say, working
+from depthscope.app.cli.arguments import add_json, add_runs
+from depthscope.app.cli.command import Command
+from depthscope.app.cli.several_runs import exit_code, read_several
+from depthscope.app.cli.values import Names
+from depthscope.app.text.terminal import emit, printable, say
 
 if TYPE_CHECKING:
     from depthscope.app.readings.readings import Reading
@@ -19,7 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument(
         "--fail-on",
-        type=comma_separated,
+        type=Names("severity or verdict", _severities_and_verdicts),
         default=["fail"],
         metavar="warn|fail|NAMES",
         help="exit 1 at this severity or above, or on these verdicts, comma separated (default fail)",
@@ -28,12 +30,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.readings.readings import open_runs, read_runs
-
-    # Before the runs are analysed: a typing error should not wait for that.
     lowest, verdicts = _limits(args.fail_on)
-    with working("analysing and judging") as progress:
-        readings = read_runs(open_runs(args.runs), progress=progress)
+    readings, left_out = read_several(args, "analysing and judging")
     failed = [
         reading.name
         for reading in readings
@@ -41,31 +39,38 @@ def _run(args: argparse.Namespace) -> int:
     ]
     if args.json:
         runs = [
-            {"run": reading.name, "findings": [finding.as_dict() for finding in reading.findings]}
+            {
+                "run": reading.name,
+                "integrity": reading.integrity,
+                "findings": [finding.as_dict() for finding in reading.findings],
+            }
             for reading in readings
         ]
         # The limits are part of the document: a log shows why a check passed.
-        emit({"failed": failed, "fail_on": args.fail_on, "runs": runs})
+        emit({"failed": failed, "fail_on": args.fail_on, "runs": runs, "left_out": left_out})
     else:
         _print_findings(readings, failed, args.fail_on)
-    return FOUND if failed else FINE
+        if left_out:
+            names = ", ".join(printable(run["run"]) for run in left_out)
+            say(f"not judged, so this check does not pass: {names}")
+    return exit_code(left_out, found=bool(failed))
+
+
+def _severities_and_verdicts() -> list[str]:
+    from depthscope.diagnostics import Severity
+    from depthscope.diagnostics.verdicts import VERDICTS
+
+    # A note (INFO) is never a reason to fail: it describes the model and asks for nothing.
+    return [*(severity.name.lower() for severity in (Severity.WARN, Severity.FAIL)), *VERDICTS]
 
 
 def _limits(names: Sequence[str]) -> tuple[Severity | None, set[str]]:
     """The lowest severity that fails a check (None where none is named), and the verdicts that fail it."""
     from depthscope.diagnostics import Severity
-    from depthscope.diagnostics.closest_names import did_you_mean
-    from depthscope.diagnostics.verdicts import VERDICTS
 
-    # A note (INFO) is never a reason to fail: it describes the model and asks for nothing.
-    severities = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
-    for name in names:
-        if name not in severities and name not in VERDICTS:
-            raise ValueError(
-                f"no severity or verdict {name!r}; {did_you_mean(name, [*severities, *VERDICTS])}"
-            )
+    severities = {severity.name.lower(): severity for severity in Severity}
     lowest = min((severities[name] for name in names if name in severities), default=None)
-    return lowest, {name for name in names if name in VERDICTS}
+    return lowest, {name for name in names if name not in severities}
 
 
 def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> bool:
@@ -82,12 +87,14 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
     from depthscope.app.tables.findings import count_words, findings_text
 
     for reading in readings:
-        about = ", ".join(str(reading.attrs[key]) for key in ("model", "family") if reading.attrs.get(key))
-        say(f"{reading.name}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
+        facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
+        about = ", ".join(map(printable, facts))
+        say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
+        say(f"  file {printable(reading.integrity)}")
         say()
         say(findings_text(reading.findings))
         say()
-    result = f"failed: {', '.join(failed)}" if failed else "passed"
+    result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
     say(f"check --fail-on {','.join(fail_on)}: {result}")
 
 

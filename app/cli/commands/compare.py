@@ -5,33 +5,24 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from depthscope.app.cli.arguments import (
-    add_json,
-    add_runs,
-    add_selection,
-    comma_separated,
-    metric_names,
-    positive_integer,
-    selection_of,
-)
-from depthscope.app.cli.command import FINE, Command
-from depthscope.app.text.terminal import emit, remark, say, show_rows, working
+from depthscope.app.cli.arguments import add_json, add_metrics, add_runs, add_selection, selection_of
+from depthscope.app.cli.command import Command
+from depthscope.app.cli.several_runs import exit_code, read_several
+from depthscope.app.cli.values import Number
+from depthscope.app.text.terminal import emit, remark, say, show_rows
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
+    add_metrics(parser, about="metrics along depth or connections")
     parser.add_argument(
-        "--metrics", type=comma_separated, metavar="A,B", help="metrics along depth or connections"
-    )
-    parser.add_argument(
-        "--points", type=positive_integer, default=6, help="relative depths shown (default 6)"
+        "--points", type=Number(1, 1000), default=6, metavar="N", help="relative depths shown (default 6)"
     )
     add_selection(parser)
     add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.readings.readings import open_runs, read_runs
     from depthscope.app.tables.comparison import (
         COMPARED_METRICS,
         comparison_table,
@@ -39,11 +30,9 @@ def _run(args: argparse.Namespace) -> int:
         summary_table,
     )
 
-    # Names are checked first: a typing error should not wait for the analysis of every run.
-    metrics = metric_names(args.metrics) or COMPARED_METRICS
+    metrics = args.metrics or COMPARED_METRICS
     selection = selection_of(args)
-    with working("analysing") as progress:
-        readings = read_runs(open_runs(args.runs), progress=progress)
+    readings, left_out = read_several(args, "analysing")
     summary = summary_table(readings, selection)
     aligned = comparison_table(readings, metrics, selection, points=args.points)
     warnings = differences(readings, selection)
@@ -56,9 +45,10 @@ def _run(args: argparse.Namespace) -> int:
                 "warnings": warnings,
                 "summary": summary.data.to_dict("records"),
                 "aligned": aligned.data.to_dict("records"),
+                "left_out": left_out,
             }
         )
-        return FINE
+        return exit_code(left_out)
     say(textwrap.fill(summary.caption, 100))
     # Transposed, one column a run: a terminal is too narrow for one row with ten facts.
     facts = summary.printed.copy()
@@ -72,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     say()
     say(textwrap.fill(aligned.caption, 100))
     show_rows([str(column) for column in aligned.printed], aligned.printed.astype(str).to_numpy().tolist())
-    return FINE
+    return exit_code(left_out)
 
 
 COMMAND = Command("compare", "put runs side by side at the same relative depth", _add_arguments, _run)

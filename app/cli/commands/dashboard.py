@@ -7,18 +7,22 @@ from pathlib import Path
 
 from depthscope.app.cli.arguments import add_browser, add_runs
 from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.values import Number
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--port", type=int, metavar="PORT", help="default: a free one")
+    parser.add_argument(
+        "--port", type=Number(0, 65535), metavar="PORT", help="0 to 65535 (default, and for 0: a free one)"
+    )
     add_browser(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.dashboard.server import launch
 
-    launch([Path(run) for run in args.runs], port=args.port, open_browser=args.browser)
+    paths = [Path(run) for run in args.runs]
+    launch(paths, port=args.port, open_browser=args.browser, max_bytes=args.max_bytes)
     return FINE
 
 

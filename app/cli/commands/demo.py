@@ -5,18 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from depthscope.app.cli.arguments import add_browser
+from depthscope.app.cli.arguments import add_browser, add_out_folder
 from depthscope.app.cli.command import FINE, Command
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_browser(parser)
-    parser.add_argument(
-        "--out",
-        default="depthscope-demo",
-        metavar="DIR",
-        help="folder for the runs (default depthscope-demo)",
-    )
+    add_out_folder(parser, default="depthscope-demo", about="folder for the runs (default depthscope-demo)")
     parser.add_argument("--quick", action="store_true", help="a short training and no SmolLM2")
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from depthscope.app.cli.arguments import add_json, positive_integer, require_run_name
+from depthscope.app.cli.arguments import RUN_FILE, add_json, add_out
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.text.terminal import emit, say, working
+from depthscope.app.cli.paths import InputText, read_bounded
+from depthscope.app.cli.values import Number
+from depthscope.app.text.terminal import command_line, emit, printable, say, working
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,13 +29,20 @@ SIZES = {
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to run, - for stdin")
-    parser.add_argument("--out", required=True, metavar="RUN", help="where to save (.nc, .zarr or .zarr.zip)")
     parser.add_argument(
-        "--sequences", type=positive_integer, default=8, metavar="N", help="sequences kept (default 8)"
+        "--text",
+        type=InputText(),
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text to run, at most 100 MB; - for stdin",
     )
+    add_out(parser, RUN_FILE, metavar="RUN", about="where to save (.nc, .zarr or .zarr.zip)")
     parser.add_argument(
-        "--length", type=positive_integer, default=256, metavar="T", help="tokens a sequence (default 256)"
+        "--sequences", type=Number(1, 100_000), default=8, metavar="N", help="sequences kept (default 8)"
+    )
+    # The longest context that models of today are trained for, with room.
+    parser.add_argument(
+        "--length", type=Number(2, 2**20), default=256, metavar="T", help="tokens a sequence (default 256)"
     )
     parser.add_argument(
         "--gradients",
@@ -48,8 +56,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from depthscope.diagnostics import schema
 
-    # Both are checked before torch is imported and the model is loaded, which takes far longer than this.
-    require_run_name(args.out, suffixes=schema.SUFFIXES)
+    # Before torch is imported and the model is loaded, which takes far longer than this.
+    schema.require_replaceable(args.out, force=args.force)
     text = _read_text(args.text)
     loaded = load(args)
     # After `load`, which prints that torch is being imported while it is.
@@ -77,13 +85,13 @@ def _run(args: argparse.Namespace) -> int:
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
             },
         )
-    _print_saved(run, schema.save_run(run, args.out), args)
+    _print_saved(run, schema.save_run(run, args.out, force=args.force), args)
     return FINE
 
 
 def _read_text(source: str) -> str:
     """The text of a file, or of stdin for ``-``."""
-    raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    raw = read_bounded(source)
     try:
         # No guess at another encoding: wrong characters would be other tokens, without an error.
         text = raw.decode("utf-8")
@@ -106,13 +114,13 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
     if args.json:
         emit({"run": str(path), "attrs": dict(run.attrs), "sizes": sizes})
         return
-    say(f"{path}: {run.attrs.get('model')}, {run.attrs.get('family')}")
+    say(f"{printable(path)}: {printable(run.attrs.get('model'))}, {printable(run.attrs.get('family'))}")
     for chain, size in sizes.items():
         counts = " · ".join(f"{word} {count}" for word, count in size.items())
         say(f"  {counts}" if chain == "run" else f"  {chain}: {counts}")
     say()
-    say(f"Next: depthscope check {path}")
-    say(f"      depthscope dashboard {path}")
+    say(f"Next: {command_line('check', path)}")
+    say(f"      {command_line('dashboard', path)}")
 
 
 COMMAND = Command("probe", "run a checkpoint on text and save what its streams carried", _add_arguments, _run)

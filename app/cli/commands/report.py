@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from depthscope.app.cli.arguments import add_json, add_runs, add_selection, selection_of
-from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.arguments import add_json, add_out, add_runs, add_selection, selection_of
+from depthscope.app.cli.command import Command
+from depthscope.app.cli.paths import OutputFile
+from depthscope.app.cli.several_runs import exit_code, read_several
 from depthscope.app.text.terminal import emit, say, working
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help="one HTML file that needs nothing else")
+    page = OutputFile("HTML file", lambda: (".html", ".htm"), "report.html")
+    add_out(parser, page, metavar="FILE", about="one HTML file that needs nothing else")
     add_selection(parser)
     add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.readings.readings import open_runs
     from depthscope.app.report.report import write_report
 
-    with working("analysing and drawing"):
-        path = write_report(open_runs(args.runs), Path(args.out), view=selection_of(args))
+    readings, left_out = read_several(args, "analysing")
+    with working("drawing"):
+        path = write_report(readings, Path(args.out), force=args.force, view=selection_of(args))
     if args.json:
-        emit({"report": str(path), "bytes": path.stat().st_size})
+        emit({"report": str(path), "bytes": path.stat().st_size, "left_out": left_out})
     else:
         say(f"{path} ({path.stat().st_size / 1e6:.1f} MB, needs no other file)")
-    return FINE
+    return exit_code(left_out)
 
 
 COMMAND = Command("report", "write one HTML file to send around", _add_arguments, _run)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from depthscope.app.cli.arguments import add_out_folder
 from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import say
+
+# Longer is a typing error: the models are small, and nothing of them changes after some hours.
+MINUTES_OF_A_WEEK = 7 * 24 * 60
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the runs and the weights")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time to spend (default 10)")
+    add_out_folder(parser, about="folder for the runs and the weights")
+    parser.add_argument(
+        "--minutes",
+        type=Number(0.01, MINUTES_OF_A_WEEK, whole=False),
+        default=10.0,
+        metavar="M",
+        help="time to spend (default 10)",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_library import UnreadableRun
-from depthscope.app.text.visible import visible
 
 MOST_RUNS = 30
 """Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""
@@ -70,7 +67,8 @@ def require_chosen_runs() -> ChosenRuns:
             st.markdown(f"##### ⚠ {escaped(run.name)} cannot be shown")
             st.markdown(escaped(run.reason))
             st.caption("Measure the model again, then reload this page:")
-            st.code(f"depthscope probe CHECKPOINT --text FILE --out {shlex.quote(visible(run.path))}", "bash")
+            # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
+            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
     if not chosen.readings:
         if not chosen.unreadable:
             _explain_none()

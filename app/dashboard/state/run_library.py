@@ -23,6 +23,10 @@ _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
 
+_limit: dict[str, int | None] = {"max_bytes": None}
+"""Of the arrays of one run, as named at launch."""
+
+
 @dataclass(frozen=True)
 class UnreadableRun:
     """One run that could not be read, and why.
@@ -42,14 +46,17 @@ class UnreadableRun:
     reason: str
 
 
-def allow(paths: Sequence[Path]) -> None:
+def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
     """Fix the files and folders that this process may show.
 
     Parameters
     ----------
     paths : sequence of Path
         Runs, or folders of runs.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
     """
+    _limit["max_bytes"] = max_bytes
     _roots[:] = [path.resolve() for path in paths]
 
 
@@ -122,7 +129,7 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
 def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
     """Read, analyse and judge."""
     try:
-        run = schema.open_run(path)
+        run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
             integrity = {"integrity": schema.integrity(run)}
             return tuple(

@@ -32,8 +32,8 @@ from depthscope.probes.connections.weight_pattern import (
     Values,
     WeightPattern,
 )
-from depthscope.probes.model.autocast import compute_dtype
 from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.user_modes import compute_dtype
 
 # --- in a forward
 

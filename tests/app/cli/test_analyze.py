@@ -152,7 +152,7 @@ def test_errors_of_pooled_metrics_are_a_choice(saved, tmp_path, capsys):
     asked = ["analyze", str(saved / "residual.nc"), "--metrics", "cka", "--out", str(out)]
     assert main([*asked, "--jackknife"]) == FINE
     assert "cka_stderr" in schema.open_run(out)["metrics"]
-    assert main(asked) == FINE
+    assert main([*asked, "--force"]) == FINE
     assert "cka_stderr" not in schema.open_run(out)["metrics"]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from depthscope.app.cli.command import FINE, INTERRUPTED, USAGE
+from depthscope.app.cli.command import BUG, FINE, INTERRUPTED, TERMINATED, USAGE
 from depthscope.app.cli.commands import COMMANDS
 from depthscope.app.cli.main import main
 from depthscope.app.figures import CHOICES
@@ -61,7 +64,7 @@ def test_version_is_one_line(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["chek"], "closest: 'check'"),
+        (["chek"], "did you mean check?"),
         (["zzz"], "expected one of demo, probe"),
         (["export", "a.nc"], "the following arguments are required: --out"),
         (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),
@@ -87,7 +90,7 @@ def test_wrong_usage_is_one_line_and_two(words, said, capsys):
         (["check", "RUNS/hc.nc", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
         (["analyze", "RUNS/hc.nc", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
         (["compare", "RUNS", "--tokens", "some"], "expected one of all, ordinary"),
-        (["export", "RUNS", "--out", "OUT/paper", "--width", "a4"], "expected icml, neurips, full"),
+        (["export", "RUNS", "--out", "OUT/paper", "--width", "a4"], "expected one of icml, neurips, full"),
         (["report", "RUNS", "--out", "OUT/report.pdf"], "expected such as report.html"),
         (["probe", "x", "--text", "missing.txt", "--out", "r.nc"], "missing.txt: no such file"),
         (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr, .zarr.zip"),
@@ -123,13 +126,17 @@ def test_missing_extra_names_the_install_line(monkeypatch, capsys, saved):
     )
 
 
-def test_missing_module_of_no_extra_is_our_fault_and_raises(monkeypatch, saved):
+def test_missing_module_of_no_extra_is_our_fault(monkeypatch, saved, capsys):
     def broken(paths, **options):
         raise ModuleNotFoundError("No module named 'depthscope.app.nowhere'", name="depthscope.app.nowhere")
 
     monkeypatch.setattr("depthscope.app.dashboard.server.launch", broken)
-    with pytest.raises(ModuleNotFoundError, match="nowhere"):
-        main(["dashboard", str(saved)])
+    assert main(["dashboard", str(saved)]) == BUG
+    error = capsys.readouterr().err
+    assert "a bug in depthscope: ModuleNotFoundError: No module named 'depthscope.app.nowhere'" in error
+    assert error.count("\n") == 1
+    assert main(["dashboard", str(saved), "--debug"]) == BUG
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_interrupt_is_130(monkeypatch, saved, capsys):
@@ -146,5 +153,36 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
     monkeypatch.setattr(
         "depthscope.app.dashboard.server.launch", lambda paths, **more: seen.update(more, paths=paths)
     )
-    assert main(["dashboard", str(saved), "--port", "8600", "--no-browser"]) == FINE
-    assert seen == {"paths": [saved], "port": 8600, "open_browser": False}
+    assert main(["dashboard", str(saved), "--port", "8600", "--no-browser", "--max-bytes", "2GiB"]) == FINE
+    assert seen == {"paths": [saved], "port": 8600, "open_browser": False, "max_bytes": 2 * 1024**3}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are ended in another way there")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
+def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tmp_path, number, code):
+    run = tmp_path / "hc.nc"
+    shutil.copy(saved / "hc.nc", run)
+    before = run.read_bytes()
+    # The writer stops in the middle of the new file, and waits to be ended.
+    program = (
+        "import sys, time\n"
+        "from depthscope.app.cli.main import main\n"
+        "from depthscope.diagnostics.schema import saving\n"
+        "write = saving._write\n"
+        "def slow(*args):\n"
+        "    write(*args)\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(60)\n"
+        "saving._write = slow\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "analyze", str(run), "--metrics", "stream_cosine"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "written\n"
+        assert len(os.listdir(tmp_path)) == 2
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert run.read_bytes() == before
+    assert os.listdir(tmp_path) == ["hc.nc"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -95,3 +96,10 @@ def test_probe_describe_check_for_real(tmp_path, capsys):
     assert main(["describe", spec, "--json"]) == FINE
     assert "residual" in capsys.readouterr().out
     assert main(["check", str(out)]) in (FINE, FOUND)
+
+
+def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "t.txt")
+    words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]
+    assert main(words) == USAGE
+    assert "is no regular file; expected one with text, or - for stdin" in capsys.readouterr().err

@@ -74,9 +74,8 @@ def two_metrics(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_metrics")
-def test_an_earlier_demo_is_replaced_and_other_files_stay(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "hc.nc").write_bytes(b"torn")
+def test_an_earlier_demo_is_replaced_and_other_files_stay(make_run, tmp_path):
+    schema.save_run(make_run("mhc"), tmp_path / "runs" / "hc.nc")
     (tmp_path / "runs" / "mine.txt").write_text("notes")
     demo.run_demo(tmp_path, browser=False, quick=True)
     assert schema.open_run(tmp_path / "runs" / "hc.nc").attrs["family"] == "hc"

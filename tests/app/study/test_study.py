@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -202,11 +204,24 @@ def test_weights_saved_with_the_runs_load_again(saved, monkeypatch):
         assert loaded.model.kind == kind
 
 
-def test_a_second_study_replaces_the_first(saved, tmp_path):
-    (tmp_path / "hc.nc").write_bytes(b"torn")
+def test_a_second_study_replaces_the_first(saved, make_run, tmp_path):
+    schema.save_run(make_run("hc"), tmp_path / "hc.nc")
+    shutil.copy(saved["hc"].with_suffix(".safetensors"), tmp_path)
     again = study.run_study(tmp_path, progress=False, recipe=replace(RECIPE, snapshots=()))
     first, second = (schema.open_run(paths["hc"]).load() for paths in (saved, again))
     assert np.array_equal(first["trace"]["residual"].values, second["trace"]["residual"].values)
+    weights = [f"{kind}.safetensors" for kind in CONNECTIONS]
+    assert sorted(os.listdir(tmp_path)) == sorted([*weights, *(path.name for path in again.values())])
+
+
+@pytest.mark.parametrize("name", ["mhc.nc", "mhc.safetensors"])
+def test_a_file_of_somebody_else_is_refused_before_the_training(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"measurements of a colleague")
+    monkeypatch.setattr(study, "train_side_by_side", lambda *_, **__: pytest.fail("trained first"))
+    with pytest.raises(FileExistsError, match=name):
+        study.run_study(tmp_path, progress=False, recipe=RECIPE)
+    assert (tmp_path / name).read_bytes() == b"measurements of a colleague"
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):

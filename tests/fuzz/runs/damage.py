@@ -70,7 +70,9 @@ def extreme_number(data: bytearray, rng: Random) -> bytearray:
     """A length, an offset or a count becomes 0, 1, the largest or a negative one."""
     size = rng.choice((1, 2, 4, 8))
     place = rng.randrange(max(1, len(data) - size))
-    value = rng.choice((0, 1, 2 ** (8 * size) - 1, 2 ** (8 * size - 1), 2 ** (8 * size - 1) - 1, 2 ** (4 * size)))
+    value = rng.choice(
+        (0, 1, 2 ** (8 * size) - 1, 2 ** (8 * size - 1), 2 ** (8 * size - 1) - 1, 2 ** (4 * size))
+    )
     data[place : place + size] = value.to_bytes(size, "little")
     return data
 
@@ -91,7 +93,16 @@ def garbage_before(data: bytearray, rng: Random) -> bytearray:
 
 def replaced(data: bytearray, rng: Random) -> bytearray:
     """Another kind of file under this name."""
-    heads = (b"\x89HDF\r\n\x1a\n", b"PK\x03\x04", b"CDF\x01", b"CDF\x02", b"\x1f\x8b\x08", b"{}", b"\x80\x04", b"#!/bin/sh\n")
+    heads = (
+        b"\x89HDF\r\n\x1a\n",
+        b"PK\x03\x04",
+        b"CDF\x01",
+        b"CDF\x02",
+        b"\x1f\x8b\x08",
+        b"{}",
+        b"\x80\x04",
+        b"#!/bin/sh\n",
+    )
     return bytearray(rng.choice(heads)) + rng.randbytes(rng.choice((0, 10, 5000)))
 
 

@@ -22,7 +22,9 @@ def _editing(edit: Edit) -> Mutator:
     def mutate(rng: Random, material: Path, folder: Path) -> Subject:
         suffix = rng.choice((".nc", ".nc", ".zarr"))
         base = choose(rng, material, suffix)
-        options: dict[str, Any] = {"engine": "h5netcdf"} if suffix == ".nc" else {"engine": "zarr", "consolidated": False}
+        options: dict[str, Any] = (
+            {"engine": "h5netcdf"} if suffix == ".nc" else {"engine": "zarr", "consolidated": False}
+        )
         with xr.open_datatree(base, **options) as tree:
             nodes = {node.path: node.to_dataset(inherit=False).load() for node in tree.subtree}
         edit(nodes, rng)
@@ -39,7 +41,9 @@ def _editing(edit: Edit) -> Mutator:
 
 
 def _group(nodes: dict[str, xr.Dataset], rng: Random, having: str = "") -> str:
-    found = [path for path, dataset in nodes.items() if dataset.variables and having in ("", *dataset.variables)]
+    found = [
+        path for path, dataset in nodes.items() if dataset.variables and having in ("", *dataset.variables)
+    ]
     if not found:
         raise NotApplicable
     return rng.choice(found)
@@ -47,7 +51,11 @@ def _group(nodes: dict[str, xr.Dataset], rng: Random, having: str = "") -> str:
 
 def _variable(nodes: dict[str, xr.Dataset], rng: Random, kinds: str = "fiub") -> tuple[str, str]:
     path = _group(nodes, rng)
-    names = [str(name) for name, variable in nodes[path].variables.items() if variable.dtype.kind in kinds and variable.size]
+    names = [
+        str(name)
+        for name, variable in nodes[path].variables.items()
+        if variable.dtype.kind in kinds and variable.size
+    ]
     if not names:
         raise NotApplicable
     return path, rng.choice(names)
@@ -68,7 +76,11 @@ def changed_value(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     variable = nodes[path].variables[name]
     values = variable.values.copy()
     place = rng.randrange(values.size)
-    new = rng.choice((0, -1, 1e30, float("nan"), float("inf"), -float("inf"))) if values.dtype.kind == "f" else rng.choice((-1, 99, 2**31))
+    new = (
+        rng.choice((0, -1, 1e30, float("nan"), float("inf"), -float("inf")))
+        if values.dtype.kind == "f"
+        else rng.choice((-1, 99, 2**31))
+    )
     values.flat[place] = new
     _set(nodes, path, name, variable.dims, values)
 
@@ -76,13 +88,27 @@ def changed_value(nodes: dict[str, xr.Dataset], rng: Random) -> None:
 def scaled(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path, name = _variable(nodes, rng, "f")
     variable = nodes[path].variables[name]
-    _set(nodes, path, name, variable.dims, variable.values * variable.dtype.type(1.0000002 if rng.random() < 0.5 else -1))
+    _set(
+        nodes,
+        path,
+        name,
+        variable.dims,
+        variable.values * variable.dtype.type(1.0000002 if rng.random() < 0.5 else -1),
+    )
 
 
 def all_of_one(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path, name = _variable(nodes, rng, "f")
     variable = nodes[path].variables[name]
-    _set(nodes, path, name, variable.dims, np.full_like(variable.values, rng.choice((0, np.nan, np.inf, -1e300 if variable.dtype == "f8" else -1e30))))
+    _set(
+        nodes,
+        path,
+        name,
+        variable.dims,
+        np.full_like(
+            variable.values, rng.choice((0, np.nan, np.inf, -1e300 if variable.dtype == "f8" else -1e30))
+        ),
+    )
 
 
 def other_dtype(nodes: dict[str, xr.Dataset], rng: Random) -> None:
@@ -161,7 +187,9 @@ def missing_variable(nodes: dict[str, xr.Dataset], rng: Random) -> None:
 
 def extra_variable(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path = _group(nodes, rng)
-    name = rng.choice(("extra", "residual2", "gradient", "h_res", "a b", "depth_out", "singular_value", "loss"))
+    name = rng.choice(
+        ("extra", "residual2", "gradient", "h_res", "a b", "depth_out", "singular_value", "loss")
+    )
     nodes[path] = nodes[path].assign({name: ("other", np.arange(3.0))})
 
 
@@ -170,15 +198,31 @@ def metric_of_other_shape(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     if "/metrics" not in nodes:
         # As if an analysis had been stored: the names are those that `check` looks for.
         nodes["/metrics"] = xr.Dataset(coords={"step": [0]}, attrs={"complete": "json:true"})
-    names = [str(name) for name in nodes["/metrics"].data_vars] or ["rms", "effective_rank", "adjacent_cka", "stream_cosine"]
+    names = [str(name) for name in nodes["/metrics"].data_vars] or [
+        "rms",
+        "effective_rank",
+        "adjacent_cka",
+        "stream_cosine",
+    ]
     name = rng.choice(names)
     dataset = nodes["/metrics"].drop_vars(name, errors="ignore")
-    made = rng.choice((
-        ((), 1.0), ("depth", np.ones(2)), (("step", "depth", "x"), np.ones((1, 2, 3))), ("step", np.array(["a"], object)),
-        ("step", np.array([True])), ("nothing", np.zeros(0)), (("depth", "step"), np.ones((2, 1))), ("step", np.array([1 + 2j])),
-    ))  # fmt: skip
+    made = rng.choice(
+        (
+            ((), 1.0),
+            ("depth", np.ones(2)),
+            (("step", "depth", "x"), np.ones((1, 2, 3))),
+            ("step", np.array(["a"], object)),
+            ("step", np.array([True])),
+            ("nothing", np.zeros(0)),
+            (("depth", "step"), np.ones((2, 1))),
+            ("step", np.array([1 + 2j])),
+        )
+    )
     dims = (made[0],) if isinstance(made[0], str) else made[0]
-    if any(dataset.sizes.get(dim, size) != size for dim, size in zip(dims, np.shape(made[1]), strict=True)) or np.asarray(made[1]).dtype.kind == "c":
+    if (
+        any(dataset.sizes.get(dim, size) != size for dim, size in zip(dims, np.shape(made[1]), strict=True))
+        or np.asarray(made[1]).dtype.kind == "c"
+    ):
         made = ((), 1.0)
     nodes["/metrics"] = dataset.assign({name: made})
 
@@ -189,12 +233,25 @@ def only_metrics(nodes: dict[str, xr.Dataset], rng: Random) -> None:
 
 
 def negative_counts(nodes: dict[str, xr.Dataset], rng: Random) -> None:
-    names = ("token_count", "streamed_count", "weight_count", "connection_layer", "depth_in", "depth_out", "layer", "connection", "depth", "sample")
+    names = (
+        "token_count",
+        "streamed_count",
+        "weight_count",
+        "connection_layer",
+        "depth_in",
+        "depth_out",
+        "layer",
+        "connection",
+        "depth",
+        "sample",
+    )
     name = rng.choice(names)
     path = _group(nodes, rng, having=name)
     variable = nodes[path].variables[name]
     value = rng.choice((-1, 0, 10**9, -(2**62)))
-    _set(nodes, path, name, variable.dims, np.full(variable.shape, value, variable.dtype)) if name not in nodes[path].dims else nodes.update(
+    _set(
+        nodes, path, name, variable.dims, np.full(variable.shape, value, variable.dtype)
+    ) if name not in nodes[path].dims else nodes.update(
         {path: nodes[path].assign_coords({name: (name, np.full(variable.shape, value, variable.dtype))})}
     )
 
@@ -203,7 +260,21 @@ def odd_text(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path, name = _variable(nodes, rng, "O")
     variable = nodes[path].variables[name]
     values = variable.values.copy()
-    values[rng.randrange(len(values))] = rng.choice(("", "x" * 10**5, "embed", "\u202e", "a\nb", "<script>", "../..", "{{7*7}}", "\\input{x}", "$x$", "\x1b[31m"))
+    values[rng.randrange(len(values))] = rng.choice(
+        (
+            "",
+            "x" * 10**5,
+            "embed",
+            "\u202e",
+            "a\nb",
+            "<script>",
+            "../..",
+            "{{7*7}}",
+            "\\input{x}",
+            "$x$",
+            "\x1b[31m",
+        )
+    )
     if name in nodes[path].dims:
         nodes[path] = nodes[path].assign_coords({name: (name, values)})
     else:
@@ -211,27 +282,62 @@ def odd_text(nodes: dict[str, xr.Dataset], rng: Random) -> None:
 
 
 ATTRIBUTES: tuple[Any, ...] = (
-    "json:" + "[" * 900 + "]" * 900, "json:" + "[" * 10**5, 'json:{"a": NaN}', "json:Infinity", "json:" + "1" * 5000, "json:", "json:tru",
-    2**62, -1, float("nan"), float("inf"), "", "x" * 10**5, "<script>alert(1)</script>", "\x1b[2J", "a\nb\nc", "json:null", "json:[1, [2, {}]]",
-    "json:true", 'json:{"rms": 5}', "json:[1,2,3]", 0, 1.5, "json:\"\\ud800\"",
-)  # fmt: skip
+    "json:" + "[" * 900 + "]" * 900,
+    "json:" + "[" * 10**5,
+    'json:{"a": NaN}',
+    "json:Infinity",
+    "json:" + "1" * 5000,
+    "json:",
+    "json:tru",
+    2**62,
+    -1,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 10**5,
+    "<script>alert(1)</script>",
+    "\x1b[2J",
+    "a\nb\nc",
+    "json:null",
+    "json:[1, [2, {}]]",
+    "json:true",
+    'json:{"rms": 5}',
+    "json:[1,2,3]",
+    0,
+    1.5,
+    'json:"\\ud800"',
+)
 
 
 def odd_root_attribute(nodes: dict[str, xr.Dataset], rng: Random) -> None:
-    key = rng.choice([*map(str, nodes["/"].attrs), "integrity", "digest", "checkpoint", "loss", "not_computed"])
+    key = rng.choice(
+        [*map(str, nodes["/"].attrs), "integrity", "digest", "checkpoint", "loss", "not_computed"]
+    )
     nodes["/"] = nodes["/"].assign_attrs({key: rng.choice(ATTRIBUTES)})
 
 
 def odd_group_attribute(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path = _group(nodes, rng)
-    key = rng.choice([*map(str, nodes[path].attrs), "complete", "not_computed", "on_request", "references", "window", "new"])
+    key = rng.choice(
+        [
+            *map(str, nodes[path].attrs),
+            "complete",
+            "not_computed",
+            "on_request",
+            "references",
+            "window",
+            "new",
+        ]
+    )
     nodes[path] = nodes[path].assign_attrs({key: rng.choice(ATTRIBUTES)})
 
 
 def odd_variable_attribute(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path, name = _variable(nodes, rng, "fiubO")
     attrs = nodes[path].variables[name].attrs
-    key = rng.choice([*map(str, attrs), "decay", "sinkhorn_steps", "unit", "reference", "family", "new", "long_name"])
+    key = rng.choice(
+        [*map(str, attrs), "decay", "sinkhorn_steps", "unit", "reference", "family", "new", "long_name"]
+    )
     attrs[key] = rng.choice(ATTRIBUTES)
 
 
@@ -245,7 +351,9 @@ def missing_attribute(nodes: dict[str, xr.Dataset], rng: Random) -> None:
 
 def renamed_group(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     path = rng.choice([path for path in nodes if path != "/"])
-    nodes[rng.choice(("/x", "/trace/encoder", "/metrics", "/trace/a b", "/statistics/decoder", "/coverage"))] = nodes.pop(path)
+    nodes[
+        rng.choice(("/x", "/trace/encoder", "/metrics", "/trace/a b", "/statistics/decoder", "/coverage"))
+    ] = nodes.pop(path)
 
 
 def renamed_variable(nodes: dict[str, xr.Dataset], rng: Random) -> None:
@@ -260,7 +368,9 @@ def of_two_runs(nodes: dict[str, xr.Dataset], rng: Random) -> None:
     """A group of one run with those of another: each is whole, together they are a lie."""
     from tests.models.synthetic_run import synthetic_run
 
-    other = synthetic_run(rng.choice(("residual", "hc", "mhc")), layers=3, samples=1, tokens=4, features=4, seed=1)
+    other = synthetic_run(
+        rng.choice(("residual", "hc", "mhc")), layers=3, samples=1, tokens=4, features=4, seed=1
+    )
     nodes[rng.choice(("/trace", "/statistics"))] = other[rng.choice(("trace", "statistics"))].to_dataset()
 
 

@@ -53,7 +53,7 @@ def _open(path: str, subject: Subject, material: Path) -> tuple[str, str]:
 
     with schema.open_run(path) as run:
         found = contents(run.load())
-        integrity = str(run.attrs.get("integrity", "not stated"))
+        integrity = schema.integrity(run)
     expected = pickle.loads((material / f"{subject['base']}.expected").read_bytes())
     differs = difference(found, expected)
     if subject.get("refuse"):
@@ -109,7 +109,9 @@ def _dashboard(path: str, accepted: str) -> Answer:
         run_library.allow([Path(path).parent])
         readings: list[Any] = [run_library.read_run(name) for name in run_library.list_runs()]
         for reading in readings:
-            if isinstance(reading, run_library.UnreadableRun) and reading.reason.startswith("The analysis failed"):
+            if isinstance(reading, run_library.UnreadableRun) and reading.reason.startswith(
+                "The analysis failed"
+            ):
                 raise RuntimeError(reading.reason)
         return accepted, ""
 

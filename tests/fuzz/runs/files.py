@@ -31,7 +31,11 @@ def _of_file(suffix: str, damage: Damage) -> Mutator:
 def _of_store(metadata: bool, damage: Damage) -> Mutator:
     def mutate(rng: Random, material: Path, folder: Path) -> Subject:
         path, subject = copied(rng, material, folder, ".zarr")
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and (file.name == "zarr.json") == metadata]
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and (file.name == "zarr.json") == metadata
+        ]
         file = rng.choice(files)
         if not file.stat().st_size:
             raise NotApplicable

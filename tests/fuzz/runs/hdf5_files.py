@@ -50,7 +50,10 @@ def _variable(file: h5py.File, rng: Random) -> str:
 def _replace(file: h5py.File, name: str, **options) -> h5py.Dataset:
     """The variable again, stored in another way, with its dimensions and attributes."""
     old = file[name]
-    values, attrs = old[()], {key: old.attrs[key] for key in old.attrs if key not in ("DIMENSION_LIST", "REFERENCE_LIST")}
+    values, attrs = (
+        old[()],
+        {key: old.attrs[key] for key in old.attrs if key not in ("DIMENSION_LIST", "REFERENCE_LIST")},
+    )
     scales = [old.dims[i][0].name if len(old.dims[i]) else None for i in range(old.ndim)]
     raw = old.attrs.get("DIMENSION_LIST")
     names = [file[entry[0]].name for entry in raw] if raw is not None else scales
@@ -147,7 +150,9 @@ def external_link_to_group(file: h5py.File, rng: Random, folder: Path) -> str:
 
 def external_link_to_special(file: h5py.File, rng: Random, folder: Path) -> None:
     os.mkfifo(folder / "pipe")
-    target = rng.choice(("pipe", "/dev/zero", "/dev/stdin", "run.nc", "/proc/self/mem", "/dev/tty", "missing.nc"))
+    target = rng.choice(
+        ("pipe", "/dev/zero", "/dev/stdin", "run.nc", "/proc/self/mem", "/dev/tty", "missing.nc")
+    )
     file["trace"]["extra"] = h5py.ExternalLink(target, "/trace")
 
 
@@ -165,7 +170,9 @@ def external_storage(file: h5py.File, rng: Random, folder: Path) -> str:
     outside = folder / "raw.bin"
     outside.write_bytes(values.tobytes())
     place = rng.choice((str(outside), "raw.bin"))
-    new = _replace(file, name, data=None, shape=values.shape, dtype=values.dtype, external=[(place, 0, values.nbytes)])
+    new = _replace(
+        file, name, data=None, shape=values.shape, dtype=values.dtype, external=[(place, 0, values.nbytes)]
+    )
     return None if new is None else "external storage"
 
 
@@ -232,7 +239,9 @@ def gzip_bomb(file: h5py.File, rng: Random, folder: Path) -> None:
     if name in file:
         del file[name]
     size = rng.choice((2**28, 2**29))
-    made = file.create_dataset(name, shape=(size,), dtype="f4", chunks=(2**22,), compression="gzip", compression_opts=9)
+    made = file.create_dataset(
+        name, shape=(size,), dtype="f4", chunks=(2**22,), compression="gzip", compression_opts=9
+    )
     zeros = np.zeros(2**22, "f4")
     import zlib
 
@@ -270,7 +279,9 @@ def tiny_chunks(file: h5py.File, rng: Random, folder: Path) -> None:
 def truncated_chunk(file: h5py.File, rng: Random, folder: Path) -> None:
     """A chunk of fewer bytes than its shape needs."""
     name = _dataset(file, rng, kinds="f")
-    new = _replace(file, name, data=None, shape=file[name].shape, dtype="f4", chunks=file[name].shape, compression="gzip")
+    new = _replace(
+        file, name, data=None, shape=file[name].shape, dtype="f4", chunks=file[name].shape, compression="gzip"
+    )
     import zlib
 
     new.id.write_direct_chunk((0,) * new.ndim, zlib.compress(rng.randbytes(rng.choice((0, 3, 16, 10**6)))))
@@ -291,11 +302,13 @@ def other_type(file: h5py.File, rng: Random, folder: Path) -> None:
     _replace(file, name, data=made)
 
 
-def odd_type(file: h5py.File, rng: Random, folder: Path) -> None:
+def odd_type(file: h5py.File, rng: Random, folder: Path) -> None:  # noqa: C901 (a table of kinds)
     name = _dataset(file, rng)
     shape = file[name].shape
     size = int(np.prod(shape))
-    kind = rng.choice(("compound", "vlen", "enum", "reference", "region", "array", "text", "opaque", "bitfield"))
+    kind = rng.choice(
+        ("compound", "vlen", "enum", "reference", "region", "array", "text", "opaque", "bitfield")
+    )
     if kind == "compound":
         _replace(file, name, data=np.zeros(shape, [("a", "f4"), ("b", "i8")]))
     elif kind == "vlen":
@@ -326,7 +339,16 @@ def text_of_another_kind(file: h5py.File, rng: Random, folder: Path) -> None:
     names = [name for name in _datasets(file) if file[name].dtype.kind == "O"]
     name = rng.choice(names)
     values = file[name][()]
-    new = rng.choice((b"\xff\xfe\x80", b"x" * 10**6, "\u202e\u0007".encode(), b"", b"../../etc/passwd", b"<script>alert(1)</script>"))
+    new = rng.choice(
+        (
+            b"\xff\xfe\x80",
+            b"x" * 10**6,
+            "\u202e\u0007".encode(),
+            b"",
+            b"../../etc/passwd",
+            b"<script>alert(1)</script>",
+        )
+    )
     values[rng.randrange(len(values))] = new
     file[name][...] = values
 
@@ -364,7 +386,11 @@ def without_scale(file: h5py.File, rng: Random, folder: Path) -> None:
 
 
 def other_dimension_ids(file: h5py.File, rng: Random, folder: Path) -> None:
-    names = [name for name in _datasets(file) if "_Netcdf4Dimid" in file[name].attrs or "_Netcdf4Coordinates" in file[name].attrs]
+    names = [
+        name
+        for name in _datasets(file)
+        if "_Netcdf4Dimid" in file[name].attrs or "_Netcdf4Coordinates" in file[name].attrs
+    ]
     if not names:
         raise NotApplicable
     name = rng.choice(names)
@@ -375,7 +401,9 @@ def other_dimension_ids(file: h5py.File, rng: Random, folder: Path) -> None:
 
 def conflicting_dimension(file: h5py.File, rng: Random, folder: Path) -> None:
     """A dimension that is one longer than the variables on it."""
-    name = rng.choice([name for name in _datasets(file) if "CLASS" in file[name].attrs and file[name].dtype.kind in "fiu"])
+    name = rng.choice(
+        [name for name in _datasets(file) if "CLASS" in file[name].attrs and file[name].dtype.kind in "fiu"]
+    )
     values = file[name][()]
     values = np.append(values, values[-1:]) if rng.random() < 0.5 else values[:-1]
     attrs = {key: file[name].attrs[key] for key in file[name].attrs if key != "REFERENCE_LIST"}
@@ -394,8 +422,14 @@ def other_shape(file: h5py.File, rng: Random, folder: Path) -> None:
     """A variable loses an axis, gets one, or has none."""
     name = _dataset(file, rng, kinds="f")
     values = file[name][()]
-    made = rng.choice((values[..., None], values.reshape(-1), values[:1], values[:0], np.float32(1), values.T))
-    attrs = {key: file[name].attrs[key] for key in file[name].attrs if key not in ("DIMENSION_LIST", "REFERENCE_LIST")}
+    made = rng.choice(
+        (values[..., None], values.reshape(-1), values[:1], values[:0], np.float32(1), values.T)
+    )
+    attrs = {
+        key: file[name].attrs[key]
+        for key in file[name].attrs
+        if key not in ("DIMENSION_LIST", "REFERENCE_LIST")
+    }
     del file[name]
     new = file.create_dataset(name, data=made)
     for key, value in attrs.items():
@@ -454,7 +488,19 @@ def many_attributes(file: h5py.File, rng: Random, folder: Path) -> None:
 def odd_attribute(file: h5py.File, rng: Random, folder: Path) -> None:
     place = file[rng.choice(["/", *file, rng.choice(_datasets(file))])]
     keys = [key for key in place.attrs if key not in ("DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME")]
-    key = rng.choice([*keys, "new", "_FillValue", "units", "calendar", "scale_factor", "coordinates", "dtype", "missing_value"])
+    key = rng.choice(
+        [
+            *keys,
+            "new",
+            "_FillValue",
+            "units",
+            "calendar",
+            "scale_factor",
+            "coordinates",
+            "dtype",
+            "missing_value",
+        ]
+    )
     values = (
         np.float64("nan"),
         2**63 - 1,
@@ -486,7 +532,24 @@ def odd_attribute(file: h5py.File, rng: Random, folder: Path) -> None:
 
 
 def odd_version(file: h5py.File, rng: Random, folder: Path) -> None:
-    values = ("2.0", "99.0", "1", "1.99", "", "one", "-1", "1.1.1", "1e3", "١", 1, 1.1, float("nan"), "0.9", "1" * 5000, " 1.1")
+    values = (
+        "2.0",
+        "99.0",
+        "1",
+        "1.99",
+        "",
+        "one",
+        "-1",
+        "1.1.1",
+        "1e3",
+        "١",
+        1,
+        1.1,
+        float("nan"),
+        "0.9",
+        "1" * 5000,
+        " 1.1",
+    )
     file.attrs["schema_version"] = rng.choice(values)
 
 
@@ -574,7 +637,11 @@ EDITS: tuple[Edit, ...] = (
 
 def several(file: h5py.File, rng: Random, folder: Path) -> str | None:
     """Two or three small edits at once."""
-    small = [edit for edit in EDITS if not edit.__name__.startswith(("many", "deep", "external", "gzip", "virtual"))]
+    small = [
+        edit
+        for edit in EDITS
+        if not edit.__name__.startswith(("many", "deep", "external", "gzip", "virtual"))
+    ]
     for edit in rng.sample(small, rng.randint(2, 3)):
         edit(file, rng, folder)
     return None

@@ -93,7 +93,19 @@ def other_codecs(metadata: dict[str, Any], rng: Random) -> None:
     options = (
         [little],
         [little, {"name": "gzip", "configuration": {"level": 5}}],
-        [little, {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 5, "shuffle": "shuffle", "typesize": 4, "blocksize": 0}}],
+        [
+            little,
+            {
+                "name": "blosc",
+                "configuration": {
+                    "cname": "zstd",
+                    "clevel": 5,
+                    "shuffle": "shuffle",
+                    "typesize": 4,
+                    "blocksize": 0,
+                },
+            },
+        ],
         [{"name": "vlen-bytes"}],
         [{"name": "vlen-utf8"}],
         [{"name": "numcodecs.pickle", "configuration": {}}],
@@ -124,15 +136,32 @@ def other_codecs(metadata: dict[str, Any], rng: Random) -> None:
 
 def other_data_type(metadata: dict[str, Any], rng: Random) -> None:
     options = (
-        "float16", "float32", "float64", "int8", "int64", "uint64", "bool", "complex64", "string", "bytes", "object", "O", "<f4",
-        "variable_length_bytes", "r64", "r999999999999",
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "int64",
+        "uint64",
+        "bool",
+        "complex64",
+        "string",
+        "bytes",
+        "object",
+        "O",
+        "<f4",
+        "variable_length_bytes",
+        "r64",
+        "r999999999999",
         {"name": "fixed_length_utf32", "configuration": {"length_bytes": rng.choice((4, 10**12))}},
         {"name": "null_terminated_bytes", "configuration": {"length_bytes": 10**12}},
         {"name": "raw_bytes", "configuration": {"length_bytes": 8}},
         {"name": "numpy.datetime64", "configuration": {"unit": "s", "scale_factor": 1}},
         {"name": "structured", "configuration": {"fields": [["a", "float32"], ["b", "int32"]]}},
-        {"name": "numpy.void"}, None, 7, ["float32"],
-    )  # fmt: skip
+        {"name": "numpy.void"},
+        None,
+        7,
+        ["float32"],
+    )
     metadata["data_type"] = rng.choice(options)
 
 
@@ -141,7 +170,9 @@ def other_shape(metadata: dict[str, Any], rng: Random) -> None:
     if not shape:
         raise NotApplicable
     axis = rng.randrange(len(shape))
-    value = rng.choice((0, 1, shape[axis] + 1, shape[axis] * 2, 10**6, 10**12, 2**63, 2**64, -1, 1.5, "3", None, True))
+    value = rng.choice(
+        (0, 1, shape[axis] + 1, shape[axis] * 2, 10**6, 10**12, 2**63, 2**64, -1, 1.5, "3", None, True)
+    )
     metadata["shape"] = [*shape[:axis], value, *shape[axis + 1 :]]
 
 
@@ -149,52 +180,109 @@ def huge_shape(metadata: dict[str, Any], rng: Random) -> None:
     """10¹² elements in one chunk, or in 10¹² chunks; none of them is in the store."""
     shape = metadata["shape"] or [1]
     metadata["shape"] = [10**12, *shape[1:]]
-    metadata["chunk_grid"]["configuration"]["chunk_shape"] = rng.choice((metadata["shape"], [1] * len(shape), shape))
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = rng.choice(
+        (metadata["shape"], [1] * len(shape), shape)
+    )
 
 
 def other_chunks(metadata: dict[str, Any], rng: Random) -> None:
     shape = metadata["shape"] or [1]
-    value = rng.choice((
-        [1] * len(shape), [0] * len(shape), [-1] * len(shape), [10**12] * len(shape), shape * 2, [], "auto", None, [1.5] * len(shape),
-    ))  # fmt: skip
+    value = rng.choice(
+        (
+            [1] * len(shape),
+            [0] * len(shape),
+            [-1] * len(shape),
+            [10**12] * len(shape),
+            shape * 2,
+            [],
+            "auto",
+            None,
+            [1.5] * len(shape),
+        )
+    )
     metadata["chunk_grid"]["configuration"]["chunk_shape"] = value
 
 
 def other_grid(metadata: dict[str, Any], rng: Random) -> None:
-    metadata["chunk_grid"] = rng.choice((
-        {"name": "irregular"}, {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": [[1, 10**9]]}}, {}, None, [],
-    ))  # fmt: skip
+    metadata["chunk_grid"] = rng.choice(
+        (
+            {"name": "irregular"},
+            {"name": "rectilinear", "configuration": {"kind": "inline", "chunk_shapes": [[1, 10**9]]}},
+            {},
+            None,
+            [],
+        )
+    )
 
 
 def other_keys(metadata: dict[str, Any], rng: Random) -> None:
     """The names of chunks lead elsewhere."""
-    metadata["chunk_key_encoding"] = rng.choice((
-        {"name": "v2", "configuration": {"separator": "."}}, {"name": "default", "configuration": {"separator": "../"}},
-        {"name": "default", "configuration": {"separator": "/../../"}}, {"name": "default", "configuration": {"separator": "\x00"}},
-        {"name": "suffix"}, {}, None, "default",
-    ))  # fmt: skip
+    metadata["chunk_key_encoding"] = rng.choice(
+        (
+            {"name": "v2", "configuration": {"separator": "."}},
+            {"name": "default", "configuration": {"separator": "../"}},
+            {"name": "default", "configuration": {"separator": "/../../"}},
+            {"name": "default", "configuration": {"separator": "\x00"}},
+            {"name": "suffix"},
+            {},
+            None,
+            "default",
+        )
+    )
 
 
 def other_fill_value(metadata: dict[str, Any], rng: Random) -> None:
-    metadata["fill_value"] = rng.choice((
-        0, 1, "NaN", "Infinity", "-Infinity", "0x7fc00000", None, True, [], {}, "x" * 10**6, 10**400, "AAAA", [1, 2], float("nan"), "0x",
-    ))  # fmt: skip
+    metadata["fill_value"] = rng.choice(
+        (
+            0,
+            1,
+            "NaN",
+            "Infinity",
+            "-Infinity",
+            "0x7fc00000",
+            None,
+            True,
+            [],
+            {},
+            "x" * 10**6,
+            10**400,
+            "AAAA",
+            [1, 2],
+            float("nan"),
+            "0x",
+        )
+    )
 
 
 def storage_transformers(metadata: dict[str, Any], rng: Random) -> None:
-    metadata["storage_transformers"] = rng.choice(([{"name": "sharding"}], [{"name": "x", "configuration": {}}], {"a": 1}, "x", [None]))
+    metadata["storage_transformers"] = rng.choice(
+        ([{"name": "sharding"}], [{"name": "x", "configuration": {}}], {"a": 1}, "x", [None])
+    )
 
 
 def other_dimension_names(metadata: dict[str, Any], rng: Random) -> None:
     names = metadata.get("dimension_names") or []
-    metadata["dimension_names"] = rng.choice((
-        None, [], [None] * len(names), names[::-1] or ["x"], ["same"] * len(names), [*names, "more"], [1] * len(names), "depth",
-        ["depth"] * len(names), [""] * len(names), ["a/b"] * len(names),
-    ))  # fmt: skip
+    metadata["dimension_names"] = rng.choice(
+        (
+            None,
+            [],
+            [None] * len(names),
+            names[::-1] or ["x"],
+            ["same"] * len(names),
+            [*names, "more"],
+            [1] * len(names),
+            "depth",
+            ["depth"] * len(names),
+            [""] * len(names),
+            ["a/b"] * len(names),
+        )
+    )
 
 
 def unknown_field(metadata: dict[str, Any], rng: Random) -> None:
-    metadata[rng.choice(("must_understand", "extra", "zarr_format2", ""))] = rng.choice(({"must_understand": True}, 1, "x", None, {"name": "x"}))
+    metadata[rng.choice(("must_understand", "extra", "zarr_format2", ""))] = rng.choice(
+        ({"must_understand": True}, 1, "x", None, {"name": "x"})
+    )
 
 
 def missing_field(metadata: dict[str, Any], rng: Random) -> None:
@@ -202,7 +290,9 @@ def missing_field(metadata: dict[str, Any], rng: Random) -> None:
 
 
 def field_of_other_type(metadata: dict[str, Any], rng: Random) -> None:
-    metadata[rng.choice(sorted(metadata))] = rng.choice((None, 0, -1, 3.5, "", "x", [], {}, [[]], True, {"name": []}))
+    metadata[rng.choice(sorted(metadata))] = rng.choice(
+        (None, 0, -1, 3.5, "", "x", [], {}, [[]], True, {"name": []})
+    )
 
 
 def other_format(metadata: dict[str, Any], rng: Random) -> None:
@@ -217,8 +307,34 @@ def odd_attributes(metadata: dict[str, Any], rng: Random) -> None:
     deep: Any = 1
     for _ in range(rng.choice((50, 900))):
         deep = [deep] if rng.random() < 0.5 else {"a": deep}
-    value = rng.choice((deep, float("nan"), float("inf"), 10**4000, "x" * 10**6, "json:" + "[" * 10**5, None, True, [1, "a", None], {}, "json:1e999"))
-    key = rng.choice(("new", "_FillValue", "units", "coordinates", "scale_factor", "add_offset", "dtype", "_ARRAY_DIMENSIONS", "missing_value"))
+    value = rng.choice(
+        (
+            deep,
+            float("nan"),
+            float("inf"),
+            10**4000,
+            "x" * 10**6,
+            "json:" + "[" * 10**5,
+            None,
+            True,
+            [1, "a", None],
+            {},
+            "json:1e999",
+        )
+    )
+    key = rng.choice(
+        (
+            "new",
+            "_FillValue",
+            "units",
+            "coordinates",
+            "scale_factor",
+            "add_offset",
+            "dtype",
+            "_ARRAY_DIMENSIONS",
+            "missing_value",
+        )
+    )
     metadata["attributes"] = {**metadata.get("attributes", {}), key: value}
 
 
@@ -262,19 +378,29 @@ def nested_json(store: Path, rng: Random) -> None:
     middle = rng.choice(("", "1"))
     text = file.read_text()
     bomb = f"{opening * depth}{middle or 1}{closing * depth}"
-    file.write_text(bomb if rng.random() < 0.3 else text.replace('"attributes": {', f'"attributes": {{"deep": {bomb}, ', 1).replace(", }", "}"))
+    file.write_text(
+        bomb
+        if rng.random() < 0.3
+        else text.replace('"attributes": {', f'"attributes": {{"deep": {bomb}, ', 1).replace(", }", "}")
+    )
 
 
 def huge_json(store: Path, rng: Random) -> None:
     file = _json_file(store, rng)
     metadata = json.loads(file.read_text())
-    metadata["attributes"] = {"many": list(range(2_000_000))} if rng.random() < 0.5 else {f"k{i}": "x" * 50 for i in range(300_000)}
+    metadata["attributes"] = (
+        {"many": list(range(2_000_000))}
+        if rng.random() < 0.5
+        else {f"k{i}": "x" * 50 for i in range(300_000)}
+    )
     file.write_text(json.dumps(metadata))
 
 
 def huge_number(store: Path, rng: Random) -> None:
     file = _json_file(store, rng)
-    number = rng.choice(("9" * 4000, "9" * 10**6, "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1e-5000"))
+    number = rng.choice(
+        ("9" * 4000, "9" * 10**6, "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1e-5000")
+    )
     metadata = json.loads(file.read_text())
     metadata.setdefault("attributes", {})["number"] = "HERE"
     file.write_text(json.dumps(metadata).replace('"HERE"', number))
@@ -284,20 +410,39 @@ def duplicate_keys(store: Path, rng: Random) -> None:
     """Two values under one name: which one counts is anybody's guess."""
     file = rng.choice(arrays(store)) / "zarr.json"
     text = file.read_text().strip()
-    other = rng.choice(('"shape": [1]', '"data_type": "float64"', '"attributes": {}', '"node_type": "group"', '"fill_value": 1'))
+    other = rng.choice(
+        (
+            '"shape": [1]',
+            '"data_type": "float64"',
+            '"attributes": {}',
+            '"node_type": "group"',
+            '"fill_value": 1',
+        )
+    )
     file.write_text(text[:-1] + ", " + other + "}")
 
 
 def other_encoding(store: Path, rng: Random) -> None:
     file = _json_file(store, rng)
     text = file.read_text()
-    file.write_bytes(rng.choice((text.encode("utf-16"), b"\xef\xbb\xbf" + text.encode(), text.encode("utf-32"), text.encode() + b"\x00")))
+    file.write_bytes(
+        rng.choice(
+            (
+                text.encode("utf-16"),
+                b"\xef\xbb\xbf" + text.encode(),
+                text.encode("utf-32"),
+                text.encode() + b"\x00",
+            )
+        )
+    )
 
 
 # --- zarr 2
 
 
-def _as_version_2(store: Path, rng: Random, *, compressor: Any, filters: Any, dtype: Any, payload: bytes) -> None:
+def _as_version_2(
+    store: Path, rng: Random, *, compressor: Any, filters: Any, dtype: Any, payload: bytes
+) -> None:
     """One array becomes an array of format 2 with these codecs; or the whole store becomes one."""
     everything = rng.random() < 0.5
     if everything:
@@ -340,13 +485,26 @@ def pickle_compressor_version_2(store: Path, rng: Random) -> None:
 
 
 def pickle_behind_other_codec(store: Path, rng: Random) -> None:
-    codec, pack = rng.choice((({"id": "zlib", "level": 1}, zlib.compress), ({"id": "gzip", "level": 1}, gzip.compress)))
-    _as_version_2(store, rng, compressor=codec, filters=[{"id": "pickle"}], dtype="|O", payload=pack(_canary(store)))
+    codec, pack = rng.choice(
+        (({"id": "zlib", "level": 1}, zlib.compress), ({"id": "gzip", "level": 1}, gzip.compress))
+    )
+    _as_version_2(
+        store, rng, compressor=codec, filters=[{"id": "pickle"}], dtype="|O", payload=pack(_canary(store))
+    )
 
 
 def object_array_version_2(store: Path, rng: Random) -> None:
-    filters = rng.choice(([{"id": "vlen-utf8"}], [{"id": "json2"}], [{"id": "msgpack2"}], None, [{"id": "vlen-bytes"}]))
-    _as_version_2(store, rng, compressor=None, filters=filters, dtype="|O", payload=rng.choice((b"", b"[1]", rng.randbytes(40))))
+    filters = rng.choice(
+        ([{"id": "vlen-utf8"}], [{"id": "json2"}], [{"id": "msgpack2"}], None, [{"id": "vlen-bytes"}])
+    )
+    _as_version_2(
+        store,
+        rng,
+        compressor=None,
+        filters=filters,
+        dtype="|O",
+        payload=rng.choice((b"", b"[1]", rng.randbytes(40))),
+    )
 
 
 def pickle_in_version_3(store: Path, rng: Random) -> None:
@@ -355,14 +513,18 @@ def pickle_in_version_3(store: Path, rng: Random) -> None:
     file = array / "zarr.json"
     metadata = json.loads(file.read_text())
     name = rng.choice(("numcodecs.pickle", "pickle", "https://zarr.dev/numcodecs/pickle"))
-    metadata["codecs"] = rng.choice(([{"name": name, "configuration": {"protocol": 5}}], [{"name": "bytes"}, {"name": name}]))
+    metadata["codecs"] = rng.choice(
+        ([{"name": name, "configuration": {"protocol": 5}}], [{"name": "bytes"}, {"name": name}])
+    )
     file.write_text(json.dumps(metadata))
     for chunk in chunks(array):
         chunk.write_bytes(_canary(store))
 
 
 def consolidated_version_2(store: Path, rng: Random) -> None:
-    (store / ".zmetadata").write_text(json.dumps({"zarr_consolidated_format": 1, "metadata": {".zgroup": {"zarr_format": 2}}}))
+    (store / ".zmetadata").write_text(
+        json.dumps({"zarr_consolidated_format": 1, "metadata": {".zgroup": {"zarr_format": 2}}})
+    )
     if rng.random() < 0.5:
         (store / "zarr.json").unlink()
 
@@ -375,7 +537,11 @@ def consolidated_disagrees(store: Path, rng: Random) -> None:
     own = json.loads((array / "zarr.json").read_text())
     own["shape"] = [10**9] * len(own["shape"])
     inner = {str(array.relative_to(store)): own}
-    metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": rng.choice((inner, {}, None, [], {"x": 1}))}
+    metadata["consolidated_metadata"] = {
+        "kind": "inline",
+        "must_understand": False,
+        "metadata": rng.choice((inner, {}, None, [], {"x": 1})),
+    }
     file.write_text(json.dumps(metadata))
 
 
@@ -422,7 +588,11 @@ def wrong_text_lengths(store: Path, rng: Random) -> None:
     """The lengths inside a chunk of text: billions of strings, or strings beyond its end."""
     from numcodecs import Zstd
 
-    texts = [array for array in arrays(store) if json.loads((array / "zarr.json").read_text())["data_type"] == "string"]
+    texts = [
+        array
+        for array in arrays(store)
+        if json.loads((array / "zarr.json").read_text())["data_type"] == "string"
+    ]
     if not texts:
         raise NotApplicable
     array = rng.choice(texts)
@@ -456,7 +626,13 @@ def special_file(store: Path, rng: Random) -> str:
     elif kind == "folder":
         target.mkdir()
     else:
-        places = {"zero": "/dev/zero", "random": "/dev/urandom", "tty": "/dev/tty", "mem": "/proc/self/mem", "stdin": "/dev/stdin"}
+        places = {
+            "zero": "/dev/zero",
+            "random": "/dev/urandom",
+            "tty": "/dev/tty",
+            "mem": "/proc/self/mem",
+            "stdin": "/dev/stdin",
+        }
         target.symlink_to(places.get(kind, "/dev/full"))
     return "a special file"
 
@@ -477,7 +653,9 @@ def whole_store_is_special(store: Path, rng: Random) -> str:
 
 def link_outside(store: Path, rng: Random) -> str:
     """A chunk, an array or a group outside of the store, reached by a link."""
-    place = rng.choice((_chunk(store, rng), rng.choice(arrays(store)), store / "trace", _json_file(store, rng)))
+    place = rng.choice(
+        (_chunk(store, rng), rng.choice(arrays(store)), store / "trace", _json_file(store, rng))
+    )
     outside = store.parent / "outside" / place.name
     outside.parent.mkdir()
     shutil.move(place, outside)
@@ -525,7 +703,9 @@ def many_groups(store: Path, rng: Random) -> None:
     place = rng.choice((store, store / "trace"))
     for index in range(rng.choice((500, 5000))):
         (place / f"g{index}").mkdir()
-        (place / f"g{index}" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+        (place / f"g{index}" / "zarr.json").write_text(
+            '{"zarr_format": 3, "node_type": "group", "attributes": {}}'
+        )
 
 
 def many_files(store: Path, rng: Random) -> None:
@@ -593,7 +773,10 @@ EDITS: tuple[Edit, ...] = (
 
 def several(store: Path, rng: Random) -> None:
     """Two or three edits of metadata and chunks at once."""
-    for edit in rng.sample([*map(_array_json, ARRAY_JSON), deleted_chunk, chunk_of_another_array, renamed_node], rng.randint(2, 3)):
+    for edit in rng.sample(
+        [*map(_array_json, ARRAY_JSON), deleted_chunk, chunk_of_another_array, renamed_node],
+        rng.randint(2, 3),
+    ):
         edit(store, rng)
 
 

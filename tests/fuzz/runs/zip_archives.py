@@ -107,7 +107,19 @@ def claimed_entries(path: Path, rng: Random) -> None:
 
 def leaving_names(path: Path, rng: Random) -> str:
     files = entries(path)
-    name = rng.choice(("../outside", "/etc/passwd", "trace/../../x", "C:\\x", "..\\x", "trace//residual/zarr.json", "./zarr.json", "a\x00b", "//x"))
+    name = rng.choice(
+        (
+            "../outside",
+            "/etc/passwd",
+            "trace/../../x",
+            "C:\\x",
+            "..\\x",
+            "trace//residual/zarr.json",
+            "./zarr.json",
+            "a\x00b",
+            "//x",
+        )
+    )
     if rng.random() < 0.5:
         files[name] = b"{}"
         write(path, files)
@@ -143,7 +155,9 @@ def lying_sizes(path: Path, rng: Random) -> None:
 
 
 def lying_offset(path: Path, rng: Random) -> None:
-    _patch_central(path, rng, 42, rng.choice((0, 4, 2**31, 2**32 - 1, rng.randrange(10**5))).to_bytes(4, "little"))
+    _patch_central(
+        path, rng, 42, rng.choice((0, 4, 2**31, 2**32 - 1, rng.randrange(10**5))).to_bytes(4, "little")
+    )
 
 
 def lying_crc(path: Path, rng: Random) -> None:
@@ -170,11 +184,16 @@ def zip64_lies(path: Path, rng: Random) -> None:
 
 
 def data_before(path: Path, rng: Random) -> None:
-    path.write_bytes(rng.choice((b"#!/bin/sh\n", rng.randbytes(1000), b"\x89HDF\r\n\x1a\n" + bytes(500))) + path.read_bytes())
+    path.write_bytes(
+        rng.choice((b"#!/bin/sh\n", rng.randbytes(1000), b"\x89HDF\r\n\x1a\n" + bytes(500)))
+        + path.read_bytes()
+    )
 
 
 def data_after(path: Path, rng: Random) -> None:
-    path.write_bytes(path.read_bytes() + rng.choice((rng.randbytes(10), rng.randbytes(70_000), b"PK\x05\x06" + bytes(18))))
+    path.write_bytes(
+        path.read_bytes() + rng.choice((rng.randbytes(10), rng.randbytes(70_000), b"PK\x05\x06" + bytes(18)))
+    )
 
 
 def two_archives(path: Path, rng: Random) -> None:
@@ -234,7 +253,11 @@ def whole_is_special(path: Path, rng: Random) -> str:
 def metadata_edit(path: Path, rng: Random) -> None:
     """One of the edits of an array's metadata, inside of the archive."""
     files = entries(path)
-    names = [name for name, data in files.items() if name.endswith("zarr.json") and json.loads(data)["node_type"] == "array"]
+    names = [
+        name
+        for name, data in files.items()
+        if name.endswith("zarr.json") and json.loads(data)["node_type"] == "array"
+    ]
     name = rng.choice(names)
     metadata = json.loads(files[name])
     rng.choice(zarr_stores.ARRAY_JSON)(metadata, rng)

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import socket
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -141,12 +143,191 @@ def test_pickled_folder_opens_only_as_tensors(folder, monkeypatch):
     assert not Path("evil-was-here").exists()
 
 
+# --- what a folder names, and what its configuration gives
+
+
+def configure(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def sharded(folder: Path, kind: str) -> Path:
+    """A folder with an index of two files, safetensors or pickles; returns the index."""
+    model = tiny_llama()
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+    names = sorted(model.state_dict())
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    files = [f"part-{i}.{kind}" for i in range(2)]
+    for file, part in zip(files, (names[::2], names[1::2]), strict=True):
+        found = {name: tensors[name] for name in part}
+        save_file(found, folder / file) if kind == "safetensors" else torch.save(found, folder / file)
+    stem = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    index = folder / f"{stem}.index.json"
+    weight_map = {name: files[i % 2] for i, name in enumerate(names)}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("way", ["..", "absolute", "link", "linked folder"])
+def test_no_shard_is_read_from_outside(tmp_path, kind, way):
+    index = sharded(tmp_path / "m", kind)
+    assert torch.equal(load_checkpoint(str(tmp_path / "m")).model(IDS).logits, tiny_llama()(IDS).logits)
+    inside, outside = tmp_path / "m" / f"part-0.{kind}", tmp_path / f"outside.{kind}"
+    inside.rename(outside)
+    names = {"..": f"../{outside.name}", "absolute": str(outside), "linked folder": f"way/{outside.name}"}
+    if way == "link":
+        inside.symlink_to(outside)
+    else:
+        (tmp_path / "m" / "way").symlink_to(tmp_path)
+        index.write_text(index.read_text().replace(inside.name, names[way]))
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
+        load_checkpoint(str(tmp_path / "m"))
+
+
+def test_a_shard_in_a_folder_of_the_folder_is_its_own(tmp_path):
+    index = sharded(tmp_path / "m", "safetensors")
+    (tmp_path / "m" / "parts").mkdir()
+    (tmp_path / "m" / "part-0.safetensors").rename(tmp_path / "m" / "parts" / "part-0.safetensors")
+    index.write_text(index.read_text().replace("part-0", "parts/part-0"))
+    assert torch.equal(load_checkpoint(str(tmp_path / "m")).model(IDS).logits, tiny_llama()(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["../w.safetensors", "w.safetensors", 5, "\0"])
+def test_weights_that_the_configuration_names_are_the_folders(folder, name):
+    (folder / "model.safetensors").rename(folder.parent / "w.safetensors")
+    (folder / "w.safetensors").symlink_to("../w.safetensors")
+    configure(folder, transformers_weights=name)
+    with pytest.raises(CheckpointError, match=r"leads out|names .* as a file"):
+        load_checkpoint(str(folder))
+
+
+def test_the_cache_of_the_hub(folder, tmp_path):
+    repository = tmp_path / "models--org--tiny"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "0123abc").mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(repository / "blobs" / str(number))
+        (repository / "snapshots" / "0123abc" / file.name).symlink_to(f"../../blobs/{number}")
+    loaded = load_checkpoint(str(repository / "snapshots" / "0123abc"))
+    assert torch.equal(loaded.model(IDS).logits, tiny_llama()(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**7),
+        ("num_hidden_layers", 10**6),
+        ("num_hidden_layers", 5000),
+        ("vocab_size", 10**12),
+        ("vocab_size", 10**6),
+        ("hidden_size", 2 * 10**5),
+        ("intermediate_size", 10**6),
+        ("head_dim", 10**6),
+    ],
+)
+def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(folder, name, value):
+    configure(folder, **{name: value})
+    before = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"the configuration is another model's or damaged"):
+        load_checkpoint(str(folder))
+    assert time.monotonic() - before < 10
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "LlamaForCausalLM",
+        5,
+        [1],
+        ["PreTrainedModel"],
+        ["AutoModel"],
+        ["logging"],
+        ["pipeline"],
+        ["LlamaConfig"],
+    ],
+)
+def test_architectures_that_are_no_models(folder, names):
+    configure(folder, architectures=names)
+    with pytest.raises(CheckpointError, match=r"as architectures; expected|no model of transformers"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_odd_values_in_a_configuration_are_one_sentence(folder, seed):
+    rng = random.Random(seed)
+    config = json.loads((folder / "config.json").read_text())
+    odd = [None, True, -1, 0, 1.5, "x", [], [1], {}, {"a": 1}, 10**30, -(10**18), 10**7, [[[]]], "10000000"]
+    for name in rng.sample(sorted(config), 2):
+        config[name] = rng.choice(odd)
+    (folder / "config.json").write_text(json.dumps(config))
+    sentence = ""
+    try:
+        load_checkpoint(str(folder))
+    except CheckpointError as error:
+        sentence = str(error)
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"[" * 10_000,
+        b"\xff\xfe",
+        b'{"added_tokens": 5}',
+        b'{"version": "1.0", "model": {}}',
+    ],
+)
+def test_a_broken_tokenizer_is_not_replaced_by_bytes(folder, content):
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer in .* does not load .*; repair its files"):
+        load_checkpoint(str(folder))
+
+
+def test_no_code_of_a_tokenizer_or_a_known_architecture_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "novel.py").write_text("import os; os.mkdir('evil-was-here')\nclass M: pass")
+    configure(folder, auto_map={"AutoConfig": "novel.M", "AutoModelForCausalLM": "novel.M"})
+    load_checkpoint(str(folder))
+    config = {"auto_map": {"AutoTokenizer": ["novel.M", None]}, "tokenizer_class": "Novel"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not load"):
+        load_checkpoint(str(folder))
+    assert not Path("evil-was-here").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.model", "generation_config.json"]
+)
+def test_a_pipe_in_the_folder_is_not_waited_for(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match="is a named pipe"):
+        load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gguf", ".safetensors", ".pt"])
+def test_a_pipe_as_checkpoint_is_not_waited_for(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"x{suffix}")
+    with pytest.raises(CheckpointError, match="is a named pipe"):
+        load_checkpoint(str(tmp_path / f"x{suffix}"))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("nowhere/at/all", "no such checkpoint: 'nowhere/at/all'; expected a transformers folder"),
         ("my model:build", "got 'my model:build', expected 'package.module:function'"),
         ("nowhere.gguf", "no such checkpoint"),
+        ("", "no such checkpoint"),
+        ("a\0b", r"no such checkpoint: 'a\?b'"),
+        ("x" * 5000, "no such checkpoint: 'x+…'"),
+        ("~nobody-of-this-name/x", "names no home folder"),
+        ("/dev/zero", "is a device"),
     ],
 )
 def test_what_is_not_there(spec, message):

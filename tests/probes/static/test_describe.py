@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -520,6 +521,38 @@ def test_broken_configuration_is_an_error(tmp_path):
         probes.describe_weights(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "absolute", "link.safetensors"])
+def test_no_tensor_is_read_from_outside_the_folder(tmp_path, name):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    outside = checkpoint(folder, torch.zeros(24)) / "model.safetensors"
+    outside = outside.rename(tmp_path / "outside.safetensors")
+    (folder / "link.safetensors").symlink_to(outside)
+    named = str(outside) if name == "absolute" else name
+    index = {"weight_map": {"layers.0.hc.base": named}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for verb in (probes.describe_weights, probes.initial_logits):
+        with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
+            verb(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "x.safetensors"])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, make, name):
+    (checkpoint(tmp_path, torch.zeros(24)) / name).unlink(missing_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"is a named pipe|is a device|leads out"):
+        probes.describe_weights(tmp_path / name if name[0] == "x" else tmp_path)
+
+
+@pytest.mark.parametrize("rounds", [10**9, 10**400, 1e300, -(10**30)])
+def test_settings_of_no_model_are_refused(tmp_path, rounds):
+    checkpoint(tmp_path, torch.zeros(24))
+    (tmp_path / "config.json").write_text(json.dumps({"hc_sinkhorn_iters": rounds}))
+    with pytest.raises(CheckpointError, match="expected at most 10000"):
+        probes.describe_weights(tmp_path)
+
+
 # --- warnings and numbers, from values known by hand
 
 
@@ -606,3 +639,11 @@ def test_weights_of_a_shard_equal_the_tensors_in_it(saved):
     raw = load_file(folder / "model.safetensors")["model.layers.0.hc_attn_base"]
     logits = probes.describe_weights(folder).connections[0].logits
     np.testing.assert_array_equal(logits, raw[2 * N :].reshape(N, N).T.double())
+
+
+def test_a_connection_without_values_is_refused(models, tmp_path):
+    tensors = {name: value.clone() for name, value in models["lucidrains"]("mhc").state_dict().items()}
+    tensors["layers.0.0.residual_scale"] = torch.zeros(0)
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.0\.residual_scale' has no values"):
+        probes.describe_weights(tmp_path / "m.safetensors")

@@ -1,0 +1,129 @@
+"""Whose error is it? One in the user's own model or factory is shown as theirs, with its file, line and line of code."""
+
+from __future__ import annotations
+
+import linecache
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from depthscope.probes.checkpoints.errors import CheckpointError, first_line
+
+# This package, by the path that it was imported from: in a checkout the files are elsewhere, and so are the user's own.
+OUR_FOLDERS = (str(Path(__file__).parents[2]),)
+STANDARD_LIBRARY = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
+INSTALLED = ("site-packages", "dist-packages")
+# Files of torch from which a model's own code is called, forward and backward
+CALLS_OF_A_MODEL = (
+    ("nn", "modules", "module.py"),
+    ("torch", "autograd", "function.py"),
+    ("torch", "autograd", "graph.py"),
+)
+
+
+@contextmanager
+def errors_of_user_code(source: str) -> Iterator[None]:
+    """Turn an error of the user's own code into one sentence that names the place in it.
+
+    KeyboardInterrupt passes: it is the user at the keyboard.
+
+    Parameters
+    ----------
+    source : str
+        What runs their code, such as the specification of a factory.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    CheckpointError
+        With the type, the message, the file, the line and its text.
+    """
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt):
+        raise
+    # sys.exit and GeneratorExit too: this process does not end by what a checkpoint does
+    except BaseException as error:
+        raise CheckpointError(own_error(source, error)) from error
+
+
+def own_error(source: str, error: BaseException) -> str:
+    """The sentence for an error in the user's code, or in that of a library's model.
+
+    Parameters
+    ----------
+    source : str
+        What ran it, in the words of the message.
+    error : BaseException
+        What it raised.
+
+    Returns
+    -------
+    str
+    """
+    name = type(error).__name__
+    reason = first_line(error).removeprefix(f"{name}: ")
+    named = name if reason == name else f"{name}: {reason}"
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:  # its place is in no frame
+        place = _shown(error.filename, error.lineno, error.text or "")
+        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in _frames(error)
+        if not frame.f_code.co_filename.startswith("<")
+        and not _is_below(frame.f_code.co_filename, OUR_FOLDERS)
+    ]
+    own = [frame for frame in frames if _is_users(frame[0])]
+    if own:
+        # The innermost line of theirs: it may have called a library with what does not fit.
+        place = _shown(*own[-1], linecache.getline(*own[-1]))
+        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
+    place = _shown(*frames[-1], linecache.getline(*frames[-1])) if frames else ""
+    return f"{source} stops with {named}{place}; its settings, its weights or the input do not fit its code"
+
+
+def _shown(file: str, line: int, text: str) -> str:
+    code = " ".join(text.split())[:120]
+    return f" ({file}, line {line}{f': {code}' if code else ''})"
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_tb(error.__traceback__))
+
+
+def _is_users(file: str) -> bool:
+    is_installed = any(part in INSTALLED for part in Path(file).parts)
+    return not is_installed and not _is_below(file, STANDARD_LIBRARY) and not _is_below(file, OUR_FOLDERS)
+
+
+def _is_below(file: str, folders: tuple[str, ...]) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in folders)
+
+
+def is_model_error(error: BaseException) -> bool:
+    """Whether an error comes from a model, and not from this library's own code around it.
+
+    Parameters
+    ----------
+    error : BaseException
+        With its traceback.
+
+    Returns
+    -------
+    bool
+        True where, after the last frame of this library, a module was called or code outside all libraries ran.
+    """
+    files = [frame.f_code.co_filename for frame, _ in _frames(error)]
+    # A hook of ours runs within the call of a module too, and is then the last.
+    last = max((i for i, file in enumerate(files) if _is_below(file, OUR_FOLDERS)), default=-1)
+    return any(
+        Path(file).parts[-3:] in CALLS_OF_A_MODEL or _is_users(file)
+        for file in files[last + 1 :]
+        if not file.startswith("<")
+    )

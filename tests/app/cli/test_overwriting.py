@@ -1,0 +1,69 @@
+"""Nothing that exists is replaced without --force, and that is said before anything is computed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from depthscope.app.cli.command import FINE, USAGE
+from depthscope.app.cli.main import main
+from depthscope.app.readings import readings
+from depthscope.diagnostics import schema
+
+
+@pytest.fixture
+def run(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return shutil.copy(saved / "residual.nc", tmp_path / "run.nc")
+
+
+LINES = {
+    "report": ["report", "run.nc", "--out", "page.html"],
+    "analyze": ["analyze", "run.nc", "--metrics", "residual_norm", "--out", "m.nc"],
+}
+
+
+@pytest.mark.parametrize("words", LINES.values(), ids=LINES)
+def test_a_second_time_needs_force(words, run, monkeypatch, capsys):
+    assert main(words) == FINE
+    out = words[-1]
+    first = os.stat(out).st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "open_run", lambda *_, **__: pytest.fail("work began"))
+        assert main(words) == USAGE
+        assert (
+            f"--out '{out}' exists; name another file, or add --force to replace it"
+            in capsys.readouterr().err
+        )
+    assert os.stat(out).st_ino == first
+    assert main([*words, "--force"]) == FINE
+    assert os.stat(out).st_ino != first
+
+
+def test_probe_says_it_before_torch_is_imported(run, monkeypatch, capsys):
+    (words, text) = (["probe", "some.module:factory", "--out", "run.nc", "--text", "text.txt"], "text.txt")
+    with open(text, "w") as file:
+        file.write("some words")
+    monkeypatch.setattr(
+        "depthscope.app.cli.commands.probe.load", lambda args: pytest.fail("the model was loaded")
+    )
+    before = os.stat("run.nc")
+    assert main(words) == USAGE
+    assert "'run.nc' exists" in capsys.readouterr().err
+    assert os.stat("run.nc") == before
+
+
+def test_a_run_that_is_analysed_is_written_to_without_force(run):
+    assert main(["analyze", "run.nc", "--metrics", "residual_norm"]) == FINE
+    assert "residual_norm" in schema.open_run("run.nc")["metrics"]
+
+
+def test_export_refuses_a_folder_of_others_before_it_analyses(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "thesis.tex").write_text("mine")
+    monkeypatch.setattr(readings, "analyze", lambda *_, **__: pytest.fail("work began"))
+    assert main(["export", "run.nc", "--out", "paper"]) == USAGE
+    assert "depthscope did not write" in capsys.readouterr().err
+    assert (tmp_path / "paper" / "thesis.tex").read_text() == "mine"

@@ -1,0 +1,933 @@
+"""Does any order of faults let a probe change, stop or falsify a user's run? Seeded schedules, with and without probes.
+
+``run_one(seed)`` draws a model and a schedule of events, runs it without and with probes, and compares. From the repository's
+root: ``python -m tests.probes.session.random_faults 0 1000`` counts the outcomes of a thousand seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pickle
+import random
+import re
+import sys
+import threading
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from depthscope import probes
+from depthscope.probes.connections.family import ReconstructionError
+from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted
+from tests.probes.session.hooks_left import alive, hooks_on_model
+
+PROBES = Path(probes.__file__).parent
+SAME = "same"
+STEPS = 5
+WATCHED = ("forward", "width_connection", "depth_connection")
+MEMORY_ERRORS = (MemoryError, torch.OutOfMemoryError)
+ERRORS = (*MEMORY_ERRORS, RecursionError, StopIteration, GeneratorExit, ValueError)
+STOPS = (KeyboardInterrupt, SystemExit)  # which must reach the user from wherever they are raised
+
+
+@dataclass
+class Outcome:
+    """What one seed showed: `SAME`, or the kinds of what went wrong, with what it was about."""
+
+    seed: int
+    kinds: tuple[str, ...]
+    detail: str
+    schedule: list[list[str]]
+
+    @property
+    def good(self) -> bool:
+        """Whether the probe did no harm."""
+        return self.kinds == (SAME,)
+
+
+@dataclass
+class Followed:
+    """One recorder, and what the model noted while each of its steps was open."""
+
+    recorder: probes.Recorder
+    every: int
+    begun: int
+    options: dict[str, Any]
+    expected: dict[int, list[dict[int, float]]] = field(default_factory=dict)
+    uncertain: set[int] = field(default_factory=set)  # steps in which the notes are no measure
+    closed: bool = False
+
+
+@dataclass
+class World:
+    """A user's script: the model, its optimiser, and everything that it shows to the outside."""
+
+    model: Noted
+    optimizer: torch.optim.Optimizer
+    probed: bool
+    random: random.Random
+    shown: list[Any] = field(default_factory=list)
+    followed: list[Followed] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    batch: dict[str, torch.Tensor] = field(default_factory=dict)
+    handles: list[Any] = field(default_factory=list)
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+    loss: Callable[[torch.Tensor], torch.Tensor] = lambda output: output.square().mean()
+    call: Callable[..., torch.Tensor] | None = None
+    hooked: bool = False  # a hook changed a state, which then is another one than the model noted
+    caught: list[Any] = field(default_factory=list)  # warnings so far
+    stopped: bool = (
+        False  # the user pressed a key while a hook ran: from there on the two runs differ for a good reason
+    )
+
+    def show(self, *values: Any) -> None:
+        """Note what the user sees; tensors are copied."""
+        self.shown += [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values]
+
+    def uncertain(self) -> None:
+        """What the model notes in this step is not what a recorder should find."""
+        for each in self.followed:
+            each.uncertain.add(each.recorder.position)
+
+
+EVENTS: dict[str, Callable[[World], None]] = {}
+
+
+def event(function: Callable[[World], None]) -> Callable[[World], None]:
+    EVENTS[function.__name__] = function
+    return function
+
+
+# --- the batch, the loss and the backward ---
+
+
+def _batch(world: World, sequences: int, tokens: int, *, padded: float = 0.0) -> None:
+    generator = torch.Generator().manual_seed(world.random.randrange(2**31))
+    ids = torch.randint(1, VOCABULARY, (sequences, tokens), generator=generator)
+    mask = (torch.rand(sequences, tokens, generator=generator) >= padded).long()
+    world.batch = {"ids": ids, "attention_mask": mask} if padded else {"ids": ids}
+
+
+@event
+def another_length(world):
+    _batch(world, world.random.choice([2, 4]), world.random.choice([2, 5, 9]))
+
+
+@event
+def some_padding(world):
+    _batch(world, 3, 6, padded=0.4)
+
+
+@event
+def only_padding(world):
+    _batch(world, 3, 6, padded=2.0)
+
+
+@event
+def no_sequence(world):
+    _batch(world, 0, 6)
+
+
+@event
+def no_token(world):
+    _batch(world, 3, 0)
+
+
+@event
+def not_a_number(world):
+    world.loss = lambda output: output.square().mean() * torch.nan
+
+
+@event
+def no_backward(world):
+    world.backward = lambda loss: None
+
+
+@event
+def backward_twice(world):
+    def twice(loss):
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    world.backward = twice
+
+
+@event
+def gradient_in_between(world):
+    def penalised(loss):
+        (gradient,) = torch.autograd.grad(
+            loss, world.model.embed.weight, create_graph=True, allow_unused=True
+        )
+        (loss if gradient is None else loss + gradient.square().sum()).backward()
+
+    world.backward = penalised
+
+
+@event
+def backward_in_a_thread(world):
+    world.backward = lambda loss: _in_threads([loss.backward])
+
+
+@event
+def backward_that_raises(world):
+    def raising(loss):
+        loss.register_hook(_raiser(world.random.choice([ValueError, *STOPS])))
+        loss.backward()
+
+    world.backward = raising
+
+
+def _raiser(error: type[BaseException]) -> Callable[..., None]:
+    def hook(*args: Any) -> None:
+        raise error("the user's own")
+
+    return hook
+
+
+# --- how the model is called ---
+
+
+@event
+def inside_of_inference(world):
+    def call(**batch):
+        with torch.inference_mode():
+            world.show(world.model(**batch))
+        return world.model(**batch)
+
+    world.call = call
+
+
+@event
+def without_a_graph(world):
+    def call(**batch):
+        with torch.no_grad():
+            return world.model(**batch)
+
+    world.call = call
+
+
+@event
+def functional(world):
+    def call(**batch):
+        parameters = dict(world.model.named_parameters())
+
+        def loss(values):
+            return torch.func.functional_call(world.model, values, (), batch).square().mean()
+
+        world.model.eval()  # a transformation refuses what is random, and buffers that are written
+        world.show(*torch.func.grad(loss)(parameters).values())
+        world.model.train()
+        return world.model(**batch)
+
+    world.call = call
+
+
+@event
+def vectorised(world):
+    def call(**batch):
+        world.model.eval()
+        with torch.no_grad():
+            ids = torch.stack([batch["ids"], batch["ids"].flip(1)])
+            world.show(torch.func.vmap(world.model)(ids))
+        world.model.train()
+        return world.model(**batch)
+
+    world.call = call
+
+
+@event
+def in_threads(world):
+    count = world.random.choice([2, 4, 8])
+
+    def call(**batch):
+        world.model.eval()  # random numbers are shared by threads: those of a training would be in no order
+        midway, world.model.midway = world.model.midway, None  # which thread met it would be chance
+        found: dict[int, torch.Tensor] = {}
+
+        def one(number: int) -> None:
+            with torch.no_grad():
+                found[number] = world.model(batch["ids"].roll(number, 0), batch.get("attention_mask"))
+
+        _in_threads([partial(one, number) for number in range(count)])
+        world.show(*(found.get(number) for number in range(count)))
+        world.model.train()
+        world.model.midway = midway
+        return world.model(**batch)
+
+    world.call = call
+
+
+def _in_threads(functions: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@event
+def checkpointed(world):
+    if hasattr(world.model, "checkpointing"):
+        world.model.checkpointing = world.random.choice([None, False, True])
+
+
+@event
+def accumulated(world):
+    def call(**batch):
+        world.model(**batch).square().mean().backward()
+        return world.model(**batch)
+
+    world.call = call
+
+
+@event
+def a_child_process(world):
+    """The child runs the rest of the user's script, of which nothing may be seen."""
+
+    def call(**batch):
+        child = os.fork()
+        if child == 0:
+            _in_child(world, batch)
+        _, status = os.waitpid(child, 0)
+        world.show(os.waitstatus_to_exitcode(status))
+        return world.model(**batch)
+
+    world.call = call
+
+
+def _in_child(world: World, batch: dict[str, torch.Tensor]) -> None:
+    code = 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            world.model(**batch)
+            for each in world.followed:
+                each.recorder.step()
+                each.recorder.__exit__(None, None, None)
+            code = 7 if hooks_on_model(world.model) else 0
+    finally:
+        os._exit(code)
+
+
+# --- in the middle of a forward ---
+
+
+@event
+def calls_itself(world):
+    ids = world.batch["ids"]
+
+    def midway(x):
+        if world.model.training and len(world.model.notes.calls) < 100:
+            world.show(world.model(ids))
+        world.uncertain()
+
+    world.model.midway = midway
+
+
+@event
+def backward_inside(world):
+    def midway(x):
+        if x.requires_grad:
+            parameter = world.model.blocks[0].parameters().__next__()
+            world.show(
+                *torch.autograd.grad(x.square().sum(), [parameter], retain_graph=True, allow_unused=True)
+            )
+
+    world.model.midway = midway
+
+
+@event
+def forward_that_raises(world):
+    error = world.random.choice([*ERRORS, *STOPS])
+    world.model.midway = lambda x: _raiser(error)()
+
+
+@event
+def hooks_cleared_inside(world):
+    def midway(x):
+        for module in world.model.modules():
+            module._forward_hooks.clear()
+            if module is not world.model:
+                module._forward_pre_hooks.clear()
+
+    world.model.midway = midway
+
+
+@event
+def gradients_off_inside(world):
+    world.model.midway = lambda x: x.detach()
+
+
+@event
+def block_replaced_inside(world):
+    world.model.midway = lambda x: block_replaced(world)
+
+
+@event
+def step_inside(world):
+    def midway(x):
+        for each in world.followed:
+            world.uncertain()
+            each.recorder.step()
+            world.uncertain()
+
+    world.model.midway = midway
+
+
+@event
+def close_inside(world):
+    def midway(x):
+        world.uncertain()
+        _close_one(world)
+
+    world.model.midway = midway
+
+
+@event
+def open_inside(world):
+    def midway(x):
+        _open(world)
+        world.uncertain()
+
+    world.model.midway = midway
+
+
+@event
+def capture_inside(world):
+    ids = world.batch["ids"]
+    world.model.midway = lambda x: _capture(world, ids)
+
+
+@event
+def step_in_a_thread(world):
+    def midway(x):
+        world.uncertain()
+        _in_threads([each.recorder.step for each in world.followed])
+        world.uncertain()
+
+    world.model.midway = midway
+
+
+# --- what happens to the model between steps ---
+
+
+def _some(world: World) -> int:
+    return world.random.randrange(len(world.model.blocks))
+
+
+@event
+def hooks_cleared(world):
+    for module in world.model.modules():
+        module._forward_hooks.clear()
+
+
+@event
+def hook_that_changes(world):
+    block = world.model.blocks[_some(world)]
+    world.hooked = True
+    world.handles.append(block.register_forward_hook(lambda module, args, output: output * 1.25))
+    world.uncertain()
+
+
+@event
+def hook_that_is_always_called(world):
+    block = world.model.blocks[_some(world)]
+    seen = world.shown
+    block.register_forward_hook(lambda module, args, output: seen.append("always"), always_call=True)
+
+
+@event
+def full_backward_hook(world):
+    block, seen = world.model.blocks[_some(world)], world.shown
+    block.register_full_backward_hook(lambda module, given, taken: seen.append("backward"))
+
+
+@event
+def counting_hooks(world):
+    for module in world.model.modules():
+        module.register_forward_hook(lambda module, args, output: world.shown.append(type(module).__name__))
+
+
+@event
+def hooks_removed(world):
+    while world.handles:
+        world.handles.pop().remove()
+    world.uncertain()
+
+
+@event
+def block_replaced(world):
+    number = _some(world)
+    world.model.blocks[number] = copy.deepcopy(world.model.blocks[number])
+    for parameter in world.model.blocks[number].parameters():
+        parameter.data.mul_(1.5)
+    world.uncertain()
+
+
+@event
+def block_added(world):
+    world.model.blocks.append(copy.deepcopy(world.model.blocks[-1]))
+    world.optimizer.add_param_group({"params": list(world.model.blocks[-1].parameters())})
+
+
+@event
+def block_dropped(world):
+    if len(world.model.blocks) > 3:
+        del world.model.blocks[-1]
+
+
+@event
+def blocks_in_another_order(world):
+    world.model.blocks = nn.ModuleList(reversed(world.model.blocks))
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+@event
+def parametrised(world):
+    for module in world.model.blocks[_some(world)].modules():
+        if isinstance(module, nn.Linear) and not parametrize.is_parametrized(module):
+            parametrize.register_parametrization(module, "weight", Halved())
+            return
+
+
+class Adapted(nn.Module):
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.inner = inner
+        self.down, self.up = nn.Linear(inner.in_features, 2), nn.Linear(2, inner.out_features)
+
+    def forward(self, x):
+        return self.inner(x) + self.up(self.down(x))
+
+
+@event
+def adapted(world):
+    for module in world.model.blocks[_some(world)].modules():
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and isinstance(module, nn.Sequential):
+                setattr(module, name, Adapted(child))
+                return
+
+
+@event
+def forward_patched(world):
+    block = world.model.blocks[_some(world)]
+    original = block.forward
+    block.forward = lambda *args: original(*args)
+
+
+@event
+def another_precision(world):
+    world.model.to(torch.float64 if world.random.random() < 0.5 else torch.float32)
+
+
+@event
+def evaluated(world):
+    world.model.train(not world.model.training)
+
+
+@event
+def weights_loaded(world):
+    state = {name: value.clone() for name, value in world.model.state_dict().items()}
+    world.model.load_state_dict(state, assign=world.random.random() < 0.5)
+
+
+@event
+def copied(world):
+    with torch.random.fork_rng():
+        twins = [copy.deepcopy(world.model)]
+        if _portable(world.model):
+            twins.append(pickle.loads(pickle.dumps(world.model)))
+            torch.save(world.model, file := io.BytesIO())
+            file.seek(0)
+            twins.append(torch.load(file, weights_only=False))
+            if b"depthscope" in file.getvalue():
+                world.failures.append(("copies", "a saved model needs this package to be loaded"))
+        for twin in twins:
+            twin.eval()
+            world.show(twin(world.batch["ids"]))
+            if hooks_on_model(twin):
+                world.failures.append(("copies", "a copy has hooks of ours"))
+
+
+def _portable(model: Noted) -> bool:
+    """Whether a pickle takes the model: not the test's own closures, nor parametrised modules."""
+    for module in model.modules():
+        hooks = [
+            *module._forward_hooks.values(),
+            *module._backward_hooks.values(),
+            vars(module).get("forward"),
+        ]
+        local = any("<locals>" in getattr(hook, "__qualname__", "") for hook in hooks)
+        if local or "Parametrized" in type(module).__name__:
+            return False
+    return model.midway is None
+
+
+# --- recorders ---
+
+
+@event
+def another_recorder(world):
+    _open(world)
+
+
+@event
+def a_recorder_closes(world):
+    _close_one(world)
+
+
+@event
+def a_recorder_is_forgotten(world):
+    """Opened by hand, and never closed."""
+    if world.probed:
+        recorder = probes.record(world.model, weights=True)
+        recorder.__enter__()
+        del recorder
+        gc.collect()
+
+
+@event
+def a_generator_is_dropped(world):
+    if world.probed:
+
+        def measured():
+            with probes.record(world.model, gradients=True):
+                yield
+
+        generator = measured()
+        next(generator)
+        del generator
+
+
+@event
+def capture_in_between(world):
+    _capture(world, world.batch["ids"])
+
+
+def _capture(world: World, ids: torch.Tensor) -> None:
+    if not world.probed:
+        return
+    before, called = copy.copy(world.model.notes.forwards), copy.copy(world.model.notes.calls)
+    midway, world.model.midway = world.model.midway, None
+    counts = {
+        m: (getattr(m, "count", 0), list(m.calls)) for m in world.model.modules() if hasattr(m, "calls")
+    }
+    shown = list(world.shown)
+    try:
+        probes.capture(world.model, ids)
+    except (ValueError, RuntimeError):
+        pass  # it may refuse, and says so
+    finally:
+        # The capture runs the model as the user would, so that the user's own counters count it.
+        world.model.notes.forwards[:], world.model.notes.calls[:] = before, called
+        world.model.midway = midway
+        world.shown[:] = shown
+        for module, (count, calls) in counts.items():
+            module.calls[:] = calls
+            if hasattr(module, "count"):
+                module.count = count
+
+
+def _open(world: World) -> None:
+    every, gradients = world.random.choice([1, 1, 2]), world.random.random() < 0.5
+    weights = world.random.random() < 0.3
+    if not world.probed:
+        return
+    options = {"gradients": gradients, "weights": weights}
+    recorder = probes.record(world.model, every=every, **options)
+    recorder.__enter__()
+    world.followed.append(Followed(recorder, every, len(world.model.notes.forwards), options))
+
+
+def _close_one(world: World) -> None:
+    chosen = world.random.random()
+    if world.followed:
+        _close(world, world.followed.pop(int(chosen * len(world.followed))))
+
+
+def _close(world: World, each: Followed) -> None:
+    each.closed = True
+    each.recorder.close()
+    each.recorder.close()  # twice is fine
+    _check_rows(world, each)
+    for step in set(range(0, each.recorder.position, each.every)) - {row.step for row in each.recorder._rows}:
+        if not any(re.search(rf"\bstep {step}\b", str(warning.message)) for warning in world.caught):
+            world.failures.append(("silent", f"nobody said that step {step} was not measured"))
+
+
+def _check_rows(world: World, each: Followed) -> None:
+    """Whether the rows of a recorder are what the model noted."""
+    try:
+        run = each.recorder.run
+    except (ValueError, RuntimeError) as error:
+        if world.hooked and isinstance(error, ReconstructionError):
+            return  # what a hook adds to the streams is in no connection: such a capture is refused as a whole
+        if not isinstance(error, probes.CaptureError):
+            world.failures.append(("run", f"{type(error).__name__}: {error}"))
+        elif each.recorder._rows:
+            world.failures.append(("lost", str(error)))
+        return
+    _compare_rows(world, each, run)
+
+
+def _compare_rows(world: World, each: Followed, run: Any) -> None:
+    statistics = next(node for node in run["statistics"].subtree if "square_norm_sum" in node.data_vars)
+    for number, step in enumerate(statistics.step.values.tolist()):
+        forwards = each.expected.get(step)
+        if forwards is None or step in each.uncertain:
+            continue
+        found = statistics.square_norm_sum.isel(step=number).sum("stream", skipna=False).values
+        depths = sorted({depth for noted in forwards for depth in noted})
+        wanted = np.array([sum(noted.get(depth, 0.0) for noted in forwards) for depth in depths])
+        if world.hooked and found.shape != wanted.shape:
+            continue
+        if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4, equal_nan=True):
+            world.failures.append(("wrong number", f"step {step}: found {found}, the model noted {wanted}"))
+
+
+# --- faults in our own code ---
+
+
+def _inside_a_hook(frame: Any) -> bool:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.endswith("probes/model/hooks.py") and code.co_name in (
+            "__call__",
+            "_report_errors",
+        ):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def fault(error: type[BaseException], after: int, tripped: list[str]) -> Iterator[None]:
+    """Raise an error at the n-th function that code of ours calls inside of a hook, be it ours or torch's."""
+    left = after
+
+    def profile(frame: Any, kind: str, argument: Any) -> None:
+        nonlocal left
+        caller = frame if kind == "c_call" else frame.f_back
+        if (
+            kind not in ("call", "c_call")
+            or caller is None
+            or not caller.f_code.co_filename.startswith(str(PROBES))
+        ):
+            return
+        # What ends a hook is not a measurement: an error there is one of the interpreter's.
+        if caller.f_code.co_name in ("__torch_function__", "outside_user_modes", "__exit__"):
+            return
+        if caller.f_code.co_filename.endswith("hooks.py") or not _inside_a_hook(caller):
+            return
+        left -= 1
+        if left == 0:
+            sys.setprofile(None)
+            tripped.append(f"{caller.f_code.co_name}:{caller.f_lineno}")
+            raise error("no memory for a probe")
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+@event
+def fault_in_a_hook(world):
+    chosen = world.random.choice([*ERRORS, *ERRORS, *STOPS])
+    after = int(10 ** world.random.uniform(0, 3))
+    if world.probed:
+        world.uncertain()  # a stop cuts the user's forward short, and the run without a probe has none
+        call = world.call or world.model.__call__
+        backward = world.backward
+
+        def faulty(function, *args, **kwargs):
+            tripped: list[str] = []
+            try:
+                with fault(chosen, after, tripped):
+                    return function(*args, **kwargs)
+            except STOPS as stop:
+                if not tripped or not isinstance(stop, chosen):
+                    raise
+                raise Stopped from stop
+
+        world.call = partial(faulty, call)
+        world.backward = partial(faulty, backward)
+
+
+class Stopped(BaseException):
+    """What a hook was stopped by, told from what the user's own code raises."""
+
+
+# --- one schedule, once ---
+
+
+def _step(world: World, names: list[str]) -> None:
+    """One step of the user's loop, which goes on after errors of its own."""
+    _batch(world, 3, 6)
+    world.backward, world.call = torch.Tensor.backward, None
+    world.loss, world.model.midway = lambda output: output.square().mean(), None
+    for name in names:
+        EVENTS[name](world)
+    try:
+        output = (world.call or world.model)(**world.batch)
+        loss = world.loss(output)
+        if loss.requires_grad:
+            world.backward(loss)
+        world.show(output, loss)
+    except Stopped:
+        raise
+    except BaseException as error:  # the user's loop catches what it raised itself
+        world.show(type(error).__name__, str(error).splitlines()[0][:80] if str(error) else "")
+    world.show(*(p.grad for p in world.model.parameters()))
+    if world.random.random() < 0.8:  # at times the optimiser's step is left out
+        world.optimizer.step()
+    world.optimizer.zero_grad()
+    for each in list(world.followed):
+        position = each.recorder.position
+        each.expected[position] = world.model.notes.forwards[each.begun :]
+        each.recorder.step()
+        each.begun = len(world.model.notes.forwards)
+
+
+def schedule(seed: int) -> tuple[str, list[list[str]]]:
+    """The model and the events of a seed."""
+    drawn = random.Random(seed)
+    name = drawn.choice(list(MODELS))
+    return name, [drawn.sample(list(EVENTS), drawn.choice([0, 1, 1, 2])) for _ in range(STEPS)]
+
+
+def _run(seed: int, *, probed: bool) -> World:
+    torch.manual_seed(seed)
+    random.seed(seed)  # lucidrains' connections draw from it
+    name, steps = schedule(seed)
+    model = MODELS[name]().train()
+    world = World(model, torch.optim.SGD(model.parameters(), lr=1e-2), probed, random.Random(seed + 1))
+    shown_warnings: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        world.caught = caught
+        _open(world)
+        try:
+            for names in steps:
+                _step(world, names)
+        except Stopped:
+            world.stopped = True
+        except BaseException as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            crash = f"{type(error).__name__}: {error} at {Path(where.filename).name}:{where.lineno}"
+            world.failures.append(("crash", crash))
+        del names
+        while world.followed:
+            with suppress(KeyboardInterrupt, SystemExit):
+                _close(world, world.followed[-1])
+            world.followed.pop()
+        gc.collect()
+    for warning in caught:
+        if not issubclass(warning.category, probes.ProbeWarning):
+            shown_warnings.append(f"{warning.category.__name__}: {str(warning.message)[:100]}")
+    world.show(*model.state_dict().values(), torch.get_rng_state(), [m.training for m in model.modules()])
+    # A copy made while a method is watched has that method as an entry of its own, which is the class's.
+    world.show(
+        [[name for name in vars(m) if name not in WATCHED] for m in model.modules()],
+        [getattr(m, "count", 0) for m in model.modules()],
+    )
+    world.show([len(m.calls) for m in model.modules() if hasattr(m, "calls")], len(model.notes.calls))
+    world.show([m._forward_hooks.__len__() for m in model.modules()])
+    world.show([list(m._forward_hooks_with_kwargs) for m in model.modules()], sorted(set(shown_warnings)))
+    return world
+
+
+def _differences(plain: World, probed: World) -> Iterator[tuple[str, str]]:
+    yield from probed.failures
+    if probed.stopped:
+        return
+    if len(plain.shown) != len(probed.shown):
+        yield "changed", f"{len(plain.shown)} things were seen without a probe, {len(probed.shown)} with it"
+        return
+    for number, (a, b) in enumerate(zip(plain.shown, probed.shown, strict=True)):
+        same = _equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        if not same:
+            yield "changed", f"what was seen at {number} of {len(plain.shown)}: {a!r:.120} became {b!r:.120}"
+            return
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a.nan_to_num(7), b.nan_to_num(7)))
+
+
+def run_one(seed: int) -> Outcome:
+    """Run one schedule without and with probes, and compare all that the user sees.
+
+    Parameters
+    ----------
+    seed : int
+        Draws the model, the events and their order.
+
+    Returns
+    -------
+    Outcome
+        Of kind ``same``, or of the kinds: ``changed`` (the user's numbers), ``crash``, ``wrong number`` (a row is not what
+        the model noted), ``lost`` and ``run`` (rows that cannot be had), ``hooks`` (left on the model or alive), ``kept``
+        (activations alive), ``copies``.
+    """
+    _, steps = schedule(seed)
+    before = len(alive())
+    plain = _run(seed, probed=False)
+    probed = _run(seed, probed=True)
+    found = list(_differences(plain, probed))
+    probed.model.zero_grad()
+    left = hooks_on_model(probed.model)
+    if left:
+        found.append(("hooks", f"{left} on the model"))
+    states = probed.model.notes.states
+    probed.backward, probed.loss, probed.call, probed.handles = torch.Tensor.backward, lambda x: x, None, []
+    gc.collect()
+    living = len(alive()) - before
+    if living > 0:
+        found.append(("hooks", f"{living} alive"))
+    kept = sum(state() is not None for state in states)
+    if kept:
+        found.append(("kept", f"{kept} states are alive"))
+    kinds = tuple(sorted({kind for kind, _ in found})) or (SAME,)
+    return Outcome(seed, kinds, "; ".join(f"{kind}: {about}" for kind, about in found), steps)
+
+
+def main(first: int, last: int) -> None:
+    """Count the outcomes of some seeds, and show what went wrong."""
+    counts: Counter[str] = Counter()
+    run_one(first)
+    gc.collect()
+    gc.freeze()  # the many objects of torch itself need not be searched for hooks again and again
+    for seed in range(first, last):
+        outcome = run_one(seed)
+        counts.update(outcome.kinds)
+        if not outcome.good:
+            model, _ = schedule(seed)
+            sys.stdout.write(f"{seed} {model} {outcome.schedule} {outcome.detail[:600]}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{dict(counts)}\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), int(sys.argv[2]))

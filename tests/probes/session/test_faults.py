@@ -1,0 +1,730 @@
+"""Whatever happens around a probe, the user's run is as without it, every hook leaves, and what was not measured is said."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from depthscope import probes
+from depthscope.probes.connections.tensor_watch import Watch
+from depthscope.probes.jacobian import jacobian
+from depthscope.probes.statistics.token_sums import TokenSums
+from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, Plain
+from tests.probes.session.hooks_left import alive, hooks_on_model
+from tests.probes.session.random_faults import ERRORS, STOPS, Adapted, fault, run_one
+
+IDS = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
+
+
+def build(name: str = "plain") -> Noted:
+    torch.manual_seed(0)
+    random.seed(0)
+    return MODELS[name]().train()
+
+
+def train(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    loss = model(ids).square().mean()
+    loss.backward()
+    return loss
+
+
+def norms(recorder: probes.Recorder) -> np.ndarray:
+    """Square norms of the states, step by depth."""
+    found = [node for node in recorder.run["statistics"].subtree if "square_norm_sum" in node.data_vars]
+    return found[0].square_norm_sum.sum("stream", skipna=False).values
+
+
+def noted(model: Noted, *forwards: int) -> np.ndarray:
+    """The same as the model itself noted it in some forwards."""
+    return np.sum([list(model.notes.forwards[number].values()) for number in forwards], 0)
+
+
+def states_alive(model: Noted) -> int:
+    gc.collect()
+    return sum(state() is not None for state in model.notes.states)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_objects_are_searched():
+    """Searching all objects for hooks takes long where libraries made many; none of these is a hook."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+# --- any order of faults ---
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_order_of_faults_does_harm(seed):
+    outcome = run_one(seed)
+    assert outcome.good, outcome
+
+
+@pytest.mark.slow
+def test_no_order_of_many_faults_does_harm():
+    outcomes = [run_one(seed) for seed in range(1000, 1200)]
+    assert [each for each in outcomes if not each.good] == []
+
+
+# --- several probes ---
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first in first out", "last in first out"])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_recorders_on_one_model_close_in_any_order(name, order):
+    model = build(name)
+    before = [list(vars(module)) for module in model.modules()]
+    recorders = [probes.record(model, gradients=True), probes.record(model, weights=True)]
+    for recorder in recorders:
+        recorder.__enter__()
+    for _ in range(3):
+        train(model)
+        for recorder in recorders:
+            recorder.step()
+    recorders[order[0]].close()
+    train(model)
+    recorders[order[1]].step()
+    recorders[order[1]].close()
+    assert [recorder.errors for recorder in recorders] == [[], []]
+    for recorder, steps in zip(recorders, (3, 3), strict=True):
+        np.testing.assert_allclose(norms(recorder)[:3], [noted(model, n) for n in range(steps)], rtol=1e-5)
+    assert [list(vars(module)) for module in model.modules()] == before
+    assert (hooks_on_model(model), states_alive(model)) == (0, 0)
+
+
+def test_compiled_models_run_compiled_again_whatever_closes_first():
+    stances = [torch._dynamo.eval_frame._stance.stance]
+    recorders = [probes.record(build()) for _ in range(2)]
+    for recorder in recorders:
+        recorder.__enter__()
+    for recorder in recorders:
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        recorder.close()
+    stances.append(torch._dynamo.eval_frame._stance.stance)
+    assert stances == ["default", "force_eager", "force_eager", "default"]
+
+
+@pytest.mark.parametrize("name", ["plain", "hc"])
+def test_a_capture_and_a_jacobian_do_not_count_in_a_recorder(name):
+    model = build(name).eval()
+    with probes.record(model, gradients=True) as recorder:
+        train(model)
+        probes.capture(model, IDS, gradients=True, loss=lambda output, batch: output.square().mean())
+        jacobian(model, IDS)
+        recorder.step()
+    assert recorder.errors == []
+    np.testing.assert_allclose(norms(recorder)[0], noted(model, 0), rtol=1e-5)
+
+
+def test_a_capture_between_forward_and_backward_spoils_no_graph():
+    """In training a batch norm writes its buffers, and its backward refuses buffers that were written since."""
+    model = build()
+    loss = model(IDS).square().mean()
+    probes.capture(model, IDS)
+    loss.backward()
+
+
+def test_connections_are_not_computed_again_where_the_user_could_see_it():
+    """Reading H_pre in the first forward computes the connection once more: no random number, no hook, no count."""
+    seen: list[str] = []
+    model, twin = build("hc"), build("hc")
+    for each in (model, twin):
+        for module in each.modules():
+            module.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
+    torch.manual_seed(1)
+    expected, without = twin(IDS), list(seen)
+    seen.clear()
+    torch.manual_seed(1)
+    with probes.record(model) as recorder:
+        assert torch.equal(model(IDS), expected)
+        assert seen == without
+        recorder.step()
+    assert [block.connection.count for block in model.blocks] == [1] * 4
+
+
+# --- transformations and modes of torch ---
+
+
+def _functional(model: nn.Module) -> torch.Tensor:
+    def loss(values):
+        return torch.func.functional_call(model, values, (IDS,)).square().mean()
+
+    gradients = torch.func.grad(loss)(dict(model.named_parameters()))
+    return torch.cat([g.flatten() for g in gradients.values()])
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (_functional, "torch.func"),
+        (lambda model: torch.func.vmap(model)(torch.stack([IDS, IDS])), "torch.func"),
+        (lambda model: torch.jit.trace(model, IDS, check_trace=False)(IDS), "traced"),
+    ],
+    ids=["grad", "vmap", "trace"],
+)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*not a plain:UserWarning")
+def test_a_transformed_call_is_as_without_and_is_said(call, reason):
+    model = build("encoder_decoder").eval()
+    expected = call(model)
+    with probes.record(model) as recorder:
+        assert torch.equal(call(model), expected)
+        with pytest.warns(probes.ProbeWarning, match=f"step 0 was not measured: .*{reason}"):
+            recorder.step()
+        model(IDS)
+        recorder.step()
+    assert norms(recorder).shape == (1, 5)
+
+
+class Counting(TorchFunctionMode):
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modes_of_the_user_do_not_see_the_probe(name):
+    counts = []
+    for probed in (False, True):
+        model = build(name)
+        with ExitStack() as stack:
+            recorder = stack.enter_context(probes.record(model, gradients=True)) if probed else None
+            for _ in range(2):
+                with FlopCounterMode(display=False) as flops, Counting() as functions:
+                    train(model)
+                counts.append((flops.get_total_flops(), functions.count))
+                if recorder is not None:
+                    recorder.step()
+                    assert recorder.errors == []
+    assert counts[:2] == counts[2:]
+
+
+def test_a_backward_inside_the_forward_is_not_the_gradient_of_the_loss():
+    gradients = []
+    for inside in (False, True):
+        model = build()
+        with probes.record(model, gradients=True) as recorder:
+            for _ in range(2):
+                if inside:
+                    model.midway = lambda x: torch.autograd.grad(x.sum(), x, retain_graph=True) and None
+                train(model)
+                recorder.step()
+        gradients.append(recorder.run.statistics.gradient_square_norm_sum.values)
+    np.testing.assert_array_equal(gradients[0], gradients[1])
+
+
+def test_gradients_of_several_reentrant_forwards_are_not_mixed_up():
+    model = build()
+    model.checkpointing = True
+    with probes.record(model, gradients=True) as recorder:
+        train(model)
+        recorder.step()
+        losses = [model(ids).square().mean() for ids in (IDS, IDS.flip(0))]
+        for loss in losses:
+            loss.backward()
+        with pytest.warns(probes.ProbeWarning, match="cannot be told apart"):
+            recorder.step()
+        train(model)
+        recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [0, 2]
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_forwards_and_backwards_in_threads_add_up(count):
+    model = build().eval()
+    batches = [IDS.roll(number, 1) for number in range(count)]
+    expected = [model(ids) for ids in batches]
+    model.notes.forwards.clear()
+    with probes.record(model, gradients=True, max_sequences=3 * count) as recorder:
+        train(model)
+        recorder.step()
+        model.zero_grad()
+        found: dict[int, torch.Tensor] = {}
+        started = threading.Barrier(count)
+
+        def one(number: int) -> None:
+            started.wait(timeout=30)
+            found[number] = model(batches[number])
+            torch.autograd.grad(found[number].square().mean(), model.embed.weight)
+
+        threads = [threading.Thread(target=partial(one, number)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        recorder.step()
+    assert recorder.errors == []
+    assert all(torch.equal(found[number], expected[number]) for number in range(count))
+    np.testing.assert_allclose(norms(recorder)[1], noted(model, *range(1, count + 1)), rtol=1e-5)
+
+
+def test_a_step_in_another_thread_says_which_forward_it_cut_short():
+    model = build()
+    with probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        model(IDS)
+
+        def step_elsewhere(x):
+            thread = threading.Thread(target=recorder.step)
+            thread.start()
+            thread.join()
+
+        model.midway = step_elsewhere
+        with pytest.warns(probes.ProbeWarning, match="1 forward had not ended when step 1 did"):
+            model(IDS)
+        model(IDS)
+        recorder.step()
+    np.testing.assert_allclose(norms(recorder), [noted(model, n) for n in (0, 1, 3)], rtol=1e-5)
+
+
+# --- processes and copies ---
+
+
+def test_a_child_process_neither_writes_nor_warns(tmp_path):
+    """A child that raises leaves the parent's block on its way out; only the parent's exit may save the run."""
+    store = tmp_path / "run.nc"
+    model = build()
+    with probes.record(model, store=store, gradients=True) as recorder:
+        train(model)
+        recorder.step()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with recorder:  # the parent's block, which the child leaves by its own exit
+                    model(IDS)
+                    recorder.step()
+                    sys.exit(3)
+            except SystemExit:
+                recorder.close()
+                code = 0 if not store.exists() and hooks_on_model(model) == 0 else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not store.exists()
+        train(model)
+        recorder.step()
+    assert store.exists()
+    assert recorder.run.statistics.step.values.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_loader_leave_the_recorder_alone(tmp_path, start):
+    model, store = build(), tmp_path / "run.nc"
+    loader = DataLoader(
+        TensorDataset(IDS.repeat(4, 1)),
+        batch_size=3,
+        num_workers=2,
+        multiprocessing_context=start,
+        persistent_workers=True,
+    )
+    with probes.record(model, store=store, gradients=True) as recorder:
+        for _ in range(2):
+            for (ids,) in loader:
+                train(model, ids)
+                recorder.step()
+        assert not store.exists()
+    del loader
+    assert recorder.errors == []
+    np.testing.assert_allclose(norms(recorder), [noted(model, n) for n in range(8)], rtol=1e-5)
+
+
+def test_a_recorder_in_an_object_of_the_users_can_be_copied():
+    with probes.record(build(), gradients=True) as recorder:
+        for twin in (copy.deepcopy(recorder), pickle.loads(pickle.dumps(recorder))):
+            with twin:
+                twin.step()
+            assert twin.errors == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_saved_under_a_probe_opens_without_this_package(name, tmp_path):
+    model = build(name).eval()
+    expected = model(IDS)
+    with probes.record(model, gradients=True, weights=True) as recorder:
+        for _ in range(2):  # under the hooks of the first forward, and those of later ones
+            torch.save(model, tmp_path / "model.pt")
+            assert b"depthscope" not in (tmp_path / "model.pt").read_bytes()
+            loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+            assert torch.equal(loaded(IDS), expected)
+            train(model)
+            recorder.step()
+
+
+# --- the model changes ---
+
+
+def test_a_hook_of_the_users_that_changes_a_state_is_measured_as_the_model_goes_on():
+    model = build().eval()
+    with torch.no_grad(), probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        model.blocks[1].register_forward_hook(lambda module, args, output: 2 * output)
+        model(IDS)
+        recorder.step()
+    assert norms(recorder)[1, 2] == pytest.approx(4 * norms(recorder)[0, 2], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_that_comes_or_goes_is_said_and_what_was_measured_stays(name):
+    model = build(name)
+    with probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        model.blocks.append(copy.deepcopy(model.blocks[-1]))
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: .*within the step"):
+            recorder.step()
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="step 2 was not measured: .*other depths"):
+            recorder.step()
+        del model.blocks[-1]
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="step 3 was not measured"):
+            recorder.step()
+        model(IDS)
+        recorder.step()
+    np.testing.assert_allclose(norms(recorder), [noted(model, 0), noted(model, 4)], rtol=1e-5)
+    assert (hooks_on_model(model), states_alive(model)) == (0, 0)
+
+
+def test_an_adapter_inside_a_block_leaves_the_depths_and_the_recording_goes_on():
+    model = build()
+    with probes.record(model, weights=True) as recorder:
+        train(model)
+        for block in model.blocks:
+            block.inner[0] = Adapted(block.inner[0])
+        recorder.step()
+        train(model)
+        recorder.step()
+    assert recorder.errors == []
+    np.testing.assert_allclose(norms(recorder), [noted(model, 0), noted(model, 1)], rtol=1e-5)
+
+
+def test_a_forward_that_runs_its_blocks_otherwise_is_refused():
+    model = build()
+    with probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        model.run = lambda block, x: block(block(x))
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="ran 2 times in a forward"):
+            recorder.step()
+        del model.run
+        ordered = list(model.blocks)
+        swapped = {ordered[0]: ordered[1], ordered[1]: ordered[0]}
+        model.run = lambda block, x: swapped.get(block, block)(x)
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="in another order"):
+            recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [0]
+
+
+def test_weights_that_take_the_place_of_others_are_not_pooled_with_them():
+    """Neither a loader that assigns, nor one that sets .data, raises a version counter."""
+    model = build().eval()
+    with torch.no_grad(), probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        state = {name: value + 1 for name, value in model.state_dict().items() if value.is_floating_point()}
+        model.load_state_dict(state, assign=True, strict=False)
+        model(IDS)
+        recorder.step()
+        for parameter in model.parameters():
+            parameter.data = parameter.data - 1
+        model(IDS)
+        recorder.step()
+    assert recorder.run.trace.sizes["sample"] == 3
+
+
+def test_a_parameter_replaced_within_a_step_has_no_update():
+    model = build()
+    with probes.record(model, weights=True) as recorder:
+        train(model)
+        model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
+        recorder.step()
+    statistics = recorder.run.statistics
+    assert np.isnan(statistics.weight_update_square_norm.values).any()
+    assert "replaced during the step" in recorder.run.attrs["weights_skipped"]
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_an_error_anywhere_in_a_hook_stays_inside_and_the_next_step_measures(name, error):
+    twin = build(name)
+    expected = [train(twin).detach() for _ in range(6)]
+    model = build(name)
+    with probes.record(model, gradients=True) as recorder:
+        tripped: list[str] = []
+        for step, after in enumerate((3, None, 60, None, 300, None)):
+            with ExitStack() as stack:
+                if after is not None:
+                    stack.enter_context(fault(error, after, tripped))
+                assert torch.equal(train(model), expected[step])
+            missing = step // 2 + 1 == len(tripped) and after is not None
+            if missing:
+                with pytest.warns(probes.ProbeWarning, match=f"step {step} was not measured"):
+                    recorder.step()
+            else:
+                recorder.step()
+    assert len(tripped) == 3
+    assert all(e.__traceback__ is None for e in recorder.errors), "a traceback holds the user's tensors"
+    np.testing.assert_allclose(norms(recorder), [noted(model, n) for n in (1, 3, 5)], rtol=1e-5)
+    assert (hooks_on_model(model), states_alive(model)) == (0, 0)
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_what_stops_a_program_reaches_the_user_from_a_hook(stop):
+    model = build()
+    with probes.record(model, gradients=True) as recorder:
+        train(model)
+        recorder.step()
+        with pytest.raises(stop), fault(stop, 40, []):
+            train(model)
+        with pytest.warns(probes.ProbeWarning, match="interrupted the measurement"):
+            recorder.step()
+        train(model)
+        recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [0, 2]
+
+
+def test_the_users_own_signal_handler_may_raise_while_a_hook_runs(monkeypatch):
+    class TooLate(Exception):
+        pass
+
+    def ring(number, frame):
+        raise TooLate("the user's own")
+
+    original = TokenSums.add_state
+
+    def add_state(self, *args):
+        signal.raise_signal(signal.SIGUSR1)
+        return original(self, *args)
+
+    before = signal.signal(signal.SIGUSR1, ring)
+    monkeypatch.setattr(TokenSums, "add_state", add_state)
+    model = build()
+    try:
+        with probes.record(model) as recorder:
+            model.eval()
+            with pytest.raises(TooLate, match="the user's own"):
+                model(IDS)
+            with pytest.warns(probes.ProbeWarning, match="a signal handler raised TooLate"):
+                recorder.step()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("name", ["hc", "mhc"])
+def test_an_error_while_tensors_are_watched_stays_inside(name, monkeypatch):
+    model, twin = build(name), build(name)
+    torch.manual_seed(1)
+    expected = [twin(IDS) for _ in range(2)]
+    torch.manual_seed(1)
+
+    def broken(self, args, result):
+        raise MemoryError("no memory for a probe")
+
+    with probes.record(model) as recorder:
+        assert torch.equal(model(IDS), expected[0])
+        recorder.step()
+        monkeypatch.setattr(Watch, "_look_at", broken)
+        assert torch.equal(model(IDS), expected[1])
+        with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: no memory"):
+            recorder.step()
+
+
+@pytest.mark.parametrize("error", [*ERRORS, *STOPS], ids=lambda error: error.__name__)
+def test_the_users_error_passes_as_it_is(error):
+    model, mine = build(), error("mine")
+
+    def fail(x):
+        raise mine
+
+    with probes.record(model, gradients=True) as recorder:
+        train(model)
+        recorder.step()
+        model.midway = fail
+        with pytest.raises(error) as caught:
+            model(IDS)
+        assert caught.value is mine
+        assert caught.traceback[-1].name == "fail"
+        del caught
+        mine.__traceback__ = None
+        train(model)
+        recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [0, 1]
+    np.testing.assert_allclose(norms(recorder)[1], noted(model, 1), rtol=1e-5)
+    assert (hooks_on_model(model), states_alive(model)) == (0, 0)
+
+
+def test_a_broken_first_forward_teaches_no_structure(monkeypatch):
+    """A tape on which one call is missing shows a model with one block less."""
+    model = build()
+    with probes.record(model) as recorder:
+        with fault(MemoryError, 200, tripped := []):
+            model(IDS)
+        assert tripped
+        with pytest.warns(probes.ProbeWarning, match="no memory"):
+            recorder.step()
+        model(IDS)
+        recorder.step()
+    assert norms(recorder).shape == (1, 5)
+
+
+def test_a_warning_that_is_an_error_leaves_everything_in_order():
+    """As under python -W error: the sentence is raised, after the step has ended."""
+    model = build()
+    with probes.record(model) as recorder:
+        with pytest.raises(probes.ProbeWarning, match="was not called"):
+            recorder.step()
+        assert recorder.position == 1
+        model(IDS)
+        recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [1]
+
+
+# --- the end ---
+
+
+def test_a_recorder_that_nobody_closes_leaves_with_its_last_reference(tmp_path):
+    model = build()
+    recorder = probes.record(model, store=tmp_path / "run.nc", gradients=True)
+    recorder.__enter__()
+    train(model)
+    recorder.step()
+    gone = weakref.ref(recorder)
+    with pytest.warns(probes.ProbeWarning, match="never closed"):
+        del recorder
+    assert gone() is None
+    assert hooks_on_model(model) == 0
+    assert (tmp_path / "run.nc").exists(), "what was captured is not lost"
+
+
+def test_a_recorder_that_is_open_when_the_interpreter_ends_saves_its_run(tmp_path):
+    script = f"""
+import torch
+from depthscope import probes
+from tests.probes.session.faulty_models import MODELS, VOCABULARY
+model = MODELS["plain"]()
+def loop():
+    with probes.record(model, store=r"{tmp_path / "run.nc"}") as recorder:
+        while True:
+            yield model(torch.ones(2, 4, dtype=torch.long))
+            recorder.step()
+running = loop()
+next(running), next(running)
+keep = running  # suspended in its block for ever
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run.nc").exists()
+
+
+def test_a_recorder_is_not_opened_inside_itself():
+    recorder = probes.record(build())
+    with recorder, pytest.raises(probes.CaptureError, match="open already"), recorder:
+        pass
+
+
+def test_no_hook_of_ours_is_alive_after_the_block():
+    before = len(alive())
+    model = build("mhc")
+    kept = []
+    with probes.record(model, gradients=True, weights=True) as recorder:
+        for _ in range(2):  # the user keeps the graphs, and with them the tensors that had hooks
+            kept.append(model(IDS).square().mean())
+            kept[-1].backward(retain_graph=True)
+            recorder.step()
+    assert len(alive()) == before
+    for loss in kept:
+        loss.backward()
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "batch",
+    [{"ids": IDS, "attention_mask": torch.zeros_like(IDS)}, {"ids": IDS[:0]}, {"ids": IDS[:, :0]}],
+    ids=["padding", "no sequence", "no token"],
+)
+def test_a_batch_without_tokens_is_said_and_counts_for_nothing(name, batch):
+    if name == "encoder_decoder":
+        pytest.skip("its decoder has no mask, and averages over the tokens of the encoder")
+    model = build(name).eval()
+    with torch.no_grad(), probes.record(model, max_sequences=2) as recorder:
+        for step, each in enumerate((batch, {"ids": IDS}, batch, {"ids": IDS})):
+            model(**each)
+            if step % 2:
+                recorder.step()
+            else:
+                with pytest.warns(probes.ProbeWarning, match=f"step {step} was not measured"):
+                    recorder.step()
+        model(**{"ids": IDS})
+        model(**batch)
+        recorder.step()
+    statistics = next(n for n in recorder.run["statistics"].subtree if "token_count" in n.data_vars)
+    assert statistics.step.values.tolist() == [1, 3, 4]
+    assert statistics.token_count.values.tolist() == [IDS.numel()] * 3
+
+
+def test_a_loss_that_is_no_number_is_said_and_the_row_stays():
+    model = build()
+    with probes.record(model) as recorder:
+        model(IDS)
+        with pytest.warns(
+            probes.ProbeWarning, match="the loss of step 0 was not stored: .*expected one number"
+        ):
+            recorder.step(torch.ones(2))
+    assert recorder.run.statistics.step.values.tolist() == [0]
+
+
+def test_the_model_may_call_itself():
+    model = build()
+    with probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        model.midway = lambda x: _call(model)
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: .*ran 2 times"):
+            recorder.step()
+        model(IDS)
+        recorder.step()
+    assert isinstance(model, Plain)
+    assert recorder.run.statistics.step.values.tolist() == [0, 2]
+
+
+def _call(model: nn.Module) -> None:
+    model(IDS)
