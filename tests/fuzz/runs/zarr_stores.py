@@ -588,7 +588,11 @@ def wrong_text_lengths(store: Path, rng: Random) -> None:
     """The lengths inside a chunk of text: billions of strings, or strings beyond its end; its checksum fits."""
     import google_crc32c
 
-    texts = [array for array in arrays(store) if json.loads((array / "zarr.json").read_text())["data_type"] == "string"]
+    texts = [
+        array
+        for array in arrays(store)
+        if json.loads((array / "zarr.json").read_text())["data_type"] == "string"
+    ]
     if not texts:
         raise NotApplicable
     for chunk in chunks(rng.choice(texts)):
