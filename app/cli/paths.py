@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 100_000_000
 _TEMPORARY_CHARACTERS = 12
 
 
-def require_ordinary(text: str, option: str) -> Path:
+def require_ordinary(text: str, option: str, expected: str = "a file or a folder on disk") -> Path:
     """A path to a file or folder that exists; what would hang when it is read, or never end, is refused.
 
     Parameters
@@ -28,6 +28,8 @@ def require_ordinary(text: str, option: str) -> Path:
         What was typed.
     option : str
         The argument, for the message.
+    expected : str
+        What is read, for the message.
 
     Returns
     -------
@@ -45,7 +47,7 @@ def require_ordinary(text: str, option: str) -> Path:
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(
-            f"{option} {quoted(text)} is a pipe, a device or a socket; expected a file or a folder, so save it as one first"
+            f"{option} {quoted(text)} is a pipe, a device or a socket, so it is no regular file; expected {expected}"
         )
     if f"{os.path.realpath(path)}/".startswith(("/proc/", "/sys/")):
         # Regular files by their kind, but reading some of them waits for ever, or has no end.
@@ -122,7 +124,7 @@ class InputText(Checked):
         """Refuse what is no file, or a large one; see `Checked.check`."""
         if value == "-":
             return
-        path = require_ordinary(value, option)
+        path = require_ordinary(value, option, "one with text, or - for stdin")
         if path.is_dir():
             raise ValueError(
                 f"{option} {quoted(value)} is a folder; expected a file of UTF-8 text, or - for stdin"

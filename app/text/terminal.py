@@ -219,12 +219,12 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
         grid = Table(box=SIMPLE_HEAD, header_style="bold")
         for column in columns:
-            grid.add_column(Text(visible(column)), overflow="fold")
+            grid.add_column(Text(column), overflow="fold")
         for row in rows:
-            grid.add_row(*(Text(visible(cell)) for cell in row))
+            grid.add_row(*(Text(cell) for cell in row))
         Console(highlight=False).print(grid)
         return
-    lines = [[visible(cell) for cell in row] for row in (columns, *rows)]
+    lines = [list(columns), *(list(row) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:
         say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -59,12 +60,15 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
         require_run(place, suffix, force=force)
         return ()  # no file of others goes along: where there is one, the folder is refused
 
-    if suffix == ".zarr":
-        with replaced_folder(target, others=check) as fresh:
-            _write(encoded, fresh, suffix)
-    else:
-        with replaced_file(target, check=check) as fresh:
-            _write(encoded, fresh, suffix)
+    replaced = (
+        replaced_folder(target, others=check) if suffix == ".zarr" else replaced_file(target, check=check)
+    )
+    with replaced as fresh:
+        # Looked at first: the HDF5 library prints a page of its state where the disk gets full, and may crash later.
+        needed = sum(variable.nbytes for node in run.subtree for variable in node.variables.values())
+        if shutil.disk_usage(fresh.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write(encoded, fresh, suffix)
     return target
 
 

@@ -251,7 +251,7 @@ def test_an_option_that_is_given_twice_is_refused(name, call):
 
 
 # A command in a message, up to what cannot be a part of it.
-_ADVISED = re.compile(rf"depthscope ((?:{'|'.join(PARSERS)})\b[^\n`:;()]*)")
+_ADVISED = re.compile(rf"depthscope ((?:{'|'.join(PARSERS)})\b[^\n`:;()\"<>]*)")
 
 
 def _messages() -> Iterator[tuple[str, str]]:

@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--initial",
-        type=InputPath(),
+        type=InputPath(must_exist=False),
         metavar="CHECKPOINT",
         help="the model before training: shows how far training moved the mixing of an mHC, weight decay taken out",
     )
@@ -70,6 +70,8 @@ def _run(args: argparse.Namespace) -> int:
     # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
     if args.out is None:
         require_writable(Path(args.run), "RUN")
+    else:
+        schema.require_replaceable(args.out, force=args.force)
     selection = selection_of(args)
     run = schema.open_run(args.run, max_bytes=args.max_bytes)
     with working(f"analysing {args.run}") as progress:
@@ -127,7 +129,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     if args.out:
         for path, metrics in groups.items():
             nodes[path] = metrics.assign_attrs({COMPLETE: complete})
-        return schema.save_run(xr.DataTree.from_dict(nodes), args.out)
+        return schema.save_run(xr.DataTree.from_dict(nodes), args.out, force=args.force)
     # Other initial logits change the metrics that read them, so their stored values no longer apply.
     outdated = [name for name, metric in CATALOGUE.items() if args.initial and LOGITS in metric.roots]
     # Trace and statistics are written again as they are: saving replaces the file.

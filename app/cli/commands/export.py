@@ -39,7 +39,8 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.app.paper.replaced_folder import foreign_files
 
     # A folder of somebody else is refused before anything is computed.
-    foreign_files(Path(args.out))
+    if Path(args.out).is_dir():
+        foreign_files(Path(args.out))
     # PGF is drawn by running LaTeX, which many machines lack.
     formats = (*VECTOR, "pgf") if args.pgf else VECTOR
     readings, left_out = read_several(args, "analysing")

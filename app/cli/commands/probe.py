@@ -57,6 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.diagnostics import schema
 
     # Before torch is imported and the model is loaded, which takes far longer than this.
+    schema.require_replaceable(args.out, force=args.force)
     text = _read_text(args.text)
     loaded = load(args)
     # After `load`, which prints that torch is being imported while it is.
@@ -84,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
             },
         )
-    _print_saved(run, schema.save_run(run, args.out), args)
+    _print_saved(run, schema.save_run(run, args.out, force=args.force), args)
     return FINE
 
 

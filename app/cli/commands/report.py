@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> int:
 
     readings, left_out = read_several(args, "analysing")
     with working("drawing"):
-        path = write_report(readings, Path(args.out), view=selection_of(args))
+        path = write_report(readings, Path(args.out), force=args.force, view=selection_of(args))
     if args.json:
         emit({"report": str(path), "bytes": path.stat().st_size, "left_out": left_out})
     else:

@@ -26,7 +26,6 @@ def mixed(saved, tmp_path, monkeypatch):
     shutil.copy(saved / "residual.nc", folder / "good.nc")
     (folder / "torn.nc").write_bytes((saved / "hc.nc").read_bytes()[:3000])
     (folder / "foreign\x1b[2J.nc").write_text("no run at all")
-    (folder / "circle.nc").symlink_to("circle.nc")
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -36,9 +35,9 @@ def test_the_good_run_is_judged_and_the_broken_ones_are_named(name, options, mix
     assert main([name, "runs", "--json", *options]) == FOUND
     printed = capsys.readouterr()
     left_out = {run["run"]: run["why"] for run in json.loads(printed.out)["left_out"]}
-    assert set(left_out) == {"torn", "foreign\x1b[2J", "circle"}
+    assert set(left_out) == {"torn", "foreign\x1b[2J"}
     assert "cannot be read" in left_out["torn"]
-    for run in ("torn", r"foreign\x1b[2J", "circle"):
+    for run in ("torn", r"foreign\x1b[2J"):
         assert f"depthscope: left out {run}: " in printed.err
     assert "\x1b" not in printed.err
 
@@ -47,7 +46,7 @@ def test_check_says_in_words_that_a_run_was_not_judged(mixed, capsys):
     assert main(["check", str(mixed)]) == FOUND
     out = capsys.readouterr().out
     assert "good (synthetic-residual, residual)" in out
-    assert r"not judged, so this check does not pass: circle, foreign\x1b[2J, torn" in out
+    assert r"not judged, so this check does not pass: foreign\x1b[2J, torn" in out
 
 
 def test_a_run_whose_analysis_fails_is_left_out(saved, monkeypatch, capsys):
@@ -71,7 +70,7 @@ def test_a_run_whose_analysis_fails_is_left_out(saved, monkeypatch, capsys):
 def test_only_broken_runs_are_an_error(mixed, capsys):
     (mixed / "good.nc").unlink()
     assert main(["check", str(mixed)]) == USAGE
-    assert "none of the 3 runs can be read" in capsys.readouterr().err.splitlines()[-1]
+    assert "none of the 2 runs can be read" in capsys.readouterr().err.splitlines()[-1]
     assert main(["check", str(mixed / "torn.nc")]) == USAGE
 
 

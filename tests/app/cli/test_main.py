@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from depthscope.app.cli.command import BUG, FINE, INTERRUPTED, USAGE
+from depthscope.app.cli.command import BUG, FINE, INTERRUPTED, TERMINATED, USAGE
 from depthscope.app.cli.commands import COMMANDS
 from depthscope.app.cli.main import main
 from depthscope.app.figures import CHOICES
@@ -152,3 +155,34 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
     )
     assert main(["dashboard", str(saved), "--port", "8600", "--no-browser", "--max-bytes", "2GiB"]) == FINE
     assert seen == {"paths": [saved], "port": 8600, "open_browser": False, "max_bytes": 2 * 1024**3}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes are ended in another way there")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
+def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tmp_path, number, code):
+    run = tmp_path / "hc.nc"
+    shutil.copy(saved / "hc.nc", run)
+    before = run.read_bytes()
+    # The writer stops in the middle of the new file, and waits to be ended.
+    program = (
+        "import sys, time\n"
+        "from depthscope.app.cli.main import main\n"
+        "from depthscope.diagnostics.schema import saving\n"
+        "write = saving._write\n"
+        "def slow(*args):\n"
+        "    write(*args)\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(60)\n"
+        "saving._write = slow\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "analyze", str(run), "--metrics", "stream_cosine"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "written\n"
+        assert len(os.listdir(tmp_path)) == 2
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert run.read_bytes() == before
+    assert os.listdir(tmp_path) == ["hc.nc"]

@@ -37,8 +37,8 @@ FOREIGN = """() => {
             const value = element.getAttribute(name) ?? element.getAttribute("xlink:" + name);
             if (value !== null && !own(value)) found.push(`${tag} ${name}=${value}`);
         }
-        // Links of the dashboard lead to its pages; text of a run is none.
-        if (tag === "a" && !element.closest("nav, [data-testid=stSidebarNav]") && !element.closest("svg.main-svg"))
+        // Links of the dashboard lead to its pages and headings; text of a run is none.
+        if (tag === "a" && !element.matches('[href^="#"]') && !element.closest("nav, [data-testid=stSidebarNav]") && !element.closest("svg.main-svg"))
             found.push(`a ${element.outerHTML.slice(0, 200)}`);
         const inserted = ":is(img, svg, video, audio, table, h1, h2, .katex, math, style)";
         if (element.matches(`[data-testid=stMarkdownContainer] ${inserted}`))
@@ -56,11 +56,13 @@ def hostile_root(tmp_path_factory, make_run) -> Path:
     """A run a name, with the text of its case in the attributes that the page shows."""
     root = tmp_path_factory.mktemp("hostile")
     plain = make_run("residual", layers=2, weights=False)
-    metrics = analyze(plain).assign_attrs({COMPLETE: True})
+    # A few metrics and no trace: a run opens at once.
+    metrics = analyze(
+        plain, metrics=["effective_rank", "cka", "residual_norm", "gradient_norm", "num_tokens"]
+    )
     for case, name in NAMES.items():
-        run = xr.DataTree.from_dict(
-            {"/": xr.Dataset(attrs=plain.attrs), "/trace": plain["trace"].to_dataset(), "/metrics": metrics}
-        )
+        nodes = {"/": xr.Dataset(attrs=plain.attrs), "/metrics": metrics.assign_attrs({COMPLETE: True})}
+        run = xr.DataTree.from_dict(nodes)
         text = CASES[case].replace("\x00", "").encode("utf-8", "ignore").decode()
         for key in ("model", "commit", "created", "data_digest", "software"):
             run.attrs[key] = text

@@ -150,6 +150,28 @@ def test_edited_files_are_not_overwritten(runs, tmp_path):
     assert (out / "main.tex").read_text() == "edited by hand"
 
 
+@pytest.mark.usefixtures("few_figures")
+@pytest.mark.parametrize(
+    "manifest", ['{"files": {}}', "[" * 100_000, '{"made_by": "depthscope export", "files": [1]}']
+)
+def test_a_manifest_of_another_program_makes_no_folder_ours(runs, tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match="did not write"):
+        write_bundle({"plain": runs["plain"]}, tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == manifest
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+@pytest.mark.usefixtures("few_figures")
+def test_a_pipe_in_place_of_our_file_is_an_edit_and_no_hang(runs, tmp_path):
+    one = {"plain": runs["plain"]}
+    out = write_bundle(one, tmp_path / "paper")
+    (out / "main.tex").unlink()
+    os.mkfifo(out / "main.tex")
+    with pytest.raises(ValueError, match="was edited"):
+        write_bundle(one, out)
+
+
 def test_a_failed_export_leaves_nothing(runs, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")

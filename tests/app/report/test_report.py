@@ -123,6 +123,22 @@ def test_written_whole_or_not_at_all(make_run, tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
+@pytest.mark.usefixtures("few_figures")
+def test_only_a_report_is_replaced(make_run, tmp_path, monkeypatch):
+    runs = {"plain": make_run("residual", layers=2)}
+    path = tmp_path / "index.html"
+    path.write_text("<html><title>my home page</title></html>")
+    with monkeypatch.context() as patch:
+        patch.setattr("depthscope.app.report.report.to_html", lambda *_, **__: pytest.fail("analysed first"))
+        with pytest.raises(FileExistsError, match=r"no report of depthscope.*--force"):
+            write_report(runs, path)
+    assert "my home page" in path.read_text()
+    write_report(runs, path, force=True)
+    write_report(runs, path)
+    assert "my home page" not in path.read_text()
+    assert [each.name for each in tmp_path.iterdir()] == ["index.html"]
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_browser_shows_it_without_a_request(page, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,52 @@ def test_cache_that_cannot_be_written_is_only_slow(tiny, cache, caplog):
     cache.write_text("a file where the folder should be")
     assert load_checkpoint(str(file)).model is model
     assert "the next start converts again" in caplog.text
+
+
+def test_the_cache_is_private_and_processes_at_once_convert_once(tiny, cache, monkeypatch):
+    file, model, conversions = tiny
+    convert = gguf._convert
+
+    def slowly(source):
+        time.sleep(0.3)  # so that the second one comes while the first converts
+        return convert(source)
+
+    monkeypatch.setattr(gguf, "_convert", slowly)
+    # Loading is not safe in threads of transformers; the lock holds between threads as between processes.
+    monkeypatch.setattr(gguf, "_load_copy", lambda folder: (model, None))
+    threads = [threading.Thread(target=gguf.load_gguf, args=(file,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(conversions) == 1
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert [path.name.startswith("tiny-") for path in cache.iterdir()] == [True]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes say nothing")
+@pytest.mark.parametrize("which", ["cache", "its parent"])
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_cache_that_others_may_write_in_is_neither_read_nor_written(tiny, cache, caplog, which, mode):
+    file, model, conversions = tiny
+    load_checkpoint(str(file))
+    (copy,) = cache.iterdir()
+    before = (copy / "config.json").read_bytes()
+    os.chmod(cache if which == "cache" else cache.parent, mode)
+    assert load_checkpoint(str(file)).model is model
+    assert len(conversions) == 2
+    assert "others may write in" in caplog.text
+    assert "chmod go-w" in caplog.text
+    assert (copy / "config.json").read_bytes() == before
+
+
+def test_a_cache_of_another_user_is_ignored(tiny, cache, caplog, monkeypatch):
+    file, model, conversions = tiny
+    load_checkpoint(str(file))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert load_checkpoint(str(file)).model is model
+    assert len(conversions) == 2
+    assert "is owned by another user" in caplog.text
 
 
 def test_dtype_is_cast_after_the_copy(tiny):

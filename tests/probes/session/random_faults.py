@@ -734,7 +734,7 @@ def fault(error: type[BaseException], after: int, tripped: list[str]) -> Iterato
         ):
             return
         # What ends a hook is not a measurement: an error there is one of the interpreter's.
-        if caller.f_code.co_name in ("__torch_function__", "no_grad_no_autocast", "_guarded", "__exit__"):
+        if caller.f_code.co_name in ("__torch_function__", "outside_user_modes", "__exit__"):
             return
         if caller.f_code.co_filename.endswith("hooks.py") or not _inside_a_hook(caller):
             return

@@ -62,10 +62,19 @@ def states_alive(model: Noted) -> int:
     return sum(state() is not None for state in model.notes.states)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_objects_are_searched():
+    """Searching all objects for hooks takes long where libraries made many; none of these is a hook."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 # --- any order of faults ---
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_no_order_of_faults_does_harm(seed):
     outcome = run_one(seed)
     assert outcome.good, outcome

@@ -174,6 +174,30 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
         assert run.trace.sizes["sample"] == 4
 
 
+def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
+    (tmp_path / "a.nc").write_text("somebody's notes")
+    with pytest.raises(FileExistsError, match=r"a\.nc exists and is no run"):
+        probes.record(models["llama"](), store=tmp_path / "a")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NotADirectoryError, match="is a file, but"):
+        probes.record(models["llama"](), store=tmp_path / "file" / "a")
+
+
+def test_a_store_that_is_taken_meanwhile_loses_nothing(models, tmp_path):
+    model = models["llama"]()
+    recorder = probes.record(model, store=tmp_path / "a.nc").__enter__()
+    model(**batches(1)[0])
+    recorder.step()
+    (tmp_path / "a.nc").write_text("somebody's notes")
+    with pytest.warns(
+        probes.ProbeWarning, match=r"not saved: .*a\.nc exists and is no run.* still in recorder\.run"
+    ):
+        recorder.__exit__(None, None, None)
+    assert (tmp_path / "a.nc").read_text() == "somebody's notes"
+    with schema.open_run(schema.save_run(recorder.run, tmp_path / "b.nc")) as run:
+        assert run.statistics.sizes["step"] == 1
+
+
 def test_sequences_of_unlike_length_are_padded_and_masked(models):
     short = {"input_ids": torch.randint(1, 64, (1, 5))}
     long = {"input_ids": torch.randint(1, 64, (1, 9))}
