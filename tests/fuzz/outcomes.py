@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -45,6 +46,24 @@ class Answer:
     message: str
 
 
+SECONDS = 10.0
+"""Processor time of one door, with that of the processes that it starts."""
+
+
+def _seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _in_time(answer: Answer, start: float) -> Answer:
+    spent = _seconds() - start
+    return (
+        answer
+        if spent < SECONDS
+        else Answer(answer.door, HANG, f"{spent:.0f} s; then {answer.outcome}: {answer.message}")
+    )
+
+
 def of_call(
     door: str, call: Callable[[], tuple[str, str]], *, refusals: tuple[type, ...] = (ValueError, OSError)
 ) -> Answer:
@@ -63,7 +82,7 @@ def of_call(
     -------
     Answer
     """
-    printed = Printed()
+    printed, start = Printed(), _seconds()
     try:
         outcome, message = call()
     except refusals as error:
@@ -79,7 +98,7 @@ def of_call(
     _, stderr = printed.take()
     if stderr.strip() and outcome in (CLEAR, EQUAL, UNVERIFIED) and any(noise in stderr for noise in _NOISE):
         outcome, message = NOISY, stderr
-    return Answer(door, outcome, message[:2000])
+    return _in_time(Answer(door, outcome, message[:2000]), start)
 
 
 def of_command(words: list[str], *, accepted: str = EQUAL) -> Answer:
@@ -98,7 +117,7 @@ def of_command(words: list[str], *, accepted: str = EQUAL) -> Answer:
     """
     from depthscope.app.cli.main import main
 
-    printed = Printed()
+    printed, start = Printed(), _seconds()
     door = words[0] if words else "depthscope"
     try:
         code = main(words)
@@ -110,7 +129,7 @@ def of_command(words: list[str], *, accepted: str = EQUAL) -> Answer:
         return Answer(door, TRACEBACK, last_frame(error))
     gc.collect()
     stdout, stderr = printed.take()
-    return Answer(door, *_of_output(code, stdout, stderr, accepted))
+    return _in_time(Answer(door, *_of_output(code, stdout, stderr, accepted)), start)
 
 
 def _of_output(code: Any, stdout: str, stderr: str, accepted: str) -> tuple[str, str]:
