@@ -13,6 +13,7 @@ import math
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ from depthscope.app.text.visible import visible
 
 SEVERITY_STYLES = {"FAIL": "bold red", "WARN": "bold yellow", "INFO": "bold blue"}
 """rich's style of a line that begins with a severity."""
+
+QUIET_SECONDS = 3.0
+"""Seconds of work after which a log is told what goes on. A heuristic of ours: a damaged run is refused in less."""
 
 Progress = Callable[[str, int, int], None]
 """Takes the part that is being computed, the number done and the number in all."""
@@ -148,7 +152,7 @@ def remark(text: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[Progress]:
-    """A spinner on stderr while something takes time; a plain line where stderr is no terminal.
+    """A spinner on stderr while something takes time; where stderr is no terminal, a plain line once it does.
 
     Parameters
     ----------
@@ -161,9 +165,15 @@ def working(what: str) -> Iterator[Progress]:
         Call it with (part, number done, number in all) to show how far it is.
     """
     if not sys.stderr.isatty():
-        remark(what)
-        # In a log a line for every metric would bury the result.
-        yield lambda part, done, total: None
+        # Later, so that bad input, which is refused by then, gets the one line that says so.
+        line = threading.Timer(QUIET_SECONDS, remark, [what])
+        line.daemon = True  # nothing waits for it at the end
+        line.start()
+        try:
+            # In a log a line for every metric would bury the result.
+            yield lambda part, done, total: None
+        finally:
+            line.cancel()
         return
     from rich.console import Console
     from rich.text import Text
