@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from depthscope.app.cli.paths import InputRun, OutputFile, OutputFolder, run_endings
-from depthscope.app.cli.values import Names, OneOf, Size
+from depthscope.app.cli.values import ByteCount, Names, OneOf
 
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
@@ -35,7 +35,7 @@ def add_max_bytes(parser: argparse.ArgumentParser) -> None:
     """``--max-bytes``: how much memory the arrays of one run may take, as ``args.max_bytes``."""
     parser.add_argument(
         "--max-bytes",
-        type=Size(),
+        type=ByteCount(),
         metavar="BYTES",
         help="refuse a run that unpacks to more, such as 500MB or 2GiB (default: a limit by the size of its file)",
     )

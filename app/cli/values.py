@@ -148,7 +148,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Size:
+class ByteCount:
     """A number of bytes such as ``500MB`` (10⁶) or ``2GiB`` (2³⁰)."""
 
     def __call__(self, text: str) -> int:

@@ -58,11 +58,13 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 @cache
 def _close_at_exit() -> None:
     """Close what is open when the interpreter ends: a generator that nobody closed leaves its block too late to save."""
-    # The last one registered runs first, and HDF5's own, which ends the library, comes with its import: so import it now.
-    for name in ("h5py", "h5netcdf"):
+    # The last one registered runs first. HDF5's own, which ends the library, and that of thread pools, which saving needs,
+    # come with their imports: so import them now.
+    for name in ("h5py", "h5netcdf", "concurrent.futures.thread"):
         with suppress(ImportError):
             import_module(name)
-    atexit.register(_close_all)
+    # Thread pools end before `atexit` begins, with the threads; the private name is the one that they use themselves.
+    getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 
 class ProbeWarning(UserWarning):

@@ -20,7 +20,7 @@ from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.commands import COMMANDS
 from depthscope.app.cli.main import main
 from depthscope.app.cli.paths import InputPath, InputRun, InputText, OutputFile, OutputFolder
-from depthscope.app.cli.values import Checked, Number, Size, Text
+from depthscope.app.cli.values import ByteCount, Checked, Number, Text
 from depthscope.diagnostics import schema
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ UNWRITABLE = (
 # What is wrong for an argument by its type; for a new type, add what it must refuse.
 WRONG = {
     Number: NO_NUMBER,
-    Size: (*NO_NUMBER, "0", "5 apples", "10XB"),
+    ByteCount: (*NO_NUMBER, "0", "5 apples", "10XB"),
     InputPath: SPECIAL,
     InputText: (*SPECIAL, "FOLDER", "nowhere.txt", "DANGLING.nc"),
     InputRun: (*SPECIAL, "TEXT", "nowhere.nc", "DANGLING.nc"),
@@ -210,7 +210,7 @@ def test_a_valid_line_is_taken(name, call):
 @pytest.mark.parametrize(("name", "action"), ARGUMENTS, ids=NAMES)
 def test_the_type_of_every_argument_is_one_that_refuses(name, action):
     kind = action.type
-    assert kind is None or isinstance(kind, (Checked, Number, Size, Text)), (
+    assert kind is None or isinstance(kind, (Checked, Number, ByteCount, Text)), (
         f"{name} {action.dest} has the type {kind!r}; expected none, or one of depthscope.app.cli.values and paths"
     )
     if isinstance(kind, Number):

@@ -458,8 +458,12 @@ def full_backward_hook(world):
 
 @event
 def counting_hooks(world):
+    def note(module, args, output):
+        if threading.current_thread() is threading.main_thread():  # other threads meet in no order
+            world.shown.append(type(module).__name__)
+
     for module in world.model.modules():
-        module.register_forward_hook(lambda module, args, output: world.shown.append(type(module).__name__))
+        module.register_forward_hook(note)
 
 
 @event

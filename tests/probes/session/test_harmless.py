@@ -276,9 +276,9 @@ def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
 
 
 def test_a_run_that_cannot_be_saved_does_not_stop_the_users_script(ids, tmp_path):
-    (tmp_path / "runs").write_text("a file, where a folder is needed")
     model = Residual()
     recorder = probes.record(model, store=tmp_path / "runs" / "a.nc")
+    (tmp_path / "runs").write_text("a file, where a folder is needed")  # it came during the training
     with recorder:
         model(ids)
         recorder.step()
