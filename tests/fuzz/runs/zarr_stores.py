@@ -567,7 +567,8 @@ def extra_chunk(store: Path, rng: Random) -> None:
 
 
 def chunk_of_another_array(store: Path, rng: Random) -> None:
-    shutil.copyfile(_chunk(store, rng), _chunk(store, rng))
+    first, second = rng.sample([chunk for array in arrays(store) for chunk in chunks(array)], 2)
+    shutil.copyfile(first, second)
 
 
 def zstd_bomb(store: Path, rng: Random) -> None:
