@@ -17,6 +17,7 @@ import pytest
 
 from depthscope.diagnostics import atomic_writes
 from depthscope.diagnostics.atomic_writes import replaced_file, replaced_folder
+from tests.thoroughness import sample_or_every
 
 posix = pytest.mark.skipif(os.name != "posix", reason="a process is forked and killed")
 HERE = Path(__file__).parent
@@ -417,7 +418,8 @@ def test_a_run_whose_writer_is_killed_is_the_former_or_the_new():
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nc", "zarr", "zarr.zip", "analyze", "export", "report", "study", "cache"])
-def test_two_hundred_kills(kind):
-    counts = killed(kind, 200)
-    assert counts.get("former", 0) + counts.get("new", 0) == 200, counts
+def test_a_writer_killed_at_random_moments_leaves_the_former_or_the_new(kind):
+    moments = sample_or_every(12, 200)
+    counts = killed(kind, moments)
+    assert counts.get("former", 0) + counts.get("new", 0) == moments, counts
     assert not {"missing", "half", "next write failed", "next write wrong", "litter that stays"} & set(counts)

@@ -16,6 +16,7 @@ from depthscope.app.dashboard.state import run_library
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.opening import charts, open_page, words
 from tests.app.hostile_text import TEXTS, mutated
+from tests.thoroughness import sample_or_every
 
 PARAMETERS = ("runs", "run", "part", "stream", "depths", "a", "b", *CONTROLS)
 VALUES = {
@@ -74,9 +75,13 @@ def test_every_parameter_at_once(page, first, runs):
         check(open_page(page, [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
 
 
+EVERY = [(page, case) for case in VALUES for page in PAGE_NAMES]
+# One more than the pages, so that the sample has each of them.
+SAMPLE = EVERY[:: 2 * len(PAGE_NAMES) + 1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGE_NAMES)
-@pytest.mark.parametrize("case", VALUES)
+@pytest.mark.parametrize(("page", "case"), sample_or_every(SAMPLE, EVERY))
 def test_every_value_of_every_parameter(page, case, runs):
     check(open_page(page, [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
     for name in PARAMETERS:
