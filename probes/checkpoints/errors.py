@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -83,6 +84,10 @@ def errors_of(
     CheckpointError
         With the library's error as its cause.
     """
+    # Its log repeats what the sentence says, in many lines and before it: what matters in it is checked or raised.
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except CheckpointError:
@@ -94,6 +99,8 @@ def errors_of(
         ) from error
     except Exception as error:
         raise CheckpointError(f"{message} ({_reason(error)}); {advice}") from error
+    finally:
+        log.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

@@ -637,7 +637,9 @@ def _capture(world: World, ids: torch.Tensor) -> None:
     }
     shown = list(world.shown)
     try:
-        probes.capture(world.model, ids)
+        # What torch says of a forward without gradients is of the user's own call, such as through a checkpointed block.
+        with warnings.catch_warnings(record=True):
+            probes.capture(world.model, ids)
     except (ValueError, RuntimeError):
         pass  # it may refuse, and says so
     finally:
