@@ -7,6 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from depthscope.diagnostics.atomic_writes import kind_of
 from depthscope.diagnostics.schema.validation import SchemaError
 
 # Heuristics of ours, far above the largest run that was tried (96 layers, 900 variables a group) and small enough that
@@ -101,12 +102,4 @@ def require_ordinary(path: Path, *, folder: bool) -> None:
     expected = "a folder" if folder else "a file"
     if (folder and stat.S_ISDIR(mode)) or (not folder and stat.S_ISREG(mode)):
         return
-    kinds = {
-        "a folder": stat.S_ISDIR,
-        "a file": stat.S_ISREG,
-        "a pipe": stat.S_ISFIFO,
-        "a socket": stat.S_ISSOCK,
-        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
-    }
-    found = next((name for name, is_kind in kinds.items() if is_kind(mode)), "something else")
-    raise SchemaError(f"it is {found}; expected {expected}")
+    raise SchemaError(f"it is {kind_of(mode)}; expected {expected}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from depthscope.app.dashboard.state.file_version import FileVersion
@@ -131,10 +131,7 @@ def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
     try:
         run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
-            integrity = {"integrity": schema.integrity(run)}
-            return tuple(
-                replace(reading, attrs=dict(reading.attrs) | integrity) for reading in read_runs({name: run})
-            )
+            return tuple(read_runs({name: run}))
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
