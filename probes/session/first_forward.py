@@ -29,11 +29,10 @@ from depthscope.probes.session.forward import CurrentForward, Forward, GradientL
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
-from depthscope.probes.structure.find_chains import find_chains
+from depthscope.probes.structure.proven_chains import proven_chains
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.plain_proof import with_proof
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
 
 
@@ -189,7 +188,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    chains = tuple(with_proof(tape, chain) for chain in find_chains(tape, model, layers=options.blocks))
+    chains = tuple(proven_chains(tape, model, layers=options.blocks))
     sites = _stream_sites(tape, chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
