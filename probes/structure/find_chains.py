@@ -76,10 +76,10 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     return chains
 
 
-def with_final(tape: Tape, chain: Chain) -> Chain:
+def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
     """The chain with the hook point after its last norm, where there is one."""
     last = chain.points[-1]
-    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1])
+    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams)
     if norm is None:
         return chain
     return replace(chain, final=HookPoint(norm.path, norm.index, "output", last.layer, "final", norm.path))

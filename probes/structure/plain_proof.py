@@ -151,4 +151,9 @@ def _proof(tape: Tape, chain: Chain) -> str:
 def states_of(tape: Tape, points: Sequence[HookPoint]) -> list[Value | None]:
     """The values that some hook points showed."""
     calls = {call.key: call for call in tape.calls}
-    return [calls[p.path, p.method, p.index].value_of(p.at, p.item) for p in points]
+    return [
+        tape.operations.get((p.path, p.index, p.item))
+        if p.at == "operation"
+        else calls[p.path, p.method, p.index].value_of(p.at, p.item)
+        for p in points
+    ]

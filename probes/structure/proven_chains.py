@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from depthscope.probes.connections.family import Site
+from depthscope.probes.dataflow.trace import Value
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.find_chains import TRUNK_SHARE, find_chains, trunk_size, with_final
 from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
 from depthscope.probes.structure.tape import ChainError, Tape
+from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import unchanged_origin, value_chain
 
 
-def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> list[Chain]:
+@dataclass(frozen=True)
+class FoundChains:
+    """The chains of a model, and the stream connections of the first one by their numbers, where the trace showed them."""
+
+    chains: tuple[Chain, ...]
+    traced: Mapping[int, Site] = field(default_factory=dict)
+
+
+def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> FoundChains:
     """Find the residual chains of a model, each with its proof or the reason why there is none.
 
     Parameters
@@ -27,7 +39,7 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
 
     Returns
     -------
-    list of Chain
+    FoundChains
 
     Raises
     ------
@@ -43,31 +55,35 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
         if layers is not None:
             raise
     if layers is not None or any(chain.has_streams or chain.history for chain in chains):
-        return chains
+        return FoundChains(tuple(chains))
     if len(chains) > 1 and all(chain.proof == PROVEN for chain in chains):
-        return chains
+        return FoundChains(tuple(chains))
     carried = _carried_chain(tape, model)
-    if carried is not None and (not chains or _explains_more(tape, carried, chains[0])):
-        return [carried]
+    streams = None if carried is None else traced_streams(tape, *carried)
+    if streams is not None:
+        chain = with_final(tape, streams.chain, streams.sites[0].num_streams)
+        return FoundChains((chain,), streams.sites)
+    if carried is not None and (not chains or _explains_more(tape, carried[0], chains[0])):
+        proven = with_proof(tape, with_final(tape, carried[0]))
+        if proven.proof == PROVEN:
+            return FoundChains((proven,))
     if refusal is not None:
         raise refusal
-    return chains
+    return FoundChains(tuple(chains))
 
 
-def _carried_chain(tape: Tape, model: nn.Module) -> Chain | None:
-    """The chain of the values, where it is proven and most of the model's weights work on it."""
-    chain = value_chain(tape, model)
-    if chain is None:
+def _carried_chain(tape: Tape, model: nn.Module) -> tuple[Chain, list[Value]] | None:
+    """The chain of the values, where most of the model's weights work on it."""
+    found = value_chain(tape, model)
+    if found is None:
         return None
-    chain = with_proof(tape, with_final(tape, chain))
-    share = _parameters_on(tape, chain) / trunk_size(tape, model)
-    return chain if chain.proof == PROVEN and share >= TRUNK_SHARE else None
+    share = _parameters_on(tape, found[1]) / trunk_size(tape, model)
+    return found if share >= TRUNK_SHARE else None
 
 
-def _parameters_on(tape: Tape, chain: Chain) -> int:
+def _parameters_on(tape: Tape, states: Sequence[Value]) -> int:
     """Number of parameters of the modules that computed something between the first and the last state."""
     assert tape.trace is not None
-    states = [state for state in states_of(tape, chain.points) if state is not None]
     orders = set(tape.trace.calls_between(states[-1], frozenset([states[0].number])))
     began = tape.trace.calls[states[0].number]
     modules = [tape.calls[order].module for order in orders if order >= 0 and order != began]

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from depthscope.probes.dataflow.axes import same_axes
+from depthscope.probes.dataflow.axes import same_axes, stream_atom
 from depthscope.probes.dataflow.linear import WHOLE
-from depthscope.probes.dataflow.trace import Trace, Value
+from depthscope.probes.dataflow.operations import MOST_STREAMS
+from depthscope.probes.dataflow.trace import Trace, Value, carrier_of
 from depthscope.probes.structure.chain import Chain, HookPoint
 from depthscope.probes.structure.tape import Call, Tape
 
@@ -55,8 +56,8 @@ def unchanged_origin(value: Value) -> Value:
     return value
 
 
-def carried_values(trace: Trace, last: Value) -> list[Value]:
-    """The sums that a value was carried through, first one first; before them, what the first one was added to.
+def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
+    """The values that lead to one, in groups: each begins with a sum with something that was computed from the value before.
 
     Parameters
     ----------
@@ -67,25 +68,60 @@ def carried_values(trace: Trace, last: Value) -> list[Value]:
 
     Returns
     -------
-    list of Value
+    list of list of Value
+        The first group begins with what no such sum made. What follows in a group is the same state, scaled, moved or put
+        together with others of its kind.
     """
-    found: list[Value] = []
+    groups: list[list[Value]] = [[]]
     value = last
-    while value.step is not None and value.merges:
+    while True:
+        groups[-1].append(value)
+        if value.step is None:
+            return [group[::-1] for group in reversed(groups)]
         operands = value.step.operands
-        carrier = max(operands, key=lambda operand: (operand.merges, -operand.number))
+        carrier = carrier_of(operands)
         if value.step.rule.sums and len(operands) > 1:
-            own = [o for o in operands if all(p is o or trace.depends(p, o) for p in operands)]
+            # Others may be computed from the state before it was mixed, which is another value than the mixed one.
+            own = [o for o in operands if all(p is o or trace.depends(p, o.root) for p in operands)]
             if own:
                 carrier = own[0]
-                found.append(value)
+                groups.append([])
         value = carrier
-    found.append(value)
-    return found[::-1]
 
 
-def value_chain(tape: Tape, model: nn.Module, last: Value | None = None) -> Chain | None:
-    """The chain of the states that the forward carries.
+def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
+    """Of every group of carried values the first one that some module took or returned.
+
+    Where streams are mixed in plain code, no module may show a state: then the operation that made it does.
+    """
+    assert tape.trace is not None
+    shown = ShownValues(tape)
+    groups = [
+        [CarriedState(value, shown.places(value)) for value in group]
+        for group in carried_values(tape.trace, last)
+    ]
+    first = [next((state for state in group if state.places), None) for group in groups]
+    found = [state for state in first if state is not None]
+    if not found or stream_atom(found[-1].value.axes, MOST_STREAMS) is None:
+        return found
+    return [
+        state
+        for group in groups
+        if (state := _state_of_shape(group, found[-1].value.shape, first=group is groups[0])) is not None
+    ]
+
+
+def _state_of_shape(group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool) -> CarriedState | None:
+    fitting = [state for state in group if state.value.shape == shape]
+    placed = [state for state in fitting if state.places]
+    # What no module shows of the first group is how the streams were made.
+    return placed[0] if placed else fitting[0] if fitting and not first else None
+
+
+def value_chain(
+    tape: Tape, model: nn.Module, last: Value | None = None
+) -> tuple[Chain, list[Value]] | None:
+    """The chain of the states that the forward carries, and their values.
 
     Parameters
     ----------
@@ -98,17 +134,17 @@ def value_chain(tape: Tape, model: nn.Module, last: Value | None = None) -> Chai
 
     Returns
     -------
-    Chain or None
+    Chain and list of Value, or None
         None where fewer than two states are shown by some module.
     """
     trace = tape.trace
     last = last or (None if trace is None else trace.most_merged)
     if trace is None or trace.error is not None or last is None:
         return None
-    shown = ShownValues(tape)
-    states = [CarriedState(value, shown.places(value)) for value in carried_values(trace, last)]
-    states = [state for state in states if state.places]
-    return _chain(tape, model, states) if len(states) > 1 else None
+    states = shown_states(tape, last)
+    if len(states) < 2:
+        return None
+    return _chain(tape, model, states), [state.value for state in states]
 
 
 def _chain(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
@@ -116,11 +152,11 @@ def _chain(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chai
     branches = [_branch_calls(tape, states, number) for number in range(1, len(states))]
     layers = _layers(branches)
     modules = dict(model.named_modules())
-    points = [_point(states[0], -1, "embed", "(input)")]
+    points = [_point(tape, states[0], -1, "embed", "(input)")]
     for number, (calls, layer) in enumerate(zip(branches, layers, strict=True)):
         inside = number + 1 < len(layers) and layers[number + 1] == layer
         producer = _producer(calls)
-        points.append(_point(states[number + 1], layer, "mid" if inside else "post", producer))
+        points.append(_point(tape, states[number + 1], layer, "mid" if inside else "post", producer))
     blocks = tuple(dict.fromkeys(_block_path(_producer(calls)) for calls in branches))
     classes = dict.fromkeys(type(modules[path]).__name__ for path in blocks if path in modules)
     return Chain(
@@ -164,7 +200,12 @@ def _block_path(path: str) -> str:
     return found[1] if found else path
 
 
-def _point(state: CarriedState, layer: int, site: str, producer: str) -> HookPoint:
+def _point(tape: Tape, state: CarriedState, layer: int, site: str, producer: str) -> HookPoint:
+    if not state.places:
+        call = tape.calls[state.value.call]
+        return HookPoint(
+            call.path, call.index, "operation", layer, site, producer, call.method, state.value.ordinal
+        )
     # Where it was returned, rather than taken: what takes a state may be a branch that does not run in every forward.
     call, at, item = next((place for place in state.places if place[1] == "output"), state.places[0])
     return HookPoint(call.path, call.index, at, layer, site, producer, call.method, item)
