@@ -278,7 +278,7 @@ class Trace(TorchDispatchMode):
         rule, operands = step.rule, step.operands
         if rule.product:
             _keep_coefficients(step, args)
-        carrier = operands[0] if len(operands) == 1 else carrier_of(operands)
+        carrier = carrier_of(step)
         value.merges, value.root = carrier.merges, carrier.root
         if rule.sums and len(operands) > 1:
             # Something computed from the state comes back to it: its last merge is not before the state's own.
@@ -312,7 +312,7 @@ class Trace(TorchDispatchMode):
         shape, stride, offset = where
         own = _region(tensor)
         value.step = Step(PATCH, None, (old, new, shape, stride, offset - own[2], own[1]), {}, (old, new))
-        carrier = carrier_of((old, new))
+        carrier = carrier_of(value.step)
         value.merges, value.root = carrier.merges, carrier.root
         return value
 
@@ -347,9 +347,17 @@ class Trace(TorchDispatchMode):
                     waiting.append(parent)
 
 
-def carrier_of(operands: Sequence[Value]) -> Value:
-    """The operand that carries a state: that which went through most sums, the largest of several."""
-    return max(operands, key=lambda operand: (operand.merges, math.prod(operand.shape), -operand.number))
+def carrier_of(step: Step) -> Value:
+    """The operand that carries a state: the largest factor of a product, else that which went through most sums."""
+    if len(step.operands) == 1:
+        return step.operands[0]
+
+    def preference(operand: Value) -> tuple[int, int, int]:
+        size = math.prod(operand.shape)
+        first, second = (size, operand.merges) if step.rule.product else (operand.merges, size)
+        return first, second, -operand.number
+
+    return max(step.operands, key=preference)
 
 
 def _region(tensor: torch.Tensor) -> tuple[Any, ...]:
