@@ -12,7 +12,7 @@ from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.variables import COVERAGE, SITES, STATISTICS, TRACE, TRACE_COORDS, Variable
 
 # The first number grows where older versions cannot read a run, the second where variables are added.
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 # Without these nothing else of a group can be read: states need their padding, sums the number of their tokens.
 _REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": (), "coverage": ()}
