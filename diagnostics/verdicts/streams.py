@@ -53,6 +53,7 @@ def _untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | No
 # What a constraint begins with where the matrices are doubly stochastic, or meant to be by what they satisfy: non-negative
 # with one exact sum, as a Sinkhorn that was stopped early or that normalises one axis only leaves them.
 ONE_EXACT_SUM = ("doubly stochastic", "row-stochastic only", "column-stochastic only")
+SUM_ERROR = 1e-2
 BOTH_SUMS = ("doubly stochastic", "rows and columns sum to 1")
 
 
@@ -62,7 +63,7 @@ def _satisfies(attrs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
 
 
 # The limits are ours: over 60 connections an error of 0.01 in every sum is a gain of 1.8, and one of 0.1 of 300.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-2, fail=1e-1))
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=SUM_ERROR, fail=1e-1))
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -75,6 +76,10 @@ def sinkhorn_not_converged(
     if not _satisfies(attrs, ONE_EXACT_SUM):
         return None
     worst = doubly_stochastic_violation.sel(reduction="p99", drop=True)
+    # Iterations and axes are the same at every connection: of free matrices one may have exact rows by chance.
+    typical = worst.sel(kind=["row", "column"]).max("kind").median("connection")
+    if not _satisfies(attrs, ("doubly stochastic",)) and typical < SUM_ERROR:
+        return None
     sides = ((worst.sel(kind=kind, drop=True), kind) for kind in ("row", "column"))
     return [Profile(values, f"the worst error of a {kind} sum is") for values, kind in sides]
 

@@ -40,7 +40,9 @@ def measured_constraint(
     Constraint or None
         None where there are no matrices, none that is finite, or a single stream.
     """
-    flat = [matrix.detach().flatten(0, -3) if matrix.ndim > 2 else matrix.detach()[None] for matrix in matrices]
+    flat = [
+        matrix.detach().flatten(0, -3) if matrix.ndim > 2 else matrix.detach()[None] for matrix in matrices
+    ]
     if not flat or flat[0].shape[-1] < 2:
         return None
     together = torch.cat([matrix.to("cpu", torch.float64) for matrix in flat])
@@ -93,7 +95,9 @@ def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
         return NOTHING_MIXES if unmixed else ""
     # Where H_res and its transpose fit alike, rows and columns are not told apart.
     one_sided = constraint.name in ("row-stochastic only", "column-stochastic only")
-    unsure = " (rows and columns may be exchanged)" if one_sided and evidence.orientation == "ambiguous" else ""
+    unsure = (
+        " (rows and columns may be exchanged)" if one_sided and evidence.orientation == "ambiguous" else ""
+    )
     return constraint.words + unsure
 
 

@@ -122,7 +122,7 @@ def linear_coords(
     read_depths : sequence of int or None, optional
         The depth whose state H_pre reads; None for the state that the connection is applied to.
     after_sum : sequence of str, optional
-        What makes the next state of the sum: ``"norm"``, ``"activation"``, or empty. By the connections' style where not given.
+        What makes the next state of the sum: ``"norm"``, ``"activation"``, or empty; by the connections' style by default.
     proofs : sequence of str, optional
         ``"proven"``, or ``"unproven: …"``.
     over_depth : bool

@@ -1,4 +1,4 @@
-"""Which constraint do mixing matrices satisfy? The error of each property, and the most specific that holds for all of them."""
+"""Which constraint do mixing matrices satisfy? The error of each property, and the most specific one that all have."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ CLEAR = 0.1
 
 # Names of matrices that satisfy several constraints at once, so that none of them can be told.
 POINTS = ("zero", "identity", "all ones", "uniform", "permutation")
+
+SIGNED = "rows and columns sum to 1, with negative entries,"
 
 _AS_AT_START = {
     "identity": "identity (as at initialisation), so nothing more can be told",
@@ -69,7 +71,9 @@ class Constraint:
             return _AS_AT_START[self.name]
         words = "".join([self._base(), *(f", {structure}" for structure in self.also)])
         if self.trivial:
-            words += "; all weights off the diagonal are equal (as at initialisation), so nothing more can be told"
+            words += (
+                "; all weights off the diagonal are equal (as at initialisation), so nothing more can be told"
+            )
         return words
 
     def _base(self) -> str:
@@ -80,7 +84,7 @@ class Constraint:
             return f"row-stochastic only: rows {_within(rows)}, column sums miss 1 by up to {columns:.2g}"
         if self.name == "column-stochastic only":
             return f"column-stochastic only: columns {_within(columns)}, row sums miss 1 by up to {rows:.2g}"
-        if self.name in ("unconstrained", "non-negative"):
+        if self.name in ("unconstrained", "non-negative", "substochastic"):
             return f"{self.name}: row sums miss 1 by up to {rows:.2g}, column sums by up to {columns:.2g}"
         return f"{self.name} {_within(self.error)}"
 
@@ -215,7 +219,9 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
     """
     xp, p = square(p)
     if p.shape[-1] < 2 or not math.prod(p.shape[:-2]):
-        raise ValueError(f"p has shape {tuple(p.shape)}; expected one or more matrices of two or more streams")
+        raise ValueError(
+            f"p has shape {tuple(p.shape)}; expected one or more matrices of two or more streams"
+        )
     errors = {name: float(xp.max(values)) for name, values in constraint_errors(p).items()}
     errors["departure"] = _departure(xp, p)
     errors["expansion"] = _expansion(xp, p)
@@ -260,7 +266,7 @@ def _name(errors: Mapping[str, float], *, tolerance: float, exact: float) -> tup
         ("orthogonal", errors["orthogonal"], errors["orthogonal"] <= small),
         ("row-stochastic only", max(rows, negativity), positive and rows <= small),
         ("column-stochastic only", max(columns, negativity), positive and columns <= small),
-        ("rows and columns sum to 1, with negative entries,", sums, sums <= small),
+        (SIGNED, sums, one_sum <= small and sums <= truncated),
         ("rows sum to 1, with negative entries,", rows, rows <= small),
         ("columns sum to 1, with negative entries,", columns, columns <= small),
         ("substochastic", max(errors["excess"], negativity), positive and errors["excess"] <= small),
@@ -275,7 +281,7 @@ def _structure(
 ) -> tuple[str, ...]:
     """Structure that is no consequence of the name or of n."""
     # Of two streams a matrix with both sums 1 is symmetric and circulant by itself.
-    if n == 2 and name in ("doubly stochastic", "rows and columns sum to 1, with negative entries,"):
+    if n == 2 and name in ("doubly stochastic", SIGNED):
         return ()
     small = min(max(tolerance, exact), CLEAR * errors["departure"])
     found = [each for each in ("circulant", "a Kronecker product", "rank 1") if errors[each] <= small]
