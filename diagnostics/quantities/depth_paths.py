@@ -28,8 +28,7 @@ from depthscope.diagnostics.quantities.mixing_matrices import (
     require_finite,
 )
 from depthscope.diagnostics.quantities.registry import Unavailable, missing, quantity
-
-PROVEN = "proven"
+from depthscope.diagnostics.schema import PROVEN
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ DIMS = (
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
+FACTS = ("family", "proof", "constraint")
+"""Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
+
 ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
@@ -181,6 +184,25 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     # Streamed sums have no step: they are of all tokens since the weights last changed.
     return trace.assign(
         {name: statistics[name].isel(step=-1, drop=True, missing_dims="ignore") for name in known}
+    )
+
+
+def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:
+    """A trace with what the run says about all of its chains, where the chain does not say it itself.
+
+    Parameters
+    ----------
+    trace : Dataset
+        The chain's trace.
+    attrs : mapping
+        Attributes of the run.
+
+    Returns
+    -------
+    Dataset
+    """
+    return trace.assign_attrs(
+        {name: attrs[name] for name in FACTS if name in attrs and name not in trace.attrs}
     )
 
 

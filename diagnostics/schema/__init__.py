@@ -7,7 +7,15 @@ from depthscope.diagnostics.schema.listing import list_runs
 from depthscope.diagnostics.schema.opening import integrity, open_run
 from depthscope.diagnostics.schema.replaceable import require_replaceable
 from depthscope.diagnostics.schema.saving import save_run
-from depthscope.diagnostics.schema.validation import SCHEMA_VERSION, SchemaError, check_version, validate
+from depthscope.diagnostics.schema.validation import (
+    PROVEN,
+    SCHEMA_VERSION,
+    UNPROVEN,
+    SchemaError,
+    check_version,
+    is_proof,
+    validate,
+)
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
     GAIN,
@@ -41,6 +49,7 @@ __all__ = [
     "OVER_DEPTH",
     "PLAIN_FACTORS",
     "PROFILE",
+    "PROVEN",
     "ROUTE",
     "SCHEMA_VERSION",
     "SITES",
@@ -51,6 +60,7 @@ __all__ = [
     "SUFFIXES",
     "TRACE",
     "TRACE_COORDS",
+    "UNPROVEN",
     "WITHOUT_GRADIENT",
     "Parts",
     "SchemaError",
@@ -60,6 +70,7 @@ __all__ = [
     "check_version",
     "create_run",
     "integrity",
+    "is_proof",
     "list_runs",
     "open_run",
     "require_replaceable",

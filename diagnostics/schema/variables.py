@@ -135,6 +135,9 @@ TRACE_COORDS: dict[str, Variable] = {
 PLAIN_FACTORS = ("residual_scale", "branch_scale", "residual_gate", "branch_gate")
 """Variables that say by what a plain connection multiplies the state and the branch's output."""
 
+AFTER_SUM = ("", "norm", "activation")
+"""What may be applied to the sum of a plain connection to give the next state."""
+
 OVER_DEPTH = ("depth_read", "depth_carry")
 """Variables of connections that read or keep more depths than their own."""
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.structure.chain import Chain, Connection
-
-PROVEN, UNPROVEN = "proven", "unproven: "
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
