@@ -49,6 +49,11 @@ class Order:
         """Whether each sublayer reads the state that it is applied to, one after the other."""
         return self.applied_to == self.reads_from == tuple(range(len(self.applied_to)))
 
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """The connection before which each one's state is cut: between parallel branches there is no state."""
+        return tuple(self.applied_to.index(state) for state in self.applied_to)
+
 
 class DepthPaths(ABC):
     """The paths of one chain from each source to each reader.
@@ -205,7 +210,8 @@ class StreamPaths(DepthPaths):
     def effective_streams(self, chosen: np.ndarray) -> np.ndarray:
         """Effective streams at the cut before each connection, (C, tokens)."""
         if not self._plain():
-            return _hankel_streams(self._by_view, chosen, len(self), self.num_views)
+            cuts = _hankel_streams(self._by_view, chosen, len(self), self.num_views)
+            return cuts[list(self.order.cuts)]
         cuts = np.full((len(self), len(chosen)), np.nan)
         # The kernel gives the cuts between connections: nothing passes before the first one.
         cuts[1:] = kernel.streams_across(
@@ -267,7 +273,7 @@ class PlainPaths(DepthPaths):
         """Effective streams at the cut before each connection, (C, tokens)."""
         # One state passes on a single sum: the block at a cut has rank one, or zero where nothing is read across.
         across = self.kernels(chosen)
-        passing = [across[:, cut:, :cut].any(axis=(1, 2)) for cut in range(len(self))]
+        passing = [across[:, cut:, :cut].any(axis=(1, 2)) for cut in self.order.cuts]
         return np.where(np.stack(passing), 1.0, np.nan)
 
 

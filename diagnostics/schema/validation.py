@@ -197,7 +197,7 @@ def _validate_linear_parts(trace: xr.Dataset, path: str) -> None:
             f"{path}/{over_depth[0]} has {trace.sizes['source']} sources and {trace.sizes['connection']} connections; "
             "expected at least one source more: the embedding, then the output of each"
         )
-    if "read_depth" in trace.coords and "depth_in" in trace.coords:
+    if "read_depth" in trace.variables and "depth_in" in trace.coords:
         late = trace["read_depth"].values > trace["depth_in"].values
         if late.any():
             number = int(late.argmax())
@@ -210,12 +210,12 @@ def _validate_linear_parts(trace: xr.Dataset, path: str) -> None:
 
 def _validate_texts(trace: xr.Dataset, path: str) -> None:
     """Check the coordinates of connections that are texts."""
-    after = set(map(str, trace["after_sum"].values)) if "after_sum" in trace.coords else set()
+    after = set(map(str, trace["after_sum"].values)) if "after_sum" in trace.variables else set()
     if after - set(AFTER_SUM):
         raise SchemaError(
             f"{path}/after_sum has {sorted(after - set(AFTER_SUM))}, expected some of {AFTER_SUM}"
         )
-    proofs = trace["proof"].values.tolist() if "proof" in trace.coords else []
+    proofs = trace["proof"].values.tolist() if "proof" in trace.variables else []
     odd = [text for text in proofs if not is_proof(text)]
     if odd:
         raise SchemaError(f"{path}/proof has {odd[0]!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason")

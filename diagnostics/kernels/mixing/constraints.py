@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -208,7 +207,7 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
     Raises
     ------
     ValueError
-        For no matrix, or a single stream.
+        For a single stream.
 
     Examples
     --------
@@ -218,10 +217,8 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
     'identity (as at initialisation), so nothing more can be told'
     """
     xp, p = square(p)
-    if p.shape[-1] < 2 or not math.prod(p.shape[:-2]):
-        raise ValueError(
-            f"p has shape {tuple(p.shape)}; expected one or more matrices of two or more streams"
-        )
+    if p.shape[-1] < 2:
+        raise ValueError(f"p has shape {tuple(p.shape)}; expected matrices of two or more streams")
     errors = {name: float(xp.max(values)) for name, values in constraint_errors(p).items()}
     errors["departure"] = _departure(xp, p)
     errors["expansion"] = _expansion(xp, p)
