@@ -28,7 +28,7 @@ from depthscope.diagnostics.quantities.mixing_matrices import (
     require_finite,
 )
 from depthscope.diagnostics.quantities.registry import Unavailable, missing, quantity
-from depthscope.diagnostics.schema import PROVEN
+from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 
 
 @dataclass(frozen=True)
@@ -438,13 +438,16 @@ def _order_of(values: xr.DataArray) -> Order:
 def _require_plain(depth_in: xr.DataArray, attrs: Mapping[str, Any], *, after_sum_is_known: bool) -> None:
     """Refuse a chain of one state whose connections are not proven to be plain sums."""
     proof, family = str(attrs.get("proof", "")), str(attrs.get("family", "residual"))
+    if proof.startswith(UNPROVEN):
+        raise Unavailable(f"that the connections are plain sums is {proof}")
     if family != "residual":
         raise Unavailable(
             f"the connections of the family {family} are not plain, and the run has no weights of them"
         )
     if proof != PROVEN:
-        stated = f"is {proof}" if proof else "is not stated to be proven; capture it anew with this version"
-        raise Unavailable(f"that the connections are plain sums {stated}")
+        raise Unavailable(
+            "that the connections are plain sums is not stated to be proven; capture it anew with this version"
+        )
     each = depth_in.coords["proof"].values.astype(str) if "proof" in depth_in.coords else np.array([PROVEN])
     if (each != PROVEN).any():
         number = int(np.argmax(each != PROVEN))

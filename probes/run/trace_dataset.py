@@ -49,7 +49,11 @@ def trace_dataset(
         phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
         coords["phase"] = ("sample", np.array(phases, dtype=object))
     if chain.connections and selection.stores_connections(chain):
-        variables.update(connection_variables(session, number, sequences, evidence, tokens))
+        of_connections = connection_variables(session, number, sequences, evidence, tokens)
+        coords.update(
+            {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
+        )
+        variables.update(of_connections)
         coords.update(connection_coords(chain.connections))
         coords.update(linear_coords(chain.connections))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))

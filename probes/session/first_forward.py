@@ -16,9 +16,9 @@ from torch import nn
 
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.dataflow.axes import layout_of
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
@@ -76,7 +76,9 @@ class FirstForward:
     ):
         self._observer = observer
         captured = observer.structure.captured if observer is not None else ()
-        self._operations = {(p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"}
+        self._operations = {
+            (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
+        }
         self._model = model
         self._current = current
         self._gradients = gradients
@@ -115,7 +117,9 @@ class FirstForward:
         forward = self._current.recorded
         assert forward is not None
         for tensor in tensors_in((args, kwargs)):
-            batched = tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            batched = (
+                tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            )
             trace.watch(tensor, forward.batch_axis if batched else None)
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:

@@ -52,7 +52,10 @@ class LinearModel:
             "connection": np.arange(count),
             "connection_layer": ("connection", np.arange(count)),
             "branch": ("connection", np.array(["block"] * count, dtype=object)),
-            "connection_module": ("connection", np.array([f"blocks.{i}" for i in range(count)], dtype=object)),
+            "connection_module": (
+                "connection",
+                np.array([f"blocks.{i}" for i in range(count)], dtype=object),
+            ),
             "depth_in": ("connection", np.asarray(depth_in)),
             "depth_out": ("connection", np.asarray(self.coords.get("depth_out", np.asarray(depth_in) + 1))),
         }
@@ -62,7 +65,13 @@ class LinearModel:
         stated = {} if proof is None else {"proof": proof}
         return schema.create_run(
             xr.Dataset(variables, coords),
-            attrs={"model": self.name, "family": self.family, "n_streams": states.shape[3], **stated, **attrs},
+            attrs={
+                "model": self.name,
+                "family": self.family,
+                "n_streams": states.shape[3],
+                **stated,
+                **attrs,
+            },
         )
 
     def by_differences(self) -> tuple[np.ndarray, np.ndarray]:

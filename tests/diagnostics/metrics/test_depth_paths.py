@@ -115,7 +115,9 @@ def test_a_gate_of_zero_wastes_its_layer():
 
 
 def test_metrics_of_mixing_say_that_they_need_more_streams():
-    missing = reasons(plain().run(), ["mixing_gain", "stream_cosine", "read_share", "composite_singular_value"])
+    missing = reasons(
+        plain().run(), ["mixing_gain", "stream_cosine", "read_share", "composite_singular_value"]
+    )
     assert set(missing.values()) == {"needs more than one stream; this run has one"}
     assert len(missing) == 4
 
@@ -141,7 +143,10 @@ def changed(model, **coords):
     [
         (changed(plain(), after_sum=["", "norm", "", "", ""]), "a norm of the sum, whose factor"),
         (changed(plain(), proof=["proven"] * 4 + ["unproven: why"]), "connection 4 is unproven: why"),
-        (changed(plain(), depth_in=[0, 1, 3, 3, 4], depth_out=[1, 2, 4, 4, 5]), "ends at depth 2 and the next begins at"),
+        (
+            changed(plain(), depth_in=[0, 1, 3, 3, 4], depth_out=[1, 2, 4, 4, 5]),
+            "ends at depth 2 and the next begins at",
+        ),
         (changed(streams()).isel(connection=[0, 1, 3]), "left out by sites="),
         (changed(over_depth("attention")).isel(connection=[0, 1, 3]), "left out by sites="),
     ],
@@ -156,7 +161,9 @@ def test_what_is_not_known_of_the_paths_is_said(trace, expected):
 def test_a_weight_on_a_later_source_is_refused():
     model = over_depth("attention")
     model.variables["depth_read"][1, ..., 3] = 0.1
-    assert "depth_read of connection 1 has a weight on source 2 or later" in reasons(model.run())["depth_kernel"]
+    assert (
+        "depth_read of connection 1 has a weight on source 2 or later" in reasons(model.run())["depth_kernel"]
+    )
 
 
 def test_the_embedding_is_one_source_only_where_its_streams_are_copies():

@@ -66,16 +66,22 @@ def test_runs_of_every_kind_of_connection_are_saved_and_opened(name, tmp_path):
 
 def test_parts_that_contradict_the_connections_are_refused():
     plain = MODELS["scaled"].run()["trace"]
-    with pytest.raises(schema.SchemaError, match="residual_scale and 3 streams; factors are of plain connections"):
+    with pytest.raises(
+        schema.SchemaError, match="residual_scale and 3 streams; factors are of plain connections"
+    ):
         _linear("streams", residual_scale=plain["residual_scale"])
     short = MODELS["attention over depth"].run()["trace"].to_dataset().isel(source=slice(0, 5))
-    with pytest.raises(schema.SchemaError, match="5 sources and 5 connections; expected at least one source more"):
+    with pytest.raises(
+        schema.SchemaError, match="5 sources and 5 connections; expected at least one source more"
+    ):
         schema.create_run(short, attrs={"proof": "proven"})
     with pytest.raises(schema.SchemaError, match="connection 0 reads depth 3, after depth 0"):
         _linear("streams", read_depth=("connection", [3] * 5))
     with pytest.raises(schema.SchemaError, match="after_sum has .*'softmax'.*, expected some of"):
         _linear("plain", after_sum=("connection", ["softmax"] * 5))
-    with pytest.raises(schema.SchemaError, match="/trace/proof has 'maybe'; expected 'proven', or 'unproven: '"):
+    with pytest.raises(
+        schema.SchemaError, match="/trace/proof has 'maybe'; expected 'proven', or 'unproven: '"
+    ):
         _linear("plain", proof=("connection", ["maybe"] * 5))
 
 
