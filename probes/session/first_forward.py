@@ -17,9 +17,9 @@ from torch import nn
 from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.dataflow.axes import layout_of
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
