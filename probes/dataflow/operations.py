@@ -249,7 +249,7 @@ def _added(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
 
 
 def _multiplied(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
-    return _completed(broadcast(_axes_of(args[0]), _axes_of(args[1])), shape), True
+    return _completed(united(_axes_of(args[0]), _axes_of(args[1])), shape), True
 
 
 def _divided(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
