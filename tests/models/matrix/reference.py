@@ -1,0 +1,276 @@
+"""What do plain hooks see? An independent record of a forward and its backward, without any code of `probes`.
+
+Hooks of torch on every module note, at the moment of the call, the tensors that go in and come out, and their gradients. Blocks
+are the children of one container that hand one tensor of one shape on. Two more forwards, with another number of sequences and
+another number of tokens, tell which axis of a state is which.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+MOST_BYTES = 600_000_000
+"""Of the copies of one forward's tensors."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """One tensor as it was when a module took or gave it, and the gradient that arrived at it."""
+
+    value: torch.Tensor
+    gradient: torch.Tensor | None = None
+
+    def equals(self, other: Seen) -> bool:
+        return self.value.shape == other.value.shape and bool(torch.equal(self.value, other.value))
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: where it is, inside which call, and what it took and gave."""
+
+    path: str
+    module: nn.Module
+    number: int
+    parent: Call | None
+    taken: list[Seen] = field(default_factory=list)
+    given: list[Seen] = field(default_factory=list)
+
+    def inside(self) -> Iterable[Call]:
+        """The calls around this one, the nearest first."""
+        call = self.parent
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+def floats(value: Any) -> list[torch.Tensor]:
+    """Floating tensors of two axes or more in arguments or outputs, in their order."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() and value.ndim >= 2 else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in floats(item)] if isinstance(value, (tuple, list)) else []
+
+
+def calls_of(
+    model: nn.Module, batch: Mapping[str, Any], loss: Callable[[Any, Any], torch.Tensor] | None, copies: bool = True
+) -> list[Call]:
+    """Every call of a module in one forward, with gradients where there is a loss.
+
+    Parameters
+    ----------
+    model : Module
+    batch : mapping
+        Keywords.
+    loss : callable, optional
+        ``loss(output, batch)``; without it there is no backward.
+    copies : bool
+        Whether values are kept; without, tensors of the same shape on no device stand for them.
+    """
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+    held = [0]
+
+    def note(tensor: torch.Tensor) -> Seen:
+        if not copies:
+            return Seen(tensor.detach().to("meta"))
+        held[0] += tensor.numel() * tensor.element_size()
+        if held[0] > MOST_BYTES:
+            raise MemoryError("the copies of the forward's tensors exceed their bound")
+        seen = Seen(tensor.detach().clone())
+        if loss is not None and tensor.requires_grad:
+            tensor.register_hook(lambda gradient: setattr(seen, "gradient", gradient.detach().clone()))
+        return seen
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = Call(path, module, len(calls), open_calls[-1] if open_calls else None)
+            call.taken = [note(t) for t in floats((args, kwargs))]
+            calls.append(call)
+            open_calls.append(call)
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        call = open_calls.pop()
+        call.given = [note(t) for t in floats(output)]
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        with torch.set_grad_enabled(loss is not None):
+            output = model(**batch)
+    if loss is not None:
+        loss(output, batch).backward()
+        model.zero_grad(set_to_none=True)
+    return calls
+
+
+def listening(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with floating leaves that carry gradients; masks excepted, which would change the attention's kernel."""
+    return {
+        name: value.detach().clone().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and "mask" not in name
+        else value
+        for name, value in batch.items()
+    }
+
+
+# --- blocks ---
+
+
+@dataclass(eq=False)
+class Group:
+    """Calls of one container's children, or of one module again and again, in one call of what is around them."""
+
+    container: str
+    calls: list[Call]
+
+    @property
+    def paths(self) -> list[str]:
+        return [call.path for call in self.calls]
+
+    def states(self) -> list[tuple[str, bool, Seen]]:
+        """(path, taken, tensor): what goes into and comes out of the blocks; what is handed on unchanged counts once."""
+        found: list[tuple[str, bool, Seen]] = []
+        for call in self.calls:
+            if call.taken and not (found and found[-1][2].equals(call.taken[0])):
+                found.append((call.path, True, call.taken[0]))
+            if call.given:
+                found.append((call.path, False, call.given[0]))
+        return found
+
+
+def parts_with_weights(module: nn.Module) -> int:
+    """Number of modules inside that hold weights themselves."""
+    return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
+
+
+def groups(model: nn.Module, calls: list[Call]) -> list[Group]:
+    """All groups of calls that hand a state on, outer and inner."""
+    modules = dict(model.named_modules())
+    found: dict[tuple[str, int], list[Call]] = defaultdict(list)
+    for call in calls:
+        container = call.path.rpartition(".")[0]
+        around = -1 if call.parent is None else call.parent.number
+        if call.path and isinstance(modules[container], (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            found[container, around].append(call)
+        elif call.path:
+            found[call.path, around].append(call)
+    return [
+        Group(container, members)
+        for (container, _), members in found.items()
+        if len(members) >= 2 and _hand_on(members)
+    ]
+
+
+def _hand_on(calls: list[Call]) -> bool:
+    """Whether most of the calls are blocks: of several weighted parts, with an output shaped as their input and as the next's."""
+    blocks = [
+        call
+        for call in calls
+        if call.taken
+        and call.given
+        and parts_with_weights(call.module) >= 3
+        and call.taken[0].value.shape == call.given[0].value.shape
+    ]
+    return len(blocks) >= 2 and 2 * len(blocks) > len(calls)
+
+
+def outermost(found: list[Group]) -> list[Group]:
+    """Groups that are not inside of a block of another one."""
+    blocks = {call for group in found for call in group.calls}
+    return [group for group in found if not any(around in blocks for around in group.calls[0].inside())]
+
+
+# --- axes ---
+
+
+def axes_of(
+    first: list[Call], more_sequences: list[Call] | None, more_tokens: list[Call] | None
+) -> dict[tuple[str, int, bool], str]:
+    """(path, how often called before, taken) → letters of the first tensor's axes: B batch, T token, D unchanged, ? unknown."""
+    base = _shapes(first)
+    batch, token = (_shapes(calls) if calls else {} for calls in (more_sequences, more_tokens))
+    letters = {}
+    for key, shape in base.items():
+        word = []
+        for axis, size in enumerate(shape):
+            moved = [len(other.get(key, ())) == len(shape) and other[key][axis] != size for other in (batch, token)]
+            word.append("?" if all(moved) else "B" if moved[0] else "T" if moved[1] else "D")
+        letters[key] = "".join(word)
+    return letters
+
+
+def _shapes(calls: list[Call]) -> dict[tuple[str, int, bool], tuple[int, ...]]:
+    times: dict[str, int] = defaultdict(int)
+    found = {}
+    for call in calls:
+        for taken, tensors in ((True, call.taken), (False, call.given)):
+            if tensors:
+                found[call.path, times[call.path], taken] = tuple(tensors[0].value.shape)
+        times[call.path] += 1
+    return found
+
+
+# --- is the state all that is handed on? ---
+
+
+def bypassed(model: nn.Module, batch: Mapping[str, Any], group: Group) -> bool | None:
+    """Whether the last state depends on the first one although the state between them was cut off.
+
+    A plain residual chain hands nothing on but its state. None where it cannot be told (no gradient, or the cut changed
+    nothing because the blocks are one module).
+    """
+    if len(group.calls) < 3 or len(set(group.paths)) < len(group.paths):
+        return None
+    start: list[torch.Tensor] = []
+    end: list[torch.Tensor] = []
+    first, middle, last = group.calls[0], group.calls[len(group.calls) // 2 - 1], group.calls[-1]
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def marked(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2 and not start:
+                start.append(value.detach().clone().requires_grad_())
+                return start[0]
+            return type(value)(marked(v) for v in value) if type(value) in (tuple, list) else value
+
+        args = tuple(marked(a) for a in args)
+        return args, {name: marked(value) for name, value in kwargs.items()}
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        done: list[bool] = []
+
+        def detached(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2 and not done:
+                done.append(True)
+                return value.detach()
+            if isinstance(value, tuple) and hasattr(value, "_fields"):
+                return type(value)(*map(detached, value))
+            return type(value)(detached(v) for v in value) if type(value) in (tuple, list) else value
+
+        return detached(output)
+
+    def finish(module: nn.Module, args: Any, output: Any) -> None:
+        end.extend(floats(output)[:1])
+
+    with ExitStack() as stack:
+        stack.callback(first.module.register_forward_pre_hook(take, with_kwargs=True).remove)
+        stack.callback(middle.module.register_forward_hook(cut).remove)
+        stack.callback(last.module.register_forward_hook(finish).remove)
+        model(**batch)
+    if not start or not end:
+        return None
+    if not end[0].requires_grad:
+        return False
+    weight = torch.linspace(-1, 1, end[0].numel()).view_as(end[0])
+    (gradient,) = torch.autograd.grad((end[0] * weight).sum(), start, allow_unused=True)
+    return gradient is not None and bool(gradient.abs().max() > 0)

@@ -1,0 +1,100 @@
+"""Which model of transformers stands for a type, and how is a tiny one built?"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+from tests.models.matrix.fixes import CLASSES, FIXES
+from tests.models.matrix.shrinking import tiny
+
+MOST_PARAMETERS = 30_000_000
+# What a type is used for most comes first: a language model before its bare trunk.
+PREFERRED = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+)
+
+
+class NotBuildable(Exception):
+    """A model cannot be built tiny, or no batch fits it."""
+
+
+def types() -> list[str]:
+    """Every model type that transformers has, by name."""
+    return sorted(CONFIG_MAPPING_NAMES)
+
+
+def mappings() -> list[dict[str, Any]]:
+    others = [name for name in dir(modeling_auto) if name.endswith("MAPPING_NAMES") and name.startswith("MODEL_")]
+    return [getattr(modeling_auto, name) for name in (*PREFERRED, *sorted(set(others) - set(PREFERRED)))]
+
+
+def class_of(model_type: str) -> type[nn.Module]:
+    """The class that stands for a type."""
+    config_class = CONFIG_MAPPING[model_type]
+    names = [CLASSES[model_type]] if model_type in CLASSES else []
+    for mapping in mappings():
+        found = mapping.get(model_type)
+        names += list(found) if isinstance(found, (list, tuple)) else [found] if found else []
+    for name in names:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    # A part of other models, such as a vision tower, is in no table, but its classes name their configuration.
+    module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, transformers.PreTrainedModel)
+        and value.config_class is config_class
+        and "forward" in vars(value)
+        and not value.__name__.endswith("PreTrainedModel")
+    ]
+    if not own:
+        raise NotBuildable("no class of a model has this configuration")
+    # The bare model comes before heads for tasks.
+    return min(own, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
+
+
+def build(model_type: str, seed: int) -> nn.Module:
+    """A tiny model of a type with generic weights, in evaluation mode."""
+    try:
+        model_class = class_of(model_type)
+    except (ImportError, AttributeError, KeyError) as error:
+        raise NotBuildable(f"{type(error).__name__}: {error}") from error
+    config_class = model_class.config_class or CONFIG_MAPPING[model_type]
+    if config_class is not CONFIG_MAPPING[model_type]:
+        config_class = CONFIG_MAPPING[model_type] if model_type not in CLASSES else config_class
+    try:
+        config = tiny(config_class, FIXES.get(model_type))
+        with torch.device("meta"):
+            count = sum(p.numel() for p in model_class._from_config(config).parameters())
+        if count > MOST_PARAMETERS:
+            raise NotBuildable(f"{count:,} parameters after shrinking")
+        torch.manual_seed(seed)
+        model = model_class._from_config(config, attn_implementation=None).eval()
+    except NotBuildable:
+        raise
+    except Exception as error:
+        raise NotBuildable(f"{type(error).__name__}: {error}") from error
+    return generic(model, seed)
+
+
+def generic(model: nn.Module, seed: int) -> nn.Module:
+    """The model with noise on every weight: a branch that starts at zero would hide a wrong reading."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model

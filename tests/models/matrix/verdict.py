@@ -1,0 +1,365 @@
+"""Is a capture right? Each state and gradient, each label and each axis of a run, against what plain hooks saw."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope import probes
+from depthscope.diagnostics import schema
+from tests.models.matrix import reference
+from tests.models.matrix.reference import Call, Group, Seen
+
+RIGHT, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE = (
+    "right",
+    "unproven",
+    "refused",
+    "wrong",
+    "crashed",
+    "not buildable",
+)
+FAILURES = (WRONG, CRASHED)
+REFUSALS = ("ChainError", "LayoutError", "ReconstructionError", "SiteError", "CaptureError")
+
+
+@dataclass
+class Verdict:
+    """What came of one model.
+
+    Parameters
+    ----------
+    outcome : str
+        right, unproven, refused, wrong, crashed or not buildable.
+    reason : str
+        Why it is not right; the first words name the kind.
+    states : int
+        States that equal those of the hooks, bit for bit.
+    facts : dict
+        What else was seen: family, layout, streams, chains, notes.
+    """
+
+    outcome: str
+    reason: str = ""
+    states: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Record:
+    """What the hooks saw of one model, and which axes its states have."""
+
+    calls: list[Call]
+    groups: list[Group]
+    axes: dict[tuple[str, int, bool], str]
+
+    def given(self, path: str) -> list[Call]:
+        return [call for call in self.calls if call.path == path]
+
+
+def loss_of(output: Any, batch: Any) -> torch.Tensor:
+    """A weighted mean of all that carries a gradient; a plain sum of a normed tensor would be constant."""
+    carrying = [t for t in every_float(output) if t.requires_grad]
+    if not carrying:
+        raise NoGradient("nothing in the output carries a gradient")
+    return sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).mean() for t in carrying)
+
+
+class NoGradient(Exception):
+    """The model's output has no gradient to anything."""
+
+
+def every_float(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [t for item in items for t in every_float(item)]
+
+
+# --- one model ---
+
+
+def judge(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], expected: Expected, sizes: tuple[int, int]) -> Verdict:
+    """Capture one model and compare.
+
+    Parameters
+    ----------
+    model : Module
+    make : callable
+        ``make(sequences, tokens)`` gives a batch.
+    expected : Expected
+        What is known of its connections.
+    sizes : (int, int)
+        Sequences and tokens of the batch.
+    """
+    batch = make(*sizes)
+    gradients = _has_gradients(model, batch)
+    record = observe(model, make, sizes, gradients)
+    facts: dict[str, Any] = {"groups": _sizes(record.groups)}
+    torch.manual_seed(1)
+    try:
+        if gradients:
+            run = probes.capture(model, batch, gradients=True, loss=loss_of)
+        else:
+            run = probes.capture(model, batch)
+    except Exception as error:
+        return refusal(error, facts)
+    return compare(run, model, record, expected, facts)
+
+
+def _has_gradients(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    torch.manual_seed(1)
+    try:
+        loss_of(model(**reference.listening(batch)), batch).backward()
+    except (NoGradient, RuntimeError):
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+def observe(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], sizes: tuple[int, int], gradients: bool) -> Record:
+    """What plain hooks see, in three forwards."""
+    b, t = sizes
+    torch.manual_seed(1)
+    batch = reference.listening(make(b, t)) if gradients else make(b, t)
+    calls = reference.calls_of(model, batch, loss_of if gradients else None)
+    others = []
+    for other in ((b + 1, t), (b, t + 4)):
+        torch.manual_seed(1)
+        try:
+            others.append(reference.calls_of(model, make(*other), None, copies=False))
+        except Exception:  # a model of one size; the axes are then told by what is known of the other size
+            others.append(None)
+    return Record(calls, reference.groups(model, calls), reference.axes_of(calls, *others))
+
+
+def _sizes(groups: list[Group]) -> list[str]:
+    return [f"{group.container}×{len(group.calls)}" for group in reference.outermost(groups)]
+
+
+def refusal(error: Exception, facts: dict[str, Any]) -> Verdict:
+    kind = type(error).__name__
+    message = " ".join(str(error).split())
+    if kind in REFUSALS:
+        return Verdict(REFUSED, f"{kind}: {message}", facts=facts)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/probes/" in f.filename or "/diagnostics/" in f.filename]
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the model"
+    return Verdict(CRASHED, f"{kind} at {place}: {message}", facts=facts)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of a model's connections from its source.
+
+    Parameters
+    ----------
+    families : tuple of str
+        Words that a run's family may be; empty where the model is plain.
+    streams : int
+        Number of streams.
+    layout : str
+        Of the states with streams.
+    """
+
+    families: tuple[str, ...] = ()
+    streams: int = 1
+    layout: str = ""
+
+
+PLAIN = Expected()
+
+
+# --- comparison ---
+
+
+@dataclass(eq=False)
+class Depth:
+    """One depth of a run."""
+
+    chain: str
+    number: int
+    module: str
+    site: str
+    state: xr.Dataset
+
+    def __str__(self) -> str:
+        return f"{self.chain or 'depth'} {self.number} ({self.site} of {self.module})"
+
+
+def depths(run: xr.DataTree) -> Iterator[Depth]:
+    for name in schema.chains(run):
+        trace = schema.chain_dataset(run, "trace", name)
+        assert trace is not None
+        for number in range(trace.sizes["depth"]):
+            at = trace.isel(depth=number)
+            yield Depth(name, number, str(at.module.item()), str(at.site.item()), at)
+
+
+def compare(run: xr.DataTree, model: nn.Module, record: Record, expected: Expected, facts: dict[str, Any]) -> Verdict:
+    """Everything that can be compared; the first few differences are the reason."""
+    found = list(depths(run))
+    proof = str(run.attrs.get("proof", ""))
+    facts |= {
+        "family": run.attrs["family"],
+        "streams": int(run.attrs["n_streams"]),
+        "layout": run.attrs.get("layouts") or run.attrs["layout"],
+        "chains": {name: sum(d.chain == name for d in found) for name in schema.chains(run)},
+        "proof": proof,
+    }
+    wrong = [*_family(run, expected), *_labels(found, record, expected), *_complete(found, record, expected)]
+    wrong += _moves(found)
+    right = sum(_matches(d, seen, record, expected) == "" for d in found for seen in _named(d, record)[:1])
+    facts["depths"] = len(found)
+    if wrong:
+        facts["differences"] = wrong[:6]
+        if proof.startswith("unproven"):
+            return Verdict(UNPROVEN, f"{proof} (and {wrong[0]})", right, facts)
+        return Verdict(WRONG, "; ".join(wrong[:3]), right, facts)
+    if proof.startswith("unproven"):
+        return Verdict(UNPROVEN, proof, right, facts)
+    return Verdict(RIGHT, "", right, facts)
+
+
+def _family(run: xr.DataTree, expected: Expected) -> Iterator[str]:
+    family, streams = run.attrs["family"], int(run.attrs["n_streams"])
+    if not expected.families and (family != "residual" or streams != 1):
+        yield f"family: {family} with {streams} streams, but the source is plain"
+    if expected.families and family not in expected.families:
+        yield f"family: called {family}, but the source has {' or '.join(expected.families)}"
+    if expected.families and streams != expected.streams:
+        yield f"streams: {streams}, but the source has {expected.streams}"
+
+
+def _named(depth: Depth, record: Record) -> list[tuple[Seen, str]]:
+    """The tensors that a depth's label can mean, each with its axes."""
+    if depth.site == "embed" or depth.module == "(input)":
+        return []
+    return [
+        (seen, record.axes.get((depth.module, number, False), ""))
+        for number, call in enumerate(record.given(depth.module))
+        for seen in call.given
+    ]
+
+
+def _labels(found: list[Depth], record: Record, expected: Expected) -> Iterator[str]:
+    """A depth that is called the output of a module is its output: bit for bit, with its gradient, in the right axes."""
+    if expected.streams > 1:
+        return  # a connection's next state is functional; the states between the blocks are compared below
+    for depth in found:
+        named = _named(depth, record)
+        if not named:
+            continue
+        answers = [_matches(depth, seen, record, expected) for seen in named]
+        if "" not in answers:
+            yield f"{depth}: {min(answers, key=lambda a: ('values' in a, len(a)))}"
+
+
+def _matches(depth: Depth, seen: tuple[Seen, str], record: Record, expected: Expected) -> str:
+    """Nothing where a depth's state is this tensor; otherwise what differs."""
+    tensor, axes = seen
+    values = np.asarray(depth.state.residual.values)
+    ours = [(canonical(tensor.value, a, expected), a) for a in orders(tensor.value, axes)]
+    fitting = [a for array, a in ours if array.shape == values.shape and np.array_equal(array, values, equal_nan=True)]
+    if not fitting:
+        flat = tensor.value.float().numpy()
+        if flat.size == values.size and np.array_equal(np.sort(flat, axis=None), np.sort(values, axis=None)):
+            return f"axes: {values.shape} (batch, token, stream, feature) of a tensor {tuple(flat.shape)} with axes {axes}"
+        return f"values: {values.shape} is not the tensor {tuple(flat.shape)} with axes {axes}"
+    if tensor.gradient is None:
+        if "gradient" in depth.state and bool(depth.state.gradient.notnull().any()):
+            return "gradient: one is recorded, but none arrived"
+        return ""
+    if "gradient" not in depth.state:
+        return "gradient: none is recorded, but one arrived"
+    gradient = canonical(tensor.gradient, fitting[0], expected)
+    if not np.array_equal(gradient, np.asarray(depth.state.gradient.values), equal_nan=True):
+        return "gradient: differs"
+    return ""
+
+
+def orders(tensor: torch.Tensor, axes: str) -> list[str]:
+    """The axes that a tensor may have: those that were seen, with every reading of those that could not be told."""
+    letters = axes if len(axes) == tensor.ndim else "?" * tensor.ndim
+    letters = re.sub(r"\?", "D", letters)
+    if "B" not in letters:  # packed sequences, or one item
+        letters = letters[:-1] + "D" if "T" in letters else letters
+    unchanged = [i for i, letter in enumerate(letters) if letter == "D"]
+    if len(unchanged) <= 1:
+        return [letters]
+    # Of several axes that did not change with the batch or the length, one holds the features, the others are places.
+    return ["".join("T" if i in unchanged and i != f else letter for i, letter in enumerate(letters)) for f in unchanged]
+
+
+def canonical(tensor: torch.Tensor, axes: str, expected: Expected) -> np.ndarray:
+    """(batch, token, stream, feature)."""
+    order = [i for letter in "BTD" for i, have in enumerate(axes) if have == letter]
+    moved = tensor.permute(order)
+    sizes = {letter: int(np.prod([tensor.shape[i] for i, a in enumerate(axes) if a == letter])) for letter in "BTD"}
+    return moved.reshape(sizes["B"], sizes["T"], 1, sizes["D"]).float().numpy()
+
+
+def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterator[str]:
+    """Every state between blocks is among the depths, in order, and every tower has a chain."""
+    modules = {depth.module for depth in found}
+    for group in record.groups:
+        if modules & set(group.paths):
+            yield from _group_complete(found, group, record, expected)
+    for group in reference.outermost(record.groups):
+        prefix = f"{group.container}."
+        inside = any(m.startswith(prefix) or m in group.paths for m in modules)
+        around = any(path.startswith(f"{m}.") for path in group.paths[:1] for m in modules if m != "(input)")
+        streams = expected.streams > 1
+        if not inside and not around and not streams:
+            yield f"tower: no chain for {group.container} ({len(group.calls)} blocks)"
+
+
+def _group_complete(found: list[Depth], group: Group, record: Record, expected: Expected) -> Iterator[str]:
+    if expected.streams > 1:
+        return
+    missing = []
+    times: dict[tuple[str, bool], int] = {}
+    rest = list(found)
+    for path, taken, seen in group.states():
+        number = times.get((path, taken), 0)
+        times[path, taken] = number + 1
+        axes = record.axes.get((path, number, taken), "")
+        at = next((i for i, d in enumerate(rest) if _matches(d, (seen, axes), record, expected) == ""), None)
+        if at is None:
+            missing.append(f"{'input' if taken else 'output'} of {path}")
+        else:
+            rest = rest[at + 1 :]
+    if missing:
+        yield f"missing: {len(missing)} of {len(group.states())} states of {group.container} are at no depth in order: {missing[0]}"
+
+
+def _moves(found: list[Depth]) -> Iterator[str]:
+    """A chain whose state never changes is not the state."""
+    by_chain: dict[str, list[np.ndarray]] = {}
+    for depth in found:
+        by_chain.setdefault(depth.chain, []).append(depth.state.residual.values)
+    for name, values in by_chain.items():
+        still = [i for i, (a, b) in enumerate(zip(values, values[1:], strict=False), 1) if np.array_equal(a, b, equal_nan=True)]
+        if still:
+            yield f"still: the state of {name or 'the chain'} is bit for bit the same at depths {still[0] - 1} and {still[0]}"
+
+
+def bypass_notes(model: nn.Module, batch: Mapping[str, Any], groups: Iterable[Group]) -> list[str]:
+    """Groups of blocks that hand on more than their state."""
+    notes = []
+    for group in groups:
+        torch.manual_seed(1)
+        try:
+            if reference.bypassed(model, batch, group):
+                notes.append(group.container)
+        except Exception as error:
+            notes.append(f"{group.container}? {type(error).__name__}: {str(error)[:80]}")
+    return notes
