@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.models.matrix.shrinking import LARGEST_ORDINARY_TOKEN
+from tests.models.matrix.shrinking import LARGEST_ORDINARY_TOKEN, WIDTH
 
 Batch = dict[str, Any]
 
@@ -103,48 +105,131 @@ WAYS: dict[str, tuple[Callable[[Maker], Any], ...]] = {
         lambda m: m.floats(m.b, first(m.config, "hidden_size", "embed_dim", default=32), 8, 8),
     ),
     "inputs_embeds": (lambda m: m.floats(m.b, m.t, first(m.config, "hidden_size", "d_model", "n_embd", default=32)),),
+    "flattened_patches": (lambda m: m.floats(m.b, m.t, first(m.config, "patch_embed_hidden_size", default=32) + 2),),
     "past_values": (
         lambda m: m.floats(m.b, first(m.config, "context_length", default=32), first(m.config, "num_input_channels", default=1)),
         lambda m: m.floats(m.b, first(m.config, "context_length", default=32)),
     ),
     "inputs": (lambda m: m.ids(m.t), lambda m: m.floats(m.b, m.t, 32)),
 }
-MAIN = tuple(WAYS)
+IMAGES_OR_SOUND = ("pixel_values", "input_features")
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "img_token_id", "image_patch_id")
 
 
-def batches(model: nn.Module, sequences: int, tokens: int) -> Iterator[tuple[str, Batch]]:
-    """Batches to try, the most promising first, each with a name by which it can be made again in another size."""
-    make = Maker(model, sequences, tokens)
-    takes = [name for name in MAIN if name in make.parameters]
-    required = {
-        name
-        for name, p in make.parameters.items()
-        if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
+def _packed(make: Maker) -> torch.Tensor:
+    """Patches of all images one behind the other, for the grids of `_grids`."""
+    patch = first(make.config, "patch_size", default=8)
+    frames = first(make.config, "temporal_patch_size", default=1)
+    return make.floats(make.b * 16, make.channels() * frames * patch * patch)
+
+
+def _grids(make: Maker) -> torch.Tensor:
+    return torch.tensor([[1, 4, 4]] * make.b)
+
+
+def _ones(make: Maker) -> torch.Tensor:
+    return torch.ones(make.b, make.t, dtype=torch.long)
+
+
+# Names that mean this only where another one is required too.
+WITH: dict[str, dict[str, Callable[[Maker], Any]]] = {
+    "grid_thw": {"hidden_states": _packed, "pixel_values": _packed, "grid_thw": _grids},
+    "image_grid_thw": {"hidden_states": _packed, "pixel_values": _packed, "image_grid_thw": _grids},
+    "merge_sizes": {"merge_sizes": lambda m: torch.full((m.b,), 2)},
+    "input_features_mask": {"input_features_mask": _ones},
+    "attention_mask": {"attention_mask": _ones},
+    "context_input_ids": {},
+    "past_values_padding": {"past_values_padding": lambda m: torch.zeros(m.b, 32)},
+    "freq": {"freq": lambda m: torch.zeros(m.b, 1, dtype=torch.long)},
+    "qformer_input_ids": {"qformer_input_ids": lambda m: m.ids(5)},
+    "task_inputs": {"task_inputs": lambda m: m.ids(5)},
+    "action_embeds": {"action_embeds": lambda m: m.floats(m.b, 5, 32)},
+}
+
+
+def recipes(model: nn.Module) -> Iterator[str]:
+    """Names of batches to try, the most promising first; `batch_of` makes them, in any size."""
+    make = Maker(model, 1, 1)
+    takes = [name for name in WAYS if name in make.parameters]
+    needed = [name for name in takes if name in required_of(make)]
     main = getattr(model, "main_input_name", "input_ids")
-    orders: list[list[str]] = []
     lead = [main] if main in takes else takes[:1]
-    more = [n for n in ("decoder_input_ids", "bbox") if n in takes and n not in lead]
-    needed = [n for n in takes if n in required]
-    orders.append(list(dict.fromkeys([*lead, *needed, *more])))
-    orders.append(list(dict.fromkeys([*lead, *needed])))
-    if "pixel_values" in takes and "input_ids" in takes:
-        orders.append(list(dict.fromkeys(["input_ids", "pixel_values", *needed, *more])))
-    if "input_features" in takes and "input_ids" in takes:
-        orders.append(list(dict.fromkeys(["input_ids", "input_features", *needed])))
-    for name in takes:
-        orders.append(list(dict.fromkeys([name, *needed])))
-    seen = set()
-    for order in orders:
-        if tuple(order) in seen or not order:
-            continue
-        seen.add(tuple(order))
-        for way in range(max(len(WAYS[n]) for n in order)):
-            yield f"{'+'.join(order)}#{way}", batch_of(model, f"{'+'.join(order)}#{way}", sequences, tokens)
+    more = [name for name in ("decoder_input_ids", "bbox") if name in takes]
+    orders = [[*lead, *needed, *more], [*lead, *needed]]
+    orders += [["input_ids", name, *needed, *more] for name in IMAGES_OR_SOUND if {name, "input_ids"} <= set(takes)]
+    orders += [[name, *needed] for name in takes]
+    for order in dict.fromkeys(tuple(dict.fromkeys(order)) for order in orders if order):
+        for way in range(max(len(WAYS[name]) for name in order)):
+            yield f"{'+'.join(order)}#{way}"
+
+
+def fitting(model: nn.Module, candidates: Iterable[str], sequences: int, tokens: int) -> str:
+    """The first recipe whose batch the model takes.
+
+    Raises
+    ------
+    ValueError
+        With what each of them ended in.
+    """
+    errors = []
+    for recipe in candidates:
+        try:
+            with torch.no_grad():
+                torch.manual_seed(0)
+                model(**batch_of(model, recipe, sequences, tokens))
+        except Exception as error:
+            errors.append(f"{recipe}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        else:
+            return recipe
+    raise ValueError(" | ".join(errors) or "no argument of its forward is known here")
+
+
+def with_images(model: nn.Module, recipe: str, sequences: int, tokens: int) -> str | None:
+    """The recipe of the same batch with images among the text, where the model takes one."""
+    make = Maker(model, sequences, tokens)
+    if "pixel_values" not in make.parameters or "input_ids" not in recipe or "pixel_values" in recipe:
+        return None
+    if first(make.config, *IMAGE_TOKENS) is None:
+        return None
+    named = recipe.partition("#")[0].replace("input_ids", "input_ids+pixel_values", 1)
+    for way in (0, 1):
+        try:
+            return fitting(model, [f"{named}#{way}@{tokens // 2}"], sequences, tokens)
+        except ValueError as error:
+            # The models themselves tell how many places the features of the images take.
+            told = re.search(r"features:? (\d+)|(\d+) (?:image )?features", str(error))
+            count = int(next(filter(None, told.groups()))) if told else 0
+        for each in (count / sequences, count / sequences / WIDTH):  # some count places, others numbers
+            if each.is_integer() and 0 < each < tokens:
+                with contextlib.suppress(ValueError):
+                    return fitting(model, [f"{named}#{way}@{int(each)}"], sequences, tokens)
+    return None
 
 
 def batch_of(model: nn.Module, recipe: str, sequences: int, tokens: int) -> Batch:
-    """The batch of a recipe that `batches` has named."""
-    names, _, way = recipe.partition("#")
+    """The batch of a recipe: ``names of arguments#which of the ways@number of places of an image``."""
+    named, _, places = recipe.partition("@")
+    names, _, way = named.partition("#")
     make = Maker(model, sequences, tokens)
-    return {name: WAYS[name][min(int(way), len(WAYS[name]) - 1)](make) for name in names.split("+")}
+    found = {name: WAYS[name][min(int(way), len(WAYS[name]) - 1)](make) for name in names.split("+") if name}
+    asked = required_of(make)
+    if places and "image_grid_thw" in make.parameters:
+        asked.append("image_grid_thw")
+    for name in asked:
+        special = WITH.get(name, {})
+        found |= {key: way_of(make) for key, way_of in special.items() if key in found or key == name}
+    if places:
+        found["input_ids"][:, 1 : 1 + int(places)] = first(make.config, *IMAGE_TOKENS)
+    # Without a cache: some hybrids can only make one where a block has full attention.
+    if "use_cache" in make.parameters:
+        found["use_cache"] = False
+    return found
+
+
+def required_of(make: Maker) -> list[str]:
+    """Arguments of the forward without a default."""
+    return [
+        name
+        for name, p in make.parameters.items()
+        if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]

@@ -195,9 +195,13 @@ def outermost(found: list[Group]) -> list[Group]:
 
 
 def axes_of(
-    first: list[Call], more_sequences: list[Call] | None, more_tokens: list[Call] | None
+    first: list[Call], sequences: int, more_sequences: list[Call] | None, more_tokens: list[Call] | None
 ) -> dict[tuple[str, int, bool], str]:
-    """(path, how often called before, taken) → letters of the first tensor's axes: B batch, T token, D unchanged, ? unknown."""
+    """(path, how often called before, taken) → letters of the first tensor's axes.
+
+    B has a place for every sequence, P has several for each (packed: its places are tokens, of all sequences one behind the
+    other), T grows with the number of tokens, D is unchanged, ? is unknown.
+    """
     base = _shapes(first)
     batch, token = (_shapes(calls) if calls else {} for calls in (more_sequences, more_tokens))
     letters = {}
@@ -205,9 +209,15 @@ def axes_of(
         word = []
         for axis, size in enumerate(shape):
             moved = [len(other.get(key, ())) == len(shape) and other[key][axis] != size for other in (batch, token)]
-            word.append("?" if all(moved) else "B" if moved[0] else "T" if moved[1] else "D")
+            word.append(_letter(size, sequences, *moved))
         letters[key] = "".join(word)
     return letters
+
+
+def _letter(size: int, sequences: int, with_sequences: bool, with_tokens: bool) -> str:
+    if with_sequences:
+        return "P" if with_tokens or size != sequences else "B"
+    return "T" if with_tokens else "D"
 
 
 def _shapes(calls: list[Call]) -> dict[tuple[str, int, bool], tuple[int, ...]]:
@@ -236,15 +246,8 @@ def bypassed(model: nn.Module, batch: Mapping[str, Any], group: Group) -> bool |
     end: list[torch.Tensor] = []
     first, middle, last = group.calls[0], group.calls[len(group.calls) // 2 - 1], group.calls[-1]
 
-    def take(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        def marked(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2 and not start:
-                start.append(value.detach().clone().requires_grad_())
-                return start[0]
-            return type(value)(marked(v) for v in value) if type(value) in (tuple, list) else value
-
-        args = tuple(marked(a) for a in args)
-        return args, {name: marked(value) for name, value in kwargs.items()}
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        start.extend(floats((args, kwargs))[:1])
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
         done: list[bool] = []
@@ -267,7 +270,7 @@ def bypassed(model: nn.Module, batch: Mapping[str, Any], group: Group) -> bool |
         stack.callback(middle.module.register_forward_hook(cut).remove)
         stack.callback(last.module.register_forward_hook(finish).remove)
         model(**batch)
-    if not start or not end:
+    if not start or not end or not start[0].requires_grad:
         return None
     if not end[0].requires_grad:
         return False

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 VOCABULARY = 128
-WIDTH, HEADS, HEAD_WIDTH, LAYERS, SIDE, PATCH = 32, 4, 8, 3, 32, 8
+WIDTH, HEADS, HEAD_WIDTH, LAYERS, SIDE, PATCH = 32, 4, 8, 4, 32, 8
 LARGEST_ORDINARY_TOKEN = 63
 """Batches draw their tokens up to here; special tokens get numbers above."""
 
@@ -18,6 +20,7 @@ def at_most(limit: int) -> Callable[[int], int]:
 
 # In this order: the first that fits decides. A field that none fits keeps its value.
 RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
+    (r"num_feat_extract_layers|num_conv_pos.*", lambda v: v),
     (r"num_labels|num_classes|num_channels|in_channels|in_chans|type_vocab_size|.*_per_second|.*stride.*", lambda v: v),
     (r".*token_type.*|.*pad_to.*|.*_idx|.*_index_.*|hash.*", lambda v: v),
     (r".*vocab_size.*|vocab", at_most(VOCABULARY)),
@@ -26,13 +29,15 @@ RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"max_position.*|n_positions|.*max_.*positions|n_ctx|context_length|max_seq.*|.*max_.*length.*|block_size", at_most(256)),
     (r"(.*_)?(num_)?(key_value|kv)_heads|num_key_value_heads|n_head_kv|multi_query_group_num|num_kv_heads", at_most(2)),
     (r".*(num_|n_)?(attention_)?heads|n_head|.*_heads|.*num_heads.*", at_most(HEADS)),
-    (r"(.*_)?(experts_per_tok|topk|top_k|experts_top_k|num_experts_per_token)|moe_topk|topk_.*|num_selected.*", at_most(2)),
     (r"n_group|topk_group|.*n_groups", at_most(1)),
+    (r"index_topk.*|index_k.*", lambda v: v),
+    (r"(.*_)?(experts_per_tok|topk|top_k|experts_top_k|num_experts_per_token)|moe_topk|topk_.*|num_selected.*", at_most(2)),
     (r".*(num|n)_.*experts|num_experts|.*expert_num|experts", at_most(4)),
     (r".*(layers|depth|num_blocks|n_layer|n_layers|_blocks|num_stages_.*)", at_most(LAYERS)),
     (r".*image_size.*|img_size|.*input_size|input_resolution|.*crop_size", at_most(SIDE)),
     (r".*patch_size.*", at_most(PATCH)),
-    (r".*window_size.*|.*window|.*sliding.*|.*chunk_size.*|chunk_.*", at_most(8)),
+    (r".*window_size.*", at_most(4)),
+    (r".*.*window|.*sliding.*|.*chunk_size.*|chunk_.*", at_most(8)),
     (r".*(head_dim|kv_channels|d_kv|head_size|qk_.*dim|v_head_dim|dim_head|_head_dim).*|d_head", at_most(HEAD_WIDTH)),
     (r".*(rank|bottleneck).*", at_most(8)),
     (r".*(intermediate|ffn|feed_forward|ffn_dim|inner|mlp_dim|fc_dim|d_ff|n_inner|mlp_hidden).*", at_most(2 * WIDTH)),
@@ -101,12 +106,40 @@ def _tiny_fields(default: Any, fixes: Mapping[str, Any]) -> dict[str, Any]:
             continue
         elif isinstance(value, int):
             small = shrunk(name, value)
+            if re.fullmatch(r"num_key_value_heads|.*num_kv_heads", name) and value == getattr(default, "num_attention_heads", None):
+                small = min(value, HEADS)  # every head has keys and values of its own
             if small != value:
                 changed[name] = small
+        elif isinstance(value, Mapping) and name.startswith("rope"):
+            sections = _tiny_sections(value, default)
+            if _reads_sections(type(default)) and not any("section" in key for key in sections):
+                sections["mrope_section"] = [2, 1, 1]
+            if sections != value:
+                changed[name] = sections
         elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
             small_list = _tiny_list(name, list(value))
             if small_list != list(value):
                 changed[name] = type(value)(small_list)
+    return changed
+
+
+def _reads_sections(config_class: type) -> bool:
+    """Whether the model's code has sections of its own that it takes where the configuration has none."""
+    place = Path(inspect.getfile(config_class))
+    code = place.with_name(place.name.replace("configuration_", "modeling_"))
+    return code.exists() and '"mrope_section", [' in code.read_text(encoding="utf-8")
+
+
+def _tiny_sections(rope: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The sections of a rotary embedding over several axes, as wide together as a tiny head's half that is rotated."""
+    changed = dict(rope)
+    for name, value in rope.items():
+        if isinstance(value, Mapping):
+            changed[name] = _tiny_sections(value, default)
+        elif "section" in name and isinstance(value, (list, tuple)) and len(value) == 3:
+            factor = rope.get("partial_rotary_factor") or getattr(default, "partial_rotary_factor", None) or 1.0
+            half = max(int(HEAD_WIDTH * factor) // 2, 1)
+            changed[name] = [half - 2 * (half // 3), half // 3, half // 3]
     return changed
 
 
@@ -118,9 +151,9 @@ def _tiny_list(name: str, value: list[int]) -> list[int]:
         return [min(v, 2) for v in value]
     if re.fullmatch(r".*heads.*", name):
         order = sorted(set(value))
-        return [min(v, 2 ** (order.index(v) + (len(order) > 1 or 2))) for v in value]
-    if name.startswith("mrope") or "section" in name:
-        return [2, 1, 1][: len(value)] if len(value) == 3 else value
+        return [min(v, 2 ** order.index(v)) if len(order) > 1 else min(v, HEADS) for v in value]
+    if "section" in name and len(value) == 3:
+        return [2, 1, 1]
     if "kernel" in name or "stride" in name or "dilation" in name or "padding" in name or "indices" in name or "indexes" in name:
         return value
     return [shrunk(name, v) for v in value]

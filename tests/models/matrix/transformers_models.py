@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+from tests.models.matrix import inputs
+from tests.models.matrix.cases import SEQUENCES, TOKENS, Case, NotBuildable, Subject
+from tests.models.matrix.expectations import PLAIN, TRANSFORMERS
 from tests.models.matrix.fixes import CLASSES, FIXES
 from tests.models.matrix.shrinking import tiny
 
@@ -24,8 +29,21 @@ PREFERRED = (
 )
 
 
-class NotBuildable(Exception):
-    """A model cannot be built tiny, or no batch fits it."""
+def transformers_cases() -> list[Case]:
+    """One for every model type of transformers."""
+    return [Case("transformers", name, partial(subjects, name), TRANSFORMERS.get(name, PLAIN)) for name in types()]
+
+
+def subjects(model_type: str, seed: int) -> list[Subject]:
+    """The model of a type with the first batch that it takes, and where it takes images among text, with them too."""
+    model = build(model_type, seed)
+    try:
+        recipe = inputs.fitting(model, inputs.recipes(model), SEQUENCES, TOKENS)
+    except ValueError as error:
+        raise NotBuildable(f"no batch fits: {error}") from error
+    images = inputs.with_images(model, recipe, SEQUENCES, TOKENS)
+    chosen = {"": recipe} | ({"with images": images} if images else {})
+    return [Subject(note, model, partial(inputs.batch_of, model, each), each) for note, each in chosen.items()]
 
 
 def types() -> list[str]:
@@ -45,19 +63,23 @@ def class_of(model_type: str) -> type[nn.Module]:
     for mapping in mappings():
         found = mapping.get(model_type)
         names += list(found) if isinstance(found, (list, tuple)) else [found] if found else []
-    for name in names:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found
+    known = [getattr(transformers, name, None) for name in names]
+    classes = [c for c in known if isinstance(c, type) and issubclass(c, nn.Module)]
+    # The language model in a table may be that of a part, which another configuration builds.
+    fitting = [c for c in classes if model_type in CLASSES or c.config_class is config_class]
+    if fitting or classes:
+        return (fitting or classes)[0]
     # A part of other models, such as a vision tower, is in no table, but its classes name their configuration.
-    module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    place = config_class.__module__.replace("configuration_", "modeling_")
+    if importlib.util.find_spec(place) is None:
+        raise NotBuildable("it has no model of its own in transformers")
+    module = importlib.import_module(place)
     own = [
         value
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, transformers.PreTrainedModel)
         and value.config_class is config_class
-        and "forward" in vars(value)
         and not value.__name__.endswith("PreTrainedModel")
     ]
     if not own:
@@ -72,9 +94,7 @@ def build(model_type: str, seed: int) -> nn.Module:
         model_class = class_of(model_type)
     except (ImportError, AttributeError, KeyError) as error:
         raise NotBuildable(f"{type(error).__name__}: {error}") from error
-    config_class = model_class.config_class or CONFIG_MAPPING[model_type]
-    if config_class is not CONFIG_MAPPING[model_type]:
-        config_class = CONFIG_MAPPING[model_type] if model_type not in CLASSES else config_class
+    config_class = CONFIG_MAPPING[model_type]
     try:
         config = tiny(config_class, FIXES.get(model_type))
         with torch.device("meta"):

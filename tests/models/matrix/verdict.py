@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from einops import rearrange
 from torch import nn
 
 from depthscope import probes
 from depthscope.diagnostics import schema
 from tests.models.matrix import reference
+from tests.models.matrix.expectations import Expected
 from tests.models.matrix.reference import Call, Group, Seen
 
 RIGHT, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE = (
@@ -28,6 +30,8 @@ RIGHT, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE = (
     "not buildable",
 )
 FAILURES = (WRONG, CRASHED)
+MOST_SEQUENCES = 4096
+"""Kept by a capture: all of them, even where a model folds places or windows into its batch."""
 REFUSALS = ("ChainError", "LayoutError", "ReconstructionError", "SiteError", "CaptureError")
 
 
@@ -104,15 +108,26 @@ def judge(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], expec
     gradients = _has_gradients(model, batch)
     record = observe(model, make, sizes, gradients)
     facts: dict[str, Any] = {"groups": _sizes(record.groups)}
+    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     torch.manual_seed(1)
     try:
         if gradients:
-            run = probes.capture(model, batch, gradients=True, loss=loss_of)
+            run = probes.capture(model, batch, gradients=True, loss=loss_of, max_sequences=MOST_SEQUENCES)
         else:
-            run = probes.capture(model, batch)
+            run = probes.capture(model, batch, max_sequences=MOST_SEQUENCES)
     except Exception as error:
         return refusal(error, facts)
-    return compare(run, model, record, expected, facts)
+    verdict = compare(run, model, record, expected, facts)
+    changed = _changed(model, before)
+    if changed:
+        return Verdict(WRONG, f"model: the capture has changed {changed[0]}", verdict.states, facts)
+    return verdict
+
+
+def _changed(model: nn.Module, before: Mapping[str, torch.Tensor]) -> list[str]:
+    """Weights and buffers that are not what they were, bit for bit."""
+    after = model.state_dict()
+    return [name for name, value in before.items() if not torch.equal(value, after[name]) and not value.isnan().any()]
 
 
 def _has_gradients(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -139,7 +154,7 @@ def observe(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], siz
             others.append(reference.calls_of(model, make(*other), None, copies=False))
         except Exception:  # a model of one size; the axes are then told by what is known of the other size
             others.append(None)
-    return Record(calls, reference.groups(model, calls), reference.axes_of(calls, *others))
+    return Record(calls, reference.groups(model, calls), reference.axes_of(calls, b, *others))
 
 
 def _sizes(groups: list[Group]) -> list[str]:
@@ -154,28 +169,6 @@ def refusal(error: Exception, facts: dict[str, Any]) -> Verdict:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/probes/" in f.filename or "/diagnostics/" in f.filename]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the model"
     return Verdict(CRASHED, f"{kind} at {place}: {message}", facts=facts)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is known of a model's connections from its source.
-
-    Parameters
-    ----------
-    families : tuple of str
-        Words that a run's family may be; empty where the model is plain.
-    streams : int
-        Number of streams.
-    layout : str
-        Of the states with streams.
-    """
-
-    families: tuple[str, ...] = ()
-    streams: int = 1
-    layout: str = ""
-
-
-PLAIN = Expected()
 
 
 # --- comparison ---
@@ -206,7 +199,7 @@ def depths(run: xr.DataTree) -> Iterator[Depth]:
 
 def compare(run: xr.DataTree, model: nn.Module, record: Record, expected: Expected, facts: dict[str, Any]) -> Verdict:
     """Everything that can be compared; the first few differences are the reason."""
-    found = list(depths(run))
+    found, original = list(depths(run)), expected
     proof = str(run.attrs.get("proof", ""))
     facts |= {
         "family": run.attrs["family"],
@@ -215,7 +208,9 @@ def compare(run: xr.DataTree, model: nn.Module, record: Record, expected: Expect
         "chains": {name: sum(d.chain == name for d in found) for name in schema.chains(run)},
         "proof": proof,
     }
-    wrong = [*_family(run, expected), *_labels(found, record, expected), *_complete(found, record, expected)]
+    if expected.streams > 1 and int(run.attrs["n_streams"]) != expected.streams:
+        expected = Expected(expected.families)  # compared as what the run took it for; the family is wrong already
+    wrong = [*_family(run, original), *_labels(found, record, expected), *_complete(found, record, expected)]
     wrong += _moves(found)
     right = sum(_matches(d, seen, record, expected) == "" for d in found for seen in _named(d, record)[:1])
     facts["depths"] = len(found)
@@ -268,7 +263,10 @@ def _matches(depth: Depth, seen: tuple[Seen, str], record: Record, expected: Exp
     tensor, axes = seen
     values = np.asarray(depth.state.residual.values)
     ours = [(canonical(tensor.value, a, expected), a) for a in orders(tensor.value, axes)]
-    fitting = [a for array, a in ours if array.shape == values.shape and np.array_equal(array, values, equal_nan=True)]
+    # Sequences that a model packs into one axis are tokens of one sample, or unpacked again; never samples of one token.
+    shapes = {values.shape} if "P" not in axes else {values.shape, (1, values.shape[0] * values.shape[1], *values.shape[2:])}
+    packed = "P" in axes and values.shape[1] == 1
+    fitting = [] if packed else [a for array, a in ours if array.shape in shapes and same(array.reshape(values.shape), values)]
     if not fitting:
         flat = tensor.value.float().numpy()
         if flat.size == values.size and np.array_equal(np.sort(flat, axis=None), np.sort(values, axis=None)):
@@ -280,51 +278,53 @@ def _matches(depth: Depth, seen: tuple[Seen, str], record: Record, expected: Exp
         return ""
     if "gradient" not in depth.state:
         return "gradient: none is recorded, but one arrived"
-    gradient = canonical(tensor.gradient, fitting[0], expected)
-    if not np.array_equal(gradient, np.asarray(depth.state.gradient.values), equal_nan=True):
+    gradient = canonical(tensor.gradient, fitting[0], expected).reshape(values.shape)
+    if not same(gradient, np.asarray(depth.state.gradient.values)):
         return "gradient: differs"
     return ""
 
 
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=True)
+
+
 def orders(tensor: torch.Tensor, axes: str) -> list[str]:
     """The axes that a tensor may have: those that were seen, with every reading of those that could not be told."""
-    letters = axes if len(axes) == tensor.ndim else "?" * tensor.ndim
-    letters = re.sub(r"\?", "D", letters)
-    if "B" not in letters:  # packed sequences, or one item
-        letters = letters[:-1] + "D" if "T" in letters else letters
+    letters = axes if len(axes) == tensor.ndim else "D" * tensor.ndim
     unchanged = [i for i, letter in enumerate(letters) if letter == "D"]
-    if len(unchanged) <= 1:
-        return [letters]
     # Of several axes that did not change with the batch or the length, one holds the features, the others are places.
     return ["".join("T" if i in unchanged and i != f else letter for i, letter in enumerate(letters)) for f in unchanged]
 
 
 def canonical(tensor: torch.Tensor, axes: str, expected: Expected) -> np.ndarray:
     """(batch, token, stream, feature)."""
-    order = [i for letter in "BTD" for i, have in enumerate(axes) if have == letter]
+    if expected.layout and tensor.ndim == len(re.findall(r"\w", expected.layout.partition("(")[0])) + (
+        "(" in expected.layout
+    ):
+        words = expected.layout.lower().replace("(n d)", "(n d)")
+        return rearrange(tensor, f"{words} -> b t n d", n=expected.streams).float().numpy()
+    order = [i for letter in "BPTD" for i, have in enumerate(axes) if have == letter]
     moved = tensor.permute(order)
-    sizes = {letter: int(np.prod([tensor.shape[i] for i, a in enumerate(axes) if a == letter])) for letter in "BTD"}
-    return moved.reshape(sizes["B"], sizes["T"], 1, sizes["D"]).float().numpy()
+    sizes = {letter: int(np.prod([tensor.shape[i] for i, a in enumerate(axes) if a == letter])) for letter in "BPTD"}
+    return moved.reshape(sizes["B"], sizes["P"] * sizes["T"], 1, sizes["D"]).float().numpy()
 
 
 def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterator[str]:
     """Every state between blocks is among the depths, in order, and every tower has a chain."""
     modules = {depth.module for depth in found}
     for group in record.groups:
-        if modules & set(group.paths):
+        inner = expected.streams > 1 and any(m.startswith(f"{path}.") for path in group.paths for m in modules)
+        if inner or modules & set(group.paths):
             yield from _group_complete(found, group, record, expected)
     for group in reference.outermost(record.groups):
         prefix = f"{group.container}."
         inside = any(m.startswith(prefix) or m in group.paths for m in modules)
         around = any(path.startswith(f"{m}.") for path in group.paths[:1] for m in modules if m != "(input)")
-        streams = expected.streams > 1
-        if not inside and not around and not streams:
+        if not inside and not around:
             yield f"tower: no chain for {group.container} ({len(group.calls)} blocks)"
 
 
 def _group_complete(found: list[Depth], group: Group, record: Record, expected: Expected) -> Iterator[str]:
-    if expected.streams > 1:
-        return
     missing = []
     times: dict[tuple[str, bool], int] = {}
     rest = list(found)
