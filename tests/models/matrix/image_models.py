@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -35,16 +36,29 @@ TIMM = {
     "inception_v3": "inception_v3", "inception_v4": "inception_v4", "lcnetv2": "lcnetv2_small", "levit": "levit_128s",
     "lowformer": "lowformer_b0", "mambaout": "test_mambaout", "maxxvit": "coatnet_pico_rw_224",
     "metaformer": "caformer_s18", "mlp_mixer": "gmlp_ti16_224", "mobilenetv3": "mobilenetv3_small_050",
-    "mobilevit": "mobilevit_xxs", "mvitv2": "mvitv2_base", "nest": "nest_tiny", "nextvit": "nextvit_small",
+    "mobilevit": "mobilevit_xxs", "mvitv2": "mvitv2_tiny", "nest": "nest_tiny", "nextvit": "nextvit_small",
     "pit": "pit_ti_224", "pvt_v2": "pvt_v2_b0", "rdnet": "rdnet_tiny", "regnet": "regnetx_002",
     "repghost": "repghostnet_050", "repvit": "repvit_m1", "res2net": "res2net50_14w_8s", "resnest": "resnest14d",
     "resnet": "ecaresnext26t_32x4d", "resnetv2": "resnetv2_18", "rexnet": "rexnet_100", "selecsls": "selecsls42",
     "senet": "legacy_seresnet18", "sequencer": "sequencer2d_s", "shvit": "shvit_s1", "sknet": "skresnet18",
-    "starnet": "starnet_s050", "swiftformer": "swiftformer_xs", "swin_transformer": "swin_s3_small_224",
+    "starnet": "starnet_s050", "swiftformer": "swiftformer_xs", "swin_transformer": "swin_tiny_patch4_window7_224",
     "tiny_vit": "tiny_vit_5m_224", "tnt": "tnt_s_legacy_patch16_224", "tresnet": "tresnet_m",
     "twins": "twins_pcpvt_small", "visformer": "visformer_tiny", "vision_transformer_relpos": "test_vit_relpos",
     "volo": "volo_d1_224", "vovnet": "ese_vovnet19b_slim_dw", "xception": "legacy_xception",
     "xception_aligned": "xception41p", "xcit": "xcit_nano_12_p8_224",
+    "vision_transformer": "vit_tiny_patch16_224",
+    "swin_transformer_v2": "swinv2_tiny_window8_256",
+    "swin_transformer_v2_cr": "swinv2_cr_tiny_ns_224",
+    "beit": "beit_base_patch16_224",
+    "deepseek_vit": "deepseek_vit_412m",
+    "gemma4_vit": "gemma4_vit_167m",
+    "mobilenetv5": "mobilenetv5_base",
+    "naflexvit": "naflexvit_base_patch16_gap",
+    "qwen3_vit": "qwen3_vit_88m",
+    "vision_transformer_sam": "samvit_base_patch16_224",
+    "vitamin": "vitamin_small_224",
+    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "nfnet": "nfnet_l0",
 }  # fmt: skip
 
 TORCHVISION = (
@@ -69,10 +83,10 @@ def image_cases() -> list[Case]:
 
 def _timm(name: str, seed: int) -> list[Subject]:
     def build(side: int) -> nn.Module:
-        try:
-            return timm.create_model(name, pretrained=False, num_classes=5, img_size=side)
-        except TypeError:  # a convolutional network has no size of its own
-            return timm.create_model(name, pretrained=False, num_classes=5)
+        for sizes in ({"img_size": side, "depth": 3}, {"img_size": side}, {"depth": 3}):
+            with contextlib.suppress(TypeError):  # a convolutional network has neither
+                return timm.create_model(name, pretrained=False, num_classes=5, **sizes)
+        return timm.create_model(name, pretrained=False, num_classes=5)
 
     return _fitting(build, 4, seed)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-MOST_BYTES = 600_000_000
+MOST_BYTES = 1_500_000_000
 """Of the copies of one forward's tensors."""
 
 
