@@ -1,4 +1,4 @@
-"""The command ``python -m tests.models.matrix``: minutes of models, a table at the end, exit code 1 where anything is wrong."""
+"""The command ``python -m tests.models.matrix``: minutes of models, then a table; exit code 1 where anything is wrong."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def prepare() -> None:
 def _tell(result: Result) -> None:
     # At once: a run of minutes may be stopped before its table.
     if result.outcome in FAILURES:
-        sys.stderr.write(f"{result.outcome}: {result.package} {result.name}: {' '.join(result.reason.split())[:300]}\n")
+        sys.stderr.write(
+            f"{result.outcome}: {result.package} {result.name}: {' '.join(result.reason.split())[:300]}\n"
+        )
 
 
 def summary(results: list[Result], seconds: float) -> None:

@@ -42,7 +42,8 @@ def tried(case: Case, seed: int) -> list[Result]:
 def _fate(ended: Ended) -> str:
     if ended.timed_out:
         return f"time: no answer in {SECONDS} s"
-    return f"process: signal {ended.signal}, {ended.stderr[-300:]}"
+    lines = ended.stderr.strip().splitlines() or [f"signal {ended.signal}"]
+    return f"process: {lines[-1][:300]}"
 
 
 def _tried(case: Case, seed: int) -> list[Result]:
@@ -59,7 +60,12 @@ def _tried(case: Case, seed: int) -> list[Result]:
     results = []
     for subject in subjects:
         verdict: Verdict = judge(subject.model, subject.make, case.expected, (SEQUENCES, TOKENS))
-        facts = {"class": type(subject.model).__name__, "batch": subject.recipe, "states": verdict.states, **verdict.facts}
+        facts = {
+            "class": type(subject.model).__name__,
+            "batch": subject.recipe,
+            "states": verdict.states,
+            **verdict.facts,
+        }
         name = f"{case.name} {subject.note}".strip()
         results.append(Result(case.package, name, verdict.outcome, verdict.reason, facts))
     return results
@@ -99,14 +105,21 @@ def run_cases(
         worker.start()
     for number in [*range(len(cases)), *[None] * jobs]:
         todo.put(number)
-    results = []
-    for result in _collected(queue, jobs):
-        results.append(result)
-        if on_result is not None:
-            on_result(result)
+    results = list(_collected(queue, jobs, on_result))
     for worker in workers:
         worker.join()
     return sorted(results, key=lambda result: (result.package, result.name))
+
+
+def _collected(queue: Any, jobs: int, on_result: Callable[[Result], None] | None) -> Iterator[Result]:
+    while jobs:
+        item = queue.get()
+        if item == _END:
+            jobs -= 1
+            continue
+        if on_result is not None:
+            on_result(item)
+        yield item
 
 
 def _collected(queue: Any, jobs: int) -> Iterator[Result]:

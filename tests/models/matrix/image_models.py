@@ -74,10 +74,12 @@ SMALLER: dict[str, dict[str, Any]] = {}
 def image_cases() -> list[Case]:
     """One for every family of timm and torchvision."""
     found = [
-        Case("timm", family, partial(_timm, name), IMAGES.get(f"timm/{family}", PLAIN)) for family, name in TIMM.items()
+        Case("timm", family, partial(_timm, name), IMAGES.get(f"timm/{family}", PLAIN))
+        for family, name in TIMM.items()
     ]
     return found + [
-        Case("torchvision", name, partial(_torchvision, name), IMAGES.get(f"torchvision/{name}", PLAIN)) for name in TORCHVISION
+        Case("torchvision", name, partial(_torchvision, name), IMAGES.get(f"torchvision/{name}", PLAIN))
+        for name in TORCHVISION
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.models.matrix.cases import NotBuildable
 from tests.models.matrix.shrinking import LARGEST_ORDINARY_TOKEN, WIDTH
 
 Batch = dict[str, Any]
@@ -73,7 +74,15 @@ class Maker:
         return self.floats(self.b, frames, self.channels(), *self.side())
 
     def mel(self) -> int:
-        return first(self.config, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", default=16)
+        return first(
+            self.config,
+            "num_mel_bins",
+            "n_mels",
+            "input_feat_per_channel",
+            "feature_size",
+            "input_dim",
+            default=16,
+        )
 
 
 def _boxes(make: Maker) -> torch.Tensor:
@@ -104,10 +113,18 @@ WAYS: dict[str, tuple[Callable[[Maker], Any], ...]] = {
         lambda m: m.floats(m.b, m.t, first(m.config, "hidden_size", "d_model", "dim", default=32)),
         lambda m: m.floats(m.b, first(m.config, "hidden_size", "embed_dim", default=32), 8, 8),
     ),
-    "inputs_embeds": (lambda m: m.floats(m.b, m.t, first(m.config, "hidden_size", "d_model", "n_embd", default=32)),),
-    "flattened_patches": (lambda m: m.floats(m.b, m.t, first(m.config, "patch_embed_hidden_size", default=32) + 2),),
+    "inputs_embeds": (
+        lambda m: m.floats(m.b, m.t, first(m.config, "hidden_size", "d_model", "n_embd", default=32)),
+    ),
+    "flattened_patches": (
+        lambda m: m.floats(m.b, m.t, first(m.config, "patch_embed_hidden_size", default=32) + 2),
+    ),
     "past_values": (
-        lambda m: m.floats(m.b, first(m.config, "context_length", default=32), first(m.config, "num_input_channels", default=1)),
+        lambda m: m.floats(
+            m.b,
+            first(m.config, "context_length", default=32),
+            first(m.config, "num_input_channels", default=1),
+        ),
         lambda m: m.floats(m.b, first(m.config, "context_length", default=32)),
     ),
     "inputs": (lambda m: m.ids(m.t), lambda m: m.floats(m.b, m.t, 32)),
@@ -141,6 +158,13 @@ WITH: dict[str, dict[str, Callable[[Maker], Any]]] = {
     "context_input_ids": {},
     "past_values_padding": {"past_values_padding": lambda m: torch.zeros(m.b, 32)},
     "freq": {"freq": lambda m: torch.zeros(m.b, 1, dtype=torch.long)},
+    "spatial_shapes": {
+        "pixel_values": lambda m: m.floats(
+            m.b, 16, m.channels() * first(m.config, "patch_size", default=8) ** 2
+        ),
+        "spatial_shapes": lambda m: torch.tensor([[4, 4]] * m.b),
+        "pixel_attention_mask": lambda m: torch.ones(m.b, 16, dtype=torch.long),
+    },
     "qformer_input_ids": {"qformer_input_ids": lambda m: m.ids(5)},
     "task_inputs": {"task_inputs": lambda m: m.ids(5)},
     "action_embeds": {"action_embeds": lambda m: m.floats(m.b, 5, 32)},
@@ -156,7 +180,9 @@ def recipes(model: nn.Module) -> Iterator[str]:
     lead = [main] if main in takes else takes[:1]
     more = [name for name in ("decoder_input_ids", "bbox") if name in takes]
     orders = [[*lead, *needed, *more], [*lead, *needed]]
-    orders += [["input_ids", name, *needed, *more] for name in IMAGES_OR_SOUND if {name, "input_ids"} <= set(takes)]
+    orders += [
+        ["input_ids", name, *needed, *more] for name in IMAGES_OR_SOUND if {name, "input_ids"} <= set(takes)
+    ]
     orders += [[name, *needed] for name in takes]
     for order in dict.fromkeys(tuple(dict.fromkeys(order)) for order in orders if order):
         for way in range(max(len(WAYS[name]) for name in order)):
@@ -168,7 +194,7 @@ def fitting(model: nn.Module, candidates: Iterable[str], sequences: int, tokens:
 
     Raises
     ------
-    ValueError
+    NotBuildable
         With what each of them ended in.
     """
     errors = []
@@ -181,7 +207,7 @@ def fitting(model: nn.Module, candidates: Iterable[str], sequences: int, tokens:
             errors.append(f"{recipe}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
         else:
             return recipe
-    raise ValueError(" | ".join(errors) or "no argument of its forward is known here")
+    raise NotBuildable(" | ".join(errors) or "no argument of its forward is known here")
 
 
 def with_images(model: nn.Module, recipe: str, sequences: int, tokens: int) -> str | None:
@@ -195,13 +221,13 @@ def with_images(model: nn.Module, recipe: str, sequences: int, tokens: int) -> s
     for way in (0, 1):
         try:
             return fitting(model, [f"{named}#{way}@{tokens // 2}"], sequences, tokens)
-        except ValueError as error:
+        except NotBuildable as error:
             # The models themselves tell how many places the features of the images take.
             told = re.search(r"features:? (\d+)|(\d+) (?:image )?features", str(error))
             count = int(next(filter(None, told.groups()))) if told else 0
         for each in (count / sequences, count / sequences / WIDTH):  # some count places, others numbers
             if each.is_integer() and 0 < each < tokens:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(NotBuildable):
                     return fitting(model, [f"{named}#{way}@{int(each)}"], sequences, tokens)
     return None
 

@@ -91,9 +91,9 @@ def section(results: Sequence[Result]) -> str:
     return f"""
 ## Every class that can be built tiny
 
-`{COMMAND}` builds each of them with random weights, captures it forward and backward without any override, and compares it with
-plain hooks of torch: every state and gradient bit for bit, every label, the order of the axes (by two more forwards, with another
-number of sequences and of tokens), every tower, and the family with the source.
+`{COMMAND}` builds each of them with random weights, captures it forward and backward without any override, and
+compares it with plain hooks of torch: every state and gradient bit for bit, every label, the order of the axes (by two more
+forwards, with another number of sequences and of tokens), every tower, and the family with the source.
 
 - **right**: all of that is equal.
 - **unproven**: the run itself says that its reading is not proven, and why.
@@ -114,7 +114,8 @@ Refused:
 
 ### Not built
 
-{len(missing)} need an input, a library or a part that is not made here, or are configurations without a model: {", ".join(missing)}.
+{len(missing)} need an input, a library or a part that is not made here, or are configurations without a model:
+{", ".join(missing)}.
 """
 
 

@@ -1,8 +1,8 @@
 """What do plain hooks see? An independent record of a forward and its backward, without any code of `probes`.
 
-Hooks of torch on every module note, at the moment of the call, the tensors that go in and come out, and their gradients. Blocks
-are the children of one container that hand one tensor of one shape on. Two more forwards, with another number of sequences and
-another number of tokens, tell which axis of a state is which.
+Hooks of torch on every module note, at the moment of the call, the tensors that go in and come out, and their gradients.
+Blocks are the children of one container that hand one tensor of one shape on. Two more forwards, with another number of
+sequences and another number of tokens, tell which axis of a state is which.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from tests.models.families import floats
 
 MOST_BYTES = 1_500_000_000
 """Of the copies of one forward's tensors."""
@@ -50,17 +53,63 @@ class Call:
             call = call.parent
 
 
-def floats(value: Any) -> list[torch.Tensor]:
+def states_in(value: Any) -> list[torch.Tensor]:
     """Floating tensors of two axes or more in arguments or outputs, in their order."""
-    if isinstance(value, torch.Tensor):
-        return [value] if value.is_floating_point() and value.ndim >= 2 else []
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in floats(item)] if isinstance(value, (tuple, list)) else []
+    return [tensor for tensor in floats(value) if tensor.ndim >= 2]
+
+
+class Recorder:
+    """Notes every call of a module while its hooks are on.
+
+    Parameters
+    ----------
+    gradients : bool
+        Whether the gradients that arrive are noted.
+    copies : bool
+        Whether values are kept; without, tensors of the same shape on no device stand for them.
+    """
+
+    def __init__(self, *, gradients: bool, copies: bool):
+        self.gradients, self.copies = gradients, copies
+        self.calls: list[Call] = []
+        self._open: list[Call] = []
+        self._bytes = 0
+
+    def hooks(self, model: nn.Module) -> ExitStack:
+        """Hooks on every module, until the stack is closed."""
+        stack = ExitStack()
+        for path, module in model.named_modules():
+            enter = partial(self._enter, path)
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+            stack.callback(module.register_forward_hook(self._leave).remove)
+        return stack
+
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = Call(path, module, len(self.calls), self._open[-1] if self._open else None)
+        call.taken = [self._note(t) for t in states_in((args, kwargs))]
+        self.calls.append(call)
+        self._open.append(call)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._open.pop().given = [self._note(t) for t in states_in(output)]
+
+    def _note(self, tensor: torch.Tensor) -> Seen:
+        if not self.copies:
+            return Seen(tensor.detach().to("meta"))
+        self._bytes += tensor.numel() * tensor.element_size()
+        if self._bytes > MOST_BYTES:
+            raise MemoryError("the copies of the forward's tensors exceed their bound")
+        seen = Seen(tensor.detach().clone())
+        if self.gradients and tensor.requires_grad:
+            tensor.register_hook(lambda gradient: setattr(seen, "gradient", gradient.detach().clone()))
+        return seen
 
 
 def calls_of(
-    model: nn.Module, batch: Mapping[str, Any], loss: Callable[[Any, Any], torch.Tensor] | None, copies: bool = True
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+    copies: bool = True,
 ) -> list[Call]:
     """Every call of a module in one forward, with gradients where there is a loss.
 
@@ -72,46 +121,15 @@ def calls_of(
     loss : callable, optional
         ``loss(output, batch)``; without it there is no backward.
     copies : bool
-        Whether values are kept; without, tensors of the same shape on no device stand for them.
+        As of `Recorder`.
     """
-    calls: list[Call] = []
-    open_calls: list[Call] = []
-    held = [0]
-
-    def note(tensor: torch.Tensor) -> Seen:
-        if not copies:
-            return Seen(tensor.detach().to("meta"))
-        held[0] += tensor.numel() * tensor.element_size()
-        if held[0] > MOST_BYTES:
-            raise MemoryError("the copies of the forward's tensors exceed their bound")
-        seen = Seen(tensor.detach().clone())
-        if loss is not None and tensor.requires_grad:
-            tensor.register_hook(lambda gradient: setattr(seen, "gradient", gradient.detach().clone()))
-        return seen
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            call = Call(path, module, len(calls), open_calls[-1] if open_calls else None)
-            call.taken = [note(t) for t in floats((args, kwargs))]
-            calls.append(call)
-            open_calls.append(call)
-
-        return hook
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        call = open_calls.pop()
-        call.given = [note(t) for t in floats(output)]
-
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            stack.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True, prepend=True).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
-        with torch.set_grad_enabled(loss is not None):
-            output = model(**batch)
+    recorder = Recorder(gradients=loss is not None, copies=copies)
+    with recorder.hooks(model), torch.set_grad_enabled(loss is not None):
+        output = model(**batch)
     if loss is not None:
         loss(output, batch).backward()
         model.zero_grad(set_to_none=True)
-    return calls
+    return recorder.calls
 
 
 def listening(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +191,7 @@ def groups(model: nn.Module, calls: list[Call]) -> list[Group]:
 
 
 def _hand_on(calls: list[Call]) -> bool:
-    """Whether most of the calls are blocks: of several weighted parts, with an output shaped as their input and as the next's."""
+    """Whether most of the calls are blocks: of several weighted parts, with an output shaped as their input."""
     blocks = [
         call
         for call in calls
@@ -208,7 +226,9 @@ def axes_of(
     for key, shape in base.items():
         word = []
         for axis, size in enumerate(shape):
-            moved = [len(other.get(key, ())) == len(shape) and other[key][axis] != size for other in (batch, token)]
+            moved = [
+                len(other.get(key, ())) == len(shape) and other[key][axis] != size for other in (batch, token)
+            ]
             word.append(_letter(size, sequences, *moved))
         letters[key] = "".join(word)
     return letters
@@ -237,8 +257,8 @@ def _shapes(calls: list[Call]) -> dict[tuple[str, int, bool], tuple[int, ...]]:
 def bypassed(model: nn.Module, batch: Mapping[str, Any], group: Group) -> bool | None:
     """Whether the last state depends on the first one although the state between them was cut off.
 
-    A plain residual chain hands nothing on but its state. None where it cannot be told (no gradient, or the cut changed
-    nothing because the blocks are one module).
+    A plain residual chain hands nothing on but its state. None where it cannot be told: no gradient, or blocks that are one
+    module, in which no single call can be cut.
     """
     if len(group.calls) < 3 or len(set(group.paths)) < len(group.paths):
         return None
@@ -247,33 +267,34 @@ def bypassed(model: nn.Module, batch: Mapping[str, Any], group: Group) -> bool |
     first, middle, last = group.calls[0], group.calls[len(group.calls) // 2 - 1], group.calls[-1]
 
     def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-        start.extend(floats((args, kwargs))[:1])
+        start.extend(states_in((args, kwargs))[:1])
 
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        done: list[bool] = []
-
-        def detached(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2 and not done:
-                done.append(True)
-                return value.detach()
-            if isinstance(value, tuple) and hasattr(value, "_fields"):
-                return type(value)(*map(detached, value))
-            return type(value)(detached(v) for v in value) if type(value) in (tuple, list) else value
-
-        return detached(output)
-
-    def finish(module: nn.Module, args: Any, output: Any) -> None:
-        end.extend(floats(output)[:1])
+    def give(module: nn.Module, args: Any, output: Any) -> None:
+        end.extend(states_in(output)[:1])
 
     with ExitStack() as stack:
         stack.callback(first.module.register_forward_pre_hook(take, with_kwargs=True).remove)
-        stack.callback(middle.module.register_forward_hook(cut).remove)
-        stack.callback(last.module.register_forward_hook(finish).remove)
+        stack.callback(middle.module.register_forward_hook(lambda module, args, output: cut(output)).remove)
+        stack.callback(last.module.register_forward_hook(give).remove)
         model(**batch)
-    if not start or not end or not start[0].requires_grad:
+    if not (start and end and start[0].requires_grad):
         return None
     if not end[0].requires_grad:
         return False
     weight = torch.linspace(-1, 1, end[0].numel()).view_as(end[0])
     (gradient,) = torch.autograd.grad((end[0] * weight).sum(), start, allow_unused=True)
     return gradient is not None and bool(gradient.abs().max() > 0)
+
+
+def cut(output: Any) -> Any:
+    """A block's output whose state, its first tensor, carries no gradient on."""
+    state = states_in(output)[:1]
+
+    def without(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach() if any(value is each for each in state) else value
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(without, value))
+        return type(value)(map(without, value)) if type(value) in (tuple, list) else value
+
+    return without(output)

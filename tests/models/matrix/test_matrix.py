@@ -97,12 +97,16 @@ def without_a_depth(trace: xr.Dataset) -> xr.Dataset:
 
 
 def first_state_everywhere(trace: xr.Dataset) -> xr.Dataset:
-    return trace.assign(residual=(trace.residual.dims, np.repeat(trace.residual.values[:1], trace.sizes["depth"], axis=0)))
+    return trace.assign(
+        residual=(trace.residual.dims, np.repeat(trace.residual.values[:1], trace.sizes["depth"], axis=0))
+    )
 
 
 def swapped_axes(trace: xr.Dataset) -> xr.Dataset:
     names = {"token": "feature", "feature": "token"}
-    swapped = {name: trace[name].rename(names).transpose(*trace[name].dims) for name in ("residual", "gradient")}
+    swapped = {
+        name: trace[name].rename(names).transpose(*trace[name].dims) for name in ("residual", "gradient")
+    }
     return xr.Dataset(swapped, coords={name: trace[name] for name in ("module", "site")})
 
 
@@ -153,7 +157,14 @@ def test_axes_are_told_by_two_more_forwards():
 
 
 def test_the_pages_own_part_is_kept_and_read():
-    results = [Result("timm", "vit", "right", facts={"class": "ViT", "family": "residual", "layout": "B T D", "chains": {"": 4}})]
+    results = [
+        Result(
+            "timm",
+            "vit",
+            "right",
+            facts={"class": "ViT", "family": "residual", "layout": "B T D", "chains": {"": 4}},
+        )
+    ]
     text = page.with_section(f"head\n{page.START}\n{page.END}\ntail", page.section(results))
     assert text.startswith("head\n")
     assert text.endswith("\ntail")

@@ -31,19 +31,29 @@ PREFERRED = (
 
 def transformers_cases() -> list[Case]:
     """One for every model type of transformers."""
-    return [Case("transformers", name, partial(subjects, name), TRANSFORMERS.get(name, PLAIN)) for name in types()]
+    return [
+        Case("transformers", name, partial(subjects, name), TRANSFORMERS.get(name, PLAIN)) for name in types()
+    ]
 
 
 def subjects(model_type: str, seed: int) -> list[Subject]:
     """The model of a type with the first batch that it takes, and where it takes images among text, with them too."""
-    model = build(model_type, seed)
-    try:
-        recipe = inputs.fitting(model, inputs.recipes(model), SEQUENCES, TOKENS)
-    except ValueError as error:
-        raise NotBuildable(f"no batch fits: {error}") from error
+    errors = []
+    for light in (False, True):
+        try:
+            model = build(model_type, seed, light=light)
+            recipe = inputs.fitting(model, inputs.recipes(model), SEQUENCES, TOKENS)
+        except NotBuildable as error:
+            errors.append(str(error))
+        else:
+            break
+    else:
+        raise NotBuildable("; with its own widths: ".join(errors))
     images = inputs.with_images(model, recipe, SEQUENCES, TOKENS)
     chosen = {"": recipe} | ({"with images": images} if images else {})
-    return [Subject(note, model, partial(inputs.batch_of, model, each), each) for note, each in chosen.items()]
+    return [
+        Subject(note, model, partial(inputs.batch_of, model, each), each) for note, each in chosen.items()
+    ]
 
 
 def types() -> list[str]:
@@ -52,7 +62,9 @@ def types() -> list[str]:
 
 
 def mappings() -> list[dict[str, Any]]:
-    others = [name for name in dir(modeling_auto) if name.endswith("MAPPING_NAMES") and name.startswith("MODEL_")]
+    others = [
+        name for name in dir(modeling_auto) if name.endswith("MAPPING_NAMES") and name.startswith("MODEL_")
+    ]
     return [getattr(modeling_auto, name) for name in (*PREFERRED, *sorted(set(others) - set(PREFERRED)))]
 
 
@@ -88,7 +100,7 @@ def class_of(model_type: str) -> type[nn.Module]:
     return min(own, key=lambda c: (not c.__name__.endswith("Model"), len(c.__name__)))
 
 
-def build(model_type: str, seed: int) -> nn.Module:
+def build(model_type: str, seed: int, *, light: bool = False) -> nn.Module:
     """A tiny model of a type with generic weights, in evaluation mode."""
     try:
         model_class = class_of(model_type)
@@ -96,7 +108,7 @@ def build(model_type: str, seed: int) -> nn.Module:
         raise NotBuildable(f"{type(error).__name__}: {error}") from error
     config_class = CONFIG_MAPPING[model_type]
     try:
-        config = tiny(config_class, FIXES.get(model_type))
+        config = tiny(config_class, FIXES.get(model_type), light=light)
         with torch.device("meta"):
             count = sum(p.numel() for p in model_class._from_config(config).parameters())
         if count > MOST_PARAMETERS:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from depthscope import probes
 from depthscope.diagnostics import schema
+from tests.models.families import floats, tilted
 from tests.models.matrix import reference
 from tests.models.matrix.expectations import Expected
 from tests.models.matrix.reference import Call, Group, Seen
@@ -30,6 +33,7 @@ RIGHT, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE = (
     "not buildable",
 )
 FAILURES = (WRONG, CRASHED)
+MOST_TOWERS = 4
 MOST_SEQUENCES = 4096
 """Kept by a capture: all of them, even where a model folds places or windows into its batch."""
 REFUSALS = ("ChainError", "LayoutError", "ReconstructionError", "SiteError", "CaptureError")
@@ -70,28 +74,25 @@ class Record:
 
 
 def loss_of(output: Any, batch: Any) -> torch.Tensor:
-    """A weighted mean of all that carries a gradient; a plain sum of a normed tensor would be constant."""
-    carrying = [t for t in every_float(output) if t.requires_grad]
-    if not carrying:
+    """A weighted mean of all that carries a gradient."""
+    if not any(t.requires_grad for t in floats(output)):
         raise NoGradient("nothing in the output carries a gradient")
-    return sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).mean() for t in carrying)
+    return tilted(output, batch)
 
 
 class NoGradient(Exception):
     """The model's output has no gradient to anything."""
 
 
-def every_float(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value] if value.is_floating_point() else []
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return [t for item in items for t in every_float(item)]
-
-
 # --- one model ---
 
 
-def judge(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], expected: Expected, sizes: tuple[int, int]) -> Verdict:
+def judge(
+    model: nn.Module,
+    make: Callable[[int, int], Mapping[str, Any]],
+    expected: Expected,
+    sizes: tuple[int, int],
+) -> Verdict:
     """Capture one model and compare.
 
     Parameters
@@ -108,7 +109,9 @@ def judge(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], expec
     gradients = _has_gradients(model, batch)
     record = observe(model, make, sizes, gradients)
     facts: dict[str, Any] = {"groups": _sizes(record.groups)}
-    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    before = {
+        name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
+    }
     torch.manual_seed(1)
     try:
         if gradients:
@@ -121,13 +124,20 @@ def judge(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], expec
     changed = _changed(model, before)
     if changed:
         return Verdict(WRONG, f"model: the capture has changed {changed[0]}", verdict.states, facts)
+    if verdict.outcome == RIGHT:
+        more = hands_on_more(model, batch, reference.outermost(record.groups)[:MOST_TOWERS])
+        verdict.reason = f"blocks of {', '.join(more)} hand on more than their state" if more else ""
     return verdict
 
 
 def _changed(model: nn.Module, before: Mapping[str, torch.Tensor]) -> list[str]:
     """Weights and buffers that are not what they were, bit for bit."""
     after = model.state_dict()
-    return [name for name, value in before.items() if not torch.equal(value, after[name]) and not value.isnan().any()]
+    return [
+        name
+        for name, value in before.items()
+        if not torch.equal(value, after[name]) and not value.isnan().any()
+    ]
 
 
 def _has_gradients(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -141,7 +151,9 @@ def _has_gradients(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return True
 
 
-def observe(model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], sizes: tuple[int, int], gradients: bool) -> Record:
+def observe(
+    model: nn.Module, make: Callable[[int, int], Mapping[str, Any]], sizes: tuple[int, int], gradients: bool
+) -> Record:
     """What plain hooks see, in three forwards."""
     b, t = sizes
     torch.manual_seed(1)
@@ -166,7 +178,11 @@ def refusal(error: Exception, facts: dict[str, Any]) -> Verdict:
     message = " ".join(str(error).split())
     if kind in REFUSALS:
         return Verdict(REFUSED, f"{kind}: {message}", facts=facts)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/probes/" in f.filename or "/diagnostics/" in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "/probes/" in f.filename or "/diagnostics/" in f.filename
+    ]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "the model"
     return Verdict(CRASHED, f"{kind} at {place}: {message}", facts=facts)
 
@@ -197,7 +213,9 @@ def depths(run: xr.DataTree) -> Iterator[Depth]:
             yield Depth(name, number, str(at.module.item()), str(at.site.item()), at)
 
 
-def compare(run: xr.DataTree, model: nn.Module, record: Record, expected: Expected, facts: dict[str, Any]) -> Verdict:
+def compare(
+    run: xr.DataTree, model: nn.Module, record: Record, expected: Expected, facts: dict[str, Any]
+) -> Verdict:
     """Everything that can be compared; the first few differences are the reason."""
     found, original = list(depths(run)), expected
     proof = str(run.attrs.get("proof", ""))
@@ -211,10 +229,12 @@ def compare(run: xr.DataTree, model: nn.Module, record: Record, expected: Expect
         "proof": proof,
     }
     if expected.streams > 1 and int(run.attrs["n_streams"]) != expected.streams:
-        expected = Expected(expected.families)  # compared as what the run took it for; the family is wrong already
+        expected = Expected(
+            expected.families
+        )  # compared as what the run took it for; the family is wrong already
     wrong = [*_family(run, original), *_labels(found, record, expected), *_complete(found, record, expected)]
     wrong += _moves(found)
-    right = sum(_matches(d, seen, record, expected) == "" for d in found for seen in _named(d, record)[:1])
+    right = sum(any(_matches(d, seen, record, expected) == "" for seen in _named(d, record)) for d in found)
     facts["depths"] = len(found)
     if wrong:
         facts["differences"] = wrong[:6]
@@ -240,11 +260,16 @@ def _family(run: xr.DataTree, expected: Expected) -> Iterator[str]:
 
 def _named(depth: Depth, record: Record) -> list[tuple[Seen, str]]:
     """The tensors that a depth's label can mean, each with its axes."""
-    if depth.site == "embed" or depth.module == "(input)":
+    # A state inside a block is called after the sublayer whose output was added; no module need give the sum.
+    if depth.site in ("embed", "mid") or depth.module == "(input)":
         return []
+    # A branch inside a block can name the state that its output was added to: then it is what the block around it gives.
+    parts = depth.module.split(".")
+    around = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return [
-        (seen, record.axes.get((depth.module, number, False), ""))
-        for number, call in enumerate(record.given(depth.module))
+        (seen, record.axes.get((path, number, False), ""))
+        for path in around
+        for number, call in enumerate(record.given(path))
         for seen in call.given
     ]
 
@@ -268,19 +293,27 @@ def _matches(depth: Depth, seen: tuple[Seen, str], record: Record, expected: Exp
     values = np.asarray(depth.state.residual.values)
     ours = [(canonical(tensor.value, a, expected), a) for a in orders(tensor.value, axes)]
     # Sequences that a model packs into one axis are tokens of one sample, or unpacked again; never samples of one token.
-    shapes = {values.shape} if "P" not in axes else {values.shape, (1, values.shape[0] * values.shape[1], *values.shape[2:])}
+    shapes = (
+        {values.shape}
+        if "P" not in axes
+        else {values.shape, (1, values.shape[0] * values.shape[1], *values.shape[2:])}
+    )
     packed = "P" in axes and values.shape[1] == 1
-    fitting = [] if packed else [a for array, a in ours if array.shape in shapes and same(array.reshape(values.shape), values)]
+    fitting = (
+        []
+        if packed
+        else [a for array, a in ours if array.shape in shapes and same(array.reshape(values.shape), values)]
+    )
     if not fitting:
         flat = tensor.value.float().numpy()
         if flat.size == values.size and np.array_equal(np.sort(flat, axis=None), np.sort(values, axis=None)):
-            return f"axes: {values.shape} (batch, token, stream, feature) of a tensor {tuple(flat.shape)} with axes {axes}"
+            return f"axes: read as {values.shape} (sample, token, stream, feature) from a tensor {tuple(flat.shape)} of {axes}"
         return f"values: {values.shape} is not the tensor {tuple(flat.shape)} with axes {axes}"
     if tensor.gradient is None:
         if "gradient" in depth.state and bool(depth.state.gradient.notnull().any()):
             return "gradient: one is recorded, but none arrived"
         return ""
-    if "gradient" not in depth.state:
+    if "gradient" not in depth.state or bool(depth.state.gradient.isnull().all()):
         return "gradient: none is recorded, but one arrived"
     gradient = canonical(tensor.gradient, fitting[0], expected).reshape(values.shape)
     if not same(gradient, np.asarray(depth.state.gradient.values)):
@@ -297,7 +330,10 @@ def orders(tensor: torch.Tensor, axes: str) -> list[str]:
     letters = axes if len(axes) == tensor.ndim else "D" * tensor.ndim
     unchanged = [i for i, letter in enumerate(letters) if letter == "D"]
     # Of several axes that did not change with the batch or the length, one holds the features, the others are places.
-    return ["".join("T" if i in unchanged and i != f else letter for i, letter in enumerate(letters)) for f in unchanged]
+    return [
+        "".join("T" if i in unchanged and i != f else letter for i, letter in enumerate(letters))
+        for f in unchanged
+    ]
 
 
 def canonical(tensor: torch.Tensor, axes: str, expected: Expected) -> np.ndarray:
@@ -309,7 +345,10 @@ def canonical(tensor: torch.Tensor, axes: str, expected: Expected) -> np.ndarray
         return rearrange(tensor, f"{words} -> b t n d", n=expected.streams).float().numpy()
     order = [i for letter in "BPTD" for i, have in enumerate(axes) if have == letter]
     moved = tensor.permute(order)
-    sizes = {letter: int(np.prod([tensor.shape[i] for i, a in enumerate(axes) if a == letter])) for letter in "BPTD"}
+    sizes = {
+        letter: int(np.prod([tensor.shape[i] for i, a in enumerate(axes) if a == letter]))
+        for letter in "BPTD"
+    }
     return moved.reshape(sizes["B"], sizes["P"] * sizes["T"], 1, sizes["D"]).float().numpy()
 
 
@@ -317,7 +356,9 @@ def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterato
     """Every state between blocks is among the depths, in order, and every tower has a chain."""
     modules = {depth.module for depth in found}
     for group in record.groups:
-        inner = expected.streams > 1 and any(m.startswith(f"{path}.") for path in group.paths for m in modules)
+        inner = expected.streams > 1 and any(
+            m.startswith(f"{path}.") for path in group.paths for m in modules
+        )
         if inner or modules & set(group.paths):
             yield from _group_complete(found, group, record, expected)
     for group in reference.outermost(record.groups):
@@ -342,7 +383,10 @@ def _group_complete(found: list[Depth], group: Group, record: Record, expected: 
         else:
             rest = rest[at + 1 :]
     if missing:
-        yield f"missing: {len(missing)} of {len(group.states())} states of {group.container} are at no depth in order: {missing[0]}"
+        yield (
+            f"missing: {len(missing)} of {len(group.states())} states of {group.container} are at no depth in order: "
+            f"{missing[0]}"
+        )
 
 
 def _moves(found: list[Depth]) -> Iterator[str]:
@@ -351,19 +395,20 @@ def _moves(found: list[Depth]) -> Iterator[str]:
     for depth in found:
         by_chain.setdefault(depth.chain, []).append(depth.state.residual.values)
     for name, values in by_chain.items():
-        still = [i for i, (a, b) in enumerate(zip(values, values[1:], strict=False), 1) if np.array_equal(a, b, equal_nan=True)]
+        pairs = enumerate(pairwise(values), 1)
+        still = [number for number, (before, after) in pairs if same(before, after)]
         if still:
             yield f"still: the state of {name or 'the chain'} is bit for bit the same at depths {still[0] - 1} and {still[0]}"
 
 
-def bypass_notes(model: nn.Module, batch: Mapping[str, Any], groups: Iterable[Group]) -> list[str]:
-    """Groups of blocks that hand on more than their state."""
-    notes = []
+def hands_on_more(model: nn.Module, batch: Mapping[str, Any], groups: Iterable[Group]) -> list[str]:
+    """Containers whose blocks hand on more than their state; what cannot be told is left out."""
+    found = []
     for group in groups:
         torch.manual_seed(1)
-        try:
+        with suppress(
+            RuntimeError
+        ):  # in-place operations that a backward through the whole model does not survive
             if reference.bypassed(model, batch, group):
-                notes.append(group.container)
-        except Exception as error:
-            notes.append(f"{group.container}? {type(error).__name__}: {str(error)[:80]}")
-    return notes
+                found.append(group.container)
+    return found
