@@ -120,12 +120,3 @@ def _collected(queue: Any, jobs: int, on_result: Callable[[Result], None] | None
         if on_result is not None:
             on_result(item)
         yield item
-
-
-def _collected(queue: Any, jobs: int) -> Iterator[Result]:
-    while jobs:
-        item = queue.get()
-        if item == _END:
-            jobs -= 1
-        else:
-            yield item

@@ -93,7 +93,10 @@ def _boxes(make: Maker) -> torch.Tensor:
 # One way a name, or several that are tried in this order.
 WAYS: dict[str, tuple[Callable[[Maker], Any], ...]] = {
     "input_ids": (lambda m: m.ids(m.t),),
-    "decoder_input_ids": (lambda m: m.ids(9),),
+    "decoder_input_ids": (
+        lambda m: m.ids(9),
+        lambda m: m.ids(9).repeat_interleave(first(m.config, "num_codebooks", default=1), 0),
+    ),
     "pixel_values": (lambda m: m.images(), lambda m: m.video()),
     "pixel_values_videos": (lambda m: m.video(),),
     "input_features": (

@@ -42,7 +42,7 @@ RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"n_group|topk_group|.*n_groups", at_most(1)),
     (r"index_topk.*|index_k.*", lambda v: v),
     (
-        r"(.*_)?(experts_per_tok|topk|top_k|experts_top_k|num_experts_per_token)|moe_topk|topk_.*|num_selected.*",
+        r"(.*_)?(experts_per_tok|topk|top_k|experts_top_k|num_experts_per_token)|moe_topk|moe_k|topk_.*|num_selected.*",
         at_most(2),
     ),
     (r".*(num|n)_.*experts|num_experts|.*expert_num|experts", at_most(4)),
@@ -160,7 +160,11 @@ def _tiny_value(default: Any, name: str, value: Any, light: bool) -> Any:
         return value
     if isinstance(value, Mapping) and name.startswith("rope"):
         sections = _tiny_sections(value, default)
-        if _reads_sections(type(default)) and not any("section" in key for key in sections):
+        if (
+            "rope_type" in sections
+            and _reads_sections(type(default))
+            and not any("section" in key for key in sections)
+        ):
             sections["mrope_section"] = [2, 1, 1]
         return sections
     if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):

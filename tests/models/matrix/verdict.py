@@ -356,10 +356,7 @@ def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterato
     """Every state between blocks is among the depths, in order, and every tower has a chain."""
     modules = {depth.module for depth in found}
     for group in record.groups:
-        inner = expected.streams > 1 and any(
-            m.startswith(f"{path}.") for path in group.paths for m in modules
-        )
-        if inner or modules & set(group.paths):
+        if _read(group, modules, record.groups):
             yield from _group_complete(found, group, record, expected)
     for group in reference.outermost(record.groups):
         prefix = f"{group.container}."
@@ -367,6 +364,15 @@ def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterato
         around = any(path.startswith(f"{m}.") for path in group.paths[:1] for m in modules if m != "(input)")
         if not inside and not around:
             yield f"tower: no chain for {group.container} ({len(group.calls)} blocks)"
+
+
+def _read(group: Group, modules: set[str], groups: list[Group]) -> bool:
+    """Whether the depths are those of this group: of its blocks, or of places in them that no smaller group has."""
+    paths = set(group.paths)
+    if modules & paths:
+        return True
+    smaller = {path for other in groups for path in other.paths if any(path.startswith(f"{p}.") for p in paths)}
+    return not modules & smaller and any(module.startswith(f"{path}.") for path in paths for module in modules)
 
 
 def _group_complete(found: list[Depth], group: Group, record: Record, expected: Expected) -> Iterator[str]:
