@@ -263,14 +263,15 @@ def _named(depth: Depth, record: Record) -> list[tuple[Seen, str]]:
     # A state inside a block is called after the sublayer whose output was added; no module need give the sum.
     if depth.site in ("embed", "mid") or depth.module == "(input)":
         return []
+    taken = depth.site == "pre"  # changed between two blocks: what the next one takes
     # A branch inside a block can name the state that its output was added to: then it is what the block around it gives.
     parts = depth.module.split(".")
     around = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return [
-        (seen, record.axes.get((path, number, False), ""))
+        (seen, record.axes.get((path, number, taken), ""))
         for path in around
         for number, call in enumerate(record.given(path))
-        for seen in call.given
+        for seen in (call.taken if taken else call.given)
     ]
 
 
@@ -371,8 +372,12 @@ def _read(group: Group, modules: set[str], groups: list[Group]) -> bool:
     paths = set(group.paths)
     if modules & paths:
         return True
-    smaller = {path for other in groups for path in other.paths if any(path.startswith(f"{p}.") for p in paths)}
-    return not modules & smaller and any(module.startswith(f"{path}.") for path in paths for module in modules)
+    smaller = {
+        path for other in groups for path in other.paths if any(path.startswith(f"{p}.") for p in paths)
+    }
+    return not modules & smaller and any(
+        module.startswith(f"{path}.") for path in paths for module in modules
+    )
 
 
 def _group_complete(found: list[Depth], group: Group, record: Record, expected: Expected) -> Iterator[str]:
