@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ PARTS = ("pre", "post", "res")
 ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 WORD = re.compile(r"[A-Za-z0-9_.-]+")
 
-KEYS: dict[str, type | tuple[type, ...]] = {
+KEYS: dict[str, type] = {
     "name": str,
     "family": str,
     "style": str,
@@ -114,7 +115,9 @@ class Dialect:
     @property
     def looked_for(self) -> str:
         """The row in words, for a user whose checkpoint has no connection."""
-        tensors = ", ".join(f"{role} ({self.shape_texts[role]})" for role in self.shape_texts if role in self.required)
+        tensors = ", ".join(
+            f"{role} ({self.shape_texts[role]})" for role in self.shape_texts if role in self.required
+        )
         return f"{self.name}: {self.title}; {tensors}"
 
     @property
@@ -139,7 +142,9 @@ class Dialect:
 
     def patterns(self) -> Iterator[re.Pattern[str]]:
         """Regular expressions of full tensor names, with the groups ``path``, ``branch`` and ``leaf``."""
-        leaves = "|".join(map(re.escape, sorted({*self.leaves, *self.unused, *self.absent}, key=len, reverse=True)))
+        leaves = "|".join(
+            map(re.escape, sorted({*self.leaves, *self.unused, *self.absent}, key=len, reverse=True))
+        )
         branch = "|".join(map(re.escape, self.branches)) or r"[A-Za-z0-9_]+"
         for name in self.names:
             text = re.escape(name).replace(r"\{path\}\.", r"(?P<path>(?:.+\.)?)")
@@ -172,7 +177,9 @@ def read_dialects(path: str | Path) -> tuple[Dialect, ...]:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"no file of dialects at '{path}'; expected a TOML file with a [[dialect]] table")
+        raise CheckpointError(
+            f"no file of dialects at '{path}'; expected a TOML file with a [[dialect]] table"
+        )
     require_file(path)
     return tuple(_rows(path, {row["name"]: row for row in _content(TABLE)}, users=True))
 
@@ -202,7 +209,9 @@ def _with_copied_keys(row: Mapping[str, Any], known: Mapping[str, Any]) -> Mappi
     if "like" not in row:
         return row
     if row["like"] not in known:
-        raise FormulaError(f"like = {printable(row['like'])!r} is no earlier row; expected one of {', '.join(known)}")
+        raise FormulaError(
+            f"like = {printable(row['like'])!r} is no earlier row; expected one of {', '.join(known)}"
+        )
     base = known[row["like"]]
     if "like" in base:
         base = _with_copied_keys(base, known)
@@ -212,14 +221,18 @@ def _with_copied_keys(row: Mapping[str, Any], known: Mapping[str, Any]) -> Mappi
 
 def _content(path: Path) -> list[Any]:
     if path.stat().st_size > LARGEST_FILE:
-        raise CheckpointError(f"'{path}' has {path.stat().st_size} bytes; expected a TOML file of dialects, below 1 MB")
+        raise CheckpointError(
+            f"'{path}' has {path.stat().st_size} bytes; expected a TOML file of dialects, below 1 MB"
+        )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is no TOML file ({first_line(error)}); correct that line") from error
     rows = content.get("dialect")
     if not isinstance(rows, list) or not rows or set(content) != {"dialect"}:
-        raise CheckpointError(f"'{path}' has no [[dialect]] table, or others besides; see docs/dialects.md for an example")
+        raise CheckpointError(
+            f"'{path}' has no [[dialect]] table, or others besides; see docs/dialects.md for an example"
+        )
     return rows
 
 
@@ -271,30 +284,37 @@ def _check_types(row: Any) -> None:
     for key, value in row.items():
         if key not in KEYS:
             raise FormulaError(f"{printable(key)!r} is no key of a row; expected {', '.join(KEYS)}")
+        # True is an int too
         if not isinstance(value, KEYS[key]) or (KEYS[key] is int and isinstance(value, bool)):
-            raise FormulaError(f"{key} is {type(value).__name__}; expected {_type_name(KEYS[key])}")
-    if not row.get("name"):
-        raise FormulaError("it has no name")
-    if not WORD.fullmatch(row["name"]):
-        raise FormulaError("its name has other signs than letters, digits, '-', '_' and '.'")
-    texts = [("tensors", row.get("tensors", {})), ("optional", row.get("optional", {})), ("parts", row.get("parts", {})),
-             ("gates", row.get("gates", {}))]  # fmt: skip
-    for key, table in texts:
-        for name, text in table.items():
-            if not isinstance(text, str):
-                raise FormulaError(f"{key}.{printable(name)} is {type(text).__name__}; expected text")
+            raise FormulaError(f"{key} is {_type_name(type(value))}; expected {_type_name(KEYS[key])}")
+    if not WORD.fullmatch(row.get("name", "")):
+        raise FormulaError("its name is missing, or has other signs than letters, digits, '-', '_' and '.'")
+    for key in ("tensors", "optional", "parts", "gates"):
+        _require_texts(row.get(key, {}).values(), key)
     for key in ("names", "branches", "model_types", "absent", "unused", "conditions"):
-        if not all(isinstance(each, str) for each in row.get(key, ())):
-            raise FormulaError(f"{key} contains what is no text")
+        _require_texts(row.get(key, ()), key)
 
 
-def _type_name(kind: type | tuple[type, ...]) -> str:
-    words = {str: "text", list: "a list", dict: "a table", int: "a whole number", bool: "true or false"}
-    return words[kind] if isinstance(kind, type) else "a value"
+def _require_texts(values: Iterable[Any], key: str) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise FormulaError(f"{key} contains {_type_name(type(value))}; expected text")
+
+
+def _type_name(kind: type) -> str:
+    words = {
+        str: "text",
+        list: "a list",
+        dict: "a table",
+        int: "a whole number",
+        bool: "true or false",
+        float: "a number",
+    }
+    return words.get(kind, kind.__name__)
 
 
 def _check_names(one: Dialect, row: Mapping[str, Any]) -> None:
-    """Refuse names and formulas that could never match or be computed."""
+    """Refuse a row whose names could never match, or whose formulas could never be computed."""
     for name in one.names:
         if name.count("*") != 1 or not name.startswith("{path}."):
             raise FormulaError(
@@ -304,21 +324,30 @@ def _check_names(one: Dialect, row: Mapping[str, Any]) -> None:
         raise FormulaError(f"rows is {printable(row['rows'])!r}; expected 'sources' or 'destinations'")
     if one.read_lag not in (0, 1):
         raise FormulaError(f"read_lag is {one.read_lag}; expected 0 or 1")
-    if unknown := [part for part in one.gates if part not in PARTS]:
-        raise FormulaError(f"gates.{unknown[0]} is no part; expected {', '.join(PARTS)}")
-    symbols = {name for shapes in one.shapes.values() for each in shapes for size in each for name in size.names}
+    symbols = {
+        name for shapes in one.shapes.values() for each in shapes for size in each for name in size.names
+    }
     known = {*one.shapes, *one.constants, *symbols, "n"}
-    for where, formula in [*one.parts.items(), *one.gates.items(), *one.formulas.items()]:
-        allowed = known | one.parts.keys() if where in one.formulas else known
-        if missing := sorted(formula.names - allowed):
-            raise FormulaError(
-                f"{where} uses {missing[0]!r}, which is no tensor, symbol of a shape, constant or part of the row"
-            )
+    if taken := sorted(known & FUNCTIONS.keys()):
+        raise FormulaError(
+            f"{taken[0]!r} is the name of a function; call the tensor, constant or part otherwise"
+        )
+    if unknown := sorted(one.gates.keys() - set(PARTS)):
+        raise FormulaError(f"gates.{unknown[0]} is no part; expected {', '.join(PARTS)}")
+    for where, formula in (*one.parts.items(), *one.gates.items()):
+        _require_known(where, formula, known)
+    for where, formula in one.formulas.items():
+        _require_known(where, formula, known | one.parts.keys())
     for condition in one.conditions:
-        if missing := sorted(condition.names - symbols):
-            raise FormulaError(f"the condition {condition.text!r} uses {missing[0]!r}, which is in no shape")
-    if taken := [name for name in known if name in FUNCTIONS]:
-        raise FormulaError(f"{taken[0]!r} is the name of a function; call the tensor, constant or part otherwise")
+        _require_known("a condition", condition, symbols)
+
+
+def _require_known(where: str, formula: Formula, known: AbstractSet[str]) -> None:
+    if missing := sorted(formula.names - known):
+        raise FormulaError(
+            f"{where} uses {missing[0]!r}, which is no tensor, symbol of a shape, constant or part of the row; "
+            f"known are {', '.join(sorted(known))}"
+        )
 
 
 def _leaves(entry: str) -> Iterator[tuple[str, str]]:
@@ -337,7 +366,12 @@ def _role(entry: str) -> str:
 
 def _constant(name: str, entry: Any) -> Constant:
     expected = "a table with keys (of the configuration) and a default"
-    if not isinstance(entry, dict) or not {"keys", "default"} <= entry.keys() <= {"keys", "default", "attributes", "assumed"}:
+    if not isinstance(entry, dict) or not {"keys", "default"} <= entry.keys() <= {
+        "keys",
+        "default",
+        "attributes",
+        "assumed",
+    }:
         raise FormulaError(f"constants.{printable(name)} is not {expected}")
     keys, default = entry["keys"], entry["default"]
     if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
@@ -346,4 +380,6 @@ def _constant(name: str, entry: Any) -> Constant:
         raise FormulaError(f"constants.{printable(name)}.default is not a number")
     if name in RANGES:
         raise FormulaError(f"constants.{name}: {name!r} is a size of the shapes; call the constant otherwise")
-    return Constant(tuple(keys), float(default), tuple(entry.get("attributes", ())), str(entry.get("assumed", "")))
+    return Constant(
+        tuple(keys), float(default), tuple(entry.get("attributes", ())), str(entry.get("assumed", ""))
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,39 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: str
     read: bool
+
+
+@dataclass(frozen=True)
+class Unrecognised:
+    """A tensor that looks like a connection's and that no row of the dialects explains."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DepthRead:
+    """What weights alone tell of an attention over depth: softmax over sources of q · norm(source).
+
+    Parameters
+    ----------
+    sources : int
+        How many it reads: the embedding, the sums of finished blocks, and the unfinished one. 0 for a query that is not
+        applied.
+    block : int
+        Layers that are summed to one source.
+    resets : bool
+        Whether a block ends here: the state that goes on begins anew with this layer's attention.
+    query_norms : tuple of float
+        ‖q‖ of each query; 0 weighs all sources alike.
+    """
+
+    sources: int
+    block: int
+    resets: bool
+    query_norms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,8 @@ class StaticConnection:
     """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
 
     ``composes``: whether products of H_res alone describe mixing over depth; ``sinkhorn``: how ``logits`` become H_res.
+    ``h_pre`` is the read that is applied here; with ``read_lag`` 1 the sub-block before made it, and None means that the files
+    do not tell. ``unused``: parameters that are stored and never applied.
     """
 
     module: str
@@ -77,6 +112,10 @@ class StaticConnection:
     sinkhorn: dict[str, Any]
     mixing: MatrixFacts | None
     note: str
+    dialect: str
+    read_lag: int | None
+    unused: tuple[str, ...]
+    depth: DepthRead | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +157,22 @@ def matrix_facts(h_res: np.ndarray) -> MatrixFacts:
 # --- products over depth
 
 
-def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]:
-    """One product for each chain and number of streams in which every matrix is known and composes."""
+def composites(
+    connections: Sequence[StaticConnection], broken: Collection[str] = ()
+) -> list[StaticComposite]:
+    """One product for each chain and number of streams in which every matrix is known and composes.
+
+    Parameters
+    ----------
+    connections : sequence of StaticConnection
+        In the order of depth.
+    broken : collection of str
+        Chains with tensors that look like a connection and were not recognised: a product would leave it out.
+
+    Returns
+    -------
+    list of StaticComposite
+    """
     chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
     for connection in connections:
         # Matrices of an encoder and a decoder, or of other sizes, do not multiply.
@@ -127,6 +180,7 @@ def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]
     return [
         _composite(chain, members)
         for (chain, _), members in chains.items()
+        if chain not in broken
         if all(member.h_res is not None and member.composes for member in members)
     ]
 
@@ -160,6 +214,9 @@ def _effective_streams(h_res: np.ndarray, members: Sequence[StaticConnection]) -
     # connections with several branch inputs have matrices in place of vectors, for which the kernel has no cut
     reads = [member.h_pre for member in members if member.h_pre is not None and member.h_pre.ndim == 1]
     writes = [member.h_post for member in members if member.h_post is not None and member.h_post.ndim == 1]
+    # where it is open which sub-block applies a read, so is the kernel
+    if any(member.read_lag is None for member in members):
+        return None
     if len(members) < 2 or len(reads) < len(members) or len(writes) < len(members):
         return None
     weights = kernel.depth_kernel(h_res, np.stack(reads), np.stack(writes))

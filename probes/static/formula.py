@@ -195,14 +195,18 @@ def _names(tree: ast.AST, text: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
-                raise FormulaError(f"{text[:80]!r} calls what is no function; expected {', '.join(FUNCTIONS)}")
+                raise FormulaError(
+                    f"{text[:80]!r} calls what is no function; expected {', '.join(FUNCTIONS)}"
+                )
         elif isinstance(node, ast.Name):
             found.add(node.id)
         elif isinstance(node, ast.Constant):
             if type(node.value) not in (int, float, str):
                 raise FormulaError(f"{text[:80]!r} contains {node.value!r}; expected numbers")
         elif not isinstance(node, (*_GRAMMAR, *OPERATORS)):
-            raise FormulaError(f"{text[:80]!r} contains a {type(node).__name__}, which is no part of a formula")
+            raise FormulaError(
+                f"{text[:80]!r} contains a {type(node).__name__}, which is no part of a formula"
+            )
     return found - FUNCTIONS.keys()
 
 

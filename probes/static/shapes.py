@@ -54,7 +54,9 @@ def _alternative(text: str) -> Shape:
 
 
 def solve(
-    shapes: Mapping[str, tuple[int, ...]], equations: Mapping[str, Sequence[Shape]], conditions: Sequence[Formula]
+    shapes: Mapping[str, tuple[int, ...]],
+    equations: Mapping[str, Sequence[Shape]],
+    conditions: Sequence[Formula],
 ) -> list[Sizes]:
     """Every assignment of the symbols with which all shapes are as a row gives them.
 
@@ -112,7 +114,9 @@ def _candidates(formula: Formula, name: str, size: int, known: Sizes, *, alone: 
         # A symbol is at most the size that it is part of.
         return (value for value in RANGES[name] if value <= size)
     if not alone:
-        raise FormulaError(f"the size {formula.text!r} has several unknown factors; give each a shape of its own")
+        raise FormulaError(
+            f"the size {formula.text!r} has several unknown factors; give each a shape of its own"
+        )
     # Sizes of features are large, and their equations linear: two values give the line.
     at_zero, at_one = (float(formula.value({**known, name: value})) for value in (0, 1))
     slope = at_one - at_zero
