@@ -314,7 +314,7 @@ def _type_name(kind: type) -> str:
 
 
 def _check_names(one: Dialect, row: Mapping[str, Any]) -> None:
-    """Refuse a row whose names could never match, or whose formulas could never be computed."""
+    """Refuse a row whose names could never match, or whose orientation or lag is none."""
     for name in one.names:
         if name.count("*") != 1 or not name.startswith("{path}."):
             raise FormulaError(
@@ -324,6 +324,11 @@ def _check_names(one: Dialect, row: Mapping[str, Any]) -> None:
         raise FormulaError(f"rows is {printable(row['rows'])!r}; expected 'sources' or 'destinations'")
     if one.read_lag not in (0, 1):
         raise FormulaError(f"read_lag is {one.read_lag}; expected 0 or 1")
+    _check_formulas(one)
+
+
+def _check_formulas(one: Dialect) -> None:
+    """Refuse formulas that use what the row does not give."""
     symbols = {
         name for shapes in one.shapes.values() for each in shapes for size in each for name in size.names
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +153,14 @@ def matrix_facts(h_res: np.ndarray) -> MatrixFacts:
         identity_distance=float(kernel.identity_distance(h_res)),
         uniform_distance=float(np.linalg.norm(h_res - 1.0 / n) / math.sqrt(n)),
     )
+
+
+def by_stem(found: Iterable[Unrecognised]) -> dict[str, list[Unrecognised]]:
+    """Unrecognised tensors together that differ in the numbers of their names alone, as layers do."""
+    groups: dict[str, list[Unrecognised]] = defaultdict(list)
+    for one in found:
+        groups[f"{re.sub(r'[0-9]+', '*', one.name)} {one.shape} {one.reason}"].append(one)
+    return groups
 
 
 # --- products over depth

@@ -86,7 +86,7 @@ class Recognition:
 
 @dataclass(frozen=True)
 class Context:
-    """What is known of a checkpoint besides its tensors: its configuration, and the dialect or model type that a user named."""
+    """What is known of a checkpoint besides its tensors: its configuration, and what a user said that it is."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     named: str = ""
@@ -200,8 +200,8 @@ def _require_known_type(
     first = unclaimed[0]
     fits = list(dict.fromkeys(one.dialect.name for one in unclaimed if one.tensors == first.tensors))
     raise CheckpointError(
-        f"the model type {shown} {known}, and {first.module} has the names or shapes of {' and of '.join(fits)}, which may mean "
-        f"something else there; give --as {fits[0]} if it computes the same, or a row of your own with --dialect FILE"
+        f"the model type {shown} {known}, and {first.module} has the names or shapes of {' and of '.join(fits)}, which may "
+        f"mean something else there; give --as {fits[0]} if it computes the same, or a row of your own with --dialect FILE"
     )
 
 
@@ -251,7 +251,8 @@ def _decided(rivals: Sequence[Candidate], width: int | None, context: Context, *
     first, sizes = options[0]
     note = (first.dialect.note,) if first.dialect.note else ()
     if len(kinds) > 1:
-        return Found(first, None, first.dialect.read_lag, _not_decided(options), tuple(notes))
+        agreed = sizes if all(each == sizes for _, each in options) else None
+        return Found(first, agreed, first.dialect.read_lag, _not_decided(options), tuple(notes))
     lags = {one.dialect.read_lag for one, _ in options}
     lag: int | None = first.dialect.read_lag
     if len(lags) > 1:
@@ -260,8 +261,8 @@ def _decided(rivals: Sequence[Candidate], width: int | None, context: Context, *
     if lag is None:
         names = " and ".join(dict.fromkeys(one.dialect.name for one, _ in options))
         notes.append(
-            f"the names are those of {names}: H_pre is what each sub-block computes; whether it or the next one applies it the "
-            "file does not tell, but config.json or --as does"
+            f"the names are those of {names}: H_pre is what each sub-block computes; whether it or the next one applies it "
+            "the file does not tell, but config.json or --as does"
         )
     return Found(first, sizes, lag, "", (*note, *notes))
 

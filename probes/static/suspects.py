@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor
@@ -150,11 +149,3 @@ def _has_shape(shape: tuple[int, ...], width: int | None) -> bool:
             if rows in counts:
                 return True
     return False
-
-
-def by_stem(found: Iterable[Unrecognised]) -> dict[str, list[Unrecognised]]:
-    """Unrecognised tensors together that differ in the numbers of their names alone, as layers do."""
-    groups: dict[str, list[Unrecognised]] = defaultdict(list)
-    for one in found:
-        groups[f"{re.sub(r'[0-9]+', '*', one.name)} {one.shape} {one.reason}"].append(one)
-    return groups

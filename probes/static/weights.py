@@ -147,9 +147,12 @@ def _weigh(found: Found, values: Values, constants: Mapping[str, float]) -> Stat
     row, sizes = found.dialect, found.sizes or {}
     names: dict[str, Any] = {"n": found.streams, **sizes, **constants, **values}
     gates = {part: float(np.ravel(gate)[0]) for part, gate in _computed(row.gates, names).items()}
-    if found.withheld or not found.sizes:
+    if not found.sizes:
         return StaticWeights(gates=gates)
     parts = _computed(row.parts, names)
+    biases = {part: _destinations_first(np.asarray(bias), row, part) for part, bias in parts.items()}
+    if found.withheld:
+        return StaticWeights(biases=biases, gates=gates)
     results = _computed(row.formulas, {**names, **parts})
     mixing = results.get("mixing")
     query = results.get("query")
@@ -160,7 +163,7 @@ def _weigh(found: Found, values: Values, constants: Mapping[str, float]) -> Stat
         pre=_weights(results.get("read"), size, "read", axis=-1),
         post=_weights(results.get("write"), size, "write", axis=0),
         query=None if query is None else np.atleast_2d(query),
-        biases={part: _destinations_first(np.asarray(bias), row, part) for part, bias in parts.items()},
+        biases=biases,
         gates=gates,
         logits=logits,
         sinkhorn=sinkhorn,
