@@ -29,12 +29,19 @@ class FormulaError(ValueError):
 def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = "columns") -> np.ndarray:
     """Sinkhorn of exp(logits), in ``rounds`` rounds that end on ``last`` (rows or columns of the logits).
 
-    With a floor, the first normalisation is a softmax to which the floor is added, as in DeepSeek-V4.
+    With a floor the first normalisation is a softmax to which it is added, and every later sum has it too, as in DeepSeek-V4.
     """
-    axis = -1 if last == "columns" else -2  # the side that is normalised first
-    if floor:
-        logits = np.log(softmax(logits, axis=axis) + floor)
-    return np.asarray(kernel.sinkhorn(logits, steps=int(rounds), last=last.removesuffix("s")))
+    if last not in ("rows", "columns"):
+        raise FormulaError(f"sinkhorn ends on {last!r}; expected 'rows' or 'columns'")
+    if not floor:
+        return np.asarray(kernel.sinkhorn(logits, steps=int(rounds), last=last.removesuffix("s")))
+    first, other = (-1, -2) if last == "columns" else (-2, -1)
+    matrix = softmax(logits, axis=first) + floor
+    matrix = matrix / (matrix.sum(axis=other, keepdims=True) + floor)
+    for _ in range(int(rounds) - 1):
+        for axis in (first, other):
+            matrix = matrix / (matrix.sum(axis=axis, keepdims=True) + floor)
+    return matrix
 
 
 def permutations(weights: np.ndarray) -> np.ndarray:

@@ -208,7 +208,7 @@ def _require_known_type(
 def _nothing_fits(named: str, tried: Sequence[Candidate]) -> str:
     near = next((one for one in tried if one.misfit and not one.dialect.head), None)
     why = f": at {near.module}, {near.misfit}" if near else ""
-    return f"no tensors have the names of the dialect {printable(named)}{why}; leave --as out to see what is there"
+    return f"no tensors have the names of the dialect {printable(named)!r}{why}; leave --as out to see what is there"
 
 
 # --- which row, where several fit
@@ -239,7 +239,7 @@ def _outranks(first: Dialect, other: Dialect) -> bool:
 
 def _decided(rivals: Sequence[Candidate], width: int | None, context: Context, *, with_head: bool) -> Found:
     notes: list[str] = []
-    options = [(one, sizes) for one in rivals for sizes in _possible_sizes(one, width, context)]
+    options = _possible([(one, sizes) for one in rivals for sizes in one.sizes], width, context)
     common = [pair for pair in options if not pair[0].dialect.rare]
     if common and len(common) < len(options):
         rare = next(one for one, _ in options if one.dialect.rare)
@@ -267,16 +267,18 @@ def _decided(rivals: Sequence[Candidate], width: int | None, context: Context, *
     return Found(first, sizes, lag, "", (*note, *notes))
 
 
-def _possible_sizes(one: Candidate, width: int | None, context: Context) -> list[Sizes]:
-    """The sizes that agree with the width and the streams of the model, where it gives any; else all that the shapes allow."""
-    sizes = list(one.sizes)
+def _possible(
+    options: list[tuple[Candidate, Sizes]], width: int | None, context: Context
+) -> list[tuple[Candidate, Sizes]]:
+    """Rows and sizes that agree with the streams and the width of the model; all of them where none does."""
     streams = next((value for key in STREAM_SETTINGS if (value := setting(context.config, key))), None)
-    # a generalised connection's stream is a part of the width
     for key, known in (("n", streams), ("D", width)):
-        agreeing = [each for each in sizes if each.get(key) == known]
-        if agreeing and not (key == "D" and "m" in agreeing[0]):
-            sizes = agreeing
-    return sizes
+        # a generalised connection's stream is a part of the width
+        agreeing = [
+            pair for pair in options if pair[1].get(key) == known and not (key == "D" and "m" in pair[1])
+        ]
+        options = agreeing or options
+    return options
 
 
 def _computation(row: Dialect, sizes: Sizes) -> tuple[Any, ...]:

@@ -136,14 +136,16 @@ def _on_gates(connections: Sequence[StaticConnection]) -> Iterator[str]:
 def _on_gaps(connections: Sequence[StaticConnection]) -> Iterator[str]:
     chains: dict[str, list[StaticConnection]] = defaultdict(list)
     for one in connections:
-        chains[one.chain].append(one)
+        # the first attention over depth has nothing to read, and often no query
+        if one.depth is None:
+            chains[one.chain].append(one)
     for chain, members in chains.items():
         missing = missing_places(members)
         if missing:
             shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             yield (
-                f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth leaves "
-                "it out"
+                f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth "
+                "leaves it out"
             )
 
 

@@ -39,13 +39,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.weights_only:
         return _describe_weights(args)
-    given = [
-        name for name, value in (("dialect", args.dialect), ("as", args.as_dialect)) if value is not None
-    ]
-    if given:
-        raise ValueError(
-            f"--{' and --'.join(given)} tell how weight files are read; add --weights-only, or leave it out"
-        )
+    _refuse_options_of_weight_files(args)
     loaded = load(args)
     from depthscope import probes
     from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
