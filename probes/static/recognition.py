@@ -275,7 +275,7 @@ def _possible(
     for key, known in (("n", streams), ("D", width)):
         # a generalised connection's stream is a part of the width
         agreeing = [
-            pair for pair in options if pair[1].get(key) == known and not (key == "D" and "m" in pair[1])
+            pair for pair in options if pair[1].get(key, 0) == known and not (key == "D" and "m" in pair[1])
         ]
         options = agreeing or options
     return options
