@@ -83,8 +83,9 @@ def candidates(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
 
 def _by_names(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
     endings = (*dialect.leaves, *dialect.unused, *dialect.absent)
-    near = [(name, name.removesuffix(WEIGHT)) for name in tensors]
-    near = [pair for pair in near if pair[1].endswith(endings)]
+    # A row may call the weight of a Linear x: x, or x.weight.
+    texts = [(name, text) for name in tensors for text in dict.fromkeys((name.removesuffix(WEIGHT), name))]
+    near = [pair for pair in texts if pair[1].endswith(endings)]
     for pattern in dialect.patterns():
         groups: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
         for name, stem in near:

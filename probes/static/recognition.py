@@ -218,6 +218,11 @@ def _settled(
     fitting: Sequence[Candidate], tensors: Tensors, context: Context, *, with_head: bool
 ) -> list[Found]:
     """One row for each group of tensors; what they leave open is said."""
+    sizes = _sizes_of_model(tensors, context)
+    # A rare row shares its shapes with others: what the configuration says of the sizes rules it out.
+    fitting = [
+        one for one in fitting if not one.dialect.rare or any(_agrees(each, sizes) for each in one.sizes)
+    ]
     order = sorted(fitting, key=lambda one: (not one.dialect.users, one.dialect.by_shapes, -len(one.tensors)))
     accepted: list[list[Candidate]] = []
     owner: dict[str, list[Candidate]] = {}
@@ -228,8 +233,19 @@ def _settled(
             owner |= dict.fromkeys(one.tensors, accepted[-1])
         elif rivals[0].tensors == one.tensors and not _outranks(rivals[0].dialect, one.dialect):
             rivals.append(one)
-    width = width_of(tensors, context.config)
-    return [_decided(rivals, width, context, with_head=with_head) for rivals in accepted]
+    return [_decided(rivals, sizes, with_head=with_head) for rivals in accepted]
+
+
+def _sizes_of_model(tensors: Tensors, context: Context) -> Sizes:
+    """Streams (n) and width (D) as far as the configuration or the embedding gives them."""
+    streams = next((value for key in STREAM_SETTINGS if (value := setting(context.config, key))), None)
+    known = {"n": streams, "D": width_of(tensors, context.config)}
+    return {name: int(size) for name, size in known.items() if isinstance(size, (int, float))}
+
+
+def _agrees(sizes: Sizes, known: Sizes) -> bool:
+    # a generalised connection's stream is a part of the width
+    return all(sizes.get(name) == size for name, size in known.items() if not (name == "D" and "m" in sizes))
 
 
 def _outranks(first: Dialect, other: Dialect) -> bool:
@@ -237,9 +253,9 @@ def _outranks(first: Dialect, other: Dialect) -> bool:
     return (first.users and not other.users) or (not first.by_shapes and other.by_shapes)
 
 
-def _decided(rivals: Sequence[Candidate], width: int | None, context: Context, *, with_head: bool) -> Found:
+def _decided(rivals: Sequence[Candidate], known: Sizes, *, with_head: bool) -> Found:
     notes: list[str] = []
-    options = _possible([(one, sizes) for one in rivals for sizes in one.sizes], width, context)
+    options = _possible([(one, sizes) for one in rivals for sizes in one.sizes], known)
     common = [pair for pair in options if not pair[0].dialect.rare]
     if common and len(common) < len(options):
         rare = next(one for one, _ in options if one.dialect.rare)
@@ -267,16 +283,10 @@ def _decided(rivals: Sequence[Candidate], width: int | None, context: Context, *
     return Found(first, sizes, lag, "", (*note, *notes))
 
 
-def _possible(
-    options: list[tuple[Candidate, Sizes]], width: int | None, context: Context
-) -> list[tuple[Candidate, Sizes]]:
+def _possible(options: list[tuple[Candidate, Sizes]], known: Sizes) -> list[tuple[Candidate, Sizes]]:
     """Rows and sizes that agree with the streams and the width of the model; all of them where none does."""
-    streams = next((value for key in STREAM_SETTINGS if (value := setting(context.config, key))), None)
-    for key, known in (("n", streams), ("D", width)):
-        # a generalised connection's stream is a part of the width
-        agreeing = [
-            pair for pair in options if pair[1].get(key, 0) == known and not (key == "D" and "m" in pair[1])
-        ]
+    for name, size in known.items():
+        agreeing = [pair for pair in options if name in pair[1] and _agrees(pair[1], {name: size})]
         options = agreeing or options
     return options
 
