@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.static.dialect import Dialect
@@ -14,7 +16,48 @@ from depthscope.probes.static.shapes import Sizes
 
 Tensors = Mapping[str, StoredTensor]  # by full name
 WEIGHT = ".weight"  # of a Linear; x.weight is called x in the rows
+NUMBERS = re.compile(r"\d+")
 MOST_LEAVES = 24  # parameters of one module that are tried by shapes alone; connections have up to ten
+
+
+class Names:
+    """The tensors of a checkpoint, by full name, in the groups in which a hundred thousand names are looked at quickly.
+
+    Parameters
+    ----------
+    tensors : Mapping of str to StoredTensor
+        By full name.
+    """
+
+    def __init__(self, tensors: Tensors):
+        self.tensors = tensors
+
+    @cached_property
+    def alike(self) -> list[list[str]]:
+        """Names that differ in their numbers alone, as those of layers and experts do."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in self.tensors:
+            groups[NUMBERS.sub("#", name)].append(name)
+        return list(groups.values())
+
+    @cached_property
+    def leaves(self) -> dict[str, list[tuple[str, str]]]:
+        """The tensors directly in each module, as pairs of own name and full name."""
+        found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for name in self.tensors:
+            module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
+            found[module].append((leaf, name))
+        return found
+
+    @cached_property
+    def stems(self) -> dict[tuple[str, str], list[StoredTensor]]:
+        """Vectors and matrices of each module by the stem of their own names: x_fn and x_base have the stem x."""
+        found: dict[tuple[str, str], list[StoredTensor]] = defaultdict(list)
+        for module, leaves in self.leaves.items():
+            for leaf, name in leaves:
+                if len(self.tensors[name].shape) <= 2:
+                    found[module, leaf.rpartition("_")[0]].append(self.tensors[name])
+        return {key: leaves for key, leaves in found.items() if 2 < len(leaves) <= MOST_LEAVES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +89,6 @@ class Candidate:
     unused: tuple[StoredTensor, ...] = ()
     sizes: tuple[Sizes, ...] = ()
     misfit: str = ""
-    also: tuple[str, ...] = field(default=())  # names of other rows that fit as well
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -54,14 +96,14 @@ class Candidate:
         return frozenset(tensor.name for tensor in (*self.roles.values(), *self.unused))
 
 
-def candidates(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
+def candidates(dialect: Dialect, names: Names) -> Iterator[Candidate]:
     """The groups of tensors that have a row's names, those with other shapes or with missing tensors too.
 
     Parameters
     ----------
     dialect : Dialect
         The row.
-    tensors : Mapping of str to StoredTensor
+    names : Names
         All tensors of the checkpoint.
 
     Yields
@@ -69,10 +111,10 @@ def candidates(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
     Candidate
     """
     if dialect.by_shapes:
-        yield from _by_shapes(dialect, tensors)
+        yield from _by_shapes(dialect, names)
         return
     taken: set[str] = set()
-    for group in _by_names(dialect, tensors):
+    for group in _by_names(dialect, names):
         found = _checked(group)
         # A name may be written in two ways of the row (hc_head_fn: in a module, or of the model): the first counts.
         if not found.misfit and taken & found.tensors:
@@ -81,17 +123,14 @@ def candidates(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
         yield found
 
 
-def _by_names(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
-    endings = (*dialect.leaves, *dialect.unused, *dialect.absent)
-    # A row may call the weight of a Linear x: x, or x.weight.
-    texts = [(name, text) for name in tensors for text in dict.fromkeys((name.removesuffix(WEIGHT), name))]
-    near = [pair for pair in texts if pair[1].endswith(endings)]
+def _by_names(dialect: Dialect, names: Names) -> Iterator[Candidate]:
     for pattern in dialect.patterns():
         groups: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
-        for name, stem in near:
-            match = pattern.fullmatch(stem)
-            if match:
-                groups[stem[: match.start("leaf")]][match["leaf"]] = tensors[name]
+        for name in _near(pattern, names.alike):
+            for text in _texts(name):
+                match = pattern.fullmatch(text)
+                if match:
+                    groups[text[: match.start("leaf")]][match["leaf"]] = names.tensors[name]
         for prefix, leaves in groups.items():
             if dialect.absent & leaves.keys():
                 continue
@@ -101,6 +140,20 @@ def _by_names(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
             unused = tuple(tensor for leaf, tensor in leaves.items() if leaf not in dialect.leaves)
             if roles:
                 yield Candidate(dialect, prefix.rstrip("._"), prefix, roles, unused)
+
+
+def _texts(name: str) -> tuple[str, ...]:
+    # A row may call the weight of a Linear x: x, or x.weight.
+    return (name.removesuffix(WEIGHT), name) if name.endswith(WEIGHT) else (name,)
+
+
+def _near(pattern: re.Pattern[str], alike: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The names that a pattern may match, told by the first of those that differ in their numbers alone."""
+    # A pattern with numbers of its own is compared with every name.
+    numbers = NUMBERS.search(pattern.pattern.replace("0-9", "")) is not None
+    for group in alike:
+        if numbers or any(pattern.fullmatch(text) for text in _texts(group[0])):
+            yield from group
 
 
 def _checked(group: Candidate) -> Candidate:
@@ -117,11 +170,9 @@ def _checked(group: Candidate) -> Candidate:
     return replace(group, sizes=tuple(sizes))
 
 
-def _by_shapes(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
+def _by_shapes(dialect: Dialect, names: Names) -> Iterator[Candidate]:
     """Connections among the parameters of a module whose names have one stem: x_fn, x_base and x_scale, or fn, base, scale."""
-    for (module, stem), leaves in _stems(tensors).items():
-        if not len(dialect.shapes) <= len(leaves) <= MOST_LEAVES:
-            continue
+    for (module, stem), leaves in names.stems.items():
         # hc_fn of a module is its own; hc_attn_fn belongs to what the stem names
         path = module if module and stem in ("", "hc") else f"{module}.{stem}".strip(".")
         prefix = f"{module}.{stem}_" if stem else f"{module}."
@@ -136,21 +187,3 @@ def _by_shapes(dialect: Dialect, tensors: Tensors) -> Iterator[Candidate]:
             sizes = dialect.sizes({role: leaf.shape for role, leaf in roles.items()})
             if sizes:
                 yield Candidate(dialect, path, prefix, roles, (), tuple(sizes))
-
-
-def _stems(tensors: Tensors) -> dict[tuple[str, str], list[StoredTensor]]:
-    found: dict[tuple[str, str], list[StoredTensor]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
-        if len(tensor.shape) <= 2:
-            found[module, leaf.rpartition("_")[0]].append(tensor)
-    return found
-
-
-def leaves_by_module(tensors: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-    """The tensors directly in each module, as pairs of own name and full name."""
-    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name in tensors:
-        module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
-        found[module].append((leaf, name))
-    return found

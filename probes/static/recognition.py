@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
-from depthscope.probes.static.candidates import Candidate, Tensors, candidates, leaves_by_module
+from depthscope.probes.static.candidates import Candidate, Names, Tensors, candidates
 from depthscope.probes.static.dialect import Dialect
 from depthscope.probes.static.facts import Unrecognised
 from depthscope.probes.static.shapes import Sizes
@@ -137,7 +137,8 @@ def recognise(tensors: Tensors, rows: Sequence[Dialect], context: Context) -> Re
         If the names are those of a dialect and the model type is of none, or the dialect that was named fits nothing.
     """
     usable, barred = _usable(rows, context)
-    found = {row: list(candidates(row, tensors)) for row in (*usable, *barred)}
+    names = Names(tensors)
+    found = {row: list(candidates(row, names)) for row in (*usable, *barred)}
     fitting = [one for row in usable for one in found[row] if not one.misfit]
     # heads of deepseek-v4 tell it from its successor, which has none
     with_head = any(one.dialect.head for one in fitting)
@@ -152,16 +153,15 @@ def recognise(tensors: Tensors, rows: Sequence[Dialect], context: Context) -> Re
     heads = [head for one in settled if one.dialect.head for head in _with_streams(one, sizes)]
     kept = [one.candidate for one in (*connections, *heads)]
     misfits = [one for row in usable for one in found[row] if one.misfit and not one.dialect.by_shapes]
-    extras = leaves_by_module(tensors)
     return Recognition(
         tuple(
             sorted(
-                (_explained(one, tensors, extras) for one in connections),
+                (_explained(one, names) for one in connections),
                 key=lambda one: _depth_order(one.candidate.module),
             )
         ),
         tuple(heads),
-        tuple(unrecognised(tensors, kept, misfits, width_of(tensors, context.config))),
+        tuple(unrecognised(names, kept, misfits, width_of(tensors, context.config))),
     )
 
 
@@ -324,9 +324,9 @@ def _with_streams(one: Found, sizes: set[tuple[int, int | None]]) -> Iterator[Fo
             return
 
 
-def _explained(one: Found, tensors: Tensors, modules: Mapping[str, list[tuple[str, str]]]) -> Found:
+def _explained(one: Found, names: Names) -> Found:
     """The connection, without weights where a tensor next to its own may change what it computes."""
-    extras = extra_tensors(one.candidate, tensors, modules)
+    extras = extra_tensors(one.candidate, names)
     if not extras or one.withheld:
         return one
     shown = ", ".join(f"{each.name} {each.shape}" for each in extras[:3])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor
-from depthscope.probes.static.candidates import WEIGHT, Candidate, Tensors, leaves_by_module
+from depthscope.probes.static.candidates import WEIGHT, Candidate, Names, Tensors
 from depthscope.probes.static.facts import Unrecognised
+from depthscope.probes.static.formula import MOST_PERMUTED
 
 # Words that name a connection's parts in public code, as whole parts of a name
 WORDS = re.compile(
@@ -45,16 +47,14 @@ def width_of(tensors: Tensors, config: Mapping[str, object]) -> int | None:
     return None
 
 
-def extra_tensors(
-    found: Candidate, tensors: Tensors, modules: Mapping[str, list[tuple[str, str]]]
-) -> list[StoredTensor]:
+def extra_tensors(found: Candidate, names: Names) -> list[StoredTensor]:
     """Tensors next to a connection's own that its row does not explain, and that may change what it computes."""
     module, _, start = found.prefix.rpartition(".")
     own = found.tensors
     dedicated = bool(start) or WORDS.search(module.rpartition(".")[2]) is not None
     return [
-        tensors[name]
-        for leaf, name in modules.get(module, ())
+        names.tensors[name]
+        for leaf, name in names.leaves.get(module, ())
         if name not in own
         and leaf.startswith(start)
         and not HARMLESS.search(leaf)
@@ -63,15 +63,15 @@ def extra_tensors(
 
 
 def unrecognised(
-    tensors: Tensors, claimed: Iterable[Candidate], misfits: Iterable[Candidate], width: int | None
+    names: Names, claimed: Sequence[Candidate], misfits: Iterable[Candidate], width: int | None
 ) -> Iterator[Unrecognised]:
     """The tensors that look like a connection's, by their names or shapes, and that no connection claims.
 
     Parameters
     ----------
-    tensors : Mapping of str to StoredTensor
+    names : Names
         All tensors of the checkpoint.
-    claimed : iterable of Candidate
+    claimed : sequence of Candidate
         What was recognised.
     misfits : iterable of Candidate
         Groups with the names of a row that lack a tensor or have other shapes.
@@ -83,56 +83,43 @@ def unrecognised(
     Unrecognised
         In the order of names.
     """
-    modules = leaves_by_module(tensors)
-    owned: set[str] = set()
-    reasons: dict[str, str] = {}
-    prefixes = []
-    for one in claimed:
-        owned |= one.tensors
-        prefixes.append(one.prefix)
-        reasons |= {
-            extra.name: f"{one.dialect.name} has no such tensor"
-            for extra in extra_tensors(one, tensors, modules)
-        }
+    owned = {name for one in claimed for name in one.tensors}
+    modules = {one.prefix.rstrip("._") for one in claimed}
+    reasons = {
+        extra.name: f"{one.dialect.name} has no such tensor"
+        for one in claimed
+        for extra in extra_tensors(one, names)
+    }
+    suspects = {name for group in names.alike for name in _suspects(group, names.tensors, modules, width)}
     for one in sorted(misfits, key=lambda one: len(one.roles)):
-        reasons |= {
-            name: f"as {one.dialect.name}, {one.misfit}"
-            for name in one.tensors
-            if _looks_alike(name, tensors, width)
-        }
-    inside = _Inside(prefixes)
-    for name in sorted(tensors):
-        if name in owned or (
-            name not in reasons and not _looks_alike(inside.rest(name), tensors, width, name)
-        ):
-            continue
-        tensor = tensors[name]
+        reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
+    for name in sorted((suspects | reasons.keys()) - owned):
+        tensor = names.tensors[name]
         yield Unrecognised(
             name, tensor.shape, tensor.dtype, reasons.get(name, "no row has these names and shapes")
         )
 
 
-class _Inside:
-    """What remains of a name behind the connection that it is in, so that words of the connection's own path do not count."""
-
-    def __init__(self, prefixes: Iterable[str]):
-        self.by_module: dict[str, str] = {prefix.rstrip("._"): prefix for prefix in prefixes}
-
-    def rest(self, name: str) -> str:
-        """The name without the path of a connection around it."""
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            if ".".join(parts[:end]) in self.by_module:
-                return ".".join(parts[end:])
-        return name
+def _suspects(
+    group: Sequence[str], tensors: Tensors, modules: AbstractSet[str], width: int | None
+) -> Iterator[str]:
+    """Those of a group of names that differ in their numbers alone, which look like a connection's."""
+    words = WORDS.search(group[0]) is not None
+    for name in group:
+        if (words and _has_words(name, modules)) or (
+            _has_shape(tensors[name].shape, width) and not HARMLESS.search(name)
+        ):
+            yield name
 
 
-def _looks_alike(text: str, tensors: Tensors, width: int | None, name: str = "") -> bool:
-    tensor = tensors[name or text]
-    own = text.removesuffix(WEIGHT)
-    if HARMLESS.search(own.rpartition(".")[2]) and not re.search(r"_res_norm|res_norm", own):
+def _has_words(name: str, modules: AbstractSet[str]) -> bool:
+    """Whether a name tells of a connection; words of the path of a recognised one around it do not count."""
+    own = name.removesuffix(WEIGHT)
+    if HARMLESS.search(own.rpartition(".")[2]) and "res_norm" not in own:
         return False
-    return WORDS.search(own) is not None or _has_shape(tensor.shape, width)
+    parts = own.split(".")
+    around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in modules)
+    return WORDS.search(".".join(parts[next(around, 0) :])) is not None
 
 
 def _has_shape(shape: tuple[int, ...], width: int | None) -> bool:
@@ -142,10 +129,10 @@ def _has_shape(shape: tuple[int, ...], width: int | None) -> bool:
     for rows, inputs in (shape, shape[::-1]):
         n, rest = divmod(inputs, width)
         if rest == 0 and 1 < n <= MOST_STREAMS:
-            counts = {n * (n + 2), n * (n + 1), 2 * n, 3 * n, n * n}
-            if n <= 6:
-                counts |= {n + math.factorial(n)}
             # n alone is left out: any layer with few outputs on a wide input has it
+            counts = {n * (n + 2), n * (n + 1), 2 * n, 3 * n, n * n}
+            if n <= MOST_PERMUTED:
+                counts.add(n + math.factorial(n))
             if rows in counts:
                 return True
     return False
