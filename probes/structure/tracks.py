@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import Call, ChainError, same_tensor
+from depthscope.probes.structure.tape import Call, SeveralStatesError, same_tensor
 
 
 def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[Chain]:
@@ -33,7 +33,7 @@ def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[C
 
     Raises
     ------
-    ChainError
+    SeveralStatesError
         For states of one shape that the user did not name.
     """
     pairs = _passed_on(blocks)
@@ -42,7 +42,7 @@ def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[C
     shapes = {tuple(blocks[0].inputs[taken].tensor.shape) for _, taken in pairs}
     if not named and blocks[0].x_shape in shapes:
         pattern = re.sub(r"\d+", "{i}", blocks[0].path, count=1)
-        raise ChainError(
+        raise SeveralStatesError(
             f"{blocks[0].path!r} and the blocks after it hand on {1 + len(pairs)} tensors of shape {blocks[0].x_shape}: these "
             "may be streams, and no stream connection was found. Each is captured as a chain of its own with "
             f"layers={pattern!r}"
@@ -58,8 +58,9 @@ def _passed_on(blocks: Sequence[Call]) -> list[tuple[int, int]]:
     """
     found = []
     # From 1: the tensors at 0 are the states of the chain itself. A run of linked calls has two blocks at least.
-    for given in range(1, len(blocks[0].outputs)):
-        for taken in range(1, len(blocks[1].inputs)):
+    # Blocks may take or give fewer tensors than others, as where the first one has nothing to add yet.
+    for given in range(1, min(len(block.outputs) for block in blocks)):
+        for taken in range(1, min(len(block.inputs) for block in blocks)):
             linked = all(
                 same_tensor(a.passed("output", given)[0], b.passed("input", taken)[0])
                 for a, b in pairwise(blocks)

@@ -16,7 +16,7 @@ from torch import nn
 from depthscope.probes.connections.coefficients import Parts, relative_error, spread, tolerance
 from depthscope.probes.connections.family import ForwardFamily, Seen, Site, StreamConnectionError
 from depthscope.probes.connections.read_weights import READ_TOKENS, find_read_weights
-from depthscope.probes.connections.roles import STREAM_AXES, Roles, find_roles, mentions_sinkhorn
+from depthscope.probes.connections.roles import STREAM_AXES, Roles, find_roles
 from depthscope.probes.connections.tensor_watch import Watch, explaining, few_of, mixing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.user_modes import compute_dtype
@@ -33,11 +33,10 @@ def detect(module: nn.Module, x: torch.Tensor, output: Any) -> Site | None:
     unmixed = roles.mixed is not None and torch.equal(roles.mixed.detach(), x.detach())
     mixes = roles.mix is not None or (roles.mixed is not None and not unmixed)
     reads_features = roles.layout.endswith("(N D)")
-    mixing_family = "mhc" if mentions_sinkhorn(module) else "hc"
     unmixed_family = "gated" if reads_features else "independent_hc"
     return Site(
         style=FAMILY.name,
-        family=mixing_family if mixes else unmixed_family,
+        family="hc" if mixes else unmixed_family,
         num_streams=roles.num_streams,
         layout=roles.layout,
         branch_shape=(*roles.lead, roles.width),
@@ -109,7 +108,6 @@ def _matrix(roles: Roles, streams: torch.Tensor, seen: Seen) -> torch.Tensor | N
 FAMILY = ForwardFamily(
     name="returned",
     constrains={
-        "mhc": "H_res is doubly stochastic",
         "hc": "",
         "independent_hc": "H_res = I",
         "gated": "H_res = I; H_pre is a gate per feature",

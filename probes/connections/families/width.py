@@ -16,7 +16,6 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.family import PairedFamily, Site, StreamConnectionError
-from depthscope.probes.connections.roles import mentions_sinkhorn
 from depthscope.probes.connections.tensor_watch import Watch, explaining, mixing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
@@ -35,7 +34,7 @@ def detect(module: nn.Module, x: torch.Tensor, batch_size: int) -> Site | None:
     layout = _layout(module, x, n, batch_size)
     return Site(
         style=FAMILY.name,
-        family="mhc" if mentions_sinkhorn(module) else "hc",
+        family="hc",
         num_streams=n * fractions,
         layout=layout.replace("D", "(F D)") if fractions > 1 else layout,
         fractions=fractions,
@@ -160,7 +159,7 @@ def _write_weights(depth: Any, lead: tuple[int, ...], site: Site) -> torch.Tenso
 
 FAMILY = PairedFamily(
     name="width",
-    constrains={"mhc": "H_res is doubly stochastic", "hc": ""},
+    constrains={"hc": ""},
     opens="width_connection",
     closes="depth_connection",
     branch_argument=0,

@@ -1,0 +1,243 @@
+"""Which states does a forward carry through its depth, whatever hands them on? Found as values in its trace.
+
+A state is what something computed from it is added to. Going back from the value that went through most of such sums, one
+sum after another, gives the states of the longest chain: also where a loop outside of all modules adds the branches, where
+blocks take and give several tensors, a dict or a list, or where something happens between two blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from depthscope.probes.dataflow.axes import same_axes, stream_atom
+from depthscope.probes.dataflow.linear import WHOLE
+from depthscope.probes.dataflow.operations import MOST_STREAMS
+from depthscope.probes.dataflow.trace import Trace, Value, carrier_of
+from depthscope.probes.structure.chain import Chain, HookPoint
+from depthscope.probes.structure.tape import Call, Tape
+
+Place = tuple[Call, str, int]  # a call, the side, and which of the tensors there
+
+
+@dataclass(frozen=True)
+class CarriedState:
+    """A state that was carried, and the places that showed it."""
+
+    value: Value
+    places: tuple[Place, ...]
+
+
+class ShownValues:
+    """Which calls of a tape took or returned a value, as it is or as another tensor of the same elements."""
+
+    def __init__(self, tape: Tape):
+        self._places: dict[int, list[Place]] = {}
+        self._returned: dict[int, list[Call]] = {}
+        for call in tape.calls:
+            for at, item, value in call.shown():
+                self._places.setdefault(unchanged_origin(value).number, []).append((call, at, item))
+                if at == "output" and not item:
+                    self._returned.setdefault(viewed_origin(value).number, []).append(call)
+
+    def returned(self, value: Value) -> Call | None:
+        """The outermost call whose first tensor was a value, in whatever shape."""
+        found = self._returned.get(viewed_origin(value).number, ())
+        return min(found, key=lambda call: call.level) if found else None
+
+    def places(self, value: Value) -> tuple[Place, ...]:
+        """Where a value was shown, in order."""
+        return tuple(self._places.get(unchanged_origin(value).number, ()))
+
+
+def unchanged_origin(value: Value) -> Value:
+    """The value of which this one is a copy, an alias or a cast, with every axis in its place."""
+    while value.step is not None and len(value.step.operands) == 1 and value.step.func is not None:
+        name, operand = str(value.step.func).split(".")[1].removesuffix("_"), value.step.operands[0]
+        if name not in WHOLE or operand.shape != value.shape or not same_axes(operand.axes, value.axes):
+            return value
+        value = operand
+    return value
+
+
+def viewed_origin(value: Value) -> Value:
+    """The value of which this one has the same elements, in whatever shape and order."""
+    while value.step is not None and len(value.step.operands) == 1 and value.step.func is not None:
+        if str(value.step.func).split(".")[1].removesuffix("_") not in WHOLE:
+            break
+        value = value.step.operands[0]
+    return value
+
+
+def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
+    """The values that lead to one, in groups: each begins with a sum with something that was computed from the value before.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of the forward.
+    last : Value
+        Where to go back from.
+
+    Returns
+    -------
+    list of list of Value
+        The first group begins with what no such sum made. What follows in a group is the same state, scaled, moved or put
+        together with others of its kind.
+    """
+    groups: list[list[Value]] = [[]]
+    value = last
+    while True:
+        groups[-1].append(value)
+        if value.step is None:
+            return [group[::-1] for group in reversed(groups)]
+        operands = value.step.operands
+        carrier = carrier_of(value.step)
+        if value.step.rule.sums and len(operands) > 1:
+            # Others may be computed from the state before it was mixed, which is another value than the mixed one. What an
+            # earlier state adds is no new state: it was not computed from the last one.
+            own = [
+                o
+                for o in operands
+                if o.merges == carrier.merges and all(p is o or trace.depends(p, o.root) for p in operands)
+            ]
+            if own:
+                carrier = own[0]
+                groups.append([])
+        value = carrier
+
+
+def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
+    """Of every group of carried values the first one that some module took or returned.
+
+    Where streams are mixed in plain code, no module may show a state: then the operation that made it does.
+    """
+    assert tape.trace is not None
+    shown = ShownValues(tape)
+    groups = [
+        [CarriedState(value, shown.places(value)) for value in group]
+        for group in carried_values(tape.trace, last)
+    ]
+    first = [next((state for state in group if state.places), None) for group in groups]
+    found = [state for state in first if state is not None]
+    if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
+        return found
+    return [
+        state
+        for group in groups
+        if (state := _state_of_shape(group, found[-1].value.shape, first=group is groups[0])) is not None
+    ]
+
+
+def _state_of_shape(
+    group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool
+) -> CarriedState | None:
+    fitting = [state for state in group if state.value.shape == shape]
+    placed = [state for state in fitting if state.places]
+    # What no module shows of the first group is how the streams were made.
+    return placed[0] if placed else fitting[0] if fitting and not first else None
+
+
+def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Value]]]:
+    """The chains of states that the forward carries, that of most sums first, with the values of their states.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward, with its trace.
+    model : Module
+        The model.
+
+    Yields
+    ------
+    Chain and list of Value
+        Of two states at least. Two chains have no sum in common.
+    """
+    trace = tape.trace
+    if trace is None or trace.error is not None or trace.most_merged is None:
+        return
+    shown = {value.number: value for call in tape.calls for _, _, value in call.shown() if value.merges > 1}
+    shown[trace.most_merged.number] = trace.most_merged
+    seen: set[int] = set()
+    for last in sorted(shown.values(), key=lambda value: (-value.merges, -value.number)):
+        if last.root in seen:
+            continue
+        sums = {group[0].number for group in carried_values(trace, last)[1:]}
+        if not sums & seen:
+            states = shown_states(tape, last)
+            if len(states) > 1:
+                yield chain_of_states(tape, model, states), [state.value for state in states]
+        seen |= sums
+
+
+def chain_of_states(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
+    assert tape.trace is not None
+    branches = [_branch_calls(tape, states, number) for number in range(1, len(states))]
+    layers = _layers(branches)
+    modules = dict(model.named_modules())
+    points = [_point(tape, states[0], -1, "embed", "(input)")]
+    for number, (calls, layer) in enumerate(zip(branches, layers, strict=True)):
+        inside = number + 1 < len(layers) and layers[number + 1] == layer
+        producer = _producer(calls)
+        points.append(_point(tape, states[number + 1], layer, "mid" if inside else "post", producer))
+    blocks = tuple(dict.fromkeys(_block_path(_producer(calls)) for calls in branches))
+    classes = dict.fromkeys(type(modules[path]).__name__ for path in blocks if path in modules)
+    return Chain(
+        name="",
+        points=tuple(points),
+        connections=(),
+        blocks=blocks,
+        block_class="/".join(classes),
+        shapes=tuple(state.value.shape for state in states),
+    )
+
+
+def _branch_calls(tape: Tape, states: Sequence[CarriedState], number: int) -> list[Call]:
+    """The calls in which a state was computed from those before it."""
+    assert tape.trace is not None
+    orders = Counter(tape.trace.calls_between(states[number].value, states[number - 1].value))
+    return [tape.calls[order] for order, _ in orders.most_common() if order > 0]
+
+
+def _layers(branches: Sequence[Sequence[Call]]) -> list[int]:
+    """The number of the block that each branch belongs to.
+
+    It is the first number in the module paths of most of its calls, where these ascend; else blocks are counted.
+    """
+    blocks = [_block_path(_producer(calls)) for calls in branches]
+    numbers = [int(found[0]) if (found := re.search(r"\d+", block)) else -1 for block in blocks]
+    if numbers[0] >= 0 and all(b - a in (0, 1) for a, b in pairwise(numbers)):
+        return numbers
+    counted = [0]
+    for before, block in pairwise(blocks):
+        counted.append(counted[-1] + (block != before))
+    return counted
+
+
+def _producer(calls: Sequence[Call]) -> str:
+    """Path of the call that made most of a branch; of the block that most of its calls are in."""
+    blocks = Counter(_block_path(call.path) for call in calls)
+    most = max(blocks, key=lambda block: blocks[block], default="")
+    return next((call.path for call in calls if _block_path(call.path) == most), "(no module)")
+
+
+def _block_path(path: str) -> str:
+    """The part of a module path up to its first number."""
+    found = re.match(r"(.*?\d+)(\.|$)", path)
+    return found[1] if found else path
+
+
+def _point(tape: Tape, state: CarriedState, layer: int, site: str, producer: str) -> HookPoint:
+    if not state.places:
+        call = tape.calls[state.value.call]
+        return HookPoint(
+            call.path, call.index, "operation", layer, site, producer, call.method, state.value.ordinal
+        )
+    # Where it was returned, rather than taken: what takes a state may be a branch that does not run in every forward.
+    call, at, item = next((place for place in state.places if place[1] == "output"), state.places[0])
+    return HookPoint(call.path, call.index, at, layer, site, producer, call.method, item)
