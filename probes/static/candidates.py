@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.static.dialect import Dialect
+from depthscope.probes.static.formula import FormulaError
 from depthscope.probes.static.shapes import Sizes
 
 Tensors = Mapping[str, StoredTensor]  # by full name
@@ -109,10 +111,19 @@ def candidates(dialect: Dialect, names: Names) -> Iterator[Candidate]:
     Yields
     ------
     Candidate
+
+    Raises
+    ------
+    CheckpointError
+        If a shape of the row cannot be solved.
     """
-    if dialect.by_shapes:
-        yield from _by_shapes(dialect, names)
-        return
+    try:
+        yield from _by_shapes(dialect, names) if dialect.by_shapes else _named(dialect, names)
+    except FormulaError as error:
+        raise CheckpointError(f"dialect {dialect.name!r}: {error}; see docs/dialects.md") from error
+
+
+def _named(dialect: Dialect, names: Names) -> Iterator[Candidate]:
     taken: set[str] = set()
     for group in _by_names(dialect, names):
         found = _checked(group)

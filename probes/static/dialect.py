@@ -21,7 +21,19 @@ from depthscope.probes.static.shapes import RANGES, Shape, Sizes, shape_of, solv
 
 TABLE = Path(__file__).with_name("dialects.toml")
 # What `like` does not copy from another row: its name, and the checkpoints that it is for.
-OWN_KEYS = ("name", "title", "like", "model_types", "branches", "absent", "only_if", "not_if", "rare", "note")
+OWN_KEYS = (
+    "name",
+    "title",
+    "like",
+    "model_types",
+    "known_types",
+    "branches",
+    "absent",
+    "only_if",
+    "not_if",
+    "rare",
+    "note",
+)
 LARGEST_FILE = 1_000_000  # bytes; the table of all public dialects has some 20 000
 PARTS = ("pre", "post", "res")
 ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -34,6 +46,7 @@ KEYS: dict[str, type] = {
     "title": str,
     "like": str,
     "model_types": list,
+    "known_types": list,
     "names": list,
     "branches": list,
     "tensors": dict,
@@ -86,6 +99,7 @@ class Dialect:
     style: str
     title: str
     model_types: tuple[str, ...] | None
+    known_types: frozenset[str]
     names: tuple[str, ...]
     branches: tuple[str, ...]
     leaves: Mapping[str, str]  # role by the tensor's own name
@@ -249,6 +263,7 @@ def _dialect(row: Mapping[str, Any], *, users: bool) -> Dialect:
         style=row.get("style", row["name"]),
         title=row.get("title", row["family"]),
         model_types=tuple(row["model_types"]) if "model_types" in row else None,
+        known_types=frozenset({*row.get("model_types", ()), *row.get("known_types", ())}),
         names=tuple(row.get("names", ())),
         branches=tuple(row.get("branches", ())),
         leaves=leaves,
@@ -291,7 +306,7 @@ def _check_types(row: Any) -> None:
         raise FormulaError("its name is missing, or has other signs than letters, digits, '-', '_' and '.'")
     for key in ("tensors", "optional", "parts", "gates"):
         _require_texts(row.get(key, {}).values(), key)
-    for key in ("names", "branches", "model_types", "absent", "unused", "conditions"):
+    for key in ("names", "branches", "model_types", "known_types", "absent", "unused", "conditions"):
         _require_texts(row.get(key, ()), key)
 
 

@@ -146,7 +146,7 @@ def recognise(tensors: Tensors, rows: Sequence[Dialect], context: Context) -> Re
     claimed = {name for one in settled for name in one.candidate.tensors}
     barred_ones = [one for row in barred for one in found[row] if not one.misfit]
     _require_known_type(rows, barred_ones, claimed, context)
-    connections = [one for one in settled if not one.dialect.head]
+    connections = [_with_unknown_type(one, rows, context) for one in settled if not one.dialect.head]
     if context.named and not connections:
         raise CheckpointError(_nothing_fits(context.named, [one for row in usable for one in found[row]]))
     sizes = {(one.streams, one.width) for one in connections}
@@ -173,7 +173,7 @@ def _usable(rows: Sequence[Dialect], context: Context) -> tuple[list[Dialect], l
         # heads stay: they go with any row
         return [row for row in possible if row.name == named or row.head], []
     if named:
-        known = {each for row in rows for each in row.model_types or ()}
+        known = {each for row in rows for each in row.known_types}
         if named not in known:
             names = ", ".join(row.name for row in rows if not row.head)
             raise CheckpointError(
@@ -193,7 +193,7 @@ def _require_known_type(
         return
     types = context.model_types
     shown = ", ".join(printable(each) for each in sorted(types))
-    own = [row.name for row in rows if types & set(row.model_types or ()) and not row.head]
+    own = [row.name for row in rows if types & row.known_types and not row.head]
     known = (
         f"belongs to the dialect {own[0]}, which has other names" if own else "is not known to any dialect"
     )
@@ -203,6 +203,17 @@ def _require_known_type(
         f"the model type {shown} {known}, and {first.module} has the names or shapes of {' and of '.join(fits)}, which may "
         f"mean something else there; give --as {fits[0]} if it computes the same, or a row of your own with --dialect FILE"
     )
+
+
+def _with_unknown_type(one: Found, rows: Sequence[Dialect], context: Context) -> Found:
+    """The connection, with a note where its code is recognised by names that it has under any model type."""
+    types = context.model_types
+    known = any(types & row.known_types for row in rows)
+    if not types or known or context.named or one.dialect.users:
+        return one
+    shown = ", ".join(printable(each) for each in sorted(types))
+    note = f"the model type {shown} is known to no dialect: read as {one.dialect.name} by the names of its tensors"
+    return replace(one, notes=(*one.notes, note))
 
 
 def _nothing_fits(named: str, tried: Sequence[Candidate]) -> str:

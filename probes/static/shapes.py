@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from depthscope.probes.static.formula import Formula, FormulaError
@@ -97,7 +98,7 @@ def _assignments(pairs: Sequence[tuple[Formula, int]], known: Sizes) -> Iterator
         yield known
         return
     formula, size = min(pairs, key=lambda pair: len(pair[0].names - known.keys()))
-    unknown = sorted(formula.names - known.keys(), key=lambda name: len(RANGES.get(name, range(size + 1))))
+    unknown = sorted(formula.names - known.keys(), key=lambda name: len(RANGES.get(name, range(sys.maxsize))))
     if not unknown:
         if formula.value(known) == size:
             rest = [pair for pair in pairs if pair != (formula, size)]

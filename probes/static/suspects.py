@@ -128,10 +128,13 @@ def _has_shape(shape: tuple[int, ...], width: int | None) -> bool:
         return False
     for rows, inputs in (shape, shape[::-1]):
         n, rest = divmod(inputs, width)
-        if rest == 0 and 1 < n <= MOST_STREAMS:
-            # n alone is left out: any layer with few outputs on a wide input has it
-            counts = {n * (n + 2), n * (n + 1), 2 * n, 3 * n, n * n}
-            if n <= MOST_PERMUTED:
+        # Layers of the model's own width, as feed-forwards and embeddings are, have other sides that are multiples of it.
+        if rest == 0 and rows % width and 1 < n <= MOST_STREAMS:
+            # n alone is left out, and small multiples of two: any layer with few outputs on a wide input has them
+            counts = {n * (n + 2), n * (n + 1)}
+            if n > 2:
+                counts |= {2 * n, 3 * n, n * n}
+            if 2 < n <= MOST_PERMUTED:
                 counts.add(n + math.factorial(n))
             if rows in counts:
                 return True

@@ -237,3 +237,38 @@ def test_scales_of_one_stream_are_named(tmp_path):
     ]
     scale = tensors["model.layers.0.post_mlp_residual_scale.residual_scale"]
     assert found.connections[1].biases["residual"].minimum == pytest.approx(float(scale.min()))
+
+
+@pytest.mark.model
+def test_the_sources_and_queries_of_inkling2_are_those_of_its_modules(tmp_path):
+    """Each read of a small model: how many states it attends to, and what it multiplies them by."""
+    from transformers import AutoConfig
+    from transformers.models.inkling2 import modeling_inkling2 as code
+
+    text = AutoConfig.for_model("inkling2_text") if "inkling2_text" in configured_types() else None
+    if text is None:
+        pytest.skip("this transformers has no inkling2")
+    text.hidden_size, text._attn_implementation = D, "eager"
+    read = code.Inkling2BlockAttentionResidual(text)
+    torch.nn.init.normal_(read.query, generator=torch.Generator().manual_seed(0))
+    found = probes.describe_weights(
+        write_safetensors(
+            tmp_path, {"model.layers.0.mlp_input.query": read.query.data}, {"model_type": "inkling2"}
+        )
+    ).connections[0]
+    # layer 0: the embedding is a source of its own, and the attention's output the unfinished one
+    blocks, partial = torch.randn(1, 1, 1, D), torch.randn(1, 1, D)
+    with torch.no_grad():
+        mixed = read(blocks, partial)[0]
+    sources = torch.cat([blocks, partial.unsqueeze(-2)], dim=-2)[0, 0]
+    assert found.depth.sources == len(sources)
+    normed = sources / sources.square().mean(-1, keepdim=True).sqrt()
+    query = read.query.data * found.depth.query_norms[0] / read.query.data.norm()
+    expected = torch.softmax(normed @ query, 0) @ normed
+    torch.testing.assert_close(mixed.flatten(), expected, atol=1e-3, rtol=1e-3)
+
+
+def configured_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())

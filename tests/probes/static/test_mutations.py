@@ -224,3 +224,61 @@ def test_random_damage_of_gguf_ends_in_words(seed, tmp_path):
         del raw[rng.randrange(len(raw)) :]
     file.write_bytes(raw)
     described_or_refused(file)
+
+
+def series(folder, count: int = 2):
+    """A GGUF checkpoint in several files, each with tensors of every layer."""
+    case = CASES["gguf_of_deepseek"]()
+    names = sorted(case.tensors)
+    for part in range(count):
+        (folder / f"part{part}").mkdir()
+        tensors = {name: case.tensors[name] for name in names[part::count]}
+        settings = case.settings if part == 0 else {}
+        file = write_gguf(folder / f"part{part}", tensors, case.config, settings)
+        file.rename(folder / f"m-{part + 1:05d}-of-{count:05d}.gguf")
+    return case, folder / f"m-{1:05d}-of-{count:05d}.gguf"
+
+
+def test_a_series_of_gguf_files_is_one_checkpoint(tmp_path):
+    case, first = series(tmp_path)
+    found = probes.describe_weights(first)
+    assert found.num_files == 2
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        np.testing.assert_allclose(one.h_res, expected.res, atol=3e-6)
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(CheckpointError, match="contains 1 of 2 shards"):
+        probes.describe_weights(first)
+
+
+def test_several_gguf_files_in_a_folder_are_a_choice(tmp_path):
+    case = CASES["gguf_of_deepseek"]()
+    write_gguf(tmp_path, case.tensors, case.config, case.settings).rename(tmp_path / "q8.gguf")
+    assert len(probes.describe_weights(tmp_path).connections) == 6
+    write_gguf(tmp_path, case.tensors, case.config, case.settings)
+    with pytest.raises(CheckpointError, match=r"several GGUF checkpoints \(model.gguf, q8.gguf\)"):
+        probes.describe_weights(tmp_path)
+
+
+# --- networks without connections
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "qwen3_moe", "bert", "vit", "dinov2", "mamba", "granite", "gemma3_text"]
+)
+def test_a_plain_network_has_no_connection_and_nothing_that_looks_like_one(kind, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL))
+    config = {"model_type": kind, "hidden_size": 64}
+    found = probes.describe_weights(write_safetensors(tmp_path, model.state_dict(), config))
+    assert (found.connections, found.heads, found.unrecognised) == ((), (), ())
