@@ -272,3 +272,21 @@ def configured_types() -> set[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return set(CONFIG_MAPPING.keys())
+
+
+@pytest.mark.parametrize("name", ["flattened_mhc", "mhc_lite"])
+def test_a_norm_of_one_stream_changes_nothing_of_what_is_static(name, tmp_path):
+    case = CASES[name]()
+    for key in case.tensors:
+        if key.endswith("norm.gamma"):
+            case.tensors[key] = torch.ones(D)
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, case.config))
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        same(one.h_res, expected.res)
+
+
+def test_names_of_one_code_are_read_under_any_model_type_and_that_is_said(tmp_path):
+    case = CASES["dynamic_hyper_connections"]()
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, {"model_type": "nano_gpt"}))
+    assert len(found.connections) == 6
+    assert "the model type nano_gpt is known to no dialect" in str(found)
