@@ -55,7 +55,7 @@ def applied_reads(
     last = chains[main][-1]
     head = replace(
         last, family="head", branch="head", h_res=None, h_post=None, logits=None, sinkhorn={}, mixing=None, biases={},
-        note=COLLAPSE, parameters=(), gates={}, read_lag=0,
+        note=COLLAPSE, parameters=(), gates={}, read_lag=0, constraint="",
     )  # fmt: skip
     return [shifted.get(id(one), one) for one in connections], [head] if last.h_pre is not None else []
 

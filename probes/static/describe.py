@@ -25,6 +25,7 @@ from depthscope.probes.static.facts import (
     StaticConnection,
     Unrecognised,
     composites,
+    constraint_of,
     matrix_facts,
     spread_of,
 )
@@ -211,6 +212,9 @@ def _connection(
         logits=weights.logits,
         sinkhorn=dict(weights.sinkhorn),
         mixing=None if weights.res is None else matrix_facts(weights.res),
+        constraint=""
+        if weights.res is None
+        else constraint_of([weights.res], weights.sinkhorn.get("floor", 0.0)),
         note="; ".join(filter(None, (found.withheld, *found.notes, *settings.notes))),
         dialect=row.name,
         read_lag=found.read_lag,

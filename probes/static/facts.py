@@ -14,6 +14,7 @@ import numpy as np
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 
+ROUNDED = 1e-6  # largest error of a sum of weights that were stored in float32 at most
 COLLAPSED = 0.01  # share of the differences between streams below which they count as one; a heuristic
 
 
@@ -88,7 +89,7 @@ class StaticConnection:
 
     ``composes``: whether products of H_res alone describe mixing over depth; ``sinkhorn``: how ``logits`` become H_res.
     ``h_pre`` is the read that is applied here; with ``read_lag`` 1 the sub-block before made it, and None means that the files
-    do not tell. ``unused``: parameters that are stored and never applied.
+    do not tell. ``unused``: parameters that are stored and never applied. ``constraint``: what H_res satisfies, as measured.
     """
 
     module: str
@@ -117,6 +118,7 @@ class StaticConnection:
     read_lag: int | None
     unused: tuple[str, ...]
     depth: DepthRead | None
+    constraint: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +163,28 @@ def by_stem(found: Iterable[Unrecognised]) -> dict[str, list[Unrecognised]]:
     for one in found:
         groups[f"{re.sub(r'[0-9]+', '*', one.name)} {one.shape} {one.reason}"].append(one)
     return groups
+
+
+def constraint_of(matrices: Sequence[np.ndarray], floor: float = 0.0) -> str:
+    """What mixing matrices of as many streams satisfy, as measured.
+
+    Parameters
+    ----------
+    matrices : sequence of ndarray
+        (n, n) each.
+    floor : float
+        What Sinkhorn adds to every sum, which keeps the sums from being exact.
+
+    Returns
+    -------
+    str
+        Empty without matrices of two or more streams.
+    """
+    if not matrices or len(matrices[0]) < 2:
+        return ""
+    # Each of n sums has the floor in it, in two rounds.
+    tolerance = max(ROUNDED, 4 * len(matrices[0]) * floor)
+    return kernel.named_constraint(np.stack(matrices), tolerance=tolerance).words
 
 
 # --- products over depth

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from depthscope.probes.static.facts import StaticComposite, StaticConnection, by_stem
+from depthscope.probes.static.facts import StaticComposite, StaticConnection, by_stem, constraint_of
 
 if TYPE_CHECKING:  # describe imports this file
     from depthscope.probes.static.describe import StaticDescription
@@ -224,12 +224,22 @@ def ending(found: StaticDescription) -> str:
         [
             *(f"  parameters   {words}" for words in _other_parameters(found.connections)),
             *(f"  unused       {words}" for words in _unused(found.connections)),
+            *(f"  H_res        {words}, as measured" for words in _constraints(found.connections)),
             *(_composite_line(composite) for composite in found.composites),
             *(f"  warning      {words}" for words in found.warnings),
             *_named_tensors(found),
             *(f"  note         {words}" for words in notes),
         ]
     )
+
+
+def _constraints(connections: Sequence[StaticConnection]) -> list[str]:
+    """What the learned mixing matrices satisfy, those of as many streams together."""
+    stacks: dict[tuple[int, float], list[np.ndarray]] = {}
+    for one in connections:
+        if one.h_res is not None and one.learns_mixing:
+            stacks.setdefault((len(one.h_res), one.sinkhorn.get("floor", 0.0)), []).append(one.h_res)
+    return [constraint_of(matrices, floor) for (_, floor), matrices in stacks.items()]
 
 
 def _unused(connections: Sequence[StaticConnection]) -> list[str]:

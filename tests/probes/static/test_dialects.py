@@ -290,3 +290,18 @@ def test_names_of_one_code_are_read_under_any_model_type_and_that_is_said(tmp_pa
     found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, {"model_type": "nano_gpt"}))
     assert len(found.connections) == 6
     assert "the model type nano_gpt is known to no dialect" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deepseek_v4", "doubly stochastic"),
+        ("mhc_lite", "doubly stochastic"),
+        ("kromhc", "doubly stochastic"),
+        ("hy_v4", "identity"),
+        ("dynamic_hyper_connections", "unconstrained"),
+    ],
+)
+def test_what_the_matrices_satisfy_is_measured(name, words, tmp_path):
+    found = probes.describe_weights(write(CASES[name](), tmp_path, "safetensors"))
+    assert [one.constraint[: len(words)] for one in found.connections] == [words] * len(found.connections)
