@@ -9,7 +9,7 @@ import torch
 
 from depthscope.probes.dataflow.axes import same_axes
 from depthscope.probes.dataflow.operations import replayed
-from depthscope.probes.dataflow.trace import Value
+from depthscope.probes.dataflow.values import Value
 
 NOT_KEPT = "a coefficient as large as what it scales was not kept"
 REWRITTEN = "a coefficient was rewritten in place after it was used"
@@ -235,7 +235,7 @@ WHOLE = frozenset(
 )  # fmt: skip
 
 
-def _added(args: tuple, kwargs: Mapping, name: str, carriers: list[Value], scales: list[float]) -> float:  # type: ignore[type-arg]
+def _added(args: tuple, kwargs: Mapping, name: str, carriers: list[Value], scales: list[float]) -> float:
     alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
     signs = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[name]
     total, rest = 0.0, list(zip(carriers, scales, strict=True))

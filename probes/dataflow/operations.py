@@ -1,4 +1,4 @@
-"""Which operations carry a state linearly, and what do they do to its axes?
+"""Which operations carry a state linearly, and what do they do to its axes? One rule for each.
 
 An operation is *transparent* where its output is linear in one of its operands at fixed others: then a state may be followed
 through it. Where it contracts an axis as an opaque operation made it (the features of a linear layer, the tokens of an
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,11 +29,9 @@ from depthscope.probes.dataflow.axes import (
     regrouped,
     united,
 )
+from depthscope.probes.dataflow.values import Step, Value
 
-if TYPE_CHECKING:
-    from depthscope.probes.dataflow.trace import Step, Value
-
-# Heuristic: published models have 2 to 16 streams, and depth histories are stacked; a longer axis is one of features or tokens.
+# Heuristic: published models have 2 to 16 streams, and histories over depth are stacked; a longer axis is no stream axis.
 MOST_STREAMS = 64
 
 # What a rule finds of one output: its axes, and whether it is linear in its operands.
@@ -87,8 +85,6 @@ class Rule:
 
     def describe(self, value: Value, item: int, args: Any, kwargs: Any, operands: list[Value]) -> None:
         """Set the axes of a value, and the step that made it where that is transparent."""
-        from depthscope.probes.dataflow.trace import Step
-
         found = self.finds(args, kwargs, value.shape, item)
         if found is None:
             value.axes = new_axes(value.shape)
@@ -112,7 +108,7 @@ def _is_value(argument: Any) -> bool:
 def _axes_of(argument: Any) -> Axes:
     """Axes of an argument: of a value its own, of a constant tensor new ones."""
     if _is_value(argument):
-        return argument.axes  # type: ignore[no-any-return]
+        return argument.axes
     if isinstance(argument, torch.Tensor):
         return tuple((None,) if size > 1 else () for size in argument.shape)  # type: ignore[misc]
     return ()
@@ -583,8 +579,8 @@ PATCH = Rule(_patched, sums=False)
 COPY = Rule(_copied, writes=True)
 READS_ONLY = Rule(_unknown, reads_only=True)
 # What has only the shape of a value is a constant.
-CONSTANTS = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand_like",
-             "randn_like", "bernoulli", "new_empty_strided")  # fmt: skip
+CONSTANTS = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+             "rand_like", "randn_like", "bernoulli", "new_empty_strided")  # fmt: skip
 SILENT = ("_local_scalar_dense", "is_same_size", "sym_size", "sym_stride", "sym_numel", "item", "equal")
 _known: dict[Any, Rule] = {}
 
@@ -643,12 +639,12 @@ def replayed(value: Value, tensors: Sequence[torch.Tensor | None]) -> torch.Tens
     args = [_argument(argument, position, step, given) for position, argument in enumerate(step.args)]
     if step.rule.mask:
         probe, mask, share = args
-        return probe * mask / (1 - share)  # type: ignore[no-any-return]
+        return probe * mask / (1 - share)
     kwargs = {name: _argument(argument, None, step, given) for name, argument in step.kwargs.items()}
     if step.rule.writes:
         args[0] = args[0].clone()
     result = step.func(*args, **kwargs)
-    return result[step.item] if isinstance(result, (tuple, list)) else result  # type: ignore[no-any-return]
+    return result[step.item] if isinstance(result, (tuple, list)) else result
 
 
 def _or_zero(tensor: torch.Tensor | None, value: Value) -> torch.Tensor:

@@ -10,123 +10,20 @@ No tensor of the model's is kept but small coefficients, and those as long as so
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
-from depthscope.probes.dataflow.operations import Rule, rule_of
+from depthscope.probes.dataflow.operations import PATCH, Rule, rule_of
+from depthscope.probes.dataflow.values import NONE, Coefficient, Step, Value, carrier_of, times_written
 from depthscope.probes.model.hooks import without_frames
 
-NONE = -1  # the number of no value
 
-
-@dataclass(slots=True)
-class Coefficient:
-    """A tensor that scaled or mixed a value, and how often it had been written when it did."""
-
-    tensor: torch.Tensor
-    version: int | None
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether it is what it was."""
-        return self.version == _version(self.tensor)
-
-
-class Step:
-    """The transparent operation that made a value.
-
-    Parameters
-    ----------
-    rule : Rule
-        What the operation is.
-    func : OpOverload
-        The operation itself.
-    args, kwargs
-        What it took: a `Value` in place of every traced tensor.
-    operands : tuple of Value
-        The values among these, in order.
-    coefficients : dict of int to Coefficient
-        Of a product, by the position of the operand: the tensors of the operands that may be coefficients, and were small
-        enough to be kept.
-    item : int
-        Which of the operation's outputs.
-    """
-
-    __slots__ = ("args", "coefficients", "func", "item", "kwargs", "operands", "rule")
-
-    def __init__(self, rule: Rule, func: Any, args: Any, kwargs: Any, operands: Any, item: int = 0):
-        self.rule = rule
-        self.func = func
-        self.args = args
-        self.kwargs = kwargs
-        self.operands: tuple[Value, ...] = operands
-        self.coefficients: dict[int, Coefficient] = {}
-        self.item = item
-
-
-class Value:
-    """One value that was computed in a forward.
-
-    Parameters
-    ----------
-    number : int
-        Among all values, in the order in which they were made.
-    axes : Axes
-        What its axes are.
-    shape, dtype
-        Of its tensor.
-    step : Step, optional
-        The transparent operation that made it; None where an opaque one did.
-    call : int
-        Order of the innermost module call that made it; -1 outside of all.
-    ordinal : int
-        Among the values that this call made itself.
-    merges : int
-        How many sums with something computed from it a state went through up to here. Heuristic: it tells which values
-        may be states, and proves nothing.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "axes",
-        "call",
-        "dtype",
-        "func",
-        "last_merge",
-        "merges",
-        "number",
-        "ordinal",
-        "root",
-        "shape",
-        "step",
-    )
-
-    def __init__(self, number: int, shape: tuple[int, ...], dtype: torch.dtype, axes: Axes, call: int):
-        self.number = number
-        self.shape = shape
-        self.dtype = dtype
-        self.axes = axes
-        self.call = call
-        self.ordinal = 0
-        self.step: Step | None = None
-        self.func: Any = None
-        self.merges = 0
-        self.root = number  # number of the last of these sums, or of what the first of them was added to
-        self.last_merge = NONE  # number of the last such sum of any state that it was computed from
-
-    def __repr__(self) -> str:
-        name = "input" if self.func is None else str(self.func)
-        return f"Value({self.number}, {name}, {self.shape}, merges={self.merges})"
-
-
-class _Entry(weakref.ref):  # type: ignore[type-arg]
+class _Entry(weakref.ref):
     """The value that a tensor holds."""
 
     __slots__ = ("key", "value", "writes")
@@ -223,7 +120,7 @@ class Trace(TorchDispatchMode):
         return entry.value
 
     def taken(self, tensor: torch.Tensor | None) -> Value | None:
-        """The value of a tensor that a module takes; a constant that comes from nowhere, as a state of zeros, is followed on."""
+        """The value of a tensor that a module takes; a constant, as a state that begins with zeros, is followed on."""
         if tensor is not None and self.value(tensor) is None and tensor.is_floating_point():
             self.watch(tensor)
         return self.value(tensor)
@@ -357,8 +254,6 @@ class Trace(TorchDispatchMode):
 
     def _patched(self, tensor: torch.Tensor, old: Value, new: Value, where: tuple[Any, ...]) -> Value:
         """The value of a tensor into a part of whose memory another value was written."""
-        from depthscope.probes.dataflow.operations import PATCH
-
         value = self._new_value(tensor, old.axes, (old, new))
         shape, stride, offset = where
         own = _region(tensor)
@@ -398,19 +293,6 @@ class Trace(TorchDispatchMode):
                     waiting.append(parent)
 
 
-def carrier_of(step: Step) -> Value:
-    """The operand that carries a state: the largest factor of a product, else that which went through most sums."""
-    if len(step.operands) == 1:
-        return step.operands[0]
-
-    def preference(operand: Value) -> tuple[int, int, int]:
-        size = math.prod(operand.shape)
-        first, second = (size, operand.merges) if step.rule.product else (operand.merges, size)
-        return first, second, -operand.number
-
-    return max(step.operands, key=preference)
-
-
 def func_of_constant(factor: Any) -> Any:
     """A factor as a tensor: itself, or what a function of a tensor and a number gives."""
     if isinstance(factor, tuple):
@@ -423,10 +305,6 @@ def _region(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
 def _keep_coefficients(step: Step, args: Any) -> None:
     """Keep the smaller one of the factors of a product, or both where they are of one size.
 
@@ -437,4 +315,4 @@ def _keep_coefficients(step: Step, args: Any) -> None:
     smallest = min(sizes)
     for position, factor in enumerate(factors):
         if isinstance(factor, torch.Tensor) and sizes[position] == smallest:
-            step.coefficients[position] = Coefficient(factor, _version(factor))
+            step.coefficients[position] = Coefficient(factor, times_written(factor))

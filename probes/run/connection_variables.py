@@ -207,9 +207,9 @@ def _require_depth_proof(chain: Chain, errors: list[float], precision: torch.dty
     worst = int(np.argmax(errors))
     if not errors[worst] <= tolerance(precision):  # NaN is refused too
         raise ReconstructionError(
-            f"connection {worst} ({chain.connections[worst].path!r}): the sum over depth of the embedding and of the branches' "
-            f"outputs misses the next state by a relative error of {errors[worst]:.1e} (tolerance {tolerance(precision):.0e}); "
-            "the capture is refused"
+            f"connection {worst} ({chain.connections[worst].path!r}): the sum over depth of the embedding and of the "
+            f"branches' outputs misses the next state by a relative error of {errors[worst]:.1e} (tolerance "
+            f"{tolerance(precision):.0e}); the capture is refused"
         )
 
 

@@ -32,7 +32,7 @@ def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:
 
 
 def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
-    sampled = [sequence.parts[0, number] for sequence in sequences]
+    sampled = [parts for s in sequences if isinstance(parts := s.parts[0, number], Parts)]
     # Chain 0: only the first chain has stream connections.
     link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
     tokens = mask.shape[1]

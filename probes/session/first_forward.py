@@ -7,6 +7,7 @@ hands the observer what the tape stored of the states, so that the first forward
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -21,7 +22,8 @@ from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.dataflow.axes import is_packed, layout_of
-from depthscope.probes.dataflow.trace import Trace, Value
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, count_streams
@@ -268,7 +270,7 @@ def _stream_sites(tape: Tape, chain: Chain) -> dict[int, Site]:
     return {number: shown[key] for number, key in numbered if key in shown}
 
 
-def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], options: Options) -> str:
+def _layout(tape: Tape, chain: Chain, forward: Forward, sites: Mapping[int, Site], options: Options) -> str:
     if options.layout is not None:
         return options.layout
     if sites:
@@ -322,8 +324,8 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     if structure.traced:
         # Which of its tensors are needed is known only now, and most are gone.
         raise RewrittenError(
-            "the states and weights of this model's connections are local variables; call the model once more: from the second "
-            "forward on they are read where they are computed"
+            "the states and weights of this model's connections are local variables; call the model once more: from the "
+            "second forward on they are read where they are computed"
         )
     calls = {call.key: call for call in tape.calls}
     for number, depth, point in structure.captured:

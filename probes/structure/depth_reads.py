@@ -1,4 +1,4 @@
-"""Do the branches of a model read sums over depth, of the embedding and of the outputs of earlier branches?
+"""Do the branches of a model read sums over depth, of the embedding and of branches' outputs? Found in the trace.
 
 Attention residuals, DenseFormer, skips across the middle and histories have no state that is carried from one branch to the
 next: each branch k reads h_k = Σ_j C_kj v_j of the sources v_0 (the embedding) and v_j (the output of branch j). The states
@@ -17,7 +17,8 @@ from torch import nn
 from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.dataflow.axes import layout_of
 from depthscope.probes.dataflow.linear import LinearMap
-from depthscope.probes.dataflow.trace import Trace, Value, carrier_of
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import Value, carrier_of
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.structure.chain import DEPTH, Chain, Connection
 from depthscope.probes.structure.stream_chain import branch_label

@@ -12,7 +12,8 @@ from itertools import pairwise
 
 from depthscope.probes.dataflow.axes import same_axes
 from depthscope.probes.dataflow.linear import LinearMap
-from depthscope.probes.dataflow.trace import Trace, Value
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import Value
 from depthscope.probes.structure.chain import Chain, HookPoint
 from depthscope.probes.structure.tape import Tape
 

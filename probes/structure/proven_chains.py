@@ -1,4 +1,4 @@
-"""Which chains of a model are taken? Those of its modules where they are proven, else those that the values themselves make."""
+"""Which chains of a model are taken? Those of its modules where they are proven, else those that its values make."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
-from depthscope.probes.dataflow.trace import Value
+from depthscope.probes.dataflow.values import Value
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (

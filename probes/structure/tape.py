@@ -16,7 +16,8 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import past_states, returned_site
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import PairedFamily, Site
-from depthscope.probes.dataflow.trace import NONE, Trace, Value
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import NONE, Value
 from depthscope.probes.model.arguments import named_arguments
 from depthscope.probes.model.tensors import first_float, floats_in, version
 
@@ -47,6 +48,7 @@ class PassedTensor:
     version: int | None
     name: str = ""
     value: Value | None = None  # in the trace of the forward
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -384,7 +386,7 @@ class Tape:
         named = names() if names is not None else [""] * len(tensors)
         value = self.trace.taken if self.trace is not None else lambda tensor: None
         return tuple(
-            PassedTensor(tensor, version(tensor), name, value(tensor))
+            PassedTensor(tensor, version(tensor), name, value(tensor), tuple(tensor.shape))
             for tensor, name in zip(tensors, named, strict=True)
         )
 

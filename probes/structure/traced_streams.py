@@ -1,4 +1,4 @@
-"""Does a chain of values carry several streams, which operations outside of any known connection mix and write?"""
+"""Does a chain of values carry several streams, which no known connection mixes and writes? By its trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from depthscope.probes.connections.families.traced import TracedConnection, find
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.axes import layout_of, stream_atom
 from depthscope.probes.dataflow.operations import MOST_STREAMS
-from depthscope.probes.dataflow.trace import Value
+from depthscope.probes.dataflow.values import Value
 from depthscope.probes.structure.chain import Chain, Connection
 from depthscope.probes.structure.stream_chain import branch_label
 from depthscope.probes.structure.tape import Call, Tape
@@ -57,12 +57,12 @@ def traced_streams(tape: Tape, chain: Chain, states: Sequence[Value]) -> TracedS
     shown = ShownValues(tape)
     connections, sites = [], {}
     for depth, (before, after) in enumerate(pairwise(states)):
-        found = traced_connection(tape, before, after, count)
-        if found.branch_in is None:
+        connection = traced_connection(tape, before, after, count)
+        if connection.branch_in is None:
             raise StreamConnectionError(
                 f"from depth {depth} to {depth + 1}: no module shows what the branch takes from the streams"
             )
-        connections.append(_connection(chain, depth, shown.returned(found.branch_out)))
+        connections.append(_connection(chain, depth, shown.returned(connection.branch_out)))
         sites[depth] = Site(STYLE, "hc", count, layout)
     return TracedStreams(replace(chain, connections=tuple(connections), proof=""), sites)
 

@@ -39,7 +39,7 @@ def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[C
     pairs = _passed_on(blocks)
     if not pairs:
         return [chain]
-    shapes = {tuple(blocks[0].inputs[taken].tensor.shape) for _, taken in pairs}
+    shapes = {blocks[0].inputs[taken].shape for _, taken in pairs}
     if not named and blocks[0].x_shape in shapes:
         pattern = re.sub(r"\d+", "{i}", blocks[0].path, count=1)
         raise SeveralStatesError(
@@ -76,12 +76,12 @@ def _passed_on(blocks: Sequence[Call]) -> list[tuple[int, int]]:
 def _track(chain: Chain, blocks: Sequence[Call], given: int, taken: int) -> Chain:
     first, *rest = [replace(point, item=taken) for point in chain.points[:-1]]
     last = replace(chain.points[-1], item=given)
-    shapes = [tuple(call.inputs[taken].tensor.shape) for call in blocks]
+    shapes = [call.inputs[taken].shape for call in blocks]
     return replace(
         chain,
         name=blocks[0].inputs[taken].name,
         # The tape knows the producer of a call's first tensor only.
         points=(replace(first, module="(input)"), *rest, last),
-        shapes=(*shapes, tuple(blocks[-1].outputs[given].tensor.shape)),
+        shapes=(*shapes, blocks[-1].outputs[given].shape),
         final=None,  # the last norm takes the first state
     )

@@ -18,7 +18,8 @@ from torch import nn
 from depthscope.probes.dataflow.axes import same_axes, stream_atom
 from depthscope.probes.dataflow.linear import WHOLE
 from depthscope.probes.dataflow.operations import MOST_STREAMS
-from depthscope.probes.dataflow.trace import Trace, Value, carrier_of
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import Value, carrier_of
 from depthscope.probes.structure.chain import Chain, HookPoint
 from depthscope.probes.structure.tape import Call, Tape
 
@@ -183,6 +184,22 @@ def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Val
 
 
 def chain_of_states(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
+    """The chain of some states, labelled by the blocks in which what was added to each of them was computed.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward, with its trace.
+    model : Module
+        The model.
+    states : sequence of CarriedState
+        In depth order.
+
+    Returns
+    -------
+    Chain
+        Without connections.
+    """
     assert tape.trace is not None
     branches = [_branch_calls(tape, states, number) for number in range(1, len(states))]
     layers = _layers(branches)

@@ -16,7 +16,8 @@ import torch
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Family, StreamConnectionError
 from depthscope.probes.dataflow.linear import LinearMap
-from depthscope.probes.dataflow.trace import Trace, Value
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.layout import canonical, from_canonical, parse_layout
 
 # Weights that differ by more than this between features are no scalars: a few roundings of bfloat16, in which they may have
