@@ -124,7 +124,9 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
         [CarriedState(value, shown.places(value)) for value in group]
         for group in carried_values(tape.trace, last)
     ]
-    first = [_shown_of(group) for group in groups]
+    # After the last sum of a pre-norm model comes the final norm, which is no state of it.
+    normed = any(_made_by_function(group) for group in groups[1:-1])
+    first = [_shown_of(group, normed=normed) for group in groups]
     found = [state for state in first if state is not None]
     if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
         return found
@@ -135,11 +137,17 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
     ]
 
 
-def _shown_of(group: Sequence[CarriedState]) -> CarriedState | None:
+def _shown_of(group: Sequence[CarriedState], *, normed: bool) -> CarriedState | None:
     placed = [state for state in group if state.places]
-    # The state of a post-norm block is the norm of its sum.
-    made = [state for state in placed if (step := state.value.step) is not None and step.rule.function]
+    made = _made_by_function(group) if normed else []
     return made[-1] if made else placed[0] if placed else None
+
+
+def _made_by_function(group: Sequence[CarriedState]) -> list[CarriedState]:
+    """Those that are the norm or activation of a sum, as the states of post-norm blocks are."""
+    sizes = group[0].value.shape
+    placed = [state for state in group if state.places and state.value.shape == sizes]
+    return [state for state in placed if (step := state.value.step) is not None and step.rule.function]
 
 
 def _state_of_shape(
