@@ -357,7 +357,10 @@ def depth_paths(
         reads, writes = _stream_weights(h_pre, h_post, read, write, mask)
         return StreamPaths(mixing, reads, writes, _order_of(h_res), _embedding_weights(residual, mask))
     if depth_in is None:
-        raise Unavailable("the run has no connections: of one stream, the branches and how they are added")
+        raise Unavailable(
+            "the run has no connections, which a capture of one stream keeps where they are named: "
+            "sites=['embed', 'post', 'branch_out']"
+        )
     _require_plain(
         depth_in, attrs, after_sum_is_known=residual_scale is not None or residual_gate is not None
     )
