@@ -26,7 +26,7 @@ NO_EVIDENCE = Evidence((), (), "not_applicable", False)
 
 
 def test_factors_that_are_one_everywhere_are_left_out():
-    assert factor_variables([None, None], [None, None]) == {}
+    assert factor_variables([None, None], [None, torch.ones(2, 3)]) == {}
 
 
 def test_factors_of_a_token_and_of_a_feature_are_two_variables():
