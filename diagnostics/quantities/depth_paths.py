@@ -23,6 +23,7 @@ from depthscope.diagnostics.quantities.mixing_matrices import (
     REDUCTIONS,
     Mixing,
     connection_coords,
+    labelled_connections,
     over_tokens,
     real_tokens,
     require_finite,
@@ -106,10 +107,7 @@ class DepthPaths(ABC):
         -------
         DataArray
         """
-        known = dict(self._coords)
-        if "other_connection" in dims:
-            known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
-        return xr.DataArray(values, dims=dims, coords=known | coords)
+        return labelled_connections(values, dims, self._coords | coords)
 
     def reduced(self, values: np.ndarray) -> xr.DataArray:
         """Reduce values (C, N) of every token, with dims (connection, reduction)."""
