@@ -97,6 +97,7 @@ DEFINED: dict[str, FigureKind] = {
         mixing.henrici,
         mixing.numerical_radius,
         mixing.depth_kernel,
+        mixing.embedding_read,
         mixing.effective_path_depth,
         mixing.read_mass,
         gradients.gradient_norm,

@@ -38,9 +38,7 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
         for run, of in attrs.items()
         if (proof := str(of.get("proof", ""))).startswith(UNPROVEN)
     }
-    if len(attrs) == 1:
-        return "".join(f"Unproven: {reason}." for reason in unproven.values())
-    return " ".join(f"Run {run} is unproven: {reason}." for run, reason in unproven.items())
+    return _sentences(attrs, unproven, alone="Unproven", among="Run {} is unproven")
 
 
 def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
@@ -66,6 +64,10 @@ def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
         for run, of in attrs.items()
         if of.get("constraint")
     }
-    if len(attrs) == 1:
-        return "".join(f"H_res: {words}." for words in known.values())
-    return " ".join(f"H_res of run {run}: {words}." for run, words in known.items())
+    return _sentences(attrs, known, alone="H_res", among="H_res of run {}")
+
+
+def _sentences(attrs: Mapping[str, Attributes], known: Mapping[str, str], *, alone: str, among: str) -> str:
+    """One sentence a run of which something is known; a run that is alone is not named."""
+    subjects = {run: alone if len(attrs) == 1 else among.replace("{}", run) for run in known}
+    return " ".join(f"{subjects[run]}: {words}." for run, words in known.items())

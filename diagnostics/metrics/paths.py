@@ -87,9 +87,10 @@ def _labelled_shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
 def embedding_read(depth_paths: DepthPaths) -> xr.DataArray:
     r"""How much of the embedding a connection reads, through all mixing before it.
 
-    .. math:: M_{k0} = H^{pre}_k \Big(\prod_{t<k} H^{res}_t\Big) \mathbf 1
+    .. math:: \|H^{pre}_k \Big(\prod_{t<k} H^{res}_t\Big) X_0\| \, / \, \|X_0\|_{\mathrm{rms}}
 
-    Where the streams begin as copies of the embedding; 1 throughout a plain residual network.
+    The size of what is read, over that of a stream of the embedding (root mean square): the sum of the weights where the
+    streams begin as copies; 1 throughout a plain residual network.
     """
     return depth_paths.labelled(depth_paths.embedding().mean(axis=1), ("connection",))
 

@@ -23,6 +23,7 @@ from depthscope.diagnostics.quantities.mixing_matrices import (
     REDUCTIONS,
     Mixing,
     connection_coords,
+    labelled_connections,
     over_tokens,
     real_tokens,
     require_finite,
@@ -106,10 +107,7 @@ class DepthPaths(ABC):
         -------
         DataArray
         """
-        known = dict(self._coords)
-        if "other_connection" in dims:
-            known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
-        return xr.DataArray(values, dims=dims, coords=known | coords)
+        return labelled_connections(values, dims, self._coords | coords)
 
     def reduced(self, values: np.ndarray) -> xr.DataArray:
         """Reduce values (C, N) of every token, with dims (connection, reduction)."""
@@ -127,8 +125,8 @@ class StreamPaths(DepthPaths):
         (C, N, V, n) and (C, N, n, V).
     order : Order
         Of the connections.
-    embedding_weights : ndarray or None
-        (N, n), by which the embedding enters the streams; None where they differ, so that it is no single source.
+    first : ndarray or None
+        The streams of the embedding, (N, n, D); ones (N, n, 1) where they are copies of one another; None for unknown.
     """
 
     def __init__(
@@ -137,11 +135,11 @@ class StreamPaths(DepthPaths):
         reads: np.ndarray,
         writes: np.ndarray,
         order: Order,
-        embedding_weights: np.ndarray | None,
+        first: np.ndarray | None,
     ) -> None:
         super().__init__(mixing.coords, mixing.matrices.shape[1])
         self.mixing, self.reads, self.writes, self.order = mixing, reads, writes, order
-        self.embedding_weights = embedding_weights
+        self.first = first
         self.num_views = max(reads.shape[-2], writes.shape[-1])
 
     @property
@@ -184,23 +182,26 @@ class StreamPaths(DepthPaths):
 
     def embedding(self) -> np.ndarray:
         """|M_k0| of every token, (C, N)."""
-        if self.embedding_weights is None:
-            raise Unavailable("the streams of the embedding differ, so that it is no single source")
+        if self.first is None:
+            raise Unavailable("the run has no state at the embedding")
         self.require_finite()
-        applied, states = self.order.applied_to, [self.embedding_weights]
-        for number, matrices in enumerate(self.mixing.matrices):
-            # Parallel branches share one matrix, which is applied once.
-            if number == 0 or applied[number] != applied[number - 1]:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    states.append(np.einsum("tij,tj->ti", matrices, states[-1]))
-        before = np.stack([states[state] for state in self.order.reads_from])
+        applied, state = self.order.applied_to, self.first
+        found = np.empty((len(self), self.num_tokens))
         with np.errstate(over="ignore", invalid="ignore"):
-            read = np.einsum("ctvi,cti->ctv", self.reads, before)
-        if not np.isfinite(read).all():
+            for number, matrices in enumerate(self.mixing.matrices):
+                # At the first sublayer of a state: parallel ones share its matrix, which is applied once.
+                if number and applied[number] == applied[number - 1]:
+                    continue
+                for reader in np.flatnonzero(np.equal(self.order.reads_from, applied[number])):
+                    read = np.einsum("tvi,tid->tvd", self.reads[reader], state)
+                    found[reader] = np.sqrt((read**2).sum(axis=-1).mean(axis=-1))
+                state = np.einsum("tij,tjd->tid", matrices, state)
+            size = np.sqrt((self.first**2).sum(axis=-1).mean(axis=-1))
+        if not np.isfinite(found).all():
             raise Unavailable(
                 "what connections read of the embedding grows beyond float64: see the composite gain"
             )
-        return np.sqrt((read**2).mean(axis=-1))
+        return found / np.where(size > 0, size, np.nan)
 
     def require_finite(self) -> None:
         """Refuse matrices that are not finite: everything after them would be unknown."""
@@ -355,9 +356,12 @@ def depth_paths(
     if h_res is not None:
         mixing = Mixing(h_res, mask) if mixing is None else mixing
         reads, writes = _stream_weights(h_pre, h_post, read, write, mask)
-        return StreamPaths(mixing, reads, writes, _order_of(h_res), _embedding_weights(residual, mask))
+        return StreamPaths(mixing, reads, writes, _order_of(h_res), _first_streams(residual, mask))
     if depth_in is None:
-        raise Unavailable("the run has no connections: of one stream, the branches and how they are added")
+        raise Unavailable(
+            "the run has no connections, which a capture of one stream keeps where they are named: "
+            "sites=['embed', 'post', 'branch_out']"
+        )
     _require_plain(
         depth_in, attrs, after_sum_is_known=residual_scale is not None or residual_gate is not None
     )
@@ -394,16 +398,17 @@ def _stream_weights(
     return reads, writes
 
 
-def _embedding_weights(residual: xr.DataArray | None, mask: xr.DataArray) -> np.ndarray | None:
-    """Ones (N, n) where the streams of the embedding are copies of one another; None where they are not, or unknown."""
-    if (
-        residual is None
-        or str(residual.coords["site"].values[0] if "site" in residual.coords else "") != "embed"
-    ):
+def _first_streams(residual: xr.DataArray | None, mask: xr.DataArray) -> np.ndarray | None:
+    """The streams of the embedding (N, n, D), ones (N, n, 1) where they are copies; None where the run does not have them."""
+    site = "" if residual is None or "site" not in residual.coords else str(residual.coords["site"].values[0])
+    if residual is None or site != "embed":
         return None
-    first = residual.isel(depth=0).transpose("sample", "token", "stream", "feature").values[mask.values]
-    copies = bool((first == first[:, :1]).all())
-    return np.ones(first.shape[:2]) if copies else None
+    real = mask.transpose("sample", "token").values
+    first = (
+        residual.isel(depth=0).transpose("sample", "token", "stream", "feature").values[real].astype(float)
+    )
+    # Of copies only the weights matter, which are exact whatever the embedding is.
+    return np.ones((*first.shape[:2], 1)) if bool((first == first[:, :1]).all()) else first
 
 
 def _order_of(values: xr.DataArray) -> Order:

@@ -5,7 +5,7 @@ Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -142,10 +142,31 @@ class Mixing:
         -------
         DataArray
         """
-        known = dict(self.coords)
-        if "other_connection" in dims:
-            known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
-        return xr.DataArray(values, dims=dims, coords=known | coords)
+        return labelled_connections(values, dims, self.coords | coords)
+
+
+def labelled_connections(
+    values: np.ndarray, dims: tuple[str, ...], coords: Mapping[str, Any]
+) -> xr.DataArray:
+    """Values with the coordinates of connections, which ``other_connection`` gets too where it is a dim.
+
+    Parameters
+    ----------
+    values : ndarray
+        Any values.
+    dims : tuple of str
+        Their dims.
+    coords : mapping
+        Of the connections, and of further dims.
+
+    Returns
+    -------
+    DataArray
+    """
+    known = dict(coords)
+    if "other_connection" in dims:
+        known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
+    return xr.DataArray(values, dims=dims, coords=known)
 
 
 def real_tokens(values: xr.DataArray, mask: xr.DataArray) -> np.ndarray:

@@ -19,6 +19,9 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
 }
 
+MEASURED = frozenset({"hc", "mhc", "streams"})
+"""Names of families that are told apart by measurement alone."""
+
 NOTHING_MIXES = "identity: nothing mixes"
 """The constraint of connections that have no matrix."""
 

@@ -69,6 +69,6 @@ def _data_digest(sequences: list[Sequence]) -> str:
     digest = hashlib.sha256()
     for sequence in sequences:
         if sequence.row is not None:
-            # As bytes: numpy has no bfloat16.
-            digest.update(sequence.row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            # As bytes: numpy has no bfloat16. Flat: of packed sequences a row is a single number, which has no bytes to view.
+            digest.update(sequence.row.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -56,6 +56,7 @@ def factor_variables(
 
 def _stacked_factors(factors: Sequence[torch.Tensor | None]) -> np.ndarray | None:
     """The factors of all connections, 1 where there is none; None where none has one."""
+    factors = [None if factor is None or bool((factor == 1).all()) else factor for factor in factors]
     known = [factor for factor in factors if factor is not None]
     if not known:
         return None

@@ -29,6 +29,7 @@ class LinearModel:
     outputs: np.ndarray
     recurrence: Recurrence
     coords: dict[str, Any] = field(default_factory=dict)
+    embedding: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def run(self, *, proof: str | None = "proven", **attrs: Any) -> xr.DataTree:
         """The run that a capture of it would give."""
@@ -75,7 +76,7 @@ class LinearModel:
         )
 
     def by_differences(self) -> tuple[np.ndarray, np.ndarray]:
-        """|M| of every token by moving one output (C, C), or the embedding (C), and looking at what each branch is given.
+        """|M| by moving one output and looking at what each branch is given: the mean over tokens (C, C), and of every token.
 
         The root mean square of the change of all entries of an input, for a change of random signs.
         """
@@ -144,7 +145,7 @@ def streams(kind: str = "", count: int = 5, n: int = 3, seed: int = 0) -> Linear
     variables = {"h_res": mix, "h_pre": reads[..., 0, :], "h_post": writes}
     if kind == "views":
         variables = {"h_res": mix, "read": reads, "write": writes[..., None]}
-    embedding = rng.standard_normal((*SIZES[:2], 1, SIZES[2])) * np.ones((n, 1))
+    embedding = rng.standard_normal((*SIZES[:2], 1, SIZES[2])) * np.ones((n, 1))  # copies
 
     def recurrence(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states, inputs = [embedding], []
@@ -156,7 +157,7 @@ def streams(kind: str = "", count: int = 5, n: int = 3, seed: int = 0) -> Linear
         return np.stack(states), np.stack(inputs)
 
     coords = {"read_depth": read_depth} if kind == "lagged" else {}
-    return LinearModel(f"streams {kind}".strip(), "hc", variables, outputs, recurrence, coords)
+    return LinearModel(f"streams {kind}".strip(), "hc", variables, outputs, recurrence, coords, embedding)
 
 
 def over_depth(kind: str, count: int = 5, seed: int = 0, *, uniform: bool = False) -> LinearModel:

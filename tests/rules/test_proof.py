@@ -117,6 +117,7 @@ def test_a_matrix_of_a_proven_run_is_not_called_unproven_because_of_another(anal
     assert REASON in FIGURES["cka"].build(both, run="other").caption
 
 
+@pytest.mark.slow
 def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     for reading in readings:
         assert REASON in depth_table(reading).caption
@@ -135,6 +136,7 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     assert manifest["runs"]["plain"]["proof"] == UNPROVEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["check", "compare", "analyze"])
 def test_commands_say_it_in_text_and_json(runs, tmp_path, capsys, command):
     path = schema.save_run(runs["streams"], tmp_path / "run.nc")

@@ -241,6 +241,14 @@ depth_kernel = MatrixFigure(
     question="mixing",
     section="Paths",
 )
+# 1 is what every sublayer of a plain residual network reads.
+embedding_read = _paths(
+    "embedding_read",
+    "How much of the embedding each sublayer reads",
+    "size of what is read, of the embedding's",
+    thresholds=((1.0, "in full: 1"),),
+    note="Through all mixing before it.",
+)
 effective_path_depth = _paths(
     "effective_path_depth",
     "How far back each sublayer reads",

@@ -166,13 +166,20 @@ def test_a_weight_on_a_later_source_is_refused():
     )
 
 
-def test_the_embedding_is_one_source_only_where_its_streams_are_copies():
-    run = streams().run()
+@pytest.mark.parametrize("kind", ["", "lagged", "views"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_what_is_read_of_the_embedding_is_what_branches_that_give_nothing_would_read(kind, copies):
+    model = streams(kind)
+    run = model.run()
     trace = run["trace"].to_dataset()
-    trace["residual"].values[0, ..., 1, :] += 1.0
-    missing = reasons(schema.create_run(trace, attrs=run.attrs))
-    assert "the streams of the embedding differ" in missing["embedding_read"]
-    assert set(missing) == {"embedding_read"}
+    if not copies:
+        model.embedding[..., 1, :] += 1.0
+        trace["residual"].values[0] = model.embedding
+    states, inputs = model.recurrence(np.zeros_like(model.outputs))
+    read = np.sqrt((inputs**2).sum(-1).mean(-1))
+    expected = read / np.sqrt((states[0] ** 2).sum(-1).mean(-1))
+    found = analyzed(schema.create_run(trace, attrs=run.attrs))["embedding_read"]
+    np.testing.assert_allclose(found, expected.mean(axis=(1, 2)), rtol=1e-9)
 
 
 def test_arrays_by_name_give_the_kernel_of_a_run():
