@@ -14,8 +14,9 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
-from depthscope.probes.session.model_call import batches, call_observed, eager
+from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums

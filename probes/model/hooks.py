@@ -13,13 +13,31 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.user_modes import outside_user_modes
 
 INERT = "a hook of a probe was here"  # marks what copies of our hooks are
+REENTRANT_FORWARD = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 Report: TypeAlias = Callable[[Exception], None]
+
+
+class CompilerLog:
+    """How often torch's compiler, or an export, met a hook of ours while it traced the code around it."""
+
+    met = 0
+
+
+def _note_compiler() -> int:
+    CompilerLog.met += 1
+    return 0
+
+
+# The compiler calls such a function while it traces and keeps its result, so that nothing of it is in the compiled code; the
+# attribute is what `torch.compiler.assume_constant_result` sets, without its import, which takes a second.
+_note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +121,10 @@ class Hook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the function and return None: any other value would replace the module's output."""
+        if torch.compiler.is_compiling():
+            # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
+            _note_compiler()
+            return
         if self.function is not None:
             call_safely(self.report, self.function, *args, **kwargs)
 
@@ -157,10 +179,10 @@ class Attachment:
         self._stack = ExitStack()
         self._places: list[tuple[OrderedDict[int, Any], int]] = []  # tables of hooks, and our keys in them
 
-    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Call ``function(module, args, kwargs)`` before the module's forward."""
+    def before(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
+        """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
         hook = self._new_hook(function)
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
         self._stack.callback(handle.remove)
         self._places.append((module._forward_pre_hooks, handle.id))
 
@@ -233,6 +255,9 @@ class WatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method unchanged, in the watcher's context, and return its result."""
+        if torch.compiler.is_compiling():  # as in `Hook`
+            _note_compiler()
+            return self._method(*args, **kwargs)
         watcher, watch = self._watcher, None
         if watcher is not None:
             watch = call_safely(self._report, watcher, self._module, args, kwargs)
@@ -302,6 +327,16 @@ def in_recomputation() -> bool:
     """Whether a backward pass is running, so that a forward hook sees the recomputation of a checkpointed module."""
     # -1 outside of a backward. Activation checkpointing gives no public sign inside of the recomputed forward.
     return torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint is running its forward, whose graph is made later, in the backward."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is REENTRANT_FORWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def num_running_calls(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod, restore_entry
 
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -46,6 +48,36 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, training in training_flags:
                 module.training = training  # per module: train() would set all children alike
+
+
+@contextmanager
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore what a forward of our own notes in the attributes of modules: counters, caches, the lists and dicts in them."""
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            entries = vars(module)
+            for name in entries.keys() - attributes.keys():
+                del entries[name]
+            entries.update(attributes)
+            for container, content in contents:
+                if isinstance(container, list):
+                    container[:] = content
+                else:
+                    container.clear()
+                    container.update(content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The lists, dicts and sets among a module's own attributes, each with a copy."""
+    return [
+        (value, value.copy())
+        for name, value in vars(module).items()
+        # Not those of `nn.Module` itself: hooks come and go, and `preserved_state` restores the buffers.
+        if type(value) in (list, dict, set) and name not in MODULE_ATTRIBUTES
+    ]
 
 
 def unhooked_twin(module: nn.Module) -> nn.Module:

@@ -18,9 +18,15 @@ from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, num_running_calls
+from depthscope.probes.model.hooks import (
+    Attachment,
+    CompilerLog,
+    in_reentrant_checkpoint,
+    num_running_calls,
+)
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.user_modes import unreadable_mode
+from depthscope.probes.model.user_modes import unreadable_mode, user_wants_graph
+from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.first_forward import (
     AxisError,
     FirstForward,
@@ -89,6 +95,13 @@ class Session:
         self._searching = True  # for the structure, by hooks on every module
         self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
+        self._compiled: CompiledCalls | None = None
+        self._wrappers: weakref.WeakSet[nn.Module] = (
+            weakref.WeakSet()
+        )  # compiled modules that contain the model
+        self._unseen = True  # whether no call of the model was seen yet, or none in the step before
+        self._compiler_met = 0  # how often torch's compiler had met our hooks when the step began
+        self._num_without_graph = 0  # calls of the step that can have no gradient
 
     @property
     def observer(self) -> Observer:
@@ -107,10 +120,49 @@ class Session:
     # --- hooks on, hooks off ---
 
     def attach(self) -> None:
-        """Put the hooks on: on every module until the structure is known, then on those that show it."""
+        """Put the hooks on: on every module until the structure is known, then on those that show it.
+
+        A compiled model gets none of these: see `compiled_calls`.
+        """
         self.detach()
+        self._num_without_graph, self._compiler_met = 0, CompilerLog.met
+        callers = self._compiled_callers()
         with self._lock:
-            self._attach()
+            if not callers:
+                self._attach()
+                return
+            self._compiled = CompiledCalls(
+                callers,
+                self.owner,
+                wanted=lambda: not self.errors and self._may_have_gradients(),
+                run_hooked=self._run_hooked,
+                gradients=self.options.gradients,
+                report=self.report,
+            )
+            self._compiled.attach()
+
+    def _compiled_callers(self) -> list[nn.Module]:
+        if self._only_own or not compiler_is_loaded():
+            return []  # forwards of ours run uncompiled
+        found = compiled_callers(self.model, known=list(self._wrappers), search=self._unseen)
+        self._wrappers.update(module for module in found if module is not self.model)
+        self._unseen = True  # until a call is seen
+        return found
+
+    def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
+        """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
+        before = len(self.forwards)
+        try:
+            with self._lock:
+                self._attach()
+            result = function()
+            if any(isinstance(error, RewrittenError) for error in self.errors):
+                self.errors.clear()  # the second forward copies states as they pass
+                result = function()
+        finally:
+            with self._lock:
+                self._remove_hooks()
+        return result, self.forwards[-1] if len(self.forwards) > before else None
 
     def _attach(self) -> None:
         self._first_thread = None
@@ -148,9 +200,10 @@ class Session:
         if self._current.recorded is not None and not num_running_calls(self.model):
             self.forget_running()
         with self._lock:
-            if self._attachment is not None:
-                self._attachment.remove()
-                self._attachment = None
+            if self._compiled is not None:
+                self._compiled.remove()
+                self._compiled = None
+            self._remove_hooks()
             self._first_thread = None
             cut_short = [forward for forward in self._running if not forward.cancelled]
             for forward in cut_short:
@@ -159,6 +212,11 @@ class Session:
             self._running.clear()
         self._current.clear()
         return len(cut_short)
+
+    def _remove_hooks(self) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
 
     def after_fork(self) -> None:
         """Forget the probe in a child process, which is a copy of the parent in the middle of anything."""
@@ -181,7 +239,10 @@ class Session:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
         current.clear()
-        if self.errors:  # the step will be left out
+        self._unseen = False
+        if (
+            self.errors or not self._may_have_gradients()
+        ):  # of a step that will be left out, or no forward of its training
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
         if tensors and not any(tensor.numel() for tensor in tensors):
@@ -197,6 +258,17 @@ class Session:
             self._running.add(forward)
             if self._searching:
                 current.tape = self._new_tape()
+
+    def _may_have_gradients(self) -> bool:
+        """Whether a call that begins can have gradients, where these are wanted: a validation under ``no_grad`` has none.
+
+        It is no forward of the training that the step measures, so it counts nowhere.
+        """
+        if not self.options.gradients or user_wants_graph() or in_reentrant_checkpoint():
+            return True
+        self._unseen = False
+        self._num_without_graph += 1
+        return False
 
     def _require_same_modules(self) -> None:
         """Require that no layer came, went or was replaced since the hooks were put on: a new one has none."""
@@ -335,7 +407,23 @@ class Session:
         with self._lock:
             self._absorb()
             done, self._measured = self._measured, []
-            return done
+        if not done:
+            raise CaptureError(self._why_nothing())
+        return done
+
+    def _why_nothing(self) -> str:
+        if self._num_without_graph:
+            return (
+                "gradients were asked for but none arrived: every forward of the step ran without a graph, as under "
+                "torch.no_grad(); such forwards count to no step that measures gradients"
+            )
+        if self._compiler_met != CompilerLog.met:
+            return (
+                "the model was only called inside of code that was compiled, traced or exported as a whole; record the module "
+                "that torch.compile returned, or compile the model and not the function around it"
+            )
+        hint = ", or only inside of compiled code" if compiler_is_loaded() else ""
+        return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
 
     @property
     def pending(self) -> bool:

@@ -27,7 +27,6 @@ from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
-from depthscope.probes.session.model_call import eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
@@ -267,10 +266,6 @@ class Recorder:
             self._say(
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {self.position} did, and count to no step"
             )
-        if not parts:
-            raise CaptureError(
-                "the model was not called between two steps, or with empty batches only; nothing to measure"
-            )
         if not _num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
@@ -353,8 +348,6 @@ class Recorder:
             return
         # Each is undone even where it fails halfway, hence the callbacks first.
         try:
-            # Compiled code skips hooks that are put on after its compilation.
-            self._stack.enter_context(eager())
             self._stack.callback(self._session.detach)
             self._session.attach()
             if self._weights is not None:
