@@ -67,6 +67,11 @@ class Structure:
         return tuple(found)
 
     @property
+    def traced(self) -> bool:
+        """Whether the weights of its connections are local variables, which only a trace of the forward shows."""
+        return any(site.style == "traced" for site in self.sites.values())
+
+    @property
     def connections(self) -> tuple[Connection, ...]:
         """The stream connections of the first chain, which alone can have them."""
         return self.chains[0].connections if self.sites else ()
