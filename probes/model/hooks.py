@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.user_modes import outside_user_modes
@@ -176,26 +177,29 @@ class Attachment:
 
     def __init__(self, report: Report):
         self._report = report
-        self._stack = ExitStack()
+        self._hooks: dict[Callable[..., Any], Hook] = {}  # by what each calls
+        self._handles: list[RemovableHandle] = []
+        self._watched: list[WatchedMethod] = []
         self._places: list[tuple[OrderedDict[int, Any], int]] = []  # tables of hooks, and our keys in them
 
     def before(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
-        hook = self._new_hook(function)
-        handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
-        self._stack.callback(handle.remove)
+        handle = module.register_forward_pre_hook(self._hook(function), prepend=first, with_kwargs=True)
+        self._handles.append(handle)
         self._places.append((module._forward_pre_hooks, handle.id))
 
     def after(self, module: nn.Module, function: Callable[..., Any], *, always: bool = False) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        hook = self._new_hook(function)
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
-        self._stack.callback(handle.remove)
+        handle = module.register_forward_hook(self._hook(function), with_kwargs=True, always_call=always)
+        self._handles.append(handle)
         self._places.append((module._forward_hooks, handle.id))
 
-    def _new_hook(self, function: Callable[..., Any]) -> Hook:
-        hook = Hook(function, self._report)
-        self._stack.callback(hook.disable)
+    def _hook(self, function: Callable[..., Any]) -> Hook:
+        # One for all modules with the same function: a model has thousands of them, and every object of ours brings the next
+        # complete collection of garbage nearer, which takes longer than all hooks.
+        hook = self._hooks.get(function)
+        if hook is None:
+            hook = self._hooks[function] = Hook(function, self._report)
         return hook
 
     def run_last(self) -> None:
@@ -221,12 +225,17 @@ class Attachment:
         """
         watched = WatchedMethod(module, name, watcher, self._report)
         vars(module)[name] = watched
-        self._stack.callback(watched.remove)
+        self._watched.append(watched)
 
     def remove(self) -> None:
         """Remove every hook; calling it twice is fine."""
-        self._stack.close()
-        self._places = []
+        for hook in self._hooks.values():
+            hook.disable()
+        for watched in reversed(self._watched):
+            watched.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._hooks, self._handles, self._watched, self._places = {}, [], [], []
 
 
 class WatchedMethod:

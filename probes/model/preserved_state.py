@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod, restore_entry
+from depthscope.probes.model.modules import all_modules
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -22,15 +23,17 @@ HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Restore the random states, the buffers and the training flags of a model after a forward of our own."""
+    modules = all_modules(model)
     buffers = [
         (module, name, buffer)
-        for module in model.modules()
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    training_flags = [(module, module.training) for module in model.modules()]
+    training_flags = [(module, module.training) for module in modules]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    parameters = (p for module in modules for p in module._parameters.values() if p is not None)
+    devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     with torch.random.fork_rng(devices=devices):
         try:
@@ -47,13 +50,14 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, training in training_flags:
-                module.training = training  # per module: train() would set all children alike
+                if module.training != training:
+                    module.training = training  # per module: train() would set all children alike
 
 
 @contextmanager
 def preserved_attributes(model: nn.Module) -> Iterator[None]:
     """Restore what a forward of our own notes in the attributes of modules: counters, caches, the lists and dicts in them."""
-    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
+    before = [(module, dict(vars(module)), _contents(module)) for module in all_modules(model)]
     try:
         yield
     finally:

@@ -78,6 +78,7 @@ class FirstForward:
         captured = observer.structure.captured if observer is not None else ()
         self._operations = {(p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"}
         self._model = model
+        self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
         self._gradients = gradients
         self._report = report
@@ -85,7 +86,8 @@ class FirstForward:
     def attach(self, attachment: Attachment) -> None:
         """Put hooks on every module, and around the methods of those that may be paired connections."""
         for path, module in self._model.named_modules():
-            attachment.before(module, partial(self._before_call, path))
+            self._paths[id(module)] = path
+            attachment.before(module, self._before_call)
             attachment.after(module, self._after_call)
             if module is self._model:
                 # Around the forward method, not a hook: the trace must be on while it runs, and only then.
@@ -95,10 +97,10 @@ class FirstForward:
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
 
-    def _before_call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tape = self._current.taped
         if tape is not None:
-            call = tape.enter(path, module, args, kwargs)
+            call = tape.enter(self._paths[id(module)], module, args, kwargs)
             self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

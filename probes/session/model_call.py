@@ -66,5 +66,6 @@ def call_observed(session: Session, batch: Any) -> Any:
         # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):
             session.errors.clear()
+            session.attach()
             output = call_model(session.model, batch)
         return output

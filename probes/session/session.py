@@ -97,9 +97,8 @@ class Session:
         self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
         self._compiled: CompiledCalls | None = None
-        self._wrappers: weakref.WeakSet[nn.Module] = (
-            weakref.WeakSet()
-        )  # compiled modules that contain the model
+        # Compiled modules that contain the model.
+        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unseen = True  # whether no call of the model was seen yet, or none in the step before
         self._compiler_met = 0  # how often torch's compiler had met our hooks when the step began
         self._num_without_graph = 0  # calls of the step that can have no gradient
@@ -250,9 +249,8 @@ class Session:
             return
         current.clear()
         self._unseen = False
-        if (
-            self.errors or not self._may_have_gradients()
-        ):  # of a step that will be left out, or no forward of its training
+        # No part of a step that will be left out, and no forward without gradients of a step that measures these.
+        if self.errors or not self._may_have_gradients():
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
         if tensors and not any(tensor.numel() for tensor in tensors):
@@ -388,10 +386,10 @@ class Session:
             raise
         finally:
             with self._lock:
-                if (
-                    self._attachment is not None
-                ):  # with the hooks of the structure, or for another first forward
-                    self._attach()
+                if self._only_own:  # whoever calls the model puts the hooks on again before another call
+                    self._remove_hooks()
+                elif self._attachment is not None:
+                    self._attach()  # with the hooks of the structure, or for another first forward
 
     def _adopt(self, observer: Observer) -> None:
         self._observer, self._modules = observer, _module_types(self.model)
