@@ -213,17 +213,21 @@ def layout_of(axes: Axes, stream: Atom | None) -> str | None:
         and (atom.has(CONTRACTED) or atom.has(NORMALISED))
         and not (atom.has(SLID) or atom.has(ATTENDED))
     ]
-    tokens = [atom for atom in rest if atom not in batch and atom not in features]
-    if len(batch) != 1 or len(features) != 1 or len(tokens) > 2:
+    if len(batch) != 1 or len(features) != 1 or len(set(map(id, atoms))) != len(atoms):
         return None
     letters = {id(batch[0]): "B", id(features[0]): "D"}
     if stream is not None:
         letters[id(stream)] = "N"
-    letters.update({id(atom): letter for atom, letter in zip(tokens, "T" if len(tokens) < 2 else "HW", strict=False)})
-    named = ["".join(letters[id(atom.itself())] for atom in axis) for axis in axes]
-    if any(not name for name in named):  # an axis of size 1 is any
+    # Rows and columns of an image that were merged are tokens in one axis.
+    named = [list(dict.fromkeys(letters.get(id(atom.itself()), "T") for atom in axis)) for axis in axes]
+    if any(not axis for axis in named):  # an axis of size 1 may be any
         return None
-    return " ".join(name if len(name) == 1 else f"({' '.join(name)})" for name in named)
+    tokens = [axis for axis in named if "T" in axis]
+    if len(tokens) == 2 and all(axis == ["T"] for axis in tokens):
+        tokens[0][0], tokens[1][0] = "H", "W"
+    elif len(tokens) > 1:
+        return None
+    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 
 def all_noted(axis: Axis, role: str) -> None:

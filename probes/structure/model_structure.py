@@ -87,12 +87,14 @@ class Structure:
 
     @property
     def family(self) -> str:
-        """The connection family: residual, hc, mhc, independent_hc, gated, altup or depth_history."""
+        """The connection family: residual, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
         if self.sites:
             families = {site.family for site in self.sites.values()}
             return families.pop() if len(families) == 1 else "hc"  # the most general one contains all others
         if any(chain.history for chain in self.chains):
             return "depth_history"
+        if self.num_streams == 1 and not all(chain.proof == "proven" for chain in self.chains):
+            return "unproven"
         return "residual" if self.num_streams == 1 else "unknown"
 
     def canonical(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:

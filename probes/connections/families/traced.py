@@ -86,6 +86,7 @@ def find_traced(trace: Trace, before: Value, after: Value, shown: Mapping[int, V
         for number, value in sorted(shown.items())
         if before.number < number < branch_out.number
         and math.prod(value.shape) == width
+        and _axes_within(value, before)
         and trace.depends(branch_out, value)
         and LinearMap(value, [before]).reached
     ]
@@ -100,10 +101,16 @@ def _branch_outputs(trace: Trace, source: Value, before: Value, width: int) -> I
         if id(value) in seen or not trace.depends(value, before):
             continue
         seen.add(id(value))
-        if math.prod(value.shape) == width and stream_atom(value.axes, MOST_STREAMS) is None:
+        if math.prod(value.shape) == width and _axes_within(value, before):
             yield value
         elif value.step is not None and not value.step.rule.function:
             waiting += value.step.operands
+
+
+def _axes_within(value: Value, state: Value) -> bool:
+    """Whether a value of the width of one stream has the axes of the state: it was added to it, token by token."""
+    own = {id(atom.itself()) for axis in state.axes for atom in axis}
+    return all(id(atom.itself()) in own for axis in value.axes for atom in axis)
 
 
 def read_traced(
