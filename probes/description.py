@@ -198,7 +198,6 @@ def _connection_facts(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
 
 def _coverage_rows(run: xr.DataTree) -> Iterator[dict[str, Any]]:
     # Plain values, row by row: a description is written as JSON.
-    table = run["coverage"].to_dataset()
-    for number in range(table.sizes["place"]):
-        row = {str(name): values.item() for name, values in table.isel(place=number).data_vars.items()}
-        yield {"name": row.pop("place_name"), **row}
+    columns = {str(name): values.values.tolist() for name, values in run["coverage"].data_vars.items()}
+    for number, name in enumerate(columns.pop("place_name")):
+        yield {"name": name, **{column: values[number] for column, values in columns.items()}}

@@ -21,7 +21,11 @@ def paired_family(module: nn.Module) -> PairedFamily | None:
     """
     for family in PAIRED:
         # The class and the dictionary first: to ask a module for what it lacks takes long, and there are thousands.
-        if hasattr(type(module), family.opens) or family.opens in vars(module) or family.opens in module._modules:
+        if (
+            hasattr(type(module), family.opens)
+            or family.opens in vars(module)
+            or family.opens in module._modules
+        ):
             methods = getattr(module, family.opens, None), getattr(module, family.closes, None)
             if all(map(callable, methods)):
                 return family

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.user_modes import outside_user_modes
+from depthscope.probes.model.user_modes import outside_function_modes, outside_user_modes
 
 INERT = "a hook of a probe was here"  # marks what copies of our hooks are
 REENTRANT_FORWARD = torch.utils.checkpoint.CheckpointFunction.forward.__code__
@@ -42,7 +42,7 @@ _note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function of ours in the middle of the user's code, which none of its errors may reach.
+    """Compute with a function of ours in the middle of the user's code, which none of its errors may reach.
 
     Parameters
     ----------
@@ -64,8 +64,18 @@ def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwar
         What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal handler raised while the
         function ran. The measurement is reported as interrupted then.
     """
+    return _call_safely(outside_user_modes(), report, function, args, kwargs)
+
+
+def _call_safely(
+    context: AbstractContextManager[None],
+    report: Report,
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
     try:
-        with outside_user_modes():
+        with context:
             return function(*args, **kwargs)
     # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
     except (Exception, GeneratorExit) as error:
@@ -112,13 +122,16 @@ class Hook:
         Called with the hook's arguments; its return value is dropped.
     report : callable
         Called with an exception that the function raised.
+    computes : bool
+        Whether the function computes with tensors. A hook on every module does not: it costs a third then.
     """
 
-    __slots__ = ("function", "report")
+    __slots__ = ("computes", "function", "report")
 
-    def __init__(self, function: Callable[..., Any], report: Report):
+    def __init__(self, function: Callable[..., Any], report: Report, *, computes: bool = True):
         self.function: Callable[..., Any] | None = function
         self.report = report
+        self.computes = computes
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the function and return None: any other value would replace the module's output."""
@@ -127,7 +140,8 @@ class Hook:
             _note_compiler()
             return
         if self.function is not None:
-            call_safely(self.report, self.function, *args, **kwargs)
+            context = outside_user_modes() if self.computes else outside_function_modes()
+            _call_safely(context, self.report, self.function, args, kwargs)
 
     def disable(self) -> None:
         """Do nothing from now on: a hook that is removed while torch goes through the hooks of a module is still called."""
@@ -182,24 +196,30 @@ class Attachment:
         self._watched: list[WatchedMethod] = []
         self._places: list[tuple[OrderedDict[int, Any], int]] = []  # tables of hooks, and our keys in them
 
-    def before(self, module: nn.Module, function: Callable[..., Any], *, first: bool = False) -> None:
+    def before(
+        self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
+    ) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
-        handle = module.register_forward_pre_hook(self._hook(function), prepend=first, with_kwargs=True)
+        hook = self._hook(function, computes)
+        handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
         self._handles.append(handle)
         self._places.append((module._forward_pre_hooks, handle.id))
 
-    def after(self, module: nn.Module, function: Callable[..., Any], *, always: bool = False) -> None:
+    def after(
+        self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
+    ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        handle = module.register_forward_hook(self._hook(function), with_kwargs=True, always_call=always)
+        hook = self._hook(function, computes)
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
         self._handles.append(handle)
         self._places.append((module._forward_hooks, handle.id))
 
-    def _hook(self, function: Callable[..., Any]) -> Hook:
+    def _hook(self, function: Callable[..., Any], computes: bool) -> Hook:
         # One for all modules with the same function: a model has thousands of them, and every object of ours brings the next
         # complete collection of garbage nearer, which takes longer than all hooks.
         hook = self._hooks.get(function)
         if hook is None:
-            hook = self._hooks[function] = Hook(function, self._report)
+            hook = self._hooks[function] = Hook(function, self._report, computes=computes)
         return hook
 
     def run_last(self) -> None:

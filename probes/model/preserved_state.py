@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod, restore_entry
-from depthscope.probes.model.modules import all_modules
+from depthscope.probes.model.modules import all_modules, own_parameters
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -32,8 +32,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     ]
     training_flags = [(module, module.training) for module in modules]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
-    parameters = (p for module in modules for p in module._parameters.values() if p is not None)
-    devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
+    devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     with torch.random.fork_rng(devices=devices):
         try:

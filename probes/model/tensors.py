@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,21 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def floats_in(*values: Any) -> list[torch.Tensor]:
     """Floating tensors with at least two axes, in order."""
-    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.ndim >= 2]
+    found: list[torch.Tensor] = []
+    _add_floats(values, found)
+    return found
+
+
+def _add_floats(values: Iterable[Any], found: list[torch.Tensor]) -> None:
+    # A list and no generator, since hooks on every module call it: most calls take one tensor, and return one.
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.ndim >= 2:
+                found.append(value)
+        elif isinstance(value, dict):
+            _add_floats(value.values(), found)
+        elif isinstance(value, (tuple, list)):
+            _add_floats(value, found)
 
 
 def first_float(*values: Any) -> torch.Tensor | None:

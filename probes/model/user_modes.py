@@ -83,6 +83,21 @@ class outside_user_modes:
             torch._C._push_on_torch_function_stack(mode)
 
 
+class outside_function_modes:
+    """Look at tensors without a function mode of the user's, which would see that their shapes are read; nothing is computed."""
+
+    __slots__ = ("_functions",)
+
+    def __enter__(self) -> None:
+        self._functions: list[Any] = []
+        while torch._C._len_torch_function_stack():
+            self._functions.append(torch._C._pop_torch_function_stack())
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._functions):
+            torch._C._push_on_torch_function_stack(mode)
+
+
 @contextmanager
 def user_autocast() -> Iterator[None]:
     """Compute under the autocast of the user's code around the running hook, to run a module of the model again."""

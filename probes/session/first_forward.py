@@ -16,9 +16,9 @@ from torch import nn
 
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.dataflow.axes import layout_of
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
@@ -26,7 +26,7 @@ from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import count_streams
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
-from depthscope.probes.model.user_modes import user_autocast
+from depthscope.probes.model.user_modes import outside_user_modes, user_autocast
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -76,7 +76,9 @@ class FirstForward:
     ):
         self._observer = observer
         captured = observer.structure.captured if observer is not None else ()
-        self._operations = {(p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"}
+        self._operations = {
+            (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
+        }
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -87,8 +89,8 @@ class FirstForward:
         """Put hooks on every module, and around the methods of those that may be paired connections."""
         for path, module in self._model.named_modules():
             self._paths[id(module)] = path
-            attachment.before(module, self._before_call)
-            attachment.after(module, self._after_call)
+            attachment.before(module, self._before_call, computes=False)
+            attachment.after(module, self._after_call, computes=False)
             if module is self._model:
                 # Around the forward method, not a hook: the trace must be on while it runs, and only then.
                 attachment.around(module, FORWARD, self._around_forward)
@@ -106,7 +108,10 @@ class FirstForward:
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tape = self._current.taped
         if tape is not None:
-            call = tape.leave(module, output)
+            # Only this computes: whether several outputs are a connection's, and how a block adds its branches.
+            computes = tape.searches_blocks or isinstance(output, (tuple, list, dict))
+            with outside_user_modes() if computes else nullcontext():
+                call = tape.leave(module, output)
             self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
@@ -117,7 +122,9 @@ class FirstForward:
         forward = self._current.recorded
         assert forward is not None
         for tensor in tensors_in((args, kwargs)):
-            batched = tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            batched = (
+                tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            )
             trace.watch(tensor, forward.batch_axis if batched else None)
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:

@@ -60,7 +60,9 @@ class Structure:
         found: list[CapturedState] = []
         for number, chain in enumerate(self.chains):
             wanted = self.selection.captured(chain)
-            found += [CapturedState(number, depth, p) for depth, p in enumerate(chain.points) if depth in wanted]
+            found += [
+                CapturedState(number, depth, p) for depth, p in enumerate(chain.points) if depth in wanted
+            ]
             if chain.final is not None and self.selection.includes("final"):
                 found.append(CapturedState(number, FINAL, chain.final))
         return tuple(found)

@@ -80,7 +80,9 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
     # What comes from elsewhere, such as a position or a time, may be added; what earlier states gave is a connection over
     # depth, or another stream.
     if any(source not in new and _from_states(trace, source, before, earlier) for source in sources):
-        return PlainStep(doubt="something that earlier depths gave is added, not only what was computed from the state")
+        return PlainStep(
+            doubt="something that earlier depths gave is added, not only what was computed from the state"
+        )
     added = bool(new)
     return PlainStep(scale, tuple(str(f.func).split(".")[1] for f in functions), added)
 

@@ -18,7 +18,7 @@ from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import PairedFamily, Site
 from depthscope.probes.dataflow.trace import NONE, Trace, Value
 from depthscope.probes.model.arguments import named_arguments
-from depthscope.probes.model.tensors import first_float, floats_in, version
+from depthscope.probes.model.tensors import floats_in, version
 
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
@@ -157,14 +157,22 @@ class Tape:
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
-        self.operations: dict[tuple[str, int, int], Value] = {}  # values that only an operation shows, by their places
+        self.operations: dict[
+            tuple[str, int, int], Value
+        ] = {}  # values that only an operation shows, by their places
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
+    @property
+    def searches_blocks(self) -> bool:
+        """Whether it looks into blocks when they end."""
+        return self._on_block is not None
+
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
-        call = self._begin(path, module, FORWARD, first_float(args, kwargs))
-        call.inputs = self._passed(floats_in(args, kwargs), lambda: _parameter_names(module, args, kwargs))
+        tensors = floats_in(args, kwargs)
+        call = self._begin(path, module, FORWARD, tensors[0] if tensors else None)
+        call.inputs = self._passed(tensors, lambda: _parameter_names(module, args, kwargs))
         past = past_states(args, kwargs, call.x)
         if past is not None:
             call.past, call.pinned = self._source(past[-1]), True
@@ -180,8 +188,9 @@ class Tape:
         call = self._stack.pop()
         if call.module is not module:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
-        self._end(call, first_float(output))
-        call.outputs = self._passed(floats_in(output))
+        tensors = floats_in(output)
+        self._end(call, tensors[0] if tensors else None)
+        call.outputs = self._passed(tensors)
         if self.trace is not None:
             self.trace.call = call.parent.order if call.parent is not None else NONE
         call.site = returned_site(module, call.x, output)

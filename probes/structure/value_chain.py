@@ -111,16 +111,16 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
     ]
 
 
-def _state_of_shape(group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool) -> CarriedState | None:
+def _state_of_shape(
+    group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool
+) -> CarriedState | None:
     fitting = [state for state in group if state.value.shape == shape]
     placed = [state for state in fitting if state.places]
     # What no module shows of the first group is how the streams were made.
     return placed[0] if placed else fitting[0] if fitting and not first else None
 
 
-def value_chain(
-    tape: Tape, model: nn.Module, last: Value | None = None
-) -> tuple[Chain, list[Value]] | None:
+def value_chain(tape: Tape, model: nn.Module, last: Value | None = None) -> tuple[Chain, list[Value]] | None:
     """The chain of the states that the forward carries, and their values.
 
     Parameters

@@ -113,9 +113,7 @@ def _axes_within(value: Value, state: Value) -> bool:
     return all(id(atom.itself()) in own for axis in value.axes for atom in axis)
 
 
-def read_traced(
-    connection: TracedConnection, layout: str, batch_size: int, num_streams: int
-) -> Parts:
+def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_streams: int) -> Parts:
     """The weights of a connection at every token.
 
     Parameters
@@ -171,7 +169,9 @@ def _scalar(weights: torch.Tensor, name: str) -> torch.Tensor:
     """Weights (…, D) as one number for all features."""
     first = weights[..., :1]
     if float((weights - first).abs().max()) > EQUAL * max(float(weights.abs().max()), 1.0):
-        raise StreamConnectionError(f"{name} differs between the features of a stream: it is no matrix over streams")
+        raise StreamConnectionError(
+            f"{name} differs between the features of a stream: it is no matrix over streams"
+        )
     return first.squeeze(-1)
 
 
