@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -194,7 +193,6 @@ class Attachment:
         self._hooks: dict[Callable[..., Any], Hook] = {}  # by what each calls
         self._handles: list[RemovableHandle] = []
         self._watched: list[WatchedMethod] = []
-        self._places: list[tuple[OrderedDict[int, Any], int]] = []  # tables of hooks, and our keys in them
 
     def before(
         self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
@@ -203,7 +201,6 @@ class Attachment:
         hook = self._hook(function, computes)
         handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
         self._handles.append(handle)
-        self._places.append((module._forward_pre_hooks, handle.id))
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
@@ -212,7 +209,6 @@ class Attachment:
         hook = self._hook(function, computes)
         handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
         self._handles.append(handle)
-        self._places.append((module._forward_hooks, handle.id))
 
     def _hook(self, function: Callable[..., Any], computes: bool) -> Hook:
         # One for all modules with the same function: a model has thousands of them, and every object of ours brings the next
@@ -224,11 +220,13 @@ class Attachment:
 
     def run_last(self) -> None:
         """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
-        overtaken = {
-            id(table) for table, _ in self._places if table and type(table[next(reversed(table))]) is not Hook
-        }
-        for table, key in self._places:
-            if id(table) in overtaken and key in table:  # the user may have cleared a table
+        for handle in self._handles:
+            table = handle.hooks_dict_ref()
+            if not table or type(table[next(reversed(table))]) is Hook:
+                continue
+            # All of ours in this table, in their order: the first one that is found overtaken moves them all.
+            ours = [key for key, hook in table.items() if hook in self._hooks.values()]
+            for key in ours:
                 table.move_to_end(key)
 
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
@@ -255,7 +253,7 @@ class Attachment:
             watched.remove()
         for handle in self._handles:
             handle.remove()
-        self._hooks, self._handles, self._watched, self._places = {}, [], [], []
+        self._hooks, self._handles, self._watched = {}, [], []
 
 
 class WatchedMethod:

@@ -61,6 +61,8 @@ class Session:
         Gives the factor by which the loss is multiplied at present; None for 1.
     only_own : bool
         Whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
+    sums : bool
+        Whether statistics of all tokens are added up, next to the sampled sequences.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Session:
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
         *,
         only_own: bool = False,
+        sums: bool = True,
     ):
         self.model = model
         self.options = options
@@ -83,6 +86,7 @@ class Session:
         self.reservoir = Reservoir(options.max_sequences, options.seed)
         self._loss_scale = loss_scale
         self._only_own = only_own
+        self._sums = sums
         self._observer: Observer | None = None  # from the end of the first forward on
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
@@ -372,7 +376,9 @@ class Session:
             structure = find_structure(tape, forward, self.model, self.options)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
-            observer = Observer(structure, self.options, self.report, self._loss_scale, calls=tape.counts())
+            observer = Observer(
+                structure, self.options, self.report, self._loss_scale, calls=tape.counts(), sums=self._sums
+            )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward
                     replay(tape, forward, observer)

@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ class Tape:
                 self.trace.call = call.order
             call.values = self.trace.value(x), None
         # The call that ended last: of a container and its last module, which return one tensor, the container.
-        call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
+        call.producer = next((c.path for c in reversed(self._recent) if _returned(c, call)), "")
         self._counts[path, method] = index + 1
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
             self._waiting = None  # the next call takes the streams again, so the branch has ended
@@ -361,7 +362,7 @@ class Tape:
         call.runs += 1
         runs = self._runs.setdefault(key, [])
         previous = runs[-1][-1] if runs else None
-        if previous is not None and same_tensor(previous.y, call.x):
+        if previous is not None and _returned(previous, call):
             runs[-1].append(call)
             return
         if previous is not None and len(runs[-1]) == 1:
@@ -438,16 +439,30 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) 
     return None
 
 
+def _returned(earlier: Call, call: Call) -> bool:
+    """Whether an earlier call returned what a call took; by the shapes that are noted first, since it is asked very often."""
+    y, x = earlier.y, call.x
+    return x is not None and (y is x or (earlier.y_shape == call.x_shape and same_tensor(y, x)))
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module's class calls itself a norm: models write their own RMSNorm, which is no class of torch's."""
-    return "norm" in type(module).__name__.lower()
+    return _is_norm_class(type(module))
+
+
+@cache
+def _is_norm_class(kind: type) -> bool:
+    return "norm" in kind.__name__.lower()
 
 
 def _group_keys(call: Call) -> list[tuple[str, Any]]:
     """The two groups of a call: its class (outermost only) and the numbered container that it is in."""
     keys: list[tuple[str, Any]] = []
-    if not any(type(ancestor.module) is type(call.module) for ancestor in call.ancestors()):
-        keys.append(("class", type(call.module)))
+    kind, ancestor = type(call.module), call.parent
+    while ancestor is not None and type(ancestor.module) is not kind:
+        ancestor = ancestor.parent
+    if ancestor is None:
+        keys.append(("class", kind))
     container, _, last = call.path.rpartition(".")
     if last.isdigit():
         keys.append(("container", container))
