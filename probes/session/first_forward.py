@@ -369,7 +369,7 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
         if before is None or after is None:
             raise CaptureError(f"the trace of a forward did not see the states around {connection.path!r}")
         complete = read_traced(
-            traced_connection(tape, before, after),
+            traced_connection(tape, before, after, structure.num_streams),
             structure.layouts[0],
             forward.batch_size,
             structure.num_streams,
