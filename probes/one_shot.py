@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
@@ -99,6 +99,7 @@ def measure(
     -------
     DataTree
     """
+    require_module(model)
     session = Session(model, options, only_own=True, sums=not described)
     gradients = session.options.gradients
     step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
@@ -132,6 +133,8 @@ def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Mea
         output = call_observed(session, batch)
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
+        if not session.forwards and gradients:
+            session.fold()  # says why nothing was seen
         if gradients and value is not None:
             with own_call(session.owner):
                 _run_backward(value, session.forwards[-1])

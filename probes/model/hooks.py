@@ -199,7 +199,8 @@ class Attachment:
     ) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
         hook = self._hook(function, computes)
-        handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
+        # By the class: TorchScript's modules forbid the method, but run such hooks.
+        handle = nn.Module.register_forward_pre_hook(module, hook, prepend=first, with_kwargs=True)
         self._handles.append(handle)
 
     def after(
@@ -207,7 +208,7 @@ class Attachment:
     ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
         hook = self._hook(function, computes)
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+        handle = nn.Module.register_forward_hook(module, hook, with_kwargs=True, always_call=always)
         self._handles.append(handle)
 
     def _hook(self, function: Callable[..., Any], computes: bool) -> Hook:

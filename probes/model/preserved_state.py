@@ -30,7 +30,8 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    training_flags = [(module, module.training) for module in modules]
+    # Frozen TorchScript has no such flag.
+    training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
     devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)

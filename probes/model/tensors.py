@@ -11,7 +11,7 @@ from depthscope.probes.model.errors import CaptureError
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested tuples, lists, dicts and model outputs, in order."""
+    """Tensors in nested tuples, lists, dicts, dataclasses and model outputs, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):  # transformers' ModelOutput too: it is an OrderedDict
@@ -20,6 +20,14 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+    elif _is_record(value):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object of a dataclass, as some models' batches and outputs are."""
+    return hasattr(type(value), "__dataclass_fields__") and hasattr(value, "__dict__")
 
 
 def floats_in(*values: Any) -> list[torch.Tensor]:
@@ -39,6 +47,8 @@ def _add_floats(values: Iterable[Any], found: list[torch.Tensor]) -> None:
             _add_floats(value.values(), found)
         elif isinstance(value, (tuple, list)):
             _add_floats(value, found)
+        elif _is_record(value):
+            _add_floats(vars(value).values(), found)
 
 
 def first_float(*values: Any) -> torch.Tensor | None:

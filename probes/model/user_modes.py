@@ -84,7 +84,7 @@ class outside_user_modes:
 
 
 class outside_function_modes:
-    """Look at tensors without a function mode of the user's, which would see that their shapes are read; nothing is computed."""
+    """Look at tensors, and compute nothing, without a function mode of the user's: it would see that shapes are read."""
 
     __slots__ = ("_functions",)
 
@@ -142,10 +142,20 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def unreadable_mode(tensor: torch.Tensor) -> str | None:
     """Why the states of the running forward are no numbers that can be read, or mean something else; None where they can."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transformation():
         return "inside a transformation of torch.func (grad, vmap, …), whose tensors stand for others"
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "while it was traced or exported"
-    if isinstance(tensor, FakeTensor):
-        return "with fake tensors, which hold no values"
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return f"with {'meta' if tensor.is_meta else 'fake'} tensors, which hold no values"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else "sparse"
+        return (
+            f"with a {kind} tensor, whose sequences cannot be told apart by an axis; pad it, and pass a mask"
+        )
     return None
+
+
+def in_transformation() -> bool:
+    """Whether the running code is inside of a transformation of torch.func, whose tensors stand for others."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -38,7 +38,9 @@ def _is_readable(parameter: nn.Parameter) -> bool:
         return False
     # By attributes, without importing either: a DTensor; a parameter of DeepSpeed's third stage, which is empty here.
     is_shard = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")
-    return parameter.layout == torch.strided and not is_shard
+    # Quantised weights have a class of their own that computes what torch does not know of them.
+    is_plain = type(parameter).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return parameter.layout == torch.strided and is_plain and not is_shard
 
 
 def _some_numbers(parameter: nn.Parameter) -> bytes:

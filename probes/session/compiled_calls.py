@@ -1,10 +1,10 @@
 """How is a compiled model measured without a change of its own numbers? Its forward runs once more, as it is written.
 
-Code that `torch.compile` made skips hooks that were put on since. Run uncompiled in a measured step, it would draw other dropout
-masks, round otherwise, and train to other weights. So the user's call stays as it is, with nothing of ours inside of it. Before
-it, the model runs uncompiled on copies of the same arguments; random states, buffers and the attributes of its modules are
-restored afterwards. For gradients, hooks on the *outputs* of the user's call note ∂loss/∂output in the user's backward, at whose
-end the backward of our own forward goes on from there: ∂loss/∂state = (∂output/∂state)ᵀ ∂loss/∂output.
+Code that `torch.compile` made skips hooks that were put on since. Run uncompiled in a measured step, it would draw other
+dropout masks, round otherwise, and train to other weights. So the user's call stays as it is, with nothing of ours inside of
+it. Before it, the model runs uncompiled on copies of the same arguments; random states, buffers and the attributes of its
+modules are restored afterwards. For gradients, hooks on the *outputs* of the user's call note ∂loss/∂output in the user's
+backward, at whose end the backward of our own forward goes on from there: ∂loss/∂state = (∂output/∂state)ᵀ ∂loss/∂output.
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ def _living_modules() -> list[nn.Module]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return (
-        vars(module).get(COMPILED_CALL) is not None
-        or COMPILED_FROM in vars(module)
-        or hasattr(vars(module).get("forward", type(module).forward), COMPILED_FROM)
-    )
+    if vars(module).get(COMPILED_CALL) is not None or COMPILED_FROM in vars(module):
+        return True
+    # From the dictionaries: to ask a class of TorchScript's, or a property of the user's, would run code of theirs.
+    places = (vars(module), *(vars(kind) for kind in type(module).__mro__))
+    forward = next((place["forward"] for place in places if "forward" in place), None)
+    return COMPILED_FROM in getattr(getattr(forward, "__func__", forward), "__dict__", ())
 
 
 def _contains(outer: nn.Module, model: nn.Module) -> bool:

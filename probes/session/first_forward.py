@@ -101,7 +101,9 @@ class FirstForward:
 
     def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tape = self._current.taped
-        if tape is not None:
+        if tape is None:
+            self._current.note_transformation()
+        else:
             call = tape.enter(self._paths[id(module)], module, args, kwargs)
             self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
 

@@ -146,7 +146,9 @@ class Observer:
             forward.first_states.append(tensor)
         forward.expected_gradients.add(key)
 
-    def record_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
+    def record_gradient(
+        self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None
+    ) -> None:
         """Store a gradient, divided by the loss scale; the gradients of several backwards through one forward add up.
 
         Their squares do not add up: after a second backward the statistics are recomputed where the sample is the complete
@@ -158,10 +160,11 @@ class Observer:
             The forward of the state.
         number, depth : int
             Chain and depth.
-        gradient : Tensor
-            As the backward gives it.
+        gradient : Tensor or None
+            As the backward gives it; None behind an operation that passes none on, such as a quantised layer.
         """
-        if not forward.ended:  # a backward inside of the forward, of something that is not the loss
+        # A backward inside of the forward is of something that is not the loss.
+        if gradient is None or not forward.ended:
             return
         scale = self._loss_scale() if self._loss_scale is not None else None
         unscaled = gradient.detach()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
-from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import (
     Attachment,
     CompilerLog,
@@ -25,7 +25,7 @@ from depthscope.probes.model.hooks import (
     num_running_calls,
 )
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.user_modes import unreadable_mode, user_wants_graph
+from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.first_forward import (
     AxisError,
@@ -43,7 +43,7 @@ from depthscope.probes.session.reservoir import Reservoir, weights_stamp
 from depthscope.probes.structure.branch_sums import find_branch_sums
 from depthscope.probes.structure.find_chains import block_paths
 from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
-from depthscope.probes.structure.tape import Tape
+from depthscope.probes.structure.tape import ChainError, Tape
 
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
@@ -251,6 +251,8 @@ class Session:
         if current.recorded is not None and num_running_calls(self.model) > 1:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
+        if current.is_running and in_transformation():
+            return  # part of it as well, whose tensors nobody can read
         current.clear()
         self._unseen = False
         # No part of a step that will be left out, and no forward without gradients of a step that measures these.
@@ -386,6 +388,9 @@ class Session:
                 self._adopt(observer)  # the structure is right: later forwards copy states as they pass
                 raise
             self._adopt(observer)
+        except ChainError as error:
+            reason = _out_of_sight(self.model, forward)
+            raise ChainError(f"{reason}; {error}") if reason else error from None
         except AxisError:
             self._first_batch_axis = 1
             self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)  # tokens were drawn
@@ -406,7 +411,7 @@ class Session:
         """Raise the first error that a hook met, and forget the others: most follow from it."""
         errors, self.errors[:] = list(self.errors), []
         if errors:
-            raise errors[0]
+            raise as_capture_error(errors[0])
 
     def fold(self) -> list[Measured]:
         """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
@@ -438,6 +443,11 @@ class Session:
             return (
                 "the model was only called inside of code that was compiled, traced or exported as a whole; record the module "
                 "that torch.compile returned, or compile the model and not the function around it"
+            )
+        if self._only_own:
+            return (
+                "no forward of the model was seen: the batch is empty, or the model is not called through Module.__call__, "
+                "which runs the hooks; nothing to measure"
             )
         hint = ", or only inside of compiled code" if compiler_is_loaded() else ""
         return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
@@ -499,6 +509,20 @@ class Session:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+def _out_of_sight(model: nn.Module, forward: Forward) -> str:
+    """Why the parts of a model ran where no hook sees them; empty where they did not."""
+    if forward.transformed:
+        return (
+            "modules of the model ran inside of a transformation of torch.func (vmap, grad, …), whose tensors stand for "
+            "others and are not read"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is TorchScript, whose parts run outside of Python: capture the module that it was made from"
+    if isinstance(model, torch.fx.GraphModule) and not any(True for _ in model.children()):
+        return "the model is a graph of operations, as torch.export makes: capture the module that it was made from"
+    return ""
 
 
 def _readable(lead: torch.Tensor | None) -> torch.Tensor:

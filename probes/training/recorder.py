@@ -22,7 +22,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.errors import CaptureError, as_capture_error, require_module
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
@@ -332,7 +332,7 @@ class Recorder:
     def _say(self, message: str, error: BaseException | None = None) -> None:
         """Note a sentence for the end of the step."""
         if error is not None:
-            self.errors.append(without_frames(error))
+            self.errors.append(as_capture_error(without_frames(error)))
         self._sentences.append(message)
 
     def _warn(self) -> None:
@@ -452,6 +452,7 @@ def record(
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
     """
+    require_module(model)
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
