@@ -12,7 +12,7 @@ class CaptureError(RuntimeError):
 def as_capture_error(error: Exception) -> Exception:
     """An error in one sentence: ours as it is, any other as the reason why a model cannot be measured.
 
-    What passes through a user's model may be tensors of any kind, of which many refuse the operations that a measurement needs.
+    Tensors of any kind may pass through a user's model, and many kinds refuse the operations that a measurement needs.
 
     Parameters
     ----------

@@ -447,12 +447,12 @@ def _returned(earlier: Call, call: Call) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module's class calls itself a norm: models write their own RMSNorm, which is no class of torch's."""
-    return _is_norm_class(type(module))
+    return _names_a_norm(type(module).__name__)
 
 
 @cache
-def _is_norm_class(kind: type) -> bool:
-    return "norm" in kind.__name__.lower()
+def _names_a_norm(kind: str) -> bool:
+    return "norm" in kind.lower()
 
 
 def _group_keys(call: Call) -> list[tuple[str, Any]]:
