@@ -18,6 +18,7 @@ from depthscope.probes.dataflow.axes import (
     CONTRACTED,
     NORMALISED,
     SLID,
+    WEIGHED,
     Atom,
     Axes,
     Axis,
@@ -179,7 +180,8 @@ def _cut(axis: Axis, old: int, new: int) -> Axis:
     """An axis of which some positions were taken."""
     if old == new or new == 1:
         return axis if old == new else ()
-    return (Atom(new, whole=all(atom.whole for atom in axis)),)
+    # What is done along a part is done along the whole.
+    return (Atom(new, whole=all(atom.whole for atom in axis), parent=axis[0] if len(axis) == 1 else None),)
 
 
 def _sliced(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
@@ -425,6 +427,8 @@ def _activated(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Fou
 
 
 def _softmaxed(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
+    # Along the tokens that an attention looks at, where it is written out.
+    all_noted(args[0].axes[args[1]], WEIGHED)
     return args[0].axes, False
 
 
@@ -578,6 +582,9 @@ RULES: dict[str, Rule] = {
 PATCH = Rule(_patched, sums=False)
 COPY = Rule(_copied, writes=True)
 READS_ONLY = Rule(_unknown, reads_only=True)
+# What has only the shape of a value is a constant.
+CONSTANTS = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand_like",
+             "randn_like", "bernoulli", "new_empty_strided")  # fmt: skip
 SILENT = ("_local_scalar_dense", "is_same_size", "sym_size", "sym_stride", "sym_numel", "item", "equal")
 _known: dict[Any, Rule] = {}
 
@@ -593,7 +600,7 @@ def rule_of(func: Any) -> Rule:
 def _make_rule(func: Any) -> Rule:
     packet = getattr(func, "overloadpacket", None)
     name = getattr(packet, "__name__", str(func))
-    if name in SILENT:
+    if name in (*SILENT, *CONSTANTS):
         return READS_ONLY
     schema = getattr(func, "_schema", None)
     writes = bool(schema is not None and schema.is_mutable and name.endswith("_"))

@@ -10,9 +10,11 @@ import torch
 
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.probes.connections.coefficients import tolerance
+from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
+from depthscope.probes.run.linear_variables import run_proof
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, weights_stamp
 from depthscope.probes.session.session import Session
@@ -30,9 +32,13 @@ def run_attributes(
     errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
     unchanged = digests and weights_stamp(session.model) == session.reservoir.stored_stamp
+    constraint = constraint_of(evidence)
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
-        "family": structure.family,
+        # By what the matrices are measured to satisfy, at these weights and on these tokens.
+        "family": measured_family(structure.family, constraint),
+        "constraint": constraint_words(evidence, constraint) or None,
+        "proof": run_proof(structure.chains, evidence) or None,
         "n_streams": structure.num_streams,
         "layout": structure.layouts[0],
         "layouts": list(structure.layouts) if len(set(structure.layouts)) > 1 else None,
@@ -67,5 +73,5 @@ def _data_digest(sequences: list[Sequence]) -> str:
     for sequence in sequences:
         if sequence.row is not None:
             # As bytes: numpy has no bfloat16.
-            digest.update(sequence.row.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(sequence.row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.dataflow.axes import layout_of
+from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
-from depthscope.probes.model.layout import count_streams
+from depthscope.probes.model.layout import LayoutError, count_streams
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, user_autocast
@@ -31,6 +32,7 @@ from depthscope.probes.session.forward import CurrentForward, Forward, GradientL
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
@@ -249,7 +251,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    found = proven_chains(tape, model, layers=options.blocks)
+    found = proven_chains(tape, model, layers=options.blocks, batch_size=forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
@@ -292,6 +294,12 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], 
 def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
     """The layout of a proven plain chain by what was done along the axes of its first state; None where that does not tell."""
     (state,) = states_of(tape, chain.points[:1])
+    if state is not None and is_packed(state.axes):
+        raise LayoutError(
+            f"the state of shape {state.shape} has its tokens along the axis that the model's first tensor has its sequences "
+            "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
+            "in each row of the batch, padded where they differ in length"
+        )
     if chain.proof != PROVEN or state is None:
         return None
     return layout_of(state.axes, None)
@@ -318,13 +326,14 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         Where the value of a state is lost.
     """
     structure = observer.structure
+    if structure.traced:
+        # Which of its tensors are needed is known only now, and most are gone.
+        raise RewrittenError(
+            "the states and weights of this model's connections are local variables; call the model once more: from the second "
+            "forward on they are read where they are computed"
+        )
     calls = {call.key: call for call in tape.calls}
     for number, depth, point in structure.captured:
-        if point.at == "operation":
-            raise RewrittenError(
-                f"the state inside of {point.path or 'the model'} is shown by no module; call the model once more: from the "
-                "second forward on it is read where it is computed"
-            )
         call = calls[point.path, point.method, point.index]
         _refuse_rewritten(call, point)
         tensor, written = call.passed(point.at, point.item)
@@ -339,8 +348,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
-    record_traced(tape, forward, observer)
-    for number, connection in enumerate(structure.connections if not structure.traced else ()):
+    for number, connection in enumerate(structure.connections):
         call = connection_calls[connection.path, connection.index]
         _replay_connection(call, forward, observer, number, connection)
     for number, chain in enumerate(structure.chains):
@@ -351,7 +359,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
 
 
 def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
-    """Read the connections whose weights only the trace of a forward shows; none of other structures.
+    """Read the connections whose weights only the trace of a forward shows.
 
     Parameters
     ----------
@@ -363,9 +371,10 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
         Records what they show.
     """
     structure = observer.structure
-    if not structure.traced:
-        return
     states = states_of(tape, structure.chains[0].points)
+    if structure.chains[0].over_depth:
+        _record_depth_weights(tape, forward, observer)
+        return
     for number, connection in enumerate(structure.connections):
         before, after = states[connection.depth_in], states[connection.depth_out]
         if before is None or after is None:
@@ -383,6 +392,21 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
             # What the branch takes is what its weights read from the streams: a linear map found in the trace.
             sampled.branch_in = sampled.read @ forward.states[0, connection.depth_in].to("cpu")
         observer.record_connection(forward, number, complete, sampled)
+
+
+def _record_depth_weights(tape: Tape, forward: Forward, observer: Observer) -> None:
+    found = find_depth_reads(tape)
+    chain = observer.structure.chains[0]
+    if found is None or len(found.reads) != len(chain.points):
+        raise CaptureError("the branches read other sums over depth than in the first measured forward")
+    weights = read_weights(found, observer.structure.layouts[0], forward.batch_size)
+    for number in range(len(chain.connections)):
+        own = number + 1
+        carry = weights[:, :, own].clone()
+        carry[..., own] = 0
+        parts = DepthWeights(weights[:, :, number], carry, weights[:, :, own, own])
+        if len(forward.rows):
+            forward.parts[0, number] = parts.sampled(forward.rows.cpu())
 
 
 def _replay_connection(
