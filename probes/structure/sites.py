@@ -127,7 +127,7 @@ class SiteSelection:
         return any({"mid", "branch_in", "branch_out"} & set(request.kinds) for request in self.requests)
 
     def captured(self, chain: Chain) -> frozenset[int]:
-        """The depths whose states must be captured: because they are wanted, or because the proof of a connection needs them."""
+        """The depths whose states must be captured: those that are wanted, and those that a connection's proof needs."""
         if chain.has_streams:
             return frozenset(range(len(chain.points)))
         wanted = self.stored(chain)

@@ -179,7 +179,9 @@ def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("build", [whole, blocks_in_place], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "build", [whole, pytest.param(blocks_in_place, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize(
     "setting",
     [
@@ -201,7 +203,15 @@ def test_so_it_is_with_everything_that_a_training_does(build, setting):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    "setting", [{}, {"micro_batches": 2}, {"checkpointing": False}, {"backend": "aot_eager"}], ids=str
+    "setting",
+    [
+        {},
+        *(
+            pytest.param(setting, marks=pytest.mark.slow)
+            for setting in ({"micro_batches": 2}, {"checkpointing": False}, {"backend": "aot_eager"})
+        ),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("build", WAYS, ids=lambda f: f.__name__)
 def test_without_dropout_states_and_gradients_are_those_of_the_uncompiled_model(build, setting):
