@@ -25,6 +25,7 @@ from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
+from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
@@ -37,6 +38,10 @@ IMMUTABLE = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.S
 
 RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
 Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
+STEPPED = (
+    "weights change before the backward of the step has ended, as by an optimizer in a hook, so the gradients of several "
+    "outputs of a compiled model cannot be followed: record it without gradients"
+)
 RunHooked: TypeAlias = Callable[[Callable[[], Any]], tuple[Any, Forward | None]]
 
 
@@ -97,6 +102,9 @@ class SecondForward:
     outputs: list[torch.Tensor]
     backward: Callable[[SecondForward], None]
     report: Report
+    steps_in_backward: bool = (
+        False  # whether hooks of the user's may change weights before the backward has ended
+    )
     arrived: dict[int, torch.Tensor] = field(default_factory=dict)  # ∂loss/∂output of the user's, by number
     edges: dict[Edge, int] = field(default_factory=dict)  # of the user's outputs, with their numbers
     inner: set[int] = field(default_factory=set)  # outputs from which the user's graph computes other outputs
@@ -126,15 +134,19 @@ class SecondForward:
             self.inner = {self.edges[edge] for edge in edges_behind(behind) if edge in self.edges}
 
     def _note(self, number: int, gradient: torch.Tensor | None) -> None:
-        if (
-            gradient is None
-        ):  # of an output that the loss does not read, next to others of the same compiled code
+        # None for an output that the loss does not read, next to others of the same compiled code.
+        if gradient is None:
             return
-        if not self.arrived:
-            # The other outputs' gradients arrive later in this backward; torch calls this when it has ended.
-            torch.autograd.Variable._execution_engine.queue_callback(Hook(self._continue, self.report))
+        begins, self.arrived[number] = not self.arrived, gradient.detach()
+        if begins:
             self.read = self._read_by_loss() if self.inner else None
-        self.arrived[number] = gradient.detach()
+        if len(self.edges) - len(self.inner) == 1 and number not in self.inner:
+            self._continue()  # at once: no weight can have changed yet, as by an optimizer inside of the backward
+        elif begins:
+            # The other outputs' gradients arrive later in this backward; torch calls this when it has ended.
+            torch.autograd.Variable._execution_engine.queue_callback(
+                Hook(partial(self._continue, later=True), self.report)
+            )
 
     def _read_by_loss(self) -> set[int] | None:
         """The outputs that the running backward reaches without a way through other outputs; None where it is not found."""
@@ -143,7 +155,7 @@ class SecondForward:
             return None
         return {self.edges[edge] for edge in edges_behind(roots, until=self.edges) if edge in self.edges}
 
-    def _continue(self) -> None:
+    def _continue(self, *, later: bool = False) -> None:
         try:
             # The gradient of an output from which others are computed contains theirs, as the user's graph has it. Where the
             # loss does not read that output itself, there is nothing else in it, and our own backward computes it.
@@ -155,8 +167,11 @@ class SecondForward:
                 )
             for number in self.inner:
                 self.arrived.pop(number, None)
-            if self.arrived and not self.forward.cancelled:
-                self.backward(self)
+            if not self.arrived or self.forward.cancelled:
+                return
+            if later and self.steps_in_backward:
+                raise CaptureError(STEPPED)
+            self.backward(self)
         finally:
             self.arrived = {}
 
@@ -296,7 +311,9 @@ class CompiledCalls:
         if forward is None or not self._gradients:
             return None
         outputs = list(tensors_in(output))
-        return SecondForward(forward, outputs, partial(self._run_backward, module), self._report)
+        # A write through .data is counted nowhere, so that the hooks that may make it are looked for.
+        steps = any(_has_foreign_hook(p) for p in all_parameters(module))
+        return SecondForward(forward, outputs, partial(self._run_backward, module), self._report, steps)
 
     def _run_backward(self, module: nn.Module, second: SecondForward) -> None:
         states = second.forward.first_states
@@ -333,6 +350,12 @@ class CompiledCalls:
             self._lock.release()
 
 
+def _has_foreign_hook(parameter: torch.Tensor) -> bool:
+    """Whether something of the user's runs when a gradient of a parameter is complete."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(type(hook) is not Hook for hook in hooks.values())
+
+
 def _nothing(output: Any) -> None:
     """Do nothing with the output of a call that is not measured."""
 
@@ -340,10 +363,7 @@ def _nothing(output: Any) -> None:
 def _advised(error: RuntimeError) -> Exception:
     """An error of torch's in a backward of ours, with what to do where that is known."""
     if "modified by an inplace operation" in str(error):
-        return CaptureError(
-            "the weights changed before the backward of the step had ended, as an optimizer in the backward does; the "
-            "gradients of a compiled model cannot be followed then: record it without gradients"
-        )
+        return CaptureError(STEPPED)
     if "use_reentrant" in str(error):
         return CaptureError(
             "gradients of a compiled model cannot be followed through reentrant checkpoints; use use_reentrant=False, which "

@@ -151,6 +151,12 @@ def train(
     return [*numbers, torch.tensor(inner.calls), torch.tensor(np.random.rand())], recorder  # noqa: NPY002
 
 
+def step_at_once(parameter: nn.Parameter) -> None:
+    """An optimizer's step, through ``.data``: autograd counts no write."""
+    parameter.data.sub_(parameter.grad)
+    parameter.grad = None
+
+
 @cache
 def trained(build: Callable[..., nn.Module], **setting) -> tuple[list[torch.Tensor], None]:
     """The same without a probe, once for all tests."""
@@ -343,3 +349,33 @@ def test_a_training_with_torchs_own_compiler_is_bit_for_bit_the_same(build):
         probed, recorder = train(build, probe, **setting)
         require_same(plain, probed)
         assert recorder.errors == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:step:depthscope.probes.ProbeWarning")
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    [(loss_of, other_masks), (loss_of_both, "aot_eager")],
+    ids=["one output", "two outputs"],
+)
+def test_an_optimizer_inside_of_the_backward_never_mixes_two_sets_of_weights(loss, backend):
+    found = []
+    for build in (same, whole):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        inner = Residual(dropout=0.0).train()
+        for parameter in inner.parameters():
+            parameter.register_post_accumulate_grad_hook(step_at_once)
+        model = build(inner, backend=backend)
+        with probes.record(model, gradients=True) as recorder:
+            loss(model(IDS), IDS).backward()
+            recorder.step()
+        found.append(recorder)
+    plain, compiled = found
+    if loss is loss_of_both:
+        assert "weights change before the backward" in str(compiled.errors[0])
+    else:
+        assert compiled.errors == []
+        np.testing.assert_allclose(
+            compiled.run.trace.gradient.values, plain.run.trace.gradient.values, rtol=1e-4, atol=1e-8
+        )
