@@ -27,7 +27,7 @@ def as_capture_error(error: Exception) -> Exception:
         return error
     reason = next(iter(str(error).splitlines()), "")
     wrapped = CaptureError(
-        f"what passes through the model could not be measured: {type(error).__name__}: {reason[:200]}"
+        f"{reason[:200]} ({type(error).__name__}: the model, or what it was called with, cannot be measured)"
     )
     for note in getattr(error, "__notes__", ()):
         wrapped.add_note(note)
