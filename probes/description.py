@@ -11,9 +11,9 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.one_shot import capture
+from depthscope.probes.one_shot import measure
 from depthscope.probes.session.model_call import batches
-from depthscope.probes.session.options import SiteOptions, takes_options
+from depthscope.probes.session.options import Options, SiteOptions, takes_options
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
     """
     # One batch is enough: which chains and connections a model has does not depend on the data.
     first = next(iter(batches(batch)))
-    run = capture(model, first, **options, max_sequences=2)  # a proof needs tokens, not sequences
+    # A proof needs tokens, not sequences.
+    run = measure(model, first, Options(**options, max_sequences=2), described=True)
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]  # only the first chain may have stream connections
@@ -198,7 +199,6 @@ def _connection_facts(trace: xr.Dataset) -> Iterator[ConnectionFacts]:
 
 def _coverage_rows(run: xr.DataTree) -> Iterator[dict[str, Any]]:
     # Plain values, row by row: a description is written as JSON.
-    table = run["coverage"].to_dataset()
-    for number in range(table.sizes["place"]):
-        row = {str(name): values.item() for name, values in table.isel(place=number).data_vars.items()}
-        yield {"name": row.pop("place_name"), **row}
+    columns = {str(name): values.values.tolist() for name, values in run["coverage"].data_vars.items()}
+    for number, name in enumerate(columns.pop("place_name")):
+        yield {"name": name, **{column: values[number] for column, values in columns.items()}}

@@ -10,6 +10,8 @@ from torch import nn
 from depthscope.probes.connections.families import FAMILIES
 from depthscope.probes.connections.family import Family, ForwardFamily, PairedFamily, Site
 
+PAIRED = [family for family in FAMILIES if isinstance(family, PairedFamily)]
+
 
 def paired_family(module: nn.Module) -> PairedFamily | None:
     """The family whose two methods a module has, or None.
@@ -17,8 +19,13 @@ def paired_family(module: nn.Module) -> PairedFamily | None:
     The names of the methods only select which calls are looked at; whether they are a connection is decided by what the
     calls take and return.
     """
-    for family in FAMILIES:
-        if isinstance(family, PairedFamily):
+    for family in PAIRED:
+        # The class and the dictionary first: to ask a module for what it lacks takes long, and there are thousands.
+        if (
+            hasattr(type(module), family.opens)
+            or family.opens in vars(module)
+            or family.opens in module._modules
+        ):
             methods = getattr(module, family.opens, None), getattr(module, family.closes, None)
             if all(map(callable, methods)):
                 return family

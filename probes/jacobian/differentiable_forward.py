@@ -15,8 +15,9 @@ from depthscope.probes.jacobian.frozen_routing import replaced
 from depthscope.probes.model.hooks import in_recomputation, replace_method
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import first_float, version
+from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.model_call import call_model, eager
+from depthscope.probes.session.model_call import call_model
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.tape import FORWARD
 

@@ -15,8 +15,9 @@ from depthscope.probes.jacobian.differentiable_forward import JacobianError, dif
 from depthscope.probes.jacobian.frozen_routing import constant_routing
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
-from depthscope.probes.session.model_call import call_observed, eager
+from depthscope.probes.session.model_call import call_observed
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain

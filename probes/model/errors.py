@@ -2,6 +2,52 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 
 class CaptureError(RuntimeError):
     """A capture that could not be made, or that would be incomplete."""
+
+
+def as_capture_error(error: Exception) -> Exception:
+    """An error in one sentence: ours as it is, any other as the reason why a model cannot be measured.
+
+    Tensors of any kind may pass through a user's model, and many kinds refuse the operations that a measurement needs.
+
+    Parameters
+    ----------
+    error : Exception
+        From a hook of ours.
+
+    Returns
+    -------
+    Exception
+    """
+    if isinstance(error, (CaptureError, ValueError)):
+        return error
+    reason = next(iter(str(error).splitlines()), "")
+    wrapped = CaptureError(
+        f"{reason[:200]} ({type(error).__name__}: the model, or what it was called with, cannot be measured)"
+    )
+    for note in getattr(error, "__notes__", ()):
+        wrapped.add_note(note)
+    return wrapped
+
+
+def require_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Parameters
+    ----------
+    model : object
+        What the user passed as one.
+
+    Raises
+    ------
+    ValueError
+        For anything but a `torch.nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
+        )

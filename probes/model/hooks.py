@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -13,17 +12,36 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.user_modes import outside_user_modes
+from depthscope.probes.model.user_modes import outside_function_modes, outside_user_modes
 
 INERT = "a hook of a probe was here"  # marks what copies of our hooks are
+REENTRANT_FORWARD = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 Report: TypeAlias = Callable[[Exception], None]
 
 
+class CompilerLog:
+    """How often torch's compiler, or an export, met a hook of ours while it traced the code around it."""
+
+    met = 0
+
+
+def _note_compiler() -> int:
+    CompilerLog.met += 1
+    return 0
+
+
+# The compiler calls such a function while it traces and keeps its result, so that nothing of it is in the compiled code; the
+# attribute is what `torch.compiler.assume_constant_result` sets, without its import, which takes a second.
+_note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function of ours in the middle of the user's code, which none of its errors may reach.
+    """Compute with a function of ours in the middle of the user's code, which none of its errors may reach.
 
     Parameters
     ----------
@@ -45,8 +63,18 @@ def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwar
         What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal handler raised while the
         function ran. The measurement is reported as interrupted then.
     """
+    return _call_safely(outside_user_modes(), report, function, args, kwargs)
+
+
+def _call_safely(
+    context: AbstractContextManager[None],
+    report: Report,
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
     try:
-        with outside_user_modes():
+        with context:
             return function(*args, **kwargs)
     # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
     except (Exception, GeneratorExit) as error:
@@ -93,18 +121,26 @@ class Hook:
         Called with the hook's arguments; its return value is dropped.
     report : callable
         Called with an exception that the function raised.
+    computes : bool
+        Whether the function computes with tensors. A hook on every module does not: it costs a third then.
     """
 
-    __slots__ = ("function", "report")
+    __slots__ = ("computes", "function", "report")
 
-    def __init__(self, function: Callable[..., Any], report: Report):
+    def __init__(self, function: Callable[..., Any], report: Report, *, computes: bool = True):
         self.function: Callable[..., Any] | None = function
         self.report = report
+        self.computes = computes
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the function and return None: any other value would replace the module's output."""
+        if torch.compiler.is_compiling():
+            # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
+            _note_compiler()
+            return
         if self.function is not None:
-            call_safely(self.report, self.function, *args, **kwargs)
+            context = outside_user_modes() if self.computes else outside_function_modes()
+            _call_safely(context, self.report, self.function, args, kwargs)
 
     def disable(self) -> None:
         """Do nothing from now on: a hook that is removed while torch goes through the hooks of a module is still called."""
@@ -154,35 +190,44 @@ class Attachment:
 
     def __init__(self, report: Report):
         self._report = report
-        self._stack = ExitStack()
-        self._places: list[tuple[OrderedDict[int, Any], int]] = []  # tables of hooks, and our keys in them
+        self._hooks: dict[Callable[..., Any], Hook] = {}  # by what each calls
+        self._handles: list[RemovableHandle] = []
+        self._watched: list[WatchedMethod] = []
 
-    def before(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Call ``function(module, args, kwargs)`` before the module's forward."""
-        hook = self._new_hook(function)
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        self._stack.callback(handle.remove)
-        self._places.append((module._forward_pre_hooks, handle.id))
+    def before(
+        self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
+    ) -> None:
+        """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
+        hook = self._hook(function, computes)
+        # By the class: TorchScript's modules forbid the method, but run such hooks.
+        handle = nn.Module.register_forward_pre_hook(module, hook, prepend=first, with_kwargs=True)
+        self._handles.append(handle)
 
-    def after(self, module: nn.Module, function: Callable[..., Any], *, always: bool = False) -> None:
+    def after(
+        self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
+    ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        hook = self._new_hook(function)
-        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
-        self._stack.callback(handle.remove)
-        self._places.append((module._forward_hooks, handle.id))
+        hook = self._hook(function, computes)
+        handle = nn.Module.register_forward_hook(module, hook, with_kwargs=True, always_call=always)
+        self._handles.append(handle)
 
-    def _new_hook(self, function: Callable[..., Any]) -> Hook:
-        hook = Hook(function, self._report)
-        self._stack.callback(hook.disable)
+    def _hook(self, function: Callable[..., Any], computes: bool) -> Hook:
+        # One for all modules with the same function: a model has thousands of them, and every object of ours brings the next
+        # complete collection of garbage nearer, which takes longer than all hooks.
+        hook = self._hooks.get(function)
+        if hook is None:
+            hook = self._hooks[function] = Hook(function, self._report, computes=computes)
         return hook
 
     def run_last(self) -> None:
         """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
-        overtaken = {
-            id(table) for table, _ in self._places if table and type(table[next(reversed(table))]) is not Hook
-        }
-        for table, key in self._places:
-            if id(table) in overtaken and key in table:  # the user may have cleared a table
+        for handle in self._handles:
+            table = handle.hooks_dict_ref()
+            if not table or type(table[next(reversed(table))]) is Hook:
+                continue
+            # All of ours in this table, in their order: the first one that is found overtaken moves them all.
+            ours = [key for key, hook in table.items() if hook in self._hooks.values()]
+            for key in ours:
                 table.move_to_end(key)
 
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
@@ -199,12 +244,17 @@ class Attachment:
         """
         watched = WatchedMethod(module, name, watcher, self._report)
         vars(module)[name] = watched
-        self._stack.callback(watched.remove)
+        self._watched.append(watched)
 
     def remove(self) -> None:
         """Remove every hook; calling it twice is fine."""
-        self._stack.close()
-        self._places = []
+        for hook in self._hooks.values():
+            hook.disable()
+        for watched in reversed(self._watched):
+            watched.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._hooks, self._handles, self._watched = {}, [], []
 
 
 class WatchedMethod:
@@ -233,6 +283,9 @@ class WatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method unchanged, in the watcher's context, and return its result."""
+        if torch.compiler.is_compiling():  # as in `Hook`
+            _note_compiler()
+            return self._method(*args, **kwargs)
         watcher, watch = self._watcher, None
         if watcher is not None:
             watch = call_safely(self._report, watcher, self._module, args, kwargs)
@@ -302,6 +355,16 @@ def in_recomputation() -> bool:
     """Whether a backward pass is running, so that a forward hook sees the recomputation of a checkpointed module."""
     # -1 outside of a backward. Activation checkpointing gives no public sign inside of the recomputed forward.
     return torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether a reentrant checkpoint is running its forward, whose graph is made later, in the backward."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is REENTRANT_FORWARD:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def num_running_calls(model: nn.Module) -> int:

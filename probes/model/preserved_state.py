@@ -7,28 +7,33 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod, restore_entry
+from depthscope.probes.model.modules import all_modules, own_parameters
 
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Restore the random states, the buffers and the training flags of a model after a forward of our own."""
+    modules = all_modules(model)
     buffers = [
         (module, name, buffer)
-        for module in model.modules()
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    training_flags = [(module, module.training) for module in model.modules()]
+    # Frozen TorchScript has no such flag.
+    training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     with torch.random.fork_rng(devices=devices):
         try:
@@ -45,7 +50,38 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, training in training_flags:
-                module.training = training  # per module: train() would set all children alike
+                if module.training != training:
+                    module.training = training  # per module: train() would set all children alike
+
+
+@contextmanager
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore what a forward of our own notes in the attributes of modules: counters, caches, the lists and dicts in them."""
+    before = [(module, dict(vars(module)), _contents(module)) for module in all_modules(model)]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            entries = vars(module)
+            for name in entries.keys() - attributes.keys():
+                del entries[name]
+            entries.update(attributes)
+            for container, content in contents:
+                if isinstance(container, list):
+                    container[:] = content
+                else:
+                    container.clear()
+                    container.update(content)
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The lists, dicts and sets among a module's own attributes, each with a copy."""
+    return [
+        (value, value.copy())
+        for name, value in vars(module).items()
+        # Not those of `nn.Module` itself: hooks come and go, and `preserved_state` restores the buffers.
+        if type(value) in (list, dict, set) and name not in MODULE_ATTRIBUTES
+    ]
 
 
 def unhooked_twin(module: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from depthscope.probes.model.errors import CaptureError
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in nested tuples, lists, dicts and model outputs, in order."""
+    """Tensors in nested tuples, lists, dicts, dataclasses and model outputs, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):  # transformers' ModelOutput too: it is an OrderedDict
@@ -20,11 +20,35 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
+    elif _is_record(value):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object of a dataclass, as some models' batches and outputs are."""
+    return hasattr(type(value), "__dataclass_fields__") and hasattr(value, "__dict__")
 
 
 def floats_in(*values: Any) -> list[torch.Tensor]:
     """Floating tensors with at least two axes, in order."""
-    return [tensor for tensor in tensors_in(values) if tensor.is_floating_point() and tensor.ndim >= 2]
+    found: list[torch.Tensor] = []
+    _add_floats(values, found)
+    return found
+
+
+def _add_floats(values: Iterable[Any], found: list[torch.Tensor]) -> None:
+    # A list and no generator, since hooks on every module call it: most calls take one tensor, and return one.
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.ndim >= 2:
+                found.append(value)
+        elif isinstance(value, dict):
+            _add_floats(value.values(), found)
+        elif isinstance(value, (tuple, list)):
+            _add_floats(value, found)
+        elif _is_record(value):
+            _add_floats(vars(value).values(), found)
 
 
 def first_float(*values: Any) -> torch.Tensor | None:

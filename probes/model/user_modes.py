@@ -7,60 +7,101 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
-class _UserAutocast(threading.local):
-    """The autocast types of the user's code by device; per thread, as torch's own autocast state is."""
+class _UserModes(threading.local):
+    """The modes of the user's code around the running hook; per thread, as torch's own are."""
 
-    types: Mapping[str, torch.dtype] = MappingProxyType({})
+    autocast: Mapping[str, torch.dtype] = MappingProxyType({})  # by device
+    gradients: bool | None = None  # None outside of a hook
+    device: DeviceContext | None = None  # of `torch.set_default_device`
 
 
-_user_autocast = _UserAutocast()
+_user = _UserModes()
 
 
-@contextmanager
-def outside_user_modes() -> Iterator[None]:
+class outside_user_modes:
     """Compute without a graph, without the user's autocast and function and dispatch modes: a measurement inside a hook."""
-    # No graph: non-reentrant activation checkpointing counts the tensors saved for backward and raises when the
-    # recomputation saves another number than the forward did. No autocast: our products would be rounded to bfloat16.
-    active = {
-        device: torch.get_autocast_dtype(device)
-        for device in AUTOCAST_DEVICES
-        if torch.is_autocast_enabled(device)
-    }
-    previous, _user_autocast.types = _user_autocast.types, active
-    functions: list[Any] = []
-    try:
-        # The flag alone: the type and the cache of cast weights stay those of the user's forward.
-        for device in active:
-            torch.set_autocast_enabled(device, False)
-        while torch._C._len_torch_function_stack():
-            functions.append(torch._C._pop_torch_function_stack())
-        # Most programs have none, and leaving none takes longer than a hook may.
-        some = torch._C._len_torch_dispatch_stack() > 0
-        with torch.no_grad(), _disable_current_modes() if some else nullcontext():
-            yield
-    finally:
-        for mode in reversed(functions):
+
+    # A class with slots and not a generator: it is entered in every hook, and a generator takes three times as long.
+    __slots__ = ("_before", "_dispatch", "_functions", "_noted")
+
+    def __enter__(self) -> None:
+        self._before = _user.autocast, _user.gradients, _user.device
+        self._functions: list[Any] = []
+        self._dispatch: AbstractContextManager[Any] | None = None
+        self._noted = False  # whether autocast and the graph were looked at, and may have been switched off
+        try:
+            # First of all, and entered again last of all: they would see even that a graph is switched off.
+            while torch._C._len_torch_function_stack():
+                mode = torch._C._pop_torch_function_stack()
+                self._functions.append(mode)
+            gradients = torch.is_grad_enabled()
+            active = {
+                name: torch.get_autocast_dtype(name)
+                for name in AUTOCAST_DEVICES
+                if torch.is_autocast_enabled(name)
+            }
+            devices = [mode for mode in self._functions if isinstance(mode, DeviceContext)]
+            _user.autocast, _user.gradients, _user.device = active, gradients, devices[0] if devices else None
+            self._noted = True
+            # No graph: non-reentrant activation checkpointing counts the tensors saved for backward and raises when the
+            # recomputation saves another number than the forward did.
+            torch._C._set_grad_enabled(False)
+            # No autocast: our products would be rounded to bfloat16. The flag alone: the type and the cache of cast weights
+            # stay those of the user's forward.
+            for name in active:
+                torch.set_autocast_enabled(name, False)
+            # Most programs have none, and leaving none takes longer than a hook may.
+            if torch._C._len_torch_dispatch_stack() > 0:
+                dispatch = _disable_current_modes()
+                dispatch.__enter__()
+                self._dispatch = dispatch
+        except BaseException:  # such as the user's key, or a lack of memory: what was left is entered again
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        if self._dispatch is not None:
+            self._dispatch.__exit__(*error)
+        if self._noted:
+            for name in _user.autocast:
+                torch.set_autocast_enabled(name, True)
+            torch._C._set_grad_enabled(bool(_user.gradients))
+        _user.autocast, _user.gradients, _user.device = self._before
+        for mode in reversed(self._functions):
             torch._C._push_on_torch_function_stack(mode)
-        for device in active:
-            torch.set_autocast_enabled(device, True)
-        _user_autocast.types = previous
+
+
+class outside_function_modes:
+    """Look at tensors, and compute nothing, without a function mode of the user's: it would see that shapes are read."""
+
+    __slots__ = ("_functions",)
+
+    def __enter__(self) -> None:
+        self._functions: list[Any] = []
+        while torch._C._len_torch_function_stack():
+            self._functions.append(torch._C._pop_torch_function_stack())
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self._functions):
+            torch._C._push_on_torch_function_stack(mode)
 
 
 @contextmanager
 def user_autocast() -> Iterator[None]:
     """Compute under the autocast of the user's code around the running hook, to run a module of the model again."""
-    active = dict(_user_autocast.types)
+    active = dict(_user.autocast)
     try:
         for device in active:
             torch.set_autocast_enabled(device, True)
@@ -70,17 +111,51 @@ def user_autocast() -> Iterator[None]:
             torch.set_autocast_enabled(device, False)
 
 
+@contextmanager
+def user_modes() -> Iterator[None]:
+    """Compute as the user's code around the running hook does: its autocast, its graph, its default device.
+
+    Its other modes, such as a counter of operations, do not see what is computed.
+    """
+    device = _user.device
+    if (
+        device is not None
+    ):  # pushed and not entered, since torch has one global note of the device, which is there still
+        torch._C._push_on_torch_function_stack(device)
+    try:
+        with user_autocast(), torch.set_grad_enabled(user_wants_graph()):
+            yield
+    finally:
+        if device is not None:
+            torch._C._pop_torch_function_stack()
+
+
+def user_wants_graph() -> bool:
+    """Whether the user's code around the running hook computes with a graph."""
+    return torch.is_grad_enabled() if _user.gradients is None else _user.gradients
+
+
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The type in which the user's code around the running hook multiplies a tensor: autocast's, or the tensor's own."""
-    return _user_autocast.types.get(tensor.device.type, tensor.dtype)
+    return _user.autocast.get(tensor.device.type, tensor.dtype)
 
 
 def unreadable_mode(tensor: torch.Tensor) -> str | None:
     """Why the states of the running forward are no numbers that can be read, or mean something else; None where they can."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transformation():
         return "inside a transformation of torch.func (grad, vmap, …), whose tensors stand for others"
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "while it was traced or exported"
-    if isinstance(tensor, FakeTensor):
-        return "with fake tensors, which hold no values"
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return f"with {'meta' if tensor.is_meta else 'fake'} tensors, which hold no values"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "nested" if tensor.is_nested else "sparse"
+        return (
+            f"with a {kind} tensor, whose sequences cannot be told apart by an axis; pad it, and pass a mask"
+        )
     return None
+
+
+def in_transformation() -> bool:
+    """Whether the running code is inside of a transformation of torch.func, whose tensors stand for others."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -12,6 +12,7 @@ from depthscope.diagnostics.package_versions import package_versions
 from depthscope.probes.connections.coefficients import tolerance
 from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
 from depthscope.probes.run.linear_variables import run_proof
 from depthscope.probes.run.weights_digest import weights_digest
@@ -21,14 +22,16 @@ from depthscope.probes.session.session import Session
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
 
 
-def run_attributes(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
-    """The attributes of a run; those that do not apply are left out."""
+def run_attributes(
+    session: Session, sequences: list[Sequence], evidence: Evidence, *, digests: bool = True
+) -> dict[str, Any]:
+    """The attributes of a run; those that do not apply are left out, and the digests where they are not wanted."""
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
     # NaN where nothing was compared, as where all sampled tokens are padding.
     errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
-    unchanged = weights_stamp(session.model) == session.reservoir.stored_stamp
+    unchanged = digests and weights_stamp(session.model) == session.reservoir.stored_stamp
     constraint = constraint_of(evidence)
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
@@ -47,9 +50,9 @@ def run_attributes(session: Session, sequences: list[Sequence], evidence: Eviden
         "block": structure.chains[0].block_class,
         "num_blocks": len(structure.chains[0].blocks),
         # Tied weights count once, as parameters() lists them.
-        "num_parameters": sum(parameter.numel() for parameter in session.model.parameters()),
+        "num_parameters": sum(parameter.numel() for parameter in all_parameters(session.model)),
         "seed": options.seed,
-        "data_digest": _data_digest(sequences),
+        "data_digest": _data_digest(sequences) if digests else None,
         "weights_digest": weights_digest(session.model) if unchanged else None,
         "sampling": {
             "max_sequences": options.max_sequences,

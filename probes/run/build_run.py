@@ -27,6 +27,7 @@ def build_run(
     *,
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
+    digests: bool = True,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -35,13 +36,15 @@ def build_run(
     session : Session
         With its chains found and at least one sequence sampled.
     rows : list of StepStatistics
-        One per measured step.
+        One per measured step; without any the run has no statistics.
     pooled : list of TokenSums
         Statistics of all steps since the weights last changed, one per chain.
     attrs : mapping, optional
         Attributes to add or replace.
     token_text : sequence of sequences of str, optional
         Text of every token, by the sequence's index.
+    digests : bool
+        Whether the weights and the data get a digest, by which runs are compared.
 
     Returns
     -------
@@ -65,16 +68,18 @@ def build_run(
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
             trace[name] = trace_dataset(session, number, depths, sequences, evidence, token_text)
+            if not rows:
+                continue
             measured = statistics_dataset(chain, number, depths, rows, pooled, evidence)
             variables, coords = weight_variables([row.weights for row in rows], chains, number, starts, stage)
             statistics[name] = measured.assign(variables).assign_coords(coords)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
-        statistics=statistics if list(statistics) != [""] else statistics[""],
+        statistics=(statistics if list(statistics) != [""] else statistics[""]) or None,
         coverage=coverage_dataset(covered),
         attrs={
-            **run_attributes(session, sequences, evidence),
+            **run_attributes(session, sequences, evidence, digests=digests),
             **coverage_counts(covered),
             **(attrs or {}),
         },

@@ -82,8 +82,9 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
     # all of them.
     count, selection = session.num_forwards, session.options.selection
     captured = {(owner, depth) for owner, depth, _ in session.structure.captured}
+    wanted = selection.stored(chain)
     for depth, point in enumerate(chain.points):
-        fired, stored = (number, depth) in captured, selection.stores(chain, depth)
+        fired, stored = (number, depth) in captured, depth in wanted
         not_stored = FOR_PROOF if fired else NOT_REQUESTED
         yield Coverage(
             name=state_name(chain, depth),

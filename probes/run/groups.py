@@ -22,12 +22,8 @@ def chain_groups(session: Session, number: int) -> list[Group]:
     """Split a chain where the width or the number of tokens of its states changes; only states that are stored count."""
     chain = session.structure.chains[number]
     selection = session.options.selection
-    all_depths = range(len(chain.points))
-    stored = [depth for depth in all_depths if selection.stores(chain, depth)]
-    captured = [depth for depth in all_depths if selection.captures(chain, depth)]
     stages: list[list[int]] = []
-    # Every analysis needs some states, even if only connections were requested.
-    for depth in stored or captured:
+    for depth in sorted(selection.stored(chain)):
         if stages and chain.shapes[stages[-1][-1]] == chain.shapes[depth]:
             stages[-1].append(depth)
         else:

@@ -29,7 +29,7 @@ from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, count_streams
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
-from depthscope.probes.model.user_modes import user_autocast
+from depthscope.probes.model.user_modes import outside_user_modes, user_autocast
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -84,6 +84,7 @@ class FirstForward:
             (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
         }
         self._model = model
+        self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
         self._gradients = gradients
         self._report = report
@@ -91,8 +92,9 @@ class FirstForward:
     def attach(self, attachment: Attachment) -> None:
         """Put hooks on every module, and around the methods of those that may be paired connections."""
         for path, module in self._model.named_modules():
-            attachment.before(module, partial(self._before_call, path))
-            attachment.after(module, self._after_call)
+            self._paths[id(module)] = path
+            attachment.before(module, self._before_call, computes=False)
+            attachment.after(module, self._after_call, computes=False)
             if module is self._model:
                 # Around the forward method, not a hook: the trace must be on while it runs, and only then.
                 attachment.around(module, FORWARD, self._around_forward)
@@ -101,16 +103,21 @@ class FirstForward:
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
 
-    def _before_call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tape = self._current.taped
-        if tape is not None:
-            call = tape.enter(path, module, args, kwargs)
+        if tape is None:
+            self._current.note_transformation()
+        else:
+            call = tape.enter(self._paths[id(module)], module, args, kwargs)
             self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tape = self._current.taped
         if tape is not None:
-            call = tape.leave(module, output)
+            # Only this computes: whether several outputs are a connection's, and how a block adds its branches.
+            computes = tape.searches_blocks or isinstance(output, (tuple, list, dict))
+            with outside_user_modes() if computes else nullcontext():
+                call = tape.leave(module, output)
             self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:

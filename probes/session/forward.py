@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
+from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.structure.tape import Tape
@@ -68,6 +69,7 @@ class Forward:
     handles: list[RemovableHandle] = field(default_factory=list)  # of gradient hooks
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
+    transformed: bool = False  # modules ran inside of a transformation of torch.func
     cancelled: bool = False  # its step ended, or its hooks left, before it did
 
     def next_index(self, kind: str, path: str) -> int:
@@ -177,14 +179,25 @@ class CurrentForward(threading.local):
 
     @property
     def recorded(self) -> Forward | None:
-        """The forward that hooks write to; None outside of one, and where what runs is `hidden`."""
-        forward = self.forward
-        return None if forward is None or forward.cancelled or self.hidden else forward
+        """The forward that hooks write to; None outside of one, and where what runs is `hidden`, or inside of torch.func."""
+        if not self.is_running or self.hidden or in_transformation():
+            return None
+        return self.forward
+
+    @property
+    def is_running(self) -> bool:
+        """Whether this thread is in a forward that is recorded."""
+        return self.forward is not None and not self.forward.cancelled
 
     @property
     def taped(self) -> Tape | None:
         """The tape that hooks write to; None under the same conditions as `recorded`."""
         return None if self.recorded is None else self.tape
+
+    def note_transformation(self) -> None:
+        """Note where a module of the running forward is called inside of a transformation of torch.func."""
+        if self.forward is not None and in_transformation():
+            self.forward.transformed = True
 
     def clear(self) -> None:
         """Forget a forward that did not end."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,58 +66,6 @@ def call_observed(session: Session, batch: Any) -> Any:
         # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):
             session.errors.clear()
+            session.attach()
             output = call_model(session.model, batch)
         return output
-
-
-class _ForcedEager:
-    """The stance of torch's compiler that all measured steps share, until the last of them has ended.
-
-    It belongs to the process, and recorders may close in any order: each restoring what it found would leave the stance of a
-    closed one on for ever.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._users = 0
-        self._stance: Any = None
-
-    def begin(self) -> None:
-        with self.lock:
-            if self._users == 0:
-                self._restore()  # where the user's own stance, which was on when we left, has put ours back
-                self._stance = torch.compiler.set_stance("force_eager")
-            self._users += 1
-
-    def end(self) -> None:
-        with self.lock:
-            self._users -= 1
-            if self._users == 0:
-                self._restore()
-
-    def _restore(self) -> None:
-        # Only where ours is on: the user may have taken another one meanwhile.
-        if self._stance is not None and torch._dynamo.eval_frame._stance is self._stance.stance:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
-
-
-_forced_eager = _ForcedEager()
-
-
-def _renew_lock() -> None:
-    _forced_eager.lock = threading.Lock()  # a thread that the child does not have may hold the old one
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """A context in which compiled models run as written: code that `torch.compile` made skips hooks put on since."""
-    _forced_eager.begin()
-    try:
-        yield
-    finally:
-        _forced_eager.end()

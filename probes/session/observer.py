@@ -35,6 +35,8 @@ class Observer:
         Gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
     calls : mapping of (path, method) to int
         How often each module was called in the forward that showed the structure.
+    sums : bool
+        Whether statistics of all tokens are added up, next to the sampled sequences.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Observer:
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
         *,
         calls: Mapping[tuple[str, str], int],
+        sums: bool = True,
     ):
         self.structure = structure
         self.options = options
@@ -53,6 +56,7 @@ class Observer:
         self._report = report
         self._loss_scale = loss_scale
         self._calls = calls
+        self._sums = sums
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -79,6 +83,8 @@ class Observer:
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
+        if not self._sums:
+            return
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
@@ -140,7 +146,9 @@ class Observer:
             forward.first_states.append(tensor)
         forward.expected_gradients.add(key)
 
-    def record_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
+    def record_gradient(
+        self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None
+    ) -> None:
         """Store a gradient, divided by the loss scale; the gradients of several backwards through one forward add up.
 
         Their squares do not add up: after a second backward the statistics are recomputed where the sample is the complete
@@ -152,10 +160,11 @@ class Observer:
             The forward of the state.
         number, depth : int
             Chain and depth.
-        gradient : Tensor
-            As the backward gives it.
+        gradient : Tensor or None
+            As the backward gives it; None behind an operation that passes none on, such as a quantised layer.
         """
-        if not forward.ended:  # a backward inside of the forward, of something that is not the loss
+        # A backward inside of the forward is of something that is not the loss.
+        if gradient is None or not forward.ended:
             return
         scale = self._loss_scale() if self._loss_scale is not None else None
         unscaled = gradient.detach()
@@ -213,7 +222,7 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
-        if complete.mix is not None:
+        if complete.mix is not None and self._sums:
             forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
 
     def record_branch(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Weights
+from depthscope.probes.model.modules import all_parameters
 
 
 @dataclass
@@ -120,7 +121,7 @@ def weights_stamp(model: nn.Module) -> int:
         Reading them costs no synchronisation with the device. A write through ``.data`` in place is not seen.
     """
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return hash(tuple(_weight_stamp(p, sharded) for p in model.parameters()))
+    return hash(tuple(_weight_stamp(p, sharded) for p in all_parameters(model)))
 
 
 def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:

@@ -17,10 +17,16 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
-from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, num_running_calls
+from depthscope.probes.model.errors import CaptureError, as_capture_error
+from depthscope.probes.model.hooks import (
+    Attachment,
+    CompilerLog,
+    in_reentrant_checkpoint,
+    num_running_calls,
+)
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.user_modes import unreadable_mode
+from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
+from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.first_forward import (
     AxisError,
     FirstForward,
@@ -37,7 +43,7 @@ from depthscope.probes.session.reservoir import Reservoir, weights_stamp
 from depthscope.probes.structure.branch_sums import find_branch_sums
 from depthscope.probes.structure.find_chains import block_paths
 from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
-from depthscope.probes.structure.tape import Tape
+from depthscope.probes.structure.tape import ChainError, Tape
 
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
@@ -55,6 +61,8 @@ class Session:
         Gives the factor by which the loss is multiplied at present; None for 1.
     only_own : bool
         Whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
+    sums : bool
+        Whether statistics of all tokens are added up, next to the sampled sequences.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Session:
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
         *,
         only_own: bool = False,
+        sums: bool = True,
     ):
         self.model = model
         self.options = options
@@ -77,6 +86,7 @@ class Session:
         self.reservoir = Reservoir(options.max_sequences, options.seed)
         self._loss_scale = loss_scale
         self._only_own = only_own
+        self._sums = sums
         self._observer: Observer | None = None  # from the end of the first forward on
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
@@ -90,6 +100,12 @@ class Session:
         self._searching = True  # for the structure, by hooks on every module
         self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
+        self._compiled: CompiledCalls | None = None
+        # Compiled modules that contain the model.
+        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._unseen = True  # whether no call of the model was seen yet, or none in the step before
+        self._compiler_met = 0  # how often torch's compiler had met our hooks when the step began
+        self._num_without_graph = 0  # calls of the step that can have no gradient
 
     @property
     def observer(self) -> Observer:
@@ -113,10 +129,49 @@ class Session:
     # --- hooks on, hooks off ---
 
     def attach(self) -> None:
-        """Put the hooks on: on every module until the structure is known, then on those that show it."""
+        """Put the hooks on: on every module until the structure is known, then on those that show it.
+
+        A compiled model gets none of these: see `compiled_calls`.
+        """
         self.detach()
+        self._num_without_graph, self._compiler_met = 0, CompilerLog.met
+        callers = self._compiled_callers()
         with self._lock:
-            self._attach()
+            if not callers:
+                self._attach()
+                return
+            self._compiled = CompiledCalls(
+                callers,
+                self.owner,
+                wanted=lambda: not self.errors and self._may_have_gradients(),
+                run_hooked=self._run_hooked,
+                gradients=self.options.gradients,
+                report=self.report,
+            )
+            self._compiled.attach()
+
+    def _compiled_callers(self) -> list[nn.Module]:
+        if self._only_own or not compiler_is_loaded():
+            return []  # forwards of ours run uncompiled
+        found = compiled_callers(self.model, known=list(self._wrappers), search=self._unseen)
+        self._wrappers.update(module for module in found if module is not self.model)
+        self._unseen = True  # until a call is seen
+        return found
+
+    def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
+        """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
+        before = len(self.forwards)
+        try:
+            with self._lock:
+                self._attach()
+            result = function()
+            if any(isinstance(error, RewrittenError) for error in self.errors):
+                self.errors.clear()  # the second forward copies states as they pass
+                result = function()
+        finally:
+            with self._lock:
+                self._remove_hooks()
+        return result, self.forwards[-1] if len(self.forwards) > before else None
 
     def _attach(self) -> None:
         self._first_thread = None
@@ -158,9 +213,10 @@ class Session:
         if self._current.recorded is not None and not num_running_calls(self.model):
             self.forget_running()
         with self._lock:
-            if self._attachment is not None:
-                self._attachment.remove()
-                self._attachment = None
+            if self._compiled is not None:
+                self._compiled.remove()
+                self._compiled = None
+            self._remove_hooks()
             self._first_thread = None
             cut_short = [forward for forward in self._running if not forward.cancelled]
             for forward in cut_short:
@@ -169,6 +225,11 @@ class Session:
             self._running.clear()
         self._current.clear()
         return len(cut_short)
+
+    def _remove_hooks(self) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
 
     def after_fork(self) -> None:
         """Forget the probe in a child process, which is a copy of the parent in the middle of anything."""
@@ -190,8 +251,12 @@ class Session:
         if current.recorded is not None and num_running_calls(self.model) > 1:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
+        if current.is_running and in_transformation():
+            return  # part of it as well, whose tensors nobody can read
         current.clear()
-        if self.errors:  # the step will be left out
+        self._unseen = False
+        # No part of a step that will be left out, and no forward without gradients of a step that measures these.
+        if self.errors or not self._may_have_gradients():
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
         if tensors and not any(tensor.numel() for tensor in tensors):
@@ -207,6 +272,17 @@ class Session:
             self._running.add(forward)
             if self._searching or self._traced:
                 current.tape = self._new_tape()
+
+    def _may_have_gradients(self) -> bool:
+        """Whether a call that begins can have gradients, where these are wanted: a validation under ``no_grad`` has none.
+
+        It is no forward of the training that the step measures, so it counts nowhere.
+        """
+        if not self.options.gradients or user_wants_graph() or in_reentrant_checkpoint():
+            return True
+        self._unseen = False
+        self._num_without_graph += 1
+        return False
 
     def _require_same_modules(self) -> None:
         """Require that no layer came, went or was replaced since the hooks were put on: a new one has none."""
@@ -302,7 +378,9 @@ class Session:
             structure = find_structure(tape, forward, self.model, self.options)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
-            observer = Observer(structure, self.options, self.report, self._loss_scale, calls=tape.counts())
+            observer = Observer(
+                structure, self.options, self.report, self._loss_scale, calls=tape.counts(), sums=self._sums
+            )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward
                     replay(tape, forward, observer)
@@ -310,16 +388,19 @@ class Session:
                 self._adopt(observer)  # the structure is right: later forwards copy states as they pass
                 raise
             self._adopt(observer)
+        except ChainError as error:
+            reason = _out_of_sight(self.model, forward)
+            raise ChainError(f"{reason}; {error}") if reason else error from None
         except AxisError:
             self._first_batch_axis = 1
             self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)  # tokens were drawn
             raise
         finally:
             with self._lock:
-                if (
-                    self._attachment is not None
-                ):  # with the hooks of the structure, or for another first forward
-                    self._attach()
+                if self._only_own:  # whoever calls the model puts the hooks on again before another call
+                    self._remove_hooks()
+                elif self._attachment is not None:
+                    self._attach()  # with the hooks of the structure, or for another first forward
 
     def _adopt(self, observer: Observer) -> None:
         self._observer, self._modules = observer, _module_types(self.model)
@@ -330,7 +411,7 @@ class Session:
         """Raise the first error that a hook met, and forget the others: most follow from it."""
         errors, self.errors[:] = list(self.errors), []
         if errors:
-            raise errors[0]
+            raise as_capture_error(errors[0])
 
     def fold(self) -> list[Measured]:
         """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
@@ -348,7 +429,28 @@ class Session:
         with self._lock:
             self._absorb()
             done, self._measured = self._measured, []
-            return done
+        if not done:
+            raise CaptureError(self._why_nothing())
+        return done
+
+    def _why_nothing(self) -> str:
+        if self._num_without_graph:
+            return (
+                "gradients were asked for but none arrived: every forward of the step ran without a graph, as under "
+                "torch.no_grad(); such forwards count to no step that measures gradients"
+            )
+        if self._compiler_met != CompilerLog.met:
+            return (
+                "the model was only called inside of code that was compiled, traced or exported as a whole; record the module "
+                "that torch.compile returned, or compile the model and not the function around it"
+            )
+        if self._only_own:
+            return (
+                "no forward of the model was seen: the batch is empty, or the model is not called through Module.__call__, "
+                "which runs the hooks; nothing to measure"
+            )
+        hint = ", or only inside of compiled code" if compiler_is_loaded() else ""
+        return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
 
     @property
     def pending(self) -> bool:
@@ -407,6 +509,20 @@ class Session:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+def _out_of_sight(model: nn.Module, forward: Forward) -> str:
+    """Why the parts of a model ran where no hook sees them; empty where they did not."""
+    if forward.transformed:
+        return (
+            "modules of the model ran inside of a transformation of torch.func (vmap, grad, …), whose tensors stand for "
+            "others and are not read"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is TorchScript, whose parts run outside of Python: capture the module that it was made from"
+    if isinstance(model, torch.fx.GraphModule) and not any(True for _ in model.children()):
+        return "the model is a graph of operations, as torch.export makes: capture the module that it was made from"
+    return ""
 
 
 def _readable(lead: torch.Tensor | None) -> torch.Tensor:

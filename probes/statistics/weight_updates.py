@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from depthscope.probes.model.hooks import Hook
 from depthscope.probes.model.tensors import version
@@ -219,6 +220,10 @@ def _unreadable(parameter: nn.Parameter) -> str:
         return "on the meta device, offloaded"
     if hasattr(parameter, "device_mesh"):  # a DTensor, whose import would need torch.distributed
         return "sharded over processes (DTensor)"
+    if isinstance(parameter, FakeTensor):
+        return "a fake tensor, without values"
+    if type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a tensor of a class of its own, quantised ({type(parameter).__name__})"
     return "" if parameter.is_floating_point() or parameter.is_complex() else "not floating point, quantised"
 
 

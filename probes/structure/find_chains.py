@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.model.modules import all_modules, all_parameters, own_parameters
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
@@ -159,23 +160,22 @@ def trunk_size(tape: Tape, model: nn.Module) -> int:
     the forward did.
     """
     # A head that is tied to the embedding shares its parameter; one that is not has as many outputs.
-    vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-    outside = {
-        id(p)
-        for module in model.modules()
+    modules = all_modules(model)
+    vocabularies = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
+    heads = (
+        module
+        for module in modules
         if isinstance(module, nn.Embedding)
         or (isinstance(module, nn.Linear) and module.out_features in vocabularies)
-        for p in module.parameters(recurse=False)
-    }
+    )
+    outside = set(map(id, own_parameters(heads)))
     called = {id(call.module): call.module for call in tape.calls}
-    # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
-    ran = {
-        id(p): p.numel()
-        for module in called.values()
-        for p in module.parameters(recurse=not any(id(child) in called for child in module.children()))
-        if id(p) not in outside
-    }
-    return sum(ran.values()) or 1
+    ran: list[nn.Module] = []
+    for module in called.values():
+        # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
+        parts_ran = any(id(child) in called for child in module._modules.values())
+        ran += [module] if parts_ran else all_modules(module)
+    return sum(p.numel() for p in own_parameters(ran) if id(p) not in outside) or 1
 
 
 def _covers(container: list[Call], run: list[Call]) -> bool:
@@ -194,8 +194,8 @@ def _share_calls(a: list[Call], b: list[Call]) -> bool:
 
 
 def _num_parameters(modules: Iterable[nn.Module]) -> int:
-    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}  # shared ones once
-    return sum(parameters.values())
+    parameters = {id(p): p for module in modules for p in all_parameters(module)}  # shared ones once
+    return sum(p.numel() for p in parameters.values())
 
 
 def _chain_names(runs: list[list[Call]]) -> list[str]:

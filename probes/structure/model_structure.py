@@ -59,9 +59,10 @@ class Structure:
         """Every state that is captured."""
         found: list[CapturedState] = []
         for number, chain in enumerate(self.chains):
-            for depth, point in enumerate(chain.points):
-                if self.selection.captures(chain, depth):
-                    found.append(CapturedState(number, depth, point))
+            wanted = self.selection.captured(chain)
+            found += [
+                CapturedState(number, depth, p) for depth, p in enumerate(chain.points) if depth in wanted
+            ]
             if chain.final is not None and self.selection.includes("final"):
                 found.append(CapturedState(number, FINAL, chain.final))
         return tuple(found)

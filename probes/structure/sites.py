@@ -78,9 +78,11 @@ class Request:
         if self.state is not None:
             return self.state == _block_boundary(chain, depth)
         if "resid_pre" in self.kinds:
-            # The state before block i is the one after block i − 1; after the last block there is no block.
             block = _block_boundary(chain, depth)
-            return block is not None and self.block in (None, block) and block < _num_blocks(chain)
+            if block is None or self.block not in (None, block):
+                return False
+            # The state before block i is the one after block i − 1; after the last block there is no block.
+            return block < _num_blocks(chain)
         if "hc_in" in self.kinds:  # the state that a connection reads, whatever its site is called
             return any(c.depth_in == depth and self.takes_connection(c) for c in chain.connections)
         return point.site in self.kinds and (self.block is None or point.layer == self.block)
@@ -124,21 +126,23 @@ class SiteSelection:
         """Whether the insides of plain blocks are wanted, which takes a search for their sums."""
         return any({"mid", "branch_in", "branch_out"} & set(request.kinds) for request in self.requests)
 
-    def captures(self, chain: Chain, depth: int) -> bool:
-        """Whether a state must be captured: because it is wanted, or because the proof of a connection needs it."""
-        if self.stores(chain, depth) or chain.has_streams:
-            return True
+    def captured(self, chain: Chain) -> frozenset[int]:
+        """The depths whose states must be captured: those that are wanted, and those that a connection's proof needs."""
+        if chain.has_streams:
+            return frozenset(range(len(chain.points)))
+        wanted = self.stored(chain)
+        if not (self.includes("branch_in") or self.includes("branch_out")):
+            return wanted
         # branch_in is the state before the connection, and branch_out is proven by the states around it.
-        branches = self.includes("branch_in") or self.includes("branch_out")
-        return branches and any(depth in (c.depth_in, c.depth_out) for c in chain.connections)
+        return wanted.union(*((c.depth_in, c.depth_out) for c in chain.connections))
 
-    def stores(self, chain: Chain, depth: int) -> bool:
-        """Whether a state is stored in the run; all are where no request names one, since every analysis needs some."""
-        some_states = any(self._takes_state(chain, other) for other in range(len(chain.points)))
-        return not some_states or self._takes_state(chain, depth)
-
-    def _takes_state(self, chain: Chain, depth: int) -> bool:
-        return any(request.takes_state(chain, depth) for request in self.requests)
+    def stored(self, chain: Chain) -> frozenset[int]:
+        """The depths whose states are stored in the run: all where no request names one, since every analysis needs some."""
+        depths = range(len(chain.points))
+        named = [
+            depth for depth in depths if any(request.takes_state(chain, depth) for request in self.requests)
+        ]
+        return frozenset(named or depths)
 
     def stores_connection(self, chain: Chain, connection: Connection) -> bool:
         """Whether a connection is stored in the run."""

@@ -7,6 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from depthscope.probes.connections.family import PairedFamily, Site
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import NONE, Value
 from depthscope.probes.model.arguments import named_arguments
-from depthscope.probes.model.tensors import first_float, floats_in, version
+from depthscope.probes.model.tensors import floats_in, version
 
 # Three bounds on what a tape stores; heuristics of ours, which every tested family meets.
 LEVELS = 3  # how deep inside a block its branches are looked for
@@ -169,10 +170,16 @@ class Tape:
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
+    @property
+    def searches_blocks(self) -> bool:
+        """Whether it looks into blocks when they end."""
+        return self._on_block is not None
+
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
-        call = self._begin(path, module, FORWARD, first_float(args, kwargs))
-        call.inputs = self._passed(floats_in(args, kwargs), lambda: _parameter_names(module, args, kwargs))
+        tensors = floats_in(args, kwargs)
+        call = self._begin(path, module, FORWARD, tensors[0] if tensors else None)
+        call.inputs = self._passed(tensors, lambda: _parameter_names(module, args, kwargs))
         past = past_states(args, kwargs, call.x)
         if past is not None:
             call.past, call.pinned = self._source(past[-1]), True
@@ -188,8 +195,9 @@ class Tape:
         call = self._stack.pop()
         if call.module is not module:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
-        self._end(call, first_float(output))
-        call.outputs = self._passed(floats_in(output))
+        tensors = floats_in(output)
+        self._end(call, tensors[0] if tensors else None)
+        call.outputs = self._passed(tensors)
         if self.trace is not None:
             self.trace.call = call.parent.order if call.parent is not None else NONE
         call.site = returned_site(module, call.x, output)
@@ -242,7 +250,7 @@ class Tape:
                 self.trace.call = call.order
             call.values = self.trace.taken(x), None
         # The call that ended last: of a container and its last module, which return one tensor, the container.
-        call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
+        call.producer = next((c.path for c in reversed(self._recent) if _returned(c, call)), "")
         self._counts[path, method] = index + 1
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
             self._waiting = None  # the next call takes the streams again, so the branch has ended
@@ -360,7 +368,7 @@ class Tape:
         call.runs += 1
         runs = self._runs.setdefault(key, [])
         previous = runs[-1][-1] if runs else None
-        if previous is not None and same_tensor(previous.y, call.x):
+        if previous is not None and _returned(previous, call):
             runs[-1].append(call)
             return
         if previous is not None and len(runs[-1]) == 1:
@@ -437,16 +445,30 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) 
     return None
 
 
+def _returned(earlier: Call, call: Call) -> bool:
+    """Whether an earlier call returned what a call took; by the shapes that are noted first, since it is asked very often."""
+    y, x = earlier.y, call.x
+    return x is not None and (y is x or (earlier.y_shape == call.x_shape and same_tensor(y, x)))
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module's class calls itself a norm: models write their own RMSNorm, which is no class of torch's."""
-    return "norm" in type(module).__name__.lower()
+    return _names_a_norm(type(module).__name__)
+
+
+@cache
+def _names_a_norm(kind: str) -> bool:
+    return "norm" in kind.lower()
 
 
 def _group_keys(call: Call) -> list[tuple[str, Any]]:
     """The two groups of a call: its class (outermost only) and the numbered container that it is in."""
     keys: list[tuple[str, Any]] = []
-    if not any(type(ancestor.module) is type(call.module) for ancestor in call.ancestors()):
-        keys.append(("class", type(call.module)))
+    kind, ancestor = type(call.module), call.parent
+    while ancestor is not None and type(ancestor.module) is not kind:
+        ancestor = ancestor.parent
+    if ancestor is None:
+        keys.append(("class", kind))
     container, _, last = call.path.rpartition(".")
     if last.isdigit():
         keys.append(("container", container))

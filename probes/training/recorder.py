@@ -22,12 +22,11 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.errors import CaptureError, as_capture_error, require_module
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
-from depthscope.probes.session.model_call import eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
@@ -267,10 +266,6 @@ class Recorder:
             self._say(
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {self.position} did, and count to no step"
             )
-        if not parts:
-            raise CaptureError(
-                "the model was not called between two steps, or with empty batches only; nothing to measure"
-            )
         if not _num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
@@ -337,7 +332,7 @@ class Recorder:
     def _say(self, message: str, error: BaseException | None = None) -> None:
         """Note a sentence for the end of the step."""
         if error is not None:
-            self.errors.append(without_frames(error))
+            self.errors.append(as_capture_error(without_frames(error)))
         self._sentences.append(message)
 
     def _warn(self) -> None:
@@ -353,8 +348,6 @@ class Recorder:
             return
         # Each is undone even where it fails halfway, hence the callbacks first.
         try:
-            # Compiled code skips hooks that are put on after its compilation.
-            self._stack.enter_context(eager())
             self._stack.callback(self._session.detach)
             self._session.attach()
             if self._weights is not None:
@@ -420,10 +413,21 @@ def record(
     Nothing of the user's run changes: hooks return nothing, errors in them are reported by a `ProbeWarning` at the end of the
     step (and stored in ``recorder.errors``), and between measured steps no hook is on.
 
+    A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured steps too,
+    with the same dropout masks, losses and weights as without a recorder. It is measured next to that: its forward runs once
+    more, uncompiled, on copies of the same arguments, before the call; with gradients its backward as well, from ∂loss/∂output
+    of the user's backward on. So a measured call costs one more forward (and backward) and their memory; the states are those
+    of the same weights and batch, under dropout masks of their own; random states, buffers and attributes of modules are
+    restored, while what the forward or a hook of the user's does elsewhere (a print, a counter) happens twice. Refused with a
+    sentence, and without any effect on the training: reentrant checkpoints and optimizers inside of the backward (with
+    gradients), several processes, arguments that cannot be copied.
+
+    A forward under ``no_grad`` or ``inference_mode``, such as a validation, counts to no step that measures gradients.
+
     Parameters
     ----------
     model : Module
-        The model that the loop calls.
+        The model that the loop calls; compiled, or the module that was compiled.
     every, start_step, end_step : int
         Which steps are measured.
     store : path-like, optional
@@ -459,6 +463,7 @@ def record(
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
     """
+    require_module(model)
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"

@@ -34,6 +34,10 @@ class Notes:
         return Notes, ()
 
 
+class WithoutGraph(dict[int, float]):
+    """What a forward under ``no_grad`` noted: it counts to no step that measures gradients."""
+
+
 class Noted(nn.Module):
     """A model whose forward notes its states in the order of depth."""
 
@@ -44,7 +48,7 @@ class Noted(nn.Module):
 
     def begin(self) -> dict[int, float]:
         self.notes.calls.append(type(self).__name__)
-        return {}
+        return {} if torch.is_grad_enabled() else WithoutGraph()
 
     def note(self, depth: int, x: torch.Tensor, noted: dict[int, float], real: torch.Tensor | None) -> None:
         self.notes.states.append(weakref.ref(x))

@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 
 from depthscope import probes
 from depthscope.probes.connections.family import ReconstructionError
-from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted
+from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, WithoutGraph
 from tests.probes.session.hooks_left import alive, hooks_on_model
 
 PROBES = Path(probes.__file__).parent
@@ -810,7 +810,12 @@ def _step(world: World, names: list[str]) -> None:
     world.optimizer.zero_grad()
     for each in list(world.followed):
         position = each.recorder.position
-        each.expected[position] = world.model.notes.forwards[each.begun :]
+        gradients = bool(each.options.get("gradients"))
+        each.expected[position] = [
+            noted
+            for noted in world.model.notes.forwards[each.begun :]
+            if not (gradients and isinstance(noted, WithoutGraph))
+        ]
         each.recorder.step()
         each.begun = len(world.model.notes.forwards)
 

@@ -113,7 +113,7 @@ def test_two_recorders_on_one_model_close_in_any_order(name, order):
     assert (hooks_on_model(model), states_alive(model)) == (0, 0)
 
 
-def test_compiled_models_run_compiled_again_whatever_closes_first():
+def test_recorders_leave_the_users_compiler_alone():
     stances = [torch._dynamo.eval_frame._stance.stance]
     recorders = [probes.record(build()) for _ in range(2)]
     for recorder in recorders:
@@ -122,7 +122,7 @@ def test_compiled_models_run_compiled_again_whatever_closes_first():
         stances.append(torch._dynamo.eval_frame._stance.stance)
         recorder.close()
     stances.append(torch._dynamo.eval_frame._stance.stance)
-    assert stances == ["default", "force_eager", "force_eager", "default"]
+    assert set(stances) == {"default"}
 
 
 @pytest.mark.parametrize("name", ["plain", "hc"])

@@ -1,0 +1,35 @@
+"""Which modules and parameters does a model have? Each once, without the names, several times as fast as torch's own walk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module of a model, once, parents before children.
+
+    Torch's own walk is a generator inside of generators, as deep as the model, and joins the names on the way.
+    """
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append(module)
+            waiting.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+def own_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that some modules own themselves, each once."""
+    found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def all_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter of a model, once: those that `Module.parameters` gives, in another order."""
+    return own_parameters(all_modules(model))

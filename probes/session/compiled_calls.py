@@ -1,0 +1,427 @@
+"""How is a compiled model measured without a change of its own numbers? Its forward runs once more, as it is written.
+
+Code that `torch.compile` made skips hooks that were put on since. Run uncompiled in a measured step, it would draw other
+dropout masks, round otherwise, and train to other weights. So the user's call stays as it is, with nothing of ours inside of
+it. Before it, the model runs uncompiled on copies of the same arguments; random states, buffers and the attributes of its
+modules are restored afterwards. For gradients, hooks on the *outputs* of the user's call note ∂loss/∂output in the user's
+backward, at whose end the backward of our own forward goes on from there: ∂loss/∂state = (∂output/∂state)ᵀ ∂loss/∂output.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
+from depthscope.probes.model.modules import all_parameters
+from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.user_modes import user_modes
+from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.session.forward import Forward, own_call, own_calls
+
+COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
+COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
+IMMUTABLE = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+
+RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
+Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
+STEPPED = (
+    "weights change before the backward of the step has ended, as by an optimizer in a hook, so the gradients of several "
+    "outputs of a compiled model cannot be followed: record it without gradients"
+)
+RunHooked: TypeAlias = Callable[[Callable[[], Any]], tuple[Any, Forward | None]]
+
+
+def compiler_is_loaded() -> bool:
+    """Whether torch's compiler is in use at all: its import takes a second, which `torch.compile` does and we must not."""
+    return "torch._dynamo" in sys.modules
+
+
+def compiled_callers(
+    model: nn.Module, *, known: Sequence[nn.Module] = (), search: bool = False
+) -> list[nn.Module]:
+    """The modules whose call is the model's outermost one, where any part of it runs compiled; empty where none does.
+
+    Parameters
+    ----------
+    model : Module
+        The user's model.
+    known : sequence of Module
+        Compiled modules that contain the model, as `torch.compile` returns: the model does not know of these.
+    search : bool
+        Look for such modules among all that live, which takes some milliseconds for every 100 000 objects of the program.
+
+    Returns
+    -------
+    list of Module
+    """
+    around = (
+        [m for m in _living_modules() if _is_compiled(m) and _contains(m, model)] if search else list(known)
+    )
+    if around or any(_is_compiled(module) for module in model.modules()):
+        return [*around, model]
+    return []
+
+
+def _living_modules() -> list[nn.Module]:
+    # By the type and not by isinstance, which asks an object for its class and may wake a proxy of the user's.
+    return [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if vars(module).get(COMPILED_CALL) is not None or COMPILED_FROM in vars(module):
+        return True
+    # From the dictionaries: to ask a class of TorchScript's, or a property of the user's, would run code of theirs.
+    places = (vars(module), *(vars(kind) for kind in type(module).__mro__))
+    forward = next((place["forward"] for place in places if "forward" in place), None)
+    return COMPILED_FROM in getattr(getattr(forward, "__func__", forward), "__dict__", ())
+
+
+def _contains(outer: nn.Module, model: nn.Module) -> bool:
+    return outer is not model and any(module is model for module in outer.modules())
+
+
+@dataclass(eq=False)
+class SecondForward:
+    """A forward of ours on the arguments of one of the user's, and the gradients at the outputs of both."""
+
+    forward: Forward
+    outputs: list[torch.Tensor]
+    backward: Callable[[SecondForward], None]
+    report: Report
+    steps_in_backward: bool = (
+        False  # whether hooks of the user's may change weights before the backward has ended
+    )
+    arrived: dict[int, torch.Tensor] = field(default_factory=dict)  # ∂loss/∂output of the user's, by number
+    edges: dict[Edge, int] = field(default_factory=dict)  # of the user's outputs, with their numbers
+    inner: set[int] = field(default_factory=set)  # outputs from which the user's graph computes other outputs
+    read: set[int] | None = None  # outputs that the loss reads itself, where that was looked for
+
+    def follow(self, user_output: Any) -> None:
+        """Put hooks on the outputs of the user's call; they leave with the forward."""
+        if user_output is None:  # the call raised, so it is no forward of a step
+            self.forward.cancelled = True
+            self.forward.release()
+            return
+        theirs = list(tensors_in(user_output))
+        if [t.shape for t in theirs] != [t.shape for t in self.outputs]:
+            raise CaptureError(
+                "the compiled model returned other tensors than its forward as it is written, so their gradients cannot be "
+                "followed; record it without gradients, or without torch.compile"
+            )
+        for number, (tensor, own) in enumerate(zip(theirs, self.outputs, strict=True)):
+            if tensor.grad_fn is not None and own.requires_grad:
+                edge = tensor.grad_fn, tensor.output_nr
+                if edge not in self.edges:  # one tensor may be returned twice
+                    self.edges[edge] = number
+                    handle = tensor.register_hook(Hook(partial(self._note, number), self.report))
+                    self.forward.handles.append(handle)
+        if len(self.edges) > 1:
+            behind = (following for node, _ in self.edges for following in node.next_functions)
+            self.inner = {self.edges[edge] for edge in edges_behind(behind) if edge in self.edges}
+
+    def _note(self, number: int, gradient: torch.Tensor | None) -> None:
+        # None for an output that the loss does not read, next to others of the same compiled code.
+        if gradient is None:
+            return
+        begins, self.arrived[number] = not self.arrived, gradient.detach()
+        if begins:
+            self.read = self._read_by_loss() if self.inner else None
+        if len(self.edges) - len(self.inner) == 1 and number not in self.inner:
+            self._continue()  # at once: no weight can have changed yet, as by an optimizer inside of the backward
+        elif begins:
+            # The other outputs' gradients arrive later in this backward; torch calls this when it has ended.
+            torch.autograd.Variable._execution_engine.queue_callback(
+                Hook(partial(self._continue, later=True), self.report)
+            )
+
+    def _read_by_loss(self) -> set[int] | None:
+        """The outputs that the running backward reaches without a way through other outputs; None where it is not found."""
+        roots = running_backward()
+        if roots is None:
+            return None
+        return {self.edges[edge] for edge in edges_behind(roots, until=self.edges) if edge in self.edges}
+
+    def _continue(self, *, later: bool = False) -> None:
+        try:
+            # The gradient of an output from which others are computed contains theirs, as the user's graph has it. Where the
+            # loss does not read that output itself, there is nothing else in it, and our own backward computes it.
+            if self.inner and (self.read is None or self.inner & self.read):
+                raise CaptureError(
+                    "the loss reads two outputs of the compiled model of which one is computed from the other, so their "
+                    "gradients cannot be told apart; compile the whole model instead of its blocks, or record without "
+                    "gradients"
+                )
+            for number in self.inner:
+                self.arrived.pop(number, None)
+            if not self.arrived or self.forward.cancelled:
+                return
+            if later and self.steps_in_backward:
+                raise CaptureError(STEPPED)
+            self.backward(self)
+        finally:
+            self.arrived = {}
+
+
+def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
+    """The edges of a graph of autograd from some on, as (node, number of its output); none behind those in ``until``."""
+    waiting, seen = list(start), set()
+    while waiting:
+        edge = waiting.pop()
+        if edge[0] is None or edge in seen:
+            continue
+        seen.add(edge)
+        yield edge
+        if edge not in until:
+            waiting.extend(edge[0].next_functions)
+
+
+def running_backward() -> list[Edge] | None:
+    """The roots of the backward that runs this hook; None where they cannot be found.
+
+    torch does not tell them, but the function that runs the engine waits for it with the roots among its variables: in this
+    thread, or for tensors on another device in the one that called it.
+    """
+    for frame in (sys._getframe(), *sys._current_frames().values()):
+        place: FrameType | None = frame
+        while place is not None:
+            if place.f_code is RUN_BACKWARD:
+                roots = place.f_locals.get("t_outputs", ())
+                return [(r.grad_fn, r.output_nr) if isinstance(r, torch.Tensor) else tuple(r) for r in roots]
+            place = place.f_back
+    return None
+
+
+class CompiledCalls:
+    """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
+
+    Parameters
+    ----------
+    callers : list of Module
+        The modules that the user may call; see `compiled_callers`.
+    owner : object
+        Stands for the session that measures.
+    wanted : callable
+        Whether the call that begins is to be measured.
+    run_hooked : callable
+        Calls a function with the session's hooks on the model; returns its result and the forward that the hooks recorded.
+    gradients : bool
+        Whether gradients are wanted.
+    report : callable
+        Called with every exception of ours.
+    """
+
+    def __init__(
+        self,
+        callers: list[nn.Module],
+        owner: object,
+        *,
+        wanted: Callable[[], bool],
+        run_hooked: RunHooked,
+        gradients: bool,
+        report: Report,
+    ):
+        self._callers = callers
+        self._owner = owner
+        self._wanted = wanted
+        self._run_hooked = run_hooked
+        self._gradients = gradients
+        self._report = report
+        self._attachment = Attachment(report)
+        self._calls = threading.local()
+        self._lock = threading.Lock()
+
+    def attach(self) -> None:
+        """Put one hook before and one after the call of each caller."""
+        for caller in self._callers:
+            if vars(caller).get(COMPILED_CALL) is not None:
+                # Hooks on this module would be compiled with it; around what stands for its call, nothing is.
+                self._attachment.around(caller, COMPILED_CALL, self._around)
+            else:
+                # Before the user's own hooks: these run in our forward as well, on arguments that they did not see yet.
+                self._attachment.before(caller, self._before, first=True)
+                self._attachment.after(caller, self._after, always=True)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self._attachment.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._is_users_call():
+            stack = self._stack()
+            stack.append(None)  # also where nothing is measured: one caller may call another
+            if len(stack) == 1:
+                stack[0] = self._measure(module, args, kwargs)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._is_users_call() and self._stack():
+            second = self._stack().pop()
+            if second is not None:
+                second.follow(output)
+
+    @contextmanager
+    def _inside_of(self, second: SecondForward | None) -> Iterator[None]:
+        self._stack().append(second)
+        try:
+            yield
+        finally:
+            self._stack().pop()
+
+    def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        if not self._is_users_call():
+            return None
+        second = None if self._stack() else self._measure(module, args, kwargs)
+        done = second.follow if second is not None else _nothing
+        return MethodWatch(self._inside_of(second), done)
+
+    def _stack(self) -> list[SecondForward | None]:
+        """The calls of callers that this thread is in."""
+        stack: list[SecondForward | None] = self._calls.__dict__.setdefault("stack", [])
+        return stack
+
+    def _is_users_call(self) -> bool:
+        return own_calls.owner is None and not in_recomputation()
+
+    def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> SecondForward | None:
+        """Run the forward of a call once more, before the call itself."""
+        if not self._wanted():
+            return None
+        _require_repeatable(module)
+
+        def run() -> Any:
+            own_args, own_kwargs = copied_arguments(args, kwargs)
+            with user_modes():
+                return module(*own_args, **own_kwargs)
+
+        with self._own_run(module):
+            output, forward = self._run_hooked(run)
+        if forward is None or not self._gradients:
+            return None
+        outputs = list(tensors_in(output))
+        # A write through .data is counted nowhere, so that the hooks that may make it are looked for.
+        steps = any(_has_foreign_hook(p) for p in all_parameters(module))
+        return SecondForward(forward, outputs, partial(self._run_backward, module), self._report, steps)
+
+    def _run_backward(self, module: nn.Module, second: SecondForward) -> None:
+        states = second.forward.first_states
+        if not states:
+            raise CaptureError(
+                "the output of the compiled model depends on no residual state with a gradient"
+            )
+
+        numbers = list(second.arrived)
+        try:
+            with self._own_run(module):  # where a checkpoint runs its part of the model once more
+                # Retained: the user may run another backward through the same call. It is freed when the step ends.
+                torch.autograd.grad(
+                    [second.outputs[number] for number in numbers],
+                    states,
+                    [second.arrived[number] for number in numbers],
+                    allow_unused=True,
+                    retain_graph=True,
+                )
+        except RuntimeError as error:
+            raise _advised(error) from None
+
+    @contextmanager
+    def _own_run(self, module: nn.Module) -> Iterator[None]:
+        """Run the model for ourselves: uncompiled, unseen by other recorders, and with everything as it was afterwards."""
+        if not self._lock.acquire(blocking=False):
+            raise CaptureError(
+                "a compiled model was called by two threads at once; record one thread at a time, or do not compile it"
+            )
+        try:
+            with preserved_state(module), preserved_attributes(module), eager(), own_call(self._owner):
+                yield
+        finally:
+            self._lock.release()
+
+
+def _has_foreign_hook(parameter: torch.Tensor) -> bool:
+    """Whether something of the user's runs when a gradient of a parameter is complete."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(type(hook) is not Hook for hook in hooks.values())
+
+
+def _nothing(output: Any) -> None:
+    """Do nothing with the output of a call that is not measured."""
+
+
+def _advised(error: RuntimeError) -> Exception:
+    """An error of torch's in a backward of ours, with what to do where that is known."""
+    if "modified by an inplace operation" in str(error):
+        return CaptureError(STEPPED)
+    if "use_reentrant" in str(error):
+        return CaptureError(
+            "gradients of a compiled model cannot be followed through reentrant checkpoints; use use_reentrant=False, which "
+            "torch advises for compiled models, or record it without gradients"
+        )
+    return error
+
+
+def _require_repeatable(module: nn.Module) -> None:
+    """Refuse a model whose forward cannot run once more without any effect."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise CaptureError(
+                "a compiled model is measured by one more forward, which could wait for the other processes for ever; record "
+                "it in one process, or uncompiled"
+            )
+        if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in module.modules()):
+            raise CaptureError(
+                "a compiled model is measured by one more forward, which DistributedDataParallel would count as the user's; "
+                "record the module inside of it, or do not compile it"
+            )
+    if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module.parameters()):
+        raise CaptureError("the model has parameters without a shape yet; call it once before it is measured")
+
+
+def copied_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of a call's arguments, which a forward of ours may write into: into a batch, or into a cache of past tokens.
+
+    Parameters
+    ----------
+    args, kwargs
+        Of the user's call.
+
+    Returns
+    -------
+    args, kwargs
+        Without a graph of the user's, in which our backward has nothing to do.
+
+    Raises
+    ------
+    CaptureError
+        Where an argument cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    # Tensors first: those with a history cannot be copied by `copy`, which takes what it finds in the memo.
+    for tensor in tensors_in((args, kwargs)):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return tuple(_copied(value, memo) for value in args), {n: _copied(v, memo) for n, v in kwargs.items()}
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, IMMUTABLE):
+        return value
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"a compiled model is measured by one more forward, and its argument of type {type(value).__name__} cannot be "
+            f"copied for it ({type(error).__name__}); record the model without torch.compile"
+        ) from None

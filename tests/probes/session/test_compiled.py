@@ -1,0 +1,381 @@
+"""A compiled model trains to the same weights with a recorder, and its states are those of its forward as it is written."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from depthscope import probes
+from tests.probes.session.hooks_left import alive, hooks_on_model
+
+IDS = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float, checkpointing: bool | None):
+        super().__init__()
+        self.inner = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Dropout(dropout))
+        self.checkpointing = checkpointing
+
+    def forward(self, x):
+        if self.checkpointing is None:
+            return x + self.inner(x)
+        return x + checkpoint(self.inner, x, use_reentrant=self.checkpointing)
+
+
+class Residual(nn.Module):
+    """Dropout, a batch norm and attributes: all that one more forward would change."""
+
+    def __init__(self, dropout: float = 0.3, checkpointing: bool | None = None):
+        super().__init__()
+        self.embed = nn.Embedding(64, 16)
+        self.blocks = nn.ModuleList(Block(dropout, checkpointing) for _ in range(2))
+        self.norm = nn.BatchNorm1d(16)
+        self.head = nn.Linear(16, 64)
+        self.calls, self.seen = 0, []
+
+    def forward(self, ids):
+        self.calls += 1
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": self.head(self.norm(x.flatten(0, 1)).view_as(x)), "state": x}
+
+
+class WithLoss(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return loss_of(self.model(ids), ids)
+
+
+def loss_of(output, ids):
+    return nn.functional.cross_entropy(output["logits"].flatten(0, 1), ids.flatten())
+
+
+def loss_of_both(output, ids):
+    return loss_of(output, ids) + output["state"].square().mean()
+
+
+def other_masks(graph, inputs):
+    """A compiler whose code draws other dropout masks than the uncompiled code, as torch's own does."""
+
+    def run(*args):
+        torch.rand(1)
+        return graph(*args)
+
+    return run
+
+
+def whole(model, **how):
+    return torch.compile(model, **how)
+
+
+def in_place(model, **how):
+    model.compile(**how)
+    return model
+
+
+def blocks_in_place(model, **how):
+    for block in model.blocks:
+        block.compile(**how)
+    return model
+
+
+def wrapped_blocks(model, **how):
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = torch.compile(block, **how)
+    return model
+
+
+def compiled_forward(model, **how):
+    model.forward = torch.compile(model.forward, **how)
+    return model
+
+
+def same(model, **how):
+    return model
+
+
+MORE_WAYS = [
+    pytest.param(way, marks=pytest.mark.slow) for way in (in_place, wrapped_blocks, compiled_forward)
+]
+WAYS = [whole, blocks_in_place, *MORE_WAYS]
+
+
+def train(
+    build: Callable[..., nn.Module],
+    probe: dict | None,
+    *,
+    dropout: float = 0.3,
+    checkpointing: bool | None = None,
+    micro_batches: int = 1,
+    validate: bool = False,
+    loss: Callable[..., torch.Tensor] = loss_of,
+    steps: int = 4,
+    **how,
+) -> tuple[list[torch.Tensor], probes.training.recorder.Recorder | None]:
+    """All numbers that a training leaves behind, with a probe of some settings or without one; and its recorder."""
+    torch.compiler.reset()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)  # noqa: NPY002
+    inner = Residual(dropout, checkpointing).train()
+    model = build(inner, **({"backend": other_masks} | how))
+    probed = model if isinstance(model, nn.Module) else inner
+    optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-2)
+    losses = []
+    with nullcontext() if probe is None else probes.record(probed, **probe) as recorder:
+        for step in range(steps):
+            for part in range(micro_batches):
+                ids = IDS.roll(step + part, 1)
+                value = loss(model(ids), ids)
+                value.backward()
+                losses.append(value.detach())
+            if validate:
+                with torch.no_grad():
+                    losses.append(model(IDS)["logits"].sum())
+            if recorder is not None:
+                recorder.step(value)
+            optimizer.step()
+            optimizer.zero_grad()
+    numbers = [*losses, *inner.state_dict().values(), torch.get_rng_state(), torch.tensor(random.random())]
+    return [*numbers, torch.tensor(inner.calls), torch.tensor(np.random.rand())], recorder  # noqa: NPY002
+
+
+def step_at_once(parameter: nn.Parameter) -> None:
+    """An optimizer's step, through ``.data``: autograd counts no write."""
+    parameter.data.sub_(parameter.grad)
+    parameter.grad = None
+
+
+@cache
+def trained(build: Callable[..., nn.Module], **setting) -> tuple[list[torch.Tensor], None]:
+    """The same without a probe, once for all tests."""
+    return train(build, None, **setting)
+
+
+def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
+    assert [torch.equal(a, b) for a, b in zip(plain, probed, strict=True)] == [True] * len(plain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "probe", [{}, {"gradients": True, "weights": True, "every": 2}], ids=["states", "all"]
+)
+@pytest.mark.parametrize("build", WAYS, ids=lambda f: f.__name__)
+def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
+    plain, _ = trained(build)
+    uncompiled, _ = trained(same)
+    assert not torch.equal(plain[0], uncompiled[0])  # else this test could not fail
+    probed, recorder = train(build, probe)
+    require_same(plain, probed)
+    assert recorder.errors == []
+    assert recorder.run.statistics.sizes["step"] == 4 / probe.get("every", 1)
+    if probe:
+        assert (recorder.run.trace.gradient.values != 0).any()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "build", [whole, pytest.param(blocks_in_place, marks=pytest.mark.slow)], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"micro_batches": 3},
+        {"checkpointing": False},
+        {"validate": True},
+        pytest.param({"fullgraph": True}, marks=pytest.mark.slow),
+        pytest.param({"dynamic": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda setting: "-".join(map(str, *setting.items())),
+)
+def test_so_it_is_with_everything_that_a_training_does(build, setting):
+    plain, _ = trained(build, **setting)
+    probed, recorder = train(build, {"gradients": True}, **setting)
+    require_same(plain, probed)
+    assert recorder.errors == []
+    assert recorder.run.statistics.sizes["step"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        *(
+            pytest.param(setting, marks=pytest.mark.slow)
+            for setting in ({"micro_batches": 2}, {"checkpointing": False}, {"backend": "aot_eager"})
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("build", WAYS, ids=lambda f: f.__name__)
+def test_without_dropout_states_and_gradients_are_those_of_the_uncompiled_model(build, setting):
+    found = []
+    for way in (same, build):
+        _, recorder = train(way, {"gradients": True, "max_sequences": 64}, dropout=0.0, steps=2, **setting)
+        assert recorder.errors == []
+        found.append(recorder.run)
+    plain, compiled = found
+    assert np.abs(plain.trace.gradient.values).max() > 0
+    for variable in ("residual", "gradient"):
+        np.testing.assert_allclose(
+            compiled.trace[variable].values,
+            plain.trace[variable].values,
+            rtol=1e-4,
+            atol=1e-7,
+            err_msg=variable,
+        )
+    np.testing.assert_allclose(
+        compiled.statistics.gradient_square_norm_sum.values,
+        plain.statistics.gradient_square_norm_sum.values,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_loss_of_two_outputs_is_followed_where_their_gradients_can_be_told_apart():
+    found = []
+    for build in (same, whole):
+        setting = {"backend": "aot_eager", "dropout": 0.0, "steps": 1}
+        _, recorder = train(build, {"gradients": True}, loss=loss_of_both, **setting)
+        found.append(recorder.run.trace.gradient.values)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:step:probes.ProbeWarning"
+)
+@pytest.mark.parametrize(
+    ("build", "loss", "reason"),
+    [
+        (blocks_in_place, loss_of_both, "the loss reads two outputs"),
+        (
+            lambda model, **how: torch.compile(lambda ids: model(ids), **how),
+            loss_of,
+            "inside of code that was compiled",
+        ),
+    ],
+    ids=["two outputs", "function"],
+)
+def test_what_cannot_be_followed_is_said_and_the_training_is_the_same(build, loss, reason):
+    plain, _ = trained(build, loss=loss)
+    probed, recorder = train(build, {"gradients": True}, loss=loss)
+    require_same(plain, probed)
+    assert len(recorder.errors) == 4
+    assert reason in str(recorder.errors[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("way", ["around", "loss"])
+def test_a_model_that_something_compiled_contains_is_found(way):
+    found = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        inner = Residual(dropout=0.0).train()
+        outer = WithLoss(inner)
+        if compiled:
+            outer = (
+                torch.compile(outer, backend=other_masks)
+                if way == "around"
+                else WithLoss(torch.compile(inner, backend="eager"))
+            )
+        with probes.record(inner, gradients=True) as recorder:
+            for _ in range(2):
+                outer(IDS).backward()
+                recorder.step()
+        assert recorder.errors == []
+        found.append([recorder.run.trace[name].values for name in ("residual", "gradient")])
+    for plain, probed in zip(*found, strict=True):
+        np.testing.assert_allclose(probed, plain, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_nothing_is_left_of_a_compiled_step():
+    torch.compiler.reset()
+    model = whole(Residual(), backend=other_masks)
+    with probes.record(model, gradients=True) as recorder:
+        for _ in range(2):
+            loss_of(model(IDS), IDS).backward()
+            recorder.step()
+            assert hooks_on_model(model) <= 4  # one before and one after the calls of the next step
+    assert hooks_on_model(model) == 0
+    assert alive() == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_arguments_that_the_forward_writes_into_are_copied():
+    class Writing(Residual):
+        def forward(self, ids, cache=None):
+            ids.add_(1)
+            cache.append(ids.sum())
+            return super().forward(ids)
+
+    torch.compiler.reset()
+    model = Writing(dropout=0.0)
+    model.blocks[0].compile(backend=other_masks)
+    ids, cache = IDS.clone() % 60, []
+    expected = ids + 1
+    with probes.record(model) as recorder:
+        model(ids, cache=cache)
+        recorder.step()
+    assert torch.equal(ids, expected)
+    assert len(cache) == 1
+    assert recorder.errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+@pytest.mark.parametrize("build", [whole, blocks_in_place], ids=lambda f: f.__name__)
+def test_a_training_with_torchs_own_compiler_is_bit_for_bit_the_same(build):
+    setting = {"backend": "inductor", "steps": 20}
+    plain, _ = train(build, None, **setting)
+    uncompiled, _ = train(same, None, **setting)
+    assert not torch.equal(plain[0], uncompiled[0])
+    for probe in ({}, {"gradients": True, "weights": True}):
+        probed, recorder = train(build, probe, **setting)
+        require_same(plain, probed)
+        assert recorder.errors == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:step:depthscope.probes.ProbeWarning")
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    [(loss_of, other_masks), (loss_of_both, "aot_eager")],
+    ids=["one output", "two outputs"],
+)
+def test_an_optimizer_inside_of_the_backward_never_mixes_two_sets_of_weights(loss, backend):
+    found = []
+    for build in (same, whole):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        inner = Residual(dropout=0.0).train()
+        for parameter in inner.parameters():
+            parameter.register_post_accumulate_grad_hook(step_at_once)
+        model = build(inner, backend=backend)
+        with probes.record(model, gradients=True) as recorder:
+            loss(model(IDS), IDS).backward()
+            recorder.step()
+        found.append(recorder)
+    plain, compiled = found
+    if loss is loss_of_both:
+        assert "weights change before the backward" in str(compiled.errors[0])
+    else:
+        assert compiled.errors == []
+        np.testing.assert_allclose(
+            compiled.run.trace.gradient.values, plain.run.trace.gradient.values, rtol=1e-4, atol=1e-8
+        )

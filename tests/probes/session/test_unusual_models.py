@@ -1,0 +1,300 @@
+"""Models of every make are read right or refused in one sentence, and the user's own calls go on as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from depthscope import probes
+
+WIDTH = 16
+IDS = torch.randint(0, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: list[nn.Module] | None = None):
+        super().__init__()
+        self.embed = nn.Embedding(64, WIDTH)
+        self.blocks = nn.ModuleList(blocks or [Block() for _ in range(3)])
+        self.head = nn.Linear(WIDTH, 64)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Vectorised(Model):
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = torch.vmap(block)(x)
+        return self.head(x)
+
+
+class WithJacobian(Model):
+    def forward(self, ids):
+        jacobian = torch.func.jacrev(self.blocks[0])(torch.ones(2, WIDTH))
+        return super().forward(ids) + jacobian.sum()
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Model()
+
+    def forward(self, ids):
+        values = {name: parameter * 1 for name, parameter in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, values, (ids,))
+
+
+class OwnCall(Model):
+    def __call__(self, ids):
+        return super().__call__(ids)
+
+
+class NoForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Model()
+
+    def __call__(self, ids):
+        return self.model(ids)
+
+
+@dataclass
+class Batch:
+    ids: Any
+
+
+class OfObject(Model):
+    def forward(self, batch):
+        return super().forward(torch.as_tensor(batch.ids))
+
+
+class OfNested(Model):
+    def forward(self, *, batch):
+        return super().forward(batch["parts"][0]["ids"])
+
+
+class WithoutArguments(Model):
+    def forward(self):
+        return super().forward(IDS)
+
+
+class Quantised(torch.Tensor):
+    """A weight that knows what a linear layer needs of it and nothing else, as those of torchao and others."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        if func not in (torch.ops.aten.t.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            raise NotImplementedError(f"Quantised dispatch: unimplemented {func}")
+        plain = tree_map(lambda t: t.codes * t.scale if isinstance(t, cls) else t, args)
+        return func(*plain, **(kwargs or {}))
+
+
+def quantised() -> Model:
+    model = Model()
+    for block in model.blocks:
+        scale = block.up.weight.detach().abs().max() / 127
+        codes = (block.up.weight.detach() / scale).round().to(torch.int8)
+        block.up.weight = nn.Parameter(Quantised(codes, scale), requires_grad=False)
+    return model
+
+
+def with_parts(change: Callable[[Block], None]) -> Model:
+    model = Model().eval()
+    for block in model.blocks:
+        change(block)
+    return model
+
+
+def script_part(block):
+    block.up = torch.jit.script(block.up)
+
+
+READ: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "scripted blocks": lambda: (Model([torch.jit.script(Block()) for _ in range(3)]), IDS),
+    "traced blocks": lambda: (
+        Model([torch.jit.trace(Block(), torch.randn(3, 7, WIDTH)) for _ in range(3)]),
+        IDS,
+    ),
+    "scripted parts": lambda: (with_parts(script_part), IDS),
+    "quantised weights": lambda: (quantised(), IDS),
+    "torch's quantised layers": lambda: (
+        torch.ao.quantization.quantize_dynamic(Model().eval(), {nn.Linear}, dtype=torch.qint8),
+        IDS,
+    ),
+    "weight norm": lambda: (with_parts(lambda block: nn.utils.weight_norm(block.up)), IDS),
+    "parametrised": lambda: (with_parts(lambda block: nn.utils.parametrizations.orthogonal(block.up)), IDS),
+    "functional_call": lambda: (Functional(), IDS),
+    "a jacobian inside": lambda: (WithJacobian(), IDS),
+    "data parallel": lambda: (nn.DataParallel(Model()), IDS),
+    "own __call__": lambda: (OwnCall(), IDS),
+    "a dataclass": lambda: (OfObject(), (Batch(IDS),)),
+    "nested keywords": lambda: (OfNested(), {"batch": {"parts": [{"ids": IDS}]}}),
+}
+REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str]] = {
+    "scripted": (lambda: (torch.jit.script(Model()), IDS), "TorchScript"),
+    "traced": (lambda: (torch.jit.trace(Model(), IDS), IDS), "TorchScript"),
+    "frozen": (lambda: (torch.jit.freeze(torch.jit.script(Model().eval())), IDS), "TorchScript"),
+    "vmapped blocks": (lambda: (Vectorised().eval(), IDS), "torch.func"),
+    "meta": (lambda: (Model().to("meta"), IDS.to("meta")), "meta tensors"),
+    "fake": (lambda: (Model(), FakeTensorMode(allow_non_fake_inputs=True).from_tensor(IDS)), "fake tensors"),
+    "nested tensor": (
+        lambda: (Model(), torch.nested.nested_tensor([IDS[0], IDS[1, :4]], layout=torch.jagged)),
+        "nested tensor",
+    ),
+    "no arguments": (lambda: (WithoutArguments(), {}), "without a tensor"),
+    "a list of numbers": (lambda: (OfObject(), (Batch(IDS.tolist()),)), "without a tensor"),
+    "__call__ without forward": (lambda: (NoForward(), IDS), "not called through Module.__call__"),
+}
+WARNINGS = (
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::UserWarning:torch",
+    "ignore:The PyTorch API of nested tensors",
+    "ignore:step 0 was not measured:depthscope.probes.ProbeWarning",
+)
+
+
+def ignore_warnings(test):
+    for each in WARNINGS:
+        test = pytest.mark.filterwarnings(each)(test)
+    return test
+
+
+def call(model: nn.Module, batch: Any) -> torch.Tensor:
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+@ignore_warnings
+@pytest.mark.parametrize("name", READ)
+def test_it_is_read_as_its_blocks_return_it(name):
+    torch.manual_seed(0)
+    model, batch = READ[name]()
+    seen, core = [], next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    expected = call(model, batch)
+    handles = [nn.Module.register_forward_hook(b, lambda m, a, out: seen.append(out.detach())) for b in core]
+    call(model, batch)
+    for handle in handles:
+        handle.remove()
+    states = [state for state in seen if not torch._C._functorch.is_functorch_wrapped_tensor(state)][-3:]
+    run = probes.capture(model, batch)
+    np.testing.assert_array_equal(run.trace.residual.values[1:, :, :, 0], torch.stack(states).float())
+    assert probes.describe(model, batch).num_blocks == 3
+    with probes.record(model, weights=True) as recorder:
+        for _ in range(2):
+            assert torch.equal(call(model, batch), expected)
+            recorder.step()
+    assert recorder.errors == []
+
+
+@ignore_warnings
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_its_name_and_the_users_call_goes_on(name):
+    torch.manual_seed(0)
+    build, reason = REFUSED[name]
+    model, batch = build()
+    expected = call(model, batch)
+    for ask in (probes.capture, probes.describe):
+        with pytest.raises((ValueError, probes.CaptureError), match=reason):
+            ask(model, batch)
+    with probes.record(model, gradients=True) as recorder:
+        found = call(model, batch)
+        with pytest.warns(probes.ProbeWarning, match="step 0 was not measured"):
+            recorder.step()
+    assert found.shape == expected.shape
+    if not (found.is_meta or found.is_nested or isinstance(batch, torch._subclasses.FakeTensor)):
+        assert torch.equal(found, expected)
+
+
+def test_what_is_no_module_is_refused():
+    for ask in (probes.capture, probes.describe):
+        with pytest.raises(ValueError, match="of type function; expected"):
+            ask(lambda ids: ids, IDS)
+    with pytest.raises(ValueError, match="of type function; expected"):
+        probes.record(lambda ids: ids)
+
+
+def test_weights_of_torchao_are_read():
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = Model().to(torch.bfloat16).eval()
+    plain = probes.capture(model, IDS)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    run = probes.capture(
+        model, IDS, gradients=True, loss=lambda output, batch: output.float().square().mean()
+    )
+    assert np.abs(run.trace.residual.values - plain.trace.residual.values).max() < 0.1
+    assert np.abs(run.trace.gradient.values).max() > 0
+    assert "weights_digest" not in run.attrs
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_validation_without_a_graph_costs_no_step_and_counts_in_none(inference):
+    torch.manual_seed(0)
+    rows = []
+    for validates in (False, True):
+        torch.manual_seed(0)
+        model = Model()
+        with probes.record(model, gradients=True, max_sequences=64) as recorder:
+            for _ in range(2):
+                if validates:
+                    with torch.inference_mode() if inference else torch.no_grad():
+                        model(IDS.flip(0))
+                model(IDS).square().mean().backward()
+                if validates:
+                    with torch.no_grad():
+                        model(IDS[:1])
+                recorder.step()
+        assert recorder.errors == []
+        rows.append(recorder.run)
+    for name in ("token_count", "square_norm_sum", "gradient_square_norm_sum"):
+        np.testing.assert_array_equal(rows[0].statistics[name].values, rows[1].statistics[name].values)
+    np.testing.assert_array_equal(rows[0].trace.gradient.values, rows[1].trace.gradient.values)
+
+
+def test_a_step_with_nothing_but_validation_says_so():
+    model = Model()
+    with probes.record(model, gradients=True) as recorder:
+        with torch.no_grad():
+            model(IDS)
+        with pytest.warns(
+            probes.ProbeWarning, match="none arrived: every forward of the step ran without a graph"
+        ):
+            recorder.step()
