@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import nn
 
 from tests.models.families import floats
 
+NEAR = 0.3
+"""Cosine above which a tensor counts as a changed copy of another one; heuristic, where unrelated ones have about 0."""
 MOST_BYTES = 1_500_000_000
 """Of the copies of one forward's tensors."""
 
@@ -200,7 +203,17 @@ def _hand_on(calls: list[Call]) -> bool:
         and parts_with_weights(call.module) >= 3
         and call.taken[0].value.shape == call.given[0].value.shape
     ]
-    return len(blocks) >= 2 and 2 * len(blocks) > len(calls)
+    pairs = [_linked(before.given[0], after.taken[0]) for before, after in pairwise(blocks)]
+    return len(blocks) >= 2 and 2 * len(blocks) > len(calls) and 2 * sum(pairs) >= len(pairs)
+
+
+def _linked(given: Seen, taken: Seen) -> bool:
+    """Whether a block takes what the one before it gave, or something near to it: a model may scale or add in between."""
+    if given.value.shape != taken.value.shape:
+        return False  # the next stage
+    return bool(
+        torch.cosine_similarity(given.value.flatten().double(), taken.value.flatten().double(), dim=0) > NEAR
+    )
 
 
 def outermost(found: list[Group]) -> list[Group]:

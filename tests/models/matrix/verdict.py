@@ -107,7 +107,10 @@ def judge(
     """
     batch = make(*sizes)
     gradients = _has_gradients(model, batch)
-    record = observe(model, make, sizes, gradients)
+    try:
+        record = observe(model, make, sizes, gradients)
+    except MemoryError as error:
+        return Verdict(NOT_BUILDABLE, f"too large to be compared: {error}")
     facts: dict[str, Any] = {"groups": _sizes(record.groups)}
     before = {
         name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
@@ -144,7 +147,7 @@ def _has_gradients(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     torch.manual_seed(1)
     try:
         loss_of(model(**reference.listening(batch)), batch).backward()
-    except (NoGradient, RuntimeError):
+    except Exception:  # whatever keeps the model from a backward of its own; it is then captured forward only
         return False
     finally:
         model.zero_grad(set_to_none=True)
