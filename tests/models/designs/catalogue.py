@@ -8,6 +8,7 @@ from tests.models.designs.images import IMAGE_DESIGNS
 from tests.models.designs.plain_blocks import BLOCK_DESIGNS
 from tests.models.designs.plain_loops import LOOP_DESIGNS
 from tests.models.designs.scaled import SCALED_DESIGNS
+from tests.models.designs.stream_kinds import STREAM_KIND_DESIGNS
 from tests.models.designs.stream_models import STREAM_DESIGNS
 
 DESIGNS: tuple[Design, ...] = (
@@ -16,5 +17,6 @@ DESIGNS: tuple[Design, ...] = (
     *SCALED_DESIGNS,
     *IMAGE_DESIGNS,
     *STREAM_DESIGNS,
+    *STREAM_KIND_DESIGNS,
     *DEPTH_DESIGNS,
 )

@@ -10,6 +10,7 @@ matrix, scale and read that is reported equals the model's own; none is missing 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +60,17 @@ def outcome(design: Design, seed: int = 0, **options: Any) -> Outcome:
     except Exception as error:  # what else a capture raises is a defect, which the table names
         return Outcome("crashed", f"{type(error).__name__}: {error}")
     return judged(design, run, truth)
+
+
+def hint(message: str) -> dict[str, Any]:
+    """The overrides that a refusal names, the first of each: its advice, taken."""
+    found = {
+        "layout": re.search(r"layout='([^']+)'", message),
+        "streams": re.search(r"streams=(\d+)", message),
+        "layers": re.search(r"layers='([^']+)'", message),
+    }
+    told = {name: match[1] for name, match in found.items() if match}
+    return told | {"streams": int(told["streams"])} if "streams" in told else told
 
 
 def judged(design: Design, run: xr.DataTree, truth: notes.Truth) -> Outcome:
@@ -119,14 +131,17 @@ def _places(trace: xr.Dataset, chain: notes.Chain) -> list[int]:
     places: list[int] = []
     for depth in range(trace.sizes["depth"]):
         values = trace["residual"].values[depth]
-        label = f"{trace['site'].values[depth]} of block {trace['layer'].values[depth]}"
+        site, layer = trace["site"].values[depth], trace["layer"].values[depth]
+        label = f"{site} of block {layer}"
         begin = places[-1] + 1 if places else 0
-        found = next((n for n in range(begin, len(chain.states)) if _same(values, chain.states[n].value)), None)
+        found = next(
+            (n for n in range(begin, len(chain.states)) if _same(values, chain.states[n].value)), None
+        )
         if found is None:
             raise Mistake(f"state {depth}, «{label}», {_wrong_state(values, chain, begin)}")
         true = chain.states[found]
-        if trace["site"].values[depth] not in true.sites or trace["layer"].values[depth] != true.layer:
-            # A state may stand for two equal ones, as where a block is left out: any label of these is true.
+        # A state that was changed between two blocks has the number of the second one.
+        if site not in true.sites or layer != true.layer + (site == "pre"):
             raise Mistake(f"state {depth}, «{label}», is {'|'.join(true.sites)} of block {true.layer}")
         places.append(found)
     return places
@@ -142,7 +157,9 @@ def _wrong_state(values: np.ndarray, chain: notes.Chain, begin: int) -> str:
 
 def _same(values: np.ndarray, true: torch.Tensor) -> bool:
     scale = max(float(true.abs().max()), 1e-6)
-    return values.shape == true.shape and np.allclose(values / scale, true.numpy() / scale, rtol=1e-4, atol=1e-5)
+    return values.shape == true.shape and np.allclose(
+        values / scale, true.numpy() / scale, rtol=1e-4, atol=1e-5
+    )
 
 
 def _compare_connections(trace: xr.Dataset, chain: notes.Chain, places: list[int]) -> Iterator[str]:

@@ -279,7 +279,7 @@ class DeepInjection(nn.Module):
             if number < len(self.patches):
                 x = x.clone()
                 x[:, : pixel_values.shape[1]] += self.patches[number](pixel_values)
-                truth.state(x, number, "pre", need="")
+                truth.state(x, number, "pre", need=f"layer {number}")
         return self.lm_head(x)
 
 
@@ -314,7 +314,11 @@ class DoubleStreams(nn.Module):
 
     def __init__(self, text_first: bool = False):
         super().__init__()
-        self.img_in, self.txt_in, self.time_in = nn.Linear(8, WIDTH), nn.Linear(10, WIDTH), nn.Linear(6, WIDTH)
+        self.img_in, self.txt_in, self.time_in = (
+            nn.Linear(8, WIDTH),
+            nn.Linear(10, WIDTH),
+            nn.Linear(6, WIDTH),
+        )
         self.double_blocks = nn.ModuleList(DoubleBlock(number, text_first) for number in range(BLOCKS))
         self.out = nn.Linear(WIDTH, 8)
 

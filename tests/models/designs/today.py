@@ -1,0 +1,39 @@
+"""What is every design today? A table in `today.txt`, which a test compares and ``python -m tests.models.designs --write`` makes.
+
+A line is a design's outcome, its outcome after the advice of a refusal was taken (``-`` where there is none), and its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.models.designs.catalogue import DESIGNS
+from tests.models.designs.design import Design
+from tests.models.designs.outcome import Outcome, hint, outcome
+
+TABLE = Path(__file__).with_name("today.txt")
+# What must never be: an answer that looks right and is none, or an error that says nothing to the user.
+NEVER = ("wrong", "misnamed", "crashed")
+
+
+def found(design: Design) -> tuple[Outcome, Outcome | None]:
+    """A design's outcome, and the one after the advice of a refusal."""
+    first = outcome(design)
+    advice = hint(first.why) if first.word == "refused" else {}
+    return first, outcome(design, **advice) if advice else None
+
+
+def line(design: Design, first: Outcome, second: Outcome | None) -> str:
+    """The design's line of the table."""
+    return f"{first.word:22}| {second.word if second else '-':22}| {design.name}"
+
+
+def table() -> dict[str, str]:
+    """The table's lines by the names of designs."""
+    return {row.split("| ")[-1]: row for row in TABLE.read_text(encoding="utf-8").splitlines()}
+
+
+def write() -> None:
+    """Write the table anew."""
+    rows = [line(design, *found(design)) for design in DESIGNS]
+    TABLE.write_text("\n".join(rows) + "\n", encoding="utf-8")
