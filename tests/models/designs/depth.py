@@ -24,7 +24,7 @@ def source(number: int, sources: int = SOURCES) -> torch.Tensor:
     return torch.eye(sources)[number]
 
 
-def write_down(x, layer: int, site: str, before, after, added: int, out, **options) -> None:
+def write_down(x, layer: int, site: str, before, after, added: int, out, *, back: int = 1, **options) -> None:
     """Write down the state after sublayer ``added`` − 1, whose branch read ``before`` and gave ``out``.
 
     ``after`` are the coefficients of the state.
@@ -32,7 +32,8 @@ def write_down(x, layer: int, site: str, before, after, added: int, out, **optio
     if truth.on():
         kept = after.clone()
         kept[..., added] = 0
-        truth.connection(depth_read=before, depth_carry=kept, branch_scale=after[..., added], branch_out=out)
+        written = {"branch_scale": after[..., added], "branch_out": out}
+        truth.connection(depth_read=before, depth_carry=kept, **written, back=back)
         truth.state(x, layer, site, **options)
 
 
@@ -465,10 +466,14 @@ class FirstStateSkips(DepthModel):
     def trunk(self, x):
         x0, c = x, source(0)
         for number, block in enumerate(self.blocks):
-            x = self.resid_lambdas[number] * x + self.x0_lambdas[number] * x0
+            keep, first = self.resid_lambdas[number], self.x0_lambdas[number]
+            x = keep * x + first * x0
             truth.state(x, number - 1, "pre|embed|post", need=f"layer {number - 1}")
-            x = block(x)
-            truth.state(x, number)
+            before, x = x, block(x)
+            if truth.on():
+                read = keep.detach() * c + first.detach() * source(0)
+                c = read + source(number + 1)
+                write_down(x, number, "post", read, c, number + 1, x - before, back=2)
         return x
 
 

@@ -1,4 +1,4 @@
-"""What is every design today? A table in `today.txt`, which a test compares and ``python -m tests.models.designs --write`` makes.
+"""What is every design today? A table in `today.txt`; ``python -m tests.models.designs --write`` makes it anew.
 
 A line is a design's outcome, its outcome after the advice of a refusal was taken (``-`` where there is none), and its name.
 """

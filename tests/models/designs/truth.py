@@ -46,7 +46,7 @@ class Chain:
 
     states: list[State] = field(default_factory=list)
     connections: list[Connection] = field(default_factory=list)
-    pending: dict[str, torch.Tensor] | None = None
+    pending: tuple[int, dict[str, torch.Tensor]] | None = None
 
 
 Truth = dict[str, Chain]
@@ -109,13 +109,14 @@ def state(
     default = "" if {"mid", "pre"} & set(names) else f"layer {layer}"
     of.states.append(State(layer, names, value, default if need is None else need))
     if of.pending is not None:
+        back, parts = of.pending
         number = len(of.states) - 1
-        of.connections.append(Connection(number - 1, number, of.pending))
+        of.connections.append(Connection(number - back, number, parts))
         of.pending = None
 
 
-def connection(*, chain: str = "", **parts: Any) -> None:
-    """Write down what joins the last state to the next one.
+def connection(*, chain: str = "", back: int = 1, **parts: Any) -> None:
+    """Write down what joins the state ``back`` places before the next one to it.
 
     ``parts`` are numbers or tensors that end on the axes of the run's variable: (n, n) of ``h_res``, (n) of ``h_pre`` and
     ``h_post``, (D) of ``branch_in``, ``branch_out`` and gates, none of scales, (sources) of depth reads; before these axes
@@ -124,14 +125,15 @@ def connection(*, chain: str = "", **parts: Any) -> None:
     if not _listening:
         return
     of = _listening[-1].setdefault(chain, Chain())
-    batch, tokens, streams, width = of.states[-1].value.shape
-    of.pending = {}
+    batch, tokens = of.states[-1].value.shape[:2]
+    values = {}
     for name, value in parts.items():
         tensor = torch.as_tensor(value).detach().clone().float()
         own = OWN_AXES[name]
         lead = tensor.shape[: tensor.ndim - own]
         full = (batch, tokens) if not lead else torch.broadcast_shapes(lead, (batch, tokens))
-        of.pending[name] = tensor.expand(*full, *tensor.shape[tensor.ndim - own :])
+        values[name] = tensor.expand(*full, *tensor.shape[tensor.ndim - own :])
+    of.pending = back, values
 
 
 # How many axes each variable has after (B, T).
