@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from tests.models.designs import today
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
+from tests.models.designs.outcome import outcome
 
 EACH = pytest.mark.parametrize("design", DESIGNS, ids=[design.name for design in DESIGNS])
 
@@ -18,6 +18,16 @@ def test_a_design_is_what_the_table_says(design):
     assert today.line(design, *today.found(design)) == today.table()[design.name], (
         "better or worse than it was: look at `python -m tests.models.designs`, then write the table anew with --write"
     )
+
+
+FIXED = [design for design in DESIGNS if not design.training]
+
+
+@pytest.mark.parametrize("design", FIXED, ids=[design.name for design in FIXED])
+def test_later_forwards_are_read_like_the_first(design):
+    word = words_of(today.table()[design.name])[0]
+    if word in ("right", "states", "unproven"):
+        assert outcome(design, batches=2).word == word
 
 
 def test_the_table_has_every_design_once():
@@ -33,7 +43,7 @@ def test_no_design_is_read_wrong():
 
 
 def words_of(row: str) -> list[str]:
-    return [word.strip() for word in row.split("|")[:2]]
+    return [word.strip() for word in row.split("|")[:3]]
 
 
 # --- the truth itself: what a model writes down must hold on what it writes down ---
@@ -51,9 +61,9 @@ def test_what_a_design_says_of_itself_is_consistent(design: Design):
         for of in chain.connections:
             next_state = recomputed(chain.states[of.state_in].value, of.parts, sources)
             if next_state is not None:
-                np.testing.assert_allclose(
-                    next_state.numpy(), chain.states[of.state_out].value.numpy(), rtol=1e-4, atol=1e-4
-                )
+                true = chain.states[of.state_out].value
+                error = float((next_state - true).abs().max() / true.abs().max())
+                assert error < 2 * design.rounding, f"state {of.state_out}"
 
 
 def recomputed(

@@ -16,10 +16,12 @@ def main() -> None:
     for design in DESIGNS:
         if words and not any(word in design.name for word in words):
             continue
-        first, second = today.found(design)
+        first, second, third = today.found(design)
         sys.stdout.write(f"- {design.name}: {str(first)[:300]}\n")
         if second:
             sys.stdout.write(f"  - after {today.hint(first.why)}: {str(second)[:200]}\n")
+        if third:
+            sys.stdout.write(f"  - with {today.override(design)}: {str(third)[:200]}\n")
 
 
 if __name__ == "__main__":

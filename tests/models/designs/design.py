@@ -31,6 +31,10 @@ class Design:
         What its mixing matrices satisfy, in words; empty where it has none.
     training : bool
         Whether it is called in training mode.
+    layout, streams : str, int
+        How its states are laid out: what its author would answer to a question of ours.
+    rounding : float
+        Of its states, relative to the largest of them.
     """
 
     name: str
@@ -39,6 +43,9 @@ class Design:
     family: str = "residual"
     constraint: str = ""
     training: bool = False
+    layout: str = "B T D"
+    streams: int = 1
+    rounding: float = 1e-5
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model, the same for a seed in every process."""
@@ -46,6 +53,6 @@ class Design:
             torch.manual_seed(seed)
             return self.make().train(self.training)
 
-    def truth(self, model: nn.Module, batch: Any) -> notes.Truth:
-        """What the model's own code says of its states and connections on this batch."""
-        return notes.written(model, batch)
+    def truth(self, model: nn.Module, *batches: Any) -> notes.Truth:
+        """What the model's own code says of its states and connections on some batches."""
+        return notes.written(model, *batches)

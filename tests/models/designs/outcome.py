@@ -45,14 +45,14 @@ class Mistake(Exception):
     """Something in a run is not what the model wrote down."""
 
 
-def outcome(design: Design, seed: int = 0, **options: Any) -> Outcome:
-    """What a capture of the design is, compared with the design's own truth."""
-    model, batch = design.build(seed), design.batch(seed)
-    truth = design.truth(model, batch)
+def outcome(design: Design, *, batches: int = 1, **options: Any) -> Outcome:
+    """What a capture of the design is, over some batches, compared with the design's own truth."""
+    model, given = design.build(), [design.batch(seed) for seed in range(batches)]
+    truth = design.truth(model, *given)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(notes.SEED)
-            run = probes.capture(model, batch, **options)
+            run = probes.capture(model, given if batches > 1 else given[0], **options)
     except ValueError as error:
         # A ValueError of torch or of numpy is no refusal of ours: its class is theirs.
         ours = type(error).__module__.startswith("depthscope")

@@ -508,6 +508,6 @@ BLOCK_DESIGNS = (
     Design("sandwich norm", Sandwich),
     Design("feed-forward chain", WithoutResidual, family=""),
     Design("skip through a linear map", LinearSkip, family=""),
-    Design("tokens first inside", TokensFirst),
-    Design("packed sequences", PackedSequences, packed_batch),
+    Design("tokens first inside", TokensFirst, layout="T B D"),
+    Design("packed sequences", PackedSequences, packed_batch, layout="T D"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from torch import nn
@@ -355,26 +357,42 @@ class NothingPersists(Streamed):
         return self.head(x)
 
 
+STREAMS_APART: dict[str, Any] = {"layout": "B T N D", "streams": STREAMS}
 STREAM_KIND_DESIGNS = (
-    Design("AltUp", AltUp, family="altup|hc"),
-    Design("gates a feature read, gates a stream write", Gated, family="gated", constraint="identity"),
-    Design("streams keep a share of each feature", FeatureHighway, family="gated"),
-    Design("two reads and two writes of four streams", SeveralViews, family="hc|ghc"),
-    Design("fractions of the width", Fractions, family="hc|fractions"),
-    Design("two of four streams", KOfN, family="mhc|hc", constraint="doubly stochastic"),
-    Design("HC in the model's loop", ConnectionsInLoop, family="hc"),
-    Design("mHC in the model's loop", ConstrainedInLoop, family="mhc", constraint="doubly stochastic"),
+    Design("AltUp", AltUp, family="altup|hc", **STREAMS_APART),
+    Design(
+        "gates a feature read, gates a stream write",
+        Gated,
+        family="gated",
+        constraint="identity",
+        **STREAMS_APART,
+    ),
+    Design("streams keep a share of each feature", FeatureHighway, family="gated", **STREAMS_APART),
+    Design("two reads and two writes of four streams", SeveralViews, family="hc|ghc", **STREAMS_APART),
+    Design("fractions of the width", Fractions, family="hc|fractions", layout="B T (N D)", streams=STREAMS),
+    Design("two of four streams", KOfN, family="mhc|hc", constraint="doubly stochastic", **STREAMS_APART),
+    Design("HC in the model's loop", ConnectionsInLoop, family="hc", layout="(B N) T D", streams=STREAMS),
+    Design(
+        "mHC in the model's loop",
+        ConstrainedInLoop,
+        family="mhc",
+        constraint="doubly stochastic",
+        layout="(B N) T D",
+        streams=STREAMS,
+    ),
     Design(
         "independent streams, two weights returned",
         Independent,
         family="independent_hc",
         constraint="identity",
+        **STREAMS_APART,
     ),
     Design(
         "independent streams, embedding between",
         EmbeddingBetween,
         family="independent_hc",
         constraint="identity",
+        **STREAMS_APART,
     ),
     Design("streams that do not persist between blocks", NothingPersists, family="residual|unproven"),
 )

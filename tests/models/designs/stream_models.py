@@ -80,6 +80,8 @@ def _design(mix: str, style: str, expand: str, collapse: str) -> Design:
         partial(StreamModel, mix, style, expand, collapse),
         family=MIXES[mix].family,
         constraint=MIXES[mix].constraint,
+        layout=STYLES[style].axes.split(" -> ")[0].upper(),
+        streams=STREAMS,
     )
 
 

@@ -520,11 +520,11 @@ TRAP_DESIGNS = (
     Design("blocks give a named tuple", NamedTuples),
     Design("weights of all blocks stacked", StackedWeights),
     Design("inference mode inside", InferenceOnly),
-    Design("bfloat16", Halves),
+    Design("bfloat16", Halves, rounding=1e-2),
     Design("state in float32, branches in bfloat16", FullResidual),
     Design("autocast inside", Autocast),
     Design("encoder and decoder, memory first", EncoderDecoder, source_and_target),
     Design("recurrent layers with skips", Recurrent),
-    Design("vectors without tokens, adds in the loop", VectorNetwork, pairs),
+    Design("vectors without tokens, adds in the loop", VectorNetwork, pairs, layout="B D"),
     Design("as many sequences as tokens as features", SquareBatch, square),
 )

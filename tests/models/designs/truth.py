@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, n streams, D features. Matrices are destination Ã
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,17 +53,35 @@ Truth = dict[str, Chain]
 _listening: list[Truth] = []
 
 
-def written(model: nn.Module, batch: Any) -> Truth:
-    """Run the model once, and return what its code wrote down."""
+def written(model: nn.Module, *batches: Any) -> Truth:
+    """Run the model once on each batch, and return what its code wrote down of all of them together."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(SEED)
+        truths = [_listened(model, batch) for batch in batches]
+    return {name: _joined([truth[name] for truth in truths]) for name in truths[0]}
+
+
+def _listened(model: nn.Module, batch: Any) -> Truth:
     truth: Truth = {}
     _listening.append(truth)
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(SEED)
-            called(model, batch)
+        called(model, batch)
     finally:
         _listening.pop()
     return truth
+
+
+def _joined(chains: list[Chain]) -> Chain:
+    """The sequences of all batches behind each other."""
+    states = [
+        replace(of[0], value=torch.cat([state.value for state in of]))
+        for of in zip(*(chain.states for chain in chains), strict=True)
+    ]
+    connections = [
+        replace(of[0], parts={name: torch.cat([c.parts[name] for c in of]) for name in of[0].parts})
+        for of in zip(*(chain.connections for chain in chains), strict=True)
+    ]
+    return Chain(states, connections)
 
 
 def called(model: nn.Module, batch: Any) -> Any:
