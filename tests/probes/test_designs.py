@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import xarray as xr
 
+from depthscope import probes
 from tests.models.designs import today
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
-from tests.models.designs.outcome import outcome
+from tests.models.designs.outcome import Outcome, judged, outcome
 
 EACH = pytest.mark.parametrize("design", DESIGNS, ids=[design.name for design in DESIGNS])
 
@@ -44,6 +46,53 @@ def test_no_design_is_read_wrong():
 
 def words_of(row: str) -> list[str]:
     return [word.strip() for word in row.split("|")[:3]]
+
+
+# --- the comparison itself: a run that is spoilt must be called wrong ---
+
+
+def spoilt(design_name: str, change) -> Outcome:
+    """The outcome of a design that is read right, after its run was changed."""
+    (design,) = (of for of in DESIGNS if of.name == design_name)
+    model, batch = design.build(), design.batch(0)
+    truth = design.truth(model, batch)
+    run = probes.capture(model, batch)
+    assert judged(design, run, truth).word == "right"
+    trace = run["trace"].to_dataset().load()
+    run["trace"] = xr.DataTree(change(trace))
+    return judged(design, run, truth)
+
+
+HC = "dynamic HC: weights returned by a module"
+
+
+@pytest.mark.parametrize("name", ["h_res", "h_pre", "h_post"])
+def test_a_wrong_weight_is_told(name):
+    found = spoilt(HC, lambda trace: trace.assign({name: trace[name] + 1e-3}))
+    assert (found.word, name in found.why) == ("wrong", True)
+
+
+def test_a_transposed_matrix_is_told():
+    found = spoilt(
+        HC, lambda trace: trace.assign(h_res=(trace["h_res"].dims, trace["h_res"].values.swapaxes(-1, -2)))
+    )
+    assert found == Outcome("wrong", "h_res of connection 0 is the transpose")
+
+
+def test_states_that_are_exchanged_lost_or_mislabelled_are_told():
+    plain = "pre-norm, tensor in and out"
+    exchanged = spoilt(plain, lambda trace: trace.assign(residual=trace["residual"][[0, 2, 1, 3]]))
+    assert exchanged.word == "wrong"
+    lost = spoilt(plain, lambda trace: trace.isel(depth=[0, 1, 3]))
+    assert lost == Outcome("wrong", "chain '': no state of layer 1")
+    mislabelled = spoilt(plain, lambda trace: trace.assign_coords(layer=("depth", [-1, 0, 1, 1])))
+    assert mislabelled == Outcome("wrong", "state 3, «post of block 1», is post of block 2")
+    noisy = spoilt(plain, lambda trace: trace.assign(residual=trace["residual"] * 1.001))
+    assert noisy == Outcome("wrong", "state 0, «embed of block -1», is no residual state of the model")
+
+
+def test_a_matrix_that_is_left_out_is_told():
+    assert spoilt(HC, lambda trace: trace.drop_vars("h_res")) == Outcome("states", "without h_res")
 
 
 # --- the truth itself: what a model writes down must hold on what it writes down ---

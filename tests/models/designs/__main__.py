@@ -21,7 +21,7 @@ def main() -> None:
         if second:
             sys.stdout.write(f"  - after {today.hint(first.why)}: {str(second)[:200]}\n")
         if third:
-            sys.stdout.write(f"  - with {today.override(design)}: {str(third)[:200]}\n")
+            sys.stdout.write(f"  - with {design.answers()}: {str(third)[:200]}\n")
 
 
 if __name__ == "__main__":

@@ -642,34 +642,43 @@ class DenseConcat(DepthModel):
         self.out = nn.Linear(WIDTH + 32, WIDTH)
 
     def trunk(self, x):
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             x = torch.cat([x, torch.tanh(layer(x))], -1)
+            truth.state(x, number, need="")
         return self.out(x)
 
 
 OVER_DEPTH = "depth_attention|depth_history"
 DEPTH_DESIGNS = (
-    Design("attention residuals, full, in the loop", FullAttentionResidual, family=OVER_DEPTH),
+    Design(
+        "attention residuals, full, in the loop",
+        FullAttentionResidual,
+        layers="layers.{i}",
+        family=OVER_DEPTH,
+    ),
     Design("attention residuals, full, lists handed on", HistoryOfLists, family=OVER_DEPTH),
     Design("attention residuals, full, one growing tensor", HistoryStacked, family=OVER_DEPTH),
-    Design("attention residuals, block-wise", BlockwiseAttentionResidual, family=OVER_DEPTH),
+    Design(
+        "attention residuals, block-wise", BlockwiseAttentionResidual, layers="layers.{i}", family=OVER_DEPTH
+    ),
     Design(
         "attention residuals, block-wise with resets",
         partial(BlockwiseAttentionResidual, True),
+        layers="layers.{i}",
         family=OVER_DEPTH,
     ),
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
-    Design("LIMe", Lime, family=f"residual|{OVER_DEPTH}"),
-    Design("history that grows in the loop", GrowingHistory, family=OVER_DEPTH),
-    Design("blocks take (history, state)", HistoryBeforeState, family=OVER_DEPTH),
+    Design("LIMe", Lime, layers="mlps.{i}", family=f"residual|{OVER_DEPTH}"),
+    Design("history that grows in the loop", GrowingHistory, layers="steps.{i}", family=OVER_DEPTH),
+    Design("blocks take (history, state)", HistoryBeforeState, layers="steps.{i}", family=OVER_DEPTH),
     Design("skips to the first state", FirstStateSkips, family=OVER_DEPTH),
     Design("skips across the middle and to the first state", MiddleSkips, family=OVER_DEPTH),
-    Design("momentum", Momentum, family=OVER_DEPTH),
-    Design("ladder residual", Ladder, family=f"residual|{OVER_DEPTH}"),
+    Design("momentum", Momentum, layers="layers.{i}", family=OVER_DEPTH),
+    Design("ladder residual", Ladder, layers="layers.{i}", family=f"residual|{OVER_DEPTH}"),
     Design("value residual", ValueResidual),
     Design("reversible", Reversible),
-    Design("one block, embedding injected", Injected, family=OVER_DEPTH),
-    Design("DenseNet", DenseConcat, family=""),
+    Design("one block, embedding injected", Injected, layers="core", family=OVER_DEPTH),
+    Design("DenseNet", DenseConcat, layers="layers.{i}", family=""),
 )

@@ -31,8 +31,8 @@ class Design:
         What its mixing matrices satisfy, in words; empty where it has none.
     training : bool
         Whether it is called in training mode.
-    layout, streams : str, int
-        How its states are laid out: what its author would answer to a question of ours.
+    layers, layout, streams : str or tuple of str, str, int
+        Where its blocks are, and how its states are laid out: what its author would answer to a question of ours.
     rounding : float
         Of its states, relative to the largest of them.
     """
@@ -43,6 +43,7 @@ class Design:
     family: str = "residual"
     constraint: str = ""
     training: bool = False
+    layers: str | tuple[str, ...] = "blocks.{i}"
     layout: str = "B T D"
     streams: int = 1
     rounding: float = 1e-5
@@ -52,6 +53,11 @@ class Design:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.make().train(self.training)
+
+    def answers(self) -> dict[str, Any]:
+        """The overrides that the design's author would give."""
+        streams = {"streams": self.streams} if self.streams > 1 else {}
+        return {"layers": self.layers, "layout": self.layout, **streams} if self.layers else {}
 
     def truth(self, model: nn.Module, *batches: Any) -> notes.Truth:
         """What the model's own code says of its states and connections on some batches."""

@@ -236,14 +236,28 @@ def image(seed: int) -> torch.Tensor:
 
 
 IMAGE_DESIGNS = (
-    Design("codec over time, channels first", Codec, wave, layout="B D T"),
-    Design("codec, as many channels as steps", Codec, wave_as_long_as_wide, layout="B D T"),
+    Design("codec over time, channels first", Codec, wave, layers="units.{i}", layout="B D T"),
     Design(
-        "codec, as many channels as steps and sequences", Codec, wave_as_many_as_sequences, layout="B D T"
+        "codec, as many channels as steps", Codec, wave_as_long_as_wide, layers="units.{i}", layout="B D T"
     ),
-    Design("vocoder, channels first, features last inside", Vocoder, wave, layout="B D T"),
-    Design("ResNet with stages", ResNet, image, layout="B D H W"),
-    Design("U-Net with concatenated skips", Unet, image, layout="B D H W"),
+    Design(
+        "codec, as many channels as steps and sequences",
+        Codec,
+        wave_as_many_as_sequences,
+        layers="units.{i}",
+        layout="B D T",
+    ),
+    Design(
+        "vocoder, channels first, features last inside", Vocoder, wave, layers="units.{i}", layout="B D T"
+    ),
+    Design("ResNet with stages", ResNet, image, layers="stages.*.{i}", layout="B D H W"),
+    Design(
+        "U-Net with concatenated skips",
+        Unet,
+        image,
+        layers=("down_blocks.{i}", "middle.{i}", "up_blocks.{i}"),
+        layout="B D H W",
+    ),
     Design("MLP-Mixer", Mixer, image),
     Design("channels last", ChannelsLast, image, layout="B H W D"),
 )

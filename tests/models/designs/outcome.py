@@ -3,6 +3,7 @@
 ``right``: every state is one that the model wrote down, with its true label, none that is needed is missing, and every
 matrix, scale and read that is reported equals the model's own; none is missing that the model has.
 ``states``: the same, but parts of the connections are missing (and nothing else is said of them).
+``part``: the same, but one of several chains is missing.
 ``unproven``: the run says that its reading is not proven, and the states are right; ``unproven, states off``: they are not.
 ``refused``: a ValueError of ours with a reason. ``misnamed``: right in its numbers, under another family's name.
 ``crashed``: an error of somebody else's. ``wrong``: all the rest.
@@ -87,12 +88,14 @@ def judged(design: Design, run: xr.DataTree, truth: notes.Truth) -> Outcome:
     if family not in design.family.split("|"):
         word = "misnamed" if design.family else "wrong"
         return Outcome(word, f"called {family!r}, and is {design.family or 'no residual network'}")
+    if any(name.startswith("chain") for name in missing):
+        return Outcome("part", f"without {', '.join(missing)}")
     return Outcome("states", f"without {', '.join(missing)}") if missing else Outcome("right")
 
 
 def _compared(run: xr.DataTree, truth: notes.Truth) -> Iterator[str]:
     """The names of parts that are missing in a run; raises where something is not true."""
-    left = {name: {s.need for s in chain.states if s.need} for name, chain in truth.items()}
+    left = {name: _needs(chain) for name, chain in truth.items()}
     for group in schema.chains(run):
         trace = schema.chain_dataset(run, "trace", group)
         assert trace is not None
@@ -101,8 +104,14 @@ def _compared(run: xr.DataTree, truth: notes.Truth) -> Iterator[str]:
         left[name] -= {truth[name].states[place].need for place in places}
         yield from _compare_connections(trace, sampled[name], places)
     for name, needs in left.items():
-        if needs:
+        if needs == _needs(truth[name]):
+            yield f"chain {name!r}"
+        elif needs:
             raise Mistake(f"chain {name!r}: no state of {', '.join(sorted(needs))}")
+
+
+def _needs(chain: notes.Chain) -> set[str]:
+    return {state.need for state in chain.states if state.need}
 
 
 def _sampled(chain: notes.Chain, sequences: np.ndarray) -> notes.Chain:

@@ -499,7 +499,7 @@ BLOCK_DESIGNS = (
     Design("blocks in a sequential", Sequence),
     Design("universal transformer", Universal),
     Design("two blocks looped", Looped),
-    Design("blocks of another class appended", Appended),
+    Design("blocks of another class appended", Appended, layers=("blocks.{i}", "extra.{i}")),
     Design("LayerDrop in training", LayerDrop, training=True),
     Design("checkpointed blocks", Checkpointed),
     Design("adds in place", InPlace),
@@ -508,6 +508,6 @@ BLOCK_DESIGNS = (
     Design("sandwich norm", Sandwich),
     Design("feed-forward chain", WithoutResidual, family=""),
     Design("skip through a linear map", LinearSkip, family=""),
-    Design("tokens first inside", TokensFirst, layout="T B D"),
-    Design("packed sequences", PackedSequences, packed_batch, layout="T D"),
+    Design("tokens first inside", TokensFirst, layers="layers.{i}", layout="T B D"),
+    Design("packed sequences", PackedSequences, packed_batch, layers="layers.{i}", layout="T D"),
 )

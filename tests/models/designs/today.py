@@ -1,15 +1,12 @@
 """What is every design today? A table in `today.txt`; ``python -m tests.models.designs --write`` makes it anew.
 
-A line is a design's outcome, its outcome after the advice of a refusal was taken, its outcome with `override` (``-`` where
-there is none), and its name.
+A line is a design's outcome, its outcome after the advice of a refusal was taken, its outcome with its author's `answers`
+(``-`` where there is none), and its name.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
@@ -24,28 +21,12 @@ def found(design: Design) -> tuple[Outcome | None, ...]:
     """A design's outcome, the one after the advice of a refusal, and the one with its author's answers to all questions."""
     first = outcome(design)
     advice = hint(first.why) if first.word == "refused" else {}
-    answers = override(design)
+    answers = design.answers()
     return (
         first,
         outcome(design, **advice) if advice else None,
         outcome(design, **answers) if answers else None,
     )
-
-
-def override(design: Design) -> dict[str, Any]:
-    """What the author of a design would answer: where its blocks are, and how its states are laid out."""
-    model = design.build()
-    lists = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-    }
-    rows = {name: m for name, m in lists.items() if len(m) > 1 and not name.rpartition(".")[2].isdigit()}
-    if not rows:
-        return {}
-    largest = max(rows, key=lambda name: sum(p.numel() for p in rows[name].parameters()))
-    streams = {"streams": design.streams} if design.streams > 1 else {}
-    return {"layers": f"{largest}.{{i}}", "layout": design.layout, **streams}
 
 
 def line(design: Design, *outcomes: Outcome | None) -> str:
