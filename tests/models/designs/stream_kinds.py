@@ -376,7 +376,6 @@ STREAM_KIND_DESIGNS = (
         ConnectionsInLoop,
         family="hc",
         layers="layers.{i}.1",
-        layers="layers.{i}.1",
         layout="(B N) T D",
         streams=STREAMS,
     ),
