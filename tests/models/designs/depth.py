@@ -459,7 +459,9 @@ class FirstStateSkips(DepthModel):
         self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.rand(ROWS)), nn.Parameter(torch.rand(ROWS))
 
     def forward(self, ids):
-        x = functional.rms_norm(self.embed(ids), (WIDTH,))
+        x = self.embed(ids)
+        truth.state(x, -1, "embed")
+        x = functional.rms_norm(x, (WIDTH,))
         truth.state(x, -1, "embed")
         return self.head(self.norm(self.trunk(x)))
 
@@ -654,12 +656,16 @@ DEPTH_DESIGNS = (
         "attention residuals, full, in the loop",
         FullAttentionResidual,
         layers="layers.{i}",
+        branches_named=True,
         family=OVER_DEPTH,
     ),
     Design("attention residuals, full, lists handed on", HistoryOfLists, family=OVER_DEPTH),
     Design("attention residuals, full, one growing tensor", HistoryStacked, family=OVER_DEPTH),
     Design(
-        "attention residuals, block-wise", BlockwiseAttentionResidual, layers="layers.{i}", family=OVER_DEPTH
+        "attention residuals, block-wise",
+        BlockwiseAttentionResidual,
+        layers="layers.{i}",
+        family=OVER_DEPTH,
     ),
     Design(
         "attention residuals, block-wise with resets",
@@ -670,15 +676,17 @@ DEPTH_DESIGNS = (
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
-    Design("LIMe", Lime, layers="mlps.{i}", family=f"residual|{OVER_DEPTH}"),
+    Design("LIMe", Lime, layers="mlps.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"),
     Design("history that grows in the loop", GrowingHistory, layers="steps.{i}", family=OVER_DEPTH),
     Design("blocks take (history, state)", HistoryBeforeState, layers="steps.{i}", family=OVER_DEPTH),
     Design("skips to the first state", FirstStateSkips, family=OVER_DEPTH),
     Design("skips across the middle and to the first state", MiddleSkips, family=OVER_DEPTH),
-    Design("momentum", Momentum, layers="layers.{i}", family=OVER_DEPTH),
-    Design("ladder residual", Ladder, layers="layers.{i}", family=f"residual|{OVER_DEPTH}"),
+    Design("momentum", Momentum, layers="layers.{i}", branches_named=True, family=OVER_DEPTH),
+    Design(
+        "ladder residual", Ladder, layers="layers.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"
+    ),
     Design("value residual", ValueResidual),
     Design("reversible", Reversible),
     Design("one block, embedding injected", Injected, layers="core", family=OVER_DEPTH),
-    Design("DenseNet", DenseConcat, layers="layers.{i}", family=""),
+    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True, family=""),
 )

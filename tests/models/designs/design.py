@@ -33,6 +33,8 @@ class Design:
         Whether it is called in training mode.
     layers, layout, streams : str or tuple of str, str, int
         Where its blocks are, and how its states are laid out: what its author would answer to a question of ours.
+    branches_named : bool
+        Whether ``layers`` names branches, as there are no blocks: a state after one of them is then rightly called «post».
     rounding : float
         Of its states, relative to the largest of them.
     """
@@ -44,6 +46,7 @@ class Design:
     constraint: str = ""
     training: bool = False
     layers: str | tuple[str, ...] = "blocks.{i}"
+    branches_named: bool = False
     layout: str = "B T D"
     streams: int = 1
     rounding: float = 1e-5

@@ -46,8 +46,8 @@ class Mistake(Exception):
     """Something in a run is not what the model wrote down."""
 
 
-def outcome(design: Design, *, batches: int = 1, **options: Any) -> Outcome:
-    """What a capture of the design is, over some batches, compared with the design's own truth."""
+def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options: Any) -> Outcome:
+    """What a capture of the design is, over some batches, compared with the design's own truth; labels only on request."""
     model, given = design.build(), [design.batch(seed) for seed in range(batches)]
     truth = design.truth(model, *given)
     try:
@@ -60,7 +60,14 @@ def outcome(design: Design, *, batches: int = 1, **options: Any) -> Outcome:
         return Outcome("refused" if ours else "crashed", f"{type(error).__name__}: {error}")
     except Exception as error:  # what else a capture raises is a defect, which the table names
         return Outcome("crashed", f"{type(error).__name__}: {error}")
-    return judged(design, run, truth)
+    return judged(design, run, truth if labels else _without_labels(truth))
+
+
+def _without_labels(truth: notes.Truth) -> notes.Truth:
+    return {
+        name: replace(chain, states=[replace(state, sites=()) for state in chain.states])
+        for name, chain in truth.items()
+    }
 
 
 def hint(message: str) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def _places(trace: xr.Dataset, chain: notes.Chain) -> list[int]:
             raise Mistake(f"state {depth}, «{label}», {_wrong_state(values, chain, begin)}")
         true = chain.states[found]
         # A state that was changed between two blocks has the number of the second one.
-        if site not in true.sites or layer != true.layer + (site == "pre"):
+        if true.sites and (site not in true.sites or layer != true.layer + (site == "pre")):
             raise Mistake(f"state {depth}, «{label}», is {'|'.join(true.sites)} of block {true.layer}")
         places.append(found)
     return places

@@ -385,11 +385,15 @@ def noise_and_text(seed: int):
 
 
 LOOP_DESIGNS = (
-    Design("adds in the loop", LoopOfPairs, layers="layers.{i}.1"),
+    Design("adds in the loop", LoopOfPairs, layers="layers.{i}.1", branches_named=True),
     Design(
-        "adds in the loop of a trunk, on vectors", LoopInTrunk, vectors, layers="transformer.layers.{i}.0"
+        "adds in the loop of a trunk, on vectors",
+        LoopInTrunk,
+        vectors,
+        layers="transformer.layers.{i}.0",
+        branches_named=True,
     ),
-    Design("adds in the loop, branches in two lists", TwoLists, layers="attentions.{i}"),
+    Design("adds in the loop, branches in two lists", TwoLists, layers="attentions.{i}", branches_named=True),
     Design("branches by functions and parameters alone", FunctionsOnly, layers=""),
     Design("hidden and residual, deferred add", Deferred, layers="layers.{i}"),
     Design("hidden and residual, fused add and norm", DeferredFused, layers="layers.{i}"),

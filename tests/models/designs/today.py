@@ -22,10 +22,11 @@ def found(design: Design) -> tuple[Outcome | None, ...]:
     first = outcome(design)
     advice = hint(first.why) if first.word == "refused" else {}
     answers = design.answers()
+    last = outcome(design, labels=not design.branches_named, **answers) if answers else None
     return (
         first,
         outcome(design, **advice) if advice else None,
-        outcome(design, **answers) if answers else None,
+        last,
     )
 
 

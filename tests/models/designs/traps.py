@@ -103,11 +103,12 @@ class HalfCarried(Decoder):
 
 class SelfProductBlock(OneSublayer):
     def step(self, x):
+        truth.connection(residual_gate=torch.tanh(x), branch_scale=1)
         return x * torch.tanh(x) + self.branch(x)
 
 
 class SelfProduct(Decoder):
-    """The state is multiplied by a function of itself: no weight that could be frozen makes this plain."""
+    """The state is multiplied by a function of itself: a gate, as any other that is computed from the state."""
 
     block = SelfProductBlock
 
@@ -504,7 +505,7 @@ TRAP_DESIGNS = (
     Design("the state's features in reverse", Permuted, family=""),
     Design("the mean over tokens is carried", Averaged, family=""),
     Design("half of the features are carried", HalfCarried, family=""),
-    Design("the state times a function of itself", SelfProduct, family=""),
+    Design("the state times a function of itself", SelfProduct),
     Design("attention without a skip", AttentionOnly, family=""),
     Design("recurrent layers without a skip", StackedRnn, family="", layers="layers.{i}"),
     Design("branches subtracted", Subtracted),
