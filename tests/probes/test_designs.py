@@ -112,7 +112,8 @@ def test_what_a_design_says_of_itself_is_consistent(design: Design):
         for state, other in zip(chain.states, again[name].states, strict=True):
             torch.testing.assert_close(state.value, other.value, rtol=0, atol=0)
         # Over depth the first source is the embedding, as it enters the blocks.
-        sources = [[state.value for state in chain.states if state.sites == ("embed",)][-1]]
+        embedded = [state.value for state in chain.states if state.sites == ("embed",)]
+        sources = [(embedded or [chain.states[0].value])[-1]]
         for of in chain.connections:
             next_state = recomputed(chain.states[of.state_in].value, of.parts, sources)
             if next_state is not None:

@@ -47,7 +47,10 @@ class Mistake(Exception):
 
 
 def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options: Any) -> Outcome:
-    """What a capture of the design is, over some batches, compared with the design's own truth; labels only on request."""
+    """What a capture of the design is, over some batches, compared with the design's own truth.
+
+    Without ``labels`` any states of the model are right.
+    """
     model, given = design.build(), [design.batch(seed) for seed in range(batches)]
     truth = design.truth(model, *given)
     try:
@@ -60,12 +63,13 @@ def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options:
         return Outcome("refused" if ours else "crashed", f"{type(error).__name__}: {error}")
     except Exception as error:  # what else a capture raises is a defect, which the table names
         return Outcome("crashed", f"{type(error).__name__}: {error}")
-    return judged(design, run, truth if labels else _without_labels(truth))
+    return judged(design, run, truth if labels else _bare(truth))
 
 
-def _without_labels(truth: notes.Truth) -> notes.Truth:
+def _bare(truth: notes.Truth) -> notes.Truth:
+    """The states alone: a chain of some branches has other labels, and need not show all states."""
     return {
-        name: replace(chain, states=[replace(state, sites=()) for state in chain.states])
+        name: replace(chain, states=[replace(state, sites=(), need="") for state in chain.states])
         for name, chain in truth.items()
     }
 
@@ -111,7 +115,7 @@ def _compared(run: xr.DataTree, truth: notes.Truth) -> Iterator[str]:
         left[name] -= {truth[name].states[place].need for place in places}
         yield from _compare_connections(trace, sampled[name], places)
     for name, needs in left.items():
-        if needs == _needs(truth[name]):
+        if needs and needs == _needs(truth[name]):
             yield f"chain {name!r}"
         elif needs:
             raise Mistake(f"chain {name!r}: no state of {', '.join(sorted(needs))}")
