@@ -32,6 +32,16 @@ def test_later_forwards_are_read_like_the_first(design):
         assert outcome(design, batches=2).word == word
 
 
+@pytest.mark.parametrize("name", ["pre-norm, tensor in and out", "adds in the loop", "mHC: streams first"])
+def test_each_sequence_and_token_counts_once(name):
+    (design,) = (of for of in DESIGNS if of.name == name)
+    batch = design.batch(0)
+    run = probes.capture(design.build(), batch)
+    assert run["trace"]["sample"].values.tolist() == list(range(len(batch)))
+    assert run.attrs["sampling"]["sequences_seen"] == len(batch)
+    assert int(run["statistics"]["token_count"][0]) == batch.numel()
+
+
 def test_the_table_has_every_design_once():
     names = [design.name for design in DESIGNS]
     assert len(set(names)) == len(names)

@@ -45,7 +45,7 @@ class Free(nn.Module):
         return logits.unflatten(-1, (self.streams, self.streams))
 
     def matrix(self, logits):
-        return self.square(logits) + torch.eye(self.streams)
+        return self.square(logits) + torch.eye(self.streams, dtype=logits.dtype)
 
     def forward(self, x):
         return self.weights(x)

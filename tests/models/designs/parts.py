@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -56,6 +58,11 @@ class Rms(nn.Module):
 def tokens(seed: int, batch: int = BATCH, length: int = TOKENS) -> torch.Tensor:
     """Sequences of tokens."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sized(batch: int, length: int) -> Callable[[int], torch.Tensor]:
+    """Batches of a size."""
+    return lambda seed: tokens(seed, batch, length)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
