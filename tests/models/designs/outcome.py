@@ -161,8 +161,9 @@ def _places(trace: xr.Dataset, chain: notes.Chain) -> tuple[list[int], str]:
         if found is None:
             return places, f"state {depth}, «{label}», {_wrong_state(values, chain, begin)}"
         true = chain.states[found]
-        # A state that was changed between two blocks has the number of the second one.
-        if true.sites and (site not in true.sites or layer != true.layer + (site == "pre")):
+        # A chain's or stage's first state has no number; one that was changed between two blocks has that of the second.
+        number = -1 if site == "embed" else true.layer + (site == "pre")
+        if true.sites and (site not in true.sites or layer != number):
             return places, f"state {depth}, «{label}», is {'|'.join(true.sites)} of block {true.layer}"
         places.append(found)
     return places, ""
