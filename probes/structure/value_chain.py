@@ -80,7 +80,7 @@ def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
         if value.step is None:
             return [group[::-1] for group in reversed(groups)]
         operands = value.step.operands
-        carrier = carrier_of(operands)
+        carrier = carrier_of(value.step)
         if value.step.rule.sums and len(operands) > 1:
             # Others may be computed from the state before it was mixed, which is another value than the mixed one. What an
             # earlier state adds is no new state: it was not computed from the last one.
