@@ -11,6 +11,7 @@ from tests.models.designs import today
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import Outcome, judged, outcome
+from tests.models.designs.parts import tilted
 
 EACH = pytest.mark.parametrize("design", DESIGNS, ids=[design.name for design in DESIGNS])
 
@@ -30,6 +31,18 @@ def test_later_forwards_are_read_like_the_first(design):
     word = words_of(today.table()[design.name])[0]
     if word in ("right", "states", "unproven"):
         assert outcome(design, batches=2).word == word
+
+
+# No gradients of their own: one tensor changes in place, or nothing is recorded for a backward.
+WITHOUT_GRADIENTS = ("adds in place", "into a buffer", "DenseFormer in one buffer", "inference mode inside")
+
+
+@pytest.mark.parametrize("design", FIXED, ids=[design.name for design in FIXED])
+def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
+    word = words_of(today.table()[design.name])[0]
+    if word in ("right", "states") and not any(words in design.name for words in WITHOUT_GRADIENTS):
+        found = outcome(design, gradients=True, loss=tilted)
+        assert found.word == word, found
 
 
 @pytest.mark.parametrize("name", ["pre-norm, tensor in and out", "adds in the loop", "mHC: streams first"])

@@ -62,6 +62,6 @@ class Design:
         streams = {"streams": self.streams} if self.streams > 1 else {}
         return {"layers": self.layers, "layout": self.layout, **streams} if self.layers else {}
 
-    def truth(self, model: nn.Module, *batches: Any) -> notes.Truth:
-        """What the model's own code says of its states and connections on some batches."""
-        return notes.written(model, *batches)
+    def truth(self, model: nn.Module, *batches: Any, loss: Any = None) -> notes.Truth:
+        """What the model's own code says of its states and connections on some batches; with a loss, of gradients too."""
+        return notes.written(model, *batches, loss=loss)

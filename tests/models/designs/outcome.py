@@ -52,7 +52,7 @@ def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options:
     Without ``labels`` any states of the model are right.
     """
     model, given = design.build(), [design.batch(seed) for seed in range(batches)]
-    truth = design.truth(model, *given)
+    truth = design.truth(model, *given, loss=options.get("loss"))
     try:
         with torch.random.fork_rng():
             torch.manual_seed(notes.SEED)
@@ -113,6 +113,7 @@ def _compared(run: xr.DataTree, truth: notes.Truth, rounding: float) -> Iterator
         sampled = {name: _sampled(chain, trace["sample"].values) for name, chain in truth.items()}
         name, places = _place_states(trace, sampled)
         left[name] -= {truth[name].states[place].need for place in places}
+        _compare_gradients(trace, sampled[name], places)
         yield from _compare_connections(trace, sampled[name], places, rounding)
     for name, needs in left.items():
         if needs and needs == _needs(truth[name]):
@@ -129,7 +130,10 @@ def _sampled(chain: notes.Chain, sequences: np.ndarray) -> notes.Chain:
     """The chain of those sequences that a run stores: of many it draws some."""
     # Modulo: whether sequences are numbered from zero is a question of its own.
     rows = torch.tensor(sequences.tolist()) % len(chain.states[0].value)
-    states = [replace(state, value=state.value[rows]) for state in chain.states]
+    states = [
+        replace(state, value=state.value[rows], gradient=[g[rows] for g in state.gradient])
+        for state in chain.states
+    ]
     parts = [{name: value[rows] for name, value in of.parts.items()} for of in chain.connections]
     joined = [replace(of, parts=part) for of, part in zip(chain.connections, parts, strict=True)]
     return notes.Chain(states, joined)
@@ -181,6 +185,15 @@ def _same(values: np.ndarray, true: torch.Tensor, rounding: float = ROUNDING) ->
     """Whether two arrays are the same but for rounding, relative to the largest number."""
     scale = max(float(true.abs().max()), 1e-6)
     return values.shape == true.shape and float(np.abs(values - true.numpy()).max()) < 2 * rounding * scale
+
+
+def _compare_gradients(trace: xr.Dataset, chain: notes.Chain, places: list[int]) -> None:
+    for depth, place in enumerate(places if "gradient" in trace else []):
+        true, values = chain.states[place].gradient, trace["gradient"].values[depth]
+        # A state inside of a checkpoint is another tensor in the backward: its own code has no gradient of it.
+        if true and not _same(values, true[0], 1e-4):
+            error = np.abs(values - true[0].numpy()).max() / float(true[0].abs().max())
+            raise Mistake(f"the gradient of state {depth} is off by {error:.2g} of its size")
 
 
 def _compare_connections(

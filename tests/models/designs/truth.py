@@ -29,6 +29,7 @@ class State:
     sites: tuple[str, ...]
     value: torch.Tensor
     need: str
+    gradient: list[torch.Tensor] = field(default_factory=list)  # of the loss, once its backward has run
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,32 @@ Truth = dict[str, Chain]
 _listening: list[Truth] = []
 
 
-def written(model: nn.Module, *batches: Any) -> Truth:
-    """Run the model once on each batch, and return what its code wrote down of all of them together."""
+def written(model: nn.Module, *batches: Any, loss: Any = None) -> Truth:
+    """Run the model once on each batch, and return what its code wrote down of all of them together.
+
+    With ``loss(output, batch)`` and one batch its backward runs too, and the states have gradients.
+    """
+    if loss is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            truth, output = _listened(model, *batches)
+        loss(output, *batches).backward()
+        model.zero_grad(set_to_none=True)
+        return truth
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(SEED)
-        truths = [_listened(model, batch) for batch in batches]
+        truths = [_listened(model, batch)[0] for batch in batches]
     return {name: _joined([truth[name] for truth in truths]) for name in truths[0]}
 
 
-def _listened(model: nn.Module, batch: Any) -> Truth:
+def _listened(model: nn.Module, batch: Any) -> tuple[Truth, Any]:
     truth: Truth = {}
     _listening.append(truth)
     try:
-        called(model, batch)
+        output = called(model, batch)
     finally:
         _listening.pop()
-    return truth
+    return truth, output
 
 
 def _joined(chains: list[Chain]) -> Chain:
@@ -125,7 +136,10 @@ def state(
     value = rearrange(x.detach().clone().float(), axes, **sizes)
     names = tuple(sites.split("|"))
     default = "" if {"mid", "pre"} & set(names) else f"layer {layer}"
-    of.states.append(State(layer, names, value, default if need is None else need))
+    found = State(layer, names, value, default if need is None else need)
+    of.states.append(found)
+    if x.requires_grad:
+        x.register_hook(lambda gradient: found.gradient.append(rearrange(gradient.float(), axes, **sizes)))
     if of.pending is not None:
         back, parts = of.pending
         number = len(of.states) - 1
