@@ -362,13 +362,13 @@ class Trace(TorchDispatchMode):
 
     # --- afterwards
 
-    def depends(self, value: Value, on: Value | int) -> bool:
-        """Whether a value was computed from another one (or its number), by whatever operations."""
-        origin = on if isinstance(on, int) else on.number
-        if value.number == origin:
+    def depends(self, value: Value | int, on: Value | int) -> bool:
+        """Whether a value was computed from another one, by whatever operations; both may be given by their numbers."""
+        number, origin = (of if isinstance(of, int) else of.number for of in (value, on))
+        if number == origin:
             return True
         seen: set[int] = set()
-        waiting = [value.number]
+        waiting = [number]
         while waiting:
             for parent in self.parents[waiting.pop()]:
                 if parent == origin:
