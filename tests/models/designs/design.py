@@ -28,7 +28,7 @@ class Design:
     family : str
         What a run may call it, several names between bars; empty where it is no residual network at all.
     constraint : str
-        What its mixing matrices satisfy, in words; empty where it has none.
+        What its mixing matrices satisfy, in words between commas that a run must use; empty where it is nothing in particular.
     training : bool
         Whether it is called in training mode.
     layers, layout, streams : str or tuple of str, str, int

@@ -99,6 +99,9 @@ def judged(design: Design, run: xr.DataTree, truth: notes.Truth) -> Outcome:
     if family not in design.family.split("|"):
         word = "misnamed" if design.family else "wrong"
         return Outcome(word, f"called {family!r}, and is {design.family or 'no residual network'}")
+    constraint = str(run.attrs.get("constraint", design.constraint))
+    if absent := [words for words in filter(None, design.constraint.split(", ")) if words not in constraint]:
+        return Outcome("misnamed", f"said to be {constraint!r}, without {', '.join(absent)}")
     if any(name.startswith("chain") for name in missing):
         return Outcome("part", f"without {', '.join(missing)}")
     return Outcome("states", f"without {', '.join(missing)}") if missing else Outcome("right")

@@ -391,14 +391,14 @@ STREAM_KIND_DESIGNS = (
     Design(
         "independent streams, two weights returned",
         Independent,
-        family="independent_hc",
+        family="independent_hc|streams",
         constraint="identity",
         **STREAMS_APART,
     ),
     Design(
         "independent streams, embedding between",
         EmbeddingBetween,
-        family="independent_hc",
+        family="independent_hc|streams",
         constraint="identity",
         **STREAMS_APART,
     ),
