@@ -578,6 +578,9 @@ RULES: dict[str, Rule] = {
 PATCH = Rule(_patched, sums=False)
 COPY = Rule(_copied, writes=True)
 READS_ONLY = Rule(_unknown, reads_only=True)
+# What has only the shape of a value is a constant.
+CONSTANTS = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand_like",
+             "randn_like", "bernoulli", "new_empty_strided")  # fmt: skip
 SILENT = ("_local_scalar_dense", "is_same_size", "sym_size", "sym_stride", "sym_numel", "item", "equal")
 _known: dict[Any, Rule] = {}
 
@@ -593,7 +596,7 @@ def rule_of(func: Any) -> Rule:
 def _make_rule(func: Any) -> Rule:
     packet = getattr(func, "overloadpacket", None)
     name = getattr(packet, "__name__", str(func))
-    if name in SILENT:
+    if name in (*SILENT, *CONSTANTS):
         return READS_ONLY
     schema = getattr(func, "_schema", None)
     writes = bool(schema is not None and schema.is_mutable and name.endswith("_"))

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from depthscope.probes.connections.family import Site, StreamConnectionError
+from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.trace import Value
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
     FURTHER_SHARE,
     TRUNK_SHARE,
@@ -31,7 +33,9 @@ class FoundChains:
     traced: Mapping[int, Site] = field(default_factory=dict)
 
 
-def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> FoundChains:
+def proven_chains(
+    tape: Tape, model: nn.Module, *, batch_size: int, layers: Sequence[str] | None = None
+) -> FoundChains:
     """Find the residual chains of a model, each with its proof or the reason why there is none.
 
     Parameters
@@ -40,6 +44,8 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
         The calls of the first forward, with its trace.
     model : Module
         The model.
+    batch_size : int
+        Of the forward.
     layers : sequence of str, optional
         As in `find_chains`: the user's own blocks are taken whatever else is found.
 
@@ -63,6 +69,8 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
     if layers is not None or any(chain.has_streams or chain.history for chain in chains):
         return FoundChains(tuple(chains))
     found = _carried_chains(tape, model, chains)
+    if found is None and (refusal is not None or any(chain.proof != PROVEN for chain in chains)):
+        found = _chain_over_depth(tape, model, batch_size)
     if found is None and refusal is not None:
         raise refusal
     found = found or FoundChains(tuple(chains))
@@ -91,6 +99,18 @@ def _carried_chains(tape: Tape, model: nn.Module, chains: Sequence[Chain]) -> Fo
     if len(proven) > 1:
         proven = [replace(chain, name=f"chain{number}") for number, chain in enumerate(proven)]
     return FoundChains(tuple(proven))
+
+
+def _chain_over_depth(tape: Tape, model: nn.Module, batch_size: int) -> FoundChains | None:
+    """The chain of the sums over depth that the branches read, where most of the model's weights work on them."""
+    reads = find_depth_reads(tape)
+    if reads is None or _share(tape, model, (reads.sources[0], reads.reads[-1])) < TRUNK_SHARE:
+        return None
+    try:
+        chain = depth_chain(tape, model, reads, batch_size)
+    except (StreamConnectionError, ReplayError):
+        return None
+    return None if chain is None else FoundChains((replace(with_final(tape, chain), proof=PROVEN),))
 
 
 def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
