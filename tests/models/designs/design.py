@@ -35,6 +35,8 @@ class Design:
         Where its blocks are, and how its states are laid out: what its author would answer to a question of ours.
     branches_named : bool
         Whether ``layers`` names branches, as there are no blocks: a state after one of them is then rightly called «post».
+    labelled : bool
+        Whether its blocks have numbers on which everybody agrees; else the labels of states are not compared.
     rounding : float
         Of its states, relative to the largest of them.
     """
@@ -49,6 +51,7 @@ class Design:
     branches_named: bool = False
     layout: str = "B T D"
     streams: int = 1
+    labelled: bool = True
     rounding: float = 1e-5
 
     def build(self, seed: int = 0) -> nn.Module:

@@ -255,6 +255,7 @@ IMAGE_DESIGNS = (
         "U-Net with concatenated skips",
         Unet,
         image,
+        labelled=False,
         layers=("down_blocks.{i}", "middle.{i}", "up_blocks.{i}"),
         layout="B D H W",
     ),
