@@ -81,7 +81,6 @@ class Parts(Weights):
     branch_out: torch.Tensor | None = None
 
 
-
 def as_views(
     tensor: torch.Tensor, batch_size: int, tokens: int, views: int, width: int
 ) -> torch.Tensor | None:

@@ -240,7 +240,8 @@ class Trace(TorchDispatchMode):
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         operands = taken[2]
         terms = rule.sum_of(args, kwargs) if rule.sum_of is not None else None
-        if terms is not None:
+        # A bias that is added is a part of a linear layer, no sum of two values.
+        if terms is not None and (isinstance(terms[0], tuple) or self.value(terms[0]) is not None):
             value = self._sum(terms, result)
             if value is not None:
                 self._place(rule, value, result)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import relative_error
+from depthscope.probes.connections.coefficients import DepthWeights, relative_error, tolerance
+from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
 from depthscope.probes.connections.read_weights import read_error
-from depthscope.probes.run.linear_variables import factor_variables
+from depthscope.probes.run.linear_variables import depth_variables, factor_variables
 from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
@@ -47,11 +48,13 @@ def connection_variables(
     ``tokens`` is the number of tokens of the longest sequence, to which the others are padded.
     """
     chain = session.structure.chains[number]
-    variables = (
-        _stream_variables(evidence)
-        if chain.has_streams
-        else _branch_variables(number, chain, sequences, tokens, session.observer.precision)
-    )
+    precision = session.observer.precision
+    if chain.has_streams:
+        variables = _stream_variables(evidence)
+    elif chain.over_depth:
+        variables = _depth_variables(number, chain, sequences, tokens, precision)
+    else:
+        variables = _branch_variables(number, chain, sequences, tokens, precision)
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
     of_branches = dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
@@ -130,14 +133,7 @@ def _branch_variables(
     number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
 ) -> dict[str, Any]:
     """The branches of plain blocks, their factors where these are not 1, and the error of X' = a X + Σ b F."""
-
-    def states(depth: int) -> torch.Tensor:
-        return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])
-
-    outputs = [
-        torch.stack([padded(s.branches[number, position], tokens) for s in sequences])
-        for position in range(len(chain.connections))
-    ]
+    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
     mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
     found = [
         _connection_factors(states, outputs, chain.connections, position, mask, precision)
@@ -151,6 +147,70 @@ def _branch_variables(
         **factor_variables([each.keep for each in found], [each.write[0] for each in found]),
         "proof": ("connection", np.array([_proof_of(each) for each in found], dtype=object)),
     }
+
+
+def _states_and_outputs(
+    number: int, chain: Chain, sequences: list[Sequence], tokens: int
+) -> tuple[Callable[[int], torch.Tensor], list[torch.Tensor]]:
+    """The states of a chain by depth, and the outputs of its branches; (K, T, D) each."""
+
+    def states(depth: int) -> torch.Tensor:
+        return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])
+
+    outputs = [
+        torch.stack([padded(s.branches[number, position], tokens) for s in sequences])
+        for position in range(len(chain.connections))
+    ]
+    return states, outputs
+
+
+def _depth_variables(
+    number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
+) -> dict[str, Any]:
+    """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
+    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
+
+    def weights(position: int) -> list[torch.Tensor]:
+        parts = [s.parts[number, position] for s in sequences]
+        assert all(isinstance(part, DepthWeights) for part in parts)
+        return [
+            torch.stack([padded(getattr(part, name), tokens) for part in parts])
+            for name in ("read", "carry", "scale")
+        ]
+
+    found = [weights(position) for position in range(len(outputs))]
+    # The first branch reads the embedding alone, scaled at most.
+    first = found[0][0][..., :1]
+    sources = torch.stack([states(0) / torch.where(first == 0, 1.0, first), *outputs], -2).double()
+    mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
+    errors = []
+    for position, (_, carry, scale) in enumerate(found):
+        row = carry.double().clone()
+        row[..., position + 1] = scale.double()
+        after = states(chain.connections[position].depth_out)
+        again = torch.einsum("kts,ktsd->ktd", row, sources[..., : row.shape[-1], :])
+        errors.append(relative_error((after.double() - again)[mask], after[mask]))
+    _require_depth_proof(chain, errors, precision)
+    return {
+        "branch_in": (
+            schema.TRACE["branch_in"].dims,
+            torch.stack([states(c.depth_in) for c in chain.connections]).numpy(),
+        ),
+        "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
+        "reconstruction_error": ("connection", np.array(errors)),
+        **depth_variables([read for read, _, _ in found], [carry for _, carry, _ in found]),
+        **factor_variables([None] * len(found), [scale for _, _, scale in found]),
+    }
+
+
+def _require_depth_proof(chain: Chain, errors: list[float], precision: torch.dtype) -> None:
+    worst = int(np.argmax(errors))
+    if not errors[worst] <= tolerance(precision):  # NaN is refused too
+        raise ReconstructionError(
+            f"connection {worst} ({chain.connections[worst].path!r}): the sum over depth of the embedding and of the branches' "
+            f"outputs misses the next state by a relative error of {errors[worst]:.1e} (tolerance {tolerance(precision):.0e}); "
+            "the capture is refused"
+        )
 
 
 def _connection_factors(

@@ -55,7 +55,7 @@ def trace_dataset(
         )
         variables.update(of_connections)
         coords.update(connection_coords(chain.connections))
-        coords.update(linear_coords(chain.connections))
+        coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))

@@ -165,7 +165,9 @@ def depth_chain(tape: Tape, model: nn.Module, found: DepthReads, batch_size: int
                 path=branch.path,
                 index=number,
                 layer=chain.points[number + 1].layer,
-                branch=branch_label(branch.path.rpartition(".")[2], type(branch.module).__name__, branch.path),
+                branch=branch_label(
+                    branch.path.rpartition(".")[2], type(branch.module).__name__, branch.path
+                ),
                 branch_path=branch.path,
                 branch_index=branch.index,
                 style=DEPTH,
@@ -208,7 +210,13 @@ def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tenso
         row: list[torch.Tensor] = []
         for source in found.sources:
             one = torch.ones(source.shape, dtype=source.dtype)
-            reached = one if value is source else over.apply({source.number: one}) if source in over.reached else None
+            reached = (
+                one
+                if value is source
+                else over.apply({source.number: one})
+                if source in over.reached
+                else None
+            )
             weights = torch.zeros(()).expand(value.shape) if reached is None else reached
             tokens = canonical(weights, layout, batch_size=batch_size, num_streams=1).squeeze(2)
             if float((tokens - tokens[..., :1]).abs().max()) > EQUAL * max(float(tokens.abs().max()), 1.0):
