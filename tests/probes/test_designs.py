@@ -155,6 +155,8 @@ def recomputed(
     if "h_res" in parts:
         return parts["h_res"] @ x + parts["h_post"].unsqueeze(-1) * out
     if "depth_carry" in parts:
+        if len(sources) > 1 and torch.equal(out, sources[-1]):
+            sources.pop()  # the same branch's output stands in two states
         kept = sum(parts["depth_carry"][..., j, None, None] * source for j, source in enumerate(sources))
         sources.append(out)
         return kept + parts["branch_scale"][..., None, None] * out

@@ -16,7 +16,8 @@ from tests.models.designs import truth
 from tests.models.designs.design import Design
 from tests.models.designs.parts import BLOCKS, VOCABULARY, WIDTH, Attention, Mlp, Rms
 
-SOURCES = 2 * BLOCKS + 1
+ROWS = 2 * BLOCKS
+SOURCES = ROWS + 1
 
 
 def source(number: int, sources: int = SOURCES) -> torch.Tensor:
@@ -97,20 +98,12 @@ class FullAttentionResidual(DepthModel):
             h = self.queries[number](values)
             if truth.on() and number:
                 after = padded(self.queries[number].last)
-                write_down(
-                    h,
-                    (number - 1) // 2,
-                    "post" if number % 2 == 0 else "mid",
-                    reads,
-                    after,
-                    number,
-                    values[-1],
-                )
+                write_down(h, number - 1, "post", reads, after, number, values[-1])
                 reads = after
             values.append(layer(h))
         h = self.queries[-1](values)
         if truth.on():
-            write_down(h, BLOCKS - 1, "post", reads, self.queries[-1].last, SOURCES - 1, values[-1])
+            write_down(h, ROWS - 1, "post", reads, self.queries[-1].last, SOURCES - 1, values[-1])
         return h
 
 
@@ -264,8 +257,6 @@ class BlockwiseAttentionResidual(DepthModel):
 
 # --- weighted sums of all earlier states ---
 
-ROWS = 2 * BLOCKS
-
 
 class OneBranch(nn.Module):
     """A block of one branch with its own plain residual."""
@@ -276,6 +267,13 @@ class OneBranch(nn.Module):
 
     def forward(self, x):
         return x + self.branch(x)
+
+
+def write_down_average(y, x, number: int, before, averaged, out) -> None:
+    """Write down what a block gives and the average after it: one of them is the state after the block."""
+    given = before + source(number + 1)
+    write_down(y, number, "post|mid", before, given, number + 1, out, need=f"layer {number}")
+    write_down(x, number, "pre|post", before, averaged, number + 1, out, need=f"layer {number}", back=2)
 
 
 class DenseFormer(DepthModel):
@@ -295,7 +293,7 @@ class DenseFormer(DepthModel):
             if truth.on():
                 held.append(c + source(number + 1))
                 after = sum(a * y for a, y in zip(self.alphas[number].detach(), held, strict=True))
-                write_down(x, number, "pre|post", c, after, number + 1, out, need=f"layer {number}")
+                write_down_average(outputs[-1], x, number, c, after, out)
                 c = after
         return x
 
@@ -320,7 +318,7 @@ class DenseFormerMatrix(DenseFormer):
             if truth.on():
                 held[number + 1] = c + source(number + 1)
                 after = weights.detach() @ held[: number + 2]
-                write_down(x, number, "pre|post", c, after, number + 1, out, need=f"layer {number}")
+                write_down_average(buffer[number + 1], x, number, c, after, out)
                 c = after
         return x
 
