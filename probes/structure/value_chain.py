@@ -207,16 +207,25 @@ def _branch_calls(tape: Tape, states: Sequence[CarriedState], number: int) -> li
 def _layers(branches: Sequence[Sequence[Call]]) -> list[int]:
     """The number of the block that each branch belongs to.
 
-    It is the first number in the module paths of most of its calls, where these ascend; else blocks are counted.
+    It is the first number in the module paths of most of its calls, where these ascend; else blocks are counted, one that
+    runs several times as often as it runs.
     """
-    blocks = [_block_path(_producer(calls)) for calls in branches]
-    numbers = [int(found[0]) if (found := re.search(r"\d+", block)) else -1 for block in blocks]
-    if numbers[0] >= 0 and all(b - a in (0, 1) for a, b in pairwise(numbers)):
+    blocks = [_block(calls) for calls in branches]
+    numbers = [int(found[0]) if (found := re.search(r"\d+", path)) else -1 for path, _ in blocks]
+    looped = len({path for path, _ in blocks}) < len(set(blocks))
+    if numbers[0] >= 0 and not looped and all(b - a in (0, 1) for a, b in pairwise(numbers)):
         return numbers
     counted = [0]
     for before, block in pairwise(blocks):
         counted.append(counted[-1] + (block != before))
     return counted
+
+
+def _block(calls: Sequence[Call]) -> tuple[str, int]:
+    """Path and call index of the block that made most of a branch."""
+    path = _block_path(_producer(calls))
+    around = (other for call in calls for other in (call, *call.ancestors()) if other.path == path)
+    return path, next((call.index for call in around), 0)
 
 
 def _producer(calls: Sequence[Call]) -> str:
