@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import xarray as xr
@@ -13,7 +15,20 @@ from tests.models.designs.design import Design
 from tests.models.designs.outcome import Outcome, judged, outcome
 from tests.models.designs.parts import tilted
 
-EACH = pytest.mark.parametrize("design", DESIGNS, ids=[design.name for design in DESIGNS])
+# A quarter of the designs on every change, all of them with the slow tests.
+EVERY = 4
+
+
+def each(designs: Sequence[Design], every: int = EVERY) -> pytest.MarkDecorator:
+    """A test of each design; all but one in so many are slow tests."""
+    cases = [
+        pytest.param(design, id=design.name, marks=[pytest.mark.slow] if number % every else [])
+        for number, design in enumerate(designs)
+    ]
+    return pytest.mark.parametrize("design", cases)
+
+
+EACH = each(DESIGNS)
 
 
 @EACH
@@ -26,18 +41,25 @@ def test_a_design_is_what_the_table_says(design):
 FIXED = [design for design in DESIGNS if not design.training]
 
 
-@pytest.mark.parametrize("design", FIXED, ids=[design.name for design in FIXED])
+@each(FIXED, 3 * EVERY)
 def test_later_forwards_are_read_like_the_first(design):
     word = words_of(today.table()[design.name])[0]
     if word in ("right", "states", "unproven"):
         assert outcome(design, batches=2).word == word
 
 
-# No gradients of their own: one tensor changes in place, or nothing is recorded for a backward.
-WITHOUT_GRADIENTS = ("adds in place", "into a buffer", "DenseFormer in one buffer", "inference mode inside")
+# No gradients of their own: one tensor changes in place, or nothing is recorded for a backward; and where a read attends to
+# one sum alone it equals that sum, which has a gradient of its own.
+WITHOUT_GRADIENTS = (
+    "adds in place",
+    "into a buffer",
+    "DenseFormer in one buffer",
+    "inference mode inside",
+    "attention residuals, block-wise",
+)
 
 
-@pytest.mark.parametrize("design", FIXED, ids=[design.name for design in FIXED])
+@each(FIXED, 3 * EVERY)
 def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
     word = words_of(today.table()[design.name])[0]
     if word in ("right", "states") and not any(words in design.name for words in WITHOUT_GRADIENTS):
@@ -45,7 +67,19 @@ def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
         assert found.word == word, found
 
 
-@pytest.mark.parametrize("name", ["pre-norm, tensor in and out", "adds in the loop", "mHC: streams first"])
+TWICE = pytest.mark.xfail(
+    strict=True, reason="the batch of a model whose states are found as values counts twice"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pre-norm, tensor in and out",
+        pytest.param("adds in the loop", marks=TWICE),
+        pytest.param("mHC: streams first", marks=TWICE),
+    ],
+)
 def test_each_sequence_and_token_counts_once(name):
     (design,) = (of for of in DESIGNS if of.name == name)
     batch = design.batch(0)

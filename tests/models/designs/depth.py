@@ -35,6 +35,9 @@ def write_down(x, layer: int, site: str, before, after, added: int, out, *, back
         kept[..., added] = 0
         written = {"branch_scale": after[..., added], "branch_out": out}
         truth.connection(depth_read=before, depth_carry=kept, **written, back=back)
+        if site == "post":
+            # No module gives it, it is mixed between the blocks: both names are true.
+            site, options = "pre|post", {"need": f"layer {layer}"} | options
         truth.state(x, layer, site, **options)
 
 

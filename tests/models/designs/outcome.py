@@ -117,11 +117,12 @@ def judged(design: Design, run: xr.DataTree, truth: notes.Truth) -> Outcome:
 
 def _compared(run: xr.DataTree, truth: notes.Truth, rounding: float) -> Iterator[str]:
     """The names of parts that are missing in a run; raises where something is not true."""
+    seen = int(run.attrs["sampling"]["sequences_seen"])
     left = {name: _needs(chain) for name, chain in truth.items()}
     for group in schema.chains(run):
         trace = schema.chain_dataset(run, "trace", group)
         assert trace is not None
-        sampled = {name: _sampled(chain, trace["sample"].values) for name, chain in truth.items()}
+        sampled = {name: _sampled(chain, trace["sample"].values, seen) for name, chain in truth.items()}
         name, places = _place_states(trace, sampled)
         left[name] -= {truth[name].states[place].need for place in places}
         _compare_gradients(trace, sampled[name], places)
@@ -151,10 +152,11 @@ def _needs(chain: notes.Chain) -> set[str]:
     return {state.need for state in chain.states if state.need}
 
 
-def _sampled(chain: notes.Chain, sequences: np.ndarray) -> notes.Chain:
+def _sampled(chain: notes.Chain, sequences: np.ndarray, seen: int) -> notes.Chain:
     """The chain of those sequences that a run stores: of many it draws some."""
-    # Modulo: whether sequences are numbered from zero is a question of its own.
-    rows = torch.tensor(sequences.tolist()) % len(chain.states[0].value)
+    # Whether sequences are numbered from zero, those of the first forward counted once, is a question of its own.
+    count = len(chain.states[0].value)
+    rows = (torch.tensor(sequences.tolist()) - max(seen - count, 0)) % count
     states = [
         replace(state, value=state.value[rows], gradient=[g[rows] for g in state.gradient])
         for state in chain.states
