@@ -8,13 +8,17 @@ from tests.models.designs.images import IMAGE_DESIGNS
 from tests.models.designs.plain_blocks import BLOCK_DESIGNS
 from tests.models.designs.plain_loops import LOOP_DESIGNS
 from tests.models.designs.scaled import SCALED_DESIGNS
+from tests.models.designs.stream_kinds import STREAM_KIND_DESIGNS
 from tests.models.designs.stream_models import STREAM_DESIGNS
+from tests.models.designs.traps import TRAP_DESIGNS
 
 DESIGNS: tuple[Design, ...] = (
     *BLOCK_DESIGNS,
     *LOOP_DESIGNS,
     *SCALED_DESIGNS,
     *IMAGE_DESIGNS,
+    *TRAP_DESIGNS,
     *STREAM_DESIGNS,
+    *STREAM_KIND_DESIGNS,
     *DEPTH_DESIGNS,
 )

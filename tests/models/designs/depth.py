@@ -16,7 +16,8 @@ from tests.models.designs import truth
 from tests.models.designs.design import Design
 from tests.models.designs.parts import BLOCKS, VOCABULARY, WIDTH, Attention, Mlp, Rms
 
-SOURCES = 2 * BLOCKS + 1
+ROWS = 2 * BLOCKS
+SOURCES = ROWS + 1
 
 
 def source(number: int, sources: int = SOURCES) -> torch.Tensor:
@@ -24,12 +25,19 @@ def source(number: int, sources: int = SOURCES) -> torch.Tensor:
     return torch.eye(sources)[number]
 
 
-def write_down(x, layer: int, site: str, before, after, added: int, **options) -> None:
-    """Write down the state after sublayer ``added`` − 1, whose branch read ``before``; ``after`` are its coefficients."""
+def write_down(x, layer: int, site: str, before, after, added: int, out, *, back: int = 1, **options) -> None:
+    """Write down the state after sublayer ``added`` − 1, whose branch read ``before`` and gave ``out``.
+
+    ``after`` are the coefficients of the state.
+    """
     if truth.on():
         kept = after.clone()
         kept[..., added] = 0
-        truth.connection(depth_read=before, depth_carry=kept, branch_scale=after[..., added])
+        written = {"branch_scale": after[..., added], "branch_out": out}
+        truth.connection(depth_read=before, depth_carry=kept, **written, back=back)
+        if site == "post":
+            # No module gives it, it is mixed between the blocks: both names are true.
+            site, options = "pre|post", {"need": f"layer {layer}"} | options
         truth.state(x, layer, site, **options)
 
 
@@ -93,12 +101,12 @@ class FullAttentionResidual(DepthModel):
             h = self.queries[number](values)
             if truth.on() and number:
                 after = padded(self.queries[number].last)
-                write_down(h, (number - 1) // 2, "post" if number % 2 == 0 else "mid", reads, after, number)
+                write_down(h, number - 1, "post", reads, after, number, values[-1])
                 reads = after
             values.append(layer(h))
         h = self.queries[-1](values)
         if truth.on():
-            write_down(h, BLOCKS - 1, "post", reads, self.queries[-1].last, SOURCES - 1)
+            write_down(h, ROWS - 1, "post", reads, self.queries[-1].last, SOURCES - 1, values[-1])
         return h
 
 
@@ -116,16 +124,16 @@ class HistoryBlock(nn.Module):
             number = 2 * self.layer + offset
             h = query(history)
             if truth.on():
-                self.write(h, number, query.last)
+                self.write(h, number, query.last, history[-1])
             history = [*history, branch(h)]
         return history
 
-    def write(self, h, number: int, weights) -> None:
+    def write(self, h, number: int, weights, out) -> None:
         """The reads go from block to block on the side."""
         after = padded(weights)
         if number:
             site = "post" if number % 2 == 0 else "mid"
-            write_down(h, (number - 1) // 2, site, HistoryBlock.reads, after, number)
+            write_down(h, (number - 1) // 2, site, HistoryBlock.reads, after, number, out)
         HistoryBlock.reads = after
 
 
@@ -142,7 +150,7 @@ class HistoryOfLists(DepthModel):
             history = block(history)
         h = self.last(history)
         if truth.on():
-            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1)
+            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1, history[-1])
         return h
 
 
@@ -164,7 +172,7 @@ class HistoryStacked(HistoryOfLists):
             history = block(history)
         h = self.last(list(history))
         if truth.on():
-            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1)
+            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1, history[-1])
         return h
 
 
@@ -193,7 +201,7 @@ class BlockwiseBlock(nn.Module):
             added = branch(h)
             running = added if running is None else running + added
             if truth.on():
-                LEDGER.add(number)
+                LEDGER.add(number, added)
         return finished, running
 
 
@@ -209,14 +217,15 @@ class Ledger:
         after = after.squeeze(-2)
         if number:
             site = "post" if number % 2 == 0 else "mid"
-            write_down(h, (number - 1) // 2, site, self.reads, after, number)
+            write_down(h, (number - 1) // 2, site, self.reads, after, number, self.out)
         self.reads = after
 
     def finish(self, resets: bool) -> None:
         self.finished = [self.reads] if resets else [*self.finished, self.running]
         self.running = torch.zeros(SOURCES)
 
-    def add(self, number: int) -> None:
+    def add(self, number: int, out) -> None:
+        self.out = out
         self.running = self.running + source(number + 1)
 
 
@@ -251,8 +260,6 @@ class BlockwiseAttentionResidual(DepthModel):
 
 # --- weighted sums of all earlier states ---
 
-ROWS = 2 * BLOCKS
-
 
 class OneBranch(nn.Module):
     """A block of one branch with its own plain residual."""
@@ -265,6 +272,13 @@ class OneBranch(nn.Module):
         return x + self.branch(x)
 
 
+def write_down_average(y, x, number: int, before, averaged, out) -> None:
+    """Write down what a block gives and the average after it: one of them is the state after the block."""
+    given = before + source(number + 1)
+    write_down(y, number, "post|mid", before, given, number + 1, out, need=f"layer {number}")
+    write_down(x, number, "pre|post", before, averaged, number + 1, out, need=f"layer {number}", back=2)
+
+
 class DenseFormer(DepthModel):
     """After each block a learned static average of all block outputs is the next state (arXiv 2402.02622)."""
 
@@ -275,12 +289,14 @@ class DenseFormer(DepthModel):
     def trunk(self, x):
         outputs, c, held = [x], source(0), [source(0)]
         for number, block in enumerate(self.blocks):
-            outputs.append(block(x))
+            y = block(x)
+            outputs.append(y)
+            out = y - x if truth.on() else None
             x = sum(a * y for a, y in zip(self.alphas[number], outputs, strict=True))
             if truth.on():
                 held.append(c + source(number + 1))
                 after = sum(a * y for a, y in zip(self.alphas[number].detach(), held, strict=True))
-                write_down(x, number, "pre|post", c, after, number + 1, need=f"layer {number}")
+                write_down_average(outputs[-1], x, number, c, after, out)
                 c = after
         return x
 
@@ -299,12 +315,13 @@ class DenseFormerMatrix(DenseFormer):
         held[0] = c
         for number, block in enumerate(self.blocks):
             buffer[number + 1] = block(x)
+            out = buffer[number + 1] - x if truth.on() else None
             weights = self.weights[number, : number + 2]
             x = torch.tensordot(weights, buffer[: number + 2], 1)
             if truth.on():
                 held[number + 1] = c + source(number + 1)
                 after = weights.detach() @ held[: number + 2]
-                write_down(x, number, "pre|post", c, after, number + 1, need=f"layer {number}")
+                write_down_average(buffer[number + 1], x, number, c, after, out)
                 c = after
         return x
 
@@ -396,7 +413,7 @@ class GrowingHistory(DepthModel):
             if truth.on():
                 weights = step.weights.detach()
                 after = weights @ torch.stack(held[-len(weights) :]) + source(number + 1)
-                write_down(history[-1], number, "post", held[-1], after, number + 1)
+                write_down(history[-1], number, "post", held[-1], after, number + 1, step.branch(history[-2]))
                 held.append(after)
         return history[-1]
 
@@ -426,7 +443,8 @@ class HistoryBeforeState(DepthModel):
             if truth.on():
                 weights = block.step.weights.detach()
                 after = weights @ torch.stack(held[-len(weights) :]) + source(number + 1)
-                write_down(x, number, "post", held[-1], after, number + 1)
+                out = block.step.branch(history[:, -1])
+                write_down(x, number, "post", held[-1], after, number + 1, out)
                 held.append(after)
         return x
 
@@ -442,17 +460,23 @@ class FirstStateSkips(DepthModel):
         self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.rand(ROWS)), nn.Parameter(torch.rand(ROWS))
 
     def forward(self, ids):
-        x = functional.rms_norm(self.embed(ids), (WIDTH,))
+        x = self.embed(ids)
+        truth.state(x, -1, "embed")
+        x = functional.rms_norm(x, (WIDTH,))
         truth.state(x, -1, "embed")
         return self.head(self.norm(self.trunk(x)))
 
     def trunk(self, x):
         x0, c = x, source(0)
         for number, block in enumerate(self.blocks):
-            x = self.resid_lambdas[number] * x + self.x0_lambdas[number] * x0
-            truth.state(x, number - 1, "pre|embed|post", need="")
-            x = block(x)
-            truth.state(x, number)
+            keep, first = self.resid_lambdas[number], self.x0_lambdas[number]
+            x = keep * x + first * x0
+            truth.state(x, number - 1, "pre|embed|post", need=f"layer {number - 1}")
+            before, x = x, block(x)
+            if truth.on():
+                read = keep.detach() * c + first.detach() * source(0)
+                c = read + source(number + 1)
+                write_down(x, number, "post", read, c, number + 1, x - before, back=2)
         return x
 
 
@@ -467,7 +491,7 @@ class InsideBlock(nn.Module):
 
     def forward(self, x, x0):
         x = self.lambdas[0] * x + self.lambdas[1] * x0
-        truth.state(x, self.number - 1, "pre|embed|post", need="")
+        truth.state(x, self.number - 1, "pre|embed|post", need=f"layer {self.number - 1}")
         x = x + self.attn(x)
         truth.state(x, self.number, "mid")
         x = x + self.mlp(x)
@@ -487,7 +511,7 @@ class MiddleSkips(DepthModel):
         for number, block in enumerate(self.blocks):
             if number >= 2:
                 x = x + self.skip_weights[number - 2] * skips.pop()
-                truth.state(x, number - 1, "pre|post", need="")
+                truth.state(x, number - 1, "pre|post", need=f"layer {number - 1}")
             x = block(x, x0)
             if number < 2:
                 skips.append(x)
@@ -503,11 +527,12 @@ class Momentum(DepthModel):
     def trunk(self, x):
         velocity, c, moving = torch.zeros_like(x), source(0), torch.zeros(SOURCES)
         for number, layer in enumerate(self.layers):
-            velocity = 0.7 * velocity + 0.3 * layer(x)
+            out = layer(x)
+            velocity = 0.7 * velocity + 0.3 * out
             x = x + velocity
             if truth.on():
                 moving = 0.7 * moving + 0.3 * source(number + 1)
-                write_down(x, number, "post", c, c + moving, number + 1)
+                write_down(x, number, "post", c, c + moving, number + 1, out)
                 c = c + moving
         return x
 
@@ -525,7 +550,7 @@ class Ladder(DepthModel):
             before = x
             x = x + added
             if truth.on():
-                write_down(x, number, "post", read, c + source(number + 1), number + 1)
+                write_down(x, number, "post", read, c + source(number + 1), number + 1, added)
                 read, c = c, c + source(number + 1)
         return x
 
@@ -606,7 +631,7 @@ class Injected(DepthModel):
         e, x = x, torch.zeros_like(x)
         for turn in range(4):
             x = x + e
-            truth.state(x, turn - 1, "pre|embed|post", need="")
+            truth.state(x, turn - 1, "pre|embed|post", need=f"layer {turn - 1}")
             x = self.core(x)
             truth.state(x, turn)
         return x
@@ -620,34 +645,49 @@ class DenseConcat(DepthModel):
         self.out = nn.Linear(WIDTH + 32, WIDTH)
 
     def trunk(self, x):
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             x = torch.cat([x, torch.tanh(layer(x))], -1)
+            truth.state(x, number, need="")
         return self.out(x)
 
 
 OVER_DEPTH = "depth_attention|depth_history"
 DEPTH_DESIGNS = (
-    Design("attention residuals, full, in the loop", FullAttentionResidual, family=OVER_DEPTH),
+    Design(
+        "attention residuals, full, in the loop",
+        FullAttentionResidual,
+        layers="layers.{i}",
+        branches_named=True,
+        family=OVER_DEPTH,
+    ),
     Design("attention residuals, full, lists handed on", HistoryOfLists, family=OVER_DEPTH),
     Design("attention residuals, full, one growing tensor", HistoryStacked, family=OVER_DEPTH),
-    Design("attention residuals, block-wise", BlockwiseAttentionResidual, family=OVER_DEPTH),
+    Design(
+        "attention residuals, block-wise",
+        BlockwiseAttentionResidual,
+        layers="layers.{i}",
+        family=OVER_DEPTH,
+    ),
     Design(
         "attention residuals, block-wise with resets",
         partial(BlockwiseAttentionResidual, True),
+        layers="layers.{i}",
         family=OVER_DEPTH,
     ),
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
-    Design("LIMe", Lime, family=f"residual|{OVER_DEPTH}"),
-    Design("history that grows in the loop", GrowingHistory, family=OVER_DEPTH),
-    Design("blocks take (history, state)", HistoryBeforeState, family=OVER_DEPTH),
+    Design("LIMe", Lime, layers="mlps.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"),
+    Design("history that grows in the loop", GrowingHistory, layers="steps.{i}", family=OVER_DEPTH),
+    Design("blocks take (history, state)", HistoryBeforeState, layers="steps.{i}", family=OVER_DEPTH),
     Design("skips to the first state", FirstStateSkips, family=OVER_DEPTH),
     Design("skips across the middle and to the first state", MiddleSkips, family=OVER_DEPTH),
-    Design("momentum", Momentum, family=OVER_DEPTH),
-    Design("ladder residual", Ladder, family=f"residual|{OVER_DEPTH}"),
+    Design("momentum", Momentum, layers="layers.{i}", branches_named=True, family=OVER_DEPTH),
+    Design(
+        "ladder residual", Ladder, layers="layers.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"
+    ),
     Design("value residual", ValueResidual),
     Design("reversible", Reversible),
-    Design("one block, embedding injected", Injected, family=OVER_DEPTH),
-    Design("DenseNet", DenseConcat, family=""),
+    Design("one block, embedding injected", Injected, layers="core", family=OVER_DEPTH),
+    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True, family=""),
 )

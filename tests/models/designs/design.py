@@ -28,9 +28,17 @@ class Design:
     family : str
         What a run may call it, several names between bars; empty where it is no residual network at all.
     constraint : str
-        What its mixing matrices satisfy, in words; empty where it has none.
+        What its mixing matrices satisfy, in words between commas that a run must use; empty where it is nothing in particular.
     training : bool
         Whether it is called in training mode.
+    layers, layout, streams : str or tuple of str, str, int
+        Where its blocks are, and how its states are laid out: what its author would answer to a question of ours.
+    branches_named : bool
+        Whether ``layers`` names branches, as there are no blocks: a state after one of them is then rightly called «post».
+    labelled : bool
+        Whether its blocks have numbers on which everybody agrees; else the labels of states are not compared.
+    rounding : float
+        Of its states, relative to the largest of them.
     """
 
     name: str
@@ -39,6 +47,12 @@ class Design:
     family: str = "residual"
     constraint: str = ""
     training: bool = False
+    layers: str | tuple[str, ...] = "blocks.{i}"
+    branches_named: bool = False
+    layout: str = "B T D"
+    streams: int = 1
+    labelled: bool = True
+    rounding: float = 1e-5
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model, the same for a seed in every process."""
@@ -46,6 +60,11 @@ class Design:
             torch.manual_seed(seed)
             return self.make().train(self.training)
 
-    def truth(self, model: nn.Module, batch: Any) -> notes.Truth:
-        """What the model's own code says of its states and connections on this batch."""
-        return notes.written(model, batch)
+    def answers(self) -> dict[str, Any]:
+        """The overrides that the design's author would give."""
+        streams = {"streams": self.streams} if self.streams > 1 else {}
+        return {"layers": self.layers, "layout": self.layout, **streams} if self.layers else {}
+
+    def truth(self, model: nn.Module, *batches: Any, loss: Any = None) -> notes.Truth:
+        """What the model's own code says of its states and connections on some batches; with a loss, of gradients too."""
+        return notes.written(model, *batches, loss=loss)

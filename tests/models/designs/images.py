@@ -236,12 +236,29 @@ def image(seed: int) -> torch.Tensor:
 
 
 IMAGE_DESIGNS = (
-    Design("codec over time, channels first", Codec, wave),
-    Design("codec, as many channels as steps", Codec, wave_as_long_as_wide),
-    Design("codec, as many channels as steps and sequences", Codec, wave_as_many_as_sequences),
-    Design("vocoder, channels first, features last inside", Vocoder, wave),
-    Design("ResNet with stages", ResNet, image),
-    Design("U-Net with concatenated skips", Unet, image),
+    Design("codec over time, channels first", Codec, wave, layers="units.{i}", layout="B D T"),
+    Design(
+        "codec, as many channels as steps", Codec, wave_as_long_as_wide, layers="units.{i}", layout="B D T"
+    ),
+    Design(
+        "codec, as many channels as steps and sequences",
+        Codec,
+        wave_as_many_as_sequences,
+        layers="units.{i}",
+        layout="B D T",
+    ),
+    Design(
+        "vocoder, channels first, features last inside", Vocoder, wave, layers="units.{i}", layout="B D T"
+    ),
+    Design("ResNet with stages", ResNet, image, layers="stages.*.{i}", layout="B D H W"),
+    Design(
+        "U-Net with concatenated skips",
+        Unet,
+        image,
+        labelled=False,
+        layers=("down_blocks.{i}", "middle.{i}", "up_blocks.{i}"),
+        layout="B D H W",
+    ),
     Design("MLP-Mixer", Mixer, image),
-    Design("channels last", ChannelsLast, image),
+    Design("channels last", ChannelsLast, image, layout="B H W D"),
 )

@@ -45,7 +45,7 @@ class Free(nn.Module):
         return logits.unflatten(-1, (self.streams, self.streams))
 
     def matrix(self, logits):
-        return self.square(logits) + torch.eye(self.streams)
+        return self.square(logits) + torch.eye(self.streams, dtype=logits.dtype)
 
     def forward(self, x):
         return self.weights(x)
@@ -110,7 +110,7 @@ class PermutationMixture(Sinkhorn):
 class Kronecker(Sinkhorn):
     """KromHC: the Kronecker product of two doubly stochastic matrices of two streams (arXiv 2601.21579)."""
 
-    family = "mhc|kromhc"
+    family, constraint = "mhc|kromhc", "doubly stochastic, Kronecker product"
 
     def num_logits(self) -> int:
         return 4
@@ -127,7 +127,7 @@ class Kronecker(Sinkhorn):
 class Circulant(Sinkhorn):
     """A softmax over the shifts of the streams."""
 
-    family = "mhc|circulant"
+    family, constraint = "mhc|circulant", "doubly stochastic, circulant"
 
     def num_logits(self) -> int:
         return self.streams
@@ -199,7 +199,7 @@ class Diagonal(Sinkhorn):
 class Identity(Sinkhorn):
     """No mixing: independent streams (HY4)."""
 
-    family, constraint = "independent_hc", "identity"
+    family, constraint = "independent_hc|streams", "identity"
 
     def matrix(self, logits):
         return torch.eye(self.streams).expand(*logits.shape[:2], -1, -1)
@@ -208,7 +208,7 @@ class Identity(Sinkhorn):
 class RowStochastic(Sinkhorn):
     """A softmax over the sources: the sums over destinations are free."""
 
-    family, constraint = "hc|row_stochastic", "row stochastic"
+    family, constraint = "hc|row_stochastic", "row-stochastic"
 
     def matrix(self, logits):
         return self.square(logits).softmax(-1)
@@ -217,7 +217,7 @@ class RowStochastic(Sinkhorn):
 class SpectralSphere(Sinkhorn):
     """A matrix of spectral norm one (arXiv 2603.20896)."""
 
-    family, constraint = "hc|spectral", "spectral norm"
+    family, constraint = "hc|spectral", ""
 
     def matrix(self, logits):
         square = self.square(logits) + torch.eye(self.streams)

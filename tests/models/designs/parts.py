@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -58,6 +61,16 @@ def tokens(seed: int, batch: int = BATCH, length: int = TOKENS) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def sized(batch: int, length: int) -> Callable[[int], torch.Tensor]:
+    """Batches of a size."""
+    return lambda seed: tokens(seed, batch, length)
+
+
 def normal(seed: int, *shape: int) -> torch.Tensor:
     """Random numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tilted(output: Any, batch: Any) -> torch.Tensor:
+    """A loss for any output: a weighted mean; the mean of a normed tensor would be constant."""
+    return (output * torch.linspace(-1, 1, output.numel()).view_as(output)).mean()

@@ -11,7 +11,18 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.models.designs import truth
 from tests.models.designs.design import Design
-from tests.models.designs.parts import BLOCKS, TOKENS, VOCABULARY, WIDTH, Attention, Mlp, Rms, normal, tokens
+from tests.models.designs.parts import (
+    BLOCKS,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Attention,
+    Mlp,
+    Rms,
+    normal,
+    sized,
+    tokens,
+)
 
 
 class PreNorm(nn.Module):
@@ -485,6 +496,17 @@ def vectors(seed: int) -> torch.Tensor:
 
 
 BLOCK_DESIGNS = (
+    Design("pre-norm, one sequence", Decoder, sized(1, TOKENS)),
+    Design("pre-norm, one token", Decoder, sized(3, 1)),
+    Design("pre-norm, as many sequences as tokens", Decoder, sized(TOKENS, TOKENS)),
+    Design("pre-norm, as many tokens as features", Decoder, sized(3, WIDTH)),
+    Design(
+        "tokens first inside, as many sequences as tokens",
+        TokensFirst,
+        sized(TOKENS, TOKENS),
+        layers="layers.{i}",
+        layout="T B D",
+    ),
     Design("pre-norm, tensor in and out", Decoder),
     Design("pre-norm, on vectors", Continuous, vectors),
     Design("one block only", single),
@@ -499,7 +521,7 @@ BLOCK_DESIGNS = (
     Design("blocks in a sequential", Sequence),
     Design("universal transformer", Universal),
     Design("two blocks looped", Looped),
-    Design("blocks of another class appended", Appended),
+    Design("blocks of another class appended", Appended, layers=("blocks.{i}", "extra.{i}")),
     Design("LayerDrop in training", LayerDrop, training=True),
     Design("checkpointed blocks", Checkpointed),
     Design("adds in place", InPlace),
@@ -508,6 +530,6 @@ BLOCK_DESIGNS = (
     Design("sandwich norm", Sandwich),
     Design("feed-forward chain", WithoutResidual, family=""),
     Design("skip through a linear map", LinearSkip, family=""),
-    Design("tokens first inside", TokensFirst),
-    Design("packed sequences", PackedSequences, packed_batch),
+    Design("tokens first inside", TokensFirst, layers="layers.{i}", layout="T B D"),
+    Design("packed sequences", PackedSequences, packed_batch, layers="layers.{i}", layout="T D"),
 )

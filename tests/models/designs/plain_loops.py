@@ -279,7 +279,7 @@ class DeepInjection(nn.Module):
             if number < len(self.patches):
                 x = x.clone()
                 x[:, : pixel_values.shape[1]] += self.patches[number](pixel_values)
-                truth.state(x, number, "pre", need="")
+                truth.state(x, number, "pre", need=f"layer {number}")
         return self.lm_head(x)
 
 
@@ -385,17 +385,30 @@ def noise_and_text(seed: int):
 
 
 LOOP_DESIGNS = (
-    Design("adds in the loop", LoopOfPairs),
-    Design("adds in the loop of a trunk, on vectors", LoopInTrunk, vectors),
-    Design("adds in the loop, branches in two lists", TwoLists),
-    Design("branches by functions and parameters alone", FunctionsOnly),
-    Design("hidden and residual, deferred add", Deferred),
-    Design("hidden and residual, fused add and norm", DeferredFused),
-    Design("residual and hidden, two sublayers a block", ResidualFirst),
-    Design("two towers, one before the other", TwoTowers, words_and_pixels),
-    Design("two towers side by side", TwinTowers, words_and_pixels),
-    Design("features added to some tokens between blocks", DeepInjection, words_and_pixels),
-    Design("double streams", DoubleStreams, noise_and_text),
-    Design("double streams, text first", TextFirstStreams, noise_and_text),
+    Design("adds in the loop", LoopOfPairs, layers="layers.{i}.1", branches_named=True),
+    Design(
+        "adds in the loop of a trunk, on vectors",
+        LoopInTrunk,
+        vectors,
+        layers="transformer.layers.{i}.0",
+        branches_named=True,
+    ),
+    Design("adds in the loop, branches in two lists", TwoLists, layers="attentions.{i}", branches_named=True),
+    Design("branches by functions and parameters alone", FunctionsOnly, layers=""),
+    Design("hidden and residual, deferred add", Deferred, layers="layers.{i}"),
+    Design("hidden and residual, fused add and norm", DeferredFused, layers="layers.{i}"),
+    Design("residual and hidden, two sublayers a block", ResidualFirst, layers="layers.{i}"),
+    Design(
+        "two towers, one before the other",
+        TwoTowers,
+        words_and_pixels,
+        layers=("vision.layers.{i}", "language.layers.{i}"),
+    ),
+    Design("two towers side by side", TwinTowers, words_and_pixels, layers="text.layers.{i}"),
+    Design(
+        "features added to some tokens between blocks", DeepInjection, words_and_pixels, layers="layers.{i}"
+    ),
+    Design("double streams", DoubleStreams, noise_and_text, layers="double_blocks.{i}"),
+    Design("double streams, text first", TextFirstStreams, noise_and_text, layers="double_blocks.{i}"),
     Design("single stream, modulated", Dit, noise),
 )

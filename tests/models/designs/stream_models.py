@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from einops import repeat
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from tests.models.designs import truth
 from tests.models.designs.design import Design
 from tests.models.designs.mixing import MIXES
-from tests.models.designs.parts import BLOCKS, STREAMS, VOCABULARY, WIDTH
+from tests.models.designs.parts import BLOCKS, STREAMS, VOCABULARY, WIDTH, sized
 from tests.models.designs.stream_styles import STYLES, closed, opened
 
 
@@ -32,11 +34,14 @@ class StreamModel(nn.Module):
     def forward(self, ids):
         x = EXPANSIONS[self.expand](self, self.embed(ids))
         truth.state(x, -1, "embed", axes="b t n d -> b t n d")
-        given = opened(x, self.style)
-        for block in self.blocks:
-            given = block(given)
+        given = self.walk(opened(x, self.style))
         x = COLLAPSES[self.collapse](self, closed(given, self.style))
         return self.head(self.norm(x))
+
+    def walk(self, given):
+        for block in self.blocks:
+            given = block(given)
+        return given
 
 
 EXPANSIONS = {
@@ -80,7 +85,80 @@ def _design(mix: str, style: str, expand: str, collapse: str) -> Design:
         partial(StreamModel, mix, style, expand, collapse),
         family=MIXES[mix].family,
         constraint=MIXES[mix].constraint,
+        layout=STYLES[style].axes.split(" -> ")[0].upper(),
+        streams=STREAMS,
     )
 
 
-STREAM_DESIGNS = tuple(_design(*of) for of in COMBINATIONS)
+class SingleStreamBlock(StreamModel):
+    """One block alone."""
+
+    def __init__(self, *names: str):
+        super().__init__(*names)
+        self.blocks = self.blocks[:1]
+
+
+class LoopedStreamBlock(SingleStreamBlock):
+    """One block, called three times."""
+
+    def walk(self, given):
+        (block,) = self.blocks
+        for turn in range(BLOCKS):
+            block.layer = turn
+            given = block(given)
+        return given
+
+
+class HalfStreams(StreamModel):
+    """Weights and streams in bfloat16: the matrix that is applied is a rounded one."""
+
+    def __init__(self, *names: str):
+        super().__init__(*names)
+        self.bfloat16()
+
+
+class CheckpointedStreams(StreamModel):
+    """Blocks under activation checkpointing."""
+
+    def __init__(self, *names: str):
+        super().__init__(*names)
+        for block in self.blocks:
+            inner = block.forward
+            block.forward = partial(checkpoint, inner, use_reentrant=False)
+
+
+# The axes have equal sizes, or size one, so that no size tells which axis is which.
+SIZES = ((4, 11), (3, 4), (4, 4), (24, 4), (1, 11), (3, 1))
+SIZED_STYLES = (
+    "weights returned by a module", "local variables of methods", "streams first", "[s, b, n·D], weights returned",
+    "merged into features, inlined",
+)  # fmt: skip
+# Other models of the same blocks.
+WAYS = {
+    "one block looped": LoopedStreamBlock,
+    "one block only": SingleStreamBlock,
+    "bfloat16": HalfStreams,
+    "checkpointed": CheckpointedStreams,
+}
+STREAM_DESIGNS = (
+    *(_design(*of) for of in COMBINATIONS),
+    *(
+        replace(
+            _design("mHC", style, "offsets", "sum"),
+            name=f"mHC: {style}, {batch} sequences of {length}",
+            batch=sized(batch, length),
+        )
+        for style in SIZED_STYLES
+        for batch, length in SIZES
+    ),
+    *(
+        replace(
+            _design("dynamic HC", style, "repeat", "sum"),
+            name=f"dynamic HC: {style}, {way}",
+            make=partial(model, "dynamic HC", style),
+            rounding=3e-2 if way == "bfloat16" else 1e-5,
+        )
+        for style in ("weights returned by a module", "local variables of methods")
+        for way, model in WAYS.items()
+    ),
+)

@@ -5,6 +5,8 @@ Every block has two sublayers, and writes down the same of each: H_res, H_pre, H
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from einops import rearrange, repeat
 from torch import nn
@@ -17,7 +19,7 @@ class StreamBlock(nn.Module):
     """What all of them have; ``axes`` brings their layout to (B, T, n, D)."""
 
     axes = "b t n d -> b t n d"
-    sizes: dict[str, int] = {}
+    sizes: ClassVar[dict[str, int]] = {}
 
     def __init__(self, layer: int, mix: type[nn.Module]):
         super().__init__()
@@ -89,7 +91,8 @@ class Inference(StreamBlock):
 class WidthDepth(StreamBlock):
     """A pair of methods opens and closes each connection; the streams are in the batch axis."""
 
-    axes, sizes = "(b n) t d -> b t n d", {"n": STREAMS}
+    axes = "(b n) t d -> b t n d"
+    sizes: ClassVar = {"n": STREAMS}
 
     def build(self, mix):
         self.attn_hc, self.mlp_hc = PairedConnection(mix), PairedConnection(mix)
@@ -124,7 +127,8 @@ class PairedConnection(nn.Module):
 class DictPair(WidthDepth):
     """The opening method gives a dict; streams are merged into features."""
 
-    axes, sizes = "b t (n d) -> b t n d", {"n": STREAMS}
+    axes = "b t (n d) -> b t n d"
+    sizes: ClassVar = {"n": STREAMS}
 
     def build(self, mix):
         self.attn_hc, self.mlp_hc = DictConnection(mix), DictConnection(mix)
@@ -167,7 +171,8 @@ class DictConnection(nn.Module):
 class LateMixing(StreamBlock):
     """The module that makes H_res is called after the branch, each of the three weights by a module of its own."""
 
-    axes, sizes = "b t (n d) -> b t n d", {"n": STREAMS}
+    axes = "b t (n d) -> b t n d"
+    sizes: ClassVar = {"n": STREAMS}
 
     def build(self, mix):
         self.mixes = nn.ModuleList(mix() for _ in range(2))
@@ -198,7 +203,8 @@ class OnlyMatrix(nn.Module):
 class Megatron(StreamBlock):
     """[s, b, n·D]; the module gives the aggregate, H_res and the write weights, which another method applies."""
 
-    axes, sizes = "t b (n d) -> b t n d", {"n": STREAMS}
+    axes = "t b (n d) -> b t n d"
+    sizes: ClassVar = {"n": STREAMS}
 
     def build(self, mix):
         self.attn_hc, self.mlp_hc = MegatronConnection(mix), MegatronConnection(mix)
@@ -287,7 +293,8 @@ class Lagging(StreamBlock):
 class Inlined(StreamBlock):
     """Streams merged into features, one matrix product for all, no method and no module but the branches."""
 
-    axes, sizes = "b t (n d) -> b t n d", {"n": STREAMS}
+    axes = "b t (n d) -> b t n d"
+    sizes: ClassVar = {"n": STREAMS}
 
     def forward(self, x):
         for hc, branch, site in ((self.attn_hc, self.attn, "mid"), (self.mlp_hc, self.mlp, "post")):

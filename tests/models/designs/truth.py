@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, n streams, D features. Matrices are destination Ã
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class State:
     sites: tuple[str, ...]
     value: torch.Tensor
     need: str
+    gradient: list[torch.Tensor] = field(default_factory=list)  # of the loss, once its backward has run
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,52 @@ class Chain:
 
     states: list[State] = field(default_factory=list)
     connections: list[Connection] = field(default_factory=list)
-    pending: dict[str, torch.Tensor] | None = None
+    pending: tuple[int, dict[str, torch.Tensor]] | None = None
 
 
 Truth = dict[str, Chain]
 _listening: list[Truth] = []
 
 
-def written(model: nn.Module, batch: Any) -> Truth:
-    """Run the model once, and return what its code wrote down."""
+def written(model: nn.Module, *batches: Any, loss: Any = None) -> Truth:
+    """Run the model once on each batch, and return what its code wrote down of all of them together.
+
+    With ``loss(output, batch)`` and one batch its backward runs too, and the states have gradients.
+    """
+    if loss is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            truth, output = _listened(model, *batches)
+        loss(output, *batches).backward()
+        model.zero_grad(set_to_none=True)
+        return truth
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(SEED)
+        truths = [_listened(model, batch)[0] for batch in batches]
+    return {name: _joined([truth[name] for truth in truths]) for name in truths[0]}
+
+
+def _listened(model: nn.Module, batch: Any) -> tuple[Truth, Any]:
     truth: Truth = {}
     _listening.append(truth)
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(SEED)
-            called(model, batch)
+        output = called(model, batch)
     finally:
         _listening.pop()
-    return truth
+    return truth, output
+
+
+def _joined(chains: list[Chain]) -> Chain:
+    """The sequences of all batches behind each other."""
+    states = [
+        replace(of[0], value=torch.cat([state.value for state in of]))
+        for of in zip(*(chain.states for chain in chains), strict=True)
+    ]
+    connections = [
+        replace(of[0], parts={name: torch.cat([c.parts[name] for c in of]) for name in of[0].parts})
+        for of in zip(*(chain.connections for chain in chains), strict=True)
+    ]
+    return Chain(states, connections)
 
 
 def called(model: nn.Module, batch: Any) -> Any:
@@ -107,15 +136,19 @@ def state(
     value = rearrange(x.detach().clone().float(), axes, **sizes)
     names = tuple(sites.split("|"))
     default = "" if {"mid", "pre"} & set(names) else f"layer {layer}"
-    of.states.append(State(layer, names, value, default if need is None else need))
+    found = State(layer, names, value, default if need is None else need)
+    of.states.append(found)
+    if x.requires_grad:
+        x.register_hook(lambda gradient: found.gradient.append(rearrange(gradient.float(), axes, **sizes)))
     if of.pending is not None:
+        back, parts = of.pending
         number = len(of.states) - 1
-        of.connections.append(Connection(number - 1, number, of.pending))
+        of.connections.append(Connection(number - back, number, parts))
         of.pending = None
 
 
-def connection(*, chain: str = "", **parts: Any) -> None:
-    """Write down what joins the last state to the next one.
+def connection(*, chain: str = "", back: int = 1, **parts: Any) -> None:
+    """Write down what joins the state ``back`` places before the next one to it.
 
     ``parts`` are numbers or tensors that end on the axes of the run's variable: (n, n) of ``h_res``, (n) of ``h_pre`` and
     ``h_post``, (D) of ``branch_in``, ``branch_out`` and gates, none of scales, (sources) of depth reads; before these axes
@@ -124,14 +157,15 @@ def connection(*, chain: str = "", **parts: Any) -> None:
     if not _listening:
         return
     of = _listening[-1].setdefault(chain, Chain())
-    batch, tokens, streams, width = of.states[-1].value.shape
-    of.pending = {}
+    batch, tokens = of.states[-1].value.shape[:2]
+    values = {}
     for name, value in parts.items():
         tensor = torch.as_tensor(value).detach().clone().float()
         own = OWN_AXES[name]
         lead = tensor.shape[: tensor.ndim - own]
         full = (batch, tokens) if not lead else torch.broadcast_shapes(lead, (batch, tokens))
-        of.pending[name] = tensor.expand(*full, *tensor.shape[tensor.ndim - own :])
+        values[name] = tensor.expand(*full, *tensor.shape[tensor.ndim - own :])
+    of.pending = back, values
 
 
 # How many axes each variable has after (B, T).
