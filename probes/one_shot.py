@@ -14,6 +14,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.model_call import batches, call_observed, eager
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
@@ -72,10 +73,12 @@ def capture(
     session = Session(model, Options(**options), only_own=True)
     gradients = session.options.gradients
     step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
-    sequences = 0
+    sequences, first = 0, None
     with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
             measured, value = _measure_batch(session, item, loss)
+            if first is None:
+                first = item, measured.batch_size
             sequences += measured.batch_size
             losses.append(value)
             step = merge_sums(step, measured.sums)
@@ -88,7 +91,10 @@ def capture(
     row = StepStatistics(
         0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
     )
-    return build_run(session, [row], step, attrs=attrs, token_text=token_text)
+    assert first is not None
+    # After the state is restored: the forward draws what the first measured one drew.
+    followed = follow(session, *first)
+    return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed)
 
 
 def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:

@@ -1,0 +1,451 @@
+"""What is odd about the connections of a model? One sentence each, with the numbers, from the weights that it applies.
+
+Each rule says one thing that is decidable, and nothing where it is not. H_res is destination by source throughout.
+Shapes: K sequence, T token, n stream, D feature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from depthscope.probes.connections.computation import SAME, UNIFORM, Origin
+
+# Heuristics: a sum of float32 numbers of n streams that was made 1 by a division is so within a few roundings.
+EXACT_SUM = 1e-5
+# An error of a sum that no rounding explains, in float32.
+CLEAR_ERROR = 1e-3
+# Rounds of Sinkhorn that a matrix shows; a heuristic: every implementation makes more, and one normalisation shows less than 1.
+FEW_ROUNDS = 2.0
+NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connection: a few roundings of float32
+FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing that is odd about the connections.
+
+    Parameters
+    ----------
+    kind : str
+        What it is, which is the name of the verdict that reports it.
+    sentence : str
+        In plain words, with the numbers.
+    value : float
+        The number that it rests on.
+    limit : float
+        What that number is compared with.
+    connections : tuple of int
+        Where.
+    """
+
+    kind: str
+    sentence: str
+    value: float
+    limit: float
+    connections: tuple[int, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"connections": list(self.connections)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one connection, of the sampled sequences.
+
+    Parameters
+    ----------
+    name : str
+        The module that it belongs to.
+    mix : Tensor
+        H_res as applied (K, T, n, n), and the identity where nothing mixes.
+    mixes : bool
+        Whether the model computes a matrix.
+    stored : Tensor
+        H_res before the model rounded it to another precision.
+    rounded_to : str
+        That precision; empty where it is applied as stored.
+    read, write : Tensor or None
+        H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
+    mask : Tensor
+        (K, T), True on tokens that are no padding.
+    origin : Origin or None
+        From what the weights were computed; None where no forward was followed.
+    replaced : str
+        How the matrix had to be read that is applied, where it is not the one that the model computes: "identity", "transposed".
+    """
+
+    name: str
+    mix: torch.Tensor
+    mixes: bool
+    stored: torch.Tensor
+    rounded_to: str = ""
+    read: torch.Tensor | None = None
+    write: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    origin: Origin | None = None
+    replaced: str = ""
+    computed: torch.Tensor | None = None  # the matrix that is not applied
+
+    def tokens(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of the tokens that are no padding, (tokens, …), in float64."""
+        flat = weights.flatten(0, 1).double()
+        return flat if self.mask is None else flat[self.mask.flatten()]
+
+    @property
+    def num_streams(self) -> int:
+        """Number of streams n."""
+        return self.mix.shape[-1]
+
+    def sum_errors(self, matrix: torch.Tensor | None = None) -> tuple[float, float]:
+        """The largest error of a row's sum (over sources) and of a column's (over destinations), against 1."""
+        values = self.tokens(self.stored if matrix is None else matrix)
+        return float((values.sum(-1) - 1).abs().max()), float((values.sum(-2) - 1).abs().max())
+
+
+Rule = Callable[[Sequence[Facts]], Iterator[Remark]]
+
+
+def remarks(facts: Sequence[Facts]) -> tuple[Remark, ...]:
+    """What every rule has to say.
+
+    Parameters
+    ----------
+    facts : sequence of Facts
+        One for each connection with streams, in order.
+
+    Returns
+    -------
+    tuple of Remark
+        Empty where nothing is odd.
+    """
+    finite = [each for each in facts if each.mix.isfinite().all() and len(each.tokens(each.mix))]
+    if not facts or len(finite) < len(facts) or facts[0].num_streams < 2:
+        return ()
+    return tuple(remark for rule in RULES for remark in rule(facts))
+
+
+def _places(facts: Sequence[Facts], at: Sequence[int]) -> str:
+    """Some connections in words."""
+    if len(at) == len(facts):
+        return f"at all {len(facts)} connections" if len(at) > 1 else f"at {facts[0].name}"
+    names = ", ".join(f"{number} ({facts[number].name})" for number in at[:3])
+    more = f" and {len(at) - 3} more" if len(at) > 3 else ""
+    return f"at connection{'s' if len(at) > 1 else ''} {names}{more} of {len(facts)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}"
+
+
+# --- the matrix that is applied is not the one that is computed
+
+
+def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """H_res is computed and nothing uses it."""
+    found = {
+        number: each.computed if each.replaced == "identity" else each.origin.unused
+        for number, each in enumerate(facts)
+        if each.replaced == "identity" or (each.origin is not None and each.origin.unused is not None)
+    }
+    matrices = {number: matrix for number, matrix in found.items() if matrix is not None}
+    if not matrices:
+        return
+    at = list(matrices)
+    apart = max(float((facts[i].mix - m.to(facts[i].mix)).abs().max()) for i, m in matrices.items())
+    eye = torch.eye(facts[0].num_streams)
+    identity = all(float((facts[i].mix - eye).abs().max()) <= SAME for i in at)
+    instead = "the identity" if identity else "another matrix"
+    n = facts[0].num_streams
+    yield Remark(
+        "discarded_mixing",
+        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output depends on "
+        f"it; what is applied is {instead}, from which its entries differ by up to {_number(apart)}",
+        apart,
+        SAME,
+        tuple(at),
+    )
+
+
+def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
+    at = [number for number, each in enumerate(facts) if each.replaced == "transposed"]
+    if at:
+        difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
+        yield Remark(
+            "transposed_mixing",
+            f"H_res is transposed {_places(facts, at)}: there the transpose of the computed matrix is applied, unlike at the "
+            f"other {len(facts) - len(at)}; entries of the two differ by up to {_number(difference)}",
+            difference,
+            SAME,
+            tuple(at),
+        )
+        return
+    mixing = [number for number, each in enumerate(facts) if each.mixes]
+    errors = {number: facts[number].sum_errors() for number in mixing}
+    late = [i for i, (row, column) in errors.items() if column <= EXACT_SUM and CLEAR_ERROR < row]
+    # Truncated: two bad sums, or a wrong axis, are said by others.
+    late = [i for i in late if _rounds(facts[i], -1) >= FEW_ROUNDS]
+    if late and not any(column > EXACT_SUM for _, column in errors.values()):
+        row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
+        yield Remark(
+            "transposed_mixing",
+            f"H_res may be transposed {_places(facts, late)}: its sums over the destinations are 1 within {_number(column)} and "
+            f"those over the sources, which carry the signal, are off by up to {_number(row)}; mHC normalises the latter last "
+            "(arXiv 2512.24880, Eq. 9)",
+            row,
+            CLEAR_ERROR,
+            tuple(late),
+        )
+
+
+def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The applied matrix differs from the stored one by the rounding of a cast."""
+    at = [number for number, each in enumerate(facts) if each.rounded_to]
+    if not at:
+        return
+    difference = max(float((facts[i].mix - facts[i].stored).abs().max()) for i in at)
+    if difference == 0:
+        return
+    applied, stored = (
+        max(max(facts[i].sum_errors(matrix(facts[i]))) for i in at)
+        for matrix in (lambda each: each.mix, lambda each: each.stored)
+    )
+    yield Remark(
+        "rounded_mixing",
+        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {_places(facts, at)}: the applied matrix differs from "
+        f"the stored one by up to {_number(difference)}, and its sums are off by up to {_number(applied)} where those of the "
+        f"stored one are by {_number(stored)}",
+        applied,
+        CLEAR_ERROR,
+        tuple(at),
+    )
+
+
+# --- what the matrix is
+
+
+def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Every entry is 1 whatever the parameters, as after a normalisation along an axis of size one."""
+    at = [i for i, each in enumerate(facts) if each.mixes and float((each.tokens(each.mix) - 1).abs().max()) <= EXACT_SUM]
+    if at:
+        n = facts[0].num_streams
+        error = max(float((facts[i].tokens(facts[i].mix) - 1).abs().max()) for i in at)
+        yield Remark(
+            "constant_mixing",
+            f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(error)}, at every token): "
+            f"as after a normalisation along an axis of size one; all {n} streams become their sum, {n} times as large at each "
+            "connection",
+            float(n),
+            1.0 + EXACT_SUM,
+            tuple(at),
+        )
+
+
+def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Only one sum is 1: the matrix was normalised along one axis, not along both in turn."""
+    mixing = [number for number, each in enumerate(facts) if each.mixes]
+    errors = {number: facts[number].sum_errors() for number in mixing}
+    for side, exact, words, others in (
+        (0, "the sources (rows)", "forward", "the destinations (columns)"),
+        (1, "the destinations (columns)", "backward", "the sources (rows)"),
+    ):
+        clear = [i for i in mixing if max(errors[i]) > CLEAR_ERROR]
+        at = [
+            i
+            for i in clear
+            if errors[i][side] <= EXACT_SUM < CLEAR_ERROR < errors[i][1 - side] and _rounds(facts[i], side - 1) < FEW_ROUNDS
+        ]
+        # A free matrix may have exact rows by chance at one connection; a normalisation is made at all of them.
+        if not at or 2 * len(at) <= len(mixing):
+            continue
+        good, bad = max(errors[i][side] for i in at), max(errors[i][1 - side] for i in at)
+        rounds = max(_rounds(facts[i], side - 1) for i in at)
+        loss = (
+            "the signal keeps its sum and its gradient does not"
+            if side == 0
+            else "the gradient keeps its sum and the signal does not: the other axis, or the transpose, would keep it"
+        )
+        yield Remark(
+            "one_sided_mixing",
+            f"H_res is normalised along one axis only {_places(facts, at)}: sums over {exact} are 1 within {_number(good)}, sums "
+            f"over {others} are off by up to {_number(bad)}, where a Sinkhorn of 20 rounds would leave less than "
+            f"{_number(_after_rounds(facts, at, side))} (this matrix shows {rounds:.1f} rounds); {loss}",
+            bad,
+            CLEAR_ERROR,
+            tuple(at),
+        )
+
+
+def _once_more(matrix: torch.Tensor, last: int) -> torch.Tensor:
+    """One round of Sinkhorn that ends with the sums along ``last`` (−1 rows, −2 columns) exact."""
+    first = -3 - last
+    matrix = matrix / matrix.sum(first, keepdim=True)
+    return matrix / matrix.sum(last, keepdim=True)
+
+
+def _inexact(matrix: torch.Tensor, last: int) -> torch.Tensor:
+    return (matrix.sum(-3 - last) - 1).abs().amax(-1)
+
+
+def _rounds(facts: Facts, last: int) -> float:
+    """How many rounds of Sinkhorn the errors of the sums show, the median over tokens.
+
+    Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix itself
+    measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
+    """
+    matrix = facts.tokens(facts.stored)
+    if not (matrix >= 0).all() or not (matrix.sum(-1) > 0).all() or not (matrix.sum(-2) > 0).all():
+        return 0.0
+    error = _inexact(matrix, last)
+    again = matrix
+    for _ in range(MEASURED_ROUNDS):
+        again = _once_more(again, last)
+    left = _inexact(again, last)
+    factor = ((left / error.clamp_min(1e-300)) ** (1 / MEASURED_ROUNDS)).clamp(1e-12, 1 - 1e-9)
+    known = error > EXACT_SUM
+    if not known.any():
+        return math.inf
+    return float((error[known].clamp_max(1 - 1e-9).log() / factor[known].log()).median())
+
+
+MEASURED_ROUNDS = 3  # after which the factor is that of the limit, nearly; a heuristic
+
+
+def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float:
+    """The error that 20 rounds leave on these matrices."""
+    worst = 0.0
+    for number in at:
+        matrix = facts[number].tokens(facts[number].stored).clamp_min(0)
+        for _ in range(20):
+            matrix = _once_more(matrix, side - 1).nan_to_num()
+        worst = max(worst, float(_inexact(matrix, side - 1).max()))
+    return max(worst, torch.finfo(torch.float32).eps)
+
+
+# --- what the coefficients were computed from, and whether they learn
+
+
+def severed(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """No gradient reaches the logits: the graph is cut, or nothing depends on them."""
+    at = [number for number, each in enumerate(facts) if each.origin is not None and each.origin.severed]
+    if at:
+        yield Remark(
+            "unlearnable_mixing",
+            f"No gradient can reach the parameters of H_res {_places(facts, at)}: it is computed from parameters, but the graph "
+            "is cut before it is applied (detach, no_grad or .data)",
+            0.0,
+            NO_GRADIENT,
+            tuple(at),
+        )
+    # Measured where H_res is uniform alone.
+    measured = {i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients}
+    uniform = [i for i, (logits, write) in measured.items() if i not in at and logits <= NO_GRADIENT * write]
+    if uniform:
+        logits, write = (max(measured[i][side] for i in uniform) for side in (0, 1))
+        apart = max(_from_uniform(facts[i]) for i in uniform)
+        yield Remark(
+            "unlearnable_mixing",
+            f"H_res is uniform and its logits get no gradient {_places(facts, uniform)}: every entry is "
+            f"1/{facts[0].num_streams} within {_number(apart)}, and for a random combination of the outputs the largest gradient "
+            f"of a logit is {_number(logits)} where that of a write weight is {_number(write)}; streams that are read, mixed and "
+            "written alike stay alike",
+            logits / write if write else 0.0,
+            NO_GRADIENT,
+            tuple(uniform),
+        )
+
+
+def _from_uniform(facts: Facts) -> float:
+    return float((facts.tokens(facts.mix) - 1 / facts.num_streams).abs().max())
+
+
+def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The coefficients are a function of something else than the streams of this token at this connection."""
+    known = {number: each.origin for number, each in enumerate(facts) if each.origin is not None}
+    states = {number: origin.other_states for number, origin in known.items() if origin.other_states}
+    # DeepSeek-V4.1's reads are made by the sublayer before: a lag of one at every connection, of H_pre alone.
+    if all(set(of) == {"H_pre"} and of["H_pre"] == (number - 1,) for number, of in states.items()):
+        states = {}
+    if states:
+        number, weights = next(iter(states.items()))
+        named = " and ".join(weights)
+        sources = sorted({at for of in weights.values() for at in of})
+        words = " and ".join("the token's embedding" if at < 0 else f"the streams at connection {at}" for at in sources)
+        yield Remark(
+            "foreign_coefficients",
+            f"Coefficients are computed from another input than the streams that they are applied to {_places(facts, [*states])}: "
+            f"{named} of connection {number} from {words}, not from those at connection {number}",
+            float(len(states)),
+            0.0,
+            tuple(states),
+        )
+    tokens = [number for number, origin in known.items() if origin.other_tokens > FOREIGN]
+    if tokens:
+        share = max(known[i].other_tokens for i in tokens)
+        later = any(known[i].later for i in tokens)
+        yield Remark(
+            "foreign_coefficients",
+            f"Coefficients of one token are computed from the streams of other tokens {_places(facts, tokens)}: "
+            f"{share:.0%} of their gradient is there{', also at later tokens of the sequence' if later else ''}",
+            share,
+            FOREIGN,
+            tuple(tokens),
+        )
+
+
+def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Reads are made with the write's weights, and the other way round."""
+    factors = [each.origin.sigmoids if each.origin else {} for each in facts]
+    at = [i for i, of in enumerate(factors) if of.get("H_pre", 0.0) > 1.5 and 0 < of.get("H_post", 0.0) < 1.5]
+    if at and len(at) == len(facts):
+        read, write = factors[0]["H_pre"], factors[0]["H_post"]
+        largest = max(float(facts[i].tokens(facts[i].read).max()) for i in at)  # type: ignore[arg-type]
+        least = max(float(facts[i].tokens(facts[i].write).max()) for i in at)  # type: ignore[arg-type]
+        yield Remark(
+            "swapped_weights",
+            f"Read and write weights look exchanged {_places(facts, at)}: the branch reads with {read:.2g} σ(·), up to "
+            f"{_number(largest)}, and its output is written with {write:.2g} σ(·), up to {_number(least)}; mHC reads with σ and "
+            "writes with 2 σ (arXiv 2512.24880, Eq. 8)",
+            read,
+            1.5,
+            tuple(at),
+        )
+    elif len(facts) > 1 and _one_hot_writes(facts):
+        yield Remark(
+            "swapped_weights",
+            f"Read and write weights look exchanged {_places(facts, range(len(facts)))}: the branch reads all streams with weight "
+            "1 and its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
+            "way round (arXiv 2409.19606, Eq. 14)",
+            float(facts[0].num_streams),
+            1.5,
+            tuple(range(len(facts))),
+        )
+
+
+def _one_hot_writes(facts: Sequence[Facts]) -> bool:
+    for number, each in enumerate(facts):
+        if each.read is None or each.write is None:
+            return False
+        expected = torch.eye(each.num_streams, dtype=torch.float64)[number % each.num_streams]
+        read, write = each.tokens(each.read), each.tokens(each.write)
+        if (read - 1).abs().max() > EXACT_SUM or (write - expected).abs().max() > EXACT_SUM:
+            return False
+    return True
+
+
+RULES: tuple[Rule, ...] = (
+    discarded,
+    transposed,
+    all_ones,
+    one_sum,
+    severed,
+    swapped,
+    rounded,
+    other_input,
+)
