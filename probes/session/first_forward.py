@@ -18,11 +18,12 @@ from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
+from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import count_streams
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
-from depthscope.probes.model.tensors import first_float, version
+from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import user_autocast
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
@@ -32,6 +33,7 @@ from depthscope.probes.structure.find_chains import find_chains
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import Structure
+from depthscope.probes.structure.plain_proof import with_proof
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
 
 
@@ -69,6 +71,9 @@ class FirstForward:
         for path, module in self._model.named_modules():
             attachment.before(module, partial(self._before_call, path))
             attachment.after(module, self._after_call)
+            if module is self._model:
+                # Around the forward method, not a hook: the trace must be on while it runs, and only then.
+                attachment.around(module, FORWARD, self._around_forward)
             pair = paired_family(module)
             if pair is not None:  # torch calls hooks around a module's forward only, not around other methods
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
@@ -85,6 +90,15 @@ class FirstForward:
         if tape is not None:
             call = tape.leave(module, output)
             self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
+
+    def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        tape = self._current.taped
+        if tape is None or tape.trace is not None:  # the model may call itself
+            return None
+        trace = tape.trace = Trace()
+        for tensor in tensors_in((args, kwargs)):
+            trace.watch(tensor)
+        return MethodWatch(trace, lambda result: None)
 
     def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
@@ -175,7 +189,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    chains = tuple(find_chains(tape, model, layers=options.blocks))
+    chains = tuple(with_proof(tape, chain) for chain in find_chains(tape, model, layers=options.blocks))
     sites = _stream_sites(tape, chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)

@@ -52,6 +52,7 @@ class Chain:
     shapes: tuple[tuple[int, ...], ...]
     final: HookPoint | None = None  # after the last norm
     history: bool = False  # connected to earlier depths, not to streams
+    proof: str = ""  # of a plain chain: "proven", or "unproven: why"
 
     @property
     def has_streams(self) -> bool:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import past_states, returned_site
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import PairedFamily, Site
+from depthscope.probes.dataflow.trace import NONE, Trace, Value
 from depthscope.probes.model.arguments import named_arguments
 from depthscope.probes.model.tensors import first_float, floats_in, version
 
@@ -38,9 +39,10 @@ class ChainError(ValueError):
 class PassedTensor:
     """One of several tensors that a call took or returned."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor | None  # None when it was released
     version: int | None
     name: str = ""
+    value: Value | None = None  # in the trace of the forward
 
 
 @dataclass(eq=False)
@@ -72,6 +74,7 @@ class Call:
     children: list[Call] = field(default_factory=list)
     branch_sums: Any = None  # of a block: how its branches are added, where that was requested
     level: int = 0
+    values: tuple[Value | None, Value | None] = (None, None)  # of x and y, in the trace of the forward
     # Why the tensors of an ended call are still needed; see `Tape._release`.
     runs: int = 0  # by so many runs of linked calls
     pinned: bool = False  # as an end of a chain, a branch, or a connection
@@ -93,6 +96,28 @@ class Call:
             several = (self.inputs if at == "input" else self.outputs)[item : item + 1]
             return (several[0].tensor, several[0].version) if several else (None, None)
         return (self.x, self.versions[0]) if at == "input" else (self.y, self.versions[1])
+
+    def shown(self) -> Iterator[tuple[str, int, Value]]:
+        """The values that its tensors held: at which side, which of the tensors there, the value."""
+        for at, several, value in (
+            ("input", self.inputs, self.values[0]),
+            ("output", self.outputs, self.values[1]),
+        ):
+            if several:
+                yield from (
+                    (at, item, passed.value)
+                    for item, passed in enumerate(several)
+                    if passed.value is not None
+                )
+            elif value is not None:
+                yield at, 0, value
+
+    def value_of(self, at: str, item: int) -> Value | None:
+        """The value that one of its tensors held in the trace."""
+        several = self.inputs if at == "input" else self.outputs
+        if several:
+            return several[item].value if item < len(several) else None
+        return self.values[0 if at == "input" else 1]
 
     def ancestors(self) -> Iterator[Call]:
         """The calls during which this one happened, innermost first."""
@@ -132,12 +157,13 @@ class Tape:
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
+        self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
         """Note that a call begins."""
         call = self._begin(path, module, FORWARD, first_float(args, kwargs))
-        call.inputs = _passed_tensors(floats_in(args, kwargs), lambda: _parameter_names(module, args, kwargs))
+        call.inputs = self._passed(floats_in(args, kwargs), lambda: _parameter_names(module, args, kwargs))
         past = past_states(args, kwargs, call.x)
         if past is not None:
             call.past, call.pinned = self._source(past[-1]), True
@@ -154,7 +180,9 @@ class Tape:
         if call.module is not module:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
         self._end(call, first_float(output))
-        call.outputs = _passed_tensors(floats_in(output))
+        call.outputs = self._passed(floats_in(output))
+        if self.trace is not None:
+            self.trace.call = call.parent.order if call.parent is not None else NONE
         call.site = returned_site(module, call.x, output)
         if call.site is not None:
             call.output = output
@@ -200,6 +228,10 @@ class Tape:
         call.x_shape = tuple(x.shape) if x is not None else ()
         call.versions = version(x), None
         call.level = len(self._stack)
+        if self.trace is not None:
+            if method == FORWARD:
+                self.trace.call = call.order
+            call.values = self.trace.value(x), None
         # The call that ended last: of a container and its last module, which return one tensor, the container.
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path, method] = index + 1
@@ -212,6 +244,8 @@ class Tape:
         call.y = y
         call.y_shape = tuple(y.shape) if y is not None else ()
         call.versions = call.versions[0], version(y)
+        if self.trace is not None:
+            call.values = call.values[0], self.trace.value(y)
 
     def _source(self, tensor: torch.Tensor) -> tuple[Call, str] | None:
         """Which recent call took or returned a tensor, and at which side; the call is pinned."""
@@ -331,18 +365,21 @@ class Tape:
         needed = call.runs or call.pinned or call.inside_block or call.site
         if not (needed or call.path in self._keep or call in self._recent or call in self._stack):
             call.x = call.y = None
-            call.inputs = call.outputs = ()
+            # What they held stays known: a value is no tensor.
+            call.inputs = tuple([replace(passed, tensor=None) for passed in call.inputs])
+            call.outputs = tuple([replace(passed, tensor=None) for passed in call.outputs])
 
-
-def _passed_tensors(
-    tensors: list[torch.Tensor], names: Callable[[], list[str]] | None = None
-) -> tuple[PassedTensor, ...]:
-    if len(tensors) < 2:
-        return ()
-    named = names() if names is not None else [""] * len(tensors)
-    return tuple(
-        PassedTensor(tensor, version(tensor), name) for tensor, name in zip(tensors, named, strict=True)
-    )
+    def _passed(
+        self, tensors: list[torch.Tensor], names: Callable[[], list[str]] | None = None
+    ) -> tuple[PassedTensor, ...]:
+        if len(tensors) < 2:
+            return ()
+        named = names() if names is not None else [""] * len(tensors)
+        value = self.trace.value if self.trace is not None else lambda tensor: None
+        return tuple(
+            PassedTensor(tensor, version(tensor), name, value(tensor))
+            for tensor, name in zip(tensors, named, strict=True)
+        )
 
 
 def _parameter_names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:

@@ -1,0 +1,187 @@
+"""Which axis of a value is which? Axes are followed through the operations of a forward as products of atoms.
+
+``view(B, T, n·D)`` of a (B, T, n, D) value merges two atoms into one axis; splitting that axis again gives the same atoms
+back. An axis of size 1 has no atoms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# What was done along an axis, which tells what the axis is.
+CONTRACTED = "contracted"  # by a linear map with weights: an axis of features
+SLID = "slid along"  # by a convolution: an axis of tokens, or a side of an image
+NORMALISED = "normalised over"  # by a norm: an axis of features (or channels)
+ATTENDED = "attended over"  # by a fused attention: an axis of tokens
+BATCHED = "batched"  # given as the first axis of the model's input
+SEQUENCE = "sequence"  # given as the second axis of an input that has no features, as token ids
+
+
+class Atom:
+    """A part of an axis that no operation seen so far has split.
+
+    Parameters
+    ----------
+    size : int
+        Its number of positions.
+    whole : bool
+        Whether it is an axis as an opaque operation made it. A stream axis is not: it was stacked, expanded, split from
+        another axis, or made by the matrix that mixes streams.
+    """
+
+    __slots__ = ("_parts", "_same", "parent", "roles", "size", "whole")
+
+    def __init__(self, size: int, *, whole: bool, parent: Atom | None = None):
+        self.size = size
+        self.whole = whole
+        self.parent = parent
+        self.roles: set[str] = set()
+        self._parts: dict[int, tuple[Atom, Atom]] = {}
+        self._same: Atom | None = None  # the atom that it was found to be the same as
+
+    def itself(self) -> Atom:
+        """The atom that stands for all that were found to be the same."""
+        atom = self
+        while atom._same is not None:
+            atom = atom._same
+        return atom
+
+    def unite(self, other: Atom) -> None:
+        """Note that two atoms are one: what is added to a state has the axes of the state."""
+        first, second = self.itself(), other.itself()
+        if first is second or first.size != second.size:
+            return
+        second._same = first
+        first.whole = first.whole and second.whole
+        first.roles |= second.roles
+        if first.parent is None:
+            first.parent = second.parent
+        for outer, parts in second._parts.items():
+            own = first._parts.setdefault(outer, parts)
+            for mine, others in zip(own, parts, strict=True):
+                mine.unite(others)
+
+    def split(self, outer: int) -> tuple[Atom, Atom]:
+        """Its two parts, of which the outer one has ``outer`` positions; always the same two atoms."""
+        atom = self.itself()
+        parts = atom._parts.get(outer)
+        if parts is None:
+            parts = atom._parts[outer] = (
+                Atom(outer, whole=False, parent=atom),
+                Atom(atom.size // outer, whole=False, parent=atom),
+            )
+        return parts
+
+    def merged_with(self, inner: Atom) -> Atom | None:
+        """The atom of which this one and the next are the two parts, or None."""
+        first, second = self.itself(), inner.itself()
+        for parent in (first.parent, second.parent):
+            parts = None if parent is None else parent.itself()._parts.get(first.size)
+            if parts is not None and parts[0].itself() is first and parts[1].itself() is second:
+                return parent.itself() if parent is not None else None
+        return None
+
+    def note(self, role: str) -> None:
+        """Note what was done along it, and so along what it was split from."""
+        atom: Atom | None = self
+        while atom is not None:
+            atom = atom.itself()
+            atom.roles.add(role)
+            atom = atom.parent
+
+    def has(self, role: str) -> bool:
+        """Whether something was done along it, or along a part of it."""
+        return role in self.itself().roles
+
+
+Axis = tuple[Atom, ...]
+Axes = tuple[Axis, ...]
+
+
+def new_axes(shape: Sequence[int]) -> Axes:
+    """Axes of a value that an opaque operation made."""
+    return tuple(() if size == 1 else (Atom(size, whole=True),) for size in shape)
+
+
+def made_axis(size: int) -> Axis:
+    """An axis that a transparent operation made, as by stacking."""
+    return () if size == 1 else (Atom(size, whole=False),)
+
+
+def regrouped(axes: Axes, shape: Sequence[int]) -> Axes | None:
+    """The axes of a view of another shape, in row-major order; None where an atom would be cut across.
+
+    Parameters
+    ----------
+    axes : Axes
+        Of the value.
+    shape : sequence of int
+        Of its view.
+
+    Returns
+    -------
+    Axes or None
+    """
+    atoms = [atom.itself() for axis in axes for atom in axis]
+    position, found = 0, []
+    for size in shape:
+        group: list[Atom] = []
+        left = size
+        while left > 1:
+            if position == len(atoms):
+                return None
+            atom = atoms[position]
+            if left % atom.size == 0:
+                position += 1
+                left //= atom.size
+            elif atom.size % left == 0:
+                atom, atoms[position] = atom.split(left)
+                left = 1
+            else:
+                return None
+            # An atom that was split twice comes back in two steps.
+            while group and (merged := group[-1].merged_with(atom)) is not None:
+                group.pop()
+                atom = merged
+            group.append(atom)
+        found.append(tuple(group))
+    return tuple(found) if position == len(atoms) else None
+
+
+def broadcast(first: Axes, second: Axes) -> Axes:
+    """The axes of a pointwise operation of two values: of each axis the one that has more than one position."""
+    if len(first) < len(second):
+        first, second = second, first
+    lead = len(first) - len(second)
+    if not second:
+        return first
+    return first[:lead] + tuple(_known_one(a, b) for a, b in zip(first[lead:], second, strict=True))
+
+
+def _known_one(first: Axis, second: Axis) -> Axis:
+    # An axis of a constant has no atom of its own: None stands for it.
+    return second if not first or (second and first[0] is None) else first
+
+
+def united(first: Axes, second: Axes) -> Axes:
+    """The axes of a sum: where both values have an axis, the two are the same one."""
+    for a, b in zip(reversed(first), reversed(second), strict=False):
+        if len(a) == len(b):
+            for one, other in zip(a, b, strict=True):
+                if one is not None and other is not None:
+                    one.unite(other)
+    return broadcast(first, second)
+
+
+def same_axes(first: Axes, second: Axes) -> bool:
+    """Whether two values have the same atoms in the same order."""
+    return len(first) == len(second) and all(
+        len(a) == len(b) and all(x.itself() is y.itself() for x, y in zip(a, b, strict=True))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def all_noted(axis: Axis, role: str) -> None:
+    """Note what was done along every atom of an axis."""
+    for atom in axis:
+        atom.note(role)

@@ -1,0 +1,356 @@
+"""What was computed from what in one forward? Every value is a node; linear operations are kept so that they can be replayed.
+
+A `TorchDispatchMode` sees every operation below autograd, whatever code makes it: a module, a method, a loop outside of all
+modules, TorchScript. Of each value it notes the values that it was computed from. *Transparent* operations (views, sums,
+scaling by a coefficient, products over a stream axis: `depthscope.probes.dataflow.operations`) are kept with their
+coefficients: through them a state is carried linearly. All others are opaque: what they make is a source of its own.
+
+No tensor of the model's is kept but small coefficients, and those as long as something linear was computed with them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from depthscope.probes.dataflow.axes import Axes, new_axes
+from depthscope.probes.dataflow.operations import Rule, rule_of
+from depthscope.probes.model.hooks import without_frames
+
+NONE = -1  # the number of no value
+
+
+@dataclass(slots=True)
+class Coefficient:
+    """A tensor that scaled or mixed a value, and how often it had been written when it did."""
+
+    tensor: torch.Tensor
+    version: int | None
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether it is what it was."""
+        return self.version == _version(self.tensor)
+
+
+class Step:
+    """The transparent operation that made a value.
+
+    Parameters
+    ----------
+    rule : Rule
+        What the operation is.
+    func : OpOverload
+        The operation itself.
+    args, kwargs
+        What it took: a `Value` in place of every traced tensor.
+    operands : tuple of Value
+        The values among these, in order.
+    coefficients : dict of int to Coefficient
+        Of a product, by the position of the operand: the tensors of the operands that may be coefficients, and were small
+        enough to be kept.
+    item : int
+        Which of the operation's outputs.
+    """
+
+    __slots__ = ("args", "coefficients", "func", "item", "kwargs", "operands", "rule")
+
+    def __init__(self, rule: Rule, func: Any, args: Any, kwargs: Any, operands: Any, item: int = 0):
+        self.rule = rule
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.operands: tuple[Value, ...] = operands
+        self.coefficients: dict[int, Coefficient] = {}
+        self.item = item
+
+
+class Value:
+    """One value that was computed in a forward.
+
+    Parameters
+    ----------
+    number : int
+        Among all values, in the order in which they were made.
+    axes : Axes
+        What its axes are.
+    shape, dtype
+        Of its tensor.
+    step : Step, optional
+        The transparent operation that made it; None where an opaque one did.
+    call : int
+        Order of the innermost module call that made it; -1 outside of all.
+    merges : int
+        How many sums with something computed from it a state went through up to here. Heuristic: it tells which values
+        may be states, and proves nothing.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "axes",
+        "call",
+        "dtype",
+        "func",
+        "last_merge",
+        "merges",
+        "number",
+        "shape",
+        "step",
+    )
+
+    def __init__(self, number: int, shape: tuple[int, ...], dtype: torch.dtype, axes: Axes, call: int):
+        self.number = number
+        self.shape = shape
+        self.dtype = dtype
+        self.axes = axes
+        self.call = call
+        self.step: Step | None = None
+        self.func: Any = None
+        self.merges = 0
+        self.last_merge = NONE
+
+    def __repr__(self) -> str:
+        name = "input" if self.func is None else str(self.func)
+        return f"Value({self.number}, {name}, {self.shape}, merges={self.merges})"
+
+
+class _Entry(weakref.ref):  # type: ignore[type-arg]
+    """The value that a tensor holds."""
+
+    __slots__ = ("key", "value", "writes")
+
+    key: int
+    value: Value
+    writes: int  # how many writes in place there had been
+
+
+class Trace(TorchDispatchMode):
+    """The values of one forward; a dispatch mode that is on while the forward runs.
+
+    Attributes
+    ----------
+    call : int
+        Order of the innermost module call that is running, which the tape sets.
+    paused : bool
+        Whether operations are those of the probe itself.
+    error : Exception or None
+        Why nothing was noted from some point on: the trace then proves nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = NONE
+        self.paused = False
+        self.error: Exception | None = None
+        self.parents: list[tuple[int, ...]] = []
+        self.calls: list[int] = []  # of the values, by number
+        self.most_merged: Value | None = None
+        self._entries: dict[int, _Entry] = {}
+        self._writes: list[
+            tuple[int, tuple[Any, ...], Value]
+        ] = []  # storage, region and value of writes in place
+        self._written: set[int] = set()  # storages
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would wrap every call of the method below; nothing of it is compiled anyway.
+        return False
+
+    # --- while the forward runs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and note what it made from what."""
+        kwargs = kwargs or {}
+        if self.paused or self.error is not None:
+            return func(*args, **kwargs)
+        taken: tuple[Any, Any, list[Value]] | None = None
+        try:
+            taken = self._taken(args, kwargs)
+        except Exception as error:  # the user's operation must run all the same
+            self.error = without_frames(error)
+        result = func(*args, **kwargs)
+        if taken is not None and taken[2]:
+            try:
+                self._note(func, args, kwargs, taken, result)
+            except Exception as error:
+                self.error = without_frames(error)
+        return result
+
+    def _taken(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Value]]:
+        """The arguments with values in place of traced tensors, and these values."""
+        operands: list[Value] = []
+        found = tuple([self._replaced(argument, operands) for argument in args])
+        named = (
+            {name: self._replaced(argument, operands) for name, argument in kwargs.items()}
+            if kwargs
+            else kwargs
+        )
+        return found, named, operands
+
+    def _replaced(self, argument: Any, operands: list[Value]) -> Any:
+        if isinstance(argument, torch.Tensor):
+            value = self.value(argument)
+            if value is None:
+                return argument
+            operands.append(value)
+            return value
+        if isinstance(argument, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in argument):
+            return [self._replaced(item, operands) for item in argument]
+        return argument
+
+    def value(self, tensor: torch.Tensor | None) -> Value | None:
+        """The value that a tensor holds; None where no operation of the forward made it."""
+        entry = self._entries.get(id(tensor))
+        if entry is None:
+            return None
+        if self._written and entry.writes < len(self._writes):
+            self._rewritten(entry, tensor)
+        return entry.value
+
+    def watch(self, tensor: torch.Tensor) -> Value:
+        """Follow a tensor that came from outside of the forward, as the model's input."""
+        known = self.value(tensor)
+        if known is not None:
+            return known
+        value = self._new_value(tensor, new_axes(tensor.shape), ())
+        self._enter(tensor, value)
+        return value
+
+    def _note(
+        self, func: Any, args: Any, kwargs: Any, taken: tuple[Any, Any, list[Value]], result: Any
+    ) -> None:
+        rule = rule_of(func)
+        if rule.reads_only:
+            return
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        operands = taken[2]
+        for item, tensor in enumerate(outputs):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            value = self._new_value(tensor, (), operands)
+            value.func = func
+            rule.describe(value, item, taken[0], taken[1], operands)
+            if rule.mask and value.step is not None:  # what was drawn is a coefficient
+                value.step.args = (taken[0][0], outputs[1], taken[0][1])
+            if value.step is not None:
+                self._count_merges(value, value.step, args)
+            if rule.writes:
+                self._note_write(tensor, value)
+            self._enter(tensor, value)
+
+    def _new_value(self, tensor: torch.Tensor, axes: Axes, operands: Any) -> Value:
+        value = Value(len(self.parents), tuple(tensor.shape), tensor.dtype, axes, self.call)
+        self.parents.append(tuple([operand.number for operand in operands]))
+        self.calls.append(self.call)
+        for operand in operands:
+            if operand.last_merge > value.last_merge:
+                value.last_merge = operand.last_merge
+        return value
+
+    def _enter(self, tensor: torch.Tensor, value: Value) -> None:
+        entry = _Entry(tensor, self._forget)
+        entry.key, entry.value, entry.writes = id(tensor), value, len(self._writes)
+        self._entries[entry.key] = entry
+
+    def _forget(self, entry: _Entry) -> None:
+        if self._entries.get(entry.key) is entry:
+            del self._entries[entry.key]
+
+    def _count_merges(self, value: Value, step: Step, args: Any) -> None:
+        rule, operands = step.rule, step.operands
+        if rule.product:
+            _keep_coefficients(step, args)
+        carrier = operands[0]
+        for operand in operands:
+            if operand.merges > carrier.merges:
+                carrier = operand
+        value.merges = carrier.merges
+        if rule.sums and len(operands) > 1:
+            # Something computed from the state comes back to it: its last merge is not before the state's own.
+            if all(o is carrier or o.last_merge >= carrier.last_merge for o in operands):
+                value.merges += 1
+                value.last_merge = value.number
+            if self.most_merged is None or value.merges >= self.most_merged.merges:
+                self.most_merged = value
+
+    # --- writes in place
+
+    def _note_write(self, tensor: torch.Tensor, value: Value) -> None:
+        storage = tensor.untyped_storage()._cdata
+        self._written.add(storage)
+        self._writes.append((storage, _region(tensor), value))
+
+    def _rewritten(self, entry: _Entry, tensor: torch.Tensor | None) -> None:
+        """Bring an entry up to date with the writes into its memory through other tensors."""
+        assert tensor is not None
+        storage, region = tensor.untyped_storage()._cdata, _region(tensor)
+        for written, where, value in self._writes[entry.writes :] if storage in self._written else ():
+            if written == storage and value is not entry.value:
+                entry.value = value if where == region else self._patched(tensor, entry.value, value, where)
+        entry.writes = len(self._writes)
+
+    def _patched(self, tensor: torch.Tensor, old: Value, new: Value, where: tuple[Any, ...]) -> Value:
+        """The value of a tensor into a part of whose memory another value was written."""
+        from depthscope.probes.dataflow.operations import PATCH
+
+        value = self._new_value(tensor, old.axes, (old, new))
+        shape, stride, offset = where
+        own = _region(tensor)
+        value.step = Step(PATCH, None, (old, new, shape, stride, offset - own[2], own[1]), {}, (old, new))
+        value.merges = max(old.merges, new.merges)
+        return value
+
+    # --- afterwards
+
+    def depends(self, value: Value, on: Value) -> bool:
+        """Whether a value was computed from another one, by whatever operations."""
+        if value is on:
+            return True
+        seen: set[int] = set()
+        waiting = [value.number]
+        while waiting:
+            for parent in self.parents[waiting.pop()]:
+                if parent == on.number:
+                    return True
+                if parent > on.number and parent not in seen:  # an earlier value cannot come from it
+                    seen.add(parent)
+                    waiting.append(parent)
+        return False
+
+    def calls_between(self, value: Value, stops: frozenset[int]) -> Iterator[int]:
+        """Orders of the module calls in which a value was computed from some earlier ones, by their numbers."""
+        seen: set[int] = set()
+        waiting = [value.number]
+        while waiting:
+            number = waiting.pop()
+            yield self.calls[number]
+            for parent in self.parents[number]:
+                if parent not in stops and parent not in seen:
+                    seen.add(parent)
+                    waiting.append(parent)
+
+
+def _region(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _keep_coefficients(step: Step, args: Any) -> None:
+    """Keep the smaller one of the factors of a product, or both where they are of one size.
+
+    What scales or mixes a state is mostly far smaller than the state. Keeping larger ones would keep activations.
+    """
+    factors = step.rule.factors(args)
+    sizes = [factor.numel() if isinstance(factor, torch.Tensor) else 0 for factor in factors]
+    smallest = min(sizes)
+    for position, factor in enumerate(factors):
+        if isinstance(factor, torch.Tensor) and sizes[position] == smallest:
+            step.coefficients[position] = Coefficient(factor, _version(factor))

@@ -1,0 +1,154 @@
+"""Is the next state the state before plus what was computed from it? «Plain» is proven in the trace of the first forward.
+
+A chain is plain where X_{k+1} = g(a X_k + b F_k): F_k is computed from X_k, a scales it (1 in most models), and g is a norm or
+an activation of the sum as a whole (nothing in most models, a norm in post-norm ones, a ReLU in ResNets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from depthscope.probes.dataflow.axes import same_axes
+from depthscope.probes.dataflow.linear import LinearMap
+from depthscope.probes.dataflow.trace import Trace, Value
+from depthscope.probes.structure.chain import Chain, HookPoint
+from depthscope.probes.structure.tape import Tape
+
+# Norms and activations one after another that a state may pass through between two depths; a heuristic of ours. A block of
+# BERT has two norms.
+MOST_FUNCTIONS = 8
+
+PROVEN = "proven"
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """How one state became the next.
+
+    Parameters
+    ----------
+    scale : float or None
+        Of the state before; None where it is scaled by a token or feature.
+    functions : tuple of str
+        Norms and activations that the sum went through, the last one first.
+    added : bool
+        Whether something that was computed from the state before was added.
+    doubt : str
+        Why this is no plain step; empty where it is one.
+    """
+
+    scale: float | None = 1.0
+    functions: tuple[str, ...] = ()
+    added: bool = True
+    doubt: str = ""
+
+
+def plain_step(trace: Trace, before: Value, after: Value) -> PlainStep:
+    """How a state became the next one.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of the forward.
+    before, after : Value
+        The two states.
+
+    Returns
+    -------
+    PlainStep
+    """
+    if before is after:
+        return PlainStep(doubt="the state is one and the same value before and after: no block changes it")
+    if not trace.depends(after, before):
+        return PlainStep(doubt="the next state is not computed from the one before")
+    path = _path(before, after)
+    if path is None:
+        return PlainStep(
+            doubt="the state is not carried on: the next one is computed from it by operations that are no sum with it"
+        )
+    maps, functions, scale = path
+    if not same_axes(before.axes, after.axes):
+        return PlainStep(doubt="the axes of the state are rearranged or mixed on the way to the next one")
+    if scale == 0.0:
+        return PlainStep(doubt="the state before is cancelled out of the next one")
+    sources = [source for of in maps for source in of.sources if source not in functions]
+    added = any(trace.depends(source, before) for source in sources)
+    return PlainStep(scale, tuple(str(f.func).split(".")[1] for f in functions), added)
+
+
+def _path(before: Value, after: Value) -> tuple[list[LinearMap], list[Value], float | None] | None:
+    """Linear maps from the next state back to the one before, the functions between them, and the scale; depth first."""
+    waiting: list[tuple[list[LinearMap], list[Value]]] = [([LinearMap(after, [before])], [])]
+    while waiting:
+        maps, functions = waiting.pop()
+        if maps[-1].reached:
+            return maps, functions, maps[-1].scales[before.number]
+        for function in maps[-1].functions if len(functions) < MOST_FUNCTIONS else ():
+            assert function.step is not None
+            operand = function.step.operands[0]
+            # Only the state as a whole goes through: of another shape it is a branch. An earlier value cannot come from it.
+            if function.shape != after.shape or operand.number < before.number:
+                continue
+            if operand is before:
+                return maps, [*functions, function], 1.0
+            waiting.append(([*maps, LinearMap(operand, [before])], [*functions, function]))
+    return None
+
+
+def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[int, PlainStep]]:
+    """The steps between states, with the number of the state before.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of the forward.
+    states : sequence of Value or None
+        In depth order; None where a state was not seen in the trace.
+
+    Yields
+    ------
+    (int, PlainStep)
+    """
+    for depth, (before, after) in enumerate(pairwise(states)):
+        if before is None or after is None:
+            yield depth, PlainStep(doubt="the trace of the forward did not see the state")
+        elif before.shape == after.shape:
+            yield depth, plain_step(trace, before, after)
+        # Another shape begins a stage: what makes it is no sum with the state, and no claim is made about it.
+
+
+def with_proof(tape: Tape, chain: Chain) -> Chain:
+    """A plain chain with its proof; one with connections of another kind as it came, since these have a proof of their own.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward, with its trace.
+    chain : Chain
+        The chain.
+
+    Returns
+    -------
+    Chain
+    """
+    if chain.has_streams or chain.history:
+        return chain
+    return replace(chain, proof=_proof(tape, chain))
+
+
+def _proof(tape: Tape, chain: Chain) -> str:
+    if tape.trace is None or tape.trace.error is not None:
+        why = "" if tape.trace is None else f" ({tape.trace.error})"
+        return f"unproven: the operations of the forward could not be followed{why}"
+    for depth, step in plain_steps(tape.trace, states_of(tape, chain.points)):
+        if step.doubt:
+            return f"unproven: from depth {depth} to {depth + 1}, {step.doubt}"
+    return PROVEN
+
+
+def states_of(tape: Tape, points: Sequence[HookPoint]) -> list[Value | None]:
+    """The values that some hook points showed."""
+    calls = {call.key: call for call in tape.calls}
+    return [calls[p.path, p.method, p.index].value_of(p.at, p.item) for p in points]

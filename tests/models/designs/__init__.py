@@ -1,0 +1,1 @@
+"""Public designs, re-written small, each with its own ground truth: `DESIGNS`."""

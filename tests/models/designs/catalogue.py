@@ -1,0 +1,20 @@
+"""Every design of this folder."""
+
+from __future__ import annotations
+
+from tests.models.designs.depth import DEPTH_DESIGNS
+from tests.models.designs.design import Design
+from tests.models.designs.images import IMAGE_DESIGNS
+from tests.models.designs.plain_blocks import BLOCK_DESIGNS
+from tests.models.designs.plain_loops import LOOP_DESIGNS
+from tests.models.designs.scaled import SCALED_DESIGNS
+from tests.models.designs.stream_models import STREAM_DESIGNS
+
+DESIGNS: tuple[Design, ...] = (
+    *BLOCK_DESIGNS,
+    *LOOP_DESIGNS,
+    *SCALED_DESIGNS,
+    *IMAGE_DESIGNS,
+    *STREAM_DESIGNS,
+    *DEPTH_DESIGNS,
+)

@@ -1,0 +1,643 @@
+"""Connections over depth: what a sublayer reads, and what is kept, is a mixture of all earlier outputs.
+
+The sources are the embedding and the output of each sublayer. `coefficients` of a state say how much of each source it
+holds; the models compute them beside their states by the same formulas, and only where somebody listens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tests.models.designs import truth
+from tests.models.designs.design import Design
+from tests.models.designs.parts import BLOCKS, VOCABULARY, WIDTH, Attention, Mlp, Rms
+
+SOURCES = 2 * BLOCKS + 1
+
+
+def source(number: int, sources: int = SOURCES) -> torch.Tensor:
+    """The coefficients of one source alone."""
+    return torch.eye(sources)[number]
+
+
+def write_down(x, layer: int, site: str, before, after, added: int, **options) -> None:
+    """Write down the state after sublayer ``added`` − 1, whose branch read ``before``; ``after`` are its coefficients."""
+    if truth.on():
+        kept = after.clone()
+        kept[..., added] = 0
+        truth.connection(depth_read=before, depth_carry=kept, branch_scale=after[..., added])
+        truth.state(x, layer, site, **options)
+
+
+class DepthModel(nn.Module):
+    """Embedding, `trunk`, head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.build()
+
+    def build(self) -> None:
+        raise NotImplementedError
+
+    def trunk(self, x):
+        raise NotImplementedError
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        truth.state(x, -1, "embed")
+        return self.head(self.norm(self.trunk(x)))
+
+
+def branches() -> list[nn.Module]:
+    return [kind(norm=True) for _ in range(BLOCKS) for kind in (Attention, Mlp)]
+
+
+# --- attention residuals (Kimi, arXiv 2603.15031) ---
+
+
+class DepthQuery(nn.Module):
+    """h = Σ softmax(q · norm(v_i)) v_i over earlier outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Rms()
+        self.query = nn.Linear(WIDTH, 1, bias=False)
+
+    def forward(self, values):
+        v = torch.stack(values)
+        weights = torch.einsum("d,jbtd->jbt", self.query.weight[0], self.norm(v)).softmax(0)
+        self.last = weights.detach().permute(1, 2, 0) if truth.on() else None
+        return torch.einsum("jbt,jbtd->btd", weights, v)
+
+
+def padded(weights) -> torch.Tensor:
+    return functional.pad(weights, (0, SOURCES - weights.shape[-1]))
+
+
+class FullAttentionResidual(DepthModel):
+    """Every sublayer reads all earlier outputs; the model's loop holds them."""
+
+    def build(self):
+        self.layers = nn.ModuleList(branches())
+        self.queries = nn.ModuleList(DepthQuery() for _ in range(SOURCES))
+
+    def trunk(self, x):
+        values, reads = [x], source(0)
+        for number, layer in enumerate(self.layers):
+            h = self.queries[number](values)
+            if truth.on() and number:
+                after = padded(self.queries[number].last)
+                write_down(h, (number - 1) // 2, "post" if number % 2 == 0 else "mid", reads, after, number)
+                reads = after
+            values.append(layer(h))
+        h = self.queries[-1](values)
+        if truth.on():
+            write_down(h, BLOCKS - 1, "post", reads, self.queries[-1].last, SOURCES - 1)
+        return h
+
+
+class HistoryBlock(nn.Module):
+    """Takes the list of earlier outputs and gives it longer by two."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
+        self.attn_query, self.mlp_query = DepthQuery(), DepthQuery()
+
+    def forward(self, history):
+        for offset, query, branch in ((0, self.attn_query, self.attn), (1, self.mlp_query, self.mlp)):
+            number = 2 * self.layer + offset
+            h = query(history)
+            if truth.on():
+                self.write(h, number, query.last)
+            history = [*history, branch(h)]
+        return history
+
+    def write(self, h, number: int, weights) -> None:
+        """The reads go from block to block on the side."""
+        after = padded(weights)
+        if number:
+            site = "post" if number % 2 == 0 else "mid"
+            write_down(h, (number - 1) // 2, site, HistoryBlock.reads, after, number)
+        HistoryBlock.reads = after
+
+
+class HistoryOfLists(DepthModel):
+    """The blocks hand on the list of all outputs."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(HistoryBlock(layer) for layer in range(BLOCKS))
+        self.last = DepthQuery()
+
+    def trunk(self, x):
+        history = [x]
+        for block in self.blocks:
+            history = block(history)
+        h = self.last(history)
+        if truth.on():
+            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1)
+        return h
+
+
+class StackedBlock(HistoryBlock):
+    """The history is one tensor, (sources, B, T, D), which grows."""
+
+    def forward(self, history):
+        return torch.stack(super().forward(list(history.unbind(0))))
+
+
+class HistoryStacked(HistoryOfLists):
+    def build(self):
+        super().build()
+        self.blocks = nn.ModuleList(StackedBlock(layer) for layer in range(BLOCKS))
+
+    def trunk(self, x):
+        history = x[None]
+        for block in self.blocks:
+            history = block(history)
+        h = self.last(list(history))
+        if truth.on():
+            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1)
+        return h
+
+
+class BlockwiseBlock(nn.Module):
+    """Takes (finished sums, running sum): reads attend to both; a boundary finishes the running sum."""
+
+    def __init__(self, layer: int, resets: bool):
+        super().__init__()
+        self.layer, self.resets = layer, resets
+        self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
+        self.self_attention_res, self.mlp_res = DepthQuery(), DepthQuery()
+
+    def forward(self, finished, running):
+        rows = ((self.self_attention_res, self.attn), (self.mlp_res, self.mlp))
+        for offset, (query, branch) in enumerate(rows):
+            number = 2 * self.layer + offset
+            h = query([*finished, running])
+            if truth.on():
+                LEDGER.read(h, number, query.last)
+            if offset == 0 and self.layer % 2 == 1:
+                # With resets what was read becomes the only thing that later sublayers can attend to.
+                finished = [h] if self.resets else [*finished, running]
+                running = None
+                if truth.on():
+                    LEDGER.finish(self.resets)
+            added = branch(h)
+            running = added if running is None else running + added
+            if truth.on():
+                LEDGER.add(number)
+        return finished, running
+
+
+class Ledger:
+    """Coefficients of the finished sums and of the running one, of one forward."""
+
+    def begin(self) -> None:
+        self.finished, self.running, self.reads = [], source(0), None
+
+    def read(self, h, number: int, weights) -> None:
+        sums = torch.stack(torch.broadcast_tensors(*self.finished, self.running), -2)
+        after = weights.unsqueeze(-2) @ sums
+        after = after.squeeze(-2)
+        if number:
+            site = "post" if number % 2 == 0 else "mid"
+            write_down(h, (number - 1) // 2, site, self.reads, after, number)
+        self.reads = after
+
+    def finish(self, resets: bool) -> None:
+        self.finished = [self.reads] if resets else [*self.finished, self.running]
+        self.running = torch.zeros(SOURCES)
+
+    def add(self, number: int) -> None:
+        self.running = self.running + source(number + 1)
+
+
+LEDGER = Ledger()
+
+
+class BlockwiseAttentionResidual(DepthModel):
+    """Attention over sums of a few blocks (Kimi-K3); with ``resets`` as in inkling2."""
+
+    def __init__(self, resets: bool = False):
+        self.resets = resets
+        super().__init__()
+
+    def __setattr__(self, name, value):
+        object.__setattr__(self, name, value) if name == "resets" else super().__setattr__(name, value)
+
+    def build(self):
+        self.layers = nn.ModuleList(BlockwiseBlock(layer, self.resets) for layer in range(BLOCKS))
+        self.output_attn_res = DepthQuery()
+
+    def trunk(self, x):
+        if truth.on():
+            LEDGER.begin()
+        finished, running = [], x
+        for layer in self.layers:
+            finished, running = layer(finished, running)
+        h = self.output_attn_res([*finished, running])
+        if truth.on():
+            LEDGER.read(h, 2 * BLOCKS, self.output_attn_res.last)
+        return h
+
+
+# --- weighted sums of all earlier states ---
+
+ROWS = 2 * BLOCKS
+
+
+class OneBranch(nn.Module):
+    """A block of one branch with its own plain residual."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.branch = (Attention, Mlp)[number % 2](norm=True)
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class DenseFormer(DepthModel):
+    """After each block a learned static average of all block outputs is the next state (arXiv 2402.02622)."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(OneBranch(number) for number in range(ROWS))
+        self.alphas = nn.ParameterList(torch.randn(number + 2) / 2 for number in range(ROWS))
+
+    def trunk(self, x):
+        outputs, c, held = [x], source(0), [source(0)]
+        for number, block in enumerate(self.blocks):
+            outputs.append(block(x))
+            x = sum(a * y for a, y in zip(self.alphas[number], outputs, strict=True))
+            if truth.on():
+                held.append(c + source(number + 1))
+                after = sum(a * y for a, y in zip(self.alphas[number].detach(), held, strict=True))
+                write_down(x, number, "pre|post", c, after, number + 1, need=f"layer {number}")
+                c = after
+        return x
+
+
+class DenseFormerMatrix(DenseFormer):
+    """The same with the outputs in one buffer and the weights in one matrix."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(OneBranch(number) for number in range(ROWS))
+        self.weights = nn.Parameter(torch.randn(ROWS, ROWS + 1) / 2)
+
+    def trunk(self, x):
+        buffer = x.new_zeros(ROWS + 1, *x.shape)
+        buffer[0] = x
+        c, held = source(0), torch.zeros(ROWS + 1, SOURCES)
+        held[0] = c
+        for number, block in enumerate(self.blocks):
+            buffer[number + 1] = block(x)
+            weights = self.weights[number, : number + 2]
+            x = torch.tensordot(weights, buffer[: number + 2], 1)
+            if truth.on():
+                held[number + 1] = c + source(number + 1)
+                after = weights.detach() @ held[: number + 2]
+                write_down(x, number, "pre|post", c, after, number + 1, need=f"layer {number}")
+                c = after
+        return x
+
+
+class Mudd(DepthModel):
+    """Queries, keys, values and the residual each have a mixture of their own, with dynamic weights (arXiv 2502.12170)."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(FourWayBlock() for _ in range(BLOCKS))
+        self.mixers = nn.ModuleList(nn.Linear(WIDTH, 4 * (number + 2)) for number in range(BLOCKS))
+
+    def trunk(self, x):
+        history, ways = [x], x.expand(4, *x.shape)
+        for number, block in enumerate(self.blocks):
+            y = block(ways)
+            history.append(y)
+            weights = self.mixers[number](functional.gelu(y)).unflatten(-1, (4, number + 2))
+            ways = torch.einsum("btwj,jbtd->wbtd", weights, torch.stack(history))
+            # What the residual way holds is the next state; the block's own output is another true one.
+            truth.state(y, number, "post|mid")
+            truth.state(ways[3], number, "pre|post", need=f"layer {number}")
+        return ways[3]
+
+
+class FourWayBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.mlp = Mlp(norm=True)
+
+    def forward(self, ways):
+        query, key, value, x = ways
+        mixed = functional.scaled_dot_product_attention(self.q(query), self.k(key), self.v(value), is_causal=True)
+        x = x + self.o(mixed)
+        return x + self.mlp(x)
+
+
+class Lime(DepthModel):
+    """Keys and values are of a mixture of all earlier states; the residual itself is plain (arXiv 2502.09245)."""
+
+    def build(self):
+        self.q, self.kv, self.o, self.mlps = (
+            nn.ModuleList(of) for of in zip(*(self.layer() for _ in range(BLOCKS)), strict=True)
+        )
+        self.routers = nn.ParameterList(torch.rand(number + 1) for number in range(BLOCKS))
+
+    def layer(self):
+        return nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH), Mlp(norm=True)
+
+    def trunk(self, x):
+        history = []
+        for number in range(BLOCKS):
+            history.append(x)
+            mixed = torch.einsum("j,jbtd->btd", self.routers[number], torch.stack(history))
+            k, v = self.kv[number](mixed).chunk(2, -1)
+            read = functional.scaled_dot_product_attention(self.q[number](x), k, v, is_causal=True)
+            x = x + self.o[number](read)
+            truth.state(x, number, "mid")
+            x = x + self.mlps[number](x)
+            truth.state(x, number)
+        return x
+
+
+class HistoryStep(nn.Module):
+    """Takes the last states and gives the next: Σ w_j x_j + F(x_last), over at most three of them."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.branch = (Attention, Mlp)[number % 2](norm=True)
+        self.weights = nn.Parameter(torch.rand(min(number + 1, 3)))
+
+    def forward(self, history):
+        kept = history[-len(self.weights) :]
+        return sum(w * x for w, x in zip(self.weights, kept, strict=True)) + self.branch(history[-1])
+
+
+class GrowingHistory(DepthModel):
+    """A list of all states, to which the loop appends."""
+
+    def build(self):
+        self.steps = nn.ModuleList(HistoryStep(number) for number in range(ROWS))
+
+    def trunk(self, x):
+        history, held = [x], [source(0)]
+        for number, step in enumerate(self.steps):
+            history.append(step(history))
+            if truth.on():
+                weights = step.weights.detach()
+                after = weights @ torch.stack(held[-len(weights) :]) + source(number + 1)
+                write_down(history[-1], number, "post", held[-1], after, number + 1)
+                held.append(after)
+        return history[-1]
+
+
+class HistoryAndState(nn.Module):
+    """Takes (history, x) and gives both: the history is longer by the state that was read."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.step = HistoryStep(number)
+
+    def forward(self, history, x):
+        history = torch.cat([history, x[:, None]], 1)
+        return history, self.step(list(history.unbind(1)))
+
+
+class HistoryBeforeState(DepthModel):
+    """The first tensor that the blocks hand on is the history, whose first entry is the embedding for ever."""
+
+    def build(self):
+        self.steps = nn.ModuleList(HistoryAndState(number) for number in range(ROWS))
+
+    def trunk(self, x):
+        history, held = x.new_zeros(len(x), 0, *x.shape[1:]), [source(0)]
+        for number, block in enumerate(self.steps):
+            history, x = block(history, x)
+            if truth.on():
+                weights = block.step.weights.detach()
+                after = weights @ torch.stack(held[-len(weights) :]) + source(number + 1)
+                write_down(x, number, "post", held[-1], after, number + 1)
+                held.append(after)
+        return x
+
+
+# --- skips to the first state and across the middle ---
+
+
+class FirstStateSkips(DepthModel):
+    """x = λ x + λ₀ x₀ before every block (nanochat); x₀ is the normed embedding."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(OneBranch(number) for number in range(ROWS))
+        self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.rand(ROWS)), nn.Parameter(torch.rand(ROWS))
+
+    def forward(self, ids):
+        x = functional.rms_norm(self.embed(ids), (WIDTH,))
+        truth.state(x, -1, "embed")
+        return self.head(self.norm(self.trunk(x)))
+
+    def trunk(self, x):
+        x0, c = x, source(0)
+        for number, block in enumerate(self.blocks):
+            x = self.resid_lambdas[number] * x + self.x0_lambdas[number] * x0
+            truth.state(x, number - 1, "pre|embed|post", need="")
+            x = block(x)
+            truth.state(x, number)
+        return x
+
+
+class InsideBlock(nn.Module):
+    """Mixes the first state in itself, as a second argument (modded-nanogpt)."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+        self.lambdas = nn.Parameter(torch.rand(2))
+        self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
+
+    def forward(self, x, x0):
+        x = self.lambdas[0] * x + self.lambdas[1] * x0
+        truth.state(x, self.number - 1, "pre|embed|post", need="")
+        x = x + self.attn(x)
+        truth.state(x, self.number, "mid")
+        x = x + self.mlp(x)
+        truth.state(x, self.number)
+        return x
+
+
+class MiddleSkips(DepthModel):
+    """The second half adds the states of the first in reverse, and every block mixes the first state in (modded-nanogpt)."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(InsideBlock(number) for number in range(4))
+        self.skip_weights = nn.Parameter(torch.rand(2))
+
+    def trunk(self, x):
+        x0, skips = x, []
+        for number, block in enumerate(self.blocks):
+            if number >= 2:
+                x = x + self.skip_weights[number - 2] * skips.pop()
+                truth.state(x, number - 1, "pre|post", need="")
+            x = block(x, x0)
+            if number < 2:
+                skips.append(x)
+        return x
+
+
+class Momentum(DepthModel):
+    """v = γ v + (1 − γ) F(x); x = x + v (arXiv 2102.07870)."""
+
+    def build(self):
+        self.layers = nn.ModuleList(branches())
+
+    def trunk(self, x):
+        velocity, c, moving = torch.zeros_like(x), source(0), torch.zeros(SOURCES)
+        for number, layer in enumerate(self.layers):
+            velocity = 0.7 * velocity + 0.3 * layer(x)
+            x = x + velocity
+            if truth.on():
+                moving = 0.7 * moving + 0.3 * source(number + 1)
+                write_down(x, number, "post", c, c + moving, number + 1)
+                c = c + moving
+        return x
+
+
+class Ladder(DepthModel):
+    """Each branch reads the state before the last branch was added (ladder residual, arXiv 2501.06589)."""
+
+    def build(self):
+        self.layers = nn.ModuleList(branches())
+
+    def trunk(self, x):
+        before, c, read = x, source(0), source(0)
+        for number, layer in enumerate(self.layers):
+            added = layer(before)
+            before = x
+            x = x + added
+            if truth.on():
+                write_down(x, number, "post", read, c + source(number + 1), number + 1)
+                read, c = c, c + source(number + 1)
+        return x
+
+
+class ValueResidual(DepthModel):
+    """The first block's values go into all attentions; the residual is plain (arXiv 2410.17897)."""
+
+    def build(self):
+        self.blocks = nn.ModuleList(ValueBlock(number) for number in range(BLOCKS))
+
+    def trunk(self, x):
+        first = None
+        for block in self.blocks:
+            x, first = block(x, first)
+        return x
+
+
+class ValueBlock(nn.Module):
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qk, self.v, self.o = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = Mlp(norm=True)
+
+    def forward(self, x, first):
+        read = self.norm(x)
+        q, k = self.qk(read).chunk(2, -1)
+        v = self.v(read)
+        first = v if first is None else first
+        x = x + self.o(functional.scaled_dot_product_attention(q, k, (v + first) / 2, is_causal=True))
+        truth.state(x, self.number, "mid")
+        x = x + self.mlp(x)
+        truth.state(x, self.number)
+        return x, first
+
+
+class Reversible(DepthModel):
+    """Two halves that are added to in turn (Reformer)."""
+
+    def forward(self, ids):
+        one = two = self.embed(ids)
+        truth.state(one, -1, "embed", chain="one")
+        truth.state(two, -1, "embed", chain="two")
+        for block in self.blocks:
+            one, two = block(one, two)
+        return self.head(self.norm(one + two))
+
+    def build(self):
+        self.blocks = nn.ModuleList(ReversibleBlock(number) for number in range(BLOCKS))
+
+
+class ReversibleBlock(nn.Module):
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+        self.f, self.g = Attention(norm=True), Mlp(norm=True)
+
+    def forward(self, one, two):
+        one = one + self.f(two)
+        truth.state(one, self.number, chain="one")
+        two = two + self.g(one)
+        truth.state(two, self.number, chain="two")
+        return one, two
+
+
+class Injected(DepthModel):
+    """One block in a loop; the embedding is added before every turn (recurrent depth)."""
+
+    def build(self):
+        self.core = OneBranch(0)
+
+    def trunk(self, x):
+        e, x = x, torch.zeros_like(x)
+        for turn in range(4):
+            x = x + e
+            truth.state(x, turn - 1, "pre|embed|post", need="")
+            x = self.core(x)
+            truth.state(x, turn)
+        return x
+
+
+class DenseConcat(DepthModel):
+    """Every layer's output is appended to the features (DenseNet): the state grows, and nothing is added."""
+
+    def build(self):
+        self.layers = nn.ModuleList(nn.Linear(WIDTH + 8 * number, 8) for number in range(4))
+        self.out = nn.Linear(WIDTH + 32, WIDTH)
+
+    def trunk(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, torch.tanh(layer(x))], -1)
+        return self.out(x)
+
+
+OVER_DEPTH = "depth_attention|depth_history"
+DEPTH_DESIGNS = (
+    Design("attention residuals, full, in the loop", FullAttentionResidual, family=OVER_DEPTH),
+    Design("attention residuals, full, lists handed on", HistoryOfLists, family=OVER_DEPTH),
+    Design("attention residuals, full, one growing tensor", HistoryStacked, family=OVER_DEPTH),
+    Design("attention residuals, block-wise", BlockwiseAttentionResidual, family=OVER_DEPTH),
+    Design("attention residuals, block-wise with resets", partial(BlockwiseAttentionResidual, True), family=OVER_DEPTH),
+    Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
+    Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
+    Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
+    Design("LIMe", Lime, family=f"residual|{OVER_DEPTH}"),
+    Design("history that grows in the loop", GrowingHistory, family=OVER_DEPTH),
+    Design("blocks take (history, state)", HistoryBeforeState, family=OVER_DEPTH),
+    Design("skips to the first state", FirstStateSkips, family=OVER_DEPTH),
+    Design("skips across the middle and to the first state", MiddleSkips, family=OVER_DEPTH),
+    Design("momentum", Momentum, family=OVER_DEPTH),
+    Design("ladder residual", Ladder, family=f"residual|{OVER_DEPTH}"),
+    Design("value residual", ValueResidual),
+    Design("reversible", Reversible),
+    Design("one block, embedding injected", Injected, family=OVER_DEPTH),
+    Design("DenseNet", DenseConcat, family=""),
+)

@@ -1,0 +1,397 @@
+"""Plain residual networks whose adds are outside of the blocks: in the loop, deferred, fused, or over several tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tests.models.designs import truth
+from tests.models.designs.design import Design
+from tests.models.designs.parts import BLOCKS, VOCABULARY, WIDTH, Attention, Mlp, Rms, normal, tokens
+from tests.models.designs.plain_blocks import vectors
+
+
+class Embedded(nn.Module):
+    """Embedding and head around `trunk`, which the designs here write."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.to_logits = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY))
+        self.build()
+
+    def build(self) -> None:
+        self.layers = nn.ModuleList(
+            nn.ModuleList([Attention(norm=True), Mlp(norm=True)]) for _ in range(BLOCKS)
+        )
+
+    def forward(self, ids):
+        x = self.to_embedding(ids)
+        truth.state(x, -1, "embed")
+        return self.to_logits(self.trunk(x))
+
+    def trunk(self, x):
+        for number, (attn, ff) in enumerate(self.layers):
+            x = attn(x) + x
+            truth.state(x, number, "mid")
+            x = ff(x) + x
+            truth.state(x, number)
+        return x
+
+
+class LoopOfPairs(Embedded):
+    """``for attn, ff in layers: x = attn(x) + x; x = ff(x) + x`` (vit-pytorch)."""
+
+
+class LoopInTrunk(nn.Module):
+    """The same loop in a module of its own, with a norm behind it, on vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = Trunk()
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        truth.state(x, -1, "embed")
+        return self.head(self.transformer(x).mean(1))
+
+
+class Trunk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([Attention(norm=True, causal=False), Mlp(norm=True)]) for _ in range(BLOCKS)
+        )
+
+    def forward(self, x):
+        for number, (attn, ff) in enumerate(self.layers):
+            truth.connection(residual_scale=1, branch_scale=1)
+            x = attn(x) + x
+            truth.state(x, number, "mid")
+            truth.connection(residual_scale=1, branch_scale=1)
+            x = ff(x) + x
+            truth.state(x, number)
+        return self.norm(x)
+
+
+class TwoLists(Embedded):
+    """Attentions and feed-forwards in two lists."""
+
+    def build(self) -> None:
+        self.attentions = nn.ModuleList(Attention(norm=True) for _ in range(BLOCKS))
+        self.feeds = nn.ModuleList(Mlp(norm=True) for _ in range(BLOCKS))
+
+    def trunk(self, x):
+        for number in range(BLOCKS):
+            x = x + self.attentions[number](x)
+            truth.state(x, number, "mid")
+            x = x + self.feeds[number](x)
+            truth.state(x, number)
+        return x
+
+
+class FunctionsOnly(Embedded):
+    """No modules for the branches: linear maps in dicts, used by functions (minGPT-like exercises)."""
+
+    def build(self) -> None:
+        self.up = nn.ParameterList(torch.randn(WIDTH, 2 * WIDTH) / WIDTH**0.5 for _ in range(BLOCKS))
+        self.down = nn.ParameterList(torch.randn(2 * WIDTH, WIDTH) / WIDTH**0.5 for _ in range(BLOCKS))
+
+    def trunk(self, x):
+        for number in range(BLOCKS):
+            read = functional.layer_norm(x, (WIDTH,))
+            x = x + functional.gelu(read @ self.up[number]) @ self.down[number]
+            truth.state(x, number)
+        return x
+
+
+class DeferredBlock(nn.Module):
+    """Takes (hidden, residual), adds them, and gives the branch's output with the sum (mamba_ssm)."""
+
+    def __init__(self, layer: int, mixer: nn.Module, fused: bool):
+        super().__init__()
+        self.layer, self.mixer, self.fused = layer, mixer, fused
+        self.norm = Rms()
+
+    def forward(self, hidden_states, residual=None, inference_params=None):
+        if self.fused:
+            hidden_states, residual = add_norm(hidden_states, residual, self.norm)
+        else:
+            residual = hidden_states if residual is None else hidden_states + residual
+            hidden_states = self.norm(residual)
+        # The sum of what the block takes: the state before it.
+        truth.state(residual, self.layer - 1, "post|embed|pre")
+        return self.mixer(hidden_states), residual
+
+
+def add_norm(x, residual, norm):
+    """What the fused kernel computes: the sum, and the norm of the sum."""
+    residual = x if residual is None else x + residual
+    return norm(residual), residual
+
+
+class Deferred(nn.Module):
+    """Blocks hand on (hidden, residual); the add of the last one is behind the loop (mamba_ssm)."""
+
+    fused = False
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        mixers = [Attention(), Mlp(), Attention(), Mlp()]
+        self.layers = nn.ModuleList(
+            DeferredBlock(number, mixer, self.fused) for number, mixer in enumerate(mixers)
+        )
+        self.norm_f = Rms()
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, input_ids):
+        hidden, residual = self.embedding(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual)
+        hidden, residual = add_norm(hidden, residual, self.norm_f)
+        truth.state(residual, len(self.layers) - 1)
+        return self.lm_head(hidden)
+
+
+class DeferredFused(Deferred):
+    """The same by a function that adds and norms at once."""
+
+    fused = True
+
+
+class ResidualFirstBlock(nn.Module):
+    """Both tensors of the pair in the other order, two sublayers a block (vLLM)."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.input_norm, self.post_norm = Rms(), Rms()
+        self.attn, self.mlp = Attention(), Mlp()
+
+    def forward(self, residual, hidden):
+        read, residual = add_norm(hidden, residual, self.input_norm)
+        truth.state(residual, self.layer - 1, "post|embed|pre")
+        read, residual = add_norm(self.attn(read), residual, self.post_norm)
+        truth.state(residual, self.layer, "mid")
+        return residual, self.mlp(read)
+
+
+class ResidualFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(ResidualFirstBlock(number) for number in range(BLOCKS))
+        self.norm = Rms()
+
+    def forward(self, input_ids):
+        hidden, residual = self.embedding(input_ids), None
+        for layer in self.layers:
+            residual, hidden = layer(residual, hidden)
+        read, residual = add_norm(hidden, residual, self.norm)
+        truth.state(residual, BLOCKS - 1)
+        return read @ self.embedding.weight.T
+
+
+# --- two towers, two streams ---
+
+
+class Tower(nn.Module):
+    def __init__(self, chain: str, blocks: int, causal: bool):
+        super().__init__()
+        self.chain = chain
+        self.layers = nn.ModuleList(TowerBlock(chain, number, causal) for number in range(blocks))
+
+    def forward(self, x):
+        truth.state(x, -1, "embed", chain=self.chain)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TowerBlock(nn.Module):
+    def __init__(self, chain: str, layer: int, causal: bool):
+        super().__init__()
+        self.chain, self.layer = chain, layer
+        self.attn, self.mlp = Attention(norm=True, causal=causal), Mlp(norm=True)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        truth.state(x, self.layer, "mid", chain=self.chain)
+        x = x + self.mlp(x)
+        truth.state(x, self.layer, chain=self.chain)
+        return x
+
+
+class TwoTowers(nn.Module):
+    """A picture's encoder whose tokens go before those of the text (LLaVA, qwen-vl)."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Linear(12, WIDTH)
+        self.vision = Tower("vision", 2, causal=False)
+        self.connector = nn.Linear(WIDTH, WIDTH)
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.language = Tower("language", BLOCKS, causal=True)
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, input_ids, pixel_values):
+        seen = self.connector(self.vision(self.patches(pixel_values)))
+        return self.lm_head(self.language(torch.cat([seen, self.embed_tokens(input_ids)], 1)))
+
+
+def words_and_pixels(seed: int):
+    return {"input_ids": tokens(seed), "pixel_values": normal(seed, 3, 7, 12)}
+
+
+class TwinTowers(nn.Module):
+    """Two towers of one class whose outputs are compared (CLIP)."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Linear(12, WIDTH)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.image = Tower("image", BLOCKS, causal=False)
+        self.text = Tower("text", BLOCKS, causal=True)
+
+    def forward(self, input_ids, pixel_values):
+        image = self.image(self.patches(pixel_values)).mean(1)
+        return image @ self.text(self.embed(input_ids)).mean(1).T
+
+
+class DeepInjection(nn.Module):
+    """Features of a picture are added to the first tokens after the first blocks (qwen3-vl's deepstack)."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.ModuleList(nn.Linear(12, WIDTH) for _ in range(2))
+        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(TowerBlock("", number, causal=True) for number in range(BLOCKS))
+        self.lm_head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, input_ids, pixel_values):
+        x = self.embed_tokens(input_ids)
+        truth.state(x, -1, "embed")
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number < len(self.patches):
+                x = x.clone()
+                x[:, : pixel_values.shape[1]] += self.patches[number](pixel_values)
+                truth.state(x, number, "pre", need="")
+        return self.lm_head(x)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text attend to each other and keep states of their own (SD3, Flux)."""
+
+    def __init__(self, layer: int, text_first: bool):
+        super().__init__()
+        self.layer, self.text_first = layer, text_first
+        self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.joint = Attention(causal=False)
+        self.image_mlp, self.text_mlp = Mlp(norm=True), Mlp(norm=True)
+
+    def forward(self, image, text, time):
+        gate_image, gate_text = self.modulation(time)[:, None].chunk(2, -1)
+        mixed = self.joint(self.norm(torch.cat([text, image], 1)))
+        at_text, at_image = mixed.split([text.shape[1], image.shape[1]], 1)
+        image = image + gate_image * at_image
+        truth.state(image, self.layer, "mid", chain="image")
+        image = image + self.image_mlp(image)
+        truth.state(image, self.layer, chain="image")
+        text = text + gate_text * at_text
+        truth.state(text, self.layer, "mid", chain="text")
+        text = text + self.text_mlp(text)
+        truth.state(text, self.layer, chain="text")
+        return (text, image) if self.text_first else (image, text)
+
+
+class DoubleStreams(nn.Module):
+    """Two tracks through all blocks."""
+
+    def __init__(self, text_first: bool = False):
+        super().__init__()
+        self.img_in, self.txt_in, self.time_in = nn.Linear(8, WIDTH), nn.Linear(10, WIDTH), nn.Linear(6, WIDTH)
+        self.double_blocks = nn.ModuleList(DoubleBlock(number, text_first) for number in range(BLOCKS))
+        self.out = nn.Linear(WIDTH, 8)
+
+    def forward(self, img, txt, timesteps):
+        image, text, time = self.img_in(img), self.txt_in(txt), self.time_in(timesteps)
+        truth.state(image, -1, "embed", chain="image")
+        truth.state(text, -1, "embed", chain="text")
+        for block in self.double_blocks:
+            given = block(image, text, time)
+            image, text = given[::-1] if block.text_first else given
+        return self.out(image)
+
+
+class TextFirstStreams(DoubleStreams):
+    """Blocks take (image, text) and give (text, image), as diffusers' do."""
+
+    def __init__(self):
+        super().__init__(text_first=True)
+
+
+class SingleBlock(nn.Module):
+    """One joint state, modulated by the time (Flux's second half, DiT)."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.attn, self.mlp = Attention(causal=False), Mlp()
+
+    def forward(self, x, vec):
+        shift, scale, gate = self.modulation(vec)[:, None].chunk(3, -1)
+        read = self.norm(x) * (1 + scale) + shift
+        added = self.attn(read) + self.mlp(read)
+        truth.connection(residual_scale=1)
+        x = x + gate * added
+        truth.state(x, self.layer)
+        return x
+
+
+class Dit(nn.Module):
+    """A diffusion transformer with one state and a vector that modulates every block."""
+
+    def __init__(self):
+        super().__init__()
+        self.img_in, self.time_in = nn.Linear(8, WIDTH), nn.Linear(6, WIDTH)
+        self.blocks = nn.ModuleList(SingleBlock(number) for number in range(BLOCKS))
+        self.out = nn.Linear(WIDTH, 8)
+
+    def forward(self, img, timesteps):
+        x, vec = self.img_in(img), self.time_in(timesteps)
+        truth.state(x, -1, "embed")
+        for block in self.blocks:
+            x = block(x, vec=vec)
+        return self.out(x)
+
+
+def noise(seed: int):
+    return {"img": normal(seed, 3, 13, 8), "timesteps": normal(seed + 1, 3, 6)}
+
+
+def noise_and_text(seed: int):
+    return noise(seed) | {"txt": normal(seed + 2, 3, 9, 10)}
+
+
+LOOP_DESIGNS = (
+    Design("adds in the loop", LoopOfPairs),
+    Design("adds in the loop of a trunk, on vectors", LoopInTrunk, vectors),
+    Design("adds in the loop, branches in two lists", TwoLists),
+    Design("branches by functions and parameters alone", FunctionsOnly),
+    Design("hidden and residual, deferred add", Deferred),
+    Design("hidden and residual, fused add and norm", DeferredFused),
+    Design("residual and hidden, two sublayers a block", ResidualFirst),
+    Design("two towers, one before the other", TwoTowers, words_and_pixels),
+    Design("two towers side by side", TwinTowers, words_and_pixels),
+    Design("features added to some tokens between blocks", DeepInjection, words_and_pixels),
+    Design("double streams", DoubleStreams, noise_and_text),
+    Design("double streams, text first", TextFirstStreams, noise_and_text),
+    Design("single stream, modulated", Dit, noise),
+)

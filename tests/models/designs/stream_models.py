@@ -1,0 +1,75 @@
+"""Models with streams: how they are expanded, mixed in one of the styles, and collapsed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from einops import repeat
+from torch import nn
+from torch.nn import functional
+
+from tests.models.designs import truth
+from tests.models.designs.design import Design
+from tests.models.designs.mixing import MIXES
+from tests.models.designs.parts import BLOCKS, STREAMS, VOCABULARY, WIDTH
+from tests.models.designs.stream_styles import STYLES, closed, opened
+
+
+class StreamModel(nn.Module):
+    """A language model; names of mix, style, expansion and collapse are those of the tables here."""
+
+    def __init__(self, mix: str, style: str, expand: str = "repeat", collapse: str = "sum"):
+        super().__init__()
+        self.style, self.expand, self.collapse = STYLES[style], expand, collapse
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(self.style(layer, MIXES[mix]) for layer in range(BLOCKS))
+        self.offsets = nn.Parameter(torch.randn(STREAMS, WIDTH))
+        self.widen = nn.Linear(WIDTH, STREAMS * WIDTH)
+        self.read = nn.Linear(STREAMS * WIDTH, STREAMS)
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids):
+        x = EXPANSIONS[self.expand](self, self.embed(ids))
+        truth.state(x, -1, "embed", axes="b t n d -> b t n d")
+        given = opened(x, self.style)
+        for block in self.blocks:
+            given = block(given)
+        x = COLLAPSES[self.collapse](self, closed(given, self.style))
+        return self.head(self.norm(x))
+
+
+EXPANSIONS = {
+    "repeat": lambda model, x: repeat(x, "b t d -> b t n d", n=STREAMS),
+    "expand": lambda model, x: x.unsqueeze(2).expand(-1, -1, STREAMS, -1),
+    "offsets": lambda model, x: x.unsqueeze(2) + model.offsets,
+    "projection": lambda model, x: model.widen(x).unflatten(-1, (STREAMS, WIDTH)),
+    "first": lambda model, x: torch.cat([x[:, :, None], x.new_zeros(*x.shape[:2], STREAMS - 1, WIDTH)], 2),
+}
+COLLAPSES = {
+    "sum": lambda model, x: x.sum(2),
+    "mean": lambda model, x: x.mean(2),
+    "head": lambda model, x: (functional.sigmoid(model.read(x.flatten(2)))[..., None] * x).sum(2),
+    "first": lambda model, x: x[:, :, 0],
+}
+# Every style with a free and a constrained mixing; every mixing in two styles; every way in and out.
+COMBINATIONS = (
+    *((mix, style, "repeat", "sum") for style in STYLES for mix in ("dynamic HC", "mHC")),
+    *((mix, "local variables of methods", "expand", "head") for mix in MIXES if mix not in ("dynamic HC", "mHC")),
+    *((mix, "weights returned by a module", "offsets", "mean") for mix in MIXES if mix not in ("dynamic HC", "mHC")),
+    *(("mHC", "streams first", expand, "first") for expand in ("projection", "first", "offsets")),
+    *(("static HC", "merged into features, inlined", expand, "mean") for expand in ("projection", "first", "offsets")),
+)
+
+
+def _design(mix: str, style: str, expand: str, collapse: str) -> Design:
+    ways = "" if (expand, collapse) == ("repeat", "sum") else f", {expand} to {collapse}"
+    return Design(
+        f"{mix}: {style}{ways}",
+        partial(StreamModel, mix, style, expand, collapse),
+        family=MIXES[mix].family,
+        constraint=MIXES[mix].constraint,
+    )
+
+
+STREAM_DESIGNS = tuple(_design(*of) for of in COMBINATIONS)
