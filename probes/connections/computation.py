@@ -1,7 +1,8 @@
-"""From what were the coefficients of the connections computed, and what became of them? Read in autograd's graph.
+"""From what were the coefficients of the connections computed, and what became of them?
 
-One forward runs under a mode that keeps the small tensors and the states that the user's code handles. A coefficient is found
-among them by its value, and what it depends on by walking back from its node of the graph to the states and parameters.
+One forward runs under two modes: a trace of every operation, which tells what was computed from what, and one that keeps the
+small tensors and the states that the user's code handles. A coefficient is found among these by its value, and then followed
+in the trace back to the states and parameters, and in autograd's graph for what it learns.
 Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 """
 
@@ -12,48 +13,47 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from depthscope.probes.connections.coefficients import spread
+from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.tensors import tensors_in, version
-
-Edge: TypeAlias = tuple[Any, int]  # a node of autograd's graph, and which of its outputs
 
 # Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
 SAME = 3e-6
 COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
-EMBEDDING, SIGMOID = "EmbeddingBackward0", "SigmoidBackward0"
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
-CONSTANT = 1e-3  # of a factor, relative; a heuristic
+CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
+REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))  # that normalise, by torch's names
+MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor that a function of the user's code returned.
+    """A tensor that the user's code handled.
 
     Parameters
     ----------
     order : int
-        Its place in the forward.
+        By the function that returned it, among all of them.
+    number : int
+        Of its value in the trace.
     tensor : Tensor
-        As returned; its content may have been rewritten since, see ``rewritten``.
-    edge : tuple or None
-        What computed it, in autograd's graph; None where it carries no gradient.
-    cut : bool
-        Whether an argument carried a gradient though this does not.
+        Its content may have been rewritten since, see ``rewritten``.
+    sigmoid : bool
+        Whether a sigmoid made it.
     written : int or None
         torch's count of writes at that time.
     """
 
     order: int
+    number: int
     tensor: torch.Tensor
-    edge: Edge | None
-    cut: bool
+    sigmoid: bool
     written: int | None
 
     @property
@@ -62,75 +62,86 @@ class Value:
         return self.written != version(self.tensor)
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """A function that reduces or normalises along an axis: the number of its result, the axis from the end, its size."""
+
+    number: int
+    axis: int
+    size: int
+
+
 class Computation(TorchFunctionMode):
-    """Keep the tensors of some numbers of elements that the user's code computes in one forward.
+    """Keep the tensors of some numbers of elements that the user's code handles in one forward.
 
     Parameters
     ----------
+    trace : Trace
+        That is on as well.
     sizes : set of int
         Numbers of elements.
     """
 
-    def __init__(self, sizes: set[int]):
+    def __init__(self, trace: Trace, sizes: set[int]):
         super().__init__()
+        self._trace = trace
         self._sizes = sizes
-        self.values: list[Value] = []
         self._count = 0
+        self.values: list[Value] = []
+        self.reductions: list[Reduction] = []
         self.error: Exception | None = None  # why no more is kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and look at what comes out."""
+        """Run the function and look at what it takes and returns."""
         result = func(*args, **(kwargs or {}))
         if self.error is None:
             try:
                 with torch._C.DisableTorchFunction():
-                    self._keep(args, result)
+                    self._keep(getattr(func, "__name__", ""), args, kwargs or {}, result)
             except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
                 self.error, self.values = without_frames(error), []
         return result
 
-    def _keep(self, args: Any, result: Any) -> None:
+    def _keep(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         self._count += 1
-        given = list(tensors_in(args))
         # A parameter may be applied as it stands: then no function has returned it.
-        wanted = [each for each in given if each.is_leaf and each.requires_grad]
-        wanted += tensors_in(result)
-        for tensor in wanted:
+        leaves = [each for each in tensors_in(args) if each.is_leaf and each.requires_grad]
+        for tensor in (*leaves, *tensors_in(result)):
             if tensor.is_floating_point() and tensor.numel() in self._sizes:
-                cut = not tensor.requires_grad and any(each.requires_grad for each in given)
-                edge = tuple(get_gradient_edge(tensor)[:2]) if tensor.requires_grad else None
-                self.values.append(Value(self._count, tensor, edge, cut, version(tensor)))
+                value = self._trace.value(tensor)
+                if value is not None:
+                    sigmoid = "sigmoid" in name
+                    self.values.append(Value(self._count, value.number, tensor, sigmoid, version(tensor)))
+        if name in REDUCTIONS and args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._sizes:
+            self._note_reduction(args, kwargs, result)
 
-
-def ancestors(edges: Iterable[Edge | None], stop: frozenset[Edge] = frozenset()) -> set[Edge]:
-    """What some values were computed from, themselves included; the walk goes no further than ``stop``."""
-    # The nodes themselves are stored, not their ids: Python's object of a node is made anew where none is alive.
-    seen = {edge for edge in edges if edge is not None}
-    waiting = [edge for edge in seen if edge not in stop]
-    walked = set()
-    while waiting:
-        node, _ = waiting.pop()
-        if node in walked:
-            continue
-        walked.add(node)
-        for following in node.next_functions:
-            if following[0] is not None and following not in seen:
-                seen.add(following)
-                if following not in stop:
-                    waiting.append(following)
-    return seen
+    def _note_reduction(self, args: Any, kwargs: Any, result: Any) -> None:
+        axes = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        value = self._trace.value(next(tensors_in(result), None))
+        if value is None or axes is None or args[0].ndim < 2:
+            return
+        for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+            if isinstance(axis, int):
+                from_end = axis - args[0].ndim if axis >= 0 else axis
+                self.reductions.append(Reduction(value.number, from_end, args[0].shape[axis]))
 
 
 @dataclass
 class Forward:
-    """What one forward computed, with the graph of its outputs.
+    """What one forward computed.
 
     Parameters
     ----------
+    trace : Trace
+        Of its operations.
     values : sequence of Value
         In order.
+    reductions : sequence of Reduction
+        Normalisations and sums of small tensors.
+    parameters : frozenset of int
+        Numbers of the model's parameters in the trace.
     outputs : list of Tensor
-        What the model returned and carries a gradient.
+        What the model returned.
     batch_size, tokens : int
         B and T.
     canonical : callable
@@ -141,7 +152,10 @@ class Forward:
         The sequences of this batch that were sampled.
     """
 
+    trace: Trace
     values: Sequence[Value]
+    reductions: Sequence[Reduction]
+    parameters: frozenset[int]
     outputs: list[torch.Tensor]
     batch_size: int
     tokens: int
@@ -152,23 +166,36 @@ class Forward:
 
     def __post_init__(self) -> None:
         current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
-        self._states = [(value, self._few(self.canonical(value.tensor.detach())[self.rows])) for value in current]
+        self._states = [(v, self._few(self.canonical(v.tensor.detach())[self.rows])) for v in current]
 
     @cached_property
-    def alive(self) -> set[Edge]:
-        """What the outputs were computed from."""
-        return ancestors((output.grad_fn, output.output_nr) for output in self.outputs if output.grad_fn is not None)
+    def used(self) -> set[int]:
+        """The values that the outputs were computed from, by whatever operations."""
+        values = [self.trace.value(output) for output in self.outputs]
+        return self.ancestors(value.number for value in values if value is not None)
+
+    def ancestors(self, numbers: Iterable[int], stop: frozenset[int] = frozenset()) -> set[int]:
+        """What some values were computed from, themselves included; the walk goes no further than ``stop``."""
+        seen = set(numbers)
+        waiting = [number for number in seen if number not in stop]
+        while waiting:
+            for parent in self.trace.parents[waiting.pop()]:
+                if parent not in seen:
+                    seen.add(parent)
+                    if parent not in stop:
+                        waiting.append(parent)
+        return seen
 
     @staticmethod
     def _few(state: torch.Tensor) -> torch.Tensor:
         flat = state.flatten()
-        return flat[spread(len(flat), COMPARED).to(flat.device)].double()
+        return flat[spread(len(flat), COMPARED).to(flat.device)].double().cpu()
 
     def states(self, x: torch.Tensor) -> list[Value]:
         """Every value that is this state, (K, T, N, D) of the sampled sequences."""
         wanted = self._few(x)
-        scale = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        return [value for value, few in self._states if (few.to(wanted.device) - wanted).abs().max() <= SAME * scale]
+        limit = SAME * wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        return [value for value, few in self._states if len(few) == len(wanted) and (few - wanted).abs().max() <= limit]
 
     def per_token(self, tensor: torch.Tensor, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
@@ -184,7 +211,7 @@ class Forward:
                 yield tensor.movedim((-2, -1), (0, 1))
 
     def matching(self, wanted: torch.Tensor, between: tuple[int, int]) -> list[Value]:
-        """The values that are these coefficients (K, T, *tail), or their transpose; the last one first.
+        """The values that are these coefficients (K, T, *tail), or their transpose, in order.
 
         A matrix may be a part of one that reads too: its last columns, source by destination.
 
@@ -202,7 +229,7 @@ class Forward:
         limit = SAME * max(1.0, float(wanted.abs().max()))
         return [
             value
-            for value in reversed(self.within(between))
+            for value in self.within(between)
             if any(self._equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
         ]
 
@@ -215,7 +242,7 @@ class Forward:
         tensor, matrix = value.tensor.detach(), len(tail) == 2
         for each in self.per_token(tensor, tail):
             yield from (each, each.mT) if matrix else (each,)
-        for views in (1, 2) if matrix else ():
+        for views in range(1, MOST_VIEWS + 1) if matrix else ():
             for each in self.per_token(tensor, (tail[0], tail[0] + views)):
                 yield from (each[..., views:], each[..., views:].mT)
 
@@ -225,52 +252,72 @@ class Forward:
         near = (few[:, :1] - wanted[:, :1]).abs().max() <= limit
         return bool(near and (few - wanted).abs().max() <= limit)
 
+    def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float]:
+        """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor, whatever the loss."""
+        generator = torch.Generator().manual_seed(0)
+        carrying = [output for output in self.outputs if output.requires_grad]
+        wanted = [position for position, tensor in enumerate(tensors) if tensor.requires_grad]
+        found = [0.0] * len(tensors)
+        if not carrying or not wanted:
+            return found
+        total = torch.stack(
+            [
+                (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
+                for output in carrying
+            ]
+        ).sum()
+        gradients = torch.autograd.grad(total, [tensors[i] for i in wanted], retain_graph=True, allow_unused=True)
+        for position, gradient in zip(wanted, gradients, strict=True):
+            found[position] = 0.0 if gradient is None else float(gradient.abs().max())
+        return found
+
 
 @dataclass(frozen=True)
 class Origin:
-    """From what the coefficients of one connection were computed.
+    """From what the coefficients of one connection were computed; all empty where they were not found in the forward.
 
     Parameters
     ----------
-    found : bool
-        Whether the states and the matrix of the connection were found among the values; without them nothing is known.
-    severed : bool
-        Whether the matrix was computed from what carries a gradient, and carries none.
+    learned : bool
+        Whether the matrix was computed from parameters.
+    gradients : tuple of float, optional
+        The largest gradient of the matrix's logits, and of the write weights, for a random combination of the model's outputs.
+        Known where the matrix is uniform, or carries no gradient.
     other_states : mapping of str to tuple of int
         By weights (H_res, H_pre, H_post): at which connections the states are that they were computed from though they are
-        not this connection's own; −1 for the token's embedding.
+        not this connection's own; −1 for the model's input.
     other_tokens : float
         The share of the gradient of one token's coefficients that falls on the states of other tokens.
     later : bool
         Whether some of these tokens come later in the sequence.
     unused : Tensor or None
-        A matrix (K, T, n, n) that was computed for this connection, from parameters, and reaches no output.
+        A matrix (K, T, n, n) that was computed from parameters for this connection, and that no output depends on.
     sigmoids : mapping of str to float
         By weights (H_pre, H_post): the factor c where they are c · σ(·).
-    gradients : tuple of float, optional
-        Where the matrix is uniform: the largest gradient of its logits and of the write weights, for a random combination of
-        the model's outputs.
+    axes : tuple of Reduction
+        Along which axes the matrix was normalised.
     """
 
-    found: bool
-    severed: bool = False
+    learned: bool = False
+    gradients: tuple[float, float] | None = None
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     other_tokens: float = 0.0
     later: bool = False
     unused: torch.Tensor | None = None
     sigmoids: Mapping[str, float] = field(default_factory=dict)
-    gradients: tuple[float, float] | None = None
+    axes: tuple[Reduction, ...] = ()
 
 
 @dataclass(frozen=True)
 class Applied:
-    """The coefficients that one connection applies, of the sampled sequences of one batch (K, T, …)."""
+    """The coefficients of one connection of the sampled sequences of one batch (K, T, …), before they are rounded to apply."""
 
     x_in: torch.Tensor
     x_out: torch.Tensor
     mix: torch.Tensor
     read: torch.Tensor | None
     write: torch.Tensor | None
+    branch_in: torch.Tensor | None  # (K, T, D), of one view
 
 
 def trace_origins(forward: Forward, applied: Sequence[Applied]) -> list[Origin]:
@@ -287,165 +334,180 @@ def trace_origins(forward: Forward, applied: Sequence[Applied]) -> list[Origin]:
     -------
     list of Origin
     """
-    states = [forward.states(each.x_in) for each in applied]
-    nodes = [frozenset(value.edge for value in found if value.edge is not None) for found in states]
-    origins, learning = [], dict[int, tuple[torch.Tensor, torch.Tensor]]()
-    for number in range(len(applied)):
-        origin, weights = _origin(forward, applied, states, nodes, number)
-        origins.append(origin)
-        logits = _logits(forward, weights.get("H_res", []), applied[number].mix, frozenset[Edge]().union(*nodes))
-        if logits is not None and weights.get("H_post"):
-            learning[number] = logits, weights["H_post"][0].tensor
-    # One backward for all of them, and none where no matrix is uniform: others learn from any difference of the streams.
-    gradients = gradients_of(forward, [tensor for pair in learning.values() for tensor in pair]) if learning else []
-    sizes = [0.0 if gradient is None else float(gradient.abs().max()) for gradient in gradients]
-    for number, pair in zip(learning, zip(sizes[::2], sizes[1::2], strict=True), strict=True):
-        origins[number] = replace(origins[number], gradients=pair)
+    search = _Search(forward, applied)
+    origins = [search.origin(number) for number in range(len(applied))]
+    # One backward for all of them, and none where every matrix carries a gradient and is not uniform.
+    pairs = {number: pair for number in range(len(applied)) if (pair := search.doubtful(number)) is not None}
+    sizes = forward.gradients([tensor for pair in pairs.values() for tensor in pair]) if pairs else []
+    for number, found in zip(pairs, zip(sizes[::2], sizes[1::2], strict=True), strict=True):
+        origins[number] = replace(origins[number], gradients=found)
     return origins
 
 
-def _logits(
-    forward: Forward, mix: list[Value], matrix: torch.Tensor, states: frozenset[Edge]
-) -> torch.Tensor | None:
-    """What a uniform matrix was made of: the first value of its size among those that it was computed from."""
-    n = matrix.shape[-1]
-    if not mix or mix[0].edge is None or float((matrix - 1 / n).abs().max()) > UNIFORM:
+class _Search:
+    """The search for the origins of all connections of one forward."""
+
+    def __init__(self, forward: Forward, applied: Sequence[Applied]):
+        self.forward = forward
+        self.applied = applied
+        self.states = [forward.states(each.x_in) for each in applied]
+        self.numbers = [frozenset(value.number for value in found) for found in self.states]
+        self.every = frozenset[int]().union(*self.numbers)
+        self.found: list[dict[str, list[Value]]] = [self._find(number) for number in range(len(applied))]
+
+    def _window(self, number: int) -> tuple[int, int] | None:
+        """The part of the forward from the first value that is this connection's state to the one that is the next state."""
+        after = self.forward.states(self.applied[number].x_out)
+        if not self.states[number] or not after:
+            return None
+        return self.states[number][0].order, after[0].order
+
+    def _find(self, number: int) -> dict[str, list[Value]]:
+        window = self._window(number)
+        if window is None:
+            return {}
+        applied = self.applied[number]
+        weights = {"H_res": applied.mix, "H_pre": applied.read, "H_post": applied.write}
+        # Weights may have been computed before this connection began: the nearest ones count.
+        earlier = self.states[max(0, number - 2)]
+        starts = [window[0], earlier[0].order if earlier else 0, 0]
+        found: dict[str, list[Value]] = {}
+        for name, wanted in weights.items():
+            if wanted is None:
+                continue
+            for start in starts:
+                found[name] = self.forward.matching(wanted, (start, window[1]))
+                if found[name]:
+                    break
+        return found
+
+    def origin(self, number: int) -> Origin:
+        """What is known of one connection without its gradients."""
+        window, found = self._window(number), self.found[number]
+        if window is None:
+            return Origin()
+        share, later = self._other_tokens(number)
+        mix = found.get("H_res", [])
+        behind = self._behind(mix[:1])
+        first = [v.number for v in self._squares(number, (0, window[1])) if v.number in behind]
+        chain = self.forward.ancestors([v.number for v in mix[:1]], stop=frozenset(first[:1]) | self.every)
+        return Origin(
+            learned=bool(behind & self.forward.parameters),
+            other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
+            other_tokens=share,
+            later=later,
+            unused=self._unused(number, window),
+            sigmoids=self._sigmoids(number, window),
+            axes=tuple(each for each in self.forward.reductions if each.number in chain),
+        )
+
+    def _behind(self, values: Sequence[Value]) -> set[int]:
+        return self.forward.ancestors([value.number for value in values], stop=self.every)
+
+    def _squares(self, number: int, window: tuple[int, int]) -> list[Value]:
+        n = self.applied[number].mix.shape[-1]
+        sizes = (n * n, self.forward.batch_size * self.forward.tokens * n * n)
+        return [value for value in self.forward.within(window) if value.tensor.numel() in sizes]
+
+    def _others(self, number: int, values: Sequence[Value]) -> tuple[int, ...]:
+        """The connections whose states some coefficients were computed from, other than by way of their own state."""
+        start = [value for value in values if value.number not in self.every][:1]
+        reached = self._behind(start)
+        own = self.numbers[number]
+        # States with the same values, as where a connection changes nothing, are not told apart.
+        others = [at for at, of in enumerate(self.numbers) if at != number and reached & (of - own)]
+        if others or not number or reached & own:
+            return tuple(others)
+        # Without any state behind them they may come from parameters alone, or from the model's input.
+        inputs = {n for n in reached if not self.forward.trace.parents[n]} - self.forward.parameters
+        return (-1,) if inputs else ()
+
+    def _other_tokens(self, number: int) -> tuple[float, bool]:
+        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later."""
+        forward, state = self.forward, self.states[number][0]
+        terms, token = [], forward.tokens // 2
+        generator = torch.Generator().manual_seed(0)
+        for values in self.found[number].values():
+            tensor = values[0].tensor if values else None
+            if tensor is None or not tensor.requires_grad or tensor.numel() % (forward.batch_size * forward.tokens):
+                continue
+            size = tensor.numel() // (forward.batch_size * forward.tokens)
+            one = next(forward.per_token(tensor, (size,)), None)
+            if one is not None:
+                terms.append((one[0, token].float().cpu() * torch.randn(size, generator=generator)).sum())
+        if not terms or not state.tensor.requires_grad:
+            return 0.0, False
+        (gradient,) = torch.autograd.grad(
+            torch.stack(terms).sum(), state.tensor, retain_graph=True, allow_unused=True
+        )
+        if gradient is None:
+            return 0.0, False
+        sizes = forward.canonical(gradient).float().flatten(2).norm(dim=-1)  # (B, T)
+        total, own = float(sizes.sum()), float(sizes[0, token])
+        later = bool((sizes[0, token + 1 :] > SAME * sizes.max()).any())
+        return (max(0.0, 1.0 - own / total) if total > 0 else 0.0), later
+
+    def _unused(self, number: int, window: tuple[int, int]) -> torch.Tensor | None:
+        """A matrix that was computed from parameters within a connection, and that no output depends on."""
+        forward, mix = self.forward, self.applied[number].mix
+        n = mix.shape[-1]
+        # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
+        square = [v for v in self._squares(number, window) if v.tensor.shape[-2:] == (n, n)]
+        dead = [value for value in square if value.number not in forward.used]
+        if not dead:
+            return None
+        last = dead[-1]
+        taken = self.applied[number].branch_in
+        branch = {v.number for v in forward.matching(taken, window)} if taken is not None else set()
+        behind = forward.ancestors([last.number], stop=self.every | branch)
+        # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
+        if behind & branch:
+            return None
+        # A statistic of the matrix that is applied, as its entropy for a log, is computed from one that is used.
+        if not behind & forward.parameters or any(v.number in behind for v in square if v.number in forward.used):
+            return None
+        matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)
+        if matrix is None:
+            return None
+        matrix = matrix[forward.rows].to(mix.device, torch.float32)
+        limit = SAME * max(1.0, float(mix.abs().max()))
+        same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
+        return None if same else matrix
+
+    def _sigmoids(self, number: int, window: tuple[int, int]) -> dict[str, float]:
+        applied = self.applied[number]
+        values = [value for value in self.forward.within(window) if value.sigmoid]
+        weights = {"H_pre": applied.read, "H_post": applied.write}
+        found = {
+            name: self._sigmoid_factor(wanted, values) for name, wanted in weights.items() if wanted is not None
+        }
+        return {name: factor for name, factor in found.items() if factor is not None}
+
+    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[Value]) -> float | None:
+        """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
+        for value in values:
+            for each in self.forward.per_token(value.tensor.detach(), tuple(wanted.shape[2:])):
+                ratio = wanted / each[self.forward.rows].to(wanted.device, torch.float32)
+                if float(ratio.max() - ratio.min()) <= CONSTANT * float(ratio.mean()):
+                    return float(ratio.mean())
         return None
-    behind = ancestors([mix[0].edge], stop=states)
-    sizes = (n * n, forward.batch_size * forward.tokens * n * n)
-    first = (v for v in forward.values if v.edge in behind and v.tensor.numel() in sizes and not v.rewritten)
-    return next((value.tensor for value in first), None)
 
-
-def _origin(
-    forward: Forward,
-    applied: Sequence[Applied],
-    states: Sequence[list[Value]],
-    nodes: Sequence[frozenset[Edge]],
-    number: int,
-) -> tuple[Origin, dict[str, list[Value]]]:
-    own, after = states[number], forward.states(applied[number].x_out)
-    if not own or not after or not nodes[number]:
-        return Origin(found=False), {}
-    end = after[0].order
-    # Weights may have been computed before this connection began, from an earlier state: what is nearest to it counts.
-    windows = [(own[0].order, end), (states[max(0, number - 2)][0].order if states[max(0, number - 2)] else 0, end), (0, end)]
-    weights = {"H_res": applied[number].mix, "H_pre": applied[number].read, "H_post": applied[number].write}
-    found = {name: _first_match(forward, w, windows) for name, w in weights.items() if w is not None}
-    mix = found.get("H_res", [])
-    unused = _unused_matrix(forward, (own[0].order, end), applied[number].mix)
-    if not mix:
-        return Origin(found=False, unused=unused), {}
-    reached = {name: _touched(forward, values, nodes, number) for name, values in found.items() if values}
-    share, later = _other_tokens(forward, own[0], [values[0] for values in found.values() if values])
-    origin = Origin(
-        found=True,
-        severed=_severed(forward, mix, after[0], (own[0].order, end)),
-        other_states={name: at for name, at in reached.items() if at},
-        other_tokens=share,
-        later=later,
-        unused=unused,
-        sigmoids={
-            name: factor
-            for name in ("H_pre", "H_post")
-            if weights[name] is not None and (factor := _sigmoid_factor(forward, weights[name], windows)) is not None
-        },
-    )
-    return origin, found
-
-
-def _sigmoid_factor(forward: Forward, wanted: torch.Tensor, windows: list[tuple[int, int]]) -> float | None:
-    """The factor c of weights (K, T, n) that are c · σ(·), up to a small constant; None where they are not."""
-    for value in forward.within(windows[0]):
-        if value.edge is None or value.edge[0].name() != SIGMOID:
-            continue
-        for each in forward.per_token(value.tensor.detach(), tuple(wanted.shape[2:])):
-            ratio = wanted / each[forward.rows].to(wanted.device, torch.float32)
-            # Some add 1e-6 to the sigmoid, as DeepSeek's.
-            if float(ratio.max() - ratio.min()) <= CONSTANT * float(ratio.mean()):
-                return float(ratio.mean())
-    return None
-
-
-def _first_match(forward: Forward, wanted: torch.Tensor, windows: list[tuple[int, int]]) -> list[Value]:
-    for window in windows:
-        values = forward.matching(wanted, window)
-        if values:
-            return values
-    return []
-
-
-def _severed(forward: Forward, mix: list[Value], after: Value, window: tuple[int, int]) -> bool:
-    """Whether H_res carries no gradient to the outputs though it, or what it was made of, could."""
-    # Under `no_grad` as a whole, as within reentrant checkpointing, the next state carries none either.
-    if after.edge is None or any(value.edge in forward.alive for value in mix if value.edge is not None):
-        return False
-    return any(value.edge is not None or value.cut for value in mix) or any(
-        value.cut and value.tensor.numel() == mix[0].tensor.numel() for value in forward.within(window)
-    )
-
-
-def _touched(
-    forward: Forward, values: list[Value], nodes: Sequence[frozenset[Edge]], number: int
-) -> tuple[int, ...]:
-    """The connections whose states some coefficients were computed from, other than by way of their own state."""
-    every = frozenset[Edge]().union(*nodes)
-    starts = [value.edge for value in values if value.edge is not None][:1]
-    reached = ancestors(starts, stop=every)
-    if nodes[number] & set(starts):
-        return ()
-    others = [at for at, of in enumerate(nodes) if at != number and reached & of and not of & nodes[number]]
-    if not others and number and not reached & nodes[number] and any(node.name() == EMBEDDING for node, _ in reached):
-        return (-1,)
-    return tuple(others)
-
-
-def _other_tokens(forward: Forward, state: Value, values: list[Value]) -> tuple[float, bool]:
-    """The share of the gradient of one token's coefficients at other tokens' states; whether some of these come later."""
-    terms, token = [], forward.tokens // 2
-    generator = torch.Generator().manual_seed(0)
-    for value in values:
-        size = value.tensor.numel() // (forward.batch_size * forward.tokens)
-        carries = value.tensor.requires_grad and value.edge is not None
-        one = next(forward.per_token(value.tensor, (size,)), None) if size and carries else None
-        if one is not None and value.tensor.numel() == forward.batch_size * forward.tokens * size:
-            picked = one[0, token]
-            terms.append((picked.float() * torch.randn(size, generator=generator).to(picked.device)).sum())
-    if not terms or not state.tensor.requires_grad:
-        return 0.0, False
-    (gradient,) = torch.autograd.grad(sum(terms), state.tensor, retain_graph=True, allow_unused=True)
-    if gradient is None:
-        return 0.0, False
-    sizes = forward.canonical(gradient).float().flatten(2).norm(dim=-1)  # (B, T)
-    total = float(sizes.sum())
-    own = float(sizes[0, token])
-    later = bool((sizes[0, token + 1 :] > SAME * sizes.max()).any())
-    return (max(0.0, 1.0 - own / total) if total > 0 else 0.0), later
-
-
-def _unused_matrix(forward: Forward, window: tuple[int, int], mix: torch.Tensor) -> torch.Tensor | None:
-    """A matrix (K, T, n, n) that was computed from parameters within a connection, and that no output depends on."""
-    n = mix.shape[-1]
-    square = [v for v in forward.within(window) if next(forward.per_token(v.tensor.detach(), (n, n)), None) is not None]
-    dead = [value for value in square if value.edge is not None and value.edge not in forward.alive]
-    if not dead:
-        return None
-    last = dead[-1]
-    behind = ancestors([last.edge])
-    # A statistic of a matrix that is applied, as its entropy for a log, is computed from one that is alive.
-    if any(value.edge in behind for value in square if value.edge in forward.alive):
-        return None
-    matrix = next(forward.per_token(last.tensor.detach(), (n, n)))[forward.rows].to(mix.device, torch.float32)
-    limit = SAME * max(1.0, float(mix.abs().max()))
-    same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
-    return None if same else matrix
-
-
-def gradients_of(forward: Forward, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-    """The gradients of a random combination of the model's outputs: zero where no output depends on a tensor, whatever the loss."""
-    generator = torch.Generator().manual_seed(0)
-    total = sum(
-        (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
-        for output in forward.outputs
-    )
-    return list(torch.autograd.grad(total, list(tensors), retain_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    def doubtful(self, number: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The logits and the write weights of a connection whose matrix may not learn."""
+        found, matrix = self.found[number], self.applied[number].mix
+        mix, write, n = found.get("H_res", []), found.get("H_post", []), matrix.shape[-1]
+        window = self._window(number)
+        if not mix or not write or window is None:
+            return None
+        behind = self._behind(mix[:1])
+        if not behind & self.forward.parameters:
+            return None
+        size = mix[0].tensor.numel()
+        # A copy that a log keeps is not used, and may carry none.
+        severed = any(
+            v.number in self.forward.used and v.tensor.numel() == size and not v.tensor.requires_grad for v in mix
+        )
+        if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
+            return None
+        logits = next((v for v in self._squares(number, (0, window[1])) if v.number in behind), mix[0])
+        return logits.tensor, write[-1].tensor

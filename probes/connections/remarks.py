@@ -331,34 +331,30 @@ def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float
 # --- what the coefficients were computed from, and whether they learn
 
 
-def severed(facts: Sequence[Facts]) -> Iterator[Remark]:
-    """No gradient reaches the logits: the graph is cut, or nothing depends on them."""
-    at = [number for number, each in enumerate(facts) if each.origin is not None and each.origin.severed]
-    if at:
-        yield Remark(
-            "unlearnable_mixing",
-            f"No gradient can reach the parameters of H_res {_places(facts, at)}: it is computed from parameters, but the graph "
-            "is cut before it is applied (detach, no_grad or .data)",
-            0.0,
-            NO_GRADIENT,
-            tuple(at),
-        )
-    # Measured where H_res is uniform alone.
+def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
+    # Measured where H_res is uniform, or carries no gradient.
     measured = {i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients}
-    uniform = [i for i, (logits, write) in measured.items() if i not in at and logits <= NO_GRADIENT * write]
-    if uniform:
-        logits, write = (max(measured[i][side] for i in uniform) for side in (0, 1))
-        apart = max(_from_uniform(facts[i]) for i in uniform)
-        yield Remark(
-            "unlearnable_mixing",
-            f"H_res is uniform and its logits get no gradient {_places(facts, uniform)}: every entry is "
-            f"1/{facts[0].num_streams} within {_number(apart)}, and for a random combination of the outputs the largest gradient "
-            f"of a logit is {_number(logits)} where that of a write weight is {_number(write)}; streams that are read, mixed and "
-            "written alike stay alike",
-            logits / write if write else 0.0,
-            NO_GRADIENT,
-            tuple(uniform),
-        )
+    still = [i for i, (logits, write) in measured.items() if logits <= NO_GRADIENT * write and write > 0]
+    uniform = [i for i in still if _from_uniform(facts[i]) <= UNIFORM]
+    at = [i for i in still if i not in uniform]
+    for chosen, what, why in (
+        (at, "H_res is computed from parameters and its logits get no gradient", "the graph is cut before it is applied (detach, "
+         "no_grad or .data)"),
+        (uniform, "H_res is uniform and its logits get no gradient", f"every entry is 1/{facts[0].num_streams} within "
+         f"{_number(max(map(_from_uniform, (facts[i] for i in uniform)), default=0.0))}, and streams that are read, mixed and "
+         "written alike stay alike"),
+    ):  # fmt: skip
+        if chosen:
+            logits, write = (max(measured[i][side] for i in chosen) for side in (0, 1))
+            yield Remark(
+                "unlearnable_mixing",
+                f"{what} {_places(facts, chosen)}: for a random combination of the outputs the largest gradient of a logit is "
+                f"{_number(logits)} where that of a write weight is {_number(write)}; {why}",
+                logits / write,
+                NO_GRADIENT,
+                tuple(chosen),
+            )
 
 
 def _from_uniform(facts: Facts) -> float:
@@ -376,7 +372,7 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
         number, weights = next(iter(states.items()))
         named = " and ".join(weights)
         sources = sorted({at for of in weights.values() for at in of})
-        words = " and ".join("the token's embedding" if at < 0 else f"the streams at connection {at}" for at in sources)
+        words = " and ".join("the model's input" if at < 0 else f"the streams at connection {at}" for at in sources)
         yield Remark(
             "foreign_coefficients",
             f"Coefficients are computed from another input than the streams that they are applied to {_places(facts, [*states])}: "
@@ -444,7 +440,7 @@ RULES: tuple[Rule, ...] = (
     transposed,
     all_ones,
     one_sum,
-    severed,
+    unlearnable,
     swapped,
     rounded,
     other_input,

@@ -80,14 +80,11 @@ def _cast_is_clear(joint: Joint, evidence: Evidence, number: int) -> bool:
 
 def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Forward) -> list[Facts]:
     kept = slice(len(forward.rows))  # the sampled sequences are in the order of the data, and these are of its first batch
-    applied = [
-        Applied(
-            *(
-                None if each is None else each[kept, : forward.tokens]
-                for each in (joint.x_in, joint.x_out, of.stored, of.read, of.write)
-            )  # type: ignore[arg-type]
-        )
-        for joint, of in zip(joints, facts, strict=True)
-    ]
+    applied = []
+    for joint, of in zip(joints, facts, strict=True):
+        taken = joint.parts.branch_in
+        branch_in = taken.squeeze(-2) if taken.shape[-2] == 1 else None
+        parts = joint.x_in, joint.x_out, of.stored, of.read, of.write, branch_in
+        applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))  # type: ignore[arg-type]
     origins = trace_origins(forward, applied)
     return [replace(of, origin=origin) for of, origin in zip(facts, origins, strict=True)]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computation import Computation, Forward
+from depthscope.probes.connections.computation import MOST_VIEWS, Computation, Forward
+from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
@@ -21,7 +22,6 @@ from depthscope.probes.session.session import Session
 
 logger = logging.getLogger(__name__)
 
-MOST_VIEWS = 2  # of a matrix that reads and mixes: more than two branch inputs are rare
 
 
 @contextmanager
@@ -60,24 +60,31 @@ def follow(session: Session, batch: Any, batch_size: int) -> Forward | None:
         return None
     (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
     lead = batch_size * tokens
-    tails = [n * width, n, *(n * (n + views) for views in range(MOST_VIEWS + 1))]
-    computation = Computation({lead * tail for tail in tails} | {tail for tail in tails[1:]})
+    tails = [n * width, width, n, *(n * (n + views) for views in range(MOST_VIEWS + 1))]
+    trace = Trace()
+    computation = Computation(trace, {lead * tail for tail in tails} | set(tails[2:]))
     model = session.model
+    parameters = [trace.watch(parameter).number for parameter in model.parameters()]
+    for tensor in tensors_in(batch):
+        trace.watch(tensor)
     try:
         # The random states are those before the measured forward, so that it drops what that one dropped.
         with preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model):
-            with torch.enable_grad(), computation:
+            with torch.enable_grad(), computation, trace:
                 output = call_model(model, batch)
     except Exception as error:
         # It ran without the mode: a remark less, and no error of the user's.
         logger.info("the forward could not be followed: %s", without_frames(error))
         return None
-    if computation.error is not None:
-        logger.info("the forward could not be followed: %s", computation.error)
+    if computation.error is not None or trace.error is not None:
+        logger.info("the forward could not be followed: %s", computation.error or trace.error)
         return None
     return Forward(
+        trace=trace,
         values=computation.values,
-        outputs=[t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad],
+        reductions=computation.reductions,
+        parameters=frozenset(parameters),
+        outputs=[tensor for tensor in tensors_in(output) if tensor.is_floating_point()],
         batch_size=batch_size,
         tokens=tokens,
         canonical=lambda state: structure.canonical(0, state, batch_size),
