@@ -28,7 +28,11 @@ SAME = 3e-6
 COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
-REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))  # that normalise, by torch's names
+# torch's names of functions that normalise, or give what a division normalises by; of those that only make the numbers smaller;
+# and of those that exchange axes.
+REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))
+EXTREMES = frozenset(("max", "amax", "min", "amin"))
+TURNS = frozenset(("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum"))
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
@@ -64,11 +68,24 @@ class Value:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A function that reduces or normalises along an axis: the number of its result, the axis from the end, its size."""
+    """A function that normalises a matrix along an axis, or reduces it.
+
+    Parameters
+    ----------
+    number : int
+        Of its result in the trace.
+    axis : int
+        Counted from the end (−1 is the last); 0 where it is not known.
+    size : int
+        Of that axis.
+    turned : bool
+        Whether axes were exchanged, and nothing else.
+    """
 
     number: int
     axis: int
     size: int
+    turned: bool = False
 
 
 class Computation(TorchFunctionMode):
@@ -78,14 +95,17 @@ class Computation(TorchFunctionMode):
     ----------
     trace : Trace
         That is on as well.
-    sizes : set of int
-        Numbers of elements.
+    num_streams, width, lead : int
+        n, D and the number of tokens of the batch.
     """
 
-    def __init__(self, trace: Trace, sizes: set[int]):
+    def __init__(self, trace: Trace, num_streams: int, width: int, lead: int):
         super().__init__()
-        self._trace = trace
-        self._sizes = sizes
+        n, self._trace = num_streams, trace
+        self._squares, self._vectors = {n * n, lead * n * n}, {n, lead * n}
+        with_views = [n * (n + views) for views in range(1, MOST_VIEWS + 1)]
+        self._sizes = self._squares | self._vectors | {lead * width, lead * n * width}
+        self._sizes.update(with_views, (lead * size for size in with_views))
         self._count = 0
         self.values: list[Value] = []
         self.reductions: list[Reduction] = []
@@ -97,7 +117,7 @@ class Computation(TorchFunctionMode):
         if self.error is None:
             try:
                 with torch._C.DisableTorchFunction():
-                    self._keep(getattr(func, "__name__", ""), args, kwargs or {}, result)
+                    self._keep(_name_of(func), args, kwargs or {}, result)
             except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
                 self.error, self.values = without_frames(error), []
         return result
@@ -112,18 +132,30 @@ class Computation(TorchFunctionMode):
                 if value is not None:
                     sigmoid = "sigmoid" in name
                     self.values.append(Value(self._count, value.number, tensor, sigmoid, version(tensor)))
-        if name in REDUCTIONS and args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._sizes:
-            self._note_reduction(args, kwargs, result)
+        if args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._squares:
+            self._note_reduction(name, args, kwargs, result)
 
-    def _note_reduction(self, args: Any, kwargs: Any, result: Any) -> None:
-        axes = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        value = self._trace.value(next(tensors_in(result), None))
-        if value is None or axes is None or args[0].ndim < 2:
+    def _note_reduction(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        matrix, made = args[0], next(tensors_in(result), None)
+        value = self._trace.value(made)
+        if value is None or made is None:
             return
-        for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
-            if isinstance(axis, int):
-                from_end = axis - args[0].ndim if axis >= 0 else axis
-                self.reductions.append(Reduction(value.number, from_end, args[0].shape[axis]))
+        if name in TURNS and made.numel() == matrix.numel():
+            self.reductions.append(Reduction(value.number, 0, 0, turned=True))
+        elif name in REDUCTIONS and matrix.ndim > 1:
+            axes = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+                if isinstance(axis, int):
+                    from_end = axis - matrix.ndim if axis >= 0 else axis
+                    self.reductions.append(Reduction(value.number, from_end, matrix.shape[axis]))
+        elif name not in EXTREMES and made.numel() in self._vectors:
+            self.reductions.append(Reduction(value.number, 0, 0))
+
+
+def _name_of(func: Any) -> str:
+    """torch's name of a function; of a property, such as ``mT``, that of the property."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
 
 @dataclass
@@ -296,6 +328,9 @@ class Origin:
         By weights (H_pre, H_post): the factor c where they are c · σ(·).
     axes : tuple of Reduction
         Along which axes the matrix was normalised.
+    reads_along : bool, optional
+        Where one matrix has the read weights in its first columns and the mixing in its others: whether both are applied along
+        the same axis; None where no matrix has both.
     """
 
     learned: bool = False
@@ -306,6 +341,7 @@ class Origin:
     unused: torch.Tensor | None = None
     sigmoids: Mapping[str, float] = field(default_factory=dict)
     axes: tuple[Reduction, ...] = ()
+    reads_along: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -390,7 +426,7 @@ class _Search:
         mix = found.get("H_res", [])
         behind = self._behind(mix[:1])
         first = [v.number for v in self._squares(number, (0, window[1])) if v.number in behind]
-        chain = self.forward.ancestors([v.number for v in mix[:1]], stop=frozenset(first[:1]) | self.every)
+        chain = self.forward.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
         return Origin(
             learned=bool(behind & self.forward.parameters),
             other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
@@ -399,7 +435,21 @@ class _Search:
             unused=self._unused(number, window),
             sigmoids=self._sigmoids(number, window),
             axes=tuple(each for each in self.forward.reductions if each.number in chain),
+            reads_along=self._reads_along(number, mix),
         )
+
+    def _reads_along(self, number: int, mix: Sequence[Value]) -> bool | None:
+        forward, applied = self.forward, self.applied[number]
+        n, read = applied.mix.shape[-1], applied.read
+        for value in mix if read is not None else ():
+            for both in forward.per_token(value.tensor.detach(), (n, n + 1)):
+                few = both[forward.rows].to(applied.mix.device, torch.float32)
+                matrix, limit = few[..., 1:], SAME * max(1.0, float(few.abs().max()))
+                # Each column, of the reads or of the mixing, is one result; its rows are the sources.
+                straight, turned = (float((m - applied.mix).abs().max()) <= limit for m in (matrix.mT, matrix))
+                if float((few[..., 0] - read).abs().max()) <= limit and straight != turned:
+                    return straight
+        return None
 
     def _behind(self, values: Sequence[Value]) -> set[int]:
         return self.forward.ancestors([value.number for value in values], stop=self.every)

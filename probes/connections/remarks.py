@@ -19,8 +19,10 @@ from depthscope.probes.connections.computation import SAME, UNIFORM, Origin
 EXACT_SUM = 1e-5
 # An error of a sum that no rounding explains, in float32.
 CLEAR_ERROR = 1e-3
-# Rounds of Sinkhorn that a matrix shows; a heuristic: every implementation makes more, and one normalisation shows less than 1.
-FEW_ROUNDS = 2.0
+# Rounds of Sinkhorn that a matrix shows. A heuristic: implementations make 10 to 50; one normalisation shows less than 1 unless the
+# matrix is nearly the identity.
+FEW_ROUNDS = 1.2
+FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
 NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connection: a few roundings of float32
 FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
 
@@ -186,12 +188,29 @@ def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
             tuple(at),
         )
         return
+    turned = [i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False]
+    if turned:
+        difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in turned)
+        yield Remark(
+            "transposed_mixing",
+            f"H_res is transposed {_places(facts, turned)}: of one matrix the first column reads along the rows, and the other "
+            f"columns mix along the columns; entries of H_res and its transpose differ by up to {_number(difference)}",
+            difference,
+            SAME,
+            tuple(turned),
+        )
+        return
+    yield from _late_rows(facts)
+
+
+def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The truncation error of Sinkhorn is in the sums that carry the signal forward, where mHC has none."""
+    if any(each.origin is not None and each.origin.reads_along for each in facts):
+        return  # the package hyper-connections: its matrix has its sources first, and ends on them
     mixing = [number for number, each in enumerate(facts) if each.mixes]
     errors = {number: facts[number].sum_errors() for number in mixing}
-    late = [i for i, (row, column) in errors.items() if column <= EXACT_SUM and CLEAR_ERROR < row]
-    # Truncated: two bad sums, or a wrong axis, are said by others.
-    late = [i for i in late if _rounds(facts[i], -1) >= FEW_ROUNDS]
-    if late and not any(column > EXACT_SUM for _, column in errors.values()):
+    late = [i for i in mixing if errors[i][1] <= EXACT_SUM and CLEAR_ERROR < errors[i][0] and not _one_sided(facts[i], 1)]
+    if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
         yield Remark(
             "transposed_mixing",
@@ -236,11 +255,13 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
     if at:
         n = facts[0].num_streams
         error = max(float((facts[i].tokens(facts[i].mix) - 1).abs().max()) for i in at)
+        axes = [axis for i in at if (origin := facts[i].origin) is not None for axis in origin.axes]
+        seen = any(axis.size == 1 for axis in axes)
+        cause = "it is normalised along an axis of size one" if seen else "as after a normalisation along an axis of size one"
         yield Remark(
             "constant_mixing",
             f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(error)}, at every token): "
-            f"as after a normalisation along an axis of size one; all {n} streams become their sum, {n} times as large at each "
-            "connection",
+            f"{cause}; all {n} streams become their sum, {n} times as large at each connection",
             float(n),
             1.0 + EXACT_SUM,
             tuple(at),
@@ -250,36 +271,49 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
 def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Only one sum is 1: the matrix was normalised along one axis, not along both in turn."""
     mixing = [number for number, each in enumerate(facts) if each.mixes]
-    errors = {number: facts[number].sum_errors() for number in mixing}
-    for side, exact, words, others in (
-        (0, "the sources (rows)", "forward", "the destinations (columns)"),
-        (1, "the destinations (columns)", "backward", "the sources (rows)"),
+    for side, exact, others, loss in (
+        (0, "the sources (rows)", "the destinations (columns)", "the signal keeps its sum and its gradient does not"),
+        (
+            1,
+            "the destinations (columns)",
+            "the sources (rows)",
+            "the gradient keeps its sum and the signal does not: normalise the other axis",
+        ),
     ):
-        clear = [i for i in mixing if max(errors[i]) > CLEAR_ERROR]
-        at = [
-            i
-            for i in clear
-            if errors[i][side] <= EXACT_SUM < CLEAR_ERROR < errors[i][1 - side] and _rounds(facts[i], side - 1) < FEW_ROUNDS
-        ]
-        # A free matrix may have exact rows by chance at one connection; a normalisation is made at all of them.
+        at = [number for number in mixing if _one_sided(facts[number], side)]
+        # A free matrix may have exact rows at one connection; a normalisation is made at all of them.
         if not at or 2 * len(at) <= len(mixing):
             continue
-        good, bad = max(errors[i][side] for i in at), max(errors[i][1 - side] for i in at)
-        rounds = max(_rounds(facts[i], side - 1) for i in at)
-        loss = (
-            "the signal keeps its sum and its gradient does not"
-            if side == 0
-            else "the gradient keeps its sum and the signal does not: the other axis, or the transpose, would keep it"
-        )
+        errors = [facts[number].sum_errors() for number in at]
+        good, bad = max(error[side] for error in errors), max(error[1 - side] for error in errors)
+        axes = [origin.axes for i in at if (origin := facts[i].origin) is not None]
+        counts = [sum(not axis.turned for axis in each) for each in axes if each]
+        seen = f" ({max(counts)} normalisations, all along it)" if counts else ""
         yield Remark(
             "one_sided_mixing",
-            f"H_res is normalised along one axis only {_places(facts, at)}: sums over {exact} are 1 within {_number(good)}, sums "
-            f"over {others} are off by up to {_number(bad)}, where a Sinkhorn of 20 rounds would leave less than "
-            f"{_number(_after_rounds(facts, at, side))} (this matrix shows {rounds:.1f} rounds); {loss}",
+            f"H_res is normalised along one axis only{seen} {_places(facts, at)}: sums over {exact} are 1 within "
+            f"{_number(good)}, sums over {others} are off by up to {_number(bad)}, where 20 rounds of Sinkhorn would leave "
+            f"{_number(_after_rounds(facts, at, side))}; {loss}",
             bad,
             CLEAR_ERROR,
             tuple(at),
         )
+
+
+def _one_sided(facts: Facts, side: int) -> bool:
+    """Whether the sums of one side (0 rows, 1 columns) alone are exact, by a normalisation and not by truncation."""
+    errors = facts.sum_errors()
+    if errors[side] > EXACT_SUM or errors[1 - side] <= CLEAR_ERROR:
+        return False
+    rounds = _rounds(facts, side - 1)
+    axes = facts.origin.axes if facts.origin is not None else ()
+    along = {each.axis for each in axes if not each.turned and each.size != 1}
+    if not along or 0 in along:  # the code does not show it: only what is clear by itself is said
+        return rounds < FEW_ROUNDS and errors[1 - side] > FAR
+    normalised = [each.number for each in axes if not each.turned]
+    between = any(each.turned and normalised[0] < each.number < normalised[-1] for each in axes)
+    # With an exchange of the axes between them, normalisations along one axis of the code may be along both.
+    return len(along) == 1 and (not between or rounds < FEW_ROUNDS)
 
 
 def _once_more(matrix: torch.Tensor, last: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computation import MOST_VIEWS, Computation, Forward
+from depthscope.probes.connections.computation import Computation, Forward
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
@@ -59,10 +59,8 @@ def follow(session: Session, batch: Any, batch_size: int) -> Forward | None:
     if not structure.connections or not sampled:
         return None
     (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
-    lead = batch_size * tokens
-    tails = [n * width, width, n, *(n * (n + views) for views in range(MOST_VIEWS + 1))]
     trace = Trace()
-    computation = Computation(trace, {lead * tail for tail in tails} | set(tails[2:]))
+    computation = Computation(trace, n, width, batch_size * tokens)
     model = session.model
     parameters = [trace.watch(parameter).number for parameter in model.parameters()]
     for tensor in tensors_in(batch):
