@@ -133,7 +133,12 @@ def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="deflated_gain", limits=Limits(fail=-2.0, above=False), not_for=ALTUP)
+@verdict(
+    metric="deflated_gain",
+    limits=Limits(fail=-2.0, above=False),
+    not_for=ALTUP,
+    follows_from={"constant_mixing": anywhere},
+)
 def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """One connection alone makes all streams the same.
 
@@ -164,7 +169,12 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     return [Profile(typical, "the distance of H_res from the identity is")]
 
 
-@verdict(metric="identity_distance", limits=Limits(warn=STUCK, above=False), not_for=UNMIXED)
+@verdict(
+    metric="identity_distance",
+    limits=Limits(warn=STUCK, above=False),
+    not_for=UNMIXED,
+    follows_from={"discarded_mixing": anywhere},
+)
 def stuck_at_identity(
     identity_distance: xr.DataArray,
     stream_cosine: xr.DataArray | None = None,

@@ -38,18 +38,18 @@ class Remark:
     sentence : str
         In plain words, with the numbers.
     value : float
-        The number that it rests on.
-    limit : float
-        What that number is compared with.
+        The number that it rests on; that verdict states what it is compared with.
     connections : tuple of int
         Where.
+    sure : bool
+        Whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
     """
 
     kind: str
     sentence: str
     value: float
-    limit: float
     connections: tuple[int, ...]
+    sure: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,6 +80,10 @@ class Facts:
         From what the weights were computed; None where no forward was followed.
     replaced : str
         How the matrix had to be read that is applied, where it is not the one that the model computes: "identity", "transposed".
+    computed : Tensor or None
+        That other matrix.
+    spread_in, spread_out : float
+        ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
     """
 
     name: str
@@ -92,7 +96,9 @@ class Facts:
     mask: torch.Tensor | None = None
     origin: Origin | None = None
     replaced: str = ""
-    computed: torch.Tensor | None = None  # the matrix that is not applied
+    computed: torch.Tensor | None = None
+    spread_in: float = 1.0
+    spread_out: float = 1.0
 
     def tokens(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights of the tokens that are no padding, (tokens, …), in float64."""
@@ -169,7 +175,6 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
         f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output depends on "
         f"it; what is applied is {instead}, from which its entries differ by up to {_number(apart)}",
         apart,
-        SAME,
         tuple(at),
     )
 
@@ -184,7 +189,6 @@ def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"H_res is transposed {_places(facts, at)}: there the transpose of the computed matrix is applied, unlike at the "
             f"other {len(facts) - len(at)}; entries of the two differ by up to {_number(difference)}",
             difference,
-            SAME,
             tuple(at),
         )
         return
@@ -196,7 +200,6 @@ def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"H_res is transposed {_places(facts, turned)}: of one matrix the first column reads along the rows, and the other "
             f"columns mix along the columns; entries of H_res and its transpose differ by up to {_number(difference)}",
             difference,
-            SAME,
             tuple(turned),
         )
         return
@@ -218,8 +221,8 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"those over the sources, which carry the signal, are off by up to {_number(row)}; mHC normalises the latter last "
             "(arXiv 2512.24880, Eq. 9)",
             row,
-            CLEAR_ERROR,
             tuple(late),
+            sure=False,
         )
 
 
@@ -240,9 +243,9 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
         f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {_places(facts, at)}: the applied matrix differs from "
         f"the stored one by up to {_number(difference)}, and its sums are off by up to {_number(applied)} where those of the "
         f"stored one are by {_number(stored)}",
-        applied,
-        CLEAR_ERROR,
+        difference,
         tuple(at),
+        sure=False,
     )
 
 
@@ -263,7 +266,6 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(error)}, at every token): "
             f"{cause}; all {n} streams become their sum, {n} times as large at each connection",
             float(n),
-            1.0 + EXACT_SUM,
             tuple(at),
         )
 
@@ -295,8 +297,8 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"{_number(good)}, sums over {others} are off by up to {_number(bad)}, where 20 rounds of Sinkhorn would leave "
             f"{_number(_after_rounds(facts, at, side))}; {loss}",
             bad,
-            CLEAR_ERROR,
             tuple(at),
+            sure=side == 1 or max(counts, default=1) > 1,
         )
 
 
@@ -362,6 +364,26 @@ def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float
     return max(worst, torch.finfo(torch.float32).eps)
 
 
+def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The streams differ after a connection and are one again before the next."""
+    at = [
+        number
+        for number in range(1, len(facts))
+        if facts[number].spread_in <= SAME and facts[number - 1].spread_out > CLEAR_ERROR
+    ]
+    if at:
+        before = max(facts[number - 1].spread_out for number in at)
+        after = max(facts[number].spread_in for number in at)
+        yield Remark(
+            "passing_streams",
+            f"Streams are expanded and merged inside each block and do not persist: before {_places(facts, at)[3:]} all "
+            f"{facts[0].num_streams} are one again (their differences fall from {_number(before)} of their norm to "
+            f"{_number(after)}), so that one stream is handed on, as in a plain residual network",
+            before,
+            tuple(at),
+        )
+
+
 # --- what the coefficients were computed from, and whether they learn
 
 
@@ -369,9 +391,11 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
     # Measured where H_res is uniform, or carries no gradient.
     measured = {i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients}
-    still = [i for i, (logits, write) in measured.items() if logits <= NO_GRADIENT * write and write > 0]
+    still = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
     uniform = [i for i in still if _from_uniform(facts[i]) <= UNIFORM]
     at = [i for i in still if i not in uniform]
+    # The mean over streams takes away what the last mixing does, in every design: one connection is no finding.
+    uniform = uniform if 2 * len(uniform) > len(measured) else []
     for chosen, what, why in (
         (at, "H_res is computed from parameters and its logits get no gradient", "the graph is cut before it is applied (detach, "
          "no_grad or .data)"),
@@ -386,7 +410,6 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
                 f"{what} {_places(facts, chosen)}: for a random combination of the outputs the largest gradient of a logit is "
                 f"{_number(logits)} where that of a write weight is {_number(write)}; {why}",
                 logits / write,
-                NO_GRADIENT,
                 tuple(chosen),
             )
 
@@ -412,7 +435,6 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"Coefficients are computed from another input than the streams that they are applied to {_places(facts, [*states])}: "
             f"{named} of connection {number} from {words}, not from those at connection {number}",
             float(len(states)),
-            0.0,
             tuple(states),
         )
     tokens = [number for number, origin in known.items() if origin.other_tokens > FOREIGN]
@@ -424,7 +446,6 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"Coefficients of one token are computed from the streams of other tokens {_places(facts, tokens)}: "
             f"{share:.0%} of their gradient is there{', also at later tokens of the sequence' if later else ''}",
             share,
-            FOREIGN,
             tuple(tokens),
         )
 
@@ -443,8 +464,8 @@ def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"{_number(largest)}, and its output is written with {write:.2g} σ(·), up to {_number(least)}; mHC reads with σ and "
             "writes with 2 σ (arXiv 2512.24880, Eq. 8)",
             read,
-            1.5,
             tuple(at),
+            sure=False,
         )
     elif len(facts) > 1 and _one_hot_writes(facts):
         yield Remark(
@@ -453,8 +474,8 @@ def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
             "1 and its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
             "way round (arXiv 2409.19606, Eq. 14)",
             float(facts[0].num_streams),
-            1.5,
             tuple(range(len(facts))),
+            sure=False,
         )
 
 
@@ -474,6 +495,7 @@ RULES: tuple[Rule, ...] = (
     transposed,
     all_ones,
     one_sum,
+    passing,
     unlearnable,
     swapped,
     rounded,

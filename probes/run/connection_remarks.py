@@ -62,7 +62,15 @@ def _facts(evidence: Evidence, number: int, replaced: Replacement | None) -> Fac
         mask=joint.mask,
         replaced=how,
         computed=None if replaced is None else replaced.computed,
+        spread_in=_spread(joint.x_in, joint.mask),
+        spread_out=_spread(joint.x_out, joint.mask),
     )
+
+
+def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
+    """‖X − mean over streams‖ / ‖X‖ of real tokens (K, T, N, D)."""
+    real = state[mask].double()
+    return float((real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def _vector(weights: torch.Tensor | None) -> torch.Tensor | None:
