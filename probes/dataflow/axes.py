@@ -14,7 +14,6 @@ SLID = "slid along"  # by a convolution: an axis of tokens, or a side of an imag
 NORMALISED = "normalised over"  # by a norm: an axis of features (or channels)
 ATTENDED = "attended over"  # by a fused attention: an axis of tokens
 BATCHED = "batched"  # given as the first axis of the model's input
-SEQUENCE = "sequence"  # given as the second axis of an input that has no features, as token ids
 
 
 class Atom:
@@ -26,7 +25,7 @@ class Atom:
         Its number of positions.
     whole : bool
         Whether it is an axis as an opaque operation made it. A stream axis is not: it was stacked, expanded, split from
-        another axis, or made by the matrix that mixes streams.
+        a longer axis, or made by the matrix that mixes streams.
     """
 
     __slots__ = ("_parts", "_same", "parent", "roles", "size", "whole")
@@ -66,9 +65,11 @@ class Atom:
         atom = self.itself()
         parts = atom._parts.get(outer)
         if parts is None:
+            inner = atom.size // outer
+            # Of two parts the larger one is what the axis was made of: features, of which there are more than streams.
             parts = atom._parts[outer] = (
-                Atom(outer, whole=False, parent=atom),
-                Atom(atom.size // outer, whole=False, parent=atom),
+                Atom(outer, whole=atom.whole and outer > inner, parent=atom),
+                Atom(inner, whole=atom.whole and inner > outer, parent=atom),
             )
         return parts
 
@@ -179,6 +180,54 @@ def same_axes(first: Axes, second: Axes) -> bool:
         len(a) == len(b) and all(x.itself() is y.itself() for x, y in zip(a, b, strict=True))
         for a, b in zip(first, second, strict=True)
     )
+
+
+def stream_atom(axes: Axes, most: int) -> Atom | None:
+    """The atom that may be one of streams: the only one that no opaque operation made, of at most so many positions."""
+    made = [atom.itself() for axis in axes for atom in axis if not atom.itself().whole]
+    return made[0] if len(made) == 1 and made[0].size <= most else None
+
+
+def layout_of(axes: Axes, stream: Atom | None) -> str | None:
+    """The layout of a state by what was done along its axes, as in `depthscope.probes.model.layout`.
+
+    Parameters
+    ----------
+    axes : Axes
+        Of the state.
+    stream : Atom or None
+        The atom of its streams, where it has some.
+
+    Returns
+    -------
+    str or None
+        None where that does not tell every axis.
+    """
+    atoms = [atom.itself() for axis in axes for atom in axis]
+    rest = [atom for atom in atoms if atom is not stream]
+    batch = [atom for atom in rest if atom.has(BATCHED)]
+    features = [
+        atom
+        for atom in rest
+        if atom not in batch
+        and (atom.has(CONTRACTED) or atom.has(NORMALISED))
+        and not (atom.has(SLID) or atom.has(ATTENDED))
+    ]
+    if len(batch) != 1 or len(features) != 1 or len(set(map(id, atoms))) != len(atoms):
+        return None
+    letters = {id(batch[0]): "B", id(features[0]): "D"}
+    if stream is not None:
+        letters[id(stream)] = "N"
+    # Rows and columns of an image that were merged are tokens in one axis.
+    named = [list(dict.fromkeys(letters.get(id(atom.itself()), "T") for atom in axis)) for axis in axes]
+    if any(not axis for axis in named):  # an axis of size 1 may be any
+        return None
+    tokens = [axis for axis in named if "T" in axis]
+    if len(tokens) == 2 and all(axis == ["T"] for axis in tokens):
+        tokens[0][0], tokens[1][0] = "H", "W"
+    elif len(tokens) > 1:
+        return None
+    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 
 def all_noted(axis: Axis, role: str) -> None:

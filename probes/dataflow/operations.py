@@ -106,10 +106,10 @@ def _axes_of(argument: Any) -> Axes:
     return ()
 
 
-def _completed(axes: Sequence[Any], shape: tuple[int, ...]) -> Axes:
+def _completed(axes: Sequence[Any], shape: tuple[int, ...], *, whole: bool = False) -> Axes:
     """Axes with new atoms where only a constant gave them."""
     return tuple(
-        (axis if axis and axis[0] is not None else () if size == 1 else (Atom(size, whole=False),))
+        (axis if axis and axis[0] is not None else () if size == 1 else (Atom(size, whole=whole),))
         for axis, size in zip(axes, shape, strict=True)
     )
 
@@ -269,7 +269,6 @@ def _matrix_product(first: Any, second: Any, shape: tuple[int, ...]) -> Found:
     """Axes of ``first @ second`` of the same number of axes; transparent where the contracted axis is one of streams."""
     a, b = _axes_of(first), _axes_of(second)
     lead = broadcast(a[:-2], b[:-2])
-    axes = _completed([*lead, a[-2], b[-1] if len(b) > 1 else ()], shape)
     size = second.shape[-2]
     linear = False
     for own, other in ((first, a[-1]), (second, b[-2])):
@@ -279,7 +278,8 @@ def _matrix_product(first: Any, second: Any, shape: tuple[int, ...]) -> Found:
             linear = True
         elif not _is_value(second if own is first else first):
             all_noted(other, CONTRACTED)  # with a constant, as a linear layer does
-    return axes, linear
+    # What a matrix of weights makes is an axis of features; what mixes streams makes an axis of streams.
+    return _completed([*lead, a[-2], b[-1]], shape, whole=not linear), linear
 
 
 def _bmm(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:

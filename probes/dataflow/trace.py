@@ -10,15 +10,16 @@ No tensor of the model's is kept but small coefficients, and those as long as so
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.dataflow.axes import Axes, new_axes
+from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
 from depthscope.probes.dataflow.operations import Rule, rule_of
 from depthscope.probes.model.hooks import without_frames
 
@@ -85,6 +86,8 @@ class Value:
         The transparent operation that made it; None where an opaque one did.
     call : int
         Order of the innermost module call that made it; -1 outside of all.
+    ordinal : int
+        Among the values that this call made itself.
     merges : int
         How many sums with something computed from it a state went through up to here. Heuristic: it tells which values
         may be states, and proves nothing.
@@ -99,6 +102,8 @@ class Value:
         "last_merge",
         "merges",
         "number",
+        "ordinal",
+        "root",
         "shape",
         "step",
     )
@@ -109,10 +114,12 @@ class Value:
         self.dtype = dtype
         self.axes = axes
         self.call = call
+        self.ordinal = 0
         self.step: Step | None = None
         self.func: Any = None
         self.merges = 0
-        self.last_merge = NONE
+        self.root = number  # number of the last of these sums, or of what the first of them was added to
+        self.last_merge = NONE  # number of the last such sum of any state that it was computed from
 
     def __repr__(self) -> str:
         name = "input" if self.func is None else str(self.func)
@@ -147,10 +154,13 @@ class Trace(TorchDispatchMode):
         self.call = NONE
         self.paused = False
         self.error: Exception | None = None
+        # Called with every value and its tensor when it is made: the tensor has no gradient function yet.
+        self.on_value: Callable[[Value, torch.Tensor], None] | None = None
         self.parents: list[tuple[int, ...]] = []
         self.calls: list[int] = []  # of the values, by number
         self.most_merged: Value | None = None
         self._entries: dict[int, _Entry] = {}
+        self._made: dict[int, int] = {}  # how many values each call made itself
         self._writes: list[
             tuple[int, tuple[Any, ...], Value]
         ] = []  # storage, region and value of writes in place
@@ -212,14 +222,14 @@ class Trace(TorchDispatchMode):
             self._rewritten(entry, tensor)
         return entry.value
 
-    def watch(self, tensor: torch.Tensor) -> Value:
-        """Follow a tensor that came from outside of the forward, as the model's input."""
-        known = self.value(tensor)
-        if known is not None:
-            return known
+    def watch(self, tensor: torch.Tensor, batch_axis: int | None = None) -> None:
+        """Follow a tensor that came from outside of the forward, as the model's input, and its axis of sequences."""
+        if self.value(tensor) is not None:
+            return
         value = self._new_value(tensor, new_axes(tensor.shape), ())
+        if batch_axis is not None and tensor.ndim > batch_axis:
+            all_noted(value.axes[batch_axis], BATCHED)
         self._enter(tensor, value)
-        return value
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, taken: tuple[Any, Any, list[Value]], result: Any
@@ -242,11 +252,14 @@ class Trace(TorchDispatchMode):
             if rule.writes:
                 self._note_write(tensor, value)
             self._enter(tensor, value)
+            if self.on_value is not None:
+                self.on_value(value, tensor)
 
     def _new_value(self, tensor: torch.Tensor, axes: Axes, operands: Any) -> Value:
         value = Value(len(self.parents), tuple(tensor.shape), tensor.dtype, axes, self.call)
         self.parents.append(tuple([operand.number for operand in operands]))
         self.calls.append(self.call)
+        value.ordinal = self._made[self.call] = self._made.get(self.call, -1) + 1
         for operand in operands:
             if operand.last_merge > value.last_merge:
                 value.last_merge = operand.last_merge
@@ -265,16 +278,13 @@ class Trace(TorchDispatchMode):
         rule, operands = step.rule, step.operands
         if rule.product:
             _keep_coefficients(step, args)
-        carrier = operands[0]
-        for operand in operands:
-            if operand.merges > carrier.merges:
-                carrier = operand
-        value.merges = carrier.merges
+        carrier = operands[0] if len(operands) == 1 else carrier_of(operands)
+        value.merges, value.root = carrier.merges, carrier.root
         if rule.sums and len(operands) > 1:
             # Something computed from the state comes back to it: its last merge is not before the state's own.
-            if all(o is carrier or o.last_merge >= carrier.last_merge for o in operands):
+            if not carrier.merges or all(o is carrier or o.last_merge >= carrier.root for o in operands):
                 value.merges += 1
-                value.last_merge = value.number
+                value.root = value.last_merge = value.number
             if self.most_merged is None or value.merges >= self.most_merged.merges:
                 self.most_merged = value
 
@@ -302,22 +312,24 @@ class Trace(TorchDispatchMode):
         shape, stride, offset = where
         own = _region(tensor)
         value.step = Step(PATCH, None, (old, new, shape, stride, offset - own[2], own[1]), {}, (old, new))
-        value.merges = max(old.merges, new.merges)
+        carrier = carrier_of((old, new))
+        value.merges, value.root = carrier.merges, carrier.root
         return value
 
     # --- afterwards
 
-    def depends(self, value: Value, on: Value) -> bool:
-        """Whether a value was computed from another one, by whatever operations."""
-        if value is on:
+    def depends(self, value: Value, on: Value | int) -> bool:
+        """Whether a value was computed from another one (or its number), by whatever operations."""
+        origin = on if isinstance(on, int) else on.number
+        if value.number == origin:
             return True
         seen: set[int] = set()
         waiting = [value.number]
         while waiting:
             for parent in self.parents[waiting.pop()]:
-                if parent == on.number:
+                if parent == origin:
                     return True
-                if parent > on.number and parent not in seen:  # an earlier value cannot come from it
+                if parent > origin and parent not in seen:  # an earlier value cannot come from it
                     seen.add(parent)
                     waiting.append(parent)
         return False
@@ -333,6 +345,11 @@ class Trace(TorchDispatchMode):
                 if parent not in stops and parent not in seen:
                     seen.add(parent)
                     waiting.append(parent)
+
+
+def carrier_of(operands: Sequence[Value]) -> Value:
+    """The operand that carries a state: that which went through most sums, the largest of several."""
+    return max(operands, key=lambda operand: (operand.merges, math.prod(operand.shape), -operand.number))
 
 
 def _region(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -18,7 +18,9 @@ from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, Site
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.connections.families.traced import read_traced
+from depthscope.probes.dataflow.axes import layout_of
+from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import count_streams
@@ -29,12 +31,13 @@ from depthscope.probes.session.forward import CurrentForward, Forward, GradientL
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
-from depthscope.probes.structure.find_chains import find_chains
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.layout_evidence import read_evidence
-from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.plain_proof import with_proof
+from depthscope.probes.structure.model_structure import CapturedState, Structure
+from depthscope.probes.structure.plain_proof import PROVEN, states_of
+from depthscope.probes.structure.proven_chains import proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
+from depthscope.probes.structure.traced_streams import traced_connection
 
 
 class RewrittenError(CaptureError):
@@ -58,9 +61,22 @@ class FirstForward:
         Whether gradients are wanted.
     report : callable
         Called with every exception that a gradient hook raises.
+    observer : Observer, optional
+        Of a known structure that only the trace of a forward shows: it gets the states that no module shows.
     """
 
-    def __init__(self, model: nn.Module, current: CurrentForward, *, gradients: bool, report: Report):
+    def __init__(
+        self,
+        model: nn.Module,
+        current: CurrentForward,
+        *,
+        gradients: bool,
+        report: Report,
+        observer: Observer | None = None,
+    ):
+        self._observer = observer
+        captured = observer.structure.captured if observer is not None else ()
+        self._operations = {(p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"}
         self._model = model
         self._current = current
         self._gradients = gradients
@@ -96,9 +112,42 @@ class FirstForward:
         if tape is None or tape.trace is not None:  # the model may call itself
             return None
         trace = tape.trace = Trace()
+        forward = self._current.recorded
+        assert forward is not None
         for tensor in tensors_in((args, kwargs)):
-            trace.watch(tensor)
-        return MethodWatch(trace, lambda result: None)
+            batched = tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            trace.watch(tensor, forward.batch_axis if batched else None)
+        made: list[tuple[CapturedState, Value, torch.Tensor]] = []
+        if self._operations:
+            trace.on_value = partial(self._record_operation, forward, tape, made)
+        return MethodWatch(trace, lambda result: self._hook_operations(forward, made))
+
+    def _record_operation(
+        self,
+        forward: Forward,
+        tape: Tape,
+        made: list[tuple[CapturedState, Value, torch.Tensor]],
+        value: Value,
+        tensor: torch.Tensor,
+    ) -> None:
+        """Record a state when the operation that makes it has run."""
+        if value.call < 0:
+            return
+        call = tape.calls[value.call]
+        place = call.path, call.index, value.ordinal
+        state = self._operations.get(place)
+        if state is not None and self._observer is not None:
+            tape.operations[place] = value
+            self._observer.record_state(forward, state.chain, state.depth, tensor)
+            made.append((state, value, tensor))
+
+    def _hook_operations(
+        self, forward: Forward, made: list[tuple[CapturedState, Value, torch.Tensor]]
+    ) -> None:
+        """Put hooks on the gradients of these states, which have a graph by now."""
+        for state, _, tensor in made:
+            if self._observer is not None:
+                self._observer.hook_gradient(forward, state.chain, state.depth, tensor)
 
     def _around_opening(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
@@ -189,8 +238,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    chains = tuple(with_proof(tape, chain) for chain in find_chains(tape, model, layers=options.blocks))
-    sites = _stream_sites(tape, chains[0])
+    found = proven_chains(tape, model, layers=options.blocks)
+    chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     options.selection.require(chains)  # only now is it known which sites the model has
@@ -218,12 +267,23 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], 
         return options.layout
     if sites:
         return sites[0].layout  # a connection was detected by its layout; a plain state shows none
+    shown = layout_by_operations(tape, chain)
+    if shown is not None:
+        return shown
     evidence = read_evidence(tape, chain)
     if forward.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
         raise AxisError(
             "the model takes its tokens first, so the batch is its second axis; call the model once more"
         )
     return infer_layout(chain.shapes[0], batch_size=forward.batch_size, evidence=evidence)
+
+
+def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
+    """The layout of a proven plain chain by what was done along the axes of its first state; None where that does not tell."""
+    (state,) = states_of(tape, chain.points[:1])
+    if chain.proof != PROVEN or state is None:
+        return None
+    return layout_of(state.axes, None)
 
 
 # --- what the first forward showed ---
@@ -249,6 +309,11 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     structure = observer.structure
     calls = {call.key: call for call in tape.calls}
     for number, depth, point in structure.captured:
+        if point.at == "operation":
+            raise RewrittenError(
+                f"the state inside of {point.path or 'the model'} is shown by no module; call the model once more: from the "
+                "second forward on it is read where it is computed"
+            )
         call = calls[point.path, point.method, point.index]
         _refuse_rewritten(call, point)
         tensor, written = call.passed(point.at, point.item)
@@ -263,7 +328,8 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
-    for number, connection in enumerate(structure.connections):
+    record_traced(tape, forward, observer)
+    for number, connection in enumerate(structure.connections if not structure.traced else ()):
         call = connection_calls[connection.path, connection.index]
         _replay_connection(call, forward, observer, number, connection)
     for number, chain in enumerate(structure.chains):
@@ -271,6 +337,41 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             if connection.branch_path is not None:
                 branch = calls[connection.branch_path, FORWARD, connection.branch_index]
                 observer.record_branch(forward, number, position, branch.y)
+
+
+def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
+    """Read the connections whose weights only the trace of a forward shows; none of other structures.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the forward, with its trace.
+    forward : Forward
+        The forward, with its states recorded.
+    observer : Observer
+        Records what they show.
+    """
+    structure = observer.structure
+    if not structure.traced:
+        return
+    states = states_of(tape, structure.chains[0].points)
+    for number, connection in enumerate(structure.connections):
+        before, after = states[connection.depth_in], states[connection.depth_out]
+        if before is None or after is None:
+            raise CaptureError(f"the trace of a forward did not see the states around {connection.path!r}")
+        complete = read_traced(
+            traced_connection(tape, before, after),
+            structure.layouts[0],
+            forward.batch_size,
+            structure.num_streams,
+        )
+        sampled = None
+        if len(forward.rows):
+            sampled = complete.sampled(forward.rows)
+            assert sampled.read is not None
+            # What the branch takes is what its weights read from the streams: a linear map found in the trace.
+            sampled.branch_in = sampled.read @ forward.states[0, connection.depth_in].to("cpu")
+        observer.record_connection(forward, number, complete, sampled)
 
 
 def _replay_connection(

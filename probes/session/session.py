@@ -26,6 +26,7 @@ from depthscope.probes.session.first_forward import (
     FirstForward,
     RewrittenError,
     find_structure,
+    record_traced,
     replay,
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
@@ -100,6 +101,11 @@ class Session:
         return self._observer
 
     @property
+    def _traced(self) -> bool:
+        """Whether every measured forward is traced, since nothing else shows the weights of the connections."""
+        return self._observer is not None and self._observer.structure.traced
+
+    @property
     def structure(self) -> Structure:
         """What the model was found to be in its first forward."""
         return self.observer.structure
@@ -128,6 +134,10 @@ class Session:
             first.attach(attachment)
         else:
             self._searching = False
+            if self._traced:
+                FirstForward(
+                    self.model, self._current, gradients=False, report=self.report, observer=self._observer
+                ).attach(attachment)
             later = LaterForwards(self.model, self._observer, self._current, lambda: self.forwards)
             later.attach(attachment)
             states = {state.point.path for state in self._observer.structure.captured}
@@ -195,7 +205,7 @@ class Session:
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)
-            if self._searching:
+            if self._searching or self._traced:
                 current.tape = self._new_tape()
 
     def _require_same_modules(self) -> None:
@@ -257,8 +267,11 @@ class Session:
             return
         try:
             self._require_same_modules()
-            if tape is not None:
+            if tape is not None and self._searching:
                 self._end_first(tape, forward)
+            elif tape is not None:
+                with own_call(self.observer):
+                    record_traced(tape, forward, self.observer)
             for sums in forward.sums:
                 sums.end_forward()
             forward.end()

@@ -13,16 +13,16 @@ PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """What shows one state of a chain: the input or the output of one call of a module."""
+    """What shows one state of a chain: the input or the output of one call of a module, or an operation inside of it."""
 
     path: str
     index: int  # of the call, among the module's calls in one forward
-    at: str  # "input" or "output"
+    at: str  # "input", "output", or "operation" where only the trace of the forward shows it
     layer: int
     site: str
     module: str  # the module that computed the state
     method: str = "forward"
-    item: int = 0  # which of the call's floating tensors
+    item: int = 0  # which of the call's floating tensors, or of the values that its own operations make
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,14 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
     """
     if layers is not None:
         blocks = _named_blocks(tape, model, layers)
-        return split_tracks(_with_final(tape, _named_chain(tape, blocks)), blocks, named=True)
+        return split_tracks(with_final(tape, _named_chain(tape, blocks)), blocks, named=True)
     # Connections first: the blocks of a model with streams, or with a depth history, may link like plain ones.
     connections = tape.connection_calls()
     if connections:
-        return [_with_final(tape, stream_chain(tape, connections))]
+        return [with_final(tape, stream_chain(tape, connections))]
     histories = history_chain(tape)
     if histories is not None:
-        return [_with_final(tape, histories)]
+        return [with_final(tape, histories)]
     runs = _chosen_runs(tape, model)
     if not runs:
         raise ChainError(
@@ -71,15 +71,15 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
         )
     chains: list[Chain] = []
     for name, run in zip(_chain_names(runs), runs, strict=True):
-        chain = _with_final(tape, _linked_chain(run, name))
+        chain = with_final(tape, _linked_chain(run, name))
         chains += split_tracks(chain, run, named=False)
     return chains
 
 
-def _with_final(tape: Tape, chain: Chain) -> Chain:
+def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
     """The chain with the hook point after its last norm, where there is one."""
     last = chain.points[-1]
-    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1])
+    norm = final_norm(tape, (last.path, last.method, last.index), chain.shapes[-1], streams)
     if norm is None:
         return chain
     return replace(chain, final=HookPoint(norm.path, norm.index, "output", last.layer, "final", norm.path))
@@ -92,7 +92,7 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     if not found:
         return []
     best, best_size = _finest_run(found)
-    share = best_size / _trunk_size(model)
+    share = best_size / trunk_size(tape, model)
     if share < TRUNK_SHARE:
         raise ChainError(
             f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
@@ -152,10 +152,11 @@ def _parts_of_one_shape(run: list[Call]) -> Iterable[list[Call]]:
             yield calls
 
 
-def _trunk_size(model: nn.Module) -> int:
-    """Number of parameters without embeddings and the heads that predict their vocabulary.
+def trunk_size(tape: Tape, model: nn.Module) -> int:
+    """Number of parameters of the modules that ran, without embeddings and the heads that predict their vocabulary.
 
-    In a small model with a large vocabulary these are most of all parameters.
+    In a small model with a large vocabulary these are most of all parameters. A tower that was not called is no part of what
+    the forward did.
     """
     # A head that is tied to the embedding shares its parameter; one that is not has as many outputs.
     vocabularies = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -166,7 +167,15 @@ def _trunk_size(model: nn.Module) -> int:
         or (isinstance(module, nn.Linear) and module.out_features in vocabularies)
         for p in module.parameters(recurse=False)
     }
-    return sum(p.numel() for p in model.parameters() if id(p) not in outside) or 1
+    called = {id(call.module): call.module for call in tape.calls}
+    # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
+    ran = {
+        id(p): p.numel()
+        for module in called.values()
+        for p in module.parameters(recurse=not any(id(child) in called for child in module.children()))
+        if id(p) not in outside
+    }
+    return sum(ran.values()) or 1
 
 
 def _covers(container: list[Call], run: list[Call]) -> bool:

@@ -67,6 +67,11 @@ class Structure:
         return tuple(found)
 
     @property
+    def traced(self) -> bool:
+        """Whether the weights of its connections are local variables, which only a trace of the forward shows."""
+        return any(site.style == "traced" for site in self.sites.values())
+
+    @property
     def connections(self) -> tuple[Connection, ...]:
         """The stream connections of the first chain, which alone can have them."""
         return self.chains[0].connections if self.sites else ()
@@ -83,12 +88,14 @@ class Structure:
 
     @property
     def family(self) -> str:
-        """The connection family: residual, hc, mhc, independent_hc, gated, altup or depth_history."""
+        """The connection family: residual, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
         if self.sites:
             families = {site.family for site in self.sites.values()}
             return families.pop() if len(families) == 1 else "hc"  # the most general one contains all others
         if any(chain.history for chain in self.chains):
             return "depth_history"
+        if self.num_streams == 1 and not all(chain.proof == "proven" for chain in self.chains):
+            return "unproven"
         return "residual" if self.num_streams == 1 else "unknown"
 
     def canonical(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ class PlainStep:
     doubt: str = ""
 
 
-def plain_step(trace: Trace, before: Value, after: Value) -> PlainStep:
+def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Value] = ()) -> PlainStep:
     """How a state became the next one.
 
     Parameters
@@ -54,6 +54,8 @@ def plain_step(trace: Trace, before: Value, after: Value) -> PlainStep:
         Of the forward.
     before, after : Value
         The two states.
+    earlier : sequence of Value
+        The states before these.
 
     Returns
     -------
@@ -74,8 +76,20 @@ def plain_step(trace: Trace, before: Value, after: Value) -> PlainStep:
     if scale == 0.0:
         return PlainStep(doubt="the state before is cancelled out of the next one")
     sources = [source for of in maps for source in of.sources if source not in functions]
-    added = any(trace.depends(source, before) for source in sources)
+    new = [source for source in sources if trace.depends(source, before)]
+    # What comes from elsewhere, such as a position or a time, may be added; what earlier states gave is a connection over
+    # depth, or another stream.
+    if any(source not in new and _from_states(trace, source, before, earlier) for source in sources):
+        return PlainStep(doubt="something that earlier depths gave is added, not only what was computed from the state")
+    added = bool(new)
     return PlainStep(scale, tuple(str(f.func).split(".")[1] for f in functions), added)
+
+
+def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[Value]) -> bool:
+    """Whether a term that is not computed from a state comes from the states before it, or is a part of one of them."""
+    return any(trace.depends(source, state) for state in earlier) or (
+        bool(earlier) and trace.depends(earlier[0], source) and trace.depends(before, source)
+    )
 
 
 def _path(before: Value, after: Value) -> tuple[list[LinearMap], list[Value], float | None] | None:
@@ -115,7 +129,8 @@ def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[
         if before is None or after is None:
             yield depth, PlainStep(doubt="the trace of the forward did not see the state")
         elif before.shape == after.shape:
-            yield depth, plain_step(trace, before, after)
+            known = [state for state in states[:depth] if state is not None]
+            yield depth, plain_step(trace, before, after, known)
         # Another shape begins a stage: what makes it is no sum with the state, and no claim is made about it.
 
 
@@ -151,4 +166,9 @@ def _proof(tape: Tape, chain: Chain) -> str:
 def states_of(tape: Tape, points: Sequence[HookPoint]) -> list[Value | None]:
     """The values that some hook points showed."""
     calls = {call.key: call for call in tape.calls}
-    return [calls[p.path, p.method, p.index].value_of(p.at, p.item) for p in points]
+    return [
+        tape.operations.get((p.path, p.index, p.item))
+        if p.at == "operation"
+        else calls[p.path, p.method, p.index].value_of(p.at, p.item)
+        for p in points
+    ]

@@ -157,6 +157,7 @@ class Tape:
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
+        self.operations: dict[tuple[str, int, int], Value] = {}  # values that only an operation shows, by their places
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
@@ -396,7 +397,7 @@ def _parameter_names(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
     return names
 
 
-def final_norm(tape: Tape, last: Key, shape: tuple[int, ...]) -> Call | None:
+def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) -> Call | None:
     """The norm that takes the last state of a chain, or what its streams are collapsed to.
 
     Parameters
@@ -407,6 +408,8 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...]) -> Call | None:
         The call that shows the last state.
     shape : tuple of int
         Shape of that state.
+    streams : int
+        Number of its streams, where no connection on the tape tells.
 
     Returns
     -------
@@ -415,7 +418,7 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...]) -> Call | None:
     end = next(call for call in tape.calls if call.key == last)
     sites = [call.site for call in tape.connection_calls() if call.site is not None]
     # Streams are collapsed to one before the norm (fractions of a stream are not), so no tensor can be compared.
-    collapsed = sites[0].num_streams // sites[0].fractions if sites else 1
+    collapsed = sites[0].num_streams // sites[0].fractions if sites else streams
     for call in tape.calls:
         after = call.order > end.order and not call.inside(end)
         if not after or call.y is None or not is_norm(call.module) or call.x_shape != call.y_shape:

@@ -58,8 +58,9 @@ def _passed_on(blocks: Sequence[Call]) -> list[tuple[int, int]]:
     """
     found = []
     # From 1: the tensors at 0 are the states of the chain itself. A run of linked calls has two blocks at least.
-    for given in range(1, len(blocks[0].outputs)):
-        for taken in range(1, len(blocks[1].inputs)):
+    # Blocks may take or give fewer tensors than others, as where the first one has nothing to add yet.
+    for given in range(1, min(len(block.outputs) for block in blocks)):
+        for taken in range(1, min(len(block.inputs) for block in blocks)):
             linked = all(
                 same_tensor(a.passed("output", given)[0], b.passed("input", taken)[0])
                 for a, b in pairwise(blocks)

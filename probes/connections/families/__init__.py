@@ -11,6 +11,7 @@ REGISTERED = (
     "returned",
     "width",
     "altup",
+    "traced",
 )
 FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__name__}.{name}").FAMILY for name in REGISTERED)
 BY_NAME = {family.name: family for family in FAMILIES}
