@@ -77,8 +77,10 @@ def capture(
     with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
             measured, value = _measure_batch(session, item, loss)
+            assert session.last is not None
+            began = session.last.first_index
             if first is None:
-                first = item, measured.batch_size
+                first = item, began, measured.batch_size
             sequences += measured.batch_size
             losses.append(value)
             step = merge_sums(step, measured.sums)

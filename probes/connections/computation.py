@@ -32,7 +32,9 @@ CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids
 # and of those that exchange axes.
 REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))
 EXTREMES = frozenset(("max", "amax", "min", "amin"))
-TURNS = frozenset(("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum"))
+TURNS = frozenset(
+    ("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum")
+)
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
@@ -227,7 +229,11 @@ class Forward:
         """Every value that is this state, (K, T, N, D) of the sampled sequences."""
         wanted = self._few(x)
         limit = SAME * wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        return [value for value, few in self._states if len(few) == len(wanted) and (few - wanted).abs().max() <= limit]
+        return [
+            value
+            for value, few in self._states
+            if len(few) == len(wanted) and (few - wanted).abs().max() <= limit
+        ]
 
     def per_token(self, tensor: torch.Tensor, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
@@ -262,7 +268,9 @@ class Forward:
         return [
             value
             for value in self.within(between)
-            if any(self._equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
+            if any(
+                self._equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:]))
+            )
         ]
 
     def within(self, between: tuple[int, int]) -> Sequence[Value]:
@@ -298,7 +306,9 @@ class Forward:
                 for output in carrying
             ]
         ).sum()
-        gradients = torch.autograd.grad(total, [tensors[i] for i in wanted], retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(
+            total, [tensors[i] for i in wanted], retain_graph=True, allow_unused=True
+        )
         for position, gradient in zip(wanted, gradients, strict=True):
             found[position] = 0.0 if gradient is None else float(gradient.abs().max())
         return found
@@ -446,7 +456,9 @@ class _Search:
                 few = both[forward.rows].to(applied.mix.device, torch.float32)
                 matrix, limit = few[..., 1:], SAME * max(1.0, float(few.abs().max()))
                 # Each column, of the reads or of the mixing, is one result; its rows are the sources.
-                straight, turned = (float((m - applied.mix).abs().max()) <= limit for m in (matrix.mT, matrix))
+                straight, turned = (
+                    float((m - applied.mix).abs().max()) <= limit for m in (matrix.mT, matrix)
+                )
                 if float((few[..., 0] - read).abs().max()) <= limit and straight != turned:
                     return straight
         return None
@@ -479,7 +491,11 @@ class _Search:
         generator = torch.Generator().manual_seed(0)
         for values in self.found[number].values():
             tensor = values[0].tensor if values else None
-            if tensor is None or not tensor.requires_grad or tensor.numel() % (forward.batch_size * forward.tokens):
+            if (
+                tensor is None
+                or not tensor.requires_grad
+                or tensor.numel() % (forward.batch_size * forward.tokens)
+            ):
                 continue
             size = tensor.numel() // (forward.batch_size * forward.tokens)
             one = next(forward.per_token(tensor, (size,)), None)
@@ -514,7 +530,9 @@ class _Search:
         if behind & branch:
             return None
         # A statistic of the matrix that is applied, as its entropy for a log, is computed from one that is used.
-        if not behind & forward.parameters or any(v.number in behind for v in square if v.number in forward.used):
+        if not behind & forward.parameters or any(
+            v.number in behind for v in square if v.number in forward.used
+        ):
             return None
         matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)
         if matrix is None:
@@ -529,7 +547,9 @@ class _Search:
         values = [value for value in self.forward.within(window) if value.sigmoid]
         weights = {"H_pre": applied.read, "H_post": applied.write}
         found = {
-            name: self._sigmoid_factor(wanted, values) for name, wanted in weights.items() if wanted is not None
+            name: self._sigmoid_factor(wanted, values)
+            for name, wanted in weights.items()
+            if wanted is not None
         }
         return {name: factor for name, factor in found.items() if factor is not None}
 
@@ -555,7 +575,8 @@ class _Search:
         size = mix[0].tensor.numel()
         # A copy that a log keeps is not used, and may carry none.
         severed = any(
-            v.number in self.forward.used and v.tensor.numel() == size and not v.tensor.requires_grad for v in mix
+            v.number in self.forward.used and v.tensor.numel() == size and not v.tensor.requires_grad
+            for v in mix
         )
         if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
             return None

@@ -192,7 +192,9 @@ def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
             tuple(at),
         )
         return
-    turned = [i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False]
+    turned = [
+        i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False
+    ]
     if turned:
         difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in turned)
         yield Remark(
@@ -212,7 +214,11 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
         return  # the package hyper-connections: its matrix has its sources first, and ends on them
     mixing = [number for number, each in enumerate(facts) if each.mixes]
     errors = {number: facts[number].sum_errors() for number in mixing}
-    late = [i for i in mixing if errors[i][1] <= EXACT_SUM and CLEAR_ERROR < errors[i][0] and not _one_sided(facts[i], 1)]
+    late = [
+        i
+        for i in mixing
+        if errors[i][1] <= EXACT_SUM and CLEAR_ERROR < errors[i][0] and not _one_sided(facts[i], 1)
+    ]
     if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
         yield Remark(
@@ -254,13 +260,21 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
 
 def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Every entry is 1 whatever the parameters, as after a normalisation along an axis of size one."""
-    at = [i for i, each in enumerate(facts) if each.mixes and float((each.tokens(each.mix) - 1).abs().max()) <= EXACT_SUM]
+    at = [
+        i
+        for i, each in enumerate(facts)
+        if each.mixes and float((each.tokens(each.mix) - 1).abs().max()) <= EXACT_SUM
+    ]
     if at:
         n = facts[0].num_streams
         error = max(float((facts[i].tokens(facts[i].mix) - 1).abs().max()) for i in at)
         axes = [axis for i in at if (origin := facts[i].origin) is not None for axis in origin.axes]
         seen = any(axis.size == 1 for axis in axes)
-        cause = "it is normalised along an axis of size one" if seen else "as after a normalisation along an axis of size one"
+        cause = (
+            "it is normalised along an axis of size one"
+            if seen
+            else "as after a normalisation along an axis of size one"
+        )
         yield Remark(
             "constant_mixing",
             f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(error)}, at every token): "
@@ -274,7 +288,12 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Only one sum is 1: the matrix was normalised along one axis, not along both in turn."""
     mixing = [number for number, each in enumerate(facts) if each.mixes]
     for side, exact, others, loss in (
-        (0, "the sources (rows)", "the destinations (columns)", "the signal keeps its sum and its gradient does not"),
+        (
+            0,
+            "the sources (rows)",
+            "the destinations (columns)",
+            "the signal keeps its sum and its gradient does not",
+        ),
         (
             1,
             "the destinations (columns)",
@@ -390,7 +409,9 @@ def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
 def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
     # Measured where H_res is uniform, or carries no gradient.
-    measured = {i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients}
+    measured = {
+        i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients
+    }
     still = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
     uniform = [i for i in still if _from_uniform(facts[i]) <= UNIFORM]
     at = [i for i in still if i not in uniform]
@@ -429,7 +450,9 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
         number, weights = next(iter(states.items()))
         named = " and ".join(weights)
         sources = sorted({at for of in weights.values() for at in of})
-        words = " and ".join("the model's input" if at < 0 else f"the streams at connection {at}" for at in sources)
+        words = " and ".join(
+            "the model's input" if at < 0 else f"the streams at connection {at}" for at in sources
+        )
         yield Remark(
             "foreign_coefficients",
             f"Coefficients are computed from another input than the streams that they are applied to {_places(facts, [*states])}: "

@@ -70,7 +70,9 @@ def _facts(evidence: Evidence, number: int, replaced: Replacement | None) -> Fac
 def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
     """‖X − mean over streams‖ / ‖X‖ of real tokens (K, T, N, D)."""
     real = state[mask].double()
-    return float((real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return float(
+        (real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    )
 
 
 def _vector(weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -87,7 +89,9 @@ def _cast_is_clear(joint: Joint, evidence: Evidence, number: int) -> bool:
 
 
 def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Forward) -> list[Facts]:
-    kept = slice(len(forward.rows))  # the sampled sequences are in the order of the data, and these are of its first batch
+    kept = slice(
+        len(forward.rows)
+    )  # the sampled sequences are in the order of the data, and these are of its first batch
     applied = []
     for joint, of in zip(joints, facts, strict=True):
         taken = joint.parts.branch_in

@@ -23,7 +23,6 @@ from depthscope.probes.session.session import Session
 logger = logging.getLogger(__name__)
 
 
-
 @contextmanager
 def _all_require_gradients(model: nn.Module) -> Iterator[None]:
     """Frozen parameters take part in the graph too: what was computed from them shows in it alone."""
@@ -37,7 +36,7 @@ def _all_require_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def follow(session: Session, batch: Any, batch_size: int) -> Forward | None:
+def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward | None:
     """Run a model with streams once more on its first batch, and keep what its coefficients were computed from.
 
     Parameters
@@ -46,8 +45,8 @@ def follow(session: Session, batch: Any, batch_size: int) -> Forward | None:
         That measured this batch; its hooks are off.
     batch : object
         The batch.
-    batch_size : int
-        Number of its sequences.
+    first, batch_size : int
+        Index of its first sequence among all, and number of its sequences.
 
     Returns
     -------
@@ -55,15 +54,15 @@ def follow(session: Session, batch: Any, batch_size: int) -> Forward | None:
         None where the model has no streams, no sequence of the batch was sampled, or the forward cannot be followed.
     """
     structure = session.structure
-    sampled = [s for s in _sequences(session) if s.index < batch_size]
+    sampled = [s for s in _sequences(session) if first <= s.index < first + batch_size]
     if not structure.connections or not sampled:
         return None
     (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
     trace = Trace()
     computation = Computation(trace, n, width, batch_size * tokens)
     model = session.model
-    parameters = [trace.watch(parameter).number for parameter in model.parameters()]
-    for tensor in tensors_in(batch):
+    weights = list(model.parameters())
+    for tensor in (*weights, *tensors_in(batch)):
         trace.watch(tensor)
     try:
         # The random states are those before the measured forward, so that it drops what that one dropped.
@@ -81,13 +80,15 @@ def follow(session: Session, batch: Any, batch_size: int) -> Forward | None:
         trace=trace,
         values=computation.values,
         reductions=computation.reductions,
-        parameters=frozenset(parameters),
+        parameters=frozenset(
+            value.number for weight in weights if (value := trace.value(weight)) is not None
+        ),
         outputs=[tensor for tensor in tensors_in(output) if tensor.is_floating_point()],
         batch_size=batch_size,
         tokens=tokens,
         canonical=lambda state: structure.canonical(0, state, batch_size),
         shape=tuple(structure.chains[0].shapes[0]),
-        rows=[sequence.index for sequence in sampled],
+        rows=[sequence.index - first for sequence in sampled],
     )
 
 
