@@ -16,7 +16,7 @@ from torch import nn
 
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
-from depthscope.probes.connections.family import ForwardFamily, Site
+from depthscope.probes.connections.family import ForwardFamily, Site, StreamConnectionError
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.dataflow.axes import layout_of
@@ -35,7 +35,7 @@ from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
-from depthscope.probes.structure.proven_chains import proven_chains
+from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
 from depthscope.probes.structure.traced_streams import traced_connection
 
@@ -91,7 +91,8 @@ class FirstForward:
                 # Around the forward method, not a hook: the trace must be on while it runs, and only then.
                 attachment.around(module, FORWARD, self._around_forward)
             pair = paired_family(module)
-            if pair is not None:  # torch calls hooks around a module's forward only, not around other methods
+            # Of a structure that the trace alone shows, its methods tell nothing.
+            if pair is not None and self._observer is None:  # torch calls hooks around a module's forward only, not around other methods
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
 
@@ -162,7 +163,16 @@ class FirstForward:
         self._listen_to_all([x])
         forward.openings.setdefault(path, []).append(opening)
         watch = opening.watch()
-        return MethodWatch(watch, lambda result: opening.read(result, watch))
+
+        def done(result: Any) -> None:
+            try:
+                opening.read(result, watch)
+            except StreamConnectionError as error:
+                # What it computes is not what it applies: the operations themselves may still tell what that is.
+                tape.unreadable = tape.unreadable or error
+                forward.openings[path].remove(opening)
+
+        return MethodWatch(watch, done)
 
     def _around_closing(
         self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
@@ -238,7 +248,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    found = proven_chains(tape, model, layers=options.blocks)
+    found = _readable_chains(tape, model, options)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
@@ -251,6 +261,21 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         batch_axis=forward.batch_axis,
         selection=options.selection,
     )
+
+
+def _readable_chains(tape: Tape, model: nn.Module, options: Options) -> FoundChains:
+    """The chains of a model; where a known connection computes other weights than it applies, from its operations."""
+    if tape.unreadable is None:
+        return proven_chains(tape, model, layers=options.blocks)
+    for call in tape.calls:
+        call.site = None
+    try:
+        found = proven_chains(tape, model, layers=options.blocks)
+    except ValueError:
+        raise tape.unreadable from None
+    if not found.traced:
+        raise tape.unreadable
+    return found
 
 
 def _stream_sites(tape: Tape, chain: Chain) -> dict[int, Site]:
