@@ -7,6 +7,7 @@ back. An axis of size 1 has no atoms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 # What was done along an axis, which tells what the axis is.
 CONTRACTED = "contracted"  # by a linear map with weights: an axis of features
@@ -14,6 +15,9 @@ SLID = "slid along"  # by a convolution: an axis of tokens, or a side of an imag
 NORMALISED = "normalised over"  # by a norm: an axis of features (or channels)
 ATTENDED = "attended over"  # by a fused attention: an axis of tokens
 BATCHED = "batched"  # given as the first axis of the model's input
+
+
+_births = count()
 
 
 class Atom:
@@ -28,11 +32,12 @@ class Atom:
         a longer axis, or made by the matrix that mixes streams.
     """
 
-    __slots__ = ("_parts", "_same", "parent", "roles", "size", "whole")
+    __slots__ = ("_parts", "_same", "born", "parent", "roles", "size", "whole")
 
     def __init__(self, size: int, *, whole: bool, parent: Atom | None = None):
         self.size = size
         self.whole = whole
+        self.born = next(_births)
         self.parent = parent
         self.roles: set[str] = set()
         self._parts: dict[int, tuple[Atom, Atom]] = {}
@@ -50,8 +55,10 @@ class Atom:
         first, second = self.itself(), other.itself()
         if first is second or first.size != second.size:
             return
+        # The older one is that of the state; what is added may have got its axis in another way.
+        if second.born < first.born:
+            first, second = second, first
         second._same = first
-        first.whole = first.whole and second.whole
         first.roles |= second.roles
         if first.parent is None:
             first.parent = second.parent
@@ -184,7 +191,9 @@ def same_axes(first: Axes, second: Axes) -> bool:
 
 def stream_atom(axes: Axes, most: int) -> Atom | None:
     """The atom that may be one of streams: the only one that no opaque operation made, of at most so many positions."""
-    made = [atom.itself() for axis in axes for atom in axis if not atom.itself().whole]
+    atoms = [atom.itself() for axis in axes for atom in axis]
+    # The steps of a recurrence are stacked as well: what a convolution or an attention runs along are tokens.
+    made = [a for a in atoms if not (a.whole or a.has(SLID) or a.has(ATTENDED) or a.has(BATCHED))]
     return made[0] if len(made) == 1 and made[0].size <= most else None
 
 

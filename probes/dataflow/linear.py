@@ -181,6 +181,15 @@ class LinearMap:
                 scale[id(value)] = _scaled(value, [scale[id(operand)] for operand in carriers], carriers)
         return scale.get(id(self.target))
 
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether an origin's positions along some axis, such as its streams, are added up on the way."""
+        return any(
+            value.step is not None and value.step.rule.mixes
+            for value in self._order
+            if id(value) in self._terms and id(value) in self._carried and id(value) not in self._origins
+        )
+
     def aligned(self, origin: Value) -> bool:
         """Whether every element of the target has the same place in the origin: no axis moved, merged or mixed."""
         return same_axes(origin.axes, self.target.axes) and origin.shape == self.target.shape

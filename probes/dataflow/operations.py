@@ -59,6 +59,10 @@ class Rule:
         Whether it writes into its first operand.
     reads_only : bool
         Whether its output is no value of the model.
+    mixes : bool
+        Whether several positions of an axis are added up in one.
+    mask : bool
+        Whether it draws a mask, which a replay takes as it was.
     zero : tuple of int
         Positions of constants that a replay sets to zero, since they are added and not carried.
     """
@@ -69,6 +73,7 @@ class Rule:
     function: bool = False
     writes: bool = False
     reads_only: bool = False
+    mixes: bool = False
     mask: bool = False
     zero: tuple[int, ...] = ()
     factor_positions: tuple[int, ...] = (0, 1)
@@ -246,17 +251,32 @@ def _chosen(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
 
 
 def _reduced(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
-    """A sum or mean; over an axis that an opaque operation made it is no sum over streams, yet linear."""
+    """A sum or mean."""
     value = args[0]
-    dims = args[1] if len(args) > 1 and args[1] is not None else range(len(value.shape))
-    dims = (
-        {dim % len(value.shape) for dim in ([dims] if isinstance(dims, int) else dims)}
-        if value.shape
-        else set()
-    )
+    given = args[1] if len(args) > 1 and args[1] is not None else range(len(value.shape))
+    dims = {dim % len(value.shape) for dim in ([given] if isinstance(given, int) else given)} if value.shape else set()
     keep = len(shape) == len(value.shape)
-    axes = [() if dim in dims else axis for dim, axis in enumerate(value.axes) if keep or dim not in dims]
-    return tuple(axes), True
+    axes = _mixed_axes(value, dims)
+    return tuple([() if dim in dims else axis for dim, axis in enumerate(axes) if keep or dim not in dims]), True
+
+
+def _mixed_axes(value: Value, dims: set[int]) -> Axes:
+    """The axes of a product that is about to be summed: where that mixes streams, their new axis is one of streams too."""
+    factors = [] if value.step is None or not value.step.rule.product else value.step.rule.factors(value.step.args)
+    tensors = [factor for factor in factors if len(getattr(factor, "shape", ())) == len(value.shape)]
+    axes = list(value.axes)
+    if len(tensors) != 2:
+        return value.axes
+    for carrier, matrix in (tensors, tensors[::-1]):
+        for dim in dims if _is_value(carrier) else ():
+            size, old = value.shape[dim], carrier.axes[dim]
+            if not old or not _contracts(old, size) or matrix.shape[dim] != size:
+                continue
+            for other in range(len(axes)):
+                # An axis that only the matrix has, as long as the one that is added up.
+                if other not in dims and matrix.shape[other] == size and carrier.shape[other] == 1:
+                    axes[other] = old
+    return tuple(axes)
 
 
 def _contracts(axis: Axis, size: int) -> bool:
@@ -278,8 +298,13 @@ def _matrix_product(first: Any, second: Any, shape: tuple[int, ...]) -> Found:
             linear = True
         elif not _is_value(second if own is first else first):
             all_noted(other, CONTRACTED)  # with a constant, as a linear layer does
-    # What a matrix of weights makes is an axis of features; what mixes streams makes an axis of streams.
-    return _completed([*lead, a[-2], b[-1]], shape, whole=not linear), linear
+    rows, columns = a[-2], b[-1]
+    # What mixes streams gives streams again; what a matrix of weights makes is an axis of features.
+    if linear and _is_value(second) and _contracts(b[-2], size) and first.shape[-2] == size:
+        rows = b[-2]
+    elif linear and _is_value(first) and _contracts(a[-1], size) and second.shape[-1] == size:
+        columns = a[-1]
+    return _completed([*lead, rows, columns], shape, whole=not linear), linear
 
 
 def _bmm(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
@@ -441,7 +466,6 @@ STRUCTURE: dict[str, Finds] = {
     "select": _selected,
     "unbind": _unbound,
     **dict.fromkeys(("index_select", "index"), _indexed),
-    **dict.fromkeys(("sum", "mean"), _reduced),
 }
 NORMS: dict[str, Finds] = {
     **dict.fromkeys(("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm"), _layer_normed),
@@ -472,11 +496,12 @@ RULES: dict[str, Rule] = {
     **{name: Rule(_activated, function=True) for name in ACTIVATIONS},
     **{name: Rule(finds) for name, finds in OPAQUE.items()},
     **{name: Rule(_added, sums=True, zero=(0, 1)) for name in ("add", "sub", "rsub")},
+    **{name: Rule(_reduced, mixes=True) for name in ("sum", "mean")},
     "mul": Rule(_multiplied, product=True),
     "div": Rule(_divided, product=True),
-    **{name: Rule(_bmm, product=True) for name in ("bmm", "mm", "matmul")},
-    **{name: Rule(_addmm, product=True, zero=(0,), factor_positions=(1, 2)) for name in ("addmm", "baddbmm")},
-    **{name: Rule(_vector_product, product=True) for name in ("mv", "dot")},
+    **{name: Rule(_bmm, product=True, mixes=True) for name in ("bmm", "mm", "matmul")},
+    **{name: Rule(_addmm, product=True, mixes=True, zero=(0,), factor_positions=(1, 2)) for name in ("addmm", "baddbmm")},
+    **{name: Rule(_vector_product, product=True, mixes=True) for name in ("mv", "dot")},
     **{name: Rule(_scaled_sum, sums=True, zero=(0,)) for name in ("addcmul", "addcdiv")},
     "native_dropout": Rule(_dropped, mask=True),
     "lerp": Rule(_interpolated, sums=True, zero=(0, 1)),

@@ -334,15 +334,15 @@ class Trace(TorchDispatchMode):
                     waiting.append(parent)
         return False
 
-    def calls_between(self, value: Value, stops: frozenset[int]) -> Iterator[int]:
-        """Orders of the module calls in which a value was computed from some earlier ones, by their numbers."""
+    def calls_between(self, value: Value, before: Value) -> Iterator[int]:
+        """Orders of the module calls in which a value was computed, once for each operation after an earlier value."""
         seen: set[int] = set()
         waiting = [value.number]
         while waiting:
             number = waiting.pop()
             yield self.calls[number]
             for parent in self.parents[number]:
-                if parent not in stops and parent not in seen:
+                if parent > before.number and parent not in seen:
                     seen.add(parent)
                     waiting.append(parent)
 

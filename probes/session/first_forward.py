@@ -76,7 +76,9 @@ class FirstForward:
     ):
         self._observer = observer
         captured = observer.structure.captured if observer is not None else ()
-        self._operations = {(p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"}
+        self._operations = {
+            (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
+        }
         self._model = model
         self._current = current
         self._gradients = gradients
@@ -116,7 +118,9 @@ class FirstForward:
         forward = self._current.recorded
         assert forward is not None
         for tensor in tensors_in((args, kwargs)):
-            batched = tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            batched = (
+                tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
+            )
             trace.watch(tensor, forward.batch_axis if batched else None)
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:
@@ -385,7 +389,7 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
         if before is None or after is None:
             raise CaptureError(f"the trace of a forward did not see the states around {connection.path!r}")
         complete = read_traced(
-            traced_connection(tape, before, after),
+            traced_connection(tape, before, after, structure.num_streams),
             structure.layouts[0],
             forward.batch_size,
             structure.num_streams,

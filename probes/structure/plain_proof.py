@@ -71,7 +71,7 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
             doubt="the state is not carried on: the next one is computed from it by operations that are no sum with it"
         )
     maps, functions, scale = path
-    if not same_axes(before.axes, after.axes):
+    if not same_axes(before.axes, after.axes) or any(of.mixes for of in maps):
         return PlainStep(doubt="the axes of the state are rearranged or mixed on the way to the next one")
     if scale == 0.0:
         return PlainStep(doubt="the state before is cancelled out of the next one")
@@ -80,7 +80,9 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
     # What comes from elsewhere, such as a position or a time, may be added; what earlier states gave is a connection over
     # depth, or another stream.
     if any(source not in new and _from_states(trace, source, before, earlier) for source in sources):
-        return PlainStep(doubt="something that earlier depths gave is added, not only what was computed from the state")
+        return PlainStep(
+            doubt="something that earlier depths gave is added, not only what was computed from the state"
+        )
     added = bool(new)
     return PlainStep(scale, tuple(str(f.func).split(".")[1] for f in functions), added)
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from depthscope.probes.connections.family import Site
+from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.trace import Value
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.find_chains import TRUNK_SHARE, find_chains, trunk_size, with_final
+from depthscope.probes.structure.find_chains import (
+    FURTHER_SHARE,
+    TRUNK_SHARE,
+    find_chains,
+    trunk_size,
+    with_final,
+)
 from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
 from depthscope.probes.structure.tape import ChainError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
-from depthscope.probes.structure.value_chain import unchanged_origin, value_chain
+from depthscope.probes.structure.value_chain import unchanged_origin, value_chains
 
 
 @dataclass(frozen=True)
@@ -56,48 +62,87 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
             raise
     if layers is not None or any(chain.has_streams or chain.history for chain in chains):
         return FoundChains(tuple(chains))
-    if len(chains) > 1 and all(chain.proof == PROVEN for chain in chains):
-        return FoundChains(tuple(chains))
-    carried = _carried_chain(tape, model)
-    streams = None if carried is None else traced_streams(tape, *carried)
+    found = _carried_chains(tape, model, chains)
+    if found is None and refusal is not None:
+        raise refusal
+    found = found or FoundChains(tuple(chains))
+    for chain in found.chains:
+        _require_all_blocks(tape, model, chain)
+    return found
+
+
+def _carried_chains(tape: Tape, model: nn.Module, chains: Sequence[Chain]) -> FoundChains | None:
+    """The chains of the values, where they show what those of the modules do not; None where these are as good."""
+    carried = [pair for pair in value_chains(tape, model) if _share(tape, model, pair[1]) >= FURTHER_SHARE]
+    if not carried or _share(tape, model, carried[0][1]) < TRUNK_SHARE:
+        return None
+    try:
+        streams = traced_streams(tape, *carried[0])
+    except StreamConnectionError:
+        return None  # the states may be captured all the same, where the user says what they are
     if streams is not None:
         chain = with_final(tape, streams.chain, streams.sites[0].num_streams)
         return FoundChains((chain,), streams.sites)
-    if carried is not None and (not chains or _explains_more(tape, carried[0], chains[0])):
-        proven = with_proof(tape, with_final(tape, carried[0]))
-        if proven.proof == PROVEN:
-            return FoundChains((proven,))
-    if refusal is not None:
-        raise refusal
-    return FoundChains(tuple(chains))
-
-
-def _carried_chain(tape: Tape, model: nn.Module) -> tuple[Chain, list[Value]] | None:
-    """The chain of the values, where most of the model's weights work on it."""
-    found = value_chain(tape, model)
-    if found is None:
+    if chains and not _explain_more(tape, [states for _, states in carried], chains):
         return None
-    share = _parameters_on(tape, found[1]) / trunk_size(tape, model)
-    return found if share >= TRUNK_SHARE else None
+    proven = [with_proof(tape, with_final(tape, chain)) for chain, _ in carried]
+    if any(chain.proof != PROVEN for chain in proven):
+        return None
+    if len(proven) > 1:
+        proven = [replace(chain, name=f"chain{number}") for number, chain in enumerate(proven)]
+    return FoundChains(tuple(proven))
 
 
-def _parameters_on(tape: Tape, states: Sequence[Value]) -> int:
-    """Number of parameters of the modules that computed something between the first and the last state."""
+def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
+    """Share of the parameters that ran of the modules that computed something between the first and the last state."""
     assert tape.trace is not None
-    orders = set(tape.trace.calls_between(states[-1], frozenset([states[0].number])))
     began = tape.trace.calls[states[0].number]
+    orders = set(tape.trace.calls_between(states[-1], states[0]))
     modules = [tape.calls[order].module for order in orders if order >= 0 and order != began]
     own = {id(p): p.numel() for module in modules for p in module.parameters(recurse=False)}
-    return sum(own.values())
+    return sum(own.values()) / trunk_size(tape, model)
 
 
-def _explains_more(tape: Tape, carried: Chain, found: Chain) -> bool:
-    """Whether the chain of the values has what the chain of the modules lacks: a proof, or states before or after it."""
-    if found.proof != PROVEN:
+def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:
+    """Whether the chains of the values have what those of the modules lack: a proof, or states before, between or after."""
+    if any(chain.proof != PROVEN for chain in chains):
         return True
-    ours = [unchanged_origin(state) for state in states_of(tape, carried.points) if state is not None]
-    theirs = [unchanged_origin(state) for state in states_of(tape, found.points) if state is not None]
-    numbers = {state.number for state in ours}
-    return all(state.number in numbers for state in theirs) and (
-        ours[0].number < theirs[0].number or ours[-1].number > theirs[-1].number
-    )
+    theirs = [
+        [unchanged_origin(state).number for state in states_of(tape, chain.points) if state is not None]
+        for chain in chains
+    ]
+    for states in carried:
+        ours = [unchanged_origin(state).number for state in states]
+        within = [numbers for numbers in theirs if set(numbers) <= set(ours)]
+        if within and (len(within) > 1 or ours[0] < within[0][0] or ours[-1] > within[-1][-1]):
+            return True
+    return False
+
+
+def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
+    """Refuse a forward that left out some of its blocks: their depths would be given to others."""
+    modules = dict(model.named_modules())
+    ran = {call.path[:end] for call in tape.calls for end in _ends(call.path)}
+    for path in chain.blocks:
+        container, _, number = path.rpartition(".")
+        if not number.isdigit() or path not in modules:
+            continue
+        like = [
+            f"{container}.{name}".lstrip(".")
+            for name, child in modules[container].named_children()
+            if name.isdigit() and type(child) is type(modules[path])
+        ]
+        missing = [other for other in like if other not in ran]
+        if missing:
+            raise ChainError(
+                f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
+                "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
+            )
+
+
+def _ends(path: str) -> Iterator[int]:
+    """Where the path of a module and of those that contain it end."""
+    yield len(path)
+    for position, letter in enumerate(path):
+        if letter == ".":
+            yield position

@@ -157,7 +157,9 @@ class Tape:
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
-        self.operations: dict[tuple[str, int, int], Value] = {}  # values that only an operation shows, by their places
+        self.operations: dict[
+            tuple[str, int, int], Value
+        ] = {}  # values that only an operation shows, by their places
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self.unreadable: ValueError | None = None  # why the weights of a known connection cannot be read
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come

@@ -49,14 +49,15 @@ def traced_streams(tape: Tape, chain: Chain, states: Sequence[Value]) -> TracedS
     StreamConnectionError
         Where they have one, and some connection cannot be read.
     """
-    layouts = {_layout(state) for state in states}
-    if len(layouts) > 1 or None in layouts:
+    # The states of a chain have one layout; the proof would not hold in another one.
+    layouts = {found for state in states if (found := _layout(state)) is not None}
+    if len(layouts) != 1 or len({state.shape for state in states}) > 1:
         return None
-    ((layout, count),) = [found for found in layouts if found is not None]
+    ((layout, count),) = layouts
     shown = ShownValues(tape)
     connections, sites = [], {}
     for depth, (before, after) in enumerate(pairwise(states)):
-        found = traced_connection(tape, before, after)
+        found = traced_connection(tape, before, after, count)
         if found.branch_in is None:
             raise StreamConnectionError(
                 f"from depth {depth} to {depth + 1}: no module shows what the branch takes from the streams"
@@ -72,11 +73,11 @@ def _layout(state: Value) -> tuple[str, int] | None:
     return None if stream is None or layout is None else (layout, stream.size)
 
 
-def traced_connection(tape: Tape, before: Value, after: Value) -> TracedConnection:
+def traced_connection(tape: Tape, before: Value, after: Value, num_streams: int) -> TracedConnection:
     """The values around the connection between two states, as `find_traced` finds them."""
     assert tape.trace is not None
     shown = {value.number: value for call in tape.calls for _, _, value in call.shown()}
-    return find_traced(tape.trace, before, after, shown)
+    return find_traced(tape.trace, before, after, shown, num_streams)
 
 
 def _branch_call(shown: ShownValues, branch_out: Value) -> Call | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -81,8 +82,13 @@ def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
         operands = value.step.operands
         carrier = carrier_of(operands)
         if value.step.rule.sums and len(operands) > 1:
-            # Others may be computed from the state before it was mixed, which is another value than the mixed one.
-            own = [o for o in operands if all(p is o or trace.depends(p, o.root) for p in operands)]
+            # Others may be computed from the state before it was mixed, which is another value than the mixed one. What an
+            # earlier state adds is no new state: it was not computed from the last one.
+            own = [
+                o
+                for o in operands
+                if o.merges == carrier.merges and all(p is o or trace.depends(p, o.root) for p in operands)
+            ]
             if own:
                 carrier = own[0]
                 groups.append([])
@@ -102,7 +108,7 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
     ]
     first = [next((state for state in group if state.places), None) for group in groups]
     found = [state for state in first if state is not None]
-    if not found or stream_atom(found[-1].value.axes, MOST_STREAMS) is None:
+    if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
         return found
     return [
         state
@@ -111,17 +117,17 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
     ]
 
 
-def _state_of_shape(group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool) -> CarriedState | None:
+def _state_of_shape(
+    group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool
+) -> CarriedState | None:
     fitting = [state for state in group if state.value.shape == shape]
     placed = [state for state in fitting if state.places]
     # What no module shows of the first group is how the streams were made.
     return placed[0] if placed else fitting[0] if fitting and not first else None
 
 
-def value_chain(
-    tape: Tape, model: nn.Module, last: Value | None = None
-) -> tuple[Chain, list[Value]] | None:
-    """The chain of the states that the forward carries, and their values.
+def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Value]]]:
+    """The chains of states that the forward carries, that of most sums first, with the values of their states.
 
     Parameters
     ----------
@@ -129,22 +135,27 @@ def value_chain(
         The calls of the first forward, with its trace.
     model : Module
         The model.
-    last : Value, optional
-        The value to go back from; by default the one that went through most sums.
 
-    Returns
-    -------
-    Chain and list of Value, or None
-        None where fewer than two states are shown by some module.
+    Yields
+    ------
+    Chain and list of Value
+        Of two states at least. Two chains have no sum in common.
     """
     trace = tape.trace
-    last = last or (None if trace is None else trace.most_merged)
-    if trace is None or trace.error is not None or last is None:
-        return None
-    states = shown_states(tape, last)
-    if len(states) < 2:
-        return None
-    return _chain(tape, model, states), [state.value for state in states]
+    if trace is None or trace.error is not None or trace.most_merged is None:
+        return
+    shown = {value.number: value for call in tape.calls for _, _, value in call.shown() if value.merges > 1}
+    shown[trace.most_merged.number] = trace.most_merged
+    seen: set[int] = set()
+    for last in sorted(shown.values(), key=lambda value: (-value.merges, -value.number)):
+        if last.root in seen:
+            continue
+        sums = {group[0].number for group in carried_values(trace, last)[1:]}
+        if not sums & seen:
+            states = shown_states(tape, last)
+            if len(states) > 1:
+                yield _chain(tape, model, states), [state.value for state in states]
+        seen |= sums
 
 
 def _chain(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
@@ -172,26 +183,30 @@ def _chain(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chai
 def _branch_calls(tape: Tape, states: Sequence[CarriedState], number: int) -> list[Call]:
     """The calls in which a state was computed from those before it."""
     assert tape.trace is not None
-    stops = frozenset(state.value.number for state in states[:number])
-    orders = Counter(tape.trace.calls_between(states[number].value, stops))
-    earlier = max(stops)
-    begun = tape.trace.calls[earlier]
-    return [tape.calls[order] for order, _ in orders.most_common() if order > max(begun, 0)]
+    orders = Counter(tape.trace.calls_between(states[number].value, states[number - 1].value))
+    return [tape.calls[order] for order, _ in orders.most_common() if order > 0]
 
 
 def _layers(branches: Sequence[Sequence[Call]]) -> list[int]:
-    """The number of the block that each branch belongs to: the first number in the paths of most of its calls."""
-    numbers: list[int] = []
-    for calls in branches:
-        found = Counter(int(number[0]) for call in calls if (number := re.search(r"\d+", call.path)))
-        numbers.append(found.most_common(1)[0][0] if found else -1)
-    ascending = all(b - a in (0, 1) for a, b in zip(numbers, numbers[1:], strict=False))
-    return numbers if numbers[0] >= 0 and ascending else list(range(len(numbers)))
+    """The number of the block that each branch belongs to.
+
+    It is the first number in the module paths of most of its calls, where these ascend; else blocks are counted.
+    """
+    blocks = [_block_path(_producer(calls)) for calls in branches]
+    numbers = [int(found[0]) if (found := re.search(r"\d+", block)) else -1 for block in blocks]
+    if numbers[0] >= 0 and all(b - a in (0, 1) for a, b in pairwise(numbers)):
+        return numbers
+    counted = [0]
+    for before, block in pairwise(blocks):
+        counted.append(counted[-1] + (block != before))
+    return counted
 
 
 def _producer(calls: Sequence[Call]) -> str:
-    """Path of the call that made most of a branch."""
-    return calls[0].path if calls else "(no module)"
+    """Path of the call that made most of a branch; of the block that most of its calls are in."""
+    blocks = Counter(_block_path(call.path) for call in calls)
+    most = max(blocks, key=lambda block: blocks[block], default="")
+    return next((call.path for call in calls if _block_path(call.path) == most), "(no module)")
 
 
 def _block_path(path: str) -> str:

@@ -15,9 +15,7 @@ import torch
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Family, StreamConnectionError
-from depthscope.probes.dataflow.axes import stream_atom
 from depthscope.probes.dataflow.linear import LinearMap
-from depthscope.probes.dataflow.operations import MOST_STREAMS
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.layout import canonical, from_canonical
 
@@ -46,7 +44,9 @@ class TracedConnection:
     branch_out: Value
 
 
-def find_traced(trace: Trace, before: Value, after: Value, shown: Mapping[int, Value]) -> TracedConnection:
+def find_traced(
+    trace: Trace, before: Value, after: Value, shown: Mapping[int, Value], num_streams: int
+) -> TracedConnection:
     """The branch between two states.
 
     Parameters
@@ -57,6 +57,8 @@ def find_traced(trace: Trace, before: Value, after: Value, shown: Mapping[int, V
         The states.
     shown : mapping of int to Value
         Values that some module took or returned, by their numbers.
+    num_streams : int
+        N.
 
     Returns
     -------
@@ -67,8 +69,7 @@ def find_traced(trace: Trace, before: Value, after: Value, shown: Mapping[int, V
     StreamConnectionError
         Where the next state is no sum of mixed streams and one branch.
     """
-    stream = stream_atom(before.axes, MOST_STREAMS)
-    width = math.prod(before.shape) // (1 if stream is None else stream.size)
+    width = math.prod(before.shape) // num_streams
     found = LinearMap(after, [before])
     outputs = {
         id(output): output
@@ -113,9 +114,7 @@ def _axes_within(value: Value, state: Value) -> bool:
     return all(id(atom.itself()) in own for axis in value.axes for atom in axis)
 
 
-def read_traced(
-    connection: TracedConnection, layout: str, batch_size: int, num_streams: int
-) -> Parts:
+def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_streams: int) -> Parts:
     """The weights of a connection at every token.
 
     Parameters
@@ -171,7 +170,9 @@ def _scalar(weights: torch.Tensor, name: str) -> torch.Tensor:
     """Weights (…, D) as one number for all features."""
     first = weights[..., :1]
     if float((weights - first).abs().max()) > EQUAL * max(float(weights.abs().max()), 1.0):
-        raise StreamConnectionError(f"{name} differs between the features of a stream: it is no matrix over streams")
+        raise StreamConnectionError(
+            f"{name} differs between the features of a stream: it is no matrix over streams"
+        )
     return first.squeeze(-1)
 
 
