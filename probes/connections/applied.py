@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from depthscope.probes.connections.coefficients import tolerance
+from depthscope.probes.connections.computation import CASTS
 from depthscope.probes.connections.proof import Joint, Proof, prove
 
-# Of a matrix that is computed in float32; eight-bit types need a scale, which is not tried.
-CASTS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ EXTREMES = frozenset(("max", "amax", "min", "amin"))
 TURNS = frozenset(
     ("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum")
 )
+CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
@@ -338,6 +339,12 @@ class Origin:
         By weights (H_pre, H_post): the factor c where they are c · σ(·).
     axes : tuple of Reduction
         Along which axes the matrix was normalised.
+    turned : bool, optional
+        Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
+    stored : Tensor or None
+        The matrix (K, T, n, n) of higher precision of which the applied one is a rounding.
+    rounded_to : str
+        To which type it was cast.
     reads_along : bool, optional
         Where one matrix has the read weights in its first columns and the mixing in its others: whether both are applied along
         the same axis; None where no matrix has both.
@@ -351,6 +358,9 @@ class Origin:
     unused: torch.Tensor | None = None
     sigmoids: Mapping[str, float] = field(default_factory=dict)
     axes: tuple[Reduction, ...] = ()
+    turned: bool | None = None
+    stored: torch.Tensor | None = None
+    rounded_to: str = ""
     reads_along: bool | None = None
 
 
@@ -445,8 +455,40 @@ class _Search:
             unused=self._unused(number, window),
             sigmoids=self._sigmoids(number, window),
             axes=tuple(each for each in self.forward.reductions if each.number in chain),
+            turned=self._turned(number, mix),
             reads_along=self._reads_along(number, mix),
+            **self._before_rounding(number, window),
         )
+
+    def _turned(self, number: int, mix: Sequence[Value]) -> bool | None:
+        wanted = self.applied[number].mix
+        n = wanted.shape[-1]
+        if float((wanted - wanted.mT).abs().max()) <= UNIFORM:  # a matrix of two streams is nearly symmetric after Sinkhorn
+            return None
+        for value in mix:
+            for each in self.forward.per_token(value.tensor.detach(), (n, n)):
+                few = each[self.forward.rows].to(wanted.device, torch.float32)
+                straight, turned = (float((m - wanted).abs().max()) <= SAME for m in (few, few.mT))
+                if straight or turned:
+                    return None if straight and turned else turned
+        return None
+
+    def _before_rounding(self, number: int, window: tuple[int, int]) -> dict[str, Any]:
+        """The computed matrix that the applied one is a rounding of, where it is one."""
+        wanted = self.applied[number].mix
+        n = wanted.shape[-1]
+        for dtype in CASTS:
+            if not torch.equal(wanted.to(dtype).float(), wanted):
+                continue
+            for value in self._squares(number, window):
+                if torch.finfo(value.tensor.dtype).eps >= torch.finfo(dtype).eps:
+                    continue
+                for each in self.forward.per_token(value.tensor.detach(), (n, n)):
+                    few = each[self.forward.rows].to(wanted.device, torch.float32)
+                    for matrix in (few, few.mT):
+                        if torch.equal(matrix.to(dtype).float(), wanted) and not torch.equal(matrix, wanted):
+                            return {"stored": matrix, "rounded_to": str(dtype).removeprefix("torch.")}
+        return {}
 
     def _reads_along(self, number: int, mix: Sequence[Value]) -> bool | None:
         forward, applied = self.forward, self.applied[number]
@@ -529,10 +571,12 @@ class _Search:
         # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
         if behind & branch:
             return None
-        # A statistic of the matrix that is applied, as its entropy for a log, is computed from one that is used.
-        if not behind & forward.parameters or any(
-            v.number in behind for v in square if v.number in forward.used
-        ):
+        if not behind & forward.parameters:
+            return None
+        # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read weights
+        # in one tensor. The gradient tells these apart.
+        used = [v for v in square if v.number in behind and v.number in forward.used]
+        if used and not (used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor]) == [0.0]):
             return None
         matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)
         if matrix is None:

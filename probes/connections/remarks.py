@@ -181,7 +181,7 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
 
 def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
-    at = [number for number, each in enumerate(facts) if each.replaced == "transposed"]
+    at = [number for number, each in enumerate(facts) if each.replaced == "transposed"] or _turned_minority(facts)
     if at:
         difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
         yield Remark(
@@ -206,6 +206,14 @@ def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
         )
         return
     yield from _late_rows(facts)
+
+
+def _turned_minority(facts: Sequence[Facts]) -> list[int]:
+    """The connections that apply the transpose of what they compute, where most do not; or the other way round."""
+    known = {i: each.origin.turned for i, each in enumerate(facts) if each.origin and each.origin.turned is not None}
+    sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
+    fewer, more = sorted(sides, key=len)
+    return fewer if len(fewer) < len(more) else []
 
 
 def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:

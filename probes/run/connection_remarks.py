@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.applied import Replacement
-from depthscope.probes.connections.computation import Applied, Forward, trace_origins
+from depthscope.probes.connections.computation import Applied, Forward, Origin, trace_origins
 from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
 from depthscope.probes.connections.remarks import Facts, remarks
 
@@ -99,4 +99,13 @@ def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Forward)
         parts = joint.x_in, joint.x_out, of.stored, of.read, of.write, branch_in
         applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))  # type: ignore[arg-type]
     origins = trace_origins(forward, applied)
-    return [replace(of, origin=origin) for of, origin in zip(facts, origins, strict=True)]
+    return [_completed(of, origin) for of, origin in zip(facts, origins, strict=True)]
+
+
+def _completed(facts: Facts, origin: Origin) -> Facts:
+    if origin.stored is None or facts.rounded_to:
+        return replace(facts, origin=origin)
+    # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
+    stored = facts.stored.clone()
+    stored[: origin.stored.shape[0], : origin.stored.shape[1]] = origin.stored
+    return replace(facts, origin=origin, stored=stored, rounded_to=origin.rounded_to)
