@@ -411,6 +411,27 @@ def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
         )
 
 
+def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
+    """The same where no state between the steps has streams at all.
+
+    Parameters
+    ----------
+    streams : int
+        That every step makes of its state and merges again.
+    steps : int
+        Number of steps.
+
+    Returns
+    -------
+    tuple of Remark
+    """
+    sentence = (
+        f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} streams "
+        "of its state and merges them into 1 again, which is handed on, as in a plain residual network"
+    )
+    return (Remark("passing_streams", sentence, float(streams), ()),)
+
+
 # --- what the coefficients were computed from, and whether they learn
 
 

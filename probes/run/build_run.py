@@ -8,7 +8,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.applied import as_applied
+from depthscope.probes.connections.applied import Replacement, as_applied
 from depthscope.probes.connections.computation import Forward
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import gather_evidence
@@ -62,7 +62,8 @@ def build_run(
     # Slots of the reservoir are in no order; the samples of a run are in that of the data.
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
-    joints, replaced = sampled_joints(session, sequences), {}
+    joints = sampled_joints(session, sequences)
+    replaced: dict[int, Replacement] = {}
     try:
         evidence = gather_evidence(joints)
     except ReconstructionError:
@@ -73,7 +74,7 @@ def build_run(
         evidence = gather_evidence(joints)
         for row in rows:  # the gains that were added up are those of the matrices that are not applied
             row.sums[0].forget("gain_sum", "gain_max")
-    remarks = connection_remarks(evidence, replaced, followed)
+    remarks = connection_remarks(session.structure, evidence, replaced, followed)
     covered = coverage(session, evidence)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}

@@ -11,19 +11,22 @@ import torch
 from depthscope.probes.connections.applied import Replacement
 from depthscope.probes.connections.computation import Applied, Forward, Origin, trace_origins
 from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
-from depthscope.probes.connections.remarks import Facts, remarks
+from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
+from depthscope.probes.structure.model_structure import Structure
 
 # Heuristic: a cast of the weights is said where the next state is that much nearer with it; its own roundings may differ too.
 NEARER = 0.5
 
 
 def connection_remarks(
-    evidence: Evidence, replaced: Mapping[int, Replacement], followed: Forward | None
+    structure: Structure, evidence: Evidence, replaced: Mapping[int, Replacement], followed: Forward | None
 ) -> list[dict[str, Any]]:
     """What is odd about the connections of a run, as plain values; empty where nothing is, or there are none.
 
     Parameters
     ----------
+    structure : Structure
+        What the model is.
     evidence : Evidence
         Of the connections as they are applied.
     replaced : mapping of int to Replacement
@@ -38,7 +41,8 @@ def connection_remarks(
     facts = [_facts(evidence, number, replaced.get(number)) for number in range(len(evidence.joints))]
     if followed is not None and facts:
         facts = _with_origins(facts, evidence.joints, followed)
-    return [remark.as_dict() for remark in remarks(facts)]
+    inner = passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1) if structure.inner_streams else ()
+    return [remark.as_dict() for remark in (*inner, *remarks(facts))]
 
 
 def _facts(evidence: Evidence, number: int, replaced: Replacement | None) -> Facts:

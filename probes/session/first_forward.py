@@ -32,6 +32,7 @@ from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
+from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
@@ -264,6 +265,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         named_streams=named_streams,
         batch_axis=forward.batch_axis,
         selection=options.selection,
+        inner_streams=0 if sites or chains[0].proof == PROVEN else inner_streams(states_of(tape, chains[0].points)),
     )
 
 
@@ -309,10 +311,11 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], 
 
 def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
     """The layout of a proven plain chain by what was done along the axes of its first state; None where that does not tell."""
-    (state,) = states_of(tape, chain.points[:1])
-    if chain.proof != PROVEN or state is None:
+    states = states_of(tape, chain.points)
+    # Where streams are made and merged inside each step, the step is none of a plain chain, and its axes are known all the same.
+    if states[0] is None or (chain.proof != PROVEN and not inner_streams(states)):
         return None
-    return layout_of(state.axes, None)
+    return layout_of(states[0].axes, None)
 
 
 # --- what the first forward showed ---
