@@ -49,8 +49,8 @@ class ConnectionFacts:
 class Description:
     """What was found in a model; prints as a page.
 
-    ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``, ``value``,
-    ``connections`` (their numbers) and ``sure`` (False where it may be meant).
+    ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
+    ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant).
     """
 
     model: str

@@ -15,7 +15,6 @@ from depthscope.probes.connections.computation import CASTS
 from depthscope.probes.connections.proof import Joint, Proof, prove
 
 
-
 @dataclass(frozen=True)
 class Replacement:
     """How a connection had to be read.
@@ -69,11 +68,11 @@ Change = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def _readings(joint: Joint) -> list[tuple[str, Change]]:
-    casts = [dtype for dtype in CASTS if dtype != joint.dtype]
-    rounded: list[tuple[str, Change]] = [
-        (str(dtype).removeprefix("torch."), lambda mix, dtype=dtype: mix.to(dtype).float()) for dtype in casts
-    ]
-    return [("identity", lambda mix: None), *rounded]
+    def rounded(dtype: torch.dtype) -> Change:
+        return lambda mix: mix.to(dtype).float()
+
+    casts = [(str(dtype).removeprefix("torch."), rounded(dtype)) for dtype in CASTS if dtype != joint.dtype]
+    return [("identity", lambda mix: None), *casts]
 
 
 def _turn_minority(

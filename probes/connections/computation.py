@@ -1,4 +1,4 @@
-"""From what were the coefficients of the connections computed, and what became of them?
+"""From what were the coefficients of the connections computed, and what became of them? Read in one followed forward.
 
 One forward runs under two modes: a trace of every operation, which tells what was computed from what, and one that keeps the
 small tensors and the states that the user's code handles. A coefficient is found among these by its value, and then followed
@@ -28,8 +28,8 @@ SAME = 3e-6
 COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
-# torch's names of functions that normalise, or give what a division normalises by; of those that only make the numbers smaller;
-# and of those that exchange axes.
+# torch's names of functions that normalise, or give what a division normalises by; of those that only make the numbers
+# smaller; and of those that exchange axes.
 REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))
 EXTREMES = frozenset(("max", "amax", "min", "amin"))
 TURNS = frozenset(
@@ -156,7 +156,7 @@ class Computation(TorchFunctionMode):
 
 
 def _name_of(func: Any) -> str:
-    """torch's name of a function; of a property, such as ``mT``, that of the property."""
+    """The name of a function of torch; of a property, such as ``mT``, that of the property."""
     name = getattr(func, "__name__", "")
     return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
 
@@ -185,6 +185,8 @@ class Forward:
         Of a state in the model's own layout.
     rows : list of int
         The sequences of this batch that were sampled.
+    precision : dtype
+        In which the model multiplies its states: weights that were read by running operations once more are rounded to it.
     """
 
     trace: Trace
@@ -197,6 +199,7 @@ class Forward:
     canonical: Callable[[torch.Tensor], torch.Tensor]
     shape: tuple[int, ...]
     rows: list[int]
+    precision: torch.dtype = torch.float32
     _states: list[tuple[Value, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -269,9 +272,7 @@ class Forward:
         return [
             value
             for value in self.within(between)
-            if any(
-                self._equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:]))
-            )
+            if any(self.equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
         ]
 
     def within(self, between: tuple[int, int]) -> Sequence[Value]:
@@ -287,14 +288,19 @@ class Forward:
             for each in self.per_token(tensor, (tail[0], tail[0] + views)):
                 yield from (each[..., views:], each[..., views:].mT)
 
-    def _equal(self, tensor: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
+    def equal(self, tensor: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
+        """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
         few = tensor[self.rows].to(wanted.device, torch.float32)
         # A few tokens first: most candidates differ everywhere.
-        near = (few[:, :1] - wanted[:, :1]).abs().max() <= limit
-        return bool(near and (few - wanted).abs().max() <= limit)
+        for tokens in (slice(1), slice(None)):
+            one, other = few[:, tokens], wanted[:, tokens]
+            rounded = torch.equal(one.to(self.precision).float(), other)
+            if not rounded and (one - other).abs().max() > limit:
+                return False
+        return True
 
     def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float]:
-        """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor, whatever the loss."""
+        """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor."""
         generator = torch.Generator().manual_seed(0)
         carrying = [output for output in self.outputs if output.requires_grad]
         wanted = [position for position, tensor in enumerate(tensors) if tensor.requires_grad]
@@ -339,6 +345,8 @@ class Origin:
         By weights (H_pre, H_post): the factor c where they are c · σ(·).
     axes : tuple of Reduction
         Along which axes the matrix was normalised.
+    exact : Tensor or None
+        The matrix (K, T, n, n) as it is applied, where it was read in half precision only.
     turned : bool, optional
         Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
     stored : Tensor or None
@@ -358,6 +366,7 @@ class Origin:
     unused: torch.Tensor | None = None
     sigmoids: Mapping[str, float] = field(default_factory=dict)
     axes: tuple[Reduction, ...] = ()
+    exact: torch.Tensor | None = None
     turned: bool | None = None
     stored: torch.Tensor | None = None
     rounded_to: str = ""
@@ -457,18 +466,19 @@ class _Search:
             axes=tuple(each for each in self.forward.reductions if each.number in chain),
             turned=self._turned(number, mix),
             reads_along=self._reads_along(number, mix),
-            **self._before_rounding(number, window),
+            **(self._before_rounding(number, window) or self._exact(number, mix)),
         )
 
     def _turned(self, number: int, mix: Sequence[Value]) -> bool | None:
         wanted = self.applied[number].mix
         n = wanted.shape[-1]
-        if float((wanted - wanted.mT).abs().max()) <= UNIFORM:  # a matrix of two streams is nearly symmetric after Sinkhorn
+        if (
+            float((wanted - wanted.mT).abs().max()) <= UNIFORM
+        ):  # a matrix of two streams is nearly symmetric after Sinkhorn
             return None
         for value in mix:
             for each in self.forward.per_token(value.tensor.detach(), (n, n)):
-                few = each[self.forward.rows].to(wanted.device, torch.float32)
-                straight, turned = (float((m - wanted).abs().max()) <= SAME for m in (few, few.mT))
+                straight, turned = (self.forward.equal(m, wanted, SAME) for m in (each, each.mT))
                 if straight or turned:
                     return None if straight and turned else turned
         return None
@@ -476,19 +486,40 @@ class _Search:
     def _before_rounding(self, number: int, window: tuple[int, int]) -> dict[str, Any]:
         """The computed matrix that the applied one is a rounding of, where it is one."""
         wanted = self.applied[number].mix
-        n = wanted.shape[-1]
+        square = self._squares(number, window)
         for dtype in CASTS:
-            if not torch.equal(wanted.to(dtype).float(), wanted):
+            # The rounded matrix itself must be there: a trace of a model in half precision reads rounded numbers in any case.
+            cast = [value for value in square if value.tensor.dtype == dtype]
+            if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
                 continue
-            for value in self._squares(number, window):
-                if torch.finfo(value.tensor.dtype).eps >= torch.finfo(dtype).eps:
-                    continue
-                for each in self.forward.per_token(value.tensor.detach(), (n, n)):
-                    few = each[self.forward.rows].to(wanted.device, torch.float32)
-                    for matrix in (few, few.mT):
-                        if torch.equal(matrix.to(dtype).float(), wanted) and not torch.equal(matrix, wanted):
-                            return {"stored": matrix, "rounded_to": str(dtype).removeprefix("torch.")}
+            for value in square:
+                finer = torch.finfo(value.tensor.dtype).eps < torch.finfo(dtype).eps
+                stored = self._is(value, wanted, dtype, rounded=True) if finer else None
+                if stored is not None and not torch.equal(stored, wanted):
+                    return {"stored": stored, "rounded_to": str(dtype).removeprefix("torch.")}
         return {}
+
+    def _exact(self, number: int, mix: Sequence[Value]) -> dict[str, Any]:
+        """The matrix in the precision in which it was computed, where reading it has rounded it."""
+        wanted, dtype = self.applied[number].mix, self.forward.precision
+        for value in reversed(mix) if dtype in CASTS else ():
+            if torch.finfo(value.tensor.dtype).eps < torch.finfo(dtype).eps:
+                matrix = self._is(value, wanted, dtype, rounded=True)
+                if matrix is not None:
+                    return {"exact": matrix}
+        return {}
+
+    def _is(
+        self, value: Value, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
+    ) -> torch.Tensor | None:
+        """A value as a matrix (K, T, n, n) in the orientation in which it is the wanted one, rounded or as it stands."""
+        n = wanted.shape[-1]
+        for each in self.forward.per_token(value.tensor.detach(), (n, n)):
+            few = each[self.forward.rows].to(wanted.device, torch.float32)
+            for matrix in (few, few.mT):
+                if torch.equal(matrix.to(dtype).float() if rounded else matrix, wanted):
+                    return matrix
+        return None
 
     def _reads_along(self, number: int, mix: Sequence[Value]) -> bool | None:
         forward, applied = self.forward, self.applied[number]
@@ -573,8 +604,8 @@ class _Search:
             return None
         if not behind & forward.parameters:
             return None
-        # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read weights
-        # in one tensor. The gradient tells these apart.
+        # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
+        # weights in one tensor. The gradient tells these apart.
         used = [v for v in square if v.number in behind and v.number in forward.used]
         if used and not (used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor]) == [0.0]):
             return None
@@ -602,7 +633,8 @@ class _Search:
         for value in values:
             for each in self.forward.per_token(value.tensor.detach(), tuple(wanted.shape[2:])):
                 ratio = wanted / each[self.forward.rows].to(wanted.device, torch.float32)
-                if float(ratio.max() - ratio.min()) <= CONSTANT * float(ratio.mean()):
+                precision = max(CONSTANT, 2 * torch.finfo(self.forward.precision).eps)
+                if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
                     return float(ratio.mean())
         return None
 

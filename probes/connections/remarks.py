@@ -19,9 +19,10 @@ from depthscope.probes.connections.computation import SAME, UNIFORM, Origin
 EXACT_SUM = 1e-5
 # An error of a sum that no rounding explains, in float32.
 CLEAR_ERROR = 1e-3
-# Rounds of Sinkhorn that a matrix shows. A heuristic: implementations make 10 to 50; one normalisation shows less than 1 unless the
-# matrix is nearly the identity.
+# Rounds of Sinkhorn that a matrix shows. A heuristic: implementations make 10 to 50; one normalisation shows less than 1
+# unless the matrix is nearly the identity.
 FEW_ROUNDS = 1.2
+MEASURED_ROUNDS = 3  # after which the error falls by the same factor in each round, nearly; a heuristic
 FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
 NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connection: a few roundings of float32
 FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
@@ -79,7 +80,7 @@ class Facts:
     origin : Origin or None
         From what the weights were computed; None where no forward was followed.
     replaced : str
-        How the matrix had to be read that is applied, where it is not the one that the model computes: "identity", "transposed".
+        How the matrix had to be read that is applied, where it is not the one that is computed: "identity", "transposed".
     computed : Tensor or None
         That other matrix.
     spread_in, spread_out : float
@@ -156,24 +157,29 @@ def _number(value: float) -> str:
 
 def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
     """H_res is computed and nothing uses it."""
-    found = {
-        number: each.computed if each.replaced == "identity" else each.origin.unused
-        for number, each in enumerate(facts)
-        if each.replaced == "identity" or (each.origin is not None and each.origin.unused is not None)
+    unused = {
+        i: each.origin.unused
+        for i, each in enumerate(facts)
+        if each.origin and each.origin.unused is not None
     }
-    matrices = {number: matrix for number, matrix in found.items() if matrix is not None}
+    # Where no forward was followed, only the next states show it.
+    shown = {
+        i: each.computed
+        for i, each in enumerate(facts)
+        if each.replaced == "identity" and each.computed is not None
+    }
+    matrices = {**shown, **unused}
     if not matrices:
         return
-    at = list(matrices)
-    apart = max(float((facts[i].mix - m.to(facts[i].mix)).abs().max()) for i, m in matrices.items())
-    eye = torch.eye(facts[0].num_streams)
-    identity = all(float((facts[i].mix - eye).abs().max()) <= SAME for i in at)
-    instead = "the identity" if identity else "another matrix"
-    n = facts[0].num_streams
+    at, n = sorted(matrices), facts[0].num_streams
+    apart = max(float((facts[i].mix - matrices[i].to(facts[i].mix)).abs().max()) for i in at)
+    identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
+    proof = "no output depends on it" if set(at) == set(unused) else "the next states follow without it"
     yield Remark(
         "discarded_mixing",
-        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and no output depends on "
-        f"it; what is applied is {instead}, from which its entries differ by up to {_number(apart)}",
+        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and {proof}; what is "
+        f"applied is {'the identity' if identity else 'another matrix'}, from which its entries differ by up to "
+        f"{_number(apart)}",
         apart,
         tuple(at),
     )
@@ -181,36 +187,35 @@ def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
 
 def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
-    at = [number for number, each in enumerate(facts) if each.replaced == "transposed"] or _turned_minority(facts)
-    if at:
-        difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
-        yield Remark(
-            "transposed_mixing",
-            f"H_res is transposed {_places(facts, at)}: there the transpose of the computed matrix is applied, unlike at the "
-            f"other {len(facts) - len(at)}; entries of the two differ by up to {_number(difference)}",
-            difference,
-            tuple(at),
-        )
-        return
-    turned = [
+    replaced = [number for number, each in enumerate(facts) if each.replaced == "transposed"]
+    fewer = replaced or _turned_minority(facts)
+    crossed = [
         i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False
     ]
-    if turned:
-        difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in turned)
-        yield Remark(
-            "transposed_mixing",
-            f"H_res is transposed {_places(facts, turned)}: of one matrix the first column reads along the rows, and the other "
-            f"columns mix along the columns; entries of H_res and its transpose differ by up to {_number(difference)}",
-            difference,
-            tuple(turned),
-        )
+    if fewer:
+        why = f"there the transpose of the computed matrix is applied, unlike at the other {len(facts) - len(fewer)}"
+    elif crossed:
+        why = "of one matrix the first column reads along the rows, and the others mix along the columns"
+    else:
+        yield from _late_rows(facts)
         return
-    yield from _late_rows(facts)
+    at = fewer or crossed
+    difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
+    yield Remark(
+        "transposed_mixing",
+        f"H_res is transposed {_places(facts, at)}: {why}; entries of the two differ by up to {_number(difference)}",
+        difference,
+        tuple(at),
+    )
 
 
 def _turned_minority(facts: Sequence[Facts]) -> list[int]:
     """The connections that apply the transpose of what they compute, where most do not; or the other way round."""
-    known = {i: each.origin.turned for i, each in enumerate(facts) if each.origin and each.origin.turned is not None}
+    known = {
+        i: each.origin.turned
+        for i, each in enumerate(facts)
+        if each.origin and each.origin.turned is not None
+    }
     sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
     fewer, more = sorted(sides, key=len)
     return fewer if len(fewer) < len(more) else []
@@ -224,16 +229,16 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
     errors = {number: facts[number].sum_errors() for number in mixing}
     late = [
         i
-        for i in mixing
-        if errors[i][1] <= EXACT_SUM and CLEAR_ERROR < errors[i][0] and not _one_sided(facts[i], 1)
+        for i, (row, column) in errors.items()
+        if column <= EXACT_SUM and row > CLEAR_ERROR and not _one_sided(facts[i], 1)
     ]
     if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
         yield Remark(
             "transposed_mixing",
-            f"H_res may be transposed {_places(facts, late)}: its sums over the destinations are 1 within {_number(column)} and "
-            f"those over the sources, which carry the signal, are off by up to {_number(row)}; mHC normalises the latter last "
-            "(arXiv 2512.24880, Eq. 9)",
+            f"H_res may be transposed {_places(facts, late)}: its sums over the destinations are 1 within "
+            f"{_number(column)} and those over the sources, which carry the signal, are off by up to {_number(row)}; mHC "
+            "normalises the latter last (arXiv 2512.24880, Eq. 9)",
             row,
             tuple(late),
             sure=False,
@@ -248,15 +253,13 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
     difference = max(float((facts[i].mix - facts[i].stored).abs().max()) for i in at)
     if difference == 0:
         return
-    applied, stored = (
-        max(max(facts[i].sum_errors(matrix(facts[i]))) for i in at)
-        for matrix in (lambda each: each.mix, lambda each: each.stored)
-    )
+    applied = max(max(facts[i].sum_errors(facts[i].mix)) for i in at)
+    stored = max(max(facts[i].sum_errors()) for i in at)
     yield Remark(
         "rounded_mixing",
-        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {_places(facts, at)}: the applied matrix differs from "
-        f"the stored one by up to {_number(difference)}, and its sums are off by up to {_number(applied)} where those of the "
-        f"stored one are by {_number(stored)}",
+        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {_places(facts, at)}: the applied matrix differs "
+        f"from the stored one by up to {_number(difference)}, and its sums are off by up to {_number(applied)} where those "
+        f"of the stored one are by {_number(stored)}",
         difference,
         tuple(at),
         sure=False,
@@ -268,28 +271,21 @@ def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
 
 def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
     """Every entry is 1 whatever the parameters, as after a normalisation along an axis of size one."""
-    at = [
-        i
-        for i, each in enumerate(facts)
-        if each.mixes and float((each.tokens(each.mix) - 1).abs().max()) <= EXACT_SUM
-    ]
-    if at:
-        n = facts[0].num_streams
-        error = max(float((facts[i].tokens(facts[i].mix) - 1).abs().max()) for i in at)
-        axes = [axis for i in at if (origin := facts[i].origin) is not None for axis in origin.axes]
-        seen = any(axis.size == 1 for axis in axes)
-        cause = (
-            "it is normalised along an axis of size one"
-            if seen
-            else "as after a normalisation along an axis of size one"
-        )
-        yield Remark(
-            "constant_mixing",
-            f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(error)}, at every token): "
-            f"{cause}; all {n} streams become their sum, {n} times as large at each connection",
-            float(n),
-            tuple(at),
-        )
+    far = {i: float((each.tokens(each.mix) - 1).abs().max()) for i, each in enumerate(facts) if each.mixes}
+    at = [number for number, error in far.items() if error <= EXACT_SUM]
+    if not at:
+        return
+    n = facts[0].num_streams
+    axes = [axis for i in at if (origin := facts[i].origin) is not None for axis in origin.axes]
+    sure = any(axis.size == 1 for axis in axes)
+    yield Remark(
+        "constant_mixing",
+        f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(max(far[i] for i in at))}, "
+        f"at every token): {'it is normalised' if sure else 'as after a normalisation'} along an axis of size one; all {n} "
+        f"streams become their sum, {n} times as large at each connection",
+        float(n),
+        tuple(at),
+    )
 
 
 def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
@@ -321,8 +317,8 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
         yield Remark(
             "one_sided_mixing",
             f"H_res is normalised along one axis only{seen} {_places(facts, at)}: sums over {exact} are 1 within "
-            f"{_number(good)}, sums over {others} are off by up to {_number(bad)}, where 20 rounds of Sinkhorn would leave "
-            f"{_number(_after_rounds(facts, at, side))}; {loss}",
+            f"{_number(good)}, sums over {others} are off by up to {_number(bad)}, where 20 rounds of Sinkhorn would "
+            f"leave {_number(_after_rounds(facts, at, side))}; {loss}",
             bad,
             tuple(at),
             sure=side == 1 or max(counts, default=1) > 1,
@@ -359,8 +355,8 @@ def _inexact(matrix: torch.Tensor, last: int) -> torch.Tensor:
 def _rounds(facts: Facts, last: int) -> float:
     """How many rounds of Sinkhorn the errors of the sums show, the median over tokens.
 
-    Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix itself
-    measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
+    Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix
+    itself measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
     """
     matrix = facts.tokens(facts.stored)
     if not (matrix >= 0).all() or not (matrix.sum(-1) > 0).all() or not (matrix.sum(-2) > 0).all():
@@ -375,9 +371,6 @@ def _rounds(facts: Facts, last: int) -> float:
     if not known.any():
         return math.inf
     return float((error[known].clamp_max(1 - 1e-9).log() / factor[known].log()).median())
-
-
-MEASURED_ROUNDS = 3  # after which the factor is that of the limit, nearly; a heuristic
 
 
 def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float:
@@ -406,7 +399,7 @@ def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"Streams are expanded and merged inside each block and do not persist: before {_places(facts, at)[3:]} all "
             f"{facts[0].num_streams} are one again (their differences fall from {_number(before)} of their norm to "
             f"{_number(after)}), so that one stream is handed on, as in a plain residual network",
-            before,
+            after,
             tuple(at),
         )
 
@@ -426,10 +419,10 @@ def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
     tuple of Remark
     """
     sentence = (
-        f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} streams "
-        "of its state and merges them into 1 again, which is handed on, as in a plain residual network"
+        f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} "
+        "streams of its state and merges them into 1 again, which is handed on, as in a plain residual network"
     )
-    return (Remark("passing_streams", sentence, float(streams), ()),)
+    return (Remark("passing_streams", sentence, 0.0, ()),)
 
 
 # --- what the coefficients were computed from, and whether they learn
@@ -446,19 +439,20 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     at = [i for i in still if i not in uniform]
     # The mean over streams takes away what the last mixing does, in every design: one connection is no finding.
     uniform = uniform if 2 * len(uniform) > len(measured) else []
-    for chosen, what, why in (
-        (at, "H_res is computed from parameters and its logits get no gradient", "the graph is cut before it is applied (detach, "
-         "no_grad or .data)"),
-        (uniform, "H_res is uniform and its logits get no gradient", f"every entry is 1/{facts[0].num_streams} within "
-         f"{_number(max(map(_from_uniform, (facts[i] for i in uniform)), default=0.0))}, and streams that are read, mixed and "
-         "written alike stay alike"),
-    ):  # fmt: skip
+    apart = max((_from_uniform(facts[i]) for i in uniform), default=0.0)
+    alike = (
+        f"every entry is 1/{facts[0].num_streams} within {_number(apart)}, and streams that are read, mixed "
+        "and written alike stay alike"
+    )
+    severed = "the graph is cut before it is applied (detach, no_grad or .data)"
+    for chosen, what, why in ((at, "computed from parameters", severed), (uniform, "uniform", alike)):
         if chosen:
             logits, write = (max(measured[i][side] for i in chosen) for side in (0, 1))
             yield Remark(
                 "unlearnable_mixing",
-                f"{what} {_places(facts, chosen)}: for a random combination of the outputs the largest gradient of a logit is "
-                f"{_number(logits)} where that of a write weight is {_number(write)}; {why}",
+                f"H_res is {what} and its logits get no gradient {_places(facts, chosen)}: for a random combination of the "
+                f"outputs the largest gradient of a logit is {_number(logits)} where that of a write weight is "
+                f"{_number(write)}; {why}",
                 logits / write,
                 tuple(chosen),
             )
@@ -484,8 +478,8 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
         )
         yield Remark(
             "foreign_coefficients",
-            f"Coefficients are computed from another input than the streams that they are applied to {_places(facts, [*states])}: "
-            f"{named} of connection {number} from {words}, not from those at connection {number}",
+            "Coefficients are computed from another input than the streams that they are applied to "
+            f"{_places(facts, [*states])}: {named} of connection {number} from {words}, not from those at connection {number}",
             float(len(states)),
             tuple(states),
         )
@@ -508,25 +502,27 @@ def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
     at = [i for i, of in enumerate(factors) if of.get("H_pre", 0.0) > 1.5 and 0 < of.get("H_post", 0.0) < 1.5]
     if at and len(at) == len(facts):
         read, write = factors[0]["H_pre"], factors[0]["H_post"]
-        largest = max(float(facts[i].tokens(facts[i].read).max()) for i in at)  # type: ignore[arg-type]
-        least = max(float(facts[i].tokens(facts[i].write).max()) for i in at)  # type: ignore[arg-type]
+        reads = [facts[i].tokens(weights) for i in at if (weights := facts[i].read) is not None]
+        writes = [facts[i].tokens(weights) for i in at if (weights := facts[i].write) is not None]
         yield Remark(
             "swapped_weights",
             f"Read and write weights look exchanged {_places(facts, at)}: the branch reads with {read:.2g} σ(·), up to "
-            f"{_number(largest)}, and its output is written with {write:.2g} σ(·), up to {_number(least)}; mHC reads with σ and "
-            "writes with 2 σ (arXiv 2512.24880, Eq. 8)",
+            f"{_number(max(float(each.max()) for each in reads))}, and its output is written with {write:.2g} σ(·), up to "
+            f"{_number(max(float(each.max()) for each in writes))}; mHC reads with σ and writes with 2 σ (arXiv 2512.24880, "
+            "Eq. 8)",
             read,
             tuple(at),
             sure=False,
         )
     elif len(facts) > 1 and _one_hot_writes(facts):
+        every = tuple(range(len(facts)))
         yield Remark(
             "swapped_weights",
-            f"Read and write weights look exchanged {_places(facts, range(len(facts)))}: the branch reads all streams with weight "
-            "1 and its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
+            f"Read and write weights look exchanged {_places(facts, every)}: the branch reads all streams with weight 1 and "
+            "its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
             "way round (arXiv 2409.19606, Eq. 14)",
             float(facts[0].num_streams),
-            tuple(range(len(facts))),
+            every,
             sure=False,
         )
 

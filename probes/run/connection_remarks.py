@@ -41,7 +41,11 @@ def connection_remarks(
     facts = [_facts(evidence, number, replaced.get(number)) for number in range(len(evidence.joints))]
     if followed is not None and facts:
         facts = _with_origins(facts, evidence.joints, followed)
-    inner = passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1) if structure.inner_streams else ()
+    inner = (
+        passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
+        if structure.inner_streams
+        else ()
+    )
     return [remark.as_dict() for remark in (*inner, *remarks(facts))]
 
 
@@ -101,15 +105,24 @@ def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Forward)
         taken = joint.parts.branch_in
         branch_in = taken.squeeze(-2) if taken.shape[-2] == 1 else None
         parts = joint.x_in, joint.x_out, of.stored, of.read, of.write, branch_in
-        applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))  # type: ignore[arg-type]
+        applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))
     origins = trace_origins(forward, applied)
     return [_completed(of, origin) for of, origin in zip(facts, origins, strict=True)]
 
 
 def _completed(facts: Facts, origin: Origin) -> Facts:
+    facts = replace(facts, origin=origin)
+    if origin.exact is not None and not facts.rounded_to:
+        exact = _with(facts.stored, origin.exact)
+        return replace(facts, mix=exact, stored=exact)
     if origin.stored is None or facts.rounded_to:
-        return replace(facts, origin=origin)
+        return facts
     # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
-    stored = facts.stored.clone()
-    stored[: origin.stored.shape[0], : origin.stored.shape[1]] = origin.stored
-    return replace(facts, origin=origin, stored=stored, rounded_to=origin.rounded_to)
+    return replace(facts, stored=_with(facts.stored, origin.stored), rounded_to=origin.rounded_to)
+
+
+def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Matrices with those of the sequences of the first batch in their place."""
+    completed = matrices.clone()
+    completed[: known.shape[0], : known.shape[1]] = known
+    return completed

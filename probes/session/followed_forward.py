@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -66,9 +66,11 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward
         trace.watch(tensor)
     try:
         # The random states are those before the measured forward, so that it drops what that one dropped.
-        with preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model):
-            with torch.enable_grad(), computation, trace:
-                output = call_model(model, batch)
+        modes = preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model)
+        with ExitStack() as stack:
+            for mode in (*modes, torch.enable_grad(), computation, trace):
+                stack.enter_context(mode)
+            output = call_model(model, batch)
     except Exception as error:
         # It ran without the mode: a remark less, and no error of the user's.
         logger.info("the forward could not be followed: %s", without_frames(error))
@@ -88,6 +90,7 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward
         tokens=tokens,
         canonical=lambda state: structure.canonical(0, state, batch_size),
         shape=tuple(structure.chains[0].shapes[0]),
+        precision=session.observer.precision,
         rows=[sequence.index - first for sequence in sampled],
     )
 
