@@ -13,6 +13,7 @@ import xarray as xr
 from depthscope.app.figures import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, depth_table, mixing_table
+from depthscope.app.text.evidence import constraint_sentence, proof_sentence
 from depthscope.app.text.terminal import command_line, printable, say, show_rows
 from depthscope.diagnostics import CATALOGUE
 
@@ -92,6 +93,8 @@ def analysis_as_dict(tables: Sequence[AnalysisTables], selection: Selection, wri
     names = {str(name) for each in tables for name in each.reading.analysis.data_vars}
     return {
         "written": str(written),
+        "proof": {each.reading.name: each.reading.attrs.get("proof") for each in tables},
+        "constraint": {each.reading.name: each.reading.attrs.get("constraint") for each in tables},
         "not_computed": {each.reading.name: each.reading.not_computed for each in tables},
         "metrics": sorted(names),
         "depth": {each.reading.name: each.by_depth.data.to_dict("records") for each in tables},
@@ -143,6 +146,9 @@ def print_analysis(tables: Sequence[AnalysisTables], written: Path) -> None:
                     [str(column) for column in table.printed], table.printed.astype(str).to_numpy().tolist()
                 )
                 say()
+    evidence = {each.reading.name: each.reading.attrs for each in tables}
+    for sentence in filter(None, (constraint_sentence(evidence), proof_sentence(evidence))):
+        _say_wrapped(sentence)
     # After all tables: what could not be computed is easily missed between two of them.
     for each in tables:
         if each.not_in_tables:

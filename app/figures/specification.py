@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
+from depthscope.app.text.evidence import constraint_sentence, proof_sentence
 from depthscope.diagnostics.quantities.registry import LABELS
 
 __all__ = ["Analyses", "Array", "Figure", "FigureKind", "Heatmap", "Line", "Lines", "Selection"]
@@ -79,7 +80,7 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """A matrix over two axes; `z` has one row for each entry of `y`, one column for each of `x`."""
+    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`."""
 
     name: str
     title: str
@@ -98,6 +99,7 @@ class Heatmap:
     x_text: Sequence[str] | None = None
     y_text: Sequence[str] | None = None
     sources: tuple[str, ...] = ()
+    run: str = ""
 
 
 Figure = Lines | Heatmap
@@ -249,4 +251,13 @@ class FigureKind(ABC):
         -------
         Lines or Heatmap
         """
-        return self.figure(analyses, Selection.of(selection))
+        figure = self.figure(analyses, Selection.of(selection))
+        # Here and in no figure's own caption: no figure of an unproven reading can be drawn without it.
+        sentences = [figure.caption, *self._evidence(analyses, figure)]
+        return replace(figure, caption=" ".join(filter(None, sentences)))
+
+    def _evidence(self, analyses: Analyses, figure: Figure) -> tuple[str, str]:
+        """What the caption says of the evidence: unproven readings, and of mixing what the matrices satisfy."""
+        shown = [figure.run] if isinstance(figure, Heatmap) and figure.run in analyses else list(analyses)
+        attrs = {run: analyses[run].attrs for run in shown}
+        return constraint_sentence(attrs) if self.question == "mixing" else "", proof_sentence(attrs)

@@ -12,6 +12,7 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
+from depthscope.diagnostics.quantities.registry import FACTS, with_facts
 
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""
@@ -77,7 +78,10 @@ def read_runs(
     return [
         Reading(
             visible_name(label),
-            shown_attributes(run.attrs),
+            # Of several chains one may be proven and another not.
+            shown_attributes(
+                {**run.attrs, **{name: analysis.attrs[name] for name in FACTS if name in analysis.attrs}}
+            ),
             analysis,
             tuple(judge(analysis)),
             schema.integrity(run),
@@ -115,7 +119,11 @@ def _analyses(
     if not _suffices(run, stored, known):
         fresh = _by_chain(analyze(run, progress=progress))
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
-    return [(f"{name}/{chain}" if chain else name, dataset.load()) for chain, dataset in known.items()]
+    return [
+        # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
+        (f"{name}/{chain}" if chain else name, with_facts(dataset.load(), run.attrs))
+        for chain, dataset in known.items()
+    ]
 
 
 def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, xr.Dataset]) -> bool:

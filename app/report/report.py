@@ -27,7 +27,14 @@ from depthscope.diagnostics.atomic_writes import replaced_file
 __all__ = ["findings_text", "to_html", "write_report"]
 
 # Attributes of a run that identify it, with their printed names.
-_DESCRIBED = {"model": "model", "family": "family", "n_streams": "streams", "dtype": "dtype"}
+_DESCRIBED = {
+    "model": "model",
+    "family": "family",
+    "n_streams": "streams",
+    "constraint": "H_res",
+    "proof": "reading",
+    "dtype": "dtype",
+}
 
 
 # In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.

@@ -15,6 +15,7 @@ from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Column, Table, column_of
+from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 
@@ -190,7 +191,12 @@ def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Sele
         "null is the value expected of independent entries",
         "fail and warn count findings",
     ]
-    return sentence(parts)
+    return " ".join(filter(None, (sentence(parts), _unproven(readings))))
+
+
+def _unproven(readings: Sequence[Reading]) -> str:
+    """Which of the runs are unproven, and why; empty for none."""
+    return proof_sentence({reading.name: reading.attrs for reading in readings})
 
 
 # --- the same relative depth
@@ -248,8 +254,16 @@ def comparison_table(
     return Table(
         name="comparison",
         title="Runs side by side",
-        caption="Runs side by side at the measured depth nearest to the relative depth. "
-        f"{sentence([selection_words(_dims(readings, used), view)])}",
+        caption=" ".join(
+            filter(
+                None,
+                (
+                    "Runs side by side at the measured depth nearest to the relative depth.",
+                    sentence([selection_words(_dims(readings, used), view)]),
+                    _unproven(readings),
+                ),
+            )
+        ),
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,
@@ -304,7 +318,7 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
                 for run, value in known.items()
             )
             sentences.append(f"the runs have {words} ({listed})")
-    return sentences
+    return [*sentences, *filter(None, [_unproven(readings)])]
 
 
 def _is_known(value: Any) -> bool:

@@ -18,6 +18,7 @@ from depthscope.app.figures.build.captions import selection_words, token_count_w
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
+from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
 from depthscope.diagnostics import CATALOGUE
 
@@ -355,7 +356,8 @@ def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -
         "± is one standard error over sequences" if errors else "",
         "null is the value expected of independent entries" if nulls else "",
     ]
-    return sentence(parts)
+    unproven = proof_sentence({reading.name: reading.attrs})
+    return " ".join(filter(None, (sentence(parts), unproven)))
 
 
 def _cells(values: np.ndarray) -> list[str]:

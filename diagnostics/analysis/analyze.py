@@ -16,7 +16,14 @@ from depthscope.diagnostics.analysis.training_curves import training_curves
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
-from depthscope.diagnostics.quantities.registry import DIMS, Quantities, Unavailable, sources
+from depthscope.diagnostics.quantities.registry import (
+    DIMS,
+    FACTS,
+    Quantities,
+    Unavailable,
+    sources,
+    with_facts,
+)
 from depthscope.diagnostics.schema import chain_dataset, chains
 
 Progress = Callable[[str, int, int], None]
@@ -133,6 +140,7 @@ def _analyze_chain(
         for name in chosen:
             report(name)
         return _curves_alone(run, chain, chosen)
+    trace = with_facts(trace, run.attrs)
     source = Quantities(sources(trace, chain_dataset(run, "statistics", chain)))
     found: dict[str, xr.DataArray] = {}
     reasons: dict[str, str] = {}
@@ -149,7 +157,9 @@ def _analyze_chain(
         _add_errors(found, jackknife_errors(trace, known, report), chosen)
     dataset = assemble(found, _training_step(run, trace))
     notes = _notes(dataset, source, jackknife)
-    return dataset.assign_attrs({**run.attrs, "not_computed": reasons, "notes": notes})
+    # Of several chains one may be proven and another not: each analysis has its own chain's.
+    facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
+    return dataset.assign_attrs({**run.attrs, **facts, "not_computed": reasons, "notes": notes})
 
 
 def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:

@@ -92,6 +92,7 @@ CATALOGUE: dict[str, Metric] = {
         replay.replay_distance,
         replay.replayed_deflated_gain,
         paths.depth_kernel,
+        paths.embedding_read,
         paths.read_share,
         paths.write_share,
         paths.effective_streams,

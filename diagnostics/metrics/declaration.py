@@ -13,6 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.labelled_input import bind_arrays, split_options, trace_of, with_mask
 from depthscope.diagnostics.quantities import (
+    depth_paths,
     initial_logits,
     mean_states,
     mixing_matrices,
@@ -25,7 +26,9 @@ from depthscope.diagnostics.quantities import (
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
-QUANTITY_MODULES = (states, tokens, token_spectra, mean_states, mixing_matrices, initial_logits)
+QUANTITY_MODULES = (
+    *(states, tokens, token_spectra, mean_states, mixing_matrices, depth_paths, initial_logits),
+)
 
 Null = Callable[..., xr.DataArray] | float | str
 
@@ -251,7 +254,10 @@ class Metric:
         added: list[str] = []
         labels = dict(requested)
         if arrays or (data and isinstance(data[0], xr.DataArray)):
-            trace, added = bind_arrays(self.name, self.roots, data, arrays)
+            others = registry.alternatives(self.function)
+            # By name alone: which of the alternatives an array is cannot be told by its order.
+            names = tuple(arrays) if not data and set(arrays) <= set(others) else self.roots
+            trace, added = bind_arrays(self.name, names, data, arrays)
             labels = {**PLAIN, **requested}
         else:
             trace = trace_of(self.name, data)

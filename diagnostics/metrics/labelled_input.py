@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.quantities.registry import LABELS, sources
+from depthscope.diagnostics.quantities.registry import LABELS, sources, with_facts
 from depthscope.diagnostics.schema import STATISTICS, TRACE
 
 
@@ -144,7 +144,8 @@ def trace_of(name: str, data: Sequence[Any]) -> xr.Dataset:
         )
     # A node has none: metrics of weights and of streamed sums need the run itself.
     statistics = run.children.get("statistics")
-    return sources(trace.to_dataset(), None if statistics is None else statistics.to_dataset())
+    known = with_facts(trace.to_dataset(), run.attrs)
+    return sources(known, None if statistics is None else statistics.to_dataset())
 
 
 def with_mask(trace: xr.Dataset, mask: Any) -> xr.Dataset:

@@ -8,6 +8,7 @@ import xarray as xr
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.quantities.depth_paths import DepthPaths
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
@@ -24,15 +25,17 @@ TOKENS = 64
     null=1.0,  # a plain residual network reads every earlier output once
     estimator="per token in float64, then the mean of the magnitude over tokens",
 )
-def depth_kernel(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+def depth_kernel(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.DataArray:
     r"""How much of an earlier output a connection reads, through all mixing between.
 
     .. math:: M_{kj} = H^{pre}_k \Big(\prod_{t=j+1}^{k-1} H^{res}_t\Big) H^{post\,\top}_j
 
     ``connection`` is the reader k, ``other_connection`` the source j; 0 for j ≥ k. A plain residual network
-    has 1 below the diagonal. It does not change with the basis of the streams.
+    has 1 below the diagonal, one with factors a X + b F their products, and of connections over depth it is their
+    weights. Gates are multiplied feature by feature and then averaged; several views of a branch are a root mean square.
+    It does not change with the basis of the streams.
     """
-    return mixing.labelled(mean_depth_kernel, ("connection", "other_connection"))
+    return depth_paths.labelled(mean_depth_kernel, ("connection", "other_connection"))
 
 
 def _equal_share(mixing: Mixing) -> xr.DataArray:
@@ -73,10 +76,28 @@ def _labelled_shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
     return mixing.labelled(shares, ("connection", "stream"), stream=list(map(str, range(mixing.num_streams))))
 
 
-def _one_stream(mixing: Mixing) -> xr.DataArray:
+@metric(
+    symbol=r"\overline{|M_{k0}|}",
+    dims="connection",
+    cite="zhu2024hyper",
+    basis="stream",
+    null=1.0,  # a plain residual network hands the embedding on unchanged
+    estimator="per token in float64, then the mean of the magnitude over tokens",
+)
+def embedding_read(depth_paths: DepthPaths) -> xr.DataArray:
+    r"""How much of the embedding a connection reads, through all mixing before it.
+
+    .. math:: M_{k0} = H^{pre}_k \Big(\prod_{t<k} H^{res}_t\Big) \mathbf 1
+
+    Where the streams begin as copies of the embedding; 1 throughout a plain residual network.
+    """
+    return depth_paths.labelled(depth_paths.embedding().mean(axis=1), ("connection",))
+
+
+def _one_stream(depth_paths: DepthPaths) -> xr.DataArray:
     """1: a plain residual network passes one sum on; NaN before the first connection."""
-    cuts = np.where(np.arange(len(mixing)) > 0, 1.0, np.nan)
-    return mixing.labelled(cuts, ("connection",))
+    cuts = np.where(np.arange(len(depth_paths)) > 0, 1.0, np.nan)
+    return depth_paths.labelled(cuts, ("connection",))
 
 
 @metric(
@@ -91,28 +112,24 @@ def _one_stream(mixing: Mixing) -> xr.DataArray:
     estimator=f"per token in float64, over at most {TOKENS} tokens, evenly spaced, then reduced over them",
     headline=True,
 )
-def effective_streams(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> xr.DataArray:
+def effective_streams(depth_paths: DepthPaths) -> xr.DataArray:
     r"""Effective streams: how many independent signals pass from the earlier connections to the later ones.
 
     .. math:: \exp H(\sigma / \textstyle\sum\sigma) \text{ of } \sigma(M_{k \ge c,\, j < c})
 
-    At the cut before a connection; NaN at the first. At most the number of streams; it does not change with
-    their basis. Below 1.5 one stream does all.
+    At the cut before a connection; NaN at the first. At most the number of streams, 1 in a plain residual network, up to the
+    number of earlier outputs in connections over depth; it does not change with the basis of the streams. Below 1.5 one
+    stream does all.
     """
     # All connections of the same few tokens: a cut depends on the connections at every depth.
-    chosen = evenly_spaced(mixing.matrices.shape[1], TOKENS)
-    cuts = np.full((len(mixing), len(chosen)), np.nan)
-    # The kernel gives the cuts between connections: nothing passes before the first one.
-    cuts[1:] = kernel.streams_across(
-        mixing.matrices[:, chosen], read_weights[:, chosen], write_weights[:, chosen]
-    ).T
-    return mixing.reduced(cuts, depends_on="earlier")
+    chosen = evenly_spaced(depth_paths.num_tokens, TOKENS)
+    return depth_paths.reduced(depth_paths.effective_streams(chosen))
 
 
-def _residual_hops(mixing: Mixing) -> xr.DataArray:
+def _residual_hops(depth_paths: DepthPaths) -> xr.DataArray:
     """(k + 1)/2: a plain residual network reads all earlier outputs alike."""
-    readers = np.arange(len(mixing))
-    return mixing.labelled(np.where(readers > 0, (readers + 1) / 2, np.nan), ("connection",))
+    readers = np.arange(len(depth_paths))
+    return depth_paths.labelled(np.where(readers > 0, (readers + 1) / 2, np.nan), ("connection",))
 
 
 @metric(
@@ -124,21 +141,21 @@ def _residual_hops(mixing: Mixing) -> xr.DataArray:
     null=_residual_hops,
     estimator="weights per token in float64, mean of their magnitude over tokens, then the mean of hops",
 )
-def effective_path_depth(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+def effective_path_depth(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.DataArray:
     r"""Effective path depth: how many connections back the outputs are that a connection reads.
 
     .. math:: \textstyle\sum_j |M_{kj}| (k - j) / \sum_j |M_{kj}|
 
     NaN at the first, which reads the embedding alone.
     """
-    return mixing.labelled(kernel.effective_path_depth(mean_depth_kernel), ("connection",))
+    return depth_paths.labelled(kernel.effective_path_depth(mean_depth_kernel), ("connection",))
 
 
-def _residual_mass(mixing: Mixing) -> xr.DataArray:
+def _residual_mass(depth_paths: DepthPaths) -> xr.DataArray:
     """How many later connections there are: a plain residual network reads each output in full."""
-    later = np.arange(len(mixing))[::-1].astype(float)
+    later = np.arange(len(depth_paths))[::-1].astype(float)
     # NaN at the last, as the metric: only the head reads it.
-    return mixing.labelled(np.where(later > 0, later, np.nan), ("connection",))
+    return depth_paths.labelled(np.where(later > 0, later, np.nan), ("connection",))
 
 
 @metric(
@@ -152,14 +169,14 @@ def _residual_mass(mixing: Mixing) -> xr.DataArray:
     null=_residual_mass,
     estimator="per token in float64, mean of the magnitude over tokens, then the sum over readers",
 )
-def read_mass(mixing: Mixing, mean_depth_kernel: np.ndarray) -> xr.DataArray:
+def read_mass(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.DataArray:
     r"""Read mass: how much of a connection's output all later connections read together.
 
     .. math:: \textstyle\sum_k |M_{kj}|
 
     Near 0 for a wasted layer; NaN for the last, which only the head reads.
     """
-    return mixing.labelled(kernel.read_mass(mean_depth_kernel), ("connection",))
+    return depth_paths.labelled(kernel.read_mass(mean_depth_kernel), ("connection",))
 
 
 def _all_streams(mixing: Mixing) -> xr.DataArray:

@@ -17,6 +17,7 @@ from depthscope.diagnostics.quantities.registry import LABELS, Unavailable, quan
 REDUCTIONS = LABELS["reduction"]
 # Of REDUCTIONS, those that are quantiles: median, p1 and p99.
 QUANTILES = (0.5, 0.01, 0.99)
+ONE_STREAM = "needs more than one stream; this run has one"
 # Numbers of one block of the depth kernel, whose size is tokens × connections²: 32 MB.
 BLOCK = 4_000_000
 
@@ -45,7 +46,7 @@ class Mixing:
         # run along the tokens and vectorise.
         self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
         self.num_streams = matrices.shape[-1]
-        self._coords = connection_coords(h_res)
+        self.coords = connection_coords(h_res)
         # Products take as much memory as the matrices again: only where a metric needs them.
         self._prefix: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -141,7 +142,7 @@ class Mixing:
         -------
         DataArray
         """
-        known = dict(self._coords)
+        known = dict(self.coords)
         if "other_connection" in dims:
             known["other_connection"] = ("other_connection", np.asarray(known["connection"].values))
         return xr.DataArray(values, dims=dims, coords=known | coords)
@@ -243,7 +244,7 @@ def _interpolated(ranked: np.ndarray, rank: float) -> np.ndarray:
 def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
     """The mixing matrices of every real token."""
     if h_res.sizes["stream_in"] == 1:
-        raise Unavailable("the run has one stream: nothing mixes")
+        raise Unavailable(ONE_STREAM)
     return Mixing(h_res, mask)
 
 
@@ -262,39 +263,39 @@ def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
 @quantity
 def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     """Weights by which every connection reads the streams, (C, N, n)."""
-    return _require_finite(real_tokens(h_pre, mask), "h_pre")
+    return require_finite(real_tokens(h_pre, mask), "h_pre")
 
 
 @quantity
 def write_weights(h_post: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
     """Weights by which every connection writes to the streams, (C, N, n)."""
-    return _require_finite(real_tokens(h_post, mask), "h_post")
+    return require_finite(real_tokens(h_post, mask), "h_post")
 
 
-def _require_finite(weights: np.ndarray, name: str) -> np.ndarray:
-    bad = ~np.isfinite(weights).all(axis=(1, 2))
+def require_finite(weights: np.ndarray, name: str) -> np.ndarray:
+    """Weights (C, N, ...) of connections that are all finite.
+
+    Parameters
+    ----------
+    weights : ndarray
+        By connection and token.
+    name : str
+        Of the variable, for the message.
+
+    Returns
+    -------
+    ndarray
+        The same.
+
+    Raises
+    ------
+    Unavailable
+        With the first connection that is not.
+    """
+    bad = ~np.isfinite(weights).reshape(len(weights), -1).all(axis=1)
     if bad.any():
         raise Unavailable(f"{name} is not finite at connection {int(np.argmax(bad))}")
     return weights
-
-
-@quantity
-def mean_depth_kernel(mixing: Mixing, read_weights: np.ndarray, write_weights: np.ndarray) -> np.ndarray:
-    """Mean |M| over tokens, (C, C), a block of tokens at a time."""
-    if not mixing.finite.all():
-        raise Unavailable(f"h_res is not finite at connection {int(np.argmin(mixing.finite))}")
-    count, num_tokens = mixing.matrices.shape[:2]
-    total = np.zeros((count, count))
-    block = max(1, BLOCK // count**2)
-    for start in range(0, num_tokens, block):
-        part = slice(start, start + block)
-        weights = mixing.matrices[:, part], read_weights[:, part], write_weights[:, part]
-        # Magnitudes before the sum: reads of opposite sign in two tokens do not cancel.
-        with np.errstate(over="ignore"):
-            total += np.abs(kernel.depth_kernel(*weights)).sum(axis=0)
-    if not np.isfinite(total).all():
-        raise Unavailable("what connections read of each other grows beyond float64: see the composite gain")
-    return total / num_tokens
 
 
 @quantity

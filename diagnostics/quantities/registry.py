@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema import OF_STREAMING, OF_WEIGHTS, TRACE
+from depthscope.diagnostics.schema import OF_STREAMING, OF_WEIGHTS, TRACE, TRACE_COORDS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("sequence", "data"),
@@ -37,6 +37,15 @@ DIMS = (
     *("component", "order", "stream", "quantile", "reduction"),
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
+
+FACTS = ("family", "proof", "constraint")
+"""Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
+
+ATTRS = "attrs"
+"""The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
+
+# Parts of connections with streams, which a run of one stream cannot have.
+_OF_STREAMS = ("h_res", "h_pre", "h_post", "read", "write", "initial_logits")
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
@@ -77,6 +86,7 @@ class Quantities:
         self.trace = trace
         # A choice is a quantity too: a function that names the dim gets the labels to compute.
         self._values: dict[str, Any] = dict(CHOICES)
+        self._values[ATTRS] = trace.attrs
         for dim, label in (choices or {}).items():
             self._values[dim] = (label,)
         self._reasons: dict[str, Unavailable] = {}
@@ -104,14 +114,21 @@ class Quantities:
         Parameters
         ----------
         function : function
-            Its parameters are names of quantities.
+            Its parameters are names of quantities; those with a default are left out where they are not available.
 
         Returns
         -------
         object
             What the function returns.
         """
-        return function(**{name: self[name] for name in inspect.signature(function).parameters})
+        arguments = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            try:
+                arguments[name] = self[name]
+            except Unavailable:
+                if parameter.default is inspect.Parameter.empty:
+                    raise
+        return function(**arguments)
 
     def _compute(self, name: str) -> Any:
         if name in QUANTITIES:
@@ -122,11 +139,29 @@ class Quantities:
             # A bare array measured by name has no mask: every token is real.
             sizes = {dim: self.trace.sizes.get(dim, 1) for dim in TRACE["mask"].dims}
             return xr.DataArray(np.ones(tuple(sizes.values()), dtype=bool), dims=tuple(sizes))
-        if name not in (*TRACE, *OF_WEIGHTS, *OF_STREAMING):
+        if name not in (*TRACE, *TRACE_COORDS, *OF_WEIGHTS, *OF_STREAMING):
             # Not Unavailable, which is a reason about the run: this is a mistake in a declaration.
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
-        remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
-        raise Unavailable(f"the run has no {name}{remedy}")
+        if name in _OF_STREAMS and self.trace.sizes.get("stream") == 1:
+            raise Unavailable("needs more than one stream; this run has one")
+        raise missing(name)
+
+
+def missing(name: str) -> Unavailable:
+    """The reason where a run lacks a variable, with what to do.
+
+    Parameters
+    ----------
+    name : str
+        The variable.
+
+    Returns
+    -------
+    Unavailable
+        To be raised.
+    """
+    remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
+    return Unavailable(f"the run has no {name}{remedy}")
 
 
 def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
@@ -152,17 +187,42 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     )
 
 
+def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:
+    """A trace with what the run says about all of its chains, where the chain does not say it itself.
+
+    Parameters
+    ----------
+    trace : Dataset
+        The chain's trace.
+    attrs : mapping
+        Attributes of the run.
+
+    Returns
+    -------
+    Dataset
+    """
+    return trace.assign_attrs(
+        {name: attrs[name] for name in FACTS if name in attrs and name not in trace.attrs}
+    )
+
+
 QUANTITIES: dict[str, Callable[..., Any]] = {}
 """Derived quantities by name, of every module that was imported; metrics are looked up by name, not by order."""
 
 
-def quantity(function: Callable[..., Any]) -> Callable[..., Any]:
+_ROOTS: dict[str, tuple[str, ...]] = {}
+"""The roots of quantities that state them, by name."""
+
+
+def quantity(function: Callable[..., Any] | None = None, *, roots: tuple[str, ...] = ()) -> Any:
     """Declare a derived quantity under the function's name.
 
     Parameters
     ----------
     function : function
-        Its parameters name the quantities that it needs.
+        Its parameters name the quantities that it needs; one with a default of None is taken where the run has it.
+    roots : tuple of str
+        Where it is computed from whichever of several variables a run has: those that stand for it, see `roots`.
 
     Returns
     -------
@@ -174,6 +234,8 @@ def quantity(function: Callable[..., Any]) -> Callable[..., Any]:
     ValueError
         Where another function declares a quantity of that name.
     """
+    if function is None:
+        return lambda declared: quantity(declared, roots=roots)
     name = function.__name__
     known = QUANTITIES.get(name)
     # The same function again is a module that is reloaded in a notebook.
@@ -185,6 +247,8 @@ def quantity(function: Callable[..., Any]) -> Callable[..., Any]:
             f"the quantity {name!r} is declared in {known.__module__} already: choose another name"
         )
     QUANTITIES[name] = function
+    if roots:
+        _ROOTS[name] = roots
     return function
 
 
@@ -204,8 +268,31 @@ def roots(function: Callable[..., Any]) -> tuple[str, ...]:
     # Without the mask: nearly all take it, and a bare array has none.
     found: list[str] = []
     for name in inspect.signature(function).parameters:
-        if name in QUANTITIES:
+        if name in _ROOTS:
+            found += _ROOTS[name]
+        elif name in QUANTITIES:
             found += roots(QUANTITIES[name])
-        elif name not in CHOICES and name != "mask":
+        elif name not in (*CHOICES, ATTRS, "mask"):
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def alternatives(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The variables of a trace from which a function may be computed in place of its `roots`.
+
+    Parameters
+    ----------
+    function : function
+        Its parameters name quantities.
+
+    Returns
+    -------
+    tuple of str
+    """
+    found: list[str] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in QUANTITIES:
+            found += alternatives(QUANTITIES[name])
+        elif parameter.default is None and name in TRACE:
             found.append(name)
     return tuple(dict.fromkeys(found))

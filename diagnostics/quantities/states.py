@@ -292,7 +292,7 @@ def residual_states(residual: xr.DataArray, mask: xr.DataArray) -> States:
 def stream_states(residual_states: States) -> States:
     """The residual of a run with several streams, for what compares one stream with another."""
     if residual_states.num_streams == 1:
-        raise Unavailable("the run has one stream")
+        raise Unavailable("needs more than one stream; this run has one")
     return residual_states
 
 

@@ -7,7 +7,15 @@ from depthscope.diagnostics.schema.listing import list_runs
 from depthscope.diagnostics.schema.opening import integrity, open_run
 from depthscope.diagnostics.schema.replaceable import require_replaceable
 from depthscope.diagnostics.schema.saving import save_run
-from depthscope.diagnostics.schema.validation import SCHEMA_VERSION, SchemaError, check_version, validate
+from depthscope.diagnostics.schema.validation import (
+    PROVEN,
+    SCHEMA_VERSION,
+    UNPROVEN,
+    SchemaError,
+    check_version,
+    is_proof,
+    validate,
+)
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
     GAIN,
@@ -15,6 +23,8 @@ from depthscope.diagnostics.schema.variables import (
     NOT_FINITE,
     OF_STREAMING,
     OF_WEIGHTS,
+    OVER_DEPTH,
+    PLAIN_FACTORS,
     PROFILE,
     ROUTE,
     SITES,
@@ -36,7 +46,10 @@ __all__ = [
     "NOT_FINITE",
     "OF_STREAMING",
     "OF_WEIGHTS",
+    "OVER_DEPTH",
+    "PLAIN_FACTORS",
     "PROFILE",
+    "PROVEN",
     "ROUTE",
     "SCHEMA_VERSION",
     "SITES",
@@ -47,6 +60,7 @@ __all__ = [
     "SUFFIXES",
     "TRACE",
     "TRACE_COORDS",
+    "UNPROVEN",
     "WITHOUT_GRADIENT",
     "Parts",
     "SchemaError",
@@ -56,6 +70,7 @@ __all__ = [
     "check_version",
     "create_run",
     "integrity",
+    "is_proof",
     "list_runs",
     "open_run",
     "require_replaceable",

@@ -9,13 +9,27 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
-from depthscope.diagnostics.schema.variables import COVERAGE, SITES, STATISTICS, TRACE, TRACE_COORDS, Variable
+from depthscope.diagnostics.schema.variables import (
+    AFTER_SUM,
+    COVERAGE,
+    OVER_DEPTH,
+    PLAIN_FACTORS,
+    SITES,
+    STATISTICS,
+    TRACE,
+    TRACE_COORDS,
+    Variable,
+)
 
 # The first number grows where older versions cannot read a run, the second where variables are added.
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 # Without these nothing else of a group can be read: states need their padding, sums the number of their tokens.
 _REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": (), "coverage": ()}
+PROVEN = "proven"
+UNPROVEN = "unproven: "
+"""What an attribute ``proof`` is, or begins with."""
+
 _DECLARED: dict[str, dict[str, Variable]] = {
     "trace": TRACE | TRACE_COORDS,
     "statistics": STATISTICS,
@@ -41,6 +55,7 @@ def validate(run: xr.DataTree) -> None:
         For a foreign tree, a newer version, or a variable with the wrong dimensions or type.
     """
     check_version(run.attrs)
+    _validate_statements(run.attrs, "/")
     for name in run.children:
         if name not in GROUPS:
             raise SchemaError(f"unknown group /{name}; expected some of {', '.join('/' + g for g in GROUPS)}")
@@ -119,6 +134,8 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
             raise SchemaError(
                 f"{path}/h_res has {trace.sizes[side]} along {side}, but the run has {streams} streams"
             )
+    _validate_statements(trace.attrs, path)
+    _validate_linear_parts(trace, path)
     if "initial_logits" in trace:
         _validate_replay(trace["initial_logits"].attrs, path)
     if "connection" in trace.dims and "depth_out" in trace.coords and _has_every_depth(trace):
@@ -127,6 +144,81 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
             raise SchemaError(
                 f"{path}: a connection writes depth {furthest}, the last depth is {trace.sizes['depth'] - 1}"
             )
+
+
+def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
+    """Check what a run or a chain says about its reading: whether it is proven, and what its matrices satisfy."""
+    proof = attrs.get("proof", PROVEN)
+    if not is_proof(proof):
+        raise SchemaError(
+            f"{path} has the proof {proof!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason"
+        )
+    constraint = attrs.get("constraint", "unknown")
+    if not (isinstance(constraint, str) and constraint.strip()):
+        raise SchemaError(
+            f"{path} has the constraint {constraint!r}; expected what the matrices satisfy in words, such as "
+            "'doubly stochastic within 1e-06', or no such attribute"
+        )
+
+
+def is_proof(text: Any) -> bool:
+    """Whether a text states that something is proven, or that it is not and why.
+
+    Parameters
+    ----------
+    text : object
+        An attribute.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> is_proof("proven"), is_proof("unproven: a branch was not seen"), is_proof("unproven: "), is_proof(True)
+    (True, True, False, False)
+    """
+    if not isinstance(text, str):
+        return False
+    return text == PROVEN or bool(text.startswith(UNPROVEN) and text.removeprefix(UNPROVEN).strip())
+
+
+def _validate_linear_parts(trace: xr.Dataset, path: str) -> None:
+    """Check what dims and dtypes do not say about the parts of connections that are no streams."""
+    factors = [name for name in PLAIN_FACTORS if name in trace]
+    if factors and trace.sizes["stream"] != 1:
+        raise SchemaError(
+            f"{path} has {', '.join(factors)} and {trace.sizes['stream']} streams; factors are of plain connections, with "
+            "one stream: those of streams are h_res and h_post"
+        )
+    over_depth = [name for name in OVER_DEPTH if name in trace]
+    if over_depth and trace.sizes["source"] <= trace.sizes["connection"]:
+        raise SchemaError(
+            f"{path}/{over_depth[0]} has {trace.sizes['source']} sources and {trace.sizes['connection']} connections; "
+            "expected at least one source more: the embedding, then the output of each"
+        )
+    if "read_depth" in trace.variables and "depth_in" in trace.coords:
+        late = trace["read_depth"].values > trace["depth_in"].values
+        if late.any():
+            number = int(late.argmax())
+            raise SchemaError(
+                f"{path}: connection {number} reads depth {int(trace['read_depth'][number])}, after depth "
+                f"{int(trace['depth_in'][number])}, which it is applied to"
+            )
+    _validate_texts(trace, path)
+
+
+def _validate_texts(trace: xr.Dataset, path: str) -> None:
+    """Check the coordinates of connections that are texts."""
+    after = set(map(str, trace["after_sum"].values)) if "after_sum" in trace.variables else set()
+    if after - set(AFTER_SUM):
+        raise SchemaError(
+            f"{path}/after_sum has {sorted(after - set(AFTER_SUM))}, expected some of {AFTER_SUM}"
+        )
+    proofs = trace["proof"].values.tolist() if "proof" in trace.variables else []
+    odd = [text for text in proofs if not is_proof(text)]
+    if odd:
+        raise SchemaError(f"{path}/proof has {odd[0]!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason")
 
 
 def _validate_replay(attrs: Mapping[Any, Any], path: str) -> None:

@@ -73,6 +73,30 @@ TRACE: dict[str, Variable] = {
     "views_out": Variable(
         (*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"
     ),
+    "residual_scale": Variable(
+        ROUTE,
+        "f",
+        "factor of the state in the next one, of a plain connection; absent where it is 1 everywhere",
+    ),
+    "branch_scale": Variable(
+        ROUTE, "f", "factor of the branch's output in the next state, of a plain connection; absent where 1"
+    ),
+    "residual_gate": Variable(
+        (*ROUTE, "feature"), "f", "factors of the state's features, times residual_scale"
+    ),
+    "branch_gate": Variable(
+        (*ROUTE, "feature"), "f", "factors of the branch output's features, times branch_scale"
+    ),
+    "depth_read": Variable(
+        (*ROUTE, "source"),
+        "f",
+        "how much of each source a branch reads: 0 the embedding, j the output of sublayer j",
+    ),
+    "depth_carry": Variable(
+        (*ROUTE, "source"),
+        "f",
+        "how much of each source the next state keeps, apart from its own branch's output",
+    ),
     "final": Variable(("sample", "token", "feature"), "f", "output of the last norm, which the head reads"),
     "final_gradient": Variable(("sample", "token", "feature"), "f", "gradient with respect to that state"),
     "mask": Variable(("sample", "token"), "b", "true where the token is real, false on padding"),
@@ -91,7 +115,31 @@ TRACE_COORDS: dict[str, Variable] = {
     "connection_module": Variable(("connection",), "OTU", "module path of the connection"),
     "depth_in": Variable(("connection",), "iu", "depth index that the connection reads"),
     "depth_out": Variable(("connection",), "iu", "depth index that the connection writes"),
+    "read_depth": Variable(
+        ("connection",),
+        "iu",
+        "depth index of the state that h_pre reads, where it is an earlier one than depth_in",
+    ),
+    "after_sum": Variable(
+        ("connection",),
+        "OTU",
+        "what is applied to the sum to give the next state: norm, activation, empty for nothing",
+    ),
+    "proof": Variable(("connection",), "OTU", "proven, or unproven: and the reason"),
+    "source": Variable(
+        ("source",), "iu", "0 the embedding, j the output of sublayer j, which is connection j - 1"
+    ),
 }
+
+# Of plain connections, which have one stream.
+PLAIN_FACTORS = ("residual_scale", "branch_scale", "residual_gate", "branch_gate")
+"""Variables that say by what a plain connection multiplies the state and the branch's output."""
+
+AFTER_SUM = ("", "norm", "activation")
+"""What may be applied to the sum of a plain connection to give the next state."""
+
+OVER_DEPTH = ("depth_read", "depth_carry")
+"""Variables of connections that read or keep more depths than their own."""
 
 # Sums over tokens where possible, not means: those of several batches add up, whatever their sizes.
 STATISTICS: dict[str, Variable] = {

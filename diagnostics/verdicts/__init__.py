@@ -10,6 +10,7 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     magnitude,
+    reading,
     representation,
     streams,
     trained_mixing,
@@ -19,6 +20,7 @@ from depthscope.diagnostics.verdicts import (
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
+from depthscope.diagnostics.verdicts.reading import with_proof
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
@@ -69,6 +71,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.small_sample,
         weight_updates.large_update,
         weight_updates.lost_update,
+        reading.unproven_reading,
     )
 }
 
@@ -107,7 +110,8 @@ def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
     found = [finding for each in VERDICTS.values() for finding in each.findings(last)]
-    return explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
+    explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
+    return [with_proof(finding, analysis.attrs) for finding in explained]
 
 
 def _severity_order(finding: Finding) -> tuple[float, bool, float]:

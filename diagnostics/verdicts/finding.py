@@ -47,6 +47,8 @@ class Finding:
         The chain, where a run has several.
     because : str
         The verdict that explains this finding, which is then no more than INFO.
+    proof : str
+        Whether the reading that it is about is proven: ``"proven"``, ``"unproven: …"``, or empty where the run does not say.
     """
 
     verdict: str
@@ -63,6 +65,7 @@ class Finding:
     stream: str | None = None
     chain: str = ""
     because: str = ""
+    proof: str = ""
 
     @property
     def excess(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 
@@ -15,8 +16,48 @@ import torch
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+class Weights:
+    """Tensors of one connection call, all of them (B, T, …)."""
+
+    def at(self, index: torch.Tensor | int) -> Self:
+        """Those of some sequences."""
+        return self.each(lambda tensor: tensor[index])
+
+    def sampled(self, rows: torch.Tensor) -> Self:
+        """Copies of some sequences, in float32 on the CPU."""
+        return self.each(lambda tensor: tensor.detach()[rows].to("cpu", torch.float32))
+
+    def detached(self) -> Self:
+        """Copies in float32 that share no memory with the model's own tensors."""
+        return self.each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same with one change made to every tensor."""
+        tensors = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*(None if tensor is None else change(tensor) for tensor in tensors))
+
+
 @dataclass
-class Parts:
+class DepthWeights(Weights):
+    """The weights of one connection over depth: h_k = Σ_j read_j v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k.
+
+    Parameters
+    ----------
+    read : Tensor
+        (B, T, K + 1): of the embedding and of every branch's output in what the branch reads.
+    carry : Tensor
+        (B, T, K + 1): of the same in the next state, its own output left out.
+    scale : Tensor
+        (B, T): of its own output in the next state.
+    """
+
+    read: torch.Tensor
+    carry: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass
+class Parts(Weights):
     """The weights of one connection call, and what its branch took and returned.
 
     Parameters
@@ -38,23 +79,6 @@ class Parts:
     write: torch.Tensor
     branch_in: torch.Tensor
     branch_out: torch.Tensor | None = None
-
-    def at(self, index: torch.Tensor | int) -> Parts:
-        """The parts of some sequences."""
-        return self.each(lambda tensor: tensor[index])
-
-    def sampled(self, rows: torch.Tensor) -> Parts:
-        """Copies of some sequences, in float32 on the CPU."""
-        return self.each(lambda tensor: tensor.detach()[rows].to("cpu", torch.float32))
-
-    def detached(self) -> Parts:
-        """Copies in float32 that share no memory with the model's own tensors."""
-        return self.each(lambda tensor: tensor.detach().to("cpu", torch.float32, copy=True))
-
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Parts:
-        """The parts with one change made to every tensor."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        return Parts(*(None if tensor is None else change(tensor) for tensor in tensors))
 
 
 def as_views(

@@ -47,7 +47,8 @@ class Site:
     style : str
         Name of the `Family` that detected it.
     family : str
-        Name of the model's family in a run, such as ``"mhc"``; one of those that the `Family` declares.
+        Name of the model's family, one of those that the `Family` declares; a run names an ``"hc"`` by what its matrices are
+        measured to satisfy, see `depthscope.probes.connections.constraint`.
     num_streams : int
         n, times the fractions.
     layout : str
@@ -88,7 +89,8 @@ class Family:
     name : str
         The style of its connections.
     constrains : mapping of str to str
-        The names that a run may give to its models, and what the weights of each satisfy by construction (empty for nothing).
+        The names that it gives to its models, and what the weights of each satisfy by construction (empty for nothing: then it
+        is measured).
     weights : tuple of WeightPattern
         How it appears in weight files.
     """

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from depthscope.probes.connections.family import MOST_STREAMS
 from depthscope.probes.model.tensors import tensors_in
@@ -150,16 +149,3 @@ def fits(tensor: torch.Tensor, lead: tuple[int, ...], *tails: tuple[int, ...]) -
         shape == (*lead, *tail) or (shape[-len(tail) :] == tail and set(shape[: -len(tail)]) <= {1})
         for tail in tails
     )
-
-
-def mentions_sinkhorn(module: nn.Module) -> bool:
-    """Whether the module itself claims a doubly stochastic H_res, by the name of an attribute or of a function in one.
-
-    It only decides between the names ``mhc`` and ``hc`` of connections that were found by shapes: near its initial identity an
-    unconstrained H_res is doubly stochastic too, so its values cannot decide.
-    """
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    # a functools.partial names its function
-    functions = [getattr(value, "func", value) for value in own.values()]
-    names = [*own, *(getattr(function, "__name__", "") for function in functions if callable(function))]
-    return any("sinkhorn" in name.lower() for name in names)

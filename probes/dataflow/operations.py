@@ -63,6 +63,11 @@ class Rule:
         Whether several positions of an axis are added up in one.
     mask : bool
         Whether it draws a mask, which a replay takes as it was.
+    factor_positions : tuple of int
+        Positions of the two operands of a product.
+    sum_of : callable, optional
+        ``sum_of(args, kwargs)``: where one operation does the work of several, what it is the sum of: arguments, and products
+        as (function, first factor, second factor). None where it is no such sum.
     zero : tuple of int
         Positions of constants that a replay sets to zero, since they are added and not carried.
     """
@@ -77,6 +82,7 @@ class Rule:
     mask: bool = False
     zero: tuple[int, ...] = ()
     factor_positions: tuple[int, ...] = (0, 1)
+    sum_of: Callable[[Any, Any], list[Any] | None] | None = None
 
     def describe(self, value: Value, item: int, args: Any, kwargs: Any, operands: list[Value]) -> None:
         """Set the axes of a value, and the step that made it where that is transparent."""
@@ -181,6 +187,15 @@ def _sliced(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
     return tuple(_cut(*of) for of in zip(value.axes, value.shape, shape, strict=True)), True
 
 
+def _padded(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
+    """Zeros before or after the positions of some axes."""
+    value = args[0]
+    return tuple(
+        axis if old == new else made_axis(new) if old == 1 else _cut(axis, old, new)
+        for axis, old, new in zip(value.axes, value.shape, shape, strict=True)
+    ), len(args) < 3 or not args[2]
+
+
 def _selected(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
     axes = list(args[0].axes)
     del axes[args[1] if len(args) > 1 else 0]
@@ -214,7 +229,8 @@ def _concatenated(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> 
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % len(shape)
     pieces = [piece for piece in args[0] if len(piece.shape) == len(shape)]  # an empty tensor is no piece
     axes = list(_joined(pieces))
-    thick = any(piece.shape[dim] > 1 for piece in pieces)
+    # Streams may begin as one state next to constants; a class token goes next to many others.
+    thick = any(_is_value(piece) and piece.shape[dim] > 1 for piece in pieces)
     axes[dim] = (Atom(shape[dim], whole=thick),) if shape[dim] > 1 else ()
     return _completed(axes, shape), True
 
@@ -254,15 +270,23 @@ def _reduced(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found
     """A sum or mean."""
     value = args[0]
     given = args[1] if len(args) > 1 and args[1] is not None else range(len(value.shape))
-    dims = {dim % len(value.shape) for dim in ([given] if isinstance(given, int) else given)} if value.shape else set()
+    dims = (
+        {dim % len(value.shape) for dim in ([given] if isinstance(given, int) else given)}
+        if value.shape
+        else set()
+    )
     keep = len(shape) == len(value.shape)
     axes = _mixed_axes(value, dims)
-    return tuple([() if dim in dims else axis for dim, axis in enumerate(axes) if keep or dim not in dims]), True
+    return tuple(
+        [() if dim in dims else axis for dim, axis in enumerate(axes) if keep or dim not in dims]
+    ), True
 
 
 def _mixed_axes(value: Value, dims: set[int]) -> Axes:
     """The axes of a product that is about to be summed: where that mixes streams, their new axis is one of streams too."""
-    factors = [] if value.step is None or not value.step.rule.product else value.step.rule.factors(value.step.args)
+    factors = (
+        [] if value.step is None or not value.step.rule.product else value.step.rule.factors(value.step.args)
+    )
     tensors = [factor for factor in factors if len(getattr(factor, "shape", ())) == len(value.shape)]
     axes = list(value.axes)
     if len(tensors) != 2:
@@ -300,10 +324,10 @@ def _matrix_product(first: Any, second: Any, shape: tuple[int, ...]) -> Found:
             all_noted(other, CONTRACTED)  # with a constant, as a linear layer does
     rows, columns = a[-2], b[-1]
     # What mixes streams gives streams again; what a matrix of weights makes is an axis of features.
-    if linear and _is_value(second) and _contracts(b[-2], size) and first.shape[-2] == size:
-        rows = b[-2]
-    elif linear and _is_value(first) and _contracts(a[-1], size) and second.shape[-1] == size:
-        columns = a[-1]
+    if linear and _is_value(second) and _contracts(b[-2], size):
+        rows = b[-2] if first.shape[-2] == size else made_axis(first.shape[-2])
+    elif linear and _is_value(first) and _contracts(a[-1], size):
+        columns = a[-1] if second.shape[-1] == size else made_axis(second.shape[-1])
     return _completed([*lead, rows, columns], shape, whole=not linear), linear
 
 
@@ -321,6 +345,31 @@ def _linear_layer(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> 
         return None
     all_noted(args[0].axes[-1], CONTRACTED)
     return (*args[0].axes[:-1], *new_axes(shape[-1:])), False
+
+
+def _sum_of_product(args: Any, kwargs: Any) -> list[Any] | None:
+    """``addmm(x, a, b)`` as x + a @ b."""
+    if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")) or not _is_tensor(args[0]):
+        return None
+    product = torch.ops.aten.mm.default if len(args[1].shape) == 2 else torch.ops.aten.bmm.default
+    return [args[0], (product, args[1], args[2])]
+
+
+def _sum_of_scaled(args: Any, kwargs: Any) -> list[Any] | None:
+    """``addcmul(x, a, b)`` as x + a · b."""
+    return [args[0], (torch.ops.aten.mul.Tensor, *args[1:3])] if kwargs.get("value", 1) == 1 else None
+
+
+def _sum_of_both(args: Any, kwargs: Any) -> list[Any] | None:
+    """``lerp(x, y, w)`` as (1 − w) · x + w · y."""
+    if not _is_tensor(args[2]):
+        return None
+    rest = (torch.ops.aten.rsub.Scalar, args[2], 1)
+    return [(torch.ops.aten.mul.Tensor, args[0], rest), (torch.ops.aten.mul.Tensor, args[1], args[2])]
+
+
+def _is_tensor(argument: Any) -> bool:
+    return _is_value(argument) or isinstance(argument, torch.Tensor)
 
 
 def _vector_product(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
@@ -500,13 +549,20 @@ RULES: dict[str, Rule] = {
     "mul": Rule(_multiplied, product=True),
     "div": Rule(_divided, product=True),
     **{name: Rule(_bmm, product=True, mixes=True) for name in ("bmm", "mm", "matmul")},
-    **{name: Rule(_addmm, product=True, mixes=True, zero=(0,), factor_positions=(1, 2)) for name in ("addmm", "baddbmm")},
+    **{
+        name: Rule(
+            _addmm, product=True, mixes=True, zero=(0,), factor_positions=(1, 2), sum_of=_sum_of_product
+        )
+        for name in ("addmm", "baddbmm")
+    },
     **{name: Rule(_vector_product, product=True, mixes=True) for name in ("mv", "dot")},
-    **{name: Rule(_scaled_sum, sums=True, zero=(0,)) for name in ("addcmul", "addcdiv")},
+    "addcmul": Rule(_scaled_sum, sums=True, zero=(0,), sum_of=_sum_of_scaled),
+    "addcdiv": Rule(_scaled_sum, sums=True, zero=(0,)),
     "native_dropout": Rule(_dropped, mask=True),
-    "lerp": Rule(_interpolated, sums=True, zero=(0, 1)),
+    "lerp": Rule(_interpolated, sums=True, zero=(0, 1), sum_of=_sum_of_both),
     "masked_fill": Rule(_masked, zero=(2,)),
     "where": Rule(_chosen, sums=True, zero=(1, 2)),
+    "constant_pad_nd": Rule(_padded),
     "stack": Rule(_stacked),
     "cat": Rule(_concatenated),
     **{
@@ -522,6 +578,9 @@ RULES: dict[str, Rule] = {
 PATCH = Rule(_patched, sums=False)
 COPY = Rule(_copied, writes=True)
 READS_ONLY = Rule(_unknown, reads_only=True)
+# What has only the shape of a value is a constant.
+CONSTANTS = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand_like",
+             "randn_like", "bernoulli", "new_empty_strided")  # fmt: skip
 SILENT = ("_local_scalar_dense", "is_same_size", "sym_size", "sym_stride", "sym_numel", "item", "equal")
 _known: dict[Any, Rule] = {}
 
@@ -537,7 +596,7 @@ def rule_of(func: Any) -> Rule:
 def _make_rule(func: Any) -> Rule:
     packet = getattr(func, "overloadpacket", None)
     name = getattr(packet, "__name__", str(func))
-    if name in SILENT:
+    if name in (*SILENT, *CONSTANTS):
         return READS_ONLY
     schema = getattr(func, "_schema", None)
     writes = bool(schema is not None and schema.is_mutable and name.endswith("_"))

@@ -239,6 +239,13 @@ class Trace(TorchDispatchMode):
             return
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         operands = taken[2]
+        terms = rule.sum_of(args, kwargs) if rule.sum_of is not None else None
+        # A bias that is added is a part of a linear layer, no sum of two values.
+        if terms is not None and (isinstance(terms[0], tuple) or self.value(terms[0]) is not None):
+            value = self._sum(terms, result)
+            if value is not None:
+                self._place(rule, value, result)
+                return
         for item, tensor in enumerate(outputs):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -249,11 +256,49 @@ class Trace(TorchDispatchMode):
                 value.step.args = (taken[0][0], outputs[1], taken[0][1])
             if value.step is not None:
                 self._count_merges(value, value.step, args)
-            if rule.writes:
-                self._note_write(tensor, value)
-            self._enter(tensor, value)
-            if self.on_value is not None:
-                self.on_value(value, tensor)
+            self._place(rule, value, tensor)
+
+    def _place(self, rule: Rule, value: Value, tensor: torch.Tensor) -> None:
+        """Note that a tensor holds a value."""
+        if rule.writes:
+            self._note_write(tensor, value)
+        self._enter(tensor, value)
+        if self.on_value is not None:
+            self.on_value(value, tensor)
+
+    def _sum(self, terms: list[Any], result: torch.Tensor) -> Value | None:
+        """The value of a sum of terms that one operation made; None where it is linear in none of them."""
+        first, second = (self._term(term, result) for term in terms)
+        return self._applied(torch.ops.aten.add.Tensor, (first, second), result)
+
+    def _term(self, term: Any, result: torch.Tensor) -> Any:
+        """One of the terms: an argument, or a function of two."""
+        if isinstance(term, torch.Tensor):
+            return self.value(term) or term
+        if not isinstance(term, tuple):
+            return term
+        func, *factors = term
+        tensors = [func_of_constant(factor) for factor in factors]
+        return (
+            self._applied(func, tuple(self._term(factor, result) for factor in factors), result, tensors)
+            or result
+        )
+
+    def _applied(
+        self, func: Any, args: tuple[Any, ...], result: torch.Tensor, tensors: Sequence[Any] = ()
+    ) -> Value | None:
+        """The value that a part of an operation made, which has no tensor of its own."""
+        operands = [argument for argument in args if isinstance(argument, Value)]
+        if not operands:
+            return None
+        value = self._new_value(result, (), operands)
+        value.func = func
+        if str(func).startswith("aten.rsub"):
+            value.shape = operands[0].shape
+        rule_of(func).describe(value, 0, args, {}, operands)
+        if value.step is not None:
+            self._count_merges(value, value.step, tensors or args)
+        return value
 
     def _new_value(self, tensor: torch.Tensor, axes: Axes, operands: Any) -> Value:
         value = Value(len(self.parents), tuple(tensor.shape), tensor.dtype, axes, self.call)
@@ -278,7 +323,7 @@ class Trace(TorchDispatchMode):
         rule, operands = step.rule, step.operands
         if rule.product:
             _keep_coefficients(step, args)
-        carrier = operands[0] if len(operands) == 1 else carrier_of(operands)
+        carrier = carrier_of(step)
         value.merges, value.root = carrier.merges, carrier.root
         if rule.sums and len(operands) > 1:
             # Something computed from the state comes back to it: its last merge is not before the state's own.
@@ -312,19 +357,19 @@ class Trace(TorchDispatchMode):
         shape, stride, offset = where
         own = _region(tensor)
         value.step = Step(PATCH, None, (old, new, shape, stride, offset - own[2], own[1]), {}, (old, new))
-        carrier = carrier_of((old, new))
+        carrier = carrier_of(value.step)
         value.merges, value.root = carrier.merges, carrier.root
         return value
 
     # --- afterwards
 
-    def depends(self, value: Value, on: Value | int) -> bool:
-        """Whether a value was computed from another one (or its number), by whatever operations."""
-        origin = on if isinstance(on, int) else on.number
-        if value.number == origin:
+    def depends(self, value: Value | int, on: Value | int) -> bool:
+        """Whether a value was computed from another one, by whatever operations; both may be given by their numbers."""
+        number, origin = (of if isinstance(of, int) else of.number for of in (value, on))
+        if number == origin:
             return True
         seen: set[int] = set()
-        waiting = [value.number]
+        waiting = [number]
         while waiting:
             for parent in self.parents[waiting.pop()]:
                 if parent == origin:
@@ -347,9 +392,25 @@ class Trace(TorchDispatchMode):
                     waiting.append(parent)
 
 
-def carrier_of(operands: Sequence[Value]) -> Value:
-    """The operand that carries a state: that which went through most sums, the largest of several."""
-    return max(operands, key=lambda operand: (operand.merges, math.prod(operand.shape), -operand.number))
+def carrier_of(step: Step) -> Value:
+    """The operand that carries a state: the largest factor of a product, else that which went through most sums."""
+    if len(step.operands) == 1:
+        return step.operands[0]
+
+    def preference(operand: Value) -> tuple[int, int, int]:
+        size = math.prod(operand.shape)
+        first, second = (size, operand.merges) if step.rule.product else (operand.merges, size)
+        return first, second, -operand.number
+
+    return max(step.operands, key=preference)
+
+
+def func_of_constant(factor: Any) -> Any:
+    """A factor as a tensor: itself, or what a function of a tensor and a number gives."""
+    if isinstance(factor, tuple):
+        func, *args = factor
+        return func(*args)
+    return factor
 
 
 def _region(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -10,8 +10,10 @@ import torch
 
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.probes.connections.coefficients import tolerance
+from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import changes_outside
+from depthscope.probes.run.linear_variables import run_proof
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, weights_stamp
 from depthscope.probes.session.session import Session
@@ -27,9 +29,13 @@ def run_attributes(session: Session, sequences: list[Sequence], evidence: Eviden
     errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
     unchanged = weights_stamp(session.model) == session.reservoir.stored_stamp
+    constraint = constraint_of(evidence)
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
-        "family": structure.family,
+        # By what the matrices are measured to satisfy, at these weights and on these tokens.
+        "family": measured_family(structure.family, constraint),
+        "constraint": constraint_words(evidence, constraint) or None,
+        "proof": run_proof(structure.chains, evidence) or None,
         "n_streams": structure.num_streams,
         "layout": structure.layouts[0],
         "layouts": list(structure.layouts) if len(set(structure.layouts)) > 1 else None,

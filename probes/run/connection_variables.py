@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import relative_error
+from depthscope.probes.connections.coefficients import DepthWeights, relative_error, tolerance
+from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import Evidence, Joint, Reading, applied_matrix, solved_branch
 from depthscope.probes.connections.read_weights import read_error
-from depthscope.probes.session.reservoir import Sequence, padded
+from depthscope.probes.run.linear_variables import depth_variables, factor_variables
+from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
+from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain, Connection
 
@@ -44,13 +48,17 @@ def connection_variables(
     ``tokens`` is the number of tokens of the longest sequence, to which the others are padded.
     """
     chain = session.structure.chains[number]
-    variables = (
-        _stream_variables(evidence)
-        if chain.has_streams
-        else _branch_variables(number, chain, sequences, tokens)
-    )
+    precision = session.observer.precision
+    if chain.has_streams:
+        variables = _stream_variables(evidence)
+    elif chain.over_depth:
+        variables = _depth_variables(number, chain, sequences, tokens, precision)
+    else:
+        variables = _branch_variables(number, chain, sequences, tokens, precision)
     stores = session.options.selection.stores_variable
-    asked_as = {**ONE_VIEW_NAMES, "h_res_returned": "h_res"}
+    # What is known of a plain connection is known from its branch's output.
+    of_branches = dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
+    asked_as = {**ONE_VIEW_NAMES, "h_res_returned": "h_res", **of_branches}
     return {
         name: value
         for name, value in variables.items()
@@ -121,8 +129,30 @@ def _branch_out(joint: Joint, reading: Reading, h_res: torch.Tensor) -> torch.Te
     return solved_branch(rest, joint.parts.write)
 
 
-def _branch_variables(number: int, chain: Chain, sequences: list[Sequence], tokens: int) -> dict[str, Any]:
-    """The branches of plain blocks, and the error of X' = X + α Σ F with the best scalar α, where the sum is a state."""
+def _branch_variables(
+    number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
+) -> dict[str, Any]:
+    """The branches of plain blocks, their factors where these are not 1, and the error of X' = a X + Σ b F."""
+    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
+    mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
+    found = [
+        _connection_factors(states, outputs, chain.connections, position, mask, precision)
+        for position in range(len(outputs))
+    ]
+    inputs = torch.stack([states(connection.depth_in) for connection in chain.connections])
+    return {
+        "branch_in": (schema.TRACE["branch_in"].dims, inputs.numpy()),
+        "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
+        "reconstruction_error": ("connection", np.array([each.error for each in found])),
+        **factor_variables([each.keep for each in found], [each.write[0] for each in found]),
+        "proof": ("connection", np.array([_proof_of(each) for each in found], dtype=object)),
+    }
+
+
+def _states_and_outputs(
+    number: int, chain: Chain, sequences: list[Sequence], tokens: int
+) -> tuple[Callable[[int], torch.Tensor], list[torch.Tensor]]:
+    """The states of a chain by depth, and the outputs of its branches; (K, T, D) each."""
 
     def states(depth: int) -> torch.Tensor:
         return torch.stack([padded(s.states[number, depth], tokens)[..., 0, :] for s in sequences])
@@ -131,29 +161,98 @@ def _branch_variables(number: int, chain: Chain, sequences: list[Sequence], toke
         torch.stack([padded(s.branches[number, position], tokens) for s in sequences])
         for position in range(len(chain.connections))
     ]
-    errors = []
-    for connection in chain.connections:
-        if connection.style == "normed":
-            errors.append(math.nan)  # the next state is a norm of the sum; no module shows the sum itself
-            continue
-        change = (states(connection.depth_out) - states(connection.depth_in)).double()
-        # Parallel branches, as of GPT-J, start from one state and are added together.
-        parallel = [
-            output
-            for output, other in zip(outputs, chain.connections, strict=True)
-            if other.depth_in == connection.depth_in
+    return states, outputs
+
+
+def _depth_variables(
+    number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
+) -> dict[str, Any]:
+    """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
+    states, outputs = _states_and_outputs(number, chain, sequences, tokens)
+
+    def weights(position: int) -> list[torch.Tensor]:
+        parts = [s.parts[number, position] for s in sequences]
+        assert all(isinstance(part, DepthWeights) for part in parts)
+        return [
+            torch.stack([padded(getattr(part, name), tokens) for part in parts])
+            for name in ("read", "carry", "scale")
         ]
-        branch = torch.stack(parallel).sum(0).double()
-        # α by least squares: some models scale every branch by a constant, as Granite does.
-        square = branch.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-        scale = (change * branch).sum() / square
-        errors.append(relative_error(change - scale * branch, states(connection.depth_out)))
-    inputs = torch.stack([states(connection.depth_in) for connection in chain.connections])
+
+    found = [weights(position) for position in range(len(outputs))]
+    # The first branch reads the embedding alone, scaled at most.
+    first = found[0][0][..., :1]
+    sources = torch.stack([states(0) / torch.where(first == 0, 1.0, first), *outputs], -2).double()
+    mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
+    errors = []
+    for position, (_, carry, scale) in enumerate(found):
+        row = carry.double().clone()
+        row[..., position + 1] = scale.double()
+        after = states(chain.connections[position].depth_out)
+        again = torch.einsum("kts,ktsd->ktd", row, sources[..., : row.shape[-1], :])
+        errors.append(relative_error((after.double() - again)[mask], after[mask]))
+    _require_depth_proof(chain, errors, precision)
     return {
-        "branch_in": (schema.TRACE["branch_in"].dims, inputs.numpy()),
+        "branch_in": (
+            schema.TRACE["branch_in"].dims,
+            torch.stack([states(c.depth_in) for c in chain.connections]).numpy(),
+        ),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
         "reconstruction_error": ("connection", np.array(errors)),
+        **depth_variables([read for read, _, _ in found], [carry for _, carry, _ in found]),
+        **factor_variables([None] * len(found), [scale for _, _, scale in found]),
     }
+
+
+def _require_depth_proof(chain: Chain, errors: list[float], precision: torch.dtype) -> None:
+    worst = int(np.argmax(errors))
+    if not errors[worst] <= tolerance(precision):  # NaN is refused too
+        raise ReconstructionError(
+            f"connection {worst} ({chain.connections[worst].path!r}): the sum over depth of the embedding and of the branches' "
+            f"outputs misses the next state by a relative error of {errors[worst]:.1e} (tolerance {tolerance(precision):.0e}); "
+            "the capture is refused"
+        )
+
+
+def _connection_factors(
+    states: Callable[[int], torch.Tensor],
+    outputs: list[torch.Tensor],
+    connections: tuple[Connection, ...],
+    position: int,
+    mask: torch.Tensor,
+    precision: torch.dtype,
+) -> PlainFactors:
+    """The factors of one connection, (K, T) or (K, T, D), with the write factor of its own branch alone."""
+    own = connections[position]
+    if own.style == "normed":  # the next state is a norm of the sum; no module shows the sum itself
+        return PlainFactors(None, (None,), math.nan)
+    # Parallel branches, as of GPT-J, start from one state and are added together.
+    parallel = [i for i, other in enumerate(connections) if other.depth_in == own.depth_in]
+    before, after = states(own.depth_in), states(own.depth_out)
+    real = mask & before.isfinite().all(-1) & after.isfinite().all(-1)
+    for output in outputs:
+        real = real & output.isfinite().all(-1)
+    found = plain_factors(before[real], [outputs[i][real] for i in parallel], after[real], precision)
+
+    def everywhere(factor: torch.Tensor | None) -> torch.Tensor | None:
+        """A factor of the real tokens as one of all, 1 on padding."""
+        if factor is None:
+            return None
+        per_feature = factor.shape[-1] > 1
+        whole = torch.ones(before.shape if per_feature else before.shape[:-1])
+        whole[real] = (factor.expand(int(real.sum()), -1) if per_feature else factor[:, 0]).float()
+        return whole
+
+    write = everywhere(found.write[parallel.index(position)])
+    return PlainFactors(everywhere(found.keep), (write,), found.error, found.known)
+
+
+def _proof_of(found: PlainFactors) -> str:
+    if found.known:
+        return schema.PROVEN
+    return (
+        f"{schema.UNPROVEN}no factors of a token or a feature give the next state from the state and the branch's output "
+        f"(relative error {found.error:.1e} without factors)"
+    )
 
 
 def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[str, Any]]:

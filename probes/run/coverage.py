@@ -10,7 +10,7 @@ import xarray as xr
 
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.session.session import Session
-from depthscope.probes.structure.chain import PLAIN, Chain, Connection, HookPoint
+from depthscope.probes.structure.chain import DEPTH, PLAIN, Chain, Connection, HookPoint
 from depthscope.probes.structure.model_structure import FINAL
 
 NOT_REQUESTED = "not asked for; name it in sites="
@@ -143,7 +143,7 @@ def _connection_variables(
     session: Session, connection: Connection, evidence: Evidence, number: int
 ) -> Iterator[tuple[str, str]]:
     """The variables of a connection, each with the reason why it does not exist, or was solved for."""
-    if connection.style in PLAIN:
+    if connection.style in (*PLAIN, DEPTH):
         yield from (("branch_in", ""), ("branch_out", ""))
         return
     parts, site = evidence.joints[number].parts, session.structure.sites[number]

@@ -12,6 +12,7 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.model_structure import FINAL
@@ -48,12 +49,19 @@ def trace_dataset(
         phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
         coords["phase"] = ("sample", np.array(phases, dtype=object))
     if chain.connections and selection.stores_connections(chain):
-        variables.update(connection_variables(session, number, sequences, evidence, tokens))
+        of_connections = connection_variables(session, number, sequences, evidence, tokens)
+        coords.update(
+            {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
+        )
+        variables.update(of_connections)
         coords.update(connection_coords(chain.connections))
+        coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
-    trace = xr.Dataset(variables, coords)
+    # The chain's own: another chain of the run may be unproven.
+    proof = chain_proof(chain, evidence)
+    trace = xr.Dataset(variables, coords, attrs={"proof": proof} if proof else {})
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
+from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site, StreamConnectionError
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.dataflow.axes import layout_of
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
@@ -31,6 +32,7 @@ from depthscope.probes.session.forward import CurrentForward, Forward, GradientL
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.layout_evidence import read_evidence
@@ -253,7 +255,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    found = _readable_chains(tape, model, options)
+    found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
@@ -269,14 +271,14 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     )
 
 
-def _readable_chains(tape: Tape, model: nn.Module, options: Options) -> FoundChains:
+def _readable_chains(tape: Tape, model: nn.Module, options: Options, batch_size: int) -> FoundChains:
     """The chains of a model; where a known connection computes other weights than it applies, from its operations."""
     if tape.unreadable is None:
-        return proven_chains(tape, model, layers=options.blocks)
+        return proven_chains(tape, model, layers=options.blocks, batch_size=batch_size)
     for call in tape.calls:
         call.site = None
     try:
-        found = proven_chains(tape, model, layers=options.blocks)
+        found = proven_chains(tape, model, layers=options.blocks, batch_size=batch_size)
     except ValueError:
         raise tape.unreadable from None
     if not found.traced:
@@ -339,13 +341,14 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         Where the value of a state is lost.
     """
     structure = observer.structure
+    if structure.traced:
+        # Which of its tensors are needed is known only now, and most are gone.
+        raise RewrittenError(
+            "the states and weights of this model's connections are local variables; call the model once more: from the second "
+            "forward on they are read where they are computed"
+        )
     calls = {call.key: call for call in tape.calls}
     for number, depth, point in structure.captured:
-        if point.at == "operation":
-            raise RewrittenError(
-                f"the state inside of {point.path or 'the model'} is shown by no module; call the model once more: from the "
-                "second forward on it is read where it is computed"
-            )
         call = calls[point.path, point.method, point.index]
         _refuse_rewritten(call, point)
         tensor, written = call.passed(point.at, point.item)
@@ -360,8 +363,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)
     connection_calls = {(call.path, call.index): call for call in tape.calls if call.site is not None}
-    record_traced(tape, forward, observer)
-    for number, connection in enumerate(structure.connections if not structure.traced else ()):
+    for number, connection in enumerate(structure.connections):
         call = connection_calls[connection.path, connection.index]
         _replay_connection(call, forward, observer, number, connection)
     for number, chain in enumerate(structure.chains):
@@ -372,7 +374,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
 
 
 def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
-    """Read the connections whose weights only the trace of a forward shows; none of other structures.
+    """Read the connections whose weights only the trace of a forward shows.
 
     Parameters
     ----------
@@ -384,9 +386,10 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
         Records what they show.
     """
     structure = observer.structure
-    if not structure.traced:
-        return
     states = states_of(tape, structure.chains[0].points)
+    if structure.chains[0].over_depth:
+        _record_depth_weights(tape, forward, observer)
+        return
     for number, connection in enumerate(structure.connections):
         before, after = states[connection.depth_in], states[connection.depth_out]
         if before is None or after is None:
@@ -404,6 +407,21 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
             # What the branch takes is what its weights read from the streams: a linear map found in the trace.
             sampled.branch_in = sampled.read @ forward.states[0, connection.depth_in].to("cpu")
         observer.record_connection(forward, number, complete, sampled)
+
+
+def _record_depth_weights(tape: Tape, forward: Forward, observer: Observer) -> None:
+    found = find_depth_reads(tape)
+    chain = observer.structure.chains[0]
+    if found is None or len(found.reads) != len(chain.points):
+        raise CaptureError("the branches read other sums over depth than in the first measured forward")
+    weights = read_weights(found, observer.structure.layouts[0], forward.batch_size)
+    for number in range(len(chain.connections)):
+        own = number + 1
+        carry = weights[:, :, own].clone()
+        carry[..., own] = 0
+        parts = DepthWeights(weights[:, :, number], carry, weights[:, :, own, own])
+        if len(forward.rows):
+            forward.parts[0, number] = parts.sampled(forward.rows.cpu())
 
 
 def _replay_connection(

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.connections.reading import Opening
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.session.reservoir import Sequence
@@ -56,7 +56,7 @@ class Forward:
     arrived_gradients: set[Key] = field(default_factory=set)
     # A tensor that is rewritten in place is another one to autograd, hence the version in the key.
     listeners: dict[tuple[int, int | None], GradientListener] = field(default_factory=dict)
-    parts: dict[Key, Parts] = field(default_factory=dict)
+    parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)

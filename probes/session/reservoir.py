@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.coefficients import Weights
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Sequence:
     mask: dict[int, torch.Tensor]
     states: dict[tuple[int, int], torch.Tensor]
     gradients: dict[tuple[int, int], torch.Tensor]
-    parts: dict[tuple[int, int], Parts]
+    parts: dict[tuple[int, int], Weights]
     branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
     decoding: bool = False

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
+DEPTH = "depth"  # the style of a branch that reads a sum over depth
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,18 @@ class Chain:
     shapes: tuple[tuple[int, ...], ...]
     final: HookPoint | None = None  # after the last norm
     history: bool = False  # connected to earlier depths, not to streams
+    family: str = ""  # of a chain with connections over depth
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
 
     @property
     def has_streams(self) -> bool:
         """Whether its connections mix or write streams, rather than add branches to one state."""
-        return any(connection.style not in PLAIN for connection in self.connections)
+        return any(connection.style not in (*PLAIN, DEPTH) for connection in self.connections)
+
+    @property
+    def over_depth(self) -> bool:
+        """Whether its branches read sums over depth, whose weights are known."""
+        return any(connection.style == DEPTH for connection in self.connections)
 
 
 def layer_numbers(calls: Sequence[Any]) -> list[int]:

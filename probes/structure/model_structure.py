@@ -72,7 +72,7 @@ class Structure:
     @property
     def traced(self) -> bool:
         """Whether the weights of its connections are local variables, which only a trace of the forward shows."""
-        return any(site.style == "traced" for site in self.sites.values())
+        return any(site.style == "traced" for site in self.sites.values()) or self.chains[0].over_depth
 
     @property
     def connections(self) -> tuple[Connection, ...]:
@@ -96,7 +96,7 @@ class Structure:
             families = {site.family for site in self.sites.values()}
             return families.pop() if len(families) == 1 else "hc"  # the most general one contains all others
         if any(chain.history for chain in self.chains):
-            return "depth_history"
+            return self.chains[0].family or "depth_history"
         if self.num_streams == 1 and not all(chain.proof == "proven" for chain in self.chains):
             return "unproven"
         return "residual" if self.num_streams == 1 else "unknown"

@@ -76,7 +76,8 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
     if scale == 0.0:
         return PlainStep(doubt="the state before is cancelled out of the next one")
     sources = [source for of in maps for source in of.sources if source not in functions]
-    new = [source for source in sources if trace.depends(source, before)]
+    # By what is added, not by what scales it: the weights of another stream may be computed from this one.
+    new = [source for source in sources if trace.depends(source.root, before)]
     # What comes from elsewhere, such as a position or a time, may be added; what earlier states gave is a connection over
     # depth, or another stream.
     if any(source not in new and _from_states(trace, source, before, earlier) for source in sources):
@@ -89,8 +90,8 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
 
 def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[Value]) -> bool:
     """Whether a term that is not computed from a state comes from the states before it, or is a part of one of them."""
-    return any(trace.depends(source, state) for state in earlier) or (
-        bool(earlier) and trace.depends(earlier[0], source) and trace.depends(before, source)
+    return any(trace.depends(source.root, state) for state in earlier) or (
+        bool(earlier) and trace.depends(before, source.root)
     )
 
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from depthscope.probes.connections.family import Site, StreamConnectionError
+from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.trace import Value
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
+    FINER_SHARE,
     FURTHER_SHARE,
     TRUNK_SHARE,
     find_chains,
@@ -19,7 +22,7 @@ from depthscope.probes.structure.find_chains import (
 )
 from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
-from depthscope.probes.structure.tape import ChainError, Tape
+from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import unchanged_origin, value_chains
 
@@ -32,7 +35,9 @@ class FoundChains:
     traced: Mapping[int, Site] = field(default_factory=dict)
 
 
-def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = None) -> FoundChains:
+def proven_chains(
+    tape: Tape, model: nn.Module, *, batch_size: int, layers: Sequence[str] | None = None
+) -> FoundChains:
     """Find the residual chains of a model, each with its proof or the reason why there is none.
 
     Parameters
@@ -41,6 +46,8 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
         The calls of the first forward, with its trace.
     model : Module
         The model.
+    batch_size : int
+        Of the forward.
     layers : sequence of str, optional
         As in `find_chains`: the user's own blocks are taken whatever else is found.
 
@@ -63,7 +70,19 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
             raise
     if layers is not None or any(chain.has_streams or chain.history for chain in chains):
         return FoundChains(tuple(chains))
-    found = _carried_chains(tape, model, chains)
+    carried = [(chain, states, _share(tape, model, states)) for chain, states in value_chains(tape, model)]
+    try:
+        found = _carried_chains(tape, carried, chains)
+        mixed = isinstance(refusal, SeveralStatesError)
+    except StreamConnectionError:
+        found, mixed = (
+            None,
+            True,
+        )  # the states may be captured all the same, where the user says what they are
+    if not mixed and (refusal is not None or any(chain.proof != PROVEN for chain in chains)):
+        # Sums over a few blocks are chains too, of a part of the model.
+        share = 0.0 if found is None else max(share for _, _, share in carried)
+        found = _chain_over_depth(tape, model, batch_size, above=share) or found
     if found is None and refusal is not None:
         raise refusal
     found = found or FoundChains(tuple(chains))
@@ -72,21 +91,20 @@ def proven_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None 
     return found
 
 
-def _carried_chains(tape: Tape, model: nn.Module, chains: Sequence[Chain]) -> FoundChains | None:
+def _carried_chains(
+    tape: Tape, carried: Sequence[tuple[Chain, list[Value], float]], chains: Sequence[Chain]
+) -> FoundChains | None:
     """The chains of the values, where they show what those of the modules do not; None where these are as good."""
-    carried = [pair for pair in value_chains(tape, model) if _share(tape, model, pair[1]) >= FURTHER_SHARE]
-    if not carried or _share(tape, model, carried[0][1]) < TRUNK_SHARE:
+    carried = [each for each in carried if each[2] >= FURTHER_SHARE]
+    if not carried or carried[0][2] < TRUNK_SHARE:
         return None
-    try:
-        streams = traced_streams(tape, *carried[0])
-    except StreamConnectionError:
-        return None  # the states may be captured all the same, where the user says what they are
+    streams = traced_streams(tape, *carried[0][:2])
     if streams is not None:
         chain = with_final(tape, streams.chain, streams.sites[0].num_streams)
         return FoundChains((chain,), streams.sites)
-    if chains and not _explain_more(tape, [states for _, states in carried], chains):
+    if chains and not _explain_more(tape, [states for _, states, _ in carried], chains):
         return None
-    proven = [with_proof(tape, with_final(tape, chain)) for chain, _ in carried]
+    proven = [with_proof(tape, with_final(tape, chain)) for chain, _, _ in carried]
     copies = inner_streams(carried[0][1])
     if copies:
         # No plain step, and no connection between states either: the matrices act inside the blocks alone.
@@ -97,6 +115,19 @@ def _carried_chains(tape: Tape, model: nn.Module, chains: Sequence[Chain]) -> Fo
     if len(proven) > 1:
         proven = [replace(chain, name=f"chain{number}") for number, chain in enumerate(proven)]
     return FoundChains(tuple(proven))
+
+
+def _chain_over_depth(tape: Tape, model: nn.Module, batch_size: int, *, above: float) -> FoundChains | None:
+    """The chain of the sums over depth that the branches read, where more of the weights work on them than on other chains."""
+    reads = find_depth_reads(tape)
+    share = 0.0 if reads is None else _share(tape, model, (reads.sources[0], reads.reads[-1]))
+    if reads is None or share < TRUNK_SHARE or share * FINER_SHARE <= above:
+        return None
+    try:
+        chain = depth_chain(tape, model, reads, batch_size)
+    except (StreamConnectionError, ReplayError):
+        return None
+    return None if chain is None else FoundChains((replace(with_final(tape, chain), proof=PROVEN),))
 
 
 def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:

@@ -151,7 +151,7 @@ class SiteSelection:
     def stores_variable(self, chain: Chain, name: str) -> bool:
         """Whether a variable of the connections is stored in the run."""
         if not self.requests:
-            return chain.has_streams
+            return chain.has_streams or chain.over_depth
         return any(request.takes_variable(chain, name) for request in self.requests)
 
     def stores_connections(self, chain: Chain) -> bool:

@@ -35,6 +35,10 @@ class ChainError(ValueError):
     """No chain of blocks was found, or the named layers do not form one."""
 
 
+class SeveralStatesError(ChainError):
+    """The blocks hand on several tensors of one shape, which may be streams."""
+
+
 @dataclass(frozen=True)
 class PassedTensor:
     """One of several tensors that a call took or returned."""

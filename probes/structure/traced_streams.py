@@ -62,7 +62,7 @@ def traced_streams(tape: Tape, chain: Chain, states: Sequence[Value]) -> TracedS
             raise StreamConnectionError(
                 f"from depth {depth} to {depth + 1}: no module shows what the branch takes from the streams"
             )
-        connections.append(_connection(chain, depth, _branch_call(shown, found.branch_out)))
+        connections.append(_connection(chain, depth, shown.returned(found.branch_out)))
         sites[depth] = Site(STYLE, "hc", count, layout)
     return TracedStreams(replace(chain, connections=tuple(connections), proof=""), sites)
 
@@ -78,12 +78,6 @@ def traced_connection(tape: Tape, before: Value, after: Value, num_streams: int)
     assert tape.trace is not None
     shown = {value.number: value for call in tape.calls for _, _, value in call.shown()}
     return find_traced(tape.trace, before, after, shown, num_streams)
-
-
-def _branch_call(shown: ShownValues, branch_out: Value) -> Call | None:
-    """The outermost call that returned the branch's output."""
-    returned = [call for call, at, item in shown.places(branch_out) if at == "output" and item == 0]
-    return min(returned, key=lambda call: call.level) if returned else None
 
 
 def _connection(chain: Chain, depth: int, branch: Call | None) -> Connection:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import Call, ChainError, same_tensor
+from depthscope.probes.structure.tape import Call, SeveralStatesError, same_tensor
 
 
 def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[Chain]:
@@ -33,7 +33,7 @@ def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[C
 
     Raises
     ------
-    ChainError
+    SeveralStatesError
         For states of one shape that the user did not name.
     """
     pairs = _passed_on(blocks)
@@ -42,7 +42,7 @@ def split_tracks(chain: Chain, blocks: Sequence[Call], *, named: bool) -> list[C
     shapes = {tuple(blocks[0].inputs[taken].tensor.shape) for _, taken in pairs}
     if not named and blocks[0].x_shape in shapes:
         pattern = re.sub(r"\d+", "{i}", blocks[0].path, count=1)
-        raise ChainError(
+        raise SeveralStatesError(
             f"{blocks[0].path!r} and the blocks after it hand on {1 + len(pairs)} tensors of shape {blocks[0].x_shape}: these "
             "may be streams, and no stream connection was found. Each is captured as a chain of its own with "
             f"layers={pattern!r}"

@@ -38,9 +38,17 @@ class ShownValues:
 
     def __init__(self, tape: Tape):
         self._places: dict[int, list[Place]] = {}
+        self._returned: dict[int, list[Call]] = {}
         for call in tape.calls:
             for at, item, value in call.shown():
                 self._places.setdefault(unchanged_origin(value).number, []).append((call, at, item))
+                if at == "output" and not item:
+                    self._returned.setdefault(viewed_origin(value).number, []).append(call)
+
+    def returned(self, value: Value) -> Call | None:
+        """The outermost call whose first tensor was a value, in whatever shape."""
+        found = self._returned.get(viewed_origin(value).number, ())
+        return min(found, key=lambda call: call.level) if found else None
 
     def places(self, value: Value) -> tuple[Place, ...]:
         """Where a value was shown, in order."""
@@ -54,6 +62,15 @@ def unchanged_origin(value: Value) -> Value:
         if name not in WHOLE or operand.shape != value.shape or not same_axes(operand.axes, value.axes):
             return value
         value = operand
+    return value
+
+
+def viewed_origin(value: Value) -> Value:
+    """The value of which this one has the same elements, in whatever shape and order."""
+    while value.step is not None and len(value.step.operands) == 1 and value.step.func is not None:
+        if str(value.step.func).split(".")[1].removesuffix("_") not in WHOLE:
+            break
+        value = value.step.operands[0]
     return value
 
 
@@ -80,7 +97,7 @@ def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
         if value.step is None:
             return [group[::-1] for group in reversed(groups)]
         operands = value.step.operands
-        carrier = carrier_of(operands)
+        carrier = carrier_of(value.step)
         if value.step.rule.sums and len(operands) > 1:
             # Others may be computed from the state before it was mixed, which is another value than the mixed one. What an
             # earlier state adds is no new state: it was not computed from the last one.
@@ -154,11 +171,11 @@ def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Val
         if not sums & seen:
             states = shown_states(tape, last)
             if len(states) > 1:
-                yield _chain(tape, model, states), [state.value for state in states]
+                yield chain_of_states(tape, model, states), [state.value for state in states]
         seen |= sums
 
 
-def _chain(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
+def chain_of_states(tape: Tape, model: nn.Module, states: Sequence[CarriedState]) -> Chain:
     assert tape.trace is not None
     branches = [_branch_calls(tape, states, number) for number in range(1, len(states))]
     layers = _layers(branches)

@@ -11,7 +11,8 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import similarity
 
 
-def _doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
+def doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
+    """Matrices by Sinkhorn of random logits around a diagonal of 3."""
     logits = strength * rng.standard_normal(shape) + 3.0 * np.eye(shape[-1])
     matrix = np.exp(logits)
     for _ in range(50):  # more than the models' 20 rounds, so that both sums are 1 to rounding
@@ -31,8 +32,12 @@ def synthetic_run(
     seed: int = 0,
     gradients: bool = True,
     weights: bool = True,
+    **statements: str,
 ) -> xr.DataTree:
-    """Build a run whose states really follow x' = H_res x + h_post F for random branches F."""
+    """Build a run whose states really follow x' = H_res x + h_post F for random branches F.
+
+    ``statements`` are attributes such as ``proof`` and ``constraint``, which a run of an earlier version lacks.
+    """
     rng = np.random.default_rng(seed)
     n = 1 if family == "residual" else streams
     per_layer = (
@@ -69,6 +74,7 @@ def synthetic_run(
         "data_digest": "synthetic",
         "sampling": {"max_sequences": samples, "seed": seed},
         "software": {"numpy": np.__version__},
+        **statements,
     }
     streamed = _streamed_statistics(states[:, mask])
     statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
@@ -101,7 +107,7 @@ def _weights(
     n = shape[-1]
     h_res = np.broadcast_to(np.eye(n), (*shape, n)).copy()
     if family == "mhc":
-        h_res = _doubly_stochastic(rng, h_res.shape, 0.3)
+        h_res = doubly_stochastic(rng, h_res.shape, 0.3)
     elif family == "hc":
         h_res = h_res + 0.05 * rng.standard_normal(h_res.shape)
     # The noise keeps streams from staying copies of one another; a single stream has no use for it.

@@ -42,6 +42,8 @@ def _run(args: argparse.Namespace) -> int:
             {
                 "run": reading.name,
                 "integrity": reading.integrity,
+                "proof": reading.attrs.get("proof"),
+                "constraint": reading.attrs.get("constraint"),
                 "findings": [finding.as_dict() for finding in reading.findings],
             }
             for reading in readings
@@ -91,6 +93,9 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         say(f"  file {printable(reading.integrity)}")
+        for key, words in (("constraint", "H_res"), ("proof", "reading")):
+            if reading.attrs.get(key):
+                say(f"  {words} {printable(reading.attrs[key])}")
         say()
         say(findings_text(reading.findings))
         say()

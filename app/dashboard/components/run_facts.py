@@ -42,6 +42,8 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Model": attrs.get("model"),
         "Family": attrs.get("family"),
         "Streams": attrs.get("n_streams"),
+        "Mixing matrices": attrs.get("constraint"),
+        "Reading": attrs.get("proof"),
         **_sizes(reading.analysis),
         "Effective rank of the last state": _last_value(reading, "effective_rank", Selection(scope="data")),
         "… of every token, streamed": _last_value(reading, "streamed_effective_rank", Selection()),

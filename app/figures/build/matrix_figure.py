@@ -117,6 +117,7 @@ class MatrixFigure(FigureKind):
             metric=self.metric,
             x_text=columns,
             y_text=rows,
+            run=run,
         )
 
     def _colour_limits(self, z: Array) -> tuple[float, float] | None:

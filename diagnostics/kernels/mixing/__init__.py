@@ -11,6 +11,7 @@ refused with a ValueError.
 """
 
 from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, lyapunov_spectrum
+from depthscope.diagnostics.kernels.mixing.constraints import Constraint, constraint_errors, named_constraint
 from depthscope.diagnostics.kernels.mixing.depth_kernels import depth_kernel
 from depthscope.diagnostics.kernels.mixing.gains import (
     Attenuation,
@@ -45,12 +46,14 @@ from depthscope.diagnostics.kernels.mixing.stochastic import (
 
 __all__ = [
     "Attenuation",
+    "Constraint",
     "Violation",
     "all_pairs",
     "attenuation",
     "backward_gain",
     "composite",
     "condition_number",
+    "constraint_errors",
     "deflated_gain",
     "depth_kernel",
     "dobrushin",
@@ -66,6 +69,7 @@ __all__ = [
     "log_forward_gain",
     "lyapunov_spectrum",
     "mixing_entropy",
+    "named_constraint",
     "numerical_radius",
     "operator_gain",
     "pair_gains",

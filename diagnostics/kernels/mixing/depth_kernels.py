@@ -1,5 +1,7 @@
 """How much of an earlier output does a sublayer read? The depth kernel, HC's dense connection matrix."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from array_api_compat import device
@@ -11,7 +13,14 @@ from depthscope.diagnostics.kernels.mixing.products import contiguous, stacked
 
 
 def depth_kernel(
-    h_res: Array, h_pre: Array, h_post: Array, *, embedding: Array | None = None, head: Array | None = None
+    h_res: Array,
+    h_pre: Array,
+    h_post: Array,
+    *,
+    embedding: Array | None = None,
+    head: Array | None = None,
+    applied_to: Sequence[int] | None = None,
+    reads_from: Sequence[int] | None = None,
 ) -> Array:
     """Depth kernel M_kj = H_pre,k (∏_{t=j+1}^{k−1} H_res,t) H_postᵀ_j: how much of output j sublayer k reads.
 
@@ -28,6 +37,12 @@ def depth_kernel(
         column, the embedding read through ∏_{t<k} H_res,t.
     head
         (..., n), weights by which the head reads the streams: adds a last row.
+    applied_to
+        The state, numbered from 0, that each sublayer makes the next one of; by default its own number. Sublayers of
+        one state are parallel branches: they share its H_res, of which the first one's is taken.
+    reads_from
+        The state that each sublayer reads; by default the one that it is applied to, an earlier one for a read that was
+        made by a previous sublayer.
 
     Returns
     -------
@@ -38,7 +53,7 @@ def depth_kernel(
     Raises
     ------
     ValueError
-        If shapes disagree.
+        If shapes disagree, or a sublayer reads a state later than its own.
 
     Examples
     --------
@@ -47,6 +62,11 @@ def depth_kernel(
     >>> one = [[1.0]] * 3
     >>> depth_kernel([[[1.0]]] * 3, one, one).tolist()
     [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
+
+    The first two in parallel, as in GPT-J: neither reads the other.
+
+    >>> depth_kernel([[[1.0]]] * 3, one, one, applied_to=[0, 0, 1]).tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
     """
     xp, stack, batch = stacked(h_res)
     reads = _weights(xp, stack, batch, h_pre, "h_pre")
@@ -55,21 +75,50 @@ def depth_kernel(
     # H_res so far, goes through depth once. Row k of the kernel is what reader k reads of them.
     ahead = 0 if embedding is None else 1
     depth, n, _, total = stack.shape
+    steps, read_at = _order(depth, applied_to, reads_from)
     vectors = xp.zeros((depth + ahead, n, total), dtype=xp.float64, device=device(stack))
     log_scale = xp.zeros_like(vectors[:, 0])
     if embedding is not None:
         vectors[0] = _edge(xp, stack, batch, embedding, "embedding")
     readers = [*reads] if head is None else [*reads, _edge(xp, stack, batch, head, "head")]
     kernel = xp.zeros((len(readers), depth + ahead, total), dtype=xp.float64, device=device(stack))
-    for k, read in enumerate(readers):
-        known = slice(0, k + ahead)
-        kernel[k, known] = unscaled(xp, xp.einsum("ib,aib->ab", read, vectors[known]), log_scale[known])
-        if k < depth:  # the head is no sublayer: it mixes and writes nothing
-            if k + ahead:
-                mix_on(xp, stack[k], vectors[known], log_scale[known])
-            vectors[k + ahead] = writes[k]
+    # One more state than steps: the head reads the last.
+    for state, sublayers in enumerate([*steps, range(depth, len(readers))]):
+        known = slice(0, sublayers.start + ahead)
+        for k in (*read_at.get(state, ()), *(sublayers if sublayers.start == depth else ())):
+            kernel[k, known] = unscaled(
+                xp, xp.einsum("ib,aib->ab", readers[k], vectors[known]), log_scale[known]
+            )
+        if sublayers.start < depth:  # the head is no sublayer: it mixes and writes nothing
+            if sublayers.start + ahead:
+                mix_on(xp, stack[sublayers.start], vectors[known], log_scale[known])
+            for k in sublayers:
+                vectors[k + ahead] = writes[k]
     moved = xp.permute_dims(kernel, (2, 0, 1))
     return as_given(h_res, xp.reshape(moved, (*batch, *kernel.shape[:2])))
+
+
+def _order(
+    depth: int, applied_to: Sequence[int] | None, reads_from: Sequence[int] | None
+) -> tuple[list[range], dict[int, list[int]]]:
+    """The sublayers of each state in order, and by state those that read it."""
+    at = list(range(depth)) if applied_to is None else [int(state) for state in applied_to]
+    read = at if reads_from is None else [int(state) for state in reads_from]
+    in_order = len(at) == depth and at[:1] == [0] and all(b - a in (0, 1) for a, b in pairwise(at))
+    if not in_order:
+        raise ValueError(
+            f"applied_to is {at}; expected {depth} states from 0 on, each the last one or the next"
+        )
+    if len(read) != depth or any(not 0 <= r <= a for r, a in zip(read, at, strict=False)):
+        raise ValueError(
+            f"reads_from is {read}; expected {depth} states, none later than those of applied_to, {at}"
+        )
+    starts = [k for k in range(depth) if k == 0 or at[k] != at[k - 1]]
+    steps = [range(start, end) for start, end in pairwise([*starts, depth])]
+    read_at: dict[int, list[int]] = {}
+    for k, state in enumerate(read):
+        read_at.setdefault(state, []).append(k)
+    return steps, read_at
 
 
 def _weights(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name: str) -> Array:

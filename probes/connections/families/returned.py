@@ -21,7 +21,7 @@ from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.probes.connections.coefficients import Parts, relative_error, spread, tolerance
 from depthscope.probes.connections.family import ForwardFamily, Seen, Site, StreamConnectionError
 from depthscope.probes.connections.read_weights import READ_TOKENS, find_read_weights
-from depthscope.probes.connections.roles import STREAM_AXES, Roles, find_roles, mentions_sinkhorn
+from depthscope.probes.connections.roles import STREAM_AXES, Roles, find_roles
 from depthscope.probes.connections.tensor_watch import Watch, explaining, few_of, mixing
 from depthscope.probes.connections.weight_pattern import (
     SINKHORN_ROUNDS,
@@ -47,11 +47,10 @@ def detect(module: nn.Module, x: torch.Tensor, output: Any) -> Site | None:
     unmixed = roles.mixed is not None and torch.equal(roles.mixed.detach(), x.detach())
     mixes = roles.mix is not None or (roles.mixed is not None and not unmixed)
     reads_features = roles.layout.endswith("(N D)")
-    mixing_family = "mhc" if mentions_sinkhorn(module) else "hc"
     unmixed_family = "gated" if reads_features else "independent_hc"
     return Site(
         style=FAMILY.name,
-        family=mixing_family if mixes else unmixed_family,
+        family="hc" if mixes else unmixed_family,
         num_streams=roles.num_streams,
         layout=roles.layout,
         branch_shape=(*roles.lead, roles.width),
@@ -225,7 +224,6 @@ HC_EPS = {"hc_eps": 1e-6}
 FAMILY = ForwardFamily(
     name="returned",
     constrains={
-        "mhc": "H_res is doubly stochastic",
         "hc": "",
         "independent_hc": "H_res = I",
         "gated": "H_res = I; H_pre is a gate per feature",

@@ -17,7 +17,7 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Family, StreamConnectionError
 from depthscope.probes.dataflow.linear import LinearMap
 from depthscope.probes.dataflow.trace import Trace, Value
-from depthscope.probes.model.layout import canonical, from_canonical
+from depthscope.probes.model.layout import canonical, from_canonical, parse_layout
 
 # Weights that differ by more than this between features are no scalars: a few roundings of bfloat16, in which they may have
 # been applied; heuristic.
@@ -136,6 +136,7 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
     def streams(tensor: torch.Tensor) -> torch.Tensor:
         return canonical(tensor, layout, batch_size=batch_size, num_streams=num_streams)
 
+    branch_layout = _branch_layout(connection.branch_in, before, layout)
     carried = LinearMap(after, [before])
     read = None if connection.branch_in is None else LinearMap(connection.branch_in, [before])
     columns, reads = [], []
@@ -146,8 +147,10 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
         columns.append(_scalar(tokens, "H_res"))
         if read is not None:
             taken = read.apply({before.number: probe})
-            shape = (*tokens.shape[:2], tokens.shape[-1])
-            reads.append(_scalar((torch.zeros(shape) if taken is None else taken).reshape(shape), "H_pre"))
+            if taken is None:
+                taken = torch.zeros(()).expand(connection.branch_in.shape)  # type: ignore[union-attr]
+            taken = canonical(taken.squeeze(), branch_layout, batch_size=batch_size, num_streams=1)
+            reads.append(_scalar(taken.squeeze(2), "H_pre"))
     ones = torch.ones(connection.branch_out.shape, dtype=connection.branch_out.dtype)
     written = LinearMap(after, [before, connection.branch_out]).apply({connection.branch_out.number: ones})
     if written is None:
@@ -156,6 +159,18 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
     mix = torch.stack(columns, -1).float()
     empty = torch.empty((*mix.shape[:2], 1, 0))
     return Parts(mix, torch.stack(reads, -1).unsqueeze(-2).float() if reads else None, write.float(), empty)
+
+
+def _branch_layout(branch_in: Value | None, state: Value, layout: str) -> str:
+    """The layout of what a branch takes, without axes of size 1, by the axes that it shares with the state."""
+    letters = {
+        id(atom.itself()): letter
+        for axis, group in zip(state.axes, parse_layout(layout), strict=True)
+        for atom, letter in zip(axis, group, strict=False)
+    }
+    axes = () if branch_in is None else branch_in.axes
+    named = [[letters[id(atom.itself())] for atom in axis] for axis in axes if axis]
+    return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 
 def _one_stream(value: Value, layout: str, batch_size: int, num_streams: int, stream: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ from torch import nn
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.family import PairedFamily, Site, StreamConnectionError
-from depthscope.probes.connections.roles import mentions_sinkhorn
 from depthscope.probes.connections.tensor_watch import Watch, explaining, mixing
 from depthscope.probes.connections.weight_pattern import (
     SINKHORN_ROUNDS,
@@ -48,7 +47,7 @@ def detect(module: nn.Module, x: torch.Tensor, batch_size: int) -> Site | None:
     layout = _layout(module, x, n, batch_size)
     return Site(
         style=FAMILY.name,
-        family="mhc" if mentions_sinkhorn(module) else "hc",
+        family="hc",
         num_streams=n * fractions,
         layout=layout.replace("D", "(F D)") if fractions > 1 else layout,
         fractions=fractions,
@@ -297,7 +296,7 @@ def _rounds_of(module: Any, settings: Settings) -> dict[str, float]:
 
 FAMILY = PairedFamily(
     name="width",
-    constrains={"mhc": "H_res is doubly stochastic", "hc": ""},
+    constrains={"hc": ""},
     opens="width_connection",
     closes="depth_connection",
     branch_argument=0,

@@ -86,7 +86,7 @@ def test_several_arrays_go_by_order_or_by_name(hc_run):
         (lambda t: diagnostics.effective_rank(), "got nothing"),
         (lambda t: diagnostics.effective_rank(np.eye(3)), "got ndarray"),
         (lambda t: diagnostics.effective_rank(t.residual, mask=np.ones((2, 2), bool)), "expected booleans"),
-        (lambda t: diagnostics.mixing_gain(t), "has no h_res"),
+        (lambda t: diagnostics.mixing_gain(t), "needs more than one stream; this run has one"),
     ],
 )
 def test_what_is_not_known_is_refused(residual_run, call, message):

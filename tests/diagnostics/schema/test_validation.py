@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from tests.models.linear_runs import MODELS
 
 
 def _renamed(run: xr.DataTree, **names: str) -> xr.DataTree:
@@ -47,3 +48,49 @@ def test_wrong_sites_streams_and_groups_are_refused(make_run):
     extra["plots"] = xr.Dataset()
     with pytest.raises(schema.SchemaError, match="unknown group /plots"):
         schema.validate(extra)
+
+
+def _linear(name: str, **changes: object) -> xr.DataTree:
+    """A run of a small linear model, its trace with other variables or coordinates."""
+    run = MODELS[name].run()
+    return schema.create_run(run["trace"].to_dataset().assign(changes), attrs=run.attrs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_runs_of_every_kind_of_connection_are_saved_and_opened(name, tmp_path):
+    run = MODELS[name].run(constraint="doubly stochastic within 1e-07")
+    opened = schema.open_run(schema.save_run(run, tmp_path / "run.nc"))
+    assert opened.attrs["proof"] == "proven"
+    xr.testing.assert_identical(opened["trace"].to_dataset().load(), run["trace"].to_dataset())
+
+
+def test_parts_that_contradict_the_connections_are_refused():
+    plain = MODELS["scaled"].run()["trace"]
+    with pytest.raises(
+        schema.SchemaError, match="residual_scale and 3 streams; factors are of plain connections"
+    ):
+        _linear("streams", residual_scale=plain["residual_scale"])
+    short = MODELS["attention over depth"].run()["trace"].to_dataset().isel(source=slice(0, 5))
+    with pytest.raises(
+        schema.SchemaError, match="5 sources and 5 connections; expected at least one source more"
+    ):
+        schema.create_run(short, attrs={"proof": "proven"})
+    with pytest.raises(schema.SchemaError, match="connection 0 reads depth 3, after depth 0"):
+        _linear("streams", read_depth=("connection", [3] * 5))
+    with pytest.raises(schema.SchemaError, match="after_sum has .*'softmax'.*, expected some of"):
+        _linear("plain", after_sum=("connection", ["softmax"] * 5))
+    with pytest.raises(
+        schema.SchemaError, match="/trace/proof has 'maybe'; expected 'proven', or 'unproven: '"
+    ):
+        _linear("plain", proof=("connection", ["maybe"] * 5))
+
+
+@pytest.mark.parametrize("proof", ["yes", "unproven: ", "unproven", "", 1.0])
+def test_a_proof_is_proven_or_unproven_with_its_reason(proof):
+    with pytest.raises(schema.SchemaError, match="expected 'proven', or 'unproven: ' and the reason"):
+        MODELS["plain"].run(proof=proof)
+
+
+def test_a_constraint_is_in_words():
+    with pytest.raises(schema.SchemaError, match="expected what the matrices satisfy in words"):
+        MODELS["streams"].run(constraint="")

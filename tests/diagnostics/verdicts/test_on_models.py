@@ -261,6 +261,10 @@ CASES: dict[str, Case] = {
     "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="small for cka: 8 tokens"),
     "large_update": Case(lambda: one_step("blocks.3.mlp.branch.2", 1.0), FAIL, says="in blocks.3.mlp.branch.2"),
     "lost_update": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
+    "unproven_reading": case(
+        lambda: plain(partial(without_skip, gain=1.0, activation=torch.tanh), 4), INFO,
+        says="This reading is unproven: ",
+    ),
 }  # fmt: skip
 
 

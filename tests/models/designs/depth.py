@@ -337,7 +337,9 @@ class FourWayBlock(nn.Module):
 
     def forward(self, ways):
         query, key, value, x = ways
-        mixed = functional.scaled_dot_product_attention(self.q(query), self.k(key), self.v(value), is_causal=True)
+        mixed = functional.scaled_dot_product_attention(
+            self.q(query), self.k(key), self.v(value), is_causal=True
+        )
         x = x + self.o(mixed)
         return x + self.mlp(x)
 
@@ -546,7 +548,11 @@ class ValueBlock(nn.Module):
         super().__init__()
         self.number = number
         self.norm = nn.LayerNorm(WIDTH)
-        self.qk, self.v, self.o = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.qk, self.v, self.o = (
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
         self.mlp = Mlp(norm=True)
 
     def forward(self, x, first):
@@ -625,7 +631,11 @@ DEPTH_DESIGNS = (
     Design("attention residuals, full, lists handed on", HistoryOfLists, family=OVER_DEPTH),
     Design("attention residuals, full, one growing tensor", HistoryStacked, family=OVER_DEPTH),
     Design("attention residuals, block-wise", BlockwiseAttentionResidual, family=OVER_DEPTH),
-    Design("attention residuals, block-wise with resets", partial(BlockwiseAttentionResidual, True), family=OVER_DEPTH),
+    Design(
+        "attention residuals, block-wise with resets",
+        partial(BlockwiseAttentionResidual, True),
+        family=OVER_DEPTH,
+    ),
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),

@@ -24,7 +24,9 @@ class Free(nn.Module):
         self.streams = streams
         size = self.num_logits()
         self.base = nn.Parameter(0.5 * torch.randn(2 * streams + size))
-        self.project = nn.Parameter(torch.randn(streams * width, 2 * streams + size) / (streams * width) ** 0.5)
+        self.project = nn.Parameter(
+            torch.randn(streams * width, 2 * streams + size) / (streams * width) ** 0.5
+        )
 
     def num_logits(self) -> int:
         return self.streams**2

@@ -121,7 +121,9 @@ def _places(trace: xr.Dataset, chain: notes.Chain) -> list[int]:
         values = trace["residual"].values[depth]
         label = f"{trace['site'].values[depth]} of block {trace['layer'].values[depth]}"
         begin = places[-1] + 1 if places else 0
-        found = next((n for n in range(begin, len(chain.states)) if _same(values, chain.states[n].value)), None)
+        found = next(
+            (n for n in range(begin, len(chain.states)) if _same(values, chain.states[n].value)), None
+        )
         if found is None:
             raise Mistake(f"state {depth}, «{label}», {_wrong_state(values, chain, begin)}")
         true = chain.states[found]
@@ -142,7 +144,9 @@ def _wrong_state(values: np.ndarray, chain: notes.Chain, begin: int) -> str:
 
 def _same(values: np.ndarray, true: torch.Tensor) -> bool:
     scale = max(float(true.abs().max()), 1e-6)
-    return values.shape == true.shape and np.allclose(values / scale, true.numpy() / scale, rtol=1e-4, atol=1e-5)
+    return values.shape == true.shape and np.allclose(
+        values / scale, true.numpy() / scale, rtol=1e-4, atol=1e-5
+    )
 
 
 def _compare_connections(trace: xr.Dataset, chain: notes.Chain, places: list[int]) -> Iterator[str]:

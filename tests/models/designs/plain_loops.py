@@ -314,7 +314,11 @@ class DoubleStreams(nn.Module):
 
     def __init__(self, text_first: bool = False):
         super().__init__()
-        self.img_in, self.txt_in, self.time_in = nn.Linear(8, WIDTH), nn.Linear(10, WIDTH), nn.Linear(6, WIDTH)
+        self.img_in, self.txt_in, self.time_in = (
+            nn.Linear(8, WIDTH),
+            nn.Linear(10, WIDTH),
+            nn.Linear(6, WIDTH),
+        )
         self.double_blocks = nn.ModuleList(DoubleBlock(number, text_first) for number in range(BLOCKS))
         self.out = nn.Linear(WIDTH, 8)
 

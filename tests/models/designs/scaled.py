@@ -234,9 +234,7 @@ class PositionsBetween(Decoder):
 class ZayaBlock(PreNorm):
     def __init__(self, layer: int):
         super().__init__(layer)
-        self.scales, self.shifts = (
-            nn.ParameterList(torch.randn(WIDTH) for _ in range(4)) for _ in range(2)
-        )
+        self.scales, self.shifts = (nn.ParameterList(torch.randn(WIDTH) for _ in range(4)) for _ in range(2))
 
     def forward(self, x):
         for number, (branch, norm, site) in enumerate(
@@ -282,7 +280,9 @@ class DropPathBlock(PreNorm):
             added = branch(norm(x))
             kept = (torch.rand(x.shape[0], 1, 1) < 0.6) / 0.6 if self.training else torch.ones(())
             if truth.on():
-                truth.connection(residual_scale=1, branch_scale=kept.expand(x.shape[0], x.shape[1], 1)[..., 0])
+                truth.connection(
+                    residual_scale=1, branch_scale=kept.expand(x.shape[0], x.shape[1], 1)[..., 0]
+                )
             x = x + kept * added
             truth.state(x, self.layer, site)
         return x

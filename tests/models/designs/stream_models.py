@@ -55,10 +55,21 @@ COLLAPSES = {
 # Every style with a free and a constrained mixing; every mixing in two styles; every way in and out.
 COMBINATIONS = (
     *((mix, style, "repeat", "sum") for style in STYLES for mix in ("dynamic HC", "mHC")),
-    *((mix, "local variables of methods", "expand", "head") for mix in MIXES if mix not in ("dynamic HC", "mHC")),
-    *((mix, "weights returned by a module", "offsets", "mean") for mix in MIXES if mix not in ("dynamic HC", "mHC")),
+    *(
+        (mix, "local variables of methods", "expand", "head")
+        for mix in MIXES
+        if mix not in ("dynamic HC", "mHC")
+    ),
+    *(
+        (mix, "weights returned by a module", "offsets", "mean")
+        for mix in MIXES
+        if mix not in ("dynamic HC", "mHC")
+    ),
     *(("mHC", "streams first", expand, "first") for expand in ("projection", "first", "offsets")),
-    *(("static HC", "merged into features, inlined", expand, "mean") for expand in ("projection", "first", "offsets")),
+    *(
+        ("static HC", "merged into features, inlined", expand, "mean")
+        for expand in ("projection", "first", "offsets")
+    ),
 )
 
 

@@ -72,7 +72,9 @@ class Inference(StreamBlock):
 
     def hc_post(self, x, residual, post, comb):
         # comb: source × destination, summed over the sources
-        return post.unsqueeze(-1) * x.unsqueeze(-2) + torch.sum(comb.unsqueeze(-1) * residual.unsqueeze(-2), dim=2)
+        return post.unsqueeze(-1) * x.unsqueeze(-2) + torch.sum(
+            comb.unsqueeze(-1) * residual.unsqueeze(-2), dim=2
+        )
 
     def forward(self, x, start_pos: int = 0):
         for hc, branch, site in ((self.attn_hc, self.attn, "mid"), (self.mlp_hc, self.mlp, "post")):
@@ -132,7 +134,15 @@ class DictPair(WidthDepth):
             opened = hc.width_connection(streams)
             added = branch(opened["branch_input"])
             streams = hc.depth_connection(added, **{k: v for k, v in opened.items() if k != "branch_input"})
-            self.note(streams, site, opened["h_pre"], opened["h_post"], opened["h_res"], opened["branch_input"], added)
+            self.note(
+                streams,
+                site,
+                opened["h_pre"],
+                opened["h_post"],
+                opened["h_res"],
+                opened["branch_input"],
+                added,
+            )
         return streams
 
 

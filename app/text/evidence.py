@@ -1,0 +1,71 @@
+"""What does every face say of a run's evidence? Whether its reading is proven, and what its mixing matrices satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from depthscope.app.text.visible import LONGEST_TEXT, visible
+from depthscope.diagnostics.schema import UNPROVEN
+
+__all__ = ["constraint_sentence", "proof_sentence"]
+
+Attributes = Mapping[Any, Any]
+
+
+def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
+    """Which of some runs are unproven, and why; empty where none is.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Run name → attributes of the run or of its analysis.
+
+    Returns
+    -------
+    str
+        Whole sentences.
+
+    Examples
+    --------
+    >>> proof_sentence({"a": {"proof": "unproven: a branch was not seen"}})
+    'Unproven: a branch was not seen.'
+    >>> proof_sentence({"a": {"proof": "proven"}, "b": {"proof": "unproven: a branch was not seen"}})
+    'Run b is unproven: a branch was not seen.'
+    """
+    unproven = {
+        run: visible(proof.removeprefix(UNPROVEN), longest=LONGEST_TEXT)
+        for run, of in attrs.items()
+        if (proof := str(of.get("proof", ""))).startswith(UNPROVEN)
+    }
+    if len(attrs) == 1:
+        return "".join(f"Unproven: {reason}." for reason in unproven.values())
+    return " ".join(f"Run {run} is unproven: {reason}." for run, reason in unproven.items())
+
+
+def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
+    """What the mixing matrices of some runs were measured to satisfy; empty where no run says it.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Run name → attributes of the run or of its analysis.
+
+    Returns
+    -------
+    str
+        Whole sentences.
+
+    Examples
+    --------
+    >>> constraint_sentence({"a": {"constraint": "doubly stochastic within 1e-07"}})
+    'H_res: doubly stochastic within 1e-07.'
+    """
+    known = {
+        run: visible(of["constraint"], longest=LONGEST_TEXT)
+        for run, of in attrs.items()
+        if of.get("constraint")
+    }
+    if len(attrs) == 1:
+        return "".join(f"H_res: {words}." for words in known.values())
+    return " ".join(f"H_res of run {run}: {words}." for run, words in known.items())

@@ -1,0 +1,57 @@
+"""Is the network what the run says that it is? The verdict on its proof, and the words that every other finding carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.schema import PROVEN, UNPROVEN
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Finding
+
+
+@verdict(metric="residual_norm", limits=Limits(info=0.0))
+def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
+    """What the run says of the network's connections is not proven.
+
+    The states are those of the model; that they are joined as reported is not recomputed. Name the blocks with layers=, or
+    read the reason: what it names is in no finding and no figure.
+    """
+    proof = str(attrs.get("proof", ""))
+    if proof == PROVEN:
+        return [
+            Profile(xr.DataArray(0.0), "", sentence="Every reported connection is proven by recomputation.")
+        ]
+    if not proof.startswith(UNPROVEN):  # a run of an earlier version says nothing
+        return None
+    return [Profile(xr.DataArray(1.0), "", sentence=_unproven(proof))]
+
+
+def _unproven(proof: str) -> str:
+    return f"This reading is unproven: {proof.removeprefix(UNPROVEN)}."
+
+
+def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
+    """A finding that says where the reading that it is about is unproven.
+
+    Parameters
+    ----------
+    finding : Finding
+        Of one chain.
+    attrs : mapping
+        Of the chain's analysis.
+
+    Returns
+    -------
+    Finding
+    """
+    proof = str(attrs.get("proof", ""))
+    if not proof.startswith(UNPROVEN):
+        return replace(finding, proof=proof)
+    sentence = finding.sentence
+    if _unproven(proof) not in sentence:
+        sentence = f"{sentence} {_unproven(proof)}"
+    return replace(finding, proof=proof, sentence=sentence)

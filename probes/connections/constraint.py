@@ -1,0 +1,124 @@
+"""What do the mixing matrices of a model satisfy? Measured over every sampled token, and the family's name that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from depthscope.diagnostics.kernels.mixing import Constraint, named_constraint
+from depthscope.probes.connections.proof import Evidence, applied_matrix
+
+# Up to which error a sum counts as 1, by the precision in which the model computes: some roundings of its last digit.
+# Connections compute their weights in float32 where the states are float64.
+TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 3e-3,
+    torch.bfloat16: 2e-2,
+}
+
+NOTHING_MIXES = "identity: nothing mixes"
+"""The constraint of connections that have no matrix."""
+
+
+def measured_constraint(
+    matrices: Sequence[torch.Tensor], precision: torch.dtype = torch.float32
+) -> Constraint | None:
+    """The most specific constraint that all matrices of a model satisfy.
+
+    Parameters
+    ----------
+    matrices : sequence of Tensor
+        One item a connection: (…, n, n), rows are destinations, of real tokens only, as the module computed them.
+    precision : dtype
+        In which it computed them.
+
+    Returns
+    -------
+    Constraint or None
+        None where there are no matrices, none that is finite, or a single stream.
+    """
+    flat = [
+        matrix.detach().flatten(0, -3) if matrix.ndim > 2 else matrix.detach()[None] for matrix in matrices
+    ]
+    if not flat or flat[0].shape[-1] < 2:
+        return None
+    together = torch.cat([matrix.to("cpu", torch.float64) for matrix in flat])
+    finite = together[together.isfinite().all(-1).all(-1)]
+    if not len(finite):
+        return None
+    return named_constraint(finite.numpy(), tolerance=TOLERANCE.get(precision, TOLERANCE[torch.float32]))
+
+
+def constraint_of(evidence: Evidence) -> Constraint | None:
+    """The constraint of the proven connections of a run; see `measured_constraint`.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        The connections with their proofs.
+
+    Returns
+    -------
+    Constraint or None
+        None where no connection has a matrix.
+    """
+    joints = evidence.joints
+    if all(joint.parts.mix is None for joint in joints):
+        return None
+    matrices = []
+    for number, joint in enumerate(joints):
+        # Before the cast to the precision of the states, which no constraint survives to its own rounding.
+        matrix = applied_matrix(joint, replace(evidence.reading(number), cast=False))
+        matrices.append(matrix[joint.mask])
+    return measured_constraint(matrices, joints[0].dtype)
+
+
+def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
+    """What a run's attribute says about its matrices; empty without stream connections.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        The connections.
+    constraint : Constraint or None
+        That of `constraint_of`.
+
+    Returns
+    -------
+    str
+    """
+    if constraint is None:
+        unmixed = evidence.joints and all(joint.parts.mix is None for joint in evidence.joints)
+        return NOTHING_MIXES if unmixed else ""
+    # Where H_res and its transpose fit alike, rows and columns are not told apart.
+    one_sided = constraint.name in ("row-stochastic only", "column-stochastic only")
+    unsure = (
+        " (rows and columns may be exchanged)" if one_sided and evidence.orientation == "ambiguous" else ""
+    )
+    return constraint.words + unsure
+
+
+def measured_family(detected: str, constraint: Constraint | None) -> str:
+    """The family's name by what its matrices satisfy, not by what its code is called.
+
+    Parameters
+    ----------
+    detected : str
+        ``"hc"`` for every connection with mixing matrices; other names are told by structure and stay.
+    constraint : Constraint or None
+        As measured.
+
+    Returns
+    -------
+    str
+        ``"mhc"`` where all matrices are doubly stochastic at weights that are not trivial, ``"hc"`` where they are not, and
+        ``"streams"`` where they are those of an initialisation, at which every family is the same.
+    """
+    if detected != "hc" or constraint is None:
+        return detected
+    if constraint.trivial:
+        return "streams"
+    return "mhc" if constraint.name == "doubly stochastic" else "hc"

@@ -1,0 +1,195 @@
+"""What is stored of connections that are no streams? Factors of plain ones, weights over depth, lags, and what is proven.
+
+Shapes: C connections, K sequences, T tokens, D features, S ≤ C + 1 sources (the embedding, then each sublayer's output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import PROVEN, UNPROVEN
+from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.structure.chain import Chain, Connection
+
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+def factor_variables(
+    residual: Sequence[torch.Tensor | None], branch: Sequence[torch.Tensor | None]
+) -> Variables:
+    """The factors a and b of plain connections X' = a X + b F.
+
+    Parameters
+    ----------
+    residual, branch : sequence of Tensor or None
+        One item a connection: (K, T), (K, T, D), or None for a factor of 1.
+
+    Returns
+    -------
+    dict
+        ``residual_scale``, ``residual_gate``, ``branch_scale`` and ``branch_gate`` as (dims, array), those that are not 1
+        everywhere.
+
+    Raises
+    ------
+    ValueError
+        For items of another number of axes or of different sizes.
+    """
+    found: Variables = {}
+    for name, factors in (("residual", residual), ("branch", branch)):
+        for ending, axes in (("scale", 2), ("gate", 3)):
+            array = _stacked_factors([f if f is not None and f.ndim == axes else None for f in factors])
+            if array is not None:
+                found[f"{name}_{ending}"] = (schema.TRACE[f"{name}_{ending}"].dims, array)
+        odd = next((f.ndim for f in factors if f is not None and f.ndim not in (2, 3)), None)
+        if odd is not None:
+            raise ValueError(
+                f"a factor of the {name} has {odd} axes; expected (sequence, token) or (sequence, token, feature)"
+            )
+    return found
+
+
+def _stacked_factors(factors: Sequence[torch.Tensor | None]) -> np.ndarray | None:
+    """The factors of all connections, 1 where there is none; None where none has one."""
+    known = [factor for factor in factors if factor is not None]
+    if not known:
+        return None
+    if len({tuple(factor.shape) for factor in known}) > 1:
+        shapes = sorted({tuple(factor.shape) for factor in known})
+        raise ValueError(f"factors of one chain have the shapes {shapes}; expected one shape")
+    ones = torch.ones_like(known[0])
+    return torch.stack([ones if factor is None else factor for factor in factors]).numpy()
+
+
+def depth_variables(
+    read: Sequence[torch.Tensor] | None = None, carry: Sequence[torch.Tensor] | None = None
+) -> Variables:
+    """How much each branch reads, and each next state keeps, of the sources: the embedding and every branch's output.
+
+    Parameters
+    ----------
+    read, carry : sequence of Tensor, optional
+        One item a connection, (K, T, S) with any S ≤ C + 1: sources that are left out at the end have the weight 0.
+
+    Returns
+    -------
+    dict
+        ``depth_read`` and ``depth_carry`` as (dims, array), those that are given.
+
+    Raises
+    ------
+    ValueError
+        Where a connection has a weight on its own output or a later one.
+    """
+    found: Variables = {}
+    for name, rows in (("depth_read", read), ("depth_carry", carry)):
+        if not rows:
+            continue
+        padded = np.zeros((len(rows), *rows[0].shape[:-1], len(rows) + 1), dtype=np.float32)
+        for number, row in enumerate(rows):
+            # Connection k comes after the embedding and k outputs.
+            if row.shape[-1] > number + 1 and bool(row[..., number + 1 :].any()):
+                raise ValueError(
+                    f"{name} of connection {number} has a weight on source {number + 1} or later; expected only "
+                    f"the {number + 1} sources before it"
+                )
+            kept = min(row.shape[-1], number + 1)
+            padded[number, ..., :kept] = row[..., :kept].numpy()
+        found[name] = (schema.TRACE[name].dims, padded)
+    return found
+
+
+def linear_coords(
+    connections: Sequence[Connection],
+    *,
+    read_depths: Sequence[int | None] | None = None,
+    after_sum: Sequence[str] | None = None,
+    proofs: Sequence[str] | None = None,
+    over_depth: bool = False,
+) -> dict[str, Any]:
+    """Coordinates of the connection axis that say more than where a connection is; those that are trivial are left out.
+
+    Parameters
+    ----------
+    connections : sequence of Connection
+        Of one chain.
+    read_depths : sequence of int or None, optional
+        The depth whose state H_pre reads; None for the state that the connection is applied to.
+    after_sum : sequence of str, optional
+        What makes the next state of the sum: ``"norm"``, ``"activation"``, or empty; by the connections' style by default.
+    proofs : sequence of str, optional
+        ``"proven"``, or ``"unproven: …"``.
+    over_depth : bool
+        Whether the chain has variables of `depth_variables`, whose sources are then numbered.
+
+    Returns
+    -------
+    dict
+    """
+    coords: dict[str, Any] = {"source": np.arange(len(connections) + 1)} if over_depth else {}
+    own = [connection.depth_in for connection in connections]
+    depths = [i if d is None else d for i, d in zip(own, read_depths or [None] * len(own), strict=True)]
+    if depths != own:
+        coords["read_depth"] = ("connection", np.array(depths))
+    after = list(after_sum or ("norm" if each.style == "normed" else "" for each in connections))
+    if any(after):
+        coords["after_sum"] = ("connection", np.array(after, dtype=object))
+    if proofs:
+        coords["proof"] = ("connection", np.array(proofs, dtype=object))
+    return coords
+
+
+def chain_proof(chain: Chain, evidence: Evidence) -> str:
+    """Whether a chain's reading is proven: its own statement, or else that of its stream connections; empty for none.
+
+    Parameters
+    ----------
+    chain : Chain
+        Any chain of the model.
+    evidence : Evidence
+        Of the stream connections, which the first chain has.
+
+    Returns
+    -------
+    str
+        ``"proven"``, or ``"unproven: "`` and the reason.
+    """
+    stated = str(getattr(chain, "proof", ""))
+    # A run whose stream connections do not give their next states is refused before this is asked.
+    if stated.startswith(UNPROVEN) or not chain.has_streams or not evidence.proofs:
+        return stated
+    unknown = [j.path for j, p in zip(evidence.joints, evidence.proofs, strict=True) if not p.known]
+    if unknown:
+        return f"{UNPROVEN}no sampled token has finite states around {unknown[0]!r}, so that nothing was recomputed"
+    return PROVEN
+
+
+def run_proof(chains: Sequence[Chain], evidence: Evidence) -> str:
+    """The proof of a whole run: ``"proven"`` where every chain is, else the reasons of those that are not.
+
+    Parameters
+    ----------
+    chains : sequence of Chain
+        All chains of the model.
+    evidence : Evidence
+        As `chain_proof` takes it.
+
+    Returns
+    -------
+    str
+        Empty where a chain states nothing and none is unproven.
+    """
+    proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
+    reasons = [
+        f"{name}: {proof.removeprefix(UNPROVEN)}" if name else proof.removeprefix(UNPROVEN)
+        for name, proof in proofs
+        if proof.startswith(UNPROVEN)
+    ]
+    if reasons:
+        return UNPROVEN + "; ".join(reasons)
+    return PROVEN if all(proof == PROVEN for _, proof in proofs) else ""

@@ -1,0 +1,226 @@
+"""Do the branches of a model read sums over depth, of the embedding and of the outputs of earlier branches?
+
+Attention residuals, DenseFormer, skips across the middle and histories have no state that is carried from one branch to the
+next: each branch k reads h_k = Σ_j C_kj v_j of the sources v_0 (the embedding) and v_j (the output of branch j). The states
+of such a chain are these sums, and what the last of them gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from depthscope.probes.connections.family import StreamConnectionError
+from depthscope.probes.dataflow.axes import layout_of
+from depthscope.probes.dataflow.linear import LinearMap
+from depthscope.probes.dataflow.trace import Trace, Value, carrier_of
+from depthscope.probes.model.layout import canonical
+from depthscope.probes.structure.chain import DEPTH, Chain, Connection
+from depthscope.probes.structure.stream_chain import branch_label
+from depthscope.probes.structure.tape import Tape
+from depthscope.probes.structure.value_chain import CarriedState, ShownValues, chain_of_states
+
+FEWEST = 3  # sources: with two, the embedding and one output, a connection over depth is an ordinary sum
+# Weights that differ by more than this between features are no scalars; see `connections.families.traced`.
+EQUAL = 2e-2
+
+
+@dataclass(frozen=True)
+class DepthReads:
+    """The sources of a model, and the sums of them that its branches read.
+
+    Parameters
+    ----------
+    sources : tuple of Value
+        v_0 … v_K.
+    reads : tuple of Value
+        h_1 … h_K, and the sum after the last source.
+    """
+
+    sources: tuple[Value, ...]
+    reads: tuple[Value, ...]
+
+
+def find_depth_reads(tape: Tape) -> DepthReads | None:
+    """The sources that the widest sum over depth adds up, and what each of them was computed from.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward, with its trace.
+
+    Returns
+    -------
+    DepthReads or None
+        None where no such sum exists, or some source was not computed from one sum alone.
+    """
+    trace = tape.trace
+    if trace is None or trace.error is not None:
+        return None
+    shown = {value.number: value for call in tape.calls for _, _, value in call.shown()}
+    sums = {number: found for number, value in shown.items() if (found := _sources_of(value))}
+    if not sums:
+        return None
+    widest = max(sums, key=lambda number: (len(sums[number]), -number))
+    sources = sorted(sums[widest].values(), key=lambda value: value.number)
+    if len(sources) < FEWEST:
+        return None
+    known = {source.number for source in sources}
+    reads = []
+    for position, source in enumerate(sources[1:], 1):
+        earlier = {other.number for other in sources[:position]}
+        read = _read_by(trace, source, shown, sums, earlier, known)
+        if read is None:
+            return None
+        reads.append(read)
+    return DepthReads(tuple(sources), (*reads, shown[widest]))
+
+
+def _sources_of(value: Value) -> dict[int, Value]:
+    """What no transparent step made, of all that is added up in a value; without the weights of the sum."""
+    found: dict[int, Value] = {}
+    waiting, seen = [value], set()
+    while waiting:
+        current = waiting.pop()
+        if current.number in seen:
+            continue
+        seen.add(current.number)
+        step = current.step
+        if step is None or step.rule.function:
+            found[current.number] = current
+        elif step.rule.product:
+            waiting.append(carrier_of(step))
+        else:
+            waiting += step.operands
+    size = math.prod(value.shape)
+    return found if all(math.prod(source.shape) == size for source in found.values()) else {}
+
+
+def _read_by(
+    trace: Trace,
+    source: Value,
+    shown: Mapping[int, Value],
+    sums: Mapping[int, Mapping[int, Value]],
+    earlier: set[int],
+    known: set[int],
+) -> Value | None:
+    """The first shown sum of earlier sources through which alone a source was computed from any of them."""
+    for number in sorted(sums):
+        fits = number < source.number and set(sums[number]) <= earlier
+        if fits and trace.depends(source, number) and _only_through(trace, source.number, number, known):
+            return shown[number]
+    return None
+
+
+def _only_through(trace: Trace, number: int, gate: int, known: set[int]) -> bool:
+    """Whether every way from a value back to the sources goes through one value."""
+    seen: set[int] = set()
+    waiting = [number]
+    while waiting:
+        for parent in trace.parents[waiting.pop()]:
+            if parent == gate or parent in seen:
+                continue
+            if parent in known:
+                return False
+            seen.add(parent)
+            waiting.append(parent)
+    return True
+
+
+def depth_chain(tape: Tape, model: nn.Module, found: DepthReads, batch_size: int) -> Chain | None:
+    """The chain of the sums that the branches read.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward.
+    model : Module
+        The model.
+    found : DepthReads
+        Its sources and sums.
+    batch_size : int
+        B.
+
+    Returns
+    -------
+    Chain or None
+        None where the layout of the states does not show, or a source is shown by no module.
+    """
+    shown = ShownValues(tape)
+    states = [CarriedState(value, shown.places(value)) for value in found.reads]
+    layout = layout_of(found.reads[0].axes, None)
+    branches = [shown.returned(source) for source in found.sources[1:]]
+    if layout is None or len({value.shape for value in found.reads}) > 1 or None in branches:
+        return None
+    connections = []
+    chain = chain_of_states(tape, model, states)
+    for number, branch in enumerate(branches):
+        assert branch is not None
+        connections.append(
+            Connection(
+                path=branch.path,
+                index=number,
+                layer=chain.points[number + 1].layer,
+                branch=branch_label(
+                    branch.path.rpartition(".")[2], type(branch.module).__name__, branch.path
+                ),
+                branch_path=branch.path,
+                branch_index=branch.index,
+                style=DEPTH,
+                depth_in=number,
+                depth_out=number + 1,
+            )
+        )
+    weights = read_weights(found, layout, batch_size)
+    # Weights that are the same at every token are learned ones, others are an attention.
+    same = bool((weights == weights[:1, :1]).all())
+    family = "depth_history" if same else "depth_attention"
+    return replace(chain, connections=tuple(connections), history=True, family=family)
+
+
+def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tensor:
+    """How much of each source each sum has, at every token.
+
+    Parameters
+    ----------
+    found : DepthReads
+        The sources and sums of one forward.
+    layout : str
+        Of the states.
+    batch_size : int
+        B.
+
+    Returns
+    -------
+    Tensor
+        (B, T, K + 1, K + 1): by sum and source.
+
+    Raises
+    ------
+    StreamConnectionError
+        Where a weight differs between features.
+    """
+    rows = []
+    for value in found.reads:
+        over = LinearMap(value, found.sources)
+        row: list[torch.Tensor] = []
+        for source in found.sources:
+            one = torch.ones(source.shape, dtype=source.dtype)
+            reached = (
+                one
+                if value is source
+                else over.apply({source.number: one})
+                if source in over.reached
+                else None
+            )
+            weights = torch.zeros(()).expand(value.shape) if reached is None else reached
+            tokens = canonical(weights, layout, batch_size=batch_size, num_streams=1).squeeze(2)
+            if float((tokens - tokens[..., :1]).abs().max()) > EQUAL * max(float(tokens.abs().max()), 1.0):
+                raise StreamConnectionError("the weights of a sum over depth differ between features")
+            row.append(tokens[..., 0].float())
+        rows.append(torch.stack(row, -1))
+    return torch.stack(rows, -2)
