@@ -36,6 +36,7 @@ TURNS = frozenset(
     ("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum")
 )
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
+CLEARLY = 30  # so many of these roundings are a difference; a heuristic
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 

@@ -96,8 +96,7 @@ class FirstForward:
                 # Around the forward method, not a hook: the trace must be on while it runs, and only then.
                 attachment.around(module, FORWARD, self._around_forward)
             pair = paired_family(module)
-            # Of a structure that the trace alone shows, its methods tell nothing.
-            if pair is not None and self._observer is None:  # torch calls hooks around a module's forward only, not around other methods
+            if pair is not None:  # torch calls hooks around a module's forward only, not around other methods
                 attachment.around(module, pair.opens, partial(self._around_opening, path))
                 attachment.around(module, pair.closes, partial(self._around_closing, path, pair.closes))
 
@@ -168,7 +167,7 @@ class FirstForward:
         opening = Opening(site, forward.batch_size, x.detach())
         opening.key = tape.opened(path, module, pair.opens, x, site)
         self._listen_to_all([x])
-        forward.openings.setdefault(path, []).append(opening)
+        forward.openings.setdefault(_taped(path), []).append(opening)
         watch = opening.watch()
 
         def done(result: Any) -> None:
@@ -177,7 +176,7 @@ class FirstForward:
             except StreamConnectionError as error:
                 # What it computes is not what it applies: the operations themselves may still tell what that is.
                 tape.unreadable = tape.unreadable or error
-                forward.openings[path].remove(opening)
+                forward.openings[_taped(path)].remove(opening)
 
         return MethodWatch(watch, done)
 
@@ -185,10 +184,10 @@ class FirstForward:
         self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
     ) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
-        if tape is None or forward is None or not forward.openings.get(path):
+        if tape is None or forward is None or not forward.openings.get(_taped(path)):
             return None
         # A shared connection may be opened again before it is closed: the last opening is closed first.
-        opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
+        opening, branch_out = forward.openings[_taped(path)].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
         def done(result: Any) -> None:
@@ -220,6 +219,11 @@ class FirstForward:
                 listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
                 hook = Hook(partial(_forward_gradient, listener), self._report)
                 listener.handle = tensor.register_hook(hook)
+
+
+def _taped(path: str) -> str:
+    """The key of a connection's openings on the tape: in a traced forward the hooks of `LaterForwards` note their own."""
+    return f"{path} on the tape"
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
