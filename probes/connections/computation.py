@@ -607,7 +607,8 @@ class _Search:
             return None
         # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
         # weights in one tensor. The gradient tells these apart.
-        used = [v for v in square if v.number in behind and v.number in forward.used]
+        earlier = [v for v in self._squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
+        used = [v for v in earlier if v.number in behind and v.number in forward.used]
         if used and not (used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor]) == [0.0]):
             return None
         matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)

@@ -309,11 +309,14 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
         # A free matrix may have exact rows at one connection; a normalisation is made at all of them.
         if not at or 2 * len(at) <= len(mixing):
             continue
+        axes = [origin.axes for i in at if (origin := facts[i].origin) is not None]
+        count = max((sum(not axis.turned for axis in each) for each in axes), default=0)
+        # One softmax over the sources is a design of its own: every stream becomes a mean of streams.
+        if side == 0 and count < 2:
+            continue
         errors = [facts[number].sum_errors() for number in at]
         good, bad = max(error[side] for error in errors), max(error[1 - side] for error in errors)
-        axes = [origin.axes for i in at if (origin := facts[i].origin) is not None]
-        counts = [sum(not axis.turned for axis in each) for each in axes if each]
-        seen = f" ({max(counts)} normalisations, all along it)" if counts else ""
+        seen = f" ({count} normalisations, all along it)" if count else ""
         yield Remark(
             "one_sided_mixing",
             f"H_res is normalised along one axis only{seen} {_places(facts, at)}: sums over {exact} are 1 within "
@@ -321,7 +324,7 @@ def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
             f"leave {_number(_after_rounds(facts, at, side))}; {loss}",
             bad,
             tuple(at),
-            sure=side == 1 or max(counts, default=1) > 1,
+            sure=count > 1,
         )
 
 
@@ -330,7 +333,7 @@ def _one_sided(facts: Facts, side: int) -> bool:
     errors = facts.sum_errors()
     if errors[side] > EXACT_SUM or errors[1 - side] <= CLEAR_ERROR:
         return False
-    rounds = _rounds(facts, side - 1)
+    rounds = _rounds(facts, -1 - side)
     axes = facts.origin.axes if facts.origin is not None else ()
     along = {each.axis for each in axes if not each.turned and each.size != 1}
     if not along or 0 in along:  # the code does not show it: only what is clear by itself is said
@@ -379,8 +382,8 @@ def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float
     for number in at:
         matrix = facts[number].tokens(facts[number].stored).clamp_min(0)
         for _ in range(20):
-            matrix = _once_more(matrix, side - 1).nan_to_num()
-        worst = max(worst, float(_inexact(matrix, side - 1).max()))
+            matrix = _once_more(matrix, -1 - side).nan_to_num()
+        worst = max(worst, float(_inexact(matrix, -1 - side).max()))
     return max(worst, torch.finfo(torch.float32).eps)
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
+from hyper_connections import hyper_connections as free
+from hyper_connections import manifold_constrained_hyper_connections as constrained
 
 from depthscope import diagnostics, probes
+from tests.models import stream_bugs
 from tests.models.stream_bugs import BUGS, STYLES, Wiring, network, tokens
+from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
+from tests.probes.connections.test_paired import built
 
 torch.set_num_threads(1)
 
@@ -45,7 +51,11 @@ SAYS = {
     "stale": "from the streams at connection 0, not from those at connection 1",
     "other_token": "100% of their gradient is there",
 }
-DEPENDENT = ("first_state", "stale", "other_token")  # of what a dynamic connection takes; a static one takes nothing
+DEPENDENT = (
+    "first_state",
+    "stale",
+    "other_token",
+)  # of what a dynamic connection takes; a static one takes nothing
 # Its streams are shifted along the token axis, which leaves no layout of the states: refused, and not read wrongly.
 UNREAD = {("local", "other_token")}
 
@@ -58,7 +68,11 @@ def wiring(style: str, bug: str, **more) -> Wiring:
 
 def cases(**more):
     pairs = ((style, bug) for style in STYLES for bug in BUGS if (style, bug) not in UNREAD)
-    return [wiring(style, bug, **more) for style, bug in pairs if more.get("dynamic", True) or bug not in DEPENDENT]
+    return [
+        wiring(style, bug, **more)
+        for style, bug in pairs
+        if more.get("dynamic", True) or bug not in DEPENDENT
+    ]
 
 
 def name(wired: Wiring) -> str:
@@ -71,7 +85,8 @@ HALVES = [
     wired
     for wired in cases(dtype=torch.bfloat16)
     # The read weights are solved from states of half precision, or rounded: too coarse to find the sigmoid behind them.
-    if (wired.style, wired.bug) not in {("returned", "swapped"), ("local", "swapped"), ("paired", "transposed")}
+    if (wired.style, wired.bug)
+    not in {("returned", "swapped"), ("local", "swapped"), ("paired", "transposed")}
 ]
 
 
@@ -79,7 +94,15 @@ def told(wired: Wiring) -> tuple:
     return probes.describe(network(wired), tokens()).remarks
 
 
-@pytest.mark.parametrize("wired", cases(), ids=name)
+# Every bug in one style and every style with some bugs is enough for a quick look.
+QUICK = {(STYLES[number % len(STYLES)], bug) for number, bug in enumerate(BUGS)}
+EVERY = [
+    pytest.param(wired, marks=() if (wired.style, wired.bug) in QUICK else pytest.mark.slow, id=name(wired))
+    for wired in cases()
+]
+
+
+@pytest.mark.parametrize("wired", EVERY)
 def test_a_bug_is_told_in_one_sentence(wired):
     found = told(wired)
     assert [remark["kind"] for remark in found] == [KINDS[wired.bug]]
@@ -127,12 +150,50 @@ def test_a_right_twin_with_other_sizes_brings_none(wired, seed):
     assert probes.describe(network(wired, seed), tokens()).remarks == ()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [deepseek_v4, glm5_next, hy_v4, qwen4_exp, gemma3n])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_families_of_transformers_bring_no_remark(build, fresh):
+    torch.manual_seed(0)
+    model = build() if fresh else perturbed(build())
+    ids = torch.randint(3, 64, (3, 19), generator=torch.Generator().manual_seed(0))
+    assert probes.describe(model.eval(), {"input_ids": ids}).remarks == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", [free.HyperConnections, constrained.ManifoldConstrainedHyperConnections])
+@pytest.mark.parametrize("style", ["inside", "closure", "methods"])
+def test_the_package_hyper_connections_brings_no_remark(package, style):
+    assert probes.describe(built(package, style=style), torch.randint(0, 64, (3, 7))).remarks == ()
+
+
+SINKHORNS = {
+    "in logarithms": lambda logits: reduce(
+        lambda m, _: m.log_softmax(-2).log_softmax(-1), range(20), logits
+    ).exp(),
+    "by transposes": lambda logits: reduce(
+        lambda m, _: (m / m.sum(-1, keepdim=True)).mT, range(40), logits.exp()
+    ),
+    "one softmax over the sources": lambda logits: logits.softmax(-1),
+    "free": lambda logits: logits,
+}
+
+
+@pytest.mark.parametrize("constraint", SINKHORNS)
+def test_another_right_way_to_write_it_brings_no_remark(constraint, monkeypatch):
+    monkeypatch.setitem(stream_bugs.CONSTRAINTS, constraint, SINKHORNS[constraint])
+    wired = Wiring(style="local", bug=constraint, spread=0.3)
+    assert probes.describe(network(wired), tokens()).remarks == ()
+
+
 def test_remarks_are_in_the_run_its_page_and_its_findings():
     wired = wiring("returned", "ones")
     run = probes.capture(network(wired), tokens())
     (remark,) = run.attrs["remarks"]
     assert remark["sentence"] in str(probes.describe(network(wired), tokens()))
-    (finding,) = [each for each in diagnostics.judge(diagnostics.analyze(run)) if each.verdict == "constant_mixing"]
+    (finding,) = [
+        each for each in diagnostics.judge(diagnostics.analyze(run)) if each.verdict == "constant_mixing"
+    ]
     assert finding.severity == diagnostics.Severity.FAIL
     assert remark["sentence"] in finding.sentence
 
