@@ -6,7 +6,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,20 @@ STRING, ARRAY = 8, 9
 LEAST_KEY = 13  # bytes: a length, a type and one byte
 LEAST_TENSOR = 24  # bytes: a length, a number of dimensions, a type, an offset
 MOST_DIMENSIONS = 4  # of ggml
+LONGEST_TEXT = 1000  # bytes of a setting that is kept; chat templates are longer
+ALIGNMENT, DEFAULT_ALIGNMENT = "general.alignment", 32
 # The reader of the gguf package makes several Python objects of every entry, about 500 bytes and 5 µs.
 MOST_ARRAY_ENTRIES = 4_000_000
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as the header describes it; ``dimensions`` begin with the one that lies together in memory."""
+
+    name: str
+    dimensions: tuple[int, ...]
+    kind: int
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,12 @@ class GgufContents:
     """Of all tensors together."""
     num_tensors: int
     largest_dimension: int
+    texts: dict[str, str] = field(default_factory=dict)
+    """Settings that are one text, by key."""
+    tensors: tuple[GgufTensor, ...] = ()
+    data_start: int = 0
+    """Where the tensors' offsets count from."""
+    byte_order: str = "<"
 
 
 def check_gguf(file: Path) -> GgufContents:
@@ -96,13 +114,19 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise _torn(self.file, "a name is no UTF-8") from error
 
-    def value(self, kind: int, depth: int = 0) -> float | None:
-        """Move over a value; returns it where it is a number."""
+    def value(self, kind: int, depth: int = 0) -> float | str | None:
+        """Move over a value; returns it where it is a number or a short text."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
-            self.skip(self.number("Q"))
-            return None
+            length = self.number("Q")
+            begin = self.skip(length)
+            # Entries of lists are as many as a vocabulary: they are passed over.
+            return (
+                self.data[begin : self.at].decode(errors="replace")
+                if not depth and length <= LONGEST_TEXT
+                else None
+            )
         if kind != ARRAY or depth > 2:
             raise _torn(self.file, f"a value of the unknown type {kind}")
         kind, length = self.number("I"), self.number("Q")
@@ -129,29 +153,36 @@ def _contents(cursor: _Cursor) -> GgufContents:
     if num_tensors * LEAST_TENSOR + num_keys * LEAST_KEY > len(cursor.data):
         raise _torn(cursor.file, f"{num_tensors} tensors and {num_keys} settings do not fit the file")
     numbers: dict[str, float] = {}
+    texts: dict[str, str] = {}
     for _ in range(num_keys):
         key, kind = cursor.text(), cursor.number("I")
         value = cursor.value(kind)
-        if value is not None:
+        if isinstance(value, str):
+            texts[key] = value
+        elif value is not None:
             numbers[key] = value
-    shapes = list(_shapes(cursor, num_tensors))
+    tensors = tuple(_tensors(cursor, num_tensors))
+    alignment = int(numbers.get(ALIGNMENT, DEFAULT_ALIGNMENT)) or DEFAULT_ALIGNMENT
     return GgufContents(
         numbers,
-        sum(map(math.prod, shapes)),
+        sum(math.prod(tensor.dimensions) for tensor in tensors),
         num_tensors,
-        max((n for shape in shapes for n in shape), default=0),
+        max((n for tensor in tensors for n in tensor.dimensions), default=0),
+        texts,
+        tensors,
+        -(-cursor.at // alignment) * alignment,
+        cursor.order,
     )
 
 
-def _shapes(cursor: _Cursor, num_tensors: int) -> Iterator[tuple[int, ...]]:
+def _tensors(cursor: _Cursor, num_tensors: int) -> Iterator[GgufTensor]:
     for _ in range(num_tensors):
         name, num_dimensions = cursor.text(), cursor.number("I")
         if num_dimensions > MOST_DIMENSIONS:
             raise _torn(cursor.file, f"{ascii(name)[:80]} has {num_dimensions} dimensions")
         shape = tuple(cursor.number("Q") for _ in range(num_dimensions))
-        cursor.number("I")  # its type
-        offset = cursor.number("Q")
+        kind, offset = cursor.number("I"), cursor.number("Q")
         # No type of ggml has fewer than one bit an element.
         if offset > len(cursor.data) or math.prod(shape) > 8 * len(cursor.data):
             raise _torn(cursor.file, f"the data of {ascii(name)[:80]} are beyond its end")
-        yield shape
+        yield GgufTensor(name, shape, kind, offset)

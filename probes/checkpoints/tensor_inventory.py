@@ -1,4 +1,4 @@
-"""Which tensors are in a safetensors checkpoint? Names, shapes and types from its headers; values only of those requested."""
+"""Which tensors are in a checkpoint? Names, shapes and types from its headers; values only of those requested."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.checkpoints.own_files import exists, list_folder, require_file
+from depthscope.probes.checkpoints.gguf_tensors import dequantised, gguf_tensors
+from depthscope.probes.checkpoints.own_files import exists, list_folder, own_file, require_file
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor, read_header, torn_file
 from depthscope.probes.checkpoints.weight_files import (
     INDEX_ENDING,
@@ -24,9 +26,8 @@ from depthscope.probes.checkpoints.weight_files import (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: read as bits
 SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
-EXPECTED = (
-    "expected a folder with .safetensors files (and their index, if there are several), or one such file"
-)
+GGUF = ".gguf"
+EXPECTED = "expected a folder with .safetensors files (and their index, if there are several), one such file, or a .gguf file"
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,17 @@ class Inventory:
     tensors: dict[str, StoredTensor]
     absent: dict[str, str]
     files: tuple[Path, ...]
+    settings: dict[str, Any] | None = None
+    """The configuration, where the files themselves contain it, as GGUF does."""
 
 
 def take_inventory(path: Path) -> Inventory:
-    """List every tensor of a safetensors checkpoint, without its data.
+    """List every tensor of a safetensors or GGUF checkpoint, without its data.
 
     Parameters
     ----------
     path : Path
-        A folder, one ``.safetensors`` file or an index. Shards that the index names may be missing: their tensors
+        A folder, one ``.safetensors`` or ``.gguf`` file or an index. Shards that the index names may be missing: their tensors
         are listed as absent.
 
     Returns
@@ -54,7 +57,7 @@ def take_inventory(path: Path) -> Inventory:
     Raises
     ------
     CheckpointError
-        If there is no safetensors file, a header is torn, the index is none, or a series without an index
+        If there is no such file, a header is torn, the index is none, or a series without an index
         is incomplete.
     """
     if not exists(path):
@@ -70,9 +73,44 @@ def take_inventory(path: Path) -> Inventory:
         return Inventory(_headers(present.values()), absent, tuple(listed.values()))
     files = safetensors_files(path)
     if not files:
-        raise CheckpointError(_advice_without_safetensors(path))
+        return _gguf_inventory(path)
     _require_complete_series(files)
     return Inventory(_headers(files), {}, tuple(files))
+
+
+def _gguf_inventory(path: Path) -> Inventory:
+    files = _gguf_files(path)
+    if not files:
+        raise CheckpointError(_advice_without_safetensors(path))
+    _require_complete_series(files)
+    tensors: dict[str, StoredTensor] = {}
+    settings: dict[str, Any] = {}
+    for file in files:
+        found, its_settings = gguf_tensors(file)
+        tensors |= {tensor.name: tensor for tensor in found}
+        settings = its_settings | settings  # the first of a series has the model's, the others their number
+    return Inventory(tensors, {}, tuple(files), settings)
+
+
+def _gguf_files(path: Path) -> list[Path]:
+    """A GGUF file with the others of its series, or those of a folder; empty where there is none."""
+    if not path.is_dir() and path.suffix != GGUF:
+        return []
+    folder = path if path.is_dir() else path.parent
+    series = SHARD_OF_SERIES.search(path.stem)
+    if not path.is_dir() and not series:
+        return [require_file(path)]
+    files = [own_file(folder, file.name) for file in sorted(folder.glob(f"*{GGUF}"))]
+    if series:
+        return [
+            file for file in files if SHARD_OF_SERIES.sub("", file.stem) == SHARD_OF_SERIES.sub("", path.stem)
+        ]
+    if len({SHARD_OF_SERIES.sub("", file.stem) for file in files}) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise CheckpointError(
+            f"'{path}' contains several GGUF checkpoints ({names}); give the file that is meant"
+        )
+    return files
 
 
 def _advice_without_safetensors(path: Path) -> str:
@@ -124,29 +162,24 @@ def read_values(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
 
 
 def _finite_values(tensor: StoredTensor) -> np.ndarray:
-    if tensor.dtype not in NUMPY_TYPES:
+    in_gguf = tensor.file.suffix == GGUF
+    if tensor.dtype not in NUMPY_TYPES and not in_gguf:
         raise CheckpointError(
             f"'{tensor.name}' is stored as {tensor.dtype}; expected one of {', '.join(NUMPY_TYPES)}: take a checkpoint whose "
             "connections are not quantised"
         )
-    if tensor.start == tensor.stop:
+    if tensor.start == tensor.stop and math.prod(tensor.shape) == 0:
         raise CheckpointError(
             f"'{tensor.name}' has no values (its shape is {tensor.shape}); download the checkpoint again"
         )
     # Before reading: `read` takes the memory for all that it is asked for.
     if tensor.stop > tensor.file.stat().st_size:
-        raise torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")
+        raise _ends_early(tensor)
     # By seek and read, not by a memory map of the shard: that fails where the shard is larger than the memory.
     with tensor.file.open("rb") as opened:
         opened.seek(tensor.start)
         raw = np.frombuffer(opened.read(tensor.stop - tensor.start), np.uint8)
-    stored_type = np.dtype(NUMPY_TYPES[tensor.dtype])
-    if raw.size != stored_type.itemsize * math.prod(tensor.shape):
-        raise torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")
-    stored = raw.view(stored_type)
-    if tensor.dtype == "BF16":  # the upper half of a float32
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    values = stored.astype(np.float64).reshape(tensor.shape)
+    values = _decoded(tensor, raw).astype(np.float64)
     num_broken = int(np.sum(~np.isfinite(values)))
     if num_broken:
         raise CheckpointError(
@@ -154,3 +187,19 @@ def _finite_values(tensor: StoredTensor) -> np.ndarray:
             "the file is broken; take an earlier checkpoint"
         )
     return values
+
+
+def _decoded(tensor: StoredTensor, raw: np.ndarray) -> np.ndarray:
+    if tensor.dtype not in NUMPY_TYPES:
+        return dequantised(tensor, raw)
+    stored_type = np.dtype(NUMPY_TYPES[tensor.dtype])
+    if raw.size != stored_type.itemsize * math.prod(tensor.shape):
+        raise _ends_early(tensor)
+    stored = raw.view(stored_type)
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.reshape(tensor.shape)
+
+
+def _ends_early(tensor: StoredTensor) -> CheckpointError:
+    return torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")

@@ -1,4 +1,4 @@
-"""What is a connection family? One declaration of how it is detected, read, frozen and recognised in weight files.
+"""What is a connection family? One declaration of how it is detected, read and frozen; weight files have dialects.
 
 A connection passes n streams X of width D by a branch F with three sets of weights:
 
@@ -24,7 +24,6 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.tensor_watch import Watch
-from depthscope.probes.connections.weight_pattern import WeightPattern
 
 MOST_STREAMS = 64  # heuristic: a larger axis is one of features, not of streams
 Seen = Callable[[], list[torch.Tensor]]  # the tensors that the connection computed, the last one first
@@ -91,13 +90,10 @@ class Family:
     constrains : mapping of str to str
         The names that it gives to its models, and what the weights of each satisfy by construction (empty for nothing: then it
         is measured).
-    weights : tuple of WeightPattern
-        How it appears in weight files.
     """
 
     name: str
     constrains: Mapping[str, str]
-    weights: tuple[WeightPattern, ...]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ CONTRACTED = "contracted"  # by a linear map with weights: an axis of features
 SLID = "slid along"  # by a convolution: an axis of tokens, or a side of an image
 NORMALISED = "normalised over"  # by a norm: an axis of features (or channels)
 ATTENDED = "attended over"  # by a fused attention: an axis of tokens
+WEIGHED = "weighed along"  # by a softmax: tokens, where an attention is written out; streams and sources have one too
 BATCHED = "batched"  # given as the first axis of the model's input
 
 
@@ -195,6 +196,13 @@ def stream_atom(axes: Axes, most: int) -> Atom | None:
     # The steps of a recurrence are stacked as well: what a convolution or an attention runs along are tokens.
     made = [a for a in atoms if not (a.whole or a.has(SLID) or a.has(ATTENDED) or a.has(BATCHED))]
     return made[0] if len(made) == 1 and made[0].size <= most else None
+
+
+def is_packed(axes: Axes) -> bool:
+    """Whether an attention or a convolution runs along the axis that was taken for that of the sequences."""
+    atoms = [atom.itself() for axis in axes for atom in axis]
+    along = (ATTENDED, SLID, WEIGHED)
+    return len(atoms) == 2 and any(a.has(BATCHED) and any(a.has(role) for role in along) for a in atoms)
 
 
 def layout_of(axes: Axes, stream: Atom | None) -> str | None:

@@ -18,6 +18,7 @@ from depthscope.probes.dataflow.axes import (
     CONTRACTED,
     NORMALISED,
     SLID,
+    WEIGHED,
     Atom,
     Axes,
     Axis,
@@ -179,7 +180,8 @@ def _cut(axis: Axis, old: int, new: int) -> Axis:
     """An axis of which some positions were taken."""
     if old == new or new == 1:
         return axis if old == new else ()
-    return (Atom(new, whole=all(atom.whole for atom in axis)),)
+    # What is done along a part is done along the whole.
+    return (Atom(new, whole=all(atom.whole for atom in axis), parent=axis[0] if len(axis) == 1 else None),)
 
 
 def _sliced(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
@@ -247,7 +249,7 @@ def _added(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
 
 
 def _multiplied(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
-    return _completed(broadcast(_axes_of(args[0]), _axes_of(args[1])), shape), True
+    return _completed(united(_axes_of(args[0]), _axes_of(args[1])), shape), True
 
 
 def _divided(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
@@ -425,6 +427,8 @@ def _activated(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Fou
 
 
 def _softmaxed(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
+    # Along the tokens that an attention looks at, where it is written out.
+    all_noted(args[0].axes[args[1]], WEIGHED)
     return args[0].axes, False
 
 

@@ -222,6 +222,12 @@ class Trace(TorchDispatchMode):
             self._rewritten(entry, tensor)
         return entry.value
 
+    def taken(self, tensor: torch.Tensor | None) -> Value | None:
+        """The value of a tensor that a module takes; a constant that comes from nowhere, as a state of zeros, is followed on."""
+        if tensor is not None and self.value(tensor) is None and tensor.is_floating_point():
+            self.watch(tensor)
+        return self.value(tensor)
+
     def watch(self, tensor: torch.Tensor, batch_axis: int | None = None) -> None:
         """Follow a tensor that came from outside of the forward, as the model's input, and its axis of sequences."""
         if self.value(tensor) is not None:

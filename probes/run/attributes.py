@@ -70,5 +70,5 @@ def _data_digest(sequences: list[Sequence]) -> str:
     for sequence in sequences:
         if sequence.row is not None:
             # As bytes: numpy has no bfloat16.
-            digest.update(sequence.row.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(sequence.row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -20,11 +20,11 @@ from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site, StreamConnectionError
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
-from depthscope.probes.dataflow.axes import layout_of
+from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace, Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
-from depthscope.probes.model.layout import count_streams
+from depthscope.probes.model.layout import LayoutError, count_streams
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import user_autocast
@@ -318,7 +318,13 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: dict[int, Site], 
 def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
     """The layout of a proven plain chain by what was done along the axes of its first state; None where that does not tell."""
     states = states_of(tape, chain.points)
-    # Where streams are made and merged inside each step, the step is none of a plain chain, and its axes are known all the same.
+    if states[0] is not None and is_packed(states[0].axes):
+        raise LayoutError(
+            f"the state of shape {states[0].shape} has its tokens along the axis that the model's first tensor has its sequences "
+            "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
+            "in each row of the batch, padded where they differ in length"
+        )
+    # Where streams are made and merged inside each step, it is none of a plain chain, and its axes are known all the same.
     if states[0] is None or (chain.proof != PROVEN and not inner_streams(states)):
         return None
     return layout_of(states[0].axes, None)

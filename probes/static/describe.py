@@ -15,23 +15,32 @@ import numpy as np
 
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
 from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
+from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.checkpoints.tensor_inventory import Inventory, read_values, take_inventory
-from depthscope.probes.connections.weight_pattern import FoundTensors, WeightPattern
+from depthscope.probes.static.depth import applied_reads, depth_read
+from depthscope.probes.static.dialect import known_dialects, read_dialects
 from depthscope.probes.static.facts import (
     Parameter,
     StaticComposite,
     StaticConnection,
+    Unrecognised,
     composites,
+    constraint_of,
     matrix_facts,
     spread_of,
 )
 from depthscope.probes.static.page import page
-from depthscope.probes.static.recognition import CONNECTIONS, Place, find_connections, place_of
+from depthscope.probes.static.recognition import (
+    STREAM_SETTINGS,
+    Context,
+    Found,
+    Place,
+    place_of,
+    recognise,
+    setting,
+)
 from depthscope.probes.static.remarks import remarks
-
-# Settings that give the number of streams, by model type; they only serve to warn where the shapes disagree.
-STREAM_SETTINGS = ("hc_mult", "hc_count", "altup_num_inputs")
-LARGEST_SETTING = 10_000  # a heuristic: public models have 20 rounds of Sinkhorn and magnitudes of a few
+from depthscope.probes.static.weights import Settings, settings_of, weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +60,7 @@ class StaticDescription:
     composites: tuple[StaticComposite, ...]
     warnings: tuple[str, ...]
     looked_for: tuple[str, ...]
+    unrecognised: tuple[Unrecognised, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
@@ -60,42 +70,51 @@ class StaticDescription:
         return page(self)
 
 
-def describe_weights(path: str | Path) -> StaticDescription:
-    """Describe a checkpoint's stream connections from its weight files, without building the model.
+def describe_weights(
+    path: str | Path, *, dialect_file: str | Path | None = None, as_dialect: str | None = None
+) -> StaticDescription:
+    """Describe a checkpoint's connections from its weight files, without building the model.
 
     Parameters
     ----------
     path : str or Path
-        A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` file
+        A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` or ``.gguf`` file
         or an index. Shards that contain no connection may be missing.
+    dialect_file : str or Path, optional
+        A TOML file with your own rows: how your checkpoint names its connections and what they compute (docs/dialects.md).
+    as_dialect : str, optional
+        The dialect, or the model type, to read the checkpoint as; needed where its own type is known to none.
 
     Returns
     -------
     StaticDescription
-        Without connections where the checkpoint contains none.
+        Without connections where the checkpoint contains none; what looks like one and fits no dialect is in
+        ``unrecognised``.
 
     Raises
     ------
     CheckpointError
-        If the checkpoint is missing, torn or no safetensors, or lacks a shard that contains a connection.
+        If the checkpoint is missing, torn or of another format, lacks a shard that contains a connection, is of an unknown
+        model type and has the names of a known one, or if a row of the file is malformed.
     """
     path = given_path(path)
+    rows = (*(read_dialects(dialect_file) if dialect_file is not None else ()), *known_dialects())
     inventory = take_inventory(path)
-    found = find_connections(inventory.tensors)
-    _require_no_absent_connection(path, inventory, [one for _, one in found])
-    # A setting that config.json lacks gets the family's default, and the page lists it as assumed.
-    config = _configuration(path if path.is_dir() else path.parent)
-    defaults = {name: value for pattern, _ in found for name, value in pattern.settings.items()}
-    settings = {name: _first_number(config, name) for name in defaults}
-    known = {name: value for name, value in settings.items() if value is not None}
-    values = read_values(tensor for _, one in found for tensor in one.roles.values())
-    described = [
-        (pattern, _connection(pattern, one, values, {**defaults, **known}, inventory))
-        for pattern, one in found
-    ]
+    config = inventory.settings
+    if config is None:
+        config = _configuration(path if path.is_dir() else path.parent)
+    found = recognise(inventory.tensors, rows, Context(config, as_dialect or ""))
+    everything = (*found.connections, *found.heads)
+    _require_no_absent_connection(path, inventory, everything)
+    # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
+    settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
+    values = read_values(tensor for one in everything for tensor in _read_tensors(one).values())
+    described = [_connection(one, values, settings[one.dialect], inventory, config) for one in everything]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
-    connections = tuple(one for pattern, one in described if not pattern.head)
-    products = tuple(composites(connections))
+    connections, collapse = applied_reads(described[: len(found.connections)])
+    broken = {place_of(one.name).chain for one in found.unrecognised}
+    products = tuple(composites(connections, broken))
+    shown = {name: value for each in settings.values() for name, value in each.shown.items()}
     return StaticDescription(
         checkpoint=str(path),
         model_type=printable(str(config.get("model_type", ""))),
@@ -103,24 +122,29 @@ def describe_weights(path: str | Path) -> StaticDescription:
         num_read=len(values),
         num_files=len(inventory.files),
         absent_files=tuple(sorted(set(inventory.absent.values()))),
-        settings={**defaults, **known},
-        assumed=tuple(name for name in defaults if name not in known),
-        connections=connections,
-        heads=tuple(one for pattern, one in described if pattern.head),
+        settings=shown,
+        assumed=tuple(
+            name
+            for name in shown
+            if all(name in each.assumed for each in settings.values() if name in each.shown)
+        ),
+        connections=tuple(connections),
+        heads=(*described[len(found.connections) :], *collapse),
         composites=products,
         warnings=tuple(remarks(connections, products, _first_number(config, *STREAM_SETTINGS))),
-        looked_for=tuple(pattern.looked_for for pattern in CONNECTIONS),
+        looked_for=tuple(row.looked_for for row in rows if not row.head),
+        unrecognised=found.unrecognised,
     )
 
 
 # --- the files
 
 
-def _require_no_absent_connection(path: Path, inventory: Inventory, found: Sequence[FoundTensors]) -> None:
+def _require_no_absent_connection(path: Path, inventory: Inventory, found: Sequence[Found]) -> None:
     """Refuse where a missing shard contains a tensor that is named like a connection's, but for the numbers."""
     if not inventory.absent:
         return
-    kinds = {_without_numbers(tensor.name) for one in found for tensor in (*one.roles.values(), *one.unread)}
+    kinds = {_without_numbers(name) for one in found for name in one.candidate.tensors}
     # where no connection was found at all, every missing shard may contain one
     lacking = sorted(
         {file for name, file in inventory.absent.items() if _without_numbers(name) in kinds or not found}
@@ -146,77 +170,96 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
     """The first of some numbers in the configuration or in a part of it (``text_config``); None where there is none."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    values = (part[name] for name in names for part in parts if name in part)
-    return next((_setting(value) for value in values if isinstance(value, (int, float))), None)
-
-
-def _setting(value: float) -> float:
-    # Rounds of Sinkhorn among them, each of which takes a microsecond
-    if not abs(value) <= LARGEST_SETTING:
-        shown = f"{value:g}" if abs(value) < 1e300 else "beyond all numbers"
-        raise CheckpointError(
-            f"config.json gives a connection the setting {shown}; expected at most {LARGEST_SETTING}: download it again"
-        )
-    return float(value)
+    values = (setting(config, name) for name in names)
+    return next(
+        (float(value) for value in values if isinstance(value, (int, float)) and abs(value) < 1e300), None
+    )
 
 
 # --- one connection
 
 
 def _connection(
-    pattern: WeightPattern,
-    found: FoundTensors,
+    found: Found,
     values: Mapping[str, np.ndarray],
-    settings: Mapping[str, float],
+    settings: Settings,
     inventory: Inventory,
+    config: Mapping[str, Any],
 ) -> StaticConnection:
-    by_role = {role: values[tensor.name] for role, tensor in found.roles.items()}
-    weights = pattern.weigh(found, by_role, settings)
-    place = _place_in_network(pattern, found, inventory)
+    row, candidate = found.dialect, found.candidate
+    by_role = {role: values[tensor.name] for role, tensor in _read_tensors(found).items()}
+    weights = weigh(found, by_role, settings.values)
+    place = _place_in_network(found, inventory)
     return StaticConnection(
-        module=found.module,
+        module=candidate.module,
         chain=place.chain,
         layer=place.layer,
         branch=place.branch,
-        family=pattern.name,
-        style=pattern.style,
+        family=row.family,
+        style=row.style,
         streams=found.streams,
         fractions=found.fractions,
         width=found.width,
-        constrained=pattern.constrained,
-        learns_mixing=pattern.learns_mixing,
-        composes=pattern.composes,
+        constrained=row.doubly_stochastic,
+        learns_mixing=row.learns_mixing,
+        composes=row.composes,
         parameters=tuple(_parameters(found)),
         biases={part: spread_of(bias) for part, bias in weights.biases.items()},
         gates=dict(weights.gates),
         h_res=weights.res,
         h_pre=weights.pre,
         h_post=weights.post,
-        logits=weights.biases.get("res") if pattern.sinkhorn else None,
-        sinkhorn=pattern.sinkhorn(settings) if pattern.sinkhorn else {},
+        logits=weights.logits,
+        sinkhorn=dict(weights.sinkhorn),
         mixing=None if weights.res is None else matrix_facts(weights.res),
-        note=weights.note,
+        constraint=""
+        if weights.res is None
+        else constraint_of([weights.res], weights.sinkhorn.get("floor", 0.0)),
+        note="; ".join(filter(None, (found.withheld, *found.notes, *settings.notes))),
+        dialect=row.name,
+        read_lag=found.read_lag,
+        unused=tuple(sorted(tensor.name for tensor in candidate.unused)),
+        depth=None
+        if weights.query is None
+        else depth_read(
+            weights.query, settings.values["block"], place.layer, place.branch, _layers(inventory, config)
+        ),
     )
 
 
-def _place_in_network(pattern: WeightPattern, found: FoundTensors, inventory: Inventory) -> Place:
-    place = place_of(found.module)
-    if pattern.head:
-        return Place(place.chain, place.layer, pattern.name)
+def _read_tensors(found: Found) -> dict[str, StoredTensor]:
+    """The tensors whose values the row's formulas use."""
+    used = found.dialect.read_roles()
+    return {role: tensor for role, tensor in found.candidate.roles.items() if role in used}
+
+
+def _layers(inventory: Inventory, config: Mapping[str, Any]) -> int:
+    """Layers of the model: of its configuration, else one more than the last that has a tensor."""
+    configured = _first_number(config, "num_hidden_layers", "block_count", "n_layers")
+    if configured is not None:
+        return int(configured)
+    return 1 + max((place_of(name.rpartition(".")[0]).layer for name in inventory.tensors), default=-1)
+
+
+def _place_in_network(found: Found, inventory: Inventory) -> Place:
+    module = found.candidate.module
+    place = place_of(module)
+    if found.dialect.head:
+        return Place(place.chain, place.layer, "head")
     if place.branch != "block":
         return place
     # a connection whose own path names no branch may contain it, as lucidrains' do
-    prefix = f"{found.module}.branch."
+    prefix = f"{module}.branch."
     inside = [name.removeprefix(prefix) for name in inventory.tensors if name.startswith(prefix)]
-    return place_of(found.module, inside)
+    return place_of(module, inside)
 
 
-def _parameters(found: FoundTensors) -> list[Parameter]:
-    read = list(found.roles.values())
+def _parameters(found: Found) -> list[Parameter]:
+    read = {tensor.name for tensor in _read_tensors(found).values()}
+    owned = (*found.candidate.roles.values(), *found.candidate.unused)
     return [
-        Parameter(tensor.name, tensor.shape, tensor.dtype, tensor in read)
-        for tensor in sorted((*read, *found.unread), key=lambda tensor: tensor.name)
+        Parameter(tensor.name, tensor.shape, tensor.dtype, tensor.name in read)
+        for tensor in sorted(owned, key=lambda tensor: tensor.name)
     ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 
+ROUNDED = 1e-6  # largest error of a sum of weights that were stored in float32 at most
 COLLAPSED = 0.01  # share of the differences between streams below which they count as one; a heuristic
 
 
@@ -24,6 +26,39 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: str
     read: bool
+
+
+@dataclass(frozen=True)
+class Unrecognised:
+    """A tensor that looks like a connection's and that no row of the dialects explains."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DepthRead:
+    """What weights alone tell of an attention over depth: softmax over sources of q · norm(source).
+
+    Parameters
+    ----------
+    sources : int
+        How many it reads: the embedding, the sums of finished blocks, and the unfinished one. 0 for a query that is not
+        applied.
+    block : int
+        Layers that are summed to one source.
+    resets : bool
+        Whether a block ends here: the state that goes on begins anew with this layer's attention.
+    query_norms : tuple of float
+        ‖q‖ of each query; 0 weighs all sources alike.
+    """
+
+    sources: int
+    block: int
+    resets: bool
+    query_norms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +88,8 @@ class StaticConnection:
     """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
 
     ``composes``: whether products of H_res alone describe mixing over depth; ``sinkhorn``: how ``logits`` become H_res.
+    ``h_pre`` is the read that is applied here; with ``read_lag`` 1 the sub-block before made it, and None means that the files
+    do not tell. ``unused``: parameters that are stored and never applied. ``constraint``: what H_res satisfies, as measured.
     """
 
     module: str
@@ -77,6 +114,11 @@ class StaticConnection:
     sinkhorn: dict[str, Any]
     mixing: MatrixFacts | None
     note: str
+    dialect: str
+    read_lag: int | None
+    unused: tuple[str, ...]
+    depth: DepthRead | None
+    constraint: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +157,55 @@ def matrix_facts(h_res: np.ndarray) -> MatrixFacts:
     )
 
 
+def by_stem(found: Iterable[Unrecognised]) -> dict[str, list[Unrecognised]]:
+    """Unrecognised tensors together that differ in the numbers of their names alone, as layers do."""
+    groups: dict[str, list[Unrecognised]] = defaultdict(list)
+    for one in found:
+        groups[f"{re.sub(r'[0-9]+', '*', one.name)} {one.shape} {one.reason}"].append(one)
+    return groups
+
+
+def constraint_of(matrices: Sequence[np.ndarray], floor: float = 0.0) -> str:
+    """What mixing matrices of as many streams satisfy, as measured.
+
+    Parameters
+    ----------
+    matrices : sequence of ndarray
+        (n, n) each.
+    floor : float
+        What Sinkhorn adds to every sum, which keeps the sums from being exact.
+
+    Returns
+    -------
+    str
+        Empty without matrices of two or more streams.
+    """
+    if not matrices or len(matrices[0]) < 2:
+        return ""
+    # Each of n sums has the floor in it, in two rounds.
+    tolerance = max(ROUNDED, 4 * len(matrices[0]) * floor)
+    return kernel.named_constraint(np.stack(matrices), tolerance=tolerance).words
+
+
 # --- products over depth
 
 
-def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]:
-    """One product for each chain and number of streams in which every matrix is known and composes."""
+def composites(
+    connections: Sequence[StaticConnection], broken: Collection[str] = ()
+) -> list[StaticComposite]:
+    """One product for each chain and number of streams in which every matrix is known and composes.
+
+    Parameters
+    ----------
+    connections : sequence of StaticConnection
+        In the order of depth.
+    broken : collection of str
+        Chains with tensors that look like a connection and were not recognised: a product would leave it out.
+
+    Returns
+    -------
+    list of StaticComposite
+    """
     chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
     for connection in connections:
         # Matrices of an encoder and a decoder, or of other sizes, do not multiply.
@@ -127,6 +213,7 @@ def composites(connections: Sequence[StaticConnection]) -> list[StaticComposite]
     return [
         _composite(chain, members)
         for (chain, _), members in chains.items()
+        if chain not in broken
         if all(member.h_res is not None and member.composes for member in members)
     ]
 
@@ -160,6 +247,9 @@ def _effective_streams(h_res: np.ndarray, members: Sequence[StaticConnection]) -
     # connections with several branch inputs have matrices in place of vectors, for which the kernel has no cut
     reads = [member.h_pre for member in members if member.h_pre is not None and member.h_pre.ndim == 1]
     writes = [member.h_post for member in members if member.h_post is not None and member.h_post.ndim == 1]
+    # where it is open which sub-block applies a read, so is the kernel
+    if any(member.read_lag is None for member in members):
+        return None
     if len(members) < 2 or len(reads) < len(members) or len(writes) < len(members):
         return None
     weights = kernel.depth_kernel(h_res, np.stack(reads), np.stack(writes))

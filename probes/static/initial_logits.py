@@ -14,7 +14,9 @@ from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.safetensors_header import StoredTensor
 from depthscope.probes.static.describe import describe_weights
-from depthscope.probes.static.recognition import find_connections, place_of
+from depthscope.probes.static.dialect import known_dialects
+from depthscope.probes.static.recognition import Context, place_of, recognise
+from depthscope.probes.static.weights import settings_of_module, weigh
 
 
 class Logits(NamedTuple):
@@ -86,15 +88,15 @@ def _of_module(model: nn.Module) -> Iterator[Logits]:
     modules = dict(model.named_modules())
     # Recognition looks at names and shapes only, so no file is needed.
     stored = {name: StoredTensor(name, tuple(value.shape), "", Path(), 0, 0) for name, value in state.items()}
-    for pattern, found in find_connections(stored):
-        if pattern.sinkhorn is None:
-            continue
+    for found in recognise(stored, known_dialects(), Context()).connections:
+        path = found.candidate.module
         values = {
-            role: state[tensor.name].detach().double().cpu().numpy() for role, tensor in found.roles.items()
+            role: state[tensor.name].detach().double().cpu().numpy()
+            for role, tensor in found.candidate.roles.items()
         }
         # a path that is only the stem of parameter names belongs to the model itself
-        settings = pattern.module_settings(modules.get(found.module, model), pattern.settings)
-        logits = pattern.weigh(found, values, settings).biases.get("res")
-        if logits is not None:
-            place = place_of(found.module)
-            yield Logits(found.module, place.layer, place.branch, logits, pattern.sinkhorn(settings))
+        constants = settings_of_module(found.dialect, modules.get(path, model))
+        weights = weigh(found, values, constants)
+        if weights.logits is not None:
+            place = place_of(path)
+            yield Logits(path, place.layer, place.branch, weights.logits, weights.sinkhorn)

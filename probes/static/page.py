@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from depthscope.probes.static.facts import StaticComposite, StaticConnection
+from depthscope.probes.static.facts import StaticComposite, StaticConnection, by_stem, constraint_of
 
 if TYPE_CHECKING:  # describe imports this file
     from depthscope.probes.static.describe import StaticDescription
@@ -16,8 +17,15 @@ COLUMNS = (
     "connection", "gates pre/post/res", "logits", "H_pre", "H_post", "row sums", "column sums", "σ₂", "gap", "off-diag",
     "to I", "to J/n",
 )  # fmt: skip
+DEPTH_COLUMNS = ("connection", "sources", "‖query‖", "layers in a block", "state")
+SCALE_COLUMNS = ("connection", "residual ×", "residual +", "branch ×", "branch +")
+SCALES = ("residual", "residual_shift", "branch", "branch_shift")
 PARTS = ("pre", "post", "res")
 NOTHING = "–"  # the files do not determine it, or it is the same in every model
+WIDTH = 120  # characters of a line of words
+MOST_NAMED = 12  # groups of tensors that fit no dialect; JSON has all of them
+
+Table = tuple[tuple[str, ...], list[list[str]]]
 
 
 def page(found: StaticDescription) -> str:
@@ -34,13 +42,17 @@ def page(found: StaticDescription) -> str:
     """
     if not found.connections:
         return heading(found)
-    table = [list(COLUMNS), *rows(found)]
-    widths = [max(len(line[at]) for line in table) for at in range(len(COLUMNS))]
-    lines = [
+    parts = [heading(found), *(_aligned(columns, rows) for columns, rows in tables(found)), ending(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [list(columns), *rows]
+    widths = [max(len(line[at]) for line in table) for at in range(len(columns))]
+    return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in table
-    ]
-    return "\n".join([heading(found), "", *lines, "", ending(found)])
+    )
 
 
 def heading(found: StaticDescription) -> str:
@@ -63,21 +75,37 @@ def heading(found: StaticDescription) -> str:
         return "\n".join(
             [
                 f"{name}: no stream connection in {found.num_tensors} tensors of {files}{absent}",
-                "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
-                "(describe without --weights-only).",
-                "  Looked for:",
-                *(f"  - {words}" for words in found.looked_for),
+                *_why_none(found),
             ]
         )
-    return "\n".join(
-        [
-            f"{name}: {', '.join(_connection_kinds(found.connections))}",
-            f"  read         {found.num_read} of {found.num_tensors} tensors in {files}{absent}; no model was built",
+    lines = [
+        f"{name}: {', '.join(_connection_kinds(found.connections))}",
+        f"  dialect      {', '.join(dict.fromkeys(one.dialect for one in (*found.connections, *found.heads)))}",
+        f"  read         {found.num_read} of {found.num_tensors} tensors in {files}{absent}; no model was built",
+    ]
+    if any(one.h_res is not None for one in found.connections):
+        lines.append(
             "  values       at an input that adds nothing: biases through the family's own constraint; "
-            "rows of H_res are destinations",
-            *([f"  settings     {', '.join(_settings(found))}"] if found.settings else []),
+            "rows of H_res are destinations"
+        )
+    return "\n".join([*lines, *([f"  settings     {', '.join(_settings(found))}"] if found.settings else [])])
+
+
+def _why_none(found: StaticDescription) -> list[str]:
+    if found.unrecognised:
+        return [
+            *_named_tensors(found),
+            "  They look like a connection, so this need not be a plain residual network: give a row of your own with "
+            "--dialect FILE (docs/dialects.md),",
+            "  or run the model (describe without --weights-only).",
         ]
-    )
+    known = "; ".join(words.split("; ")[0].partition(": ")[2] for words in found.looked_for)
+    return [
+        "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
+        "(describe without --weights-only).",
+        "  Looked for:",
+        *textwrap.wrap(known, WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False),
+    ]
 
 
 def _connection_kinds(connections: Sequence[StaticConnection]) -> list[str]:
@@ -86,7 +114,8 @@ def _connection_kinds(connections: Sequence[StaticConnection]) -> list[str]:
         fractions = f" × {one.fractions} fractions" if one.fractions > 1 else ""
         width = f" of width {one.width}" if one.width else ""
         dtypes = "/".join(sorted({parameter.dtype for parameter in one.parameters}))
-        kind = f"{one.family} connections ({one.style}), {one.streams} streams{fractions}{width}, {dtypes}"
+        streams = f"{one.streams} streams" if one.streams > 1 else "1 stream"
+        kind = f"{one.family} connections ({one.style}), {streams}{fractions}{width}, {dtypes}"
         kinds[kind] = kinds.get(kind, 0) + 1
     return [f"{count} {kind}" for kind, count in kinds.items()]
 
@@ -98,8 +127,8 @@ def _settings(found: StaticDescription) -> list[str]:
     ]
 
 
-def rows(found: StaticDescription) -> list[list[str]]:
-    """A row for each connection and head, of the cells under `COLUMNS`.
+def tables(found: StaticDescription) -> list[Table]:
+    """A table for each kind of connection: streams, attention over depth, scales of one stream.
 
     Parameters
     ----------
@@ -108,15 +137,35 @@ def rows(found: StaticDescription) -> list[list[str]]:
 
     Returns
     -------
-    list of list of str
+    list of tuple
+        Columns, and a row of cells for each connection and head. Columns in which nothing is known are left out.
     """
-    return [_row(one) for one in (*found.connections, *found.heads)]
+    everything = [*found.connections, *found.heads]
+    depth = [one for one in everything if one.depth]
+    scaled = [one for one in everything if not one.depth and "residual" in one.biases]
+    streams = [one for one in everything if one not in depth and one not in scaled]
+    kinds: list[Table] = [
+        (COLUMNS, [_row(one) for one in streams]),
+        (DEPTH_COLUMNS, [_depth_row(one) for one in depth]),
+        (SCALE_COLUMNS, [_scale_row(one) for one in scaled]),
+    ]
+    return [_without_empty_columns(columns, rows) for columns, rows in kinds if rows]
+
+
+def _without_empty_columns(columns: tuple[str, ...], rows: list[list[str]]) -> Table:
+    empty = {NOTHING, "/".join([NOTHING] * len(PARTS))}
+    kept = [at for at in range(len(columns)) if any(row[at] not in empty for row in rows)]
+    return tuple(columns[at] for at in kept), [[row[at] for at in kept] for row in rows]
+
+
+def _name(one: StaticConnection) -> str:
+    return f"{one.module} (head)" if one.branch == "head" and "head" not in one.module else one.module
 
 
 def _row(one: StaticConnection) -> list[str]:
     gates = "/".join(f"{one.gates[part]:.2g}" if part in one.gates else NOTHING for part in PARTS)
     described = [
-        one.module,
+        _name(one),
         gates,
         _value_range(one.logits),
         _value_range(one.h_pre),
@@ -133,6 +182,20 @@ def _row(one: StaticConnection) -> list[str]:
     # Four digits: sums are near 1, and how near is what the columns show.
     sums = [_value_range(sums, digits=4) for sums in (facts.row_sums, facts.column_sums)]
     return described + sums + [f"{number:.2g}" for number in numbers]
+
+
+def _depth_row(one: StaticConnection) -> list[str]:
+    depth = one.depth
+    assert depth is not None
+    sources = str(depth.sources) if depth.sources else "not applied"
+    norms = ", ".join(f"{norm:.3g}" for norm in depth.query_norms)
+    state = "begins anew" if depth.resets else "goes on"
+    return [_name(one), sources, norms, str(depth.block), NOTHING if one.branch == "head" else state]
+
+
+def _scale_row(one: StaticConnection) -> list[str]:
+    spreads = [one.biases[part] for part in SCALES]
+    return [_name(one), *(f"{each.minimum:.2g}…{each.maximum:.2g}" for each in spreads)]
 
 
 def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
@@ -160,16 +223,56 @@ def ending(found: StaticDescription) -> str:
     return "\n".join(
         [
             *(f"  parameters   {words}" for words in _other_parameters(found.connections)),
+            *(f"  unused       {words}" for words in _unused(found.connections)),
+            *(f"  H_res        {words}, as measured" for words in _constraints(found.connections)),
             *(_composite_line(composite) for composite in found.composites),
             *(f"  warning      {words}" for words in found.warnings),
+            *_named_tensors(found),
             *(f"  note         {words}" for words in notes),
         ]
     )
 
 
+def _constraints(connections: Sequence[StaticConnection]) -> list[str]:
+    """What the learned mixing matrices satisfy, those of as many streams together."""
+    stacks: dict[tuple[int, float], list[np.ndarray]] = {}
+    for one in connections:
+        if one.h_res is not None and one.learns_mixing:
+            stacks.setdefault((len(one.h_res), one.sinkhorn.get("floor", 0.0)), []).append(one.h_res)
+    return [constraint_of(matrices, floor) for (_, floor), matrices in stacks.items()]
+
+
+def _unused(connections: Sequence[StaticConnection]) -> list[str]:
+    """Parameters that are stored and not applied, by their own names."""
+    counts: dict[str, int] = {}
+    for one in connections:
+        for name in one.unused:
+            leaf = name.removeprefix(one.module).lstrip("._")
+            counts[leaf] = counts.get(leaf, 0) + 1
+    if not counts:
+        return []
+    names = ", ".join(f"{leaf} ({count})" for leaf, count in counts.items())
+    return [f"{names}: stored, and never applied by this dialect"]
+
+
+def _named_tensors(found: StaticDescription) -> list[str]:
+    """The tensors that look like a connection and fit no dialect, those of all layers in one line."""
+    groups = list(by_stem(found.unrecognised).values())
+    lines = []
+    for group in groups[:MOST_NAMED]:
+        shape = ", ".join(map(str, group[0].shape)) or "1 number"
+        others = f" and {len(group) - 1} alike" if len(group) > 1 else ""
+        lines.append(f"  not read     {group[0].name} ({shape}) {group[0].dtype}{others}: {group[0].reason}")
+    if len(groups) > MOST_NAMED:
+        lines.append(
+            f"  not read     … and {len(groups) - MOST_NAMED} more kinds of tensors (--json names all)"
+        )
+    return lines
+
+
 def _other_parameters(connections: Sequence[StaticConnection]) -> list[str]:
     """Parameters without a column of their own, over all connections."""
-    parts = dict.fromkeys(part for one in connections for part in one.biases if part not in PARTS)
+    parts = dict.fromkeys(part for one in connections for part in one.biases if part not in (*PARTS, *SCALES))
     spreads = {part: [one.biases[part] for one in connections if part in one.biases] for part in parts}
     return [
         f"{part} {min(each.minimum for each in found):.3g}…{max(each.maximum for each in found):.3g}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from depthscope.probes.static.depth import missing_places
 from depthscope.probes.static.facts import StaticComposite, StaticConnection
 
 # Heuristics of ours, except for LOGIT_RANGE.
@@ -49,7 +50,8 @@ def remarks(
     for composite in composites:
         if composite.chain in learned:
             yield from _on_composite(composite)
-    streams = sorted({connection.streams for connection in connections})
+    yield from _on_gaps(connections)
+    streams = sorted({connection.streams for connection in connections if connection.streams > 1})
     if configured_streams is not None and streams and streams != [int(configured_streams)]:
         yield (
             f"config.json gives {configured_streams:g} streams, the shapes of the tensors {', '.join(map(str, streams))}: "
@@ -129,6 +131,22 @@ def _on_gates(connections: Sequence[StaticConnection]) -> Iterator[str]:
         if parts:
             named = ", ".join(f"H_{part}" for part in parts)
             yield f"{_named_connections(hits, len(connections))}: zero gates, so the input does not change {named}"
+
+
+def _on_gaps(connections: Sequence[StaticConnection]) -> Iterator[str]:
+    chains: dict[str, list[StaticConnection]] = defaultdict(list)
+    for one in connections:
+        # the first attention over depth has nothing to read, and often no query
+        if one.depth is None:
+            chains[one.chain].append(one)
+    for chain, members in chains.items():
+        missing = missing_places(members)
+        if missing:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            yield (
+                f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth "
+                "leaves it out"
+            )
 
 
 # --- their product

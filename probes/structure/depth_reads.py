@@ -65,10 +65,11 @@ def find_depth_reads(tape: Tape) -> DepthReads | None:
     sums = {number: found for number, value in shown.items() if (found := _sources_of(value))}
     if not sums:
         return None
-    widest = max(sums, key=lambda number: (len(sums[number]), -number))
-    sources = sorted(sums[widest].values(), key=lambda value: value.number)
-    if len(sources) < FEWEST:
+    most = max(len(found) for found in sums.values())
+    if most < FEWEST:
         return None
+    last = _last_sum([shown[number] for number in sorted(sums) if len(sums[number]) == most])
+    sources = sorted(sums[last.number].values(), key=lambda value: value.number)
     known = {source.number for source in sources}
     reads = []
     for position, source in enumerate(sources[1:], 1):
@@ -77,7 +78,20 @@ def find_depth_reads(tape: Tape) -> DepthReads | None:
         if read is None:
             return None
         reads.append(read)
-    return DepthReads(tuple(sources), (*reads, shown[widest]))
+    # Two branches that read one sum leave no state between them.
+    if len({read.number for read in (*reads, last)}) <= len(reads):
+        return None
+    return DepthReads(tuple(sources), (*reads, last))
+
+
+def _last_sum(widest: Sequence[Value]) -> Value:
+    """The last of the sums of all sources; one that only scales another, as a norm does, is no sum of its own."""
+    last = widest[0]
+    for value in widest[1:]:
+        over = LinearMap(value, [last])
+        if not over.reached or over.sources:
+            last = value
+    return last
 
 
 def _sources_of(value: Value) -> dict[int, Value]:
@@ -175,11 +189,17 @@ def depth_chain(tape: Tape, model: nn.Module, found: DepthReads, batch_size: int
                 depth_out=number + 1,
             )
         )
+    # A sum that no module returned is the state before the next block, and no block's output.
+    points = list(chain.points)
+    for number in range(1, len(points) - 1):
+        layer = points[number + 1].layer
+        if layer != points[number].layer and not any(at == "output" for _, at, _ in states[number].places):
+            points[number] = replace(points[number], layer=layer, site="pre")
     weights = read_weights(found, layout, batch_size)
     # Weights that are the same at every token are learned ones, others are an attention.
     same = bool((weights == weights[:1, :1]).all())
     family = "depth_history" if same else "depth_attention"
-    return replace(chain, connections=tuple(connections), history=True, family=family)
+    return replace(chain, points=tuple(points), connections=tuple(connections), history=True, family=family)
 
 
 def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tensor:

@@ -162,7 +162,7 @@ def _made_by_expansion(tape: Tape, first: Call, copies: Copies) -> bool:
 
 def _equal_copies(state: torch.Tensor | None) -> Iterable[Copies]:
     """For every axis the largest number of equal copies along it."""
-    if state is None:
+    if state is None or not state.numel():
         return
     state = state.detach()
     for axis, size in enumerate(state.shape):

@@ -151,7 +151,9 @@ def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequen
     for states in carried:
         ours = [unchanged_origin(state).number for state in states]
         within = [numbers for numbers in theirs if set(numbers) <= set(ours)]
-        if within and (len(within) > 1 or ours[0] < within[0][0] or ours[-1] > within[-1][-1]):
+        # Of several chains, as of an encoder and a decoder or of two tracks, only those that are one are put together.
+        longer = len(chains) == 1 and within and (ours[0] < within[0][0] or ours[-1] > within[-1][-1])
+        if longer or len(within) > 1:
             return True
     return False
 

@@ -239,7 +239,7 @@ class Tape:
         if self.trace is not None:
             if method == FORWARD:
                 self.trace.call = call.order
-            call.values = self.trace.value(x), None
+            call.values = self.trace.taken(x), None
         # The call that ended last: of a container and its last module, which return one tensor, the container.
         call.producer = next((c.path for c in reversed(self._recent) if same_tensor(c.y, x)), "")
         self._counts[path, method] = index + 1
@@ -383,7 +383,7 @@ class Tape:
         if len(tensors) < 2:
             return ()
         named = names() if names is not None else [""] * len(tensors)
-        value = self.trace.value if self.trace is not None else lambda tensor: None
+        value = self.trace.taken if self.trace is not None else lambda tensor: None
         return tuple(
             PassedTensor(tensor, version(tensor), name, value(tensor))
             for tensor, name in zip(tensors, named, strict=True)

@@ -113,7 +113,7 @@ def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
 
 
 def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
-    """Of every group of carried values the first one that some module took or returned.
+    """Of every group of carried values the first one that some module took or returned; the last norm or activation of it.
 
     Where streams are mixed in plain code, no module may show a state: then the operation that made it does.
     """
@@ -123,7 +123,7 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
         [CarriedState(value, shown.places(value)) for value in group]
         for group in carried_values(tape.trace, last)
     ]
-    first = [next((state for state in group if state.places), None) for group in groups]
+    first = [_shown_of(group) for group in groups]
     found = [state for state in first if state is not None]
     if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
         return found
@@ -132,6 +132,13 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
         for group in groups
         if (state := _state_of_shape(group, found[-1].value.shape, first=group is groups[0])) is not None
     ]
+
+
+def _shown_of(group: Sequence[CarriedState]) -> CarriedState | None:
+    placed = [state for state in group if state.places]
+    # The state of a post-norm block is the norm of its sum.
+    made = [state for state in placed if (step := state.value.step) is not None and step.rule.function]
+    return made[-1] if made else placed[0] if placed else None
 
 
 def _state_of_shape(
@@ -207,16 +214,25 @@ def _branch_calls(tape: Tape, states: Sequence[CarriedState], number: int) -> li
 def _layers(branches: Sequence[Sequence[Call]]) -> list[int]:
     """The number of the block that each branch belongs to.
 
-    It is the first number in the module paths of most of its calls, where these ascend; else blocks are counted.
+    It is the first number in the module paths of most of its calls, where these ascend; else blocks are counted, one that
+    runs several times as often as it runs.
     """
-    blocks = [_block_path(_producer(calls)) for calls in branches]
-    numbers = [int(found[0]) if (found := re.search(r"\d+", block)) else -1 for block in blocks]
-    if numbers[0] >= 0 and all(b - a in (0, 1) for a, b in pairwise(numbers)):
+    blocks = [_block(calls) for calls in branches]
+    numbers = [int(found[0]) if (found := re.search(r"\d+", path)) else -1 for path, _ in blocks]
+    looped = len({path for path, _ in blocks}) < len(set(blocks))
+    if numbers[0] >= 0 and not looped and all(b - a in (0, 1) for a, b in pairwise(numbers)):
         return numbers
     counted = [0]
     for before, block in pairwise(blocks):
         counted.append(counted[-1] + (block != before))
     return counted
+
+
+def _block(calls: Sequence[Call]) -> tuple[str, int]:
+    """Path and call index of the block that made most of a branch."""
+    path = _block_path(_producer(calls))
+    around = (other for call in calls for other in (call, *call.ancestors()) if other.path == path)
+    return path, next((call.index for call in around), 0)
 
 
 def _producer(calls: Sequence[Call]) -> str:

@@ -1,7 +1,8 @@
 """Every family is built, captured forward and backward, and checked against hooks of the test's own; the table says what came.
 
-``python -m tests.probes.test_compatibility`` writes `docs/compatibility.md`, and the short table between the markers
-``<!-- compatibility: start -->`` and ``<!-- compatibility: end -->`` of the README, where it has them.
+``python -m tests.probes.test_compatibility`` writes the first part of `docs/compatibility.md`, and the short table between the
+markers ``<!-- compatibility: start -->`` and ``<!-- compatibility: end -->`` of the README, where it has them. The second
+part of the page, every class that can be built tiny, is written by ``python -m tests.models.matrix --write``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import nn
 from depthscope import probes
 from depthscope.diagnostics import schema
 from tests.models.families import FAMILIES, Family, built, floats, tilted
+from tests.models.matrix.page import markdown, section_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compatibility.md"
@@ -278,19 +280,13 @@ def override_in_words(family: Family) -> str:
     return f"refused ({family.refused}) unless {given} is given" if family.refused else ""
 
 
-def markdown(columns: Iterable[str], rows: list[dict[str, str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def page() -> str:
     rows = [row(outcome(family)) for family in FAMILIES]
     return f"""# Compatibility
 
 Every row is a tiny random model of its family that a test builds and captures, forward and backward
 (`tests/probes/test_compatibility.py`); each state and each gradient is compared with what hooks of the test's own see, bit for
-bit. This page is written by `{COMMAND}`.
+bit. This part is written by `{COMMAND}`.
 
 - **states**: how many states each chain has, the embedding among them; a stage is a part of a chain with one width and one
   number of tokens.
@@ -300,11 +296,13 @@ bit. This page is written by `{COMMAND}`.
 - **error**: the largest relative error of a recomputed next state, ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖.
 - **gradients**: at which states the gradient of the loss arrived.
 
-{markdown(HEAD, rows)}
+{markdown(HEAD, [[cells[column] for column in HEAD] for cells in rows])}
 
 A model with streams that is not in this table is found by what its connections take and give, or refused with the override
 that reads its states (`layout=`, `streams=`, `layers=`); it is never taken for a plain one. The last rows are such models, and
 `tests/probes/connections/test_unseen_streams.py` tries many more.
+
+{section_of(TABLE.read_text(encoding="utf-8"))}
 """
 
 
@@ -315,7 +313,7 @@ def short_table() -> str:
     for cells in rows:
         alike.setdefault(tuple(cells[name] for name in SHORT[1:]), []).append(cells["family"])
     joined = [dict(zip(SHORT, (", ".join(names), *shown), strict=True)) for shown, names in alike.items()]
-    return markdown(SHORT, joined)
+    return markdown(SHORT, [[cells[column] for column in SHORT] for cells in joined])
 
 
 def between_markers(text: str, table: str) -> str:

@@ -1,4 +1,4 @@
-"""Every connection family that is declared is registered, and declares what detection, reading and static recognition need."""
+"""Every connection family that is declared is registered, and declares what detection and reading need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from depthscope.probes.connections import families
 from depthscope.probes.connections.families import FAMILIES
 from depthscope.probes.connections.family import Family, ForwardFamily, PairedFamily
-from depthscope.probes.static.recognition import PATTERNS
+from depthscope.probes.static.dialect import known_dialects
 
 REGISTER = "probes/connections/families/__init__.py"
 
@@ -66,9 +66,8 @@ def test_an_unregistered_file_is_named(monkeypatch, tmp_path):
 
 def test_names_are_unique():
     assert [name for name, count in Counter(family.name for family in FAMILIES).items() if count > 1] == []
-    # A pattern may have one entry for each style of weights of the same family.
-    kinds = Counter((pattern.name, pattern.style) for pattern in PATTERNS)
-    assert [kind for kind, count in kinds.items() if count > 1] == []
+    rows = Counter(row.name for row in known_dialects())
+    assert [name for name, count in rows.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -7,6 +7,7 @@ import argparse
 from depthscope.app.cli.arguments import add_json
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.paths import InputPath
 from depthscope.app.text.terminal import emit, say, show_rows, working
 
 # One small forward: it finds the structure and proves the connections, and measures nothing.
@@ -18,7 +19,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights-only",
         action="store_true",
-        help="read the connections from the safetensors (folder or file) and build no model",
+        help="read the connections from the safetensors or GGUF (folder or file) and build no model",
+    )
+    parser.add_argument(
+        "--dialect",
+        type=InputPath(),
+        metavar="FILE",
+        help="with --weights-only: your own rows of how tensors are named and used (TOML, docs/dialects.md)",
+    )
+    parser.add_argument(
+        "--as",
+        dest="as_dialect",
+        metavar="NAME",
+        help="with --weights-only: the dialect or model type to read the checkpoint as, where its own is not known",
     )
     add_json(parser)
 
@@ -26,6 +39,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.weights_only:
         return _describe_weights(args)
+    _refuse_options_of_weight_files(args)
     loaded = load(args)
     from depthscope import probes
     from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
@@ -43,6 +57,14 @@ def _run(args: argparse.Namespace) -> int:
     return FINE
 
 
+def _refuse_options_of_weight_files(args: argparse.Namespace) -> None:
+    given = [
+        name for name, value in (("dialect", args.dialect), ("as", args.as_dialect)) if value is not None
+    ]
+    if given:
+        raise ValueError(f"--{given[0]} says how weight files are read; add --weights-only, or leave it out")
+
+
 def _describe_weights(args: argparse.Namespace) -> int:
     # --seed and --device have defaults, so that it cannot be known whether they were given.
     options = ("weights", "layers", "layout", "streams", "sites", "dtype")
@@ -54,14 +76,15 @@ def _describe_weights(args: argparse.Namespace) -> int:
     with working("importing torch"):
         from depthscope.probes.static import page
         from depthscope.probes.static.describe import describe_weights
-    found = describe_weights(args.checkpoint)
+    found = describe_weights(args.checkpoint, dialect_file=args.dialect, as_dialect=args.as_dialect)
     if args.json:
         emit(found.as_dict())
         return FINE
     say(page.heading(found))
     if found.connections:
-        say()
-        show_rows(page.COLUMNS, page.rows(found))
+        for columns, rows in page.tables(found):
+            say()
+            show_rows(columns, rows)
         say()
         say(page.ending(found))
     return FINE

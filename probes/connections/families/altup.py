@@ -12,21 +12,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import MOST_STREAMS, PairedFamily, Site, StreamConnectionError
 from depthscope.probes.connections.tensor_watch import Explanation, Watch, explaining, few_of, mixing
-from depthscope.probes.connections.weight_pattern import (
-    FoundTensors,
-    Leaves,
-    Settings,
-    StaticWeights,
-    Values,
-    WeightPattern,
-)
 from depthscope.probes.model.tensors import tensors_in
 
 # --- in a forward
@@ -114,36 +105,6 @@ def _as_vectors(tensor: torch.Tensor, lead: tuple[int, int], n: int) -> Iterator
         yield tensor.reshape(n, *lead).movedim(0, -1)
 
 
-# --- in a weight file
-
-
-def _find(module: str, leaves: Leaves) -> Iterator[FoundTensors]:
-    """Prediction (n², n), correction (n, n) and a router (n, D) in one module."""
-    matrices = {leaf.shape: leaf for leaf in leaves.values() if len(leaf.shape) == 2}
-    for (rows, n), prediction in matrices.items():
-        correction = matrices.get((n, n))
-        routers = [leaf for shape, leaf in matrices.items() if shape[0] == n and shape[1] > rows]
-        if n > 1 and rows == n * n and correction is not None and len(routers) == 1:
-            roles = {"prediction": prediction, "correction": correction}
-            unread = tuple(leaf for leaf in leaves.values() if leaf not in roles.values())
-            yield FoundTensors(module, n, routers[0].shape[1], roles, unread)
-
-
-def _weigh(found: FoundTensors, values: Values, settings: Settings) -> StaticWeights:
-    n = found.streams
-    active = np.eye(n)[int(settings["altup_active_idx"]) % n]
-    return StaticWeights(
-        res=np.eye(n) - active,  # in every row: each stream loses the active one
-        pre=active,
-        post=np.ones(n),
-        biases=dict(values),
-        note=(
-            "AltUp has no biases: all of its mixing depends on the input. At a zero router H_res = I - 1 e_aᵀ, and the "
-            "branch output that is added contains the active stream a itself"
-        ),
-    )
-
-
 FAMILY = PairedFamily(
     name="altup",
     constrains={"altup": ""},
@@ -156,16 +117,4 @@ FAMILY = PairedFamily(
     watch_closing=watch,
     close=close,
     rewrites_output=True,  # gemma3n adds its per-layer embedding to the corrected streams in place
-    weights=(
-        WeightPattern(
-            name="altup",
-            style="altup",
-            looked_for="AltUp's prediction (n², n), correction (n, n) and router (n, D)",
-            find=_find,
-            weigh=_weigh,
-            settings={"altup_active_idx": 0.0},
-            learns_mixing=False,
-            composes=False,  # the branch output contains the active stream, so H_res alone is not what mixes
-        ),
-    ),
 )

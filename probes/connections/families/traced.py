@@ -191,4 +191,4 @@ def _scalar(weights: torch.Tensor, name: str) -> torch.Tensor:
     return first.squeeze(-1)
 
 
-FAMILY = Family(name="traced", constrains={"hc": ""}, weights=())
+FAMILY = Family(name="traced", constrains={"hc": ""})

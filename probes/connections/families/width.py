@@ -8,28 +8,15 @@ in the package ``hyper-connections``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.special import expit
 from torch import nn
 
-from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.probes.connections.coefficients import Parts, as_views
 from depthscope.probes.connections.family import PairedFamily, Site, StreamConnectionError
 from depthscope.probes.connections.tensor_watch import Watch, explaining, mixing
-from depthscope.probes.connections.weight_pattern import (
-    SINKHORN_ROUNDS,
-    FoundTensors,
-    Leaves,
-    Settings,
-    StaticWeights,
-    Values,
-    WeightPattern,
-    attributes_of,
-)
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
 
@@ -170,130 +157,6 @@ def _write_weights(depth: Any, lead: tuple[int, ...], site: Site) -> torch.Tenso
     return beta.reshape(*lead, n, -1)
 
 
-# --- in a weight file: static alpha and beta
-
-
-ASSUMED_ROUNDS = f"Sinkhorn with {SINKHORN_ROUNDS} rounds is assumed, the default of hyper-connections: the file does not tell"
-UNTOLD = "alpha has several columns besides the streams and no beta: fractions or branch inputs, the shapes do not decide"
-NOT_SQUARE = "mHC v1 with fractions runs Sinkhorn on blocks that are not square: there is no doubly stochastic H_res to give"
-FREE_GATES = {"dynamic_alpha_scale": "gate_alpha", "dynamic_beta_scale": "gate_post"}
-CONSTRAINED_GATES = {
-    "pre_branch_scale": "gate_pre",
-    "residual_scale": "gate_res",
-    "h_post_scale": "gate_post",
-}
-
-
-def _find(constrained: bool) -> Callable[[str, Leaves], Iterator[FoundTensors]]:
-    """Finds static alpha (n·f, v·f + n·f), with a static beta of as many rows or none; mHC has a scale for H_res alone."""
-    gates = CONSTRAINED_GATES if constrained else FREE_GATES
-    names = {"static_alpha": "alpha", "static_beta": "beta", **gates}
-
-    def find(module: str, leaves: Leaves) -> Iterator[FoundTensors]:
-        if constrained != ("residual_scale" in leaves) or not _alpha_fits(leaves):
-            return
-        rows, fractions = leaves["static_alpha"].shape[0], _fractions(leaves)
-        yield FoundTensors(
-            module,
-            rows // (fractions or 1),
-            _stream_width(leaves, fractions or 1),
-            {role: leaves[name] for name, role in names.items() if name in leaves},
-            tuple(leaf for name, leaf in leaves.items() if name.startswith("dynamic_") and name not in names),
-            fractions,
-        )
-
-    return find
-
-
-def _alpha_fits(leaves: Leaves) -> bool:
-    alpha, beta = leaves.get("static_alpha"), leaves.get("static_beta")
-    if alpha is None or len(alpha.shape) != 2 or not 1 < alpha.shape[0] < alpha.shape[1]:
-        return False
-    return beta is None or alpha.shape[0] in (math.prod(beta.shape), beta.shape[0])
-
-
-def _fractions(leaves: Leaves) -> int:
-    """How many fractions a stream has; 0 where the shapes do not determine it."""
-    rows, columns = leaves["static_alpha"].shape
-    beta, dynamic = (leaves.get(name) for name in ("static_beta", "dynamic_beta_fn"))
-    if beta is None:
-        return 1 if columns - rows == 1 else 0
-    if len(beta.shape) == 3:
-        return beta.shape[1]
-    return dynamic.shape[1] if len(beta.shape) == 1 and dynamic and len(dynamic.shape) == 2 else 1
-
-
-def _stream_width(leaves: Leaves, fractions: int) -> int | None:
-    """Width of a stream, from the projection (…, D/f, columns)."""
-    dynamic, columns = leaves.get("dynamic_alpha_fn"), leaves["static_alpha"].shape[1]
-    if dynamic is None or len(dynamic.shape) < 2 or dynamic.shape[-1] != columns:
-        return None
-    return dynamic.shape[-2] * fractions
-
-
-def _weigh_hc(found: FoundTensors, values: Values, settings: Settings) -> StaticWeights:
-    n, f = found.streams, found.fractions
-    alpha, beta = values["alpha"], values.get("beta")
-    if not f:
-        return StaticWeights(gates=_gates(values), note=UNTOLD)
-    views = alpha.shape[1] // f - n  # the columns are f groups of v reads and n streams
-    grouped = alpha.T.reshape(f, views + n, f * n)
-    res, pre = grouped[:, views:].reshape(f * n, f * n), grouped[:, :views].reshape(f * views, f * n)
-    biases = {"pre": pre, "res": res}
-    if beta is not None:
-        biases["post"] = beta
-    if beta is not None and f > 1:  # beta is ordered stream by fraction, the rows of alpha fraction by stream
-        beta = np.repeat(beta.reshape(n, f).T.reshape(f * n, 1), f, axis=1)
-    return StaticWeights(res, _vector(pre, f * n), _vector(beta, f * n), biases, _gates(values))
-
-
-def _weigh_mhc(found: FoundTensors, values: Values, settings: Settings) -> StaticWeights:
-    n, f = found.streams, found.fractions
-    alpha, beta = values["alpha"], values.get("beta")
-    gates = _gates(values)
-    if not f:
-        return StaticWeights(gates=gates, note=UNTOLD)
-    if f > 1 and beta is not None and beta.ndim == 1:
-        return StaticWeights(gates=gates, note=NOT_SQUARE)
-    views = alpha.shape[1] - n * f
-    pre, logits = alpha[:, :views].T, alpha[:, views:]
-    biases = {"pre": pre, "res": logits.T}
-    post = None
-    if beta is not None:
-        biases["post"] = beta
-        post = 2.0 * expit(beta)
-    # One weight for each stream and fraction read, the same for every fraction written
-    if post is not None and f > 1:
-        post = np.repeat(post.reshape(n, 1, f), f, axis=1).reshape(n * f, f)
-    mixed = kernel.sinkhorn(logits, steps=SINKHORN_ROUNDS, last="row").T
-    return StaticWeights(
-        mixed, _vector(expit(pre), n * f), _vector(post, n * f), biases, gates, ASSUMED_ROUNDS
-    )
-
-
-def _vector(weights: np.ndarray | None, size: int) -> np.ndarray | None:
-    """Weights of a single read or write as a vector."""
-    return weights.ravel() if weights is not None and weights.size == size else weights
-
-
-def _gates(values: Values) -> dict[str, float]:
-    """Factors of the part that depends on the input; HC has one of them for H_pre and H_res."""
-    named = {"pre": ("gate_pre", "gate_alpha"), "post": ("gate_post",), "res": ("gate_res", "gate_alpha")}
-    return {
-        part: float(values[role].ravel()[0])
-        for part, roles in named.items()
-        for role in roles
-        if role in values
-    }
-
-
-def _rounds_of(module: Any, settings: Settings) -> dict[str, float]:
-    """Rounds of Sinkhorn of a built module, which its constraint, a functools.partial, has as a keyword."""
-    constraint = getattr(module, "residual_mix_constraint_fn", None)
-    rounds = getattr(constraint, "keywords", {}).get("iters", SINKHORN_ROUNDS)
-    return {"rounds": float(rounds), **attributes_of(module, settings)}
-
-
 FAMILY = PairedFamily(
     name="width",
     constrains={"hc": ""},
@@ -303,28 +166,4 @@ FAMILY = PairedFamily(
     detect=detect,
     watch=watch,
     read=read,
-    weights=(
-        WeightPattern(
-            name="mhc",
-            style="width",
-            looked_for="static_alpha (n, n + 1) with static_beta (n) and residual_scale",
-            find=_find(constrained=True),
-            weigh=_weigh_mhc,
-            constrained=True,
-            # rows of alpha are sources: its last side, rows, are columns of H_res
-            sinkhorn=lambda settings: {
-                "sinkhorn_steps": int(settings.get("rounds", SINKHORN_ROUNDS)),
-                "last": "column",
-                "floor": 0.0,
-            },
-            module_settings=_rounds_of,
-        ),
-        WeightPattern(
-            name="hc",
-            style="width",
-            looked_for="static_alpha (n, n + 1) with static_beta (n), as fractions too",
-            find=_find(constrained=False),
-            weigh=_weigh_hc,
-        ),
-    ),
 )

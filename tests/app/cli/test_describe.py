@@ -18,7 +18,7 @@ LOGITS = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # source by destination
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """Two streams, two layers, one connection in each; and a configuration whose architecture nobody knows."""
+    """Two streams, two layers, one connection in each; and a configuration whose model type nobody knows."""
     tensors = {"embed.weight": torch.zeros(16, 32)}
     for layer in range(2):
         tensors[f"layers.{layer}.hc_attn_fn"] = torch.zeros(8, 64)
@@ -32,7 +32,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def test_page_names_connections_products_and_settings(checkpoint, capsys):
-    assert main(["describe", str(checkpoint), "--weights-only"]) == FINE
+    assert main(["describe", str(checkpoint), "--weights-only", "--as", "deepseek-v4"]) == FINE
     out = capsys.readouterr().out
     assert "(unheard_of): 2 mhc connections (returned), 2 streams of width 32, F32" in out
     assert "read         4 of 7 tensors in 1 file; no model was built" in out
@@ -43,7 +43,7 @@ def test_page_names_connections_products_and_settings(checkpoint, capsys):
 
 
 def test_json_holds_the_static_matrix(checkpoint, capsys):
-    assert main(["describe", str(checkpoint), "--weights-only", "--json"]) == FINE
+    assert main(["describe", str(checkpoint), "--weights-only", "--json", "--as", "deepseek-v4"]) == FINE
     printed = json.loads(capsys.readouterr().out)
     # doubly stochastic 2 × 2: [[p, 1 - p], [1 - p, p]] where (p/(1 - p))² = e^(2 + 0 - 0 - 1), unchanged by Sinkhorn
     p = 1 / (1 + np.exp(-0.5))
@@ -68,6 +68,11 @@ def test_no_connection_is_fine_and_said(tmp_path, capsys):
         (["FOLDER/nowhere"], "no checkpoint at"),
         (["smollm2"], "no checkpoint at"),
         (["FOLDER/config.json"], "contains no safetensors"),
+        (["FOLDER"], "the model type unheard_of is not known to any dialect"),
+        (["FOLDER", "--as", "kromhc"], "no tensors have the names of the dialect 'kromhc'"),
+        (["FOLDER", "--as", "nothing"], "'nothing' is no dialect and no model type of one"),
+        (["FOLDER", "--dialect", "FOLDER/nowhere.toml"], "nowhere.toml"),
+        (["FOLDER", "--dialect", "FOLDER/config.json"], "is no TOML file"),
         (
             ["FOLDER", "--layers", "layers", "--dtype", "float32"],
             "--layers, --dtype and --weights-only do not go together",
@@ -80,3 +85,32 @@ def test_what_cannot_be_read_is_one_line(words, said, checkpoint, capsys):
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+def test_a_users_own_row_is_given_by_a_file(checkpoint, capsys):
+    row = '[[dialect]]\nname = "mine"\nlike = "deepseek-v4"\nfamily = "my_family"\n'
+    (checkpoint / "mine.toml").write_text(row)
+    assert (
+        main(["describe", str(checkpoint), "--weights-only", "--dialect", str(checkpoint / "mine.toml")])
+        == FINE
+    )
+    out = capsys.readouterr().out
+    assert "(unheard_of): 2 my_family connections" in out
+    assert "dialect      mine" in out
+
+
+def test_tensors_that_look_like_a_connection_are_named(tmp_path, capsys):
+    save_file(
+        {f"h.{layer}.mhc.theta": torch.zeros(5, 7) for layer in range(3)}, tmp_path / "model.safetensors"
+    )
+    assert main(["describe", str(tmp_path), "--weights-only"]) == FINE
+    out = capsys.readouterr().out
+    assert "not read     h.0.mhc.theta (5, 7) F32 and 2 alike: no row has these names and shapes" in out
+    assert "--dialect FILE" in out
+
+
+@pytest.mark.parametrize("option", ["--dialect", "--as"])
+def test_options_of_weight_files_alone_are_refused_without_them(option, checkpoint, capsys):
+    (checkpoint / "mine.toml").write_text("")
+    assert main(["describe", str(checkpoint), option, str(checkpoint / "mine.toml")]) == USAGE
+    assert f"{option} says how weight files are read" in capsys.readouterr().err

@@ -484,7 +484,7 @@ def written(name: str, text: str):
         (written("notes.txt", ""), "1 of 3 shards and no index"),
         (written("model.safetensors.index.json", "{"), "no safetensors index"),
         (written("model.safetensors.index.json", '{"weight_map": []}'), "no safetensors index"),
-        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "contains no safetensors"),
+        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "as GGUF: it is torn"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(make, words, tmp_path):

@@ -1,0 +1,405 @@
+"""What is a dialect? One row of the table: how a family of checkpoints names its connections, and what they compute.
+
+The rows are data, in ``dialects.toml`` and in the files of users; docs/dialects.md documents their keys.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from depthscope.probes.checkpoints.errors import CheckpointError, first_line, printable
+from depthscope.probes.checkpoints.own_files import require_file
+from depthscope.probes.static.formula import FUNCTIONS, Formula, FormulaError
+from depthscope.probes.static.shapes import RANGES, Shape, Sizes, shape_of, solve
+
+TABLE = Path(__file__).with_name("dialects.toml")
+# What `like` does not copy from another row: its name, and the checkpoints that it is for.
+OWN_KEYS = (
+    "name",
+    "title",
+    "like",
+    "model_types",
+    "known_types",
+    "branches",
+    "absent",
+    "only_if",
+    "not_if",
+    "rare",
+    "note",
+)
+LARGEST_FILE = 1_000_000  # bytes; the table of all public dialects has some 20 000
+PARTS = ("pre", "post", "res")
+ROLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+WORD = re.compile(r"[A-Za-z0-9_.-]+")
+
+KEYS: dict[str, type] = {
+    "name": str,
+    "family": str,
+    "style": str,
+    "title": str,
+    "like": str,
+    "model_types": list,
+    "known_types": list,
+    "names": list,
+    "branches": list,
+    "tensors": dict,
+    "optional": dict,
+    "absent": list,
+    "unused": list,
+    "conditions": list,
+    "constants": dict,
+    "only_if": dict,
+    "not_if": dict,
+    "parts": dict,
+    "gates": dict,
+    "read": str,
+    "write": str,
+    "mixing": str,
+    "query": str,
+    "rows": str,
+    "read_lag": int,
+    "head": bool,
+    "rare": bool,
+    "doubly_stochastic": bool,
+    "learns_mixing": bool,
+    "composes": bool,
+    "note": str,
+}
+"""The keys of a row, with the types of their values."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number that a formula needs: where a configuration gives it, and what is assumed where it does not."""
+
+    keys: tuple[str, ...]
+    default: float
+    attributes: tuple[str, ...] = ()
+    assumed: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name in a description: the first key of the configuration."""
+        return self.keys[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Dialect:
+    """One row of the table; the fields are the keys that docs/dialects.md documents."""
+
+    name: str
+    family: str
+    style: str
+    title: str
+    model_types: tuple[str, ...] | None
+    known_types: frozenset[str]
+    names: tuple[str, ...]
+    branches: tuple[str, ...]
+    leaves: Mapping[str, str]  # role by the tensor's own name
+    required: frozenset[str]
+    shapes: Mapping[str, Sequence[Shape]]
+    shape_texts: Mapping[str, str]
+    absent: frozenset[str]
+    unused: frozenset[str]
+    conditions: tuple[Formula, ...]
+    constants: Mapping[str, Constant]
+    only_if: Mapping[str, Any]
+    not_if: Mapping[str, Any]
+    parts: Mapping[str, Formula]
+    gates: Mapping[str, Formula]
+    formulas: Mapping[str, Formula]  # read, write, mixing, query
+    sources_in_rows: bool
+    read_lag: int
+    head: bool
+    rare: bool
+    doubly_stochastic: bool
+    learns_mixing: bool
+    composes: bool
+    note: str
+    users: bool = False
+    _solved: dict[Any, list[Sizes]] = field(default_factory=dict, repr=False)
+
+    @property
+    def looked_for(self) -> str:
+        """The row in words, for a user whose checkpoint has no connection."""
+        tensors = ", ".join(
+            f"{role} ({self.shape_texts[role]})" for role in self.shape_texts if role in self.required
+        )
+        return f"{self.name}: {self.title}; {tensors}"
+
+    @property
+    def by_shapes(self) -> bool:
+        """Whether the row recognises tensors by their shapes alone, whatever they are called."""
+        return not self.names
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Sizes]:
+        """The streams, widths, … with which some tensors have the shapes of the row; see `shapes.solve`."""
+        # layers of a model have equal shapes: they are solved once
+        key = tuple(sorted(shapes.items()))
+        if key not in self._solved:
+            equations = {role: self.shapes[role] for role in shapes}
+            self._solved[key] = solve(shapes, equations, self.conditions)
+        return self._solved[key]
+
+    def read_roles(self) -> frozenset[str]:
+        """The tensors whose values the formulas use."""
+        formulas = (*self.parts.values(), *self.gates.values(), *self.formulas.values())
+        used = {name for formula in formulas for name in formula.names}
+        return frozenset(used & self.shapes.keys())
+
+    def patterns(self) -> Iterator[re.Pattern[str]]:
+        """Regular expressions of full tensor names, with the groups ``path``, ``branch`` and ``leaf``."""
+        leaves = "|".join(
+            map(re.escape, sorted({*self.leaves, *self.unused, *self.absent}, key=len, reverse=True))
+        )
+        branch = "|".join(map(re.escape, self.branches)) or r"[A-Za-z0-9_]+"
+        for name in self.names:
+            text = re.escape(name).replace(r"\{path\}\.", r"(?P<path>(?:.+\.)?)")
+            text = text.replace(r"\{branch\}", f"(?P<branch>{branch})").replace(r"\*", f"(?P<leaf>{leaves})")
+            yield re.compile(text)
+
+
+@cache
+def known_dialects() -> tuple[Dialect, ...]:
+    """The rows of the table of public dialects."""
+    return tuple(_rows(TABLE, {}, users=False))
+
+
+def read_dialects(path: str | Path) -> tuple[Dialect, ...]:
+    """Read a user's own rows from a file.
+
+    Parameters
+    ----------
+    path : str or Path
+        A TOML file with one ``[[dialect]]`` table each; see docs/dialects.md.
+
+    Returns
+    -------
+    tuple of Dialect
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing or no TOML, or a row lacks a key, has an unknown one or a formula that cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"no file of dialects at '{path}'; expected a TOML file with a [[dialect]] table"
+        )
+    require_file(path)
+    return tuple(_rows(path, {row["name"]: row for row in _content(TABLE)}, users=True))
+
+
+def _rows(path: Path, others: Mapping[str, Any], *, users: bool) -> Iterator[Dialect]:
+    """The rows of a file; those of ``others`` may be named by `like` too."""
+    complete = dict(others)
+    seen: set[str] = set()
+    for number, row in enumerate(_content(path), start=1):
+        name = row.get("name", number) if isinstance(row, dict) else number
+        try:
+            _check_types(row)
+            row = _with_copied_keys(row, complete)
+            dialect = _dialect(row, users=users)
+            if dialect.name in seen:
+                raise FormulaError("its name is taken by an earlier row")
+        except FormulaError as error:
+            where = f"dialect {printable(str(name))!r} of '{path}'"
+            raise CheckpointError(f"{where}: {error}; see docs/dialects.md") from error
+        complete[dialect.name] = row
+        seen.add(dialect.name)
+        yield dialect
+
+
+def _with_copied_keys(row: Mapping[str, Any], known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with what it does not give itself taken from the row that its `like` names."""
+    if "like" not in row:
+        return row
+    if row["like"] not in known:
+        raise FormulaError(
+            f"like = {printable(row['like'])!r} is no earlier row; expected one of {', '.join(known)}"
+        )
+    base = known[row["like"]]
+    if "like" in base:
+        base = _with_copied_keys(base, known)
+    copied = {key: value for key, value in base.items() if key not in OWN_KEYS}
+    return {**copied, **{key: value for key, value in row.items() if key != "like"}}
+
+
+def _content(path: Path) -> list[Any]:
+    if path.stat().st_size > LARGEST_FILE:
+        raise CheckpointError(
+            f"'{path}' has {path.stat().st_size} bytes; expected a TOML file of dialects, below 1 MB"
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is no TOML file ({first_line(error)}); correct that line") from error
+    rows = content.get("dialect")
+    if not isinstance(rows, list) or not rows or set(content) != {"dialect"}:
+        raise CheckpointError(
+            f"'{path}' has no [[dialect]] table, or others besides; see docs/dialects.md for an example"
+        )
+    return rows
+
+
+def _dialect(row: Mapping[str, Any], *, users: bool) -> Dialect:
+    missing = [key for key in ("name", "family", "tensors") if not row.get(key)]
+    if missing:
+        raise FormulaError(f"it has no {', '.join(missing)}")
+    required, optional = dict(row["tensors"]), dict(row.get("optional", {}))
+    texts = {_role(leaf): str(shape) for leaf, shape in (required | optional).items()}
+    leaves = {leaf: role for entry in (required | optional) for leaf, role in _leaves(entry)}
+    one = Dialect(
+        name=row["name"],
+        family=row["family"],
+        style=row.get("style", row["name"]),
+        title=row.get("title", row["family"]),
+        model_types=tuple(row["model_types"]) if "model_types" in row else None,
+        known_types=frozenset({*row.get("model_types", ()), *row.get("known_types", ())}),
+        names=tuple(row.get("names", ())),
+        branches=tuple(row.get("branches", ())),
+        leaves=leaves,
+        required=frozenset(map(_role, required)),
+        shapes={role: shape_of(text) for role, text in texts.items()},
+        shape_texts=texts,
+        absent=frozenset(row.get("absent", ())),
+        unused=frozenset(row.get("unused", ())),
+        conditions=tuple(map(Formula, row.get("conditions", ()))),
+        constants={name: _constant(name, entry) for name, entry in row.get("constants", {}).items()},
+        only_if=row.get("only_if", {}),
+        not_if=row.get("not_if", {}),
+        parts={name: Formula(text) for name, text in row.get("parts", {}).items()},
+        gates={name: Formula(text) for name, text in row.get("gates", {}).items()},
+        formulas={key: Formula(row[key]) for key in ("read", "write", "mixing", "query") if key in row},
+        sources_in_rows=row.get("rows", "destinations") == "sources",
+        read_lag=row.get("read_lag", 0),
+        head=row.get("head", False),
+        rare=row.get("rare", False),
+        doubly_stochastic=row.get("doubly_stochastic", False),
+        learns_mixing=row.get("learns_mixing", True),
+        composes=row.get("composes", True),
+        note=row.get("note", ""),
+        users=users,
+    )
+    _check_names(one, row)
+    return one
+
+
+def _check_types(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise FormulaError("it is no table")
+    for key, value in row.items():
+        if key not in KEYS:
+            raise FormulaError(f"{printable(key)!r} is no key of a row; expected {', '.join(KEYS)}")
+        # True is an int too
+        if not isinstance(value, KEYS[key]) or (KEYS[key] is int and isinstance(value, bool)):
+            raise FormulaError(f"{key} is {_type_name(type(value))}; expected {_type_name(KEYS[key])}")
+    if not WORD.fullmatch(row.get("name", "")):
+        raise FormulaError("its name is missing, or has other signs than letters, digits, '-', '_' and '.'")
+    for key in ("tensors", "optional", "parts", "gates"):
+        _require_texts(row.get(key, {}).values(), key)
+    for key in ("names", "branches", "model_types", "known_types", "absent", "unused", "conditions"):
+        _require_texts(row.get(key, ()), key)
+
+
+def _require_texts(values: Iterable[Any], key: str) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise FormulaError(f"{key} contains {_type_name(type(value))}; expected text")
+
+
+def _type_name(kind: type) -> str:
+    words = {
+        str: "text",
+        list: "a list",
+        dict: "a table",
+        int: "a whole number",
+        bool: "true or false",
+        float: "a number",
+    }
+    return words.get(kind, kind.__name__)
+
+
+def _check_names(one: Dialect, row: Mapping[str, Any]) -> None:
+    """Refuse a row whose names could never match, or whose orientation or lag is none."""
+    for name in one.names:
+        if name.count("*") != 1 or not name.startswith("{path}."):
+            raise FormulaError(
+                f"the name {printable(name)!r} must begin with '{{path}}.' and have one '*', where a tensor's own name is"
+            )
+    if row.get("rows", "destinations") not in ("sources", "destinations"):
+        raise FormulaError(f"rows is {printable(row['rows'])!r}; expected 'sources' or 'destinations'")
+    if one.read_lag not in (0, 1):
+        raise FormulaError(f"read_lag is {one.read_lag}; expected 0 or 1")
+    _check_formulas(one)
+
+
+def _check_formulas(one: Dialect) -> None:
+    """Refuse formulas that use what the row does not give."""
+    symbols = {
+        name for shapes in one.shapes.values() for each in shapes for size in each for name in size.names
+    }
+    known = {*one.shapes, *one.constants, *symbols, "n"}
+    if taken := sorted(known & FUNCTIONS.keys()):
+        raise FormulaError(
+            f"{taken[0]!r} is the name of a function; call the tensor, constant or part otherwise"
+        )
+    if unknown := sorted(one.gates.keys() - set(PARTS)):
+        raise FormulaError(f"gates.{unknown[0]} is no part; expected {', '.join(PARTS)}")
+    for where, formula in (*one.parts.items(), *one.gates.items()):
+        _require_known(where, formula, known)
+    for where, formula in one.formulas.items():
+        _require_known(where, formula, known | one.parts.keys())
+    for condition in one.conditions:
+        _require_known("a condition", condition, symbols)
+
+
+def _require_known(where: str, formula: Formula, known: AbstractSet[str]) -> None:
+    if missing := sorted(formula.names - known):
+        raise FormulaError(
+            f"{where} uses {missing[0]!r}, which is no tensor, symbol of a shape, constant or part of the row; "
+            f"known are {', '.join(sorted(known))}"
+        )
+
+
+def _leaves(entry: str) -> Iterator[tuple[str, str]]:
+    """The names that a tensor may have, ``a|b`` in a row, with its role: the first of them."""
+    for leaf in entry.split("|"):
+        yield leaf.strip(), _role(entry)
+
+
+def _role(entry: str) -> str:
+    """What formulas call a tensor: its first name, with ``_`` for every dot."""
+    role = entry.split("|")[0].strip().replace(".", "_")
+    if not ROLE.fullmatch(role):
+        raise FormulaError(f"{printable(entry)!r} is no name of a tensor")
+    return role
+
+
+def _constant(name: str, entry: Any) -> Constant:
+    expected = "a table with keys (of the configuration) and a default"
+    if not isinstance(entry, dict) or not {"keys", "default"} <= entry.keys() <= {
+        "keys",
+        "default",
+        "attributes",
+        "assumed",
+    }:
+        raise FormulaError(f"constants.{printable(name)} is not {expected}")
+    keys, default = entry["keys"], entry["default"]
+    if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+        raise FormulaError(f"constants.{printable(name)}.keys is not a list of names")
+    if isinstance(default, bool) or not isinstance(default, (int, float)):
+        raise FormulaError(f"constants.{printable(name)}.default is not a number")
+    if name in RANGES:
+        raise FormulaError(f"constants.{name}: {name!r} is a size of the shapes; call the constant otherwise")
+    return Constant(
+        tuple(keys), float(default), tuple(entry.get("attributes", ())), str(entry.get("assumed", ""))
+    )

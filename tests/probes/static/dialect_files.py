@@ -1,0 +1,459 @@
+"""Checkpoints of every dialect with random values, and what their public code computes of them, written anew in torch.
+
+Each `Case` has the tensors of a model of a few layers, its configuration, and the weights that the model applies where the
+input adds nothing. Nothing here uses depthscope: the formulas are those of the modules that each `Case` names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+N, D, LAYERS = 4, 8, 3
+M = N * (N + 2)
+SUBLAYERS = [(layer, branch) for layer in range(LAYERS) for branch in (0, 1)]
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Weights:
+    """What one sub-block applies: X' = res X + post ⊗ F(pre · X); None where the weights alone do not determine it."""
+
+    res: torch.Tensor | None
+    pre: torch.Tensor | None
+    post: torch.Tensor | None
+
+
+@dataclass
+class Case:
+    """A checkpoint, and what is to be read of it."""
+
+    tensors: Tensors
+    config: dict[str, Any]
+    family: str
+    dialect: str
+    expected: list[Weights] = field(default_factory=list)
+    lag: int | None = 0
+    head: torch.Tensor | None = None
+    settings: dict[str, float] = field(default_factory=dict)  # of a GGUF file, without the architecture
+
+
+class Random:
+    """Random tensors of one seed; strong biases, so that Sinkhorn has not converged and the order of its rounds shows."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return scale * torch.randn(*shape, generator=self.generator)
+
+
+# --- operators
+
+
+def sinkhorn_v4(logits: torch.Tensor, rounds: int, eps: float) -> torch.Tensor:
+    """DeepSeek-V4's: a softmax, then columns, then rows and columns in turn."""
+    matrix = torch.softmax(logits.double(), dim=-1) + eps
+    matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+    for _ in range(rounds - 1):
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+    return matrix
+
+
+def sinkhorn_lucidrains(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
+    """hyper-connections': exp, then columns and rows in turn."""
+    matrix = (logits.double() - logits.double().amax(-2, keepdim=True)).exp()
+    for _ in range(rounds):
+        matrix = matrix / matrix.sum(-2, keepdim=True)
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+    return matrix
+
+
+def sinkhorn_tau(logits: torch.Tensor, rounds: int, tau: float) -> torch.Tensor:
+    """The one with a temperature: potentials of rows, then of columns."""
+    z = logits.double() / tau
+    u, v = torch.zeros(len(z)).double(), torch.zeros(len(z)).double()
+    for _ in range(rounds):
+        u = -torch.logsumexp(z + v[None, :], dim=1)
+        v = -torch.logsumexp(z + u[:, None], dim=0)
+    return torch.exp(z + u[:, None] + v[None, :])
+
+
+def of_v4_bias(bias: torch.Tensor, rounds: int, eps: float) -> Weights:
+    """DeepSeek-V4: comb[source, destination], X' = combᵀ X + post ⊗ F."""
+    pre, post, comb = bias.double().split([N, N, N * N])
+    return Weights(
+        sinkhorn_v4(comb.view(N, N), rounds, eps).T, torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post)
+    )
+
+
+def one_hot() -> torch.Tensor:
+    return torch.eye(N).double()[0]
+
+
+# --- dialects of one projection
+
+
+def projected(
+    prefix: Callable[[int, int], str],
+    names: tuple[str, ...],
+    make: Random,
+    shapes: tuple[tuple[int, ...], ...],
+) -> Tensors:
+    return {
+        f"{prefix(layer, branch)}{name}": make(*shape, scale=1.0 if len(shape) == 2 else 1.5)
+        for layer, branch in SUBLAYERS
+        for name, shape in zip(names, shapes, strict=True)
+    }
+
+
+def like_v4(
+    seed: int,
+    prefix: Callable[[int, int], str],
+    names: tuple[str, ...],
+    *,
+    bias: str,
+    config: dict[str, Any],
+    dialect: str,
+    rounds: int,
+    eps: float = 1e-6,
+    shapes: tuple[tuple[int, ...], ...] = ((M, N * D), (M,), (3,)),
+    **more: Any,
+) -> Case:
+    tensors = projected(prefix, names, Random(seed), shapes)
+    expected = [of_v4_bias(tensors[f"{prefix(*place)}{bias}"], rounds, eps) for place in SUBLAYERS]
+    return Case(tensors, config, "mhc", dialect, expected, **more)
+
+
+def raw_names(layer: int, branch: int) -> str:
+    return f"layers.{layer}.hc_{('attn', 'ffn')[branch]}_"
+
+
+def deepseek_v4() -> Case:
+    case = like_v4(
+        1, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4", rounds=7, eps=1e-4,
+        config={"model_type": "deepseek_v4", "hc_mult": N, "hc_sinkhorn_iters": 7, "hc_eps": 1e-4},
+    )  # fmt: skip
+    make = Random(11)
+    case.tensors |= {"hc_head_fn": make(N, N * D), "hc_head_base": make(N), "hc_head_scale": make(1)}
+    case.head = torch.sigmoid(case.tensors["hc_head_base"].double()) + 1e-4
+    return case
+
+
+def deepseek_v4_transformers() -> Case:
+    return like_v4(
+        2, lambda layer, branch: f"model.layers.{layer}.{('attn', 'ffn')[branch]}_hc.", ("fn", "base", "scale"),
+        bias="base", dialect="deepseek-v4-transformers", rounds=20, config={"model_type": "deepseek_v4"},
+    )  # fmt: skip
+
+
+def deepseek_v41() -> Case:
+    case = like_v4(
+        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4.1", rounds=5, eps=1e-5, lag=1,
+        config={"model_type": "deepseek_v41", "text_config": {"hc_mult": N, "hc_sinkhorn_iters": 5, "hc_eps": 1e-5}},
+    )  # fmt: skip
+    return with_lag(case)
+
+
+def with_lag(case: Case) -> Case:
+    """Each sub-block applies the read that the one before computed; the last one's collapses the streams."""
+    computed = [weights.pre for weights in case.expected]
+    for weights, read in zip(case.expected, [one_hot(), *computed[:-1]], strict=True):
+        weights.pre = read
+    case.head = computed[-1]
+    return case
+
+
+def glm5_next() -> Case:
+    return like_v4(
+        4, lambda layer, branch: "model.language_model." + raw_names(layer, branch), ("fn", "base", "scale"),
+        bias="base", dialect="deepseek-v4", rounds=20, lag=None,
+        config={"model_type": "glm5_next", "text_config": {"model_type": "glm5_next_text", "hc_sinkhorn_iters": 20}},
+    )  # fmt: skip
+
+
+def torchtitan() -> Case:
+    return like_v4(
+        5, lambda layer, branch: f"layers.{layer}.{('attention', 'ffn')[branch]}.", ("hc_fn", "hc_base", "hc_scale"),
+        bias="hc_base", dialect="deepseek-v4-transformers", rounds=20, config={},
+    )  # fmt: skip
+
+
+def flat_alphas() -> Case:
+    return like_v4(
+        6, raw_names, ("fn", "base", "alpha_pre", "alpha_post", "alpha_res"), bias="base", dialect="flat-alphas", rounds=20,
+        shapes=((M, N * D), (M,), (1,), (1,), (1,)), config={"model_type": "deepseek_v4", "hc_sinkhorn_iters": 20},
+    )  # fmt: skip
+
+
+MEGATRON = ("mapping_proj.weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
+
+
+def megatron_names(layer: int, branch: int) -> str:
+    return f"decoder.layers.{layer}.{('self_attention', 'mlp')[branch]}_hyper_connection."
+
+
+def megatron() -> Case:
+    return like_v4(
+        7, megatron_names, MEGATRON, bias="bias", dialect="megatron", rounds=9,
+        shapes=((M, N * D), (M,), (1,), (1,), (1,)),
+        config={"num_residual_streams": N, "mhc_sinkhorn_iterations": 9, "hidden_size": D},
+    )  # fmt: skip
+
+
+def megatron_single_pass() -> Case:
+    case = megatron()
+    case.config |= {"mhc_single_pass": True}
+    case.dialect, case.lag = "megatron-single-pass", 1
+    return with_lag(case)
+
+
+def paddlefleet() -> Case:
+    return like_v4(
+        8, megatron_names, MEGATRON, bias="bias", dialect="paddlefleet", rounds=20,
+        shapes=((N * D, M), (M,), (1,), (1,), (1,)), config={"hidden_size": D},
+    )  # fmt: skip
+
+
+def paddlefleet_diagonal() -> Case:
+    make = Random(9)
+    shapes = ((3 * N, N * D), (3 * N,), (1,), (1,), (1,))
+    tensors = projected(megatron_names, MEGATRON, make, shapes)
+    return Case(tensors, {}, "dhc", "dhc", [Weights(None, None, None) for _ in SUBLAYERS])
+
+
+def openpangu() -> Case:
+    def names(layer: int, branch: int) -> str:
+        return f"model.layers.{layer}.{('attn', 'mlp')[branch]}_mhc_module."
+
+    case = like_v4(
+        10, names, ("phi.weight", "branch_beta", "branch_alpha", "norm_gamma"), bias="branch_beta",
+        dialect="openpangu-v2", rounds=11, shapes=((M, N * D), (M,), (3,), (N * D,)),
+        config={"model_type": "openpangu_v2", "mhc_num_stream": N, "mhc_recur_norm": 11},
+    )  # fmt: skip
+    make = Random(12)
+    module = "model.merge_mhc_module."
+    case.tensors |= {
+        f"{module}phi.weight": make(N, N * D),
+        f"{module}branch_alpha_pre": make(1),
+        f"{module}branch_beta_pre": make(N),
+        f"{module}norm_gamma": make(N * D),
+    }
+    case.head = torch.sigmoid(case.tensors[f"{module}branch_beta_pre"].double()) + 1e-6
+    return case
+
+
+def gguf_of_deepseek() -> Case:
+    case = like_v4(
+        13, lambda layer, branch: f"blk.{layer}.hc_{('attn', 'ffn')[branch]}_", ("fn.weight", "base.weight", "scale.weight"),
+        bias="base.weight", dialect="deepseek-v4", rounds=6, eps=1e-4, config={"model_type": "deepseek4"},
+        settings={"hyper_connection.sinkhorn_iterations": 6, "hyper_connection.epsilon": 1e-4, "hyper_connection.count": N},
+    )  # fmt: skip
+    make = Random(14)
+    case.tensors |= {
+        "output_hc_fn.weight": make(N, N * D),
+        "output_hc_base.weight": make(N),
+        "output_hc_scale.weight": make(1),
+    }
+    case.head = torch.sigmoid(case.tensors["output_hc_base.weight"].double()) + 1e-4
+    return case
+
+
+def gguf_mixes() -> Case:
+    make = Random(15)
+    tensors, expected = {}, []
+    for layer in range(LAYERS):
+        bias = make(M, scale=1.5)
+        tensors |= {
+            f"blk.{layer}.mhc_mixes.weight": make(M, N * D),
+            f"blk.{layer}.mhc_base.weight": bias,
+            f"blk.{layer}.mhc_scale.weight": make(3),
+        }
+        expected.append(of_v4_bias(bias, 20, 1e-6))
+    return Case(tensors, {"model_type": "deepseek4"}, "mhc", "deepseek-v4-mixes", expected)
+
+
+# --- H_res is the identity
+
+
+def hy_v4() -> Case:
+    make = Random(16)
+
+    def names(layer: int, branch: int) -> str:
+        return f"model.layers.{layer}.hc_{('attn', 'mlp')[branch]}_layer.hc_pre."
+
+    tensors = projected(names, ("hc_fn", "hc_base", "hc_scale"), make, ((2 * N, N * D), (2 * N,), (2,)))
+    expected = []
+    for place in SUBLAYERS:
+        pre, post = tensors[f"{names(*place)}hc_base"].double().split(N)
+        expected.append(Weights(torch.eye(N), torch.sigmoid(pre) + 1e-6, 1.5 * torch.sigmoid(post) + 1e-6))
+    return Case(tensors, {"model_type": "hy_v4", "hc_magnitude": 1.5}, "independent_hc", "hy-v4", expected)
+
+
+def qwen_gated() -> Case:
+    make, rank = Random(17), 6
+
+    def names(layer: int, branch: int) -> str:
+        return f"model.layers.{layer}.{('attn', 'mlp')[branch]}_hyper_connection."
+
+    leaves = ("hc_norm", "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
+    shapes = ((N * D,), (rank, N * D), (N * D, rank), (N, N * D))
+    tensors = projected(names, leaves, make, shapes)
+    expected = [Weights(torch.eye(N), None, torch.ones(N)) for _ in SUBLAYERS]
+    return Case(tensors, {"model_type": "qwen3_8_next"}, "gated_streams", "qwen4-gated", expected)
+
+
+# --- static_alpha and its descendants
+
+
+def layered(make_one: Callable[[str], tuple[Tensors, Weights]]) -> tuple[Tensors, list[Weights]]:
+    tensors: Tensors = {}
+    expected = []
+    for layer, branch in SUBLAYERS:
+        found, weights = make_one(f"layers.{layer}.{branch}.")
+        tensors |= found
+        expected.append(weights)
+    return tensors, expected
+
+
+def dynamic_hyper_connections() -> Case:
+    make = Random(18)
+
+    def one(prefix: str) -> tuple[Tensors, Weights]:
+        alpha, beta = make(N, N + 1), make(N)
+        tensors = {
+            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(D, N + 1), "dynamic_alpha_scale": make(1)[0],
+            "dynamic_beta_fn": make(D), "dynamic_beta_scale": make(1)[0], "norm.gamma": make(D),
+        }  # fmt: skip
+        # mix_h = alphaᵀ X: column 0 is the branch's input
+        return {prefix + name: t for name, t in tensors.items()}, Weights(alpha[:, 1:].T, alpha[:, 0], beta)
+
+    tensors, expected = layered(one)
+    return Case(tensors, {}, "hc", "hyper-connections", expected)
+
+
+def static_hyper_connections() -> Case:
+    case = dynamic_hyper_connections()
+    case.tensors = {name: value for name, value in case.tensors.items() if "static" in name}
+    return case
+
+
+def flattened_mhc() -> Case:
+    make = Random(19)
+
+    def one(prefix: str) -> tuple[Tensors, Weights]:
+        alpha, beta = make(N, N + 1, scale=2.0), make(N)
+        tensors = {
+            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(N * D, N + N * N),
+            "dynamic_beta_fn": make(N * D, N), "pre_branch_scale": make(1), "residual_scale": make(1),
+            "h_post_scale": make(1)[0], "norm.gamma": make(N * D),
+        }  # fmt: skip
+        res = sinkhorn_lucidrains(alpha[:, 1:]).T
+        return {prefix + name: t for name, t in tensors.items()}, Weights(
+            res, torch.sigmoid(alpha[:, 0]), 2 * torch.sigmoid(beta)
+        )
+
+    tensors, expected = layered(one)
+    return Case(tensors, {}, "mhc", "mhc-flattened", expected)
+
+
+def logits_next_to_alpha() -> Case:
+    make = Random(20)
+
+    def one(prefix: str) -> tuple[Tensors, Weights]:
+        res, pre, post = make(N, N), make(1, N), make(1, N)
+        tensors = {
+            "H_res_logits": res, "H_pre_logits": pre, "H_post_logits": post, "static_alpha": make(N, N + 1),
+            "static_beta": make(N), "dynamic_alpha_fn": make(D, N + 1), "dynamic_alpha_scale": make(1)[0],
+            "dynamic_beta_fn": make(D), "dynamic_beta_scale": make(1)[0], "norm.gamma": make(D),
+        }  # fmt: skip
+        # einsum(H_res, X, "s t, ... s d -> ... t d")
+        weights = Weights(sinkhorn_tau(res, 10, 0.7).T, torch.softmax(pre[0], -1), torch.softmax(post[0], -1))
+        return {prefix + name: t for name, t in tensors.items()}, weights
+
+    tensors, expected = layered(one)
+    return Case(tensors, {"sinkhorn_tau": 0.7}, "mhc", "mhc-logits", expected)
+
+
+def logits_alone() -> Case:
+    case = logits_next_to_alpha()
+    case.tensors = {name: value for name, value in case.tensors.items() if "logits" in name}
+    return case
+
+
+def of_permutations(weights: torch.Tensor) -> torch.Tensor:
+    order = torch.tensor(list(itertools.permutations(range(N))))
+    return torch.einsum("r,rij->ij", weights.double(), torch.eye(N).double()[order])
+
+
+def mhc_lite() -> Case:
+    make = Random(21)
+    count = N + math.factorial(N)
+
+    def one(prefix: str) -> tuple[Tensors, Weights]:
+        alpha, beta = make(count), make(N)
+        tensors = {
+            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(N * D, count),
+            "dynamic_beta_fn": make(N * D, N), "pre_branch_scale": make(1), "residual_scale": make(1),
+            "h_post_scale": make(1)[0], "norm.gamma": make(N * D),
+        }  # fmt: skip
+        res = of_permutations(torch.softmax(alpha[N:], -1)).T
+        weights = Weights(res, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta))
+        return {prefix + name: t for name, t in tensors.items()}, weights
+
+    tensors, expected = layered(one)
+    return Case(tensors, {}, "mhc_lite", "mhc-lite", expected)
+
+
+def kromhc() -> Case:
+    make = Random(22)
+    count = N + 2 * int(math.log2(N))
+
+    def one(prefix: str) -> tuple[Tensors, Weights]:
+        alpha, beta = make(count), make(N)
+        tensors = {
+            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(N * D, count),
+            "dynamic_beta_fn": make(N * D, N), "pre_branch_scale": make(1), "residual_scale": make(1),
+            "h_post_scale": make(1)[0],
+        }  # fmt: skip
+        first, second = (
+            torch.stack([torch.stack([p, 1 - p]), torch.stack([1 - p, p])])
+            for p in torch.softmax(alpha[N:].double().view(2, 2), -1)[:, 0]
+        )
+        weights = Weights(torch.kron(first, second).T, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta))
+        return {prefix + name: t for name, t in tensors.items()}, weights
+
+    tensors, expected = layered(one)
+    return Case(tensors, {}, "kromhc", "kromhc", expected)
+
+
+def generalised() -> Case:
+    make, m = Random(23), 2
+
+    def one(prefix: str) -> tuple[Tensors, Weights]:
+        read, write, mixing = make(N, m), make(N, m), make(N, N)
+        tensors = {
+            "read_in": read, "write_out": write, "stream_mixing": mixing, "dynamic_scaling_read_in": make(N, m),
+            "dynamic_scaling_weight_read_in.weight": make(m, D),
+        }  # fmt: skip
+        return {prefix + name: t for name, t in tensors.items()}, Weights(mixing, read.T, write)
+
+    tensors, expected = layered(one)
+    return Case(tensors, {}, "ghc", "ghc", expected)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    case.__name__: case
+    for case in (
+        deepseek_v4, deepseek_v4_transformers, deepseek_v41, glm5_next, torchtitan, flat_alphas, megatron,
+        megatron_single_pass, paddlefleet, paddlefleet_diagonal, openpangu, gguf_of_deepseek, gguf_mixes, hy_v4, qwen_gated,
+        dynamic_hyper_connections, static_hyper_connections, flattened_mhc, logits_next_to_alpha, logits_alone, mhc_lite,
+        kromhc, generalised,
+    )
+}  # fmt: skip

@@ -1,0 +1,307 @@
+"""Every dialect: what is read of the files is what the code of its models computes where the input adds nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from depthscope import probes
+from depthscope.diagnostics import kernels
+from depthscope.probes.checkpoints.errors import CheckpointError
+from tests.probes.static.dialect_files import CASES, SUBLAYERS, Case, D, N, Random, sinkhorn_v4
+from tests.probes.static.written_files import write_gguf, write_safetensors, write_shards
+
+pytest.importorskip("gguf")
+
+
+def write(case: Case, folder, form: str):
+    if form == "gguf":
+        # a GGUF file always names an architecture
+        return write_gguf(folder, case.tensors, case.config or {"model_type": "deepseek4"}, case.settings)
+    config = {**case.config, **case.settings}
+    return (write_shards if form == "shards" else write_safetensors)(folder, case.tensors, config)
+
+
+def same(found, expected, tolerance: float = 3e-6) -> None:
+    if expected is None:
+        assert found is None
+    else:
+        np.testing.assert_allclose(found, np.asarray(expected), atol=tolerance)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "gguf"])
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_what_the_code_of_the_dialect_computes(name, form, tmp_path):
+    case = CASES[name]()
+    found = probes.describe_weights(write(case, tmp_path, form))
+    assert found.unrecognised == ()
+    assert len(found.connections) == len(case.expected)
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        assert (one.family, one.dialect, one.streams) == (case.family, case.dialect, N)
+        # the width is that of the projections, where there are any
+        assert one.width in (D, None)
+        same(one.h_res, expected.res)
+        same(one.h_pre, expected.pre)
+        same(one.h_post, expected.post)
+    if case.head is not None:
+        (head,) = found.heads
+        same(head.h_pre, case.head)
+    str(found)  # prints
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_places_are_in_the_order_in_which_blocks_run(name, tmp_path):
+    found = probes.describe_weights(write(CASES[name](), tmp_path, "safetensors"))
+    layers = [one.layer for one in found.connections]
+    assert layers == sorted(layers)
+    if len(found.connections) == len(SUBLAYERS) and found.connections[0].branch != "block":
+        assert [one.branch for one in found.connections] == ["attn", "mlp"] * 3
+
+
+def test_the_depth_kernel_of_a_lagged_read_is_that_of_the_model(tmp_path):
+    """DeepSeek-V4.1, run stream by stream on one-hot branch outputs."""
+    case = CASES["deepseek_v41"]()
+    found = probes.describe_weights(write(case, tmp_path, "safetensors"))
+    computed = [
+        case.head if at == len(case.expected) - 1 else case.expected[at + 1].pre
+        for at in range(len(case.expected))
+    ]
+    reads = [torch.eye(N).double()[0], *computed]
+    kernel = np.zeros((len(case.expected), len(case.expected)))
+    for source in range(len(case.expected)):
+        streams = torch.zeros(N).double()
+        for reader, weights in enumerate(case.expected):
+            kernel[reader, source] = reads[reader] @ streams
+            streams = weights.res @ streams + (weights.post if reader == source else 0)
+    h_res, h_pre, h_post = (
+        np.stack([getattr(one, part) for one in found.connections]) for part in ("h_res", "h_pre", "h_post")
+    )
+    np.testing.assert_allclose(kernels.mixing.depth_kernel(h_res, h_pre, h_post), kernel, atol=1e-5)
+    assert {one.read_lag for one in found.connections} == {1}
+    assert "collapses the streams" in found.heads[0].note
+
+
+def test_without_a_model_type_the_lag_is_open_and_said(tmp_path):
+    case = CASES["deepseek_v41"]()
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, {}))
+    assert {one.read_lag for one in found.connections} == {None}
+    assert found.composites[0].effective_streams is None
+    assert "whether it or the next one applies it" in str(found)
+    lagged = probes.describe_weights(tmp_path, as_dialect="deepseek-v4.1")
+    assert [one.read_lag for one in lagged.connections] == [1] * 6
+
+
+def test_a_gap_leaves_the_lagged_reads_open(tmp_path):
+    case = CASES["deepseek_v41"]()
+    tensors = {name: value for name, value in case.tensors.items() if not name.startswith("layers.1.hc_ffn")}
+    found = probes.describe_weights(write_safetensors(tmp_path, tensors, case.config))
+    assert all(one.h_pre is None for one in found.connections)
+    assert any("layer 1 mlp" in words for words in found.warnings)
+
+
+def test_an_unused_parameter_is_reported_as_unused(tmp_path):
+    found = probes.describe_weights(write(CASES["logits_next_to_alpha"](), tmp_path, "safetensors"))
+    assert "layers.0.0.static_alpha" in found.connections[0].unused
+    assert not any(
+        parameter.read for parameter in found.connections[0].parameters if "static" in parameter.name
+    )
+    assert "never applied" in str(found)
+
+
+def test_another_projection_of_the_logits_is_not_read_as_sinkhorn(tmp_path):
+    case = CASES["logits_alone"]()
+    found = probes.describe_weights(
+        write_safetensors(tmp_path, case.tensors, {"mhc_h_res_proj": "orthostochastic"})
+    )
+    assert found.connections == ()
+    assert len(found.unrecognised) == len(case.tensors)
+
+
+def test_an_unknown_model_type_needs_a_name(tmp_path):
+    case = CASES["deepseek_v4"]()
+    folder = write_safetensors(tmp_path, case.tensors, {"model_type": "deepseek_v9"})
+    with pytest.raises(CheckpointError, match=r"deepseek_v9 is not known to any dialect.*--as deepseek-v4"):
+        probes.describe_weights(folder)
+    for name in ("deepseek-v4", "deepseek_v4"):
+        assert len(probes.describe_weights(folder, as_dialect=name).connections) == 6
+    with pytest.raises(CheckpointError, match="no tensors have the names of the dialect 'kromhc'"):
+        probes.describe_weights(folder, as_dialect="kromhc")
+    with pytest.raises(CheckpointError, match="'deepseek' is no dialect"):
+        probes.describe_weights(folder, as_dialect="deepseek")
+
+
+def test_rows_that_compute_different_weights_of_the_same_tensors_are_named(tmp_path):
+    make, m = Random(5), 2
+    tensors = {}
+    for layer in range(2):
+        prefix = f"blocks.{layer}.attn."
+        tensors |= {f"{prefix}{name}": make(N, m) for name in ("read_in", "write_out")}
+        tensors[f"{prefix}stream_mixing"] = make(N, N)
+        for name in ("read_in", "write_out", "stream_mixing"):
+            tensors[f"{prefix}alpha_{name}"] = make(1)
+            tensors[f"{prefix}proj_{name}.weight"] = make(N * (N if name == "stream_mixing" else m), N * D)
+    folder = write_safetensors(tmp_path, tensors, {})
+    found = probes.describe_weights(folder)
+    assert [one.h_res for one in found.connections] == [None, None]
+    assert "do not decide between ghc-free and ghc-manifold" in str(found)
+    free = probes.describe_weights(folder, as_dialect="ghc-free").connections[0]
+    same(free.h_res, tensors["blocks.0.attn.stream_mixing"])
+    same(free.h_pre, tensors["blocks.0.attn.read_in"].T)
+    constrained = probes.describe_weights(folder, as_dialect="ghc-manifold").connections[0]
+    # exp, rows and columns in turn: without a floor DeepSeek-V4's order
+    same(constrained.h_res, sinkhorn_v4(tensors["blocks.0.attn.stream_mixing"], 20, 0.0))
+    same(constrained.h_post, 2 * torch.sigmoid(tensors["blocks.0.attn.write_out"]))
+
+
+def test_megatron_with_a_number_of_biases_that_two_rows_share(tmp_path):
+    """24 biases are 4 · 6 of mHC with 4 streams, or 3 · 8 of diagonal connections with 8: the width of the model decides."""
+    case = CASES["megatron"]()
+    config = {**case.config, "hidden_size": D // 2}
+    del config["num_residual_streams"]
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, config))
+    assert [one.dialect for one in found.connections] == ["dhc"] * 6
+    assert found.connections[0].streams == 8
+    (tmp_path / "config.json").unlink()
+    found = probes.describe_weights(tmp_path)
+    assert [one.dialect for one in found.connections] == ["megatron"] * 6
+    assert "also fit dhc" in found.connections[0].note
+
+
+# --- designs over depth: what weights alone tell
+
+
+def kimi(layers: int = 5) -> dict[str, torch.Tensor]:
+    make = Random(30)
+    prefix = "language_model.model."
+    tensors = {}
+    for layer in range(layers):
+        for branch in ("self_attention", "mlp"):
+            tensors[f"{prefix}layers.{layer}.{branch}_res_norm.weight"] = make(D)
+            tensors[f"{prefix}layers.{layer}.{branch}_res_proj.weight"] = make(1, D)
+    tensors[f"{prefix}output_attn_res_norm.weight"] = make(D)
+    tensors[f"{prefix}output_attn_res_proj.weight"] = make(1, D)
+    return tensors
+
+
+def sources_of_kimi(layers: int, block: int) -> list[int]:
+    """The loop of Kimi-K3's decoder, counting what each read attends to."""
+    blocks, counts = 0, []
+    for layer in range(layers):
+        counts.append(blocks + 1 if blocks else 0)  # the first layer's attention reads the embedding as it is
+        if layer % block == 0:
+            blocks += 1  # the state so far becomes a source and begins anew
+        counts.append(blocks + 1)
+    return [*counts, blocks + 1]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_attention_residuals_are_named_with_their_queries_and_sources(form, tmp_path):
+    tensors = kimi()
+    config = {"model_type": "kimi_k3", "text_config": {"attn_res_block_size": 2, "num_hidden_layers": 5}}
+    case = Case(
+        tensors,
+        {**config, **config["text_config"]} if form == "gguf" else config,
+        "depth_attention",
+        "kimi-k3",
+    )
+    found = probes.describe_weights(write(case, tmp_path, form))
+    everything = [*found.connections, *found.heads]
+    assert [one.depth.sources for one in everything] == sources_of_kimi(5, 2)
+    assert [one.layer for one in found.connections if one.depth.resets] == [0, 2, 4]
+    query = (
+        tensors["language_model.model.layers.1.mlp_res_norm.weight"]
+        * tensors["language_model.model.layers.1.mlp_res_proj.weight"]
+    )
+    assert found.connections[3].depth.query_norms == pytest.approx((float(query.norm()),), rel=1e-6)
+    assert {one.family for one in everything} == {"depth_attention"}
+    assert (found.composites, everything[0].h_res) == ((), None)
+    assert "begins anew" in str(found)
+
+
+def test_the_names_of_kimi_in_another_model_are_not_taken_for_it(tmp_path):
+    with pytest.raises(CheckpointError, match="qwen3 is not known to any dialect"):
+        probes.describe_weights(write_safetensors(tmp_path, kimi(), {"model_type": "qwen3"}))
+
+
+def test_scales_of_one_stream_are_named(tmp_path):
+    make = Random(31)
+    leaves = ("hidden_states_scale", "hidden_states_bias", "residual_scale", "residual_bias")
+    tensors = {
+        f"model.layers.{layer}.post_{branch}_residual_scale.{leaf}": make(D)
+        for layer in range(2) for branch in ("attention", "mlp") for leaf in leaves
+    }  # fmt: skip
+    found = probes.describe_weights(write_safetensors(tmp_path, tensors, {"model_type": "zaya"}))
+    assert [(one.family, one.streams, one.branch) for one in found.connections] == [
+        ("scaled_residual", 1, branch) for _ in range(2) for branch in ("attn", "mlp")
+    ]
+    scale = tensors["model.layers.0.post_mlp_residual_scale.residual_scale"]
+    assert found.connections[1].biases["residual"].minimum == pytest.approx(float(scale.min()))
+
+
+@pytest.mark.model
+def test_the_sources_and_queries_of_inkling2_are_those_of_its_modules(tmp_path):
+    """Each read of a small model: how many states it attends to, and what it multiplies them by."""
+    from transformers import AutoConfig
+    from transformers.models.inkling2 import modeling_inkling2 as code
+
+    text = AutoConfig.for_model("inkling2_text") if "inkling2_text" in configured_types() else None
+    if text is None:
+        pytest.skip("this transformers has no inkling2")
+    text.hidden_size, text._attn_implementation = D, "eager"
+    read = code.Inkling2BlockAttentionResidual(text)
+    torch.nn.init.normal_(read.query, generator=torch.Generator().manual_seed(0))
+    found = probes.describe_weights(
+        write_safetensors(
+            tmp_path, {"model.layers.0.mlp_input.query": read.query.data}, {"model_type": "inkling2"}
+        )
+    ).connections[0]
+    # layer 0: the embedding is a source of its own, and the attention's output the unfinished one
+    blocks, partial = torch.randn(1, 1, 1, D), torch.randn(1, 1, D)
+    with torch.no_grad():
+        mixed = read(blocks, partial)[0]
+    sources = torch.cat([blocks, partial.unsqueeze(-2)], dim=-2)[0, 0]
+    assert found.depth.sources == len(sources)
+    normed = sources / sources.square().mean(-1, keepdim=True).sqrt()
+    query = read.query.data * found.depth.query_norms[0] / read.query.data.norm()
+    expected = torch.softmax(normed @ query, 0) @ normed
+    torch.testing.assert_close(mixed.flatten(), expected, atol=1e-3, rtol=1e-3)
+
+
+def configured_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+@pytest.mark.parametrize("name", ["flattened_mhc", "mhc_lite"])
+def test_a_norm_of_one_stream_changes_nothing_of_what_is_static(name, tmp_path):
+    case = CASES[name]()
+    for key in case.tensors:
+        if key.endswith("norm.gamma"):
+            case.tensors[key] = torch.ones(D)
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, case.config))
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        same(one.h_res, expected.res)
+
+
+def test_names_of_one_code_are_read_under_any_model_type_and_that_is_said(tmp_path):
+    case = CASES["dynamic_hyper_connections"]()
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, {"model_type": "nano_gpt"}))
+    assert len(found.connections) == 6
+    assert "the model type nano_gpt is known to no dialect" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deepseek_v4", "doubly stochastic"),
+        ("mhc_lite", "doubly stochastic"),
+        ("kromhc", "doubly stochastic"),
+        ("hy_v4", "identity"),
+        ("dynamic_hyper_connections", "unconstrained"),
+    ],
+)
+def test_what_the_matrices_satisfy_is_measured(name, words, tmp_path):
+    found = probes.describe_weights(write(CASES[name](), tmp_path, "safetensors"))
+    assert [one.constraint[: len(words)] for one in found.connections] == [words] * len(found.connections)

@@ -1,0 +1,284 @@
+"""Files with one thing changed: what is read is still right, or the change is named; never a wrong answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from depthscope import probes
+from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.static.describe import StaticDescription
+from tests.probes.static.dialect_files import CASES, Case
+from tests.probes.static.written_files import write_gguf, write_safetensors, write_shards
+
+gguf = pytest.importorskip("gguf")
+Change = Callable[[Case, random.Random], str]
+
+
+def one_axis_transposed(case: Case, rng: random.Random) -> str:
+    """The name of a matrix of unequal sides that is stored the other way."""
+    name = rng.choice(
+        [name for name, t in case.tensors.items() if t.ndim == 2 and t.shape[0] != t.shape[1]] or [""]
+    )
+    if name:
+        case.tensors[name] = case.tensors[name].T.contiguous()
+    return name
+
+
+def one_tensor_missing(case: Case, rng: random.Random) -> str:
+    name = rng.choice(sorted(case.tensors))
+    del case.tensors[name]
+    return name
+
+
+def one_tensor_more(case: Case, rng: random.Random) -> str:
+    """A parameter next to a connection's own, with a name that tells that it takes part."""
+    name = rng.choice(sorted(case.tensors)).removesuffix(".weight")
+    cut = max(name.rfind("."), name.rfind("_"))
+    name = f"{name[: cut + 1]}{rng.choice(['h_res_gate', 'temperature', 'residual_mix'])}"
+    case.tensors[name] = torch.randn(1, generator=torch.Generator().manual_seed(3))
+    return name
+
+
+def one_size_changed(case: Case, rng: random.Random) -> str:
+    name = rng.choice([name for name, t in case.tensors.items() if t.ndim])
+    tensor = case.tensors[name]
+    case.tensors[name] = torch.cat([tensor, tensor[:1]])
+    return name
+
+
+def unrelated_layers(case: Case, rng: random.Random) -> str:
+    """Layers of a transformer, which are no connections."""
+    for layer in range(3):
+        case.tensors |= {
+            f"extra.{layer}.q_proj.weight": torch.zeros(32, 8),
+            f"extra.{layer}.norm.weight": torch.zeros(8),
+            f"extra.{layer}.mlp.down_proj.weight": torch.zeros(8, 32),
+            f"extra.{layer}.router.weight": torch.zeros(8, 8),
+            f"extra.{layer}.attn.scale": torch.zeros(1),
+        }
+    return ""
+
+
+CHANGES: dict[str, Change] = {
+    change.__name__: change
+    for change in (
+        one_axis_transposed,
+        one_tensor_missing,
+        one_tensor_more,
+        one_size_changed,
+        unrelated_layers,
+    )
+}
+
+
+def agrees(found: np.ndarray | None, expected: torch.Tensor | None) -> bool:
+    """Whether a weight is right, or is not given."""
+    if found is None:
+        return True
+    return expected is not None and np.allclose(found, np.asarray(expected), atol=3e-6)
+
+
+def described_or_refused(path) -> StaticDescription | None:
+    """The description; None where the file is refused, in one line."""
+    try:
+        found = probes.describe_weights(path)
+    except CheckpointError as error:
+        sentence = str(error)
+    else:
+        str(found)  # prints
+        return found
+    assert "\n" not in sentence
+    return None
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_changed_file_is_right_or_refused_with_the_reason(name, change, seed, tmp_path):
+    case, rng = CASES[name](), random.Random(f"{name} {change} {seed}")
+    config = case.config | case.settings
+    whole = probes.describe_weights(write_safetensors(tmp_path, case.tensors, config))
+    expected = dict(zip([one.module for one in whole.connections], case.expected, strict=True))
+    changed = CHANGES[change](case, rng)
+    (tmp_path / "changed").mkdir()
+    write = rng.choice([write_safetensors, write_shards])
+    found = described_or_refused(write(tmp_path / "changed", case.tensors, config))
+    if found is None:
+        return
+    for one in found.connections:
+        for part in ("res", "pre", "post"):
+            assert agrees(getattr(one, f"h_{part}"), getattr(expected[one.module], part)), (
+                changed,
+                one.module,
+                part,
+            )
+    lost = expected.keys() - {
+        one.module for one in found.connections if not one.note or "no weights" not in one.note
+    }
+    if lost and case.family != "dhc":
+        # What is no longer read is named; and no product over depth leaves it out in silence.
+        said = str(found) + " ".join(each.name for each in found.unrecognised)
+        assert all(module in said for module in lost), (changed, lost)
+        assert found.composites == ()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sixteen_bits_are_rounded_values_of_the_same(name, tmp_path):
+    case = CASES[name]()
+    rounded = {key: value.to(torch.bfloat16) for key, value in case.tensors.items()}
+    full = {key: value.float() for key, value in rounded.items()}
+    for part in ("half", "full"):
+        (tmp_path / part).mkdir()
+    half = probes.describe_weights(write_safetensors(tmp_path / "half", rounded, case.config))
+    same = probes.describe_weights(write_safetensors(tmp_path / "full", full, case.config))
+    for one, other in zip(half.connections, same.connections, strict=True):
+        for part in ("h_res", "h_pre", "h_post"):
+            np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "megatron", "mhc_lite"])
+def test_eight_bit_floats_of_what_is_read_are_refused_by_name(name, tmp_path):
+    case = CASES[name]()
+    read = next(key for key in case.tensors if key.endswith(("base", "bias", "static_alpha")))
+    case.tensors[read] = case.tensors[read].to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match=f"'{read}' is stored as F8_E4M3"):
+        probes.describe_weights(write_safetensors(tmp_path, case.tensors, case.config))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "megatron"])
+def test_eight_bit_floats_of_what_is_not_read_do_no_harm(name, tmp_path):
+    case = CASES[name]()
+    for key in list(case.tensors):
+        if key.endswith(("fn", "mapping_proj.weight")):
+            case.tensors[key] = case.tensors[key].to(torch.float8_e4m3fn)
+            case.tensors[f"{key}_scale_inv"] = torch.ones(1)
+    found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, case.config))
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        np.testing.assert_allclose(one.h_res, expected.res, atol=3e-6)
+
+
+# --- GGUF
+
+
+def test_quantised_projections_and_biases_of_gguf(tmp_path):
+    case = CASES["gguf_of_deepseek"]()
+    # Q8_0 has blocks of 32: the projections are (24, 32)
+    found = probes.describe_weights(
+        write_gguf(tmp_path, case.tensors, case.config, case.settings, quantised="hc_attn_fn")
+    )
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        np.testing.assert_allclose(one.h_res, expected.res, atol=3e-6)
+    assert {parameter.dtype for parameter in found.connections[0].parameters} == {"Q8_0", "F32"}
+
+
+def test_quantised_values_are_those_of_the_gguf_package(tmp_path):
+    """Logits of 8 streams, 64 numbers, in the blocks of 32 that Q8_0 has."""
+    n = 8
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(n, n, generator=generator), torch.randn(1, n, generator=generator)
+    tensors = {
+        "h.0.attn.H_res_logits": logits.reshape(1, -1).reshape(2, 32),
+        "h.0.attn.H_pre_logits": weights,
+    }
+    row = (
+        '[[dialect]]\nname = "flat"\nfamily = "mine"\nnames = ["{path}.*"]\nmixing = "res"\nparts = { res = '
+        + ('"reshape(H_res_logits, n, n)" }\ntensors = { H_res_logits = "2, 32", H_pre_logits = "1, n" }\n')
+    )
+    (tmp_path / "flat.toml").write_text(row)
+    file = write_gguf(tmp_path, tensors, {"model_type": "mine"}, {}, quantised="H_res")
+    (one,) = probes.describe_weights(file, dialect_file=tmp_path / "flat.toml").connections
+    kind = gguf.GGMLQuantizationType.Q8_0
+    expected = gguf.quants.dequantize(
+        gguf.quants.quantize(tensors["h.0.attn.H_res_logits"].numpy(), kind), kind
+    )
+    np.testing.assert_array_equal(one.h_res, expected.reshape(n, n).astype(np.float64))
+    assert np.abs(one.h_res - logits.numpy()).max() > 1e-4, "it was quantised"
+
+
+def test_a_type_that_cannot_be_dequantised_is_refused_by_name(tmp_path):
+    case = CASES["gguf_of_deepseek"]()
+    file = write_gguf(tmp_path, case.tensors, case.config, case.settings)
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b"blk.1.hc_ffn_base.weight") + len(b"blk.1.hc_ffn_base.weight") + 4 + 8
+    raw[at : at + 4] = (26).to_bytes(4, "little")  # I32
+    file.write_bytes(raw)
+    with pytest.raises(
+        CheckpointError, match=r"'blk.1.hc_ffn_base.weight' is stored as I32, which cannot be dequantised"
+    ):
+        probes.describe_weights(file)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_damage_of_gguf_ends_in_words(seed, tmp_path):
+    case, rng = CASES["gguf_of_deepseek"](), random.Random(seed)
+    file = write_gguf(tmp_path, case.tensors, case.config, case.settings)
+    raw = bytearray(file.read_bytes())
+    for _ in range(rng.randint(1, 6)):
+        raw[rng.randrange(3000)] ^= 1 << rng.randrange(8)
+    if seed % 4 == 0:
+        del raw[rng.randrange(len(raw)) :]
+    file.write_bytes(raw)
+    described_or_refused(file)
+
+
+def series(folder, count: int = 2):
+    """A GGUF checkpoint in several files, each with tensors of every layer."""
+    case = CASES["gguf_of_deepseek"]()
+    names = sorted(case.tensors)
+    for part in range(count):
+        (folder / f"part{part}").mkdir()
+        tensors = {name: case.tensors[name] for name in names[part::count]}
+        settings = case.settings if part == 0 else {}
+        file = write_gguf(folder / f"part{part}", tensors, case.config, settings)
+        file.rename(folder / f"m-{part + 1:05d}-of-{count:05d}.gguf")
+    return case, folder / f"m-{1:05d}-of-{count:05d}.gguf"
+
+
+def test_a_series_of_gguf_files_is_one_checkpoint(tmp_path):
+    case, first = series(tmp_path)
+    found = probes.describe_weights(first)
+    assert found.num_files == 2
+    for one, expected in zip(found.connections, case.expected, strict=True):
+        np.testing.assert_allclose(one.h_res, expected.res, atol=3e-6)
+    (tmp_path / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(CheckpointError, match="contains 1 of 2 shards"):
+        probes.describe_weights(first)
+
+
+def test_several_gguf_files_in_a_folder_are_a_choice(tmp_path):
+    case = CASES["gguf_of_deepseek"]()
+    write_gguf(tmp_path, case.tensors, case.config, case.settings).rename(tmp_path / "q8.gguf")
+    assert len(probes.describe_weights(tmp_path).connections) == 6
+    write_gguf(tmp_path, case.tensors, case.config, case.settings)
+    with pytest.raises(CheckpointError, match=r"several GGUF checkpoints \(model.gguf, q8.gguf\)"):
+        probes.describe_weights(tmp_path)
+
+
+# --- networks without connections
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "kind", ["llama", "mixtral", "qwen3_moe", "bert", "vit", "dinov2", "mamba", "granite", "gemma3_text"]
+)
+def test_a_plain_network_has_no_connection_and_nothing_that_looks_like_one(kind, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL))
+    config = {"model_type": kind, "hidden_size": 64}
+    found = probes.describe_weights(write_safetensors(tmp_path, model.state_dict(), config))
+    assert (found.connections, found.heads, found.unrecognised) == ((), (), ())
