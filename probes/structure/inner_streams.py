@@ -38,6 +38,9 @@ def _copies(before: Value, after: Value) -> int:
     size = math.prod(before.shape)
     for value in LinearMap(after, [before]).carrying:
         stream = stream_atom(value.axes, MOST_STREAMS)
-        if stream is not None and stream.size > 1 and math.prod(value.shape) == stream.size * size:
+        expanded = stream is not None and stream.size > 1 and math.prod(value.shape) == stream.size * size
+        # Copies of this state alone: a stack of several streams that are handed on one by one has the others as sources.
+        if expanded and not LinearMap(value, [before]).sources:
+            assert stream is not None
             return stream.size
     return 0
