@@ -47,7 +47,11 @@ class ConnectionFacts:
 
 @dataclass(frozen=True)
 class Description:
-    """What was found in a model; prints as a page."""
+    """What was found in a model; prints as a page.
+
+    ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
+    ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant).
+    """
 
     model: str
     family: str
@@ -65,6 +69,7 @@ class Description:
     connections: tuple[ConnectionFacts, ...]
     changes_outside: tuple[dict[str, Any], ...]
     coverage: tuple[dict[str, Any], ...]
+    remarks: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
@@ -85,6 +90,7 @@ class Description:
             f"outside of the connections, before {change['module']}"
             for change in self.changes_outside
         ]
+        lines += [f"  remark       {remark['sentence']}" for remark in self.remarks]
         return "\n".join(lines + self._coverage())
 
     def _proof(self) -> list[str]:
@@ -176,6 +182,7 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         connections=tuple(_connection_facts(leading)),
         changes_outside=tuple(run.attrs.get("changes_outside", ())),
         coverage=tuple(_coverage_rows(run)),
+        remarks=tuple(run.attrs.get("remarks", ())),
     )
 
 

@@ -15,6 +15,7 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.model_call import batches, call_observed
@@ -103,10 +104,14 @@ def measure(
     session = Session(model, options, only_own=True, sums=not described)
     gradients = session.options.gradients
     step, losses = [TokenSums()], []  # one sum over all batches: the weights are the same in all of them
-    sequences = 0
+    sequences, first = 0, None
     with preserved_state(model), _gradients_enabled(model, gradients), eager():
         for item in batches(batch):
             measured, value = _measure_batch(session, item, loss)
+            assert session.last is not None
+            began = session.last.first_index
+            if first is None:
+                first = item, began, measured.batch_size
             sequences += measured.batch_size
             losses.append(value)
             step = merge_sums(step, measured.sums)
@@ -119,9 +124,12 @@ def measure(
     row = StepStatistics(
         0, [sums.compact() for sums in step], sequences, sum(known) / len(known) if known else None
     )
+    assert first is not None
+    # After the state is restored: the forward draws what the first measured one drew.
+    followed = follow(session, *first)
     if described:
-        return build_run(session, [], [], digests=False)
-    return build_run(session, [row], step, attrs=attrs, token_text=token_text)
+        return build_run(session, [], [], digests=False, followed=followed)
+    return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed)
 
 
 def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:

@@ -15,6 +15,7 @@ from depthscope.diagnostics.verdicts import (
     streams,
     trained_mixing,
     weight_updates,
+    wiring,
 )
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
@@ -38,6 +39,14 @@ VERDICTS: dict[str, Verdict] = {
         magnitude.attenuation,
         magnitude.exploding_gradient,
         magnitude.vanishing_gradient,
+        wiring.discarded_mixing,
+        wiring.transposed_mixing,
+        wiring.constant_mixing,
+        wiring.one_sided_mixing,
+        wiring.unlearnable_mixing,
+        wiring.swapped_weights,
+        wiring.rounded_mixing,
+        wiring.foreign_coefficients,
         streams.sinkhorn_not_converged,
         streams.negative_mixing,
         streams.expansive_mixing,

@@ -149,7 +149,7 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
     metric="composite_gain",
     limits=Limits(warn=10.0, fail=100.0),
     not_for=ALTUP,
-    follows_from={"single_gain_explosion": from_there_on},
+    follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
 )
 def gain_explosion(composite_gain: xr.DataArray) -> Iterator[Profile]:
     """The signal explodes through the product of the mixing matrices.
@@ -183,7 +183,7 @@ def single_gain_explosion(mixing_gain: xr.DataArray) -> Iterator[Profile]:
     metric="composite_attenuation",
     limits=Limits(warn=FADED, fail=0.05, above=False),
     not_for=ALTUP,
-    follows_from={"sinkhorn_not_converged": from_there_on},
+    follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray

@@ -16,6 +16,7 @@ from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.wiring import told
 
 # Families whose streams never mix by construction: an identity is no finding.
 UNMIXED = ("residual", "independent_hc", "gated")
@@ -146,7 +147,12 @@ def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="deflated_gain", limits=Limits(fail=-2.0, above=False), not_for=ALTUP)
+@verdict(
+    metric="deflated_gain",
+    limits=Limits(fail=-2.0, above=False),
+    not_for=ALTUP,
+    follows_from={"constant_mixing": anywhere},
+)
 def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """One connection alone makes all streams the same.
 
@@ -177,7 +183,12 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     return [Profile(typical, "the distance of H_res from the identity is")]
 
 
-@verdict(metric="identity_distance", limits=Limits(warn=STUCK, above=False), not_for=UNMIXED)
+@verdict(
+    metric="identity_distance",
+    limits=Limits(warn=STUCK, above=False),
+    not_for=UNMIXED,
+    follows_from={"discarded_mixing": anywhere},
+)
 def stuck_at_identity(
     identity_distance: xr.DataArray,
     stream_cosine: xr.DataArray | None = None,
@@ -276,12 +287,16 @@ def copied_streams(stream_cosine: xr.DataArray, read_share: xr.DataArray | None 
 
 
 @verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False))
-def passing_streams(stream_cosine: xr.DataArray) -> Iterable[Profile] | None:
+def passing_streams(
+    attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
+) -> Iterable[Profile] | None:
     """The streams do not persist between blocks: they differ inside a block and are one again at its end.
 
     What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
     embedding and merge once before the head; look for a mean over streams at the end of the block.
     """
+    if stream_cosine is None:
+        return told(attrs, "passing_streams")  # where no state has streams, the code alone shows them
     if "site" not in stream_cosine.coords:
         return None
     site = stream_cosine["site"].values

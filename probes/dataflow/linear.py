@@ -48,6 +48,11 @@ class LinearMap:
         self.sources = tuple(v for v in self._order if id(v) not in self._origins and id(v) in self._ends)
         self.functions = tuple(v for v in self.sources if v.step is not None and v.step.rule.function)
 
+    @property
+    def carrying(self) -> tuple[Value, ...]:
+        """The values on the way that carry an origin."""
+        return tuple(value for value in self._order if id(value) in self._carried)
+
     def _is_end(self, value: Value) -> bool:
         return id(value) in self._origins or value.step is None or value.step.rule.function
 

@@ -8,8 +8,12 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.probes.connections.applied import Replacement, as_applied
+from depthscope.probes.connections.computation import Forward
+from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import gather_evidence
 from depthscope.probes.run.attributes import run_attributes
+from depthscope.probes.run.connection_remarks import connection_remarks
 from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.groups import chain_groups
 from depthscope.probes.run.joints import sampled_joints
@@ -28,6 +32,7 @@ def build_run(
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
     digests: bool = True,
+    followed: Forward | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -45,6 +50,8 @@ def build_run(
         Text of every token, by the sequence's index.
     digests : bool
         Whether the weights and the data get a digest, by which runs are compared.
+    followed : Forward, optional
+        What one forward on the first sequences computed, for remarks on where the coefficients come from.
 
     Returns
     -------
@@ -58,7 +65,19 @@ def build_run(
     # Slots of the reservoir are in no order; the samples of a run are in that of the data.
     sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
-    evidence = gather_evidence(sampled_joints(session, sequences))
+    joints = sampled_joints(session, sequences)
+    replaced: dict[int, Replacement] = {}
+    try:
+        evidence = gather_evidence(joints)
+    except ReconstructionError:
+        # What the model computes does not explain its states: perhaps it computes one matrix and applies another.
+        joints, replaced = as_applied(joints)
+        if not replaced:
+            raise
+        evidence = gather_evidence(joints)
+        for row in rows:  # the gains that were added up are those of the matrices that are not applied
+            row.sums[0].forget("gain_sum", "gain_max")
+    remarks = connection_remarks(session.structure, evidence, replaced, followed)
     covered = coverage(session, evidence)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}
@@ -81,6 +100,7 @@ def build_run(
         attrs={
             **run_attributes(session, sequences, evidence, digests=digests),
             **coverage_counts(covered),
+            **({"remarks": remarks} if remarks else {}),
             **(attrs or {}),
         },
     )

@@ -19,7 +19,7 @@ from depthscope.probes.connections.coefficients import DepthWeights
 from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.families.traced import read_traced
-from depthscope.probes.connections.family import ForwardFamily, Site
+from depthscope.probes.connections.family import ForwardFamily, Site, StreamConnectionError
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace
@@ -36,10 +36,11 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
+from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
-from depthscope.probes.structure.proven_chains import proven_chains
+from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
 from depthscope.probes.structure.traced_streams import traced_connection
 
@@ -175,18 +176,27 @@ class FirstForward:
         opening = Opening(site, forward.batch_size, x.detach())
         opening.key = tape.opened(path, module, pair.opens, x, site)
         self._listen_to_all([x])
-        forward.openings.setdefault(path, []).append(opening)
+        forward.openings.setdefault(_taped(path), []).append(opening)
         watch = opening.watch()
-        return MethodWatch(watch, lambda result: opening.read(result, watch))
+
+        def done(result: Any) -> None:
+            try:
+                opening.read(result, watch)
+            except StreamConnectionError as error:
+                # What it computes is not what it applies: the operations themselves may still tell what that is.
+                tape.unreadable = tape.unreadable or error
+                forward.openings[_taped(path)].remove(opening)
+
+        return MethodWatch(watch, done)
 
     def _around_closing(
         self, path: str, method: str, module: nn.Module, args: Any, kwargs: Any
     ) -> MethodWatch | None:
         tape, forward = self._current.taped, self._current.recorded
-        if tape is None or forward is None or not forward.openings.get(path):
+        if tape is None or forward is None or not forward.openings.get(_taped(path)):
             return None
         # A shared connection may be opened again before it is closed: the last opening is closed first.
-        opening, branch_out = forward.openings[path].pop(), branch_output(module, args, kwargs)
+        opening, branch_out = forward.openings[_taped(path)].pop(), branch_output(module, args, kwargs)
         watch = opening.closing_watch(branch_out)
 
         def done(result: Any) -> None:
@@ -218,6 +228,11 @@ class FirstForward:
                 listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
                 hook = Hook(partial(_forward_gradient, listener), self._report)
                 listener.handle = tensor.register_hook(hook)
+
+
+def _taped(path: str) -> str:
+    """The key of a connection's openings on the tape: in a traced forward the hooks of `LaterForwards` note their own."""
+    return f"{path} on the tape"
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
@@ -253,7 +268,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     ChainError, LayoutError, SiteError
         Where the model cannot be read, or lacks a requested site.
     """
-    found = proven_chains(tape, model, layers=options.blocks, batch_size=forward.batch_size)
+    found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
@@ -265,7 +280,23 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         named_streams=named_streams,
         batch_axis=forward.batch_axis,
         selection=options.selection,
+        inner_streams=0 if sites or chains[0].proof == PROVEN else inner_streams(states_of(tape, chains[0].points)),
     )
+
+
+def _readable_chains(tape: Tape, model: nn.Module, options: Options, batch_size: int) -> FoundChains:
+    """The chains of a model; where a known connection computes other weights than it applies, from its operations."""
+    if tape.unreadable is None:
+        return proven_chains(tape, model, layers=options.blocks, batch_size=batch_size)
+    for call in tape.calls:
+        call.site = None
+    try:
+        found = proven_chains(tape, model, layers=options.blocks, batch_size=batch_size)
+    except ValueError:
+        raise tape.unreadable from None
+    if not found.traced:
+        raise tape.unreadable
+    return found
 
 
 def _stream_sites(tape: Tape, chain: Chain) -> dict[int, Site]:
@@ -295,16 +326,17 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: Mapping[int, Site
 
 def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
     """The layout of a proven plain chain by what was done along the axes of its first state; None where that does not tell."""
-    (state,) = states_of(tape, chain.points[:1])
-    if state is not None and is_packed(state.axes):
+    states = states_of(tape, chain.points)
+    if states[0] is not None and is_packed(states[0].axes):
         raise LayoutError(
-            f"the state of shape {state.shape} has its tokens along the axis that the model's first tensor has its sequences "
+            f"the state of shape {states[0].shape} has its tokens along the axis that the model's first tensor has its sequences "
             "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
             "in each row of the batch, padded where they differ in length"
         )
-    if chain.proof != PROVEN or state is None:
+    # Where streams are made and merged inside each step, it is none of a plain chain, and its axes are known all the same.
+    if states[0] is None or (chain.proof != PROVEN and not inner_streams(states)):
         return None
-    return layout_of(state.axes, None)
+    return layout_of(states[0].axes, None)
 
 
 # --- what the first forward showed ---

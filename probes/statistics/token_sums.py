@@ -55,6 +55,12 @@ class TokenSums:
         # One block's memory that is written again and again: allocating it anew would cost more than the sums themselves.
         self._spare: torch.Tensor | None = None
 
+    def forget(self, *names: str) -> None:
+        """Drop statistics that turned out to be of something else."""
+        for name in names:
+            self.sums.pop(name, None)
+            self.maxima.pop(name, None)
+
     def add_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add one state.
 

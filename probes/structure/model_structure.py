@@ -45,6 +45,8 @@ class Structure:
         Axis of the sequences in the first tensor that the model is called with.
     selection : SiteSelection
         Which of the states and connections are captured.
+    inner_streams : int
+        How many streams are expanded and merged inside each step of the first chain; 0 for none.
     """
 
     chains: tuple[Chain, ...]
@@ -53,6 +55,7 @@ class Structure:
     named_streams: int
     batch_axis: int
     selection: SiteSelection
+    inner_streams: int = 0
 
     @cached_property
     def captured(self) -> tuple[CapturedState, ...]:

@@ -20,6 +20,7 @@ from depthscope.probes.structure.find_chains import (
     trunk_size,
     with_final,
 )
+from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
 from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
@@ -104,6 +105,11 @@ def _carried_chains(
     if chains and not _explain_more(tape, [states for _, states, _ in carried], chains):
         return None
     proven = [with_proof(tape, with_final(tape, chain)) for chain, _, _ in carried]
+    copies = inner_streams(carried[0][1])
+    if copies:
+        # No plain step, and no connection between states either: the matrices act inside the blocks alone.
+        why = f"unproven: {copies} streams are expanded and merged inside each step, and one is handed on"
+        return FoundChains((replace(chains[0] if chains else proven[0], proof=why),))
     if any(chain.proof != PROVEN for chain in proven):
         return None
     if len(proven) > 1:

@@ -118,6 +118,8 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
     for chain, size in sizes.items():
         counts = " · ".join(f"{word} {count}" for word, count in size.items())
         say(f"  {counts}" if chain == "run" else f"  {chain}: {counts}")
+    for remark in run.attrs.get("remarks", ()):
+        say(f"  remark: {remark['sentence']}")
     say()
     say(f"Next: {command_line('check', path)}")
     say(f"      {command_line('dashboard', path)}")

@@ -20,9 +20,13 @@ def unsymmetric() -> list[torch.Tensor]:
     return [0.9 * IDENTITY + 0.1 * each for each in drawn]
 
 
-def test_a_discarded_mixing_matrix_is_refused():
-    with pytest.raises(probes.ReconstructionError, match="is not the one that the model applies"):
-        captured(streams(unsymmetric(), merge=lambda mix, x: x))
+def test_a_discarded_mixing_matrix_is_told_and_the_applied_one_is_kept():
+    run = captured(streams(unsymmetric(), merge=lambda mix, x: x))
+    np.testing.assert_array_equal(run.trace.h_res.values, np.broadcast_to(np.eye(4), run.trace.h_res.shape))
+    assert "gain_sum" not in run.statistics  # nothing of the matrix that is not applied
+    (finding,) = [each for each in findings(run) if each.verdict == "discarded_mixing"]
+    assert finding.severity == Severity.WARN
+    assert "H_res is computed and discarded at all 12 connections" in finding.sentence
 
 
 def test_streams_merged_behind_a_connection_are_refused():

@@ -16,6 +16,7 @@ from torch import nn
 from depthscope import probes
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import VERDICTS
+from tests.models import stream_bugs
 from tests.models.verdict_models import (
     CONNECTIONS,
     IDENTITY,
@@ -141,6 +142,14 @@ def with_writes(number: int, write: torch.Tensor) -> list[torch.Tensor]:
     return [write if i == number else one for i, one in enumerate(drawn)]
 
 
+def wired(bug: str, **more: Any) -> Case:
+    """A network whose connections have one bug in their code."""
+    severity, beside = more.pop("severity", WARN), more.pop("beside", ())
+    wiring = stream_bugs.Wiring(bug=bug, **more)
+    model = partial(stream_bugs.network, wiring)
+    return Case(lambda: probes.capture(model(), stream_bugs.tokens()), severity, beside=beside)
+
+
 # --- the table ---
 
 
@@ -200,6 +209,14 @@ CASES: dict[str, Case] = {
         lambda: plain(partial(without_skip, gain=1.0, activation=torch.sigmoid), 12),
         FAIL, "depth", 0, 10, beside=("rank_collapse",),
     ),
+    "discarded_mixing": wired("discarded"),
+    "transposed_mixing": wired("transposed_once", beside=("copied_streams", "sinkhorn_not_converged")),
+    "constant_mixing": wired("ones", severity=FAIL, beside=("copied_streams", "sinkhorn_not_converged")),
+    "one_sided_mixing": wired("rows_only", beside=("copied_streams", "sinkhorn_not_converged")),
+    "unlearnable_mixing": wired("detached", beside=("copied_streams", "sinkhorn_not_converged")),
+    "swapped_weights": wired("swapped", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
+    "rounded_mixing": wired("cast", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
+    "foreign_coefficients": wired("first_state", beside=("copied_streams", "sinkhorn_not_converged")),
     "sinkhorn_not_converged": case(
         lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
         FAIL, "connection", 0, 11, says="column sum",

@@ -1,0 +1,135 @@
+"""Are the connections wired as they claim? Verdicts on what the capture noticed in the code and weights of the connections.
+
+Each reports one kind of the run's attribute ``remarks``, which the capture writes with its sentence and number. Limits without
+a source are heuristics of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
+
+LONGEST = 1000  # characters of a sentence; those of the capture have about 300
+
+# An entry of a matrix, of size about 1, that differs by more than the rounding of float32.
+ROUNDING = 1e-6
+
+
+def told(attrs: Mapping[str, Any], kind: str, source: str = "heuristic") -> Iterator[Profile]:
+    """The remarks of one kind, as profiles of a verdict; a file may have anything in their place.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Attributes of a run.
+    kind : str
+        Name of the verdict.
+    source : str
+        Of its limits.
+
+    Yields
+    ------
+    Profile
+    """
+    remarks = attrs.get("remarks")
+    for remark in remarks if isinstance(remarks, (list, tuple)) else ():
+        if not isinstance(remark, Mapping) or remark.get("kind") != kind:
+            continue
+        sentence, value = remark.get("sentence"), remark.get("value")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(sentence, str) and sentence.isprintable() and len(sentence) <= LONGEST and number:
+            sure = remark.get("sure") is True
+            yield Profile(
+                xr.DataArray(float(value)),  # type: ignore[arg-type]
+                "",
+                sentence=f"{sentence} ({source}).",
+                ceiling=Severity.FAIL if sure else Severity.INFO,
+            )
+
+
+@verdict(metric="identity_distance", limits=Limits(warn=ROUNDING))
+def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """A mixing matrix is computed and discarded.
+
+    Nothing that the network returns depends on it, and its parameters get no gradient: multiply the streams by it, or take it
+    out.
+    """
+    yield from told(attrs, "discarded_mixing")
+
+
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=ROUNDING))
+def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """A mixing matrix is applied transposed.
+
+    Forward and backward are exchanged: the sums that are exact should be those over the sources. Between two doubly
+    stochastic designs that are trained from scratch it makes little difference; with weights of the other one it does.
+    """
+    yield from told(attrs, "transposed_mixing")
+
+
+# Every connection multiplies the sum of the streams by n, which is at least 2: no other value comes here.
+@verdict(metric="mixing_gain", limits=Limits(fail=1.0))
+def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """Every entry of the mixing matrices is 1, whatever their parameters.
+
+    Look at the axes of Sinkhorn's sums: along an axis of size one every number is divided by itself. The streams are equal
+    from the first connection on, and grow by their number at each.
+    """
+    yield from told(attrs, "constant_mixing")
+
+
+# Over 60 connections an error of 0.01 in every sum is a gain of 1.8.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(info=1e-3, warn=1e-2))
+def one_sided_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The mixing matrices are normalised along one axis only.
+
+    Sinkhorn takes both in turn: check the two axes of its sums. A softmax alone keeps either the signal or its gradient.
+    """
+    yield from told(attrs, "one_sided_mixing")
+
+
+# The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
+# roundings.
+@verdict(metric="initial_distance", limits=Limits(warn=1e-6, above=False))
+def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The mixing matrices get no gradient.
+
+    Where the graph is cut, take the detach away. Where all streams are alike, break the symmetry: a bias on the diagonal of
+    the logits, and reads or writes that differ from stream to stream.
+    """
+    yield from told(attrs, "unlearnable_mixing")
+
+
+@verdict(metric="read_share", limits=Limits(info=1.0))
+def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """Read and write weights look exchanged.
+
+    The branch reads with what the documented design writes with: check their order where they are split, returned and applied.
+    """
+    yield from told(attrs, "swapped_weights")
+
+
+# bfloat16 rounds a number below 1 by up to 0.002, eight-bit types by up to 0.06.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDING, warn=1e-2))
+def rounded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """The mixing matrix that is applied is a rounded one.
+
+    Its sums are no longer 1, and the error multiplies over depth: apply it in float32, and cast the result.
+    """
+    yield from told(attrs, "rounded_mixing")
+
+
+@verdict(metric="mixing_gain", limits=Limits(warn=1e-3))
+def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """Coefficients are computed from another input than the streams that they are applied to.
+
+    In hyper-connections they are a function of the token's own streams at this connection: look for a stale variable, a
+    shift or a norm over other tokens.
+    """
+    yield from told(attrs, "foreign_coefficients")

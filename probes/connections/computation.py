@@ -1,0 +1,662 @@
+"""From what were the coefficients of the connections computed, and what became of them? Read in one followed forward.
+
+One forward runs under two modes: a trace of every operation, which tells what was computed from what, and one that keeps the
+small tensors and the states that the user's code handles. A coefficient is found among these by its value, and then followed
+in the trace back to the states and parameters, and in autograd's graph for what it learns.
+Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from depthscope.probes.connections.coefficients import spread
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.tensors import tensors_in, version
+
+# Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
+SAME = 3e-6
+COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
+UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
+CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
+# torch's names of functions that normalise, or give what a division normalises by; of those that only make the numbers
+# smaller; and of those that exchange axes.
+REDUCTIONS = frozenset(("sum", "mean", "softmax", "log_softmax", "logsumexp", "normalize"))
+EXTREMES = frozenset(("max", "amax", "min", "amin"))
+TURNS = frozenset(
+    ("transpose", "permute", "t", "mT", "swapaxes", "swapdims", "movedim", "moveaxis", "einsum")
+)
+CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
+CLEARLY = 30  # so many of these roundings are a difference; a heuristic
+MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that the user's code handled.
+
+    Parameters
+    ----------
+    order : int
+        By the function that returned it, among all of them.
+    number : int
+        Of its value in the trace.
+    tensor : Tensor
+        Its content may have been rewritten since, see ``rewritten``.
+    sigmoid : bool
+        Whether a sigmoid made it.
+    written : int or None
+        torch's count of writes at that time.
+    """
+
+    order: int
+    number: int
+    tensor: torch.Tensor
+    sigmoid: bool
+    written: int | None
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether it was written in place since."""
+        return self.written != version(self.tensor)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A function that normalises a matrix along an axis, or reduces it.
+
+    Parameters
+    ----------
+    number : int
+        Of its result in the trace.
+    axis : int
+        Counted from the end (−1 is the last); 0 where it is not known.
+    size : int
+        Of that axis.
+    turned : bool
+        Whether axes were exchanged, and nothing else.
+    """
+
+    number: int
+    axis: int
+    size: int
+    turned: bool = False
+
+
+class Computation(TorchFunctionMode):
+    """Keep the tensors of some numbers of elements that the user's code handles in one forward.
+
+    Parameters
+    ----------
+    trace : Trace
+        That is on as well.
+    num_streams, width, lead : int
+        n, D and the number of tokens of the batch.
+    """
+
+    def __init__(self, trace: Trace, num_streams: int, width: int, lead: int):
+        super().__init__()
+        n, self._trace = num_streams, trace
+        self._squares, self._vectors = {n * n, lead * n * n}, {n, lead * n}
+        with_views = [n * (n + views) for views in range(1, MOST_VIEWS + 1)]
+        self._sizes = self._squares | self._vectors | {lead * width, lead * n * width}
+        self._sizes.update(with_views, (lead * size for size in with_views))
+        self._count = 0
+        self.values: list[Value] = []
+        self.reductions: list[Reduction] = []
+        self.error: Exception | None = None  # why no more is kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function and look at what it takes and returns."""
+        result = func(*args, **(kwargs or {}))
+        if self.error is None:
+            try:
+                with torch._C.DisableTorchFunction():
+                    self._keep(_name_of(func), args, kwargs or {}, result)
+            except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
+                self.error, self.values = without_frames(error), []
+        return result
+
+    def _keep(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        self._count += 1
+        # A parameter may be applied as it stands: then no function has returned it.
+        leaves = [each for each in tensors_in(args) if each.is_leaf and each.requires_grad]
+        for tensor in (*leaves, *tensors_in(result)):
+            if tensor.is_floating_point() and tensor.numel() in self._sizes:
+                value = self._trace.value(tensor)
+                if value is not None:
+                    sigmoid = "sigmoid" in name
+                    self.values.append(Value(self._count, value.number, tensor, sigmoid, version(tensor)))
+        if args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._squares:
+            self._note_reduction(name, args, kwargs, result)
+
+    def _note_reduction(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        matrix, made = args[0], next(tensors_in(result), None)
+        value = self._trace.value(made)
+        if value is None or made is None:
+            return
+        if name in TURNS and made.numel() == matrix.numel():
+            self.reductions.append(Reduction(value.number, 0, 0, turned=True))
+        elif name in REDUCTIONS and matrix.ndim > 1:
+            axes = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+                if isinstance(axis, int):
+                    from_end = axis - matrix.ndim if axis >= 0 else axis
+                    self.reductions.append(Reduction(value.number, from_end, matrix.shape[axis]))
+        elif name not in EXTREMES and made.numel() in self._vectors:
+            self.reductions.append(Reduction(value.number, 0, 0))
+
+
+def _name_of(func: Any) -> str:
+    """The name of a function of torch; of a property, such as ``mT``, that of the property."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+
+
+@dataclass
+class Forward:
+    """What one forward computed.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of its operations.
+    values : sequence of Value
+        In order.
+    reductions : sequence of Reduction
+        Normalisations and sums of small tensors.
+    parameters : frozenset of int
+        Numbers of the model's parameters in the trace.
+    outputs : list of Tensor
+        What the model returned.
+    batch_size, tokens : int
+        B and T.
+    canonical : callable
+        A state of the model's own layout as (B, T, N, D).
+    shape : tuple of int
+        Of a state in the model's own layout.
+    rows : list of int
+        The sequences of this batch that were sampled.
+    precision : dtype
+        In which the model multiplies its states: weights that were read by running operations once more are rounded to it.
+    """
+
+    trace: Trace
+    values: Sequence[Value]
+    reductions: Sequence[Reduction]
+    parameters: frozenset[int]
+    outputs: list[torch.Tensor]
+    batch_size: int
+    tokens: int
+    canonical: Callable[[torch.Tensor], torch.Tensor]
+    shape: tuple[int, ...]
+    rows: list[int]
+    precision: torch.dtype = torch.float32
+    _states: list[tuple[Value, torch.Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
+        self._states = [(v, self._few(self.canonical(v.tensor.detach())[self.rows])) for v in current]
+
+    @cached_property
+    def used(self) -> set[int]:
+        """The values that the outputs were computed from, by whatever operations."""
+        values = [self.trace.value(output) for output in self.outputs]
+        return self.ancestors(value.number for value in values if value is not None)
+
+    def ancestors(self, numbers: Iterable[int], stop: frozenset[int] = frozenset()) -> set[int]:
+        """What some values were computed from, themselves included; the walk goes no further than ``stop``."""
+        seen = set(numbers)
+        waiting = [number for number in seen if number not in stop]
+        while waiting:
+            for parent in self.trace.parents[waiting.pop()]:
+                if parent not in seen:
+                    seen.add(parent)
+                    if parent not in stop:
+                        waiting.append(parent)
+        return seen
+
+    @staticmethod
+    def _few(state: torch.Tensor) -> torch.Tensor:
+        flat = state.flatten()
+        return flat[spread(len(flat), COMPARED).to(flat.device)].double().cpu()
+
+    def states(self, x: torch.Tensor) -> list[Value]:
+        """Every value that is this state, (K, T, N, D) of the sampled sequences."""
+        wanted = self._few(x)
+        limit = SAME * wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        return [
+            value
+            for value, few in self._states
+            if len(few) == len(wanted) and (few - wanted).abs().max() <= limit
+        ]
+
+    def per_token(self, tensor: torch.Tensor, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
+        lead, size, shape = (self.batch_size, self.tokens), math.prod(tail), tuple(tensor.shape)
+        if tensor.numel() == size:
+            yield tensor.reshape(tail).expand(*lead, *tail)
+        elif tensor.numel() == math.prod(lead) * size:
+            if shape[0] in (lead[0], math.prod(lead)):
+                yield tensor.reshape(*lead, *tail)
+            if shape[:2] == lead[::-1]:
+                yield tensor.reshape(*lead[::-1], *tail).transpose(0, 1)
+            if shape == (*tail, *lead):
+                yield tensor.movedim((-2, -1), (0, 1))
+
+    def matching(self, wanted: torch.Tensor, between: tuple[int, int]) -> list[Value]:
+        """The values that are these coefficients (K, T, *tail), or their transpose, in order.
+
+        A matrix may be a part of one that reads too: its last columns, source by destination.
+
+        Parameters
+        ----------
+        wanted : Tensor
+            Coefficients of the sampled sequences, on the CPU.
+        between : tuple of int
+            The values of which part of the forward are looked at, see `Value.order`.
+
+        Returns
+        -------
+        list of Value
+        """
+        limit = SAME * max(1.0, float(wanted.abs().max()))
+        return [
+            value
+            for value in self.within(between)
+            if any(self.equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
+        ]
+
+    def within(self, between: tuple[int, int]) -> Sequence[Value]:
+        """The values of a part of the forward that are what they were."""
+        first, last = (bisect_left(self.values, order, key=lambda value: value.order) for order in between)
+        return [value for value in self.values[first:last] if not value.rewritten]
+
+    def _readings(self, value: Value, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        tensor, matrix = value.tensor.detach(), len(tail) == 2
+        for each in self.per_token(tensor, tail):
+            yield from (each, each.mT) if matrix else (each,)
+        for views in range(1, MOST_VIEWS + 1) if matrix else ():
+            for each in self.per_token(tensor, (tail[0], tail[0] + views)):
+                yield from (each[..., views:], each[..., views:].mT)
+
+    def equal(self, tensor: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
+        """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
+        few = tensor[self.rows].to(wanted.device, torch.float32)
+        # A few tokens first: most candidates differ everywhere.
+        for tokens in (slice(1), slice(None)):
+            one, other = few[:, tokens], wanted[:, tokens]
+            rounded = torch.equal(one.to(self.precision).float(), other)
+            if not rounded and (one - other).abs().max() > limit:
+                return False
+        return True
+
+    def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float]:
+        """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor."""
+        generator = torch.Generator().manual_seed(0)
+        carrying = [output for output in self.outputs if output.requires_grad]
+        wanted = [position for position, tensor in enumerate(tensors) if tensor.requires_grad]
+        found = [0.0] * len(tensors)
+        if not carrying or not wanted:
+            return found
+        total = torch.stack(
+            [
+                (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
+                for output in carrying
+            ]
+        ).sum()
+        gradients = torch.autograd.grad(
+            total, [tensors[i] for i in wanted], retain_graph=True, allow_unused=True
+        )
+        for position, gradient in zip(wanted, gradients, strict=True):
+            found[position] = 0.0 if gradient is None else float(gradient.abs().max())
+        return found
+
+
+@dataclass(frozen=True)
+class Origin:
+    """From what the coefficients of one connection were computed; all empty where they were not found in the forward.
+
+    Parameters
+    ----------
+    learned : bool
+        Whether the matrix was computed from parameters.
+    gradients : tuple of float, optional
+        The largest gradient of the matrix's logits, and of the write weights, for a random combination of the model's outputs.
+        Known where the matrix is uniform, or carries no gradient.
+    other_states : mapping of str to tuple of int
+        By weights (H_res, H_pre, H_post): at which connections the states are that they were computed from though they are
+        not this connection's own; −1 for the model's input.
+    other_tokens : float
+        The share of the gradient of one token's coefficients that falls on the states of other tokens.
+    later : bool
+        Whether some of these tokens come later in the sequence.
+    unused : Tensor or None
+        A matrix (K, T, n, n) that was computed from parameters for this connection, and that no output depends on.
+    sigmoids : mapping of str to float
+        By weights (H_pre, H_post): the factor c where they are c · σ(·).
+    axes : tuple of Reduction
+        Along which axes the matrix was normalised.
+    exact : Tensor or None
+        The matrix (K, T, n, n) as it is applied, where it was read in half precision only.
+    turned : bool, optional
+        Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
+    stored : Tensor or None
+        The matrix (K, T, n, n) of higher precision of which the applied one is a rounding.
+    rounded_to : str
+        To which type it was cast.
+    reads_along : bool, optional
+        Where one matrix has the read weights in its first columns and the mixing in its others: whether both are applied along
+        the same axis; None where no matrix has both.
+    """
+
+    learned: bool = False
+    gradients: tuple[float, float] | None = None
+    other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    other_tokens: float = 0.0
+    later: bool = False
+    unused: torch.Tensor | None = None
+    sigmoids: Mapping[str, float] = field(default_factory=dict)
+    axes: tuple[Reduction, ...] = ()
+    exact: torch.Tensor | None = None
+    turned: bool | None = None
+    stored: torch.Tensor | None = None
+    rounded_to: str = ""
+    reads_along: bool | None = None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The coefficients of one connection of the sampled sequences of one batch (K, T, …), before they are rounded to apply."""
+
+    x_in: torch.Tensor
+    x_out: torch.Tensor
+    mix: torch.Tensor
+    read: torch.Tensor | None
+    write: torch.Tensor | None
+    branch_in: torch.Tensor | None  # (K, T, D), of one view
+
+
+def trace_origins(forward: Forward, applied: Sequence[Applied]) -> list[Origin]:
+    """From what the coefficients of every connection were computed.
+
+    Parameters
+    ----------
+    forward : Forward
+        What one forward computed.
+    applied : sequence of Applied
+        One for each connection, in order.
+
+    Returns
+    -------
+    list of Origin
+    """
+    search = _Search(forward, applied)
+    origins = [search.origin(number) for number in range(len(applied))]
+    # One backward for all of them, and none where every matrix carries a gradient and is not uniform.
+    pairs = {number: pair for number in range(len(applied)) if (pair := search.doubtful(number)) is not None}
+    sizes = forward.gradients([tensor for pair in pairs.values() for tensor in pair]) if pairs else []
+    for number, found in zip(pairs, zip(sizes[::2], sizes[1::2], strict=True), strict=True):
+        origins[number] = replace(origins[number], gradients=found)
+    return origins
+
+
+class _Search:
+    """The search for the origins of all connections of one forward."""
+
+    def __init__(self, forward: Forward, applied: Sequence[Applied]):
+        self.forward = forward
+        self.applied = applied
+        self.states = [forward.states(each.x_in) for each in applied]
+        self.numbers = [frozenset(value.number for value in found) for found in self.states]
+        self.every = frozenset[int]().union(*self.numbers)
+        self.found: list[dict[str, list[Value]]] = [self._find(number) for number in range(len(applied))]
+
+    def _window(self, number: int) -> tuple[int, int] | None:
+        """The part of the forward from the first value that is this connection's state to the one that is the next state."""
+        after = self.forward.states(self.applied[number].x_out)
+        if not self.states[number] or not after:
+            return None
+        return self.states[number][0].order, after[0].order
+
+    def _find(self, number: int) -> dict[str, list[Value]]:
+        window = self._window(number)
+        if window is None:
+            return {}
+        applied = self.applied[number]
+        weights = {"H_res": applied.mix, "H_pre": applied.read, "H_post": applied.write}
+        # Weights may have been computed before this connection began: the nearest ones count.
+        earlier = self.states[max(0, number - 2)]
+        starts = [window[0], earlier[0].order if earlier else 0, 0]
+        found: dict[str, list[Value]] = {}
+        for name, wanted in weights.items():
+            if wanted is None:
+                continue
+            for start in starts:
+                found[name] = self.forward.matching(wanted, (start, window[1]))
+                if found[name]:
+                    break
+        return found
+
+    def origin(self, number: int) -> Origin:
+        """What is known of one connection without its gradients."""
+        window, found = self._window(number), self.found[number]
+        if window is None:
+            return Origin()
+        share, later = self._other_tokens(number)
+        mix = found.get("H_res", [])
+        behind = self._behind(mix[:1])
+        first = [v.number for v in self._squares(number, (0, window[1])) if v.number in behind]
+        chain = self.forward.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
+        return Origin(
+            learned=bool(behind & self.forward.parameters),
+            other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
+            other_tokens=share,
+            later=later,
+            unused=self._unused(number, window),
+            sigmoids=self._sigmoids(number, window),
+            axes=tuple(each for each in self.forward.reductions if each.number in chain),
+            turned=self._turned(number, mix),
+            reads_along=self._reads_along(number, mix),
+            **(self._before_rounding(number, window) or self._exact(number, mix)),
+        )
+
+    def _turned(self, number: int, mix: Sequence[Value]) -> bool | None:
+        wanted = self.applied[number].mix
+        n = wanted.shape[-1]
+        if (
+            float((wanted - wanted.mT).abs().max()) <= UNIFORM
+        ):  # a matrix of two streams is nearly symmetric after Sinkhorn
+            return None
+        for value in mix:
+            for each in self.forward.per_token(value.tensor.detach(), (n, n)):
+                straight, turned = (self.forward.equal(m, wanted, SAME) for m in (each, each.mT))
+                if straight or turned:
+                    return None if straight and turned else turned
+        return None
+
+    def _before_rounding(self, number: int, window: tuple[int, int]) -> dict[str, Any]:
+        """The computed matrix that the applied one is a rounding of, where it is one."""
+        wanted = self.applied[number].mix
+        square = self._squares(number, window)
+        for dtype in CASTS:
+            # The rounded matrix itself must be there: a trace of a model in half precision reads rounded numbers in any case.
+            cast = [value for value in square if value.tensor.dtype == dtype]
+            if not any(self._is(value, wanted, dtype, rounded=False) is not None for value in cast):
+                continue
+            for value in square:
+                finer = torch.finfo(value.tensor.dtype).eps < torch.finfo(dtype).eps
+                stored = self._is(value, wanted, dtype, rounded=True) if finer else None
+                if stored is not None and not torch.equal(stored, wanted):
+                    return {"stored": stored, "rounded_to": str(dtype).removeprefix("torch.")}
+        return {}
+
+    def _exact(self, number: int, mix: Sequence[Value]) -> dict[str, Any]:
+        """The matrix in the precision in which it was computed, where reading it has rounded it."""
+        wanted, dtype = self.applied[number].mix, self.forward.precision
+        for value in reversed(mix) if dtype in CASTS else ():
+            if torch.finfo(value.tensor.dtype).eps < torch.finfo(dtype).eps:
+                matrix = self._is(value, wanted, dtype, rounded=True)
+                if matrix is not None:
+                    return {"exact": matrix}
+        return {}
+
+    def _is(
+        self, value: Value, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
+    ) -> torch.Tensor | None:
+        """A value as a matrix (K, T, n, n) in the orientation in which it is the wanted one, rounded or as it stands."""
+        n = wanted.shape[-1]
+        for each in self.forward.per_token(value.tensor.detach(), (n, n)):
+            few = each[self.forward.rows].to(wanted.device, torch.float32)
+            for matrix in (few, few.mT):
+                if torch.equal(matrix.to(dtype).float() if rounded else matrix, wanted):
+                    return matrix
+        return None
+
+    def _reads_along(self, number: int, mix: Sequence[Value]) -> bool | None:
+        forward, applied = self.forward, self.applied[number]
+        n, read = applied.mix.shape[-1], applied.read
+        for value in mix if read is not None else ():
+            for both in forward.per_token(value.tensor.detach(), (n, n + 1)):
+                few = both[forward.rows].to(applied.mix.device, torch.float32)
+                matrix, limit = few[..., 1:], SAME * max(1.0, float(few.abs().max()))
+                # Each column, of the reads or of the mixing, is one result; its rows are the sources.
+                straight, turned = (
+                    float((m - applied.mix).abs().max()) <= limit for m in (matrix.mT, matrix)
+                )
+                if float((few[..., 0] - read).abs().max()) <= limit and straight != turned:
+                    return straight
+        return None
+
+    def _behind(self, values: Sequence[Value]) -> set[int]:
+        return self.forward.ancestors([value.number for value in values], stop=self.every)
+
+    def _squares(self, number: int, window: tuple[int, int]) -> list[Value]:
+        n = self.applied[number].mix.shape[-1]
+        sizes = (n * n, self.forward.batch_size * self.forward.tokens * n * n)
+        return [value for value in self.forward.within(window) if value.tensor.numel() in sizes]
+
+    def _others(self, number: int, values: Sequence[Value]) -> tuple[int, ...]:
+        """The connections whose states some coefficients were computed from, other than by way of their own state."""
+        start = [value for value in values if value.number not in self.every][:1]
+        reached = self._behind(start)
+        own = self.numbers[number]
+        # States with the same values, as where a connection changes nothing, are not told apart.
+        others = [at for at, of in enumerate(self.numbers) if at != number and reached & (of - own)]
+        if others or not number or reached & own:
+            return tuple(others)
+        # Without any state behind them they may come from parameters alone, or from the model's input.
+        inputs = {n for n in reached if not self.forward.trace.parents[n]} - self.forward.parameters
+        return (-1,) if inputs else ()
+
+    def _other_tokens(self, number: int) -> tuple[float, bool]:
+        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later."""
+        forward, state = self.forward, self.states[number][0]
+        terms, token = [], forward.tokens // 2
+        generator = torch.Generator().manual_seed(0)
+        for values in self.found[number].values():
+            tensor = values[0].tensor if values else None
+            if (
+                tensor is None
+                or not tensor.requires_grad
+                or tensor.numel() % (forward.batch_size * forward.tokens)
+            ):
+                continue
+            size = tensor.numel() // (forward.batch_size * forward.tokens)
+            one = next(forward.per_token(tensor, (size,)), None)
+            if one is not None:
+                terms.append((one[0, token].float().cpu() * torch.randn(size, generator=generator)).sum())
+        if not terms or not state.tensor.requires_grad:
+            return 0.0, False
+        (gradient,) = torch.autograd.grad(
+            torch.stack(terms).sum(), state.tensor, retain_graph=True, allow_unused=True
+        )
+        if gradient is None:
+            return 0.0, False
+        sizes = forward.canonical(gradient).float().flatten(2).norm(dim=-1)  # (B, T)
+        total, own = float(sizes.sum()), float(sizes[0, token])
+        later = bool((sizes[0, token + 1 :] > SAME * sizes.max()).any())
+        return (max(0.0, 1.0 - own / total) if total > 0 else 0.0), later
+
+    def _unused(self, number: int, window: tuple[int, int]) -> torch.Tensor | None:
+        """A matrix that was computed from parameters within a connection, and that no output depends on."""
+        forward, mix = self.forward, self.applied[number].mix
+        n = mix.shape[-1]
+        # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
+        square = [v for v in self._squares(number, window) if v.tensor.shape[-2:] == (n, n)]
+        dead = [value for value in square if value.number not in forward.used]
+        if not dead:
+            return None
+        last = dead[-1]
+        taken = self.applied[number].branch_in
+        branch = {v.number for v in forward.matching(taken, window)} if taken is not None else set()
+        behind = forward.ancestors([last.number], stop=self.every | branch)
+        # What is computed from the branch's input is the branch's own affair, such as the scores of its attention.
+        if behind & branch:
+            return None
+        if not behind & forward.parameters:
+            return None
+        # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
+        # weights in one tensor. The gradient tells these apart.
+        earlier = [v for v in self._squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
+        used = [v for v in earlier if v.number in behind and v.number in forward.used]
+        if used and not (used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor]) == [0.0]):
+            return None
+        matrix = next(forward.per_token(last.tensor.detach(), (n, n)), None)
+        if matrix is None:
+            return None
+        matrix = matrix[forward.rows].to(mix.device, torch.float32)
+        limit = SAME * max(1.0, float(mix.abs().max()))
+        same = min(float((matrix - mix).abs().max()), float((matrix.mT - mix).abs().max())) <= limit
+        return None if same else matrix
+
+    def _sigmoids(self, number: int, window: tuple[int, int]) -> dict[str, float]:
+        applied = self.applied[number]
+        values = [value for value in self.forward.within(window) if value.sigmoid]
+        weights = {"H_pre": applied.read, "H_post": applied.write}
+        found = {
+            name: self._sigmoid_factor(wanted, values)
+            for name, wanted in weights.items()
+            if wanted is not None
+        }
+        return {name: factor for name, factor in found.items() if factor is not None}
+
+    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[Value]) -> float | None:
+        """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
+        for value in values:
+            for each in self.forward.per_token(value.tensor.detach(), tuple(wanted.shape[2:])):
+                ratio = wanted / each[self.forward.rows].to(wanted.device, torch.float32)
+                precision = max(CONSTANT, 2 * torch.finfo(self.forward.precision).eps)
+                if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
+                    return float(ratio.mean())
+        return None
+
+    def doubtful(self, number: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The logits and the write weights of a connection whose matrix may not learn."""
+        found, matrix = self.found[number], self.applied[number].mix
+        mix, write, n = found.get("H_res", []), found.get("H_post", []), matrix.shape[-1]
+        window = self._window(number)
+        if not mix or not write or window is None:
+            return None
+        behind = self._behind(mix[:1])
+        if not behind & self.forward.parameters:
+            return None
+        size = mix[0].tensor.numel()
+        # A copy that a log keeps is not used, and may carry none.
+        severed = any(
+            v.number in self.forward.used and v.tensor.numel() == size and not v.tensor.requires_grad
+            for v in mix
+        )
+        if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
+            return None
+        logits = next((v for v in self._squares(number, (0, window[1])) if v.number in behind), mix[0])
+        return logits.tensor, write[-1].tensor

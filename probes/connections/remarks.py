@@ -1,0 +1,554 @@
+"""What is odd about the connections of a model? One sentence each, with the numbers, from the weights that it applies.
+
+Each rule says one thing that is decidable, and nothing where it is not. H_res is destination by source throughout.
+Shapes: K sequence, T token, n stream, D feature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from depthscope.probes.connections.computation import SAME, UNIFORM, Origin
+
+# Heuristics: a sum of float32 numbers of n streams that was made 1 by a division is so within a few roundings.
+EXACT_SUM = 1e-5
+# An error of a sum that no rounding explains, in float32.
+CLEAR_ERROR = 1e-3
+# Rounds of Sinkhorn that a matrix shows. A heuristic: implementations make 10 to 50; one normalisation shows less than 1
+# unless the matrix is nearly the identity.
+FEW_ROUNDS = 1.2
+MEASURED_ROUNDS = 3  # after which the error falls by the same factor in each round, nearly; a heuristic
+FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
+NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connection: a few roundings of float32
+FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One thing that is odd about the connections.
+
+    Parameters
+    ----------
+    kind : str
+        What it is, which is the name of the verdict that reports it.
+    sentence : str
+        In plain words, with the numbers.
+    value : float
+        The number that it rests on; that verdict states what it is compared with.
+    connections : tuple of int
+        Where.
+    sure : bool
+        Whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
+    """
+
+    kind: str
+    sentence: str
+    value: float
+    connections: tuple[int, ...]
+    sure: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"connections": list(self.connections)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one connection, of the sampled sequences.
+
+    Parameters
+    ----------
+    name : str
+        The module that it belongs to.
+    mix : Tensor
+        H_res as applied (K, T, n, n), and the identity where nothing mixes.
+    mixes : bool
+        Whether the model computes a matrix.
+    stored : Tensor
+        H_res before the model rounded it to another precision.
+    rounded_to : str
+        That precision; empty where it is applied as stored.
+    read, write : Tensor or None
+        H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
+    mask : Tensor
+        (K, T), True on tokens that are no padding.
+    origin : Origin or None
+        From what the weights were computed; None where no forward was followed.
+    replaced : str
+        How the matrix had to be read that is applied, where it is not the one that is computed: "identity", "transposed".
+    computed : Tensor or None
+        That other matrix.
+    spread_in, spread_out : float
+        ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
+    """
+
+    name: str
+    mix: torch.Tensor
+    mixes: bool
+    stored: torch.Tensor
+    rounded_to: str = ""
+    read: torch.Tensor | None = None
+    write: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    origin: Origin | None = None
+    replaced: str = ""
+    computed: torch.Tensor | None = None
+    spread_in: float = 1.0
+    spread_out: float = 1.0
+
+    def tokens(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of the tokens that are no padding, (tokens, …), in float64."""
+        flat = weights.flatten(0, 1).double()
+        return flat if self.mask is None else flat[self.mask.flatten()]
+
+    @property
+    def num_streams(self) -> int:
+        """Number of streams n."""
+        return self.mix.shape[-1]
+
+    def sum_errors(self, matrix: torch.Tensor | None = None) -> tuple[float, float]:
+        """The largest error of a row's sum (over sources) and of a column's (over destinations), against 1."""
+        values = self.tokens(self.stored if matrix is None else matrix)
+        return float((values.sum(-1) - 1).abs().max()), float((values.sum(-2) - 1).abs().max())
+
+
+Rule = Callable[[Sequence[Facts]], Iterator[Remark]]
+
+
+def remarks(facts: Sequence[Facts]) -> tuple[Remark, ...]:
+    """What every rule has to say.
+
+    Parameters
+    ----------
+    facts : sequence of Facts
+        One for each connection with streams, in order.
+
+    Returns
+    -------
+    tuple of Remark
+        Empty where nothing is odd.
+    """
+    finite = [each for each in facts if each.mix.isfinite().all() and len(each.tokens(each.mix))]
+    if not facts or len(finite) < len(facts) or facts[0].num_streams < 2:
+        return ()
+    return tuple(remark for rule in RULES for remark in rule(facts))
+
+
+def _places(facts: Sequence[Facts], at: Sequence[int]) -> str:
+    """Some connections in words."""
+    if len(at) == len(facts):
+        return f"at all {len(facts)} connections" if len(at) > 1 else f"at {facts[0].name}"
+    names = ", ".join(f"{number} ({facts[number].name})" for number in at[:3])
+    more = f" and {len(at) - 3} more" if len(at) > 3 else ""
+    return f"at connection{'s' if len(at) > 1 else ''} {names}{more} of {len(facts)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}"
+
+
+# --- the matrix that is applied is not the one that is computed
+
+
+def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """H_res is computed and nothing uses it."""
+    unused = {
+        i: each.origin.unused
+        for i, each in enumerate(facts)
+        if each.origin and each.origin.unused is not None
+    }
+    # Where no forward was followed, only the next states show it.
+    shown = {
+        i: each.computed
+        for i, each in enumerate(facts)
+        if each.replaced == "identity" and each.computed is not None
+    }
+    matrices = {**shown, **unused}
+    if not matrices:
+        return
+    at, n = sorted(matrices), facts[0].num_streams
+    apart = max(float((facts[i].mix - matrices[i].to(facts[i].mix)).abs().max()) for i in at)
+    identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
+    proof = "no output depends on it" if set(at) == set(unused) else "the next states follow without it"
+    yield Remark(
+        "discarded_mixing",
+        f"H_res is computed and discarded {_places(facts, at)}: a {n} × {n} matrix is computed there and {proof}; what is "
+        f"applied is {'the identity' if identity else 'another matrix'}, from which its entries differ by up to "
+        f"{_number(apart)}",
+        apart,
+        tuple(at),
+    )
+
+
+def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
+    replaced = [number for number, each in enumerate(facts) if each.replaced == "transposed"]
+    fewer = replaced or _turned_minority(facts)
+    crossed = [
+        i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False
+    ]
+    if fewer:
+        why = f"there the transpose of the computed matrix is applied, unlike at the other {len(facts) - len(fewer)}"
+    elif crossed:
+        why = "of one matrix the first column reads along the rows, and the others mix along the columns"
+    else:
+        yield from _late_rows(facts)
+        return
+    at = fewer or crossed
+    difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
+    yield Remark(
+        "transposed_mixing",
+        f"H_res is transposed {_places(facts, at)}: {why}; entries of the two differ by up to {_number(difference)}",
+        difference,
+        tuple(at),
+    )
+
+
+def _turned_minority(facts: Sequence[Facts]) -> list[int]:
+    """The connections that apply the transpose of what they compute, where most do not; or the other way round."""
+    known = {
+        i: each.origin.turned
+        for i, each in enumerate(facts)
+        if each.origin and each.origin.turned is not None
+    }
+    sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
+    fewer, more = sorted(sides, key=len)
+    return fewer if len(fewer) < len(more) else []
+
+
+def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The truncation error of Sinkhorn is in the sums that carry the signal forward, where mHC has none."""
+    if any(each.origin is not None and each.origin.reads_along for each in facts):
+        return  # the package hyper-connections: its matrix has its sources first, and ends on them
+    mixing = [number for number, each in enumerate(facts) if each.mixes]
+    errors = {number: facts[number].sum_errors() for number in mixing}
+    late = [
+        i
+        for i, (row, column) in errors.items()
+        if column <= EXACT_SUM and row > CLEAR_ERROR and not _one_sided(facts[i], 1)
+    ]
+    if late and all(column <= EXACT_SUM for _, column in errors.values()):
+        row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
+        yield Remark(
+            "transposed_mixing",
+            f"H_res may be transposed {_places(facts, late)}: its sums over the destinations are 1 within "
+            f"{_number(column)} and those over the sources, which carry the signal, are off by up to {_number(row)}; mHC "
+            "normalises the latter last (arXiv 2512.24880, Eq. 9)",
+            row,
+            tuple(late),
+            sure=False,
+        )
+
+
+def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The applied matrix differs from the stored one by the rounding of a cast."""
+    at = [number for number, each in enumerate(facts) if each.rounded_to]
+    if not at:
+        return
+    difference = max(float((facts[i].mix - facts[i].stored).abs().max()) for i in at)
+    if difference == 0:
+        return
+    applied = max(max(facts[i].sum_errors(facts[i].mix)) for i in at)
+    stored = max(max(facts[i].sum_errors()) for i in at)
+    yield Remark(
+        "rounded_mixing",
+        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {_places(facts, at)}: the applied matrix differs "
+        f"from the stored one by up to {_number(difference)}, and its sums are off by up to {_number(applied)} where those "
+        f"of the stored one are by {_number(stored)}",
+        difference,
+        tuple(at),
+        sure=False,
+    )
+
+
+# --- what the matrix is
+
+
+def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Every entry is 1 whatever the parameters, as after a normalisation along an axis of size one."""
+    far = {i: float((each.tokens(each.mix) - 1).abs().max()) for i, each in enumerate(facts) if each.mixes}
+    at = [number for number, error in far.items() if error <= EXACT_SUM]
+    if not at:
+        return
+    n = facts[0].num_streams
+    axes = [axis for i in at if (origin := facts[i].origin) is not None for axis in origin.axes]
+    sure = any(axis.size == 1 for axis in axes)
+    yield Remark(
+        "constant_mixing",
+        f"H_res is 1 in every entry {_places(facts, at)}, whatever its parameters (within {_number(max(far[i] for i in at))}, "
+        f"at every token): {'it is normalised' if sure else 'as after a normalisation'} along an axis of size one; all {n} "
+        f"streams become their sum, {n} times as large at each connection",
+        float(n),
+        tuple(at),
+    )
+
+
+def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Only one sum is 1: the matrix was normalised along one axis, not along both in turn."""
+    mixing = [number for number, each in enumerate(facts) if each.mixes]
+    for side, exact, others, loss in (
+        (
+            0,
+            "the sources (rows)",
+            "the destinations (columns)",
+            "the signal keeps its sum and its gradient does not",
+        ),
+        (
+            1,
+            "the destinations (columns)",
+            "the sources (rows)",
+            "the gradient keeps its sum and the signal does not: normalise the other axis",
+        ),
+    ):
+        at = [number for number in mixing if _one_sided(facts[number], side)]
+        # A free matrix may have exact rows at one connection; a normalisation is made at all of them.
+        if not at or 2 * len(at) <= len(mixing):
+            continue
+        axes = [origin.axes for i in at if (origin := facts[i].origin) is not None]
+        count = max((sum(not axis.turned for axis in each) for each in axes), default=0)
+        # One softmax over the sources is a design of its own: every stream becomes a mean of streams.
+        if side == 0 and count < 2:
+            continue
+        errors = [facts[number].sum_errors() for number in at]
+        good, bad = max(error[side] for error in errors), max(error[1 - side] for error in errors)
+        seen = f" ({count} normalisations, all along it)" if count else ""
+        yield Remark(
+            "one_sided_mixing",
+            f"H_res is normalised along one axis only{seen} {_places(facts, at)}: sums over {exact} are 1 within "
+            f"{_number(good)}, sums over {others} are off by up to {_number(bad)}, where 20 rounds of Sinkhorn would "
+            f"leave {_number(_after_rounds(facts, at, side))}; {loss}",
+            bad,
+            tuple(at),
+            sure=count > 1,
+        )
+
+
+def _one_sided(facts: Facts, side: int) -> bool:
+    """Whether the sums of one side (0 rows, 1 columns) alone are exact, by a normalisation and not by truncation."""
+    errors = facts.sum_errors()
+    if errors[side] > EXACT_SUM or errors[1 - side] <= CLEAR_ERROR:
+        return False
+    rounds = _rounds(facts, -1 - side)
+    axes = facts.origin.axes if facts.origin is not None else ()
+    along = {each.axis for each in axes if not each.turned and each.size != 1}
+    if not along or 0 in along:  # the code does not show it: only what is clear by itself is said
+        return rounds < FEW_ROUNDS and errors[1 - side] > FAR
+    normalised = [each.number for each in axes if not each.turned]
+    between = any(each.turned and normalised[0] < each.number < normalised[-1] for each in axes)
+    # With an exchange of the axes between them, normalisations along one axis of the code may be along both.
+    return len(along) == 1 and (not between or rounds < FEW_ROUNDS)
+
+
+def _once_more(matrix: torch.Tensor, last: int) -> torch.Tensor:
+    """One round of Sinkhorn that ends with the sums along ``last`` (−1 rows, −2 columns) exact."""
+    first = -3 - last
+    matrix = matrix / matrix.sum(first, keepdim=True)
+    return matrix / matrix.sum(last, keepdim=True)
+
+
+def _inexact(matrix: torch.Tensor, last: int) -> torch.Tensor:
+    return (matrix.sum(-3 - last) - 1).abs().amax(-1)
+
+
+def _rounds(facts: Facts, last: int) -> float:
+    """How many rounds of Sinkhorn the errors of the sums show, the median over tokens.
+
+    Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix
+    itself measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
+    """
+    matrix = facts.tokens(facts.stored)
+    if not (matrix >= 0).all() or not (matrix.sum(-1) > 0).all() or not (matrix.sum(-2) > 0).all():
+        return 0.0
+    error = _inexact(matrix, last)
+    again = matrix
+    for _ in range(MEASURED_ROUNDS):
+        again = _once_more(again, last)
+    left = _inexact(again, last)
+    factor = ((left / error.clamp_min(1e-300)) ** (1 / MEASURED_ROUNDS)).clamp(1e-12, 1 - 1e-9)
+    known = error > EXACT_SUM
+    if not known.any():
+        return math.inf
+    return float((error[known].clamp_max(1 - 1e-9).log() / factor[known].log()).median())
+
+
+def _after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float:
+    """The error that 20 rounds leave on these matrices."""
+    worst = 0.0
+    for number in at:
+        matrix = facts[number].tokens(facts[number].stored).clamp_min(0)
+        for _ in range(20):
+            matrix = _once_more(matrix, -1 - side).nan_to_num()
+        worst = max(worst, float(_inexact(matrix, -1 - side).max()))
+    return max(worst, torch.finfo(torch.float32).eps)
+
+
+def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The streams differ after a connection and are one again before the next."""
+    at = [
+        number
+        for number in range(1, len(facts))
+        if facts[number].spread_in <= SAME and facts[number - 1].spread_out > CLEAR_ERROR
+    ]
+    if at:
+        before = max(facts[number - 1].spread_out for number in at)
+        after = max(facts[number].spread_in for number in at)
+        yield Remark(
+            "passing_streams",
+            f"Streams are expanded and merged inside each block and do not persist: before {_places(facts, at)[3:]} all "
+            f"{facts[0].num_streams} are one again (their differences fall from {_number(before)} of their norm to "
+            f"{_number(after)}), so that one stream is handed on, as in a plain residual network",
+            after,
+            tuple(at),
+        )
+
+
+def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
+    """The same where no state between the steps has streams at all.
+
+    Parameters
+    ----------
+    streams : int
+        That every step makes of its state and merges again.
+    steps : int
+        Number of steps.
+
+    Returns
+    -------
+    tuple of Remark
+    """
+    sentence = (
+        f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} "
+        "streams of its state and merges them into 1 again, which is handed on, as in a plain residual network"
+    )
+    return (Remark("passing_streams", sentence, 0.0, ()),)
+
+
+# --- what the coefficients were computed from, and whether they learn
+
+
+def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
+    # Measured where H_res is uniform, or carries no gradient.
+    measured = {
+        i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients
+    }
+    still = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
+    uniform = [i for i in still if _from_uniform(facts[i]) <= UNIFORM]
+    at = [i for i in still if i not in uniform]
+    # The mean over streams takes away what the last mixing does, in every design: one connection is no finding.
+    uniform = uniform if 2 * len(uniform) > len(measured) else []
+    apart = max((_from_uniform(facts[i]) for i in uniform), default=0.0)
+    alike = (
+        f"every entry is 1/{facts[0].num_streams} within {_number(apart)}, and streams that are read, mixed "
+        "and written alike stay alike"
+    )
+    severed = "the graph is cut before it is applied (detach, no_grad or .data)"
+    for chosen, what, why in ((at, "computed from parameters", severed), (uniform, "uniform", alike)):
+        if chosen:
+            logits, write = (max(measured[i][side] for i in chosen) for side in (0, 1))
+            yield Remark(
+                "unlearnable_mixing",
+                f"H_res is {what} and its logits get no gradient {_places(facts, chosen)}: for a random combination of the "
+                f"outputs the largest gradient of a logit is {_number(logits)} where that of a write weight is "
+                f"{_number(write)}; {why}",
+                logits / write,
+                tuple(chosen),
+            )
+
+
+def _from_uniform(facts: Facts) -> float:
+    return float((facts.tokens(facts.mix) - 1 / facts.num_streams).abs().max())
+
+
+def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """The coefficients are a function of something else than the streams of this token at this connection."""
+    known = {number: each.origin for number, each in enumerate(facts) if each.origin is not None}
+    states = {number: origin.other_states for number, origin in known.items() if origin.other_states}
+    # DeepSeek-V4.1's reads are made by the sublayer before: a lag of one at every connection, of H_pre alone.
+    if all(set(of) == {"H_pre"} and of["H_pre"] == (number - 1,) for number, of in states.items()):
+        states = {}
+    if states:
+        number, weights = next(iter(states.items()))
+        named = " and ".join(weights)
+        sources = sorted({at for of in weights.values() for at in of})
+        words = " and ".join(
+            "the model's input" if at < 0 else f"the streams at connection {at}" for at in sources
+        )
+        yield Remark(
+            "foreign_coefficients",
+            "Coefficients are computed from another input than the streams that they are applied to "
+            f"{_places(facts, [*states])}: {named} of connection {number} from {words}, not from those at connection {number}",
+            float(len(states)),
+            tuple(states),
+        )
+    tokens = [number for number, origin in known.items() if origin.other_tokens > FOREIGN]
+    if tokens:
+        share = max(known[i].other_tokens for i in tokens)
+        later = any(known[i].later for i in tokens)
+        yield Remark(
+            "foreign_coefficients",
+            f"Coefficients of one token are computed from the streams of other tokens {_places(facts, tokens)}: "
+            f"{share:.0%} of their gradient is there{', also at later tokens of the sequence' if later else ''}",
+            share,
+            tuple(tokens),
+        )
+
+
+def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
+    """Reads are made with the write's weights, and the other way round."""
+    factors = [each.origin.sigmoids if each.origin else {} for each in facts]
+    at = [i for i, of in enumerate(factors) if of.get("H_pre", 0.0) > 1.5 and 0 < of.get("H_post", 0.0) < 1.5]
+    if at and len(at) == len(facts):
+        read, write = factors[0]["H_pre"], factors[0]["H_post"]
+        reads = [facts[i].tokens(weights) for i in at if (weights := facts[i].read) is not None]
+        writes = [facts[i].tokens(weights) for i in at if (weights := facts[i].write) is not None]
+        yield Remark(
+            "swapped_weights",
+            f"Read and write weights look exchanged {_places(facts, at)}: the branch reads with {read:.2g} σ(·), up to "
+            f"{_number(max(float(each.max()) for each in reads))}, and its output is written with {write:.2g} σ(·), up to "
+            f"{_number(max(float(each.max()) for each in writes))}; mHC reads with σ and writes with 2 σ (arXiv 2512.24880, "
+            "Eq. 8)",
+            read,
+            tuple(at),
+            sure=False,
+        )
+    elif len(facts) > 1 and _one_hot_writes(facts):
+        every = tuple(range(len(facts)))
+        yield Remark(
+            "swapped_weights",
+            f"Read and write weights look exchanged {_places(facts, every)}: the branch reads all streams with weight 1 and "
+            "its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
+            "way round (arXiv 2409.19606, Eq. 14)",
+            float(facts[0].num_streams),
+            every,
+            sure=False,
+        )
+
+
+def _one_hot_writes(facts: Sequence[Facts]) -> bool:
+    for number, each in enumerate(facts):
+        if each.read is None or each.write is None:
+            return False
+        expected = torch.eye(each.num_streams, dtype=torch.float64)[number % each.num_streams]
+        read, write = each.tokens(each.read), each.tokens(each.write)
+        if (read - 1).abs().max() > EXACT_SUM or (write - expected).abs().max() > EXACT_SUM:
+            return False
+    return True
+
+
+RULES: tuple[Rule, ...] = (
+    discarded,
+    transposed,
+    all_ones,
+    one_sum,
+    passing,
+    unlearnable,
+    swapped,
+    rounded,
+    other_input,
+)

@@ -1,0 +1,128 @@
+"""What is odd about the connections of a run? The facts of each, from the sample and from the forward that was followed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from depthscope.probes.connections.applied import Replacement
+from depthscope.probes.connections.computation import Applied, Forward, Origin, trace_origins
+from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
+from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
+from depthscope.probes.structure.model_structure import Structure
+
+# Heuristic: a cast of the weights is said where the next state is that much nearer with it; its own roundings may differ too.
+NEARER = 0.5
+
+
+def connection_remarks(
+    structure: Structure, evidence: Evidence, replaced: Mapping[int, Replacement], followed: Forward | None
+) -> list[dict[str, Any]]:
+    """What is odd about the connections of a run, as plain values; empty where nothing is, or there are none.
+
+    Parameters
+    ----------
+    structure : Structure
+        What the model is.
+    evidence : Evidence
+        Of the connections as they are applied.
+    replaced : mapping of int to Replacement
+        Those that apply another matrix than they compute.
+    followed : Forward or None
+        What one forward computed.
+
+    Returns
+    -------
+    list of dict
+    """
+    facts = [_facts(evidence, number, replaced.get(number)) for number in range(len(evidence.joints))]
+    if followed is not None and facts:
+        facts = _with_origins(facts, evidence.joints, followed)
+    inner = (
+        passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
+        if structure.inner_streams
+        else ()
+    )
+    return [remark.as_dict() for remark in (*inner, *remarks(facts))]
+
+
+def _facts(evidence: Evidence, number: int, replaced: Replacement | None) -> Facts:
+    joint, reading = evidence.joints[number], evidence.reading(number)
+    mix = applied_matrix(joint, reading).float()
+    stored = applied_matrix(joint, replace(reading, cast=False)).float()
+    rounded_to, how = "", "" if replaced is None else replaced.how
+    if replaced is not None and how not in ("identity", "transposed"):
+        stored, rounded_to, how = replaced.computed, how, ""
+        stored = stored.mT if reading.transposed else stored
+    elif reading.cast and not torch.equal(mix, stored) and _cast_is_clear(joint, evidence, number):
+        rounded_to = str(joint.dtype).removeprefix("torch.")
+    return Facts(
+        name=joint.path,
+        mix=mix,
+        mixes=joint.parts.mix is not None,
+        stored=stored,
+        rounded_to=rounded_to,
+        read=_vector(joint.parts.read),
+        write=_vector(joint.parts.write),
+        mask=joint.mask,
+        replaced=how,
+        computed=None if replaced is None else replaced.computed,
+        spread_in=_spread(joint.x_in, joint.mask),
+        spread_out=_spread(joint.x_out, joint.mask),
+    )
+
+
+def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
+    """‖X − mean over streams‖ / ‖X‖ of real tokens (K, T, N, D)."""
+    real = state[mask].double()
+    return float(
+        (real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    )
+
+
+def _vector(weights: torch.Tensor | None) -> torch.Tensor | None:
+    """Weights (K, T, n) of a connection with one view."""
+    if weights is None or 1 not in weights.shape[-2:]:
+        return None
+    return weights.flatten(-2)
+
+
+def _cast_is_clear(joint: Joint, evidence: Evidence, number: int) -> bool:
+    tokens, reading = joint.tokens(), evidence.reading(number)
+    exact = reconstruction_error(tokens, replace(reading, cast=False))
+    return reconstruction_error(tokens, reading) <= NEARER * exact
+
+
+def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Forward) -> list[Facts]:
+    kept = slice(
+        len(forward.rows)
+    )  # the sampled sequences are in the order of the data, and these are of its first batch
+    applied = []
+    for joint, of in zip(joints, facts, strict=True):
+        taken = joint.parts.branch_in
+        branch_in = taken.squeeze(-2) if taken.shape[-2] == 1 else None
+        parts = joint.x_in, joint.x_out, of.stored, of.read, of.write, branch_in
+        applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))
+    origins = trace_origins(forward, applied)
+    return [_completed(of, origin) for of, origin in zip(facts, origins, strict=True)]
+
+
+def _completed(facts: Facts, origin: Origin) -> Facts:
+    facts = replace(facts, origin=origin)
+    if origin.exact is not None and not facts.rounded_to:
+        exact = _with(facts.stored, origin.exact)
+        return replace(facts, mix=exact, stored=exact)
+    if origin.stored is None or facts.rounded_to:
+        return facts
+    # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
+    return replace(facts, stored=_with(facts.stored, origin.stored), rounded_to=origin.rounded_to)
+
+
+def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Matrices with those of the sequences of the first batch in their place."""
+    completed = matrices.clone()
+    completed[: known.shape[0], : known.shape[1]] = known
+    return completed

@@ -1,0 +1,99 @@
+"""From what does a model compute the coefficients of its connections? One more forward, whose graph is kept and walked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from depthscope.probes.connections.computation import Computation, Forward
+from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.session.forward import own_call
+from depthscope.probes.session.model_call import call_model, eager
+from depthscope.probes.session.reservoir import Sequence
+from depthscope.probes.session.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _all_require_gradients(model: nn.Module) -> Iterator[None]:
+    """Frozen parameters take part in the graph too: what was computed from them shows in it alone."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad and p.is_leaf]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward | None:
+    """Run a model with streams once more on its first batch, and keep what its coefficients were computed from.
+
+    Parameters
+    ----------
+    session : Session
+        That measured this batch; its hooks are off.
+    batch : object
+        The batch.
+    first, batch_size : int
+        Index of its first sequence among all, and number of its sequences.
+
+    Returns
+    -------
+    Forward or None
+        None where the model has no streams, no sequence of the batch was sampled, or the forward cannot be followed.
+    """
+    structure = session.structure
+    sampled = [s for s in _sequences(session) if first <= s.index < first + batch_size]
+    if not structure.connections or not sampled:
+        return None
+    (tokens, n, width) = sampled[0].states[0, structure.connections[0].depth_in].shape
+    trace = Trace()
+    computation = Computation(trace, n, width, batch_size * tokens)
+    model = session.model
+    weights = list(model.parameters())
+    for tensor in (*weights, *tensors_in(batch)):
+        trace.watch(tensor)
+    try:
+        # The random states are those before the measured forward, so that it drops what that one dropped.
+        modes = preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model)
+        with ExitStack() as stack:
+            for mode in (*modes, torch.enable_grad(), computation, trace):
+                stack.enter_context(mode)
+            output = call_model(model, batch)
+    except Exception as error:
+        # It ran without the mode: a remark less, and no error of the user's.
+        logger.info("the forward could not be followed: %s", without_frames(error))
+        return None
+    if computation.error is not None or trace.error is not None:
+        logger.info("the forward could not be followed: %s", computation.error or trace.error)
+        return None
+    return Forward(
+        trace=trace,
+        values=computation.values,
+        reductions=computation.reductions,
+        parameters=frozenset(
+            value.number for weight in weights if (value := trace.value(weight)) is not None
+        ),
+        outputs=[tensor for tensor in tensors_in(output) if tensor.is_floating_point()],
+        batch_size=batch_size,
+        tokens=tokens,
+        canonical=lambda state: structure.canonical(0, state, batch_size),
+        shape=tuple(structure.chains[0].shapes[0]),
+        precision=session.observer.precision,
+        rows=[sequence.index - first for sequence in sampled],
+    )
+
+
+def _sequences(session: Session) -> list[Sequence]:
+    return sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
