@@ -280,7 +280,9 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         named_streams=named_streams,
         batch_axis=forward.batch_axis,
         selection=options.selection,
-        inner_streams=0 if sites or chains[0].proof == PROVEN else inner_streams(states_of(tape, chains[0].points)),
+        inner_streams=0
+        if sites or chains[0].proof == PROVEN
+        else inner_streams(states_of(tape, chains[0].points)),
     )
 
 
@@ -329,9 +331,9 @@ def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
     states = states_of(tape, chain.points)
     if states[0] is not None and is_packed(states[0].axes):
         raise LayoutError(
-            f"the state of shape {states[0].shape} has its tokens along the axis that the model's first tensor has its sequences "
-            "along: several sequences are packed into one, which cannot be told apart here. Call the model with one sequence "
-            "in each row of the batch, padded where they differ in length"
+            f"the state of shape {states[0].shape} has its tokens along the axis that the model's first tensor has its "
+            "sequences along: several sequences are packed into one, which cannot be told apart here. Call the model with one "
+            "sequence in each row of the batch, padded where they differ in length"
         )
     # Where streams are made and merged inside each step, it is none of a plain chain, and its axes are known all the same.
     if states[0] is None or (chain.proof != PROVEN and not inner_streams(states)):
