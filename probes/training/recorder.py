@@ -413,14 +413,14 @@ def record(
     Nothing of the user's run changes: hooks return nothing, errors in them are reported by a `ProbeWarning` at the end of the
     step (and stored in ``recorder.errors``), and between measured steps no hook is on.
 
-    A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured steps
-    too, with the same dropout masks, losses and weights as without a recorder. It is measured next to that: its forward runs
-    once more, uncompiled, on copies of the same arguments, before the call; with gradients its backward as well, from
-    ∂loss/∂output of the user's backward on. So a measured call costs one more forward (and backward) and their memory; the
-    states are those of the same weights and batch, under dropout masks of their own; random states, buffers and attributes of
-    modules are restored, while what the forward or a hook of the user's does elsewhere (a print, a counter) happens twice. Refused with a
-    sentence, and without any effect on the training: reentrant checkpoints and optimizers inside of the backward (with
-    gradients), several processes, arguments that cannot be copied.
+    A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured
+    steps too, with the same dropout masks, losses and weights as without a recorder. It is measured next to that: its
+    forward runs once more, uncompiled, on copies of the same arguments, before the call; with gradients its backward as
+    well, from ∂loss/∂output of the user's backward on. So a measured call costs one more forward (and backward) and their
+    memory; the states are those of the same weights and batch, under dropout masks of their own; random states, buffers
+    and attributes of modules are restored, while what the forward or a hook of the user's does elsewhere (a print, a
+    counter) happens twice. Refused with a sentence, and without any effect on the training: reentrant checkpoints and
+    optimizers inside of the backward (with gradients), several processes, arguments that cannot be copied.
 
     A forward under ``no_grad`` or ``inference_mode``, such as a validation, counts to no step that measures gradients.
 
