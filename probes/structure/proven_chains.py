@@ -102,6 +102,8 @@ def _carried_chains(
     if streams is not None:
         chain = with_final(tape, streams.chain, streams.sites[0].num_streams)
         return FoundChains((chain,), streams.sites)
+    if any(len(chain.points) > len(carried[0][1]) for chain in chains):
+        return None  # blocks that vanish between two states are no branch
     if chains and not _explain_more(tape, [states for _, states, _ in carried], chains):
         return None
     proven = [with_proof(tape, with_final(tape, chain)) for chain, _, _ in carried]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
     ChainError
         Where no module shows the state after the last connection.
     """
-    layers = layer_numbers(connections)
+    layers = _block_numbers(connections)
     first = connections[0]
     points = [_hook_point([Observation(first, "input")], -1, "embed", first.producer or "(input)")]
     found: list[Connection] = []
@@ -84,6 +84,16 @@ def stream_chain(tape: Tape, connections: list[Call]) -> Chain:
         block_class=type(next(iter(parents.values())).module).__name__ if parents else "",
         shapes=(first.x_shape,) * len(points),
     )
+
+
+def _block_numbers(connections: Sequence[Call]) -> list[int]:
+    """Numbers of the blocks that connections are in; a block that runs several times counts each time."""
+    around = [call.parent for call in connections]
+    runs = list({id(block): block for block in around}.values())
+    if len({block.path for block in runs if block is not None}) == len(runs) or len(runs) == len(around):
+        return layer_numbers(connections)
+    order = {id(block): number for number, block in enumerate(runs)}
+    return [order[id(block)] for block in around]
 
 
 def _observations_after(tape: Tape, call: Call, following: Call | None) -> list[Observation]:

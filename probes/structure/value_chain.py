@@ -130,11 +130,7 @@ def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
     found = [state for state in first if state is not None]
     if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
         return found
-    return [
-        state
-        for group in groups
-        if (state := _state_of_shape(group, found[-1].value.shape, first=group is groups[0])) is not None
-    ]
+    return [state for group in groups if (state := _state_of_shape(group, found[-1].value.shape)) is not None]
 
 
 def _shown_of(group: Sequence[CarriedState], *, normed: bool) -> CarriedState | None:
@@ -150,13 +146,10 @@ def _made_by_function(group: Sequence[CarriedState]) -> list[CarriedState]:
     return [state for state in placed if (step := state.value.step) is not None and step.rule.function]
 
 
-def _state_of_shape(
-    group: Sequence[CarriedState], shape: tuple[int, ...], *, first: bool
-) -> CarriedState | None:
+def _state_of_shape(group: Sequence[CarriedState], shape: tuple[int, ...]) -> CarriedState | None:
+    """The state of a group that some module shows, or else the first one that has its axes."""
     fitting = [state for state in group if state.value.shape == shape]
-    placed = [state for state in fitting if state.places]
-    # What no module shows of the first group is how the streams were made.
-    return placed[0] if placed else fitting[0] if fitting and not first else None
+    return next((state for state in fitting if state.places), fitting[0] if fitting else None)
 
 
 def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Value]]]:
