@@ -643,6 +643,8 @@ def replayed(value: Value, tensors: Sequence[torch.Tensor | None]) -> torch.Tens
     kwargs = {name: _argument(argument, None, step, given) for name, argument in step.kwargs.items()}
     if step.rule.writes:
         args[0] = args[0].clone()
+    if step.rule.finds is _viewed:  # the operands of a replay may lie in memory in another order
+        return args[0].reshape(args[1] if len(args) == 2 else value.shape)
     result = step.func(*args, **kwargs)
     return result[step.item] if isinstance(result, (tuple, list)) else result
 

@@ -80,6 +80,10 @@ def read_evidence(tape: Tape, chain: Chain) -> LayoutEvidence:
         return _evidence_of_track(tape, chain)
     takers = {(point.path, point.method, point.index) for point in chain.points if point.at == "input"}
     blocks = [call for call in tape.calls if call.key in takers]
+    if (
+        not blocks
+    ):  # the chain of values that modules return: its axes are told by the operations, or by its shape alone
+        return LayoutEvidence()
     first, inside = blocks[0], _calls_during(tape, blocks[0])
     # The first block of a stage may change the shape, and what its branches write shows nothing.
     constant = next((block for block in blocks if block.x_shape == block.y_shape), None)

@@ -91,6 +91,8 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
 
 def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[Value]) -> bool:
     """Whether a term that is not computed from a state comes from the states before it, or is a part of one of them."""
+    if source.root == before.number or trace.depends(source.root, before):
+        return False
     return any(trace.depends(source.root, state) for state in earlier) or (
         bool(earlier) and trace.depends(before, source.root)
     )
@@ -157,13 +159,41 @@ def with_proof(tape: Tape, chain: Chain) -> Chain:
     return replace(chain, proof=_proof(tape, chain))
 
 
+def _reads_elsewhere(tape: Tape, states: Sequence[Value | None]) -> int | None:
+    """The depth after which a branch reads a sum of the state and of what earlier depths gave; None where none does."""
+    trace = tape.trace
+    assert trace is not None
+    shown = {
+        value.number: value for call in tape.calls for _, _, value in call.shown() if value.step is not None
+    }
+    for depth, (before, after) in enumerate(pairwise(states)):
+        if not depth or before is None or after is None or before.shape != after.shape:
+            continue
+        earlier = [state for state in states[:depth] if state is not None]
+        for number, value in shown.items():
+            if not before.number < number < after.number or value.shape != before.shape:
+                continue
+            read = LinearMap(value, [before])
+            mixed = any(_from_states(trace, source, before, earlier) for source in read.sources)
+            if read.reached and mixed and trace.depends(after, value):
+                return depth
+    return None
+
+
 def _proof(tape: Tape, chain: Chain) -> str:
     if tape.trace is None or tape.trace.error is not None:
         why = "" if tape.trace is None else f" ({tape.trace.error})"
         return f"unproven: the operations of the forward could not be followed{why}"
-    for depth, step in plain_steps(tape.trace, states_of(tape, chain.points)):
+    states = states_of(tape, chain.points)
+    for depth, step in plain_steps(tape.trace, states):
         if step.doubt:
             return f"unproven: from depth {depth} to {depth + 1}, {step.doubt}"
+    elsewhere = _reads_elsewhere(tape, states)
+    if elsewhere is not None:
+        return (
+            f"unproven: after depth {elsewhere}, a branch reads a sum of the state and of what earlier depths gave, which is "
+            "a connection over depth"
+        )
     return PROVEN
 
 

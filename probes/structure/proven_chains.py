@@ -24,7 +24,7 @@ from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
 from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
-from depthscope.probes.structure.value_chain import unchanged_origin, value_chains
+from depthscope.probes.structure.value_chain import skips_blocks, unchanged_origin, value_chains
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def proven_chains(
         return FoundChains(tuple(chains))
     carried = [(chain, states, _share(tape, model, states)) for chain, states in value_chains(tape, model)]
     try:
-        found = _carried_chains(tape, carried, chains)
+        found = _carried_chains(tape, model, carried, chains)
         mixed = isinstance(refusal, SeveralStatesError)
     except StreamConnectionError:
         found, mixed = (
@@ -88,22 +88,24 @@ def proven_chains(
     found = found or FoundChains(tuple(chains))
     for chain in found.chains:
         _require_all_blocks(tape, model, chain)
-    return found
+    return replace(
+        found, chains=tuple(_with_all_blocks(tape, model, chain, found.chains) for chain in found.chains)
+    )
 
 
 def _carried_chains(
-    tape: Tape, carried: Sequence[tuple[Chain, list[Value], float]], chains: Sequence[Chain]
+    tape: Tape, model: nn.Module, carried: Sequence[tuple[Chain, list[Value], float]], chains: Sequence[Chain]
 ) -> FoundChains | None:
     """The chains of the values, where they show what those of the modules do not; None where these are as good."""
     carried = [each for each in carried if each[2] >= FURTHER_SHARE]
     if not carried or carried[0][2] < TRUNK_SHARE:
         return None
+    if any(skips_blocks(tape, model, states) for _, states, _ in carried):
+        return None
     streams = traced_streams(tape, *carried[0][:2])
     if streams is not None:
         chain = with_final(tape, streams.chain, streams.sites[0].num_streams)
         return FoundChains((chain,), streams.sites)
-    if any(len(chain.points) > len(carried[0][1]) for chain in chains):
-        return None  # blocks that vanish between two states are no branch
     if chains and not _explain_more(tape, [states for _, states, _ in carried], chains):
         return None
     proven = [with_proof(tape, with_final(tape, chain)) for chain, _, _ in carried]
@@ -165,20 +167,49 @@ def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
     modules = dict(model.named_modules())
     ran = {call.path[:end] for call in tape.calls for end in _ends(call.path)}
     for path in chain.blocks:
-        container, _, number = path.rpartition(".")
-        if not number.isdigit() or path not in modules:
-            continue
-        like = [
-            f"{container}.{name}".lstrip(".")
-            for name, child in modules[container].named_children()
-            if name.isdigit() and type(child) is type(modules[path])
-        ]
-        missing = [other for other in like if other not in ran]
+        missing = [other for other in _like(modules, path) if other not in ran]
         if missing:
             raise ChainError(
                 f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
                 "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
             )
+
+
+def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequence[Chain]) -> Chain:
+    """A chain; unproven where a block like its own ran and is on no chain, so that its state is missing."""
+    modules, ran = dict(model.named_modules()), {call.path for call in tape.calls}
+    known = {path for other in chains for path in other.blocks}
+    for path in chain.blocks:
+        left_out = [other for other in _of_class(modules, path) if other in ran and not _within(other, known)]
+        if left_out and chain.proof == PROVEN:
+            why = f"unproven: {', '.join(left_out[:3])} ran, like {path}, and what came of it is not on the chain"
+            return replace(chain, proof=why)
+    return chain
+
+
+def _of_class(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The modules of the class of a block that has parts of its own."""
+    block = modules.get(path)
+    if block is None or type(block) is nn.Sequential or not any(True for _ in block.children()):
+        return []
+    return [other for other, module in modules.items() if type(module) is type(block)]
+
+
+def _within(path: str, known: set[str]) -> bool:
+    """Whether a module is one of some blocks, a part of one, or contains one."""
+    return any(path == k or path.startswith(f"{k}.") or k.startswith(f"{path}.") for k in known)
+
+
+def _like(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The blocks of one list, and of one class, with a block."""
+    container, _, number = path.rpartition(".")
+    if not number.isdigit() or path not in modules:
+        return []
+    return [
+        f"{container}.{name}".lstrip(".")
+        for name, child in modules[container].named_children()
+        if name.isdigit() and type(child) is type(modules[path])
+    ]
 
 
 def _ends(path: str) -> Iterator[int]:

@@ -229,6 +229,24 @@ def _branch_calls(tape: Tape, states: Sequence[CarriedState], number: int) -> li
     return [tape.calls[order] for order, _ in orders.most_common() if order > 0]
 
 
+def skips_blocks(tape: Tape, model: nn.Module, states: Sequence[Value]) -> bool:
+    """Whether several blocks of one list ran between two of the states: they are no branch, and their states are missing."""
+    modules = dict(model.named_modules())
+    carried = [CarriedState(value, ()) for value in states]
+    for number in range(1, len(states)):
+        paths = {_block_path(call.path) for call in _branch_calls(tape, carried, number)}
+        kinds = [
+            (path.rpartition(".")[0], type(modules[path]))
+            for path in paths
+            if path in modules
+            and path.rpartition(".")[2].isdigit()
+            and any(True for _ in modules[path].children())
+        ]
+        if len(set(kinds)) < len(kinds):
+            return True
+    return False
+
+
 def _layers(branches: Sequence[Sequence[Call]]) -> list[int]:
     """The number of the block that each branch belongs to.
 
