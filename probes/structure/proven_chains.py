@@ -166,8 +166,19 @@ def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
     """Refuse a forward that left out some of its blocks: their depths would be given to others."""
     modules = dict(model.named_modules())
     ran = {call.path[:end] for call in tape.calls for end in _ends(call.path)}
-    for path in chain.blocks:
-        missing = [other for other in _like(modules, path) if other not in ran]
+    lists = {
+        (path.rpartition(".")[0], type(modules[path]))
+        for path in chain.blocks
+        if path in modules and path.rpartition(".")[2].isdigit()
+    }
+    for container, kind in lists:
+        missing = [
+            other
+            for name, child in modules[container].named_children()
+            if name.isdigit()
+            and type(child) is kind
+            and (other := f"{container}.{name}".lstrip(".")) not in ran
+        ]
         if missing:
             raise ChainError(
                 f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
@@ -177,39 +188,28 @@ def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
 
 def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequence[Chain]) -> Chain:
     """A chain; unproven where a block like its own ran and is on no chain, so that its state is missing."""
-    modules, ran = dict(model.named_modules()), {call.path for call in tape.calls}
+    modules = dict(model.named_modules())
     known = {path for other in chains for path in other.blocks}
-    for path in chain.blocks:
-        left_out = [other for other in _of_class(modules, path) if other in ran and not _within(other, known)]
-        if left_out and chain.proof == PROVEN:
-            why = f"unproven: {', '.join(left_out[:3])} ran, like {path}, and what came of it is not on the chain"
+    around = {path[:end] for path in known for end in _ends(path)}
+    kinds = {
+        type(modules[path])
+        for path in chain.blocks
+        if path in modules
+        and type(modules[path]) is not nn.Sequential
+        and any(True for _ in modules[path].children())
+    }
+    for call in tape.calls if chain.proof == PROVEN else ():
+        path = call.path
+        if (
+            type(call.module) in kinds
+            and path not in around
+            and not any(path[:end] in known for end in _ends(path))
+        ):
+            why = (
+                f"unproven: {path} ran, like the blocks of the chain, and what came of it is not on the chain"
+            )
             return replace(chain, proof=why)
     return chain
-
-
-def _of_class(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """The modules of the class of a block that has parts of its own."""
-    block = modules.get(path)
-    if block is None or type(block) is nn.Sequential or not any(True for _ in block.children()):
-        return []
-    return [other for other, module in modules.items() if type(module) is type(block)]
-
-
-def _within(path: str, known: set[str]) -> bool:
-    """Whether a module is one of some blocks, a part of one, or contains one."""
-    return any(path == k or path.startswith(f"{k}.") or k.startswith(f"{path}.") for k in known)
-
-
-def _like(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """The blocks of one list, and of one class, with a block."""
-    container, _, number = path.rpartition(".")
-    if not number.isdigit() or path not in modules:
-        return []
-    return [
-        f"{container}.{name}".lstrip(".")
-        for name, child in modules[container].named_children()
-        if name.isdigit() and type(child) is type(modules[path])
-    ]
 
 
 def _ends(path: str) -> Iterator[int]:
