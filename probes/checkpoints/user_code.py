@@ -17,6 +17,8 @@ OUR_FOLDERS = (str(Path(__file__).parents[2]),)
 STANDARD_LIBRARY = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 INSTALLED = ("site-packages", "dist-packages")
 # Files of torch from which a model's own code is called, forward and backward
+PASSED_THROUGH = ("__torch_dispatch__", "__torch_function__")
+REPEATED = 50  # calls of the user's own code in one traceback, more than any model nests; heuristic
 CALLS_OF_A_MODEL = (
     ("nn", "modules", "module.py"),
     ("torch", "autograd", "function.py"),
@@ -119,7 +121,13 @@ def is_model_error(error: BaseException) -> bool:
     bool
         True where, after the last frame of this library, a module was called or code outside all libraries ran.
     """
-    files = [frame.f_code.co_filename for frame, _ in _frames(error)]
+    frames = [frame for frame, _ in _frames(error)]
+    if isinstance(error, RecursionError):
+        # It is raised in whatever code comes last; who calls itself is whose frames are many.
+        files = [frame.f_code.co_filename for frame in frames]
+        return sum(map(_is_users, files)) > REPEATED
+    # Our trace runs the operations of the model's own code: an error in one of them is the model's.
+    files = [frame.f_code.co_filename for frame in frames if frame.f_code.co_name not in PASSED_THROUGH]
     # A hook of ours runs within the call of a module too, and is then the last.
     last = max((i for i, file in enumerate(files) if _is_below(file, OUR_FOLDERS)), default=-1)
     return any(

@@ -41,7 +41,7 @@ MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
 @dataclass(frozen=True)
-class Value:
+class ComputedValue:
     """A tensor that the user's code handled.
 
     Parameters
@@ -111,7 +111,7 @@ class Computation(TorchFunctionMode):
         self._sizes = self._squares | self._vectors | {lead * width, lead * n * width}
         self._sizes.update(with_views, (lead * size for size in with_views))
         self._count = 0
-        self.values: list[Value] = []
+        self.values: list[ComputedValue] = []
         self.reductions: list[Reduction] = []
         self.error: Exception | None = None  # why no more is kept
 
@@ -135,7 +135,9 @@ class Computation(TorchFunctionMode):
                 value = self._trace.value(tensor)
                 if value is not None:
                     sigmoid = "sigmoid" in name
-                    self.values.append(Value(self._count, value.number, tensor, sigmoid, version(tensor)))
+                    self.values.append(
+                        ComputedValue(self._count, value.number, tensor, sigmoid, version(tensor))
+                    )
         if args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._squares:
             self._note_reduction(name, args, kwargs, result)
 
@@ -163,14 +165,14 @@ def _name_of(func: Any) -> str:
 
 
 @dataclass
-class Forward:
+class ComputedForward:
     """What one forward computed.
 
     Parameters
     ----------
     trace : Trace
         Of its operations.
-    values : sequence of Value
+    values : sequence of ComputedValue
         In order.
     reductions : sequence of Reduction
         Normalisations and sums of small tensors.
@@ -191,7 +193,7 @@ class Forward:
     """
 
     trace: Trace
-    values: Sequence[Value]
+    values: Sequence[ComputedValue]
     reductions: Sequence[Reduction]
     parameters: frozenset[int]
     outputs: list[torch.Tensor]
@@ -201,7 +203,7 @@ class Forward:
     shape: tuple[int, ...]
     rows: list[int]
     precision: torch.dtype = torch.float32
-    _states: list[tuple[Value, torch.Tensor]] = field(init=False)
+    _states: list[tuple[ComputedValue, torch.Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
         current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
@@ -230,7 +232,7 @@ class Forward:
         flat = state.flatten()
         return flat[spread(len(flat), COMPARED).to(flat.device)].double().cpu()
 
-    def states(self, x: torch.Tensor) -> list[Value]:
+    def states(self, x: torch.Tensor) -> list[ComputedValue]:
         """Every value that is this state, (K, T, N, D) of the sampled sequences."""
         wanted = self._few(x)
         limit = SAME * wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -253,7 +255,7 @@ class Forward:
             if shape == (*tail, *lead):
                 yield tensor.movedim((-2, -1), (0, 1))
 
-    def matching(self, wanted: torch.Tensor, between: tuple[int, int]) -> list[Value]:
+    def matching(self, wanted: torch.Tensor, between: tuple[int, int]) -> list[ComputedValue]:
         """The values that are these coefficients (K, T, *tail), or their transpose, in order.
 
         A matrix may be a part of one that reads too: its last columns, source by destination.
@@ -263,11 +265,11 @@ class Forward:
         wanted : Tensor
             Coefficients of the sampled sequences, on the CPU.
         between : tuple of int
-            The values of which part of the forward are looked at, see `Value.order`.
+            The values of which part of the forward are looked at, see `ComputedValue.order`.
 
         Returns
         -------
-        list of Value
+        list of ComputedValue
         """
         limit = SAME * max(1.0, float(wanted.abs().max()))
         return [
@@ -276,12 +278,12 @@ class Forward:
             if any(self.equal(each, wanted, limit) for each in self._readings(value, tuple(wanted.shape[2:])))
         ]
 
-    def within(self, between: tuple[int, int]) -> Sequence[Value]:
+    def within(self, between: tuple[int, int]) -> Sequence[ComputedValue]:
         """The values of a part of the forward that are what they were."""
         first, last = (bisect_left(self.values, order, key=lambda value: value.order) for order in between)
         return [value for value in self.values[first:last] if not value.rewritten]
 
-    def _readings(self, value: Value, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    def _readings(self, value: ComputedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         tensor, matrix = value.tensor.detach(), len(tail) == 2
         for each in self.per_token(tensor, tail):
             yield from (each, each.mT) if matrix else (each,)
@@ -291,6 +293,8 @@ class Forward:
 
     def equal(self, tensor: torch.Tensor, wanted: torch.Tensor, limit: float) -> bool:
         """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
+        if tensor.is_meta:  # weights that are elsewhere between two uses
+            return False
         few = tensor[self.rows].to(wanted.device, torch.float32)
         # A few tokens first: most candidates differ everywhere.
         for tokens in (slice(1), slice(None)):
@@ -386,12 +390,12 @@ class Applied:
     branch_in: torch.Tensor | None  # (K, T, D), of one view
 
 
-def trace_origins(forward: Forward, applied: Sequence[Applied]) -> list[Origin]:
+def trace_origins(forward: ComputedForward, applied: Sequence[Applied]) -> list[Origin]:
     """From what the coefficients of every connection were computed.
 
     Parameters
     ----------
-    forward : Forward
+    forward : ComputedForward
         What one forward computed.
     applied : sequence of Applied
         One for each connection, in order.
@@ -413,13 +417,15 @@ def trace_origins(forward: Forward, applied: Sequence[Applied]) -> list[Origin]:
 class _Search:
     """The search for the origins of all connections of one forward."""
 
-    def __init__(self, forward: Forward, applied: Sequence[Applied]):
+    def __init__(self, forward: ComputedForward, applied: Sequence[Applied]):
         self.forward = forward
         self.applied = applied
         self.states = [forward.states(each.x_in) for each in applied]
         self.numbers = [frozenset(value.number for value in found) for found in self.states]
         self.every = frozenset[int]().union(*self.numbers)
-        self.found: list[dict[str, list[Value]]] = [self._find(number) for number in range(len(applied))]
+        self.found: list[dict[str, list[ComputedValue]]] = [
+            self._find(number) for number in range(len(applied))
+        ]
 
     def _window(self, number: int) -> tuple[int, int] | None:
         """The part of the forward from the first value that is this connection's state to the one that is the next state."""
@@ -428,7 +434,7 @@ class _Search:
             return None
         return self.states[number][0].order, after[0].order
 
-    def _find(self, number: int) -> dict[str, list[Value]]:
+    def _find(self, number: int) -> dict[str, list[ComputedValue]]:
         window = self._window(number)
         if window is None:
             return {}
@@ -437,7 +443,7 @@ class _Search:
         # Weights may have been computed before this connection began: the nearest ones count.
         earlier = self.states[max(0, number - 2)]
         starts = [window[0], earlier[0].order if earlier else 0, 0]
-        found: dict[str, list[Value]] = {}
+        found: dict[str, list[ComputedValue]] = {}
         for name, wanted in weights.items():
             if wanted is None:
                 continue
@@ -470,7 +476,7 @@ class _Search:
             **(self._before_rounding(number, window) or self._exact(number, mix)),
         )
 
-    def _turned(self, number: int, mix: Sequence[Value]) -> bool | None:
+    def _turned(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
         wanted = self.applied[number].mix
         n = wanted.shape[-1]
         if (
@@ -500,7 +506,7 @@ class _Search:
                     return {"stored": stored, "rounded_to": str(dtype).removeprefix("torch.")}
         return {}
 
-    def _exact(self, number: int, mix: Sequence[Value]) -> dict[str, Any]:
+    def _exact(self, number: int, mix: Sequence[ComputedValue]) -> dict[str, Any]:
         """The matrix in the precision in which it was computed, where reading it has rounded it."""
         wanted, dtype = self.applied[number].mix, self.forward.precision
         for value in reversed(mix) if dtype in CASTS else ():
@@ -511,7 +517,7 @@ class _Search:
         return {}
 
     def _is(
-        self, value: Value, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
+        self, value: ComputedValue, wanted: torch.Tensor, dtype: torch.dtype, *, rounded: bool
     ) -> torch.Tensor | None:
         """A value as a matrix (K, T, n, n) in the orientation in which it is the wanted one, rounded or as it stands."""
         n = wanted.shape[-1]
@@ -522,7 +528,7 @@ class _Search:
                     return matrix
         return None
 
-    def _reads_along(self, number: int, mix: Sequence[Value]) -> bool | None:
+    def _reads_along(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
         forward, applied = self.forward, self.applied[number]
         n, read = applied.mix.shape[-1], applied.read
         for value in mix if read is not None else ():
@@ -537,15 +543,15 @@ class _Search:
                     return straight
         return None
 
-    def _behind(self, values: Sequence[Value]) -> set[int]:
+    def _behind(self, values: Sequence[ComputedValue]) -> set[int]:
         return self.forward.ancestors([value.number for value in values], stop=self.every)
 
-    def _squares(self, number: int, window: tuple[int, int]) -> list[Value]:
+    def _squares(self, number: int, window: tuple[int, int]) -> list[ComputedValue]:
         n = self.applied[number].mix.shape[-1]
         sizes = (n * n, self.forward.batch_size * self.forward.tokens * n * n)
         return [value for value in self.forward.within(window) if value.tensor.numel() in sizes]
 
-    def _others(self, number: int, values: Sequence[Value]) -> tuple[int, ...]:
+    def _others(self, number: int, values: Sequence[ComputedValue]) -> tuple[int, ...]:
         """The connections whose states some coefficients were computed from, other than by way of their own state."""
         start = [value for value in values if value.number not in self.every][:1]
         reached = self._behind(start)
@@ -630,7 +636,7 @@ class _Search:
         }
         return {name: factor for name, factor in found.items() if factor is not None}
 
-    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[Value]) -> float | None:
+    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[ComputedValue]) -> float | None:
         """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
         for value in values:
             for each in self.forward.per_token(value.tensor.detach(), tuple(wanted.shape[2:])):

@@ -19,7 +19,7 @@ class ReplayError(ValueError):
     """A linear map whose coefficients are not there any more."""
 
 
-class LinearMap:
+class LinearDependence:
     """A value as a linear function of some earlier ones, at the coefficients of this forward.
 
     Parameters

@@ -9,7 +9,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.applied import Replacement, as_applied
-from depthscope.probes.connections.computation import Forward
+from depthscope.probes.connections.computation import ComputedForward
 from depthscope.probes.connections.family import ReconstructionError
 from depthscope.probes.connections.proof import gather_evidence
 from depthscope.probes.run.attributes import run_attributes
@@ -32,7 +32,7 @@ def build_run(
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
     digests: bool = True,
-    followed: Forward | None = None,
+    followed: ComputedForward | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -50,7 +50,7 @@ def build_run(
         Text of every token, by the sequence's index.
     digests : bool
         Whether the weights and the data get a digest, by which runs are compared.
-    followed : Forward, optional
+    followed : ComputedForward, optional
         What one forward on the first sequences computed, for remarks on where the coefficients come from.
 
     Returns

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.applied import Replacement
-from depthscope.probes.connections.computation import Applied, Forward, Origin, trace_origins
+from depthscope.probes.connections.computation import Applied, ComputedForward, Origin, trace_origins
 from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
 from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
 from depthscope.probes.structure.model_structure import Structure
@@ -19,7 +19,10 @@ NEARER = 0.5
 
 
 def connection_remarks(
-    structure: Structure, evidence: Evidence, replaced: Mapping[int, Replacement], followed: Forward | None
+    structure: Structure,
+    evidence: Evidence,
+    replaced: Mapping[int, Replacement],
+    followed: ComputedForward | None,
 ) -> list[dict[str, Any]]:
     """What is odd about the connections of a run, as plain values; empty where nothing is, or there are none.
 
@@ -31,7 +34,7 @@ def connection_remarks(
         Of the connections as they are applied.
     replaced : mapping of int to Replacement
         Those that apply another matrix than they compute.
-    followed : Forward or None
+    followed : ComputedForward or None
         What one forward computed.
 
     Returns
@@ -96,7 +99,7 @@ def _cast_is_clear(joint: Joint, evidence: Evidence, number: int) -> bool:
     return reconstruction_error(tokens, reading) <= NEARER * exact
 
 
-def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Forward) -> list[Facts]:
+def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: ComputedForward) -> list[Facts]:
     kept = slice(
         len(forward.rows)
     )  # the sampled sequences are in the order of the data, and these are of its first batch

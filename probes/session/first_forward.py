@@ -315,14 +315,14 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: Mapping[int, Site
         return options.layout
     if sites:
         return sites[0].layout  # a connection was detected by its layout; a plain state shows none
-    shown = layout_by_operations(tape, chain)
-    if shown is not None:
-        return shown
     evidence = read_evidence(tape, chain)
     if forward.batch_axis == 0 and takes_tokens_first(chain.shapes[0], forward.lead_shape, evidence):
         raise AxisError(
             "the model takes its tokens first, so the batch is its second axis; call the model once more"
         )
+    shown = layout_by_operations(tape, chain)
+    if shown is not None:
+        return shown
     return infer_layout(chain.shapes[0], batch_size=forward.batch_size, evidence=evidence)
 
 

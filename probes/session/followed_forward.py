@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.computation import Computation, Forward
+from depthscope.probes.connections.computation import Computation, ComputedForward
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
@@ -37,7 +37,7 @@ def _all_require_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward | None:
+def follow(session: Session, batch: Any, first: int, batch_size: int) -> ComputedForward | None:
     """Run a model with streams once more on its first batch, and keep what its coefficients were computed from.
 
     Parameters
@@ -51,7 +51,7 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward
 
     Returns
     -------
-    Forward or None
+    ComputedForward or None
         None where the model has no streams, no sequence of the batch was sampled, or the forward cannot be followed.
     """
     structure = session.structure
@@ -79,7 +79,7 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Forward
     if computation.error is not None or trace.error is not None:
         logger.info("the forward could not be followed: %s", computation.error or trace.error)
         return None
-    return Forward(
+    return ComputedForward(
         trace=trace,
         values=computation.values,
         reductions=computation.reductions,

@@ -16,7 +16,7 @@ from torch import nn
 
 from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.dataflow.axes import layout_of
-from depthscope.probes.dataflow.linear import LinearMap
+from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value, carrier_of
 from depthscope.probes.model.layout import canonical
@@ -60,7 +60,7 @@ def find_depth_reads(tape: Tape) -> DepthReads | None:
         None where no such sum exists, or some source was not computed from one sum alone.
     """
     trace = tape.trace
-    if trace is None or trace.error is not None:
+    if trace is None or trace.error is not None or tape.split:
         return None
     shown = {value.number: value for call in tape.calls for _, _, value in call.shown()}
     sums = {number: found for number, value in shown.items() if (found := _sources_of(value))}
@@ -89,7 +89,7 @@ def _last_sum(widest: Sequence[Value]) -> Value:
     """The last of the sums of all sources; one that only scales another, as a norm does, is no sum of its own."""
     last = widest[0]
     for value in widest[1:]:
-        over = LinearMap(value, [last])
+        over = LinearDependence(value, [last])
         if not over.reached or over.sources:
             last = value
     return last
@@ -227,7 +227,7 @@ def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tenso
     """
     rows = []
     for value in found.reads:
-        over = LinearMap(value, found.sources)
+        over = LinearDependence(value, found.sources)
         row: list[torch.Tensor] = []
         for source in found.sources:
             one = torch.ones(source.shape, dtype=source.dtype)

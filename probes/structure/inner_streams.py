@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from depthscope.probes.dataflow.axes import stream_atom
-from depthscope.probes.dataflow.linear import LinearMap
+from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.dataflow.operations import MOST_STREAMS
 from depthscope.probes.dataflow.trace import Value
 
@@ -36,11 +36,11 @@ def inner_streams(states: Sequence[Value | None]) -> int:
 def _copies(before: Value, after: Value) -> int:
     """How many copies of a state its next state is a sum of; 0 where none are made."""
     size = math.prod(before.shape)
-    for value in LinearMap(after, [before]).carrying:
+    for value in LinearDependence(after, [before]).carrying:
         stream = stream_atom(value.axes, MOST_STREAMS)
         expanded = stream is not None and stream.size > 1 and math.prod(value.shape) == stream.size * size
         # Copies of this state alone: a stack of several streams that are handed on one by one has the others as sources.
-        if expanded and not LinearMap(value, [before]).sources:
+        if expanded and not LinearDependence(value, [before]).sources:
             assert stream is not None
             return stream.size
     return 0

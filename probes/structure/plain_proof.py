@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from depthscope.probes.dataflow.axes import same_axes
-from depthscope.probes.dataflow.linear import LinearMap
+from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.structure.chain import Chain, HookPoint
@@ -98,9 +98,9 @@ def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[V
     )
 
 
-def _path(before: Value, after: Value) -> tuple[list[LinearMap], list[Value], float | None] | None:
+def _path(before: Value, after: Value) -> tuple[list[LinearDependence], list[Value], float | None] | None:
     """Linear maps from the next state back to the one before, the functions between them, and the scale; depth first."""
-    waiting: list[tuple[list[LinearMap], list[Value]]] = [([LinearMap(after, [before])], [])]
+    waiting: list[tuple[list[LinearDependence], list[Value]]] = [([LinearDependence(after, [before])], [])]
     while waiting:
         maps, functions = waiting.pop()
         if maps[-1].reached:
@@ -113,7 +113,7 @@ def _path(before: Value, after: Value) -> tuple[list[LinearMap], list[Value], fl
                 continue
             if operand is before:
                 return maps, [*functions, function], 1.0
-            waiting.append(([*maps, LinearMap(operand, [before])], [*functions, function]))
+            waiting.append(([*maps, LinearDependence(operand, [before])], [*functions, function]))
     return None
 
 
@@ -173,7 +173,7 @@ def _reads_elsewhere(tape: Tape, states: Sequence[Value | None]) -> int | None:
         for number, value in shown.items():
             if not before.number < number < after.number or value.shape != before.shape:
                 continue
-            read = LinearMap(value, [before])
+            read = LinearDependence(value, [before])
             mixed = any(_from_states(trace, source, before, earlier) for source in read.sources)
             if read.reached and mixed and trace.depends(after, value):
                 return depth

@@ -164,6 +164,7 @@ class Tape:
         self._recent: deque[Call] = deque()
         self._named: Call | None = None  # the last call of a named module, and the first one after it
         self._after: Call | None = None
+        self.split = False  # whether some call took a part of a tensor that is split over processes
         self.operations: dict[
             tuple[str, int, int], Value
         ] = {}  # values that only an operation shows, by their places
@@ -245,6 +246,10 @@ class Tape:
         call = Call(path, module, index, len(self.calls), parent, x, method)
         call.x_shape = tuple(x.shape) if x is not None else ()
         call.versions = version(x), None
+        placements = getattr(x, "placements", None)
+        self.split = self.split or (
+            placements is not None and not all(each.is_replicate() for each in placements)
+        )
         call.level = len(self._stack)
         if self.trace is not None:
             if method == FORWARD:

@@ -168,7 +168,7 @@ def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Val
         Of two states at least. Two chains have no sum in common.
     """
     trace = tape.trace
-    if trace is None or trace.error is not None or trace.most_merged is None:
+    if trace is None or trace.error is not None or trace.most_merged is None or tape.split:
         return
     shown = {value.number: value for call in tape.calls for _, _, value in call.shown() if value.merges > 1}
     shown[trace.most_merged.number] = trace.most_merged

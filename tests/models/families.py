@@ -638,7 +638,8 @@ UNDECLARED = (
     ),
     _undeclared(
         "as a tuple of tensors", "tuple", "ChainError", {"layers": "blocks.{i}"},
-        chains=("state0", "state1", "state2", "state3"), note="each stream is then a chain of its own",
+        chains=("state0", "state1", "state2", "state3"), connection="unproven",
+        note="each stream is then a chain of its own",
     ),
 )  # fmt: skip
 

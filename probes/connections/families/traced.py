@@ -15,7 +15,7 @@ import torch
 
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.family import Family, StreamConnectionError
-from depthscope.probes.dataflow.linear import LinearMap
+from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.layout import canonical, from_canonical, parse_layout
@@ -71,7 +71,7 @@ def find_traced(
         Where the next state is no sum of mixed streams and one branch.
     """
     width = math.prod(before.shape) // num_streams
-    found = LinearMap(after, [before])
+    found = LinearDependence(after, [before])
     outputs = {
         id(output): output
         for source in found.sources
@@ -90,7 +90,7 @@ def find_traced(
         and math.prod(value.shape) == width
         and _axes_within(value, before)
         and trace.depends(branch_out, value)
-        and LinearMap(value, [before]).reached
+        and LinearDependence(value, [before]).reached
     ]
     return TracedConnection(before, after, inputs[0] if inputs else None, branch_out)
 
@@ -138,8 +138,8 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
         return canonical(tensor, layout, batch_size=batch_size, num_streams=num_streams)
 
     branch_layout = _branch_layout(connection.branch_in, before, layout)
-    carried = LinearMap(after, [before])
-    read = None if connection.branch_in is None else LinearMap(connection.branch_in, [before])
+    carried = LinearDependence(after, [before])
+    read = None if connection.branch_in is None else LinearDependence(connection.branch_in, [before])
     columns, reads = [], []
     for stream in range(num_streams):
         probe = _one_stream(before, layout, batch_size, num_streams, stream)
@@ -153,7 +153,9 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
             taken = canonical(taken.squeeze(), branch_layout, batch_size=batch_size, num_streams=1)
             reads.append(_scalar(taken.squeeze(2), "H_pre"))
     ones = torch.ones(connection.branch_out.shape, dtype=connection.branch_out.dtype)
-    written = LinearMap(after, [before, connection.branch_out]).apply({connection.branch_out.number: ones})
+    written = LinearDependence(after, [before, connection.branch_out]).apply(
+        {connection.branch_out.number: ones}
+    )
     if written is None:
         raise StreamConnectionError("the branch's output does not reach the next state linearly")
     write = _scalar(streams(written), "H_post").unsqueeze(-1)

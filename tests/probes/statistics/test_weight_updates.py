@@ -377,7 +377,8 @@ def test_an_error_of_ours_costs_the_row_its_weights_only(batches, monkeypatch, w
         recorder.close()
     assert "weight_square_norm" not in recorder.run.statistics
     assert recorder.run.statistics.norm_sum.notnull().all()
-    assert [str(error) for error in recorder.errors] == ["a bug of ours"]
+    (error,) = recorder.errors
+    assert str(error).startswith("a bug of ours")
 
 
 # --- no memory leaks ---
