@@ -26,7 +26,7 @@ from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
-from depthscope.probes.model.layout import LayoutError, count_streams
+from depthscope.probes.model.layout import LayoutError, canonical, count_streams
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, user_autocast
@@ -272,6 +272,9 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
+    if not sites:  # a known connection tells its own layout
+        for chain, layout in zip(chains, layouts, strict=True):
+            _require_all_sequences(chain.shapes[0], layout, forward.batch_size, named_streams)
     options.selection.require(chains)  # only now is it known which sites the model has
     return Structure(
         chains=chains,
@@ -284,6 +287,17 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
     )
+
+
+def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, num_streams: int) -> None:
+    """Require that a layout finds as many sequences in a state as the model was called with."""
+    state = torch.empty(shape, device="meta")
+    found = canonical(state, layout, batch_size=batch_size, num_streams=num_streams).shape[0]
+    if found != batch_size:
+        raise LayoutError(
+            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with {batch_size}; "
+            "expected the axis of the model's sequences as B. Call the model with one sequence in each row of the batch"
+        )
 
 
 def _readable_chains(tape: Tape, model: nn.Module, options: Options, batch_size: int) -> FoundChains:

@@ -386,6 +386,9 @@ class Session:
                     replay(tape, forward, observer)
             except RewrittenError:
                 self._adopt(observer)  # the structure is right: later forwards copy states as they pass
+                if not (self.num_forwards or self.forwards or self._measured):
+                    # Nothing of this forward counts, and its sequences come again.
+                    self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)
                 raise
             self._adopt(observer)
         except ChainError as error:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.model.modules import all_modules, all_parameters, own_parameters
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
@@ -274,12 +275,39 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
     chain = _plain_chain(blocks, "")
     if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
         return chain
+    if all(_changed_between(*pair) or same_tensor(pair[0].y, pair[1].x) for pair in pairwise(blocks)):
+        return _with_changes(chain, blocks)
     points = list(chain.points[:-1])
     following = tape.follower(blocks[-1])
     if following is not None:
         last = replace(chain.points[-1], path=following.path, index=following.index, at="input")
         points.append(last)
     return replace(chain, points=tuple(points), shapes=chain.shapes[: len(points)])
+
+
+def _changed_between(before: Call, after: Call) -> bool:
+    """Whether what a block gave is the state, and something was done to it before the next block took it."""
+    taken, given, changed = before.values[0], before.values[1], after.values[0]
+    if taken is None or given is None or changed is None:
+        return False
+    reached = LinearDependence(changed, [taken, given]).reached
+    return (
+        len(reached) == 1 and reached[0] is given
+    )  # of a branch's output the state that it is added to is there as well
+
+
+def _with_changes(chain: Chain, blocks: list[Call]) -> Chain:
+    """A chain with the states after each block and before the next one, where these differ."""
+    points, shapes = [chain.points[0]], [chain.shapes[0]]
+    for depth, (before, after) in enumerate(pairwise(blocks), 1):
+        point, shape = chain.points[depth], chain.shapes[depth]
+        if not same_tensor(before.y, after.x):
+            points.append(replace(point, path=before.path, index=before.index, at="output"))
+            shapes.append(before.y_shape)
+            point = replace(point, layer=point.layer + 1, site="pre")
+        points.append(point)
+        shapes.append(shape)
+    return replace(chain, points=(*points, chain.points[-1]), shapes=(*shapes, chain.shapes[-1]))
 
 
 def _linked_chain(blocks: list[Call], name: str) -> Chain:

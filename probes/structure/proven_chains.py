@@ -24,7 +24,12 @@ from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
 from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
-from depthscope.probes.structure.value_chain import skips_blocks, unchanged_origin, value_chains
+from depthscope.probes.structure.value_chain import (
+    carried_values,
+    skips_blocks,
+    unchanged_origin,
+    value_chains,
+)
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,10 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
         and type(modules[path]) is not nn.Sequential
         and any(True for _ in modules[path].children())
     }
+    if chain.proof == PROVEN and _goes_on(tape, chain):
+        return replace(
+            chain, proof="unproven: more is added to the last state, and no module shows what comes of it"
+        )
     for call in tape.calls if chain.proof == PROVEN else ():
         path = call.path
         if (
@@ -210,6 +219,16 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
             )
             return replace(chain, proof=why)
     return chain
+
+
+def _goes_on(tape: Tape, chain: Chain) -> bool:
+    """Whether the state after the last block goes through further sums with what was computed from it."""
+    (last,) = states_of(tape, chain.points[-1:])
+    trace = tape.trace
+    if last is None or trace is None or trace.most_merged is None or last.merges == 0:
+        return False
+    sums = [group[0].number for group in carried_values(trace, trace.most_merged)]
+    return last.root in sums and sums[-1] > last.root
 
 
 def _ends(path: str) -> Iterator[int]:

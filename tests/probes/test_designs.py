@@ -67,17 +67,12 @@ def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
         assert found.word == word, found
 
 
-TWICE = pytest.mark.xfail(
-    strict=True, reason="the batch of a model whose states are found as values counts twice"
-)
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "pre-norm, tensor in and out",
-        pytest.param("adds in the loop", marks=TWICE),
-        pytest.param("mHC: streams first", marks=TWICE),
+        "adds in the loop",
+        "mHC: streams first",
     ],
 )
 def test_each_sequence_and_token_counts_once(name):
