@@ -295,8 +295,9 @@ def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int,
     found = canonical(state, layout, batch_size=batch_size, num_streams=num_streams).shape[0]
     if found != batch_size:
         raise LayoutError(
-            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with {batch_size}; "
-            "expected the axis of the model's sequences as B. Call the model with one sequence in each row of the batch"
+            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with "
+            f"{batch_size}; expected the axis of the model's sequences as B. Call the model with one sequence in each row of "
+            "the batch"
         )
 
 
