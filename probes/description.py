@@ -45,12 +45,25 @@ class ConnectionFacts:
     column_sum_error: float
 
 
+# What was proven, in words; an unproven reading gives its own reason.
+OVER_DEPTH = "each next state is recomputed from the embedding and the branches' outputs, weighted over depth"
+PROOFS = {
+    (
+        "proven",
+        "residual",
+    ): "each next state is the one before plus what was computed from it, as traced in a forward",
+    ("proven", "depth_attention"): OVER_DEPTH,
+    ("proven", "depth_history"): OVER_DEPTH,
+}
+
+
 @dataclass(frozen=True)
 class Description:
     """What was found in a model; prints as a page.
 
     ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
-    ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant).
+    ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or "unproven: "
+    and why; ``constraint`` is what the matrices satisfy, as measured.
     """
 
     model: str
@@ -70,6 +83,8 @@ class Description:
     changes_outside: tuple[dict[str, Any], ...]
     coverage: tuple[dict[str, Any], ...]
     remarks: tuple[dict[str, Any], ...] = ()
+    proof: str = ""
+    constraint: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
@@ -85,6 +100,10 @@ class Description:
         ]
         if self.connections and self.reconstruction_error is not None:
             lines += self._proof()
+        elif self.proof:
+            lines.append(f"  proof        {PROOFS.get((self.proof, self.family), self.proof)}")
+        if self.constraint:
+            lines.append(f"  constraint   {self.constraint}")
         lines += [
             f"  outside      depth {change['depth_in']} → {change['depth_out']}: the streams change by {change['change']:.1%} "
             f"outside of the connections, before {change['module']}"
@@ -183,6 +202,8 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         changes_outside=tuple(run.attrs.get("changes_outside", ())),
         coverage=tuple(_coverage_rows(run)),
         remarks=tuple(run.attrs.get("remarks", ())),
+        proof=run.attrs.get("proof", ""),
+        constraint=run.attrs.get("constraint", ""),
     )
 
 
