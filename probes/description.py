@@ -62,8 +62,8 @@ class Description:
     """What was found in a model; prints as a page.
 
     ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
-    ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or "unproven: "
-    and why; ``constraint`` is what the matrices satisfy, as measured.
+    ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or
+    "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured.
     """
 
     model: str

@@ -630,10 +630,12 @@ def replayed(value: Value, tensors: Sequence[torch.Tensor | None]) -> torch.Tens
     assert step is not None
     given = iter(tensors)
     if step.rule is COPY:
-        return torch.zeros(value.shape, dtype=value.dtype).copy_(_or_zero(next(given), step.operands[0]))
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device).copy_(
+            _or_zero(next(given), step.operands[0])
+        )
     if step.rule is PATCH:
         old, new = (_or_zero(next(given), operand) for operand in step.operands)
-        base = torch.empty_strided(value.shape, step.args[5], dtype=old.dtype).copy_(old)
+        base = torch.empty_strided(value.shape, step.args[5], dtype=old.dtype, device=old.device).copy_(old)
         base.as_strided(*step.args[2:5]).copy_(new)
         return base
     args = [_argument(argument, position, step, given) for position, argument in enumerate(step.args)]
@@ -650,7 +652,7 @@ def replayed(value: Value, tensors: Sequence[torch.Tensor | None]) -> torch.Tens
 
 
 def _or_zero(tensor: torch.Tensor | None, value: Value) -> torch.Tensor:
-    return torch.zeros(value.shape, dtype=value.dtype) if tensor is None else tensor
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if tensor is None else tensor
 
 
 def _argument(argument: Any, position: int | None, step: Step, given: Any) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
@@ -114,10 +115,28 @@ class Trace(TorchDispatchMode):
         """The value that a tensor holds; None where no operation of the forward made it."""
         entry = self._entries.get(id(tensor))
         if entry is None:
+            entry = self._written_constant(tensor)
+        if entry is None:
             return None
         if self._written and entry.writes < len(self._writes):
             self._rewritten(entry, tensor)
         return entry.value
+
+    def _written_constant(self, tensor: torch.Tensor | None) -> _Entry | None:
+        """The entry of a constant, such as an empty buffer, into which something was written through a view of it."""
+        if (
+            not self._written
+            or tensor is None
+            or isinstance(tensor, nn.Parameter)
+            or tensor.layout is not torch.strided
+        ):
+            return None
+        if tensor.untyped_storage()._cdata not in self._written:
+            return None
+        self._enter(tensor, self._new_value(tensor, new_axes(tensor.shape), ()))
+        entry = self._entries[id(tensor)]
+        entry.writes = 0
+        return entry
 
     def taken(self, tensor: torch.Tensor | None) -> Value | None:
         """The value of a tensor that a module takes; a constant, as a state that begins with zeros, is followed on."""
@@ -204,7 +223,7 @@ class Trace(TorchDispatchMode):
         return value
 
     def _new_value(self, tensor: torch.Tensor, axes: Axes, operands: Any) -> Value:
-        value = Value(len(self.parents), tuple(tensor.shape), tensor.dtype, axes, self.call)
+        value = Value(len(self.parents), tensor, axes, self.call)
         self.parents.append(tuple([operand.number for operand in operands]))
         self.calls.append(self.call)
         value.ordinal = self._made[self.call] = self._made.get(self.call, -1) + 1

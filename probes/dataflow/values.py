@@ -70,8 +70,8 @@ class Value:
         Among all values, in the order in which they were made.
     axes : Axes
         What its axes are.
-    shape, dtype
-        Of its tensor.
+    tensor : Tensor
+        That holds it: its shape, dtype and device are kept.
     step : Step, optional
         The transparent operation that made it; None where an opaque one did.
     call : int
@@ -87,6 +87,7 @@ class Value:
         "__weakref__",
         "axes",
         "call",
+        "device",
         "dtype",
         "func",
         "last_merge",
@@ -98,10 +99,11 @@ class Value:
         "step",
     )
 
-    def __init__(self, number: int, shape: tuple[int, ...], dtype: torch.dtype, axes: Axes, call: int):
+    def __init__(self, number: int, tensor: torch.Tensor, axes: Axes, call: int):
         self.number = number
-        self.shape = shape
-        self.dtype = dtype
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.device = tensor.device
         self.axes = axes
         self.call = call
         self.ordinal = 0

@@ -103,7 +103,7 @@ def from_canonical(
     state: torch.Tensor, layout: str, shape: Sequence[int], *, batch_size: int, num_streams: int
 ) -> torch.Tensor:
     """A state (batch, token, stream, feature) in a model's own layout and shape; the inverse of `canonical`."""
-    positions = torch.arange(math.prod(shape)).reshape(tuple(shape))
+    positions = torch.arange(math.prod(shape), device=state.device).reshape(tuple(shape))
     order = canonical(positions, layout, batch_size=batch_size, num_streams=num_streams).reshape(-1)
     found = torch.empty_like(state.reshape(-1))
     found[order] = state.reshape(-1)

@@ -230,7 +230,7 @@ def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tenso
         over = LinearDependence(value, found.sources)
         row: list[torch.Tensor] = []
         for source in found.sources:
-            one = torch.ones(source.shape, dtype=source.dtype)
+            one = torch.ones(source.shape, dtype=source.dtype, device=source.device)
             reached = (
                 one
                 if value is source
@@ -238,7 +238,7 @@ def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tenso
                 if source in over.reached
                 else None
             )
-            weights = torch.zeros(()).expand(value.shape) if reached is None else reached
+            weights = torch.zeros((), device=value.device).expand(value.shape) if reached is None else reached
             tokens = canonical(weights, layout, batch_size=batch_size, num_streams=1).squeeze(2)
             if float((tokens - tokens[..., :1]).abs().max()) > EQUAL * max(float(tokens.abs().max()), 1.0):
                 raise StreamConnectionError("the weights of a sum over depth differ between features")

@@ -144,15 +144,18 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
     for stream in range(num_streams):
         probe = _one_stream(before, layout, batch_size, num_streams, stream)
         moved = carried.apply({before.number: probe})
-        tokens = streams(torch.zeros(()).expand(before.shape) if moved is None else moved)
+        tokens = streams(
+            torch.zeros((), device=before.device).expand(before.shape) if moved is None else moved
+        )
         columns.append(_scalar(tokens, "H_res"))
         if read is not None:
             taken = read.apply({before.number: probe})
             if taken is None:
-                taken = torch.zeros(()).expand(connection.branch_in.shape)  # type: ignore[union-attr]
+                taken = torch.zeros((), device=before.device).expand(connection.branch_in.shape)  # type: ignore[union-attr]
             taken = canonical(taken.squeeze(), branch_layout, batch_size=batch_size, num_streams=1)
             reads.append(_scalar(taken.squeeze(2), "H_pre"))
-    ones = torch.ones(connection.branch_out.shape, dtype=connection.branch_out.dtype)
+    written_once = connection.branch_out
+    ones = torch.ones(written_once.shape, dtype=written_once.dtype, device=written_once.device)
     written = LinearDependence(after, [before, connection.branch_out]).apply(
         {connection.branch_out.number: ones}
     )
@@ -160,7 +163,7 @@ def read_traced(connection: TracedConnection, layout: str, batch_size: int, num_
         raise StreamConnectionError("the branch's output does not reach the next state linearly")
     write = _scalar(streams(written), "H_post").unsqueeze(-1)
     mix = torch.stack(columns, -1).float()
-    empty = torch.empty((*mix.shape[:2], 1, 0))
+    empty = torch.empty((*mix.shape[:2], 1, 0), device=mix.device)
     return Parts(mix, torch.stack(reads, -1).unsqueeze(-2).float() if reads else None, write.float(), empty)
 
 
@@ -178,7 +181,7 @@ def _branch_layout(branch_in: Value | None, state: Value, layout: str) -> str:
 
 def _one_stream(value: Value, layout: str, batch_size: int, num_streams: int, stream: int) -> torch.Tensor:
     """A state that is one in a stream, and zero in the others."""
-    like = torch.zeros(value.shape, dtype=value.dtype)
+    like = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     ones = torch.zeros_like(canonical(like, layout, batch_size=batch_size, num_streams=num_streams))
     ones[:, :, stream] = 1
     return from_canonical(ones, layout, value.shape, batch_size=batch_size, num_streams=num_streams)
