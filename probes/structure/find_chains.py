@@ -23,6 +23,7 @@ from depthscope.probes.structure.stages import join_stages
 from depthscope.probes.structure.stream_chain import stream_chain
 from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm, same_tensor
 from depthscope.probes.structure.tracks import split_tracks
+from depthscope.probes.structure.value_chain import unchanged_origin
 
 # Shares of parameters; heuristics of ours, tested on the models of docs/compatibility.md.
 # A chain of finer blocks, such as those inside of stages, is taken while it covers this much of the coarsest chain.
@@ -296,12 +297,19 @@ def _changed_between(before: Call, after: Call) -> bool:
     )  # of a branch's output the state that it is added to is there as well
 
 
+def _handed_on(before: Call, after: Call) -> bool:
+    """Whether a block took what the one before it gave, as it was given: it may have been written in place in between."""
+    given, taken = before.values[1], after.values[0]
+    unchanged = given is None or taken is None or unchanged_origin(given) is unchanged_origin(taken)
+    return same_tensor(before.y, after.x) and unchanged
+
+
 def _with_changes(chain: Chain, blocks: list[Call]) -> Chain:
     """A chain with the states after each block and before the next one, where these differ."""
     points, shapes = [chain.points[0]], [chain.shapes[0]]
     for depth, (before, after) in enumerate(pairwise(blocks), 1):
         point, shape = chain.points[depth], chain.shapes[depth]
-        if not same_tensor(before.y, after.x):
+        if not _handed_on(before, after):
             points.append(replace(point, path=before.path, index=before.index, at="output"))
             shapes.append(before.y_shape)
             point = replace(point, layer=point.layer + 1, site="pre")
@@ -313,6 +321,9 @@ def _with_changes(chain: Chain, blocks: list[Call]) -> Chain:
 def _linked_chain(blocks: list[Call], name: str) -> Chain:
     """A chain of blocks that link; the state before a bridge between stages is the output of the block before it."""
     chain = _plain_chain(blocks, name)
+    one_each = len(chain.points) == len(blocks) + 1
+    if one_each and any(same_tensor(a.y, b.x) and not _handed_on(a, b) for a, b in pairwise(blocks)):
+        return _with_changes(chain, blocks)
     points = list(chain.points)
     shapes = list(chain.shapes)
     for depth, (before, call) in enumerate(pairwise(blocks), 1):
