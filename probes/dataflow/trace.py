@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
@@ -62,7 +63,7 @@ class Trace(TorchDispatchMode):
         self._writes: list[
             tuple[int, tuple[Any, ...], Value]
         ] = []  # storage, region and value of writes in place
-        self._written: set[int] = set()  # storages
+        self._written: dict[int, StorageWeakRef] = {}  # the memory that was written, by its address
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -258,8 +259,10 @@ class Trace(TorchDispatchMode):
     # --- writes in place
 
     def _note_write(self, tensor: torch.Tensor, value: Value) -> None:
-        storage = tensor.untyped_storage()._cdata
-        self._written.add(storage)
+        memory = tensor.untyped_storage()
+        storage = memory._cdata
+        # As long as a weak reference to it is there, the address is given to no other memory.
+        self._written.setdefault(storage, StorageWeakRef(memory))
         self._writes.append((storage, _region(tensor), value))
 
     def _rewritten(self, entry: _Entry, tensor: torch.Tensor | None) -> None:

@@ -336,13 +336,17 @@ def _layout(tape: Tape, chain: Chain, forward: Forward, sites: Mapping[int, Site
             "the model takes its tokens first, so the batch is its second axis; call the model once more"
         )
     shown = layout_by_operations(tape, chain)
-    if shown is not None:
+    # Where streams are made and merged inside each step, it is none of a plain chain, and its axes are known all the same.
+    if shown is not None and (chain.proof == PROVEN or inner_streams(states_of(tape, chain.points))):
         return shown
-    return infer_layout(chain.shapes[0], batch_size=forward.batch_size, evidence=evidence)
+    # Streams may hide in the axes of a state that is not proven: its shape is asked first, and what was done along its axes
+    # has the last word.
+    inferred = infer_layout(chain.shapes[0], batch_size=forward.batch_size, evidence=evidence)
+    return shown or inferred
 
 
 def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
-    """The layout of a proven plain chain by what was done along the axes of its first state; None where that does not tell."""
+    """The layout of a plain chain by what was done along the axes of its first state; None where that does not tell."""
     states = states_of(tape, chain.points)
     if states[0] is not None and is_packed(states[0].axes):
         raise LayoutError(
@@ -350,10 +354,7 @@ def layout_by_operations(tape: Tape, chain: Chain) -> str | None:
             "sequences along: several sequences are packed into one, which cannot be told apart here. Call the model with one "
             "sequence in each row of the batch, padded where they differ in length"
         )
-    # Where streams are made and merged inside each step, it is none of a plain chain, and its axes are known all the same.
-    if states[0] is None or (chain.proof != PROVEN and not inner_streams(states)):
-        return None
-    return layout_of(states[0].axes, None)
+    return None if states[0] is None else layout_of(states[0].axes, None)
 
 
 # --- what the first forward showed ---

@@ -312,7 +312,7 @@ def _with_changes(chain: Chain, blocks: list[Call]) -> Chain:
         if not _handed_on(before, after):
             points.append(replace(point, path=before.path, index=before.index, at="output"))
             shapes.append(before.y_shape)
-            point = replace(point, layer=point.layer + 1, site="pre")
+            point = replace(point, layer=point.layer + 1, site="pre", module=after.path)
         points.append(point)
         shapes.append(shape)
     return replace(chain, points=(*points, chain.points[-1]), shapes=(*shapes, chain.shapes[-1]))

@@ -185,9 +185,12 @@ def _proof(tape: Tape, chain: Chain) -> str:
         why = "" if tape.trace is None else f" ({tape.trace.error})"
         return f"unproven: the operations of the forward could not be followed{why}"
     states = states_of(tape, chain.points)
-    for depth, step in plain_steps(tape.trace, states):
+    steps = list(plain_steps(tape.trace, states))
+    for depth, step in steps:
         if step.doubt:
             return f"unproven: from depth {depth} to {depth + 1}, {step.doubt}"
+    if not steps:
+        return "unproven: every block changes the shape of the state, so none is a sum with the state before"
     elsewhere = _reads_elsewhere(tape, states)
     if elsewhere is not None:
         return (

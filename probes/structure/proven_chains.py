@@ -151,12 +151,13 @@ def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
 
 def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:
     """Whether the chains of the values have what those of the modules lack: a proof, or states before, between or after."""
-    if any(chain.proof != PROVEN for chain in chains):
-        return True
     theirs = [
         [unchanged_origin(state).number for state in states_of(tape, chain.points) if state is not None]
         for chain in chains
     ]
+    if any(chain.proof != PROVEN for chain in chains):
+        # What the blocks hand on is carried, and is not among the states of the values: these would lack it.
+        return not any(_lacks(tape, states, numbers) for states in carried for numbers in theirs)
     for states in carried:
         ours = [unchanged_origin(state).number for state in states]
         within = [numbers for numbers in theirs if set(numbers) <= set(ours)]
@@ -165,6 +166,16 @@ def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequen
         if longer or len(within) > 1:
             return True
     return False
+
+
+def _lacks(tape: Tape, states: Sequence[Value], numbers: Sequence[int]) -> bool:
+    """Whether some values by their numbers are all on the way of the carried states, and not all of them are states."""
+    assert tape.trace is not None
+    ours = {unchanged_origin(state).number for state in states}
+    way = {
+        unchanged_origin(value).number for group in carried_values(tape.trace, states[-1]) for value in group
+    }
+    return set(numbers) <= way and not set(numbers) <= ours
 
 
 def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:

@@ -181,9 +181,7 @@ CASES: dict[str, Case] = {
         lambda: streams(with_one(5, math.inf * IDENTITY)), FAIL, "connection", 5, 5, says="is 96 at connection 5"
     ),
     "dead_state": case(
-        lambda: plain(at(3, lambda: step(lambda x: 0 * x))), FAIL, "depth", 7, 7,
-        # Multiplied by zero, no chain of blocks is proven; as values the first three blocks have two states each.
-        says="zero after block 3 (depth 7)",
+        lambda: plain(at(3, lambda: step(lambda x: 0 * x))), FAIL, "depth", 4, 4, says="zero after block 3 (depth 4)"
     ),
     "exploding_state": Case(
         lambda: probes.capture(plain(partial(without_skip, gain=4.0, activation=torch.relu), 20), tokens()),
