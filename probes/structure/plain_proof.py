@@ -22,6 +22,7 @@ from depthscope.probes.structure.tape import Tape
 MOST_FUNCTIONS = 8
 
 PROVEN = "proven"
+CANCELLED = "the state before is cancelled out of the next one"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
     if not same_axes(before.axes, after.axes) or any(of.mixes for of in maps):
         return PlainStep(doubt="the axes of the state are rearranged or mixed on the way to the next one")
     if scale == 0.0:
-        return PlainStep(doubt="the state before is cancelled out of the next one")
+        return PlainStep(doubt=CANCELLED)
     sources = [source for of in maps for source in of.sources if source not in functions]
     # By what is added, not by what scales it: the weights of another stream may be computed from this one.
     new = [source for source in sources if trace.depends(source.root, before)]

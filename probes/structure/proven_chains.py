@@ -21,7 +21,7 @@ from depthscope.probes.structure.find_chains import (
     with_final,
 )
 from depthscope.probes.structure.inner_streams import inner_streams
-from depthscope.probes.structure.plain_proof import PROVEN, states_of, with_proof
+from depthscope.probes.structure.plain_proof import CANCELLED, PROVEN, states_of, with_proof
 from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
@@ -84,6 +84,8 @@ def proven_chains(
             None,
             True,
         )  # the states may be captured all the same, where the user says what they are
+    # A block that multiplies the state by zero is a fault of a plain model, and no connection over depth.
+    mixed = mixed or any(chain.proof.endswith(CANCELLED) for chain in chains)
     if not mixed and (refusal is not None or any(chain.proof != PROVEN for chain in chains)):
         # Sums over a few blocks are chains too, of a part of the model.
         share = 0.0 if found is None else max(share for _, _, share in carried)
