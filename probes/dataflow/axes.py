@@ -61,12 +61,25 @@ class Atom:
             first, second = second, first
         second._same = first
         first.roles |= second.roles
-        if first.parent is None:
+        # What was cut from an axis and padded to its length again may be found to be that axis: no part of itself then.
+        if first.parent is None and not (second.parent is not None and second.parent.comes_from(first)):
             first.parent = second.parent
         for outer, parts in second._parts.items():
             own = first._parts.setdefault(outer, parts)
             for mine, others in zip(own, parts, strict=True):
                 mine.unite(others)
+
+    def comes_from(self, other: Atom) -> bool:
+        """Whether it is another atom, or a part of it."""
+        seen: set[int] = set()
+        atom: Atom | None = self
+        while atom is not None and id(atom.itself()) not in seen:
+            atom = atom.itself()
+            if atom is other.itself():
+                return True
+            seen.add(id(atom))
+            atom = atom.parent
+        return False
 
     def split(self, outer: int) -> tuple[Atom, Atom]:
         """Its two parts, of which the outer one has ``outer`` positions; always the same two atoms."""
@@ -92,9 +105,11 @@ class Atom:
 
     def note(self, role: str) -> None:
         """Note what was done along it, and so along what it was split from."""
+        seen: set[int] = set()
         atom: Atom | None = self
-        while atom is not None:
+        while atom is not None and id(atom.itself()) not in seen:
             atom = atom.itself()
+            seen.add(id(atom))
             atom.roles.add(role)
             atom = atom.parent
 

@@ -190,6 +190,9 @@ def test_no_model_of_the_fixed_tenth_is_wrong_that_the_page_does_not_name(tmp_pa
     wrong = {
         f"{r['name']}: {r['reason']}"
         for r in results
-        if r["outcome"] in ("wrong", "crashed") and r["name"] not in named
+        if r["outcome"] in ("wrong", "crashed")
+        and r["name"] not in named
+        # Other tests run beside this one: that a model was slow says nothing then.
+        and not r["reason"].startswith("time:")
     }
     assert not wrong

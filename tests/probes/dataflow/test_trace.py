@@ -105,6 +105,16 @@ def test_axes_that_were_merged_and_split_come_back():
     )
 
 
+def test_an_axis_that_was_cut_and_padded_again_is_no_part_of_itself():
+    x = torch.randn(BATCH, TOKENS, WIDTH)
+
+    def cut_and_padded(x):
+        return (x + nn.functional.pad(x[:, 1:], (0, 0, 0, 1))).softmax(1)
+
+    _, (value,), _, _ = traced(cut_and_padded, x)
+    assert value.axes[1][0].itself().parent is None
+
+
 def test_a_convolution_and_a_linear_layer_tell_tokens_from_features():
     torch.manual_seed(0)
     channels_first = torch.randn(BATCH, WIDTH, TOKENS)
