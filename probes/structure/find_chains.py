@@ -277,7 +277,7 @@ def _named_chain(tape: Tape, blocks: list[Call]) -> Chain:
     if all(same_tensor(a.y, b.x) for a, b in pairwise(blocks)):
         return chain
     if all(_changed_between(*pair) or same_tensor(pair[0].y, pair[1].x) for pair in pairwise(blocks)):
-        return _with_changes(chain, blocks)
+        return _named_as_taken(chain, blocks)
     points = list(chain.points[:-1])
     following = tape.follower(blocks[-1])
     if following is not None:
@@ -295,6 +295,19 @@ def _changed_between(before: Call, after: Call) -> bool:
     return (
         len(reached) == 1 and reached[0] is given
     )  # of a branch's output the state that it is added to is there as well
+
+
+def _named_as_taken(chain: Chain, blocks: list[Call]) -> Chain:
+    """A chain with as many states as the user's blocks have: one that was changed before a block took it is its input."""
+    points = list(chain.points)
+    if len(points) != len(blocks) + 1:
+        return chain
+    for depth, (before, after) in enumerate(pairwise(blocks), 1):
+        if not _handed_on(before, after):
+            points[depth] = replace(
+                points[depth], layer=points[depth].layer + 1, site="pre", module=after.path
+            )
+    return replace(chain, points=tuple(points))
 
 
 def _handed_on(before: Call, after: Call) -> bool:
