@@ -200,6 +200,8 @@ def depth_chain(tape: Tape, model: nn.Module, found: DepthReads, batch_size: int
     # Weights that are the same at every token are learned ones, others are an attention.
     same = bool((weights == weights[:1, :1]).all())
     family = "depth_history" if same else "depth_attention"
+    if bool((weights == torch.ones_like(weights).tril()).all()):
+        family = "residual"  # every branch reads the embedding and all earlier outputs once: a plain state
     return replace(chain, points=tuple(points), connections=tuple(connections), history=True, family=family)
 
 
