@@ -49,8 +49,10 @@ def test_later_forwards_are_read_like_the_first(design):
 
 
 # No gradients of their own: one tensor changes in place, or nothing is recorded for a backward; and where a read attends to
-# one sum alone it equals that sum, which has a gradient of its own.
+# one sum alone it equals that sum, which has a gradient of its own. A first state that only an operation in the model's own
+# loop shows has none yet (NaN, undefined): a limit of ours.
 WITHOUT_GRADIENTS = (
+    "HC in the model's loop",
     "adds in place",
     "into a buffer",
     "DenseFormer in one buffer",
