@@ -7,7 +7,6 @@ from functools import cached_property
 
 import torch
 
-from depthscope.probes.dataflow.axes import same_axes
 from depthscope.probes.dataflow.operations import replayed
 from depthscope.probes.dataflow.values import Value
 
@@ -195,10 +194,6 @@ class LinearDependence:
             if id(value) in self._terms and id(value) in self._carried and id(value) not in self._origins
         )
 
-    def aligned(self, origin: Value) -> bool:
-        """Whether every element of the target has the same place in the origin: no axis moved, merged or mixed."""
-        return same_axes(origin.axes, self.target.axes) and origin.shape == self.target.shape
-
 
 def _coefficient(value: Value, operand: Value) -> torch.Tensor:
     step = value.step
@@ -213,7 +208,7 @@ def _scaled(value: Value, scales: list[float | None], carriers: list[Value]) -> 
     """The factor after one step, where it is a number for the whole value."""
     step = value.step
     assert step is not None
-    name = str(step.func).split(".")[1].removesuffix("_") if step.func is not None else "patch"
+    name = step.name
     if any(scale is None for scale in scales):
         return None
     known = [scale for scale in scales if scale is not None]

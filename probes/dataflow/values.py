@@ -60,6 +60,11 @@ class Step:
         self.coefficients: dict[int, Coefficient] = {}
         self.item = item
 
+    @property
+    def name(self) -> str:
+        """Name of the operation, the same for the version that writes in place; of writes through a view ``"patch"``."""
+        return "patch" if self.func is None else str(self.func).split(".")[1].removesuffix("_")
+
 
 class Value:
     """One value that was computed in a forward.

@@ -58,9 +58,9 @@ class ShownValues:
 
 def unchanged_origin(value: Value) -> Value:
     """The value of which this one is a copy, an alias or a cast, with every axis in its place."""
-    while value.step is not None and len(value.step.operands) == 1 and value.step.func is not None:
-        name, operand = str(value.step.func).split(".")[1].removesuffix("_"), value.step.operands[0]
-        if name not in WHOLE or operand.shape != value.shape or not same_axes(operand.axes, value.axes):
+    while value.step is not None and len(value.step.operands) == 1 and value.step.name in WHOLE:
+        operand = value.step.operands[0]
+        if operand.shape != value.shape or not same_axes(operand.axes, value.axes):
             return value
         value = operand
     return value
@@ -68,9 +68,7 @@ def unchanged_origin(value: Value) -> Value:
 
 def viewed_origin(value: Value) -> Value:
     """The value of which this one has the same elements, in whatever shape and order."""
-    while value.step is not None and len(value.step.operands) == 1 and value.step.func is not None:
-        if str(value.step.func).split(".")[1].removesuffix("_") not in WHOLE:
-            break
+    while value.step is not None and len(value.step.operands) == 1 and value.step.name in WHOLE:
         value = value.step.operands[0]
     return value
 
