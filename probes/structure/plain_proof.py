@@ -7,7 +7,7 @@ an activation of the sum as a whole (nothing in most models, a norm in post-norm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from depthscope.probes.dataflow.axes import same_axes
@@ -25,30 +25,8 @@ PROVEN = "proven"
 CANCELLED = "the state before is cancelled out of the next one"
 
 
-@dataclass(frozen=True)
-class PlainStep:
-    """How one state became the next.
-
-    Parameters
-    ----------
-    scale : float or None
-        Of the state before; None where it is scaled by a token or feature.
-    functions : tuple of str
-        Norms and activations that the sum went through, the last one first.
-    added : bool
-        Whether something that was computed from the state before was added.
-    doubt : str
-        Why this is no plain step; empty where it is one.
-    """
-
-    scale: float | None = 1.0
-    functions: tuple[str, ...] = ()
-    added: bool = True
-    doubt: str = ""
-
-
-def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Value] = ()) -> PlainStep:
-    """How a state became the next one.
+def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Value] = ()) -> str:
+    """Why the next state is no plain step from the one before; empty where it is one.
 
     Parameters
     ----------
@@ -61,33 +39,28 @@ def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Valu
 
     Returns
     -------
-    PlainStep
+    str
     """
     if before is after:
-        return PlainStep(doubt="the state is one and the same value before and after: no block changes it")
+        return "the state is one and the same value before and after: no block changes it"
     if not trace.depends(after, before):
-        return PlainStep(doubt="the next state is not computed from the one before")
+        return "the next state is not computed from the one before"
     path = _path(before, after)
     if path is None:
-        return PlainStep(
-            doubt="the state is not carried on: the next one is computed from it by operations that are no sum with it"
-        )
+        return "the state is not carried on: the next one is computed from it by operations that are no sum with it"
     maps, functions, scale = path
     if not same_axes(before.axes, after.axes) or any(of.mixes for of in maps):
-        return PlainStep(doubt="the axes of the state are rearranged or mixed on the way to the next one")
+        return "the axes of the state are rearranged or mixed on the way to the next one"
     if scale == 0.0:
-        return PlainStep(doubt=CANCELLED)
+        return CANCELLED
     sources = [source for of in maps for source in of.sources if source not in functions]
     # By what is added, not by what scales it: the weights of another stream may be computed from this one.
     new = [source for source in sources if trace.depends(source.root, before)]
     # What comes from elsewhere, such as a position or a time, may be added; what earlier states gave is a connection over
     # depth, or another stream.
     if any(source not in new and _from_states(trace, source, before, earlier) for source in sources):
-        return PlainStep(
-            doubt="something that earlier depths gave is added, not only what was computed from the state"
-        )
-    added = bool(new)
-    return PlainStep(scale, tuple(str(f.func).split(".")[1] for f in functions), added)
+        return "something that earlier depths gave is added, not only what was computed from the state"
+    return ""
 
 
 def _from_states(trace: Trace, source: Value, before: Value, earlier: Sequence[Value]) -> bool:
@@ -118,7 +91,7 @@ def _path(before: Value, after: Value) -> tuple[list[LinearDependence], list[Val
     return None
 
 
-def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[int, PlainStep]]:
+def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[int, str]]:
     """The steps between states, with the number of the state before.
 
     Parameters
@@ -130,11 +103,11 @@ def plain_steps(trace: Trace, states: Sequence[Value | None]) -> Iterator[tuple[
 
     Yields
     ------
-    (int, PlainStep)
+    (int, str)
     """
     for depth, (before, after) in enumerate(pairwise(states)):
         if before is None or after is None:
-            yield depth, PlainStep(doubt="the trace of the forward did not see the state")
+            yield depth, "the trace of the forward did not see the state"
         elif before.shape == after.shape:
             known = [state for state in states[:depth] if state is not None]
             yield depth, plain_step(trace, before, after, known)
@@ -187,9 +160,9 @@ def _proof(tape: Tape, chain: Chain) -> str:
         return f"unproven: the operations of the forward could not be followed{why}"
     states = states_of(tape, chain.points)
     steps = list(plain_steps(tape.trace, states))
-    for depth, step in steps:
-        if step.doubt:
-            return f"unproven: from depth {depth} to {depth + 1}, {step.doubt}"
+    for depth, doubt in steps:
+        if doubt:
+            return f"unproven: from depth {depth} to {depth + 1}, {doubt}"
     if not steps:
         return "unproven: every block changes the shape of the state, so none is a sum with the state before"
     elsewhere = _reads_elsewhere(tape, states)
