@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.metrics.mixing import PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, over_tokens, rescaled
 
@@ -18,7 +18,7 @@ BLOCK = 1024
     symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
     dims="connection reduction",
     # A hundredth of the differences is left.
-    healthy=Range(low=-2.0, source="heuristic"),
+    healthy=Range(low=-2.0, source=OURS),
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
@@ -39,7 +39,7 @@ def deflated_gain(mixing: Mixing) -> xr.DataArray:
 @metric(
     symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
     dims="connection reduction",
-    healthy=Range(low=-2.0, source="heuristic"),  # as `deflated_gain`
+    healthy=Range(low=-2.0, source=OURS),  # as `deflated_gain`
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, rescaled
 from depthscope.diagnostics.schema import NOT_FINITE
 
@@ -18,7 +18,7 @@ DIRECTIONS = ("forward", "backward")
 # the entropy is compared with uniform mixing.
 
 # The mHC paper reports about 1.6 for mHC and 3000 for an unstable HC; the ends of the range between are ours.
-GAIN = Range(low=0.5, high=10.0, source="heuristic")
+GAIN = Range(low=0.5, high=10.0, source=OURS)
 
 
 def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
@@ -108,7 +108,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     dims="kind connection reduction",
     scale="log",
     # An error of 0.01 in every sum is a gain of 1.8 over 60 connections.
-    healthy=Range(high=1e-2, source="heuristic"),
+    healthy=Range(high=1e-2, source=OURS),
     cite="sinkhorn1967concerning",
     basis="stream",
     null=0.0,
@@ -137,7 +137,7 @@ def _weakest_sums(matrices: np.ndarray) -> np.ndarray:
     dims="direction connection reduction",
     scale="log",
     # As in the verdict `attenuation`: less than half is left.
-    healthy=Range(low=0.5, source="heuristic"),
+    healthy=Range(low=0.5, source=OURS),
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -156,7 +156,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\min_i |\sum_j H_{ij}|",
     dims="direction connection reduction",
     scale="log",
-    healthy=Range(low=0.5, source="heuristic"),  # as `composite_attenuation`
+    healthy=Range(low=0.5, source=OURS),  # as `composite_attenuation`
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -175,7 +175,7 @@ def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\max |\ln |\textstyle\sum P||",
     dims="connection reduction",
     units="nat",
-    healthy=Range(high=0.7, source="heuristic"),  # about ln 2, a factor of two up or down
+    healthy=Range(high=0.7, source=OURS),  # about ln 2, a factor of two up or down
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
@@ -197,7 +197,7 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\|H - I\|_F / \sqrt{n}",
     dims="connection reduction",
     # As in the verdict `stuck_at_identity`.
-    healthy=Range(low=0.05, source="heuristic"),
+    healthy=Range(low=0.05, source=OURS),
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,

@@ -9,14 +9,14 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.metrics.mixing import GAIN, PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
 
 # In the order of the labels of the dim `norm`; the values are those of the kernel's `order`.
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
 # Singular values and eigenvalues of doubly stochastic matrices are at most 1; the margin of 5 % is ours.
-NOT_EXPANDING = Range(high=1.05, source="heuristic")
+NOT_EXPANDING = Range(high=1.05, source=OURS)
 
 
 @metric(
@@ -130,7 +130,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     dims="connection reduction",
     scale="log",
     # An inverse loses three digits, all that bfloat16 has.
-    healthy=Range(high=1e3, source="heuristic"),
+    healthy=Range(high=1e3, source=OURS),
     cite="golub2013matrix",
     basis="stream",
     null=1.0,

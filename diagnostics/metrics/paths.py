@@ -7,7 +7,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.depth_paths import DepthPaths
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
@@ -105,7 +105,7 @@ def _one_stream(depth_paths: DepthPaths) -> xr.DataArray:
     symbol=r"n_{\mathrm{eff}}",
     dims="connection reduction",
     # Two directions with shares of 0.86 and 0.14.
-    healthy=Range(low=1.5, source="heuristic"),
+    healthy=Range(low=1.5, source=OURS),
     cite="roy2007effective",
     basis="invariant",
     null=_one_stream,
@@ -164,7 +164,7 @@ def _residual_mass(depth_paths: DepthPaths) -> xr.DataArray:
     dims="connection",
     scale="log",
     # A plain residual network has the number of later connections: 1 % of one reader is none.
-    healthy=Range(low=0.01, source="heuristic"),
+    healthy=Range(low=0.01, source=OURS),
     cite="zhu2024hyper",
     basis="invariant",
     null=_residual_mass,

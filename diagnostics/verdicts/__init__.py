@@ -12,6 +12,7 @@ from depthscope.diagnostics.verdicts import (
     magnitude,
     reading,
     representation,
+    same_representation,
     streams,
     trained_mixing,
     weight_updates,
@@ -28,12 +29,14 @@ __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "j
 VERDICTS: dict[str, Verdict] = {
     each.name: each
     for each in (
+        same_representation.same_representation,
         magnitude.residual_not_finite,
         magnitude.mixing_not_finite,
         magnitude.dead_state,
         magnitude.exploding_state,
         magnitude.vanishing_state,
         magnitude.gradient_not_finite,
+        magnitude.cut_gradient,
         magnitude.gain_explosion,
         magnitude.single_gain_explosion,
         magnitude.attenuation,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -30,14 +31,14 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, or ``"heuristic"``.
+        A key of ``references.bib``, or ``"this project"``.
     """
 
     info: float | None = None
     warn: float | None = None
     fail: float | None = None
     above: bool = True
-    source: str = "heuristic"
+    source: str = OURS
 
     @property
     def levels(self) -> list[tuple[Severity, float]]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema import NOT_FINITE, WITHOUT_GRADIENT
+from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -84,9 +85,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
         (norm == 0).astype(float).where(norm.notnull()),
         "the number of depths at which the state is zero is",
         first=True,
-        sentence=f"The state is zero {where}, where any size above 0 is expected (heuristic)."
-        if where
-        else "",
+        sentence=f"The state is zero {where}, where any size above 0 is expected ({OURS})." if where else "",
     )
 
 
@@ -142,6 +141,35 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
         _not_finite(gradient_norm, "depth").where(~absent),
         "the number of tokens whose gradient is not finite is",
     )
+
+
+@verdict(metric="gradient_norm", limits=Limits(fail=0.0))
+def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
+    """A block passes no gradient on: everything below it is not trained.
+
+    Look in that block for a detach, a no_grad, an argmax or a rounding on the way from its input to its output, the skip
+    included. Where it is meant, as a frozen lower part is, freeze those weights: then no gradient is expected there.
+    """
+    cut, without = (gradient_norm.attrs.get(name, []) for name in (CUT_GRADIENT, WITHOUT_GRADIENT))
+    depths = gradient_norm["depth"].values.tolist() if "depth" in gradient_norm.coords else []
+    lost = gradient_norm.isel(stream=0, drop=True).copy(data=np.zeros(gradient_norm.sizes["depth"]))
+    if not cut:
+        return [Profile(lost, "the number of states whose gradient is cut is")]
+    # A state that is detached has no graph itself: the cut is above the last state in a row that no gradient reached.
+    top = depths.index(max(cut))
+    while top + 1 < len(depths) and depths[top + 1] in without:
+        top += 1
+    lost[depths.index(min(cut)) : top + 1] = 1.0
+    where = place(lost, top)
+    how = "is detached where it leaves its block or where the next one reads it"
+    if depths[top] in cut:
+        how = "is read by a block that passes no gradient on"
+    nearest = f" The nearest state that gets one is {place(lost, top + 1)}." if top + 1 < len(depths) else ""
+    sentence = (
+        f"No gradient reaches the {int(lost.sum())} states up to the one {where}, where every state should get one "
+        f"({OURS}): it {how}.{nearest}"
+    )
+    return [Profile(lost, "", sentence=sentence)]
 
 
 # Heuristic, between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports; so for one connection.

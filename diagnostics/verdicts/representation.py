@@ -19,8 +19,6 @@ from depthscope.diagnostics.verdicts.finding import Severity
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
 
-START = "No layer does more: as at the start of training, where branches begin near zero."
-
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
     """A rank as a share of its null, both counted from the smallest possible rank of 1."""
@@ -92,6 +90,7 @@ def dimensional_collapse(
         "single_gain_explosion": from_there_on,
         "gain_explosion": overlapping,
         "wasted_layer": within,
+        "same_representation": within,
     },
 )
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
@@ -115,7 +114,16 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
         ceiling=Severity.INFO if all_idle else Severity.FAIL,
-        note=START if all_idle else "",
+        note=_all_layers(turned) if all_idle else "",
+    )
+
+
+def _all_layers(turned: xr.DataArray) -> str:
+    """What it means that no layer turns the states."""
+    degrees = number(180.0 * float(turned.max()))
+    return (
+        f"No block turns the state by more than {degrees}°: normal before training; after it, all layers hold one "
+        "representation."
     )
 
 

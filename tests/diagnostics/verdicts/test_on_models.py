@@ -174,6 +174,10 @@ def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **mo
 
 
 CASES: dict[str, Case] = {
+    "same_representation": case(
+        lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), FAIL, "depth", 0, 8,
+        says="All layers hold one representation", batch=tokens(4, 32),
+    ),
     "residual_not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
     ),
@@ -192,6 +196,10 @@ CASES: dict[str, Case] = {
         WARN, "depth", 9, 16,
     ),
     "gradient_not_finite": case(pre_norm, FAIL, "depth", 0, 6, loss=bottomless),
+    "cut_gradient": case(
+        lambda: plain(at(3, lambda: step(lambda x, block: block(x.detach()), Block()))), FAIL, "depth", 0, 3,
+        says="up to the one after block 2 (depth 3)",
+    ),
     "gain_explosion": case(lambda: streams(2 * NEAR), FAIL, "connection", 3, 11, says="is 4096"),
     "single_gain_explosion": case(
         lambda: streams(with_one(5, 50 * NEAR)), WARN, "connection", 5, 5, says="mlp of block 2"

@@ -105,7 +105,7 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
     only_where_given = {"unmoved_mixing", "decayed_mixing", *WIRING}  # a replay, and remarks of the capture
     assert set(VERDICTS) - set(found) <= {"ambiguous_orientation", "passing_streams"} | only_where_given
     assert found["gain_explosion"][0].severity == Severity.PASS
-    assert "not above 10 (heuristic)" in found["gain_explosion"][0].sentence
+    assert "not above 10 (this project)" in found["gain_explosion"][0].sentence
 
 
 # --- forward and backward --------------------------------------------------------------------------------------
@@ -122,9 +122,9 @@ def test_gain_explosion(mixed):
     assert (failed.severity, failed.threshold) == (Severity.FAIL, 100.0)
     assert failed.sentence == (
         "The forward gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 "
-        "(mlp of block 5), above 100 (heuristic); it is above 10 from connection 3 to connection 11. Also: the backward "
+        "(mlp of block 5), above 100 (this project); it is above 10 from connection 3 to connection 11. Also: the backward "
         "gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 (mlp of block 5), above 100 "
-        "(heuristic); it is above 10 from connection 3 to connection 11."
+        "(this project); it is above 10 from connection 3 to connection 11."
     )
     assert "mHC" in failed.advice
 
@@ -403,7 +403,32 @@ def test_layers_that_all_do_nothing_are_as_at_the_start():
     states[1:] = states[0]
     found = findings(residual_run(states))["idle_layer"][0]
     assert (found.severity, found.first, found.last) == (Severity.INFO, 1, 4)
-    assert "at the start of training" in found.sentence
+    assert "normal before training; after it, all layers hold one representation" in found.sentence
+    (same,) = findings(residual_run(states))["same_representation"]
+    assert (same.severity, same.first, same.last) == (Severity.INFO, 0, 4)
+    assert "no block changes any number of the states" in same.sentence
+
+
+@pytest.mark.parametrize(
+    ("layers", "branch", "severity"), [(16, 0.005, Severity.FAIL), (16, 1.0, Severity.PASS)]
+)
+def test_one_representation_in_all_layers(layers, branch, severity):
+    (found,) = findings(residual_run(walk(layers, branch=branch)), passed=True)["same_representation"]
+    assert found.severity == severity
+    if severity:
+        assert (found.axis, found.first, found.last) == ("depth", 0, layers)
+        assert "from end to end they turn by 1.1" in found.sentence  # arctan(0.005 √16) in degrees
+        assert "independent branches of the size of the first state turn them by 76°" in found.sentence
+
+
+def test_one_representation_from_a_block_on():
+    states = walk(12)
+    states[5:] = states[4] + 0.001 * (states[5:] - states[4])
+    (found,) = findings(residual_run(states))["same_representation"]
+    assert (found.severity, found.first, found.last) == (Severity.FAIL, 4, 12)
+    assert found.sentence.startswith(
+        "8 of 12 layers in a row hold one representation: every two states from depth 4 to depth 12"
+    )
 
 
 def test_few_tokens_for_biased_cka():
@@ -463,7 +488,7 @@ def test_every_verdict_is_declared_whole():
         assert each.title.endswith(".")
         assert len(each.advice) > 40
         assert each.limits.levels
-        assert each.limits.source in keys | {"heuristic"}
+        assert each.limits.source in keys | {"this project"}
         assert each.metric.removesuffix("_null") in diagnostics.CATALOGUE
         for need in (*each.needs, *each.wants):
             assert need == "attrs" or need.removesuffix("_null") in diagnostics.CATALOGUE
