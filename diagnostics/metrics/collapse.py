@@ -217,7 +217,7 @@ def massive_activation(massive: Massive) -> xr.DataArray:
 @metric(
     symbol=r"N",
     dims="scope tokens depth stream",
-    cite="marchenko1967distribution",
+    cite=OURS,
     basis="invariant",
     null="none: it is what the nulls are computed from",
     estimator="count; within a sequence: mean over sequences",

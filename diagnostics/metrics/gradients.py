@@ -100,7 +100,7 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     dims="depth stream",
     scale="log",
     units="loss",
-    cite="pascanu2013difficulty",
+    cite=OURS,
     basis="stream",
     null="none: the scale is the loss's; compare depths",
     estimator="norms of every real token multiplied, then the root of the sum of squares over tokens",

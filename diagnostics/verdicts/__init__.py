@@ -22,6 +22,7 @@ from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.reading import with_proof
+from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
@@ -62,12 +63,15 @@ VERDICTS: dict[str, Verdict] = {
         streams.unread_stream,
         streams.unwritten_stream,
         streams.dominant_stream,
+        streams.loud_stream,
         streams.copied_streams,
         streams.passing_streams,
         streams.wasted_layer,
         streams.ambiguous_orientation,
         representation.rank_collapse,
         representation.dimensional_collapse,
+        representation.one_direction,
+        representation.common_vector,
         representation.idle_layer,
         representation.massive_activations,
         representation.few_tokens_for_cka,
@@ -102,7 +106,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
     """
     found = [
         replace(finding, chain=chain)
-        for chain, part in _analysis_by_chain(analysis).items()
+        for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items()
         for finding in _judge_chain(part)
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]

@@ -7,6 +7,7 @@ not been trained yet then holds one representation in all layers. Only the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,8 @@ SMALL_GAIN = 0.35
 SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
 
 
-def small_start(model: nn.Module, blocks: Iterable[str]) -> str:
-    """Why the branches of a network that was hardly trained are near zero by construction; empty where nothing says so.
+def start_facts(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
+    """How far the norms of some blocks have moved, and why their branches are near zero by construction.
 
     Parameters
     ----------
@@ -34,25 +35,31 @@ def small_start(model: nn.Module, blocks: Iterable[str]) -> str:
 
     Returns
     -------
-    str
-        Such as ``"norms are within 0.02 of 1, and every block has a factor of 1e-06"``.
+    dict
+        ``norms_moved``, the largest distance of a weight of a norm from 1, and ``small_start``, a sentence; those that are
+        known.
     """
     with torch.no_grad():
         modules = [model.get_submodule(path) for path in blocks]
         by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
         if not by_block or not all(by_block):
-            return ""
+            return {}
         moved = _distance_from_one([p for block in by_block for p in block])
-        if moved is None or moved > YOUNG:
-            return ""
-        words = f"its norms are within {moved:.2g} of 1"
-        factors = [_smallest_factor(block) for block in by_block]
-        known = [factor for factor in factors if factor is not None]
-        if len(known) == len(factors):
-            return f"{words}, and every block has a factor of {max(known):.2g} or less"
-        if moved == 0.0 and _drawn_small(model, by_block):
-            return f"{words}, and all weights were drawn small"
-        return ""
+        if moved is None:
+            return {}
+        why = _small_by_construction(model, by_block, moved) if moved <= YOUNG else ""
+        return {"norms_moved": moved} | ({"small_start": why} if why else {})
+
+
+def _small_by_construction(model: nn.Module, by_block: list[list[nn.Parameter]], moved: float) -> str:
+    factors = [_smallest_factor(block) for block in by_block]
+    known = [factor for factor in factors if factor is not None]
+    words = f"its norms are within {moved:.2g} of 1"
+    if len(known) == len(factors):
+        return f"{words}, and every block has a factor of {max(known):.2g} or less"
+    if moved == 0.0 and _drawn_small(model, by_block):
+        return f"{words}, and all weights were drawn small"
+    return ""
 
 
 def _is_readable(parameter: nn.Parameter) -> bool:
@@ -76,7 +83,10 @@ def _smallest_factor(parameters: list[nn.Parameter]) -> float | None:
     """The size of a parameter that multiplies a branch by little: one number, one constant, or a matrix of zeros."""
     small = []
     for parameter in parameters:
-        low, high = (float(each) for each in parameter.float().aminmax())
+        # A matrix is read whole only where it begins with a zero: all of a large model's would take seconds.
+        if parameter.ndim > 1 and parameter.numel() > 1 and float(parameter.reshape(-1)[0]) != 0.0:
+            continue
+        low, high = (float(each) for each in parameter.aminmax())
         size = max(abs(low), abs(high))
         # A vector of zeros is a bias, which multiplies nothing.
         factor = parameter.numel() == 1 or low == high != 0 or (parameter.ndim > 1 and size == 0)

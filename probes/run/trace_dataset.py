@@ -12,7 +12,7 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import depth_coords, without_gradient
-from depthscope.probes.run.initial_weights import small_start
+from depthscope.probes.run.initial_weights import start_facts
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
@@ -63,8 +63,8 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    facts = {"proof": proof, "small_start": small_start(session.model, chain.blocks)}
-    trace = xr.Dataset(variables, coords, attrs={name: fact for name, fact in facts.items() if fact})
+    facts = ({"proof": proof} if proof else {}) | start_facts(session.model, chain.blocks)
+    trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.
