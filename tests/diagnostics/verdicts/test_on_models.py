@@ -93,6 +93,17 @@ def spiked(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     return block(x) + spike
 
 
+def one_way(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """A block that also writes a number of each token into one direction, large beside everything else."""
+    direction = torch.linspace(-1, 1, WIDTH)
+    return block(x) + 12 * x[..., :1] * direction
+
+
+def shifted(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """A block that also adds the same vector to all tokens."""
+    return block(x) + 20 * torch.linspace(-1, 1, WIDTH)
+
+
 def bottomless(output: torch.Tensor, batch: Any) -> torch.Tensor:
     """A loss whose gradient is infinite where it is zero."""
     return (output - output.detach()).abs().sqrt().sum()
@@ -246,6 +257,7 @@ CASES: dict[str, Case] = {
     "unread_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
     "unwritten_stream": case(lambda: streams(NEAR, writes=vectors(1, 0.5, 1, 0.01)), WARN, stream="3"),
     "dominant_stream": case(lambda: streams(NEAR, reads=vectors(0.02, 1, 0.02, 0.02)), WARN, stream="1"),
+    "loud_stream": case(lambda: streams(0.999 * IDENTITY + 0.001 * UNIFORM, writes=vectors(1, 1, 80, 1)), WARN, "depth", 1, 12, stream="2"),
     "copied_streams": case(
         lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0), WARN, "depth", 6, 12
     ),
@@ -261,6 +273,8 @@ CASES: dict[str, Case] = {
     "dimensional_collapse": case(
         lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
     ),
+    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6),
+    "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; token positions 0"
