@@ -54,7 +54,14 @@ def streams_for(family: str, rng: random.Random) -> int:
 
 
 def of(family: str, trained: bool) -> Callable[[random.Random], Plan]:
-    return lambda rng: drawn_plan(rng, family, trained=trained, streams=streams_for(family, rng))
+    def draw(rng: random.Random) -> Plan:
+        plan = drawn_plan(rng, family, trained=trained, streams=streams_for(family, rng))
+        # Scales that begin at zero take longer, and a higher rate, until the layers do anything: before that the network
+        # does hold one representation.
+        slow_start = trained and family == "ReZero transformer"
+        return replace(plan, blocks=min(plan.blocks, 5), steps=100, rate=1e-2) if slow_start else plan
+
+    return draw
 
 
 def on_short_batches(family: str, *, padded: bool) -> Callable[[random.Random], Plan]:
