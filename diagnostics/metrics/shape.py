@@ -20,8 +20,8 @@ PER_SEQUENCE = "per sequence, mean over sequences"
 
 # How many directions count as the top ones. Heuristic.
 TOP = 10
-# Indices of the eigenvalues that the power law is fitted to, as in Stringer et al. 2019.
-FIRST, LAST = 11, 500
+# Ranks of the eigenvalues that the power law is fitted to, with weights 1/rank, as in the authors' code.
+FIRST, LAST = 4, 100
 
 
 def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.DataArray]:
@@ -108,7 +108,7 @@ def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray
     cite="agrawal2022alpha",
     basis="stream",
     null=_of_noise(lambda s, count: geometry.alpha_req_of(s, first=FIRST, last=LAST).alpha),
-    estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
+    estimator=f"least squares in log-log with weights 1/rank over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
     null_error=0.15,
 )
 def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:

@@ -83,13 +83,16 @@ def _smallest_factor(parameters: list[nn.Parameter]) -> float | None:
     """The size of a parameter that multiplies a branch by little: one number, one constant, or a matrix of zeros."""
     small = []
     for parameter in parameters:
+        vector = parameter.numel() == max(
+            parameter.shape, default=1
+        )  # a factor of channels may have the shape (C, 1, 1)
         # A matrix is read whole only where it begins with a zero: all of a large model's would take seconds.
-        if parameter.ndim > 1 and parameter.numel() > 1 and float(parameter.reshape(-1)[0]) != 0.0:
+        if not vector and float(parameter.reshape(-1)[0]) != 0.0:
             continue
         low, high = (float(each) for each in parameter.aminmax())
         size = max(abs(low), abs(high))
         # A vector of zeros is a bias, which multiplies nothing.
-        factor = parameter.numel() == 1 or low == high != 0 or (parameter.ndim > 1 and size == 0)
+        factor = parameter.numel() == 1 or (low == high != 0 if vector else size == 0)
         if factor and size < SMALL_FACTOR:
             small.append(size)
     return min(small, default=None)
