@@ -149,8 +149,8 @@ def corrected_participation_ratio(
 
     .. math:: \frac{\sum_{i \ne j} K_{ii} K_{jj}}{\sum_{i \ne j} K_{ij}^2}, \quad K = X X^\top
 
-    Here uncentred; about the mean its estimate is undone too. It may exceed the number of tokens; NaN where they are too few to
-    tell the denominator from zero.
+    Here uncentred; about the mean its estimate is undone too. It may exceed the number of tokens; NaN where they are too few
+    to tell the denominator from zero.
     """
     energy = singular_values**2
     parts = {}

@@ -225,6 +225,8 @@ def _info_if(note: str) -> dict[str, Any]:
 def _young(attrs: Mapping[str, Any]) -> str:
     """What explains that connections are still as they began: weights of norms that have hardly moved; empty otherwise."""
     moved = attrs.get("norms_moved")
+    if attrs.get("untouched"):
+        return "It is so by construction at the start: the weights are as they were drawn. Judge it again after training."
     if not isinstance(moved, (int, float)) or moved > YOUNG:
         return ""
     return (
