@@ -208,7 +208,8 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
 
     .. math:: \sqrt{\|R\|_1 \|R\|_\infty} \big/ \sqrt{\|X\|_1 \|X\|_\infty}, \quad R = X - 1\bar{x}^\top
 
-    0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially.
+    0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially. The paper takes the x̄ that
+    makes the norm of R least, here it is the mean: an upper bound of theirs.
     """
     return residual_states.over_sequences(
         lambda views, keep: rank.dong_residual(views, mask=keep), token_masks

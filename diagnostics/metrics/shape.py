@@ -147,7 +147,7 @@ def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> x
 @metric(
     symbol=r"\mathcal{E}(X)",
     dims="tokens depth stream",
-    cite="cai2020note",
+    cite=OURS,
     basis="stream",
     null=_energy_of_noise,
     estimator=PER_SEQUENCE,
@@ -157,7 +157,8 @@ def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.D
 
     .. math:: \mathrm{tr}(X^\top L X) / \|X\|_F^2, \quad L = I - 11^\top / N
 
-    0 when all tokens are equal (oversmoothed), near 1 when they have no common part.
+    0 when all tokens are equal (oversmoothed), near 1 when they have no common part. The energy itself, without the
+    division, is that of Cai & Wang 2020 (2006.13318) for the graph in which all tokens are linked.
     """
     return residual_states.over_sequences(
         lambda views, keep: geometry.dirichlet_energy(views, mask=keep), token_masks

@@ -178,7 +178,7 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
-    It can be left out at little cost (Gromov et al. 2024; Men et al. 2024). Normal at the start where
+    It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
     branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
     """
     steps = block_influence.sel(tokens="ordinary", drop=True)

@@ -103,7 +103,7 @@ def _is_constant(parameter: nn.Parameter) -> bool:
 
 
 def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
-    """Whether a bias and the matrix beside it are within ±1/√fan_in, as torch draws both and no step of training leaves them."""
+    """Whether a bias and the matrix beside it are within ±1/√fan_in, as torch draws both and no training leaves them."""
     matrices = [p for p in own if p.ndim > 1 and p.shape[0] == bias.numel()]
     if len(matrices) != 1:
         return False
