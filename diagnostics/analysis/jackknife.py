@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import Metric
+from depthscope.diagnostics.quantities.over_sequences import DEGREES
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 from depthscope.diagnostics.schema import TRACE
@@ -142,4 +143,5 @@ def _jackknife_error(values: list[xr.DataArray]) -> xr.DataArray:
     error = values[0].copy(data=np.sqrt(squares * (len(values) - 1) / len(values)))
     if "reduction" in error.dims:
         error = error.where(~error["reduction"].isin(ROUGH))
-    return error.assign_attrs(estimator=f"delete-one jackknife over {len(values)} sequences")
+    estimator = f"delete-one jackknife over {len(values)} sequences"
+    return error.assign_attrs({"estimator": estimator, DEGREES: len(values) - 1})
