@@ -142,7 +142,7 @@ def reference(key: str) -> Reference:
 
 
 def keys_of(sources: Iterable[str]) -> list[str]:
-    """Bibliography keys among sources, which may list several keys or be ``"heuristic"``.
+    """Bibliography keys among sources, which may list several keys or be ``"this project"``.
 
     Parameters
     ----------
@@ -156,7 +156,7 @@ def keys_of(sources: Iterable[str]) -> list[str]:
 
     Examples
     --------
-    >>> keys_of(["roy2007effective, garrido2023rankme", "heuristic"])
+    >>> keys_of(["roy2007effective, garrido2023rankme", "this project"])
     ['garrido2023rankme', 'roy2007effective']
     """
     # Authors of metrics separate keys as they like: by commas, semicolons or spaces.
@@ -197,7 +197,7 @@ def source_words(source: str) -> str:
     Parameters
     ----------
     source : str
-        Key of the bibliography, several joined by commas, or "heuristic".
+        Key of the bibliography, several joined by commas, or "this project".
 
     Returns
     -------

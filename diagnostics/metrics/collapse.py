@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
-from depthscope.diagnostics.metrics.declaration import Null, Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Null, Range, metric
 from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
 from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks, over_spectra
 from depthscope.diagnostics.quantities.tokens import Massive, for_each_count
@@ -107,7 +107,7 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     label="Dong residual",
     scale="log",
     # A twentieth of what independent tokens have.
-    healthy=Range(low=0.05, source="heuristic"),
+    healthy=Range(low=0.05, source=OURS),
     cite="dong2021attention",
     basis="feature",  # the 1-norm and the ∞-norm add up magnitudes of single features
     null="none in closed form: it depends on the feature basis; compare with depth 0",
@@ -138,7 +138,7 @@ def _cosine_of_noise(token_counts: xr.DataArray, centering: tuple[str, ...]) -> 
     symbol=r"\overline{\cos}",
     dims="scope tokens centering depth stream",
     # An angle of 18° between any two tokens.
-    healthy=Range(high=0.95, source="heuristic"),
+    healthy=Range(high=0.95, source=OURS),
     cite="ethayarajh2019contextual",
     basis="stream",
     null=_cosine_of_noise,
@@ -217,7 +217,7 @@ def massive_activation(massive: Massive) -> xr.DataArray:
 @metric(
     symbol=r"N",
     dims="scope tokens depth stream",
-    cite="marchenko1967distribution",
+    cite=OURS,
     basis="invariant",
     null="none: it is what the nulls are computed from",
     estimator="count; within a sequence: mean over sequences",

@@ -10,7 +10,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.metrics.collapse import SPECTRAL
-from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States, mask_or_none
 from depthscope.diagnostics.quantities.token_spectra import free_rows, over_spectra
@@ -74,7 +74,7 @@ def numerical_rank(
 @metric(
     symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
     dims="scope tokens centering depth stream",
-    cite="marchenko1967distribution",
+    cite=OURS,
     basis="stream",
     null=_of_noise(lambda s, count: rank.top_energy_of(s, TOP)),
     estimator=SPECTRAL,

@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import similarity as kernel
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
@@ -178,7 +178,7 @@ def _influences(states: np.ndarray) -> np.ndarray:
     symbol=r"\overline{\cos}(x_i, x_j)",
     dims="depth",
     # As in the verdict `copied_streams`: an angle of 8° between any two streams.
-    healthy=Range(high=0.99, source="heuristic"),
+    healthy=Range(high=0.99, source=OURS),
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 
 OF_A_MODULE = "exact, over all parameters that the module owns"
 
@@ -82,7 +82,7 @@ def weight_gradient_ratio(
     dims="weight",
     scale="log",
     # Around the rule of thumb of 1e-3; how far around is ours.
-    healthy=Range(low=1e-5, high=1e-2, source="heuristic"),
+    healthy=Range(low=1e-5, high=1e-2, source=OURS),
     cite="bernstein2020distance",
     basis="invariant",
     null="none: the learning rate decides; the rule of thumb is 1e-3 (Stanford CS231n, course notes)",

@@ -18,6 +18,7 @@ from depthscope.diagnostics.schema.validation import (
 )
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
+    CUT_GRADIENT,
     GAIN,
     MOTION,
     NOT_FINITE,
@@ -40,6 +41,7 @@ from depthscope.diagnostics.schema.variables import (
 
 __all__ = [
     "COVERAGE",
+    "CUT_GRADIENT",
     "GAIN",
     "GROUPS",
     "MOTION",

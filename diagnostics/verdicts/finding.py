@@ -34,7 +34,7 @@ class Finding:
     value, threshold : float
         The number found and the limit that it is compared with.
     source : str
-        Where the threshold comes from: a key of ``references.bib``, or ``"heuristic"``.
+        Where the threshold comes from: a key of ``references.bib``, or ``"this project"``.
     axis : str
         ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int

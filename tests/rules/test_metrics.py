@@ -71,7 +71,7 @@ def test_a_declaration_is_whole(name):
     assert metric.null_error >= 0.0
     assert metric.question_text.endswith(("?", ".", "!"))
     if metric.healthy is not None:
-        assert metric.healthy.source in KEYS | {"heuristic"}
+        assert metric.healthy.source in KEYS | {"this project"}
         assert metric.healthy.low is not None or metric.healthy.high is not None
 
 

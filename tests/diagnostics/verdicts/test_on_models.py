@@ -93,6 +93,17 @@ def spiked(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     return block(x) + spike
 
 
+def one_way(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """A block that also writes a number of each token into one direction, large beside everything else."""
+    direction = torch.linspace(-1, 1, WIDTH)
+    return block(x) + 12 * x[..., :1] * direction
+
+
+def shifted(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
+    """A block that also adds the same vector to all tokens."""
+    return block(x) + 20 * torch.linspace(-1, 1, WIDTH)
+
+
 def bottomless(output: torch.Tensor, batch: Any) -> torch.Tensor:
     """A loss whose gradient is infinite where it is zero."""
     return (output - output.detach()).abs().sqrt().sum()
@@ -174,6 +185,10 @@ def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **mo
 
 
 CASES: dict[str, Case] = {
+    "same_representation": case(
+        lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), FAIL, "depth", 0, 8,
+        says="All layers hold one representation", batch=tokens(4, 32),
+    ),
     "residual_not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
     ),
@@ -192,6 +207,10 @@ CASES: dict[str, Case] = {
         WARN, "depth", 9, 16,
     ),
     "gradient_not_finite": case(pre_norm, FAIL, "depth", 0, 6, loss=bottomless),
+    "cut_gradient": case(
+        lambda: plain(at(3, lambda: step(lambda x, block: block(x.detach()), Block()))), FAIL, "depth", 0, 3,
+        says="up to the one after block 2 (depth 3)",
+    ),
     "gain_explosion": case(lambda: streams(2 * NEAR), FAIL, "connection", 3, 11, says="is 4096"),
     "single_gain_explosion": case(
         lambda: streams(with_one(5, 50 * NEAR)), WARN, "connection", 5, 5, says="mlp of block 2"
@@ -238,6 +257,7 @@ CASES: dict[str, Case] = {
     "unread_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
     "unwritten_stream": case(lambda: streams(NEAR, writes=vectors(1, 0.5, 1, 0.01)), WARN, stream="3"),
     "dominant_stream": case(lambda: streams(NEAR, reads=vectors(0.02, 1, 0.02, 0.02)), WARN, stream="1"),
+    "loud_stream": case(lambda: streams(0.999 * IDENTITY + 0.001 * UNIFORM, writes=vectors(1, 1, 80, 1)), WARN, "depth", 1, 12, stream="2"),
     "copied_streams": case(
         lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0), WARN, "depth", 6, 12
     ),
@@ -253,6 +273,8 @@ CASES: dict[str, Case] = {
     "dimensional_collapse": case(
         lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
     ),
+    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6),
+    "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; token positions 0"
