@@ -13,6 +13,9 @@ from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
 
+NUM_FEATURES = "num_features"
+"""Attribute of the size of the states: their width, by which the sizes of stages of other widths can be compared."""
+
 
 def _frobenius_norms(states: States) -> xr.DataArray:
     """Frobenius norms over all real tokens, by depth and stream."""
@@ -36,7 +39,7 @@ def residual_norm(residual_states: States) -> xr.DataArray:
     """
     norms = _frobenius_norms(residual_states) / np.sqrt(residual_states.mask.sum())
     # Known only now: `States` counts what is not finite while it reads the depths.
-    return norms.assign_attrs(residual_states.not_finite)
+    return norms.assign_attrs({**residual_states.not_finite, NUM_FEATURES: residual_states.num_features})
 
 
 @quantity

@@ -19,6 +19,7 @@ from depthscope.diagnostics.schema.validation import (
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
     CUT_GRADIENT,
+    FROZEN_MODULES,
     GAIN,
     MOTION,
     NOT_FINITE,
@@ -42,6 +43,7 @@ from depthscope.diagnostics.schema.variables import (
 __all__ = [
     "COVERAGE",
     "CUT_GRADIENT",
+    "FROZEN_MODULES",
     "GAIN",
     "GROUPS",
     "MOTION",

@@ -13,6 +13,9 @@ WITHOUT_GRADIENT = "without_gradient"
 CUT_GRADIENT = "cut_gradient"
 """Attribute of gradients: depths whose states are in a graph and got no gradient, though a later depth did."""
 
+FROZEN_MODULES = "frozen_modules"
+"""Attribute of the updates of weights: modules none of whose parameters is trained, while others are."""
+
 NOT_FINITE = "not_finite_tokens"
 """Attribute of a metric: how many tokens have NaN or infinities, by depth or connection."""
 

@@ -79,6 +79,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.small_sample,
         weight_updates.large_update,
         weight_updates.lost_update,
+        weight_updates.frozen_module,
         reading.unproven_reading,
     )
 }

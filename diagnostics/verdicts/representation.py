@@ -140,10 +140,11 @@ def one_direction(
     )
 
 
-# Two tokens with a cosine of 0.95 have an angle of 18°, with one of 0.99 of 8°.
+# Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
+# positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=0.95, fail=0.99),
+    limits=Limits(warn=0.98, fail=0.995),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
 )
 def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
@@ -177,7 +178,7 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
-    It can be left out at little cost (Gromov et al. 2024; Men et al. 2024). Normal at the start where
+    It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
     branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
     """
     steps = block_influence.sel(tokens="ordinary", drop=True)

@@ -29,6 +29,9 @@ PARTED = 0.99
 # step of training.
 SAME = 1e-12
 
+COPIED = 0.99  # mean cosine over all pairs of streams
+PAIR = Limits(warn=0.9999)  # of one pair, which may well be close while the others are not
+
 # 1 − cosine of streams that have begun to part, beyond the rounding of float32 and half precision.
 PARTING = 1e-5
 
@@ -41,6 +44,8 @@ STUCK = 0.05
 
 # Distance of one H_res of four streams from the identity at off-diagonal logits of −6.5; their gradient is as small.
 SATURATED = 0.005
+# A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
+ONE_STEP = 1e-4
 # Norms begin at 1; within 0.15 of it a network has made some hundred steps at most. This project, as in the capture.
 YOUNG = 0.15
 
@@ -206,7 +211,7 @@ def stuck_at_identity(
     most = composite_identity_distance.sel(reduction="median", drop=True).max("connection")
     single = float(identity_distance.sel(reduction="median", drop=True).max("connection"))
     # Saturated logits of Sinkhorn do not move whatever the training; free matrices and others do from the first step on.
-    saturated = satisfies(attrs, ONE_EXACT_SUM) and 0 < single < SATURATED
+    saturated = 0 < single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
     note = UNTRAINED if _untrained(stream_cosine, read_share) else _young(attrs) if not saturated else ""
     words = "the largest distance from the identity of any product of H_res from the embedding on is"
     return [Profile(most, words, **_info_if(note))]
@@ -220,6 +225,8 @@ def _info_if(note: str) -> dict[str, Any]:
 def _young(attrs: Mapping[str, Any]) -> str:
     """What explains that connections are still as they began: weights of norms that have hardly moved; empty otherwise."""
     moved = attrs.get("norms_moved")
+    if attrs.get("untouched"):
+        return "It is so by construction at the start: the weights are as they were drawn. Judge it again after training."
     if not isinstance(moved, (int, float)) or moved > YOUNG:
         return ""
     return (
@@ -318,15 +325,19 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
 @verdict(
     metric="stream_cosine",
-    limits=Limits(warn=0.99),
+    limits=Limits(warn=COPIED),
     follows_from={
         "uniform_mixing": from_there_on,
         "stream_collapse": overlapping,
         "passing_streams": anywhere,
+        "loud_stream": anywhere,
     },
 )
 def copied_streams(
-    stream_cosine: xr.DataArray, attrs: Mapping[str, Any], read_share: xr.DataArray | None = None
+    stream_cosine: xr.DataArray,
+    attrs: Mapping[str, Any],
+    read_share: xr.DataArray | None = None,
+    closest_stream_cosine: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
@@ -341,6 +352,12 @@ def copied_streams(
     if not note and bool((1.0 - judged > PARTING).any()):
         note = _young(attrs)
     yield Profile(judged, "the mean cosine between streams is", **_info_if(note))
+    # Two of several streams: copies that the mean over all pairs hides.
+    if closest_stream_cosine is not None and not bool((judged > COPIED).any()):
+        two = closest_stream_cosine.where(judged.notnull())
+        yield Profile(
+            two, "the cosine of the two streams that are most alike is", limits=PAIR, **_info_if(note)
+        )
 
 
 @verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False))
