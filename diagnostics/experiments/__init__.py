@@ -1,0 +1,33 @@
+"""Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
+
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
+from depthscope.diagnostics.experiments.results import (
+    SUFFIX,
+    beside,
+    describe_results,
+    open_result,
+    save_result,
+    table_rows,
+)
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
+from depthscope.diagnostics.experiments.variables import EFFECTS, LENS, declared
+
+__all__ = [
+    "EFFECTS",
+    "KINDS",
+    "LENS",
+    "SETTLED_BY",
+    "SUFFIX",
+    "Estimate",
+    "ExperimentKind",
+    "beside",
+    "declared",
+    "describe_results",
+    "estimate",
+    "experiment_for",
+    "kind_named",
+    "open_result",
+    "save_result",
+    "table_rows",
+]
