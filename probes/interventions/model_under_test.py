@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -89,8 +89,8 @@ class ModelUnderTest:
         require_module(model)
         self.model = model
         self.batch = batch
-        given = options or Options()
-        self._session = Session(model, _of_every_sequence(given), only_own=True, sums=False)
+        self._options, self._chain_name = options or Options(), chain
+        self._session = Session(model, _of_every_sequence(self._options), only_own=True, sums=False)
         self._find_structure()
         self.structure = self._session.structure
         self.number = _chain_number(self.structure.chains, chain)
@@ -99,7 +99,8 @@ class ModelUnderTest:
         self._evidence: Evidence | None = None
         self._applied: list[Joint] | None = None  # the connections, where other matrices are applied than computed
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
-        found = self._run(StateOperations(), self._locate)
+        operations = StateOperations()
+        found = self._run(following(model, operations), lambda: self._locate(operations))
         self.base = self.forward({})
         if not same_values(found.output, self.base.output):
             raise InterventionError(
@@ -107,13 +108,28 @@ class ModelUnderTest:
                 "source of its own, or remembers earlier calls; expected a model that repeats itself, such as model.eval()"
             )
 
+    def sibling(self, source: Any) -> ModelUnderTest:
+        """The same model on another batch, or another model on the same batch.
+
+        Parameters
+        ----------
+        source : Module, mapping, tensor or tuple
+            What is another one.
+
+        Returns
+        -------
+        ModelUnderTest
+        """
+        model, batch = (source, self.batch) if isinstance(source, nn.Module) else (self.model, source)
+        return ModelUnderTest(model, batch, self._options, chain=self._chain_name)
+
     # --- what the model is
 
     def _find_structure(self) -> None:
         session = self._session
         session.attach()
         try:
-            with self._unchanged_model():
+            with self.unchanged_model():
                 call_observed(session, copied(self.batch))
             session.raise_first_error()
             session.fold()
@@ -188,7 +204,7 @@ class ModelUnderTest:
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
         operations = StateOperations(places, change)
-        passed = self._run(operations, lambda _: self._check(states))
+        passed = self._run(following(self.model, operations), lambda: self._check(states))
         for depth in edits:
             # An operation that did not run again, or ran twice, has changed another state or none.
             if operations.met[self.number, depth] != 1:
@@ -199,17 +215,42 @@ class ModelUnderTest:
         passed.states = states
         return passed
 
-    def _run(self, operations: StateOperations, listen: Callable[[StateOperations], None]) -> Passed:
+    def observed(
+        self, mode: AbstractContextManager[Any], shown: Callable[[int, torch.Tensor], None], batch: Any = None
+    ) -> Any:
+        """Run the unchanged model under one more mode, with a look at the states of the chain as they are shown.
+
+        Parameters
+        ----------
+        mode : context manager
+            On while the forward runs.
+        shown : callable
+            ``shown(depth, tensor)``, the model's own tensor.
+        batch : object, optional
+            Another batch of the same shape.
+
+        Returns
+        -------
+        object
+            What the model returned.
+        """
+
+        def listen() -> None:
+            self._session.observer.on_state = lambda number, depth, tensor: (
+                shown(depth, tensor) if number == self.number and depth != FINAL else None
+            )
+
+        return self._run(mode, listen, batch).output
+
+    def _run(self, mode: AbstractContextManager[Any], listen: Callable[[], None], batch: Any = None) -> Passed:
         session = self._session
         session.reservoir = Reservoir(EVERY_SEQUENCE, 0)
-        with self._unchanged_model():
+        with self.unchanged_model():
             session.attach()
             try:
-                listen(operations)
-                with following(self.model, operations), torch.no_grad(), own_call(session.owner):
-                    output = call_model(self.model, copied(self.batch))
-                if operations.error is not None:
-                    raise operations.error
+                listen()
+                with mode, torch.no_grad(), own_call(session.owner):
+                    output = call_model(self.model, copied(self.batch if batch is None else batch))
                 if self._evidence is not None and _unread_connections(session.errors):
                     # A state that is changed inside of its connection's own method no longer follows from the weights.
                     return Passed(output)
@@ -224,7 +265,7 @@ class ModelUnderTest:
                 session.detach()
                 session.drop()
 
-    def _unchanged_model(self) -> ExitStack:
+    def unchanged_model(self) -> ExitStack:
         """Contexts in which a forward of ours leaves nothing behind: see `preserved_state`."""
         stack = ExitStack()
         for context in (preserved_state(self.model), eager()):

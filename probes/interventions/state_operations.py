@@ -214,5 +214,7 @@ def following(model: nn.Module, operations: StateOperations) -> Iterator[None]:
     try:
         with operations:
             yield
+        if operations.error is not None:
+            raise operations.error
     finally:
         attachment.remove()
