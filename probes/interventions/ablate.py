@@ -13,19 +13,15 @@ from torch import nn
 
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimate
 from depthscope.probes.interventions.changes import Change, Plan, changes, plan
-from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest, Passed
+from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest, Passed, targets_of
 from depthscope.probes.interventions.predictions import (
     Loss,
     Pick,
-    Targets,
     divergence,
-    find_targets,
-    output_values,
     relative_change,
     user_loss,
 )
-from depthscope.probes.session.forced_eager import eager
-from depthscope.probes.session.model_call import batches, call_model
+from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
 SCALARS = ("block", "depth", "connection", "stream")
@@ -154,22 +150,10 @@ class _Measure:
 
     def __init__(self, model: ModelUnderTest, settings: _Settings) -> None:
         self._model, self._settings = model, settings
-        self._base = output_values(model.base.output, settings.logits)
-        self._targets: Targets = find_targets(
-            model.batch,
-            model.base.output,
-            self._base,
-            mask=model.mask,
-            width=model.base.states[max(model.base.states)].shape[-1],
-            again=self._again,
-            picked=settings.logits is not None,
-        )
+        self._base = model.values(model.base.output, settings.logits)
+        self._targets = targets_of(model, self._base, settings.logits)
         self.why = "" if settings.loss is not None else self._targets.why
         self.base_loss = self._loss(model.base, self._base)
-
-    def _again(self, batch: Any) -> torch.Tensor:
-        with self._model.unchanged_model(), torch.no_grad(), eager():
-            return output_values(call_model(self._model.model, batch), self._settings.logits)
 
     def _loss(self, passed: Passed, values: torch.Tensor) -> torch.Tensor:
         if self._settings.loss is not None:
@@ -178,7 +162,7 @@ class _Measure:
         return self._targets.next_token_loss(values).cpu()
 
     def effect(self, change: Change, passed: Passed) -> _Effect:
-        values = output_values(passed.output, self._settings.logits)
+        values = self._model.values(passed.output, self._settings.logits)
         if values.shape != self._base.shape:
             raise InterventionError(
                 f"{change.name}: the output has shape {tuple(values.shape)} and had {tuple(self._base.shape)} unchanged"

@@ -14,6 +14,7 @@ from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.connections.applied import as_applied
 from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
 from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, gather_evidence
+from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
 from depthscope.probes.interventions.state_operations import (
     Birthplace,
     Depth,
@@ -107,6 +108,11 @@ class ModelUnderTest:
                 "two forwards of the same batch gave different outputs, with the same random states: the model draws from a "
                 "source of its own, or remembers earlier calls; expected a model that repeats itself, such as model.eval()"
             )
+
+    def values_again(self, batch: Any, pick: Pick | None = None) -> torch.Tensor:
+        """The main output (B, T, V) of the unchanged model on another batch."""
+        with self.unchanged_model(), torch.no_grad(), own_call(self._session.owner):
+            return self.values(call_model(self.model, copied(batch)), pick)
 
     def sibling(self, source: Any) -> ModelUnderTest:
         """The same model on another batch, or another model on the same batch.
@@ -325,6 +331,10 @@ class ModelUnderTest:
         values[numbers.reshape(-1)] = state.reshape(-1)
         return values.reshape(like.shape)
 
+    def values(self, output: Any, pick: Pick | None = None) -> torch.Tensor:
+        """The main output as (B, T, V): see `output_values`."""
+        return output_values(output, pick, batch_axis=self.structure.batch_axis)
+
     @property
     def _batch_size(self) -> int:
         forward = self._session.last or self._session._current.forward
@@ -399,4 +409,31 @@ def same_values(one: Any, other: Any) -> bool:
     pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
     return all(
         a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs
+    )
+
+
+def targets_of(model: ModelUnderTest, logits: torch.Tensor, pick: Pick | None = None) -> Targets:
+    """What the output of a model is compared with: see `find_targets`.
+
+    Parameters
+    ----------
+    model : ModelUnderTest
+        With its batch.
+    logits : Tensor
+        (B, T, V) of its unchanged output.
+    pick : callable, optional
+        What picked them from the output.
+
+    Returns
+    -------
+    Targets
+    """
+    return find_targets(
+        model.batch,
+        model.base.output,
+        logits,
+        mask=model.mask,
+        width=model.base.states[max(model.base.states)].shape[-1],
+        again=lambda batch: model.values_again(batch, pick),
+        picked=pick is not None,
     )

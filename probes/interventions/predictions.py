@@ -20,7 +20,7 @@ Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 FEWEST_KINDS = 3  # of ids; a tensor of fewer different numbers is taken for a mask
 
 
-def output_values(output: Any, pick: Pick | None = None) -> torch.Tensor:
+def output_values(output: Any, pick: Pick | None = None, *, batch_axis: int = 0) -> torch.Tensor:
     """The model's main output as (B, T, V), T = 1 where it has one vector a sequence.
 
     Parameters
@@ -29,6 +29,8 @@ def output_values(output: Any, pick: Pick | None = None) -> torch.Tensor:
         What the model returned.
     pick : callable, optional
         ``pick(output)`` returns the tensor; by default ``logits``, or the first floating tensor with two axes.
+    batch_axis : int
+        Axis of the sequences: 1 for a model that takes its tokens first.
 
     Returns
     -------
@@ -41,9 +43,13 @@ def output_values(output: Any, pick: Pick | None = None) -> torch.Tensor:
             "the output has no floating tensor with a batch axis to compare; pass logits=lambda output: …"
         )
     values = found.detach()
-    values = values if values.dtype == torch.float64 else values.float()
+    return by_token(values if values.dtype == torch.float64 else values.float(), batch_axis)
+
+
+def by_token(values: torch.Tensor, batch_axis: int) -> torch.Tensor:
+    """An output as (B, T, V); T = 1 where it has other axes than these three."""
     if values.ndim == 3:
-        return values
+        return values.transpose(0, 1) if batch_axis == 1 else values
     return values.flatten(1).unsqueeze(1)
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.connections.coefficients import relative_error
 from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest
-from depthscope.probes.interventions.predictions import Pick, named_logits, output_values
+from depthscope.probes.interventions.predictions import Pick, by_token, named_logits
 from depthscope.probes.interventions.state_operations import written_by
 from depthscope.probes.model.tensors import tensors_in
 
@@ -156,7 +156,7 @@ def find_head(model: ModelUnderTest, pick: Pick | None = None) -> Head:
 
     def head(state: torch.Tensor) -> torch.Tensor:
         # The graph, where there is one, goes through the rearrangement.
-        return output_shape(recording.replay(model.native(state, like), target))
+        return by_token(recording.replay(model.native(state, like), target), model.structure.batch_axis)
 
     require_head(head, model, pick)
     return head
@@ -174,11 +174,6 @@ def _logits(output: Any, pick: Pick | None) -> torch.Tensor:
     return tensors[0]
 
 
-def output_shape(values: torch.Tensor) -> torch.Tensor:
-    """Logits as (B, T, V)."""
-    return values if values.ndim == 3 else values.flatten(1).unsqueeze(1)
-
-
 def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
     """Require that a head gives the output from the last state: of the batch, and of the same sequences in another order.
 
@@ -188,8 +183,8 @@ def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
         With the relative error.
     """
     last = len(model.chain.points) - 1
-    _compare(head, model.base.states[last], output_values(model.base.output, pick), "")
-    other = rearranged_batch(model.batch, len(model.base.states[last]))
+    _compare(head, model.base.states[last], model.values(model.base.output, pick), "")
+    other = rearranged_batch(model.batch, len(model.base.states[last]), model.structure.batch_axis)
     if other is None:
         raise HeadError(
             "the head is proven on other sequences, and the batch has one; call the model with at least two sequences"
@@ -201,7 +196,7 @@ def require_head(head: Head, model: ModelUnderTest, pick: Pick | None) -> None:
             seen[depth] = model.canonical(tensor).clone()
 
     output = model.observed(HeadRecording(), shown, other)
-    _compare(head, seen[last], output_values(output, pick), " of other sequences")
+    _compare(head, seen[last], model.values(output, pick), " of other sequences")
 
 
 def _compare(head: Head, state: torch.Tensor, logits: torch.Tensor, which: str) -> None:
@@ -218,22 +213,24 @@ def _compare(head: Head, state: torch.Tensor, logits: torch.Tensor, which: str) 
         )
 
 
-def rearranged_batch(batch: Any, size: int) -> Any:
+def rearranged_batch(batch: Any, size: int, axis: int) -> Any:
     """The batch with its sequences moved on by one; None where it has one sequence alone."""
     if size < 2:
         return None
     if isinstance(batch, torch.Tensor):
-        return batch.roll(1, 0) if batch.ndim and batch.shape[0] == size else batch
+        return batch.roll(1, axis) if batch.ndim > axis and batch.shape[axis] == size else batch
     if isinstance(batch, Mapping):
-        return {name: rearranged_batch(value, size) for name, value in batch.items()}
-    return type(batch)(rearranged_batch(value, size) for value in batch) if type(batch) in (tuple, list) else batch
+        return {name: rearranged_batch(value, size, axis) for name, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(rearranged_batch(value, size, axis) for value in batch)
+    return batch
 
 
 def user_head(given: Callable[[torch.Tensor], torch.Tensor], model: ModelUnderTest, pick: Pick | None) -> Head:
     """A head of the user's, proven like one that was found; it gets (B, T, D), or (B, T, N, D) of several streams."""
 
     def head(state: torch.Tensor) -> torch.Tensor:
-        return output_shape(given(state.squeeze(2) if state.shape[2] == 1 else state))
+        return by_token(given(state.squeeze(2) if state.shape[2] == 1 else state), model.structure.batch_axis)
 
     require_head(head, model, pick)
     return head
