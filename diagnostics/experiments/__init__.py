@@ -4,9 +4,12 @@ from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
 from depthscope.diagnostics.experiments.results import (
     SUFFIX,
+    base_loss,
     beside,
     describe_results,
+    lens_rows,
     open_result,
+    prediction_depths,
     save_result,
     table_rows,
 )
@@ -21,13 +24,16 @@ __all__ = [
     "SUFFIX",
     "Estimate",
     "ExperimentKind",
+    "base_loss",
     "beside",
     "declared",
     "describe_results",
     "estimate",
     "experiment_for",
     "kind_named",
+    "lens_rows",
     "open_result",
+    "prediction_depths",
     "save_result",
     "table_rows",
 ]

@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
     error: float
     low: float
     high: float
-    count: int
+    sequences: int
 
 
 def estimate(values: np.ndarray) -> Estimate:

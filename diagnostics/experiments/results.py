@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.variables import ESTIMATES
 from depthscope.diagnostics.schema import SUFFIXES
 
 # Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
@@ -38,7 +41,9 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
     'a.ablate.h5'
     """
     path = Path(run)
-    ending = next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), "")
+    ending = next(
+        (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
+    )
     return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
 
 
@@ -87,7 +92,9 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a result of experiments: {error}") from None
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
-        raise ValueError(f"{path} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote")
+        raise ValueError(
+            f"{path} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote"
+        )
     return found
 
 
@@ -110,7 +117,7 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
             value = result[column].values[position]
             row[column] = str(value) if column == "kind" else None if value < 0 else int(value)
         for column in COLUMNS:
-            for ending in ("", "_error", "_low", "_high"):
+            for ending in ESTIMATES:
                 row[column + ending] = _finite(result, column + ending, position)
         row["rescued"] = _finite(result, "rescued", position)
         rows.append(row)
@@ -136,6 +143,7 @@ def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
     -------
     list of str
     """
+
     def size(row: dict[str, Any]) -> float:
         value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
         return abs(value) if value is not None else 0.0
@@ -170,3 +178,70 @@ def sentence(row: dict[str, Any]) -> str:
     # Within its interval a change of zero is possible, whatever its mean.
     undecided = "; 0 is possible" if low <= 0 <= high else ""
     return f"{name}: loss {change:+.3g} nats (95 %: {low:+.3g} to {high:+.3g}{undecided})"
+
+
+def base_loss(result: xr.Dataset) -> Estimate:
+    """Loss of the unchanged model in nats, over sequences.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    Estimate
+    """
+    return estimate(result["base_loss"].mean("token").values)
+
+
+LENS_COLUMNS = ("entropy", "cross_entropy", "kl", "agreement")
+
+
+def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row for each lens, depth and stream that was read; None for what is not known.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    list of dict
+    """
+    rows = []
+    for lens in result["lens"].values:
+        for depth in result["depth"].values:
+            for stream in result["stream"].values:
+                one = result[list(_lens_columns())].sel(lens=lens, depth=depth, stream=stream)
+                values = {name: float(one[name]) for name in _lens_columns()}
+                if math.isnan(values["entropy"]):
+                    continue  # a tuned lens reads all streams together
+                row: dict[str, Any] = {"lens": str(lens), "depth": int(depth), "stream": str(stream)}
+                rows.append(
+                    row | {name: value if math.isfinite(value) else None for name, value in values.items()}
+                )
+    return rows
+
+
+def _lens_columns() -> Iterator[str]:
+    for column in LENS_COLUMNS:
+        for ending in ESTIMATES:
+            yield column + ending
+
+
+def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
+    """The prediction depth by lens, of the whole state, over sequences.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    dict of str to Estimate
+    """
+    found = result["prediction_depth"].isel(stream=0).mean("token")
+    return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}

@@ -13,7 +13,12 @@ from torch import nn
 
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimate
 from depthscope.probes.interventions.changes import Change, Plan, changes, plan
-from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest, Passed, targets_of
+from depthscope.probes.interventions.model_under_test import (
+    InterventionError,
+    ModelUnderTest,
+    Passed,
+    targets_of,
+)
 from depthscope.probes.interventions.predictions import (
     Loss,
     Pick,
@@ -67,8 +72,8 @@ def ablate(
     Returns
     -------
     Dataset
-        ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard error
-        over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token. The attribute
+        ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard
+        error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token. The attribute
         ``left_out`` has the experiments that could not be made, and why; ``no_loss`` why there is no loss.
 
     Raises
@@ -119,7 +124,7 @@ class _BatchRows:
     effects: list[_Effect]
     left_out: dict[str, str]
     why: str
-    family: str
+    num_streams: int
 
 
 def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _Settings) -> _BatchRows:
@@ -142,7 +147,7 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
             effects.append(measure.effect(change, passed))
     if not effects:
         raise InterventionError(next(iter(left_out.values()), "no experiment could be made"))
-    return _BatchRows(measure.base_loss, effects, left_out, measure.why, under_test.structure.family)
+    return _BatchRows(measure.base_loss, effects, left_out, measure.why, under_test.num_streams)
 
 
 class _Measure:
@@ -218,7 +223,7 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     left_out = {key: why for row in rows for key, why in row.left_out.items()}
     attrs = {
         "model": name,
-        "family": rows[0].family,
+        "num_streams": rows[0].num_streams,
         "no_loss": rows[0].why,
         "left_out": [f"{key}: {why}" for key, why in left_out.items()],
         "interval": "95 %, Student's t over sequences",

@@ -167,12 +167,17 @@ def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
     kind = kind_named(wanted.kind)
     if kind.streams and (model.num_streams < 2 or model.number):
         raise InterventionError(
-            f"{kind.name} needs several residual streams; this chain has {'one' if model.num_streams < 2 else 'no connections'}"
+            f"{kind.name} needs several residual streams with connections; this chain has {model.num_streams}"
+            + (" and is not the first one" if model.number else "")
         )
-    made = {"block": _of_blocks, "connection": _of_connections, "depth": _of_depths}[kind.unit](kind, wanted, model)
+    made = {"block": _of_blocks, "connection": _of_connections, "depth": _of_depths}[kind.unit](
+        kind, wanted, model
+    )
     found = list(made)
     if not found:
-        raise InterventionError(f"{kind.name}: the model has no place that was asked for; {_places(kind, model)}")
+        raise InterventionError(
+            f"{kind.name}: the model has no place that was asked for; {_places(kind, model)}"
+        )
     return [_together(kind, found)] if wanted.together and len(found) > 1 else found
 
 
@@ -199,7 +204,9 @@ def _together(kind: ExperimentKind, found: list[Change]) -> Change:
 
     places = sorted({f"{change.block}" for change in found if change.block >= 0}, key=int)
     where = f"blocks {', '.join(places)}" if places else f"{len(found)} places"
-    return Change(f"{kind.name} at {where} together", kind.name, edits, depth=min(change.depth for change in found))
+    return Change(
+        f"{kind.name} at {where} together", kind.name, edits, depth=min(change.depth for change in found)
+    )
 
 
 def _both(first: Edit, second: Edit) -> Edit:
@@ -295,8 +302,8 @@ def _constant(value: torch.Tensor) -> Edit:
     def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
         if value.shape != state.shape:
             raise InterventionError(
-                f"a state of shape {tuple(value.shape)} cannot take the place of one of {tuple(state.shape)} (sequence, token, "
-                "stream, feature): the blocks between them change the width or the tokens"
+                f"a state of shape {tuple(value.shape)} cannot take the place of one of {tuple(state.shape)} (sequence, "
+                "token, stream, feature): the blocks between them change the width or the tokens"
             )
         return value.clone()
 
@@ -520,10 +527,8 @@ def _without_massive(depths: list[int], model: ModelUnderTest) -> Iterator[Chang
         at = found.reshape(state.shape).to(state.device)
         features = sorted({int(f) for f in at.nonzero()[:, 3].unique()})
 
-        def edits(
-            model: ModelUnderTest, depth: int = depth, at: torch.Tensor = at
-        ) -> Mapping[int, Edit]:
-            return {depth: lambda state, seen: state.masked_fill(at, 0)}
+        def edits(model: ModelUnderTest, depth: int = depth, at: torch.Tensor = at) -> Mapping[int, Edit]:
+            return {depth: lambda value, _: value.masked_fill(at, 0)}
 
         name = f"zero {int(at.sum())} massive entries at depth {depth} (features {', '.join(map(str, features[:4]))})"
         yield Change(name, "massive", edits, block=model.chain.points[depth].layer, depth=depth)
@@ -566,7 +571,9 @@ def _source_states(wanted: Plan, model: ModelUnderTest) -> Mapping[int, torch.Te
     trace = _trace_of(source)
     if trace is None:
         return model.sibling(source).base.states
-    states = torch.as_tensor(trace["residual"].transpose("depth", "sample", "token", "stream", "feature").values)
+    states = torch.as_tensor(
+        trace["residual"].transpose("depth", "sample", "token", "stream", "feature").values
+    )
     if states.shape[1:] != tuple(model.base.states[0].shape) or len(states) != len(model.chain.points):
         raise InterventionError(
             f"the run has {states.shape[0]} depths of {tuple(states.shape[1:])} (sequence, token, stream, feature), the model "

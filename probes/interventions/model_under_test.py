@@ -98,7 +98,9 @@ class ModelUnderTest:
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, Birthplace | None] = {}
         self._evidence: Evidence | None = None
-        self._applied: list[Joint] | None = None  # the connections, where other matrices are applied than computed
+        self._applied: list[Joint] | None = (
+            None  # the connections, where other matrices are applied than computed
+        )
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
         operations = StateOperations()
         found = self._run(following(model, operations), lambda: self._locate(operations))
@@ -248,7 +250,9 @@ class ModelUnderTest:
 
         return self._run(mode, listen, batch).output
 
-    def _run(self, mode: AbstractContextManager[Any], listen: Callable[[], None], batch: Any = None) -> Passed:
+    def _run(
+        self, mode: AbstractContextManager[Any], listen: Callable[[], None], batch: Any = None
+    ) -> Passed:
         session = self._session
         session.reservoir = Reservoir(EVERY_SEQUENCE, 0)
         with self.unchanged_model():
@@ -286,7 +290,9 @@ class ModelUnderTest:
                 return
             state = self.canonical(tensor)
             if depth not in states:
-                states[depth] = state.clone()  # made outside of the forward, or by no operation that was found again
+                states[depth] = (
+                    state.clone()
+                )  # made outside of the forward, or by no operation that was found again
             elif not same_values(state, states[depth]):
                 raise InterventionError(
                     f"the state at depth {depth} was written once more after it was made; "
@@ -307,14 +313,15 @@ class ModelUnderTest:
                 "forward, such as an input that the model takes as it is; change the batch, or a later depth"
             )
         same = [
-            f"depth {other}" + (f" of {self.structure.chains[number].name!r}" if number != self.number else "")
+            f"depth {other}"
+            + (f" of {self.structure.chains[number].name!r}" if number != self.number else "")
             for (number, other), shared in self._places.items()
             if shared == place and (number, other) != (self.number, depth)
         ]
         if same:
             raise InterventionError(
-                f"the state at depth {depth} is the very tensor of the state at {same[0]}, since nothing between them computes "
-                "another one; it cannot be changed at one of them alone"
+                f"the state at depth {depth} is the very tensor of the state at {same[0]}, since nothing between them "
+                "computes another one; it cannot be changed at one of them alone"
             )
 
     # --- layouts
@@ -354,7 +361,11 @@ class ModelUnderTest:
             joints = self._proven(joints)
         elif self._applied is not None:
             return {}  # it is solved from the states, which are changed ones now
-        return {number: self._matrix(number, joint) for number, joint in enumerate(joints) if joint.parts.mix is not None}
+        return {
+            number: self._matrix(number, joint)
+            for number, joint in enumerate(joints)
+            if joint.parts.mix is not None
+        }
 
     def _proven(self, joints: list[Joint]) -> list[Joint]:
         try:
@@ -407,9 +418,7 @@ def copied(batch: Any) -> Any:
 def same_values(one: Any, other: Any) -> bool:
     """Whether two outputs have the same numbers, bit for bit; undefined ones count as equal."""
     pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
-    return all(
-        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs
-    )
+    return all(a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
 
 
 def targets_of(model: ModelUnderTest, logits: torch.Tensor, pick: Pick | None = None) -> Targets:

@@ -1,4 +1,4 @@
-"""What does a model predict, and how well? Its output as one vector a token, and the loss of the next token where that is proven.
+"""What does a model predict, and how well? Its output by token, and the loss of the next token where that is proven.
 
 Shapes: B sequence, T token, V entry of the vocabulary.
 """
@@ -164,7 +164,12 @@ def _candidate_ids(batch: Any, logits: torch.Tensor) -> list[torch.Tensor]:
         kinds = tensor.unique()
         # Labels mark padding by −100; positions count up by one.
         counts_up = bool((tensor.diff(dim=1) == 1).all())
-        if kinds.numel() >= FEWEST_KINDS and 0 <= int(kinds[0]) and int(kinds[-1]) < logits.shape[-1] and not counts_up:
+        if (
+            kinds.numel() >= FEWEST_KINDS
+            and int(kinds[0]) >= 0
+            and int(kinds[-1]) < logits.shape[-1]
+            and not counts_up
+        ):
             found[id(tensor)] = tensor
     # Labels without padding are the ids once more.
     different: list[torch.Tensor] = []
@@ -195,7 +200,11 @@ def _looks_ahead(
 def _with(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
     """A batch with the ids exchanged, wherever the same ids are in it."""
     if isinstance(value, torch.Tensor):
-        return new if value.shape == old.shape and value.dtype == old.dtype and torch.equal(value, old) else value
+        return (
+            new
+            if value.shape == old.shape and value.dtype == old.dtype and torch.equal(value, old)
+            else value
+        )
     if isinstance(value, Mapping):
         return {name: _with(item, old, new) for name, item in value.items()}
     return type(value)(_with(item, old, new) for item in value) if type(value) in (tuple, list) else value
@@ -235,6 +244,6 @@ def user_loss(loss: Loss, output: Any, batch: Any, shape: tuple[int, int]) -> to
     if tuple(value.shape) == shape:
         return value
     raise CaptureError(
-        f"loss= returned a tensor of shape {tuple(value.shape)}; expected one number for each of the {shape[0]} sequences, for "
-        f"each of their {shape[1]} tokens, or one in all (which has no standard error)"
+        f"loss= returned a tensor of shape {tuple(value.shape)}; expected one number for each of the {shape[0]} sequences, "
+        f"for each of their {shape[1]} tokens, or one in all (which has no standard error)"
     )

@@ -155,10 +155,7 @@ def _write(place: Birthplace, written: torch.Tensor, change: Change, depth: Dept
         return
     if place.repeats:
         # One number in memory for several entries: it can be written only where these are to be equal.
-        first = tuple(
-            slice(0, 1) if step == 0 else slice(None)
-            for step in place.stride
-        )
+        first = tuple(slice(0, 1) if step == 0 else slice(None) for step in place.stride)
         if not torch.equal(changed[first].expand_as(changed), changed):
             raise CaptureError(
                 f"the state at depth {depth[1]} is one tensor seen several times (expand), so that its streams cannot differ; "
@@ -194,9 +191,7 @@ def written_by(func: Any, args: Any, kwargs: Any, result: Any) -> list[torch.Ten
         ]
         return [tensor for tensor in tensors_in(named) if _has_memory(tensor)]
     taken = {_address(tensor) for tensor in tensors_in((args, kwargs)) if _has_memory(tensor)}
-    return [
-        tensor for tensor in tensors_in(result) if _has_memory(tensor) and _address(tensor) not in taken
-    ]
+    return [tensor for tensor in tensors_in(result) if _has_memory(tensor) and _address(tensor) not in taken]
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

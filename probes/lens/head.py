@@ -2,7 +2,7 @@
 
 No norm or unembedding is looked for by name. Every operation that depends on the last state is recorded; run again on that
 state it must give the output, and on the last state of *other* sequences the output of those: so nothing else of the forward
-(an earlier depth, the ids) is read on the way. Merging of streams, final norm, unembedding, scaling and soft caps are all in it.
+(an earlier depth, the ids) is read on the way. Merging of streams, final norm, unembedding, scaling and soft caps are in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Head: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 # Of the logits run again: the same operations in the same precision on the same shapes; a heuristic of ours.
 HEAD_ERROR = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-HINT = "pass head=lambda state: …, the final norm and the unembedding of the model, which gets a state (B, T, D)"
+HINT = (
+    "pass head=lambda state: …, the final norm and the unembedding of the model, which gets a state (B, T, D)"
+)
 
 
 class HeadError(InterventionError):
@@ -86,7 +88,9 @@ class HeadRecording(TorchDispatchMode):
         if any(id(tensor) not in self._slots for tensor in written):
             # A buffer of the model's would be written again at every replay.
             self.refused = f"{func} writes what it computes from the state into memory that was there before"
-        self._steps.append(_Step(func, *described, tuple(self._slot(tensor) for tensor in tensors_in(result))))
+        self._steps.append(
+            _Step(func, *described, tuple(self._slot(tensor) for tensor in tensors_in(result)))
+        )
         return result
 
     def _described(self, value: Any) -> Any:
@@ -203,7 +207,9 @@ def _compare(head: Head, state: torch.Tensor, logits: torch.Tensor, which: str) 
     with torch.no_grad():
         found = head(state)
     if found.shape != logits.shape:
-        raise HeadError(f"the head gives shape {tuple(found.shape)}, the output has {tuple(logits.shape)}; {HINT}")
+        raise HeadError(
+            f"the head gives shape {tuple(found.shape)}, the output has {tuple(logits.shape)}; {HINT}"
+        )
     error = relative_error(found.double() - logits.double(), logits.double())
     limit = HEAD_ERROR.get(state.dtype, HEAD_ERROR[torch.float32])
     if not error <= limit:
@@ -226,7 +232,9 @@ def rearranged_batch(batch: Any, size: int, axis: int) -> Any:
     return batch
 
 
-def user_head(given: Callable[[torch.Tensor], torch.Tensor], model: ModelUnderTest, pick: Pick | None) -> Head:
+def user_head(
+    given: Callable[[torch.Tensor], torch.Tensor], model: ModelUnderTest, pick: Pick | None
+) -> Head:
     """A head of the user's, proven like one that was found; it gets (B, T, D), or (B, T, N, D) of several streams."""
 
     def head(state: torch.Tensor) -> torch.Tensor:

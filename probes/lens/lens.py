@@ -179,7 +179,9 @@ def _prepare(
     except HeadError as error:
         names = [each.name for each in under_test.structure.chains]
         if len(names) > 1:
-            raise HeadError(f"{error}; or name another chain with chain=: {', '.join(map(repr, names))}") from None
+            raise HeadError(
+                f"{error}; or name another chain with chain=: {', '.join(map(repr, names))}"
+            ) from None
         raise
     logits = under_test.values(under_test.base.output, pick)
     targets = targets_of(under_test, logits, pick)
@@ -195,7 +197,10 @@ def _prepare(
 
 def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Affine]], int]:
     """For each depth one map a fold, trained without the sequences of that fold."""
-    if any(reading.logits.shape[1] != reading.model.base.states[reading.depths[-1]].shape[1] for reading in readings):
+    if any(
+        reading.logits.shape[1] != reading.model.base.states[reading.depths[-1]].shape[1]
+        for reading in readings
+    ):
         raise HeadError(
             "the head gives one prediction a sequence; a tuned lens needs one a token, so pass tuned=False"
         )
@@ -213,7 +218,7 @@ def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Aff
         examples = [reading.example(depth) for reading in readings]
         # The last depth is what the head reads anyway: there the identity is the best map.
         count = steps if depth != depths[-1] else 0
-        maps[depth] = [train(examples, [r.folds != fold for r in readings], count) for fold in range(FOLDS)]  # type: ignore[misc]
+        maps[depth] = [train(examples, [r.folds != fold for r in readings], count) for fold in range(FOLDS)]
     return maps, steps
 
 
@@ -265,7 +270,7 @@ def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token
         coords["token_text"] = (("sample", "token"), texts)
     attrs = {
         "model": name,
-        "family": first.model.structure.family,
+        "num_streams": first.model.num_streams,
         "no_loss": first.targets.why,
         "tuned_steps": steps,
         "tuned_on": f"each sequence by maps trained without it ({FOLDS} halves)" if tuned else "not trained",

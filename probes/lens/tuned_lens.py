@@ -2,8 +2,11 @@
 
     x_l  ↦  x_l A_l + b_l,    A_l = I, b_l = 0 at the start
 
-Trained to bring the head's reading of each depth close to the model's output (KL), as Belrose et al. (2303.08112) do. The start
-of the training is a weighted ridge regression on the last state, (A, b) = argmin Σ ‖x A + b − x_L‖² / ‖x_L‖² + λ ‖A − I‖²,
+Trained to bring the head's reading of each depth close to the model's output (KL), as Belrose et al. (2303.08112) do. The
+start of the training is a weighted ridge regression on the last state,
+
+    (A, b) = argmin Σ ‖x A + b − x_L‖² / ‖x_L‖² + λ ‖A − I‖²,
+
 which costs no forward of the head. What is reported of a sequence comes from maps that were trained without it.
 """
 
@@ -161,7 +164,9 @@ def mean_divergence(examples: Sequence[Example], chosen: Sequence[torch.Tensor],
     return total / max(count, 1)
 
 
-def _descend(examples: Sequence[Example], chosen: Sequence[torch.Tensor], start: Affine, steps: int) -> Affine:
+def _descend(
+    examples: Sequence[Example], chosen: Sequence[torch.Tensor], start: Affine, steps: int
+) -> Affine:
     matrix, offset = start.matrix.clone().requires_grad_(), start.offset.clone().requires_grad_()
     optimizer = torch.optim.Adam([matrix, offset], lr=LEARNING_RATE / matrix.shape[0] ** 0.5)
     for step in range(steps):
@@ -194,7 +199,11 @@ def affordable_steps(examples: Sequence[Example], depths: int, folds: int) -> in
     int
     """
     first = examples[0]
-    tokens, width, words = first.logits.shape[0] * first.logits.shape[1], first.state.shape[-1], first.logits.shape[-1]
+    tokens, width, words = (
+        first.logits.shape[0] * first.logits.shape[1],
+        first.state.shape[-1],
+        first.logits.shape[-1],
+    )
     # Two multiplications forward and four backward an entry of the unembedding.
     cost = 6.0 * tokens * width * words * depths * folds
     return int(min(MOST_STEPS, BUDGET / cost))

@@ -16,6 +16,8 @@ COMMANDS: tuple[Command, ...] = tuple(
         "analyze",
         "check",
         "compare",
+        "ablate",
+        "lens",
         "dashboard",
         "report",
         "export",
