@@ -364,7 +364,7 @@ def copied_streams(
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
-    """The streams do not persist between blocks: they differ inside a block and are one again at its end.
+    """The streams do not persist: they differ inside a block and are one again at its end.
 
     What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
     embedding and merge once before the head; look for a mean over streams at the end of the block.
