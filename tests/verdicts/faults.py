@@ -655,7 +655,7 @@ def _wired(bug: str, net: Network, place: Place) -> xr.DataTree:
     style, n = net.rng.choice(stream_bugs.STYLES), net.plan.streams
     # What is told by values alone needs coefficients that depend on the streams.
     model = stream_bugs.network(stream_bugs.Wiring(style, bug, streams=n), net.plan.seed)
-    return probes.capture(model, stream_bugs.tokens())
+    return probes.capture(model, stream_bugs.tokens(8))
 
 
 for _bug, (_title, _severity, *_says) in WIRED.items():
