@@ -106,10 +106,10 @@ capture does not read, with a reason.
 
 ## Calibration
 
-`{calibration["command"]}` measured the worst value of every judged number in {calibration["networks"]} healthy networks,
-{calibration["each"]} of each kind above, of a draw that is not scored
-(`tests/verdicts/calibration.json`). Half, 90 % and 99 % of the networks are no worse than the columns say. A value beyond a limit is none of concern where the verdict knows that it is by
-construction, and is then a note.
+`{calibration["command"]}` measured the worst value of every judged number in
+{calibration["networks"]} healthy networks, {calibration["each"]} of each kind above, of a draw that is not scored
+(`tests/verdicts/calibration.json`). Half, 90 % and 99 % of the networks are no worse than the columns say. A value beyond a
+limit is a note where the verdict knows that it is so by construction.
 
 {calibrate.table(calibration)}
 """,
