@@ -153,6 +153,9 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
     A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
     the depth, or an embedding with a large mean; remove the mean of the tokens, or decay that bias.
     """
+    # Training curves know neither which tokens are massive nor the mean of all.
+    if not {"ordinary", "centred"} <= {*token_cosine["tokens"].values, *token_cosine["centering"].values}:
+        return
     raw, centred = (
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
@@ -258,7 +261,8 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
 
     Read the unbiased one, or sample more tokens: the null is d/(d + N).
     """
-    if "biased" not in cka_null["estimator"]:
+    # Where the unbiased one is known too, nobody has to read the other.
+    if set(cka_null["estimator"].values.tolist()) != {"biased"}:
         return None
     null = cka_null.sel(estimator="biased", tokens="all", drop=True)
     return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
@@ -274,8 +278,12 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
         return None
     # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
     notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
-    sentence = " ".join(
-        f"The sample is small for {name.replace('_', ' ')}: {note}." for name, note in notes.items()
-    )
+    sentence = " ".join(_small(name, note) for name, note in notes.items())
     words = "the number of quantities that the sample is small for is"
     return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, sentence=sentence)]
+
+
+def _small(name: str, note: str) -> str:
+    if name == "standard errors":
+        return f"{note[0].upper()}{note[1:]}."
+    return f"The sample is small for {name.replace('_', ' ')}: {note}."
