@@ -40,7 +40,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
     trained = update_ratio.notnull()
     yield Profile(
         frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
-        "",
+        "the number of modules that are not trained is",
         sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
         ceiling=Severity.INFO if _is_meant(frozen, trained) else Severity.FAIL,
     )
