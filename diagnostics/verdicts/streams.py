@@ -311,7 +311,7 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         return
     sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
     if "site" in sizes.coords:
-        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(str) != "final"))
+        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
     ranked = np.sort(sizes.values, axis=1)
     # Beside the median of the others: of two streams, the other one.
     others = np.median(ranked[:, :-1], axis=1)
