@@ -15,6 +15,7 @@ from depthscope.diagnostics.verdicts import (
     same_representation,
     streams,
     trained_mixing,
+    uncertainty,
     weight_updates,
     wiring,
 )
@@ -117,7 +118,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
-    found = [finding for each in VERDICTS.values() for finding in each.findings(last)]
+    found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(finding, analysis.attrs) for finding in explained]
 

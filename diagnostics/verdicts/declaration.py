@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -94,6 +95,12 @@ class Profile:
     display: Callable[[float], float] | None = None
     sentence: str = ""
     limits: Limits | None = None
+
+    @property
+    def quantity(self) -> str:
+        """What the number is, without the verb that leads to it in a sentence."""
+        words = re.split(r",? (?:is|has the size|has a share of|there is left)\b", self.words)[0]
+        return words.removeprefix("the ").rstrip(" ,")
 
     def displayed(self, value: float) -> float:
         """A value as people read it."""
@@ -192,6 +199,7 @@ class Verdict:
             last=last,
             advice=self.advice,
             stream=profile.stream,
+            quantity=profile.quantity,
         )
 
     def _sentence(

@@ -111,7 +111,7 @@ def _between_blocks(table: xr.DataArray) -> xr.DataArray:
     table = table.transpose("depth", "other_depth")
     keep = np.arange(table.sizes["depth"])
     if "site" in table.coords:
-        keep = np.flatnonzero(~np.isin(table["site"].values.astype(str), ["final", "mid"]))
+        keep = np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
     return table.isel(depth=keep, other_depth=keep)
 
 

@@ -314,7 +314,7 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
         return
     sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
     if "site" in sizes.coords:
-        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(str) != "final"))
+        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
     ranked = np.sort(sizes.values, axis=1)
     # Beside the median of the others: of two streams, the other one.
     others = np.median(ranked[:, :-1], axis=1)
@@ -367,7 +367,7 @@ def copied_streams(
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
-    """The streams do not persist between blocks: they differ inside a block and are one again at its end.
+    """The streams do not persist: they differ inside a block and are one again at its end.
 
     What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
     embedding and merge once before the head; look for a mean over streams at the end of the block.

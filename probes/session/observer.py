@@ -54,6 +54,8 @@ class Observer:
         self.options = options
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
+        # Called with chain, depth and the model's own tensor of every state as it is shown.
+        self.on_state: Callable[[int, int, torch.Tensor], None] | None = None
         self._report = report
         self._loss_scale = loss_scale
         self._calls = calls
@@ -72,6 +74,8 @@ class Observer:
             The state in the model's own layout.
         """
         forward.fired.add(("state", number, depth))
+        if self.on_state is not None:
+            self.on_state(number, depth, tensor)
         if depth == FINAL:
             if len(forward.rows):
                 final = self.structure.canonical_final(tensor.detach(), forward.batch_size)

@@ -160,8 +160,8 @@ def _(net):
 
 @fault("a block multiplies the state by zero", FAIL, "dead_state", hosts=ANY)
 def _(net):
-    number = net.block()
-    return replace(net.after(number, lambda x: 0 * x), last=number + 1)
+    # Where branches begin at zero, nothing ever fills the state again.
+    return net.after(net.block(), lambda x: 0 * x)
 
 
 @fault(
@@ -361,8 +361,7 @@ def _(net):
     return Place()
 
 
-@fault("attention attends to single tokens", WARN, "attention_entropy", "attention_collapse", "attention_entropy_collapse",
-       "attention_sink", "sharp_attention", hosts=ATTENDING)  # fmt: skip
+@fault("attention attends to single tokens", WARN, "attention_entropy", hosts=ATTENDING)  # fmt: skip
 def _(net):
     number = net.block()
     with torch.no_grad():
@@ -604,7 +603,8 @@ def _(net):
     swap = torch.eye(net.plan.streams)
     swap[[one, other]] = swap[[other, one]]
     # What is the mean of itself and of itself with two streams exchanged gives equal streams equal parts; its sums stay.
-    net.model.first = lambda x: (x + swap @ x) / 2
+    with torch.no_grad():
+        net.model.offsets[other] = net.model.offsets[one]
     net.weights(lambda write, mix, read: ((write + write @ swap) / 2, (mix + swap @ mix @ swap) / 2, read))
     return Place()
 

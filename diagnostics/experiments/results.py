@@ -1,0 +1,285 @@
+"""How is the result of an experiment kept and told? One file beside the run, and one line a change."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
+from depthscope.diagnostics.experiments.variables import ESTIMATES
+from depthscope.diagnostics.schema import SUFFIXES
+
+# Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
+SUFFIX = ".h5"
+EXPERIMENTS = "depthscope experiments"
+COLUMNS = ("loss_change", "kl", "output_change")
+
+
+def beside(run: str | os.PathLike[str], what: str) -> Path:
+    """Where the result of an experiment on a run is kept: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
+
+    Parameters
+    ----------
+    run : path-like
+        The run's file.
+    what : str
+        ``"ablate"`` or ``"lens"``.
+
+    Returns
+    -------
+    Path
+
+    Examples
+    --------
+    >>> beside("runs/a.nc", "ablate").name
+    'a.ablate.h5'
+    """
+    path = Path(run)
+    ending = next(
+        (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
+    )
+    return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
+
+
+def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a result to one file (netCDF-4), which takes an earlier one's place when it is complete.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate` or `depthscope.lens`.
+    path : path-like
+        Where to.
+
+    Returns
+    -------
+    Path
+    """
+    plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
+    with replaced_file(path) as fresh:
+        plain.to_netcdf(fresh, engine="h5netcdf")
+    return Path(path)
+
+
+def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a result into memory.
+
+    Parameters
+    ----------
+    path : path-like
+        A file of `save_result`.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    ValueError
+        For a file that is no such result.
+    """
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as opened:
+            found = opened.load()
+    except FileNotFoundError:
+        raise
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a result of experiments: {error}") from None
+    if found.attrs.get("kind_of_file") != EXPERIMENTS:
+        raise ValueError(
+            f"{path} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote"
+        )
+    return found
+
+
+def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row an experiment, with plain values: None for what is not known.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    list of dict
+    """
+    rows = []
+    for position, name in enumerate(result["experiment"].values):
+        row: dict[str, Any] = {"experiment": str(name)}
+        for column in ("kind", "block", "depth", "connection", "stream"):
+            value = result[column].values[position]
+            row[column] = str(value) if column == "kind" else None if value < 0 else int(value)
+        for column in COLUMNS:
+            for ending in ESTIMATES:
+                row[column + ending] = _finite(result, column + ending, position)
+        row["rescued"] = _finite(result, "rescued", position)
+        rows.append(row)
+    return rows
+
+
+def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
+    value = float(result[name].values[position]) if name in result else math.nan
+    return value if math.isfinite(value) else None
+
+
+def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
+    """What experiments showed, one sentence each, the largest change first.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+    most : int
+        Sentences at most.
+
+    Returns
+    -------
+    list of str
+    """
+    return [sentence(row) for row in _by_size(table_rows(result))[:most]]
+
+
+def _by_size(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest change first."""
+
+    def size(row: dict[str, Any]) -> float:
+        value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
+        return abs(value) if value is not None else 0.0
+
+    return sorted(rows, key=size, reverse=True)
+
+
+def result_about(result: xr.Dataset, finding: Placed) -> str:
+    """What the experiment that settles a finding showed at its place.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+    finding : Finding
+        Of `judge`.
+
+    Returns
+    -------
+    str
+        The largest change at the places of the finding; empty where that experiment was not run there.
+    """
+    kind = SETTLED_BY.get(finding.verdict)
+    stream = int(finding.stream) if finding.stream is not None and finding.stream.isdigit() else None
+    rows = [
+        row
+        for row in table_rows(result)
+        if row["kind"] == kind and stream in (None, row["stream"]) and _at_place(row, finding)
+    ]
+    return sentence(_by_size(rows)[0]) if rows else ""
+
+
+def _at_place(row: dict[str, Any], finding: Placed) -> bool:
+    if finding.axis not in ("depth", "connection") or finding.first < 0:
+        return True
+    at = row[finding.axis]
+    return at is not None and finding.first <= at <= finding.last
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """One experiment in words.
+
+    Parameters
+    ----------
+    row : dict
+        Of `table_rows`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> row = dict(experiment="skip block 3", loss_change=0.5, loss_change_low=0.25, loss_change_high=0.75, kl=None)
+    >>> sentence(row)
+    'skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)'
+    """
+    name, change = row["experiment"], row["loss_change"]
+    if change is None:
+        return f"{name}: the output changes by {100 * (row['output_change'] or 0.0):.3g} %"
+    low, high = row["loss_change_low"], row["loss_change_high"]
+    if low is None:
+        return f"{name}: loss {change:+.3g} nats (one sequence: no interval)"
+    # Within its interval a change of zero is possible, whatever its mean.
+    undecided = "; 0 is possible" if low <= 0 <= high else ""
+    return f"{name}: loss {change:+.3g} nats (95 %: {low:+.3g} to {high:+.3g}{undecided})"
+
+
+def base_loss(result: xr.Dataset) -> Estimate:
+    """Loss of the unchanged model in nats, over sequences.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    Estimate
+    """
+    return estimate(result["base_loss"].mean("token").values)
+
+
+LENS_COLUMNS = ("entropy", "cross_entropy", "kl", "agreement")
+
+
+def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row for each lens, depth and stream that was read; None for what is not known.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    list of dict
+    """
+    rows = []
+    for lens in result["lens"].values:
+        for depth in result["depth"].values:
+            for stream in result["stream"].values:
+                one = result[list(_lens_columns())].sel(lens=lens, depth=depth, stream=stream)
+                values = {name: float(one[name]) for name in _lens_columns()}
+                if math.isnan(values["entropy"]):
+                    continue  # a tuned lens reads all streams together
+                row: dict[str, Any] = {"lens": str(lens), "depth": int(depth), "stream": str(stream)}
+                rows.append(
+                    row | {name: value if math.isfinite(value) else None for name, value in values.items()}
+                )
+    return rows
+
+
+def _lens_columns() -> Iterator[str]:
+    for column in LENS_COLUMNS:
+        for ending in ESTIMATES:
+            yield column + ending
+
+
+def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
+    """The prediction depth by lens, of the whole state, over sequences.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    dict of str to Estimate
+    """
+    found = result["prediction_depth"].isel(stream=0).mean("token")
+    return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
