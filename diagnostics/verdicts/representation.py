@@ -178,7 +178,9 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
         "same_representation": within,
     },
 )
-def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
+def idle_layer(
+    angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
     It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
@@ -195,11 +197,15 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     turned = steps.copy(data=angles).where(layers)
     # If no layer at all does anything, it is most likely a fresh network whose branches begin at zero.
     all_idle = not (turned >= IDLE).any()
+    start = str(attrs.get("small_start", ""))
+    note = _all_layers(turned) if all_idle else ""
+    if start and not all_idle:
+        note = f"Its branches are small by construction ({start}): judge it again after more training."
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
-        ceiling=Severity.INFO if all_idle else Severity.FAIL,
-        note=_all_layers(turned) if all_idle else "",
+        ceiling=Severity.INFO if note else Severity.FAIL,
+        note=note,
     )
 
 
