@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import pandas as pd
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.cards import card_of, cards_text, place_of
+from depthscope.app.text.cards import Card, card_of, cards_text, place_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding
 
 NOTHING = "Nothing found: no metric crossed its threshold."
+
+
+def cards_of(reading: Reading) -> list[Card]:
+    """The findings of a run as cards, with the experiment that would settle each, and its result once it was run.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain of one run.
+
+    Returns
+    -------
+    list of Card
+    """
+    from depthscope.diagnostics.experiments import beside, experiment_for, open_result, result_about
+
+    results = None
+    if reading.path and (kept := beside(reading.path, "ablate")).exists():
+        # What is beside a run may be of somebody else: the findings are shown without it.
+        with suppress(OSError, ValueError):
+            results = open_result(kept)
+    target = shlex.quote(reading.path) if reading.path else "RUN"
+    return [
+        card_of(
+            finding,
+            experiment=experiment_for(finding, target) or "",
+            result="" if results is None else result_about(results, finding),
+        )
+        for finding in reading.findings
+    ]
 
 
 def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:

@@ -10,6 +10,7 @@ from depthscope.diagnostics.experiments.results import (
     lens_rows,
     open_result,
     prediction_depths,
+    result_about,
     save_result,
     table_rows,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "lens_rows",
     "open_result",
     "prediction_depths",
+    "result_about",
     "save_result",
     "table_rows",
 ]

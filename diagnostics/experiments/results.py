@@ -12,6 +12,7 @@ import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
 from depthscope.diagnostics.schema import SUFFIXES
 
@@ -143,12 +144,49 @@ def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
     -------
     list of str
     """
+    return [sentence(row) for row in _by_size(table_rows(result))[:most]]
+
+
+def _by_size(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The largest change first."""
 
     def size(row: dict[str, Any]) -> float:
         value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
         return abs(value) if value is not None else 0.0
 
-    return [sentence(row) for row in sorted(table_rows(result), key=size, reverse=True)[:most]]
+    return sorted(rows, key=size, reverse=True)
+
+
+def result_about(result: xr.Dataset, finding: Placed) -> str:
+    """What the experiment that settles a finding showed at its place.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+    finding : Finding
+        Of `judge`.
+
+    Returns
+    -------
+    str
+        The largest change at the places of the finding; empty where that experiment was not run there.
+    """
+    kind = SETTLED_BY.get(finding.verdict)
+    stream = int(finding.stream) if finding.stream is not None and finding.stream.isdigit() else None
+    rows = [
+        row
+        for row in table_rows(result)
+        if row["kind"] == kind and stream in (None, row["stream"]) and _at_place(row, finding)
+    ]
+    return sentence(_by_size(rows)[0]) if rows else ""
+
+
+def _at_place(row: dict[str, Any], finding: Placed) -> bool:
+    if finding.axis not in ("depth", "connection") or finding.first < 0:
+        return True
+    at = row[finding.axis]
+    return at is not None and finding.first <= at <= finding.last
 
 
 def sentence(row: dict[str, Any]) -> str:
