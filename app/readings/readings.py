@@ -13,6 +13,7 @@ import xarray as xr
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
+from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""
@@ -125,7 +126,7 @@ def _analyses(
     return [
         # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
         (f"{name}/{chain}" if chain else name, with_facts(dataset.load(), run.attrs))
-        for chain, dataset in known.items()
+        for chain, dataset in with_joined_stages(known).items()
     ]
 
 

@@ -115,6 +115,9 @@ class Fault:
 
 FAULTS: list[Fault] = []
 
+# What is normal at the start and a fault later is planted in networks that are past the start beyond doubt.
+GROWN = (("steps", 100), ("rate", 3e-3), ("blocks", 4))
+
 
 def fault(
     title: str, severity: Severity, *says: str, hosts: tuple[str, ...], **more: Any
@@ -250,7 +253,7 @@ def _(net):
        hosts=("MLP without norms",), age="fresh", plan=(("blocks", 16),))  # fmt: skip
 def _(net):
     for block in net.blocks:
-        block.skip, block.fixed = 0.0, 1.0
+        block.skip, block.fixed = 0.0, 0.3
     return Place()
 
 
@@ -338,7 +341,7 @@ SAME = ("same_representation",)
 
 
 @fault("one representation in all layers, constructed", FAIL, *SAME, hosts=WITH_SKIP[2:] + WITH_SKIP[:1], age="trained",
-       plan=(("blocks", 6),))  # fmt: skip
+       plan=(*GROWN, ("blocks", 6)))  # fmt: skip
 def _(net):
     with torch.no_grad():
         for block in net.blocks:
@@ -350,7 +353,7 @@ def _(net):
 
 
 @fault("one representation in all layers, trained so", FAIL, *SAME, age="trained", early=True,
-       hosts=("pre-norm transformer", "pre-norm MLP", "mHC"), plan=(("blocks", 6),))  # fmt: skip
+       hosts=("pre-norm transformer", "pre-norm MLP", "mHC"), plan=(*GROWN, ("blocks", 6)))  # fmt: skip
 def _(net):
     # Branches that see a normalised state write less and less of one that begins so large.
     with torch.no_grad():
@@ -445,7 +448,7 @@ def _(net):
 
 
 @fault("the mixing is stuck at the identity after training", WARN, "stuck_at_identity", hosts=("HC", *STOCHASTIC),
-       age="trained", plan=(("start", "apart"),))  # fmt: skip
+       age="trained", plan=(("start", "apart"), *GROWN))  # fmt: skip
 def _(net):
     net.mixes(lambda mix: torch.lerp(torch.eye(net.plan.streams).expand_as(mix), mix, 1e-4))
     return Place()
@@ -578,11 +581,13 @@ def _(net):
 
 
 @fault("streams stay copies in training", WARN, "copied_streams", hosts=("HC", "mHC"), age="trained", early=True,
-       plan=(("start", "copies"),))  # fmt: skip
+       plan=(("start", "copies"), *GROWN))  # fmt: skip
 def _(net):
     net.model.offsets.requires_grad_(False)
     for connection in net.connections:
-        # Equal reads and writes, and no dynamic part: nothing ever makes two streams different.
+        # Equal reads and writes, a mixing that treats all streams alike, and no dynamic part: nothing makes two differ.
+        with torch.no_grad():
+            connection.logits.copy_((1.0 if connection.free else 4.0) * torch.eye(net.plan.streams))
         for parameter in (connection.read, connection.write):
             nn.init.constant_(parameter, 1 / net.plan.streams if connection.free else 0.0)
         nn.init.zeros_(connection.scale)
@@ -595,8 +600,9 @@ def _(net):
     WARN,
     "copied_streams",
     hosts=("HC",),
+    age="trained",
     streams=(3, 4),
-    plan=(("start", "apart"),),
+    plan=(("start", "apart"), *GROWN),
 )
 def _(net):
     one, other = net.rng.sample(range(net.plan.streams), 2)
@@ -655,7 +661,7 @@ def _wired(bug: str, net: Network, place: Place) -> xr.DataTree:
     style, n = net.rng.choice(stream_bugs.STYLES), net.plan.streams
     # What is told by values alone needs coefficients that depend on the streams.
     model = stream_bugs.network(stream_bugs.Wiring(style, bug, streams=n), net.plan.seed)
-    return probes.capture(model, stream_bugs.tokens())
+    return probes.capture(model, stream_bugs.tokens(8))
 
 
 for _bug, (_title, _severity, *_says) in WIRED.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.verdicts import calibrate
 from tests.verdicts.drawing import Case
 from tests.verdicts.faults import FAULTS
 from tests.verdicts.healthy import KINDS
@@ -49,6 +52,16 @@ def summary(faulty: Sequence[Outcome], healthy: Sequence[Outcome]) -> str:
     return f"{len(faulty)} faulty networks: {told}. {len(healthy)} healthy ones: {quiet}."
 
 
+def share_wrong(text: str) -> float:
+    """The share of networks that were judged wrong when the page was written, and never quite none."""
+    faulty, found, healthy, quiet = (
+        int(re.search(pattern, text)[1])
+        for pattern in (r"(\d+) faulty networks", r"(\d+) found", r"(\d+) healthy ones", r"(\d+) quiet")
+    )
+    # Laplace's rule of succession: what was not seen in 240 networks may still come.
+    return (faulty + healthy - found - quiet + 1) / (faulty + healthy + 2)
+
+
 def _counted(
     outcomes: Sequence[Outcome], titles: list[str], names: Sequence[str]
 ) -> list[tuple[str, tuple[str, ...]]]:
@@ -73,6 +86,7 @@ def write(outcomes: Outcomes, draw: int) -> None:
         for _, outcome in outcomes
         if outcome.outcome not in (FOUND, QUIET)
     ]
+    calibration = json.loads(calibrate.FILE.read_text(encoding="utf-8"))
     listed = "\n".join(f"* {line}" for line in wrong) or "None."
     PAGE.write_text(
         f"""# How often the verdicts are right
@@ -90,7 +104,14 @@ capture does not read, with a reason.
 
 {listed}
 
-How the limits were calibrated: `python -m tests.verdicts.calibrate`, whose numbers are in `tests/verdicts/calibration.json`.
+## Calibration
+
+`{calibration["command"]}` measured the worst value of every judged number in
+{calibration["networks"]} healthy networks, {calibration["each"]} of each kind above, of a draw that is not scored
+(`tests/verdicts/calibration.json`). Half, 90 % and 99 % of the networks are no worse than the columns say. A value beyond a
+limit is a note where the verdict knows that it is so by construction.
+
+{calibrate.table(calibration)}
 """,
         encoding="utf-8",
     )

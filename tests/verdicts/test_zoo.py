@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from scipy.stats import binom
 
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
@@ -26,8 +28,7 @@ from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
 
-# Of twenty networks: at two wrong in a hundred, four wrong ones come once in 600 draws.
-ALLOWED = 3
+NETWORKS = 20
 
 
 def new_draw() -> int:
@@ -44,9 +45,11 @@ def new_draw() -> int:
 
 def test_a_draw_that_nobody_has_seen_is_judged_right():
     draw = new_draw()
-    outcomes = [run_case(case) for case in cases(draw, 20, slow=False)]
+    outcomes = [run_case(case) for case in cases(draw, NETWORKS, slow=False)]
     wrong = [outcome.line for outcome in outcomes if outcome.outcome not in scoring.RIGHT]
-    assert len(wrong) <= ALLOWED, "\n".join([f"draw {draw} (VERDICTS_DRAW={draw} repeats it):", *wrong])
+    # More than a draw has by chance, once in a thousand draws, where the page is right about how often a verdict is wrong.
+    allowed = binom.ppf(0.999, NETWORKS, page.share_wrong(page.PAGE.read_text(encoding="utf-8")))
+    assert len(wrong) <= allowed, "\n".join([f"draw {draw} (VERDICTS_DRAW={draw} repeats it):", *wrong])
 
 
 def test_a_draw_is_the_same_for_the_same_seed():
@@ -220,11 +223,9 @@ VERDICT_ERROR = RuntimeError("not one of the product's own errors")
 
 def test_the_page_counts_at_least_sixty_of_each():
     text = page.PAGE.read_text(encoding="utf-8")
-    summary = next(line for line in text.splitlines() if "faulty networks:" in line)
-    numbers = [int(word) for word in summary.split() if word.isdigit()]
-    assert numbers[0] >= 60
-    healthy = int(summary.split(" healthy ones")[0].rsplit(" ", 1)[1])
-    assert healthy >= 60
+    for pattern in (r"(\d+) faulty networks", r"(\d+) healthy ones"):
+        assert int(re.search(pattern, text)[1]) >= 60
+    assert 0 < page.share_wrong(text) < 0.2
     for each in (*FAULTS, *KINDS):
         assert f"| {each.title} |" in text
 

@@ -10,7 +10,7 @@ from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, wiring
-from depthscope.diagnostics.verdicts.declaration import Verdict
+from depthscope.diagnostics.verdicts.declaration import Verdict, number
 
 WIRING = {each.name for each in vars(wiring).values() if isinstance(each, Verdict)}
 
@@ -547,9 +547,20 @@ def test_one_representation_from_a_block_on():
 
 def test_few_tokens_for_biased_cka():
     states = np.random.default_rng(0).standard_normal((3, 1, 8, 64))
-    found = findings(residual_run(states))["few_tokens_for_cka"][0]
+    analysis = diagnostics.analyze(residual_run(states))
+    assert "few_tokens_for_cka" not in {
+        f.verdict for f in diagnostics.judge(analysis)
+    }  # it has the unbiased one
+    (found,) = [
+        f for f in diagnostics.judge(analysis.sel(estimator=["biased"])) if f.verdict == "few_tokens_for_cka"
+    ]
     assert found.severity == Severity.INFO
     assert found.value == pytest.approx(64 / 72)
+
+
+def test_a_share_below_rounding_is_nothing():
+    assert number(3.08e-33) == "nothing (below rounding)"
+    assert number(0.0) == "0"
 
 
 # --- what follows from what ---------------------------------------------------------------------------------------
@@ -636,6 +647,7 @@ def test_a_finding_names_its_chain(make_run):
     )
     failed = [f for f in diagnostics.judge(diagnostics.analyze(run)) if f.severity == Severity.FAIL]
     assert [f.chain for f in failed] == ["decoder"]
+    assert failed[0].sentence.endswith("This is chain decoder.")
 
 
 def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
