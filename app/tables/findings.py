@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import pandas as pd
+import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
@@ -29,22 +30,37 @@ def cards_of(reading: Reading) -> list[Card]:
     -------
     list of Card
     """
-    from depthscope.diagnostics.experiments import beside, experiment_for, open_result, result_about
+    from depthscope.diagnostics.experiments import experiment_for
 
-    results = None
-    if reading.path and (kept := beside(reading.path, "ablate")).exists():
-        # What is beside a run may be of somebody else: the findings are shown without it.
-        with suppress(OSError, ValueError):
-            results = open_result(kept)
+    shown = _results_beside(reading)
     target = shlex.quote(reading.path) if reading.path else "RUN"
     return [
         card_of(
             finding,
             experiment=experiment_for(finding, target) or "",
-            result="" if results is None else result_about(results, finding),
+            result=shown(finding),
         )
         for finding in reading.findings
     ]
+
+
+def _results_beside(reading: Reading) -> Callable[[Finding], str]:
+    """What the experiments and the lens that were run on a run say about a finding."""
+    from depthscope.diagnostics.experiments import beside, open_result, prediction_words, result_about
+
+    results: dict[str, xr.Dataset] = {}
+    for what in ("ablate", "lens") if reading.path else ():
+        # Most runs have none, and what is beside a run may be of somebody else: the findings are shown without it.
+        with suppress(OSError, ValueError):
+            results[what] = open_result(beside(reading.path, what))
+
+    def shown(finding: Finding) -> str:
+        parts = [result_about(results["ablate"], finding)] if "ablate" in results else []
+        if "lens" in results and finding.verdict == "same_representation":
+            parts.append(prediction_words(results["lens"]))
+        return "; ".join(filter(None, parts))
+
+    return shown
 
 
 def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -47,6 +49,16 @@ def test_cards_show_the_command_and_then_its_result(tmp_path):
     save_result(result().assign_attrs(kind_of_file="depthscope experiments"), beside(path, "ablate"))
     (card,) = cards_of(reading)
     assert "loss +0.01 nats" in card.result
+
+
+def test_the_lens_says_from_which_depth_on_the_prediction_stands(tmp_path):
+    path = tmp_path / "a.nc"
+    depths = xr.DataArray(np.full((1, 1, 2, 3), 4.0), dims=("lens", "stream", "sample", "token"))
+    lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(7)})
+    save_result(lens.assign_attrs(kind_of_file="depthscope experiments"), beside(path, "lens"))
+    same = replace(IDLE, verdict="same_representation")
+    (card,) = cards_of(Reading("a", {}, xr.Dataset(), (same,), path=str(path)))
+    assert card.result == "by the logit lens the prediction stands from depth 4.0 of 6 on"
 
 
 def test_a_file_of_somebody_else_in_its_place_is_passed_over(tmp_path):
