@@ -11,6 +11,7 @@ from depthscope.diagnostics.experiments.results import (
     open_result,
     prediction_depths,
     save_result,
+    table,
     table_rows,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
@@ -35,5 +36,6 @@ __all__ = [
     "open_result",
     "prediction_depths",
     "save_result",
+    "table",
     "table_rows",
 ]

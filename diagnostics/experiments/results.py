@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -122,6 +123,27 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
         row["rescued"] = _finite(result, "rescued", position)
         rows.append(row)
     return rows
+
+
+def table(result: xr.Dataset) -> pd.DataFrame:
+    """The effects of experiments as a short table.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    DataFrame
+        One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``, and ``rescued``
+        where a stream was put back.
+    """
+    names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
+    names |= {name: name for name in ("kl", "output_change", "rescued")}
+    columns = {words: result[name].values for name, words in names.items()}
+    shown = pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
+    return shown if shown["rescued"].notna().any() else shown.drop(columns="rescued")
 
 
 def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
