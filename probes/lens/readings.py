@@ -86,15 +86,17 @@ def lens(
     with the tuned lens" (2303.08112); Baldock, Maennel and Neyshabur, "Deep learning through the lens of example difficulty"
     (2106.09647).
     """
-    readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
-    if not readings:
-        raise InterventionError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
-    maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
-    for reading in readings:
-        for depth in reading.depths:
-            reading.read("logit", depth, None)
-            if tuned:
-                reading.read("tuned", depth, maps[depth])
+    # Tensors that are made in inference mode cannot be trained on.
+    with torch.inference_mode(False):
+        readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
+        if not readings:
+            raise InterventionError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+        maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
+        for reading in readings:
+            for depth in reading.depths:
+                reading.read("logit", depth, None)
+                if tuned:
+                    reading.read("tuned", depth, maps[depth])
     return _dataset(readings, tuned, steps, type(model).__name__, token_text)
 
 
@@ -213,6 +215,8 @@ def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Aff
         reading.folds = torch.as_tensor(folds)
     depths = readings[0].depths
     steps = affordable_steps([reading.example(depths[0]) for reading in readings], len(depths), FOLDS)
+    if any(parameter.is_inference() for parameter in readings[0].model.model.parameters()):
+        steps = 0  # no gradient passes weights that were made in inference mode; the regression needs none
     maps: dict[int, list[Affine]] = {}
     for depth in depths:
         examples = [reading.example(depth) for reading in readings]
