@@ -193,7 +193,7 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
-    torch.autograd.grad(value, forward.first_states, allow_unused=True)
+    torch.autograd.grad(value, forward.backward_ends(), allow_unused=True)
 
 
 @contextmanager

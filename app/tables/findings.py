@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.bibliography import cited, source_words
+from depthscope.app.text.cards import card_of, cards_text, place_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding
 
@@ -17,7 +16,7 @@ NOTHING = "Nothing found: no metric crossed its threshold."
 
 
 def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
-    """Findings as paragraphs: severity, verdict and place, the sentence, what to try, the threshold's source.
+    """Findings as cards: verdict, where, why, what to do next.
 
     Parameters
     ----------
@@ -31,46 +30,7 @@ def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
     str
         Plain text without a final newline.
     """
-    paragraphs = [_paragraph(finding, width) for finding in findings]
-    return "\n\n".join(paragraphs) if paragraphs else NOTHING
-
-
-def _paragraph(finding: Finding, width: int) -> str:
-    place = place_of(finding)
-    where = "" if place == "whole run" else f", {place}"
-    heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{where}"
-    lines = [cited(finding.sentence)]
-    if finding.advice:
-        lines.append(f"Try: {finding.advice}")
-    if finding.source not in finding.sentence:  # most sentences cite it themselves
-        lines.append(f"Threshold from {source_words(finding.source)}.")
-    wrapped = [
-        textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 6) for line in lines
-    ]
-    return "\n".join([heading, *wrapped])
-
-
-def place_of(finding: Finding) -> str:
-    """The place of a finding, such as ``depth 3-7`` or ``whole run``.
-
-    Parameters
-    ----------
-    finding : Finding
-        A finding.
-
-    Returns
-    -------
-    str
-    """
-    # A negative position is none.
-    if finding.axis == "run" or finding.first < 0:
-        place = "whole run"
-    elif finding.last == finding.first:
-        place = f"{finding.axis} {finding.first}"
-    else:
-        place = f"{finding.axis} {finding.first}–{finding.last}"
-    # The mean over streams is not one of them.
-    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+    return cards_text(map(card_of, findings), width=width) or NOTHING
 
 
 def count_words(findings: Sequence[Finding]) -> str:

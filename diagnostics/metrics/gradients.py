@@ -7,11 +7,14 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import gradients as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
-from depthscope.diagnostics.schema import WITHOUT_GRADIENT
+from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
+
+NUM_FEATURES = "num_features"
+"""Attribute of the size of the states: their width, by which the sizes of stages of other widths can be compared."""
 
 
 def _frobenius_norms(states: States) -> xr.DataArray:
@@ -36,7 +39,7 @@ def residual_norm(residual_states: States) -> xr.DataArray:
     """
     norms = _frobenius_norms(residual_states) / np.sqrt(residual_states.mask.sum())
     # Known only now: `States` counts what is not finite while it reads the depths.
-    return norms.assign_attrs(residual_states.not_finite)
+    return norms.assign_attrs({**residual_states.not_finite, NUM_FEATURES: residual_states.num_features})
 
 
 @quantity
@@ -68,8 +71,10 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     weights: the attribute ``without_gradient`` names them.
     """
     # Of the variable itself: quantities computed from it are new arrays without its attributes.
-    depths = gradient.attrs.get(WITHOUT_GRADIENT)
-    return gradient_norms.assign_attrs({WITHOUT_GRADIENT: depths} if depths else {})
+    named = {
+        name: gradient.attrs[name] for name in (WITHOUT_GRADIENT, CUT_GRADIENT) if name in gradient.attrs
+    }
+    return gradient_norms.assign_attrs(named)
 
 
 @metric(
@@ -77,7 +82,7 @@ def gradient_norm(gradient_norms: xr.DataArray, gradient: xr.DataArray) -> xr.Da
     dims="depth stream",
     scale="log",
     # A rule of thumb: within a factor of 10 across depth.
-    healthy=Range(low=0.1, high=10.0, source="heuristic"),
+    healthy=Range(low=0.1, high=10.0, source=OURS),
     cite="pascanu2013difficulty",
     basis="stream",
     null=1.0,
@@ -98,7 +103,7 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     dims="depth stream",
     scale="log",
     units="loss",
-    cite="pascanu2013difficulty",
+    cite=OURS,
     basis="stream",
     null="none: the scale is the loss's; compare depths",
     estimator="norms of every real token multiplied, then the root of the sum of squares over tokens",

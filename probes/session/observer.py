@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
@@ -149,6 +150,7 @@ class Observer:
         if all(number != key[0] for number, _ in forward.expected_gradients):
             forward.first_states.append(tensor)
         forward.expected_gradients.add(key)
+        forward.edges[key] = get_gradient_edge(tensor)
 
     def record_gradient(
         self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None

@@ -508,6 +508,11 @@ class Session:
 
     def _require_gradients(self, forward: Forward) -> None:
         if self.options.gradients and not forward.arrived_gradients:
+            if self._only_own:
+                raise CaptureError(
+                    "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "
+                    "for a detach, a no_grad or an argmax there"
+                )
             raise CaptureError(
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"

@@ -15,6 +15,7 @@ COMMANDS: tuple[Command, ...] = tuple(
         "describe",
         "analyze",
         "check",
+        "explain",
         "compare",
         "ablate",
         "lens",

@@ -30,6 +30,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.text.cards import card_of
+
     lowest, verdicts = _limits(args.fail_on)
     readings, left_out = read_several(args, "analysing and judging")
     failed = [
@@ -44,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
                 "integrity": reading.integrity,
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
-                "findings": [finding.as_dict() for finding in reading.findings],
+                "findings": [card_of(finding).as_dict() for finding in reading.findings],
             }
             for reading in readings
         ]
