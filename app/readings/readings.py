@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
+from depthscope.diagnostics.experiments import beside, open_result
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
+
+logger = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""
@@ -34,6 +38,8 @@ class Reading:
         Worst first.
     integrity : str
         Whether the run is what was saved; see `schema.integrity`.
+    experiments : Dataset or None
+        What `depthscope ablate` saved beside the run.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Reading:
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
     integrity: str = ""
+    experiments: xr.Dataset | None = None
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -89,6 +96,33 @@ def read_runs(
         for name, run in runs.items()
         for label, analysis in _analyses(name, run, progress)
     ]
+
+
+def experiments_beside(path: Path, attrs: Mapping[Any, Any]) -> xr.Dataset | None:
+    """What `depthscope ablate` saved beside a run, of the same weights; None where there is nothing, or nothing readable.
+
+    Parameters
+    ----------
+    path : Path
+        The run's file.
+    attrs : mapping
+        Its attributes.
+
+    Returns
+    -------
+    Dataset or None
+    """
+    place = beside(path, "ablate")
+    if not place.exists():
+        return None
+    try:
+        result = open_result(place)
+    except (ValueError, OSError) as error:
+        # The run's own findings do not depend on it.
+        logger.warning("%s", error)
+        return None
+    known = {attrs.get("weights_digest"), result.attrs.get("weights_digest")} - {None}
+    return result if len(known) < 2 else None
 
 
 def shown_attributes(value: Any) -> Any:
@@ -191,7 +225,9 @@ def read_paths(
         try:
             run = schema.open_run(path, max_bytes=max_bytes)
             try:
-                readings += read_runs({name: run}, progress=progress)
+                experiments = experiments_beside(path, run.attrs)
+                of_run = read_runs({name: run}, progress=progress)
+                readings += [replace(reading, experiments=experiments) for reading in of_run]
             finally:
                 run.close()
         # Whatever is wrong with one run, also where it meets a mistake of ours: it must not hide the verdict on others.

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
+import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.cards import card_of, cards_text, place_of
+from depthscope.app.text.cards import card_with_experiment, cards_text, place_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding
 
 NOTHING = "Nothing found: no metric crossed its threshold."
 
 
-def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
+def findings_text(
+    findings: Iterable[Finding], *, width: int = 100, experiments: xr.Dataset | None = None
+) -> str:
     """Findings as cards: verdict, where, why, what to do next.
 
     Parameters
@@ -24,13 +27,16 @@ def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
         In the order to print.
     width : int
         Columns to wrap at.
+    experiments : Dataset, optional
+        Experiments that were run on the model.
 
     Returns
     -------
     str
         Plain text without a final newline.
     """
-    return cards_text(map(card_of, findings), width=width) or NOTHING
+    cards = (card_with_experiment(finding, experiments) for finding in findings)
+    return cards_text(cards, width=width) or NOTHING
 
 
 def count_words(findings: Sequence[Finding]) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
-CONFIDENCE = 0.95
+from depthscope.diagnostics.metrics.intervals import factor
 
 
 class Estimate(NamedTuple):
@@ -55,5 +54,5 @@ def estimate(values: np.ndarray) -> Estimate:
     if count < 2:
         return Estimate(mean, np.nan, np.nan, np.nan, count)
     error = float(known.std(ddof=1) / np.sqrt(count))
-    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+    reach = factor(count - 1) * error
     return Estimate(mean, error, mean - reach, mean + reach, count)

@@ -163,7 +163,7 @@ def _candidate_ids(batch: Any, logits: torch.Tensor) -> list[torch.Tensor]:
             continue
         kinds = tensor.unique()
         # Labels mark padding by −100, masks have two numbers.
-        fits = kinds.numel() >= FEWEST_KINDS and 0 <= int(kinds[0]) and int(kinds[-1]) < logits.shape[-1]
+        fits = kinds.numel() >= FEWEST_KINDS and int(kinds[0]) >= 0 and int(kinds[-1]) < logits.shape[-1]
         # Labels without padding are the ids once more.
         if fits and not any(torch.equal(tensor, other) for other in found):
             found.append(tensor)

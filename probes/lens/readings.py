@@ -90,7 +90,9 @@ def lens(
     with torch.inference_mode(False):
         readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
         if not readings:
-            raise InterventionError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+            raise InterventionError(
+                "no batch came: expected a mapping, a tensor, a tuple, or several of these"
+            )
         maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
         for reading in readings:
             for depth in reading.depths:
@@ -207,8 +209,12 @@ def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Aff
             "the head gives one prediction a sequence; a tuned lens needs one a token, so pass tuned=False"
         )
     counts = [len(reading.counted) for reading in readings]
-    if sum(counts) < FOLDS:
-        raise InterventionError(f"the tuned lens needs at least {FOLDS} sequences; pass tuned=False")
+    # In each half one sequence to fit a map on, and one to see whether it is of use.
+    if sum(counts) < 2 * FOLDS:
+        raise InterventionError(
+            f"the tuned lens needs at least {2 * FOLDS} sequences, and there are {sum(counts)}; give more, or pass "
+            "tuned=False (--no-tuned)"
+        )
     # As many sequences in each half, whichever they are.
     order = np.random.default_rng(seed).permutation(sum(counts)) % FOLDS
     for reading, folds in zip(readings, np.split(order, np.cumsum(counts)[:-1]), strict=True):

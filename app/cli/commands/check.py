@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.text.cards import card_of
+    from depthscope.app.text.cards import card_with_experiment
 
     lowest, verdicts = _limits(args.fail_on)
     readings, left_out = read_several(args, "analysing and judging")
@@ -46,7 +46,10 @@ def _run(args: argparse.Namespace) -> int:
                 "integrity": reading.integrity,
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
-                "findings": [card_of(finding).as_dict() for finding in reading.findings],
+                "findings": [
+                    card_with_experiment(finding, reading.experiments).as_dict()
+                    for finding in reading.findings
+                ],
             }
             for reading in readings
         ]
@@ -99,7 +102,7 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
             if reading.attrs.get(key):
                 say(f"  {words} {printable(reading.attrs[key])}")
         say()
-        say(findings_text(reading.findings))
+        say(findings_text(reading.findings, experiments=reading.experiments))
         say()
     result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
     say(f"check --fail-on {','.join(fail_on)}: {result}")

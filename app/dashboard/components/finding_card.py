@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.text.cards import card_of
+from depthscope.app.text.cards import card_with_experiment
 from depthscope.app.text.explanations import explanation
 from depthscope.diagnostics import Finding
 
@@ -30,7 +30,7 @@ def show_finding(finding: Finding) -> None:
     finding : Finding
         One finding of `judge`.
     """
-    card = card_of(finding)
+    card = card_with_experiment(finding)
     word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):

@@ -44,12 +44,14 @@ def test_ablate_tells_what_each_block_does(text, tmp_path, capsys):
 
 
 def test_lens_tells_what_each_depth_reads(text, capsys):
-    words = ("lens", FACTORY, "--text", text, "--length", 16, "--sequences", 3)
-    assert call(*words, "--json") == FINE
+    words = ("lens", FACTORY, "--text", text, "--length", 16)
+    assert call(*words, "--sequences", 4, "--json") == FINE
     told = json.loads(capsys.readouterr().out)
     assert {row["lens"] for row in told["readings"]} == {"logit", "tuned"}
     assert told["readings"][2]["agreement"] == 1
-    assert call(*words, "--no-tuned") == FINE
+    assert call(*words, "--sequences", 3) == USAGE
+    assert "at least 4 sequences" in capsys.readouterr().err
+    assert call(*words, "--sequences", 3, "--no-tuned") == FINE
     assert "prediction depth, logit lens:" in capsys.readouterr().out
 
 

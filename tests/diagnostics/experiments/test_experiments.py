@@ -9,9 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
+import xarray as xr
 
 from depthscope.app.cli import parser
-from depthscope.diagnostics.experiments import KINDS, SETTLED_BY, estimate, experiment_for, kind_named
+from depthscope.app.text.cards import card_lines, card_with_experiment
+from depthscope.diagnostics.experiments import (
+    KINDS,
+    SETTLED_BY,
+    estimate,
+    experiment_for,
+    kind_named,
+    open_result,
+    save_result,
+)
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity
 
 FINDING = Finding(
@@ -73,3 +83,46 @@ def test_none_of_it_needs_torch():
     code = "import sys; import depthscope.diagnostics.experiments; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def _result() -> xr.Dataset:
+    """Two experiments of a kind at two connections, and one of another kind."""
+    names = ["skip block 1", "skip block 2", "identity at 1"]
+    numbers = {"loss_change": [0.0, 0.5, 2.0], "kl": [0.0, 0.5, 2.0], "output_change": [0.0, 0.1, 0.4]}
+    variables = {
+        name + ending: ("experiment", np.array(values) + shift)
+        for name, values in numbers.items()
+        for ending, shift in (("", 0.0), ("_error", 0.1), ("_low", -0.2), ("_high", 0.2))
+    }
+    places = {"block": [1, 2, -1], "depth": [2, 4, 2], "connection": [-1, -1, 1], "stream": [-1, -1, -1]}
+    coords = {name: ("experiment", np.array(values)) for name, values in places.items()}
+    coords["kind"] = ("experiment", np.array(["skip", "skip", "identity"], dtype=object))
+    return xr.Dataset(
+        variables, {"experiment": np.array(names, dtype=object), **coords}, {"left_out": ["a: b"]}
+    )
+
+
+def test_a_card_shows_the_experiment_and_what_it_gave():
+    finding = replace(FINDING, verdict="idle_layer", axis="depth", first=2, last=4)
+    card = card_with_experiment(finding, _result())
+    assert card.experiment == "depthscope ablate CHECKPOINT --do skip --depths 2-4"
+    assert card.result == "skip block 2: loss +0.5 nats (95 %: +0.3 to +0.7)"
+    assert any(card.result in line for line in card_lines(card))
+    # At another place, or of another kind, nothing was tried.
+    assert card_with_experiment(replace(finding, first=3, last=3), _result()).result == ""
+    assert card_with_experiment(
+        replace(finding, verdict="rank_collapse", first=2, last=2), _result()
+    ).result.endswith("0 is possible)")
+    assert card_with_experiment(replace(finding, verdict="small_sample"), _result()).result == ""
+
+
+def test_a_result_is_kept_whole_and_only_as_it_was_saved(tmp_path):
+    place = save_result(_result(), tmp_path / "a.ablate.h5")
+    again = open_result(place)
+    assert again.attrs["left_out"] == ["a: b"]
+    xr.testing.assert_equal(again, _result())
+    place.write_bytes(place.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="no result of experiments as it was saved"):
+        open_result(place)
+    with pytest.raises(FileNotFoundError, match="make one with `depthscope ablate`"):
+        open_result(tmp_path / "b.h5")
