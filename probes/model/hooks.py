@@ -63,29 +63,26 @@ def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwar
         What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal handler raised while the
         function ran. The measurement is reported as interrupted then.
     """
-    return _call_safely(outside_user_modes(), report, function, args, kwargs)
-
-
-def _call_safely(
-    context: AbstractContextManager[None],
-    report: Report,
-    function: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-) -> Any:
     try:
-        with context:
+        with outside_user_modes():
             return function(*args, **kwargs)
-    # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
-    except (Exception, GeneratorExit) as error:
-        if _from_signal_handler(error):
-            report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
-            raise
-        report(without_frames(error))
-        return None
     except BaseException as error:
+        if not _is_reported(report, error):
+            raise
+        return None
+
+
+def _is_reported(report: Report, error: BaseException) -> bool:
+    """Report what a function of ours raised; whether that was all, and the user's code goes on."""
+    # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
+    if not isinstance(error, (Exception, GeneratorExit)):
         report(CaptureError(f"{type(error).__name__} interrupted the measurement"))
-        raise
+        return False
+    if _from_signal_handler(error):
+        report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
+        return False
+    report(without_frames(error))
+    return True
 
 
 def without_frames(error: BaseException) -> Exception:
@@ -138,9 +135,21 @@ class Hook:
             # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
             _note_compiler()
             return
-        if self.function is not None:
-            context = outside_user_modes() if self.computes else outside_function_modes()
-            _call_safely(context, self.report, self.function, args, kwargs)
+        function = self.function
+        if function is None:
+            return
+        if self.computes:
+            call_safely(self.report, function, *args, **kwargs)
+            return
+        try:
+            if torch._C._len_torch_function_stack():
+                with outside_function_modes():
+                    function(*args, **kwargs)
+            else:  # as nearly always: no context to enter in a hook that runs twice for every module
+                function(*args, **kwargs)
+        except BaseException as error:
+            if not _is_reported(self.report, error):
+                raise
 
     def disable(self) -> None:
         """Do nothing from now on: a hook that is removed while torch goes through the hooks of a module is still called."""

@@ -44,9 +44,11 @@ def _add_floats(values: Iterable[Any], found: list[torch.Tensor]) -> None:
             if value.is_floating_point() and value.ndim >= 2:
                 found.append(value)
         elif isinstance(value, dict):
-            _add_floats(value.values(), found)
+            if value:
+                _add_floats(value.values(), found)
         elif isinstance(value, (tuple, list)):
-            _add_floats(value, found)
+            if value:
+                _add_floats(value, found)
         elif _is_record(value):
             _add_floats(vars(value).values(), found)
 
