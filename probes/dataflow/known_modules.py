@@ -1,9 +1,9 @@
 """Which modules need not be watched operation by operation? Those of torch's own that run few, always the same ones.
 
-A linear layer is four operations of which two are views, and half of a forward's. What such a module computes is known from
-its class as long as nothing of it was replaced: then the trace steps aside while it runs, and notes the same values as if it had
-watched. Whatever is unusual (hooks of the user's, autocast, another memory format, weights of another kind, an axis of streams)
-is watched.
+A linear layer is four operations, of which two are views; all of them together are half of a forward's. What such a module
+computes is known from its class as long as nothing of it was replaced: then the trace steps aside while it runs, and notes the
+same values as if it had watched. Whatever is unusual (hooks of the user's, autocast, another memory format, weights of another
+kind, an axis of streams) is watched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from depthscope.probes.dataflow.trace import Trace
 
 ATEN = torch.ops.aten
-VIEWS = ATEN.view.default, ATEN._unsafe_view.default
+# The view of a linear layer's product in the shape of what it took: without a bias, and with one.
+VIEWS = [(func, rule_of(func)) for func in (ATEN._unsafe_view.default, ATEN.view.default)]
 # Whether a call is the usual one, and what it then computed; both of the module and the value that it took.
 Usual = Callable[[Any, Value], bool]
 Notes = Callable[["Trace", Any, Value, torch.Tensor, torch.Tensor], None]
@@ -56,7 +57,7 @@ def _note_linear(trace: Trace, module: Any, value: Value, x: torch.Tensor, outpu
         atom.note(CONTRACTED)
     (columns,) = new_axes(output.shape[-1:])
     if output.ndim == 2:
-        product = trace.add_value(output, (*value.axes[:-1], columns), value)
+        product = trace.add_value(output, (value.axes[0], columns), value)
         product.func = func
         trace.hold(output, product)
         return
@@ -66,8 +67,8 @@ def _note_linear(trace: Trace, module: Any, value: Value, x: torch.Tensor, outpu
     trace.parents[product.number] = (matrix,)
     product.shape, product.func = (output.numel() // output.shape[-1], output.shape[-1]), func
     result = trace.add_value(output, (*lead, columns), product)
-    result.func = VIEWS[not has_bias]
-    result.step = Step(rule_of(result.func), result.func, (product, list(output.shape)), {}, (product,))
+    result.func, rule = VIEWS[has_bias]
+    result.step = Step(rule, result.func, (product, list(output.shape)), {}, (product,))
     result.root = product.number
     trace.hold(output, result)
 

@@ -316,10 +316,16 @@ class Trace(TorchDispatchMode):
         return value
 
     def _new_value(self, tensor: torch.Tensor, axes: Axes, operands: Any) -> Value:
-        value = Value(len(self.parents), tensor, axes, self.call)
+        call, made = self.call, self._made
+        value = Value(len(self.parents), tensor, axes, call)
+        self.calls.append(call)
+        value.ordinal = made[call] = made.get(call, -1) + 1
+        if len(operands) == 1:
+            (operand,) = operands
+            self.parents.append((operand.number,))
+            value.last_merge = operand.last_merge
+            return value
         self.parents.append(tuple([operand.number for operand in operands]))
-        self.calls.append(self.call)
-        value.ordinal = self._made[self.call] = self._made.get(self.call, -1) + 1
         for operand in operands:
             if operand.last_merge > value.last_merge:
                 value.last_merge = operand.last_merge

@@ -18,6 +18,7 @@ from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError, as_capture_error
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import (
     Attachment,
     CompilerLog,
@@ -376,7 +377,8 @@ class Session:
     def _end_first(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward, and record what that forward showed of it."""
         try:
-            structure = find_structure(tape, forward, self.model, self.options)
+            with no_collection():
+                structure = find_structure(tape, forward, self.model, self.options)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
             observer = Observer(

@@ -75,6 +75,8 @@ class Call:
     y: torch.Tensor | None = None  # the first floating tensor that it returned
     x_shape: tuple[int, ...] = ()  # the shapes stay when the tensors are released
     y_shape: tuple[int, ...] = ()
+    x_address: int = 0  # in memory
+    y_address: int = 0
     producer: str = ""  # path of the call that returned x
     site: Site | None = None
     output: Any = None  # of returned connections only
@@ -292,12 +294,14 @@ class Tape:
             if method == FORWARD:
                 self.trace.call = call.order
             call.values = self.trace.taken(x), None
-        # The call that ended last: of a container and its last module, which return one tensor, the container.
-        for earlier in reversed(self._recent) if x is not None else ():
-            if earlier.y is x or (earlier.y_shape == call.x_shape and same_tensor(earlier.y, x)):
-                call.producer = earlier.path
-                break
         self._counts[key] = index + 1
+        if x is not None:
+            call.x_address = _address(x)
+            # The call that ended last: of a container and its last module, which return one tensor, the container.
+            for earlier in reversed(self._recent):
+                if _returned(earlier, call):
+                    call.producer = earlier.path
+                    break
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
             self._waiting = None  # the next call takes the streams again, so the branch has ended
         self.calls.append(call)
@@ -308,6 +312,7 @@ class Tape:
             return
         call.y = y
         call.y_shape = tuple(y.shape)
+        call.y_address = _address(y)
         call.versions = call.versions[0], version(y)
         if self.trace is not None:
             call.values = call.values[0], self.trace.value(y)
@@ -497,9 +502,20 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) 
 
 
 def _returned(earlier: Call, call: Call) -> bool:
-    """Whether an earlier call returned what a call took; by the shapes that are noted first, since it is asked very often."""
+    """Whether an earlier call returned what a call took; by what is noted of both first, since it is asked very often."""
     y, x = earlier.y, call.x
-    return x is not None and (y is x or (earlier.y_shape == call.x_shape and same_tensor(y, x)))
+    if y is x:
+        return x is not None
+    return (
+        (earlier.y_address == call.x_address or not earlier.y_address or not call.x_address)
+        and earlier.y_shape == call.x_shape
+        and same_tensor(y, x)
+    )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a plain tensor begins in memory; 0 where that is not known, as of one that stands for another."""
+    return tensor.data_ptr() if type(tensor) is torch.Tensor and tensor.layout is torch.strided else 0
 
 
 def is_norm(module: nn.Module) -> bool:
