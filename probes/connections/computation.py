@@ -479,13 +479,17 @@ class _Search:
     def _turned(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
         wanted = self.applied[number].mix
         n = wanted.shape[-1]
-        if (
-            float((wanted - wanted.mT).abs().max()) <= UNIFORM
-        ):  # a matrix of two streams is nearly symmetric after Sinkhorn
+        apart = float((wanted - wanted.mT).abs().max())
+        # A matrix of two streams is nearly symmetric after Sinkhorn, and what it was before the last round nearly is its
+        # transpose: as near as the square of what is left. Only the very same numbers tell the two apart then, and in
+        # half precision these are rounded to the same.
+        nearly = apart <= UNIFORM
+        if apart <= SAME or (nearly and self.forward.precision in CASTS):
             return None
+        limit = 0.0 if nearly else SAME
         for value in mix:
             for each in self.forward.per_token(value.tensor.detach(), (n, n)):
-                straight, turned = (self.forward.equal(m, wanted, SAME) for m in (each, each.mT))
+                straight, turned = (self.forward.equal(m, wanted, limit) for m in (each, each.mT))
                 if straight or turned:
                     return None if straight and turned else turned
         return None

@@ -177,6 +177,13 @@ def remove_inert_hooks(model: nn.Module) -> None:
                     del each[key]
 
 
+def _new_key() -> int:
+    """A key of torch's tables of hooks that nobody else gets."""
+    key = RemovableHandle.next_id
+    RemovableHandle.next_id += 1
+    return key
+
+
 @dataclass
 class MethodWatch:
     """A context to run a method in, and a function that receives its result."""
@@ -199,45 +206,58 @@ class Attachment:
 
     def __init__(self, report: Report):
         self._report = report
-        self._hooks: dict[Callable[..., Any], Hook] = {}  # by what each calls
-        self._handles: list[RemovableHandle] = []
+        self._hooks: dict[Callable[..., Any], tuple[Hook, int]] = {}  # by what each calls, with its key
+        self._placed: list[tuple[dict[int, Any], int]] = []  # tables of modules, with the key of ours in each
         self._watched: list[WatchedMethod] = []
 
     def before(
         self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
-        hook = self._hook(function, computes)
-        # By the class: TorchScript's modules forbid the method, but run such hooks.
-        handle = nn.Module.register_forward_pre_hook(module, hook, prepend=first, with_kwargs=True)
-        self._handles.append(handle)
+        hook, key = self._hook(function, computes)
+        table = module._forward_pre_hooks
+        self._place(table, module._forward_pre_hooks_with_kwargs, hook, key)
+        if first:
+            table.move_to_end(self._placed[-1][1], last=False)
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        hook = self._hook(function, computes)
-        handle = nn.Module.register_forward_hook(module, hook, with_kwargs=True, always_call=always)
-        self._handles.append(handle)
+        hook, key = self._hook(function, computes)
+        self._place(module._forward_hooks, module._forward_hooks_with_kwargs, hook, key)
+        if always:
+            more, key = module._forward_hooks_always_called, self._placed[-1][1]
+            more[key] = True
+            self._placed.append((more, key))
 
-    def _hook(self, function: Callable[..., Any], computes: bool) -> Hook:
-        # One for all modules with the same function: a model has thousands of them, and every object of ours brings the next
-        # complete collection of garbage nearer, which takes longer than all hooks.
-        hook = self._hooks.get(function)
-        if hook is None:
-            hook = self._hooks[function] = Hook(function, self._report, computes=computes)
-        return hook
+    def _place(self, table: dict[int, Any], with_kwargs: dict[int, bool], hook: Hook, key: int) -> None:
+        # As torch's own methods do, without an object for each: a model has thousands of modules, and TorchScript's forbid the
+        # methods, but run such hooks.
+        if key in table:  # the same function once more on this module
+            key = _new_key()
+        table[key], with_kwargs[key] = hook, True
+        self._placed += [(with_kwargs, key), (table, key)]
+
+    def _hook(self, function: Callable[..., Any], computes: bool) -> tuple[Hook, int]:
+        # One for all modules with the same function: every object of ours brings the next complete collection of garbage
+        # nearer, which takes longer than all hooks.
+        known = self._hooks.get(function)
+        if known is None:
+            known = self._hooks[function] = Hook(function, self._report, computes=computes), _new_key()
+        return known
 
     def run_last(self) -> None:
         """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
-        for handle in self._handles:
-            table = handle.hooks_dict_ref()
-            if not table or type(table[next(reversed(table))]) is Hook:
+        own = [hook for hook, _ in self._hooks.values()]
+        for table, _ in self._placed:
+            last = table[next(reversed(table))] if table else True
+            if last is True or type(last) is Hook:  # a note about a hook, or one of ours
                 continue
             # All of ours in this table, in their order: the first one that is found overtaken moves them all.
-            ours = [key for key, hook in table.items() if hook in self._hooks.values()]
+            ours = [key for key, hook in table.items() if hook in own]
             for key in ours:
-                table.move_to_end(key)
+                table.move_to_end(key)  # type: ignore[attr-defined]
 
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
         """Observe every call of one method of a module; torch has hooks for the forward only.
@@ -257,13 +277,13 @@ class Attachment:
 
     def remove(self) -> None:
         """Remove every hook; calling it twice is fine."""
-        for hook in self._hooks.values():
+        for hook, _ in self._hooks.values():
             hook.disable()
         for watched in reversed(self._watched):
             watched.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._hooks, self._handles, self._watched = {}, [], []
+        for table, key in self._placed:
+            table.pop(key, None)  # the user may have cleared it
+        self._hooks, self._placed, self._watched = {}, [], []
 
 
 class WatchedMethod:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import nn
 
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
-from depthscope.probes.model.modules import module_paths
+from depthscope.probes.model.modules import module_paths, own_parameters
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
@@ -148,8 +149,7 @@ def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
     began = tape.trace.calls[states[0].number]
     orders = set(tape.trace.calls_between(states[-1], states[0]))
     modules = [tape.calls[order].module for order in orders if order >= 0 and order != began]
-    own = {id(p): p.numel() for module in modules for p in module.parameters(recurse=False)}
-    return sum(own.values()) / trunk_size(tape, model)
+    return sum(p.numel() for p in own_parameters(modules)) / trunk_size(tape, model)
 
 
 def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:
@@ -245,6 +245,7 @@ def _goes_on(tape: Tape, chain: Chain) -> bool:
     return last.root in sums and sums[-1] > last.root
 
 
-def _ends(path: str) -> list[int]:
+@lru_cache(maxsize=1 << 14)
+def _ends(path: str) -> tuple[int, ...]:
     """Where the path of a module and of those that contain it end."""
-    return [len(path), *(position for position, letter in enumerate(path) if letter == ".")]
+    return len(path), *(position for position, letter in enumerate(path) if letter == ".")

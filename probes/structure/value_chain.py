@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 
 from torch import nn
@@ -278,7 +278,7 @@ def _producer(calls: Sequence[Call]) -> str:
     return next((call.path for call in calls if _block_path(call.path) == most), "(no module)")
 
 
-@cache
+@lru_cache(maxsize=1 << 14)
 def _block_path(path: str) -> str:
     """The part of a module path up to its first number."""
     found = re.match(r"(.*?\d+)(\.|$)", path)
