@@ -40,10 +40,10 @@ def _usual_linear(module: Any, value: Value) -> bool:
     own = module._parameters
     axis, size = value.axes[-1], value.shape[-1]
     return (
-        "weight" in own
-        and own["weight"] is not None
+        own.get("weight") is not None
         and _is_plain(own["weight"])
-        and _is_plain(own.get("bias"))
+        and "bias" in own
+        and _is_plain(own["bias"])
         and len(axis) == 1
         and axis[0].size == size > 1
         and not contracts(axis, size)  # what mixes streams is followed, and not the work of a branch
@@ -51,7 +51,7 @@ def _usual_linear(module: Any, value: Value) -> bool:
 
 
 def _note_linear(trace: Trace, module: Any, value: Value, x: torch.Tensor, output: torch.Tensor) -> None:
-    has_bias = module.bias is not None
+    has_bias = module._parameters["bias"] is not None  # not by the attribute, which torch looks for in Python
     func = ATEN.addmm.default if has_bias else ATEN.mm.default
     for atom in value.axes[-1]:
         atom.note(CONTRACTED)
@@ -99,11 +99,12 @@ def _regrouped_rows(value: Value, output: torch.Tensor) -> tuple[Axis, Axes]:
 
 def _usual_norm(module: Any, value: Value) -> bool:
     own = module._parameters
-    return _is_plain(own.get("weight")) and _is_plain(own.get("bias"))
+    return "weight" in own and "bias" in own and _is_plain(own["weight"]) and _is_plain(own["bias"])
 
 
 def _note_norm(trace: Trace, module: Any, value: Value, x: torch.Tensor, output: torch.Tensor) -> None:
-    given = list(module.normalized_shape), module.weight, module.bias, module.eps
+    own = module._parameters
+    given = list(module.normalized_shape), own["weight"], own["bias"], module.eps
     trace.note_operation(
         ATEN.native_layer_norm.default, (x, *given), (value, *given), {}, value, (output, None, None)
     )

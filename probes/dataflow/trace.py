@@ -60,6 +60,7 @@ class Trace(TorchDispatchMode):
         self.calls: list[int] = []  # of the values, by number
         self.most_merged: Value | None = None
         self._entries: dict[int, _Entry] = {}
+        self._forget = _forgetting(self._entries)
         self._made: dict[int, int] = {}  # how many values each call made itself
         self._writes: list[
             tuple[int, tuple[Any, ...], Value]
@@ -179,9 +180,10 @@ class Trace(TorchDispatchMode):
             The value of that.
         """
         known = self._known.get(type(module))
+        if known is None:
+            return
         if (
-            known is None
-            or value is None
+            value is None
             or type(x) is not torch.Tensor
             or not x.is_cpu
             or x.ndim < 2
@@ -336,10 +338,6 @@ class Trace(TorchDispatchMode):
         entry.key, entry.value, entry.writes = id(tensor), value, len(self._writes)
         self._entries[entry.key] = entry
 
-    def _forget(self, entry: _Entry) -> None:
-        if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
-
     def _count_merges(self, value: Value, step: Step, args: Any) -> None:
         rule, operands = step.rule, step.operands
         if rule.product:
@@ -422,6 +420,16 @@ class Trace(TorchDispatchMode):
                     waiting.append(parent)
         self._between[value.number, before.number] = found
         return found
+
+
+def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
+    """A function that forgets the value of a tensor that is gone; no method, since every tensor calls it."""
+
+    def forget(entry: _Entry) -> None:
+        if entries.get(entry.key) is entry:
+            del entries[entry.key]
+
+    return forget
 
 
 def func_of_constant(factor: Any) -> Any:

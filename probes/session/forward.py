@@ -197,7 +197,7 @@ class CurrentForward(threading.local):
         if forward is None or tape is None or forward.cancelled:
             return None
         mine = own_calls.owner
-        if not (mine is None or mine is self.owner) or in_recomputation() or in_transformation():
+        if (mine is not None and mine is not self.owner) or in_recomputation() or in_transformation():
             return None
         return tape
 
