@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
-# What was done along an axis, which tells what the axis is. Bits of one number: a forward makes thousands of atoms, and a set in
-# each of them would bring the next complete collection of garbage nearer.
+# What was done along an axis, which tells what the axis is. Bits of one number: a forward makes thousands of atoms, and a set
+# in each of them would bring the next complete collection of garbage nearer.
 CONTRACTED = 1  # by a linear map with weights: an axis of features
 SLID = 2  # by a convolution: an axis of tokens, or a side of an image
 NORMALISED = 4  # by a norm: an axis of features (or channels)

@@ -184,6 +184,7 @@ class Trace(TorchDispatchMode):
             return
         if (
             value is None
+            or x is None
             or type(x) is not torch.Tensor
             or not x.is_cpu
             or x.ndim < 2

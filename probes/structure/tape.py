@@ -282,30 +282,31 @@ class Tape:
         parent = self._stack[-1] if self._stack else None
         call = Call(path, module, index, len(self.calls), parent, x, method)
         if x is not None:
-            call.x_shape = tuple(x.shape)
-            call.versions = version(x), None
-            if type(x) is not torch.Tensor:  # which has no such attribute, and looking for it takes long
-                placements = getattr(x, "placements", None)
-                self.split = self.split or (
-                    placements is not None and not all(each.is_replicate() for each in placements)
-                )
+            self._note_input(call, x)
         call.level = len(self._stack)
         if self.trace is not None:
             if method == FORWARD:
                 self.trace.call = call.order
             call.values = self.trace.taken(x), None
         self._counts[key] = index + 1
-        if x is not None:
-            call.x_address = _address(x)
-            # The call that ended last: of a container and its last module, which return one tensor, the container.
-            for earlier in reversed(self._recent):
-                if _returned(earlier, call):
-                    call.producer = earlier.path
-                    break
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
             self._waiting = None  # the next call takes the streams again, so the branch has ended
         self.calls.append(call)
         return call
+
+    def _note_input(self, call: Call, x: torch.Tensor) -> None:
+        call.x_shape, call.x_address = tuple(x.shape), _address(x)
+        call.versions = version(x), None
+        if type(x) is not torch.Tensor:  # a plain one has no such attribute, and looking for it takes long
+            placements = getattr(x, "placements", None)
+            self.split = self.split or (
+                placements is not None and not all(each.is_replicate() for each in placements)
+            )
+        # The call that ended last: of a container and its last module, which return one tensor, the container.
+        for earlier in reversed(self._recent):
+            if _returned(earlier, call):
+                call.producer = earlier.path
+                break
 
     def _end(self, call: Call, y: torch.Tensor | None) -> None:
         if y is None:
