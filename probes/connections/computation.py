@@ -295,8 +295,11 @@ class ComputedForward:
         """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
         if tensor.is_meta:  # weights that are elsewhere between two uses
             return False
+        # One token first, before the sampled sequences are gathered: most candidates differ everywhere.
+        one, other = tensor[self.rows[0], 0].to(wanted.device, torch.float32), wanted[0, 0]
+        if (one - other).abs().max() > limit and not torch.equal(one.to(self.precision).float(), other):
+            return False
         few = tensor[self.rows].to(wanted.device, torch.float32)
-        # A few tokens first: most candidates differ everywhere.
         for tokens in (slice(1), slice(None)):
             one, other = few[:, tokens], wanted[:, tokens]
             rounded = torch.equal(one.to(self.precision).float(), other)
