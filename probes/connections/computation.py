@@ -204,6 +204,8 @@ class ComputedForward:
     rows: list[int]
     precision: torch.dtype = torch.float32
     _states: list[tuple[ComputedValue, torch.Tensor]] = field(init=False)
+    # By identity, with the weights themselves, so that no others get it.
+    _firsts: dict[int, tuple[list[float], torch.Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
@@ -295,10 +297,11 @@ class ComputedForward:
         """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
         if tensor.is_meta:  # weights that are elsewhere between two uses
             return False
-        # One token first, before the sampled sequences are gathered: most candidates differ everywhere.
-        one, other = tensor[self.rows[0], 0].to(wanted.device, torch.float32), wanted[0, 0]
-        if (one - other).abs().max() > limit and not torch.equal(one.to(self.precision).float(), other):
-            return False
+        # One token first, as plain numbers and before the sampled sequences are gathered: most candidates differ everywhere.
+        rounding = torch.finfo(self.precision).eps
+        for one, other in zip(tensor[self.rows[0], 0].flatten().tolist(), self._first(wanted), strict=True):
+            if abs(one - other) > 2 * limit + rounding * abs(one):
+                return False
         few = tensor[self.rows].to(wanted.device, torch.float32)
         for tokens in (slice(1), slice(None)):
             one, other = few[:, tokens], wanted[:, tokens]
@@ -306,6 +309,13 @@ class ComputedForward:
             if not rounded and (one - other).abs().max() > limit:
                 return False
         return True
+
+    def _first(self, wanted: torch.Tensor) -> list[float]:
+        """The weights of the first token, as numbers."""
+        known = self._firsts.get(id(wanted))
+        if known is None:
+            known = self._firsts[id(wanted)] = wanted[0, 0].flatten().tolist(), wanted
+        return known[0]
 
     def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float]:
         """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor."""

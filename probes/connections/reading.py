@@ -144,7 +144,7 @@ def watched_read(
             candidates.append(tensor.reshape(of_sample))
         elif tensor.numel() == of_all.numel():
             candidates.append(tensor.reshape(of_all)[rows])
-    if place is not None and place.among == len(candidates):
+    if place is not None and candidates and place.among == len(candidates):
         # As many tensors as before: the same code has run, and the search, which takes longer than the forward, is over where
         # the tensor at the place still explains the branch input, and is not H_post.
         same = find_read_weights(sampled, branch_in, [candidates[place.position]])
