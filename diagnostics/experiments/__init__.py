@@ -10,8 +10,10 @@ from depthscope.diagnostics.experiments.results import (
     lens_rows,
     open_result,
     prediction_depths,
-    result_about,
+    prediction_words,
+    result_for,
     save_result,
+    table,
     table_rows,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
@@ -35,7 +37,9 @@ __all__ = [
     "lens_rows",
     "open_result",
     "prediction_depths",
-    "result_about",
+    "prediction_words",
+    "result_for",
     "save_result",
+    "table",
     "table_rows",
 ]

@@ -585,13 +585,14 @@ def _(net):
 def _(net):
     net.model.offsets.requires_grad_(False)
     for connection in net.connections:
-        # Equal reads and writes, a mixing that treats all streams alike, and no dynamic part: nothing makes two differ.
-        with torch.no_grad():
-            connection.logits.copy_((1.0 if connection.free else 4.0) * torch.eye(net.plan.streams))
+        # Equal reads and writes, a mixing that treats all streams alike, and none of it is trained: what is computed from
+        # gradients of zero would part the streams after all, since Adam makes steps of its full rate of their rounding.
         for parameter in (connection.read, connection.write):
             nn.init.constant_(parameter, 1 / net.plan.streams if connection.free else 0.0)
+        with torch.no_grad():
+            connection.logits.copy_((1.0 if connection.free else 4.0) * torch.eye(net.plan.streams))
         nn.init.zeros_(connection.scale)
-        connection.scale.requires_grad_(False)
+        connection.requires_grad_(False)
     return Place(len(net.connections) // 2, len(net.connections))
 
 
