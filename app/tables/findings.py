@@ -13,7 +13,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
 from depthscope.app.text.cards import Card, card_of, cards_text, place_of
 from depthscope.app.text.numbers import number
-from depthscope.diagnostics import Finding
+from depthscope.diagnostics import Finding, Severity
 
 NOTHING = "Nothing found: no metric crossed its threshold."
 
@@ -37,7 +37,8 @@ def cards_of(reading: Reading) -> list[Card]:
     return [
         card_of(
             finding,
-            experiment=experiment_for(finding, target) or "",
+            # What only notes something asks for nothing.
+            experiment=(finding.severity > Severity.INFO and experiment_for(finding, target)) or "",
             result=shown(finding),
         )
         for finding in reading.findings
@@ -46,16 +47,19 @@ def cards_of(reading: Reading) -> list[Card]:
 
 def _results_beside(reading: Reading) -> Callable[[Finding], str]:
     """What the experiments and the lens that were run on a run say about a finding."""
-    from depthscope.diagnostics.experiments import beside, open_result, prediction_words, result_about
+    from depthscope.diagnostics.experiments import beside, open_result, prediction_words, result_for
 
     results: dict[str, xr.Dataset] = {}
     for what in ("ablate", "lens") if reading.path else ():
         # Most runs have none, and what is beside a run may be of somebody else: the findings are shown without it.
         with suppress(OSError, ValueError):
-            results[what] = open_result(beside(reading.path, what))
+            found = open_result(beside(reading.path, what))
+            known = {reading.attrs.get("weights_digest"), found.attrs.get("weights_digest")} - {None}
+            if len(known) < 2:  # those of other weights say nothing about these
+                results[what] = found
 
     def shown(finding: Finding) -> str:
-        parts = [result_about(results["ablate"], finding)] if "ablate" in results else []
+        parts = [result_for(finding, results["ablate"])] if "ablate" in results else []
         if "lens" in results and finding.verdict == "same_representation":
             parts.append(prediction_words(results["lens"]))
         return "; ".join(filter(None, parts))

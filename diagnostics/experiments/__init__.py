@@ -11,8 +11,9 @@ from depthscope.diagnostics.experiments.results import (
     open_result,
     prediction_depths,
     prediction_words,
-    result_about,
+    result_for,
     save_result,
+    table,
     table_rows,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
@@ -37,7 +38,8 @@ __all__ = [
     "open_result",
     "prediction_depths",
     "prediction_words",
-    "result_about",
+    "result_for",
     "save_result",
+    "table",
     "table_rows",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -15,6 +16,10 @@ from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import ESTIMATES
 from depthscope.diagnostics.schema import SUFFIXES
+from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
+from depthscope.diagnostics.schema.file_digest import append_file_digest, compare_file_digest
+from depthscope.diagnostics.schema.hdf5_files import check_hdf5
+from depthscope.diagnostics.schema.limits import require_ordinary
 
 # Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
 SUFFIX = ".h5"
@@ -64,7 +69,8 @@ def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
     with replaced_file(path) as fresh:
-        plain.to_netcdf(fresh, engine="h5netcdf")
+        encode_dataset(plain).to_netcdf(fresh, engine="h5netcdf")
+        append_file_digest(fresh)
     return Path(path)
 
 
@@ -83,18 +89,27 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     Raises
     ------
     ValueError
-        For a file that is no such result.
+        For a file that is no such result, or not as it was saved.
+    FileNotFoundError
+        Where there is none.
     """
-    try:
-        with xr.open_dataset(path, engine="h5netcdf") as opened:
-            found = opened.load()
-    except FileNotFoundError:
-        raise
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a result of experiments: {error}") from None
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"no result of experiments at {file}; make one with `depthscope ablate` or `depthscope lens`"
+        )
+    require_ordinary(file, folder=False)
+    # The HDF5 library may crash on a torn file, and would take this process with it.
+    if compare_file_digest(file) != "intact":
+        raise ValueError(
+            f"{file} is no result of experiments as it was saved; run `depthscope ablate` or `lens` again"
+        )
+    check_hdf5(file, None)
+    with xr.open_dataset(file, engine="h5netcdf") as opened:
+        found = decode_dataset(opened.load())
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
         raise ValueError(
-            f"{path} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote"
+            f"{file} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote"
         )
     return found
 
@@ -125,6 +140,27 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     return rows
 
 
+def table(result: xr.Dataset) -> pd.DataFrame:
+    """The effects of experiments as a short table.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    DataFrame
+        One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``, and ``rescued``
+        where a stream was put back.
+    """
+    names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
+    names |= {name: name for name in ("kl", "output_change", "rescued")}
+    columns = {words: result[name].values for name, words in names.items()}
+    shown = pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
+    return shown if shown["rescued"].notna().any() else shown.drop(columns="rescued")
+
+
 def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
     value = float(result[name].values[position]) if name in result else math.nan
     return value if math.isfinite(value) else None
@@ -144,49 +180,50 @@ def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
     -------
     list of str
     """
-    return [sentence(row) for row in _by_size(table_rows(result))[:most]]
-
-
-def _by_size(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The largest change first."""
 
     def size(row: dict[str, Any]) -> float:
         value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
         return abs(value) if value is not None else 0.0
 
-    return sorted(rows, key=size, reverse=True)
+    return [sentence(row) for row in sorted(table_rows(result), key=size, reverse=True)[:most]]
 
 
-def result_about(result: xr.Dataset, finding: Placed) -> str:
-    """What the experiment that settles a finding showed at its place.
+def result_for(finding: Placed, result: xr.Dataset) -> str:
+    """What the experiment that settles a finding gave, where it was run at the finding's place.
 
     Parameters
     ----------
-    result : Dataset
-        Of `depthscope.interventions.ablate`.
     finding : Finding
         Of `judge`.
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
 
     Returns
     -------
     str
-        The largest change at the places of the finding; empty where that experiment was not run there.
+        The experiment at that place which changes the loss most; empty where none was run.
     """
     kind = SETTLED_BY.get(finding.verdict)
-    stream = int(finding.stream) if finding.stream is not None and finding.stream.isdigit() else None
-    rows = [
-        row
-        for row in table_rows(result)
-        if row["kind"] == kind and stream in (None, row["stream"]) and _at_place(row, finding)
+    if kind is None or "experiment" not in result.dims:
+        return ""
+    positions = [
+        position
+        for position, row in enumerate(table_rows(result))
+        if row["kind"] == kind and _at_the_place(row, finding)
     ]
-    return sentence(_by_size(rows)[0]) if rows else ""
+    told = describe_results(result.isel(experiment=positions), most=1) if positions else []
+    return told[0] if told else ""
 
 
-def _at_place(row: dict[str, Any], finding: Placed) -> bool:
+def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:
+    stream = str(finding.stream)
+    if stream.isdigit() and row["stream"] not in (None, int(stream)):
+        return False
     if finding.axis not in ("depth", "connection") or finding.first < 0:
         return True
     at = row[finding.axis]
-    return at is not None and finding.first <= at <= finding.last
+    # An experiment at several places has no connection of its own, and begins at its first depth.
+    return at is None or finding.first <= at <= finding.last
 
 
 def sentence(row: dict[str, Any]) -> str:

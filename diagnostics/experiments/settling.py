@@ -24,7 +24,8 @@ SETTLED_BY: dict[str, str] = {
     **dict.fromkeys(("sinkhorn_not_converged", "expansive_mixing"), "sinkhorn"),
     # A stream that is said to carry all, or nothing.
     **dict.fromkeys(
-        ("dominant_stream", "unread_stream", "unwritten_stream", "passing_streams"), "drop_stream"
+        ("dominant_stream", "loud_stream", "unread_stream", "unwritten_stream", "passing_streams"),
+        "drop_stream",
     ),
     # Copies: what one loses, the others give back.
     "copied_streams": "rescue",

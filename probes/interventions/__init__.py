@@ -1,8 +1,8 @@
 """What happens when something in the forward is changed? Experiments that settle what a finding only says."""
 
-from depthscope.diagnostics.experiments import KINDS, open_result, save_result
-from depthscope.probes.interventions.ablate import ablate
+from depthscope.diagnostics.experiments import KINDS, open_result, save_result, table
 from depthscope.probes.interventions.changes import Plan, plan
+from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "open_result",
     "plan",
     "save_result",
+    "table",
 ]

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
+import xarray as xr
 
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
 from depthscope.diagnostics.kernels.geometry import massive_activations
@@ -585,9 +586,10 @@ def _source_states(wanted: Plan, model: ModelUnderTest) -> Mapping[int, torch.Te
 
 def _trace_of(source: Any) -> Any:
     """The trace of a run; None for what is no run."""
-    groups = getattr(source, "children", None)
-    if groups is None or "trace" not in groups:
+    if not isinstance(source, xr.DataTree):
         return None
+    if "trace" not in source.children:
+        raise InterventionError("the run has no raw states; expected one that was captured with them")
     trace = source["trace"].to_dataset()
     if "residual" not in trace:
         raise InterventionError("the run has several chains, or no raw states; expected one of one chain")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ from depthscope.probes.interventions.state_operations import (
 from depthscope.probes.model.errors import CaptureError, require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
@@ -101,6 +102,7 @@ class ModelUnderTest:
         self._applied: list[Joint] | None = (
             None  # the connections, where other matrices are applied than computed
         )
+        self._proven_over_depth = False
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
         operations = StateOperations()
         found = self._run(following(model, operations), lambda: self._locate(operations))
@@ -267,6 +269,10 @@ class ModelUnderTest:
                 session.raise_first_error()
                 assert session.last is not None
                 self.mask = session.last.masks.get(self.number)
+                if self.chain.over_depth and not self._proven_over_depth:
+                    # Of a chain whose branches read sums over depth the proof is made where a run is built.
+                    build_run(session, [], [], digests=False)
+                    self._proven_over_depth = True
                 passed = Passed(output, mixing=self._mixing())
                 session.fold()
                 return passed
@@ -275,12 +281,11 @@ class ModelUnderTest:
                 session.detach()
                 session.drop()
 
-    def unchanged_model(self) -> ExitStack:
-        """Contexts in which a forward of ours leaves nothing behind: see `preserved_state`."""
-        stack = ExitStack()
-        for context in (preserved_state(self.model), eager()):
-            stack.enter_context(context)
-        return stack
+    @contextmanager
+    def unchanged_model(self) -> Iterator[None]:
+        """A forward made inside leaves nothing behind, and runs as the model is written: see `preserved_state`."""
+        with preserved_state(self.model), eager():
+            yield
 
     def _check(self, states: dict[int, torch.Tensor]) -> None:
         """Require that each state is shown as it was made: what was written there must be what every reader gets."""

@@ -156,27 +156,23 @@ def find_targets(
 
 
 def _candidate_ids(batch: Any, logits: torch.Tensor) -> list[torch.Tensor]:
-    found: dict[int, torch.Tensor] = {}
+    found: list[torch.Tensor] = []
     for tensor in tensors_in(batch):
         whole = not tensor.is_floating_point() and tensor.dtype not in (torch.bool, torch.uint8)
         if not whole or tuple(tensor.shape) != tuple(logits.shape[:2]) or tensor.shape[1] < 2:
             continue
         kinds = tensor.unique()
-        # Labels mark padding by −100; positions count up by one.
-        counts_up = bool((tensor.diff(dim=1) == 1).all())
-        if (
-            kinds.numel() >= FEWEST_KINDS
-            and int(kinds[0]) >= 0
-            and int(kinds[-1]) < logits.shape[-1]
-            and not counts_up
-        ):
-            found[id(tensor)] = tensor
-    # Labels without padding are the ids once more.
-    different: list[torch.Tensor] = []
-    for tensor in found.values():
-        if not any(torch.equal(tensor, other) for other in different):
-            different.append(tensor)
-    return different
+        # Labels mark padding by −100, masks have two numbers.
+        fits = kinds.numel() >= FEWEST_KINDS and int(kinds[0]) >= 0 and int(kinds[-1]) < logits.shape[-1]
+        # Labels without padding are the ids once more.
+        if fits and not any(torch.equal(tensor, other) for other in found):
+            found.append(tensor)
+    # Numbers that go up by one are positions, where anything else can be what the model reads.
+    positions = [tensor for tensor in found if bool((tensor.diff(dim=1) == 1).all())]
+    vectors = any(tensor.is_floating_point() and tensor.ndim == 3 for tensor in tensors_in(batch))
+    if positions and (vectors or len(found) > len(positions)):
+        found = [tensor for tensor in found if not any(tensor is other for other in positions)]
+    return found
 
 
 def _looks_ahead(

@@ -90,7 +90,9 @@ def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
 
 def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     found = [
-        (run, size) for run in _candidate_runs(tape) if (size := _num_parameters(call.module for call in run))
+        (run, size)
+        for run in _candidate_runs(tape)
+        if (size := _num_parameters(tape, (call.module for call in run)))
     ]
     if not found:
         return []
@@ -140,7 +142,7 @@ def _candidate_runs(tape: Tape) -> list[list[Call]]:
     for runs in by_class.values():
         # Only blocks have stages: single layers of one class, such as norms, follow one another by chance.
         classes += join_stages(tape, runs) if _has_children(runs[0][0]) else runs
-    return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
+    return classes + [run for run in mixed if not any(_covers(tape, run, other) for other in classes)]
 
 
 def _has_children(call: Call) -> bool:
@@ -161,6 +163,8 @@ def trunk_size(tape: Tape, model: nn.Module) -> int:
     In a small model with a large vocabulary these are most of all parameters. A tower that was not called is no part of what
     the forward did.
     """
+    if tape.trunk_size is not None:
+        return tape.trunk_size
     # A head that is tied to the embedding shares its parameter; one that is not has as many outputs.
     modules = all_modules(model)
     vocabularies = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
@@ -176,18 +180,19 @@ def trunk_size(tape: Tape, model: nn.Module) -> int:
     for module in called.values():
         # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
         parts_ran = any(id(child) in called for child in module._modules.values())
-        ran += [module] if parts_ran else all_modules(module)
-    return sum(p.numel() for p in own_parameters(ran) if id(p) not in outside) or 1
+        ran += [module] if parts_ran or not module._modules else all_modules(module)
+    tape.trunk_size = sum(p.numel() for p in own_parameters(ran) if id(p) not in outside) or 1
+    return tape.trunk_size
 
 
-def _covers(container: list[Call], run: list[Call]) -> bool:
+def _covers(tape: Tape, container: list[Call], run: list[Call]) -> bool:
     """Whether a run of one class is nearly all of a container's run, and the rest are single layers: norms and heads."""
     in_run = set(map(id, run))
     rest = [call for call in container if id(call) not in in_run]
     if len(rest) + len(run) > len(container) or any(_has_children(call) for call in rest):
         return False
-    return _num_parameters(c.module for c in run) >= FINER_SHARE * _num_parameters(
-        c.module for c in container
+    return _num_parameters(tape, (c.module for c in run)) >= FINER_SHARE * _num_parameters(
+        tape, (c.module for c in container)
     )
 
 
@@ -195,9 +200,15 @@ def _share_calls(a: list[Call], b: list[Call]) -> bool:
     return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
 
 
-def _num_parameters(modules: Iterable[nn.Module]) -> int:
-    parameters = {id(p): p for module in modules for p in all_parameters(module)}  # shared ones once
-    return sum(p.numel() for p in parameters.values())
+def _num_parameters(tape: Tape, modules: Iterable[nn.Module]) -> int:
+    sizes: dict[int, int] = {}  # of shared ones once
+    for module in modules:
+        own = tape.parameter_sizes.get(id(module))
+        if own is None:
+            own = {id(p): p.numel() for p in all_parameters(module)}
+            tape.parameter_sizes[id(module)] = own
+        sizes |= own
+    return sum(sizes.values())
 
 
 def _chain_names(runs: list[list[Call]]) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import nn
 
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
+from depthscope.probes.model.modules import module_paths, own_parameters
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
@@ -147,8 +149,7 @@ def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
     began = tape.trace.calls[states[0].number]
     orders = set(tape.trace.calls_between(states[-1], states[0]))
     modules = [tape.calls[order].module for order in orders if order >= 0 and order != began]
-    own = {id(p): p.numel() for module in modules for p in module.parameters(recurse=False)}
-    return sum(own.values()) / trunk_size(tape, model)
+    return sum(p.numel() for p in own_parameters(modules)) / trunk_size(tape, model)
 
 
 def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:
@@ -182,7 +183,7 @@ def _lacks(tape: Tape, states: Sequence[Value], numbers: Sequence[int]) -> bool:
 
 def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
     """Refuse a forward that left out some of its blocks: their depths would be given to others."""
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model))
     ran = {call.path[:end] for call in tape.calls for end in _ends(call.path)}
     lists = {
         (path.rpartition(".")[0], type(modules[path]))
@@ -206,7 +207,7 @@ def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
 
 def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequence[Chain]) -> Chain:
     """A chain; unproven where a block like its own ran and is on no chain, so that its state is missing."""
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model))
     known = {path for other in chains for path in other.blocks}
     around = {path[:end] for path in known for end in _ends(path)}
     kinds = {
@@ -244,9 +245,7 @@ def _goes_on(tape: Tape, chain: Chain) -> bool:
     return last.root in sums and sums[-1] > last.root
 
 
-def _ends(path: str) -> Iterator[int]:
+@lru_cache(maxsize=1 << 14)
+def _ends(path: str) -> tuple[int, ...]:
     """Where the path of a module and of those that contain it end."""
-    yield len(path)
-    for position, letter in enumerate(path):
-        if letter == ".":
-            yield position
+    return len(path), *(position for position, letter in enumerate(path) if letter == ".")

@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
 from depthscope.diagnostics import Finding, Severity
-from depthscope.diagnostics.experiments import beside, result_about, save_result
+from depthscope.diagnostics.experiments import beside, result_for, save_result
 
 IDLE = Finding(
     verdict="idle_layer", severity=Severity.WARN, sentence="Nothing.", metric="angular_distance", value=0.0,
@@ -32,12 +32,12 @@ def result(kinds=("skip", "skip", "identity"), depths=(2, 5, 2), changes=(0.01, 
 
 
 def test_the_result_is_that_of_the_same_kind_at_the_place_of_the_finding():
-    assert result_about(result(), IDLE) == "skip at depth 2: loss +0.01 nats (95 %: +0.005 to +0.015)"
+    assert result_for(IDLE, result()) == "skip at depth 2: loss +0.01 nats (95 %: +0.005 to +0.015)"
 
 
 @pytest.mark.parametrize("depths", [(1, 5, 2), (4, 5, 3)])
 def test_a_result_from_elsewhere_says_nothing(depths):
-    assert result_about(result(depths=depths), IDLE) == ""
+    assert result_for(IDLE, result(depths=depths)) == ""
 
 
 def test_cards_show_the_command_and_then_its_result(tmp_path):

@@ -86,15 +86,19 @@ def lens(
     with the tuned lens" (2303.08112); Baldock, Maennel and Neyshabur, "Deep learning through the lens of example difficulty"
     (2106.09647).
     """
-    readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
-    if not readings:
-        raise InterventionError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
-    maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
-    for reading in readings:
-        for depth in reading.depths:
-            reading.read("logit", depth, None)
-            if tuned:
-                reading.read("tuned", depth, maps[depth])
+    # Tensors that are made in inference mode cannot be trained on.
+    with torch.inference_mode(False):
+        readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
+        if not readings:
+            raise InterventionError(
+                "no batch came: expected a mapping, a tensor, a tuple, or several of these"
+            )
+        maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
+        for reading in readings:
+            for depth in reading.depths:
+                reading.read("logit", depth, None)
+                if tuned:
+                    reading.read("tuned", depth, maps[depth])
     return _dataset(readings, tuned, steps, type(model).__name__, token_text)
 
 
@@ -205,14 +209,20 @@ def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Aff
             "the head gives one prediction a sequence; a tuned lens needs one a token, so pass tuned=False"
         )
     counts = [len(reading.counted) for reading in readings]
-    if sum(counts) < FOLDS:
-        raise InterventionError(f"the tuned lens needs at least {FOLDS} sequences; pass tuned=False")
+    # In each half one sequence to fit a map on, and one to see whether it is of use.
+    if sum(counts) < 2 * FOLDS:
+        raise InterventionError(
+            f"the tuned lens needs at least {2 * FOLDS} sequences, and there are {sum(counts)}; give more, or pass "
+            "tuned=False (--no-tuned)"
+        )
     # As many sequences in each half, whichever they are.
     order = np.random.default_rng(seed).permutation(sum(counts)) % FOLDS
     for reading, folds in zip(readings, np.split(order, np.cumsum(counts)[:-1]), strict=True):
         reading.folds = torch.as_tensor(folds)
     depths = readings[0].depths
     steps = affordable_steps([reading.example(depths[0]) for reading in readings], len(depths), FOLDS)
+    if any(parameter.is_inference() for parameter in readings[0].model.model.parameters()):
+        steps = 0  # no gradient passes weights that were made in inference mode; the regression needs none
     maps: dict[int, list[Affine]] = {}
     for depth in depths:
         examples = [reading.example(depth) for reading in readings]
