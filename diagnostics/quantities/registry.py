@@ -45,7 +45,7 @@ ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
 # Parts of connections with streams, which a run of one stream cannot have.
-_OF_STREAMS = ("h_res", "h_pre", "h_post", "read", "write", "initial_logits")
+_OF_STREAMS = ("h_res", "h_pre", "h_post", "read", "write", "read_known", "initial_logits")
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
