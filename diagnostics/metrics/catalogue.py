@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from depthscope.diagnostics.metrics import (
     alignment,
+    attention,
     collapse,
     contraction,
     gradients,
@@ -42,6 +43,8 @@ CATALOGUE: dict[str, Metric] = {
         shape.curvature,
         shape.intrinsic_dimension,
         spectrum.singular_value,
+        attention.attention_entropy,
+        attention.sink_mass,
         similarity.cka,
         similarity.adjacent_cka,
         similarity.angular_distance,

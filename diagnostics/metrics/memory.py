@@ -35,7 +35,7 @@ def _moved(sizes: tuple[int, int], *, fused: bool = False) -> int:
 
 
 def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
-    """3 d: what a plain residual connection of the same width reads and writes."""
+    """What a plain residual connection of the same width reads and writes: 3 d."""
     return _along(h_res, _moved((stream_sizes[0], 1)))
 
 
@@ -79,14 +79,14 @@ def fused_elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> 
 
 
 def _kept(h_res: xr.DataArray, width: int, streams: int) -> xr.DataArray:
-    """n d for each connection so far."""
+    """So many elements as the streams have, for each connection so far."""
     return _along(
         h_res, np.arange(1, h_res.sizes["connection"] + 1) * kernel.kept_elements(width, streams, 1)
     )
 
 
 def _kept_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
-    """d for each connection so far."""
+    """The same of one stream."""
     return _kept(h_res, stream_sizes[0], 1)
 
 

@@ -154,6 +154,7 @@ class Tape:
     """
 
     def __init__(self, keep: Collection[str] = (), on_block: Callable[[Call], Any] | None = None):
+        self.attention: Any = None  # what watches it, of the session
         self.calls: list[Call] = []
         self._keep = frozenset(keep)
         self._on_block = on_block
