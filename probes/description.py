@@ -63,7 +63,9 @@ class Description:
 
     ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
     ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or
-    "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured.
+    "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured. ``not_covered`` has what ran and lies in no
+    chain: dicts with ``module``, ``blocks`` (their number), ``block`` (their class), ``share`` (of the parameters), ``why``,
+    ``layers`` (the pattern that names them) and ``sentence``.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Description:
     remarks: tuple[dict[str, Any], ...] = ()
     proof: str = ""
     constraint: str = ""
+    not_covered: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
@@ -109,6 +112,7 @@ class Description:
             f"outside of the connections, before {change['module']}"
             for change in self.changes_outside
         ]
+        lines += [f"  not covered  {part['sentence']}" for part in self.not_covered]
         lines += [f"  remark       {remark['sentence']}" for remark in self.remarks]
         return "\n".join(lines + self._coverage())
 
@@ -204,6 +208,7 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         remarks=tuple(run.attrs.get("remarks", ())),
         proof=run.attrs.get("proof", ""),
         constraint=run.attrs.get("constraint", ""),
+        not_covered=tuple(run.attrs.get("not_covered", ())),
     )
 
 

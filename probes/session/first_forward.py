@@ -39,6 +39,7 @@ from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_
 from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
+from depthscope.probes.structure.not_covered import not_covered
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
 from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
@@ -286,6 +287,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         inner_streams=0
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
+        not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
     )
 
 

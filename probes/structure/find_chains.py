@@ -15,10 +15,11 @@ from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.dataflow.linear import LinearDependence
-from depthscope.probes.model.modules import all_modules, all_parameters, own_parameters
+from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
+from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.stages import join_stages
 from depthscope.probes.structure.stream_chain import stream_chain
 from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm, same_tensor
@@ -95,7 +96,7 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     if not found:
         return []
     best, best_size = _finest_run(found)
-    share = best_size / trunk_size(tape, model)
+    share = best_size / (ran_parameters(tape, model).total or 1)
     if share < TRUNK_SHARE:
         raise ChainError(
             f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
@@ -153,31 +154,6 @@ def _parts_of_one_shape(run: list[Call]) -> Iterable[list[Call]]:
         calls = list(part)
         if same_shape and len(calls) > 1:
             yield calls
-
-
-def trunk_size(tape: Tape, model: nn.Module) -> int:
-    """Number of parameters of the modules that ran, without embeddings and the heads that predict their vocabulary.
-
-    In a small model with a large vocabulary these are most of all parameters. A tower that was not called is no part of what
-    the forward did.
-    """
-    # A head that is tied to the embedding shares its parameter; one that is not has as many outputs.
-    modules = all_modules(model)
-    vocabularies = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
-    heads = (
-        module
-        for module in modules
-        if isinstance(module, nn.Embedding)
-        or (isinstance(module, nn.Linear) and module.out_features in vocabularies)
-    )
-    outside = set(map(id, own_parameters(heads)))
-    called = {id(call.module): call.module for call in tape.calls}
-    ran: list[nn.Module] = []
-    for module in called.values():
-        # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
-        parts_ran = any(id(child) in called for child in module._modules.values())
-        ran += [module] if parts_ran else all_modules(module)
-    return sum(p.numel() for p in own_parameters(ran) if id(p) not in outside) or 1
 
 
 def _covers(container: list[Call], run: list[Call]) -> bool:

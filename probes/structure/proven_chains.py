@@ -17,11 +17,11 @@ from depthscope.probes.structure.find_chains import (
     FURTHER_SHARE,
     TRUNK_SHARE,
     find_chains,
-    trunk_size,
     with_final,
 )
 from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.plain_proof import CANCELLED, PROVEN, states_of, with_proof
+from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
@@ -147,8 +147,8 @@ def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
     began = tape.trace.calls[states[0].number]
     orders = set(tape.trace.calls_between(states[-1], states[0]))
     modules = [tape.calls[order].module for order in orders if order >= 0 and order != began]
-    own = {id(p): p.numel() for module in modules for p in module.parameters(recurse=False)}
-    return sum(own.values()) / trunk_size(tape, model)
+    ran = ran_parameters(tape, model)
+    return ran.share(ran.own(modules))
 
 
 def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:

@@ -170,6 +170,7 @@ class Tape:
         ] = {}  # values that only an operation shows, by their places
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self.unreadable: ValueError | None = None  # why the weights of a known connection cannot be read
+        self.ran: Any = None  # the parameters that ran; see `ran_parameters`
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
     @property
