@@ -237,8 +237,8 @@ def _taped(path: str) -> str:
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
-    if listener.receive is not None:
-        listener.receive(gradient)
+    for receive in listener.receivers:
+        receive(gradient)
 
 
 # --- what the model is ---
@@ -397,7 +397,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         listener = forward.listeners.get((id(tensor), written))
         if listener is not None and listener.tensor() is tensor:
             # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
-            listener.receive = partial(observer.record_gradient, forward, number, depth)
+            listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
             assert listener.handle is not None
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)

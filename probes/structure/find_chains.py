@@ -19,6 +19,7 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
+from depthscope.probes.structure.plain_proof import plain_step
 from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.stages import join_stages
 from depthscope.probes.structure.stream_chain import stream_chain
@@ -74,7 +75,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
     chains: list[Chain] = []
-    for name, run in zip(_chain_names(runs), runs, strict=True):
+    for name, run in zip(distinct_names([run[0].path for run in runs]), runs, strict=True):
         chain = with_final(tape, _linked_chain(run, name))
         chains += split_tracks(chain, run, named=False)
     return chains
@@ -107,7 +108,64 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= FURTHER_SHARE * best_size]
     while rest := [pair for pair in rest if not any(_share_calls(pair[0], other) for other in chosen)]:
         chosen.append(_finest_run(rest)[0])
-    return sorted(chosen, key=lambda run: run[0].order)
+    return _with_linked_runs(tape, sorted(chosen, key=lambda run: run[0].order), [run for run, _ in found])
+
+
+def _with_linked_runs(tape: Tape, chosen: list[list[Call]], found: list[list[Call]]) -> list[list[Call]]:
+    """The chosen runs, with the blocks of other classes that take or give the very states of these put in their places.
+
+    The stages of a network may have blocks of several classes: convolutions first and attention later.
+    """
+    others = [run for run in found if _is_block_run(run) and _adds_branches(tape, run)]
+    joined: list[list[Call]] = []
+    for run in chosen:
+        if any(_share_calls(run, other) for other in joined):
+            continue  # it has become a part of another one
+        longer = True
+        while longer:
+            places = ((other, _place(tape, run, other, others)) for other in others if not _share_calls(run, other))
+            longer = False
+            for other, place in places:
+                if place is not None:
+                    run = [*run[:place], *other, *run[place:]]
+                    longer = True
+                    break
+        joined.append(run)
+    return joined
+
+
+def _place(tape: Tape, run: list[Call], other: list[Call], others: list[list[Call]]) -> int | None:
+    """Where in a run another one belongs that takes a state of it, or gives its first one; None where neither does."""
+    if same_tensor(other[-1].y, run[0].x):
+        return 0
+    for number, call in enumerate(run, 1):
+        if same_tensor(call.y, other[0].x):
+            # Of two that go on from the last state, such as two heads, neither is the rest of the trunk.
+            alone = sum(same_tensor(call.y, each[0].x) for each in others) == 1
+            return number if (_leads_to(tape, other, run[number]) if number < len(run) else alone) else None
+    return None
+
+
+def _leads_to(tape: Tape, run: list[Call], call: Call) -> bool:
+    """Whether a call takes what was computed from the last state of a run: else the run is a branch to the side."""
+    given, taken = run[-1].values[1], call.values[0]
+    return (
+        tape.trace is not None
+        and given is not None
+        and taken is not None
+        and tape.trace.depends(taken, given)
+    )
+
+
+def _adds_branches(tape: Tape, run: list[Call]) -> bool:
+    """Whether every block of a run that keeps the shape of its state adds something to it, and some block does."""
+    if tape.trace is None or tape.trace.error is not None:
+        return False
+    kept = [call.values for call in run if call.x_shape == call.y_shape]
+    return bool(kept) and all(
+        before is not None and after is not None and not plain_step(tape.trace, before, after)
+        for before, after in kept
+    )
 
 
 def _finest_run(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
@@ -176,15 +234,15 @@ def _num_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for p in parameters.values())
 
 
-def _chain_names(runs: list[list[Call]]) -> list[str]:
-    """Short distinct names: the first path component in which all chains differ."""
-    if len(runs) == 1:
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Short distinct names of chains, by the paths of their first blocks: the first component in which all differ."""
+    if len(paths) == 1:
         return [""]
-    paths = [run[0].path.split(".") for run in runs]
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) == len(runs):
-            return list(parts)
-    return [f"chain{i}" for i in range(len(runs))]
+    parts = [path.split(".") for path in paths]
+    for names in zip(*parts, strict=False):
+        if len(set(names)) == len(paths):
+            return list(names)
+    return [f"chain{i}" for i in range(len(paths))]
 
 
 def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[Call]:

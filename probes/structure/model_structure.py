@@ -116,10 +116,10 @@ class Structure:
             fractions=self.fractions,
         )
 
-    def canonical_final(self, state: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The state after the last norm as (B, T, D): the streams are collapsed by then, whatever their layout was."""
+    def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""
         if not self.sites and self.num_streams == 1:
-            return self.canonical(0, state, batch_size).squeeze(2)
+            return self.canonical(number, state, batch_size).squeeze(2)
         return state.reshape(batch_size, -1, state.shape[-1])
 
 

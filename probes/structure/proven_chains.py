@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,11 +17,12 @@ from depthscope.probes.structure.find_chains import (
     FINER_SHARE,
     FURTHER_SHARE,
     TRUNK_SHARE,
+    distinct_names,
     find_chains,
     with_final,
 )
 from depthscope.probes.structure.inner_streams import inner_streams
-from depthscope.probes.structure.plain_proof import CANCELLED, PROVEN, states_of, with_proof
+from depthscope.probes.structure.plain_proof import CANCELLED, NO_STEP, PROVEN, states_of, with_proof
 from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
@@ -30,6 +32,8 @@ from depthscope.probes.structure.value_chain import (
     unchanged_origin,
     value_chains,
 )
+
+NUMBERED = re.compile(r"chain\d+")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def proven_chains(
     refusal: ChainError | None = None
     chains: list[Chain] = []
     try:
-        chains = [with_proof(tape, chain) for chain in find_chains(tape, model, layers=layers)]
+        chains = _with_steps([with_proof(tape, chain) for chain in find_chains(tape, model, layers=layers)])
     except ChainError as error:
         refusal = error
         if layers is not None:
@@ -93,10 +97,49 @@ def proven_chains(
     if found is None and refusal is not None:
         raise refusal
     found = found or FoundChains(tuple(chains))
+    if not found.chains[0].has_streams:  # with streams all chains would be read as if they had them
+        found = _with_other_towers(found, [*chains, *(with_proof(tape, each[0]) for each in carried)])
     for chain in found.chains:
         _require_all_blocks(tape, model, chain)
     return replace(
         found, chains=tuple(_with_all_blocks(tape, model, chain, found.chains) for chain in found.chains)
+    )
+
+
+def _with_steps(chains: list[Chain]) -> list[Chain]:
+    """Without those of which every step changes the shape, where others are proven: a neck of convolutions is no chain."""
+    if not any(chain.proof == PROVEN for chain in chains):
+        return chains
+    kept = [chain for chain in chains if not chain.proof.endswith(NO_STEP)]
+    # Tracks are called after arguments; numbers, or the name of one of several, say nothing of those that are left.
+    if len(kept) < len(chains) and (len(kept) == 1 or any(NUMBERED.fullmatch(chain.name) for chain in kept)):
+        return list(_with_names(kept))
+    return kept
+
+
+def _with_other_towers(found: FoundChains, others: Sequence[Chain]) -> FoundChains:
+    """The chains that were found, and proven ones of blocks of which these have nothing."""
+    chains = list(found.chains)
+    for other in others:
+        if other.proof == PROVEN and not any(_have_blocks_in_common(other, chain) for chain in chains):
+            chains.append(other)
+    if len(chains) == len(found.chains):
+        return found
+    return replace(found, chains=_with_names(chains))
+
+
+def _with_names(chains: Sequence[Chain]) -> tuple[Chain, ...]:
+    """Chains with distinct names, by their blocks; a chain that is alone has none."""
+    # A state that begins without any module has no block; numbers tell chains from one another then.
+    names = distinct_names([chain.blocks[0] if chain.blocks else "" for chain in chains])
+    return tuple(replace(chain, name=name) for chain, name in zip(chains, names, strict=True))
+
+
+def _have_blocks_in_common(a: Chain, b: Chain) -> bool:
+    return any(
+        one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+        for one in a.blocks
+        for other in b.blocks
     )
 
 
@@ -123,9 +166,7 @@ def _carried_chains(
         return FoundChains((replace(chains[0] if chains else proven[0], proof=why),))
     if any(chain.proof != PROVEN for chain in proven):
         return None
-    if len(proven) > 1:
-        proven = [replace(chain, name=f"chain{number}") for number, chain in enumerate(proven)]
-    return FoundChains(tuple(proven))
+    return FoundChains(_with_names(proven))
 
 
 def _chain_over_depth(tape: Tape, model: nn.Module, batch_size: int, *, above: float) -> FoundChains | None:
