@@ -123,7 +123,9 @@ def _with_linked_runs(tape: Tape, chosen: list[list[Call]], found: list[list[Cal
             continue  # it has become a part of another one
         longer = True
         while longer:
-            places = ((other, _place(tape, run, other, others)) for other in others if not _share_calls(run, other))
+            places = (
+                (other, _place(tape, run, other, others)) for other in others if not _share_calls(run, other)
+            )
             longer = False
             for other, place in places:
                 if place is not None:

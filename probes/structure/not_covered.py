@@ -209,7 +209,9 @@ class _LeftOutParts:
             return "of a model whose states have connections, the chain that has them is read alone"
         on_chains = self._ran.share(self._on_chains)
         if self._ran.share(self._own_of(blocks)) < FURTHER_SHARE * on_chains:
-            return f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are read"
+            return (
+                f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are read"
+            )
         return "no chain of its states was found, or none that is proven"
 
     def _pattern(self, blocks: Sequence[Call]) -> str:

@@ -12,6 +12,7 @@ from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.deferred_branches import with_deferred_branches
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
     FINER_SHARE,
@@ -33,6 +34,7 @@ from depthscope.probes.structure.value_chain import (
     value_chains,
 )
 
+NO_END = "unproven: more is added to the last state, and no module shows what comes of it"
 NUMBERED = re.compile(r"chain\d+")
 
 
@@ -72,13 +74,13 @@ def proven_chains(
     refusal: ChainError | None = None
     chains: list[Chain] = []
     try:
-        chains = _with_steps([with_proof(tape, chain) for chain in find_chains(tape, model, layers=layers)])
+        chains = _chains_of_modules(tape, model, layers)
     except ChainError as error:
-        refusal = error
         if layers is not None:
             raise
+        refusal = error
     if layers is not None or any(chain.has_streams or chain.history for chain in chains):
-        return FoundChains(tuple(chains))
+        return FoundChains(tuple(_with_an_end(tape, chain) for chain in chains))
     carried = [(chain, states, _share(tape, model, states)) for chain, states in value_chains(tape, model)]
     try:
         found = _carried_chains(tape, model, carried, chains)
@@ -96,14 +98,17 @@ def proven_chains(
         found = _chain_over_depth(tape, model, batch_size, above=share) or found
     if found is None and refusal is not None:
         raise refusal
-    found = found or FoundChains(tuple(chains))
-    if not found.chains[0].has_streams:  # with streams all chains would be read as if they had them
-        found = _with_other_towers(found, [*chains, *(with_proof(tape, each[0]) for each in carried)])
+    found = _with_other_towers(tape, found or FoundChains(tuple(chains)), chains, carried)
     for chain in found.chains:
         _require_all_blocks(tape, model, chain)
     return replace(
         found, chains=tuple(_with_all_blocks(tape, model, chain, found.chains) for chain in found.chains)
     )
+
+
+def _chains_of_modules(tape: Tape, model: nn.Module, layers: Sequence[str] | None) -> list[Chain]:
+    found = find_chains(tape, model, layers=layers)
+    return _with_steps([with_proof(tape, with_deferred_branches(tape, chain)) for chain in found])
 
 
 def _with_steps(chains: list[Chain]) -> list[Chain]:
@@ -117,15 +122,25 @@ def _with_steps(chains: list[Chain]) -> list[Chain]:
     return kept
 
 
-def _with_other_towers(found: FoundChains, others: Sequence[Chain]) -> FoundChains:
-    """The chains that were found, and proven ones of blocks of which these have nothing."""
-    chains = list(found.chains)
-    for other in others:
-        if other.proof == PROVEN and not any(_have_blocks_in_common(other, chain) for chain in chains):
-            chains.append(other)
-    if len(chains) == len(found.chains):
+def _with_other_towers(
+    tape: Tape,
+    found: FoundChains,
+    chains: Sequence[Chain],
+    carried: Sequence[tuple[Chain, list[Value], float]],
+) -> FoundChains:
+    """The chains that were found, and proven ones of modules or values of blocks of which these have nothing."""
+    taken = list(found.chains)
+    if taken[0].has_streams:  # all chains would be read as if they had streams
         return found
-    return replace(found, chains=_with_names(chains))
+    large = [with_final(tape, chain) for chain, _, share in carried if share >= FURTHER_SHARE]
+    for other in [*chains, *large]:
+        if any(_have_blocks_in_common(other, chain) for chain in taken):
+            continue
+        proven = with_proof(tape, other)
+        taken += [proven] if proven.proof == PROVEN else []
+    if len(taken) == len(found.chains):
+        return found
+    return replace(found, chains=_with_names(taken))
 
 
 def _with_names(chains: Sequence[Chain]) -> tuple[Chain, ...]:
@@ -258,9 +273,7 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
         and any(True for _ in modules[path].children())
     }
     if chain.proof == PROVEN and _goes_on(tape, chain):
-        return replace(
-            chain, proof="unproven: more is added to the last state, and no module shows what comes of it"
-        )
+        return replace(chain, proof=NO_END)
     for call in tape.calls if chain.proof == PROVEN else ():
         path = call.path
         if (
@@ -273,6 +286,15 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
             )
             return replace(chain, proof=why)
     return chain
+
+
+def _with_an_end(tape: Tape, chain: Chain) -> Chain:
+    """A chain of the user's blocks; unproven where the last one hands on a branch that is added after it.
+
+    Otherwise the user may well have named the first blocks of several.
+    """
+    deferred = chain.points[-1].site == "mid" and chain.proof == PROVEN
+    return replace(chain, proof=NO_END) if deferred and _goes_on(tape, chain) else chain
 
 
 def _goes_on(tape: Tape, chain: Chain) -> bool:

@@ -1,4 +1,4 @@
-"""Which parameters did a forward use, without those of embeddings and of heads that predict a vocabulary?"""
+"""Which parameters did a forward use? Those of embeddings and of heads that predict a vocabulary are left out."""
 
 from __future__ import annotations
 

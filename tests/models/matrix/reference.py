@@ -195,7 +195,7 @@ def groups(model: nn.Module, calls: list[Call]) -> list[Group]:
 
 
 def _without_ends(calls: list[Call]) -> list[Call]:
-    """Without what is no block before the first and after the last block: an image, a stem's or a head's output is no state."""
+    """Without what comes before the first block and after the last one: what a stem takes and a head gives is no state."""
     blocks = [number for number, call in enumerate(calls) if parts_with_weights(call.module) >= 3]
     return calls[blocks[0] : blocks[-1] + 1] if blocks else []
 
