@@ -37,6 +37,7 @@ from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.inner_streams import inner_streams
+from depthscope.probes.structure.layout_changes import split_at_layout_changes
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
 from depthscope.probes.structure.not_covered import not_covered
@@ -271,6 +272,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     """
     found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
+    if options.layout is None:
+        chains = tuple([part for chain in chains for part in split_at_layout_changes(tape, chain)])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     if not sites:  # a known connection tells its own layout

@@ -6,7 +6,7 @@ Found by how the calls of one forward link, output to input, never by class name
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -97,17 +97,22 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     if not found:
         return []
     best, best_size = _finest_run(found)
-    share = best_size / (ran_parameters(tape, model).total or 1)
-    if share < TRUNK_SHARE:
-        raise ChainError(
-            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
-            "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
-        )
     chosen = [best]
     # A model may have several trunks; parts of one trunk, such as its attentions, overlap with it and are left out.
     rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= FURTHER_SHARE * best_size]
     while rest := [pair for pair in rest if not any(_share_calls(pair[0], other) for other in chosen)]:
         chosen.append(_finest_run(rest)[0])
+    # Of several towers none need be most of the model; single layers that follow one another are no tower.
+    towers = chosen if _is_block_run(best) else [best]
+    share = _num_parameters(call.module for run in towers for call in run) / (
+        ran_parameters(tape, model).total or 1
+    )
+    if share < TRUNK_SHARE:
+        pattern = re.sub(r"\d+", "{i}", best[0].path, count=1)
+        raise ChainError(
+            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
+            f"model's parameters, so it is not the trunk; name the blocks with layers=, such as layers={pattern!r}"
+        )
     return _with_linked_runs(tape, sorted(chosen, key=lambda run: run[0].order), [run for run, _ in found])
 
 
@@ -136,16 +141,22 @@ def _with_linked_runs(tape: Tape, chosen: list[list[Call]], found: list[list[Cal
     return joined
 
 
-def _place(tape: Tape, run: list[Call], other: list[Call], others: list[list[Call]]) -> int | None:
+def _place(tape: Tape, run: list[Call], other: list[Call], runs: list[list[Call]]) -> int | None:
     """Where in a run another one belongs that takes a state of it, or gives its first one; None where neither does."""
     if same_tensor(other[-1].y, run[0].x):
-        return 0
+        return 0 if _goes_on_once(other, runs) else None
     for number, call in enumerate(run, 1):
         if same_tensor(call.y, other[0].x):
-            # Of two that go on from the last state, such as two heads, neither is the rest of the trunk.
-            alone = sum(same_tensor(call.y, each[0].x) for each in others) == 1
-            return number if (_leads_to(tape, other, run[number]) if number < len(run) else alone) else None
+            at_the_end = number == len(run)
+            fits = _goes_on_once(run, runs) if at_the_end else _leads_to(tape, other, run[number])
+            return number if fits else None
     return None
+
+
+def _goes_on_once(run: list[Call], runs: list[list[Call]]) -> bool:
+    """Whether one run alone goes on from the last state of another: of two heads neither is the rest of the trunk."""
+    first = {id(each[0]): each[0] for each in runs if same_tensor(run[-1].y, each[0].x)}.values()
+    return sum(not any(call.inside(other) for other in first) for call in first) == 1
 
 
 def _leads_to(tape: Tape, run: list[Call], call: Call) -> bool:
@@ -194,14 +205,47 @@ def _candidate_runs(tape: Tape) -> list[list[Call]]:
     mixed: list[list[Call]] = []
     for (kind, key), run in tape.linked_runs():
         if kind == "class":
-            by_class.setdefault(key, []).append(run)
+            by_class.setdefault(key, []).extend(_parts_between_forks(tape, run))
         else:
             mixed += _parts_of_one_shape(run)
     classes: list[list[Call]] = []
-    for runs in by_class.values():
+    for parts in by_class.values():
+        runs = [part for part in parts if len(part) > 1]
+        if not runs:
+            continue
         # Only blocks have stages: single layers of one class, such as norms, follow one another by chance.
         classes += join_stages(tape, runs) if _has_children(runs[0][0]) else runs
     return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
+
+
+def _parts_between_forks(tape: Tape, run: list[Call]) -> Iterator[list[Call]]:
+    """A run, cut where it leaves a list of blocks for another one although a further block takes the same state.
+
+    Which of them goes on with the trunk does not show: the others are branches to the side, such as heads.
+    """
+    start = 0
+    for end, (before, after) in enumerate(pairwise(run), 1):
+        if _list_of(before) != _list_of(after) and _forks(tape, before, after):
+            yield run[start:end]
+            start = end
+    yield run[start:]
+
+
+def _list_of(call: Call) -> str:
+    """The path of the numbered list that a module is in; of one in none its own."""
+    container, _, last = call.path.rpartition(".")
+    return container if last.isdigit() else call.path
+
+
+def _forks(tape: Tape, before: Call, after: Call) -> bool:
+    """Whether a block other than the next one takes the state that a call gave."""
+    return any(
+        other.x_shape == other.y_shape == before.y_shape
+        and same_tensor(before.y, other.x)
+        and _has_children(other)
+        and not (other is after or other.inside(after) or after.inside(other) or before.inside(other))
+        for other in tape.calls[before.order + 1 :]
+    )
 
 
 def _has_children(call: Call) -> bool:

@@ -25,7 +25,7 @@ from depthscope.probes.structure.tape import FORWARD, Call, Tape
 
 # Parts without repeated blocks are named from this share of the parameters on; a heuristic of ours. Below it are projectors,
 # stems and heads, of which a forward has many.
-NAMED_SHARE = FURTHER_SHARE
+NAMED_SHARE = 0.2
 # A block computes something: it has a matrix to go in and one to come out, unlike a convolution with its norm.
 MATRICES = 2
 

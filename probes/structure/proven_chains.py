@@ -25,7 +25,7 @@ from depthscope.probes.structure.find_chains import (
 from depthscope.probes.structure.inner_streams import inner_streams
 from depthscope.probes.structure.plain_proof import CANCELLED, NO_STEP, PROVEN, states_of, with_proof
 from depthscope.probes.structure.ran_parameters import ran_parameters
-from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
+from depthscope.probes.structure.tape import Call, ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
     carried_values,
@@ -272,7 +272,7 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
         and type(modules[path]) is not nn.Sequential
         and any(True for _ in modules[path].children())
     }
-    if chain.proof == PROVEN and _goes_on(tape, chain):
+    if chain.proof == PROVEN and _goes_on(tape, chain, chains):
         return replace(chain, proof=NO_END)
     for call in tape.calls if chain.proof == PROVEN else ():
         path = call.path
@@ -280,6 +280,7 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
             type(call.module) in kinds
             and path not in around
             and not any(path[:end] in known for end in _ends(path))
+            and _has_to_do_with(tape, chain, call)
         ):
             why = (
                 f"unproven: {path} ran, like the blocks of the chain, and what came of it is not on the chain"
@@ -288,23 +289,41 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
     return chain
 
 
+def _has_to_do_with(tape: Tape, chain: Chain, call: Call) -> bool:
+    """Whether a call worked on what came of a chain, or a chain on what came of it; another tower does neither."""
+    first, last = states_of(tape, (chain.points[0], chain.points[-1]))
+    taken, given = call.values
+    if tape.trace is None or first is None or last is None or taken is None or given is None:
+        return True
+    return tape.trace.depends(taken, first) or tape.trace.depends(last, given)
+
+
 def _with_an_end(tape: Tape, chain: Chain) -> Chain:
     """A chain of the user's blocks; unproven where the last one hands on a branch that is added after it.
 
     Otherwise the user may well have named the first blocks of several.
     """
     deferred = chain.points[-1].site == "mid" and chain.proof == PROVEN
-    return replace(chain, proof=NO_END) if deferred and _goes_on(tape, chain) else chain
+    return replace(chain, proof=NO_END) if deferred and _goes_on(tape, chain, ()) else chain
 
 
-def _goes_on(tape: Tape, chain: Chain) -> bool:
-    """Whether the state after the last block goes through further sums with what was computed from it."""
+def _goes_on(tape: Tape, chain: Chain, chains: Sequence[Chain]) -> bool:
+    """Whether the state after the last block goes through further sums with what was computed from it, on no other chain."""
     (last,) = states_of(tape, chain.points[-1:])
     trace = tape.trace
     if last is None or trace is None or trace.most_merged is None or last.merges == 0:
         return False
     sums = [group[0].number for group in carried_values(trace, trace.most_merged)]
-    return last.root in sums and sums[-1] > last.root
+    further = [number for number in sums if number > last.root]
+    if last.root not in sums or not further:
+        return False
+    for other in chains:
+        first, end = states_of(tape, (other.points[0], other.points[-1]))
+        # Another chain goes on where this one ends: nothing was added in between.
+        begins = first is not None and first.number >= last.number and trace.depends(first, last)
+        if other is not chain and begins and end is not None and first is not None and end.root in further:
+            return any(number < first.root for number in further)
+    return True
 
 
 def _ends(path: str) -> Iterator[int]:
