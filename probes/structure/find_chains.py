@@ -91,9 +91,8 @@ def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
 
 
 def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
-    found = [
-        (run, size) for run in _candidate_runs(tape) if (size := _num_parameters(call.module for call in run))
-    ]
+    runs = _with_linked_runs(tape, list(_candidate_runs(tape)))
+    found = [(run, size) for run in runs if (size := _num_parameters(call.module for call in run))]
     if not found:
         return []
     best, best_size = _finest_run(found)
@@ -113,32 +112,33 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
             f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
             f"model's parameters, so it is not the trunk; name the blocks with layers=, such as layers={pattern!r}"
         )
-    return _with_linked_runs(tape, sorted(chosen, key=lambda run: run[0].order), [run for run, _ in found])
+    return sorted(chosen, key=lambda run: run[0].order)
 
 
-def _with_linked_runs(tape: Tape, chosen: list[list[Call]], found: list[list[Call]]) -> list[list[Call]]:
-    """The chosen runs, with the blocks of other classes that take or give the very states of these put in their places.
+def _with_linked_runs(tape: Tape, runs: list[list[Call]]) -> list[list[Call]]:
+    """Runs of blocks, with the blocks of other classes that take or give the very states of these put in their places.
 
     The stages of a network may have blocks of several classes: convolutions first and attention later.
     """
-    others = [run for run in found if _is_block_run(run) and _adds_branches(tape, run)]
-    joined: list[list[Call]] = []
-    for run in chosen:
-        if any(_share_calls(run, other) for other in joined):
-            continue  # it has become a part of another one
-        longer = True
-        while longer:
-            places = (
-                (other, _place(tape, run, other, others)) for other in others if not _share_calls(run, other)
-            )
-            longer = False
-            for other, place in places:
-                if place is not None:
-                    run = [*run[:place], *other, *run[place:]]
-                    longer = True
-                    break
-        joined.append(run)
-    return joined
+    blocks = [run for run in runs if _is_block_run(run)]
+    found: dict[tuple[int, ...], list[Call]] = {}
+    for run in runs:
+        longer = _longer(tape, run, blocks) if _is_block_run(run) else run
+        found.setdefault(tuple(call.order for call in longer), longer)
+    return list(found.values())
+
+
+def _longer(tape: Tape, run: list[Call], blocks: list[list[Call]]) -> list[Call]:
+    """A run with all others in it that belong there."""
+    while True:
+        free = [other for other in blocks if not _share_calls(run, other)]
+        for other in free:
+            place = _place(tape, run, other, [run, *free])
+            if place is not None and _adds_branches(tape, other):
+                run = [*run[:place], *other, *run[place:]]
+                break
+        else:
+            return run
 
 
 def _place(tape: Tape, run: list[Call], other: list[Call], runs: list[list[Call]]) -> int | None:

@@ -26,7 +26,7 @@ class RanParameters:
     Attributes
     ----------
     sizes : dict of int to int
-        By the identity of a parameter, its number of elements.
+        By the identity of a parameter, its number of elements; 0 for those of embeddings and heads.
     total : int
         The sum of all sizes.
     """
@@ -48,7 +48,7 @@ class RanParameters:
             # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
             parts_ran = any(id(child) in called for child in module._modules.values())
             ran += [module] if parts_ran else all_modules(module)
-        self.sizes = {id(p): p.numel() for p in own_parameters(ran) if id(p) not in outside}
+        self.sizes = {id(p): 0 if id(p) in outside else p.numel() for p in own_parameters(ran)}
         self.total = sum(self.sizes.values())
 
     def within(self, module: nn.Module) -> set[int]:

@@ -7,6 +7,7 @@ blocks take and give several tensors, a dict or a list, or where something happe
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,9 @@ def _beginning(group: Sequence[CarriedState]) -> CarriedState | None:
 
 
 def _shown_of(group: Sequence[CarriedState], *, normed: bool) -> CarriedState | None:
-    placed = [state for state in group if state.places]
+    # What was averaged or cut out of a state is no state of its depth.
+    size = math.prod(group[0].value.shape)
+    placed = [state for state in group if state.places and math.prod(state.value.shape) == size]
     made = _made_by_function(group) if normed else []
     return made[-1] if made else placed[0] if placed else None
 
