@@ -129,7 +129,10 @@ def replaced_folder(target: str | os.PathLike[str], *, others: ListOthers | None
     place = require_writable(target)
     listed = others or _no_others
     if os.path.lexists(place):
-        listed(place)  # refused before the block, which may take minutes
+        # Refused before the block, which may take minutes. Another writer may just have moved it; what counts is asked again
+        # under the lock.
+        with suppress(FileNotFoundError):
+            listed(place)
         if os.path.ismount(place):
             raise OSError(f"{place} is a mount point, which cannot be replaced; name a folder inside it")
     with _scratch_folder(place) as scratch:
@@ -300,7 +303,8 @@ def require_writable(target: str | os.PathLike[str]) -> Path:
     place = Path(os.path.realpath(target))
     if place.is_symlink():
         raise OSError(f"{target} is a link that leads in a circle; remove it, or name another path")
-    if os.path.lexists(place) and not os.access(place, os.W_OK):
+    # Asked three times: without an exchange of names the target is missing for an instant while another writer replaces it.
+    if all(os.path.lexists(place) and not os.access(place, os.W_OK) for _ in range(3)):
         raise PermissionError(
             f"{target} is write-protected; allow it with: chmod u+w {target}, or name another path"
         )

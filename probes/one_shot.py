@@ -11,6 +11,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.probes.model.errors import CaptureError, require_module
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
@@ -126,19 +127,22 @@ def measure(
     )
     assert first is not None
     # After the state is restored: the forward draws what the first measured one drew.
-    followed = follow(session, *first)
-    if described:
-        return build_run(session, [], [], digests=False, followed=followed)
-    return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed)
+    with no_collection():
+        followed = follow(session, *first)
+        if described:
+            return build_run(session, [], [], digests=False, followed=followed)
+        return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed)
 
 
 def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
-    session.attach()
+    with no_collection():
+        session.attach()
     try:
-        output = call_observed(session, batch)
+        with no_collection():
+            output = call_observed(session, batch)
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
         if not session.forwards and gradients:
@@ -193,7 +197,7 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     if not value.requires_grad or not forward.first_states:
         raise CaptureError("the loss does not depend on any residual state that carries a gradient")
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
-    torch.autograd.grad(value, forward.first_states, allow_unused=True)
+    torch.autograd.grad(value, forward.backward_ends(), allow_unused=True)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Line:
     lower, upper : numpy.ndarray or None
         Uncertainty or spread around `y`.
     error : numpy.ndarray or None
-        Standard error of `y` where the band is a spread; drawn as whiskers.
+        Half of the interval over sequences where the band is a spread; drawn as whiskers.
     group : str
         Name of the run that the line belongs to; empty for thresholds.
     text : sequence of str or None

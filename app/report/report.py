@@ -15,11 +15,10 @@ from depthscope.app.figures import Figure, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.tables.findings import NOTHING, count_words, findings_text, place_of
+from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
-from depthscope.app.tables.tables import spoken
-from depthscope.app.text.bibliography import bibliography, cited, entries
-from depthscope.app.text.numbers import number
+from depthscope.app.text.bibliography import bibliography, entries
+from depthscope.app.text.explanations import explanation
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -123,13 +122,11 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
     page = html_template(
         "depthscope.app.report",
         "report.html.jinja",
-        cited=cited,
+        cards=cards_of,
         counts=count_words,
         csv=to_csv,
         fact=_fact,
-        number=lambda value: number(float(value)),
-        place=place_of,
-        spoken=spoken,
+        explained=explanation,
         svg=_svg,
     )
     return page.render(

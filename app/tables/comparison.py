@@ -14,7 +14,7 @@ from depthscope.app.figures.build.captions import selection_words
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.tables import Column, Table, column_of
+from depthscope.app.tables.tables import Column, Table, column_of, margin_words
 from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, number, quantity, sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
@@ -57,6 +57,9 @@ SUMMARY = (
     Extreme("effective_streams", "lowest"),
 )
 
+# What of a number is written for machines; people get half of its interval in place of the standard error.
+_WRITTEN = ("", "_stderr", "_null")
+
 _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
 
 
@@ -80,17 +83,17 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
     symbols: dict[str, str] = {}
     shown: list[str] = []
+    all_columns: list[Column | None] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
         # The heading and the symbol are the same for all runs: those of the first one that has the metric.
         known = next((column for column in columns if column is not None), None)
         if known is None:
             continue
+        all_columns += columns
         cells = [_at_extreme(column, extreme.place) for column in columns]
         key = f"{known.key}_{extreme.place}"
-        data = data.assign(
-            **{key + end: [cell[end] for cell in cells] for end in ("", "_stderr", "_null", "_at")}
-        )
+        data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
         heading = f"{known.label}, {_SHORT[extreme.place]}"
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
         symbols[extreme.metric] = known.symbol
@@ -104,7 +107,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     return Table(
         name="summary",
         title="Summary of runs",
-        caption=f"Summary of runs. {_summary_words(readings, shown, view)}",
+        caption=f"Summary of runs. {_summary_words(readings, shown, view, margin_words(all_columns))}",
         # Errors, nulls and places that no run has would be empty columns of the CSV.
         data=data.dropna(axis="columns", how="all"),
         printed=printed,
@@ -143,11 +146,10 @@ def _printed_facts(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _at_extreme(column: Column | None, place: str) -> dict[str, float]:
-    empty = {"": math.nan, "_stderr": math.nan, "_null": math.nan, "_at": math.nan}
+    empty = dict.fromkeys((*_WRITTEN, "_margin", "_at"), math.nan)
     if column is None:
         return empty
-    numbers = column.numbers()
-    values = numbers[column.key]
+    values = np.asarray(column.value.values, dtype=np.float64)
     known = np.flatnonzero(np.isfinite(values))
     if known.size == 0:
         return empty
@@ -161,17 +163,20 @@ def _at_extreme(column: Column | None, place: str) -> dict[str, float]:
         "highest": known[np.argmax(values[known])],
     }
     at = int(index[place])
-    errors, nulls = (numbers.get(column.key + end) for end in ("_stderr", "_null"))
-    return {
-        "": float(values[at]),
-        "_stderr": math.nan if errors is None else float(errors[at]),
-        "_null": math.nan if nulls is None else float(nulls[at]),
-        "_at": float(at),
-    }
+    return _cell(column, at) | {"_at": float(at)}
+
+
+def _cell(column: Column, at: int) -> dict[str, float]:
+    """One number of a column with its standard error, its null, and what is printed after ±."""
+    numbers = column.numbers()
+    parts = {end: numbers.get(column.key + end) for end in _WRITTEN}
+    cell = {end: math.nan if values is None else float(values[at]) for end, values in parts.items()}
+    margin = column.margin
+    return cell | {"_margin": math.nan if margin is None else float(margin.values[at])}
 
 
 def _cell_text(cell: Mapping[str, float], place: str) -> str:
-    text = quantity(cell[""], cell["_stderr"], cell["_null"])
+    text = quantity(cell[""], cell["_margin"], cell["_null"])
     where = cell["_at"]
     # The last place needs no index, and a span has two.
     return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
@@ -183,11 +188,11 @@ def _dims(readings: Sequence[Reading], metrics: Sequence[str]) -> set[str]:
     return {str(dim) for data in analyses for name in metrics if name in data for dim in data[name].dims}
 
 
-def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
+def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection, margins: str) -> str:
     parts = [
         selection_words(_dims(readings, shown), view),
         "@ is the depth or connection index of the extreme",
-        "± is one standard error over sequences",
+        margins,
         "null is the value expected of independent entries",
         "fail and warn count findings",
     ]
@@ -234,16 +239,18 @@ def comparison_table(
     view = view or Selection()
     where = np.linspace(0.0, 1.0, points)
     rows: list[dict[str, Any]] = []
+    all_columns: list[Column] = []
     text: list[dict[str, str]] = []
     for metric in metrics:
         columns = {reading.name: _profile(reading, metric, view) for reading in readings}
         known = [column for column in columns.values() if column is not None]
+        all_columns += known
         # A metric that no run has would be rows of dashes; without any row the table is refused below.
         for fraction in where if known else ():
             cells = {run: _nearest(column, fraction) for run, column in columns.items()}
             start = {"metric": metric, "relative depth": float(fraction)}
-            rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in cell})
-            printed = {run: quantity(cell[""], cell["_stderr"], cell["_null"]) for run, cell in cells.items()}
+            rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in _WRITTEN})
+            printed = {run: quantity(cell[""], cell["_margin"], cell["_null"]) for run, cell in cells.items()}
             text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
     if not rows:
         raise ValueError(
@@ -259,7 +266,7 @@ def comparison_table(
                 None,
                 (
                     "Runs side by side at the measured depth nearest to the relative depth.",
-                    sentence([selection_words(_dims(readings, used), view)]),
+                    sentence([selection_words(_dims(readings, used), view), margin_words(all_columns)]),
                     _unproven(readings),
                 ),
             )
@@ -280,13 +287,11 @@ def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
 
 def _nearest(column: Column | None, fraction: float) -> dict[str, float]:
     if column is None:
-        return {"": math.nan, "_stderr": math.nan, "_null": math.nan}
+        return dict.fromkeys((*_WRITTEN, "_margin"), math.nan)
     along = positions(column.value, str(column.value.dims[0]), "relative")
     # The nearest measured depth and no interpolation: between two depths there is no state.
     at = int(np.argmin(np.abs(along - fraction)))
-    numbers = column.numbers()
-    parts = {end: numbers.get(column.key + end) for end in ("", "_stderr", "_null")}
-    return {end: math.nan if values is None else float(values[at]) for end, values in parts.items()}
+    return _cell(column, at)
 
 
 def differences(readings: Sequence[Reading], view: Selection | None = None) -> list[str]:

@@ -2,22 +2,73 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import pandas as pd
+import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.bibliography import cited, source_words
+from depthscope.app.text.cards import Card, card_of, cards_text, place_of
 from depthscope.app.text.numbers import number
-from depthscope.diagnostics import Finding
+from depthscope.diagnostics import Finding, Severity
 
 NOTHING = "Nothing found: no metric crossed its threshold."
 
 
+def cards_of(reading: Reading) -> list[Card]:
+    """The findings of a run as cards, with the experiment that would settle each, and its result once it was run.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain of one run.
+
+    Returns
+    -------
+    list of Card
+    """
+    from depthscope.diagnostics.experiments import experiment_for
+
+    shown = _results_beside(reading)
+    target = shlex.quote(reading.path) if reading.path else "RUN"
+    return [
+        card_of(
+            finding,
+            # What only notes something asks for nothing.
+            experiment=(finding.severity > Severity.INFO and experiment_for(finding, target)) or "",
+            result=shown(finding),
+        )
+        for finding in reading.findings
+    ]
+
+
+def _results_beside(reading: Reading) -> Callable[[Finding], str]:
+    """What the experiments and the lens that were run on a run say about a finding."""
+    from depthscope.diagnostics.experiments import beside, open_result, prediction_words, result_for
+
+    results: dict[str, xr.Dataset] = {}
+    for what in ("ablate", "lens") if reading.path else ():
+        # Most runs have none, and what is beside a run may be of somebody else: the findings are shown without it.
+        with suppress(OSError, ValueError):
+            found = open_result(beside(reading.path, what))
+            known = {reading.attrs.get("weights_digest"), found.attrs.get("weights_digest")} - {None}
+            if len(known) < 2:  # those of other weights say nothing about these
+                results[what] = found
+
+    def shown(finding: Finding) -> str:
+        parts = [result_for(finding, results["ablate"])] if "ablate" in results else []
+        if "lens" in results and finding.verdict == "same_representation":
+            parts.append(prediction_words(results["lens"]))
+        return "; ".join(filter(None, parts))
+
+    return shown
+
+
 def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
-    """Findings as paragraphs: severity, verdict and place, the sentence, what to try, the threshold's source.
+    """Findings as cards: verdict, where, why, what to do next.
 
     Parameters
     ----------
@@ -31,46 +82,7 @@ def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
     str
         Plain text without a final newline.
     """
-    paragraphs = [_paragraph(finding, width) for finding in findings]
-    return "\n\n".join(paragraphs) if paragraphs else NOTHING
-
-
-def _paragraph(finding: Finding, width: int) -> str:
-    place = place_of(finding)
-    where = "" if place == "whole run" else f", {place}"
-    heading = f"{finding.severity.name:<4}  {spoken(finding.verdict)}{where}"
-    lines = [cited(finding.sentence)]
-    if finding.advice:
-        lines.append(f"Try: {finding.advice}")
-    if finding.source not in finding.sentence:  # most sentences cite it themselves
-        lines.append(f"Threshold from {source_words(finding.source)}.")
-    wrapped = [
-        textwrap.fill(line, width, initial_indent=" " * 6, subsequent_indent=" " * 6) for line in lines
-    ]
-    return "\n".join([heading, *wrapped])
-
-
-def place_of(finding: Finding) -> str:
-    """The place of a finding, such as ``depth 3-7`` or ``whole run``.
-
-    Parameters
-    ----------
-    finding : Finding
-        A finding.
-
-    Returns
-    -------
-    str
-    """
-    # A negative position is none.
-    if finding.axis == "run" or finding.first < 0:
-        place = "whole run"
-    elif finding.last == finding.first:
-        place = f"{finding.axis} {finding.first}"
-    else:
-        place = f"{finding.axis} {finding.first}–{finding.last}"
-    # The mean over streams is not one of them.
-    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+    return cards_text(map(card_of, findings), width=width) or NOTHING
 
 
 def count_words(findings: Sequence[Finding]) -> str:

@@ -55,7 +55,7 @@ def to_latex(table: Table, cites: Mapping[str, str]) -> str:
 
 def _cell_lines(table: Table, column: str, text: str) -> list[str]:
     """The lines of a cell: its citation, its value on top of its null, or its text."""
-    # "heuristic" is no key: it is printed as text.
+    # "this project" is no key: it is printed as text.
     keys = keys_of([text]) if column in table.cited else []
     if keys:
         return [cite(keys)]

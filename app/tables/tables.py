@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
 from depthscope.diagnostics import CATALOGUE
+from depthscope.diagnostics.metrics.intervals import margin
 
 MOST_COLUMNS = 6
 """A metric with more labels than this in a table would push the others out of it; it is in the figures and in /metrics."""
@@ -98,12 +99,17 @@ class Column:
         }
 
     def text(self) -> list[str]:
-        """Printed cells."""
+        """Printed cells: the value with half of its interval and its null."""
         missing = np.full(self.value.size, math.nan)
-        errors, nulls = (
-            missing if part is None else _along(part, self.value) for part in (self.stderr, self.null)
+        margins, nulls = (
+            missing if part is None else _along(part, self.value) for part in (self.margin, self.null)
         )
-        return [quantity(*cell) for cell in zip(_along(self.value, self.value), errors, nulls, strict=True)]
+        return [quantity(*cell) for cell in zip(_along(self.value, self.value), margins, nulls, strict=True)]
+
+    @property
+    def margin(self) -> xr.DataArray | None:
+        """What is printed after ±."""
+        return None if self.stderr is None else margin(self.stderr)[0]
 
 
 def _along(part: xr.DataArray, value: xr.DataArray) -> np.ndarray:
@@ -346,18 +352,35 @@ def _measured_table(
 
 def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -> str:
     dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
-    errors = any(column.stderr is not None for column in columns)
     nulls = any(column.null is not None for column in columns)
     streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
         selection_words(dims, view),
         token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
         "streamed: over every token seen, all sequences pooled" if streamed else "",
-        "± is one standard error over sequences" if errors else "",
+        margin_words(columns),
         "null is the value expected of independent entries" if nulls else "",
     ]
     unproven = proof_sentence({reading.name: reading.attrs})
     return " ".join(filter(None, (sentence(parts), unproven)))
+
+
+def margin_words(columns: Iterable[Column | None]) -> str:
+    """What the numbers after ± are.
+
+    Parameters
+    ----------
+    columns : iterable of Column or None
+        Of one table.
+
+    Returns
+    -------
+    str
+        Empty where no column has an error.
+    """
+    known = [column.stderr for column in columns if column is not None and column.stderr is not None]
+    words = dict.fromkeys(margin(error)[1] for error in known if error.notnull().any())
+    return f"± is {' or '.join(words)}" if words else ""
 
 
 def _cells(values: np.ndarray) -> list[str]:

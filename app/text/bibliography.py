@@ -142,7 +142,7 @@ def reference(key: str) -> Reference:
 
 
 def keys_of(sources: Iterable[str]) -> list[str]:
-    """Bibliography keys among sources, which may list several keys or be ``"heuristic"``.
+    """Bibliography keys among sources, which may list several keys or be ``"this project"``.
 
     Parameters
     ----------
@@ -156,8 +156,8 @@ def keys_of(sources: Iterable[str]) -> list[str]:
 
     Examples
     --------
-    >>> keys_of(["roy2007effective, garrido2023rankme", "heuristic"])
-    ['garrido2023rankme', 'roy2007effective']
+    >>> keys_of(["roy2007effective, dong2021attention", "this project"])
+    ['dong2021attention', 'roy2007effective']
     """
     # Authors of metrics separate keys as they like: by commas, semicolons or spaces.
     names = {name for source in sources for name in re.split(r"[,;\s]+", source) if name}
@@ -197,7 +197,7 @@ def source_words(source: str) -> str:
     Parameters
     ----------
     source : str
-        Key of the bibliography, several joined by commas, or "heuristic".
+        Key of the bibliography, several joined by commas, or "this project".
 
     Returns
     -------

@@ -60,7 +60,7 @@ def methods_page() -> str:
 
 _VERDICTS = """\
 A verdict compares one number with its limits, in the sentence that `depthscope check` prints. A limit without a
-paper is called heuristic: it is ours, and it may be wrong for your network.
+paper is attributed to this project: it is ours, and it may be wrong for your network.
 """
 
 _LAWS = """\
@@ -156,8 +156,8 @@ def _limits(limits: Limits) -> str:
 
 
 def _cited(keys: Iterable[str]) -> str:
-    """Authors, year and a link; ``heuristic`` as it is."""
-    return ", ".join(key if key == "heuristic" else _short(key) for key in keys)
+    """Authors, year and a link; ``this project`` as it is."""
+    return ", ".join(key if key == "this project" else _short(key) for key in keys)
 
 
 def _short(key: str) -> str:
@@ -170,12 +170,12 @@ def _sources() -> str:
     named += [verdict.limits.source for verdict in VERDICTS.values()]
     named += [law.cite for law in LAWS.values()]
     # A source that several declarations cite is listed once.
-    keys = sorted(set(named) - {"heuristic"})
+    keys = sorted(set(named) - {"this project"})
     return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"
 
 
 def _source(healthy: Range | None) -> str:
-    return healthy.source if healthy else "heuristic"
+    return healthy.source if healthy else "this project"
 
 
 def _full(key: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import Metric
+from depthscope.diagnostics.quantities.over_sequences import DEGREES
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 from depthscope.diagnostics.schema import TRACE
@@ -44,6 +45,29 @@ def jackknife(
         Standard errors by name of the metric; at the scope ``data`` only where it has scopes. None with fewer than
         two sequences that have tokens.
     """
+    # A metric that some replica could not give has no error: those that could are not a fair sample.
+    return {name: _jackknife_error(values) for name, values in replicas(trace, metrics, report).items()}
+
+
+def replicas(
+    trace: xr.Dataset, metrics: Iterable[Metric], report: Callable[[str], None] = lambda name: None
+) -> dict[str, list[xr.DataArray]]:
+    """Metrics over pooled tokens without each sequence in turn.
+
+    Parameters
+    ----------
+    trace : Dataset
+        The chain's trace.
+    metrics : iterable of Metric
+        Those that `resampled` refuses are left out.
+    report : function, optional
+        Called with "jackknife" before each sequence.
+
+    Returns
+    -------
+    dict of str to list of DataArray
+        By name of the metric, one value for each sequence that has tokens; without metrics that fewer sequences cannot feed.
+    """
     masks = list(_without_each(trace))
     wanted = [metric for metric in metrics if resampled(metric)]
     found: dict[str, list[xr.DataArray]] = {metric.name: [] for metric in wanted}
@@ -57,8 +81,7 @@ def jackknife(
             for metric in group:
                 with suppress(Unavailable):  # the remaining sequences may be too few for it
                     found[metric.name].append(metric.measure(source)[0])
-    # A metric that some replica could not give has no error: those that could are not a fair sample.
-    return {name: _jackknife_error(values) for name, values in found.items() if len(values) == len(masks) > 1}
+    return {name: values for name, values in found.items() if len(values) == len(masks) > 1}
 
 
 def num_replicas(trace: xr.Dataset) -> int:
@@ -142,4 +165,5 @@ def _jackknife_error(values: list[xr.DataArray]) -> xr.DataArray:
     error = values[0].copy(data=np.sqrt(squares * (len(values) - 1) / len(values)))
     if "reduction" in error.dims:
         error = error.where(~error["reduction"].isin(ROUGH))
-    return error.assign_attrs(estimator=f"delete-one jackknife over {len(values)} sequences")
+    estimator = f"delete-one jackknife over {len(values)} sequences"
+    return error.assign_attrs({"estimator": estimator, DEGREES: len(values) - 1})

@@ -11,7 +11,7 @@ from depthscope.diagnostics.metrics.shape import FIRST, LAST
 TOKENS_FOR_CKA = 50
 # at which a TwoNN dimension has a standard error of 10 % (one over the root of the number of tokens):
 TOKENS_FOR_NEIGHBOURS = 100
-# for a slope in log-log over a range of at least a factor of three, from the eleventh on:
+# for a slope in log-log over a range of a factor of six, from the fourth on:
 EIGENVALUES = 20
 # at which a standard error is itself known to 35 %, by 1 / √(2 (S − 1)):
 SEQUENCES = 5
@@ -50,7 +50,7 @@ def notes(
     for name in ("intrinsic_dimension", "mutual_knn", "cknna"):
         found[name] = _of_neighbours(num_tokens)
     sentences = {name: note for name, note in found.items() if note and name in analysis}
-    errors = errors or any(str(name).endswith("_stderr") for name in analysis)
+    # Means over sequences have errors in any case; who did not ask for errors is not told about them.
     if errors and num_sequences < SEQUENCES:
         sentences["standard errors"] = _of_errors(num_sequences)
     return sentences
@@ -78,13 +78,13 @@ def _of_power_law(eigenvalues: int) -> str:
         return ""
     return (
         f"{max(eigenvalues, 0)} eigenvalues from the {FIRST}th on: a power law needs {EIGENVALUES} or more "
-        "(heuristic); sample more tokens"
+        "(this project); sample more tokens"
     )
 
 
 def _of_cka(analysis: xr.Dataset, num_tokens: int) -> str:
     if num_tokens < TOKENS_FOR_CKA:
-        return f"{num_tokens} tokens: the unbiased value swings widely below {TOKENS_FOR_CKA} (heuristic)"
+        return f"{num_tokens} tokens: the unbiased value swings widely below {TOKENS_FOR_CKA} (this project)"
     if "cka_stderr" not in analysis:
         return ""
     error = float(analysis["cka_stderr"].sel(estimator="unbiased", tokens="all").max())
@@ -99,12 +99,16 @@ def _of_neighbours(num_tokens: int) -> str:
     return (
         f"{num_tokens} tokens: neighbours are far apart, a dimension has a standard error of about "
         f"{100 / max(num_tokens, 1) ** 0.5:.0f} % of it, and chance alone shares many; take "
-        f"{TOKENS_FOR_NEIGHBOURS} or more (heuristic)"
+        f"{TOKENS_FOR_NEIGHBOURS} or more (this project)"
     )
 
 
 def _of_errors(num_sequences: int) -> str:
     if num_sequences < 2:
         return "one sequence: no standard error is known; sample more sequences"
-    own = 100 / (2 * (num_sequences - 1)) ** 0.5
-    return f"over {num_sequences} sequences: themselves known to {own:.0f} % only; sample {SEQUENCES} or more"
+    # A standard error of S sequences has itself a relative one of 1 / √(2 (S − 1)).
+    own, of_four_times = (100 / (2 * (count - 1)) ** 0.5 for count in (num_sequences, 4 * num_sequences))
+    return (
+        f"error bars come from {num_sequences} sequences and are themselves uncertain by about {own:.0f} %; "
+        f"{4 * num_sequences} give {of_four_times:.0f} %"
+    )

@@ -6,19 +6,26 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.metrics.mixing import PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, over_tokens, rescaled
+from depthscope.diagnostics.quantities.registry import quantity
 
 # Tokens of one block of products, so that those of all connections need not be in memory at once.
 BLOCK = 1024
+
+
+@quantity
+def left_of_differences(mixing: Mixing) -> np.ndarray:
+    """Log₁₀ of what every product from the embedding on leaves of the differences between streams, (C, N)."""
+    return _left_of_differences(mixing)
 
 
 @metric(
     symbol=r"\log_{10} \sigma_1(P|_{1^\perp})",
     dims="connection reduction",
     # A hundredth of the differences is left.
-    healthy=Range(low=-2.0, source="heuristic"),
+    healthy=Range(low=-2.0, source=OURS),
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,
@@ -26,20 +33,53 @@ BLOCK = 1024
     infinite=True,
     headline=True,
 )
-def deflated_gain(mixing: Mixing) -> xr.DataArray:
+def deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
     r"""What is left of the differences between streams: log₁₀ of the product's norm off the mean.
 
     .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big), \quad U \text{ a basis of } 1^\perp
 
-    Below −2 all streams carry the same part of the embedding; −inf for exactly nothing.
+    −inf for exactly nothing. Where sums are 1, below −2 all streams carry the same part of the embedding; else compare with
+    the gain of what they have in common: `relative_deflated_gain`.
     """
-    return mixing.reduced(_left_of_differences(mixing), depends_on="earlier")
+    return mixing.reduced(left_of_differences, depends_on="earlier")
+
+
+@metric(
+    symbol=r"\log_{10} (\sigma_1(P|_{1^\perp}) / \bar{p})",
+    dims="connection reduction",
+    # A hundredth of the differences is left.
+    healthy=Range(low=-2.0, source=OURS),
+    cite=OURS,
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+    infinite=True,
+)
+def relative_deflated_gain(mixing: Mixing, left_of_differences: np.ndarray) -> xr.DataArray:
+    r"""What is left of the differences between streams beside what they have in common, in log₁₀.
+
+    .. math:: \log_{10} \sigma_1\Big(\prod_l U^\top H_l U\Big) - \log_{10} \bar{p}, \quad \bar{p} = |1^\top P\, 1| / n
+
+    The deflated gain over the gain of a signal that all streams share: the same number where sums are 1. Connections that
+    fade or amplify everything alike leave it at 0; +inf where the common part cancels to nothing.
+    """
+
+    def common(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+        sums = np.abs(products.sum(axis=(-2, -1))) / mixing.num_streams
+        # A sum of exactly zero is −∞, as the logarithm of nothing.
+        with np.errstate(divide="ignore"):
+            return (np.log(sums) + log_scale) / np.log(10.0)
+
+    # −∞ less −∞: both are nothing, and their ratio is not known.
+    with np.errstate(invalid="ignore"):
+        relative = left_of_differences - mixing.each_product(common)
+    return mixing.reduced(relative, depends_on="earlier")
 
 
 @metric(
     symbol=r"\log_{10} \sigma_1(S|_{1^\perp})",
     dims="connection reduction",
-    healthy=Range(low=-2.0, source="heuristic"),  # as `deflated_gain`
+    healthy=Range(low=-2.0, source=OURS),  # as `deflated_gain`
     cite="seneta2006nonnegative",
     basis="stream",
     null=0.0,

@@ -37,6 +37,9 @@ AXES = ("depth", "connection", "weight", "component")
 SCALES = ("linear", "log")
 BASES = ("invariant", "stream", "feature")
 
+OURS = "this project"
+"""Source of a limit or a definition that no publication states."""
+
 # Why a metric has no value anywhere, where its function gives no reason.
 UNDEFINED = "too few tokens, or states that are zero, equal to each other or not finite"
 
@@ -53,7 +56,7 @@ class Range:
     low, high : float, optional
         Ends, inclusive; None is open.
     source : str
-        A key of ``references.bib``, or ``"heuristic"``.
+        A key of ``references.bib``, or ``"this project"``.
 
     Examples
     --------
@@ -63,7 +66,7 @@ class Range:
 
     low: float | None = None
     high: float | None = None
-    source: str = "heuristic"
+    source: str = OURS
 
     def __contains__(self, value: float) -> bool:
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.mixing_matrices import REDUCTIONS, Mixing, rescaled
 from depthscope.diagnostics.schema import NOT_FINITE
 
@@ -14,11 +14,16 @@ from depthscope.diagnostics.schema import NOT_FINITE
 PER_TOKEN = "per token in float64, then reduced over tokens"
 PER_PRODUCT = "product per token in float64, then reduced over tokens"
 DIRECTIONS = ("forward", "backward")
+LARGEST_TOKEN = "largest_token"
+"""Attribute of a gain: sequence and position of the token with the largest value, by its first dim and connection."""
+
 # Nulls here and in `operators` and `contraction` are the values of the identity, the H_res of a plain residual network; only
 # the entropy is compared with uniform mixing.
 
+ROUNDING = 1e-12  # a trace that is smaller beside its matrix is the rounding of 0
+
 # The mHC paper reports about 1.6 for mHC and 3000 for an unstable HC; the ends of the range between are ours.
-GAIN = Range(low=0.5, high=10.0, source="heuristic")
+GAIN = Range(low=0.5, high=10.0, source=OURS)
 
 
 def _by_direction(parts: list[xr.DataArray]) -> xr.DataArray:
@@ -44,9 +49,10 @@ def mixing_gain(mixing: Mixing) -> xr.DataArray:
 
     1 for a doubly stochastic matrix. Signed sums hide cancellation: read the singular values too.
     """
-    gains = (kernel.forward_gain, kernel.backward_gain)
-    found = _by_direction([mixing.reduced(mixing.each(gain)) for gain in gains])
-    return found.assign_attrs({NOT_FINITE: mixing.not_finite} if mixing.not_finite else {})
+    gains = [mixing.each(gain) for gain in (kernel.forward_gain, kernel.backward_gain)]
+    found = _by_direction([mixing.reduced(gain) for gain in gains])
+    facts = {NOT_FINITE: mixing.not_finite} if mixing.not_finite else {}
+    return found.assign_attrs({**facts, LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
 
 
 @metric(
@@ -73,7 +79,8 @@ def composite_gain(mixing: Mixing) -> xr.DataArray:
     # A gain beyond float64, of hundreds of layers, is infinite rather than an error.
     with np.errstate(over="ignore"):
         gains = [np.exp(logarithm) for logarithm in logarithms]
-    return _by_direction([mixing.reduced(gain, depends_on="earlier") for gain in gains])
+    found = _by_direction([mixing.reduced(gain, depends_on="earlier") for gain in gains])
+    return found.assign_attrs({LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
 
 
 @metric(
@@ -108,7 +115,7 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.DataArray:
     dims="kind connection reduction",
     scale="log",
     # An error of 0.01 in every sum is a gain of 1.8 over 60 connections.
-    healthy=Range(high=1e-2, source="heuristic"),
+    healthy=Range(high=1e-2, source=OURS),
     cite="sinkhorn1967concerning",
     basis="stream",
     null=0.0,
@@ -137,7 +144,7 @@ def _weakest_sums(matrices: np.ndarray) -> np.ndarray:
     dims="direction connection reduction",
     scale="log",
     # As in the verdict `attenuation`: less than half is left.
-    healthy=Range(low=0.5, source="heuristic"),
+    healthy=Range(low=0.5, source=OURS),
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -156,7 +163,7 @@ def composite_attenuation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\min_i |\sum_j H_{ij}|",
     dims="direction connection reduction",
     scale="log",
-    healthy=Range(low=0.5, source="heuristic"),  # as `composite_attenuation`
+    healthy=Range(low=0.5, source=OURS),  # as `composite_attenuation`
     cite="xie2025mhc",
     basis="stream",
     null=1.0,
@@ -175,7 +182,7 @@ def mixing_attenuation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\max |\ln |\textstyle\sum P||",
     dims="connection reduction",
     units="nat",
-    healthy=Range(high=0.7, source="heuristic"),  # about ln 2, a factor of two up or down
+    healthy=Range(high=0.7, source=OURS),  # about ln 2, a factor of two up or down
     cite="xie2025mhc",
     basis="stream",
     null=0.0,
@@ -197,8 +204,8 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
     symbol=r"\|H - I\|_F / \sqrt{n}",
     dims="connection reduction",
     # As in the verdict `stuck_at_identity`.
-    healthy=Range(low=0.05, source="heuristic"),
-    cite="zhu2024hyper",
+    healthy=Range(low=0.05, source=OURS),
+    cite=OURS,
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
@@ -207,6 +214,35 @@ def composite_deviation(mixing: Mixing) -> xr.DataArray:
 def identity_distance(mixing: Mixing) -> xr.DataArray:
     """Distance of a connection from the identity: 0 where the streams do not mix."""
     return mixing.reduced(mixing.each(kernel.identity_distance))
+
+
+@metric(
+    symbol=r"\|P - I\|_F / \sqrt{n}",
+    dims="connection reduction",
+    # As in the verdict `stuck_at_identity`: over all connections the streams mix by less than 5 %.
+    healthy=Range(low=0.05, source=OURS),
+    cite=OURS,
+    basis="stream",
+    null=0.0,
+    estimator=PER_PRODUCT,
+)
+def composite_identity_distance(mixing: Mixing) -> xr.DataArray:
+    r"""Distance of the product of all connections from the identity: how far the streams have mixed so far.
+
+    .. math:: \|P / p - I\|_F / \sqrt{n}, \quad p = \mathrm{tr}\,P / n
+
+    Many connections that are each close to the identity mix much together. The scale is taken out: a product that only
+    grows or fades mixes nothing.
+    """
+
+    def measure(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
+        # The log scale cancels. A product without a diagonal is as far as it can be: its trace is no scale.
+        scale = np.trace(products, axis1=-2, axis2=-1)[..., None, None] / mixing.num_streams
+        size = np.linalg.norm(products, axis=(-2, -1), keepdims=True)
+        known = np.abs(scale) > ROUNDING * size
+        return kernel.identity_distance(np.where(known, products / np.where(known, scale, 1.0), 0.0))
+
+    return mixing.reduced(mixing.each_product(measure), depends_on="earlier")
 
 
 def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
@@ -218,7 +254,7 @@ def _uniform_entropy(mixing: Mixing) -> xr.DataArray:
     symbol=r"H(\text{rows})",
     dims="connection reduction",
     units="nat",
-    cite="seneta2006nonnegative",
+    cite=OURS,
     basis="stream",
     null=_uniform_entropy,
     estimator=PER_TOKEN,

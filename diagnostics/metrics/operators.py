@@ -9,14 +9,14 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import Range, metric
-from depthscope.diagnostics.metrics.mixing import GAIN, PER_PRODUCT, PER_TOKEN
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.metrics.mixing import GAIN, LARGEST_TOKEN, PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
 
 # In the order of the labels of the dim `norm`; the values are those of the kernel's `order`.
 NORMS = {"infinity": math.inf, "one": 1, "two": 2}
 # Singular values and eigenvalues of doubly stochastic matrices are at most 1; the margin of 5 % is ours.
-NOT_EXPANDING = Range(high=1.05, source="heuristic")
+NOT_EXPANDING = Range(high=1.05, source=OURS)
 
 
 @metric(
@@ -79,12 +79,12 @@ def _operator_norms(
     mixing: Mixing, matrices: np.ndarray, log_scale: np.ndarray, *, depends_on: str
 ) -> xr.DataArray:
     """Operator norms of matrices (C, N, n, n) times e^log_scale, by name of the norm."""
-    found = [
-        # A norm is proportional to its matrix: the scale can be put back into it.
-        mixing.reduced(rescaled(kernel.operator_gain(matrices, order), log_scale), depends_on=depends_on)
-        for order in NORMS.values()
-    ]
-    return xr.concat(found, xr.Variable("norm", list(NORMS)))
+    # A norm is proportional to its matrix: the scale can be put back into it.
+    gains = [rescaled(kernel.operator_gain(matrices, order), log_scale) for order in NORMS.values()]
+    found = xr.concat(
+        [mixing.reduced(gain, depends_on=depends_on) for gain in gains], xr.Variable("norm", list(NORMS))
+    )
+    return found.assign_attrs({LARGEST_TOKEN: [mixing.largest_tokens(gain) for gain in gains]})
 
 
 @metric(
@@ -130,7 +130,7 @@ def composite_operator_gain(mixing: Mixing) -> xr.DataArray:
     dims="connection reduction",
     scale="log",
     # An inverse loses three digits, all that bfloat16 has.
-    healthy=Range(high=1e3, source="heuristic"),
+    healthy=Range(high=1e3, source=OURS),
     cite="golub2013matrix",
     basis="stream",
     null=1.0,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.diagnostics.metrics.declaration import Range, metric
-from depthscope.diagnostics.quantities.depth_paths import DepthPaths
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.quantities.depth_paths import DepthPaths, StreamPaths
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.quantities.registry import Unavailable
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 # Tokens of which the effective streams are computed: each takes, at every cut of the depth, a decomposition of a matrix
@@ -69,6 +72,52 @@ def write_share(mixing: Mixing, write_weights: np.ndarray) -> xr.DataArray:
     return _labelled_shares(mixing, write_weights)
 
 
+@metric(
+    symbol=r"\|H^{pre}_s x_s\| / \sum_s \|H^{pre}_s x_s\|",
+    dims="connection stream",
+    cite=OURS,
+    basis="stream",
+    null=_equal_share,
+    estimator="ratio of sums over tokens",
+)
+def signal_share(
+    mixing: Mixing, read_weights: np.ndarray, h_pre: xr.DataArray, residual: xr.DataArray, mask: xr.DataArray
+) -> xr.DataArray:
+    r"""Share of each stream in the signal that a connection reads: its weight times its size.
+
+    .. math:: \|H^{pre}_s x_s\| \, / \, \textstyle\sum_s \|H^{pre}_s x_s\|
+
+    A stream with a small weight may carry most of what is read, where it is much larger than the others.
+    """
+    sizes = _stream_sizes(_read_depths(h_pre, residual), residual, mask)
+    return _labelled_shares(mixing, np.abs(read_weights) * sizes)
+
+
+def _read_depths(h_pre: xr.DataArray, residual: xr.DataArray) -> list[int]:
+    """Position on the depth axis of the state that each connection reads."""
+    name = "read_depth" if "read_depth" in h_pre.coords else "depth_in"
+    depths = residual["depth"].values.tolist() if "depth" in residual.coords else []
+    if name not in h_pre.coords or not set(h_pre[name].values.tolist()) <= set(depths):
+        raise Unavailable(
+            "the run does not have the states that the connections read: capture them with sites=None"
+        )
+    return [depths.index(depth) for depth in h_pre[name].values.tolist()]
+
+
+def _stream_sizes(depths: list[int], residual: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """Size of each stream of each real token at some depths, (C, N, n); a depth is read once."""
+    real = mask.transpose("sample", "token").values.astype(bool)
+    states = residual.transpose("depth", "sample", "token", "stream", "feature")
+    sizes = {
+        depth: np.linalg.norm(states.variable[depth].values[real].astype(np.float64), axis=-1)
+        for depth in sorted(set(depths))
+    }
+    found = np.stack([sizes[depth] for depth in depths])
+    if not np.isfinite(found).all():
+        raise Unavailable("some states are not finite, so that what is read of them is not known")
+    return found
+
+
 def _labelled_shares(mixing: Mixing, weights: np.ndarray) -> xr.DataArray:
     # Summed over tokens before the division: a token that reads little counts little.
     shares = np.stack([kernel.stream_shares(of_connection) for of_connection in weights])
@@ -95,20 +144,33 @@ def embedding_read(depth_paths: DepthPaths) -> xr.DataArray:
     return depth_paths.labelled(depth_paths.embedding().mean(axis=1), ("connection",))
 
 
-def _one_stream(depth_paths: DepthPaths) -> xr.DataArray:
-    """1: a plain residual network passes one sum on; NaN before the first connection."""
+# Tokens of random gates whose mean is the null of the effective streams: their spread is about 0.2. This project.
+DRAWS = 16
+
+
+def _of_random_gates(depth_paths: DepthPaths) -> xr.DataArray:
+    """That of streams that do not mix, read with σ(z) and written with 2σ(z) of normal logits z; 1 of one stream."""
     cuts = np.where(np.arange(len(depth_paths)) > 0, 1.0, np.nan)
+    if isinstance(depth_paths, StreamPaths):
+        cuts[1:] = _streams_of_random_gates(len(depth_paths), depth_paths.mixing.num_streams)
     return depth_paths.labelled(cuts, ("connection",))
+
+
+@lru_cache(maxsize=64)
+def _streams_of_random_gates(count: int, num_streams: int) -> np.ndarray:
+    """Their effective streams at the cuts between connections, the mean over some draws: about 1.4 of four streams."""
+    rng = np.random.default_rng(0)  # the same null for the same size in every analysis
+    reads, writes = 1.0 / (1.0 + np.exp(-rng.standard_normal((2, count, DRAWS, num_streams))))
+    identity = np.broadcast_to(np.eye(num_streams), (count, DRAWS, num_streams, num_streams))
+    return np.asarray(kernel.streams_across(identity, reads, 2.0 * writes)).mean(axis=0)
 
 
 @metric(
     symbol=r"n_{\mathrm{eff}}",
     dims="connection reduction",
-    # Two directions with shares of 0.86 and 0.14.
-    healthy=Range(low=1.5, source="heuristic"),
     cite="roy2007effective",
     basis="invariant",
-    null=_one_stream,
+    null=_of_random_gates,
     most_tokens=lambda width: TOKENS,
     estimator=f"per token in float64, over at most {TOKENS} tokens, evenly spaced, then reduced over them",
     headline=True,
@@ -119,8 +181,8 @@ def effective_streams(depth_paths: DepthPaths) -> xr.DataArray:
     .. math:: \exp H(\sigma / \textstyle\sum\sigma) \text{ of } \sigma(M_{k \ge c,\, j < c})
 
     At the cut before a connection; NaN at the first. At most the number of streams, 1 in a plain residual network, up to the
-    number of earlier outputs in connections over depth; it does not change with the basis of the streams. Below 1.5 one
-    stream does all.
+    number of earlier outputs in connections over depth; it does not change with the basis of the streams. Gates are positive,
+    so that even random ones pass little more than one signal: read it against its null.
     """
     # All connections of the same few tokens: a cut depends on the connections at every depth.
     chosen = evenly_spaced(depth_paths.num_tokens, TOKENS)
@@ -137,7 +199,7 @@ def _residual_hops(depth_paths: DepthPaths) -> xr.DataArray:
     symbol=r"\overline{k - j}",
     dims="connection",
     units="connections",
-    cite="zhu2024hyper",
+    cite=OURS,
     basis="invariant",
     null=_residual_hops,
     estimator="weights per token in float64, mean of their magnitude over tokens, then the mean of hops",
@@ -164,7 +226,7 @@ def _residual_mass(depth_paths: DepthPaths) -> xr.DataArray:
     dims="connection",
     scale="log",
     # A plain residual network has the number of later connections: 1 % of one reader is none.
-    healthy=Range(low=0.01, source="heuristic"),
+    healthy=Range(low=0.01, source=OURS),
     cite="zhu2024hyper",
     basis="invariant",
     null=_residual_mass,

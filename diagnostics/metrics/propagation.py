@@ -7,7 +7,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import gradients as kernel
-from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
 
@@ -98,7 +98,7 @@ def _relative_size(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     symbol=r"\|x_l - x_{l-1}\| / \|x_{l-1}\|",
     dims="depth stream",
     scale="log",
-    cite="brock2021characterizing",
+    cite=OURS,
     basis="stream",
     null="none in general: independent unit branches give the inverse square root of the depth",
     estimator="mean over real tokens",

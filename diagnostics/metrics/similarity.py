@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import similarity as kernel
-from depthscope.diagnostics.metrics.declaration import Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
@@ -178,7 +178,7 @@ def _influences(states: np.ndarray) -> np.ndarray:
     symbol=r"\overline{\cos}(x_i, x_j)",
     dims="depth",
     # As in the verdict `copied_streams`: an angle of 8° between any two streams.
-    healthy=Range(high=0.99, source="heuristic"),
+    healthy=Range(high=0.99, source=OURS),
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,
@@ -193,6 +193,33 @@ def stream_cosine(stream_states: States) -> xr.DataArray:
         # A token with a stream of zeros has no cosine; nanmean warns where no token has one.
         mean = np.nanmean(cosines) if np.isfinite(cosines).any() else np.nan
         return np.full(len(views), mean)  # `over_depth` expects a value of each view: below one is taken
+
+    return stream_states.over_depth(measure).isel(stream=0, drop=True)
+
+
+@metric(
+    symbol=r"\max_{i \ne j} \overline{\cos}(x_i, x_j)",
+    dims="depth",
+    # As in the verdict `copied_streams`: an angle of less than 1°.
+    healthy=Range(high=0.9999, source=OURS),
+    cite=OURS,
+    basis="stream",
+    null=0.0,
+    estimator="mean over tokens of each pair of streams, then the largest",
+    smooth=False,
+)
+def closest_stream_cosine(stream_states: States) -> xr.DataArray:
+    """Cosine of the two streams that are most alike: 1 where any two are copies, which a mean over pairs does not show."""
+    pairs = np.triu_indices(stream_states.num_streams, 1)
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        streams = stream_states.rows(views[1:]).astype(np.float64)  # the first view is the mean
+        length = np.linalg.norm(streams, axis=-1, keepdims=True)
+        unit = streams / np.where(length > 0, length, np.nan)  # a stream of zeros has no cosine
+        cosines = np.einsum("ind,jnd->ijn", unit, unit)[pairs]
+        known = np.isfinite(cosines).all(axis=0)
+        largest = cosines[:, known].mean(axis=1).max() if known.any() else np.nan
+        return np.full(len(views), largest)  # one value for all views, as in `stream_cosine`
 
     return stream_states.over_depth(measure).isel(stream=0, drop=True)
 

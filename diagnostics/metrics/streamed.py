@@ -14,7 +14,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
 from depthscope.diagnostics.kernels.similarity import cka_from_hsic
-from depthscope.diagnostics.metrics.declaration import Null, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Null, metric
 from depthscope.diagnostics.metrics.shape import FIRST, LAST, TOP
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks, over_spectra
@@ -199,7 +199,7 @@ def _alpha(s: Any) -> Any:
 @metric(
     symbol=r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
     dims="centering depth stream",
-    cite="marchenko1967distribution",
+    cite=OURS,
     basis="invariant",
     null=_of_spectrum(_top_energy),
     estimator=OF_SUMS,
@@ -219,7 +219,7 @@ def streamed_top_energy(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> 
     cite="agrawal2022alpha",
     basis="invariant",
     null=_of_spectrum(_alpha),
-    estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {OF_SUMS}",
+    estimator=f"least squares in log-log with weights 1/rank over the eigenvalues {FIRST} to {LAST}; {OF_SUMS}",
 )
 def streamed_alpha_req(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Power-law exponent of the spectrum of every token seen: how fast the variance falls.

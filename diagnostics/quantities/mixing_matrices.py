@@ -47,6 +47,8 @@ class Mixing:
         self.matrices = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
         self.num_streams = matrices.shape[-1]
         self.coords = connection_coords(h_res)
+        # Sequence and position of each token, in the order of the tokens.
+        self._positions = np.argwhere(mask.transpose("sample", "token").values.astype(bool))
         # Products take as much memory as the matrices again: only where a metric needs them.
         self._prefix: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -69,6 +71,22 @@ class Mixing:
     def finite_to_last(self) -> np.ndarray:
         """Whether all connections from each to the last are finite, (C,)."""
         return np.logical_and.accumulate(self.finite[::-1])[::-1]
+
+    def largest_tokens(self, values: np.ndarray) -> list[list[int]]:
+        """Sequence and position of the token that has the largest value at each connection.
+
+        Parameters
+        ----------
+        values : ndarray
+            (C, N); NaN is never the largest.
+
+        Returns
+        -------
+        list of list of int
+            [sequence, position] by connection.
+        """
+        tokens = np.where(np.isnan(values), -np.inf, values).argmax(axis=1)
+        return [[int(number) for number in self._positions[token]] for token in tokens]
 
     def each(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure one connection after the other, in the memory of one.

@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+DEGREES = "degrees_of_freedom"
+"""Attribute of a standard error: the number of sequences that it comes from, less one."""
+
 ONE_SEQUENCE = "one sequence: its spread to others is not known"
 
 
@@ -31,23 +34,24 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     """
     if "sequence" in value.dims:
         template = value.isel(sequence=0, drop=True)
-        mean, error = _mean_and_error(value.transpose("sequence", ...).values)
-        return template.copy(data=mean), _with_reason(template.copy(data=error))
+        mean, error, degrees = _mean_and_error(value.transpose("sequence", ...).values)
+        return template.copy(data=mean), _with_degrees(template.copy(data=error), degrees)
     if "group" not in value.dims:
         return value, None
     template = value.isel(group=0, drop=True)
     scopes, values = value["scope"].values, value.transpose("group", ...).values
     # Pooled tokens are one group: their mean is the value itself, and their error NaN.
-    means, errors = {}, {}
+    means, errors, degrees = {}, {}, 0
     for label in dict.fromkeys(scopes.tolist()):
-        means[label], errors[label] = _mean_and_error(values[scopes == label])
+        means[label], errors[label], of_label = _mean_and_error(values[scopes == label])
+        degrees = max(degrees, of_label)  # the other one is that of the pooled tokens, 0
     by_scope = template.expand_dims(scope=list(means))
     value = by_scope.copy(data=np.stack(list(means.values())))
-    return value, _with_reason(by_scope.copy(data=np.stack(list(errors.values()))))
+    return value, _with_degrees(by_scope.copy(data=np.stack(list(errors.values()))), degrees)
 
 
-def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis of what is not NaN, and its standard error; NaN for too few."""
+def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean over the first axis of what is not NaN, its standard error (NaN for too few), and its degrees of freedom."""
     # Not nanmean and nanstd: they warn where all are NaN, which is a value here.
     known = ~np.isnan(values)
     count = known.sum(axis=0)
@@ -55,8 +59,13 @@ def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     deviation = np.where(known, values - mean, 0.0)
     # Over count − 1: the mean is estimated from the same sequences.
     variance = (deviation**2).sum(axis=0) / np.where(count > 1, count - 1, np.nan)
-    return mean, np.sqrt(variance / np.where(count > 1, count, np.nan))
+    # Of numbers that not every sequence has, the fewest sequences count: an interval is rather too wide than too narrow.
+    degrees = int(count[count > 1].min()) - 1 if (count > 1).any() else 0
+    return mean, np.sqrt(variance / np.where(count > 1, count, np.nan)), degrees
 
 
-def _with_reason(error: xr.DataArray) -> xr.DataArray:
-    return error.assign_attrs(undefined_because=ONE_SEQUENCE) if error.isnull().all() else error
+def _with_degrees(error: xr.DataArray, degrees: int) -> xr.DataArray:
+    """A standard error with its degrees of freedom, or with the reason why there is none."""
+    if error.isnull().all():
+        return error.assign_attrs(undefined_because=ONE_SEQUENCE)
+    return error.assign_attrs({DEGREES: degrees})

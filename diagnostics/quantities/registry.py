@@ -38,7 +38,7 @@ DIMS = (
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
-FACTS = ("family", "proof", "constraint")
+FACTS = ("family", "proof", "constraint", "norms_moved", "small_start", "untouched")
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
 ATTRS = "attrs"

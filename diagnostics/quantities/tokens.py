@@ -34,18 +34,22 @@ class Massive:
         Dims (depth, stream): the largest activation over the median one.
     features : tuple of int
         Features that have one.
+    tokens_per_sequence : float
+        Real tokens of a sequence that has some, the mean.
     """
 
     token: xr.DataArray
     fraction: xr.DataArray
     ratio: xr.DataArray
     features: tuple[int, ...]
+    tokens_per_sequence: float
 
     @property
     def locations(self) -> dict[str, list[Any]]:
         """Attributes: the first few features, and (sequence, position) of the first few tokens."""
         tokens = np.argwhere(self.token.values)
         return {
+            "tokens_per_sequence": self.tokens_per_sequence,
             "massive_features": list(self.features[:NUM_NAMED]),
             "massive_tokens": tokens[:NUM_NAMED].tolist(),
         }
@@ -72,17 +76,20 @@ def massive(residual_states: States, mask: xr.DataArray) -> Massive:
         fraction=both.isel(measure=0),
         ratio=both.isel(measure=1),
         features=tuple(np.flatnonzero(has_feature).tolist()),
+        tokens_per_sequence=float(real.sum() / real.any(axis=1).sum()),
     )
 
 
 def _largest_over_median(views: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """The largest magnitude over the median one of views (V, S, T, D); NaN where the median is zero."""
-    # Half of each: the median of an even number is a mean of two, whose sum could exceed float32.
-    halves = np.abs(select_rows(views, real)).reshape(len(views), -1) / 2
-    if not halves.size:
-        return np.full(len(views), np.nan)
-    median = np.median(halves, axis=1)
-    return halves.max(axis=1) / np.where(median > 0, median, np.nan)
+    """The largest magnitude over the median non-zero one of views (V, S, T, D); NaN where all are zero."""
+    found = np.full(len(views), np.nan)
+    for number, view in enumerate(np.abs(select_rows(views, real))):
+        # Most entries of a state after a ReLU may be zero, and so would their median be. Half of each: the median of an even
+        # number is a mean of two, whose sum could exceed float32.
+        halves = view[view > 0] / 2
+        if halves.size:
+            found[number] = halves.max() / np.median(halves)
+    return found
 
 
 @quantity

@@ -18,6 +18,8 @@ from depthscope.diagnostics.schema.validation import (
 )
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
+    CUT_GRADIENT,
+    FROZEN_MODULES,
     GAIN,
     MOTION,
     NOT_FINITE,
@@ -40,6 +42,8 @@ from depthscope.diagnostics.schema.variables import (
 
 __all__ = [
     "COVERAGE",
+    "CUT_GRADIENT",
+    "FROZEN_MODULES",
     "GAIN",
     "GROUPS",
     "MOTION",

@@ -10,6 +10,12 @@ SITES = ("embed", "pre", "mid", "post", "final")
 WITHOUT_GRADIENT = "without_gradient"
 """Attribute of gradients: the depths that none reached, as below frozen weights; NaN there is no failure."""
 
+CUT_GRADIENT = "cut_gradient"
+"""Attribute of gradients: depths whose states are in a graph and got no gradient, though a later depth did."""
+
+FROZEN_MODULES = "frozen_modules"
+"""Attribute of the updates of weights: modules none of whose parameters is trained, while others are."""
+
 NOT_FINITE = "not_finite_tokens"
 """Attribute of a metric: how many tokens have NaN or infinities, by depth or connection."""
 

@@ -12,8 +12,10 @@ from depthscope.diagnostics.verdicts import (
     magnitude,
     reading,
     representation,
+    same_representation,
     streams,
     trained_mixing,
+    uncertainty,
     weight_updates,
     wiring,
 )
@@ -21,6 +23,7 @@ from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.reading import with_proof
+from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
@@ -28,12 +31,14 @@ __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "j
 VERDICTS: dict[str, Verdict] = {
     each.name: each
     for each in (
+        same_representation.same_representation,
         magnitude.residual_not_finite,
         magnitude.mixing_not_finite,
         magnitude.dead_state,
         magnitude.exploding_state,
         magnitude.vanishing_state,
         magnitude.gradient_not_finite,
+        magnitude.cut_gradient,
         magnitude.gain_explosion,
         magnitude.single_gain_explosion,
         magnitude.attenuation,
@@ -59,18 +64,22 @@ VERDICTS: dict[str, Verdict] = {
         streams.unread_stream,
         streams.unwritten_stream,
         streams.dominant_stream,
+        streams.loud_stream,
         streams.copied_streams,
         streams.passing_streams,
         streams.wasted_layer,
         streams.ambiguous_orientation,
         representation.rank_collapse,
         representation.dimensional_collapse,
+        representation.one_direction,
+        representation.common_vector,
         representation.idle_layer,
         representation.massive_activations,
         representation.few_tokens_for_cka,
         representation.small_sample,
         weight_updates.large_update,
         weight_updates.lost_update,
+        weight_updates.frozen_module,
         reading.unproven_reading,
     )
 }
@@ -98,8 +107,8 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
         For what is no analysis, such as a run.
     """
     found = [
-        replace(finding, chain=chain)
-        for chain, part in _analysis_by_chain(analysis).items()
+        replace(finding, chain=chain, sentence=_of_chain(finding.sentence, chain))
+        for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items()
         for finding in _judge_chain(part)
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
@@ -109,9 +118,14 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
-    found = [finding for each in VERDICTS.values() for finding in each.findings(last)]
+    found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(finding, analysis.attrs) for finding in explained]
+
+
+def _of_chain(sentence: str, chain: str) -> str:
+    """A sentence about one chain of several, which it names."""
+    return f"{sentence} This is chain {chain}." if chain else sentence
 
 
 def _severity_order(finding: Finding) -> tuple[float, bool, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
+
+# What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
+NOTHING = 1e-20
 
 # AltUp's branch output contains the active stream itself: its matrix gives that stream up, so that products of matrices
 # mean nothing; and it always reads the active stream only.
@@ -30,14 +35,14 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, or ``"heuristic"``.
+        A key of ``references.bib``, or ``"this project"``.
     """
 
     info: float | None = None
     warn: float | None = None
     fail: float | None = None
     above: bool = True
-    source: str = "heuristic"
+    source: str = OURS
 
     @property
     def levels(self) -> list[tuple[Severity, float]]:
@@ -77,6 +82,8 @@ class Profile:
         The number as people read it, where the values are another form of it, such as a logarithm.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
+    limits : Limits, optional
+        In place of the verdict's, where another kind of network has others; its source is the verdict's.
     """
 
     values: xr.DataArray
@@ -87,6 +94,13 @@ class Profile:
     note: str = ""
     display: Callable[[float], float] | None = None
     sentence: str = ""
+    limits: Limits | None = None
+
+    @property
+    def quantity(self) -> str:
+        """What the number is, without the verb that leads to it in a sentence."""
+        words = re.split(r",? (?:is|has the size|has a share of|there is left)\b", self.words)[0]
+        return words.removeprefix("the ").rstrip(" ,")
 
     def displayed(self, value: float) -> float:
         """A value as people read it."""
@@ -158,13 +172,14 @@ class Verdict:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
-        mildest = self.limits.levels[0][1]
-        beyond = np.flatnonzero(self.limits.beyond(values, mildest))
+        limits = profile.limits or self.limits
+        mildest = limits.levels[0][1]
+        beyond = np.flatnonzero(limits.beyond(values, mildest))
         if profile.first and len(beyond):
             at = int(beyond[0])
         else:
-            at = int(np.nanargmax(values) if self.limits.above else np.nanargmin(values))
-        severity, limit = self.limits.severity(values[at])
+            at = int(np.nanargmax(values) if limits.above else np.nanargmin(values))
+        severity, limit = limits.severity(values[at])
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
@@ -184,6 +199,7 @@ class Verdict:
             last=last,
             advice=self.advice,
             stream=profile.stream,
+            quantity=profile.quantity,
         )
 
     def _sentence(
@@ -198,7 +214,7 @@ class Verdict:
             f"{profile.words} {number(profile.displayed(value))}{where}, {compared} ({self.limits.source})"
         )
         if severity and len(beyond) > 1:
-            mildest = number(profile.displayed(self.limits.levels[0][1]))
+            mildest = number(profile.displayed((profile.limits or self.limits).levels[0][1]))
             sentence += f"; it is {side} {mildest} {span(profile.values, beyond)}"
         note = f" {profile.note}" if profile.note and severity else ""
         return f"{sentence[0].upper()}{sentence[1:]}.{note}"
@@ -282,4 +298,6 @@ def number(value: float) -> str:
     >>> number(3012.7), number(0.05), number(1e-7)
     ('3013', '0.05', '1e-07')
     """
+    if 0 < abs(value) < NOTHING:
+        return "nothing (below rounding)"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

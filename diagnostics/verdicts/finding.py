@@ -34,7 +34,7 @@ class Finding:
     value, threshold : float
         The number found and the limit that it is compared with.
     source : str
-        Where the threshold comes from: a key of ``references.bib``, or ``"heuristic"``.
+        Where the threshold comes from: a key of ``references.bib``, or ``"this project"``.
     axis : str
         ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
     first, last : int
@@ -49,6 +49,10 @@ class Finding:
         The verdict that explains this finding, which is then no more than INFO.
     proof : str
         Whether the reading that it is about is proven: ``"proven"``, ``"unproven: …"``, or empty where the run does not say.
+    undecided : str
+        Where the number is within its uncertainty of the limit, what would decide it; the finding is then no more than INFO.
+    quantity : str
+        What the number is, in words: ``"mean cosine between streams"``. The metric may be another one that it is made of.
     """
 
     verdict: str
@@ -66,6 +70,8 @@ class Finding:
     chain: str = ""
     because: str = ""
     proof: str = ""
+    undecided: str = ""
+    quantity: str = ""
 
     @property
     def excess(self) -> float:

@@ -27,7 +27,18 @@ def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     return [Profile(xr.DataArray(float(proof != PROVEN)), "the number of readings that are not proven is")]
 
 
-def _unproven(proof: str) -> str:
+def unproven_sentence(proof: str) -> str:
+    """The sentence that every finding of an unproven reading carries.
+
+    Parameters
+    ----------
+    proof : str
+        The attribute of the run.
+
+    Returns
+    -------
+    str
+    """
     return f"This reading is unproven: {proof.removeprefix(UNPROVEN)}."
 
 
@@ -49,6 +60,6 @@ def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
     if not proof.startswith(UNPROVEN):
         return replace(finding, proof=proof)
     sentence = finding.sentence
-    if _unproven(proof) not in sentence:
-        sentence = f"{sentence} {_unproven(proof)}"
+    if unproven_sentence(proof) not in sentence:
+        sentence = f"{sentence} {unproven_sentence(proof)}"
     return replace(finding, proof=proof, sentence=sentence)

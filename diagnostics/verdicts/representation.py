@@ -19,8 +19,6 @@ from depthscope.diagnostics.verdicts.finding import Severity
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
 
-START = "No layer does more: as at the start of training, where branches begin near zero."
-
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
     """A rank as a share of its null, both counted from the smallest possible rank of 1."""
@@ -56,14 +54,31 @@ def rank_collapse(
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
     # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
     both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(value.coords)
+    judged = both.where(share.notnull())
     yield Profile(
-        both.where(share.notnull()),
+        judged,
         "the larger of Dong residual and effective rank over its null, within a sequence, is",
-        note=_rank_and_null(value, both, float(null)),
+        note=_equal_tokens(judged, residual, value, float(null)),
     )
 
 
-# It fails later than within a sequence: pooled tokens of a trained model use a small part of a wide space. Heuristic.
+def _equal_tokens(judged: xr.DataArray, residual: xr.DataArray, rank: xr.DataArray, null: float) -> str:
+    """How equal the tokens of a sequence are where they are most."""
+    if judged.isnull().all():
+        return ""
+    at = int(np.nanargmin(judged.values))
+    left = float(residual[at])
+    return (
+        f"Tokens of a sequence are {100 * (1 - left):.3g} % equal there (Dong residual {number(left)}; effective rank "
+        f"{number(float(rank[at]))} where noise has {number(null)})."
+    )
+
+
+# It fails later than within a sequence: pooled tokens of a trained model use a small part of a wide space. Three directions
+# are a failure in a space of any width, of which a share of a small null would not tell.
+FEW_DIRECTIONS = 3.0
+
+
 @verdict(
     metric="effective_rank",
     limits=Limits(warn=0.05, fail=0.005, above=False),
@@ -82,7 +97,75 @@ def dimensional_collapse(
     null = effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
     share = _share_of_null(value, null)
     words = "over the data the effective rank, as a share of that of noise, is"
-    yield Profile(share, words, note=_rank_and_null(value, share, float(null)))
+    yield Profile(
+        share, words, note=_rank_and_null(value, share, float(null)), limits=_limits_of_rank(float(null))
+    )
+
+
+def _limits_of_rank(null: float) -> Limits | None:
+    """Limits on the share of a null under which a rank of three fails; None where noise has hardly more."""
+    if not null > 2.0 * FEW_DIRECTIONS:
+        return None
+    fail = max(0.005, (FEW_DIRECTIONS - 1.0) / (null - 1.0))
+    return Limits(warn=max(0.05, 1.5 * fail), fail=fail, above=False)
+
+
+# A participation ratio of 1.5 is 80 % of the variance in one direction over a floor, one of 1.1 is 95 %.
+@verdict(
+    metric="participation_ratio",
+    limits=Limits(warn=1.5, fail=1.1, above=False),
+    follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
+)
+def one_direction(
+    participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray
+) -> Iterator[Profile]:
+    """Nearly all variance over the data is in one direction.
+
+    The effective rank hardly sees it where many small directions are left. Look at what the block writes into that direction:
+    a bias or a feature that grows with the depth, a single unit with a huge weight, or a target of one number.
+    """
+    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
+    value = participation_ratio.sel(pick, drop=True)
+    null = float(
+        participation_ratio_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
+    )
+    # Of few tokens or features, noise itself has few directions.
+    if not null > 2.0 * FEW_DIRECTIONS:
+        return
+    # From the ratio r of one direction with share p over many small ones: r = 1/p².
+    yield Profile(
+        value,
+        "the number of directions that share the variance over the data (participation ratio) is",
+        note=f"One direction then has about {100.0 * float(value.min()) ** -0.5:.0f} % of it; noise has {number(null)}.",
+    )
+
+
+# Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
+# positive, have cosines up to 0.97 in a fresh ResNet.
+@verdict(
+    metric="token_cosine",
+    limits=Limits(warn=0.98, fail=0.995),
+    follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
+)
+def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
+    """All tokens share one vector, beside which they hardly differ.
+
+    A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
+    the depth, or an embedding with a large mean; remove the mean of the tokens, or decay that bias.
+    """
+    # Training curves know neither which tokens are massive nor the mean of all.
+    if not {"ordinary", "centred"} <= {*token_cosine["tokens"].values, *token_cosine["centering"].values}:
+        return
+    raw, centred = (
+        token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
+        for centering in ("raw", "centred")
+    )
+    at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
+    yield Profile(
+        raw,
+        "the mean cosine between any two tokens of the data is",
+        note=f"Without their common mean it is {number(float(centred[at]))}.",
+    )
 
 
 @verdict(
@@ -92,12 +175,15 @@ def dimensional_collapse(
         "single_gain_explosion": from_there_on,
         "gain_explosion": overlapping,
         "wasted_layer": within,
+        "same_representation": within,
     },
 )
-def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
+def idle_layer(
+    angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
-    It can be left out at little cost (Gromov et al. 2024; Men et al. 2024). Normal at the start where
+    It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
     branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
     """
     steps = block_influence.sel(tokens="ordinary", drop=True)
@@ -111,30 +197,57 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     turned = steps.copy(data=angles).where(layers)
     # If no layer at all does anything, it is most likely a fresh network whose branches begin at zero.
     all_idle = not (turned >= IDLE).any()
+    start = str(attrs.get("small_start", ""))
+    note = _all_layers(turned) if all_idle else ""
+    if start and not all_idle:
+        note = f"Its branches are small by construction ({start}): judge it again after more training."
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
-        ceiling=Severity.INFO if all_idle else Severity.FAIL,
-        note=START if all_idle else "",
+        ceiling=Severity.INFO if note else Severity.FAIL,
+        note=note,
     )
 
 
-# What is massive is defined by Sun et al. 2024. The 5 % are ours: the first token and the delimiters are fewer.
+def _all_layers(turned: xr.DataArray) -> str:
+    """What it means that no layer turns the states."""
+    degrees = number(180.0 * float(turned.max()))
+    return (
+        f"No block turns the state by more than {degrees}°: normal before training; after it, all layers hold one "
+        "representation."
+    )
+
+
+# What is massive is defined by Sun et al. 2024. One or two tokens a sequence are sinks, however long it is; that more than
+# these and than 5 % are too many is ours.
+SINKS = 2
+
+
 @verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05))
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
 ) -> Iterator[Profile]:
     """Some tokens have massive activations.
 
-    Normal in trained language models, on the first token and delimiters: read ranks and similarities without
+    Normal in trained transformers, on one or two tokens a sequence: read ranks and similarities without
     these tokens (tokens = ordinary). Elsewhere look for a feature that the norm does not see.
     """
     share = massive_token_fraction.max("stream")
-    largest = float(massive_activation.max())
+    attrs = massive_token_fraction.attrs
+    # Of a short sequence a single sink is more than 5 %.
+    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.inf))
+    normal = per_sequence <= SINKS
+    # The ratio of the depth that the sentence tells, which is where most tokens have one.
+    at = int(np.nanargmax(share.values)) if share.notnull().any() else 0
+    largest = float(massive_activation.isel(depth=at).max())
+    expected = (
+        f" It is {number(per_sequence)} a sequence, where one or two sinks are normal." if normal else ""
+    )
     yield Profile(
         share,
         "the share of tokens with a massive activation is",
-        note=_massive_locations(massive_token_fraction.attrs, largest),
+        ceiling=Severity.INFO if normal else Severity.FAIL,
+        note=_massive_locations(attrs, largest) + expected,
     )
 
 
@@ -142,9 +255,9 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
     features = ", ".join(map(str, attrs.get("massive_features", [])))
     tokens = sorted({int(token) for _, token in attrs.get("massive_tokens", [])})
     where = [f"features {features}"] if features else []
-    where += [f"token positions {', '.join(map(str, tokens))}"] if tokens else []
+    where += [f"positions {', '.join(map(str, tokens))}"] if tokens else []
     locations = f" ({'; '.join(where)})" if where else ""
-    return f"The largest is {number(largest)} times the median{locations}; this is normal in trained language models."
+    return f"The largest there is {number(largest)} times the median{locations}."
 
 
 # Half of the range of CKA: fewer tokens than features. Heuristic.
@@ -154,7 +267,8 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
 
     Read the unbiased one, or sample more tokens: the null is d/(d + N).
     """
-    if "biased" not in cka_null["estimator"]:
+    # Where the unbiased one is known too, nobody has to read the other.
+    if set(cka_null["estimator"].values.tolist()) != {"biased"}:
         return None
     null = cka_null.sel(estimator="biased", tokens="all", drop=True)
     return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
@@ -170,8 +284,12 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
         return None
     # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
     notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
-    sentence = " ".join(
-        f"The sample is small for {name.replace('_', ' ')}: {note}." for name, note in notes.items()
-    )
+    sentence = " ".join(_small(name, note) for name, note in notes.items())
     words = "the number of quantities that the sample is small for is"
     return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, sentence=sentence)]
+
+
+def _small(name: str, note: str) -> str:
+    if name == "standard errors":
+        return f"{note[0].upper()}{note[1:]}."
+    return f"The sample is small for {name.replace('_', ' ')}: {note}."

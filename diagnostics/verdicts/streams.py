@@ -12,9 +12,10 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.kernels import rank
+from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
+from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.wiring import told
 
@@ -28,12 +29,26 @@ PARTED = 0.99
 # step of training.
 SAME = 1e-12
 
+DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
+COPIED = 0.99  # mean cosine over all pairs of streams
+PAIR = Limits(warn=0.9999)  # of one pair, which may well be close while the others are not
+
+# 1 − cosine of streams that have begun to part, beyond the rounding of float32 and half precision.
+PARTING = 1e-5
+
 # Logarithms (base 10) of the deflated gain: below the first, rounding is all that is left of 1; the second replaces −∞.
 ROUNDING = -14.0
 NOTHING = -300.0
 
 # An identity distance of 0.05: of four streams, each gives 1.4 % of itself to every other at a connection. Heuristic.
 STUCK = 0.05
+
+# Distance of one H_res of four streams from the identity at off-diagonal logits of −6.5; their gradient is as small.
+SATURATED = 0.005
+# A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
+ONE_STEP = 1e-4
+# Norms begin at 1; within 0.15 of it a network has made some hundred steps at most. This project, as in the capture.
+YOUNG = 0.15
 
 UNTRAINED = (
     "All streams are equal to the last digit, although the connections read them unequally: no step of training has been "
@@ -51,20 +66,12 @@ def _untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | No
     return bool((1.0 - stream_cosine).max() < SAME and unequal.any())
 
 
-# What a constraint begins with where the matrices are doubly stochastic, or meant to be by what they satisfy: non-negative
-# with one exact sum, as a Sinkhorn that was stopped early or that normalises one axis only leaves them.
-ONE_EXACT_SUM = ("doubly stochastic", "row-stochastic only", "column-stochastic only")
 SUM_ERROR = 1e-2
-BOTH_SUMS = ("doubly stochastic", "rows and columns sum to 1")
 
 
-def _satisfies(attrs: Mapping[str, Any], names: tuple[str, ...]) -> bool:
-    """Whether the matrices were measured to satisfy one of some constraints, or are of the family that does."""
-    return attrs.get("family") == "mhc" or str(attrs.get("constraint", "")).startswith(names)
-
-
-# The limits are ours: over 60 connections an error of 0.01 in every sum is a gain of 1.8, and one of 0.1 of 300.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=SUM_ERROR, fail=1e-1))
+# Over 60 connections an error of 0.01 in every sum is a gain of 1.8 where all are alike, and one of 0.1 of 300. Twenty rounds
+# of Sinkhorn leave up to 0.07 in trained networks whose logits are some 8 apart.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(info=SUM_ERROR, warn=1e-1, fail=3e-1))
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -74,12 +81,12 @@ def sinkhorn_not_converged(
     bound them. One exact sum and one bad one is truncation, or a softmax along one axis; two bad ones mean that another
     matrix is applied.
     """
-    if not _satisfies(attrs, ONE_EXACT_SUM):
+    if not satisfies(attrs, ONE_EXACT_SUM):
         return None
     worst = doubly_stochastic_violation.sel(reduction="p99", drop=True)
     # Iterations and axes are the same at every connection: of free matrices one may have exact rows by chance.
     typical = worst.sel(kind=["row", "column"]).max("kind").median("connection")
-    if not _satisfies(attrs, ("doubly stochastic",)) and typical < SUM_ERROR:
+    if not satisfies(attrs, DOUBLY) and typical < SUM_ERROR:
         return None
     sides = ((worst.sel(kind=kind, drop=True), kind) for kind in ("row", "column"))
     return [Profile(values, f"the worst error of a {kind} sum is") for values, kind in sides]
@@ -94,7 +101,10 @@ def negative_mixing(
 
     exp and normalisation cannot make them: what is applied is not what Sinkhorn returned, unless weights with signs are meant.
     """
-    if not _satisfies(attrs, BOTH_SUMS):
+    # A Sinkhorn that ends on one side leaves the other sum nearly 1.
+    sums = doubly_stochastic_violation.sel(kind=["row", "column"], reduction="max").max("kind")
+    nearly = satisfies(attrs, ONE_SUM) and bool(sums.median("connection") < SUM_ERROR)
+    if not satisfies(attrs, BOTH_SUMS) and not nearly:
         return None
     size = doubly_stochastic_violation.sel(kind="negativity", reduction="max", drop=True)
     return [Profile(size, "the most negative entry of a mixing matrix has the size")]
@@ -114,7 +124,7 @@ def expansive_mixing(
 
     Truncated Sinkhorn breaks it slowly over depth: more iterations, or end on the other side at times.
     """
-    if not _satisfies(attrs, ("doubly stochastic",)):
+    if not satisfies(attrs, DOUBLY):
         return None
     single, composed = (
         values.sel(component=0, reduction="p99", drop=True)
@@ -127,44 +137,63 @@ def expansive_mixing(
 
 
 @verdict(
-    metric="deflated_gain",
+    metric="relative_deflated_gain",
     limits=Limits(warn=-2.0, above=False),
     not_for=ALTUP,
     follows_from={"uniform_mixing": from_there_on},
 )
-def stream_collapse(deflated_gain: xr.DataArray) -> Iterator[Profile]:
+def stream_collapse(
+    relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """The mixing makes all streams carry the same signal.
 
     Start H_res near the identity (a bias on the diagonal of its logits: zero logits mix uniformly), or mix
     less often. The gain does not show it: a uniform matrix has gain 1.
     """
-    left = deflated_gain.sel(reduction="median", drop=True)
+    left = relative_deflated_gain.sel(reduction="median", drop=True)
     yield Profile(
         left,
-        "of the differences between the streams of the embedding there is left a share of",
+        "of the differences between the streams of the embedding, beside what all streams have in common, there is left",
         first=True,
         display=lambda logarithm: 10.0**logarithm,
+        **_info_if(_parted_by_writes(stream_cosine)),
+    )
+
+
+def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
+    """What explains that streams differ although the mixing forgets how they began; empty where they do not differ."""
+    if stream_cosine is None or not stream_cosine.notnull().any():
+        return ""
+    late = stream_cosine.isel(depth=slice(stream_cosine.sizes["depth"] // 2, None))
+    # Streams that begin as copies have no differences to lose.
+    copies = bool(1.0 - stream_cosine.isel(depth=0) < PARTING)
+    largest = float(late.max())
+    if not copies or not largest < DIFFERENT:
+        return ""
+    return (
+        "The streams begin as copies, which have no differences to lose, and what is written to them tells them apart: their "
+        f"mean cosine over the later half is {number(largest)} or less."
     )
 
 
 @verdict(
-    metric="deflated_gain",
+    metric="relative_deflated_gain",
     limits=Limits(fail=-2.0, above=False),
     not_for=ALTUP,
     follows_from={"constant_mixing": anywhere},
 )
-def uniform_mixing(deflated_gain: xr.DataArray) -> Iterator[Profile]:
+def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     """One connection alone makes all streams the same.
 
     A zero-bias initialisation of mHC does this: exp(0) is uniform. Put a bias on the diagonal of the logits.
     """
-    left = deflated_gain.sel(reduction="median", drop=True)
+    left = relative_deflated_gain.sel(reduction="median", drop=True)
     before = left.shift(connection=1, fill_value=0.0)
     # What is left after earlier connections may be rounding already, and its ratios mean nothing.
-    step = (left - before).where(np.isfinite(before) & (before > ROUNDING))
+    step = (left - before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf))
     yield Profile(
         step.where(np.isfinite(step) | step.isnull(), NOTHING),
-        "one connection alone leaves of the differences between streams a share of",
+        "one connection alone leaves of the differences between streams, beside what they have in common,",
         first=True,
         display=lambda logarithm: 10.0**logarithm,
     )
@@ -178,36 +207,56 @@ def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile]
     its logits (off-diagonal ones near −8) or a zero dynamic scale.
     """
     typical = identity_distance.sel(reduction="median", drop=True)
-    if bool((typical < STUCK).all()):  # then it is `stuck_at_identity`
+    if bool((typical < STUCK).all()):  # then it is a question of their product, see `stuck_at_identity`
         return None
     return [Profile(typical, "the distance of H_res from the identity is")]
 
 
 @verdict(
-    metric="identity_distance",
+    metric="composite_identity_distance",
     limits=Limits(warn=STUCK, above=False),
     not_for=UNMIXED,
     follows_from={"discarded_mixing": anywhere},
 )
 def stuck_at_identity(
+    composite_identity_distance: xr.DataArray,
     identity_distance: xr.DataArray,
+    attrs: Mapping[str, Any],
     stream_cosine: xr.DataArray | None = None,
     read_share: xr.DataArray | None = None,
 ) -> Iterable[Profile] | None:
-    """No connection mixes the streams: H_res is the identity everywhere.
+    """The streams do not mix: even the product of all H_res is the identity.
 
     Normal in a fresh network that starts there. After training, look at the gradient of the logits
     (off-diagonal ones near −8 hardly get any) and at weight decay; without mixing the streams are separate
     residual networks.
     """
-    most = identity_distance.sel(reduction="median", drop=True).max("connection")
-    words = "the largest distance of any H_res from the identity is"
-    return [Profile(most, words, **_info_if(_untrained(stream_cosine, read_share)))]
+    # Connections that are each close to the identity may mix much together: judged by their product.
+    most = composite_identity_distance.sel(reduction="median", drop=True).max("connection")
+    single = float(identity_distance.sel(reduction="median", drop=True).max("connection"))
+    # Saturated logits of Sinkhorn do not move whatever the training; free matrices and others do from the first step on.
+    saturated = 0 < single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
+    note = UNTRAINED if _untrained(stream_cosine, read_share) else _young(attrs) if not saturated else ""
+    words = "the largest distance from the identity of any product of H_res from the embedding on is"
+    return [Profile(most, words, **_info_if(note))]
 
 
-def _info_if(untrained: bool) -> dict[str, Any]:
-    """Options of a `Profile` that is no failure in an untrained network."""
-    return {"ceiling": Severity.INFO, "note": UNTRAINED} if untrained else {}
+def _info_if(note: str) -> dict[str, Any]:
+    """Options of a `Profile` that is no failure, by what explains it; none where nothing does."""
+    return {"ceiling": Severity.INFO, "note": note} if note else {}
+
+
+def _young(attrs: Mapping[str, Any]) -> str:
+    """What explains that connections are still as they began: weights of norms that have hardly moved; empty otherwise."""
+    moved = attrs.get("norms_moved")
+    if attrs.get("untouched"):
+        return "It is so by construction at the start: the weights are as they were drawn. Judge it again after training."
+    if not isinstance(moved, (int, float)) or moved > YOUNG:
+        return ""
+    return (
+        "It is so by construction at the start of training, and the network is young: its norms are within "
+        f"{number(moved)} of the 1 that they begin at. Judge it again after more steps."
+    )
 
 
 def _mean_shares(share: xr.DataArray) -> xr.DataArray:
@@ -234,7 +283,9 @@ def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None =
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    yield from _unused_streams(read_share, "read", **_info_if(_untrained(stream_cosine, read_share)))
+    yield from _unused_streams(
+        read_share, "read", **_info_if(UNTRAINED if _untrained(stream_cosine, read_share) else "")
+    )
 
 
 @verdict(metric="write_share", limits=Limits(warn=0.1, above=False))
@@ -246,32 +297,72 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
     yield from _unused_streams(write_share, "written")
 
 
-@verdict(metric="read_share", limits=Limits(warn=1.5, above=False), not_for=ALTUP)
-def dominant_stream(read_share: xr.DataArray) -> Iterator[Profile]:
+# Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
+@verdict(
+    metric="signal_share", limits=Limits(warn=0.9), not_for=ALTUP, follows_from={"loud_stream": anywhere}
+)
+def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
     """One stream carries nearly all that the connections read.
 
     The network is then a plain residual one with spare streams: vary the initial read weights, or use fewer.
     """
-    shares = _mean_shares(read_share)
+    # What is read of a stream is its weight times its size; without states, as of weight files, the weight alone.
+    shares = _mean_shares(read_share if signal_share is None else signal_share)
     if shares.isnull().any():
         return
-    count = xr.DataArray(float(rank.effective_rank_of(shares.values)))
-    top = str(shares["stream"].values[int(np.argmax(shares.values))])
-    yield Profile(
-        count, f"stream {top} is read most, and the effective number of streams read is", stream=top
+    top = int(np.argmax(shares.values))
+    name = str(shares["stream"].values[top])
+    what = (
+        "weights by which the connections read"
+        if signal_share is None
+        else "signal that the connections read"
     )
+    yield Profile(
+        shares.isel(stream=top, drop=True), f"of the {what}, stream {name} has a share of", stream=name
+    )
+
+
+# Streams of which each gets its writes in turn differ by the root of the depth, about 10 for a hundred connections.
+@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0), not_for=ALTUP)
+def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
+    """One stream is much larger than the others.
+
+    What is read from the streams, or averaged over them, is then that stream alone. Look at what is written to it, and at the
+    row of H_res that feeds it; a norm of each stream before it is read keeps them alike.
+    """
+    streams = [stream for stream in residual_norm["stream"].values.tolist() if stream != "mean"]
+    if len(streams) < 2:
+        return
+    sizes = residual_norm.sel(stream=streams).transpose("depth", "stream")
+    if "site" in sizes.coords:
+        sizes = sizes.isel(depth=np.flatnonzero(sizes["site"].values.astype(object).astype(str) != "final"))
+    ranked = np.sort(sizes.values, axis=1)
+    # Beside the median of the others: of two streams, the other one.
+    others = np.median(ranked[:, :-1], axis=1)
+    ratio = sizes.isel(stream=0, drop=True).copy(data=ranked[:, -1] / np.where(others > 0, others, np.nan))
+    if ratio.isnull().all():
+        return
+    at = int(np.nanargmax(ratio.values))
+    name = str(streams[int(np.argmax(sizes.values[at]))])
+    yield Profile(ratio, f"the size of stream {name}, relative to the median of the others, is", stream=name)
 
 
 @verdict(
     metric="stream_cosine",
-    limits=Limits(warn=0.99),
+    limits=Limits(warn=COPIED),
     follows_from={
         "uniform_mixing": from_there_on,
         "stream_collapse": overlapping,
         "passing_streams": anywhere,
+        "loud_stream": anywhere,
     },
 )
-def copied_streams(stream_cosine: xr.DataArray, read_share: xr.DataArray | None = None) -> Iterator[Profile]:
+def copied_streams(
+    stream_cosine: xr.DataArray,
+    attrs: Mapping[str, Any],
+    read_share: xr.DataArray | None = None,
+    closest_stream_cosine: xr.DataArray | None = None,
+) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
     They start as copies and become different only where writes or mixing differ: break the symmetry of H_post or
@@ -279,10 +370,28 @@ def copied_streams(stream_cosine: xr.DataArray, read_share: xr.DataArray | None 
     """
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
-    yield Profile(
-        stream_cosine.where(xr.DataArray(late, dims="depth")),
-        "the mean cosine between streams is",
-        **_info_if(_untrained(stream_cosine, read_share)),
+    judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
+    note = UNTRAINED if _untrained(stream_cosine, read_share) else ""
+    # Copies that have begun to part are on their way; exact ones that are read alike are symmetric, and stay so.
+    if not note and bool((1.0 - judged > PARTING).any()):
+        note = _young(attrs) or _parting(stream_cosine)
+    yield Profile(judged, "the mean cosine between streams is", **_info_if(note))
+    # Two of several streams: copies that the mean over all pairs hides.
+    if closest_stream_cosine is not None and not bool((judged > COPIED).any()):
+        two = closest_stream_cosine.where(judged.notnull())
+        yield Profile(
+            two, "the cosine of the two streams that are most alike is", limits=PAIR, **_info_if(note)
+        )
+
+
+def _parting(stream_cosine: xr.DataArray) -> str:
+    """What explains streams that begin as copies and part on their way through the depth; empty for all others."""
+    apart = 1.0 - stream_cosine.values
+    if not (apart[0] < PARTING and apart[-1] > 10.0 * PARTING and apart[-1] >= np.nanmax(apart) / 2.0):
+        return ""
+    return (
+        "They begin as copies by construction and part with the depth: 1 − cosine grows from nothing to "
+        f"{number(float(apart[-1]))}."
     )
 
 
@@ -290,7 +399,7 @@ def copied_streams(stream_cosine: xr.DataArray, read_share: xr.DataArray | None 
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
-    """The streams do not persist between blocks: they differ inside a block and are one again at its end.
+    """The streams do not persist: they differ inside a block and are one again at its end.
 
     What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
     embedding and merge once before the head; look for a mean over streams at the end of the block.
@@ -336,7 +445,8 @@ def ambiguous_orientation(mixing_gain: xr.DataArray, attrs: Mapping[str, Any]) -
     return [
         Profile(
             xr.DataArray(2.0),  # H_res and its transpose
-            "H_res and its transpose both give the next state: the number of orientations that fit is",
+            "",
             ceiling=Severity.INFO,
+            sentence=f"Forward and backward gains may be exchanged: the data fit H_res and its transpose alike ({OURS}).",
         )
     ]

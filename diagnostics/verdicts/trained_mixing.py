@@ -39,7 +39,7 @@ def unmoved_mixing(initial_distance: xr.DataArray) -> Iterator[Profile]:
 def decayed_mixing(
     deflated_gain: xr.DataArray, replayed_deflated_gain: xr.DataArray
 ) -> Iterable[Profile] | None:
-    """What the streams lose of their differences is explained by initialisation and weight decay alone.
+    """Initialisation and weight decay alone explain what the streams lose of their differences.
 
     Training has not shaped the mixing: leave its logits out of weight decay, give them a higher learning rate, and
     look at their gradient.

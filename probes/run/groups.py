@@ -46,7 +46,14 @@ def depth_coords(chain: Chain, depths: list[int]) -> dict[str, Any]:
     }
 
 
-def without_gradient(depths: list[int], reached: set[int]) -> dict[str, list[int]]:
-    """The attribute that lists depths which no gradient reached, as below frozen weights: NaN there is no error."""
+def without_gradient(
+    depths: list[int], reached: set[int], carried: set[int] | None = None
+) -> dict[str, list[int]]:
+    """The attributes that list depths which no gradient reached: below frozen weights, or below what detaches a state.
+
+    ``carried`` are those that have a graph: their gradient was cut on its way, where it reached a later depth.
+    """
     missing = [depth for depth in depths if depth not in reached]
-    return {schema.WITHOUT_GRADIENT: missing} if missing else {}
+    cut = [depth for depth in missing if depth in (carried or ()) and max(reached, default=-1) > depth]
+    named = {schema.WITHOUT_GRADIENT: missing, schema.CUT_GRADIENT: cut}
+    return {name: of for name, of in named.items() if of}

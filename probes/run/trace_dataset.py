@@ -12,6 +12,7 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.run.initial_weights import start_facts
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
@@ -40,7 +41,8 @@ def trace_dataset(
     if any(sequence.gradients for sequence in sequences):
         values = _gradients(number, depths, sequences, residual.shape)
         reached = {depth for sequence in sequences for owner, depth in sequence.gradients if owner == number}
-        variables["gradient"] = (schema.STATE, values, without_gradient(depths, reached))
+        carried = {depth for sequence in sequences for owner, depth in sequence.carried if owner == number}
+        variables["gradient"] = (schema.STATE, values, without_gradient(depths, reached, carried))
     coords = depth_coords(chain, depths)
     coords["sample"] = np.array([sequence.index for sequence in sequences])
     coords["token"] = np.arange(tokens)
@@ -61,7 +63,8 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    trace = xr.Dataset(variables, coords, attrs={"proof": proof} if proof else {})
+    facts = ({"proof": proof} if proof else {}) | start_facts(session.model, chain.blocks)
+    trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace
     # Cut only now: the variables are computed from all connections, whose branches add up to one state.

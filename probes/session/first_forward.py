@@ -27,9 +27,10 @@ from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
-from depthscope.probes.model.user_modes import outside_user_modes, user_autocast
+from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -94,7 +95,7 @@ class FirstForward:
 
     def attach(self, attachment: Attachment) -> None:
         """Put hooks on every module, and around the methods of those that may be paired connections."""
-        for path, module in self._model.named_modules():
+        for path, module in module_paths(self._model):
             self._paths[id(module)] = path
             attachment.before(module, self._before_call, computes=False)
             attachment.after(module, self._after_call, computes=False)
@@ -110,18 +111,26 @@ class FirstForward:
         tape = self._current.taped
         if tape is None:
             self._current.note_transformation()
-        else:
-            call = tape.enter(self._paths[id(module)], module, args, kwargs)
+            return
+        if tape.trace is not None:
+            tape.trace.watch_again()
+        call = tape.enter(self._paths[id(module)], module, args, kwargs)
+        if self._gradients:
             self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
+        if tape.trace is not None and len(args) + len(kwargs) == 1 and not under_function_modes():
+            tape.trace.step_aside(module, call.x, call.values[0])
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tape = self._current.taped
         if tape is not None:
+            if tape.trace is not None:
+                tape.trace.watch_again(module, output)
             # Only this computes: whether several outputs are a connection's, and how a block adds its branches.
             computes = tape.searches_blocks or isinstance(output, (tuple, list, dict))
             with outside_user_modes() if computes else nullcontext():
                 call = tape.leave(module, output)
-            self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
+            if self._gradients:
+                self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape = self._current.taped
@@ -389,7 +398,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             "the states and weights of this model's connections are local variables; call the model once more: from the "
             "second forward on they are read where they are computed"
         )
-    calls = {call.key: call for call in tape.calls}
+    calls = tape.by_key()
     for number, depth, point in structure.captured:
         call = calls[point.path, point.method, point.index]
         _refuse_rewritten(call, point)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Weights
@@ -65,6 +66,7 @@ class Forward:
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.
     first_states: list[torch.Tensor] = field(default_factory=list)
+    edges: dict[Key, GradientEdge] = field(default_factory=dict)  # where the graph of each state begins
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
     handles: list[RemovableHandle] = field(default_factory=list)  # of gradient hooks
@@ -100,6 +102,21 @@ class Forward:
             handle.remove()
         self.handles.clear()
         self.first_states.clear()
+        self.edges.clear()
+
+    def backward_ends(self) -> list[torch.Tensor | GradientEdge]:
+        """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
+
+        A block that detaches its input cuts the graph: a backward to the first state alone would then run nowhere.
+        """
+        ends: list[torch.Tensor | GradientEdge] = list(self.first_states)
+        earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
+        for (number, depth), edge in sorted(self.edges.items(), key=lambda of: of[0]):
+            known = earlier.setdefault(number, set())
+            if known and depth >= 0 and not _leads_to(edge.node, known):
+                ends.append(edge)
+            known.add(edge.node)
+        return ends
 
     def chain_sums(self, number: int) -> TokenSums:
         """The sums of one chain."""
@@ -120,6 +137,7 @@ class Forward:
                 mask={number: mask[row].cpu() for number, mask in self.masks.items() if mask is not None},
                 states=_cloned_row(self.states, position),
                 gradients=_cloned_row(self.gradients, position),
+                carried=frozenset(self.expected_gradients),
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
                 branches=_cloned_row(self.branches, position),
                 decoding=self.decoding,
@@ -127,6 +145,19 @@ class Forward:
             )
             found.append((self.slots[row], sequence))
         return found
+
+
+def _leads_to(node: Any, wanted: set[Any]) -> bool:
+    """Whether the graph below an operation has one of some others."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for below, _ in waiting.pop().next_functions:
+            if below in wanted:
+                return True
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+    return False
 
 
 def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:
@@ -193,7 +224,14 @@ class CurrentForward(threading.local):
     @property
     def taped(self) -> Tape | None:
         """The tape that hooks write to; None under the same conditions as `recorded`."""
-        return None if self.recorded is None else self.tape
+        # These in one: every module's two hooks ask it.
+        forward, tape = self.forward, self.tape
+        if forward is None or tape is None or forward.cancelled:
+            return None
+        mine = own_calls.owner
+        if (mine is not None and mine is not self.owner) or in_recomputation() or in_transformation():
+            return None
+        return tape
 
     def note_transformation(self) -> None:
         """Note where a module of the running forward is called inside of a transformation of torch.func."""

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.reading import read_returned
+from depthscope.probes.connections.reading import ReadPlace, read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report
@@ -53,10 +54,13 @@ class Observer:
         self.options = options
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
+        # Called with chain, depth and the model's own tensor of every state as it is shown.
+        self.on_state: Callable[[int, int, torch.Tensor], None] | None = None
         self._report = report
         self._loss_scale = loss_scale
         self._calls = calls
         self._sums = sums
+        self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -71,6 +75,8 @@ class Observer:
             The state in the model's own layout.
         """
         forward.fired.add(("state", number, depth))
+        if self.on_state is not None:
+            self.on_state(number, depth, tensor)
         if depth == FINAL:
             if len(forward.rows):
                 final = self.structure.canonical_final(number, tensor.detach(), forward.batch_size)
@@ -145,6 +151,7 @@ class Observer:
         if all(number != key[0] for number, _ in forward.expected_gradients):
             forward.first_states.append(tensor)
         forward.expected_gradients.add(key)
+        forward.edges[key] = get_gradient_edge(tensor)
 
     def record_gradient(
         self, forward: Forward, number: int, depth: int, gradient: torch.Tensor | None
@@ -199,7 +206,8 @@ class Observer:
     ) -> None:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
-        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed)
+        place = self._read_places.setdefault(number, ReadPlace())
+        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed, place)
         self.record_connection(forward, number, complete, sampled)
 
     def record_connection(

@@ -22,6 +22,7 @@ class Sequence:
     mask: dict[int, torch.Tensor]
     states: dict[tuple[int, int], torch.Tensor]
     gradients: dict[tuple[int, int], torch.Tensor]
+    carried: frozenset[tuple[int, int]]  # states with a graph, whether or not their gradient arrived
     parts: dict[tuple[int, int], Weights]
     branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None  # of the model's first tensor, for the digest of the data

@@ -92,7 +92,7 @@ def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
 
 def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     runs = _with_linked_runs(tape, list(_candidate_runs(tape)))
-    found = [(run, size) for run in runs if (size := _num_parameters(call.module for call in run))]
+    found = [(run, size) for run in runs if (size := _num_parameters(tape, (call.module for call in run)))]
     if not found:
         return []
     best, best_size = _finest_run(found)
@@ -103,7 +103,7 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
         chosen.append(_finest_run(rest)[0])
     # Of several towers none need be most of the model; single layers that follow one another are no tower.
     towers = chosen if _is_block_run(best) else [best]
-    share = _num_parameters(call.module for run in towers for call in run) / (
+    share = _num_parameters(tape, (call.module for run in towers for call in run)) / (
         ran_parameters(tape, model).total or 1
     )
     if share < TRUNK_SHARE:
@@ -215,7 +215,7 @@ def _candidate_runs(tape: Tape) -> list[list[Call]]:
             continue
         # Only blocks have stages: single layers of one class, such as norms, follow one another by chance.
         classes += join_stages(tape, runs) if _has_children(runs[0][0]) else runs
-    return classes + [run for run in mixed if not any(_covers(run, other) for other in classes)]
+    return classes + [run for run in mixed if not any(_covers(tape, run, other) for other in classes)]
 
 
 def _parts_between_forks(tape: Tape, run: list[Call]) -> Iterator[list[Call]]:
@@ -260,14 +260,14 @@ def _parts_of_one_shape(run: list[Call]) -> Iterable[list[Call]]:
             yield calls
 
 
-def _covers(container: list[Call], run: list[Call]) -> bool:
+def _covers(tape: Tape, container: list[Call], run: list[Call]) -> bool:
     """Whether a run of one class is nearly all of a container's run, and the rest are single layers: norms and heads."""
     in_run = set(map(id, run))
     rest = [call for call in container if id(call) not in in_run]
     if len(rest) + len(run) > len(container) or any(_has_children(call) for call in rest):
         return False
-    return _num_parameters(c.module for c in run) >= FINER_SHARE * _num_parameters(
-        c.module for c in container
+    return _num_parameters(tape, (c.module for c in run)) >= FINER_SHARE * _num_parameters(
+        tape, (c.module for c in container)
     )
 
 
@@ -275,9 +275,15 @@ def _share_calls(a: list[Call], b: list[Call]) -> bool:
     return any(x is y or x.inside(y) or y.inside(x) for x in a for y in b)
 
 
-def _num_parameters(modules: Iterable[nn.Module]) -> int:
-    parameters = {id(p): p for module in modules for p in all_parameters(module)}  # shared ones once
-    return sum(p.numel() for p in parameters.values())
+def _num_parameters(tape: Tape, modules: Iterable[nn.Module]) -> int:
+    sizes: dict[int, int] = {}  # of shared ones once
+    for module in modules:
+        own = tape.parameter_sizes.get(id(module))
+        if own is None:
+            own = {id(p): p.numel() for p in all_parameters(module)}
+            tape.parameter_sizes[id(module)] = own
+        sizes |= own
+    return sum(sizes.values())
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from torch import nn
 
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.deferred_branches import with_deferred_branches
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
@@ -238,7 +240,7 @@ def _lacks(tape: Tape, states: Sequence[Value], numbers: Sequence[int]) -> bool:
 
 def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
     """Refuse a forward that left out some of its blocks: their depths would be given to others."""
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model))
     ran = {call.path[:end] for call in tape.calls for end in _ends(call.path)}
     lists = {
         (path.rpartition(".")[0], type(modules[path]))
@@ -262,7 +264,7 @@ def _require_all_blocks(tape: Tape, model: nn.Module, chain: Chain) -> None:
 
 def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequence[Chain]) -> Chain:
     """A chain; unproven where a block like its own ran and is on no chain, so that its state is missing."""
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model))
     known = {path for other in chains for path in other.blocks}
     around = {path[:end] for path in known for end in _ends(path)}
     kinds = {
@@ -326,9 +328,7 @@ def _goes_on(tape: Tape, chain: Chain, chains: Sequence[Chain]) -> bool:
     return True
 
 
-def _ends(path: str) -> Iterator[int]:
+@lru_cache(maxsize=1 << 14)
+def _ends(path: str) -> tuple[int, ...]:
     """Where the path of a module and of those that contain it end."""
-    yield len(path)
-    for position, letter in enumerate(path):
-        if letter == ".":
-            yield position
+    return len(path), *(position for position, letter in enumerate(path) if letter == ".")

@@ -47,7 +47,7 @@ class RanParameters:
         for module in called.values():
             # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
             parts_ran = any(id(child) in called for child in module._modules.values())
-            ran += [module] if parts_ran else all_modules(module)
+            ran += [module] if parts_ran or not module._modules else all_modules(module)
         self.sizes = {id(p): 0 if id(p) in outside else p.numel() for p in own_parameters(ran)}
         self.total = sum(self.sizes.values())
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from torch import nn
@@ -21,6 +22,7 @@ from depthscope.probes.dataflow.linear import WHOLE
 from depthscope.probes.dataflow.operations import MOST_STREAMS
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value, carrier_of
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.structure.chain import Chain, HookPoint
 from depthscope.probes.structure.tape import Call, Tape
 
@@ -215,7 +217,7 @@ def chain_of_states(tape: Tape, model: nn.Module, states: Sequence[CarriedState]
     assert tape.trace is not None
     branches = [_branch_calls(tape, states, number) for number in range(1, len(states))]
     layers = _layers(branches)
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model))
     points = [_point(tape, states[0], -1, "embed", "(input)")]
     for number, (calls, layer) in enumerate(zip(branches, layers, strict=True)):
         inside = number + 1 < len(layers) and layers[number + 1] == layer
@@ -242,7 +244,7 @@ def _branch_calls(tape: Tape, states: Sequence[CarriedState], number: int) -> li
 
 def skips_blocks(tape: Tape, model: nn.Module, states: Sequence[Value]) -> bool:
     """Whether several blocks of one list ran between two of the states: they are no branch, and their states are missing."""
-    modules = dict(model.named_modules())
+    modules = dict(module_paths(model))
     carried = [CarriedState(value, ()) for value in states]
     for number in range(1, len(states)):
         paths = {_block_path(call.path) for call in _branch_calls(tape, carried, number)}
@@ -289,6 +291,7 @@ def _producer(calls: Sequence[Call]) -> str:
     return next((call.path for call in calls if _block_path(call.path) == most), "(no module)")
 
 
+@lru_cache(maxsize=1 << 14)
 def _block_path(path: str) -> str:
     """The part of a module path up to its first number."""
     found = re.match(r"(.*?\d+)(\.|$)", path)

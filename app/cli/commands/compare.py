@@ -18,6 +18,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--points", type=Number(1, 1000), default=6, metavar="N", help="relative depths shown (default 6)"
     )
+    parser.add_argument(
+        "--by",
+        metavar="ATTRIBUTE",
+        help="test groups of runs, such as the seeds of each 'family', and not every run against the first",
+    )
     add_selection(parser)
     add_json(parser)
 
@@ -29,6 +34,13 @@ def _run(args: argparse.Namespace) -> int:
         differences,
         summary_table,
     )
+    from depthscope.app.tables.differences import (
+        ONE_RUN_EACH,
+        as_dict,
+        between_groups,
+        between_runs,
+        in_words,
+    )
 
     metrics = args.metrics or COMPARED_METRICS
     selection = selection_of(args)
@@ -36,6 +48,11 @@ def _run(args: argparse.Namespace) -> int:
     summary = summary_table(readings, selection)
     aligned = comparison_table(readings, metrics, selection, points=args.points)
     warnings = differences(readings, selection)
+    if args.by:
+        tested = between_groups(readings, metrics, selection, by=args.by)
+    else:
+        left = {run["run"] for run in left_out}
+        tested = between_runs(args.runs, metrics, selection, without=left, max_bytes=args.max_bytes)
     # On stderr, also with --json: a comparison of unlike runs is still printed, and stdout stays one document.
     for text in warnings:
         remark(text)
@@ -45,10 +62,17 @@ def _run(args: argparse.Namespace) -> int:
                 "warnings": warnings,
                 "summary": summary.data.to_dict("records"),
                 "aligned": aligned.data.to_dict("records"),
+                "differences": [as_dict(difference) for difference in tested],
                 "left_out": left_out,
             }
         )
         return exit_code(left_out)
+    for difference in tested:
+        say(textwrap.fill(in_words(difference), 100, subsequent_indent="  "))
+    if tested and not args.by:
+        say(textwrap.fill(ONE_RUN_EACH, 100))
+    if tested:
+        say()
     say(textwrap.fill(summary.caption, 100))
     # Transposed, one column a run: a terminal is too narrow for one row with ten facts.
     facts = summary.printed.copy()

@@ -1,4 +1,4 @@
-"""How is a finding shown? Severity, sentence, number, threshold, source, advice."""
+"""How is a finding shown? As the card that every face shows: verdict, where, why, next, and its equation one click away."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.tables.findings import place_of
-from depthscope.app.text.bibliography import cited, source_words
-from depthscope.app.text.numbers import number
+from depthscope.app.text.cards import Card
+from depthscope.app.text.explanations import explanation
 from depthscope.diagnostics import Finding
 
-__all__ = ["show_finding", "tally"]
+__all__ = ["show_card", "tally"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {
@@ -23,28 +22,32 @@ BADGES = {
 """Severity → word, colour, sign."""
 
 
-def show_finding(finding: Finding) -> None:
+def show_card(card: Card) -> None:
     """One finding in a bordered box.
 
     Parameters
     ----------
-    finding : Finding
-        One finding of `judge`.
+    card : Card
+        Of `cards_of`.
     """
-    word, colour, sign = BADGES[finding.severity.name]
+    word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(f"{sign} {word}", color=colour)
-            st.markdown(f"**{escaped(finding.verdict.replace('_', ' ').capitalize())}**", width="content")
-            st.caption(escaped(place_of(finding)), width="content")
-        # `cited` replaces a bibliography key by author and year; escaping comes last, since keys contain underscores.
-        st.markdown(escaped(cited(finding.sentence)))
-        facts = (
-            f"{finding.metric} {number(float(finding.value))} · threshold {number(float(finding.threshold))}"
-        )
-        st.caption(f"{escaped(facts)} · {escaped(source_words(finding.source))}")
-        if finding.advice:
-            st.caption(f"**Try:** {escaped(finding.advice)}")
+            st.markdown(f"**{escaped(card.title)}**", width="content")
+        st.caption(f"**Where:** {escaped(card.where)}")
+        # Escaping comes last: names and keys contain underscores.
+        st.markdown(f"**Why:** {escaped(' '.join(filter(None, (card.why, card.limit))))}")
+        if card.unproven:
+            st.caption(f"**Unproven:** {escaped(card.unproven)}")
+        if card.next:
+            st.caption(f"**Next:** {escaped(card.next)}")
+        if card.experiment:
+            st.code(card.experiment, language=None, wrap_lines=True)
+        if card.result:
+            st.caption(f"**Result:** {escaped(card.result)}")
+        with st.popover("Equation and sources", type="tertiary"):
+            st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
 
 
 def tally(findings: Sequence[Finding]) -> None:

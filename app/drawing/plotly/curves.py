@@ -149,7 +149,7 @@ def _curve(line: Line, look: _Look, *, marked: bool, named: bool) -> go.Scatter:
 
 
 def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:
-    """± one standard error at every point, where the band is something else."""
+    """The interval over sequences at every point, where the band is something else."""
     if line.error is None:
         return None
     return {"type": "data", "array": line.error, "color": colour, "thickness": 1.2, "width": 2}

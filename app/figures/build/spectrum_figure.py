@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from depthscope.app.figures.build.measurement import Measurement
 from depthscope.app.figures.build.values import LABELLED, names_of, pick
 from depthscope.app.figures.specification import Analyses, Array, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.intervals import margin
 
 __all__ = ["SpectrumFigure", "by_order", "density"]
 
@@ -70,7 +71,7 @@ class SpectrumFigure(FigureKind):
         bands = any(line.lower is not None for line in lines)
         remarks = [
             "Of the mean over streams." if several else "",
-            "Band: ± one standard error over sequences." if bands else "",
+            f"Band: ± {_margin_words(self.metric, analyses)}." if bands else "",
             _NOISE if noise else "",
             self.note,
         ]
@@ -96,6 +97,7 @@ class SpectrumFigure(FigureKind):
             pick(data, f"{self.metric}{part}", measurement.choice) for part in ("", "_stderr", "_null")
         )
         assert values is not None
+        error = None if error is None else margin(error)[0]
         names = names_of(values, "depth")
         for depth in _depths(values.sizes["depth"], measurement.choice):
             label = f"depth {depth}" if len(measurement.analyses) == 1 else f"{run} · depth {depth}"
@@ -115,6 +117,12 @@ class SpectrumFigure(FigureKind):
             yield Line(x, y, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(x))
             if np.isfinite(noise).any():
                 yield Line(*self.curve(orders, noise), f"{label} · null", role="null", group=run)
+
+
+def _margin_words(metric: str, analyses: Mapping[str, xr.Dataset]) -> str:
+    """What the bands are, of every number of sequences that there is."""
+    errors = [data[f"{metric}_stderr"] for data in analyses.values() if f"{metric}_stderr" in data]
+    return " or ".join(dict.fromkeys(margin(error)[1] for error in errors))
 
 
 def _depths(size: int, choice: Selection) -> list[int]:

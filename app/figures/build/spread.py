@@ -1,4 +1,4 @@
-"""How sure is a curve, and how wide? Its band, its standard error, and the sentences that explain them."""
+"""How sure is a curve, and how wide? Its band, its interval, and the sentences that explain them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import xarray as xr
 
 from depthscope.app.figures.build.values import pick
 from depthscope.app.figures.specification import Array, Selection
+from depthscope.diagnostics.metrics.intervals import margin
 
 __all__ = ["Spread", "aligned", "spread_of"]
 
@@ -23,7 +24,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: str, **fixed: str) -> Spread:
-    """The band around a curve: quantiles or percentiles over tokens, or ± one error.
+    """The band around a curve: quantiles or percentiles over tokens, or the interval over sequences.
 
     Parameters
     ----------
@@ -43,7 +44,7 @@ def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: 
     Spread
     """
     name = f"{curve.name}_stderr"
-    error = _standard_error(data, curve, choice, fixed)
+    error = _margin(data, curve, choice, fixed)
     # The band that a figure names is more specific than the percentiles that every reduced metric has.
     band = _declared_band(data, curve, choice, around, fixed) or _percentiles(data, curve, choice, fixed)
     if error is None:
@@ -52,19 +53,19 @@ def spread_of(data: xr.Dataset, curve: xr.DataArray, choice: Selection, around: 
         return band or Spread(words=(f"No standard error: {reason}.",) if reason else ())
     # A jackknife is named, since its error of a pooled metric is not that of a mean over sequences.
     estimator = str(data[name].attrs.get("estimator", ""))
-    what = "standard error over sequences" + (f" ({estimator})" if "jackknife" in estimator else "")
+    what = margin(data[name])[1] + (f" ({estimator})" if "jackknife" in estimator else "")
     if band is None:
-        return Spread(curve.values - error, curve.values + error, None, (f"Band: ± one {what}.",))
-    return Spread(band.lower, band.upper, error, (*band.words, f"Whiskers: ± one {what}."))
+        return Spread(curve.values - error, curve.values + error, None, (f"Band: ± {what}.",))
+    return Spread(band.lower, band.upper, error, (*band.words, f"Whiskers: ± {what}."))
 
 
-def _standard_error(
-    data: xr.Dataset, curve: xr.DataArray, choice: Selection, fixed: dict[str, str]
-) -> Array | None:
+def _margin(data: xr.Dataset, curve: xr.DataArray, choice: Selection, fixed: dict[str, str]) -> Array | None:
+    """How far the band or the whiskers reach to each side."""
     # An analysis has the standard error of the mean over tokens only, not that of a percentile.
     if "reduction" in data[str(curve.name)].dims and choice.reduction != "mean":
         return None
-    error = aligned(pick(data, f"{curve.name}_stderr", choice, **fixed), curve)
+    picked = pick(data, f"{curve.name}_stderr", choice, **fixed)
+    error = None if picked is None else aligned(margin(picked)[0], curve)
     return None if error is None or not np.isfinite(error).any() else error
 
 

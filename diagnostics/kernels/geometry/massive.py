@@ -22,7 +22,7 @@ def massive_activations(
     absolute
         Smallest magnitude, in the units of ``x``.
     relative
-        Smallest multiple of the median magnitude over the rows that count.
+        Smallest multiple of the median magnitude, of the entries that are not zero, over the rows that count.
     mask
         Booleans (..., N), False for rows that do not count.
 
@@ -46,16 +46,18 @@ def massive_activations(
     # The median needs a sort of all entries: most states have no entry above the absolute threshold.
     if not bool(xp.any(large)):
         return large
-    return large & (size > relative * _median_entry(xp, size, matrix.mask, matrix.count)[..., None, None])
+    return large & (size > relative * _median_entry(xp, size, matrix.mask)[..., None, None])
 
 
-def _median_entry(xp: Any, size: Array, mask: Array | None, count: Array) -> Array:
-    """The median over the entries of the rows that count, (...)."""
-    width = size.shape[-1]
-    if mask is not None:  # masked entries are sorted behind all others, and the count leaves them out
-        size = xp.where(mask[..., None], size, xp.full_like(size, xp.inf))
+def _median_entry(xp: Any, size: Array, mask: Array | None) -> Array:
+    """The median over the entries that are not zero of the rows that count, (...): after a ReLU most are zero."""
+    counted = size > 0
+    if mask is not None:
+        counted = counted & mask[..., None]
+    # Entries that do not count are sorted behind all others, and the number of entries leaves them out.
+    size = xp.where(counted, size, xp.full_like(size, xp.inf))
     ordered = xp.sort(xp.reshape(size, (*size.shape[:-2], -1)), axis=-1)
-    entries = xp.astype(count, xp.int64) * width
+    entries = xp.sum(xp.astype(counted, xp.int64), axis=(-2, -1))
     last = ordered.shape[-1] - 1
     # The two middle entries, which are one for an odd number.
     pair = xp.stack([(entries - 1) // 2, entries // 2], axis=-1)

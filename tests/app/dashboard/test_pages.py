@@ -70,10 +70,10 @@ def test_a_chart_contains_the_numbers_of_the_analysis(opened, mhc_run):
 def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(opened, mhc_run):
     test = opened("", "mhc.nc")
     said = words(test)
-    assert "Copied streams" in said
-    assert "stream_cosine" in said
-    assert "threshold 0.99" in said
-    assert "Try:" in said
+    assert "The streams are still copies of one another deep in the network." in said
+    assert "cosine between streams" in said
+    assert "above 0.99 (this project)" in said
+    assert all(f"{label}:" in said for label in ("Where", "Why", "Next"))
     facts = test.table[0].value
     assert facts.loc["Model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]
     assert "1.0e-07" in facts.loc["Reconstruction proof"].iloc[0].replace("\\", "")
@@ -282,7 +282,7 @@ def test_text_from_a_run_is_never_markdown():
 def test_sources_are_cited_by_author_and_year():
     assert source_words("roy2007effective") == "Roy & Vetterli 2007"
     assert source_words("xie2025mhc") == "Xie et al. 2025"
-    assert source_words("heuristic") == "heuristic"
+    assert source_words("this project") == "this project"
 
 
 # --- the launch ---

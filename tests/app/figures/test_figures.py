@@ -84,8 +84,10 @@ def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
     line, null = figure.lines
     cell = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
     error = plain["effective_rank_stderr"].isel(step=-1).sel(cell).values
-    np.testing.assert_allclose(line.upper - line.y, error)
-    np.testing.assert_allclose(line.y - line.lower, error)
+    # Two sequences: Student's t with one degree of freedom.
+    np.testing.assert_allclose(line.upper - line.y, 12.706205 * error)
+    np.testing.assert_allclose(line.y - line.lower, 12.706205 * error)
+    assert "Band: ± half of a 95 % interval (Student's t over 2 sequences)." in figure.caption
     assert null.role == "null"
     assert set(null.y) == {
         float(plain["effective_rank_null"].sel(scope="sequence", tokens="all", centering="raw"))
@@ -348,8 +350,8 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     np.testing.assert_array_equal(line.upper, band.sel(quantile=0.95))
     assert "Band: 5 to 95 % of the tokens." in figure.caption
     error = whole["plain"]["adjacent_cosine_stderr"].isel(step=-1).sel(stream="mean")
-    np.testing.assert_array_equal(line.error, error)
-    assert "Whiskers: ± one standard error over sequences" in figure.caption
+    np.testing.assert_allclose(line.error, 3.182446 * error)  # four sequences: Student's t
+    assert "Whiskers: ± half of a 95 % interval (Student's t over" in figure.caption
 
 
 def test_the_power_law_has_the_error_of_its_fit(whole):

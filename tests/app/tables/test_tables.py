@@ -12,7 +12,7 @@ from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
-from depthscope.app.tables.findings import findings_table, findings_text, place_of
+from depthscope.app.tables.findings import findings_table, findings_text
 from depthscope.app.tables.formats import to_csv, to_latex, to_markdown
 from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
 from depthscope.app.text.latex import tex
@@ -192,23 +192,10 @@ def test_markdown_and_csv(readings):
 
 def test_findings_in_plain_words():
     text = findings_text([FINDING, replace(FINDING, severity=Severity.WARN, axis="run", first=-1, last=-1)])
-    assert text.startswith("FAIL  rank collapse, depth 5–7\n")
-    assert "Try: Check the skips." in text
-    assert "\n\nWARN  rank collapse\n" in text
+    assert text.startswith("FAIL  The tokens of a sequence become equal.\n      Where    depth 5–7\n")
+    assert "\n      Next     Check the skips." in text
+    assert "\n\nWARN  The tokens of a sequence become equal.\n      Where    whole run\n" in text
     assert findings_text([]).startswith("Nothing found")
-
-
-@pytest.mark.parametrize(
-    ("change", "place"),
-    [
-        ({}, "depth 5–7"),
-        ({"last": 5}, "depth 5"),
-        ({"stream": "2"}, "depth 5–7, stream 2"),
-        ({"axis": "run", "first": -1, "last": -1}, "whole run"),
-    ],
-)
-def test_places(change, place):
-    assert place_of(replace(FINDING, **change)) == place
 
 
 def test_undefined_threshold_prints_a_dash(readings):

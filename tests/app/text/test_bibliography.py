@@ -31,13 +31,13 @@ def test_every_entry_has_authors_a_year_and_a_title_without_tex(key):
 def test_names_are_those_that_people_write():
     assert reference("marchenko1967distribution").author_year == "Marčenko & Pastur 1967"
     assert reference("golub2013matrix").author_year == "Golub & Van Loan 2013"
-    assert reference("kunsch1989jackknife").author_year == "Künsch 1989"
+    assert reference("henrici1962bounds").author_year == "Henrici 1962"
     assert reference("xie2025mhc").author_year == "Xie et al. 2025"
     assert reference("agrawal2022alpha").title.startswith("α-ReQ: ")
 
 
 def test_a_link_is_the_preprint_else_the_doi_else_nothing():
-    assert reference("garrido2023rankme").url == "https://arxiv.org/abs/2210.02885"
+    assert reference("dong2021attention").url == "https://arxiv.org/abs/2103.03404"
     assert reference("marchenko1967distribution").url.startswith("https://doi.org/10.1070/")
     assert reference("golub2013matrix").url == ""
 
@@ -46,9 +46,9 @@ def test_keys_in_sentences_become_words_and_others_stay():
     assert cited("above 10 (roy2007effective), not (nobody2020nothing)") == (
         "above 10 (Roy & Vetterli 2007), not (nobody2020nothing)"
     )
-    assert source_words("roy2007effective, heuristic") == "Roy & Vetterli 2007; heuristic"
+    assert source_words("roy2007effective, this project") == "Roy & Vetterli 2007; this project"
 
 
 def test_a_cut_keeps_the_order_of_the_bibliography():
     assert list(entries(cut(reversed(KEYS)))) == KEYS
-    assert keys_of(["heuristic", KEYS[1]]) == [KEYS[1]]
+    assert keys_of(["this project", KEYS[1]]) == [KEYS[1]]

@@ -95,7 +95,9 @@ def test_a_module_that_a_step_rewrites_is_named():
     (found,) = judged([1e-3, 2.0, 0.5]).values()
     assert (found.verdict, found.severity.name, found.axis) == ("large_update", "FAIL", "weight")
     assert found.value == 2.0
-    assert "is 2 in blocks.0.up, above 0.5 (heuristic); it is above 0.1 in 2 of 3 modules." in found.sentence
+    assert (
+        "is 2 in blocks.0.up, above 0.5 (this project); it is above 0.1 in 2 of 3 modules." in found.sentence
+    )
 
 
 def test_a_module_that_stands_still_is_named():

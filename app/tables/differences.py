@@ -1,0 +1,290 @@
+"""Which runs differ, and where? Tests of the metrics that are compared, and what they say in words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures.build.values import pick, positions
+from depthscope.app.figures.specification import Selection
+from depthscope.app.readings.readings import Reading, find_runs
+from depthscope.app.tables.tables import column_of, spoken
+from depthscope.app.text.numbers import number, quantity
+from depthscope.diagnostics import CATALOGUE, schema
+from depthscope.diagnostics.analysis.differences import (
+    Difference,
+    by_sequence,
+    of_seeds,
+    of_two,
+    same_sequences,
+)
+
+__all__ = ["as_dict", "between_groups", "between_runs", "in_words"]
+
+ALONG = ("depth", "connection")
+
+ONE_RUN_EACH = (
+    "Each difference is one of two trained models on these sequences; whether the design makes it, or the seed, "
+    "takes several seeds of each: --by ATTRIBUTE."
+)
+
+
+def between_runs(
+    paths: Sequence[str],
+    metrics: Sequence[str],
+    view: Selection,
+    *,
+    without: Collection[str] = (),
+    max_bytes: int | None = None,
+) -> list[Difference]:
+    """Every run against the first, sequence by sequence where they have seen the same ones.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Run files, or folders with some in them.
+    metrics : sequence of str
+        Names of the catalogue.
+    view : Selection
+        Slice that is compared.
+    without : collection of str
+        Names of runs that cannot be read.
+    max_bytes : int, optional
+        Of the arrays of one run; see `schema.open_run`.
+
+    Returns
+    -------
+    list of Difference
+        Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
+    """
+    found = {name: path for name, path in find_runs(paths).items() if name not in without}
+    runs = {name: schema.open_run(path, max_bytes=max_bytes) for name, path in found.items()}
+    try:
+        first, *others = runs
+        return [
+            difference
+            for other in others
+            # A chain is compared with the same chain of the other run: an encoder is no decoder.
+            for chain in schema.chains(runs[first])
+            if chain in schema.chains(runs[other])
+            for difference in _of_pair({name: runs[name] for name in (first, other)}, chain, metrics, view)
+        ]
+    finally:
+        for run in runs.values():
+            run.close()
+
+
+def _of_pair(
+    runs: Mapping[str, xr.DataTree], chain: str, metrics: Sequence[str], view: Selection
+) -> list[Difference]:
+    """The differences of two runs in one chain."""
+    traces = {
+        f"{name}/{chain}" if chain else name: schema.chain_dataset(run, "trace", chain)
+        for name, run in runs.items()
+    }
+    known = {name: trace for name, trace in traces.items() if trace is not None}
+    if len(known) < 2:
+        return []
+    first, second = (run.attrs.get("data_digest") for run in runs.values())
+    one, other = known.values()
+    paired = same_sequences(one, other, (first, second))
+    found = []
+    for metric in metrics:
+        values = {name: _profiles(trace, metric, view) for name, trace in known.items()}
+        aligned = _aligned({name: value for name, value in values.items() if value is not None})
+        if len(aligned) == 2:
+            difference = of_two(metric, aligned, paired=paired)
+            lengths = {
+                value.size // value.sizes["sequence"] for value in values.values() if value is not None
+            }
+            if len(lengths) > 1:
+                difference = replace(difference, how=f"at the same relative depth, {difference.how}")
+            found.append(difference)
+    return found
+
+
+def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray | None:
+    """A metric along depth or connections for each sequence."""
+    values = by_sequence(trace, CATALOGUE[metric], scope=view.scope)
+    if values is None:
+        return None
+    fixed = {"direction": "forward"} if "direction" in values.dims and view.direction == "both" else {}
+    value = pick(values.to_dataset(name=metric), metric, view, **fixed)
+    others = set() if value is None else set(value.dims) - {"sequence"}
+    # A matrix of every two depths has too many cells for one sentence.
+    return value if len(others) == 1 and others <= set(ALONG) else None
+
+
+def _aligned(values: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArray]:
+    """Two runs at the same relative depth: at every depth of the shallower one, and the nearest of the other."""
+    axes = {next(str(dim) for dim in value.dims if dim in ALONG) for value in values.values()}
+    if len(values) < 2 or len(axes) != 1:
+        return {}
+    (axis,) = axes
+    where = {name: positions(value, axis, "relative") for name, value in values.items()}
+    shallow = min(where.values(), key=len)
+    # No interpolation: between two measured depths there is no state.
+    nearest = {
+        name: [int(np.argmin(np.abs(along - fraction))) for fraction in shallow]
+        for name, along in where.items()
+    }
+    labels = min(values.values(), key=lambda value: value.sizes[axis])[axis].values
+    return {
+        name: value.isel({axis: nearest[name]}).reset_coords(drop=True).assign_coords({axis: labels})
+        for name, value in values.items()
+    }
+
+
+def between_groups(
+    readings: Sequence[Reading], metrics: Sequence[str], view: Selection, *, by: str
+) -> list[Difference]:
+    """Groups of runs against the first group, such as several seeds of two designs.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Analysed runs.
+    metrics : sequence of str
+        Names of the catalogue.
+    view : Selection
+        Slice that is compared.
+    by : str
+        The attribute that all runs of a group share, such as ``"family"``.
+
+    Returns
+    -------
+    list of Difference
+
+    Raises
+    ------
+    ValueError
+        Where a run lacks the attribute, or all runs have the same.
+    """
+    groups: dict[str, list[Reading]] = {}
+    for reading in readings:
+        if reading.attrs.get(by) is None:
+            known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
+            raise ValueError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
+        groups.setdefault(str(reading.attrs[by]), []).append(reading)
+    if len(groups) < 2:
+        raise ValueError(f"all runs have {by} {next(iter(groups), '')!r}; name an attribute that differs")
+    first, *others = groups
+    found = []
+    for other in others:
+        for metric in metrics:
+            pair = {name: _of_group(groups[name], metric, view) for name in (first, other)}
+            # Depths of groups that are not equally deep are no repetitions of each other.
+            if all(pair.values()) and len({each.shape for of_one in pair.values() for each in of_one}) == 1:
+                found.append(of_seeds(metric, pair))
+    return found
+
+
+def _of_group(readings: Sequence[Reading], metric: str, view: Selection) -> list[xr.DataArray]:
+    """The metric of every run of a group; empty where one of them lacks it."""
+    fixed = {"direction": "forward"} if view.direction == "both" else {}
+    columns = [
+        column_of(reading.analysis, metric, view, **_known(reading.analysis, metric, fixed))
+        for reading in readings
+    ]
+    return [column.value for column in columns if column is not None] if None not in columns else []
+
+
+def _known(analysis: xr.Dataset, metric: str, fixed: Mapping[str, str]) -> dict[str, str]:
+    dims = analysis[metric].dims if metric in analysis else ()
+    return {dim: label for dim, label in fixed.items() if dim in dims}
+
+
+def in_words(difference: Difference) -> str:
+    """What a test says, in one sentence.
+
+    Parameters
+    ----------
+    difference : Difference
+        Of `between_runs` or `between_groups`.
+
+    Returns
+    -------
+    str
+        Such as ``effective rank: mhc is above residual at depth 2–6, by 5.0 ± 1.4 at depth 4 (…)``.
+    """
+    name = spoken(difference.metric)
+    axis = str(difference.value.dims[0])
+    if difference.undecided:
+        return (
+            f"{name}: not decided between {difference.first} and {difference.second}: {difference.undecided}"
+        )
+    known = np.flatnonzero(~np.isnan(difference.p.values))
+    if not len(known):
+        return f"{name}: not decided between {difference.first} and {difference.second}: no error is known"
+    differs = difference.differs
+    size = np.abs(difference.value.values)
+    # Of those that differ the largest; where none does, the one that chance explains worst.
+    at = int(
+        np.argmax(np.where(differs, size, -1))
+        if differs.any()
+        else known[np.argmin(difference.p.values[known])]
+    )
+    value, reach = float(difference.value.values[at]), float(difference.half_width.values[at])
+    place = f"{axis} {difference.value[axis].values[at] if axis in difference.value.coords else at}"
+    tested = f"{difference.how}; p {_probability(float(difference.p.values[at]))}, corrected for {len(known)} {axis}s"
+    if not differs.any():
+        return (
+            f"{name}: no difference between {difference.first} and {difference.second} is told; the clearest is "
+            f"{quantity(value, reach)} at {place} ({tested})"
+        )
+    side = "above" if value > 0 else "below"
+    return (
+        f"{name}: {difference.second} is {side} {difference.first} by {quantity(abs(value), reach)} at {place} "
+        f"({tested}); they differ at {axis} {_ranges(difference, axis)}"
+    )
+
+
+def _probability(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
+
+
+def _ranges(difference: Difference, axis: str) -> str:
+    """The positions that differ, as ranges."""
+    value = difference.value
+    labels = value[axis].values if axis in value.coords else np.arange(value.sizes[axis])
+    runs: list[list[int]] = []
+    for at in np.flatnonzero(difference.differs):
+        if runs and at == runs[-1][-1] + 1:
+            runs[-1].append(int(at))
+        else:
+            runs.append([int(at)])
+    return ", ".join(
+        f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}" for run in runs
+    )
+
+
+def as_dict(difference: Difference) -> dict[str, Any]:
+    """Plain values for JSON.
+
+    Parameters
+    ----------
+    difference : Difference
+        Any.
+
+    Returns
+    -------
+    dict of str to object
+    """
+    axis = str(difference.value.dims[0])
+    return {
+        "metric": difference.metric,
+        "first": difference.first,
+        "second": difference.second,
+        "how": difference.how,
+        "undecided": difference.undecided,
+        axis: difference.value[axis].values if axis in difference.value.coords else None,
+        "difference": difference.value.values,
+        "half_width": difference.half_width.values,
+        "p": difference.p.values,
+        "differs": difference.differs,
+        "in_words": in_words(difference),
+    }

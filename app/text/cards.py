@@ -1,0 +1,233 @@
+"""What does a person read of a finding? One card: the verdict, where, why, and what to do next, in at most twelve lines."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from depthscope.app.text.bibliography import cited, source_words
+from depthscope.app.text.numbers import number
+from depthscope.diagnostics import Finding
+from depthscope.diagnostics.schema import UNPROVEN
+
+__all__ = ["CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
+
+CARD_SCHEMA = "depthscope.finding/1"
+"""Name and version of the form in ``--json``: a key that goes or changes its meaning makes a new version."""
+
+MOST_LINES = 12
+"""A card that is longer is not read."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A finding as every face shows it: terminal, report, dashboard, notebook and JSON.
+
+    Parameters
+    ----------
+    finding : Finding
+        What was judged.
+    title : str
+        The verdict as a statement about the network.
+    where : str
+        Such as ``depth 3–7, stream 2``, or ``whole run``.
+    why : str
+        The sentence with its numbers, sources by author and year.
+    limit : str
+        Where the limit comes from, where the sentence does not say it.
+    unproven : str
+        Why the reading of the network is not proven; empty where it is.
+    next : str
+        What to try.
+    experiment : str
+        The command of the experiment that would settle it; empty where there is none.
+    result : str
+        What that experiment gave, once it was run.
+    """
+
+    finding: Finding
+    title: str
+    where: str
+    why: str
+    limit: str
+    unproven: str
+    next: str
+    experiment: str = ""
+    result: str = ""
+
+    @property
+    def severity(self) -> str:
+        """FAIL, WARN, INFO or PASS."""
+        return self.finding.severity.name
+
+    @property
+    def more(self) -> str:
+        """The command that prints equation, limits and sources."""
+        return f"depthscope explain {self.finding.verdict}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, as the published schema states them (``docs/schemas/finding.schema.json``).
+
+        Returns
+        -------
+        dict of str to object
+        """
+        return {
+            "schema": CARD_SCHEMA,
+            **self.finding.as_dict(),
+            "title": self.title,
+            "where": self.where,
+            "why": self.why,
+            "next": self.next,
+            "experiment": self.experiment or None,
+            "result": self.result or None,
+            "more": self.more,
+        }
+
+
+def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card:
+    """The card of a finding.
+
+    Parameters
+    ----------
+    finding : Finding
+        One finding of `judge`.
+    experiment, result : str
+        The command of the experiment that would settle it, and what it gave.
+
+    Returns
+    -------
+    Card
+    """
+    from depthscope.diagnostics.verdicts import VERDICTS
+    from depthscope.diagnostics.verdicts.reading import unproven_sentence
+
+    known = VERDICTS.get(finding.verdict)
+    # A verdict of somebody else has no declaration here; its name is all that is known.
+    title = known.title if known else f"{finding.verdict.replace('_', ' ').capitalize()}."
+    return Card(
+        finding=finding,
+        title=title,
+        where=place_of(finding),
+        why=cited(finding.sentence.replace(unproven_sentence(finding.proof), "").rstrip()),
+        limit=""
+        if finding.source in finding.sentence
+        else f"The limit is from {source_words(finding.source)}.",
+        unproven=finding.proof.removeprefix(UNPROVEN) if finding.proof.startswith(UNPROVEN) else "",
+        next=finding.advice,
+        experiment=experiment,
+        result=result,
+    )
+
+
+def place_of(finding: Finding) -> str:
+    """The place of a finding, such as ``depth 3–7`` or ``whole run``.
+
+    Parameters
+    ----------
+    finding : Finding
+        A finding.
+
+    Returns
+    -------
+    str
+    """
+    # A negative position is none.
+    if finding.axis == "run" or finding.first < 0:
+        place = "whole run"
+    elif finding.last == finding.first:
+        place = f"{finding.axis} {finding.first}"
+    else:
+        place = f"{finding.axis} {finding.first}–{finding.last}"
+    # The mean over streams is not one of them.
+    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+
+
+def card_lines(card: Card, *, width: int = 100) -> list[str]:
+    """A card as text of at most twelve lines.
+
+    Parameters
+    ----------
+    card : Card
+        Of `card_of`.
+    width : int
+        Columns.
+
+    Returns
+    -------
+    list of str
+    """
+    explained = f", follows from {card.finding.because.replace('_', ' ')}" if card.finding.because else ""
+    rows = [
+        ("Where", f"{card.where}{explained}", 1),
+        ("Why", f"{card.why} {card.limit}".rstrip(), 4 if card.unproven else 5),
+        ("Unproven", card.unproven, 1),
+        ("Next", card.next, 3),
+        ("", card.experiment, 1),
+        ("Result", card.result, 1),
+    ]
+    lines = [f"{card.severity:<4}  {card.title}"]
+    for label, text, most in rows:
+        if text:
+            lines += _part(label, text, most, width)
+    return lines
+
+
+def _part(label: str, text: str, most: int, width: int) -> list[str]:
+    """One part of a card under its label; what does not fit into its lines is left out, whole sentences where possible."""
+
+    def wrapped(words: str) -> list[str]:
+        return textwrap.wrap(
+            words,
+            width,
+            initial_indent=f"      {label:<9}",
+            subsequent_indent=" " * 15,
+            break_long_words=False,
+        )
+
+    lines = wrapped(text)
+    # Half a sentence may say the contrary of all of it; the rest is in `depthscope explain` and in the JSON.
+    sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    while len(lines) > most and len(sentences) > 1:
+        sentences.pop()
+        lines = wrapped(f"{' '.join(sentences)} …")
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1][: width - 2].rstrip()} …"]
+    return lines
+
+
+def cards_text(cards: Iterable[Card], *, width: int = 100) -> str:
+    """Cards one below the other, with an empty line between them.
+
+    Parameters
+    ----------
+    cards : iterable of Card
+        In the order to print.
+    width : int
+        Columns.
+
+    Returns
+    -------
+    str
+    """
+    return "\n\n".join("\n".join(card_lines(card, width=width)) for card in cards)
+
+
+def quoted(finding: Finding) -> str:
+    """The number that a finding quotes with the name of what it is, and its limit.
+
+    Parameters
+    ----------
+    finding : Finding
+        One finding.
+
+    Returns
+    -------
+    str
+        Such as ``mean cosine between streams 0.998, limit 0.99``.
+    """
+    value, limit = number(float(finding.value)), number(float(finding.threshold))
+    return f"{finding.quantity or finding.metric.replace('_', ' ')} {value}, limit {limit}"

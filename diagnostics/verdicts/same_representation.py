@@ -1,0 +1,181 @@
+"""Do all layers hold one representation? The verdict that this toolkit is for: hyper-connections were made to prevent it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
+
+# Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
+# stack 0.70 and 0.25 π, of trained residual, HC and mHC networks 0.56 to 0.67, of SmolLM2 0.28 and 0.48 π.
+SAME, ALIKE = 0.99, 0.95
+# Share of π that no state of a collapsed range is turned against another one: 9 degrees.
+TURNED = 0.05
+# The angle between equal states as float64 gives it: arccos of 1 less a rounding error.
+ROUNDING = 1e-7
+# The same of half of the depth, which healthy networks may well turn by less than 9 degrees.
+FIXED = 0.02
+# One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
+STEP = 1.0 / 180.0
+WORDS = "the debiased CKA"
+# A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
+FEWEST_STEPS = 4
+# Share of the steps that a range must span.
+HALF, NEARLY_ALL, ALL = 0.5, 0.75, 1.0
+
+
+def longest_range(together: np.ndarray) -> tuple[int, int]:
+    """The longest range of depths of which every two belong together.
+
+    Parameters
+    ----------
+    together : ndarray of bool, shape (L, L)
+        Which pairs of depths do.
+
+    Returns
+    -------
+    tuple of int
+        First and last depth, inclusive; the first of the longest.
+
+    Examples
+    --------
+    >>> longest_range(np.array([[1, 0, 0], [0, 1, 1], [0, 1, 1]], bool))
+    (1, 2)
+    """
+    best, start = (0, 0), 0
+    for end in range(len(together)):
+        # The range that ends here begins after the last depth that does not belong to this one.
+        apart = np.flatnonzero(~together[start:end, end])
+        start += int(apart[-1]) + 1 if len(apart) else 0
+        if end - start > best[1] - best[0]:
+            best = start, end
+    return best
+
+
+# What grows or fades at every connection leaves all states alike beside it: then that is the finding.
+@verdict(
+    metric="cka",
+    limits=Limits(warn=ALIKE, fail=SAME),
+    follows_from={
+        "gain_explosion": overlapping,
+        "single_gain_explosion": from_there_on,
+        "exploding_state": overlapping,
+        "dead_state": overlapping,
+    },
+)
+def same_representation(
+    cka: xr.DataArray,
+    angular_distance: xr.DataArray,
+    attrs: Mapping[str, Any],
+    num_tokens: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """All layers hold one representation: the depth adds nothing.
+
+    Raise the scale of the branches or their learning rate, look for a skip that is scaled up or a branch that is scaled down,
+    and take fewer layers. Then see whether the loss without these blocks is the same: they can be left out.
+    """
+    if "unbiased" not in cka["estimator"]:
+        return
+    alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
+    angles = _between_blocks(angular_distance.sel(tokens="ordinary", drop=True))
+    table, turned = alike.values, angles.values
+    steps = len(table) - 1
+    if steps < FEWEST_STEPS or not np.isfinite(table[~np.eye(len(table), dtype=bool)]).all():
+        return
+    still = np.abs(np.subtract.outer(np.arange(steps + 1), np.arange(steps + 1))) <= 1
+    # All steps within a range are small where each is: kept apart from the angle between its ends.
+    small = turned < np.where(still, STEP, np.inf)
+    kinds = (
+        (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
+        (True, (table >= SAME) & (turned < FIXED), HALF),
+        (True, (table >= SAME) & small, NEARLY_ALL),
+        (False, table >= ALIKE, ALL),
+    )
+    for failing, together, share in kinds:
+        first, last = longest_range(together)
+        if last - first >= max(FEWEST_STEPS, share * steps):
+            yield _one_representation(alike, angles, first, last, attrs, num_tokens, failing=failing)
+            return
+    # Nothing found: the two ends are what a reader asks for.
+    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is")
+
+
+def _between_blocks(table: xr.DataArray) -> xr.DataArray:
+    """Pairs of the states that are handed from block to block: no final norm, nothing inside a block."""
+    table = table.transpose("depth", "other_depth")
+    keep = np.arange(table.sizes["depth"])
+    if "site" in table.coords:
+        keep = np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
+    return table.isel(depth=keep, other_depth=keep)
+
+
+def _one_representation(
+    alike: xr.DataArray,
+    angles: xr.DataArray,
+    first: int,
+    last: int,
+    attrs: Mapping[str, Any],
+    num_tokens: xr.DataArray | None,
+    *,
+    failing: bool,
+) -> Profile:
+    """What is found about one range of depths."""
+    part = slice(first, last + 1)
+    table, turned = alike.values[part, part], angles.values[part, part]
+    least = float(table.min())
+    step = 180.0 * float(np.diagonal(turned, offset=1).max())
+    limit = SAME if failing else ALIKE
+    sentence = (
+        f"{_all(alike, first, last)} hold one representation: every two states from depth {first} to depth "
+        f"{last} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
+        f"({OURS}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches of "
+        f"the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than {number(step)}°."
+    )
+    why = _by_construction(turned, attrs)
+    if why:
+        sentence += f" It is as its branches begin by construction ({why}): normal before training, judge it again after some."
+    values = np.full(len(alike), np.nan)
+    values[part] = least
+    ceiling = Severity.INFO if why else Severity.FAIL if failing else Severity.WARN
+    return Profile(
+        alike.isel(other_depth=0, drop=True).copy(data=values),
+        f"{WORDS} of the two least similar states is",
+        sentence=sentence,
+        ceiling=ceiling,
+    )
+
+
+def _by_construction(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
+    """Why the branches are small in a network that is not trained yet; empty where nothing says so."""
+    # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell, if one did anything.
+    if bool((turned < ROUNDING).all()):
+        return "no block changes any number of the states"
+    if attrs.get("small_start"):
+        return str(attrs["small_start"])
+    # Small branches are a start that many designs have, ones that do nothing at all are not.
+    return "its weights are as they were drawn" if attrs.get("untouched") and turned.max() >= FIXED else ""
+
+
+def _all(alike: xr.DataArray, first: int, last: int) -> str:
+    steps = len(alike) - 1
+    return "All layers" if last - first == steps else f"{last - first} of {steps} layers in a row"
+
+
+def _law(steps: int) -> float:
+    """Degrees by which independent branches of the size of the first state turn it: arccos 1/√(L + 1)."""
+    return float(np.degrees(np.arccos(1.0 / np.sqrt(steps + 1.0))))
+
+
+def _null(num_tokens: xr.DataArray | None) -> str:
+    """The debiased CKA of unrelated states: 0 with a standard deviation of about √2 / N."""
+    if num_tokens is None:
+        return ""
+    count = num_tokens.sel(scope="data", tokens="ordinary").isel(depth=0, stream=0)
+    return f" (of unrelated states 0 ± {number(2.0**0.5 / float(count))})"

@@ -1,0 +1,155 @@
+"""Do the weights say that the blocks still begin near zero, as their designer started them? Evidence, and its words.
+
+Residual branches that begin at or near zero are a design (ReZero, LayerScale, BERT's small weights), and a network that has
+not been trained yet then holds one representation in all layers. Only the weights tell such a start from a collapse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+# Weights of a norm begin at 1. After some hundred steps of training each has moved by about the learning rate times the steps;
+# within 0.15 of 1 a network is young. This project.
+YOUNG = 0.15
+# A factor of a branch below this is small: LayerScale begins between 1e-6 and 0.1, ReZero at 0. This project.
+SMALL_FACTOR = 0.2
+# Times the root of the fan-in, the size of an output for an input of size 1: 1 or so keeps the size, 0.16 is that of weights
+# of standard deviation 0.02 and width 64. This project.
+SMALL_GAIN = 0.35
+SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
+
+
+def start_facts(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
+    """How far the norms of some blocks have moved, and why their branches are near zero by construction.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    blocks : iterable of str
+        Paths of the blocks of one chain.
+
+    Returns
+    -------
+    dict
+        Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the largest
+        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence.
+    """
+    with torch.no_grad():
+        modules = [model.get_submodule(path) for path in blocks]
+        by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
+        if not by_block or not all(by_block):
+            return {}
+        of_blocks = [p for block in by_block for p in block]
+        facts: dict[str, Any] = {"untouched": 1} if _is_untouched(modules) else {}
+        moved = _distance_from_one(of_blocks)
+        if moved is None:
+            return facts
+        why = _small_by_construction(model, by_block, moved) if moved <= YOUNG else ""
+        return facts | {"norms_moved": moved} | ({"small_start": why} if why else {})
+
+
+def _small_by_construction(model: nn.Module, by_block: list[list[nn.Parameter]], moved: float) -> str:
+    factors = [_smallest_factor(block) for block in by_block]
+    known = [factor for factor in factors if factor is not None]
+    words = f"its norms are within {moved:.2g} of 1"
+    if len(known) == len(factors):
+        return f"{words}, and every block has a factor of {max(known):.2g} or less"
+    if moved == 0.0 and _drawn_small(model, by_block):
+        return f"{words}, and all weights were drawn small"
+    return ""
+
+
+def _is_readable(parameter: nn.Parameter) -> bool:
+    return (
+        not isinstance(parameter, nn.parameter.UninitializedParameter)
+        and not parameter.is_meta
+        and parameter.is_floating_point()
+        and parameter.layout == torch.strided
+        and parameter.numel() > 0
+    )
+
+
+# Vectors of fewer numbers may be weights of streams, which begin at anything.
+FEWEST = 8
+
+
+def _is_untouched(modules: list[nn.Module]) -> bool:
+    """Whether no vector can have been trained, and some could have been: each is constant, or as torch draws a bias.
+
+    Matrices alone are not asked: drawn from a normal distribution they look the same before and after.
+    """
+    owned = [
+        [p for p in part.parameters(recurse=False) if _is_readable(p)]
+        for module in modules
+        for part in module.modules()
+    ]
+    found = [
+        _is_constant(vector) or _is_drawn_by_torch(vector, own)
+        for own in owned
+        for vector in own
+        if vector.ndim == 1 and vector.numel() >= FEWEST
+    ]
+    return bool(found) and all(found)
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    low, high = parameter.aminmax()
+    return bool(low == high)
+
+
+def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
+    """Whether a bias and the matrix beside it are within ±1/√fan_in, as torch draws both and no training leaves them."""
+    matrices = [p for p in own if p.ndim > 1 and p.shape[0] == bias.numel()]
+    if len(matrices) != 1:
+        return False
+    bound = (matrices[0].numel() / bias.numel()) ** -0.5 * (1.0 + 1e-6)
+    largest = float(matrices[0].abs().max())
+    return 0.9 * bound < largest <= bound and float(bias.abs().max()) <= bound
+
+
+def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
+    """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none."""
+    vectors = [p.float() for p in parameters if p.ndim == 1 and p.numel() > 1]
+    distances = sorted(float((p - 1.0).abs().max()) for p in vectors if abs(float(p.mean()) - 1.0) < 0.5)
+    # The median: weights that write streams begin near 1 too.
+    return distances[len(distances) // 2] if distances else None
+
+
+def _smallest_factor(parameters: list[nn.Parameter]) -> float | None:
+    """The size of a parameter that multiplies a branch by little: one number, one constant, or a matrix of zeros."""
+    small = []
+    for parameter in parameters:
+        vector = parameter.numel() == max(
+            parameter.shape, default=1
+        )  # a factor of channels may have the shape (C, 1, 1)
+        # A matrix is read whole only where it begins with a zero: all of a large model's would take seconds.
+        if not vector and float(parameter.reshape(-1)[0]) != 0.0:
+            continue
+        low, high = (float(each) for each in parameter.aminmax())
+        size = max(abs(low), abs(high))
+        # A vector of zeros is a bias, which multiplies nothing.
+        factor = parameter.numel() == 1 or (low == high != 0 if vector else size == 0)
+        if factor and size < SMALL_FACTOR:
+            small.append(size)
+    return min(small, default=None)
+
+
+def _drawn_small(model: nn.Module, by_block: list[list[nn.Parameter]]) -> bool:
+    """Whether all matrices have about the same size, and those of the blocks one that makes any output small."""
+    sizes = [_root_mean_square(p) for p in model.parameters() if _is_readable(p) and p.ndim > 1]
+    gains = [
+        _root_mean_square(p) * (p.numel() / p.shape[0]) ** 0.5
+        for block in by_block
+        for p in block
+        if p.ndim > 1
+    ]
+    return bool(gains) and max(gains) < SMALL_GAIN and max(sizes) < SAME_SCALE * min(sizes)
+
+
+def _root_mean_square(parameter: nn.Parameter) -> float:
+    return float(parameter.float().square().mean().sqrt())

@@ -1,0 +1,143 @@
+"""A card says the verdict, where, why and what to do next in at most twelve lines, the same on every face."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from depthscope.app.cli.main import main
+from depthscope.app.text.cards import CARD_SCHEMA, MOST_LINES, card_lines, card_of, place_of, quoted
+from depthscope.app.text.explanations import explanation, names
+from depthscope.diagnostics import Finding, Severity, analyze, judge, save_run
+from depthscope.diagnostics.verdicts import VERDICTS
+
+SCHEMA = json.loads(
+    (Path(__file__).parents[3] / "docs" / "schemas" / "finding-1.schema.json").read_text(encoding="utf-8")
+)
+
+FINDING = Finding(
+    verdict="rank_collapse", severity=Severity.FAIL, sentence="The ratio is 0.02 at depth 5, below 0.1 (this project).",
+    metric="effective_rank", value=0.02, threshold=0.1, source="this project", axis="depth", first=5, last=7,
+    advice="Check the skips.", quantity="ratio",
+)  # fmt: skip
+
+
+def test_a_card_has_its_four_parts():
+    assert card_lines(card_of(FINDING)) == [
+        "FAIL  The tokens of a sequence become equal.",
+        "      Where    depth 5–7",
+        "      Why      The ratio is 0.02 at depth 5, below 0.1 (this project).",
+        "      Next     Check the skips.",
+    ]
+
+
+def test_the_experiment_and_its_result_follow_the_advice():
+    card = card_of(FINDING, experiment="depthscope ablate c --skip 5", result="Loss + 0.3 ± 0.1 nats.")
+    assert card_lines(card)[-2:] == [
+        "               depthscope ablate c --skip 5",
+        "      Result   Loss + 0.3 ± 0.1 nats.",
+    ]
+
+
+def test_a_source_that_the_sentence_does_not_name_is_added():
+    card = card_of(replace(FINDING, sentence="The ratio is small.", source="roy2007effective"))
+    assert "Roy & Vetterli 2007" in "\n".join(card_lines(card))
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_no_card_has_more_than_twelve_lines(verdict):
+    long = "It is so here. " * 60
+    known = VERDICTS[verdict]
+    found = replace(
+        FINDING, verdict=verdict, sentence=long, advice=known.advice, because="gain_explosion",
+        proof="unproven: a branch was not seen",
+    )  # fmt: skip
+    lines = card_lines(card_of(found, experiment="depthscope ablate " + "x" * 200, result=long))
+    assert len(lines) <= MOST_LINES
+    assert lines[0] == f"FAIL  {known.title}"
+    assert "a branch was not seen" in "\n".join(lines)
+    assert all(len(line) <= 100 for line in lines if "x" * 200 not in line)
+    # What is cut is cut at the end of a sentence, and says so.
+    why = " ".join(line.strip() for line in lines[2:6])
+    assert why.endswith("It is so here. …")
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_the_advice_of_every_verdict_fits_on_its_card(verdict):
+    lines = card_lines(card_of(replace(FINDING, verdict=verdict, advice=VERDICTS[verdict].advice)))
+    assert "…" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({}, "depth 5–7"),
+        ({"last": 5}, "depth 5"),
+        ({"stream": "2"}, "depth 5–7, stream 2"),
+        ({"axis": "run", "first": -1, "last": -1}, "whole run"),
+    ],
+)
+def test_places(change, place):
+    assert place_of(replace(FINDING, **change)) == place
+
+
+def test_a_number_carries_the_name_of_what_it_is(mhc_run):
+    for finding in judge(analyze(mhc_run), passed=True):
+        assert finding.quantity
+        assert not finding.quantity.endswith((" is", ","))
+        assert quoted(finding).startswith(finding.quantity)
+
+
+# --- machines
+
+
+def test_the_json_is_what_the_published_schema_says(mhc_run, tmp_path, capsys):
+    path = tmp_path / "mhc.nc"
+    save_run(mhc_run, path)
+    main(["check", str(path), "--json"])
+    findings = json.loads(capsys.readouterr().out)["runs"][0]["findings"]
+    assert findings
+    for finding in findings:
+        jsonschema.validate(finding, SCHEMA)
+        assert finding["schema"] == CARD_SCHEMA == SCHEMA["title"]
+
+
+def test_the_schema_names_every_key():
+    assert set(SCHEMA["properties"]) == set(SCHEMA["required"]) == set(card_of(FINDING).as_dict())
+
+
+@pytest.mark.parametrize(
+    "change", [{"severity": "fatal"}, {"value": "large"}, {"schema": "depthscope.finding/2"}]
+)
+def test_the_schema_refuses_what_it_does_not_mean(change):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(card_of(FINDING).as_dict() | change, SCHEMA)
+
+
+# --- explanations
+
+
+@pytest.mark.parametrize("name", names())
+def test_everything_is_explained(name):
+    text = explanation(name)
+    assert ".. math::" not in text
+    assert ":math:" not in text
+    assert "Source: " in text
+    assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith(" "))
+
+
+def test_a_verdict_is_explained_with_its_limits_and_the_equation_of_its_number(capsys):
+    assert main(["explain", "stream_collapse"]) == 0
+    said = capsys.readouterr().out
+    assert "WARN below" in said
+    assert "(this project)" in said
+    assert r"\sigma_1" in said
+
+
+def test_an_unknown_name_is_answered_with_close_ones(capsys):
+    assert main(["explain", "rank_colapse"]) == 2
+    assert "closest: 'rank_collapse'" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""What does docs/verdicts.md say? Found, missed and false alarms, by mechanism and by kind of healthy network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.verdicts import calibrate
+from tests.verdicts.drawing import Case
+from tests.verdicts.faults import FAULTS
+from tests.verdicts.healthy import KINDS
+from tests.verdicts.scoring import (
+    ALARM,
+    CRASHED,
+    ELSEWHERE,
+    FOUND,
+    MILD,
+    MISSED,
+    QUIET,
+    REFUSED,
+    Outcome,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "verdicts.md"
+Outcomes = Sequence[tuple[Case, Outcome]]
+FAULTY, HEALTHY = (FOUND, MILD, ELSEWHERE, MISSED, REFUSED, CRASHED), (QUIET, ALARM, REFUSED, CRASHED)
+
+
+def tables(outcomes: Outcomes) -> str:
+    """Counts of all, then by mechanism, then by kind."""
+    faulty = [outcome for case, outcome in outcomes if case.faulty]
+    healthy = [outcome for case, outcome in outcomes if not case.faulty]
+    severities = {fault.title: fault.severity.name for fault in FAULTS}
+    rows = [
+        (title, severities[title], *counts) for title, counts in _counted(faulty, list(severities), FAULTY)
+    ]
+    kinds = _counted(healthy, [kind.title for kind in KINDS], HEALTHY)
+    return "\n\n".join((
+        summary(faulty, healthy),
+        _table(("planted fault", "at least", *FAULTY), rows),
+        _table(("healthy network", *HEALTHY), [(title, *counts) for title, counts in kinds]),
+    ))  # fmt: skip
+
+
+def summary(faulty: Sequence[Outcome], healthy: Sequence[Outcome]) -> str:
+    counts, calm = Counter(each.outcome for each in faulty), Counter(each.outcome for each in healthy)
+    told = ", ".join(f"{counts[name]} {name}" for name in FAULTY if counts[name] or name == FOUND)
+    quiet = ", ".join(f"{calm[name]} {name}" for name in HEALTHY if calm[name] or name == ALARM)
+    return f"{len(faulty)} faulty networks: {told}. {len(healthy)} healthy ones: {quiet}."
+
+
+def share_wrong(text: str) -> float:
+    """The share of networks that were judged wrong when the page was written, and never quite none."""
+    faulty, found, healthy, quiet = (
+        int(re.search(pattern, text)[1])
+        for pattern in (r"(\d+) faulty networks", r"(\d+) found", r"(\d+) healthy ones", r"(\d+) quiet")
+    )
+    # Laplace's rule of succession: what was not seen in 240 networks may still come.
+    return (faulty + healthy - found - quiet + 1) / (faulty + healthy + 2)
+
+
+def _counted(
+    outcomes: Sequence[Outcome], titles: list[str], names: Sequence[str]
+) -> list[tuple[str, tuple[str, ...]]]:
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for outcome in outcomes:
+        counts[outcome.title][outcome.outcome] += 1
+    return [
+        (title, tuple(str(counts[title][name] or "") for name in names))
+        for title in titles
+        if title in counts
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(outcomes: Outcomes, draw: int) -> None:
+    wrong = [
+        outcome.line.replace("|", "¦")[:400]
+        for _, outcome in outcomes
+        if outcome.outcome not in (FOUND, QUIET)
+    ]
+    calibration = json.loads(calibrate.FILE.read_text(encoding="utf-8"))
+    listed = "\n".join(f"* {line}" for line in wrong) or "None."
+    PAGE.write_text(
+        f"""# How often the verdicts are right
+
+Written by `python -m tests.verdicts --draw {draw} --cases {len(outcomes)} --write`; another draw is another zoo. Every
+network is small and built from one seed: family, width, depth, streams, weights, task, training and batch. A planted fault is
+one change of a healthy network. It is *found* where a verdict that names the mechanism reports it at its place (within one
+depth, the right stream or module) and with at least the severity of the second column; *too mild* and *elsewhere* count as
+missed. A warning or failure about a healthy network is a *false alarm*; notes are none. *Refused* is a network that the
+capture does not read, with a reason.
+
+{tables(outcomes)}
+
+## What went wrong
+
+{listed}
+
+## Calibration
+
+`{calibration["command"]}` measured the worst value of every judged number in
+{calibration["networks"]} healthy networks, {calibration["each"]} of each kind above, of a draw that is not scored
+(`tests/verdicts/calibration.json`). Half, 90 % and 99 % of the networks are no worse than the columns say. A value beyond a
+limit is a note where the verdict knows that it is so by construction.
+
+{calibrate.table(calibration)}
+""",
+        encoding="utf-8",
+    )
