@@ -39,8 +39,10 @@ from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.inner_streams import inner_streams
+from depthscope.probes.structure.layout_changes import split_at_layout_changes
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
+from depthscope.probes.structure.not_covered import not_covered
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
 from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
@@ -251,8 +253,8 @@ def _taped(path: str) -> str:
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
-    if listener.receive is not None:
-        listener.receive(gradient)
+    for receive in listener.receivers:
+        receive(gradient)
 
 
 # --- what the model is ---
@@ -285,6 +287,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     """
     found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
+    if options.layout is None:
+        chains = tuple([part for chain in chains for part in split_at_layout_changes(tape, chain)])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     if not sites:  # a known connection tells its own layout
@@ -301,6 +305,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         inner_streams=0
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
+        not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
     )
 
 
@@ -410,7 +415,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         listener = forward.listeners.get((id(tensor), written))
         if listener is not None and listener.tensor() is tensor:
             # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
-            listener.receive = partial(observer.record_gradient, forward, number, depth)
+            listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
             assert listener.handle is not None
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)
