@@ -11,6 +11,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.probes.model.errors import CaptureError, require_module
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
@@ -18,6 +19,7 @@ from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
+from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
@@ -126,19 +128,31 @@ def measure(
     )
     assert first is not None
     # After the state is restored: the forward draws what the first measured one drew.
-    followed = follow(session, *first)
-    if described:
-        return build_run(session, [], [], digests=False, followed=followed)
-    return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed)
+    with no_collection():
+        followed = follow(session, *first)
+        kept = _kept_bytes(session, *first) if gradients else None
+        if described:
+            return build_run(session, [], [], digests=False, followed=followed)
+        return build_run(
+            session, [row], step, attrs=attrs, token_text=token_text, followed=followed, kept=kept
+        )
+
+
+def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int) -> dict[str, Any]:
+    """What a forward of the first batch keeps for its backward, with the graph that it was measured with."""
+    with _gradients_enabled(session.model, wanted=True):
+        return kept_bytes(session, _with_gradients(batch), batch_size)
 
 
 def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
-    session.attach()
+    with no_collection():
+        session.attach()
     try:
-        output = call_observed(session, batch)
+        with no_collection():
+            output = call_observed(session, batch)
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
         if not session.forwards and gradients:
@@ -197,9 +211,9 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
 
 
 @contextmanager
-def _gradients_enabled(model: nn.Module, gradients: bool) -> Iterator[None]:
+def _gradients_enabled(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
-    parameters = [p for p in all_parameters(model) if p.is_floating_point()] if gradients else []
+    parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
     if not parameters or any(p.requires_grad for p in parameters):
         yield
         return

@@ -36,6 +36,7 @@ DEFINED: dict[str, FigureKind] = {
     for kind in (
         collapse.effective_rank,
         collapse.participation_ratio,
+        collapse.corrected_participation_ratio,
         collapse.entropy_rank,
         collapse.stable_rank,
         collapse.numerical_rank,
@@ -64,6 +65,7 @@ DEFINED: dict[str, FigureKind] = {
         similarity.adjacent_cosine,
         similarity.block_influence,
         similarity.stream_cosine,
+        similarity.closest_stream_cosine,
         similarity.stream_cka,
         similarity.adjacent_angle,
         mixing.mixing_gain,
@@ -76,6 +78,7 @@ DEFINED: dict[str, FigureKind] = {
         mixing.composite_operator_gain,
         mixing.pair_gain,
         mixing.deflated_gain,
+        mixing.relative_deflated_gain,
         mixing.suffix_deflated_gain,
         mixing.effective_streams,
         mixing.spectral_gap,
@@ -83,9 +86,11 @@ DEFINED: dict[str, FigureKind] = {
         mixing.composite_dobrushin,
         mixing.mixing_entropy,
         mixing.identity_distance,
+        mixing.composite_identity_distance,
         mixing.initial_distance,
         mixing.replay_distance,
         mixing.read_share,
+        mixing.signal_share,
         mixing.write_share,
         mixing.read_streams,
         mixing.write_streams,
@@ -122,7 +127,13 @@ DEFINED: dict[str, FigureKind] = {
 DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
 """Metrics that a figure of the catalogue draws."""
 
-NOT_DRAWN = {"num_tokens": "every caption counts the tokens"}
+_SAME_EVERYWHERE = "it is the same at every connection: the facts of the run say it in a sentence"
+NOT_DRAWN = {
+    "num_tokens": "every caption counts the tokens",
+    "elements_moved": _SAME_EVERYWHERE,
+    "fused_elements_moved": _SAME_EVERYWHERE,
+    "kept_elements": "it grows by the same amount at every connection: the facts of the run say it in a sentence",
+}
 """Metrics that have no figure of their own, with the reason."""
 
 FIGURES: dict[str, FigureKind] = DEFINED | {

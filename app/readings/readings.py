@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,8 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
-from depthscope.diagnostics.experiments import beside, open_result
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
-
-logger = logging.getLogger(__name__)
+from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""
@@ -38,8 +35,8 @@ class Reading:
         Worst first.
     integrity : str
         Whether the run is what was saved; see `schema.integrity`.
-    experiments : Dataset or None
-        What `depthscope ablate` saved beside the run.
+    path : str
+        The file or folder that the run was opened from; empty for a run in memory.
     """
 
     name: str
@@ -47,7 +44,7 @@ class Reading:
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
     integrity: str = ""
-    experiments: xr.Dataset | None = None
+    path: str = ""
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -98,33 +95,6 @@ def read_runs(
     ]
 
 
-def experiments_beside(path: Path, attrs: Mapping[Any, Any]) -> xr.Dataset | None:
-    """What `depthscope ablate` saved beside a run, of the same weights; None where there is nothing, or nothing readable.
-
-    Parameters
-    ----------
-    path : Path
-        The run's file.
-    attrs : mapping
-        Its attributes.
-
-    Returns
-    -------
-    Dataset or None
-    """
-    place = beside(path, "ablate")
-    if not place.exists():
-        return None
-    try:
-        result = open_result(place)
-    except (ValueError, OSError) as error:
-        # The run's own findings do not depend on it.
-        logger.warning("%s", error)
-        return None
-    known = {attrs.get("weights_digest"), result.attrs.get("weights_digest")} - {None}
-    return result if len(known) < 2 else None
-
-
 def shown_attributes(value: Any) -> Any:
     """Attributes of a run in whose text everything can be seen, at every level.
 
@@ -145,6 +115,25 @@ def shown_attributes(value: Any) -> Any:
     return visible(value, lines=True) if isinstance(value, str) else value
 
 
+def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
+    """What the streams of a run cost, and what a forward keeps for its backward.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Attributes of a run.
+
+    Returns
+    -------
+    str or None
+        None where the run does not tell.
+    """
+    memory = attrs.get("memory")
+    # A file of another tool may have anything there.
+    sentence = memory.get("sentence") if isinstance(memory, Mapping) else None
+    return sentence if isinstance(sentence, str) else None
+
+
 def _analyses(
     name: str, run: xr.DataTree, progress: Callable[[str, int, int], None] | None
 ) -> list[tuple[str, xr.Dataset]]:
@@ -156,7 +145,7 @@ def _analyses(
     return [
         # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
         (f"{name}/{chain}" if chain else name, with_facts(dataset.load(), run.attrs))
-        for chain, dataset in known.items()
+        for chain, dataset in with_joined_stages(known).items()
     ]
 
 
@@ -225,9 +214,8 @@ def read_paths(
         try:
             run = schema.open_run(path, max_bytes=max_bytes)
             try:
-                experiments = experiments_beside(path, run.attrs)
-                of_run = read_runs({name: run}, progress=progress)
-                readings += [replace(reading, experiments=experiments) for reading in of_run]
+                read = read_runs({name: run}, progress=progress)
+                readings += [replace(reading, path=str(path)) for reading in read]
             finally:
                 run.close()
         # Whatever is wrong with one run, also where it meets a mistake of ours: it must not hide the verdict on others.

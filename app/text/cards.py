@@ -6,17 +6,14 @@ import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from depthscope.app.text.bibliography import cited, source_words
 from depthscope.app.text.numbers import number
-from depthscope.diagnostics import Finding, Severity
+from depthscope.diagnostics import Finding
 from depthscope.diagnostics.schema import UNPROVEN
 
-if TYPE_CHECKING:
-    import xarray as xr
-
-__all__ = ["CARD_SCHEMA", "Card", "card_lines", "card_of", "card_with_experiment", "place_of"]
+__all__ = ["CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
 
 CARD_SCHEMA = "depthscope.finding/1"
 """Name and version of the form in ``--json``: a key that goes or changes its meaning makes a new version."""
@@ -123,31 +120,6 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
         next=finding.advice,
         experiment=experiment,
         result=result,
-    )
-
-
-def card_with_experiment(finding: Finding, experiments: xr.Dataset | None = None) -> Card:
-    """The card of a finding with the experiment that would settle it, and what that gave.
-
-    Parameters
-    ----------
-    finding : Finding
-        One finding of `judge`.
-    experiments : Dataset, optional
-        Experiments that were run on its model: see `depthscope.interventions.ablate`.
-
-    Returns
-    -------
-    Card
-    """
-    from depthscope.diagnostics.experiments import experiment_for, result_for
-
-    # A verdict that was met, or that only notes something, asks for nothing.
-    asks = finding.severity > Severity.INFO
-    return card_of(
-        finding,
-        experiment=(experiment_for(finding) or "") if asks else "",
-        result="" if experiments is None else result_for(finding, experiments),
     )
 
 

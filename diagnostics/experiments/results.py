@@ -320,3 +320,24 @@ def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
     """
     found = result["prediction_depth"].isel(stream=0).mean("token")
     return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
+
+
+def prediction_words(result: xr.Dataset) -> str:
+    """From which depth on the states hold the model's prediction, by each lens, in one sentence.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    str
+        Such as ``by the logit lens the prediction stands from depth 9.8 of 12 on``; empty where no lens reads it.
+    """
+    last = int(result["depth"].max())
+    known = {lens: found for lens, found in prediction_depths(result).items() if math.isfinite(found.mean)}
+    return ", ".join(
+        f"by the {lens} lens the prediction stands from depth {found.mean:.1f} of {last} on"
+        for lens, found in known.items()
+    )

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
+from depthscope.diagnostics.kernels.rank.participation import corrected_ratio
 from depthscope.diagnostics.metrics.declaration import OURS, Null, Range, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
@@ -161,7 +162,7 @@ def corrected_participation_ratio(
         trace, square, diagonal, counts = xr.broadcast(
             trace, square, row_fourth_powers.sel(centering=label), counts
         )
-        found = rank.corrected_ratio(
+        found = corrected_ratio(
             trace.values, square.values, diagonal.values, counts.values, center=label == "centred"
         )
         known = (counts >= FEWEST_ROWS) & (square > diagonal * RESOLVED_SHARE) & (found > 0)

@@ -168,7 +168,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
         f"No gradient reaches the {int(lost.sum())} states up to the one {where}, where every state should get one "
         f"({OURS}): it {how}.{nearest}"
     )
-    return [Profile(lost, "", sentence=sentence)]
+    return [Profile(lost, "the number of states whose gradient is cut is", sentence=sentence)]
 
 
 # Between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports, of gains averaged over tokens; so for one

@@ -24,10 +24,11 @@ ROUNDING = 1e-7
 FIXED = 0.02
 # One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
 STEP = 1.0 / 180.0
+WORDS = "the debiased CKA"
 # A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
 FEWEST_STEPS = 4
 # Share of the steps that a range must span.
-HALF, NEARLY_ALL = 0.5, 0.75
+HALF, NEARLY_ALL, ALL = 0.5, 0.75, 1.0
 
 
 def longest_range(together: np.ndarray) -> tuple[int, int]:
@@ -95,7 +96,7 @@ def same_representation(
         (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
         (True, (table >= SAME) & (turned < FIXED), HALF),
         (True, (table >= SAME) & small, NEARLY_ALL),
-        (False, table >= ALIKE, NEARLY_ALL),
+        (False, table >= ALIKE, ALL),
     )
     for failing, together, share in kinds:
         first, last = longest_range(together)
@@ -103,7 +104,7 @@ def same_representation(
             yield _one_representation(alike, angles, first, last, attrs, num_tokens, failing=failing)
             return
     # Nothing found: the two ends are what a reader asks for.
-    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], "the debiased CKA with the last state is")
+    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is")
 
 
 def _between_blocks(table: xr.DataArray) -> xr.DataArray:
@@ -111,7 +112,7 @@ def _between_blocks(table: xr.DataArray) -> xr.DataArray:
     table = table.transpose("depth", "other_depth")
     keep = np.arange(table.sizes["depth"])
     if "site" in table.coords:
-        keep = np.flatnonzero(~np.isin(table["site"].values.astype(str), ["final", "mid"]))
+        keep = np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
     return table.isel(depth=keep, other_depth=keep)
 
 
@@ -144,7 +145,10 @@ def _one_representation(
     values[part] = least
     ceiling = Severity.INFO if why else Severity.FAIL if failing else Severity.WARN
     return Profile(
-        alike.isel(other_depth=0, drop=True).copy(data=values), "", sentence=sentence, ceiling=ceiling
+        alike.isel(other_depth=0, drop=True).copy(data=values),
+        f"{WORDS} of the two least similar states is",
+        sentence=sentence,
+        ceiling=ceiling,
     )
 
 

@@ -40,7 +40,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
     trained = update_ratio.notnull()
     yield Profile(
         frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
-        "",
+        "the number of modules that are not trained is",
         sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
         ceiling=Severity.INFO if _is_meant(frozen, trained) else Severity.FAIL,
     )
@@ -59,7 +59,7 @@ def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:
 
 
 def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
-    names = frozen["weight"].values[frozen.values].astype(str).tolist()
+    names = frozen["weight"].values[frozen.values].astype(object).astype(str).tolist()
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return (
         f"No parameter of {', '.join(names[:NUM_NAMED])}{more} is trained, while {int(trained.sum())} other modules are "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from scipy.stats import binom
 
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
@@ -26,8 +28,7 @@ from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
 
-# Of twenty networks: at two wrong in a hundred, four wrong ones come once in 600 draws.
-ALLOWED = 3
+NETWORKS = 20
 
 
 def new_draw() -> int:
@@ -44,9 +45,11 @@ def new_draw() -> int:
 
 def test_a_draw_that_nobody_has_seen_is_judged_right():
     draw = new_draw()
-    outcomes = [run_case(case) for case in cases(draw, 20, slow=False)]
+    outcomes = [run_case(case) for case in cases(draw, NETWORKS, slow=False)]
     wrong = [outcome.line for outcome in outcomes if outcome.outcome not in scoring.RIGHT]
-    assert len(wrong) <= ALLOWED, "\n".join([f"draw {draw} (VERDICTS_DRAW={draw} repeats it):", *wrong])
+    # More than a draw has by chance, once in a thousand draws, where the page is right about how often a verdict is wrong.
+    allowed = binom.ppf(0.999, NETWORKS, page.share_wrong(page.PAGE.read_text(encoding="utf-8")))
+    assert len(wrong) <= allowed, "\n".join([f"draw {draw} (VERDICTS_DRAW={draw} repeats it):", *wrong])
 
 
 def test_a_draw_is_the_same_for_the_same_seed():
@@ -65,10 +68,13 @@ def test_a_large_draw_has_every_mechanism_and_every_kind():
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
 def test_a_mechanism_names_verdicts_and_hosts_that_exist(fault):
-    assert set(fault.says) <= set(VERDICTS)
+    # All of them, or none: then it is a mechanism that no verdict names yet, and the page counts it as missed.
+    assert set(fault.says) <= set(VERDICTS) or not set(fault.says) & set(VERDICTS)
     assert set(fault.hosts) <= set(FAMILIES)
     # A verdict that never reaches the severity could not find it.
-    assert any(VERDICTS[name].limits.levels[-1][0] >= fault.severity for name in fault.says)
+    assert all(
+        VERDICTS[name].limits.levels[-1][0] >= fault.severity for name in fault.says if name in VERDICTS
+    )
 
 
 # --- what is planted is there: seen by plain hooks, without the product ---
@@ -108,7 +114,8 @@ def test_states_grow_as_planted():
 
 def test_tokens_are_equal_from_the_block_on():
     net, place = planted("tokens become equal at a block")
-    spread = [float(state.std(1).mean() / state.norm(dim=-1).mean()) for state in states(net.model, IDS)]
+    seen = [state.detach() for state in states(net.model, IDS)]
+    spread = [float(state.std(1).mean() / state.norm(dim=-1).mean()) for state in seen]
     assert max(spread[place.first - 1 :]) < 0.01 < min(spread[: place.first - 1], default=1.0)
 
 
@@ -136,7 +143,7 @@ def test_differences_grow_and_sums_stay():
     product = torch.eye(3)
     for connection in net.connections:
         product = connection(torch.zeros(1, 1, 3, 32))[1][0, 0].detach() @ product
-    assert float(product.sum(-1).sub(1).abs().max()) < 1.0
+    assert float(product.sum(-1).sub(1).abs().max()) < 0.05
     assert float(torch.linalg.matrix_norm(product, 2)) > 100
 
 
@@ -220,11 +227,9 @@ VERDICT_ERROR = RuntimeError("not one of the product's own errors")
 
 def test_the_page_counts_at_least_sixty_of_each():
     text = page.PAGE.read_text(encoding="utf-8")
-    summary = next(line for line in text.splitlines() if "faulty networks:" in line)
-    numbers = [int(word) for word in summary.split() if word.isdigit()]
-    assert numbers[0] >= 60
-    healthy = int(summary.split(" healthy ones")[0].rsplit(" ", 1)[1])
-    assert healthy >= 60
+    for pattern in (r"(\d+) faulty networks", r"(\d+) healthy ones"):
+        assert int(re.search(pattern, text)[1]) >= 60
+    assert 0 < page.share_wrong(text) < 0.2
     for each in (*FAULTS, *KINDS):
         assert f"| {each.title} |" in text
 

@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.text.cards import card_with_experiment
+    from depthscope.app.tables.findings import cards_of
 
     lowest, verdicts = _limits(args.fail_on)
     readings, left_out = read_several(args, "analysing and judging")
@@ -46,10 +46,8 @@ def _run(args: argparse.Namespace) -> int:
                 "integrity": reading.integrity,
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
-                "findings": [
-                    card_with_experiment(finding, reading.experiments).as_dict()
-                    for finding in reading.findings
-                ],
+                "memory": reading.attrs.get("memory"),
+                "findings": [card.as_dict() for card in cards_of(reading)],
             }
             for reading in readings
         ]
@@ -91,18 +89,23 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 
 def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
-    from depthscope.app.tables.findings import count_words, findings_text
+    from depthscope.app.readings.readings import memory_sentence
+    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
+    from depthscope.app.text.cards import cards_text
 
     for reading in readings:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         say(f"  file {printable(reading.integrity)}")
+        memory = memory_sentence(reading.attrs)
         for key, words in (("constraint", "H_res"), ("proof", "reading")):
             if reading.attrs.get(key):
                 say(f"  {words} {printable(reading.attrs[key])}")
+        if memory:
+            say(f"  memory {printable(memory)}")
         say()
-        say(findings_text(reading.findings, experiments=reading.experiments))
+        say(cards_text(cards_of(reading)) or NOTHING)
         say()
     result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
     say(f"check --fail-on {','.join(fail_on)}: {result}")

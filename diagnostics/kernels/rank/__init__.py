@@ -14,18 +14,13 @@ from depthscope.diagnostics.kernels.rank.entropy import (
 )
 from depthscope.diagnostics.kernels.rank.leading import stable_rank, stable_rank_of, top_energy, top_energy_of
 from depthscope.diagnostics.kernels.rank.noise import MarchenkoPastur, marchenko_pastur
-from depthscope.diagnostics.kernels.rank.participation import (
-    corrected_ratio,
-    participation_ratio,
-    participation_ratio_of,
-)
+from depthscope.diagnostics.kernels.rank.participation import participation_ratio, participation_ratio_of
 from depthscope.diagnostics.kernels.rank.residual import dong_residual
 from depthscope.diagnostics.kernels.rank.spectrum import singular_values
 
 __all__ = [
     "MarchenkoPastur",
     "condition_of",
-    "corrected_ratio",
     "dong_residual",
     "effective_rank",
     "effective_rank_of",

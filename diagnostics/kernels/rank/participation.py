@@ -5,7 +5,9 @@ Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features), ``k = min(
 
 from typing import Any
 
-from depthscope.diagnostics.kernels._arrays import Array, as_float64, gram, ratio, rows, scaled
+from array_api_compat import array_namespace
+
+from depthscope.diagnostics.kernels._arrays import Array, gram, ratio, rows, scaled
 from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum
 
 
@@ -105,8 +107,7 @@ def corrected_ratio(trace: Array, square: Array, diagonal: Array, count: Array, 
     >>> float(corrected_ratio(9.0 * one, 3.5 * one, 3.0 * one, 3.0 * one, center=False))
     12.0
     """
-    xp, trace = as_float64(trace, name="trace")
-    n = count
+    xp, n = array_namespace(trace), count
     enough = n >= (4 if center else 2)
     # Σ over distinct rows i ≠ j only: E K_ii K_jj and E K_ij² of different samples, without the squares K_ii² that
     # bias both sums; the number of such pairs divides out.

@@ -248,7 +248,9 @@ def test_command_with_seeds_shares_the_time(monkeypatch, capsys, tmp_path):
     assert main(["study", "--out", str(tmp_path), "--minutes", "1", "--seeds", "2"]) == 0
     assert asked == [(30.0, 0, "-seed0"), (30.0, 1, "-seed1")]
     assert capsys.readouterr().out.split() == [str(tmp_path / "hc-seed0.nc"), str(tmp_path / "hc-seed1.nc")]
-    assert main(["study", "--out", str(tmp_path), "--seeds", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "--out", str(tmp_path), "--seeds", "0"])
+    assert "0 is not positive" in capsys.readouterr().err
 
 
 def test_runs_of_two_seeds_lie_side_by_side_and_differ(tmp_path):

@@ -10,7 +10,6 @@ import scipy.stats
 import xarray as xr
 
 from depthscope.app.cli import parser
-from depthscope.app.text.cards import card_lines, card_with_experiment
 from depthscope.diagnostics.experiments import (
     KINDS,
     SETTLED_BY,
@@ -18,6 +17,7 @@ from depthscope.diagnostics.experiments import (
     experiment_for,
     kind_named,
     open_result,
+    result_for,
     save_result,
 )
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity
@@ -94,18 +94,14 @@ def _result() -> xr.Dataset:
     )
 
 
-def test_a_card_shows_the_experiment_and_what_it_gave():
+def test_what_the_experiment_of_a_finding_gave_is_found_by_kind_and_place():
     finding = replace(FINDING, verdict="idle_layer", axis="depth", first=2, last=4)
-    card = card_with_experiment(finding, _result())
-    assert card.experiment == "depthscope ablate CHECKPOINT --do skip --depths 2-4"
-    assert card.result == "skip block 2: loss +0.5 nats (95 %: +0.3 to +0.7)"
-    assert any(card.result in line for line in card_lines(card))
+    assert result_for(finding, _result()) == "skip block 2: loss +0.5 nats (95 %: +0.3 to +0.7)"
     # At another place, or of another kind, nothing was tried.
-    assert card_with_experiment(replace(finding, first=3, last=3), _result()).result == ""
-    assert card_with_experiment(
-        replace(finding, verdict="rank_collapse", first=2, last=2), _result()
-    ).result.endswith("0 is possible)")
-    assert card_with_experiment(replace(finding, verdict="small_sample"), _result()).result == ""
+    assert result_for(replace(finding, first=3, last=3), _result()) == ""
+    other = replace(finding, verdict="rank_collapse", first=2, last=2)
+    assert result_for(other, _result()).endswith("0 is possible)")
+    assert result_for(replace(finding, verdict="small_sample"), _result()) == ""
 
 
 def test_a_result_is_kept_whole_and_only_as_it_was_saved(tmp_path):
