@@ -26,7 +26,9 @@ def _over_queries(values: xr.DataArray, keys: xr.DataArray, mask: xr.DataArray) 
     null=1.0,  # uniform weights
     estimator=PER_HEAD,
 )
-def attention_entropy(query_entropy: xr.DataArray, query_keys: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
+def attention_entropy(
+    query_entropy: xr.DataArray, query_keys: xr.DataArray, mask: xr.DataArray
+) -> xr.DataArray:
     r"""Entropy of a head's attention weights, as a share of that of uniform ones.
 
     .. math:: \frac{-\sum_j A_{ij} \log A_{ij}}{\log k_i}

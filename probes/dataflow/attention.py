@@ -31,7 +31,17 @@ SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 PASSING = frozenset(
     getattr(aten, name)
     for name in (
-        *("view", "_unsafe_view", "reshape", "expand", "clone", "_to_copy", "native_dropout", "slice", "alias"),
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "expand",
+            "clone",
+            "_to_copy",
+            "native_dropout",
+            "slice",
+            "alias",
+        ),
         *("mul", "div", "where", "masked_fill", "nan_to_num", "unsqueeze", "squeeze", "detach"),
     )
 )
@@ -260,4 +270,3 @@ def row_numbers(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return torch.stack(
         [entropy.masked_fill(nothing, math.nan), keys.float(), first.masked_fill(nothing, math.nan)]
     )
-

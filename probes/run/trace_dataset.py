@@ -107,9 +107,7 @@ def _attention_variables(
     )
     for (i, j), rows in known.items():
         values[:, i, j, : rows.shape[1], : rows.shape[2]] = rows.numpy()
-    return {
-        name: (schema.QUERY, of_one) for name, of_one in zip(schema.OF_ATTENTION, values, strict=True)
-    }
+    return {name: (schema.QUERY, of_one) for name, of_one in zip(schema.OF_ATTENTION, values, strict=True)}
 
 
 def _final_variables(number: int, sequences: list[Sequence], tokens: int, width: int) -> dict[str, Any]:

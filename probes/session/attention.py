@@ -98,9 +98,7 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     return found
 
 
-def _place(
-    call: AttentionRows, trace: Trace, depths: list[list[tuple[int, int]]]
-) -> tuple[int, int] | None:
+def _place(call: AttentionRows, trace: Trace, depths: list[list[tuple[int, int]]]) -> tuple[int, int] | None:
     """Chain and depth of the first state that was computed from an attention's output, after another one of its chain."""
     for number, of_chain in enumerate(depths):
         after = [(depth, value) for depth, value in of_chain if value > call.value]
