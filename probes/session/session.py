@@ -26,6 +26,7 @@ from depthscope.probes.model.hooks import (
 )
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
+from depthscope.probes.session.attention import Attention, placed_attention
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.first_forward import (
     AxisError,
@@ -35,7 +36,6 @@ from depthscope.probes.session.first_forward import (
     record_traced,
     replay,
 )
-from depthscope.probes.session.attention import Attention, placed_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer

@@ -23,10 +23,7 @@ class Net(nn.Module):
     def forward(self, x):
         self.calls += 1
         for block in self.blocks:
-            if self.recomputed:
-                x = x + checkpoint(block, x, use_reentrant=False)
-            else:
-                x = x + block(x)
+            x = x + checkpoint(block, x, use_reentrant=False) if self.recomputed else x + block(x)
         return x
 
 
