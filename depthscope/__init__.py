@@ -45,10 +45,12 @@ if TYPE_CHECKING:
         describe,
         describe_weights,
         initial_logits,
+        interventions,
         merge_runs,
         record,
     )
     from depthscope.probes.jacobian import jacobian
+    from depthscope.probes.lens import lens
 
 # What a saved run needs: its names are loaded without torch. Every other public name is of `probes`.
 _DIAGNOSTICS = (
@@ -76,9 +78,11 @@ __all__ = [
     "describe_weights",
     "diagnostics",
     "initial_logits",
+    "interventions",
     "jacobian",
     "judge",
     "kernels",
+    "lens",
     "merge_runs",
     "metrics",
     "open_run",
@@ -97,8 +101,10 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name in ("app", "diagnostics", "probes"):
             return importlib.import_module(f"depthscope.{name}")
-        if name == "jacobian":  # `probes.jacobian` is the room, and its verb is in it
-            return importlib.import_module("depthscope.probes.jacobian").jacobian
+        if name in ("jacobian", "lens"):  # `probes.jacobian` is the room, and its verb is in it
+            return getattr(importlib.import_module(f"depthscope.probes.{name}"), name)
+        if name == "interventions":
+            return importlib.import_module("depthscope.probes.interventions")
         if name in __all__:
             room = "diagnostics" if name in _DIAGNOSTICS else "probes"
             return getattr(importlib.import_module(f"depthscope.{room}"), name)

@@ -64,7 +64,9 @@ class Description:
     ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
     ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or
     "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured; ``memory`` what the streams cost, by
-    formula (`diagnostics.kernels.memory.StreamMemory`), empty for one stream.
+    formula (`diagnostics.kernels.memory.StreamMemory`), empty for one stream. ``not_covered`` has what ran and lies in no
+    chain: dicts with ``module``, ``blocks`` (their number), ``block`` (their class), ``share`` (of the parameters), ``why``,
+    ``layers`` (the pattern that names them) and ``sentence``.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Description:
     proof: str = ""
     constraint: str = ""
     memory: dict[str, Any] = field(default_factory=dict)
+    not_covered: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
@@ -113,6 +116,7 @@ class Description:
             f"outside of the connections, before {change['module']}"
             for change in self.changes_outside
         ]
+        lines += [f"  not covered  {part['sentence']}" for part in self.not_covered]
         lines += [f"  remark       {remark['sentence']}" for remark in self.remarks]
         return "\n".join(lines + self._coverage())
 
@@ -209,6 +213,7 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         proof=run.attrs.get("proof", ""),
         constraint=run.attrs.get("constraint", ""),
         memory=run.attrs.get("memory", {}),
+        not_covered=tuple(run.attrs.get("not_covered", ())),
     )
 
 

@@ -11,6 +11,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.probes.model.errors import CaptureError, require_module
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.build_run import build_run
@@ -127,11 +128,14 @@ def measure(
     )
     assert first is not None
     # After the state is restored: the forward draws what the first measured one drew.
-    followed = follow(session, *first)
-    kept = _kept_bytes(session, *first) if gradients else None
-    if described:
-        return build_run(session, [], [], digests=False, followed=followed)
-    return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed, kept=kept)
+    with no_collection():
+        followed = follow(session, *first)
+        kept = _kept_bytes(session, *first) if gradients else None
+        if described:
+            return build_run(session, [], [], digests=False, followed=followed)
+        return build_run(
+            session, [row], step, attrs=attrs, token_text=token_text, followed=followed, kept=kept
+        )
 
 
 def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int) -> dict[str, Any]:
@@ -144,9 +148,11 @@ def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Mea
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = _with_gradients(batch) if gradients else batch
-    session.attach()
+    with no_collection():
+        session.attach()
     try:
-        output = call_observed(session, batch)
+        with no_collection():
+            output = call_observed(session, batch)
         session.raise_first_error()
         value = _loss_value(output, batch, loss, required=gradients)
         if not session.forwards and gradients:

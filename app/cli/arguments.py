@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from depthscope.app.cli.paths import InputRun, OutputFile, OutputFolder, run_endings
-from depthscope.app.cli.values import ByteCount, Names, OneOf
+from depthscope.app.cli.values import ByteCount, Names, Number, OneOf
 
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
@@ -53,6 +53,21 @@ def add_out_folder(parser: argparse.ArgumentParser, *, about: str, default: str 
     """``--out`` for a folder as ``args.out``."""
     parser.add_argument(
         "--out", type=OutputFolder(), required=default is None, default=default, metavar="DIR", help=about
+    )
+
+
+# More would train for days; nobody needs as many to see how much chance does.
+MOST_SEEDS = 100
+
+
+def add_seeds(parser: argparse.ArgumentParser, *, about: str) -> None:
+    """``--seeds`` as ``args.seeds``: how many, 1 by default."""
+    parser.add_argument(
+        "--seeds",
+        type=Number(1, MOST_SEEDS),
+        default=1,
+        metavar="N",
+        help=f"train from seeds 0 to N-1, {about} (default 1)",
     )
 
 

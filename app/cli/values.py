@@ -20,6 +20,7 @@ MAX_CHARACTERS = 4096
 # float() and int() also take "1_000", " 7 ", "nan", "inf" and digits of other scripts, which are typing errors here.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
+_SPAN = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
 
 
@@ -145,6 +146,50 @@ class Number:
             wrong = "not positive" if value <= 0 < self.lowest else "out of range"
             raise argparse.ArgumentTypeError(f"{printable(text, longest=40)} is {wrong}; {expected}")
         return value
+
+
+@dataclass(frozen=True)
+class Spans(Text):
+    """Whole numbers from 0 on and spans of them, such as ``3,5-7``, as a list without repetitions.
+
+    Parameters
+    ----------
+    highest : int
+        The largest number.
+    """
+
+    highest: int = 99_999
+
+    def __call__(self, text: str) -> list[int]:  # type: ignore[override]
+        """The numbers.
+
+        Parameters
+        ----------
+        text : str
+            What was typed.
+
+        Returns
+        -------
+        list of int
+
+        Raises
+        ------
+        ArgumentTypeError
+            For anything else.
+        """
+        wrong = argparse.ArgumentTypeError(
+            f"{quoted(text)} names no numbers; give such as 3 or 3,5-7, from 0 to {self.highest}"
+        )
+        numbers: dict[int, None] = {}
+        for part in text[:MAX_CHARACTERS].split(","):
+            found = _SPAN.fullmatch(part.strip())
+            if found is None or len(text) > MAX_CHARACTERS:
+                raise wrong
+            first, last = int(found[1]), int(found[2] or found[1])
+            if not first <= last <= self.highest:
+                raise wrong
+            numbers.update(dict.fromkeys(range(first, last + 1)))
+        return list(numbers)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import xarray as xr
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
+from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""
@@ -34,6 +35,8 @@ class Reading:
         Worst first.
     integrity : str
         Whether the run is what was saved; see `schema.integrity`.
+    path : str
+        The file or folder that the run was opened from; empty for a run in memory.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Reading:
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
     integrity: str = ""
+    path: str = ""
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -141,7 +145,7 @@ def _analyses(
     return [
         # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
         (f"{name}/{chain}" if chain else name, with_facts(dataset.load(), run.attrs))
-        for chain, dataset in known.items()
+        for chain, dataset in with_joined_stages(known).items()
     ]
 
 
@@ -210,7 +214,8 @@ def read_paths(
         try:
             run = schema.open_run(path, max_bytes=max_bytes)
             try:
-                readings += read_runs({name: run}, progress=progress)
+                read = read_runs({name: run}, progress=progress)
+                readings += [replace(reading, path=str(path)) for reading in read]
             finally:
                 run.close()
         # Whatever is wrong with one run, also where it meets a mistake of ours: it must not hide the verdict on others.

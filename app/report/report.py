@@ -15,10 +15,9 @@ from depthscope.app.figures import Figure, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.tables.findings import NOTHING, count_words, findings_text
+from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
-from depthscope.app.text.cards import card_of
 from depthscope.app.text.explanations import explanation
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
@@ -123,7 +122,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
     page = html_template(
         "depthscope.app.report",
         "report.html.jinja",
-        card=card_of,
+        cards=cards_of,
         counts=count_words,
         csv=to_csv,
         fact=_fact,

@@ -54,7 +54,7 @@ class Steps:
             _print_progress(f"      {self.times[title]:.1f} s")
 
 
-def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> None:
+def run_demo(out: Path, *, browser: bool = True, quick: bool = False, seeds: int = 1) -> None:
     """Probe a real model and three small ones, print the findings, write a paper bundle, open the dashboard.
 
     With a browser, or without one on a terminal (a server that somebody is logged in to), the dashboard is
@@ -70,6 +70,8 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> None:
         Open the dashboard in the default browser.
     quick : bool
         Ten seconds of training and no SmolLM2.
+    seeds : int
+        How often the small models are trained, each time from another seed.
     """
     # Before the minutes that follow; the study looks at its own files.
     if not quick:
@@ -78,7 +80,7 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False) -> None:
     steps = Steps(total=4 if quick else 6)
     folder = out / "runs"
     paths = {} if quick else _probe_smollm2(steps, folder)
-    paths.update(_train_small_models(steps, folder, QUICK_SECONDS if quick else SECONDS))
+    paths.update(_train_small_models(steps, folder, QUICK_SECONDS if quick else SECONDS, seeds))
     with steps.step(f"Measuring {len(paths)} runs with every metric"):
         runs = _analyze_saved(paths)
     with steps.step("Judging them: what was found"):
@@ -132,12 +134,14 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
         return {SMOLLM2: schema.save_run(run, folder / f"{SMOLLM2}.nc")}
 
 
-def _train_small_models(steps: Steps, folder: Path, seconds: float) -> dict[str, Path]:
-    from depthscope.app.study.study import run_study
+def _train_small_models(steps: Steps, folder: Path, seconds: float, seeds: int) -> dict[str, Path]:
+    from depthscope.app.study.study import run_seeds
 
     title = f"Training three small models that differ only in their connection, {seconds:.0f} s side by side"
+    if seeds > 1:
+        title += f", from each of {seeds} seeds"
     with steps.step(title):
-        return run_study(folder, seconds=seconds)
+        return run_seeds(folder, seeds=seeds, seconds=seconds)
 
 
 def _analyze_saved(paths: Mapping[str, Path]) -> dict[str, xr.DataTree]:

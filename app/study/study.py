@@ -32,8 +32,41 @@ class StudyError(ValueError):
     """A study that cannot be run as asked."""
 
 
+def run_seeds(out: Path, *, seeds: int, seconds: float, **options: Any) -> dict[str, Path]:
+    """Run the study with several seeds, one after the other: one run says nothing about chance.
+
+    Parameters
+    ----------
+    out : Path
+        Folder for the runs: ``residual-seed0.nc`` and so on; of one seed ``residual.nc``, as `run_study` names it.
+    seeds : int
+        How many; the seeds are 0, 1, …
+    seconds : float
+        Training time of each seed's three models together.
+    **options
+        Of `run_study`.
+
+    Returns
+    -------
+    dict of str to Path
+        The saved runs by name, seed by seed.
+    """
+    if seeds == 1:
+        return run_study(out, seconds=seconds, **options)
+    saved: dict[str, Path] = {}
+    for seed in range(seeds):
+        saved |= run_study(out, seconds=seconds, seed=seed, suffix=f"-seed{seed}", **options)
+    return saved
+
+
 def run_study(
-    out: Path, *, seconds: float = 60.0, seed: int = 0, progress: bool = True, recipe: Recipe | None = None
+    out: Path,
+    *,
+    seconds: float = 60.0,
+    seed: int = 0,
+    suffix: str = "",
+    progress: bool = True,
+    recipe: Recipe | None = None,
 ) -> dict[str, Path]:
     """Train a residual, an HC and an mHC model side by side, probe each, save runs and weights.
 
@@ -45,6 +78,8 @@ def run_study(
         Training time of the three together; probing comes on top.
     seed : int
         Of the weights and of the order of the data.
+    suffix : str
+        Of the runs' names, so that several studies fit into one folder.
     progress : bool
         Show a bar with the three losses on stderr.
     recipe : Recipe, optional
@@ -53,7 +88,7 @@ def run_study(
     Returns
     -------
     dict of str to Path
-        The saved runs by family: residual, hc, mhc.
+        The saved runs by name: the families residual, hc and mhc, with the suffix.
 
     Raises
     ------
@@ -72,10 +107,9 @@ def run_study(
     learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
     # Before the training: minutes of it would be lost.
     for learner in learners:
-        schema.require_replaceable(out / f"{learner.kind}.nc")
-        require_replaceable_file(
-            out / f"{learner.kind}.safetensors", partial(require_weights_of, learner.model)
-        )
+        schema.require_replaceable(out / f"{learner.kind}{suffix}.nc")
+        weights = out / f"{learner.kind}{suffix}.safetensors"
+        require_replaceable_file(weights, partial(require_weights_of, learner.model))
 
     def measure(step: int) -> None:
         for learner in learners:
@@ -83,7 +117,10 @@ def run_study(
 
     with single_threaded():
         spent = train_side_by_side(learners, corpus, recipe, measure=measure, progress=progress)
-        return {learner.kind: _save(learner, corpus, recipe, out, spent) for learner in learners}
+        return {
+            f"{each.kind}{suffix}": _save(each, corpus, recipe, out / f"{each.kind}{suffix}.nc", spent)
+            for each in learners
+        }
 
 
 def _probe(learner: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str, Any]) -> xr.DataTree:
@@ -139,11 +176,11 @@ def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> 
     return schema.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=attrs)
 
 
-def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: float) -> Path:
+def _save(learner: Learner, corpus: Corpus, recipe: Recipe, path: Path, spent: float) -> Path:
     step = len(learner.losses)
     # The block ends with the weights in place, directly after the run that names their digest.
     check = partial(require_weights_of, learner.model)
-    with replaced_file(out / f"{learner.kind}.safetensors", check=check) as weights:
+    with replaced_file(path.with_suffix(".safetensors"), check=check) as weights:
         # The format "pt" is what transformers asks of a safetensors file.
         save_model(learner.model, str(weights), metadata={"format": "pt"})
         attrs = {
@@ -154,7 +191,7 @@ def _save(learner: Learner, corpus: Corpus, recipe: Recipe, out: Path, spent: fl
             "training": training_facts(learner, corpus, recipe, spent),
         }
         run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
-        return schema.save_run(run, out / f"{learner.kind}.nc")
+        return schema.save_run(run, path)
 
 
 def require_weights_of(model: nn.Module, path: Path) -> None:

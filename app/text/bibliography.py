@@ -156,8 +156,8 @@ def keys_of(sources: Iterable[str]) -> list[str]:
 
     Examples
     --------
-    >>> keys_of(["roy2007effective, garrido2023rankme", "this project"])
-    ['garrido2023rankme', 'roy2007effective']
+    >>> keys_of(["roy2007effective, dong2021attention", "this project"])
+    ['dong2021attention', 'roy2007effective']
     """
     # Authors of metrics separate keys as they like: by commas, semicolons or spaces.
     names = {name for source in sources for name in re.split(r"[,;\s]+", source) if name}

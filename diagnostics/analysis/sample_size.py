@@ -11,7 +11,7 @@ from depthscope.diagnostics.metrics.shape import FIRST, LAST
 TOKENS_FOR_CKA = 50
 # at which a TwoNN dimension has a standard error of 10 % (one over the root of the number of tokens):
 TOKENS_FOR_NEIGHBOURS = 100
-# for a slope in log-log over a range of at least a factor of three, from the eleventh on:
+# for a slope in log-log over a range of a factor of six, from the fourth on:
 EIGENVALUES = 20
 # at which a standard error is itself known to 35 %, by 1 / √(2 (S − 1)):
 SEQUENCES = 5
@@ -50,7 +50,7 @@ def notes(
     for name in ("intrinsic_dimension", "mutual_knn", "cknna"):
         found[name] = _of_neighbours(num_tokens)
     sentences = {name: note for name, note in found.items() if note and name in analysis}
-    errors = errors or any(str(name).endswith("_stderr") for name in analysis)
+    # Means over sequences have errors in any case; who did not ask for errors is not told about them.
     if errors and num_sequences < SEQUENCES:
         sentences["standard errors"] = _of_errors(num_sequences)
     return sentences
@@ -106,5 +106,9 @@ def _of_neighbours(num_tokens: int) -> str:
 def _of_errors(num_sequences: int) -> str:
     if num_sequences < 2:
         return "one sequence: no standard error is known; sample more sequences"
-    own = 100 / (2 * (num_sequences - 1)) ** 0.5
-    return f"over {num_sequences} sequences: themselves known to {own:.0f} % only; sample {SEQUENCES} or more"
+    # A standard error of S sequences has itself a relative one of 1 / √(2 (S − 1)).
+    own, of_four_times = (100 / (2 * (count - 1)) ** 0.5 for count in (num_sequences, 4 * num_sequences))
+    return (
+        f"error bars come from {num_sequences} sequences and are themselves uncertain by about {own:.0f} %; "
+        f"{4 * num_sequences} give {of_four_times:.0f} %"
+    )

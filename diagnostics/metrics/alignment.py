@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import similarity as kernel
-from depthscope.diagnostics.metrics.declaration import Null, metric
+from depthscope.diagnostics.metrics.declaration import OURS, Null, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity
 from depthscope.diagnostics.quantities.states import States
@@ -136,7 +136,7 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _most_tokens, draws
     cite="kornblith2019similarity",
     basis="stream",
     null=0.0,  # HSIC1 is unbiased
-    estimator=f"unbiased HSIC1, σ half the median distance; {SAMPLED}",
+    estimator=f"unbiased HSIC1, σ half the median distance ({OURS}; the paper compares several shares of it); {SAMPLED}",
     default=False,
     most_tokens=_most_tokens,
 )

@@ -29,6 +29,7 @@ CATALOGUE: dict[str, Metric] = {
         collapse.effective_rank,
         collapse.entropy_rank,
         collapse.participation_ratio,
+        collapse.corrected_participation_ratio,
         collapse.stable_rank,
         collapse.dong_residual,
         collapse.token_cosine,
@@ -50,6 +51,7 @@ CATALOGUE: dict[str, Metric] = {
         similarity.angular_distance,
         similarity.block_influence,
         similarity.stream_cosine,
+        similarity.closest_stream_cosine,
         similarity.stream_cka,
         # Of every token, where the run was captured with streaming=True; those above are of the sampled tokens.
         streamed.streamed_effective_rank,

@@ -6,7 +6,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import geometry, rank
+from depthscope.diagnostics.kernels.rank.participation import corrected_ratio
 from depthscope.diagnostics.metrics.declaration import OURS, Null, Range, metric
+from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States, mask_or_none, select_rows
 from depthscope.diagnostics.quantities.token_spectra import free_rows, noise_ranks, over_spectra
 from depthscope.diagnostics.quantities.tokens import Massive, for_each_count
@@ -72,16 +74,104 @@ def entropy_rank(singular_values: xr.DataArray) -> xr.DataArray:
     null=_of_noise("participation_ratio"),
     estimator=SPECTRAL,
     null_error=0.03,
-    headline=True,
 )
 def participation_ratio(singular_values: xr.DataArray) -> xr.DataArray:
     r"""Participation ratio: how many directions share the variance.
 
     .. math:: \mathrm{PR} = (\textstyle\sum\lambda)^2 / \sum\lambda^2
 
-    Biased by the finite sample: 1/PR is about 1/N + 1/d + 1/(true value).
+    Biased by the finite sample: 1/PR is about 1/N + 1/d + 1/(true value). Without the bias of the sampled tokens it is
+    `corrected_participation_ratio`.
     """
     return over_spectra(rank.participation_ratio_of, singular_values)
+
+
+@quantity
+def row_fourth_powers(
+    residual_states: States, token_masks: xr.DataArray, token_counts: xr.DataArray, centering: tuple[str, ...]
+) -> xr.DataArray:
+    """Σ ‖x‖⁴ over the tokens of each sequence and of all pooled, about zero or about their mean."""
+    scopes = list(dict.fromkeys(token_counts["scope"].values.tolist()))
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        found = [
+            [_fourth_powers(views, keep, scopes, center=label == "centred") for label in centering]
+            for keep in token_masks.values
+        ]
+        return np.stack(found).transpose(3, 0, 1, 2)  # (tokens, centering, group, V), see `token_cosine`
+
+    labels = {"tokens": token_masks["tokens"], "centering": list(centering), "scope": token_counts["scope"]}
+    return residual_states.over_depth(measure, ("tokens", "centering", "group"), **labels)
+
+
+def _fourth_powers(views: np.ndarray, keep: np.ndarray, scopes: list[str], *, center: bool) -> np.ndarray:
+    """Sums (group, V) over the tokens that count, of views (V, S, T, D)."""
+    groups = (
+        [keep & (np.arange(len(keep))[:, None] == row) for row in range(len(keep))]
+        if "sequence" in scopes
+        else []
+    )
+    groups += [keep] if "data" in scopes else []
+    sums = np.zeros((len(groups), len(views)))
+    for number, counted in enumerate(groups):
+        rows = select_rows(views, counted).astype(np.float64)
+        if rows.shape[1]:
+            about = rows - rows.mean(axis=1, keepdims=True) if center else rows
+            sums[number] = ((about**2).sum(axis=-1) ** 2).sum(axis=-1)
+    return sums
+
+
+def _num_features(
+    token_counts: xr.DataArray, residual_states: States, centering: tuple[str, ...]
+) -> xr.DataArray:
+    """The number of features: that of noise, however few its tokens."""
+    enough = free_rows(token_counts, centering).where(token_counts >= FEWEST_ROWS)
+    return 0.0 * enough + residual_states.num_features
+
+
+# The correction centred needs four tokens; of uncentred ones as many are asked for, so that both are known alike.
+FEWEST_ROWS = 4
+
+
+@metric(
+    symbol=r"\mathrm{PR}_{\mathrm{rows}}",
+    dims="scope tokens centering depth stream",
+    cite="chun2026estimating",
+    basis="stream",
+    null=_num_features,
+    estimator="ratio of U-statistics over distinct tokens; within a sequence: mean over sequences",
+    null_error=0.1,
+    headline=True,
+)
+def corrected_participation_ratio(
+    singular_values: xr.DataArray, row_fourth_powers: xr.DataArray, token_counts: xr.DataArray
+) -> xr.DataArray:
+    r"""Participation ratio of the population that the tokens were drawn from: without the bias of few tokens.
+
+    .. math:: \frac{\sum_{i \ne j} K_{ii} K_{jj}}{\sum_{i \ne j} K_{ij}^2}, \quad K = X X^\top
+
+    Here uncentred; about the mean its estimate is undone too. It may exceed the number of tokens; NaN where they are too few
+    to tell the denominator from zero.
+    """
+    energy = singular_values**2
+    parts = {}
+    for label in row_fourth_powers["centering"].values.tolist():
+        trace = energy.sel(centering=label).sum("component") ** 2
+        square = (energy.sel(centering=label) ** 2).sum("component", skipna=False)
+        counts = token_counts.fillna(0.0)
+        trace, square, diagonal, counts = xr.broadcast(
+            trace, square, row_fourth_powers.sel(centering=label), counts
+        )
+        found = corrected_ratio(
+            trace.values, square.values, diagonal.values, counts.values, center=label == "centred"
+        )
+        known = (counts >= FEWEST_ROWS) & (square > diagonal * RESOLVED_SHARE) & (found > 0)
+        parts[label] = trace.copy(data=found).where(known).drop_vars("centering")
+    return xr.concat(list(parts.values()), xr.Variable("centering", list(parts)))
+
+
+# Of a denominator below this share of its bias only noise is left; a corrected value is then of any size.
+RESOLVED_SHARE = 1.0
 
 
 @metric(
@@ -119,7 +209,8 @@ def dong_residual(residual_states: States, token_masks: xr.DataArray) -> xr.Data
 
     .. math:: \sqrt{\|R\|_1 \|R\|_\infty} \big/ \sqrt{\|X\|_1 \|X\|_\infty}, \quad R = X - 1\bar{x}^\top
 
-    0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially.
+    0 when all tokens are equal. Attention without skips sends it to 0 doubly exponentially. The paper takes the x̄ that
+    makes the norm of R least, here it is the mean: an upper bound of theirs.
     """
     return residual_states.over_sequences(
         lambda views, keep: rank.dong_residual(views, mask=keep), token_masks

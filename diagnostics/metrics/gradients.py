@@ -11,7 +11,11 @@ from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States
 from depthscope.diagnostics.quantities.token_spectra import noise_ranks
+from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
+
+NUM_FEATURES = "num_features"
+"""Attribute of the size of the states: their width, by which the sizes of stages of other widths can be compared."""
 
 
 def _frobenius_norms(states: States) -> xr.DataArray:
@@ -36,7 +40,7 @@ def residual_norm(residual_states: States) -> xr.DataArray:
     """
     norms = _frobenius_norms(residual_states) / np.sqrt(residual_states.mask.sum())
     # Known only now: `States` counts what is not finite while it reads the depths.
-    return norms.assign_attrs(residual_states.not_finite)
+    return norms.assign_attrs({**residual_states.not_finite, NUM_FEATURES: residual_states.num_features})
 
 
 @quantity
@@ -103,29 +107,36 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     cite=OURS,
     basis="stream",
     null="none: the scale is the loss's; compare depths",
-    estimator="norms of every real token multiplied, then the root of the sum of squares over tokens",
+    estimator="norms of every ordinary token multiplied, then the root of the sum of squares over tokens",
 )
-def relative_gradient(residual_states: States, gradient_states: States) -> xr.DataArray:
+def relative_gradient(residual_states: States, gradient_states: States, massive: Massive) -> xr.DataArray:
     r"""Sensitivity of the loss to a relative change of the state, token by token.
 
     .. math:: \sqrt{\textstyle\sum_i \|\delta_i\|^2 \, \|x_i\|^2}
 
     Branches that normalise their input make the gradient of a token inversely proportional to the token: this
-    is what then stays constant across depth, for tokens of any size.
+    is what then stays constant across depth. Tokens with massive activations, whose size appears and goes at some depth
+    and means nothing for the loss, are left out.
     """
-    depths = [_product_of_norms(residual_states, gradient_states, d) for d in range(len(gradient_states))]
+    ordinary = ~massive.token.transpose("sample", "token").values[residual_states.mask]
+    depths = [
+        _product_of_norms(residual_states, gradient_states, depth, ordinary)
+        for depth in range(len(gradient_states))
+    ]
     # Not `over_depth`, which reads the states of one variable only.
     return gradient_states.labelled(np.stack(depths), ("depth", "stream"))
 
 
-def _product_of_norms(states: States, gradients: States, depth: int) -> np.ndarray:
+def _product_of_norms(states: States, gradients: States, depth: int, counted: np.ndarray) -> np.ndarray:
     """The relative gradient of every view at one depth, (V,); NaN where either is not finite."""
     state_views, finite_states = states.load(depth)
     gradient_views, finite_gradients = gradients.load(depth)
     # In float64: squares of float32 gradients below some 1e-23 would be zero.
     state_norms = np.linalg.norm(states.rows(state_views).astype(np.float64), axis=-1)
     gradient_norms = np.linalg.norm(gradients.rows(gradient_views).astype(np.float64), axis=-1)
-    found = np.linalg.norm(state_norms * gradient_norms, axis=-1)
+    found = np.linalg.norm((state_norms * gradient_norms)[:, counted], axis=-1)
+    if not counted.any():
+        return np.full(len(found), np.nan)
     return np.where(finite_states & finite_gradients, found, np.nan)
 
 

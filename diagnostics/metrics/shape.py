@@ -20,8 +20,8 @@ PER_SEQUENCE = "per sequence, mean over sequences"
 
 # How many directions count as the top ones. Heuristic.
 TOP = 10
-# Indices of the eigenvalues that the power law is fitted to, as in Stringer et al. 2019.
-FIRST, LAST = 11, 500
+# Ranks of the eigenvalues that the power law is fitted to, with weights 1/rank, as in the authors' code.
+FIRST, LAST = 4, 100
 
 
 def _of_noise(measure: Callable[[np.ndarray, int], float]) -> Callable[..., xr.DataArray]:
@@ -108,7 +108,7 @@ def power_law(singular_values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray
     cite="agrawal2022alpha",
     basis="stream",
     null=_of_noise(lambda s, count: geometry.alpha_req_of(s, first=FIRST, last=LAST).alpha),
-    estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
+    estimator=f"least squares in log-log with weights 1/rank over the eigenvalues {FIRST} to {LAST}; {SPECTRAL}",
     null_error=0.15,
 )
 def alpha_req(power_law: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
@@ -147,7 +147,7 @@ def _energy_of_noise(token_counts: xr.DataArray, token_masks: xr.DataArray) -> x
 @metric(
     symbol=r"\mathcal{E}(X)",
     dims="tokens depth stream",
-    cite="cai2020note",
+    cite=OURS,
     basis="stream",
     null=_energy_of_noise,
     estimator=PER_SEQUENCE,
@@ -157,7 +157,8 @@ def dirichlet_energy(residual_states: States, token_masks: xr.DataArray) -> xr.D
 
     .. math:: \mathrm{tr}(X^\top L X) / \|X\|_F^2, \quad L = I - 11^\top / N
 
-    0 when all tokens are equal (oversmoothed), near 1 when they have no common part.
+    0 when all tokens are equal (oversmoothed), near 1 when they have no common part. The energy itself, without the
+    division, is that of Cai & Wang 2020 (2006.13318) for the graph in which all tokens are linked.
     """
     return residual_states.over_sequences(
         lambda views, keep: geometry.dirichlet_energy(views, mask=keep), token_masks

@@ -197,6 +197,33 @@ def stream_cosine(stream_states: States) -> xr.DataArray:
     return stream_states.over_depth(measure).isel(stream=0, drop=True)
 
 
+@metric(
+    symbol=r"\max_{i \ne j} \overline{\cos}(x_i, x_j)",
+    dims="depth",
+    # As in the verdict `copied_streams`: an angle of less than 1°.
+    healthy=Range(high=0.9999, source=OURS),
+    cite=OURS,
+    basis="stream",
+    null=0.0,
+    estimator="mean over tokens of each pair of streams, then the largest",
+    smooth=False,
+)
+def closest_stream_cosine(stream_states: States) -> xr.DataArray:
+    """Cosine of the two streams that are most alike: 1 where any two are copies, which a mean over pairs does not show."""
+    pairs = np.triu_indices(stream_states.num_streams, 1)
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        streams = stream_states.rows(views[1:]).astype(np.float64)  # the first view is the mean
+        length = np.linalg.norm(streams, axis=-1, keepdims=True)
+        unit = streams / np.where(length > 0, length, np.nan)  # a stream of zeros has no cosine
+        cosines = np.einsum("ind,jnd->ijn", unit, unit)[pairs]
+        known = np.isfinite(cosines).all(axis=0)
+        largest = cosines[:, known].mean(axis=1).max() if known.any() else np.nan
+        return np.full(len(views), largest)  # one value for all views, as in `stream_cosine`
+
+    return stream_states.over_depth(measure).isel(stream=0, drop=True)
+
+
 def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> xr.DataArray:
     """CKA of independent iid noise at that size: 0 when unbiased."""
     count = min(int(stream_states.mask.sum()), ROWS)

@@ -219,7 +219,7 @@ def streamed_top_energy(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> 
     cite="agrawal2022alpha",
     basis="invariant",
     null=_of_spectrum(_alpha),
-    estimator=f"least squares in log-log over the eigenvalues {FIRST} to {LAST}; {OF_SUMS}",
+    estimator=f"least squares in log-log with weights 1/rank over the eigenvalues {FIRST} to {LAST}; {OF_SUMS}",
 )
 def streamed_alpha_req(streamed_spectra: tuple[xr.DataArray, xr.DataArray]) -> xr.DataArray:
     r"""Power-law exponent of the spectrum of every token seen: how fast the variance falls.

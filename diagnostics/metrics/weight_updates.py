@@ -5,6 +5,7 @@ from __future__ import annotations
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.schema import FROZEN_MODULES
 
 OF_A_MODULE = "exact, over all parameters that the module owns"
 
@@ -97,4 +98,6 @@ def update_ratio(weight_update_square_norm: xr.DataArray, weight_square_norm: xr
     (Bernstein et al. 2020), so deeper networks bear less of it. NaN where no optimiser ran during the step, 0
     where it ran and left the module as it was.
     """
-    return _norm_ratio(weight_update_square_norm, weight_square_norm)
+    frozen = weight_update_square_norm.attrs.get(FROZEN_MODULES)
+    ratio = _norm_ratio(weight_update_square_norm, weight_square_norm)
+    return ratio.assign_attrs({FROZEN_MODULES: frozen}) if frozen else ratio

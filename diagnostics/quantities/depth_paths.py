@@ -453,12 +453,18 @@ def _require_plain(depth_in: xr.DataArray, attrs: Mapping[str, Any], *, after_su
         raise Unavailable(
             "that the connections are plain sums is not stated to be proven; capture it anew with this version"
         )
-    each = depth_in.coords["proof"].values.astype(str) if "proof" in depth_in.coords else np.array([PROVEN])
+    each = (
+        depth_in.coords["proof"].values.astype(object).astype(str)
+        if "proof" in depth_in.coords
+        else np.array([PROVEN])
+    )
     if (each != PROVEN).any():
         number = int(np.argmax(each != PROVEN))
         raise Unavailable(f"connection {number} is {each[number]}")
     after = (
-        depth_in.coords["after_sum"].values.astype(str) if "after_sum" in depth_in.coords else np.array([""])
+        depth_in.coords["after_sum"].values.astype(object).astype(str)
+        if "after_sum" in depth_in.coords
+        else np.array([""])
     )
     if (after != "").any() and not after_sum_is_known:
         number = int(np.argmax(after != ""))

@@ -38,14 +38,14 @@ DIMS = (
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
-FACTS = ("family", "proof", "constraint", "norms_moved", "small_start")
+FACTS = ("family", "proof", "constraint", "norms_moved", "small_start", "untouched")
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
 ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
 # Parts of connections with streams, which a run of one stream cannot have.
-_OF_STREAMS = ("h_res", "h_pre", "h_post", "read", "write", "initial_logits")
+_OF_STREAMS = ("h_res", "h_pre", "h_post", "read", "write", "read_known", "initial_logits")
 
 # What to do where a run lacks a variable.
 _REMEDIES = {

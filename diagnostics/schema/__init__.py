@@ -19,7 +19,9 @@ from depthscope.diagnostics.schema.validation import (
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
     CUT_GRADIENT,
+    FROZEN_MODULES,
     GAIN,
+    INFERRED,
     MOTION,
     NOT_FINITE,
     OF_ATTENTION,
@@ -44,8 +46,10 @@ from depthscope.diagnostics.schema.variables import (
 __all__ = [
     "COVERAGE",
     "CUT_GRADIENT",
+    "FROZEN_MODULES",
     "GAIN",
     "GROUPS",
+    "INFERRED",
     "MOTION",
     "NOT_FINITE",
     "OF_ATTENTION",

@@ -13,6 +13,12 @@ WITHOUT_GRADIENT = "without_gradient"
 CUT_GRADIENT = "cut_gradient"
 """Attribute of gradients: depths whose states are in a graph and got no gradient, though a later depth did."""
 
+FROZEN_MODULES = "frozen_modules"
+"""Attribute of the updates of weights: modules none of whose parameters is trained, while others are."""
+
+INFERRED = "inferred_at"
+"""Attribute of what is known of h_pre: the connections at which it was inferred from the streams and the branch's input."""
+
 NOT_FINITE = "not_finite_tokens"
 """Attribute of a metric: how many tokens have NaN or infinities, by depth or connection."""
 
@@ -72,6 +78,11 @@ TRACE: dict[str, Variable] = {
     ),
     "write": Variable(
         (*ROUTE, "stream", "view_out"), "f", "write weights of several branch outputs, in place of h_post"
+    ),
+    "read_known": Variable(
+        ROUTE,
+        "f",
+        "1 where h_pre is known, 0 where it was inferred from equal streams; absent where the module gives it",
     ),
     "views_in": Variable((*ROUTE, "view_in", "feature"), "f", "several branch inputs, in place of branch_in"),
     "views_out": Variable(

@@ -42,7 +42,7 @@ def random_product(measured: Measured) -> np.ndarray:
     label="random connection",
     equation=r"H = a I + s G, \quad a = \mathrm{tr}\,H / n, \; n^2 s^2 = \|H\|_F^2 - n a^2; \quad "
     r"a = 0: \; |\lambda| \text{ fills the disc of radius } s\sqrt{n}",
-    cite="newman1986distribution",
+    cite="ginibre1965statistical",
     assumption="a connection that is random but for its measured trace and norm",
     metrics=("mixing_singular_value", "mixing_eigenvalue_modulus"),
 )

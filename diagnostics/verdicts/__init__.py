@@ -81,6 +81,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.small_sample,
         weight_updates.large_update,
         weight_updates.lost_update,
+        weight_updates.frozen_module,
         reading.unproven_reading,
     )
 }
@@ -108,7 +109,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
         For what is no analysis, such as a run.
     """
     found = [
-        replace(finding, chain=chain)
+        replace(finding, chain=chain, sentence=_of_chain(finding.sentence, chain))
         for chain, part in with_joined_stages(_analysis_by_chain(analysis)).items()
         for finding in _judge_chain(part)
     ]
@@ -122,6 +123,11 @@ def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(finding, analysis.attrs) for finding in explained]
+
+
+def _of_chain(sentence: str, chain: str) -> str:
+    """A sentence about one chain of several, which it names."""
+    return f"{sentence} This is chain {chain}." if chain else sentence
 
 
 def _severity_order(finding: Finding) -> tuple[float, bool, float]:

@@ -10,6 +10,7 @@ DOUBLY = ("doubly stochastic",)
 # with one exact sum, as a Sinkhorn that was stopped early or that normalises one axis only leaves them.
 ONE_EXACT_SUM = (*DOUBLY, "row-stochastic only", "column-stochastic only")
 BOTH_SUMS = (*DOUBLY, "rows and columns sum to 1")
+ONE_SUM = ("rows sum to 1", "columns sum to 1")
 
 
 def satisfies(attrs: Mapping[str, Any], names: tuple[str, ...]) -> bool:

@@ -16,6 +16,9 @@ from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
 
+# What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
+NOTHING = 1e-20
+
 # AltUp's branch output contains the active stream itself: its matrix gives that stream up, so that products of matrices
 # mean nothing; and it always reads the active stream only.
 ALTUP = ("altup",)
@@ -295,4 +298,6 @@ def number(value: float) -> str:
     >>> number(3012.7), number(0.05), number(1e-7)
     ('3013', '0.05', '1e-07')
     """
+    if 0 < abs(value) < NOTHING:
+        return "nothing (below rounding)"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

@@ -79,7 +79,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     Look at the block before the first such depth: a branch or a skip that is multiplied by zero, a ReLU that no
     token passes, or values that half precision rounds to zero.
     """
-    norm = _one_view(residual_norm)
+    norm = one_view(residual_norm)
     zero = np.flatnonzero(norm.values == 0)
     where = "" if not len(zero) else span(norm, zero) if len(zero) > 1 else place(norm, int(zero[0]))
     yield Profile(
@@ -117,7 +117,7 @@ SCALE_BEFORE = "scale_before"
 
 def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
     """Size of the state over that of the embedding, where neither is zero (see `dead_state`)."""
-    norm = _one_view(_before_final_norm(norm))
+    norm = one_view(_before_final_norm(norm))
     first = norm.isel(depth=0, drop=True)
     yield Profile(
         (before * norm / first.where(first > 0)).where(norm > 0),
@@ -168,7 +168,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
         f"No gradient reaches the {int(lost.sum())} states up to the one {where}, where every state should get one "
         f"({OURS}): it {how}.{nearest}"
     )
-    return [Profile(lost, "", sentence=sentence)]
+    return [Profile(lost, "the number of states whose gradient is cut is", sentence=sentence)]
 
 
 # Between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports, of gains averaged over tokens; so for one
@@ -319,7 +319,7 @@ def vanishing_gradient(
     Check that the skip path is unbroken and not scaled down, and that no norm sits on it; raise the branches'
     initial scale in the early blocks.
     """
-    gradient = _one_view(_before_final_norm(gradient_norm))
+    gradient = one_view(_before_final_norm(gradient_norm))
     if gradient.sizes["depth"] < 2:
         return
     alone = _over_the_last(gradient)
@@ -340,7 +340,7 @@ def _relative_gradient(
     gradient: xr.DataArray, norm: xr.DataArray, relative: xr.DataArray | None
 ) -> xr.DataArray:
     """Gradient times state, per token where that is known: constant where every branch normalises its input and is added."""
-    return _one_view(_before_final_norm(gradient * norm if relative is None else relative))
+    return one_view(_before_final_norm(gradient * norm if relative is None else relative))
 
 
 def _over_the_last(profile: xr.DataArray) -> xr.DataArray:
@@ -355,8 +355,19 @@ def _before_final_norm(profile: xr.DataArray) -> xr.DataArray:
     return profile.isel(depth=slice(0, int(before[-1]) + 1)) if len(before) else profile
 
 
-def _one_view(profile: xr.DataArray) -> xr.DataArray:
-    """The root mean square over streams: their mean may cancel, as that of gradients below a head with signs does."""
+def one_view(profile: xr.DataArray) -> xr.DataArray:
+    """The root mean square over streams: their mean may cancel, as that of gradients below a head with signs does.
+
+    Parameters
+    ----------
+    profile : DataArray
+        With the dim ``stream``.
+
+    Returns
+    -------
+    DataArray
+        Without it.
+    """
     streams = [stream for stream in profile["stream"].values.tolist() if stream != "mean"]
     if not streams:
         return profile.sel(stream="mean", drop=True)

@@ -140,10 +140,11 @@ def one_direction(
     )
 
 
-# Two tokens with a cosine of 0.95 have an angle of 18°, with one of 0.99 of 8°.
+# Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
+# positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=0.95, fail=0.99),
+    limits=Limits(warn=0.98, fail=0.995),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
 )
 def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
@@ -152,6 +153,9 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
     A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
     the depth, or an embedding with a large mean; remove the mean of the tokens, or decay that bias.
     """
+    # Training curves know neither which tokens are massive nor the mean of all.
+    if not {"ordinary", "centred"} <= {*token_cosine["tokens"].values, *token_cosine["centering"].values}:
+        return
     raw, centred = (
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
@@ -172,12 +176,16 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
         "gain_explosion": overlapping,
         "wasted_layer": within,
         "same_representation": within,
+        # Beside a large vector that all tokens share, nothing that is added turns them.
+        "common_vector": from_there_on,
     },
 )
-def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
+def idle_layer(
+    angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
+) -> Iterator[Profile]:
     """A layer leaves the direction of the states as it is.
 
-    It can be left out at little cost (Gromov et al. 2024; Men et al. 2024). Normal at the start where
+    It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
     branches begin at zero; after training, raise its branch's scale or learning rate, or take fewer layers.
     """
     steps = block_influence.sel(tokens="ordinary", drop=True)
@@ -191,11 +199,15 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     turned = steps.copy(data=angles).where(layers)
     # If no layer at all does anything, it is most likely a fresh network whose branches begin at zero.
     all_idle = not (turned >= IDLE).any()
+    start = str(attrs.get("small_start", ""))
+    note = _all_layers(turned) if all_idle else ""
+    if start and not all_idle:
+        note = f"Its branches are small by construction ({start}): judge it again after more training."
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
-        ceiling=Severity.INFO if all_idle else Severity.FAIL,
-        note=_all_layers(turned) if all_idle else "",
+        ceiling=Severity.INFO if note else Severity.FAIL,
+        note=note,
     )
 
 
@@ -257,7 +269,8 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
 
     Read the unbiased one, or sample more tokens: the null is d/(d + N).
     """
-    if "biased" not in cka_null["estimator"]:
+    # Where the unbiased one is known too, nobody has to read the other.
+    if set(cka_null["estimator"].values.tolist()) != {"biased"}:
         return None
     null = cka_null.sel(estimator="biased", tokens="all", drop=True)
     return [Profile(null, "unrelated noise of that size would have a biased CKA of", ceiling=Severity.INFO)]
@@ -273,8 +286,12 @@ def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
         return None
     # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
     notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
-    sentence = " ".join(
-        f"The sample is small for {name.replace('_', ' ')}: {note}." for name, note in notes.items()
-    )
+    sentence = " ".join(_small(name, note) for name, note in notes.items())
     words = "the number of quantities that the sample is small for is"
     return [Profile(xr.DataArray(float(len(notes))), words, ceiling=Severity.INFO, sentence=sentence)]
+
+
+def _small(name: str, note: str) -> str:
+    if name == "standard errors":
+        return f"{note[0].upper()}{note[1:]}."
+    return f"The sample is small for {name.replace('_', ' ')}: {note}."

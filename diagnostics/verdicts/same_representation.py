@@ -20,10 +20,15 @@ SAME, ALIKE = 0.99, 0.95
 TURNED = 0.05
 # The angle between equal states as float64 gives it: arccos of 1 less a rounding error.
 ROUNDING = 1e-7
+# The same of half of the depth, which healthy networks may well turn by less than 9 degrees.
+FIXED = 0.02
+# One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
+STEP = 1.0 / 180.0
+WORDS = "the debiased CKA"
 # A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
 FEWEST_STEPS = 4
-# Share of the steps that a range must span: for a failure half of the depth, for a warning nearly all of it.
-HALF, NEARLY_ALL = 0.5, 0.75
+# Share of the steps that a range must span.
+HALF, NEARLY_ALL, ALL = 0.5, 0.75, 1.0
 
 
 def longest_range(together: np.ndarray) -> tuple[int, int]:
@@ -84,14 +89,22 @@ def same_representation(
     steps = len(table) - 1
     if steps < FEWEST_STEPS or not np.isfinite(table[~np.eye(len(table), dtype=bool)]).all():
         return
-    tables = ((table >= SAME) & (turned < TURNED), HALF), (table >= ALIKE, NEARLY_ALL)
-    for failing, (together, share) in zip((True, False), tables, strict=True):
+    still = np.abs(np.subtract.outer(np.arange(steps + 1), np.arange(steps + 1))) <= 1
+    # All steps within a range are small where each is: kept apart from the angle between its ends.
+    small = turned < np.where(still, STEP, np.inf)
+    kinds = (
+        (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
+        (True, (table >= SAME) & (turned < FIXED), HALF),
+        (True, (table >= SAME) & small, NEARLY_ALL),
+        (False, table >= ALIKE, ALL),
+    )
+    for failing, together, share in kinds:
         first, last = longest_range(together)
         if last - first >= max(FEWEST_STEPS, share * steps):
             yield _one_representation(alike, angles, first, last, attrs, num_tokens, failing=failing)
             return
     # Nothing found: the two ends are what a reader asks for.
-    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], "the debiased CKA with the last state is")
+    yield Profile(alike.isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is")
 
 
 def _between_blocks(table: xr.DataArray) -> xr.DataArray:
@@ -99,7 +112,7 @@ def _between_blocks(table: xr.DataArray) -> xr.DataArray:
     table = table.transpose("depth", "other_depth")
     keep = np.arange(table.sizes["depth"])
     if "site" in table.coords:
-        keep = np.flatnonzero(~np.isin(table["site"].values.astype(str), ["final", "mid"]))
+        keep = np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
     return table.isel(depth=keep, other_depth=keep)
 
 
@@ -118,26 +131,36 @@ def _one_representation(
     table, turned = alike.values[part, part], angles.values[part, part]
     least = float(table.min())
     step = 180.0 * float(np.diagonal(turned, offset=1).max())
-    depths = alike["depth"].values if "depth" in alike.coords else np.arange(len(alike))
     limit = SAME if failing else ALIKE
     sentence = (
-        f"{_all(alike, first, last)} hold one representation: every two states from depth {depths[first]} to depth "
-        f"{depths[last]} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
+        f"{_all(alike, first, last)} hold one representation: every two states from depth {first} to depth "
+        f"{last} agree with a debiased CKA of {least:.3f} or more{_null(num_tokens)}, above {number(limit)} "
         f"({OURS}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches of "
         f"the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than {number(step)}°."
     )
-    start = str(attrs.get("small_start", ""))
-    # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell, if one did anything.
-    exactly = bool((turned < ROUNDING).all())
-    if start or exactly:
-        why = start or "no block changes any number of the states"
+    why = _by_construction(turned, attrs)
+    if why:
         sentence += f" It is as its branches begin by construction ({why}): normal before training, judge it again after some."
     values = np.full(len(alike), np.nan)
     values[part] = least
-    ceiling = Severity.INFO if start or exactly else Severity.FAIL if failing else Severity.WARN
+    ceiling = Severity.INFO if why else Severity.FAIL if failing else Severity.WARN
     return Profile(
-        alike.isel(other_depth=0, drop=True).copy(data=values), "", sentence=sentence, ceiling=ceiling
+        alike.isel(other_depth=0, drop=True).copy(data=values),
+        f"{WORDS} of the two least similar states is",
+        sentence=sentence,
+        ceiling=ceiling,
     )
+
+
+def _by_construction(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
+    """Why the branches are small in a network that is not trained yet; empty where nothing says so."""
+    # Branches that give exactly nothing begin at zero, or are cut off: one block would be enough to tell, if one did anything.
+    if bool((turned < ROUNDING).all()):
+        return "no block changes any number of the states"
+    if attrs.get("small_start"):
+        return str(attrs["small_start"])
+    # Small branches are a start that many designs have, ones that do nothing at all are not.
+    return "its weights are as they were drawn" if attrs.get("untouched") and turned.max() >= FIXED else ""
 
 
 def _all(alike: xr.DataArray, first: int, last: int) -> str:

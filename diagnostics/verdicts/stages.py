@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.magnitude import SCALE_BEFORE
+from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
+from depthscope.diagnostics.verdicts.magnitude import SCALE_BEFORE, one_view
 
 # As the capture names the stages of one chain, whose states have other widths or numbers of tokens.
 _STAGE = re.compile(r"(?P<chain>.*?)_?stage(?P<number>\d+)$")
@@ -42,11 +43,8 @@ def with_joined_stages(analyses: Mapping[str, xr.Dataset]) -> dict[str, xr.Datas
 
 def _size_of_a_feature(analysis: xr.Dataset) -> float | None:
     """Root mean square of a feature of the first state, which does not change with the width; None where unknown."""
-    parts = [analysis.get(name) for name in ("channel_squared_mean", "channel_variance")]
-    if parts[0] is None or parts[1] is None:
+    norm = analysis.get("residual_norm")
+    if norm is None or NUM_FEATURES not in norm.attrs:
         return None
-    # The mean square is the square of the mean and the variance about it; the mean over streams has no such sum, each has.
-    square = (parts[0] + parts[1]).isel(depth=0)
-    square = square.isel(step=-1) if "step" in square.dims else square
-    streams = [stream for stream in square["stream"].values.tolist() if stream != "mean"] or ["mean"]
-    return float(square.sel(stream=streams).mean("stream")) ** 0.5
+    first = norm.isel(step=-1) if "step" in norm.dims else norm
+    return float(one_view(first.isel(depth=0))) / float(norm.attrs[NUM_FEATURES]) ** 0.5

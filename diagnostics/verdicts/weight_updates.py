@@ -9,7 +9,12 @@ from collections.abc import Iterator
 
 import xarray as xr
 
+from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
+
+NUM_NAMED = 3  # modules in a sentence
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
@@ -22,6 +27,44 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     of a weight: start such weights larger, or leave those that start near zero to themselves.
     """
     yield Profile(update_ratio, "the change of the weights in one step, relative to the weights, is")
+
+
+@verdict(metric="update_ratio", limits=Limits(warn=0.0))
+def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
+    """A module is frozen while the rest is trained.
+
+    Where that is meant, as in fine-tuning from some block on or with adapters, nothing is to do. Else set requires_grad of its
+    parameters before the optimiser is made, and look for a no_grad around it.
+    """
+    frozen = update_ratio["weight"].isin(update_ratio.attrs.get(FROZEN_MODULES, []))
+    trained = update_ratio.notnull()
+    yield Profile(
+        frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
+        "the number of modules that are not trained is",
+        sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
+        ceiling=Severity.INFO if _is_meant(frozen, trained) else Severity.FAIL,
+    )
+
+
+def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:
+    """Whether what is frozen looks chosen: everything below some block, or all but a few adapters."""
+    if int(frozen.sum()) >= int(trained.sum()):
+        return True
+    if "weight_layer" not in frozen.coords:
+        return False
+    # Modules outside of the blocks, of layer −1, are in no order.
+    layers = frozen["weight_layer"].values
+    of_frozen, of_trained = (layers[each.values & (layers >= 0)] for each in (frozen, trained))
+    return not len(of_frozen) or not len(of_trained) or bool(of_frozen.max() < of_trained.min())
+
+
+def _frozen_words(frozen: xr.DataArray, trained: xr.DataArray) -> str:
+    names = frozen["weight"].values[frozen.values].astype(object).astype(str).tolist()
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return (
+        f"No parameter of {', '.join(names[:NUM_NAMED])}{more} is trained, while {int(trained.sum())} other modules are "
+        f"({OURS})."
+    )
 
 
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.

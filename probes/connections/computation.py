@@ -204,6 +204,8 @@ class ComputedForward:
     rows: list[int]
     precision: torch.dtype = torch.float32
     _states: list[tuple[ComputedValue, torch.Tensor]] = field(init=False)
+    # By identity, with the weights themselves, so that no others get it.
+    _firsts: dict[int, tuple[list[float], torch.Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         current = [v for v in self.values if tuple(v.tensor.shape) == self.shape and not v.rewritten]
@@ -295,14 +297,25 @@ class ComputedForward:
         """Whether weights (B, T, …) of all sequences are these (K, T, …) of the sampled ones."""
         if tensor.is_meta:  # weights that are elsewhere between two uses
             return False
+        # One token first, as plain numbers and before the sampled sequences are gathered: most candidates differ everywhere.
+        rounding = torch.finfo(self.precision).eps
+        for one, other in zip(tensor[self.rows[0], 0].flatten().tolist(), self._first(wanted), strict=True):
+            if abs(one - other) > 2 * limit + rounding * abs(one):
+                return False
         few = tensor[self.rows].to(wanted.device, torch.float32)
-        # A few tokens first: most candidates differ everywhere.
         for tokens in (slice(1), slice(None)):
             one, other = few[:, tokens], wanted[:, tokens]
             rounded = torch.equal(one.to(self.precision).float(), other)
             if not rounded and (one - other).abs().max() > limit:
                 return False
         return True
+
+    def _first(self, wanted: torch.Tensor) -> list[float]:
+        """The weights of the first token, as numbers."""
+        known = self._firsts.get(id(wanted))
+        if known is None:
+            known = self._firsts[id(wanted)] = wanted[0, 0].flatten().tolist(), wanted
+        return known[0]
 
     def gradients(self, tensors: Sequence[torch.Tensor]) -> list[float]:
         """The largest gradients of a random combination of the outputs: 0 where none depends on a tensor."""
@@ -479,13 +492,17 @@ class _Search:
     def _turned(self, number: int, mix: Sequence[ComputedValue]) -> bool | None:
         wanted = self.applied[number].mix
         n = wanted.shape[-1]
-        if (
-            float((wanted - wanted.mT).abs().max()) <= UNIFORM
-        ):  # a matrix of two streams is nearly symmetric after Sinkhorn
+        apart = float((wanted - wanted.mT).abs().max())
+        # A matrix of two streams is nearly symmetric after Sinkhorn, and what it was before the last round nearly is its
+        # transpose: as near as the square of what is left. Only the very same numbers tell the two apart then, and in
+        # half precision these are rounded to the same.
+        nearly = apart <= UNIFORM
+        if apart <= SAME or (nearly and self.forward.precision in CASTS):
             return None
+        limit = 0.0 if nearly else SAME
         for value in mix:
             for each in self.forward.per_token(value.tensor.detach(), (n, n)):
-                straight, turned = (self.forward.equal(m, wanted, SAME) for m in (each, each.mT))
+                straight, turned = (self.forward.equal(m, wanted, limit) for m in (each, each.mT))
                 if straight or turned:
                     return None if straight and turned else turned
         return None

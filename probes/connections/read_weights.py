@@ -31,9 +31,12 @@ def read_error(x: torch.Tensor, read: torch.Tensor, branch_in: torch.Tensor) -> 
 
 
 def find_read_weights(
-    x: torch.Tensor, branch_in: torch.Tensor, candidates: Iterable[torch.Tensor]
+    x: torch.Tensor,
+    branch_in: torch.Tensor,
+    candidates: Iterable[torch.Tensor],
+    unlike: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """The candidate that combines the streams to the branch input, up to rounding.
+    """The candidate that combines the streams to the branch input best, up to rounding.
 
     Parameters
     ----------
@@ -43,14 +46,26 @@ def find_read_weights(
         (..., D).
     candidates : iterable of Tensor
         (..., N).
+    unlike : Tensor, optional
+        Weights (..., N) that are taken only where no others fit.
 
     Returns
     -------
     Tensor or None
     """
-    fits = [(read_error(x, read, branch_in), read) for read in candidates]
-    error, best = min(fits, key=lambda fit: fit[0], default=(math.inf, None))
-    return best if error <= tolerance(compute_dtype(x)) else None
+    lead, limit = tuple(x.shape[:-2]), tolerance(compute_dtype(x))
+    few = torch.unravel_index(spread(math.prod(lead), READ_TOKENS).to(x.device), lead)
+    goal, streams = branch_in[few].double(), x[few].double()
+    fits: list[tuple[float, int, torch.Tensor]] = []
+    for position, read in enumerate(candidates):
+        error = relative_error(torch.einsum("kn,knd->kd", read[few].double(), streams) - goal, goal)
+        if error <= limit:
+            fits.append((error, position, read))
+    fits.sort(key=lambda fit: fit[:2])
+    for _, _, read in fits:
+        if unlike is None or not torch.allclose(read.float(), unlike.float()):
+            return read
+    return fits[0][2] if fits else None
 
 
 def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor:
@@ -74,3 +89,21 @@ def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor
     inverse = torch.linalg.pinv(streams.mT, rtol=RANK_TOLERANCE)
     read = (inverse @ torch.where(finite, branch_in, 0.0).double().unsqueeze(-1)).squeeze(-1).float()
     return torch.where(finite, read, torch.nan)
+
+
+def are_independent(x: torch.Tensor) -> torch.Tensor:
+    """Whether the streams of a token are linearly independent, so that they determine what reads them: 1 or 0.
+
+    Parameters
+    ----------
+    x : Tensor
+        Streams, (..., N, D).
+
+    Returns
+    -------
+    Tensor
+        (...); 0 where they are not finite.
+    """
+    finite = x.isfinite().all(-1).all(-1)
+    streams = torch.where(finite[..., None, None], x, 0.0).double()  # torch's SVD raises at NaN
+    return (torch.linalg.matrix_rank(streams, rtol=RANK_TOLERANCE) == x.shape[-2]).float()

@@ -16,7 +16,7 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
-from depthscope.probes.connections.read_weights import find_read_weights, least_squares_read
+from depthscope.probes.connections.read_weights import are_independent, find_read_weights, least_squares_read
 from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
@@ -44,6 +44,7 @@ def read_returned(
     output: Any,
     rows: torch.Tensor,
     computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
+    place: ReadPlace | None = None,
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
 
@@ -59,6 +60,8 @@ def read_returned(
         Indices of the sampled sequences.
     computed : callable
         Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
+    place : ReadPlace, optional
+        Where H_pre was among these in the forward before.
 
     Returns
     -------
@@ -79,9 +82,12 @@ def read_returned(
     if parts.read is None and not site.reads_features:
         # A forward connection has one view: its branch takes one tensor.
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
-        read = watched_read(site, x, rows, branch_in, computed(rows), write=sampled.write.squeeze(-1))
-        # no tensor of the module explains the branch input: it may read by a fused kernel
-        sampled.read = (least_squares_read(streams, branch_in) if read is None else read).unsqueeze(-2)
+        write = sampled.write.squeeze(-1)
+        read = watched_read(site, x, rows, branch_in, computed(rows), write=write, place=place)
+        if read is None:
+            # No tensor of the module explains the branch input: it may read by a fused kernel.
+            read, sampled.read_known = least_squares_read(streams, branch_in), are_independent(streams)
+        sampled.read = read.unsqueeze(-2)
     return sampled, parts
 
 
@@ -103,6 +109,7 @@ def watched_read(
     branch_in: torch.Tensor,
     seen: list[torch.Tensor],
     write: torch.Tensor | None = None,
+    place: ReadPlace | None = None,
 ) -> torch.Tensor | None:
     """H_pre of the sampled sequences, (K, T, N), among the tensors that the module computed.
 
@@ -121,6 +128,8 @@ def watched_read(
     write : Tensor, optional
         H_post, (K, T, N), which is taken for H_pre only where nothing else explains the branch input: models begin with equal
         streams, and there all weights of the same sum explain it alike.
+    place : ReadPlace, optional
+        Where it was in the forward before, which is tried first, and is noted for the next one.
 
     Returns
     -------
@@ -128,17 +137,34 @@ def watched_read(
         None where no tensor explains the branch input.
     """
     streams = canonical_streams(site, x)
+    sampled = streams[rows]
     # A first forward is watched on the sample alone, later ones on all sequences: the number of elements tells which.
-    of_all, of_sample = streams.shape[:-1], streams[rows].shape[:-1]
+    of_all, of_sample = streams.shape[:-1], sampled.shape[:-1]
     candidates = []
     for tensor in seen:
         if tensor.numel() == of_sample.numel():
             candidates.append(tensor.reshape(of_sample))
         elif tensor.numel() == of_all.numel():
             candidates.append(tensor.reshape(of_all)[rows])
-    others = [c for c in candidates if write is None or not torch.allclose(c.float(), write.float())]
-    read = find_read_weights(streams[rows], branch_in, others)
-    return find_read_weights(streams[rows], branch_in, candidates) if read is None else read
+    if place is not None and candidates and place.among == len(candidates):
+        # As many tensors as before: the same code has run, and the search, which takes longer than the forward, is over where
+        # the tensor at the place still explains the branch input, and is not H_post.
+        same = find_read_weights(sampled, branch_in, [candidates[place.position]])
+        if same is not None and (write is None or not torch.allclose(same.float(), write.float())):
+            return same
+    read = find_read_weights(sampled, branch_in, candidates, unlike=write)
+    if place is not None:
+        at = [number for number, each in enumerate(candidates) if each is read]
+        place.among, place.position = (len(candidates), at[0]) if at else (0, 0)
+    return read
+
+
+@dataclass
+class ReadPlace:
+    """Which of the tensors that a connection computes is H_pre, and among how many; among none where that is not known."""
+
+    among: int = 0
+    position: int = 0
 
 
 # --- paired connections

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 
-# What was done along an axis, which tells what the axis is.
-CONTRACTED = "contracted"  # by a linear map with weights: an axis of features
-SLID = "slid along"  # by a convolution: an axis of tokens, or a side of an image
-NORMALISED = "normalised over"  # by a norm: an axis of features (or channels)
-ATTENDED = "attended over"  # by a fused attention: an axis of tokens
-WEIGHED = "weighed along"  # by a softmax: tokens, where an attention is written out; streams and sources have one too
-BATCHED = "batched"  # given as the first axis of the model's input
+# What was done along an axis, which tells what the axis is. Bits of one number: a forward makes thousands of atoms, and a set
+# in each of them would bring the next complete collection of garbage nearer.
+CONTRACTED = 1  # by a linear map with weights: an axis of features
+SLID = 2  # by a convolution: an axis of tokens, or a side of an image
+NORMALISED = 4  # by a norm: an axis of features (or channels)
+ATTENDED = 8  # by a fused attention: an axis of tokens
+WEIGHED = 16  # by a softmax: tokens, where an attention is written out; streams and sources have one too
+BATCHED = 32  # given as the first axis of the model's input
 
 
 _births = count()
@@ -40,8 +41,8 @@ class Atom:
         self.whole = whole
         self.born = next(_births)
         self.parent = parent
-        self.roles: set[str] = set()
-        self._parts: dict[int, tuple[Atom, Atom]] = {}
+        self.roles = 0
+        self._parts: dict[int, tuple[Atom, Atom]] | None = None  # most are never split
         self._same: Atom | None = None  # the atom that it was found to be the same as
 
     def itself(self) -> Atom:
@@ -64,6 +65,10 @@ class Atom:
         # What was cut from an axis and padded to its length again may be found to be that axis: no part of itself then.
         if first.parent is None and not (second.parent is not None and second.parent.comes_from(first)):
             first.parent = second.parent
+        if second._parts is None:
+            return
+        if first._parts is None:
+            first._parts = {}
         for outer, parts in second._parts.items():
             own = first._parts.setdefault(outer, parts)
             for mine, others in zip(own, parts, strict=True):
@@ -84,6 +89,8 @@ class Atom:
     def split(self, outer: int) -> tuple[Atom, Atom]:
         """Its two parts, of which the outer one has ``outer`` positions; always the same two atoms."""
         atom = self.itself()
+        if atom._parts is None:
+            atom._parts = {}
         parts = atom._parts.get(outer)
         if parts is None:
             inner = atom.size // outer
@@ -98,24 +105,29 @@ class Atom:
         """The atom of which this one and the next are the two parts, or None."""
         first, second = self.itself(), inner.itself()
         for parent in (first.parent, second.parent):
-            parts = None if parent is None else parent.itself()._parts.get(first.size)
+            halves = None if parent is None else parent.itself()._parts
+            parts = None if halves is None else halves.get(first.size)
             if parts is not None and parts[0].itself() is first and parts[1].itself() is second:
                 return parent.itself() if parent is not None else None
         return None
 
-    def note(self, role: str) -> None:
+    def note(self, role: int) -> None:
         """Note what was done along it, and so along what it was split from."""
-        seen: set[int] = set()
-        atom: Atom | None = self
+        own = self.itself()
+        own.roles |= role
+        if own.parent is None:
+            return
+        seen: set[int] = {id(own)}
+        atom: Atom | None = own.parent
         while atom is not None and id(atom.itself()) not in seen:
             atom = atom.itself()
             seen.add(id(atom))
-            atom.roles.add(role)
+            atom.roles |= role
             atom = atom.parent
 
-    def has(self, role: str) -> bool:
+    def has(self, role: int) -> bool:
         """Whether something was done along it, or along a part of it."""
-        return role in self.itself().roles
+        return bool(self.itself().roles & role)
 
 
 Axis = tuple[Atom, ...]
@@ -124,7 +136,7 @@ Axes = tuple[Axis, ...]
 
 def new_axes(shape: Sequence[int]) -> Axes:
     """Axes of a value that an opaque operation made."""
-    return tuple(() if size == 1 else (Atom(size, whole=True),) for size in shape)
+    return tuple([() if size == 1 else (Atom(size, whole=True),) for size in shape])
 
 
 def made_axis(size: int) -> Axis:
@@ -174,21 +186,22 @@ def regrouped(axes: Axes, shape: Sequence[int]) -> Axes | None:
 
 def broadcast(first: Axes, second: Axes) -> Axes:
     """The axes of a pointwise operation of two values: of each axis the one that has more than one position."""
+    if first is second:
+        return first
     if len(first) < len(second):
         first, second = second, first
     lead = len(first) - len(second)
     if not second:
         return first
-    return first[:lead] + tuple(_known_one(a, b) for a, b in zip(first[lead:], second, strict=True))
-
-
-def _known_one(first: Axis, second: Axis) -> Axis:
     # An axis of a constant has no atom of its own: None stands for it.
-    return second if not first or (second and first[0] is None) else first
+    known = [b if not a or (b and a[0] is None) else a for a, b in zip(first[lead:], second, strict=True)]
+    return first[:lead] + tuple(known)
 
 
 def united(first: Axes, second: Axes) -> Axes:
     """The axes of a sum: where both values have an axis, the two are the same one."""
+    if first is second:
+        return first
     for a, b in zip(reversed(first), reversed(second), strict=False):
         if len(a) == len(b):
             for one, other in zip(a, b, strict=True):
@@ -199,6 +212,8 @@ def united(first: Axes, second: Axes) -> Axes:
 
 def same_axes(first: Axes, second: Axes) -> bool:
     """Whether two values have the same atoms in the same order."""
+    if first is second:
+        return True
     return len(first) == len(second) and all(
         len(a) == len(b) and all(x.itself() is y.itself() for x, y in zip(a, b, strict=True))
         for a, b in zip(first, second, strict=True)
@@ -262,7 +277,7 @@ def layout_of(axes: Axes, stream: Atom | None) -> str | None:
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
 
-def all_noted(axis: Axis, role: str) -> None:
+def all_noted(axis: Axis, role: int) -> None:
     """Note what was done along every atom of an axis."""
     for atom in axis:
         atom.note(role)

@@ -102,23 +102,28 @@ class Rule:
 
 
 def _is_value(argument: Any) -> bool:
-    return hasattr(argument, "axes")
+    return isinstance(argument, Value)
+
+
+_CONSTANT: Axis = (None,)  # type: ignore[assignment]  # an axis of a constant, which has no atom of its own
 
 
 def _axes_of(argument: Any) -> Axes:
     """Axes of an argument: of a value its own, of a constant tensor new ones."""
-    if _is_value(argument):
+    if isinstance(argument, Value):
         return argument.axes
     if isinstance(argument, torch.Tensor):
-        return tuple((None,) if size > 1 else () for size in argument.shape)  # type: ignore[misc]
+        return tuple([_CONSTANT if size > 1 else () for size in argument.shape])
     return ()
 
 
 def _completed(axes: Sequence[Any], shape: tuple[int, ...], *, whole: bool = False) -> Axes:
     """Axes with new atoms where only a constant gave them."""
     return tuple(
-        (axis if axis and axis[0] is not None else () if size == 1 else (Atom(size, whole=whole),))
-        for axis, size in zip(axes, shape, strict=True)
+        [
+            (axis if axis and axis[0] is not None else () if size == 1 else (Atom(size, whole=whole),))
+            for axis, size in zip(axes, shape, strict=True)
+        ]
     )
 
 
@@ -134,7 +139,8 @@ def _viewed(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
 
 
 def _permuted(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
-    return tuple(args[0].axes[dim] for dim in args[1]), True
+    axes = args[0].axes
+    return tuple([axes[dim] for dim in args[1]]), True
 
 
 def _transposed(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
@@ -292,7 +298,7 @@ def _mixed_axes(value: Value, dims: set[int]) -> Axes:
     for carrier, matrix in (tensors, tensors[::-1]):
         for dim in dims if _is_value(carrier) else ():
             size, old = value.shape[dim], carrier.axes[dim]
-            if not old or not _contracts(old, size) or matrix.shape[dim] != size:
+            if not old or not contracts(old, size) or matrix.shape[dim] != size:
                 continue
             for other in range(len(axes)):
                 # An axis that only the matrix has, as long as the one that is added up.
@@ -301,7 +307,7 @@ def _mixed_axes(value: Value, dims: set[int]) -> Axes:
     return tuple(axes)
 
 
-def _contracts(axis: Axis, size: int) -> bool:
+def contracts(axis: Axis, size: int) -> bool:
     """Whether a product over this axis mixes streams, and is not one over features or tokens."""
     # Several atoms together, as the heads and their features after an attention, are one axis of features.
     return size <= MOST_STREAMS and len(axis) == 1 and axis[0] is not None and not axis[0].itself().whole
@@ -316,15 +322,15 @@ def _matrix_product(first: Any, second: Any, shape: tuple[int, ...]) -> Found:
     for own, other in ((first, a[-1]), (second, b[-2])):
         if not _is_value(own):
             continue
-        if size == 1 or _contracts(other, size):
+        if size == 1 or contracts(other, size):
             linear = True
         elif not _is_value(second if own is first else first):
             all_noted(other, CONTRACTED)  # with a constant, as a linear layer does
     rows, columns = a[-2], b[-1]
     # What mixes streams gives streams again; what a matrix of weights makes is an axis of features.
-    if linear and _is_value(second) and _contracts(b[-2], size):
+    if linear and _is_value(second) and contracts(b[-2], size):
         rows = b[-2] if first.shape[-2] == size else made_axis(first.shape[-2])
-    elif linear and _is_value(first) and _contracts(a[-1], size):
+    elif linear and _is_value(first) and contracts(a[-1], size):
         columns = a[-1] if second.shape[-1] == size else made_axis(second.shape[-1])
     return _completed([*lead, rows, columns], shape, whole=not linear), linear
 
@@ -376,7 +382,7 @@ def _vector_product(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -
     linear = False
     for own, axis in ((args[0], axes[-1]), (args[1], _axes_of(args[1])[0])):
         if _is_value(own):
-            linear = linear or size == 1 or _contracts(axis, size)
+            linear = linear or size == 1 or contracts(axis, size)
     return _completed(axes[:-1], shape), linear
 
 
@@ -582,15 +588,16 @@ READS_ONLY = Rule(_unknown, reads_only=True)
 CONSTANTS = ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
              "rand_like", "randn_like", "bernoulli", "new_empty_strided")  # fmt: skip
 SILENT = ("_local_scalar_dense", "is_same_size", "sym_size", "sym_stride", "sym_numel", "item", "equal")
-_known: dict[Any, Rule] = {}
+# By identity, with the operation itself, so that no other one gets its identity: torch hashes an operation in Python.
+_known: dict[int, tuple[Rule, Any]] = {}
 
 
 def rule_of(func: Any) -> Rule:
     """The rule of an operation; one that finds nothing where it is not known."""
-    rule = _known.get(func)
-    if rule is None:
-        rule = _known[func] = _make_rule(func)
-    return rule
+    known = _known.get(id(func))
+    if known is None:
+        known = _known[id(func)] = _make_rule(func), func
+    return known[0]
 
 
 def _make_rule(func: Any) -> Rule:

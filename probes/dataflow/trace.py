@@ -11,7 +11,7 @@ No tensor of the model's is kept but small coefficients, and those as long as so
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.dataflow.axes import BATCHED, Axes, all_noted, new_axes
+from depthscope.probes.dataflow.known_modules import Notes, known_modules, runs_alone
 from depthscope.probes.dataflow.operations import PATCH, Rule, rule_of
 from depthscope.probes.dataflow.values import NONE, Coefficient, Step, Value, carrier_of, times_written
 from depthscope.probes.model.hooks import without_frames
@@ -61,16 +62,27 @@ class Trace(TorchDispatchMode):
         self.calls: list[int] = []  # of the values, by number
         self.most_merged: Value | None = None
         self._entries: dict[int, _Entry] = {}
+        self._forget = _forgetting(self._entries)
         self._made: dict[int, int] = {}  # how many values each call made itself
         self._writes: list[
             tuple[int, tuple[Any, ...], Value]
         ] = []  # storage, region and value of writes in place
         self._written: dict[int, StorageWeakRef] = {}  # the memory that was written, by its address
+        self._between: dict[
+            tuple[int, int], list[int]
+        ] = {}  # `calls_between`, which is asked again and again
+        self._known = known_modules()
+        # The module that runs unwatched, what notes its values, the value and the tensor that it took.
+        self._unwatched: tuple[nn.Module, Notes, Value, torch.Tensor] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # torch would wrap every call of the method below; nothing of it is compiled anyway.
         return False
+
+    def __exit__(self, *error: Any) -> None:
+        self.watch_again()  # a module may have raised
+        super().__exit__(*error)
 
     # --- while the forward runs
 
@@ -79,31 +91,24 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused or self.error is not None:
             return func(*args, **kwargs)
-        taken: tuple[Any, Any, list[Value]] | None = None
+        operands: list[Value] = []
+        found, named = args, kwargs
         try:
-            taken = self._taken(args, kwargs)
+            # Before it runs: it may write into what it takes.
+            found = tuple([self._replaced(argument, operands) for argument in args])
+            if kwargs:
+                named = {name: self._replaced(argument, operands) for name, argument in kwargs.items()}
         except Exception as error:  # the user's operation must run all the same
-            self.error = without_frames(error)
+            self.error, operands = without_frames(error), []
         result = func(*args, **kwargs)
-        if taken is not None and taken[2]:
+        if operands:
             try:
-                self._note(func, args, kwargs, taken, result)
+                self._note(func, args, kwargs, (found, named, operands), result)
             except Exception as error:
                 self.error = without_frames(error)
         if self.on_operation is not None:
             self.on_operation(func, args, kwargs, result)
         return result
-
-    def _taken(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[Value]]:
-        """The arguments with values in place of traced tensors, and these values."""
-        operands: list[Value] = []
-        found = tuple([self._replaced(argument, operands) for argument in args])
-        named = (
-            {name: self._replaced(argument, operands) for name, argument in kwargs.items()}
-            if kwargs
-            else kwargs
-        )
-        return found, named, operands
 
     def _replaced(self, argument: Any, operands: list[Value]) -> Any:
         if isinstance(argument, torch.Tensor):
@@ -112,18 +117,22 @@ class Trace(TorchDispatchMode):
                 return argument
             operands.append(value)
             return value
-        if isinstance(argument, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in argument):
-            return [self._replaced(item, operands) for item in argument]
+        if isinstance(argument, (list, tuple)):
+            for item in argument:
+                if isinstance(item, torch.Tensor):
+                    return [self._replaced(each, operands) for each in argument]
         return argument
 
     def value(self, tensor: torch.Tensor | None) -> Value | None:
         """The value that a tensor holds; None where no operation of the forward made it."""
         entry = self._entries.get(id(tensor))
+        if not self._written:  # as in most models
+            return None if entry is None else entry.value
         if entry is None:
             entry = self._written_constant(tensor)
         if entry is None:
             return None
-        if self._written and entry.writes < len(self._writes):
+        if entry.writes < len(self._writes):
             self._rewritten(entry, tensor)
         return entry.value
 
@@ -145,9 +154,11 @@ class Trace(TorchDispatchMode):
 
     def taken(self, tensor: torch.Tensor | None) -> Value | None:
         """The value of a tensor that a module takes; a constant, as a state that begins with zeros, is followed on."""
-        if tensor is not None and self.value(tensor) is None and tensor.is_floating_point():
+        value = self.value(tensor)
+        if value is None and tensor is not None and tensor.is_floating_point():
             self.watch(tensor)
-        return self.value(tensor)
+            value = self.value(tensor)
+        return value
 
     def watch(self, tensor: torch.Tensor, batch_axis: int | None = None) -> None:
         """Follow a tensor that came from outside of the forward, as the model's input, and its axis of sequences."""
@@ -158,6 +169,90 @@ class Trace(TorchDispatchMode):
             all_noted(value.axes[batch_axis], BATCHED)
         self._enter(tensor, value)
 
+    # --- modules of which it is known what they run
+
+    def step_aside(self, module: nn.Module, x: torch.Tensor | None, value: Value | None) -> None:
+        """Leave torch's stack of modes until the module that is about to run has ended, where it is known what it runs.
+
+        Parameters
+        ----------
+        module : Module
+            The module, whose hooks before its forward have all run.
+        x : Tensor or None
+            What it takes.
+        value : Value or None
+            The value of that.
+        """
+        known = self._known.get(type(module))
+        if known is None:
+            return
+        if (
+            value is None
+            or x is None
+            or type(x) is not torch.Tensor
+            or not x.is_cpu
+            or x.ndim < 2
+            or not x.is_contiguous()
+            or self.paused
+            or self.error is not None
+            or self._written
+            or self.on_value is not None
+            or not runs_alone(module)
+            or not known[0](module, value)
+            or torch._C._is_any_autocast_enabled()
+            or torch.is_inference_mode_enabled()  # whose operations are not taken apart
+            or 0 in value.shape
+        ):
+            return
+        depth = torch._C._len_torch_dispatch_stack()
+        if depth and torch._C._get_dispatch_stack_at(depth - 1) is self:
+            torch._C._pop_torch_dispatch_stack(None)
+            self._unwatched = module, known[1], value, x
+
+    def watch_again(self, module: nn.Module | None = None, output: Any = None) -> None:
+        """Go back on torch's stack of modes, and note what a module computed while nobody watched.
+
+        Parameters
+        ----------
+        module : Module, optional
+            The module that ended; of another one than that which runs unwatched nothing is noted.
+        output : object
+            What it returned.
+        """
+        if self._unwatched is None:
+            return
+        unwatched, notes, value, x = self._unwatched
+        self._unwatched = None
+        torch._C._push_on_torch_dispatch_stack(self)
+        if module is not unwatched:
+            self.error = self.error or ValueError("a module raised an error that the model caught")
+            return
+        try:
+            notes(self, module, value, x, output)
+        except Exception as error:
+            self.error = without_frames(error)
+
+    def note_operation(
+        self, func: Any, args: Any, found: Any, kwargs: Any, operand: Value, result: Any
+    ) -> None:
+        """Note what an operation of one value made that was not watched; ``found``: its arguments, with that value."""
+        self._note(func, args, kwargs, (found, kwargs, [operand]), result)
+
+    def add_value(self, tensor: torch.Tensor, axes: Axes, operand: Value) -> Value:
+        """A new value that was computed from one other."""
+        return self._new_value(tensor, axes, (operand,))
+
+    def add_number(self, operand: Value) -> int:
+        """The number of a value that was computed from one other, and that nobody can ask for."""
+        self.parents.append((operand.number,))
+        self.calls.append(self.call)
+        self._made[self.call] = self._made.get(self.call, -1) + 1
+        return len(self.parents) - 1
+
+    def hold(self, tensor: torch.Tensor, value: Value) -> None:
+        """Note that a tensor holds a value."""
+        self._enter(tensor, value)
+
     def _note(
         self, func: Any, args: Any, kwargs: Any, taken: tuple[Any, Any, list[Value]], result: Any
     ) -> None:
@@ -165,7 +260,7 @@ class Trace(TorchDispatchMode):
         if rule.reads_only:
             return
         outputs = result if isinstance(result, (tuple, list)) else (result,)
-        operands = taken[2]
+        found, named, operands = taken
         terms = rule.sum_of(args, kwargs) if rule.sum_of is not None else None
         # A bias that is added is a part of a linear layer, no sum of two values.
         if terms is not None and (isinstance(terms[0], tuple) or self.value(terms[0]) is not None):
@@ -178,9 +273,9 @@ class Trace(TorchDispatchMode):
                 continue
             value = self._new_value(tensor, (), operands)
             value.func = func
-            rule.describe(value, item, taken[0], taken[1], operands)
+            rule.describe(value, item, found, named, operands)
             if rule.mask and value.step is not None:  # what was drawn is a coefficient
-                value.step.args = (taken[0][0], outputs[1], taken[0][1])
+                value.step.args = (found[0], outputs[1], found[1])
             if value.step is not None:
                 self._count_merges(value, value.step, args)
             self._place(rule, value, tensor)
@@ -220,7 +315,7 @@ class Trace(TorchDispatchMode):
             return None
         value = self._new_value(result, (), operands)
         value.func = func
-        if str(func).startswith("aten.rsub"):
+        if func is torch.ops.aten.rsub.Scalar:
             value.shape = operands[0].shape
         rule_of(func).describe(value, 0, args, {}, operands)
         if value.step is not None:
@@ -228,10 +323,16 @@ class Trace(TorchDispatchMode):
         return value
 
     def _new_value(self, tensor: torch.Tensor, axes: Axes, operands: Any) -> Value:
-        value = Value(len(self.parents), tensor, axes, self.call)
+        call, made = self.call, self._made
+        value = Value(len(self.parents), tensor, axes, call)
+        self.calls.append(call)
+        value.ordinal = made[call] = made.get(call, -1) + 1
+        if len(operands) == 1:
+            (operand,) = operands
+            self.parents.append((operand.number,))
+            value.last_merge = operand.last_merge
+            return value
         self.parents.append(tuple([operand.number for operand in operands]))
-        self.calls.append(self.call)
-        value.ordinal = self._made[self.call] = self._made.get(self.call, -1) + 1
         for operand in operands:
             if operand.last_merge > value.last_merge:
                 value.last_merge = operand.last_merge
@@ -241,10 +342,6 @@ class Trace(TorchDispatchMode):
         entry = _Entry(tensor, self._forget)
         entry.key, entry.value, entry.writes = id(tensor), value, len(self._writes)
         self._entries[entry.key] = entry
-
-    def _forget(self, entry: _Entry) -> None:
-        if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
 
     def _count_merges(self, value: Value, step: Step, args: Any) -> None:
         rule, operands = step.rule, step.operands
@@ -292,31 +389,52 @@ class Trace(TorchDispatchMode):
 
     def depends(self, value: Value | int, on: Value | int) -> bool:
         """Whether a value was computed from another one, by whatever operations; both may be given by their numbers."""
-        number, origin = (of if isinstance(of, int) else of.number for of in (value, on))
+        number = value if isinstance(value, int) else value.number
+        origin = on if isinstance(on, int) else on.number
         if number == origin:
             return True
+        if number < origin:
+            return False  # an earlier value cannot come from it
         seen: set[int] = set()
         waiting = [number]
+        parents = self.parents
         while waiting:
-            for parent in self.parents[waiting.pop()]:
+            for parent in parents[waiting.pop()]:
                 if parent == origin:
                     return True
-                if parent > origin and parent not in seen:  # an earlier value cannot come from it
+                if parent > origin and parent not in seen:
                     seen.add(parent)
                     waiting.append(parent)
         return False
 
-    def calls_between(self, value: Value, before: Value) -> Iterator[int]:
+    def calls_between(self, value: Value, before: Value) -> Sequence[int]:
         """Orders of the module calls in which a value was computed, once for each operation after an earlier value."""
+        known = self._between.get((value.number, before.number))
+        if known is not None:
+            return known
+        found: list[int] = []
         seen: set[int] = set()
         waiting = [value.number]
+        parents, calls, first = self.parents, self.calls, before.number
         while waiting:
             number = waiting.pop()
-            yield self.calls[number]
-            for parent in self.parents[number]:
-                if parent > before.number and parent not in seen:
+            found.append(calls[number])
+            for parent in parents[number]:
+                if parent > first and parent not in seen:
                     seen.add(parent)
                     waiting.append(parent)
+        self._between[value.number, before.number] = found
+        return found
+
+
+def _forgetting(entries: dict[int, _Entry]) -> Callable[[_Entry], None]:
+    """A function that forgets the value of a tensor that is gone; no method, since every tensor calls it."""
+
+    def forget(entry: _Entry) -> None:
+        if entries.get(entry.key) is entry:
+            del entries[entry.key]
+
+    return forget
 
 
 def func_of_constant(factor: Any) -> Any:

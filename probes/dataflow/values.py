@@ -29,6 +29,9 @@ class Coefficient:
         return self.version == times_written(self.tensor)
 
 
+_names: dict[int, tuple[str, Any]] = {}  # by the identity of an operation, which is kept as well
+
+
 class Step:
     """The transparent operation that made a value.
 
@@ -63,7 +66,11 @@ class Step:
     @property
     def name(self) -> str:
         """Name of the operation, the same for the version that writes in place; of writes through a view ``"patch"``."""
-        return "patch" if self.func is None else str(self.func).split(".")[1].removesuffix("_")
+        known = _names.get(id(self.func))
+        if known is None:
+            name = "patch" if self.func is None else str(self.func).split(".")[1].removesuffix("_")
+            known = _names[id(self.func)] = name, self.func
+        return known[0]
 
 
 class Value:
@@ -125,15 +132,18 @@ class Value:
 
 def carrier_of(step: Step) -> Value:
     """The operand that carries a state: the largest factor of a product, else that which went through most sums."""
-    if len(step.operands) == 1:
-        return step.operands[0]
+    operands = step.operands
+    if len(operands) == 1:
+        return operands[0]
+    if not step.rule.product and len(operands) == 2 and operands[0].merges != operands[1].merges:
+        return operands[0] if operands[0].merges > operands[1].merges else operands[1]
 
     def preference(operand: Value) -> tuple[int, int, int]:
         size = math.prod(operand.shape)
         first, second = (size, operand.merges) if step.rule.product else (operand.merges, size)
         return first, second, -operand.number
 
-    return max(step.operands, key=preference)
+    return max(operands, key=preference)
 
 
 def times_written(tensor: torch.Tensor) -> int | None:

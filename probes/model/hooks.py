@@ -63,29 +63,26 @@ def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwar
         What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal handler raised while the
         function ran. The measurement is reported as interrupted then.
     """
-    return _call_safely(outside_user_modes(), report, function, args, kwargs)
-
-
-def _call_safely(
-    context: AbstractContextManager[None],
-    report: Report,
-    function: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-) -> Any:
     try:
-        with context:
+        with outside_user_modes():
             return function(*args, **kwargs)
-    # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
-    except (Exception, GeneratorExit) as error:
-        if _from_signal_handler(error):
-            report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
-            raise
-        report(without_frames(error))
-        return None
     except BaseException as error:
+        if not _is_reported(report, error):
+            raise
+        return None
+
+
+def _is_reported(report: Report, error: BaseException) -> bool:
+    """Report what a function of ours raised; whether that was all, and the user's code goes on."""
+    # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
+    if not isinstance(error, (Exception, GeneratorExit)):
         report(CaptureError(f"{type(error).__name__} interrupted the measurement"))
-        raise
+        return False
+    if _from_signal_handler(error):
+        report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
+        return False
+    report(without_frames(error))
+    return True
 
 
 def without_frames(error: BaseException) -> Exception:
@@ -138,9 +135,21 @@ class Hook:
             # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
             _note_compiler()
             return
-        if self.function is not None:
-            context = outside_user_modes() if self.computes else outside_function_modes()
-            _call_safely(context, self.report, self.function, args, kwargs)
+        function = self.function
+        if function is None:
+            return
+        if self.computes:
+            call_safely(self.report, function, *args, **kwargs)
+            return
+        try:
+            if torch._C._len_torch_function_stack():
+                with outside_function_modes():
+                    function(*args, **kwargs)
+            else:  # as nearly always: no context to enter in a hook that runs twice for every module
+                function(*args, **kwargs)
+        except BaseException as error:
+            if not _is_reported(self.report, error):
+                raise
 
     def disable(self) -> None:
         """Do nothing from now on: a hook that is removed while torch goes through the hooks of a module is still called."""
@@ -168,6 +177,13 @@ def remove_inert_hooks(model: nn.Module) -> None:
                     del each[key]
 
 
+def _new_key() -> int:
+    """A key of torch's tables of hooks that nobody else gets."""
+    key = RemovableHandle.next_id
+    RemovableHandle.next_id += 1
+    return key
+
+
 @dataclass
 class MethodWatch:
     """A context to run a method in, and a function that receives its result."""
@@ -190,45 +206,58 @@ class Attachment:
 
     def __init__(self, report: Report):
         self._report = report
-        self._hooks: dict[Callable[..., Any], Hook] = {}  # by what each calls
-        self._handles: list[RemovableHandle] = []
+        self._hooks: dict[Callable[..., Any], tuple[Hook, int]] = {}  # by what each calls, with its key
+        self._placed: list[tuple[dict[int, Any], int]] = []  # tables of modules, with the key of ours in each
         self._watched: list[WatchedMethod] = []
 
     def before(
         self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
-        hook = self._hook(function, computes)
-        # By the class: TorchScript's modules forbid the method, but run such hooks.
-        handle = nn.Module.register_forward_pre_hook(module, hook, prepend=first, with_kwargs=True)
-        self._handles.append(handle)
+        hook, key = self._hook(function, computes)
+        table = module._forward_pre_hooks
+        self._place(table, module._forward_pre_hooks_with_kwargs, hook, key)
+        if first:
+            table.move_to_end(self._placed[-1][1], last=False)
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        hook = self._hook(function, computes)
-        handle = nn.Module.register_forward_hook(module, hook, with_kwargs=True, always_call=always)
-        self._handles.append(handle)
+        hook, key = self._hook(function, computes)
+        self._place(module._forward_hooks, module._forward_hooks_with_kwargs, hook, key)
+        if always:
+            more, key = module._forward_hooks_always_called, self._placed[-1][1]
+            more[key] = True
+            self._placed.append((more, key))
 
-    def _hook(self, function: Callable[..., Any], computes: bool) -> Hook:
-        # One for all modules with the same function: a model has thousands of them, and every object of ours brings the next
-        # complete collection of garbage nearer, which takes longer than all hooks.
-        hook = self._hooks.get(function)
-        if hook is None:
-            hook = self._hooks[function] = Hook(function, self._report, computes=computes)
-        return hook
+    def _place(self, table: dict[int, Any], with_kwargs: dict[int, bool], hook: Hook, key: int) -> None:
+        # As torch's own methods do, without an object for each: a model has thousands of modules, and TorchScript's forbid the
+        # methods, but run such hooks.
+        if key in table:  # the same function once more on this module
+            key = _new_key()
+        table[key], with_kwargs[key] = hook, True
+        self._placed += [(with_kwargs, key), (table, key)]
+
+    def _hook(self, function: Callable[..., Any], computes: bool) -> tuple[Hook, int]:
+        # One for all modules with the same function: every object of ours brings the next complete collection of garbage
+        # nearer, which takes longer than all hooks.
+        known = self._hooks.get(function)
+        if known is None:
+            known = self._hooks[function] = Hook(function, self._report, computes=computes), _new_key()
+        return known
 
     def run_last(self) -> None:
         """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
-        for handle in self._handles:
-            table = handle.hooks_dict_ref()
-            if not table or type(table[next(reversed(table))]) is Hook:
+        own = [hook for hook, _ in self._hooks.values()]
+        for table, _ in self._placed:
+            last = table[next(reversed(table))] if table else True
+            if last is True or type(last) is Hook:  # a note about a hook, or one of ours
                 continue
             # All of ours in this table, in their order: the first one that is found overtaken moves them all.
-            ours = [key for key, hook in table.items() if hook in self._hooks.values()]
+            ours = [key for key, hook in table.items() if hook in own]
             for key in ours:
-                table.move_to_end(key)
+                table.move_to_end(key)  # type: ignore[attr-defined]
 
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
         """Observe every call of one method of a module; torch has hooks for the forward only.
@@ -248,13 +277,13 @@ class Attachment:
 
     def remove(self) -> None:
         """Remove every hook; calling it twice is fine."""
-        for hook in self._hooks.values():
+        for hook, _ in self._hooks.values():
             hook.disable()
         for watched in reversed(self._watched):
             watched.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._hooks, self._handles, self._watched = {}, [], []
+        for table, key in self._placed:
+            table.pop(key, None)  # the user may have cleared it
+        self._hooks, self._placed, self._watched = {}, [], []
 
 
 class WatchedMethod:

@@ -24,6 +24,38 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def module_paths(model: nn.Module, *, shared: bool = False) -> list[tuple[str, nn.Module]]:
+    """Every module of a model with its path, as torch's ``named_modules`` gives them.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+    shared : bool
+        Whether a module that is in several places comes once for each of them.
+
+    Returns
+    -------
+    list of (str, Module)
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if not shared:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        found.append((path, module))
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            # Taken from the end, so that the first child comes first, with all that is in it.
+            waiting += [(prefix + n, child) for n, child in reversed(children.items()) if child is not None]
+    return found
+
+
 def own_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The parameters that some modules own themselves, each once."""
     found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}

@@ -33,12 +33,19 @@ def _is_record(value: Any) -> bool:
 def floats_in(*values: Any) -> list[torch.Tensor]:
     """Floating tensors with at least two axes, in order."""
     found: list[torch.Tensor] = []
-    _add_floats(values, found)
+    for value in values:
+        # Most calls take one tensor, and return one.
+        only = value[0] if type(value) is tuple and len(value) == 1 else value
+        if type(only) is torch.Tensor:
+            if only.is_floating_point() and only.ndim >= 2:
+                found.append(only)
+        elif type(value) is not dict or value:  # keywords are mostly empty
+            _add_floats((value,), found)
     return found
 
 
 def _add_floats(values: Iterable[Any], found: list[torch.Tensor]) -> None:
-    # A list and no generator, since hooks on every module call it: most calls take one tensor, and return one.
+    # A list and no generator, since hooks on every module call it.
     for value in values:
         if isinstance(value, torch.Tensor):
             if value.is_floating_point() and value.ndim >= 2:

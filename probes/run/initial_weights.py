@@ -36,19 +36,21 @@ def start_facts(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``norms_moved``, the largest distance of a weight of a norm from 1, and ``small_start``, a sentence; those that are
-        known.
+        Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the largest
+        distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence.
     """
     with torch.no_grad():
         modules = [model.get_submodule(path) for path in blocks]
         by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
         if not by_block or not all(by_block):
             return {}
-        moved = _distance_from_one([p for block in by_block for p in block])
+        of_blocks = [p for block in by_block for p in block]
+        facts: dict[str, Any] = {"untouched": 1} if _is_untouched(modules) else {}
+        moved = _distance_from_one(of_blocks)
         if moved is None:
-            return {}
+            return facts
         why = _small_by_construction(model, by_block, moved) if moved <= YOUNG else ""
-        return {"norms_moved": moved} | ({"small_start": why} if why else {})
+        return facts | {"norms_moved": moved} | ({"small_start": why} if why else {})
 
 
 def _small_by_construction(model: nn.Module, by_block: list[list[nn.Parameter]], moved: float) -> str:
@@ -72,24 +74,66 @@ def _is_readable(parameter: nn.Parameter) -> bool:
     )
 
 
+# Vectors of fewer numbers may be weights of streams, which begin at anything.
+FEWEST = 8
+
+
+def _is_untouched(modules: list[nn.Module]) -> bool:
+    """Whether no vector can have been trained, and some could have been: each is constant, or as torch draws a bias.
+
+    Matrices alone are not asked: drawn from a normal distribution they look the same before and after.
+    """
+    owned = [
+        [p for p in part.parameters(recurse=False) if _is_readable(p)]
+        for module in modules
+        for part in module.modules()
+    ]
+    found = [
+        _is_constant(vector) or _is_drawn_by_torch(vector, own)
+        for own in owned
+        for vector in own
+        if vector.ndim == 1 and vector.numel() >= FEWEST
+    ]
+    return bool(found) and all(found)
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    low, high = parameter.aminmax()
+    return bool(low == high)
+
+
+def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
+    """Whether a bias and the matrix beside it are within ±1/√fan_in, as torch draws both and no training leaves them."""
+    matrices = [p for p in own if p.ndim > 1 and p.shape[0] == bias.numel()]
+    if len(matrices) != 1:
+        return False
+    bound = (matrices[0].numel() / bias.numel()) ** -0.5 * (1.0 + 1e-6)
+    largest = float(matrices[0].abs().max())
+    return 0.9 * bound < largest <= bound and float(bias.abs().max()) <= bound
+
+
 def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
-    """How far the vectors near 1, which are weights of norms, have moved from it; None where there is none."""
-    vectors = [p for p in parameters if p.ndim == 1 and p.numel() > 1]
-    ones = [p for p in vectors if abs(float(p.float().mean()) - 1.0) < 0.5]
-    return max((float((p.float() - 1.0).abs().max()) for p in ones), default=None)
+    """How far the vectors near 1, most of which are weights of norms, have moved from it; None where there is none."""
+    vectors = [p.float() for p in parameters if p.ndim == 1 and p.numel() > 1]
+    distances = sorted(float((p - 1.0).abs().max()) for p in vectors if abs(float(p.mean()) - 1.0) < 0.5)
+    # The median: weights that write streams begin near 1 too.
+    return distances[len(distances) // 2] if distances else None
 
 
 def _smallest_factor(parameters: list[nn.Parameter]) -> float | None:
     """The size of a parameter that multiplies a branch by little: one number, one constant, or a matrix of zeros."""
     small = []
     for parameter in parameters:
+        vector = parameter.numel() == max(
+            parameter.shape, default=1
+        )  # a factor of channels may have the shape (C, 1, 1)
         # A matrix is read whole only where it begins with a zero: all of a large model's would take seconds.
-        if parameter.ndim > 1 and parameter.numel() > 1 and float(parameter.reshape(-1)[0]) != 0.0:
+        if not vector and float(parameter.reshape(-1)[0]) != 0.0:
             continue
         low, high = (float(each) for each in parameter.aminmax())
         size = max(abs(low), abs(high))
         # A vector of zeros is a bias, which multiplies nothing.
-        factor = parameter.numel() == 1 or low == high != 0 or (parameter.ndim > 1 and size == 0)
+        factor = parameter.numel() == 1 or (low == high != 0 if vector else size == 0)
         if factor and size < SMALL_FACTOR:
             small.append(size)
     return min(small, default=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
 from depthscope.probes.structure.chain import Chain
 
@@ -46,6 +47,11 @@ def weight_variables(
     for name in VARIABLES:
         values = np.stack([undefined if row is None else row.values[name] for row in rows])
         variables[name] = (("step", "weight"), values[:, chosen])
+    frozen = [measured.paths[i] for i in chosen if measured.paths[i] in measured.frozen]
+    if frozen:
+        # Of the last step: its update is undefined, since nothing was to change.
+        update = "weight_update_square_norm"
+        variables[update] = (*variables[update], {FROZEN_MODULES: frozen})
     variables["weight_count"] = ("weight", measured.counts[chosen])
     coords = {
         "weight": np.array([measured.paths[i] for i in chosen], dtype=object),

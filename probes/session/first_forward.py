@@ -27,9 +27,10 @@ from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError, canonical, count_streams
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
-from depthscope.probes.model.user_modes import outside_user_modes, user_autocast
+from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
 from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
@@ -38,8 +39,10 @@ from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.inner_streams import inner_streams
+from depthscope.probes.structure.layout_changes import split_at_layout_changes
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
+from depthscope.probes.structure.not_covered import not_covered
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
 from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
@@ -96,7 +99,7 @@ class FirstForward:
 
     def attach(self, attachment: Attachment) -> None:
         """Put hooks on every module, and around the methods of those that may be paired connections."""
-        for path, module in self._model.named_modules():
+        for path, module in module_paths(self._model):
             self._paths[id(module)] = path
             attachment.before(module, self._before_call, computes=False)
             attachment.after(module, self._after_call, computes=False)
@@ -112,18 +115,26 @@ class FirstForward:
         tape = self._current.taped
         if tape is None:
             self._current.note_transformation()
-        else:
-            call = tape.enter(self._paths[id(module)], module, args, kwargs)
+            return
+        if tape.trace is not None:
+            tape.trace.watch_again()
+        call = tape.enter(self._paths[id(module)], module, args, kwargs)
+        if self._gradients:
             self._listen_to_all([passed.tensor for passed in call.inputs] or [call.x])
+        if tape.trace is not None and len(args) + len(kwargs) == 1 and not under_function_modes():
+            tape.trace.step_aside(module, call.x, call.values[0])
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tape = self._current.taped
         if tape is not None:
+            if tape.trace is not None:
+                tape.trace.watch_again(module, output)
             # Only this computes: whether several outputs are a connection's, and how a block adds its branches.
             computes = tape.searches_blocks or isinstance(output, (tuple, list, dict))
             with outside_user_modes() if computes else nullcontext():
                 call = tape.leave(module, output)
-            self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
+            if self._gradients:
+                self._listen_to_all([passed.tensor for passed in call.outputs] or [call.y])
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         tape = self._current.taped
@@ -242,8 +253,8 @@ def _taped(path: str) -> str:
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
-    if listener.receive is not None:
-        listener.receive(gradient)
+    for receive in listener.receivers:
+        receive(gradient)
 
 
 # --- what the model is ---
@@ -276,6 +287,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     """
     found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
+    if options.layout is None:
+        chains = tuple([part for chain in chains for part in split_at_layout_changes(tape, chain)])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     if not sites:  # a known connection tells its own layout
@@ -292,6 +305,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         inner_streams=0
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
+        not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
     )
 
 
@@ -390,7 +404,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
             "the states and weights of this model's connections are local variables; call the model once more: from the "
             "second forward on they are read where they are computed"
         )
-    calls = {call.key: call for call in tape.calls}
+    calls = tape.by_key()
     for number, depth, point in structure.captured:
         call = calls[point.path, point.method, point.index]
         _refuse_rewritten(call, point)
@@ -401,7 +415,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         listener = forward.listeners.get((id(tensor), written))
         if listener is not None and listener.tensor() is tensor:
             # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
-            listener.receive = partial(observer.record_gradient, forward, number, depth)
+            listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
             assert listener.handle is not None
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)

@@ -34,7 +34,8 @@ class GradientListener:
 
     tensor: weakref.ref[torch.Tensor]
     handle: RemovableHandle | None = None
-    receive: Callable[[torch.Tensor], None] | None = None  # set when the tensor turns out to be a state
+    # Filled when the tensor turns out to be a state, of two chains where one begins with the last state of the other.
+    receivers: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -84,7 +85,7 @@ class Forward:
         """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
         self.ended = True
         for listener in self.listeners.values():
-            if listener.handle is not None and listener.receive is None:  # the tensor is no state
+            if listener.handle is not None and not listener.receivers:  # the tensor is no state
                 listener.handle.remove()
         self.listeners.clear()
         self.openings.clear()
@@ -223,7 +224,14 @@ class CurrentForward(threading.local):
     @property
     def taped(self) -> Tape | None:
         """The tape that hooks write to; None under the same conditions as `recorded`."""
-        return None if self.recorded is None else self.tape
+        # These in one: every module's two hooks ask it.
+        forward, tape = self.forward, self.tape
+        if forward is None or tape is None or forward.cancelled:
+            return None
+        mine = own_calls.owner
+        if (mine is not None and mine is not self.owner) or in_recomputation() or in_transformation():
+            return None
+        return tape
 
     def note_transformation(self) -> None:
         """Note where a module of the running forward is called inside of a transformation of torch.func."""

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.reading import read_returned
+from depthscope.probes.connections.reading import ReadPlace, read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report
@@ -54,10 +54,13 @@ class Observer:
         self.options = options
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
+        # Called with chain, depth and the model's own tensor of every state as it is shown.
+        self.on_state: Callable[[int, int, torch.Tensor], None] | None = None
         self._report = report
         self._loss_scale = loss_scale
         self._calls = calls
         self._sums = sums
+        self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -72,9 +75,11 @@ class Observer:
             The state in the model's own layout.
         """
         forward.fired.add(("state", number, depth))
+        if self.on_state is not None:
+            self.on_state(number, depth, tensor)
         if depth == FINAL:
             if len(forward.rows):
-                final = self.structure.canonical_final(tensor.detach(), forward.batch_size)
+                final = self.structure.canonical_final(number, tensor.detach(), forward.batch_size)
                 forward.states[number, depth] = forward.sampled(final)
             return
         forward.order.setdefault(number, []).append(depth)
@@ -174,7 +179,7 @@ class Observer:
             # In float32, since a gradient that fits float16 only because it is scaled would underflow.
             unscaled = unscaled.float() / scale.to(unscaled.device)
         if depth == FINAL:
-            values = self.structure.canonical_final(unscaled, forward.batch_size)
+            values = self.structure.canonical_final(number, unscaled, forward.batch_size)
         else:
             values = self.structure.canonical(number, unscaled, forward.batch_size)
         again = (number, depth) in forward.arrived_gradients
@@ -201,7 +206,8 @@ class Observer:
     ) -> None:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
-        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed)
+        place = self._read_places.setdefault(number, ReadPlace())
+        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed, place)
         self.record_connection(forward, number, complete, sampled)
 
     def record_connection(

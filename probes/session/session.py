@@ -18,12 +18,14 @@ from torch import nn
 
 from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError, as_capture_error
+from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import (
     Attachment,
     CompilerLog,
     in_reentrant_checkpoint,
     num_running_calls,
 )
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import Attention, placed_attention
@@ -382,7 +384,8 @@ class Session:
     def _end_first(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward, and record what that forward showed of it."""
         try:
-            structure = find_structure(tape, forward, self.model, self.options)
+            with no_collection():
+                structure = find_structure(tape, forward, self.model, self.options)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
@@ -554,14 +557,16 @@ def _readable(lead: torch.Tensor | None) -> torch.Tensor:
 
 def _module_types(model: nn.Module) -> frozenset[tuple[str, type]]:
     """Which modules a model has: what changes where layers are added, dropped, wrapped or parametrised."""
-    return frozenset((path, type(module)) for path, module in model.named_modules(remove_duplicate=False))
+    return frozenset([(path, type(module)) for path, module in module_paths(model, shared=True)])
 
 
 def _containers(
     model: nn.Module, paths: Iterable[str] | None = None
 ) -> list[tuple[nn.Module, list[nn.Module | None]]]:
     """The modules that contain some others, or all, each with its children."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    above = {path.rpartition(".")[0] for path in (modules if paths is None else paths)}
+    modules = dict(module_paths(model, shared=True))
+    if paths is None:
+        return [(module, [*module._modules.values()]) for path, module in modules.items() if module._modules]
+    above = {path.rpartition(".")[0] for path in paths}
     above |= {path[: dot.start()] for path in above for dot in re.finditer(r"\.", path)} | {""}
     return [(modules[path], [*modules[path]._modules.values()]) for path in sorted(above)]

@@ -43,6 +43,8 @@ class WeightNorms:
         Whether a gradient had an infinity or a NaN.
     skipped : mapping of str to int
         Number of parameters that could not be measured, by the reason.
+    frozen : tuple of str
+        Modules none of whose parameters is trained.
     """
 
     paths: tuple[str, ...]
@@ -50,6 +52,7 @@ class WeightNorms:
     values: Mapping[str, np.ndarray]
     overflowed: bool
     skipped: Mapping[str, int]
+    frozen: tuple[str, ...] = ()
 
     def without_gradient(self) -> WeightNorms:
         """The same norms with undefined gradients."""
@@ -123,6 +126,7 @@ class WeightUpdates:
                 values={name: self._by_module(each) for name, each in zip(VARIABLES, values, strict=True)},
                 overflowed=not all(map(math.isfinite, gradients.values())),
                 skipped=Counter(self._reasons.values()),
+                frozen=tuple(path for path, names in self._owners.items() if self._is_frozen(names)),
             )
         finally:
             self.drop()
@@ -173,6 +177,10 @@ class WeightUpdates:
         # does not count, so that the distances are looked at too.
         written = any(version(of.parameter) != of.version for of in trained.values())
         return distances if written or any(distances.values()) else {}
+
+    def _is_frozen(self, names: list[str]) -> bool:
+        """Whether all parameters of a module are known and none is trained."""
+        return all(name in self._before and self._before[name].copy is None for name in names)
 
     def _by_module(self, values: Mapping[str, float]) -> np.ndarray:
         """Sums over the parameters of each module; NaN where one could not be read, or none has a value."""

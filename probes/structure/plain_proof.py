@@ -6,6 +6,7 @@ an activation of the sum as a whole (nothing in most models, a norm in post-norm
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -23,6 +24,7 @@ MOST_FUNCTIONS = 8
 
 PROVEN = "proven"
 CANCELLED = "the state before is cancelled out of the next one"
+NO_STEP = "every block changes the shape of the state, so none is a sum with the state before"
 
 
 def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Value] = ()) -> str:
@@ -140,18 +142,38 @@ def _reads_elsewhere(tape: Tape, states: Sequence[Value | None]) -> int | None:
     shown = {
         value.number: value for call in tape.calls for _, _, value in call.shown() if value.step is not None
     }
+    numbers = sorted(shown)
     for depth, (before, after) in enumerate(pairwise(states)):
         if not depth or before is None or after is None or before.shape != after.shape:
             continue
         earlier = [state for state in states[:depth] if state is not None]
-        for number, value in shown.items():
-            if not before.number < number < after.number or value.shape != before.shape:
+        for number in numbers[bisect_right(numbers, before.number) : bisect_left(numbers, after.number)]:
+            value = shown[number]
+            if value.shape != before.shape or not _leads_back(value, before):
                 continue
             read = LinearDependence(value, [before])
-            mixed = any(_from_states(trace, source, before, earlier) for source in read.sources)
-            if read.reached and mixed and trace.depends(after, value):
+            mixed = bool(read.reached) and any(
+                _from_states(trace, source, before, earlier) for source in read.sources
+            )
+            if mixed and trace.depends(after, value):
                 return depth
     return None
+
+
+def _leads_back(value: Value, before: Value) -> bool:
+    """Whether transparent steps lead from a value back to an earlier one at all, before their map is worked out."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if current is before:
+            return True
+        step = current.step
+        if step is None or step.rule.function or current.number in seen or current.number < before.number:
+            continue
+        seen.add(current.number)
+        waiting += step.operands
+    return False
 
 
 def _proof(tape: Tape, chain: Chain) -> str:
@@ -164,7 +186,7 @@ def _proof(tape: Tape, chain: Chain) -> str:
         if doubt:
             return f"unproven: from depth {depth} to {depth + 1}, {doubt}"
     if not steps:
-        return "unproven: every block changes the shape of the state, so none is a sum with the state before"
+        return f"unproven: {NO_STEP}"
     elsewhere = _reads_elsewhere(tape, states)
     if elsewhere is not None:
         return (
@@ -176,7 +198,7 @@ def _proof(tape: Tape, chain: Chain) -> str:
 
 def states_of(tape: Tape, points: Sequence[HookPoint]) -> list[Value | None]:
     """The values that some hook points showed."""
-    calls = {call.key: call for call in tape.calls}
+    calls = tape.by_key()
     return [
         tape.operations.get((p.path, p.index, p.item))
         if p.at == "operation"

@@ -6,7 +6,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -52,20 +52,31 @@ class PassedTensor:
     shape: tuple[int, ...] = ()
 
 
-@dataclass(eq=False)
 class Call:
-    """One call of one module, or of a method that opens or closes a connection, during a forward."""
+    """One call of one module, or of a method that opens or closes a connection, during a forward.
 
-    path: str
-    module: nn.Module
-    index: int  # among the calls of this method of the module
-    order: int  # among all calls, by their beginning
-    parent: Call | None
-    x: torch.Tensor | None  # the first floating tensor that it took
-    method: str = FORWARD
+    Parameters
+    ----------
+    path, module
+        The module.
+    index : int
+        Among the calls of this method of the module.
+    order : int
+        Among all calls, by their beginning.
+    parent : Call or None
+        The call during which this one happened.
+    x : Tensor or None
+        The first floating tensor that it took.
+    method : str
+        Of the module.
+    """
+
+    # No dataclass: there is a call for every module, and what most of them do not have costs nothing here.
     y: torch.Tensor | None = None  # the first floating tensor that it returned
     x_shape: tuple[int, ...] = ()  # the shapes stay when the tensors are released
     y_shape: tuple[int, ...] = ()
+    x_address: int = 0  # in memory
+    y_address: int = 0
     producer: str = ""  # path of the call that returned x
     site: Site | None = None
     output: Any = None  # of returned connections only
@@ -78,7 +89,7 @@ class Call:
     copy: torch.Tensor | None = None  # of a closing method: its output, which the model may rewrite in place
     # Of a depth-history connection: the call that shows its newest past state, and at which side.
     past: tuple[Call, str] | None = None
-    children: list[Call] = field(default_factory=list)
+    children: tuple[Call, ...] = ()
     branch_sums: Any = None  # of a block: how its branches are added, where that was requested
     level: int = 0
     values: tuple[Value | None, Value | None] = (None, None)  # of x and y, in the trace of the forward
@@ -86,6 +97,24 @@ class Call:
     runs: int = 0  # by so many runs of linked calls
     pinned: bool = False  # as an end of a chain, a branch, or a connection
     inside_block: bool = False  # by the search inside the block around it
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        index: int,
+        order: int,
+        parent: Call | None,
+        x: torch.Tensor | None,
+        method: str = FORWARD,
+    ):
+        self.path = path
+        self.module = module
+        self.index = index
+        self.order = order
+        self.parent = parent
+        self.x = x
+        self.method = method
 
     @property
     def key(self) -> Key:
@@ -156,6 +185,9 @@ class Tape:
     def __init__(self, keep: Collection[str] = (), on_block: Callable[[Call], Any] | None = None):
         self.attention: Any = None  # what watches it, of the session
         self.calls: list[Call] = []
+        self._by_key: dict[Key, Call] = {}
+        # Of `find_chains`, which asks again and again: parameters and their sizes by module, and the size of the trunk.
+        self.parameter_sizes: dict[int, dict[int, int]] = {}
         self._keep = frozenset(keep)
         self._on_block = on_block
         self._stack: list[Call] = []
@@ -171,6 +203,7 @@ class Tape:
         ] = {}  # values that only an operation shows, by their places
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self.unreadable: ValueError | None = None  # why the weights of a known connection cannot be read
+        self.ran: Any = None  # the parameters that ran; see `ran_parameters`
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
     @property
@@ -182,12 +215,14 @@ class Tape:
         """Note that a call begins."""
         tensors = floats_in(args, kwargs)
         call = self._begin(path, module, FORWARD, tensors[0] if tensors else None)
-        call.inputs = self._passed(tensors, lambda: _parameter_names(module, args, kwargs))
-        past = past_states(args, kwargs, call.x)
+        if len(tensors) > 1:
+            call.inputs = self._passed(tensors, _parameter_names(module, args, kwargs))
+        past = past_states(args, kwargs, call.x) if len(args) + len(kwargs) > 1 else None
         if past is not None:
             call.past, call.pinned = self._source(past[-1]), True
         self._stack.append(call)
-        self._note_follower(call)
+        if self._keep:
+            self._note_follower(call)
         if call.x is not None and not self._connected:
             for key in _group_keys(call):
                 self._append_to_run(key, call)
@@ -200,7 +235,8 @@ class Tape:
             raise ChainError(f"calls do not nest: {call.path} was open when {type(module).__name__} ended")
         tensors = floats_in(output)
         self._end(call, tensors[0] if tensors else None)
-        call.outputs = self._passed(tensors)
+        if len(tensors) > 1:
+            call.outputs = self._passed(tensors, [""] * len(tensors))
         if self.trace is not None:
             self.trace.call = call.parent.order if call.parent is not None else NONE
         call.site = returned_site(module, call.x, output)
@@ -209,7 +245,7 @@ class Tape:
             self._note_connection(call)
         self._note_branch(call)
         # A norm outside of all numbered blocks may be the one after the last state.
-        if is_norm(call.module) and call.x_shape == call.y_shape and not re.search(r"\d", call.path):
+        if call.x_shape == call.y_shape and is_norm(call.module) and not re.search(r"\d", call.path):
             call.pinned = True
         if self._on_block is not None:
             self._search_inside(call, self._on_block)
@@ -242,31 +278,43 @@ class Tape:
         return call
 
     def _begin(self, path: str, module: nn.Module, method: str, x: torch.Tensor | None) -> Call:
-        index = self._counts.get((path, method), 0)
+        key = path, method
+        index = self._counts.get(key, 0)
         parent = self._stack[-1] if self._stack else None
         call = Call(path, module, index, len(self.calls), parent, x, method)
-        call.x_shape = tuple(x.shape) if x is not None else ()
-        call.versions = version(x), None
-        placements = getattr(x, "placements", None)
-        self.split = self.split or (
-            placements is not None and not all(each.is_replicate() for each in placements)
-        )
+        if x is not None:
+            self._note_input(call, x)
         call.level = len(self._stack)
         if self.trace is not None:
             if method == FORWARD:
                 self.trace.call = call.order
             call.values = self.trace.taken(x), None
-        # The call that ended last: of a container and its last module, which return one tensor, the container.
-        call.producer = next((c.path for c in reversed(self._recent) if _returned(c, call)), "")
-        self._counts[path, method] = index + 1
+        self._counts[key] = index + 1
         if self._waiting is not None and self._waiting.x_shape == call.x_shape:
             self._waiting = None  # the next call takes the streams again, so the branch has ended
         self.calls.append(call)
         return call
 
+    def _note_input(self, call: Call, x: torch.Tensor) -> None:
+        call.x_shape, call.x_address = tuple(x.shape), _address(x)
+        call.versions = version(x), None
+        if type(x) is not torch.Tensor:  # a plain one has no such attribute, and looking for it takes long
+            placements = getattr(x, "placements", None)
+            self.split = self.split or (
+                placements is not None and not all(each.is_replicate() for each in placements)
+            )
+        # The call that ended last: of a container and its last module, which return one tensor, the container.
+        for earlier in reversed(self._recent):
+            if _returned(earlier, call):
+                call.producer = earlier.path
+                break
+
     def _end(self, call: Call, y: torch.Tensor | None) -> None:
+        if y is None:
+            return
         call.y = y
-        call.y_shape = tuple(y.shape) if y is not None else ()
+        call.y_shape = tuple(y.shape)
+        call.y_address = _address(y)
         call.versions = call.versions[0], version(y)
         if self.trace is not None:
             call.values = call.values[0], self.trace.value(y)
@@ -284,6 +332,12 @@ class Tape:
     def counts(self) -> dict[tuple[str, str], int]:
         """How often each method of each module was called, by module path and method."""
         return dict(self._counts)
+
+    def by_key(self) -> dict[Key, Call]:
+        """All calls by their keys; made anew where calls came since."""
+        if len(self._by_key) != len(self.calls):
+            self._by_key = {(call.path, call.method, call.index): call for call in self.calls}
+        return self._by_key
 
     def linked_runs(self) -> Iterator[tuple[tuple[str, Any], list[Call]]]:
         """All runs of two or more linked calls, with the key of their group."""
@@ -329,17 +383,17 @@ class Tape:
                 used.pinned = True
         parent = call.parent
         outermost = call.branch_sums and parent is not None and parent.x_shape != call.x_shape
-        passed_on = [call] if outermost else [call, *call.children]
+        passed_on = (call,) if outermost else (call, *call.children)
         near = [c for c in passed_on if parent is not None and c.level - parent.level <= LEVELS]
         if parent is not None:
-            parent.children.extend(near)
+            parent.children = (*parent.children, *near)
         for inner in near:
             inner.inside_block = True
         for inner in call.children:
             if inner not in near:
                 inner.inside_block = False
                 self._release(inner)
-        call.children = []
+        call.children = ()
 
     def _note_follower(self, call: Call) -> None:
         """Pin the first call after a named block that takes its shape: it may show the state after that block."""
@@ -390,19 +444,16 @@ class Tape:
         if not (needed or call.path in self._keep or call in self._recent or call in self._stack):
             call.x = call.y = None
             # What they held stays known: a value is no tensor.
-            call.inputs = tuple([replace(passed, tensor=None) for passed in call.inputs])
-            call.outputs = tuple([replace(passed, tensor=None) for passed in call.outputs])
+            if call.inputs:
+                call.inputs = tuple([replace(passed, tensor=None) for passed in call.inputs])
+            if call.outputs:
+                call.outputs = tuple([replace(passed, tensor=None) for passed in call.outputs])
 
-    def _passed(
-        self, tensors: list[torch.Tensor], names: Callable[[], list[str]] | None = None
-    ) -> tuple[PassedTensor, ...]:
-        if len(tensors) < 2:
-            return ()
-        named = names() if names is not None else [""] * len(tensors)
+    def _passed(self, tensors: list[torch.Tensor], names: list[str]) -> tuple[PassedTensor, ...]:
         value = self.trace.taken if self.trace is not None else lambda tensor: None
         return tuple(
             PassedTensor(tensor, version(tensor), name, value(tensor), tuple(tensor.shape))
-            for tensor, name in zip(tensors, named, strict=True)
+            for tensor, name in zip(tensors, names, strict=True)
         )
 
 
@@ -438,7 +489,7 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) 
     -------
     Call or None
     """
-    end = next(call for call in tape.calls if call.key == last)
+    end = tape.by_key()[last]
     sites = [call.site for call in tape.connection_calls() if call.site is not None]
     # Streams are collapsed to one before the norm (fractions of a stream are not), so no tensor can be compared.
     collapsed = sites[0].num_streams // sites[0].fractions if sites else streams
@@ -453,9 +504,20 @@ def final_norm(tape: Tape, last: Key, shape: tuple[int, ...], streams: int = 1) 
 
 
 def _returned(earlier: Call, call: Call) -> bool:
-    """Whether an earlier call returned what a call took; by the shapes that are noted first, since it is asked very often."""
+    """Whether an earlier call returned what a call took; by what is noted of both first, since it is asked very often."""
     y, x = earlier.y, call.x
-    return x is not None and (y is x or (earlier.y_shape == call.x_shape and same_tensor(y, x)))
+    if y is x:
+        return x is not None
+    return (
+        (earlier.y_address == call.x_address or not earlier.y_address or not call.x_address)
+        and earlier.y_shape == call.x_shape
+        and same_tensor(y, x)
+    )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a plain tensor begins in memory; 0 where that is not known, as of one that stands for another."""
+    return tensor.data_ptr() if type(tensor) is torch.Tensor and tensor.layout is torch.strided else 0
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -476,9 +538,10 @@ def _group_keys(call: Call) -> list[tuple[str, Any]]:
         ancestor = ancestor.parent
     if ancestor is None:
         keys.append(("class", kind))
-    container, _, last = call.path.rpartition(".")
-    if last.isdigit():
-        keys.append(("container", container))
+    if call.path[-1:].isdigit():
+        container, _, last = call.path.rpartition(".")
+        if last.isdigit():
+            keys.append(("container", container))
     return keys
 
 
@@ -492,7 +555,7 @@ def same_tensor(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is b:
         return True
     # Meta tensors have no memory, and neither have empty ones: their addresses are all zero.
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device or a.is_meta or b.is_meta:
+    if a.dtype != b.dtype or a.is_meta or b.is_meta or a.shape != b.shape or a.device != b.device:
         return False
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.numel() > 0
 

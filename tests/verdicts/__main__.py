@@ -44,7 +44,8 @@ def main() -> int:
         if args.all or outcomes[-1][1].outcome not in RIGHT:
             sys.stdout.write(f"{outcomes[-1][1].line}\n")
             sys.stdout.flush()
-    sys.stdout.write(f"\n{page.tables(outcomes)}\n")
+    spent = sum(outcome.seconds for _, outcome in outcomes)
+    sys.stdout.write(f"\n{page.tables(outcomes)}\n\n{spent:.0f} s of one core\n")
     if args.write:
         page.write(outcomes, draw)
     return 0

@@ -54,7 +54,14 @@ def streams_for(family: str, rng: random.Random) -> int:
 
 
 def of(family: str, trained: bool) -> Callable[[random.Random], Plan]:
-    return lambda rng: drawn_plan(rng, family, trained=trained, streams=streams_for(family, rng))
+    def draw(rng: random.Random) -> Plan:
+        plan = drawn_plan(rng, family, trained=trained, streams=streams_for(family, rng))
+        # Scales that begin at zero take longer, and a higher rate, until the layers do anything: before that the network
+        # does hold one representation.
+        slow_start = trained and family == "ReZero transformer"
+        return replace(plan, blocks=min(plan.blocks, 5), steps=100, rate=1e-2) if slow_start else plan
+
+    return draw
 
 
 def on_short_batches(family: str, *, padded: bool) -> Callable[[random.Random], Plan]:
@@ -103,14 +110,59 @@ def of_the_study(kind: str) -> Callable[[Plan], nn.Module]:
 
 
 class WithLogits(nn.Module):
-    """A model whose output has logits, as the zoo's own models return them."""
+    """A model that returns its logits, as the zoo's own models do; one that has none gets a head."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, width: int = 0, vocabulary: int = 0):
         super().__init__()
         self.model = model
+        self.head = nn.Linear(width, vocabulary) if width else None
 
     def forward(self, input_ids):
-        return self.model(input_ids).logits
+        output = self.model(input_ids)
+        return output.logits if self.head is None else self.head(output.last_hidden_state)
+
+
+# Tiny models of transformers, by their names in the catalogue of families.
+PUBLISHED = ("llama", "gpt2", "gpt_neox", "bert", "deepseek_v4", "gemma3n")
+
+
+def published(name: str) -> Callable[[Plan], nn.Module]:
+    """As the package starts it; the connections of deepseek_v4 near the identity, since the package leaves them at zero."""
+
+    def build(plan: Plan) -> nn.Module:
+        # Here, since these imports take seconds.
+        from tests.models import stream_models
+        from tests.models.families import FAMILIES, VOCABULARY
+
+        torch.manual_seed(plan.seed)
+        if name == "gemma3n":
+            return WithLogits(stream_models.gemma3n(4), 64, VOCABULARY)
+        if name == "deepseek_v4":
+            return WithLogits(near_identity(stream_models.deepseek_v4(3)))
+        family = next(each for each in FAMILIES if (each.name, each.package) == (name, "transformers"))
+        return WithLogits(family.build(), 32 if name == "bert" else 0, VOCABULARY)
+
+    return build
+
+
+def near_identity(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, base in model.named_parameters():
+            if name.endswith("_hc.base"):
+                base[4:8].normal_()
+                base[8:] = 4 * torch.eye(4).flatten()
+    return model
+
+
+def for_published(name: str, trained: bool) -> Callable[[random.Random], Plan]:
+    """Their sizes are those of the catalogue."""
+    return lambda rng: replace(
+        drawn_plan(rng, "pre-norm transformer", trained=trained),
+        family=name,
+        blocks=3,
+        vocabulary=64,
+        rate=1e-3,
+    )
 
 
 def _kinds() -> list[Kind]:
@@ -137,6 +189,12 @@ def _kinds() -> list[Kind]:
             return drawn_plan(rng, family, trained=True, streams=streams)
 
         kinds.append(Kind(f"the study's {kind}, trained", draw, of_the_study(kind)))
+    kinds += [
+        Kind(f"{name} of transformers, {'trained' if trained else 'fresh'}", for_published(name, trained),
+             published(name), slow=True)
+        for name in PUBLISHED
+        for trained in (False, True)
+    ]  # fmt: skip
     return kinds
 
 

@@ -16,6 +16,9 @@ from depthscope.diagnostics.verdicts import VERDICTS
 from tests.verdicts.networks import STAGED, functional_loss
 from tests.verdicts.plans import Plan
 
+# What `judge` itself takes, to see the stages of one network on one scale.
+JOINING = {"channel_squared_mean", "channel_variance"}
+
 
 def generator(plan: Plan, purpose: int) -> torch.Generator:
     """Random numbers of a plan; training and capture draw different ones."""
@@ -102,7 +105,7 @@ def recorded(model: nn.Module, plan: Plan, optimiser: torch.optim.Optimizer, ste
 @cache
 def judged_metrics() -> tuple[str, ...]:
     """Metrics that a verdict takes; the others would only cost time."""
-    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)}
+    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)} | JOINING
     return tuple(
         name for name in CATALOGUE if taken & {name, f"{name}_null", f"{name}_stderr", f"{name}_error"}
     )

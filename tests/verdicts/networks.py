@@ -55,6 +55,14 @@ def branches(plan: Plan, attention: bool) -> list[nn.Module]:
     return [Attention(plan), mlp(plan)] if attention else [mlp(plan)]
 
 
+def preserve_variance(module: nn.Module) -> None:
+    """He's start: torch's own shrinks the signal to a third at every layer, so that branches without norms say nothing."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+            nn.init.zeros_(part.bias)
+
+
 # --- plain blocks ---
 
 
@@ -96,7 +104,9 @@ class Block(nn.Module):
             self.outer = nn.ModuleList(nn.LayerNorm(plan.width) for _ in range(count))
         if form.scale is not None:
             self.scales = nn.ParameterList(torch.full((plan.width,), form.scale) for _ in range(count))
-        # What is not normalised and has no scale is kept small by the depth, as Fixup-like starts do.
+        # What is not normalised has weights of variance-preserving size, and is kept small by the depth alone.
+        if not normed:
+            preserve_variance(self.branches)
         self.fixed = 1 / math.sqrt(2 * plan.blocks) if not normed and form.scale is None else 1.0
         self.skip = 1.0
         self.before, self.after = unchanged, unchanged
@@ -432,6 +442,7 @@ class ConvBlock(nn.Module):
         self.net = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1), norm(), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), norm()
         )  # fmt: skip
+        preserve_variance(self)
         self.scale, self.normed, self.skip = scale, normed, 1.0
         self.before, self.after = unchanged, unchanged
 

@@ -17,6 +17,8 @@ COMMANDS: tuple[Command, ...] = tuple(
         "check",
         "explain",
         "compare",
+        "ablate",
+        "lens",
         "dashboard",
         "report",
         "export",

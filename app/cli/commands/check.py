@@ -30,7 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.text.cards import card_of
+    from depthscope.app.tables.findings import cards_of
 
     lowest, verdicts = _limits(args.fail_on)
     readings, left_out = read_several(args, "analysing and judging")
@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
                 "memory": reading.attrs.get("memory"),
-                "findings": [card_of(finding).as_dict() for finding in reading.findings],
+                "findings": [card.as_dict() for card in cards_of(reading)],
             }
             for reading in readings
         ]
@@ -90,7 +90,8 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
     from depthscope.app.readings.readings import memory_sentence
-    from depthscope.app.tables.findings import count_words, findings_text
+    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
+    from depthscope.app.text.cards import cards_text
 
     for reading in readings:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
@@ -104,7 +105,7 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         if memory:
             say(f"  memory {printable(memory)}")
         say()
-        say(findings_text(reading.findings))
+        say(cards_text(cards_of(reading)) or NOTHING)
         say()
     result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
     say(f"check --fail-on {','.join(fail_on)}: {result}")

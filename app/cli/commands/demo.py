@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from depthscope.app.cli.arguments import add_browser, add_out_folder
+from depthscope.app.cli.arguments import add_browser, add_out_folder, add_seeds
 from depthscope.app.cli.command import FINE, Command
 
 
@@ -13,12 +13,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_browser(parser)
     add_out_folder(parser, default="depthscope-demo", about="folder for the runs (default depthscope-demo)")
     parser.add_argument("--quick", action="store_true", help="a short training and no SmolLM2")
+    add_seeds(parser, about="each with a training of its own")
 
 
 def _run(args: argparse.Namespace) -> int:
     from depthscope.app.study.demo import run_demo
 
-    run_demo(Path(args.out), browser=args.browser, quick=args.quick)
+    run_demo(Path(args.out), browser=args.browser, quick=args.quick, seeds=args.seeds)
     return FINE
 
 

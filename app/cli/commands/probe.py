@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from depthscope.app.cli.arguments import RUN_FILE, add_json, add_out
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.cli.paths import InputText, read_bounded
+from depthscope.app.cli.model_and_text import read_text
+from depthscope.app.cli.paths import InputText
 from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import command_line, emit, printable, say, working
 
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
 
     # Before torch is imported and the model is loaded, which takes far longer than this.
     schema.require_replaceable(args.out, force=args.force)
-    text = _read_text(args.text)
+    text = read_text(args.text)
     loaded = load(args)
     # After `load`, which prints that torch is being imported while it is.
     from depthscope import probes
@@ -89,19 +90,6 @@ def _run(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _read_text(source: str) -> str:
-    """The text of a file, or of stdin for ``-``."""
-    raw = read_bounded(source)
-    try:
-        # No guess at another encoding: wrong characters would be other tokens, without an error.
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text.strip():
-        raise ValueError(f"{source} contains no text; expected a few thousand words of UTF-8")
-    return text
-
-
 def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None:
     from depthscope.diagnostics import schema
 
@@ -118,6 +106,10 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
     for chain, size in sizes.items():
         counts = " · ".join(f"{word} {count}" for word, count in size.items())
         say(f"  {counts}" if chain == "run" else f"  {chain}: {counts}")
+    if str(run.attrs.get("proof", "")).startswith(schema.UNPROVEN):
+        say(f"  {printable(run.attrs['proof'])}")
+    for part in run.attrs.get("not_covered", ()):
+        say(f"  not covered: {printable(part['sentence'])}")
     for remark in run.attrs.get("remarks", ()):
         say(f"  remark: {remark['sentence']}")
     say()

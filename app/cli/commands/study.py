@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from depthscope.app.cli.arguments import add_out_folder
+from depthscope.app.cli.arguments import add_out_folder, add_seeds
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import say
@@ -23,13 +23,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="time to spend (default 10)",
     )
+    add_seeds(parser, about="which share the time")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.study.study import run_study
+    from depthscope.app.study.study import run_seeds
 
     # Paths alone on stdout: `depthscope check $(depthscope study --out runs)` works.
-    for path in run_study(Path(args.out), seconds=60 * args.minutes).values():
+    for path in run_seeds(Path(args.out), seeds=args.seeds, seconds=60 * args.minutes / args.seeds).values():
         say(str(path))
     return FINE
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.text.cards import card_of
+from depthscope.app.text.cards import Card
 from depthscope.app.text.explanations import explanation
 from depthscope.diagnostics import Finding
 
-__all__ = ["show_finding", "tally"]
+__all__ = ["show_card", "tally"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {
@@ -22,15 +22,14 @@ BADGES = {
 """Severity → word, colour, sign."""
 
 
-def show_finding(finding: Finding) -> None:
+def show_card(card: Card) -> None:
     """One finding in a bordered box.
 
     Parameters
     ----------
-    finding : Finding
-        One finding of `judge`.
+    card : Card
+        Of `cards_of`.
     """
-    card = card_of(finding)
     word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
@@ -48,7 +47,7 @@ def show_finding(finding: Finding) -> None:
         if card.result:
             st.caption(f"**Result:** {escaped(card.result)}")
         with st.popover("Equation and sources", type="tertiary"):
-            st.code(explanation(finding.verdict), language=None, wrap_lines=True)
+            st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
 
 
 def tally(findings: Sequence[Finding]) -> None:

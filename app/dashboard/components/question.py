@@ -9,11 +9,11 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.controls import choose, choose_section, chosen_run
-from depthscope.app.dashboard.components.finding_card import show_finding
+from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, FigureKind, Heatmap
-from depthscope.app.text.bibliography import cited
+from depthscope.app.tables.findings import cards_of
 
 __all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
 
@@ -32,11 +32,11 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
     # Also of figures that the runs do not feed: a finding is worth reading without its curve.
     metrics = {name for kind in kinds for name in (*kind.needs, *kind.also)}
     for name, reading in chosen.readings.items():
-        findings = [finding for finding in reading.findings if finding.metric in metrics]
-        if findings:
-            with st.expander(f"{escaped(name)}: {escaped(cited(findings[0].sentence))}"):
-                for finding in findings:
-                    show_finding(finding)
+        told = [each for each in cards_of(reading) if each.finding.metric in metrics]
+        if told:
+            with st.expander(f"{escaped(name)}: {escaped(told[0].why)}"):
+                for each in told:
+                    show_card(each)
 
 
 def show_figures(chosen: ChosenRuns, question: str) -> None:

@@ -87,7 +87,16 @@ def _evidence(attrs: Mapping[str, Any]) -> dict[str, str | None]:
         "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
         "Sites": None if expected is None else f"{attrs.get('sites_fired')} of {expected} expected fired",
         "Changed outside connections": str(changes) if changes else None,
+        "Not covered": _not_covered(attrs.get("not_covered") or ()),
     }
+
+
+def _not_covered(parts: Any) -> str | None:
+    """The parts of the model that ran and lie in no chain, each with its reason."""
+    if not parts:
+        return None
+    known = isinstance(parts, list) and all(isinstance(part, dict) and "sentence" in part for part in parts)
+    return "; ".join(str(part["sentence"]) for part in parts) if known else str(parts)
 
 
 def _is_change(change: Any) -> bool:

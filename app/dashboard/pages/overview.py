@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import build, card
-from depthscope.app.dashboard.components.finding_card import show_finding, tally
+from depthscope.app.dashboard.components.finding_card import show_card, tally
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.findings import findings_table
+from depthscope.app.tables.findings import cards_of, findings_table
 from depthscope.app.tables.formats import to_csv
-from depthscope.diagnostics import Finding
+from depthscope.app.text.cards import Card
 
 FIRST_FIGURES = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
 """The two first of these that the runs feed are shown: collapse and mixing where there is mixing."""
@@ -57,14 +57,15 @@ def _show(chosen: ChosenRuns) -> None:
 def _show_one_run(reading: Reading) -> None:
     """The worst findings in columns, the others folded."""
     _show_name(reading)
-    worst = reading.findings[:COLUMNS]
+    cards = cards_of(reading)
+    worst = cards[:COLUMNS]
     if not worst:
         _show_nothing_found()
         return
     for column, finding in zip(st.columns(len(worst)), worst, strict=True):
         with column:
-            show_finding(finding)
-    _show_folded(reading.findings[COLUMNS:])
+            show_card(finding)
+    _show_folded(cards[COLUMNS:])
 
 
 def _show_several_runs(readings: Sequence[Reading]) -> None:
@@ -73,9 +74,10 @@ def _show_several_runs(readings: Sequence[Reading]) -> None:
     for column, reading in zip(columns, readings, strict=True):
         with column:
             _show_name(reading)
-            if reading.findings:
-                show_finding(reading.findings[0])
-                _show_folded(reading.findings[1:])
+            cards = cards_of(reading)
+            if cards:
+                show_card(cards[0])
+                _show_folded(cards[1:])
             else:
                 _show_nothing_found()
 
@@ -92,11 +94,11 @@ def _show_nothing_found() -> None:
         st.caption("The next pages show how far each one is from there.")
 
 
-def _show_folded(findings: Sequence[Finding]) -> None:
-    if findings:
-        with st.expander(f"{len(findings)} more"):
-            for finding in findings:
-                show_finding(finding)
+def _show_folded(cards: Sequence[Card]) -> None:
+    if cards:
+        with st.expander(f"{len(cards)} more"):
+            for finding in cards:
+                show_card(finding)
 
 
 PAGE = Page(

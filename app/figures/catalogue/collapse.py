@@ -26,6 +26,12 @@ participation_ratio = _ranks(
     "participation ratio",
     twin="streamed_participation_ratio",
 )
+corrected_participation_ratio = _ranks(
+    "corrected_participation_ratio",
+    "Participation ratio of the population across depth",
+    "participation ratio",
+    note="Without the bias of the sampled tokens.",
+)
 entropy_rank = _ranks(
     "entropy_rank",
     "Matrix-entropy rank across depth",

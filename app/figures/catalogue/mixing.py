@@ -101,6 +101,13 @@ deflated_gain = _streams(
     reference=("replayed_deflated_gain", "initialisation and weight decay alone"),
     note="Below −2 every stream carries the same signal.",
 )
+relative_deflated_gain = _streams(
+    "relative_deflated_gain",
+    "Stream collapse beside what streams have in common",
+    "log₁₀ of the relative gain of differences",
+    thresholds=((-2.0, "collapsed: 1 % (log₁₀ 0.01)"),),
+    note="Below −2 every stream carries the same signal.",
+)
 suffix_deflated_gain = _streams(
     "suffix_deflated_gain",
     "Stream collapse on the way to the head",
@@ -109,13 +116,11 @@ suffix_deflated_gain = _streams(
     note="Product of H_res from this connection through the last: below −2 the head cannot tell to "
     "which stream a connection wrote.",
 )
-# 1.5 is the limit below which the verdict on streams read calls one dominant. A heuristic of ours.
 effective_streams = _streams(
     "effective_streams",
     "Effective streams between earlier and later connections",
     "effective streams",
-    thresholds=((1.5, "one dominant stream: 1.5"),),
-    note="At the cut before each connection.",
+    note="At the cut before each connection; positive gates pass little more than one signal even where they are random.",
 )
 spectral_gap = _streams(
     "spectral_gap",
@@ -141,12 +146,19 @@ mixing_entropy = _streams(
     "row entropy",
     note="0 is a permutation, ln n is the uniform average.",
 )
-# At 0.05 each of four streams gives 1.4 % of itself to every other, the limit of `stuck_at_identity`. A heuristic of ours.
+# At 0.05 each of four streams gives 1.4 % of itself to every other, the limit of `some_connections_stuck`.
 identity_distance = _streams(
     "identity_distance",
     "Distance from the identity",
     "‖H_res − I‖ / √n",
     thresholds=((0.05, "stuck at identity: 0.05"),),
+)
+composite_identity_distance = _streams(
+    "composite_identity_distance",
+    "Distance of the composite from the identity",
+    "‖P / p − I‖ / √n",
+    thresholds=((0.05, "stuck at identity: 0.05"),),
+    note="Product of H_res from the first connection through this one, without its scale p.",
 )
 initial_distance = _streams(
     "initial_distance",
@@ -164,6 +176,12 @@ read_share = _streams(
     "read_share",
     "What each sublayer reads",
     "share of the read weight",
+    over="stream",
+)
+signal_share = _streams(
+    "signal_share",
+    "Whose signal each sublayer reads",
+    "share of the signal read",
     over="stream",
 )
 write_share = _streams(

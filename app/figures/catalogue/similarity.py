@@ -144,6 +144,13 @@ stream_cosine = _steps(
     "mean cosine of two streams",
     thresholds=((0.99, "copied streams: 0.99"),),
 )
+# 0.9999 is the warning of the verdict `copied_streams` about two of several.
+closest_stream_cosine = _steps(
+    "closest_stream_cosine",
+    "Cosine of the two most similar streams across depth",
+    "largest mean cosine of two streams",
+    thresholds=((0.9999, "copies: 0.9999"),),
+)
 stream_cka = _steps(
     "stream_cka",
     "CKA between streams across depth",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import device
 
-from depthscope.diagnostics.kernels._arrays import Array, as_array, as_float64, masked_mean, ratio
+from depthscope.diagnostics.kernels._arrays import Array, as_array, as_float64, ratio
 from depthscope.diagnostics.kernels.rank import singular_values
 
 # Singular values below this share of the largest are the rounding of a matrix of lower rank (some 1e-16 to 1e-14 of σ₁):
@@ -16,7 +16,7 @@ ROUNDING = 1e-12
 
 
 class PowerLaw(NamedTuple):
-    """A power law λ_i ∝ i^(−alpha) fitted to a spectrum by least squares in log-log."""
+    """A power law λ_i ∝ i^(−alpha) fitted to a spectrum by weighted least squares in log-log."""
 
     alpha: Array  # (...), the exponent; NaN where fewer than three values are fitted
     error: Array  # (...), its standard error
@@ -25,8 +25,10 @@ class PowerLaw(NamedTuple):
     last: Array  # (...), the last one
 
 
-def alpha_req_of(s: Array, *, first: int = 11, last: int | None = 500) -> PowerLaw:
-    """Power-law exponent α of a spectrum: σ_i² ∝ i^(−α) over first ≤ i ≤ last.
+def alpha_req_of(s: Array, *, first: int = 4, last: int | None = 100) -> PowerLaw:
+    """Power-law exponent α of a spectrum: σ_i² ∝ i^(−α) over first ≤ i ≤ last, fitted with weights 1/i.
+
+    The range and the weights are those of the authors' code: equal steps of ln i count alike.
 
     Parameters
     ----------
@@ -67,31 +69,35 @@ def alpha_req_of(s: Array, *, first: int = 11, last: int | None = 500) -> PowerL
     logs = 2.0 * xp.log(xp.where(fitted, s, xp.ones_like(s)))
     steps = xp.broadcast_to(xp.log(index), s.shape)
     last_fitted = xp.max(xp.where(fitted, index, xp.zeros_like(s)), axis=-1)
-    return PowerLaw(*_fit_line(xp, steps, logs, fitted), first, xp.astype(last_fitted, xp.int64))
+    weights = xp.where(fitted, 1.0 / index, xp.zeros_like(s))
+    return PowerLaw(*_fit_line(xp, steps, logs, weights), first, xp.astype(last_fitted, xp.int64))
 
 
-def _fit_line(xp: Any, t: Array, y: Array, fitted: Array) -> tuple[Array, Array, Array]:
-    """Least squares y = c − αt over the fitted points: α, its standard error, the root mean square misfit."""
-    count = xp.sum(xp.astype(fitted, xp.float64), axis=-1)
-    dt = xp.where(fitted, t - masked_mean(xp, t, fitted)[..., None], xp.zeros_like(t))
-    dy = xp.where(fitted, y - masked_mean(xp, y, fitted)[..., None], xp.zeros_like(t))
+def _fit_line(xp: Any, t: Array, y: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Weighted least squares y = c − αt: α, its standard error, the root mean square misfit; weight 0 is not fitted."""
+    count = xp.sum(xp.astype(weights > 0, xp.float64), axis=-1)
+    total = xp.sum(weights, axis=-1)
+    dt = t - ratio(xp, xp.sum(weights * t, axis=-1), total)[..., None]
+    dy = y - ratio(xp, xp.sum(weights * y, axis=-1), total)[..., None]
+    # Where nothing is fitted the means are NaN, which a weight of 0 would not undo.
+    dt, dy = (xp.where(weights > 0, each, xp.zeros_like(each)) for each in (dt, dy))
     enough = count >= 3  # two points leave no degree of freedom for the error; a spread of 0 then makes α NaN
-    spread = xp.where(enough, xp.sum(dt * dt, axis=-1), xp.zeros_like(count))
-    alpha = -ratio(xp, xp.sum(dt * dy, axis=-1), spread)
-    misfit = xp.sum((dy + alpha[..., None] * dt) ** 2, axis=-1)
+    spread = xp.where(enough, xp.sum(weights * dt * dt, axis=-1), xp.zeros_like(count))
+    alpha = -ratio(xp, xp.sum(weights * dt * dy, axis=-1), spread)
+    misfit = xp.sum(weights * (dy + alpha[..., None] * dt) ** 2, axis=-1)
     error = xp.sqrt(ratio(xp, misfit, xp.where(enough, count - 2.0, 0.0 * count) * spread))
-    return alpha, error, xp.sqrt(ratio(xp, misfit, count))
+    return alpha, error, xp.sqrt(ratio(xp, misfit, total))
 
 
 def alpha_req(
     x: Array,
     *,
-    first: int = 11,
-    last: int | None = 500,
+    first: int = 4,
+    last: int | None = 100,
     center: bool = True,
     mask: Array | None = None,
 ) -> PowerLaw:
-    """α-ReQ: power-law exponent of the covariance eigenvalues, λ_i ∝ i^(−α) over first ≤ i ≤ last.
+    """α-ReQ: power-law exponent of the covariance eigenvalues, λ_i ∝ i^(−α) over first ≤ i ≤ last, with weights 1/i.
 
     Parameters
     ----------

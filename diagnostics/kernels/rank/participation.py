@@ -5,6 +5,8 @@ Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features), ``k = min(
 
 from typing import Any
 
+from array_api_compat import array_namespace
+
 from depthscope.diagnostics.kernels._arrays import Array, gram, ratio, rows, scaled
 from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum
 
@@ -78,7 +80,34 @@ def participation_ratio(
     trace, square, diagonal = _quartic_sums(xp, scaled(matrix)[0], distinct_columns=correct == "both")
     if correct is None:
         return ratio(xp, trace, square)
-    n = matrix.count
+    return corrected_ratio(trace, square, diagonal, matrix.count, center=center)
+
+
+def corrected_ratio(trace: Array, square: Array, diagonal: Array, count: Array, *, center: bool) -> Array:
+    """Participation ratio without the bias of sampled rows, from sums over K = XXᵀ.
+
+    Parameters
+    ----------
+    trace, square, diagonal
+        (tr K)², ‖K‖² and Σ K_ii², (...).
+    count
+        Number of rows, (...).
+    center
+        Whether the mean row was removed.
+
+    Returns
+    -------
+    Array
+        (...); NaN for fewer than four rows, two of them uncentred.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = np.asarray(1.0)
+    >>> float(corrected_ratio(9.0 * one, 3.5 * one, 3.0 * one, 3.0 * one, center=False))
+    12.0
+    """
+    xp, n = array_namespace(trace), count
     enough = n >= (4 if center else 2)
     # Σ over distinct rows i ≠ j only: E K_ii K_jj and E K_ij² of different samples, without the squares K_ii² that
     # bias both sums; the number of such pairs divides out.

@@ -25,7 +25,8 @@ def dong_residual(x: Array, *, center: bool = False, mask: Array | None = None) 
     Returns
     -------
     Array
-        (...); 0 when all rows are equal, NaN for a zero matrix. Source: Dong et al. 2103.03404.
+        (...); 0 when all rows are equal, NaN for a zero matrix. Source: Dong et al. 2103.03404, who
+        minimise over the common row where this subtracts the mean: an upper bound of theirs.
 
     Examples
     --------

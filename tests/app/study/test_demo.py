@@ -127,10 +127,10 @@ def test_command(monkeypatch):
     asked = []
     monkeypatch.setattr(demo, "run_demo", lambda out, **options: asked.append((out, options)))
     assert main(["demo"]) == 0
-    assert main(["demo", "--out", "x", "--no-browser", "--quick"]) == 0
+    assert main(["demo", "--out", "x", "--no-browser", "--quick", "--seeds", "3"]) == 0
     assert asked == [
-        (Path("depthscope-demo"), {"browser": True, "quick": False}),
-        (Path("x"), {"browser": False, "quick": True}),
+        (Path("depthscope-demo"), {"browser": True, "quick": False, "seeds": 1}),
+        (Path("x"), {"browser": False, "quick": True, "seeds": 3}),
     ]
 
 

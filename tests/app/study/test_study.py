@@ -237,6 +237,35 @@ def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == f"{tmp_path / 'hc.nc'}\n"
 
 
+def test_command_with_seeds_shares_the_time(monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def run_study(out, *, seconds, seed, suffix):
+        asked.append((seconds, seed, suffix))
+        return {f"hc{suffix}": out / f"hc{suffix}.nc"}
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    assert main(["study", "--out", str(tmp_path), "--minutes", "1", "--seeds", "2"]) == 0
+    assert asked == [(30.0, 0, "-seed0"), (30.0, 1, "-seed1")]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "hc-seed0.nc"), str(tmp_path / "hc-seed1.nc")]
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "--out", str(tmp_path), "--seeds", "0"])
+    assert "0 is not positive" in capsys.readouterr().err
+
+
+def test_runs_of_two_seeds_lie_side_by_side_and_differ(tmp_path):
+    recipe = replace(RECIPE, steps=2, snapshots=())
+    saved = study.run_seeds(tmp_path, seeds=2, seconds=1.0, progress=False, recipe=recipe)
+    assert list(saved) == [f"{kind}-seed{seed}" for seed in (0, 1) for kind in CONNECTIONS]
+    assert all(
+        path.name == f"{name}.nc" and path.with_suffix(".safetensors").exists()
+        for name, path in saved.items()
+    )
+    runs = [schema.open_run(saved[f"residual-seed{seed}"]).load() for seed in (0, 1)]
+    assert [run.attrs["seed"] for run in runs] == [0, 1]
+    assert len({run.attrs["weights_digest"] for run in runs}) == 2
+
+
 @pytest.mark.slow
 def test_a_minute_of_training_is_worth_something(tmp_path):
     saved = study.run_study(tmp_path, progress=False, recipe=Recipe(steps=120))

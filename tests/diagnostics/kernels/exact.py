@@ -200,14 +200,16 @@ def massive_tokens(x):
 
 
 def alpha_req(x):
-    """Slope over all eigenvalues above 10⁻²⁴ of the largest."""
+    """Slope over all eigenvalues above 10⁻²⁴ of the largest, with weights of one over their rank."""
     e = energies(centred(x))
     points = [(log(mpf(i + 1)), log(v)) for i, v in enumerate(e) if v > mpf(10) ** -24 * e[0]]
     if len(points) < 3:
         return NAN
-    middle = [mean([p[axis] for p in points]) for axis in (0, 1)]
-    spread = sum((t - middle[0]) ** 2 for t, _ in points)
-    return -sum((t - middle[0]) * (v - middle[1]) for t, v in points) / spread
+    weights = [1 / mpf(i + 1) for i in range(len(points))]
+    weighted = list(zip(weights, points, strict=True))
+    middle = [sum(w * p[axis] for w, p in weighted) / sum(weights) for axis in (0, 1)]
+    spread = sum(w * (t - middle[0]) ** 2 for w, (t, _) in weighted)
+    return -sum(w * (t - middle[0]) * (v - middle[1]) for w, (t, v) in weighted) / spread
 
 
 def two_nn(x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dimensionality
 import numpy as np
 import pytest
 import xarray as xr
@@ -147,3 +148,33 @@ def test_attention_without_skips_collapses_and_with_skips_does_not():
         "dong_residual"
     ]
     assert float(with_skip.sel(tokens="all").squeeze()[-1]) > 0.1
+
+
+def test_the_participation_ratio_of_the_population_is_that_of_the_authors_package(mhc_run):
+    found = diagnostics.analyze(mhc_run, metrics="corrected_participation_ratio").isel(step=0)
+    value = found["corrected_participation_ratio"].sel(tokens="all", centering="centred", stream="mean")
+    states, mask = mhc_run.trace.residual.values.astype(float).mean(3), mhc_run.trace.mask.values
+    for depth in (2, 7):
+        pooled = states[depth][mask]
+        expected = dimensionality.participation_ratio(pooled, return_all=True)["row"]
+        assert float(value.sel(scope="data", depth=depth)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_participation_ratio_of_the_population_does_not_grow_with_the_sample():
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((1, 512, 64)) * np.geomspace(1, 0.1, 64)
+    few, many = (
+        [
+            float(
+                metric(
+                    xr.DataArray(states[:, :count], dims=("sample", "token", "feature")),
+                    scope="data",
+                    center=True,
+                )
+            )
+            for metric in (diagnostics.participation_ratio, diagnostics.corrected_participation_ratio)
+        ]
+        for count in (48, 512)
+    )
+    assert many[0] > 1.4 * few[0]
+    assert many[1] == pytest.approx(few[1], rel=0.2)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import skdim
-from scipy import stats
 from scipy.sparse import csgraph
 from scipy.spatial.distance import cosine, pdist
 from sklearn.decomposition import PCA
@@ -44,8 +43,9 @@ def slope(first, last):
     def of_values(values):
         last_one = min(last, len(values))
         index = np.arange(first, last_one + 1)
-        line = stats.linregress(np.log(index), np.log(values[first - 1 : last_one]))
-        return -line.slope, line.stderr
+        logs = np.log(index), np.log(values[first - 1 : last_one])
+        line, cov = np.polyfit(*logs, 1, w=index**-0.5, cov=True)
+        return -line[0], cov[0, 0] ** 0.5
 
     return of_values
 
@@ -129,7 +129,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     ),
     "geometry.alpha_req": (
         Reference(
-            "scipy.stats.linregress on the variances of sklearn.decomposition.PCA",
+            "numpy.polyfit with weights on the variances of sklearn.decomposition.PCA",
             fit(geometry.alpha_req, first=3, last=60),
             lambda x: slope(3, 60)(variances(x)),
             STATES,
@@ -137,7 +137,7 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
     ),
     "geometry.alpha_req_of": (
         Reference(
-            "scipy.stats.linregress",
+            "numpy.polyfit with weights",
             fit(geometry.alpha_req_of, first=5, last=38),
             lambda s: slope(5, 38)(s**2),
             SPECTRA[:1],

@@ -1,0 +1,153 @@
+"""`depthscope ablate`: change the forward of a model at one place after another, and measure what that does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from depthscope.app.cli.checkpoints import capture_errors_for_users
+from depthscope.app.cli.command import FINE, Command
+from depthscope.app.cli.model_and_text import add_subject, open_subject, require_result_place, save
+from depthscope.app.cli.paths import InputRun
+from depthscope.app.cli.values import Names, Spans
+from depthscope.app.text.terminal import emit, printable, say, show_rows, working
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import xarray as xr
+
+    from depthscope.probes.interventions import Plan
+
+
+def _kinds() -> Iterable[str]:
+    from depthscope.diagnostics.experiments import KINDS
+
+    return [name.replace("_", "-") for name in KINDS]
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_subject(parser)
+    parser.add_argument(
+        "--do",
+        type=Names("experiment", _kinds),
+        default=["skip"],
+        metavar="A,B",
+        help="skip, repeat, swap (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, freeze-stream, "
+        "rescue, massive, patch (states); default skip",
+    )
+    for name, words in (
+        ("blocks", "only these blocks, such as 3,5-7 (else each one)"),
+        ("connections", "only these connections"),
+        ("depths", "only these depths, 0 is the embedding"),
+        ("stream", "only these streams"),
+        ("tokens", "only these positions, of streams and patch"),
+    ):
+        parser.add_argument(f"--{name}", type=Spans(), metavar="N,N-N", help=words)
+    parser.add_argument("--together", action="store_true", help="all places at once, as one experiment")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=InputRun(),
+        metavar="RUN",
+        help="of patch: the run that states come from",
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    require_result_place(args, "ablate")
+    if ("patch" in args.do) != (args.source is not None):
+        raise ValueError("--do patch and --from RUN go together: the run is where the states come from")
+    subject = open_subject(args)
+    from depthscope.probes import interventions
+
+    with working(f"changing {subject.loaded.name}"), capture_errors_for_users():
+        result = interventions.ablate(
+            subject.loaded.model,
+            subject.batch,
+            _plans(args),
+            token_text=subject.token_text,
+            layers=args.layers,
+            layout=args.layout,
+            streams=args.streams,
+        )
+    result.attrs["model"] = subject.loaded.name
+    result.attrs["weights_digest"] = subject.loaded.digest
+    _print(result, save(result, subject, args, "ablate"), args)
+    return FINE
+
+
+def _plans(args: argparse.Namespace) -> list[Plan]:
+    from depthscope.diagnostics import open_run
+    from depthscope.probes.interventions import plan
+
+    places = {name: getattr(args, name) for name in ("blocks", "connections", "depths", "tokens")}
+    plans = []
+    for name in args.do:
+        source: Any = open_run(args.source) if name == "patch" else None
+        plans.append(plan(name, **places, streams=args.stream, together=args.together, source=source))
+    return plans
+
+
+def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> None:
+    from depthscope.diagnostics.experiments import base_loss, table_rows
+
+    rows = table_rows(result)
+    loss = base_loss(result)
+    if args.json:
+        emit(
+            {
+                "model": result.attrs["model"],
+                "file": None if path is None else str(path),
+                "sequences": result.sizes["sample"],
+                "base_loss": loss._asdict(),
+                "no_loss": result.attrs["no_loss"],
+                "experiments": rows,
+                "left_out": result.attrs["left_out"],
+            }
+        )
+        return
+    known = loss.sequences > 0
+    unchanged = f"loss {loss.mean:.4g} nats" if known else f"no loss: {result.attrs['no_loss']}"
+    say(f"{printable(result.attrs['model'])}, {result.sizes['sample']} sequences, unchanged: {unchanged}")
+    say()
+    show_rows(
+        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change", "rescued"),
+        [
+            (
+                row["experiment"],
+                _interval(row) if known else "-",
+                _short(row["kl"]),
+                _short(row["output_change"], "%"),
+                _short(row["rescued"], "%"),
+            )
+            for row in rows
+        ],
+    )
+    for line in result.attrs["left_out"]:
+        say(f"left out: {printable(line)}")
+    if path is not None:
+        say()
+        say(f"saved: {printable(path)}")
+
+
+def _interval(row: dict[str, Any]) -> str:
+    change, low, high = row["loss_change"], row["loss_change_low"], row["loss_change_high"]
+    if change is None:
+        return "-"
+    return f"{change:+.3g}" + (f" ({low:+.3g} to {high:+.3g})" if low is not None else " (one sequence)")
+
+
+def _short(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.3g} %" if unit == "%" else f"{value:.3g}"
+
+
+COMMAND = Command(
+    "ablate",
+    "skip blocks, replace mixing, drop streams: what that does to the loss",
+    _add_arguments,
+    _run,
+)

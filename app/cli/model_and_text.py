@@ -1,0 +1,238 @@
+"""On which model and text does an experiment run? A checkpoint and a text, or those of a saved run, which it must be."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depthscope.app.cli.arguments import add_json
+from depthscope.app.cli.checkpoints import add_checkpoint, load
+from depthscope.app.cli.paths import InputPath, InputText, OutputFile, read_bounded, run_endings
+from depthscope.app.cli.values import Number, quoted
+from depthscope.app.text.terminal import printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from depthscope.probes.checkpoints.load import LoadedModel
+
+SEQUENCES, LENGTH = 8, 128
+
+
+def _endings() -> list[str]:
+    from depthscope.diagnostics.experiments import SUFFIX  # costs xarray
+
+    return [SUFFIX]
+
+
+RESULT_FILE = OutputFile("result", _endings, "result.h5")
+"""The result of experiments that is written."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an experiment runs on.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The model.
+    batch : dict
+        Of `encode_text`.
+    token_text : ndarray
+        Text of every token.
+    run : Path or None
+        The run that it belongs to.
+    """
+
+    loaded: LoadedModel
+    batch: dict[str, Any]
+    token_text: np.ndarray
+    run: Path | None
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint or a run, its text, and where the result goes."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--model",
+        type=InputPath(must_exist=False),
+        metavar="CHECKPOINT",
+        help="the checkpoint of the run, where a run file stands in place of CHECKPOINT",
+    )
+    parser.add_argument(
+        "--text",
+        type=InputText(),
+        required=True,
+        metavar="FILE",
+        help="UTF-8 text to run, at most 100 MB; - for stdin; of a run: its text",
+    )
+    parser.add_argument(
+        "--sequences",
+        type=Number(2, 100_000),
+        metavar="N",
+        help=f"sequences (default {SEQUENCES}, or the run's)",
+    )
+    parser.add_argument(
+        "--length",
+        type=Number(2, 2**20),
+        metavar="T",
+        help=f"tokens a sequence (default {LENGTH}, or the run's)",
+    )
+    parser.add_argument(
+        "--out", type=RESULT_FILE, metavar="FILE", help="where to save (.h5); of a run: beside it by default"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file of --out where it exists")
+    add_json(parser)
+
+
+def open_subject(args: argparse.Namespace) -> Subject:
+    """The model and the batch that the arguments name.
+
+    Parameters
+    ----------
+    args : Namespace
+        Arguments of `add_subject`.
+
+    Returns
+    -------
+    Subject
+
+    Raises
+    ------
+    ValueError
+        Where a run does not say what it was made from, or the checkpoint or the text is another one.
+    """
+    if args.sites is not None:
+        raise ValueError("--sites chooses what a run keeps; experiments change every state, so leave it out")
+    text = read_text(args.text)
+    run, recorded = _recorded(args)
+    if run is not None:
+        _require_same_text(text, recorded)
+        args.checkpoint = _checkpoint_of(args, recorded)
+    loaded = load(args)
+    if run is not None and recorded.get("weights_digest") not in (None, loaded.digest):
+        raise ValueError(
+            f"{quoted(args.checkpoint)} has other weights ({loaded.digest[:19]}…) than the run was made with "
+            f"({printable(recorded['weights_digest'])[:19]}…); name the run's own checkpoint with --model"
+        )
+    from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
+
+    batch = encode_text(
+        loaded,
+        text,
+        sequences=args.sequences or recorded.get("sequences", SEQUENCES),
+        length=args.length or recorded.get("length", LENGTH),
+        seed=recorded.get("seed", args.seed),
+    )
+    return Subject(loaded, batch, token_texts(loaded, batch), run)
+
+
+def read_text(source: str) -> str:
+    """The text of a file, or of stdin for ``-``.
+
+    Raises
+    ------
+    ValueError
+        For what is not UTF-8, or empty.
+    """
+    raw = read_bounded(source)
+    try:
+        # No guess at another encoding: wrong characters would be other tokens, without an error.
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not text.strip():
+        raise ValueError(f"{source} contains no text; expected a few thousand words of UTF-8")
+    return text
+
+
+def _recorded(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any]]:
+    """The run file among the arguments, and what it says of its making; nothing for a checkpoint."""
+    if not args.checkpoint.endswith(tuple(run_endings())):
+        if args.model is not None:
+            raise ValueError(
+                f"--model names the checkpoint of a run, but {quoted(args.checkpoint)} is no run file; leave --model out"
+            )
+        return None, {}
+    from depthscope.diagnostics import schema
+
+    with schema.open_run(args.checkpoint) as run:
+        recorded: dict[str, Any] = {str(name): value for name, value in run.attrs.items()}
+        for chain in schema.chains(run)[:1]:
+            trace = schema.chain_dataset(run, "trace", chain)
+            if trace is not None:
+                recorded |= {"sequences": trace.sizes["sample"], "length": trace.sizes["token"]}
+    return Path(args.checkpoint), recorded
+
+
+def _checkpoint_of(args: argparse.Namespace, recorded: dict[str, Any]) -> str:
+    if args.model is not None:
+        return str(args.model)
+    # A run keeps no path, which would tell whose machine it was made on; the packaged model has none.
+    if recorded.get("model") == "SmolLM2-135M":
+        return "smollm2"
+    digest = recorded.get("weights_digest")
+    weights = f" with weights {printable(digest)[:19]}…" if digest else ""
+    raise ValueError(
+        f"the run was made of {printable(recorded.get('model', 'a model'))}{weights}, and does not say where that is; name "
+        "the checkpoint with --model"
+    )
+
+
+def _require_same_text(text: str, recorded: dict[str, Any]) -> None:
+    digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    known = str(recorded.get("data_digest", ""))
+    # Of a run that was captured in Python it is a digest of token ids, which a text cannot be compared with.
+    if known.startswith("sha256:") and known != digest:
+        raise ValueError(
+            f"--text is another text than the run's ({printable(recorded.get('data', 'unnamed'))}, {known[:19]}…); expected "
+            "the same, or a checkpoint in place of the run"
+        )
+
+
+def save(result: Any, subject: Subject, args: argparse.Namespace, what: str) -> Path | None:
+    """Save a result where ``--out`` says, or beside its run; None where neither is given.
+
+    Parameters
+    ----------
+    result : Dataset
+        The result.
+    subject : Subject
+        What it was made on.
+    args : Namespace
+        Arguments of `add_subject`.
+    what : str
+        Name of the command.
+
+    Returns
+    -------
+    Path or None
+    """
+    from depthscope.diagnostics.experiments import save_result
+
+    place = result_place(subject.run, args, what)
+    return None if place is None else save_result(result, place)
+
+
+def result_place(run: Path | None, args: argparse.Namespace, what: str) -> Path | None:
+    """Where the result goes; an existing one is refused without ``--force``."""
+    from depthscope.diagnostics.experiments import beside
+
+    if args.out is not None:
+        return Path(args.out)
+    if run is None:
+        return None
+    place = beside(run, what)
+    if place.exists() and not args.force:
+        raise ValueError(f"{place} exists; name another file with --out, or add --force to replace it")
+    return place
+
+
+def require_result_place(args: argparse.Namespace, what: str) -> None:
+    """Refuse an existing result before any work."""
+    is_run = args.checkpoint.endswith(tuple(run_endings()))
+    result_place(Path(args.checkpoint) if is_run else None, args, what)

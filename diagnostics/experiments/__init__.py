@@ -1,0 +1,45 @@
+"""Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
+
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
+from depthscope.diagnostics.experiments.results import (
+    SUFFIX,
+    base_loss,
+    beside,
+    describe_results,
+    lens_rows,
+    open_result,
+    prediction_depths,
+    prediction_words,
+    result_for,
+    save_result,
+    table,
+    table_rows,
+)
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
+from depthscope.diagnostics.experiments.variables import EFFECTS, LENS, declared
+
+__all__ = [
+    "EFFECTS",
+    "KINDS",
+    "LENS",
+    "SETTLED_BY",
+    "SUFFIX",
+    "Estimate",
+    "ExperimentKind",
+    "base_loss",
+    "beside",
+    "declared",
+    "describe_results",
+    "estimate",
+    "experiment_for",
+    "kind_named",
+    "lens_rows",
+    "open_result",
+    "prediction_depths",
+    "prediction_words",
+    "result_for",
+    "save_result",
+    "table",
+    "table_rows",
+]

@@ -1,0 +1,90 @@
+"""Which changes of a forward can be made? Name, what is changed, and what the model must have for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from depthscope.diagnostics.closest_names import did_you_mean
+
+
+@dataclass(frozen=True)
+class ExperimentKind:
+    """One kind of experiment.
+
+    Parameters
+    ----------
+    name : str
+        The word in Python and on the command line.
+    unit : str
+        What one experiment changes: a ``"block"``, a ``"connection"`` or the state at a ``"depth"``.
+    sentence : str
+        What is changed, as an equation or in words.
+    streams : bool
+        Whether the model must have several residual streams.
+    """
+
+    name: str
+    unit: str
+    sentence: str
+    streams: bool = False
+
+
+KINDS: dict[str, ExperimentKind] = {
+    kind.name: kind
+    for kind in (
+        ExperimentKind("skip", "block", "the state after the block is the one before it"),
+        ExperimentKind("repeat", "block", "the block runs twice"),
+        ExperimentKind("swap", "block", "the block and the next one run in the other order"),
+        ExperimentKind("identity", "connection", "H_res is the identity: no stream is mixed", streams=True),
+        ExperimentKind(
+            "uniform", "connection", "H_res is J/n: every stream gets the mean of all", streams=True
+        ),
+        ExperimentKind(
+            "mean", "connection", "H_res is its mean over tokens: mixing without routing", streams=True
+        ),
+        ExperimentKind(
+            "sinkhorn",
+            "connection",
+            "H_res is the doubly stochastic limit that its Sinkhorn steps converge to",
+            streams=True,
+        ),
+        ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
+        ExperimentKind(
+            "freeze_stream", "depth", "one stream keeps its state from one depth on", streams=True
+        ),
+        ExperimentKind(
+            "rescue", "depth", "one stream is set to zero early and put back at a later depth", streams=True
+        ),
+        ExperimentKind("massive", "depth", "massive activations are set to zero"),
+        ExperimentKind("patch", "depth", "the state comes from another forward, run or batch"),
+    )
+}
+"""Every kind of experiment, by name."""
+
+
+def kind_named(name: str) -> ExperimentKind:
+    """The kind of a name; hyphens and underscores are the same.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``"drop-stream"``.
+
+    Returns
+    -------
+    ExperimentKind
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, with the closest ones.
+
+    Examples
+    --------
+    >>> kind_named("drop-stream").unit
+    'depth'
+    """
+    found = KINDS.get(str(name).replace("-", "_"))
+    if found is None:
+        raise ValueError(f"no experiment {name!r}; {did_you_mean(str(name), KINDS)}")
+    return found

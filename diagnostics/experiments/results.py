@@ -1,0 +1,343 @@
+"""How is the result of an experiment kept and told? One file beside the run, and one line a change."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import xarray as xr
+
+from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
+from depthscope.diagnostics.experiments.variables import ESTIMATES
+from depthscope.diagnostics.schema import SUFFIXES
+from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
+from depthscope.diagnostics.schema.file_digest import append_file_digest, compare_file_digest
+from depthscope.diagnostics.schema.hdf5_files import check_hdf5
+from depthscope.diagnostics.schema.limits import require_ordinary
+
+# Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
+SUFFIX = ".h5"
+EXPERIMENTS = "depthscope experiments"
+COLUMNS = ("loss_change", "kl", "output_change")
+
+
+def beside(run: str | os.PathLike[str], what: str) -> Path:
+    """Where the result of an experiment on a run is kept: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
+
+    Parameters
+    ----------
+    run : path-like
+        The run's file.
+    what : str
+        ``"ablate"`` or ``"lens"``.
+
+    Returns
+    -------
+    Path
+
+    Examples
+    --------
+    >>> beside("runs/a.nc", "ablate").name
+    'a.ablate.h5'
+    """
+    path = Path(run)
+    ending = next(
+        (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
+    )
+    return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
+
+
+def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a result to one file (netCDF-4), which takes an earlier one's place when it is complete.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate` or `depthscope.lens`.
+    path : path-like
+        Where to.
+
+    Returns
+    -------
+    Path
+    """
+    plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
+    with replaced_file(path) as fresh:
+        encode_dataset(plain).to_netcdf(fresh, engine="h5netcdf")
+        append_file_digest(fresh)
+    return Path(path)
+
+
+def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
+    """Read a result into memory.
+
+    Parameters
+    ----------
+    path : path-like
+        A file of `save_result`.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    ValueError
+        For a file that is no such result, or not as it was saved.
+    FileNotFoundError
+        Where there is none.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"no result of experiments at {file}; make one with `depthscope ablate` or `depthscope lens`"
+        )
+    require_ordinary(file, folder=False)
+    # The HDF5 library may crash on a torn file, and would take this process with it.
+    if compare_file_digest(file) != "intact":
+        raise ValueError(
+            f"{file} is no result of experiments as it was saved; run `depthscope ablate` or `lens` again"
+        )
+    check_hdf5(file, None)
+    with xr.open_dataset(file, engine="h5netcdf") as opened:
+        found = decode_dataset(opened.load())
+    if found.attrs.get("kind_of_file") != EXPERIMENTS:
+        raise ValueError(
+            f"{file} is no result of experiments; expected a file that `depthscope ablate` or `lens` wrote"
+        )
+    return found
+
+
+def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row an experiment, with plain values: None for what is not known.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    list of dict
+    """
+    rows = []
+    for position, name in enumerate(result["experiment"].values):
+        row: dict[str, Any] = {"experiment": str(name)}
+        for column in ("kind", "block", "depth", "connection", "stream"):
+            value = result[column].values[position]
+            row[column] = str(value) if column == "kind" else None if value < 0 else int(value)
+        for column in COLUMNS:
+            for ending in ESTIMATES:
+                row[column + ending] = _finite(result, column + ending, position)
+        row["rescued"] = _finite(result, "rescued", position)
+        rows.append(row)
+    return rows
+
+
+def table(result: xr.Dataset) -> pd.DataFrame:
+    """The effects of experiments as a short table.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    DataFrame
+        One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``, and ``rescued``
+        where a stream was put back.
+    """
+    names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
+    names |= {name: name for name in ("kl", "output_change", "rescued")}
+    columns = {words: result[name].values for name, words in names.items()}
+    shown = pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
+    return shown if shown["rescued"].notna().any() else shown.drop(columns="rescued")
+
+
+def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
+    value = float(result[name].values[position]) if name in result else math.nan
+    return value if math.isfinite(value) else None
+
+
+def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
+    """What experiments showed, one sentence each, the largest change first.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+    most : int
+        Sentences at most.
+
+    Returns
+    -------
+    list of str
+    """
+
+    def size(row: dict[str, Any]) -> float:
+        value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
+        return abs(value) if value is not None else 0.0
+
+    return [sentence(row) for row in sorted(table_rows(result), key=size, reverse=True)[:most]]
+
+
+def result_for(finding: Placed, result: xr.Dataset) -> str:
+    """What the experiment that settles a finding gave, where it was run at the finding's place.
+
+    Parameters
+    ----------
+    finding : Finding
+        Of `judge`.
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    str
+        The experiment at that place which changes the loss most; empty where none was run.
+    """
+    kind = SETTLED_BY.get(finding.verdict)
+    if kind is None or "experiment" not in result.dims:
+        return ""
+    positions = [
+        position
+        for position, row in enumerate(table_rows(result))
+        if row["kind"] == kind and _at_the_place(row, finding)
+    ]
+    told = describe_results(result.isel(experiment=positions), most=1) if positions else []
+    return told[0] if told else ""
+
+
+def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:
+    stream = str(finding.stream)
+    if stream.isdigit() and row["stream"] not in (None, int(stream)):
+        return False
+    if finding.axis not in ("depth", "connection") or finding.first < 0:
+        return True
+    at = row[finding.axis]
+    # An experiment at several places has no connection of its own, and begins at its first depth.
+    return at is None or finding.first <= at <= finding.last
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """One experiment in words.
+
+    Parameters
+    ----------
+    row : dict
+        Of `table_rows`.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> row = dict(experiment="skip block 3", loss_change=0.5, loss_change_low=0.25, loss_change_high=0.75, kl=None)
+    >>> sentence(row)
+    'skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)'
+    """
+    name, change = row["experiment"], row["loss_change"]
+    if change is None:
+        return f"{name}: the output changes by {100 * (row['output_change'] or 0.0):.3g} %"
+    low, high = row["loss_change_low"], row["loss_change_high"]
+    if low is None:
+        return f"{name}: loss {change:+.3g} nats (one sequence: no interval)"
+    # Within its interval a change of zero is possible, whatever its mean.
+    undecided = "; 0 is possible" if low <= 0 <= high else ""
+    return f"{name}: loss {change:+.3g} nats (95 %: {low:+.3g} to {high:+.3g}{undecided})"
+
+
+def base_loss(result: xr.Dataset) -> Estimate:
+    """Loss of the unchanged model in nats, over sequences.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.interventions.ablate`.
+
+    Returns
+    -------
+    Estimate
+    """
+    return estimate(result["base_loss"].mean("token").values)
+
+
+LENS_COLUMNS = ("entropy", "cross_entropy", "kl", "agreement")
+
+
+def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
+    """One row for each lens, depth and stream that was read; None for what is not known.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    list of dict
+    """
+    rows = []
+    for lens in result["lens"].values:
+        for depth in result["depth"].values:
+            for stream in result["stream"].values:
+                one = result[list(_lens_columns())].sel(lens=lens, depth=depth, stream=stream)
+                values = {name: float(one[name]) for name in _lens_columns()}
+                if math.isnan(values["entropy"]):
+                    continue  # a tuned lens reads all streams together
+                row: dict[str, Any] = {"lens": str(lens), "depth": int(depth), "stream": str(stream)}
+                rows.append(
+                    row | {name: value if math.isfinite(value) else None for name, value in values.items()}
+                )
+    return rows
+
+
+def _lens_columns() -> Iterator[str]:
+    for column in LENS_COLUMNS:
+        for ending in ESTIMATES:
+            yield column + ending
+
+
+def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
+    """The prediction depth by lens, of the whole state, over sequences.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    dict of str to Estimate
+    """
+    found = result["prediction_depth"].isel(stream=0).mean("token")
+    return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
+
+
+def prediction_words(result: xr.Dataset) -> str:
+    """From which depth on the states hold the model's prediction, by each lens, in one sentence.
+
+    Parameters
+    ----------
+    result : Dataset
+        Of `depthscope.lens`.
+
+    Returns
+    -------
+    str
+        Such as ``by the logit lens the prediction stands from depth 9.8 of 12 on``; empty where no lens reads it.
+    """
+    last = int(result["depth"].max())
+    known = {lens: found for lens, found in prediction_depths(result).items() if math.isfinite(found.mean)}
+    return ", ".join(
+        f"by the {lens} lens the prediction stands from depth {found.mean:.1f} of {last} on"
+        for lens, found in known.items()
+    )

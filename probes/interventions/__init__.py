@@ -1,0 +1,18 @@
+"""What happens when something in the forward is changed? Experiments that settle what a finding only says."""
+
+from depthscope.diagnostics.experiments import KINDS, open_result, save_result, table
+from depthscope.probes.interventions.changes import Plan, plan
+from depthscope.probes.interventions.effects import ablate
+from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest
+
+__all__ = [
+    "KINDS",
+    "InterventionError",
+    "ModelUnderTest",
+    "Plan",
+    "ablate",
+    "open_result",
+    "plan",
+    "save_result",
+    "table",
+]

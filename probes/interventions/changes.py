@@ -1,0 +1,596 @@
+"""What does each kind of experiment change? A plan names places; each place becomes one experiment on a model under test.
+
+States X_k are (B, T, N, D). A connection from depth k to k + 1 satisfies X_{k+1} = H_res X_k + H_post ⊗ F; with another
+matrix the next state is X_{k+1} + (H_new − H_res) X_k, and the branch's write is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+import xarray as xr
+
+from depthscope.diagnostics.experiments import ExperimentKind, kind_named
+from depthscope.diagnostics.kernels.geometry import massive_activations
+from depthscope.probes.interventions.model_under_test import (
+    Edit,
+    InterventionError,
+    ModelUnderTest,
+    Passed,
+)
+
+Numbers: TypeAlias = int | Iterable[int] | None
+
+# Sinkhorn's steps converge geometrically; where they do not within so many, the limit has zeros that are reached like 1/k.
+SINKHORN_STEPS, SINKHORN_ERROR = 10_000, 1e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be tried, and where; without places every place of the model is tried, one at a time.
+
+    Parameters
+    ----------
+    kind : str
+        Name of an `ExperimentKind`.
+    blocks, connections, depths, streams : tuple of int, optional
+        Where.
+    together : bool
+        All places at once, as one experiment.
+    source : object, optional
+        Of ``patch``: where the states come from.
+    tokens : tuple of int, optional
+        Of ``patch`` and the stream kinds: the positions that are changed; all by default.
+    """
+
+    kind: str
+    blocks: tuple[int, ...] | None = None
+    connections: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = None
+    streams: tuple[int, ...] | None = None
+    together: bool = False
+    source: Any = None
+    tokens: tuple[int, ...] | None = None
+
+
+def plan(
+    kind: str,
+    *,
+    blocks: Numbers = None,
+    connections: Numbers = None,
+    depths: Numbers = None,
+    streams: Numbers = None,
+    together: bool = False,
+    source: Any = None,
+    tokens: Numbers = None,
+) -> Plan:
+    """What is to be tried, and where.
+
+    Parameters
+    ----------
+    kind : str
+        ``"skip"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``, ``"sinkhorn"`` (in
+        place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"`` (of the state at a
+        depth).
+    blocks, connections, depths, streams : int or iterable of int, optional
+        Where; every place by default. A depth stands for the block or connection that ends there.
+    together : bool
+        All places at once, as one experiment.
+    source : DataTree, batch or Module, optional
+        Of ``"patch"``: a run, another batch of the same shape, or another model.
+    tokens : int or iterable of int, optional
+        Positions that are changed.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind.
+    """
+    found = kind_named(kind)
+    if found.name == "patch" and source is None:
+        raise ValueError("patch needs source=: a run, another batch of the same shape, or another model")
+    return Plan(
+        found.name,
+        _numbers(blocks),
+        _numbers(connections),
+        _numbers(depths),
+        _numbers(streams),
+        together,
+        source,
+        _numbers(tokens),
+    )
+
+
+def _numbers(given: Numbers) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    return (given,) if isinstance(given, int) else tuple(int(number) for number in given)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One experiment: a name for people, where it is, and the edits of its forward.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``"skip block 3"``.
+    kind : str
+        Its kind.
+    edits : callable
+        ``edits(model)`` returns the edits by depth; it may run the model to learn them.
+    block, depth, connection, stream : int
+        Where; −1 where it is none alone.
+    compared : str
+        Name of the change that this one undoes in part, for the share that is rescued.
+    """
+
+    name: str
+    kind: str
+    edits: Callable[[ModelUnderTest], Mapping[int, Edit]]
+    block: int = -1
+    depth: int = -1
+    connection: int = -1
+    stream: int = -1
+    compared: str = ""
+
+
+# --- from plans to changes
+
+
+def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
+    """The experiments of a plan on one model.
+
+    Parameters
+    ----------
+    wanted : Plan
+        Of `plan`.
+    model : ModelUnderTest
+        Its structure decides which places there are.
+
+    Returns
+    -------
+    list of Change
+
+    Raises
+    ------
+    InterventionError
+        Where the model has no such place.
+    """
+    kind = kind_named(wanted.kind)
+    if kind.streams and (model.num_streams < 2 or model.number):
+        raise InterventionError(
+            f"{kind.name} needs several residual streams with connections; this chain has {model.num_streams}"
+            + (" and is not the first one" if model.number else "")
+        )
+    made = {"block": _of_blocks, "connection": _of_connections, "depth": _of_depths}[kind.unit](
+        kind, wanted, model
+    )
+    found = list(made)
+    if not found:
+        raise InterventionError(
+            f"{kind.name}: the model has no place that was asked for; {_places(kind, model)}"
+        )
+    return [_together(kind, found)] if wanted.together and len(found) > 1 else found
+
+
+def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
+    last = len(model.chain.points) - 1
+    return (
+        f"it has blocks {min(model.layers)} … {max(model.layers)}, depths 0 (embedding) … {last}, "
+        f"{len(model.chain.connections)} connections and {model.num_streams} streams"
+        + ("; massive activations are those above 100 and 1000 medians" if kind.name == "massive" else "")
+    )
+
+
+def _together(kind: ExperimentKind, found: list[Change]) -> Change:
+    """All changes in one forward, from the first depth to the last."""
+
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        joined: dict[int, Edit] = {}
+        for change in found:
+            # Those of a later place are learnt with the earlier ones made: a matrix depends on the states before it.
+            for depth, edit in change.edits(_Changed(model, joined) if joined else model).items():  # type: ignore[arg-type]
+                before = joined.get(depth)
+                joined[depth] = edit if before is None else _both(before, edit)
+        return joined
+
+    places = sorted({f"{change.block}" for change in found if change.block >= 0}, key=int)
+    where = f"blocks {', '.join(places)}" if places else f"{len(found)} places"
+    return Change(
+        f"{kind.name} at {where} together", kind.name, edits, depth=min(change.depth for change in found)
+    )
+
+
+def _both(first: Edit, second: Edit) -> Edit:
+    return lambda state, seen: second(first(state, seen), seen)
+
+
+class _Changed:
+    """A model under test with some edits made in every forward."""
+
+    def __init__(self, model: ModelUnderTest, edits: Mapping[int, Edit]) -> None:
+        self._model, self._edits = model, dict(edits)
+
+    @cached_property
+    def base(self) -> Passed:
+        """The forward with these edits, made when something is to be learnt from it."""
+        return self._model.forward(self._edits)
+
+    def forward(self, edits: Mapping[int, Edit]) -> Passed:
+        return self._model.forward({**self._edits, **edits})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) -> bool:
+    given = [
+        (wanted.depths, {depth}),
+        (wanted.connections, set(connections)),
+        (wanted.blocks, {block}),
+    ]
+    asked = [set(numbers) & here for numbers, here in given if numbers is not None]
+    return not asked or all(asked)
+
+
+# --- blocks
+
+
+def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    layers = model.layers
+    following = dict(zip(layers, list(layers)[1:], strict=False))
+    for block, (start, stop) in layers.items():
+        inside = [n for n, c in enumerate(model.chain.connections) if start <= c.depth_in < stop]
+        # A depth inside of a block stands for the block too.
+        depths = [depth for depth in (wanted.depths or ()) if start < depth <= stop]
+        at = replace(wanted, depths=None) if depths else wanted
+        if not _selected(stop, inside, block, at):
+            continue
+        if kind.name == "swap" and block not in following:
+            continue
+        yield {
+            "skip": _skip,
+            "repeat": _repeat,
+            "swap": lambda block, model: _swap(block, following[block], model),
+        }[kind.name](block, model)
+
+
+def _skip(block: int, model: ModelUnderTest) -> Change:
+    start, stop = model.layers[block]
+
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {stop: lambda state, seen: _fitting(seen[start], state, start, stop).clone()}
+
+    return Change(f"skip block {block}", "skip", edits, block=block, depth=stop)
+
+
+def _repeat(block: int, model: ModelUnderTest) -> Change:
+    start, stop = model.layers[block]
+
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {stop: _constant(_run_in_order(model, [(start, stop), (start, stop)]))}
+
+    return Change(f"repeat block {block}", "repeat", edits, block=block, depth=stop)
+
+
+def _swap(block: int, other: int, model: ModelUnderTest) -> Change:
+    first, second = model.layers[block], model.layers[other]
+
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {second[1]: _constant(_run_in_order(model, [second, first]))}
+
+    return Change(f"swap blocks {block} and {other}", "swap", edits, block=block, depth=second[1])
+
+
+def _run_in_order(model: ModelUnderTest, order: list[tuple[int, int]]) -> torch.Tensor:
+    """The state after some blocks that run in another order: each gets, in a forward of its own, what the one before gave."""
+    state = model.base.states[min(start for start, _ in order)]
+    for start, stop in order:
+        state = model.forward({start: _constant(state)}).states[stop]
+    return state
+
+
+def _constant(value: torch.Tensor) -> Edit:
+    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+        if value.shape != state.shape:
+            raise InterventionError(
+                f"a state of shape {tuple(value.shape)} cannot take the place of one of {tuple(state.shape)} (sequence, "
+                "token, stream, feature): the blocks between them change the width or the tokens"
+            )
+        return value.clone()
+
+    return edit
+
+
+def _fitting(value: torch.Tensor, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    if value.shape != state.shape:
+        raise InterventionError(
+            f"the block from depth {start} to {stop} turns a state of shape {tuple(value.shape)} into one of "
+            f"{tuple(state.shape)} (sequence, token, stream, feature); a block that changes the shape cannot be skipped"
+        )
+    return value
+
+
+# --- connections
+
+
+def _of_connections(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    mixing = model.base.mixing
+    if not mixing:
+        raise InterventionError(
+            f"{kind.name}: no connection of this model ({model.structure.family}) has a mixing matrix H_res to replace; "
+            "each stream keeps its own state"
+        )
+    for number in mixing:
+        link = model.chain.connections[number]
+        if _selected(link.depth_out, [number], link.layer, wanted):
+            yield _remixed(kind.name, number, model)
+
+
+def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
+    link = model.chain.connections[number]
+
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        known = model.base.mixing.get(number)
+        if known is None:
+            raise InterventionError(
+                f"connection {number} ({link.path!r}) applies other weights than it computes, which are known in an unchanged "
+                "forward alone; change one connection at a time"
+            )
+        difference = MATRICES[rule](known, model.mask) - known
+
+        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+            before = seen[link.depth_in]
+            # In float64: the difference may be small against the state.
+            moved = difference.to(before.device) @ before.double()
+            return (state.double() + moved).to(state.dtype)
+
+        return {link.depth_out: edit}
+
+    name = f"H_res of connection {number} ({link.branch}, block {link.layer}): {rule}"
+    return Change(name, rule, edits, block=link.layer, depth=link.depth_out, connection=number)
+
+
+def identity_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The identity, at every token."""
+    return torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix)
+
+
+def uniform_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """J/n, at every token."""
+    return torch.full_like(mix, 1 / mix.shape[-1])
+
+
+def mean_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean over all real tokens of all sequences."""
+    real = mix.flatten(0, 1) if mask is None else mix[mask.cpu()]
+    return real.mean(0).expand_as(mix)
+
+
+def sinkhorn_limit(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The doubly stochastic matrix that rows and columns normalised in turn converge to, token by token.
+
+    Scaling rows and columns does not move it, so the limit from H_res is the limit from its logits.
+
+    Raises
+    ------
+    InterventionError
+        For matrices with an entry that is not positive, and where the steps do not converge.
+    """
+    if bool((mix <= 0).any()):
+        raise InterventionError(
+            f"sinkhorn: H_res has entries down to {float(mix.min()):.3g}; Sinkhorn's steps need positive ones. Take identity, "
+            "uniform or mean"
+        )
+    limit = mix
+    for _ in range(SINKHORN_STEPS):
+        limit = limit / limit.sum(-2, keepdim=True)
+        limit = limit / limit.sum(-1, keepdim=True)
+        if float((limit.sum(-2) - 1).abs().max()) <= SINKHORN_ERROR:
+            return limit
+    raise InterventionError(
+        f"sinkhorn: after {SINKHORN_STEPS} steps the column sums are still off by "
+        f"{float((limit.sum(-2) - 1).abs().max()):.1e}; the entries of H_res differ by too many orders of magnitude"
+    )
+
+
+MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
+    "identity": identity_matrix,
+    "uniform": uniform_matrix,
+    "mean": mean_matrix,
+    "sinkhorn": sinkhorn_limit,
+}
+"""What takes the place of H_res (B, T, N, N), by the kind of the experiment."""
+
+
+# --- states
+
+
+def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    depths = [depth for depth in range(len(model.chain.points)) if _depth_selected(depth, wanted, model)]
+    if kind.name == "massive":
+        yield from _without_massive(depths, model)
+    elif kind.name == "patch":
+        states = _source_states(wanted, model)
+        for depth in depths:
+            if depth in states:
+                yield _patched(depth, states[depth], wanted, model)
+    elif kind.name == "rescue":
+        yield from _rescues(depths, wanted, model)
+    else:
+        make = _dropped if kind.name == "drop_stream" else _frozen
+        for depth in depths:
+            for stream in _streams(wanted, model):
+                yield make(depth, stream, wanted.tokens, model)
+
+
+def _depth_selected(depth: int, wanted: Plan, model: ModelUnderTest) -> bool:
+    point = model.chain.points[depth]
+    ends = [number for number, link in enumerate(model.chain.connections) if link.depth_out == depth]
+    return _selected(depth, ends, point.layer, wanted)
+
+
+def _streams(wanted: Plan, model: ModelUnderTest) -> Iterator[int]:
+    for stream in range(model.num_streams) if wanted.streams is None else wanted.streams:
+        if not 0 <= stream < model.num_streams:
+            raise InterventionError(f"no stream {stream}; the model has streams 0 … {model.num_streams - 1}")
+        yield stream
+
+
+def _set_stream(state: torch.Tensor, stream: int, value: Any, tokens: tuple[int, ...] | None) -> torch.Tensor:
+    changed = state.clone()
+    if tokens is None:
+        changed[:, :, stream] = value
+    else:
+        at = list(tokens)
+        changed[:, at, stream] = value if not isinstance(value, torch.Tensor) else value[:, at]
+    return changed
+
+
+def _dropped(depth: int, stream: int, tokens: tuple[int, ...] | None, model: ModelUnderTest) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {depth: lambda state, seen: _set_stream(state, stream, 0, tokens)}
+
+    return Change(
+        f"drop stream {stream} at depth {depth}",
+        "drop_stream",
+        edits,
+        block=model.chain.points[depth].layer,
+        depth=depth,
+        stream=stream,
+    )
+
+
+def _frozen(depth: int, stream: int, tokens: tuple[int, ...] | None, model: ModelUnderTest) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+            return _set_stream(state, stream, seen[depth][:, :, stream], tokens)
+
+        return dict.fromkeys(range(depth + 1, len(model.chain.points)), edit)
+
+    return Change(
+        f"freeze stream {stream} from depth {depth}",
+        "freeze_stream",
+        edits,
+        block=model.chain.points[depth].layer,
+        depth=depth,
+        stream=stream,
+    )
+
+
+def _rescues(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    """A stream is removed at the first depth, and put back at each later one; the first of them is the removal alone."""
+    for stream in _streams(wanted, model):
+        removed = _dropped(depths[0], stream, wanted.tokens, model) if depths else None
+        if removed is None:
+            return
+        yield removed
+        for back in depths[1:]:
+            yield _put_back(removed, back, wanted.tokens)
+
+
+def _put_back(removed: Change, back: int, tokens: tuple[int, ...] | None) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        original = model.base.states[back][:, :, removed.stream]
+        return {
+            **removed.edits(model),
+            back: lambda state, seen: _set_stream(state, removed.stream, original, tokens),
+        }
+
+    return replace(
+        removed,
+        name=f"{removed.name}, put back at depth {back}",
+        kind="rescue",
+        edits=edits,
+        depth=back,
+        compared=removed.name,
+    )
+
+
+def _without_massive(depths: list[int], model: ModelUnderTest) -> Iterator[Change]:
+    for depth in depths:
+        state = model.base.states[depth]
+        # Streams of one token are one row: a massive entry is so against all of the sequence's.
+        found = massive_activations(
+            state.flatten(2).float().cpu(), mask=None if model.mask is None else model.mask.cpu()
+        )
+        if not bool(found.any()):
+            continue
+        at = found.reshape(state.shape).to(state.device)
+        features = sorted({int(f) for f in at.nonzero()[:, 3].unique()})
+
+        def edits(model: ModelUnderTest, depth: int = depth, at: torch.Tensor = at) -> Mapping[int, Edit]:
+            return {depth: lambda value, _: value.masked_fill(at, 0)}
+
+        name = f"zero {int(at.sum())} massive entries at depth {depth} (features {', '.join(map(str, features[:4]))})"
+        yield Change(name, "massive", edits, block=model.chain.points[depth].layer, depth=depth)
+
+
+def _patched(depth: int, value: torch.Tensor, wanted: Plan, model: ModelUnderTest) -> Change:
+    streams = None if wanted.streams is None else list(_streams(wanted, model))
+
+    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+        new = _constant(value.to(state.device, state.dtype))(state, seen)
+        chosen = torch.ones(state.shape[1:3], dtype=torch.bool, device=state.device)
+        if wanted.tokens is not None:
+            chosen &= _positions(wanted.tokens, state.shape[1]).to(state.device)[:, None]
+        if streams is not None:
+            chosen &= _positions(tuple(streams), state.shape[2]).to(state.device)
+        return torch.where(chosen[None, :, :, None], new, state)
+
+    return Change(
+        f"patch depth {depth}",
+        "patch",
+        lambda model: {depth: edit},
+        block=model.chain.points[depth].layer,
+        depth=depth,
+        stream=streams[0] if streams and len(streams) == 1 else -1,
+    )
+
+
+def _positions(numbers: tuple[int, ...], count: int) -> torch.Tensor:
+    outside = [number for number in numbers if not 0 <= number < count]
+    if outside:
+        raise InterventionError(f"position {outside[0]} is outside of 0 … {count - 1}")
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[list(numbers)] = True
+    return chosen
+
+
+def _source_states(wanted: Plan, model: ModelUnderTest) -> Mapping[int, torch.Tensor]:
+    """States by depth from what ``source=`` names: a run's trace, another model, or another batch."""
+    source = wanted.source
+    trace = _trace_of(source)
+    if trace is None:
+        return model.sibling(source).base.states
+    states = torch.as_tensor(
+        trace["residual"].transpose("depth", "sample", "token", "stream", "feature").values
+    )
+    if states.shape[1:] != tuple(model.base.states[0].shape) or len(states) != len(model.chain.points):
+        raise InterventionError(
+            f"the run has {states.shape[0]} depths of {tuple(states.shape[1:])} (sequence, token, stream, feature), the model "
+            f"{len(model.chain.points)} of {tuple(model.base.states[0].shape)}; expected a run of the same text, with every "
+            "sequence of the batch kept"
+        )
+    return dict(enumerate(states))
+
+
+def _trace_of(source: Any) -> Any:
+    """The trace of a run; None for what is no run."""
+    if not isinstance(source, xr.DataTree):
+        return None
+    if "trace" not in source.children:
+        raise InterventionError("the run has no raw states; expected one that was captured with them")
+    trace = source["trace"].to_dataset()
+    if "residual" not in trace:
+        raise InterventionError("the run has several chains, or no raw states; expected one of one chain")
+    return trace

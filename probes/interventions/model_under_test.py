@@ -1,0 +1,483 @@
+"""A model and one batch, to be run again and again with some of its states changed; the model itself is never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.probes.connections.applied import as_applied
+from depthscope.probes.connections.coefficients import relative_error
+from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
+from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, gather_evidence
+from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
+from depthscope.probes.interventions.state_operations import (
+    Birthplace,
+    Depth,
+    StateOperations,
+    following,
+)
+from depthscope.probes.model.errors import CaptureError, require_module
+from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.joints import sampled_joints
+from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.session.forward import own_call
+from depthscope.probes.session.model_call import call_model, call_observed
+from depthscope.probes.session.options import Options
+from depthscope.probes.session.reservoir import Reservoir
+from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.model_structure import FINAL
+
+EVERY_SEQUENCE = 2**20  # sequences of one batch that are stored: all of them
+
+Seen: TypeAlias = Mapping[int, torch.Tensor]
+Edit: TypeAlias = Callable[[torch.Tensor, Seen], torch.Tensor]
+"""``edit(state, seen)``: the new state (B, T, N, D), from the one that was computed and the earlier ones by depth."""
+
+
+class InterventionError(CaptureError):
+    """A change that cannot be made, or an experiment that the model does not allow."""
+
+
+@dataclass
+class Passed:
+    """What one forward showed.
+
+    Parameters
+    ----------
+    output : object
+        What the model returned.
+    states : dict of int to Tensor
+        (B, T, N, D) by depth, as they were passed on.
+    mixing : dict of int to Tensor
+        H_res of every connection that mixes, (B, T, N, N), destination by source, float64 on the CPU.
+    """
+
+    output: Any
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    mixing: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class ModelUnderTest:
+    """One model and one batch; `forward` runs it with some states changed.
+
+    Parameters
+    ----------
+    model : Module
+        The model. Its weights, buffers, hooks and modes, and all random states, are as before after every forward.
+    batch : mapping, tensor or tuple
+        One batch.
+    options : Options, optional
+        How the model is read.
+    chain : str, optional
+        Which of several chains is changed; the first by default.
+
+    Raises
+    ------
+    CaptureError
+        Where the model cannot be read, or two forwards of the same batch differ.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Any, options: Options | None = None, *, chain: str | None = None
+    ) -> None:
+        require_module(model)
+        self.model = model
+        self.batch = batch
+        self._options, self._chain_name = options or Options(), chain
+        self._session = Session(model, _of_every_sequence(self._options), only_own=True, sums=False)
+        self._find_structure()
+        self.structure = self._session.structure
+        self.number = _chain_number(self.structure.chains, chain)
+        self.chain: Chain = self.structure.chains[self.number]
+        self._places: dict[Depth, Birthplace | None] = {}
+        self._evidence: Evidence | None = None
+        self._applied: list[Joint] | None = (
+            None  # the connections, where other matrices are applied than computed
+        )
+        self._proven_over_depth = False
+        self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
+        operations = StateOperations()
+        found = self._run(following(model, operations), lambda: self._locate(operations))
+        self.base = self.forward({})
+        if not repeats(found.output, self.base.output):
+            raise InterventionError(
+                "two forwards of the same batch gave different outputs, with the same random states: the model draws from a "
+                "source of its own, or remembers earlier calls; expected a model that repeats itself, such as model.eval()"
+            )
+
+    def values_again(self, batch: Any, pick: Pick | None = None) -> torch.Tensor:
+        """The main output (B, T, V) of the unchanged model on another batch."""
+        with self.unchanged_model(), torch.no_grad(), own_call(self._session.owner):
+            return self.values(call_model(self.model, copied(batch)), pick)
+
+    def sibling(self, source: Any) -> ModelUnderTest:
+        """The same model on another batch, or another model on the same batch.
+
+        Parameters
+        ----------
+        source : Module, mapping, tensor or tuple
+            What is another one.
+
+        Returns
+        -------
+        ModelUnderTest
+        """
+        model, batch = (source, self.batch) if isinstance(source, nn.Module) else (self.model, source)
+        return ModelUnderTest(model, batch, self._options, chain=self._chain_name)
+
+    # --- what the model is
+
+    def _find_structure(self) -> None:
+        session = self._session
+        session.attach()
+        try:
+            with self.unchanged_model():
+                call_observed(session, copied(self.batch))
+            session.raise_first_error()
+            session.fold()
+        finally:
+            session.detach()
+            session.drop()
+
+    def _locate(self, operations: StateOperations) -> None:
+        """Note where each state was made, as it is shown."""
+
+        def shown(number: int, depth: int, tensor: torch.Tensor) -> None:
+            if depth != FINAL:
+                self._places[number, depth] = operations.birthplace(tensor)
+
+        self._session.observer.on_state = shown
+
+    @property
+    def layers(self) -> dict[int, tuple[int, int]]:
+        """The depths before and after each block, by the block's number."""
+        last: dict[int, int] = {}
+        for depth, point in enumerate(self.chain.points):
+            # What changes the streams before a block begins belongs to that block.
+            if point.layer >= 0:
+                last[point.layer] = depth
+        ends = [0, *last.values()]
+        return {layer: (ends[position], last[layer]) for position, layer in enumerate(last)}
+
+    @property
+    def num_streams(self) -> int:
+        """Number of residual streams."""
+        return self.base.states[0].shape[2] if 0 in self.base.states else self.structure.num_streams
+
+    @property
+    def proof(self) -> str:
+        """Whether the reading of the chain is proven: ``proven``, or ``unproven: `` and why."""
+        return "proven" if self._evidence is not None else self.chain.proof or "unproven: no proof was made"
+
+    # --- running it
+
+    def forward(self, edits: Mapping[int, Edit]) -> Passed:
+        """Run the model with the states at some depths changed; everything after a state follows from the changed one.
+
+        Parameters
+        ----------
+        edits : mapping of int to Edit
+            By depth. An edit that returns the very tensor it was given changes nothing.
+
+        Returns
+        -------
+        Passed
+
+        Raises
+        ------
+        InterventionError
+            Where a state cannot be changed, or its change did not arrive where the state is shown.
+        """
+        for depth in edits:
+            self._require_place(depth)
+        states: dict[int, torch.Tensor] = {}
+
+        def change(at: Depth, native: torch.Tensor) -> torch.Tensor:
+            state = self.canonical(native)
+            edit = edits.get(at[1])
+            changed = state if edit is None else edit(state, states)
+            if changed is state:
+                states[at[1]] = state.clone()
+                return native
+            if changed.shape != state.shape:
+                raise InterventionError(
+                    f"depth {at[1]}: a state of shape {tuple(changed.shape)} came for one of {tuple(state.shape)} (sequence, "
+                    "token, stream, feature); expected the same shape"
+                )
+            states[at[1]] = changed.to(state.dtype).clone()
+            return self.native(states[at[1]], native)
+
+        places = {
+            key: place for key, place in self._places.items() if key[0] == self.number and place is not None
+        }
+        operations = StateOperations(places, change)
+        passed = self._run(following(self.model, operations), lambda: self._check(states, edited=bool(edits)))
+        for depth in edits:
+            # An operation that did not run again, or ran twice, has changed another state or none.
+            if operations.met[self.number, depth] != 1:
+                raise InterventionError(
+                    f"the state at depth {depth} was made {operations.met[self.number, depth]} times in the changed forward, "
+                    "once before: the model computes it in another way when an earlier state changes"
+                )
+        passed.states = states
+        return passed
+
+    def observed(
+        self, mode: AbstractContextManager[Any], shown: Callable[[int, torch.Tensor], None], batch: Any = None
+    ) -> Any:
+        """Run the unchanged model under one more mode, with a look at the states of the chain as they are shown.
+
+        Parameters
+        ----------
+        mode : context manager
+            On while the forward runs.
+        shown : callable
+            ``shown(depth, tensor)``, the model's own tensor.
+        batch : object, optional
+            Another batch of the same shape.
+
+        Returns
+        -------
+        object
+            What the model returned.
+        """
+
+        def listen() -> None:
+            self._session.observer.on_state = lambda number, depth, tensor: (
+                shown(depth, tensor) if number == self.number and depth != FINAL else None
+            )
+
+        return self._run(mode, listen, batch).output
+
+    def _run(
+        self, mode: AbstractContextManager[Any], listen: Callable[[], None], batch: Any = None
+    ) -> Passed:
+        session = self._session
+        session.reservoir = Reservoir(EVERY_SEQUENCE, 0)
+        with self.unchanged_model():
+            session.attach()
+            try:
+                listen()
+                with mode, torch.no_grad(), own_call(session.owner):
+                    output = call_model(self.model, copied(self.batch if batch is None else batch))
+                if self._evidence is not None and _unread_connections(session.errors):
+                    # A state that is changed inside of its connection's own method no longer follows from the weights.
+                    return Passed(output)
+                session.raise_first_error()
+                assert session.last is not None
+                self.mask = session.last.masks.get(self.number)
+                if self.chain.over_depth and not self._proven_over_depth:
+                    # Of a chain whose branches read sums over depth the proof is made where a run is built.
+                    build_run(session, [], [], digests=False)
+                    self._proven_over_depth = True
+                passed = Passed(output, mixing=self._mixing())
+                session.fold()
+                return passed
+            finally:
+                session.observer.on_state = None
+                session.detach()
+                session.drop()
+
+    @contextmanager
+    def unchanged_model(self) -> Iterator[None]:
+        """A forward made inside leaves nothing behind, and runs as the model is written: see `preserved_state`."""
+        with preserved_state(self.model), eager():
+            yield
+
+    def _check(self, states: dict[int, torch.Tensor], *, edited: bool) -> None:
+        """Require that each state is shown as it was made: what was written there must be what every reader gets."""
+
+        def shown(number: int, depth: int, tensor: torch.Tensor) -> None:
+            if number != self.number or depth == FINAL:
+                return
+            state = self.canonical(tensor)
+            if depth not in states:
+                states[depth] = (
+                    state.clone()
+                )  # made outside of the forward, or by no operation that was found again
+            elif same_values(state, states[depth]):
+                return
+            elif not edited:
+                # Code that torch does not see, such as a kernel of its own, has written it since: it is read, not changed.
+                self._places[number, depth] = None
+                states[depth] = state.clone()
+            else:
+                raise InterventionError(
+                    f"the state at depth {depth} was written once more after it was made; "
+                    "it cannot be changed in a way that all of its readers see"
+                )
+
+        self._session.observer.on_state = shown
+
+    def _require_place(self, depth: int) -> None:
+        if not 0 <= depth < len(self.chain.points):
+            raise InterventionError(
+                f"depth {depth} is none of the model's; it has depths 0 (embedding) … {len(self.chain.points) - 1}"
+            )
+        point, place = self.chain.points[depth], self._places.get((self.number, depth))
+        if place is None:
+            raise InterventionError(
+                f"the state at depth {depth} ({point.at} of {point.path or 'the model'}) is made by no operation of the "
+                "forward that torch shows: it is a parameter as it is, or written by a kernel outside of torch; change "
+                "another depth"
+            )
+        same = [
+            f"depth {other}"
+            + (f" of {self.structure.chains[number].name!r}" if number != self.number else "")
+            for (number, other), shared in self._places.items()
+            if shared == place and (number, other) != (self.number, depth)
+        ]
+        if same:
+            raise InterventionError(
+                f"the state at depth {depth} is the very tensor of the state at {same[0]}, since nothing between them "
+                "computes another one; it cannot be changed at one of them alone"
+            )
+
+    # --- layouts
+
+    def canonical(self, native: torch.Tensor) -> torch.Tensor:
+        """A state as (B, T, N, D); a view where the layout allows it."""
+        return self.structure.canonical(self.number, native.detach(), self._batch_size)
+
+    def native(self, state: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A state (B, T, N, D) in the model's own layout."""
+        # Numbered entries are rearranged as the state is: its layout is known in one place only.
+        numbers = self.canonical(torch.arange(like.numel(), device=like.device).reshape(like.shape))
+        values = torch.empty_like(state.reshape(-1))
+        values[numbers.reshape(-1)] = state.reshape(-1)
+        return values.reshape(like.shape)
+
+    def values(self, output: Any, pick: Pick | None = None) -> torch.Tensor:
+        """The main output as (B, T, V): see `output_values`."""
+        return output_values(output, pick, batch_axis=self.structure.batch_axis)
+
+    @property
+    def _batch_size(self) -> int:
+        forward = self._session.last or self._session._current.forward
+        assert forward is not None
+        return forward.batch_size
+
+    # --- connections
+
+    def _mixing(self) -> dict[int, torch.Tensor]:
+        """H_res of every connection that mixes, in the forward that has just ended."""
+        if not self.structure.connections or self.number:
+            return {}
+        sequences = sorted(self._session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+        joints = sampled_joints(self._session, sequences)
+        if self._evidence is None:
+            # Proven in the first forward alone: a changed one does not satisfy its own equation.
+            joints = self._proven(joints)
+        elif self._applied is not None:
+            return {}  # it is solved from the states, which are changed ones now
+        return {
+            number: self._matrix(number, joint)
+            for number, joint in enumerate(joints)
+            if joint.parts.mix is not None
+        }
+
+    def _proven(self, joints: list[Joint]) -> list[Joint]:
+        try:
+            self._evidence = gather_evidence(joints)
+        except ReconstructionError:
+            self._applied, replaced = as_applied(joints)
+            if not replaced:
+                raise
+            joints, self._evidence = self._applied, gather_evidence(self._applied)
+        return joints
+
+    def _matrix(self, number: int, joint: Joint) -> torch.Tensor:
+        assert self._evidence is not None
+        return applied_matrix(joint, self._evidence.reading(number)).double()
+
+
+# Of two forwards of one batch: sums of a device in another order. A heuristic of ours.
+REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def repeats(one: Any, other: Any) -> bool:
+    """Whether two outputs of the same batch are equal up to the rounding of sums in another order."""
+    if same_values(one, other):
+        return True
+    return all(
+        a.dtype in REPEATED
+        and a.shape == b.shape
+        and relative_error(a.double() - b.double(), a.double()) <= REPEATED[a.dtype]
+        for a, b in zip(tensors_in(one), tensors_in(other), strict=True)
+        if not same_values(a, b)
+    )
+
+
+def _of_every_sequence(options: Options) -> Options:
+    return Options(
+        layers=options.layers,
+        layout=options.layout,
+        streams=options.streams,
+        mask=options.mask,
+        sites=options.sites,
+        max_sequences=EVERY_SEQUENCE,
+    )
+
+
+def _unread_connections(errors: list[Exception]) -> bool:
+    return bool(errors) and all(isinstance(error, StreamConnectionError) for error in errors)
+
+
+def _chain_number(chains: tuple[Chain, ...], name: str | None) -> int:
+    names = [chain.name for chain in chains]
+    if name is None:
+        return 0
+    if name not in names:
+        raise InterventionError(f"no chain {name!r} in this model; {did_you_mean(name, names)}")
+    return names.index(name)
+
+
+def copied(batch: Any) -> Any:
+    """The batch with tensors of its own: one of them may be the first state, or be written by the model."""
+    if isinstance(batch, torch.Tensor):
+        return batch.detach().clone()
+    if isinstance(batch, Mapping):
+        return {name: copied(value) for name, value in batch.items()}
+    return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two outputs have the same numbers, bit for bit; undefined ones count as equal."""
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=True))
+    return all(a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+
+
+def targets_of(model: ModelUnderTest, logits: torch.Tensor, pick: Pick | None = None) -> Targets:
+    """What the output of a model is compared with: see `find_targets`.
+
+    Parameters
+    ----------
+    model : ModelUnderTest
+        With its batch.
+    logits : Tensor
+        (B, T, V) of its unchanged output.
+    pick : callable, optional
+        What picked them from the output.
+
+    Returns
+    -------
+    Targets
+    """
+    return find_targets(
+        model.batch,
+        model.base.output,
+        logits,
+        mask=model.mask,
+        width=model.base.states[max(model.base.states)].shape[-1],
+        again=lambda batch: model.values_again(batch, pick),
+        picked=pick is not None,
+    )

@@ -1,0 +1,6 @@
+"""What would the model predict from the state at each depth? The logit lens and a trained one."""
+
+from depthscope.probes.lens.head import HeadError
+from depthscope.probes.lens.readings import lens
+
+__all__ = ["HeadError", "lens"]

@@ -1,0 +1,326 @@
+"""What does the head read from the state at each depth, and from each stream? Logit lens and tuned lens, by depth.
+
+Shapes: B sequence, T token, N stream, D feature, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope.diagnostics.experiments import LENS, declared, estimate
+from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest, targets_of
+from depthscope.probes.interventions.predictions import Pick, Targets, divergence
+from depthscope.probes.lens.head import Head, HeadError, find_head, user_head
+from depthscope.probes.lens.tuned_lens import Affine, Example, affordable_steps, train
+from depthscope.probes.session.model_call import batches
+from depthscope.probes.session.options import ModelOptions, Options, takes_options
+
+FOLDS = 2
+ALL = "all"  # the state with every stream as it is
+QUANTITIES = ("entropy", "cross_entropy", "kl", "agreement")
+
+
+@takes_options(ModelOptions)
+def lens(
+    model: nn.Module,
+    batch: Any,
+    *,
+    tuned: bool = True,
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    logits: Pick | None = None,
+    chain: str | None = None,
+    seed: int = 0,
+    token_text: Any = None,
+    **options: Unpack[ModelOptions],
+) -> xr.Dataset:
+    """What the model's head reads from the state at each depth: the logit lens, and a tuned lens.
+
+    The head is everything that the model itself does with the last state: it is recorded in a forward and proven on the same
+    sequences and on others. The lens puts an earlier state in the place of the last one. For a single stream every stream gets
+    the state of that one, so that a head which merges streams reads it alone.
+
+    Parameters
+    ----------
+    model : Module
+        The model, run as it stands; nothing of it is changed or trained.
+    batch : mapping, tensor, tuple or iterable of these
+        As in `capture`, with at least two sequences.
+    tuned : bool
+        Also train one affine map a depth, on half of the sequences for the other half.
+    head : callable, optional
+        ``head(state)`` returns logits from (B, T, D), or (B, T, N, D) of several streams; it is proven too.
+    logits : callable, optional
+        ``logits(output)``, where the output has several tensors.
+    chain : str, optional
+        Which of several chains; its last state must lead to the output.
+    seed : int
+        Chooses the halves.
+    token_text : sequence of sequences of str, optional
+        Text of the tokens.
+    **options
+        Each option of `Options`.
+
+    Returns
+    -------
+    Dataset
+        ``entropy``, ``cross_entropy``, ``kl`` to the output (nats) and ``agreement`` of the most likely prediction, by lens
+        (``logit``, ``tuned``), depth and stream (``all``, then each one), with ``_error``, ``_low`` and ``_high`` over
+        sequences; ``prediction_depth`` (Baldock et al. 2021, here by the lens) and ``stream_disagreement``.
+
+    Raises
+    ------
+    HeadError
+        Where the output is computed from more than the last state.
+
+    References
+    ----------
+    nostalgebraist, "interpreting GPT: the logit lens" (2020); Belrose et al., "Eliciting latent predictions from transformers
+    with the tuned lens" (2303.08112); Baldock, Maennel and Neyshabur, "Deep learning through the lens of example difficulty"
+    (2106.09647).
+    """
+    # Tensors that are made in inference mode cannot be trained on.
+    with torch.inference_mode(False):
+        readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
+        if not readings:
+            raise InterventionError(
+                "no batch came: expected a mapping, a tensor, a tuple, or several of these"
+            )
+        maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
+        for reading in readings:
+            for depth in reading.depths:
+                reading.read("logit", depth, None)
+                if tuned:
+                    reading.read("tuned", depth, maps[depth])
+    return _dataset(readings, tuned, steps, type(model).__name__, token_text)
+
+
+@dataclass
+class _Reading:
+    """One batch: its states, its head, and what the head read."""
+
+    model: ModelUnderTest
+    head: Head
+    logits: torch.Tensor
+    targets: Targets
+    counted: torch.Tensor
+    depths: list[int]
+    # By lens and depth: (quantity, stream, B, T), and the disagreement of streams (B, T).
+    found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    apart: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    folds: torch.Tensor | None = None  # (B,): which of the maps was trained without the sequence
+
+    def example(self, depth: int) -> Example:
+        """What the map of a depth is trained on."""
+        last = self.model.base.states[len(self.model.chain.points) - 1]
+        return Example(self.model.base.states[depth], last, self.logits, self.head, self.counted)
+
+    def read(self, name: str, depth: int, maps: Sequence[Affine] | None) -> None:
+        """Read one depth by one lens."""
+        state = self._mapped(self.model.base.states[depth], maps)
+        quantities, log_ps = [], []
+        for stream, shown in self._streams(state, single=maps is None):
+            with torch.no_grad():
+                logits = self.head(shown).float()
+            quantities.append(self._quantities(logits))
+            if stream is not None:
+                log_ps.append(torch.log_softmax(logits, -1))
+        self.found[name, depth] = torch.stack(quantities, 1).cpu()
+        if log_ps:
+            self.apart[name, depth] = _disagreement(log_ps).cpu()
+
+    def _mapped(self, state: torch.Tensor, maps: Sequence[Affine] | None) -> torch.Tensor:
+        if maps is None:
+            return state
+        assert self.folds is not None
+        out = torch.empty_like(state)
+        for fold, each in enumerate(maps):
+            rows = (self.folds == fold).to(state.device)
+            out[rows] = each(state[rows])
+        return out
+
+    def _streams(self, state: torch.Tensor, *, single: bool) -> Iterator[tuple[int | None, torch.Tensor]]:
+        yield None, state
+        # The map is trained on all streams together: of one stream alone it would say little.
+        if single and state.shape[2] > 1:
+            for stream in range(state.shape[2]):
+                yield stream, state[:, :, stream : stream + 1].expand_as(state).contiguous()
+
+    def _quantities(self, logits: torch.Tensor) -> torch.Tensor:
+        entropy = torch.stack([_entropy(torch.log_softmax(row, -1)) for row in logits])
+        agrees = (logits.argmax(-1) == self.logits.argmax(-1)).float()
+        kl = divergence(self.logits.float(), logits)
+        found = torch.stack([entropy, self.targets.next_token_loss(logits), kl, agrees])
+        return found.masked_fill(~self.counted.to(found.device), torch.nan)
+
+
+def _entropy(log_p: torch.Tensor) -> torch.Tensor:
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _disagreement(log_ps: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over pairs of the Jensen-Shannon divergence, (B, T) in nats: at most ln 2."""
+    pairs = []
+    for one, other in combinations(log_ps, 2):
+        middle = torch.logaddexp(one, other) - np.log(2)
+        pairs.append(_entropy(middle) - (_entropy(one) + _entropy(other)) / 2)
+    return torch.stack(pairs).mean(0).clamp_min(0)
+
+
+def _prepare(
+    model: nn.Module, batch: Any, options: Options, head: Any, pick: Pick | None, chain: str | None
+) -> _Reading:
+    under_test = ModelUnderTest(model, batch, options, chain=chain)
+    try:
+        found = find_head(under_test, pick) if head is None else user_head(head, under_test, pick)
+    except HeadError as error:
+        names = [each.name for each in under_test.structure.chains]
+        if len(names) > 1:
+            raise HeadError(
+                f"{error}; or name another chain with chain=: {', '.join(map(repr, names))}"
+            ) from None
+        raise
+    logits = under_test.values(under_test.base.output, pick)
+    targets = targets_of(under_test, logits, pick)
+    states = under_test.base.states
+    last = states[len(under_test.chain.points) - 1]
+    # A state of another width or resolution does not fit the head.
+    depths = [depth for depth in sorted(states) if states[depth].shape == last.shape]
+    counted = torch.ones(logits.shape[:2], dtype=torch.bool) if targets.mask is None else targets.mask.cpu()
+    if logits.shape[1] != last.shape[1]:
+        counted = torch.ones(logits.shape[:2], dtype=torch.bool)
+    return _Reading(under_test, found, logits, targets, counted, depths)
+
+
+def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Affine]], int]:
+    """For each depth one map a fold, trained without the sequences of that fold."""
+    if any(
+        reading.logits.shape[1] != reading.model.base.states[reading.depths[-1]].shape[1]
+        for reading in readings
+    ):
+        raise HeadError(
+            "the head gives one prediction a sequence; a tuned lens needs one a token, so pass tuned=False"
+        )
+    counts = [len(reading.counted) for reading in readings]
+    # In each half one sequence to fit a map on, and one to see whether it is of use.
+    if sum(counts) < 2 * FOLDS:
+        raise InterventionError(
+            f"the tuned lens needs at least {2 * FOLDS} sequences, and there are {sum(counts)}; give more, or pass "
+            "tuned=False (--no-tuned)"
+        )
+    # As many sequences in each half, whichever they are.
+    order = np.random.default_rng(seed).permutation(sum(counts)) % FOLDS
+    for reading, folds in zip(readings, np.split(order, np.cumsum(counts)[:-1]), strict=True):
+        reading.folds = torch.as_tensor(folds)
+    depths = readings[0].depths
+    steps = affordable_steps([reading.example(depths[0]) for reading in readings], len(depths), FOLDS)
+    if any(parameter.is_inference() for parameter in readings[0].model.model.parameters()):
+        steps = 0  # no gradient passes weights that were made in inference mode; the regression needs none
+    maps: dict[int, list[Affine]] = {}
+    for depth in depths:
+        examples = [reading.example(depth) for reading in readings]
+        # The last depth is what the head reads anyway: there the identity is the best map.
+        count = steps if depth != depths[-1] else 0
+        maps[depth] = [train(examples, [r.folds != fold for r in readings], count) for fold in range(FOLDS)]
+    return maps, steps
+
+
+# --- the result
+
+
+def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token_text: Any) -> xr.Dataset:
+    first = readings[0]
+    names = ("logit", "tuned") if tuned else ("logit",)
+    streams = max(values.shape[1] for values in first.found.values())
+    tokens = max(reading.counted.shape[1] for reading in readings)
+    samples = sum(len(reading.counted) for reading in readings)
+    # (quantity, lens, depth, stream, sample, token)
+    values = np.full((len(QUANTITIES), len(names), len(first.depths), streams, samples, tokens), np.nan)
+    apart = np.full((len(names), len(first.depths), samples, tokens), np.nan)
+    begin = 0
+    for reading in readings:
+        rows = slice(begin, begin + len(reading.counted))
+        begin = rows.stop
+        for (lens_name, depth), found in reading.found.items():
+            at = names.index(lens_name), first.depths.index(depth)
+            values[:, at[0], at[1], : found.shape[1], rows, : found.shape[3]] = found.numpy()
+            if (lens_name, depth) in reading.apart:
+                masked = reading.apart[lens_name, depth].masked_fill(~reading.counted, torch.nan)
+                apart[at[0], at[1], rows, : masked.shape[1]] = masked.numpy()
+    variables: dict[str, Any] = {}
+    for position, quantity in enumerate(QUANTITIES):
+        variables |= _estimates(quantity, values[position])
+    agrees = values[QUANTITIES.index("agreement")]
+    variables["token_agreement"] = (("lens", "depth", "stream", "sample", "token"), agrees)
+    variables["prediction_depth"] = (
+        ("lens", "stream", "sample", "token"),
+        prediction_depth(agrees, np.array(first.depths)),
+    )
+    known = ~np.isnan(apart)
+    counts = known.sum((-1, -2))
+    means = np.divide(np.nansum(apart, (-1, -2)), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    variables["stream_disagreement"] = (("lens", "depth"), means)
+    coords: dict[str, Any] = {
+        "lens": np.array(names, dtype=object),
+        "depth": np.array(first.depths),
+        "stream": np.array([ALL, *map(str, range(streams - 1))], dtype=object),
+        "layer": ("depth", np.array([first.model.chain.points[depth].layer for depth in first.depths])),
+    }
+    if token_text is not None:
+        texts = np.full((samples, tokens), "", dtype=object)
+        for row, words in enumerate(list(token_text)[:samples]):
+            texts[row, : min(len(words), tokens)] = [str(word) for word in list(words)[:tokens]]
+        coords["token_text"] = (("sample", "token"), texts)
+    attrs = {
+        "model": name,
+        "num_streams": first.model.num_streams,
+        "no_loss": first.targets.why,
+        "tuned_steps": steps,
+        "tuned_on": f"each sequence by maps trained without it ({FOLDS} halves)" if tuned else "not trained",
+        "interval": "95 %, Student's t over sequences",
+    }
+    return declared(xr.Dataset(variables, coords, attrs), LENS)
+
+
+def _estimates(quantity: str, values: np.ndarray) -> dict[str, Any]:
+    counts = (~np.isnan(values)).sum(-1)
+    of_sequence = np.divide(
+        np.nansum(values, -1), counts, out=np.full(counts.shape, np.nan), where=counts > 0
+    )
+    shape = of_sequence.shape[:-1]
+    found = [estimate(row) for row in of_sequence.reshape(-1, of_sequence.shape[-1])]
+    return {
+        quantity + ending: (
+            ("lens", "depth", "stream"),
+            np.array([getattr(each, part) for each in found]).reshape(shape),
+        )
+        for ending, part in (("", "mean"), ("_error", "error"), ("_low", "low"), ("_high", "high"))
+    }
+
+
+def prediction_depth(agrees: np.ndarray, depths: np.ndarray) -> np.ndarray:
+    """The first depth from which on the most likely prediction is the output's, at all later depths too.
+
+    Parameters
+    ----------
+    agrees : ndarray
+        (lens, depth, stream, sample, token): 1, 0, or NaN where the token does not count.
+    depths : ndarray
+        (depth,).
+
+    Returns
+    -------
+    ndarray
+        (lens, stream, sample, token); NaN on padding, and where even the last depth reads another prediction.
+    """
+    # From the last depth backwards: how many in a row agree.
+    stays = np.cumprod(np.nan_to_num(agrees[:, ::-1]), axis=1).sum(1).astype(int)
+    first = np.where(stays > 0, depths[np.minimum(len(depths) - stays, len(depths) - 1)], np.nan)
+    return np.where(np.isnan(agrees[:, -1]), np.nan, first)

@@ -1,0 +1,96 @@
+"""ablate and lens: from a factory and a text to a table, JSON and a file; of a run its own checkpoint and text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from depthscope.app.cli.command import FINE, USAGE
+from depthscope.app.cli.main import main
+from depthscope.diagnostics import experiments
+
+FACTORY = "tests.app.cli.byte_model:build"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return path
+
+
+def call(*words) -> int:
+    return main([str(word) for word in words])
+
+
+def test_ablate_tells_what_each_block_does(text, tmp_path, capsys):
+    out = tmp_path / "result.h5"
+    words = ("ablate", FACTORY, "--text", text, "--length", 16, "--sequences", 3, "--out", out)
+    assert call(*words, "--do", "skip,repeat", "--blocks", "0-1", "--json") == FINE
+    told = json.loads(capsys.readouterr().out)
+    assert [row["experiment"] for row in told["experiments"]] == [
+        "skip block 0", "skip block 1", "repeat block 0", "repeat block 1",
+    ]  # fmt: skip
+    assert told["experiments"][0]["loss_change_low"] < told["experiments"][0]["loss_change_high"]
+    assert told["base_loss"]["sequences"] == 3
+    saved = experiments.open_result(out)
+    assert saved.sizes["experiment"] == 4
+    assert saved.token_text.values[0, 0] in set(text.read_text())
+    assert call(*words) == USAGE
+    assert "exists; name another file, or add --force" in capsys.readouterr().err
+    assert call(*words, "--force") == FINE
+    assert "skip block 1" in capsys.readouterr().out
+
+
+def test_lens_tells_what_each_depth_reads(text, capsys):
+    words = ("lens", FACTORY, "--text", text, "--length", 16)
+    assert call(*words, "--sequences", 4, "--json") == FINE
+    told = json.loads(capsys.readouterr().out)
+    assert {row["lens"] for row in told["readings"]} == {"logit", "tuned"}
+    assert told["readings"][2]["agreement"] == 1
+    assert call(*words, "--sequences", 3) == USAGE
+    assert "at least 4 sequences" in capsys.readouterr().err
+    assert call(*words, "--sequences", 3, "--no-tuned") == FINE
+    assert "prediction depth, logit lens:" in capsys.readouterr().out
+
+
+def test_of_a_run_its_checkpoint_and_its_text_are_asked_for(text, tmp_path, capsys):
+    run = tmp_path / "a.nc"
+    sizes = ("--length", 16, "--sequences", 3)
+    assert call("probe", FACTORY, "--text", text, *sizes, "--out", run, "--no-gradients") == FINE
+    capsys.readouterr()
+    assert call("ablate", run, "--text", text) == USAGE
+    error = capsys.readouterr().err
+    assert "name the checkpoint with --model" in error
+    assert "sha256:" in error
+    assert call("ablate", run, "--model", f"{FACTORY}_another", "--text", text) == USAGE
+    assert "has other weights" in capsys.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text("another text " * 20)
+    assert call("ablate", run, "--model", FACTORY, "--text", other) == USAGE
+    assert "another text than the run's (notes.txt" in capsys.readouterr().err
+    assert call("ablate", run, "--model", FACTORY, "--text", text, "--do", "skip") == FINE
+    saved = experiments.open_result(tmp_path / "a.ablate.h5")
+    assert (saved.sizes["sample"], saved.sizes["token"]) == (3, 16)  # as in the run
+    assert (
+        call("ablate", run, "--model", FACTORY, "--text", text, "--do", "patch", "--from", run, "--force")
+        == FINE
+    )
+    patched = experiments.open_result(tmp_path / "a.ablate.h5")
+    assert float(abs(patched.output_change).max()) == 0  # its own states
+
+
+def test_what_does_not_go_together_is_one_line(text, capsys):
+    words = ("ablate", FACTORY, "--text", text)
+    assert call(*words, "--do", "patch") == USAGE
+    assert "--do patch and --from RUN go together" in capsys.readouterr().err
+    assert call(*words, "--model", FACTORY) == USAGE
+    assert "is no run file; leave --model out" in capsys.readouterr().err
+    assert call(*words, "--do", "identity", "--length", 16) == USAGE
+    assert "needs several residual streams" in capsys.readouterr().err
+    assert call(*words, "--sites", "mid") == USAGE
+    assert "leave it out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call(*words, "--blocks", "5-3")
+    assert "give such as 3 or 3,5-7" in capsys.readouterr().err

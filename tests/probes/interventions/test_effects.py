@@ -1,0 +1,153 @@
+"""What a change does is measured against losses, divergences and intervals that are computed here by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import nn
+
+import depthscope as ds
+from depthscope.probes.interventions import InterventionError
+from tests.models.small_models import llama
+from tests.probes.interventions.local_streams import LocalStreams, ids
+
+
+def test_loss_divergence_and_interval_of_a_skipped_block():
+    model, batch = LocalStreams(layers=2).eval(), ids(5)
+    without = LocalStreams(layers=2).eval()
+    without.load_state_dict(model.state_dict())
+    del without.layers[0]
+    with torch.no_grad():
+        p, q = torch.log_softmax(model(batch), -1), torch.log_softmax(without(batch), -1)
+
+    def loss(log_p):
+        return nn.functional.nll_loss(log_p[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+
+    found = ds.interventions.ablate(model, batch, ds.interventions.plan("skip", blocks=0))
+    change = (loss(q) - loss(p)).reshape(5, -1).mean(1).numpy()
+    assert float(found.loss_change[0]) == pytest.approx(change.mean(), abs=1e-5)
+    reach = scipy.stats.t.ppf(0.975, 4) * change.std(ddof=1) / np.sqrt(5)
+    assert float(found.loss_change_low[0]) == pytest.approx(change.mean() - reach, abs=1e-5)
+    kl = (p.exp() * (p - q)).sum(-1)
+    np.testing.assert_allclose(found.token_kl[0], kl, atol=1e-5)
+    assert float(found.kl[0]) == pytest.approx(float(kl.mean()), abs=1e-5)
+    with torch.no_grad():
+        moved = (without(batch) - model(batch)).norm(dim=-1) / model(batch).norm(dim=-1)
+    np.testing.assert_allclose(found.token_output_change[0], moved, atol=1e-5)
+    assert np.isnan(found.base_loss.values[:, -1]).all()  # no next token is known there
+
+
+def test_several_batches_are_one_sample():
+    model, batch = LocalStreams(layers=2).eval(), ids(4)
+    whole = ds.interventions.ablate(model, batch, ["skip", "uniform"])
+    parts = ds.interventions.ablate(model, [batch[:2], batch[2:]], ["skip", "uniform"])
+    assert list(parts.experiment.values) == list(whole.experiment.values)
+    for name in ("loss_change", "loss_change_error", "kl", "output_change"):
+        np.testing.assert_allclose(parts[name], whole[name], atol=1e-6)
+
+
+def test_padding_does_not_count():
+    model, batch = llama(), torch.randint(3, 60, (3, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(batch)
+    mask[1, 6:] = 0
+    found = ds.interventions.ablate(model, {"input_ids": batch, "attention_mask": mask}, "skip")
+    assert np.isnan(found.token_kl.values[:, 1, 6:]).all()
+    # The last real token predicts a padding token.
+    assert np.isnan(found.token_loss.values[:, 1, 5:]).all()
+    assert not np.isnan(found.token_loss.values[:, 0, :-1]).any()
+    alone = ds.interventions.ablate(model, {"input_ids": batch[1:2, :6]}, "skip")
+    np.testing.assert_allclose(alone.token_loss.values[:, 0], found.token_loss.values[:, 1, :6], atol=1e-5)
+
+
+def test_a_model_that_sees_later_tokens_has_no_next_token_loss():
+    class Bidirectional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(41, 8)
+            self.layers = nn.ModuleList(
+                nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)
+            )
+            self.head = nn.Linear(8, 41)
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Bidirectional().eval()
+    found = ds.interventions.ablate(model, ids(), "skip")
+    assert "the model sees later tokens" in found.attrs["no_loss"]
+    assert bool(found.loss_change.isnull().all())
+    assert float(found.output_change.min()) > 0
+
+    def loss(output, batch):
+        return nn.functional.cross_entropy(output.mT, batch, reduction="none")
+
+    given = ds.interventions.ablate(model, ids(), "skip", loss=loss)
+    assert given.attrs["no_loss"] == ""
+    assert not bool(given.loss_change.isnull().any())
+    scalar = ds.interventions.ablate(model, ids(), "skip", loss=lambda output, batch: output.square().mean())
+    assert bool(scalar.loss_change_error.isnull().all())
+    assert not bool(scalar.loss_change.isnull().any())
+    with pytest.raises(RuntimeError, match=r"loss= returned a tensor of shape \(4, 9, 41\)"):
+        ds.interventions.ablate(model, ids(), "skip", loss=lambda output, batch: output)
+
+
+def test_hidden_states_are_no_logits():
+    model = LocalStreams(layers=2).eval()
+    model.head = nn.Identity()
+    small = ids() % 16
+    found = ds.interventions.ablate(model, small, "skip")
+    assert "not known to be logits" in found.attrs["no_loss"]
+    assert bool(found.kl.isnull().all())
+
+
+def test_the_share_that_is_rescued():
+    model, batch = LocalStreams().eval(), ids(6)
+    # A loss that grows with the distance from the unchanged output, whatever the change is.
+    with torch.no_grad():
+        right = model(batch)
+
+    def distance(output, _):
+        return (output - right).square().mean((1, 2))
+
+    found = ds.interventions.ablate(
+        model, batch, ds.interventions.plan("rescue", streams=1, depths=[0, 1, 3]), loss=distance
+    )
+    removed, early, late = found.loss_change.values
+    assert np.isnan(found.rescued[0])
+    np.testing.assert_allclose(found.rescued[1:], [1 - early / removed, 1 - late / removed])
+
+
+def test_an_unknown_experiment_names_the_closest():
+    with pytest.raises(ValueError, match="no experiment 'skipp'; closest: 'skip'"):
+        ds.interventions.ablate(LocalStreams(), ids(), "skipp")
+    with pytest.raises(ValueError, match="patch needs source="):
+        ds.interventions.plan("patch")
+    with pytest.raises(InterventionError, match="has blocks 0 … 2"):
+        ds.interventions.ablate(LocalStreams(), ids(), ds.interventions.plan("skip", blocks=7))
+
+
+def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
+    from depthscope.diagnostics import experiments
+    from depthscope.diagnostics.schema import list_runs
+
+    result = ds.interventions.ablate(
+        LocalStreams().eval(), ids(), ["skip", "identity"], token_text=[["a"] * 9] * 4
+    )
+    ds.save_run(ds.capture(LocalStreams().eval(), ids()), tmp_path / "a.nc")
+    place = experiments.save_result(result, experiments.beside(tmp_path / "a.nc", "ablate"))
+    assert place.name == "a.ablate.h5"
+    assert list(list_runs(tmp_path)) == ["a"]  # it is no run
+    again = experiments.open_result(place)
+    assert list(again.experiment.values) == list(result.experiment.values)
+    np.testing.assert_array_equal(again.token_loss, result.token_loss)
+    assert experiments.describe_results(again) == experiments.describe_results(result)
+    assert len(experiments.describe_results(again)) == 3
+    with pytest.raises(ValueError, match="is no result of experiments"):
+        experiments.open_result(tmp_path / "a.nc")

@@ -1,0 +1,166 @@
+"""The lens reads what final norm and unembedding, applied by hand, read; a tuned lens is judged on sequences it never saw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import depthscope as ds
+from depthscope.probes.interventions import ModelUnderTest
+from depthscope.probes.lens import HeadError
+from depthscope.probes.lens.head import find_head
+from depthscope.probes.lens.readings import prediction_depth
+from tests.models.families import PAIRS, built
+from tests.models.small_models import deepseek, llama, lucidrains
+from tests.probes.interventions.local_streams import STREAMS, LocalStreams, ids
+
+
+def texts(sequences: int = 4) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 64, (sequences, 10), generator=torch.Generator().manual_seed(0))}
+
+
+def test_the_lens_is_the_final_norm_and_the_unembedding_of_each_state():
+    model, batch = llama(), texts()
+    found = ds.lens(model, batch, tuned=False)
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states  # the last one is normed
+        output = torch.log_softmax(model(**batch).logits, -1)
+        for depth in range(3):
+            read = torch.log_softmax(model.lm_head(model.model.norm(states[depth])), -1)
+            one = found.sel(lens="logit", depth=depth, stream="all")
+            entropy = -(read.exp() * read).sum(-1).mean()
+            kl = (output.exp() * (output - read)).sum(-1).mean()
+            agrees = (read.argmax(-1) == output.argmax(-1)).float().mean()
+            loss = nn.functional.nll_loss(read[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+            for name, expected in (
+                ("entropy", entropy),
+                ("kl", kl),
+                ("agreement", agrees),
+                ("cross_entropy", loss),
+            ):
+                assert float(one[name]) == pytest.approx(float(expected), abs=1e-5), (depth, name)
+    last = found.sel(lens="logit", depth=3, stream="all")
+    assert (float(last.kl), float(last.agreement)) == (0, 1)
+
+
+def test_a_single_stream_is_read_alone():
+    model = LocalStreams().eval()
+    found = ds.lens(model, ids(), tuned=False)
+    assert list(found.stream.values) == ["all", "0", "1", "2"]
+    under_test = ModelUnderTest(model, ids())
+    with torch.no_grad():
+        output = torch.log_softmax(model(ids()), -1)
+        read = [
+            torch.log_softmax(model.head(model.norm(under_test.base.states[2][:, :, s])), -1)
+            for s in range(STREAMS)
+        ]
+    kl = (output.exp() * (output - read[1])).sum(-1).mean()
+    assert float(found.kl.sel(lens="logit", depth=2, stream="1")) == pytest.approx(float(kl), abs=1e-5)
+    # Jensen-Shannon: the mean divergence of two predictions from their middle.
+    pairs = []
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        middle = ((read[one].exp() + read[other].exp()) / 2).log()
+        pairs += [(read[s].exp() * (read[s] - middle)).sum(-1).mean() / 2 for s in (one, other)]
+    assert float(found.stream_disagreement.sel(lens="logit", depth=2)) == pytest.approx(
+        float(sum(pairs)) / 3, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: lucidrains("hc", closure=True, layers=1), lambda: deepseek(layers=1)]
+)
+def test_the_head_of_streams_is_found_by_proof(build):
+    model = build()
+    batch = texts(3) if hasattr(model, "config") else texts(3)["input_ids"]
+    under_test = ModelUnderTest(model, batch)
+    head = find_head(under_test)
+    last = under_test.base.states[len(under_test.chain.points) - 1]
+    with torch.no_grad():
+        torch.testing.assert_close(head(last), under_test.values(under_test.base.output), rtol=0, atol=1e-6)
+
+
+def test_an_output_that_reads_more_than_the_last_state_is_refused():
+    class Skipping(LocalStreams):
+        def forward(self, ids):
+            x = self.embed(ids).unsqueeze(2).repeat(1, 1, STREAMS, 1) * self.start
+            first = x
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(self.norm(x.mean(2)) + first[:, :, 0])
+
+    with pytest.raises(HeadError, match="the output is computed from more than the last state"):
+        ds.lens(Skipping().eval(), ids(), tuned=False)
+    encoder = next(family for family in PAIRS if family.name == "t5")
+    with pytest.raises(HeadError, match="name another chain with chain=: 'encoder', 'decoder'"):
+        ds.lens(built(encoder), encoder.batch(), tuned=False)
+    found = ds.lens(built(encoder), encoder.batch(), chain="decoder", tuned=False)
+    assert float(found.agreement[0, -1, 0]) == 1
+
+
+def test_a_given_head_is_proven_too():
+    model, batch = llama(), texts()
+    given = ds.lens(model, batch, tuned=False, head=lambda state: model.lm_head(model.model.norm(state)))
+    found = ds.lens(model, batch, tuned=False)
+    np.testing.assert_allclose(given.kl, found.kl, atol=1e-6)
+    with pytest.raises(HeadError, match="misses the output by a relative error"):
+        ds.lens(model, batch, tuned=False, head=lambda state: model.lm_head(state))
+
+
+class Turning(nn.Module):
+    """A state that each block turns by much: the logit lens sees little of it, an affine map all."""
+
+    class Block(nn.Module):
+        def __init__(self, turn: torch.Tensor):
+            super().__init__()
+            self.turn = nn.Parameter(turn)
+
+        def forward(self, x):
+            return x + 3 * nn.functional.linear(x, self.turn)
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(41, 16), nn.LayerNorm(16), nn.Linear(16, 41)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+        turns = torch.linalg.qr(torch.randn(2, 16, 16, generator=generator))[0]
+        self.layers = nn.ModuleList(self.Block(turn) for turn in turns)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def test_the_tuned_lens_reads_held_out_sequences_better_and_leaves_the_model_alone():
+    model = Turning().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = ds.lens(model, ids(8, 12))
+    logit, tuned = (found.kl.sel(lens=name, stream="all").values for name in ("logit", "tuned"))
+    assert (tuned[:-1] < 0.2 * logit[:-1]).all()
+    assert (tuned[-1], logit[-1]) == (0, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    again = ds.lens(model, ids(8, 12))
+    np.testing.assert_array_equal(again.kl, found.kl)  # the same numbers every time
+
+
+def test_the_tuned_lens_of_noise_is_no_worse_than_the_logit_lens():
+    found = ds.lens(LocalStreams(layers=2).eval(), ids(4))
+    logit, tuned = (found.kl.sel(lens=name, stream="all").values for name in ("logit", "tuned"))
+    assert (tuned <= 1.3 * logit + 1e-6).all()
+
+
+def test_prediction_depth_is_the_first_from_which_the_prediction_stays():
+    agrees = np.array([[1, 0, 0, 1], [0, 1, 0, np.nan], [1, 1, 0, 1], [1, 1, 0, np.nan]])  # depth × token
+    depths = np.array([0, 2, 3, 5])
+    found = prediction_depth(agrees[None, :, None, None], depths)[0, 0, 0]
+    np.testing.assert_array_equal(found, [3, 2, np.nan, np.nan])
+
+
+def test_one_sequence_is_too_few_for_the_proof():
+    with pytest.raises(HeadError, match="at least two sequences"):
+        ds.lens(llama(), texts(1), tuned=False)

@@ -1,0 +1,71 @@
+"""Who says it? A definition names its source, a limit its own; an entry of the bibliography is used."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import depthscope.diagnostics
+from depthscope.app.text.bibliography import bibliography, entries
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.theory import LAWS
+from depthscope.diagnostics.verdicts import VERDICTS
+
+KEYS = set(entries(bibliography()))
+# Limits that a publication states, by the name of their metric or verdict: none does for any of ours.
+STATED_LIMITS: dict[str, str] = {}
+# What the cited publication does not define, whatever else it measures.
+OUR_DEFINITIONS = {
+    *(
+        "num_tokens",
+        "top_energy",
+        "streamed_top_energy",
+        "identity_distance",
+        "effective_path_depth",
+        "mixing_entropy",
+    ),
+    *("relative_gradient", "branch_share", "dirichlet_energy", "signal_share", "relative_deflated_gain"),
+    *("composite_identity_distance", "closest_stream_cosine"),
+}
+CALIBRATED = "calibrated on "
+
+
+def is_a_source(source: str, name: str) -> bool:
+    return source == OURS or source.startswith(CALIBRATED) or STATED_LIMITS.get(name) == source
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_limit_is_not_attributed_to_a_publication_that_states_none(name):
+    assert is_a_source(VERDICTS[name].limits.source, name)
+
+
+@pytest.mark.parametrize("name", [name for name, metric in CATALOGUE.items() if metric.healthy])
+def test_a_healthy_range_has_a_source_of_its_own(name):
+    assert is_a_source(CATALOGUE[name].healthy.source, name)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_definition_is_ours_or_its_publication_is_in_the_bibliography(name):
+    cite = CATALOGUE[name].cite
+    assert (cite == OURS) == (name in OUR_DEFINITIONS)
+    assert cite == OURS or cite in KEYS
+
+
+def test_every_entry_is_the_source_of_something():
+    cited = {metric.cite for metric in CATALOGUE.values()} | {law.cite for law in LAWS.values()}
+    # Kernels name their sources in words, by arXiv number or by author and year.
+    folder = Path(depthscope.diagnostics.__file__).parent
+    words = " ".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    for key, entry in entries(bibliography()).items():
+        eprint = re.search(r"eprint\s*=\s*\{([\d.]+)\}", entry)
+        surname, year = (
+            re.search(r"author\s*=\s*\{([^,]+),", entry)[1],
+            key.strip("abcdefghijklmnopqrstuvwxyz"),
+        )
+        named = (eprint and eprint[1] in words) or re.search(
+            rf"{re.escape(surname)}\b[^.]{{0,40}}\b{year}", words
+        )
+        assert key in cited or named, f"{key} is the source of nothing: cite it or delete it"
