@@ -1,4 +1,4 @@
-"""Do heads still choose among tokens by degrees, or has each query settled on a single one?"""
+"""Do heads still choose among tokens by degrees, or has each query settled on one? What attention weights look like."""
 
 from __future__ import annotations
 
