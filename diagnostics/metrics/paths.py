@@ -55,7 +55,10 @@ def _equal_share(mixing: Mixing) -> xr.DataArray:
     estimator="ratio of sums over tokens",
 )
 def read_share(mixing: Mixing, read_weights: np.ndarray) -> xr.DataArray:
-    """Share of each stream in what a connection reads."""
+    """Share of each stream in what a connection reads.
+
+    NaN where H_pre was inferred from streams that are equal, which do not tell it.
+    """
     return _labelled_shares(mixing, read_weights)
 
 

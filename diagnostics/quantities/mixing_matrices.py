@@ -299,10 +299,16 @@ def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
     return mixing.each(lambda h: np.abs(kernel.eigenvalues(h)))
 
 
-@quantity
-def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
-    """Weights by which every connection reads the streams, (C, N, n)."""
-    return require_finite(real_tokens(h_pre, mask), "h_pre")
+@quantity(roots=("h_pre",))
+def read_weights(
+    h_pre: xr.DataArray, mask: xr.DataArray, read_known: xr.DataArray | None = None
+) -> np.ndarray:
+    """Weights by which every connection reads the streams, (C, N, n); 0 where they are not known.
+
+    Equal streams do not tell by which weights they are read: such tokens count for no share.
+    """
+    weights = require_finite(real_tokens(h_pre, mask), "h_pre")
+    return weights if read_known is None else weights * real_tokens(read_known, mask)[..., None]
 
 
 @quantity

@@ -16,12 +16,16 @@ CUT_GRADIENT = "cut_gradient"
 FROZEN_MODULES = "frozen_modules"
 """Attribute of the updates of weights: modules none of whose parameters is trained, while others are."""
 
+INFERRED = "inferred_at"
+"""Attribute of what is known of h_pre: the connections at which it was inferred from the streams and the branch's input."""
+
 NOT_FINITE = "not_finite_tokens"
 """Attribute of a metric: how many tokens have NaN or infinities, by depth or connection."""
 
 # Dims that several variables have in common.
 STATE = ("depth", "sample", "token", "stream", "feature")
 ROUTE = ("connection", "sample", "token")
+QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 MOTION = ("step", "weight")
@@ -75,6 +79,11 @@ TRACE: dict[str, Variable] = {
     "write": Variable(
         (*ROUTE, "stream", "view_out"), "f", "write weights of several branch outputs, in place of h_post"
     ),
+    "read_known": Variable(
+        ROUTE,
+        "f",
+        "1 where h_pre is known, 0 where it was inferred from equal streams; absent where the module gives it",
+    ),
     "views_in": Variable((*ROUTE, "view_in", "feature"), "f", "several branch inputs, in place of branch_in"),
     "views_out": Variable(
         (*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"
@@ -103,6 +112,11 @@ TRACE: dict[str, Variable] = {
         "f",
         "how much of each source the next state keeps, apart from its own branch's output",
     ),
+    "query_entropy": Variable(
+        QUERY, "f", "entropy of the attention weights of each query before a state, in nats"
+    ),
+    "query_keys": Variable(QUERY, "f", "number of keys that the query may attend to"),
+    "query_first_weight": Variable(QUERY, "f", "weight of the query on the first of these keys"),
     "final": Variable(("sample", "token", "feature"), "f", "output of the last norm, which the head reads"),
     "final_gradient": Variable(("sample", "token", "feature"), "f", "gradient with respect to that state"),
     "mask": Variable(("sample", "token"), "b", "true where the token is real, false on padding"),
@@ -143,6 +157,9 @@ PLAIN_FACTORS = ("residual_scale", "branch_scale", "residual_gate", "branch_gate
 
 AFTER_SUM = ("", "norm", "activation")
 """What may be applied to the sum of a plain connection to give the next state."""
+
+OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
+"""Variables of attention weights: three numbers for each query, in place of a matrix for each head."""
 
 OVER_DEPTH = ("depth_read", "depth_carry")
 """Variables of connections that read or keep more depths than their own."""

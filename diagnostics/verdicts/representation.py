@@ -176,6 +176,8 @@ def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:
         "gain_explosion": overlapping,
         "wasted_layer": within,
         "same_representation": within,
+        # Beside a large vector that all tokens share, nothing that is added turns them.
+        "common_vector": from_there_on,
     },
 )
 def idle_layer(

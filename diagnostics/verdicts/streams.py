@@ -69,9 +69,9 @@ def _untrained(stream_cosine: xr.DataArray | None, read_share: xr.DataArray | No
 SUM_ERROR = 1e-2
 
 
-# Over 60 connections an error of 0.01 in every sum is a gain of 1.8 where all are alike, and one of 0.1 of 300. Twenty rounds
-# of Sinkhorn leave up to 0.07 in trained networks whose logits are some 8 apart.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=SUM_ERROR, warn=1e-1, fail=3e-1))
+# Over 60 connections an error of 0.01 in every sum is a gain of 1.8, and one of 0.1 of 300: so where most matrices have it, as
+# of too few iterations.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=SUM_ERROR, fail=1e-1))
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -88,8 +88,15 @@ def sinkhorn_not_converged(
     typical = worst.sel(kind=["row", "column"]).max("kind").median("connection")
     if not satisfies(attrs, DOUBLY) and typical < SUM_ERROR:
         return None
+    # Twenty rounds leave some tokens of some connections with 0.07 in trained networks whose logits are some 8 apart.
+    usual = (
+        doubly_stochastic_violation.sel(kind=["row", "column"], reduction="median")
+        .max("kind")
+        .median("connection")
+    )
+    limits = Limits(info=SUM_ERROR, warn=1e-1, fail=3e-1) if usual < SUM_ERROR else None
     sides = ((worst.sel(kind=kind, drop=True), kind) for kind in ("row", "column"))
-    return [Profile(values, f"the worst error of a {kind} sum is") for values, kind in sides]
+    return [Profile(values, f"the worst error of a {kind} sum is", limits=limits) for values, kind in sides]
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.

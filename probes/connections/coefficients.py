@@ -72,6 +72,8 @@ class Parts(Weights):
         (B, T, V, D).
     branch_out : Tensor or None
         (B, T, V, D), where the connection itself takes it.
+    read_known : Tensor or None
+        (B, T), where H_pre was inferred from the streams: 1 where they determine it, 0 where equal streams leave it open.
     """
 
     mix: torch.Tensor | None
@@ -79,6 +81,7 @@ class Parts(Weights):
     write: torch.Tensor
     branch_in: torch.Tensor
     branch_out: torch.Tensor | None = None
+    read_known: torch.Tensor | None = None
 
 
 def as_views(

@@ -89,3 +89,21 @@ def least_squares_read(x: torch.Tensor, branch_in: torch.Tensor) -> torch.Tensor
     inverse = torch.linalg.pinv(streams.mT, rtol=RANK_TOLERANCE)
     read = (inverse @ torch.where(finite, branch_in, 0.0).double().unsqueeze(-1)).squeeze(-1).float()
     return torch.where(finite, read, torch.nan)
+
+
+def are_independent(x: torch.Tensor) -> torch.Tensor:
+    """Whether the streams of a token are linearly independent, so that they determine what reads them: 1 or 0.
+
+    Parameters
+    ----------
+    x : Tensor
+        Streams, (..., N, D).
+
+    Returns
+    -------
+    Tensor
+        (...); 0 where they are not finite.
+    """
+    finite = x.isfinite().all(-1).all(-1)
+    streams = torch.where(finite[..., None, None], x, 0.0).double()  # torch's SVD raises at NaN
+    return (torch.linalg.matrix_rank(streams, rtol=RANK_TOLERANCE) == x.shape[-2]).float()

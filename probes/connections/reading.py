@@ -16,7 +16,7 @@ from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
-from depthscope.probes.connections.read_weights import find_read_weights, least_squares_read
+from depthscope.probes.connections.read_weights import are_independent, find_read_weights, least_squares_read
 from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
@@ -84,8 +84,10 @@ def read_returned(
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
         write = sampled.write.squeeze(-1)
         read = watched_read(site, x, rows, branch_in, computed(rows), write=write, place=place)
-        # no tensor of the module explains the branch input: it may read by a fused kernel
-        sampled.read = (least_squares_read(streams, branch_in) if read is None else read).unsqueeze(-2)
+        if read is None:
+            # No tensor of the module explains the branch input: it may read by a fused kernel.
+            read, sampled.read_known = least_squares_read(streams, branch_in), are_independent(streams)
+        sampled.read = read.unsqueeze(-2)
     return sampled, parts
 
 

@@ -125,6 +125,7 @@ class _BatchRows:
     left_out: dict[str, str]
     why: str
     num_streams: int
+    proof: str
 
 
 def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _Settings) -> _BatchRows:
@@ -147,7 +148,9 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
             effects.append(measure.effect(change, passed))
     if not effects:
         raise InterventionError(next(iter(left_out.values()), "no experiment could be made"))
-    return _BatchRows(measure.base_loss, effects, left_out, measure.why, under_test.num_streams)
+    return _BatchRows(
+        measure.base_loss, effects, left_out, measure.why, under_test.num_streams, under_test.proof
+    )
 
 
 class _Measure:
@@ -224,6 +227,7 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     attrs = {
         "model": name,
         "num_streams": rows[0].num_streams,
+        "proof": rows[0].proof,
         "no_loss": rows[0].why,
         "left_out": [f"{key}: {why}" for key, why in left_out.items()],
         "interval": "95 %, Student's t over sequences",

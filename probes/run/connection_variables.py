@@ -57,7 +57,7 @@ def connection_variables(
         variables = _branch_variables(number, chain, sequences, tokens, precision)
     stores = session.options.selection.stores_variable
     # What is known of a plain connection is known from its branch's output.
-    of_branches = dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
+    of_branches = {"read_known": "h_pre"} | dict.fromkeys((*schema.PLAIN_FACTORS, "proof"), "branch_out")
     asked_as = {**ONE_VIEW_NAMES, "h_res_returned": "h_res", **of_branches}
     return {
         name: value
@@ -94,13 +94,24 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
             ONE_VIEW_NAMES.get(name, name): array.squeeze(VIEW_AXES[name]) if name in VIEW_AXES else array
             for name, array in arrays.items()
         }
+    inferred = [number for number, joint in enumerate(joints) if joint.parts.read_known is not None]
+    if inferred:
+        # What the module gives is known; what was inferred, where the streams determine it.
+        arrays["read_known"] = np.stack([_read_known(joint) for joint in joints])
     variables: dict[str, Any] = {name: (schema.TRACE[name].dims, array) for name, array in arrays.items()}
+    if inferred:
+        variables["read_known"] = (*variables["read_known"], {schema.INFERRED: inferred})
     other_errors = [_other_orientation_error(evidence, number) for number in range(len(evidence.proofs))]
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
     variables["other_orientation_error"] = ("connection", np.array(other_errors))
     variables["read_error"] = ("connection", np.array([_read_error(joint) for joint in joints]))
     variables["rounding"] = ("connection", np.array(rounding))
     return variables
+
+
+def _read_known(joint: Joint) -> np.ndarray:
+    known = joint.parts.read_known
+    return np.ones(joint.mask.shape, np.float32) if known is None else known.float().numpy()
 
 
 def _read_error(joint: Joint) -> float:

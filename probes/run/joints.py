@@ -58,7 +58,14 @@ def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
         path=link.path,
         x_in=states(link.depth_in),
         x_out=states(link.depth_out),
-        parts=Parts(stack(lambda p: p.mix), stack(lambda p: p.read), write, branch_in, branch_out),
+        parts=Parts(
+            stack(lambda p: p.mix),
+            stack(lambda p: p.read),
+            write,
+            branch_in,
+            branch_out,
+            stack(lambda p: p.read_known),
+        ),
         mask=torch.from_numpy(mask),
         # In which the model multiplies them, so that the tolerance is that of its rounding: autocast's, where it is on.
         dtype=session.observer.precision,

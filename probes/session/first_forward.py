@@ -31,6 +31,7 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
+from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -71,6 +72,8 @@ class FirstForward:
         Called with every exception that a gradient hook raises.
     observer : Observer, optional
         Of a known structure that only the trace of a forward shows: it gets the states that no module shows.
+    attention : bool
+        Whether what the tokens attend to is looked at.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class FirstForward:
         gradients: bool,
         report: Report,
         observer: Observer | None = None,
+        attention: bool = False,
     ):
-        self._observer = observer
+        self._observer, self._attention = observer, attention
         captured = observer.structure.captured if observer is not None else ()
         self._operations = {
             (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
@@ -144,6 +148,8 @@ class FirstForward:
                 tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
             )
             trace.watch(tensor, forward.batch_axis if batched else None)
+        if self._attention:
+            watch_attention(tape, trace, forward)
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:
             trace.on_value = partial(self._record_operation, forward, tape, made)

@@ -1,4 +1,4 @@
-"""How large does each judged number get in healthy networks? ``python -m tests.verdicts.calibrate`` writes the quantiles.
+"""How large does each judged number get in healthy networks? ``python -m tests.verdicts.calibrate`` measures it.
 
 Limits are argued from these numbers: one that healthy networks cross is too strict, one far beyond their worst is open to be
 tightened. The draw is not one of those that are scored, so that no limit is tested on what it was made of.
@@ -22,12 +22,12 @@ import torch
 from depthscope import diagnostics
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import VERDICTS
-from tests.verdicts import measuring
+from tests.verdicts import measuring, page
 from tests.verdicts.drawing import healthy_network
 from tests.verdicts.healthy import KINDS
 
 FILE = Path(__file__).with_name("calibration.json")
-DRAW, EACH = 20261125, 4
+DRAW, EACH = 20261125, 3
 # Shares of the networks that are no worse than the number.
 SHARES = (0.5, 0.9, 0.95, 0.99, 1.0)
 
@@ -107,13 +107,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts.calibrate", description=__doc__)
     parser.add_argument("--draw", type=int, default=DRAW, metavar="SEED")
     parser.add_argument(
-        "--each", type=int, default=EACH, metavar="N", help="networks of each kind (default 4)"
+        "--each", type=int, default=EACH, metavar="N", help="networks of each kind (default 3)"
     )
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
     calibration = measured(args.draw, args.each)
-    args.out.write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
+    FILE.write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
+    page.write_calibration(calibration, table(calibration))
     sys.stdout.write(f"{table(calibration)}\n")
     return 0
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tests.verdicts import calibrate
 from tests.verdicts.drawing import Case
 from tests.verdicts.faults import FAULTS
 from tests.verdicts.healthy import KINDS
@@ -24,6 +23,7 @@ from tests.verdicts.scoring import (
     Outcome,
 )
 
+CALIBRATION = "\n## Calibration\n"
 PAGE = Path(__file__).parents[2] / "docs" / "verdicts.md"
 Outcomes = Sequence[tuple[Case, Outcome]]
 FAULTY, HEALTHY = (FOUND, MILD, ELSEWHERE, MISSED, REFUSED, CRASHED), (QUIET, ALARM, REFUSED, CRASHED)
@@ -81,37 +81,45 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(outcomes: Outcomes, draw: int) -> None:
+    """Write the scores; what the page says of the calibration stays."""
     wrong = [
-        outcome.line.replace("|", "¦")[:400]
+        outcome.line.replace("|", "¦")[:300]
         for _, outcome in outcomes
         if outcome.outcome not in (FOUND, QUIET)
     ]
-    calibration = json.loads(calibrate.FILE.read_text(encoding="utf-8"))
     listed = "\n".join(f"* {line}" for line in wrong) or "None."
-    PAGE.write_text(
-        f"""# How often the verdicts are right
+    scores = f"""# How often the verdicts are right
 
 Written by `python -m tests.verdicts --draw {draw} --cases {len(outcomes)} --write`; another draw is another zoo. Every
 network is small and built from one seed: family, width, depth, streams, weights, task, training and batch. A planted fault is
 one change of a healthy network. It is *found* where a verdict that names the mechanism reports it at its place (within one
 depth, the right stream or module) and with at least the severity of the second column; *too mild* and *elsewhere* count as
 missed. A warning or failure about a healthy network is a *false alarm*; notes are none. *Refused* is a network that the
-capture does not read, with a reason.
+capture does not read, with a reason. `python -m tests.verdicts WORDS --case SEED` repeats one network.
 
 {tables(outcomes)}
 
 ## What went wrong
 
 {listed}
+"""
+    _, border, calibration = _read().partition(CALIBRATION)
+    PAGE.write_text(f"{scores}{border}{calibration}", encoding="utf-8")
 
-## Calibration
 
-`{calibration["command"]}` measured the worst value of every judged number in
-{calibration["networks"]} healthy networks, {calibration["each"]} of each kind above, of a draw that is not scored
-(`tests/verdicts/calibration.json`). Half, 90 % and 99 % of the networks are no worse than the columns say. A value beyond a
-limit is a note where the verdict knows that it is so by construction.
+def write_calibration(calibration: Mapping[str, Any], table: str) -> None:
+    """Write the section on the calibration; the scores stay."""
+    scores = _read().partition(CALIBRATION)[0]
+    section = f"""{CALIBRATION}
+`{calibration["command"]}` measured the worst value of every judged number in {calibration["networks"]} healthy networks,
+{calibration["each"]} of each kind above, of a draw that is not scored (`tests/verdicts/calibration.json`). Half, 90 % and 99 %
+of them are no worse than the columns say. A value beyond a limit is a note where the verdict knows that it is so by
+construction.
 
-{calibrate.table(calibration)}
-""",
-        encoding="utf-8",
-    )
+{table}
+"""
+    PAGE.write_text(f"{scores}{section}", encoding="utf-8")
+
+
+def _read() -> str:
+    return PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""

@@ -68,10 +68,13 @@ def test_a_large_draw_has_every_mechanism_and_every_kind():
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
 def test_a_mechanism_names_verdicts_and_hosts_that_exist(fault):
-    assert set(fault.says) <= set(VERDICTS)
+    # All of them, or none: then it is a mechanism that no verdict names yet, and the page counts it as missed.
+    assert set(fault.says) <= set(VERDICTS) or not set(fault.says) & set(VERDICTS)
     assert set(fault.hosts) <= set(FAMILIES)
     # A verdict that never reaches the severity could not find it.
-    assert any(VERDICTS[name].limits.levels[-1][0] >= fault.severity for name in fault.says)
+    assert all(
+        VERDICTS[name].limits.levels[-1][0] >= fault.severity for name in fault.says if name in VERDICTS
+    )
 
 
 # --- what is planted is there: seen by plain hooks, without the product ---
@@ -111,7 +114,8 @@ def test_states_grow_as_planted():
 
 def test_tokens_are_equal_from_the_block_on():
     net, place = planted("tokens become equal at a block")
-    spread = [float(state.std(1).mean() / state.norm(dim=-1).mean()) for state in states(net.model, IDS)]
+    seen = [state.detach() for state in states(net.model, IDS)]
+    spread = [float(state.std(1).mean() / state.norm(dim=-1).mean()) for state in seen]
     assert max(spread[place.first - 1 :]) < 0.01 < min(spread[: place.first - 1], default=1.0)
 
 
@@ -139,7 +143,7 @@ def test_differences_grow_and_sums_stay():
     product = torch.eye(3)
     for connection in net.connections:
         product = connection(torch.zeros(1, 1, 3, 32))[1][0, 0].detach() @ product
-    assert float(product.sum(-1).sub(1).abs().max()) < 1.0
+    assert float(product.sum(-1).sub(1).abs().max()) < 0.05
     assert float(torch.linalg.matrix_norm(product, 2)) > 100
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.figures import Selection
-from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.readings import Reading, memory_sentence
 from depthscope.app.tables.tables import column_of
 
 _DIGEST_LENGTH = len("sha256:") + 12
@@ -48,6 +48,7 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Effective rank of the last state": _last_value(reading, "effective_rank", Selection(scope="data")),
         "… of every token, streamed": _last_value(reading, "streamed_effective_rank", Selection()),
         **_evidence(attrs),
+        "Memory": memory_sentence(attrs),
         "Precision": attrs.get("dtype"),
         "Loss reduction": attrs.get("loss_reduction"),
         "Seed": attrs.get("seed"),

@@ -103,7 +103,10 @@ def test_a_deep_mhc_contracts_and_does_not_fail(make_run):
 def test_everything_that_applies_passes_on_a_healthy_run(make_run):
     found = findings(make_run("mhc", proof="proven"), passed=True)
     only_where_given = {"unmoved_mixing", "decayed_mixing", *WIRING}  # a replay, and remarks of the capture
-    assert set(VERDICTS) - set(found) <= {"ambiguous_orientation", "passing_streams"} | only_where_given
+    assert (
+        set(VERDICTS) - set(found)
+        <= {"ambiguous_orientation", "passing_streams", "few_tokens_for_cka"} | only_where_given
+    )
     assert found["gain_explosion"][0].severity == Severity.PASS
     assert "not above 10 (this project)" in found["gain_explosion"][0].sentence
 
@@ -458,7 +461,7 @@ def test_one_direction_over_a_floor():
 def test_a_common_vector_in_all_tokens():
     states = walk(8)
     states[4:] += (
-        15.0
+        25.0
         * np.random.default_rng(1).standard_normal(FEATURES)
         * states[4:].std((1, 2, 3))[:, None, None, None]
     )
