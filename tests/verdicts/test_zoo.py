@@ -18,7 +18,7 @@ from scipy.stats import binom
 
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
-from tests.verdicts import calibrate, page, scoring
+from tests.verdicts import calibrate, measuring, page, scoring
 from tests.verdicts.drawing import Case, cases, faulty_run, run_case
 from tests.verdicts.faults import FAULTS, Fault, Network
 from tests.verdicts.healthy import KINDS
@@ -149,7 +149,7 @@ def test_differences_grow_and_sums_stay():
 
 def test_two_streams_stay_copies():
     net, _ = planted("two of several streams are copies")
-    last = states(net.model, IDS)[-1]
+    last = states(net.model, IDS)[-1].detach()
     apart = [float((last[:, :, i] - last[:, :, j]).norm()) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert sorted(apart)[0] < 1e-3 < sorted(apart)[1]
 
@@ -203,7 +203,7 @@ def test_a_place_is_right_within_one_depth(place, told, right):
 def test_a_milder_finding_is_not_found():
     fault = next(each for each in FAULTS if each.title == "a block multiplies the state by zero")
     _, place, measure = faulty_run(fault, random.Random(3))
-    analysis = scoring.measuring.analysed(measure())
+    analysis = measuring.analysed(measure())
     assert scoring.score_fault(fault, place, analysis)[0] == scoring.FOUND
     stricter: Fault = replace(fault, says=("small_sample",))
     assert scoring.score_fault(stricter, place, analysis)[0] in (scoring.MILD, scoring.MISSED)
