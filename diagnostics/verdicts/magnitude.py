@@ -312,7 +312,10 @@ def exploding_gradient(
     follows_from={"dead_state": anywhere},
 )
 def vanishing_gradient(
-    gradient_norm: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
+    gradient_norm: xr.DataArray,
+    residual_norm: xr.DataArray,
+    attrs: Mapping[str, Any],
+    relative_gradient: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """The gradient vanishes on its way back through the depth.
 
@@ -333,6 +336,10 @@ def vanishing_gradient(
         note="Times the size of the state it stays within a factor of 10: it follows the size of the states."
         if follows
         else "",
+        # A state that only a weighted mean over all depths reads gets its share of the gradient.
+        limits=Limits(warn=0.1 / alone.sizes["depth"], fail=1e-3 / alone.sizes["depth"], above=False)
+        if str(attrs.get("family", "")).startswith("depth_")
+        else None,
     )
 
 

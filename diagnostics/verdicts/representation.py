@@ -201,6 +201,10 @@ def idle_layer(
     all_idle = not (turned >= IDLE).any()
     start = str(attrs.get("small_start", ""))
     note = _all_layers(turned) if all_idle else ""
+    if attrs.get("untouched") and _whole_sites(turned):
+        note = (
+            "So does every step of its kind, and the weights are as they were drawn: a start by construction."
+        )
     if start and not all_idle:
         note = f"Its branches are small by construction ({start}): judge it again after more training."
     yield Profile(
@@ -209,6 +213,15 @@ def idle_layer(
         ceiling=Severity.INFO if note else Severity.FAIL,
         note=note,
     )
+
+
+def _whole_sites(turned: xr.DataArray) -> bool:
+    """Whether idle steps are all steps of their site, such as all of the second halves of blocks, and only those."""
+    if "site" not in turned.coords:
+        return False
+    site, idle = turned["site"].values.astype(str), turned.values < IDLE
+    kinds = [idle[(site == kind) & turned.notnull().values] for kind in set(site[idle])]
+    return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
 def _all_layers(turned: xr.DataArray) -> str:

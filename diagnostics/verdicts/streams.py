@@ -29,12 +29,16 @@ PARTED = 0.99
 # step of training.
 SAME = 1e-12
 
+COLLAPSED = -2.0  # log₁₀ of a hundredth
 DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
 COPIED = 0.99  # mean cosine over all pairs of streams
-PAIR = Limits(warn=0.9999)  # of one pair, which may well be close while the others are not
+PAIRED = 0.9999
+PAIR = Limits(warn=PAIRED)  # of one pair, which may well be close while the others are not
 
-# 1 − cosine of streams that have begun to part, beyond the rounding of float32 and half precision.
-PARTING = 1e-5
+# 1 − cosine of streams that have begun to part, beyond the rounding of float32: (6e-8)² and its growth over the depth.
+PARTING = 1e-9
+# The same of streams that are well on their way, in a network of any age.
+PARTED_BY_DEPTH = 1e-4
 
 # Logarithms (base 10) of the deflated gain: below the first, rounding is all that is left of 1; the second replaces −∞.
 ROUNDING = -14.0
@@ -145,12 +149,12 @@ def expansive_mixing(
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(warn=-2.0, above=False),
+    limits=Limits(warn=COLLAPSED, above=False),
     not_for=ALTUP,
     follows_from={"uniform_mixing": from_there_on},
 )
 def stream_collapse(
-    relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
+    relative_deflated_gain: xr.DataArray, attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """The mixing makes all streams carry the same signal.
 
@@ -163,8 +167,26 @@ def stream_collapse(
         "of the differences between the streams of the embedding, beside what all streams have in common, there is left",
         first=True,
         display=lambda logarithm: 10.0**logarithm,
-        **_info_if(_parted_by_writes(stream_cosine)),
+        **_info_if(_parted_by_writes(stream_cosine) or _mixed_from_the_start(left, attrs, stream_cosine)),
     )
+
+
+# What a connection leaves of the differences, the geometric mean until 1 % is left: matrices near the identity leave more than
+# the one, so that only the depth adds up; zero logits leave less than the other, and no training ever sees a difference.
+SLOW, FAST = 0.8, 0.2
+
+
+def _mixed_from_the_start(
+    left: xr.DataArray, attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None
+) -> str:
+    """What explains a collapse in a young network: streams that begin as copies, or many connections near the identity."""
+    note = _young(attrs)
+    collapsed = np.flatnonzero(left.values < COLLAPSED)
+    if not note or not len(collapsed):
+        return ""
+    rate = 10.0 ** (float(left[collapsed[0]]) / (int(collapsed[0]) + 1))
+    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < PARTING)
+    return note if rate > SLOW or (copies and rate > FAST) else ""
 
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
@@ -383,18 +405,23 @@ def copied_streams(
     if not note and bool((1.0 - judged > PARTING).any()):
         note = _young(attrs) or _parting(stream_cosine)
     yield Profile(judged, "the mean cosine between streams is", **_info_if(note))
-    # Two of several streams: copies that the mean over all pairs hides.
+    # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
+    # that has not.
     if closest_stream_cosine is not None and not bool((judged > COPIED).any()):
         two = closest_stream_cosine.where(judged.notnull())
-        yield Profile(
-            two, "the cosine of the two streams that are most alike is", limits=PAIR, **_info_if(note)
+        apart = 1.0 - float(two.max())
+        sentence = (
+            f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half of "
+            f"the depth, below {number(1.0 - PAIRED)} ({OURS})."
         )
+        words = "the cosine of the two streams that are most alike is"
+        yield Profile(two, words, limits=PAIR, sentence=sentence if apart < 1.0 - PAIRED else "")
 
 
 def _parting(stream_cosine: xr.DataArray) -> str:
     """What explains streams that begin as copies and part on their way through the depth; empty for all others."""
     apart = 1.0 - stream_cosine.values
-    if not (apart[0] < PARTING and apart[-1] > 10.0 * PARTING and apart[-1] >= np.nanmax(apart) / 2.0):
+    if not (apart[0] < PARTING and apart[-1] > PARTED_BY_DEPTH and apart[-1] >= np.nanmax(apart) / 2.0):
         return ""
     return (
         "They begin as copies by construction and part with the depth: 1 − cosine grows from nothing to "

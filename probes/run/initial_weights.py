@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# Weights of a norm begin at 1. After some hundred steps of training each has moved by about the learning rate times the steps;
-# within 0.15 of 1 a network is young. This project.
-YOUNG = 0.15
+# Weights of a norm begin at 1, and move by about the learning rate in a step: within 0.3 of 1 a network is young, after a
+# hundred steps or so. This project.
+YOUNG = 0.3
 # A factor of a branch below this is small: LayerScale begins between 1e-6 and 0.1, ReZero at 0. This project.
 SMALL_FACTOR = 0.2
 # Times the root of the fan-in, the size of an output for an input of size 1: 1 or so keeps the size, 0.16 is that of weights
@@ -23,7 +23,7 @@ SMALL_GAIN = 0.35
 SAME_SCALE = 3.0  # weights that were all drawn alike differ by less in their root mean square. This project.
 
 
-def start_facts(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
+def start_facts(model: nn.Module, blocks: Iterable[str], *, plain: bool = True) -> dict[str, Any]:
     """How far the norms of some blocks have moved, and why their branches are near zero by construction.
 
     Parameters
@@ -32,6 +32,8 @@ def start_facts(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
         The model.
     blocks : iterable of str
         Paths of the blocks of one chain.
+    plain : bool
+        Whether it has one stream: connections of several have small factors of their own, which scale no branch.
 
     Returns
     -------
@@ -47,20 +49,25 @@ def start_facts(model: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
         of_blocks = [p for block in by_block for p in block]
         facts: dict[str, Any] = {"untouched": 1} if _is_untouched(modules) else {}
         moved = _distance_from_one(of_blocks)
-        if moved is None:
-            return facts
-        why = _small_by_construction(model, by_block, moved) if moved <= YOUNG else ""
-        return facts | {"norms_moved": moved} | ({"small_start": why} if why else {})
+        if moved is not None:
+            facts["norms_moved"] = moved
+        # Without norms nothing tells the age: its factors are small today.
+        if plain and (moved is None or moved <= YOUNG):
+            why = _small_by_construction(model, modules, by_block, moved)
+            facts |= {"small_start": why} if why else {}
+        return facts
 
 
-def _small_by_construction(model: nn.Module, by_block: list[list[nn.Parameter]], moved: float) -> str:
-    factors = [_smallest_factor(block) for block in by_block]
+def _small_by_construction(
+    model: nn.Module, modules: list[nn.Module], by_block: list[list[nn.Parameter]], moved: float | None
+) -> str:
+    factors = [_smallest_factor(module) for module in modules]
     known = [factor for factor in factors if factor is not None]
-    words = f"its norms are within {moved:.2g} of 1"
     if len(known) == len(factors):
-        return f"{words}, and every block has a factor of {max(known):.2g} or less"
+        age = "" if moved is None else f", and its norms are within {moved:.2g} of 1"
+        return f"every block multiplies a branch by at most {max(known):.2g}{age}"
     if moved == 0.0 and _drawn_small(model, by_block):
-        return f"{words}, and all weights were drawn small"
+        return "all weights were drawn small, and its norms are 1"
     return ""
 
 
@@ -120,23 +127,30 @@ def _distance_from_one(parameters: list[nn.Parameter]) -> float | None:
     return distances[len(distances) // 2] if distances else None
 
 
-def _smallest_factor(parameters: list[nn.Parameter]) -> float | None:
-    """The size of a parameter that multiplies a branch by little: one number, one constant, or a matrix of zeros."""
+def _smallest_factor(block: nn.Module) -> float | None:
+    """The size of a parameter that multiplies a branch by little: one number, a vector of its own, or a matrix of zeros."""
     small = []
-    for parameter in parameters:
-        vector = parameter.numel() == max(
-            parameter.shape, default=1
-        )  # a factor of channels may have the shape (C, 1, 1)
-        # A matrix is read whole only where it begins with a zero: all of a large model's would take seconds.
-        if not vector and float(parameter.reshape(-1)[0]) != 0.0:
-            continue
-        low, high = (float(each) for each in parameter.aminmax())
-        size = max(abs(low), abs(high))
-        # A vector of zeros is a bias, which multiplies nothing.
-        factor = parameter.numel() == 1 or (low == high != 0 if vector else size == 0)
-        if factor and size < SMALL_FACTOR:
-            small.append(size)
+    for part in block.modules():
+        own = [p for p in part.parameters(recurse=False) if _is_readable(p)]
+        # A vector beside a matrix of as many rows, or beside a weight of a norm, is a bias, which multiplies nothing.
+        added = {p.shape[0] for p in own if p.ndim > 1 and not _is_vector(p)}
+        normed = any(
+            _is_vector(p) and p.numel() > 1 and abs(float(p.float().mean()) - 1.0) < 0.5 for p in own
+        )
+        for parameter in own:
+            if _is_vector(parameter):
+                multiplies = parameter.numel() == 1 or not (normed or parameter.numel() in added)
+            else:
+                # It is read whole only where it begins with a zero: all of a large model's would take seconds.
+                multiplies = float(parameter.reshape(-1)[0]) == 0.0 and not bool(parameter.any())
+            if multiplies and (size := _root_mean_square(parameter)) < SMALL_FACTOR:
+                small.append(size)
     return min(small, default=None)
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    """Whether it is a vector, also one of the shape (C, 1, 1)."""
+    return parameter.numel() == max(parameter.shape, default=1)
 
 
 def _drawn_small(model: nn.Module, by_block: list[list[nn.Parameter]]) -> bool:
