@@ -47,6 +47,8 @@ DEFINED: dict[str, FigureKind] = {
         collapse.curvature,
         collapse.massive_activation,
         collapse.massive_token_fraction,
+        collapse.attention_entropy,
+        collapse.sink_mass,
         collapse.spectrum,
         collapse.spectral_density,
         collapse.top_energy,

@@ -173,6 +173,31 @@ class ModelUnderTest:
         """Number of residual streams."""
         return self.base.states[0].shape[2] if 0 in self.base.states else self.structure.num_streams
 
+    def around(self) -> str:
+        """Whether what is changed at a depth is all that the later ones get; if not, a sentence that says so.
+
+        The states in the middle are exchanged between the sequences. If nothing else leads from before them to the last
+        state, that one is then the other sequence's, whatever comes between.
+        """
+        last, middle = len(self.chain.points) - 1, len(self.chain.points) // 2
+        mixes = any(
+            module.training for module in self.model.modules()
+        )  # random masks belong to a row, not to a sequence
+        if mixes or self._batch_size < 2 or middle == last:
+            return ""
+        try:
+            passed = self.forward({middle: lambda state, seen: state.roll(1, 0)})
+        except InterventionError:
+            return ""
+        expected = self.base.states[last].roll(1, 0)
+        apart = relative_error(passed.states[last].double() - expected.double(), expected.double())
+        if apart <= AROUND:
+            return ""
+        return (
+            f"more than the state at depth {middle} leads to the last one (with the states of other sequences there, it "
+            f"differs from theirs by {apart:.1%}): embeddings of the ids, masks or skips over depth go around a changed state"
+        )
+
     @property
     def proof(self) -> str:
         """Whether the reading of the chain is proven: ``proven``, or ``unproven: `` and why."""
@@ -400,6 +425,8 @@ class ModelUnderTest:
         return applied_matrix(joint, self._evidence.reading(number)).double()
 
 
+# By how much the last state may differ where only rounding does: batches in another order; a heuristic of ours.
+AROUND = 1e-2
 # Of two forwards of one batch: sums of a device in another order. A heuristic of ours.
 REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

