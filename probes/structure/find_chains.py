@@ -108,9 +108,11 @@ def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
     )
     if share < TRUNK_SHARE:
         pattern = re.sub(r"\d+", "{i}", best[0].path, count=1)
+        # A part that is in no list is no example of a block.
+        advice = f", such as layers={pattern!r}" if "{i}" in pattern else ""
         raise ChainError(
             f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
-            f"model's parameters, so it is not the trunk; name the blocks with layers=, such as layers={pattern!r}"
+            f"model's parameters, so it is not the trunk; name the blocks with layers={advice}"
         )
     return sorted(chosen, key=lambda run: run[0].order)
 

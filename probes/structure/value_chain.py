@@ -126,7 +126,9 @@ def shown_states(tape: Tape, last: Value, shown: ShownValues) -> list[CarriedSta
     ]
     # After the last sum of a pre-norm model comes the final norm, which is no state of it.
     normed = any(_made_by_function(group) for group in groups[1:-1])
-    first = [_beginning(groups[0]), *(_shown_of(group, normed=normed) for group in groups[1:])]
+    begin = _beginning(groups[0])
+    least = math.prod((groups[0][-1] if begin is None else begin).value.shape)
+    first = [begin, *(_shown_of(group, normed=normed, least=least) for group in groups[1:])]
     found = [state for state in first if state is not None]
     if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
         return found
@@ -143,10 +145,11 @@ def _beginning(group: Sequence[CarriedState]) -> CarriedState | None:
     return next((state for state in reversed(same) if state.places), None) or _shown_of(group, normed=False)
 
 
-def _shown_of(group: Sequence[CarriedState], *, normed: bool) -> CarriedState | None:
-    # What was averaged or cut out of a state is no state of its depth.
-    size = math.prod(group[0].value.shape)
-    placed = [state for state in group if state.places and math.prod(state.value.shape) == size]
+def _shown_of(group: Sequence[CarriedState], *, normed: bool, least: int = 0) -> CarriedState | None:
+    # What was averaged or cut out of a state is smaller, and none of its depth; streams that are merged are as large as the
+    # first state, and those that are put together larger than the sum.
+    least = min(least, math.prod(group[0].value.shape))
+    placed = [state for state in group if state.places and math.prod(state.value.shape) >= least]
     made = _made_by_function(group) if normed else []
     return made[-1] if made else placed[0] if placed else None
 
