@@ -73,7 +73,8 @@ def _small_by_construction(
 
 def _is_readable(parameter: nn.Parameter) -> bool:
     return (
-        not isinstance(parameter, nn.parameter.UninitializedParameter)
+        # Subclasses, as of quantised weights, know what a layer needs of them and perhaps nothing else.
+        type(parameter) in (torch.Tensor, nn.Parameter)
         and not parameter.is_meta
         and parameter.is_floating_point()
         and parameter.layout == torch.strided

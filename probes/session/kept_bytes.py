@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,9 +30,11 @@ class _Storages(TorchDispatchMode):
     they hide writes in place from autograd, and `torch.func` refuses to run below them.
     """
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.known = known  # memory of weights, buffers and the batch, which is there without a backward
+        self.known: set[int] = (
+            set()
+        )  # memory of weights, buffers and the batch, which is there without a backward
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     @classmethod
@@ -40,18 +43,26 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            # Sparse tensors and those of subclasses that wrap others have no memory of their own.
-            if tensor.layout is torch.strided and type(tensor) in (torch.Tensor, nn.Parameter):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in self.made:
-                    # As long as the weak reference is there, the address is given to no other memory.
-                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        for storage in _memory(tensors_in(result)):
+            if storage._cdata not in self.known and storage._cdata not in self.made:
+                # As long as the weak reference is there, the address is given to no other memory.
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
+
+    def know(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count the memory of some tensors."""
+        self.known.update(storage._cdata for storage in _memory(tensors))
 
     def kept(self) -> int:
         """Bytes of what is still there."""
         return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def _memory(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
+    """The memory of tensors; sparse ones, and those of subclasses that wrap others, have none of their own."""
+    for tensor in tensors:
+        if tensor.layout is torch.strided and type(tensor) in (torch.Tensor, nn.Parameter):
+            yield tensor.untyped_storage()
 
 
 def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
@@ -79,10 +90,11 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
         model, "_orig_mod"
     ):
         return {"not_measured": COMPILED}
-    held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
-    known = {t.untyped_storage()._cdata for t in held if t.layout is torch.strided}
-    storages = _Storages(known)
+    storages = _Storages()
     try:
+        # By name: their memory must not be given to another tensor before the end.
+        held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+        storages.know(held)
         with ExitStack() as stack:
             modes = (
                 preserved_state(model),
@@ -93,8 +105,7 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
             )
             for mode in modes:
                 stack.enter_context(mode)
-            # Copies of the buffers, which a forward of ours writes into.
-            known.update(buffer.untyped_storage()._cdata for buffer in model.buffers())
+            storages.know(model.buffers())  # the copies, which a forward of ours writes into
             graph = _graph_of_outputs(model, batch, storages)
     except Exception as error:
         return {"not_measured": f"one more forward failed: {type(error).__name__}: {without_frames(error)}"}
