@@ -411,8 +411,8 @@ def copied_streams(
         two = closest_stream_cosine.where(judged.notnull())
         apart = 1.0 - float(two.max())
         sentence = (
-            f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half of "
-            f"the depth, below {number(1.0 - PAIRED)} ({OURS})."
+            f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half "
+            f"of the depth, below {number(1.0 - PAIRED)} ({OURS})."
         )
         words = "the cosine of the two streams that are most alike is"
         yield Profile(two, words, limits=PAIR, sentence=sentence if apart < 1.0 - PAIRED else "")
