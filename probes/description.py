@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Unpack
 
 import xarray as xr
@@ -63,7 +63,10 @@ class Description:
 
     ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
     ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or
-    "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured.
+    "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured; ``memory`` what the streams cost, by
+    formula (`diagnostics.kernels.memory.StreamMemory`), empty for one stream. ``not_covered`` has what ran and lies in no
+    chain: dicts with ``module``, ``blocks`` (their number), ``block`` (their class), ``share`` (of the parameters), ``why``,
+    ``layers`` (the pattern that names them) and ``sentence``.
     """
 
     model: str
@@ -85,6 +88,8 @@ class Description:
     remarks: tuple[dict[str, Any], ...] = ()
     proof: str = ""
     constraint: str = ""
+    memory: dict[str, Any] = field(default_factory=dict)
+    not_covered: tuple[dict[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
@@ -104,11 +109,14 @@ class Description:
             lines.append(f"  proof        {PROOFS.get((self.proof, self.family), self.proof)}")
         if self.constraint:
             lines.append(f"  constraint   {self.constraint}")
+        if "sentence" in self.memory:
+            lines.append(f"  memory       {self.memory['sentence']}")
         lines += [
             f"  outside      depth {change['depth_in']} → {change['depth_out']}: the streams change by {change['change']:.1%} "
             f"outside of the connections, before {change['module']}"
             for change in self.changes_outside
         ]
+        lines += [f"  not covered  {part['sentence']}" for part in self.not_covered]
         lines += [f"  remark       {remark['sentence']}" for remark in self.remarks]
         return "\n".join(lines + self._coverage())
 
@@ -204,6 +212,8 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         remarks=tuple(run.attrs.get("remarks", ())),
         proof=run.attrs.get("proof", ""),
         constraint=run.attrs.get("constraint", ""),
+        memory=run.attrs.get("memory", {}),
+        not_covered=tuple(run.attrs.get("not_covered", ())),
     )
 
 

@@ -19,6 +19,7 @@ from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
+from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
@@ -129,9 +130,18 @@ def measure(
     # After the state is restored: the forward draws what the first measured one drew.
     with no_collection():
         followed = follow(session, *first)
+        kept = _kept_bytes(session, *first) if gradients else None
         if described:
             return build_run(session, [], [], digests=False, followed=followed)
-        return build_run(session, [row], step, attrs=attrs, token_text=token_text, followed=followed)
+        return build_run(
+            session, [row], step, attrs=attrs, token_text=token_text, followed=followed, kept=kept
+        )
+
+
+def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int) -> dict[str, Any]:
+    """What a forward of the first batch keeps for its backward, with the graph that it was measured with."""
+    with _gradients_enabled(session.model, wanted=True):
+        return kept_bytes(session, _with_gradients(batch), batch_size)
 
 
 def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Measured, float | None]:
@@ -201,9 +211,9 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
 
 
 @contextmanager
-def _gradients_enabled(model: nn.Module, gradients: bool) -> Iterator[None]:
+def _gradients_enabled(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
-    parameters = [p for p in all_parameters(model) if p.is_floating_point()] if gradients else []
+    parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
     if not parameters or any(p.requires_grad for p in parameters):
         yield
         return

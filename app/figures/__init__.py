@@ -47,6 +47,8 @@ DEFINED: dict[str, FigureKind] = {
         collapse.curvature,
         collapse.massive_activation,
         collapse.massive_token_fraction,
+        collapse.attention_entropy,
+        collapse.sink_mass,
         collapse.spectrum,
         collapse.spectral_density,
         collapse.top_energy,
@@ -127,7 +129,13 @@ DEFINED: dict[str, FigureKind] = {
 DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
 """Metrics that a figure of the catalogue draws."""
 
-NOT_DRAWN = {"num_tokens": "every caption counts the tokens"}
+_SAME_EVERYWHERE = "it is the same at every connection: the facts of the run say it in a sentence"
+NOT_DRAWN = {
+    "num_tokens": "every caption counts the tokens",
+    "elements_moved": _SAME_EVERYWHERE,
+    "fused_elements_moved": _SAME_EVERYWHERE,
+    "kept_elements": "it grows by the same amount at every connection: the facts of the run say it in a sentence",
+}
 """Metrics that have no figure of their own, with the reason."""
 
 FIGURES: dict[str, FigureKind] = DEFINED | {

@@ -115,6 +115,25 @@ def shown_attributes(value: Any) -> Any:
     return visible(value, lines=True) if isinstance(value, str) else value
 
 
+def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
+    """What the streams of a run cost, and what a forward keeps for its backward.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Attributes of a run.
+
+    Returns
+    -------
+    str or None
+        None where the run does not tell.
+    """
+    memory = attrs.get("memory")
+    # A file of another tool may have anything there.
+    sentence = memory.get("sentence") if isinstance(memory, Mapping) else None
+    return sentence if isinstance(sentence, str) else None
+
+
 def _analyses(
     name: str, run: xr.DataTree, progress: Callable[[str, int, int], None] | None
 ) -> list[tuple[str, xr.Dataset]]:

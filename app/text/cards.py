@@ -10,6 +10,7 @@ from typing import Any
 
 from depthscope.app.text.bibliography import cited, source_words
 from depthscope.app.text.numbers import number
+from depthscope.app.text.terminal import command_line
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.schema import UNPROVEN
 
@@ -66,7 +67,7 @@ class Card:
     @property
     def more(self) -> str:
         """The command that prints equation, limits and sources."""
-        return f"depthscope explain {self.finding.verdict}"
+        return command_line("explain", self.finding.verdict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, as the published schema states them (``docs/schemas/finding.schema.json``).

@@ -3,7 +3,8 @@
     python -m benchmarks.capture.description
 
 Such a model is the worst case: its forward is short, and hooks, records and proofs cost the same for every module. The ratio
-is of medians of steps that are taken in turn; the first description of the process is apart from them.
+is the median over rounds in which the steps are taken in turn, of CPU time, so that other programs count little; the first
+description of the process is apart from them.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def model(sizes: Sizes) -> nn.Module:
 
 
 def seconds(step: Callable[[], Any]) -> float:
-    """Of one step."""
-    begin = time.perf_counter()
+    """Of the processor, for one step."""
+    begin = time.process_time()
     step()
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def main() -> None:
@@ -66,9 +67,9 @@ def main() -> None:
     for _ in range(rounds.parse_args().rounds):
         for name, step in steps.items():
             taken[name].append(seconds(step))
-    medians = {name: statistics.median(values) for name, values in taken.items()}
     for name in ("describe", "capture"):
-        print(f"{name}: {medians[name] / medians['forward']:.1f} forwards")
+        ratios = [step / forward for step, forward in zip(taken[name], taken["forward"], strict=True)]
+        print(f"{name}: {statistics.median(ratios):.1f} forwards")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema import OF_STREAMING, OF_WEIGHTS, TRACE, TRACE_COORDS
+from depthscope.diagnostics.schema import OF_ATTENTION, OF_STREAMING, OF_WEIGHTS, TRACE, TRACE_COORDS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("sequence", "data"),
@@ -34,7 +34,7 @@ LABELS: dict[str, tuple[str, ...]] = CHOICES | {
 DIMS = (
     *("estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
     *("other_depth", "connection", "other_connection", "weight"),
-    *("component", "order", "stream", "quantile", "reduction"),
+    *("component", "order", "stream", "head", "quantile", "reduction"),
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
@@ -54,6 +54,10 @@ _REMEDIES = {
     "h_pre": "the family has no scalar read weights, or the capture left them out",
     "h_post": "the family has no scalar write weights, or the capture left them out",
     "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
+    **dict.fromkeys(
+        OF_ATTENTION,
+        "the first forward of a capture showed no attention weights that could be read, see /coverage",
+    ),
     **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
     **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),
 }

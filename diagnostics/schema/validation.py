@@ -159,6 +159,18 @@ def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
             f"{path} has the constraint {constraint!r}; expected what the matrices satisfy in words, such as "
             "'doubly stochastic within 1e-06', or no such attribute"
         )
+    left_out = attrs.get("not_covered", [])
+    if not (isinstance(left_out, (list, tuple)) and all(_says_something(part) for part in left_out)):
+        raise SchemaError(
+            f"{path} has not_covered {left_out!r}; expected a list of the parts that lie in no chain, each a dict with its "
+            "'module' and a 'sentence' that says why"
+        )
+
+
+def _says_something(part: Any) -> bool:
+    return isinstance(part, Mapping) and all(
+        isinstance(part.get(key), str) and part[key].strip() for key in ("module", "sentence")
+    )
 
 
 def is_proof(text: Any) -> bool:

@@ -25,6 +25,7 @@ NOT_FINITE = "not_finite_tokens"
 # Dims that several variables have in common.
 STATE = ("depth", "sample", "token", "stream", "feature")
 ROUTE = ("connection", "sample", "token")
+QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 MOTION = ("step", "weight")
@@ -111,6 +112,11 @@ TRACE: dict[str, Variable] = {
         "f",
         "how much of each source the next state keeps, apart from its own branch's output",
     ),
+    "query_entropy": Variable(
+        QUERY, "f", "entropy of the attention weights of each query before a state, in nats"
+    ),
+    "query_keys": Variable(QUERY, "f", "number of keys that the query may attend to"),
+    "query_first_weight": Variable(QUERY, "f", "weight of the query on the first of these keys"),
     "final": Variable(("sample", "token", "feature"), "f", "output of the last norm, which the head reads"),
     "final_gradient": Variable(("sample", "token", "feature"), "f", "gradient with respect to that state"),
     "mask": Variable(("sample", "token"), "b", "true where the token is real, false on padding"),
@@ -151,6 +157,9 @@ PLAIN_FACTORS = ("residual_scale", "branch_scale", "residual_gate", "branch_gate
 
 AFTER_SUM = ("", "norm", "activation")
 """What may be applied to the sum of a plain connection to give the next state."""
+
+OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
+"""Variables of attention weights: three numbers for each query, in place of a matrix for each head."""
 
 OVER_DEPTH = ("depth_read", "depth_carry")
 """Variables of connections that read or keep more depths than their own."""

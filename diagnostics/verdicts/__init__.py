@@ -9,6 +9,7 @@ import xarray as xr
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
+    attention,
     magnitude,
     reading,
     representation,
@@ -74,6 +75,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.one_direction,
         representation.common_vector,
         representation.idle_layer,
+        attention.attention_entropy_collapse,
         representation.massive_activations,
         representation.few_tokens_for_cka,
         representation.small_sample,

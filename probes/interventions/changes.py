@@ -246,6 +246,11 @@ def _selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) 
 
 
 def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    if model.chain.over_depth or model.chain.history:
+        raise InterventionError(
+            f"{kind.name}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
+            "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
+        )
     layers = model.layers
     following = dict(zip(layers, list(layers)[1:], strict=False))
     for block, (start, stop) in layers.items():

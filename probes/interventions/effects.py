@@ -74,7 +74,8 @@ def ablate(
     Dataset
         ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token. The attribute
-        ``left_out`` has the experiments that could not be made, and why; ``no_loss`` why there is no loss.
+        ``left_out`` has the experiments that could not be made, and why; ``no_loss`` why there is no loss; ``other_paths``
+        says where something leads around a changed state.
 
     Raises
     ------
@@ -125,6 +126,8 @@ class _BatchRows:
     left_out: dict[str, str]
     why: str
     num_streams: int
+    proof: str
+    around: str
 
 
 def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _Settings) -> _BatchRows:
@@ -147,7 +150,15 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
             effects.append(measure.effect(change, passed))
     if not effects:
         raise InterventionError(next(iter(left_out.values()), "no experiment could be made"))
-    return _BatchRows(measure.base_loss, effects, left_out, measure.why, under_test.num_streams)
+    return _BatchRows(
+        measure.base_loss,
+        effects,
+        left_out,
+        measure.why,
+        under_test.num_streams,
+        under_test.proof,
+        under_test.around(),
+    )
 
 
 class _Measure:
@@ -224,6 +235,8 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     attrs = {
         "model": name,
         "num_streams": rows[0].num_streams,
+        "proof": rows[0].proof,
+        "other_paths": rows[0].around,
         "no_loss": rows[0].why,
         "left_out": [f"{key}: {why}" for key, why in left_out.items()],
         "interval": "95 %, Student's t over sequences",

@@ -39,6 +39,7 @@ def run_attributes(
         "family": measured_family(structure.family, constraint),
         "constraint": constraint_words(evidence, constraint) or None,
         "proof": run_proof(structure.chains, evidence) or None,
+        "not_covered": [part.as_dict() for part in structure.not_covered] or None,
         "n_streams": structure.num_streams,
         "layout": structure.layouts[0],
         "layouts": list(structure.layouts) if len(set(structure.layouts)) > 1 else None,

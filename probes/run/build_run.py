@@ -17,6 +17,7 @@ from depthscope.probes.run.connection_remarks import connection_remarks
 from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.groups import chain_groups
 from depthscope.probes.run.joints import sampled_joints
+from depthscope.probes.run.memory import memory_facts
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
@@ -33,6 +34,7 @@ def build_run(
     token_text: Any = None,
     digests: bool = True,
     followed: ComputedForward | None = None,
+    kept: dict[str, Any] | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -52,6 +54,8 @@ def build_run(
         Whether the weights and the data get a digest, by which runs are compared.
     followed : ComputedForward, optional
         What one forward on the first sequences computed, for remarks on where the coefficients come from.
+    kept : dict, optional
+        What a forward keeps for its backward, see `kept_bytes`.
 
     Returns
     -------
@@ -92,6 +96,7 @@ def build_run(
             measured = statistics_dataset(chain, number, depths, rows, pooled, evidence)
             variables, coords = weight_variables([row.weights for row in rows], chains, number, starts, stage)
             statistics[name] = measured.assign(variables).assign_coords(coords)
+    memory = memory_facts(next(iter(trace.values())), session.observer.dtype, kept)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
@@ -101,6 +106,7 @@ def build_run(
             **run_attributes(session, sequences, evidence, digests=digests),
             **coverage_counts(covered),
             **({"remarks": remarks} if remarks else {}),
+            **({"memory": memory} if memory else {}),
             **(attrs or {}),
         },
     )

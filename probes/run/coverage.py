@@ -18,6 +18,7 @@ FOR_PROOF = "seen for a proof only; name it in sites= to keep it"
 NO_SUMS = "the blocks do not show how they add their branches to the state"
 SOLVED = "solved from the states; no module call showed it"
 FINAL_NAME, MID_NAME = "ln_final.hook_normalized", "blocks.{i}.hook_resid_mid"
+PATTERN_NAME = "blocks.{i}.attn.hook_pattern"
 TEXTS = ("name", "site", "module", "chain", "why")
 
 
@@ -54,6 +55,11 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
     for number, chain in enumerate(session.structure.chains):
         rows += _state_rows(session, number, chain)
         rows += _connection_rows(session, chain, evidence)
+    # Expected in no forward, as what does not exist: a model need not show its attention.
+    rows += [
+        Coverage(PATTERN_NAME, "attention", "", -1, "", 0, 0, f"{reason} ({count} ×)")
+        for reason, count in session.attention.reasons.items()
+    ]
     return rows
 
 

@@ -58,6 +58,9 @@ def trace_dataset(
         variables.update(of_connections)
         coords.update(connection_coords(chain.connections))
         coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
+    # Nobody asks for a few sites, and wants those of all heads with them.
+    if not selection.requests:
+        variables.update(_attention_variables(session, number, depths, sequences, tokens))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
@@ -85,6 +88,28 @@ def _gradients(
             if gradient is not None:
                 gradients[i, j] = padded(gradient, shape[2]).numpy()
     return gradients
+
+
+def _attention_variables(
+    session: Session, number: int, depths: list[int], sequences: list[Sequence], tokens: int
+) -> dict[str, Any]:
+    """What the queries attend to before each state; NaN where no attention leads to it, or the sequence came later."""
+    seen = session.attention.rows
+    known = {
+        (i, j): rows
+        for i, depth in enumerate(depths)
+        for j, sequence in enumerate(sequences)
+        if (rows := seen.get(sequence.index, {}).get((number, depth))) is not None
+    }
+    if not known:
+        return {}
+    heads = max(rows.shape[1] for rows in known.values())
+    values = np.full(
+        (len(schema.OF_ATTENTION), len(depths), len(sequences), heads, tokens), np.nan, np.float32
+    )
+    for (i, j), rows in known.items():
+        values[:, i, j, : rows.shape[1], : rows.shape[2]] = rows.numpy()
+    return {name: (schema.QUERY, of_one) for name, of_one in zip(schema.OF_ATTENTION, values, strict=True)}
 
 
 def _final_variables(number: int, sequences: list[Sequence], tokens: int, width: int) -> dict[str, Any]:

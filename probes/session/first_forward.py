@@ -31,6 +31,7 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state, unhooked_twin
 from depthscope.probes.model.tensors import first_float, tensors_in, version
 from depthscope.probes.model.user_modes import outside_user_modes, under_function_modes, user_autocast
+from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
@@ -38,8 +39,10 @@ from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.depth_reads import find_depth_reads, read_weights
 from depthscope.probes.structure.infer_layout import infer_layout, takes_tokens_first
 from depthscope.probes.structure.inner_streams import inner_streams
+from depthscope.probes.structure.layout_changes import split_at_layout_changes
 from depthscope.probes.structure.layout_evidence import read_evidence
 from depthscope.probes.structure.model_structure import CapturedState, Structure
+from depthscope.probes.structure.not_covered import not_covered
 from depthscope.probes.structure.plain_proof import PROVEN, states_of
 from depthscope.probes.structure.proven_chains import FoundChains, proven_chains
 from depthscope.probes.structure.tape import FORWARD, Call, Tape
@@ -69,6 +72,8 @@ class FirstForward:
         Called with every exception that a gradient hook raises.
     observer : Observer, optional
         Of a known structure that only the trace of a forward shows: it gets the states that no module shows.
+    attention : bool
+        Whether what the tokens attend to is looked at.
     """
 
     def __init__(
@@ -79,8 +84,9 @@ class FirstForward:
         gradients: bool,
         report: Report,
         observer: Observer | None = None,
+        attention: bool = False,
     ):
-        self._observer = observer
+        self._observer, self._attention = observer, attention
         captured = observer.structure.captured if observer is not None else ()
         self._operations = {
             (p.path, p.index, p.item): state for state in captured if (p := state.point).at == "operation"
@@ -142,6 +148,8 @@ class FirstForward:
                 tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
             )
             trace.watch(tensor, forward.batch_axis if batched else None)
+        if self._attention:
+            watch_attention(tape, trace, forward)
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:
             trace.on_value = partial(self._record_operation, forward, tape, made)
@@ -245,8 +253,8 @@ def _taped(path: str) -> str:
 
 
 def _forward_gradient(listener: GradientListener, gradient: torch.Tensor) -> None:
-    if listener.receive is not None:
-        listener.receive(gradient)
+    for receive in listener.receivers:
+        receive(gradient)
 
 
 # --- what the model is ---
@@ -279,6 +287,8 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
     """
     found = _readable_chains(tape, model, options, forward.batch_size)
     chains, sites = found.chains, found.traced or _stream_sites(tape, found.chains[0])
+    if options.layout is None:
+        chains = tuple([part for chain in chains for part in split_at_layout_changes(tape, chain)])
     layouts = tuple(_layout(tape, chain, forward, sites, options) for chain in chains)
     named_streams = options.streams or count_streams(chains[0].shapes[0], layouts[0], forward.batch_size)
     if not sites:  # a known connection tells its own layout
@@ -295,6 +305,7 @@ def find_structure(tape: Tape, forward: Forward, model: nn.Module, options: Opti
         inner_streams=0
         if sites or chains[0].proof == PROVEN
         else inner_streams(states_of(tape, chains[0].points)),
+        not_covered=not_covered(tape, model, chains, named=options.blocks is not None),
     )
 
 
@@ -404,7 +415,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         listener = forward.listeners.get((id(tensor), written))
         if listener is not None and listener.tensor() is tensor:
             # The tensor has a hook since it passed; from now on the hook knows which state it belongs to.
-            listener.receive = partial(observer.record_gradient, forward, number, depth)
+            listener.receivers.append(partial(observer.record_gradient, forward, number, depth))
             assert listener.handle is not None
             observer.expect_gradient(forward, (number, depth), tensor, listener.handle)
         observer.record_state(forward, number, depth, value)

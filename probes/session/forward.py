@@ -34,7 +34,8 @@ class GradientListener:
 
     tensor: weakref.ref[torch.Tensor]
     handle: RemovableHandle | None = None
-    receive: Callable[[torch.Tensor], None] | None = None  # set when the tensor turns out to be a state
+    # Filled when the tensor turns out to be a state, of two chains where one begins with the last state of the other.
+    receivers: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -84,7 +85,7 @@ class Forward:
         """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
         self.ended = True
         for listener in self.listeners.values():
-            if listener.handle is not None and listener.receive is None:  # the tensor is no state
+            if listener.handle is not None and not listener.receivers:  # the tensor is no state
                 listener.handle.remove()
         self.listeners.clear()
         self.openings.clear()

@@ -79,7 +79,7 @@ class Observer:
             self.on_state(number, depth, tensor)
         if depth == FINAL:
             if len(forward.rows):
-                final = self.structure.canonical_final(tensor.detach(), forward.batch_size)
+                final = self.structure.canonical_final(number, tensor.detach(), forward.batch_size)
                 forward.states[number, depth] = forward.sampled(final)
             return
         forward.order.setdefault(number, []).append(depth)
@@ -179,7 +179,7 @@ class Observer:
             # In float32, since a gradient that fits float16 only because it is scaled would underflow.
             unscaled = unscaled.float() / scale.to(unscaled.device)
         if depth == FINAL:
-            values = self.structure.canonical_final(unscaled, forward.batch_size)
+            values = self.structure.canonical_final(number, unscaled, forward.batch_size)
         else:
             values = self.structure.canonical(number, unscaled, forward.batch_size)
         again = (number, depth) in forward.arrived_gradients

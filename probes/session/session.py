@@ -28,6 +28,7 @@ from depthscope.probes.model.hooks import (
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
+from depthscope.probes.session.attention import Attention, placed_attention
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
 from depthscope.probes.session.first_forward import (
     AxisError,
@@ -84,6 +85,7 @@ class Session:
         self.forwards: list[Forward] = []  # that ended since the last fold
         self.last: Forward | None = None
         self.num_forwards = 0
+        self.attention = Attention()  # of the first forward
         self.skipped = 0  # forwards of other threads during the first forward
         self.reservoir = Reservoir(options.max_sequences, options.seed)
         self._loss_scale = loss_scale
@@ -186,7 +188,12 @@ class Session:
             # Also where modules came or went since: the structure is looked for again, and must be as it was.
             self._searching, self._containers = True, _containers(self.model)
             first = FirstForward(
-                self.model, self._current, gradients=self.options.gradients, report=self.report
+                self.model,
+                self._current,
+                gradients=self.options.gradients,
+                report=self.report,
+                # Once for each run that is captured: in a training loop the sequences of the first step do not stay.
+                attention=self._only_own and self._sums,
             )
             first.attach(attachment)
         else:
@@ -381,6 +388,8 @@ class Session:
                 structure = find_structure(tape, forward, self.model, self.options)
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
+            # Before the states: where these have to be copied in one more forward, it is not traced again.
+            self.attention = placed_attention(tape, forward, structure)
             observer = Observer(
                 structure, self.options, self.report, self._loss_scale, calls=tape.counts(), sums=self._sums
             )

@@ -6,7 +6,7 @@ Found by how the calls of one forward link, output to input, never by class name
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -15,10 +15,12 @@ from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.dataflow.linear import LinearDependence
-from depthscope.probes.model.modules import all_modules, all_parameters, own_parameters
+from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.structure.branch_sums import with_branch_sums
 from depthscope.probes.structure.chain import Chain, HookPoint, layer_numbers
 from depthscope.probes.structure.history_chain import history_chain
+from depthscope.probes.structure.plain_proof import plain_step
+from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.stages import join_stages
 from depthscope.probes.structure.stream_chain import stream_chain
 from depthscope.probes.structure.tape import Call, ChainError, Tape, final_norm, same_tensor
@@ -73,7 +75,7 @@ def find_chains(tape: Tape, model: nn.Module, *, layers: Sequence[str] | None = 
             "Name the blocks with layers=, for example layers='model.layers.{i}' or layers=['stem', 'trunk.0', 'trunk.1']"
         )
     chains: list[Chain] = []
-    for name, run in zip(_chain_names(runs), runs, strict=True):
+    for name, run in zip(distinct_names([run[0].path for run in runs]), runs, strict=True):
         chain = with_final(tape, _linked_chain(run, name))
         chains += split_tracks(chain, run, named=False)
     return chains
@@ -89,26 +91,96 @@ def with_final(tape: Tape, chain: Chain, streams: int = 1) -> Chain:
 
 
 def _chosen_runs(tape: Tape, model: nn.Module) -> list[list[Call]]:
-    found = [
-        (run, size)
-        for run in _candidate_runs(tape)
-        if (size := _num_parameters(tape, (call.module for call in run)))
-    ]
+    runs = _with_linked_runs(tape, list(_candidate_runs(tape)))
+    found = [(run, size) for run in runs if (size := _num_parameters(tape, (call.module for call in run)))]
     if not found:
         return []
     best, best_size = _finest_run(found)
-    share = best_size / trunk_size(tape, model)
-    if share < TRUNK_SHARE:
-        raise ChainError(
-            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
-            "model's parameters, so it is not the trunk; name the blocks with layers=, such as layers='blocks.{i}'"
-        )
     chosen = [best]
     # A model may have several trunks; parts of one trunk, such as its attentions, overlap with it and are left out.
     rest = [pair for pair in found if _is_block_run(pair[0]) and pair[1] >= FURTHER_SHARE * best_size]
     while rest := [pair for pair in rest if not any(_share_calls(pair[0], other) for other in chosen)]:
         chosen.append(_finest_run(rest)[0])
+    # Of several towers none need be most of the model; single layers that follow one another are no tower.
+    towers = chosen if _is_block_run(best) else [best]
+    share = _num_parameters(tape, (call.module for run in towers for call in run)) / (
+        ran_parameters(tape, model).total or 1
+    )
+    if share < TRUNK_SHARE:
+        pattern = re.sub(r"\d+", "{i}", best[0].path, count=1)
+        # A part that is in no list is no example of a block.
+        advice = f", such as layers={pattern!r}" if "{i}" in pattern else ""
+        raise ChainError(
+            f"the longest chain of calls that links, {best[0].path!r} to {best[-1].path!r}, has only {share:.0%} of the "
+            f"model's parameters, so it is not the trunk; name the blocks with layers={advice}"
+        )
     return sorted(chosen, key=lambda run: run[0].order)
+
+
+def _with_linked_runs(tape: Tape, runs: list[list[Call]]) -> list[list[Call]]:
+    """Runs of blocks, with the blocks of other classes that take or give the very states of these put in their places.
+
+    The stages of a network may have blocks of several classes: convolutions first and attention later.
+    """
+    blocks = [run for run in runs if _is_block_run(run)]
+    found: dict[tuple[int, ...], list[Call]] = {}
+    for run in runs:
+        longer = _longer(tape, run, blocks) if _is_block_run(run) else run
+        found.setdefault(tuple(call.order for call in longer), longer)
+    return list(found.values())
+
+
+def _longer(tape: Tape, run: list[Call], blocks: list[list[Call]]) -> list[Call]:
+    """A run with all others in it that belong there."""
+    while True:
+        free = [other for other in blocks if not _share_calls(run, other)]
+        for other in free:
+            place = _place(tape, run, other, [run, *free])
+            if place is not None and _adds_branches(tape, other):
+                run = [*run[:place], *other, *run[place:]]
+                break
+        else:
+            return run
+
+
+def _place(tape: Tape, run: list[Call], other: list[Call], runs: list[list[Call]]) -> int | None:
+    """Where in a run another one belongs that takes a state of it, or gives its first one; None where neither does."""
+    if same_tensor(other[-1].y, run[0].x):
+        return 0 if _goes_on_once(other, runs) else None
+    for number, call in enumerate(run, 1):
+        if same_tensor(call.y, other[0].x):
+            at_the_end = number == len(run)
+            fits = _goes_on_once(run, runs) if at_the_end else _leads_to(tape, other, run[number])
+            return number if fits else None
+    return None
+
+
+def _goes_on_once(run: list[Call], runs: list[list[Call]]) -> bool:
+    """Whether one run alone goes on from the last state of another: of two heads neither is the rest of the trunk."""
+    first = {id(each[0]): each[0] for each in runs if same_tensor(run[-1].y, each[0].x)}.values()
+    return sum(not any(call.inside(other) for other in first) for call in first) == 1
+
+
+def _leads_to(tape: Tape, run: list[Call], call: Call) -> bool:
+    """Whether a call takes what was computed from the last state of a run: else the run is a branch to the side."""
+    given, taken = run[-1].values[1], call.values[0]
+    return (
+        tape.trace is not None
+        and given is not None
+        and taken is not None
+        and tape.trace.depends(taken, given)
+    )
+
+
+def _adds_branches(tape: Tape, run: list[Call]) -> bool:
+    """Whether every block of a run that keeps the shape of its state adds something to it, and some block does."""
+    if tape.trace is None or tape.trace.error is not None:
+        return False
+    kept = [call.values for call in run if call.x_shape == call.y_shape]
+    return bool(kept) and all(
+        before is not None and after is not None and not plain_step(tape.trace, before, after)
+        for before, after in kept
+    )
 
 
 def _finest_run(found: list[tuple[list[Call], int]]) -> tuple[list[Call], int]:
@@ -135,14 +207,47 @@ def _candidate_runs(tape: Tape) -> list[list[Call]]:
     mixed: list[list[Call]] = []
     for (kind, key), run in tape.linked_runs():
         if kind == "class":
-            by_class.setdefault(key, []).append(run)
+            by_class.setdefault(key, []).extend(_parts_between_forks(tape, run))
         else:
             mixed += _parts_of_one_shape(run)
     classes: list[list[Call]] = []
-    for runs in by_class.values():
+    for parts in by_class.values():
+        runs = [part for part in parts if len(part) > 1]
+        if not runs:
+            continue
         # Only blocks have stages: single layers of one class, such as norms, follow one another by chance.
         classes += join_stages(tape, runs) if _has_children(runs[0][0]) else runs
     return classes + [run for run in mixed if not any(_covers(tape, run, other) for other in classes)]
+
+
+def _parts_between_forks(tape: Tape, run: list[Call]) -> Iterator[list[Call]]:
+    """A run, cut where it leaves a list of blocks for another one although a further block takes the same state.
+
+    Which of them goes on with the trunk does not show: the others are branches to the side, such as heads.
+    """
+    start = 0
+    for end, (before, after) in enumerate(pairwise(run), 1):
+        if _list_of(before) != _list_of(after) and _forks(tape, before, after):
+            yield run[start:end]
+            start = end
+    yield run[start:]
+
+
+def _list_of(call: Call) -> str:
+    """The path of the numbered list that a module is in; of one in none its own."""
+    container, _, last = call.path.rpartition(".")
+    return container if last.isdigit() else call.path
+
+
+def _forks(tape: Tape, before: Call, after: Call) -> bool:
+    """Whether a block other than the next one takes the state that a call gave."""
+    return any(
+        other.x_shape == other.y_shape == before.y_shape
+        and same_tensor(before.y, other.x)
+        and _has_children(other)
+        and not (other is after or other.inside(after) or after.inside(other) or before.inside(other))
+        for other in tape.calls[before.order + 1 :]
+    )
 
 
 def _has_children(call: Call) -> bool:
@@ -155,34 +260,6 @@ def _parts_of_one_shape(run: list[Call]) -> Iterable[list[Call]]:
         calls = list(part)
         if same_shape and len(calls) > 1:
             yield calls
-
-
-def trunk_size(tape: Tape, model: nn.Module) -> int:
-    """Number of parameters of the modules that ran, without embeddings and the heads that predict their vocabulary.
-
-    In a small model with a large vocabulary these are most of all parameters. A tower that was not called is no part of what
-    the forward did.
-    """
-    if tape.trunk_size is not None:
-        return tape.trunk_size
-    # A head that is tied to the embedding shares its parameter; one that is not has as many outputs.
-    modules = all_modules(model)
-    vocabularies = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
-    heads = (
-        module
-        for module in modules
-        if isinstance(module, nn.Embedding)
-        or (isinstance(module, nn.Linear) and module.out_features in vocabularies)
-    )
-    outside = set(map(id, own_parameters(heads)))
-    called = {id(call.module): call.module for call in tape.calls}
-    ran: list[nn.Module] = []
-    for module in called.values():
-        # A module of which no part was called may use the weights of its parts all the same, as torch's attention does.
-        parts_ran = any(id(child) in called for child in module._modules.values())
-        ran += [module] if parts_ran or not module._modules else all_modules(module)
-    tape.trunk_size = sum(p.numel() for p in own_parameters(ran) if id(p) not in outside) or 1
-    return tape.trunk_size
 
 
 def _covers(tape: Tape, container: list[Call], run: list[Call]) -> bool:
@@ -211,15 +288,15 @@ def _num_parameters(tape: Tape, modules: Iterable[nn.Module]) -> int:
     return sum(sizes.values())
 
 
-def _chain_names(runs: list[list[Call]]) -> list[str]:
-    """Short distinct names: the first path component in which all chains differ."""
-    if len(runs) == 1:
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Short distinct names of chains, by the paths of their first blocks: the first component in which all differ."""
+    if len(paths) == 1:
         return [""]
-    paths = [run[0].path.split(".") for run in runs]
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) == len(runs):
-            return list(parts)
-    return [f"chain{i}" for i in range(len(runs))]
+    parts = [path.split(".") for path in paths]
+    for names in zip(*parts, strict=False):
+        if len(set(names)) == len(paths):
+            return list(names)
+    return [f"chain{i}" for i in range(len(paths))]
 
 
 def _named_blocks(tape: Tape, model: nn.Module, layers: Sequence[str]) -> list[Call]:

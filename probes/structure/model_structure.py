@@ -14,6 +14,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.structure.not_covered import LeftOut
 from depthscope.probes.structure.sites import SiteSelection
 
 FINAL = -1  # used as a depth: the state after the last norm
@@ -47,6 +48,8 @@ class Structure:
         Which of the states and connections are captured.
     inner_streams : int
         How many streams are expanded and merged inside each step of the first chain; 0 for none.
+    not_covered : tuple of LeftOut
+        What ran and lies in no chain, with the reasons.
     """
 
     chains: tuple[Chain, ...]
@@ -56,6 +59,7 @@ class Structure:
     batch_axis: int
     selection: SiteSelection
     inner_streams: int = 0
+    not_covered: tuple[LeftOut, ...] = ()
 
     @cached_property
     def captured(self) -> tuple[CapturedState, ...]:
@@ -112,10 +116,10 @@ class Structure:
             fractions=self.fractions,
         )
 
-    def canonical_final(self, state: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The state after the last norm as (B, T, D): the streams are collapsed by then, whatever their layout was."""
+    def canonical_final(self, number: int, state: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The state after a chain's last norm as (B, T, D): streams are collapsed by then, whatever their layout was."""
         if not self.sites and self.num_streams == 1:
-            return self.canonical(0, state, batch_size).squeeze(2)
+            return self.canonical(number, state, batch_size).squeeze(2)
         return state.reshape(batch_size, -1, state.shape[-1])
 
 

@@ -24,6 +24,7 @@ MOST_FUNCTIONS = 8
 
 PROVEN = "proven"
 CANCELLED = "the state before is cancelled out of the next one"
+NO_STEP = "every block changes the shape of the state, so none is a sum with the state before"
 
 
 def plain_step(trace: Trace, before: Value, after: Value, earlier: Sequence[Value] = ()) -> str:
@@ -185,7 +186,7 @@ def _proof(tape: Tape, chain: Chain) -> str:
         if doubt:
             return f"unproven: from depth {depth} to {depth + 1}, {doubt}"
     if not steps:
-        return "unproven: every block changes the shape of the state, so none is a sum with the state before"
+        return f"unproven: {NO_STEP}"
     elsewhere = _reads_elsewhere(tape, states)
     if elsewhere is not None:
         return (

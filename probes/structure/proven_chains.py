@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -11,20 +12,22 @@ from torch import nn
 from depthscope.probes.connections.family import Site, StreamConnectionError
 from depthscope.probes.dataflow.linear import ReplayError
 from depthscope.probes.dataflow.values import Value
-from depthscope.probes.model.modules import module_paths, own_parameters
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.deferred_branches import with_deferred_branches
 from depthscope.probes.structure.depth_reads import depth_chain, find_depth_reads
 from depthscope.probes.structure.find_chains import (
     FINER_SHARE,
     FURTHER_SHARE,
     TRUNK_SHARE,
+    distinct_names,
     find_chains,
-    trunk_size,
     with_final,
 )
 from depthscope.probes.structure.inner_streams import inner_streams
-from depthscope.probes.structure.plain_proof import CANCELLED, PROVEN, states_of, with_proof
-from depthscope.probes.structure.tape import ChainError, SeveralStatesError, Tape
+from depthscope.probes.structure.plain_proof import CANCELLED, NO_STEP, PROVEN, states_of, with_proof
+from depthscope.probes.structure.ran_parameters import ran_parameters
+from depthscope.probes.structure.tape import Call, ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
 from depthscope.probes.structure.value_chain import (
     carried_values,
@@ -32,6 +35,9 @@ from depthscope.probes.structure.value_chain import (
     unchanged_origin,
     value_chains,
 )
+
+NO_END = "unproven: more is added to the last state, and no module shows what comes of it"
+NUMBERED = re.compile(r"chain\d+")
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,13 @@ def proven_chains(
     refusal: ChainError | None = None
     chains: list[Chain] = []
     try:
-        chains = [with_proof(tape, chain) for chain in find_chains(tape, model, layers=layers)]
+        chains = _chains_of_modules(tape, model, layers)
     except ChainError as error:
-        refusal = error
         if layers is not None:
             raise
+        refusal = error
     if layers is not None or any(chain.has_streams or chain.history for chain in chains):
-        return FoundChains(tuple(chains))
+        return FoundChains(tuple(_with_an_end(tape, chain) for chain in chains))
     carried = [(chain, states, _share(tape, model, states)) for chain, states in value_chains(tape, model)]
     try:
         found = _carried_chains(tape, model, carried, chains)
@@ -94,11 +100,63 @@ def proven_chains(
         found = _chain_over_depth(tape, model, batch_size, above=share) or found
     if found is None and refusal is not None:
         raise refusal
-    found = found or FoundChains(tuple(chains))
+    found = _with_other_towers(tape, found or FoundChains(tuple(chains)), chains, carried)
     for chain in found.chains:
         _require_all_blocks(tape, model, chain)
     return replace(
         found, chains=tuple(_with_all_blocks(tape, model, chain, found.chains) for chain in found.chains)
+    )
+
+
+def _chains_of_modules(tape: Tape, model: nn.Module, layers: Sequence[str] | None) -> list[Chain]:
+    found = find_chains(tape, model, layers=layers)
+    return _with_steps([with_proof(tape, with_deferred_branches(tape, chain)) for chain in found])
+
+
+def _with_steps(chains: list[Chain]) -> list[Chain]:
+    """Without those of which every step changes the shape, where others are proven: a neck of convolutions is no chain."""
+    if not any(chain.proof == PROVEN for chain in chains):
+        return chains
+    kept = [chain for chain in chains if not chain.proof.endswith(NO_STEP)]
+    # Tracks are called after arguments; numbers, or the name of one of several, say nothing of those that are left.
+    if len(kept) < len(chains) and (len(kept) == 1 or any(NUMBERED.fullmatch(chain.name) for chain in kept)):
+        return list(_with_names(kept))
+    return kept
+
+
+def _with_other_towers(
+    tape: Tape,
+    found: FoundChains,
+    chains: Sequence[Chain],
+    carried: Sequence[tuple[Chain, list[Value], float]],
+) -> FoundChains:
+    """The chains that were found, and proven ones of modules or values of blocks of which these have nothing."""
+    taken = list(found.chains)
+    if taken[0].has_streams:  # all chains would be read as if they had streams
+        return found
+    large = [with_final(tape, chain) for chain, _, share in carried if share >= FURTHER_SHARE]
+    for other in [*chains, *large]:
+        if any(_have_blocks_in_common(other, chain) for chain in taken):
+            continue
+        proven = with_proof(tape, other)
+        taken += [proven] if proven.proof == PROVEN else []
+    if len(taken) == len(found.chains):
+        return found
+    return replace(found, chains=_with_names(taken))
+
+
+def _with_names(chains: Sequence[Chain]) -> tuple[Chain, ...]:
+    """Chains with distinct names, by their blocks; a chain that is alone has none."""
+    # A state that begins without any module has no block; numbers tell chains from one another then.
+    names = distinct_names([chain.blocks[0] if chain.blocks else "" for chain in chains])
+    return tuple(replace(chain, name=name) for chain, name in zip(chains, names, strict=True))
+
+
+def _have_blocks_in_common(a: Chain, b: Chain) -> bool:
+    return any(
+        one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+        for one in a.blocks
+        for other in b.blocks
     )
 
 
@@ -125,9 +183,7 @@ def _carried_chains(
         return FoundChains((replace(chains[0] if chains else proven[0], proof=why),))
     if any(chain.proof != PROVEN for chain in proven):
         return None
-    if len(proven) > 1:
-        proven = [replace(chain, name=f"chain{number}") for number, chain in enumerate(proven)]
-    return FoundChains(tuple(proven))
+    return FoundChains(_with_names(proven))
 
 
 def _chain_over_depth(tape: Tape, model: nn.Module, batch_size: int, *, above: float) -> FoundChains | None:
@@ -149,7 +205,8 @@ def _share(tape: Tape, model: nn.Module, states: Sequence[Value]) -> float:
     began = tape.trace.calls[states[0].number]
     orders = set(tape.trace.calls_between(states[-1], states[0]))
     modules = [tape.calls[order].module for order in orders if order >= 0 and order != began]
-    return sum(p.numel() for p in own_parameters(modules)) / trunk_size(tape, model)
+    ran = ran_parameters(tape, model)
+    return ran.share(ran.own(modules))
 
 
 def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:
@@ -217,16 +274,15 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
         and type(modules[path]) is not nn.Sequential
         and any(True for _ in modules[path].children())
     }
-    if chain.proof == PROVEN and _goes_on(tape, chain):
-        return replace(
-            chain, proof="unproven: more is added to the last state, and no module shows what comes of it"
-        )
+    if chain.proof == PROVEN and _goes_on(tape, chain, chains):
+        return replace(chain, proof=NO_END)
     for call in tape.calls if chain.proof == PROVEN else ():
         path = call.path
         if (
             type(call.module) in kinds
             and path not in around
             and not any(path[:end] in known for end in _ends(path))
+            and _has_to_do_with(tape, chain, call)
         ):
             why = (
                 f"unproven: {path} ran, like the blocks of the chain, and what came of it is not on the chain"
@@ -235,14 +291,41 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
     return chain
 
 
-def _goes_on(tape: Tape, chain: Chain) -> bool:
-    """Whether the state after the last block goes through further sums with what was computed from it."""
+def _has_to_do_with(tape: Tape, chain: Chain, call: Call) -> bool:
+    """Whether a call worked on what came of a chain, or a chain on what came of it; another tower does neither."""
+    first, last = states_of(tape, (chain.points[0], chain.points[-1]))
+    taken, given = call.values
+    if tape.trace is None or first is None or last is None or taken is None or given is None:
+        return True
+    return tape.trace.depends(taken, first) or tape.trace.depends(last, given)
+
+
+def _with_an_end(tape: Tape, chain: Chain) -> Chain:
+    """A chain of the user's blocks; unproven where the last one hands on a branch that is added after it.
+
+    Otherwise the user may well have named the first blocks of several.
+    """
+    deferred = chain.points[-1].site == "mid" and chain.proof == PROVEN
+    return replace(chain, proof=NO_END) if deferred and _goes_on(tape, chain, ()) else chain
+
+
+def _goes_on(tape: Tape, chain: Chain, chains: Sequence[Chain]) -> bool:
+    """Whether the state after the last block goes through further sums with what was computed from it, on no other chain."""
     (last,) = states_of(tape, chain.points[-1:])
     trace = tape.trace
     if last is None or trace is None or trace.most_merged is None or last.merges == 0:
         return False
     sums = [group[0].number for group in carried_values(trace, trace.most_merged)]
-    return last.root in sums and sums[-1] > last.root
+    further = [number for number in sums if number > last.root]
+    if last.root not in sums or not further:
+        return False
+    for other in chains:
+        first, end = states_of(tape, (other.points[0], other.points[-1]))
+        # Another chain goes on where this one ends: nothing was added in between.
+        begins = first is not None and first.number >= last.number and trace.depends(first, last)
+        if other is not chain and begins and end is not None and first is not None and end.root in further:
+            return any(number < first.root for number in further)
+    return True
 
 
 @lru_cache(maxsize=1 << 14)

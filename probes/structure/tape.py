@@ -183,11 +183,11 @@ class Tape:
     """
 
     def __init__(self, keep: Collection[str] = (), on_block: Callable[[Call], Any] | None = None):
+        self.attention: Any = None  # what watches it, of the session
         self.calls: list[Call] = []
         self._by_key: dict[Key, Call] = {}
         # Of `find_chains`, which asks again and again: parameters and their sizes by module, and the size of the trunk.
         self.parameter_sizes: dict[int, dict[int, int]] = {}
-        self.trunk_size: int | None = None
         self._keep = frozenset(keep)
         self._on_block = on_block
         self._stack: list[Call] = []
@@ -203,6 +203,7 @@ class Tape:
         ] = {}  # values that only an operation shows, by their places
         self.trace: Trace | None = None  # what was computed from what, while the model's own forward runs
         self.unreadable: ValueError | None = None  # why the weights of a known connection cannot be read
+        self.ran: Any = None  # the parameters that ran; see `ran_parameters`
         self._waiting: Call | None = None  # the last returned connection, while its branch may still come
 
     @property

@@ -7,6 +7,7 @@ blocks take and give several tensors, a dict or a list, or where something happe
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -113,28 +114,42 @@ def carried_values(trace: Trace, last: Value) -> list[list[Value]]:
         value = carrier
 
 
-def shown_states(tape: Tape, last: Value) -> list[CarriedState]:
+def shown_states(tape: Tape, last: Value, shown: ShownValues) -> list[CarriedState]:
     """Of every group of carried values the first one that some module took or returned; the last norm or activation of it.
 
     Where streams are mixed in plain code, no module may show a state: then the operation that made it does.
     """
     assert tape.trace is not None
-    shown = ShownValues(tape)
     groups = [
         [CarriedState(value, shown.places(value)) for value in group]
         for group in carried_values(tape.trace, last)
     ]
     # After the last sum of a pre-norm model comes the final norm, which is no state of it.
     normed = any(_made_by_function(group) for group in groups[1:-1])
-    first = [_shown_of(group, normed=normed) for group in groups]
+    begin = _beginning(groups[0])
+    least = math.prod((groups[0][-1] if begin is None else begin).value.shape)
+    first = [begin, *(_shown_of(group, normed=normed, least=least) for group in groups[1:])]
     found = [state for state in first if state is not None]
     if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):
         return found
     return [state for group in groups if (state := _state_of_shape(group, found[-1].value.shape)) is not None]
 
 
-def _shown_of(group: Sequence[CarriedState], *, normed: bool) -> CarriedState | None:
-    placed = [state for state in group if state.places]
+def _beginning(group: Sequence[CarriedState]) -> CarriedState | None:
+    """The state that the first branch is added to: the last one that a module shows, of that shape and order of axes.
+
+    Before, it may have been an image with channels first, the text alone that an image is put next to, or without positions.
+    """
+    last = group[-1].value
+    same = [s for s in group if s.value.shape == last.shape and same_axes(s.value.axes, last.axes)]
+    return next((state for state in reversed(same) if state.places), None) or _shown_of(group, normed=False)
+
+
+def _shown_of(group: Sequence[CarriedState], *, normed: bool, least: int = 0) -> CarriedState | None:
+    # What was averaged or cut out of a state is smaller, and none of its depth; streams that are merged are as large as the
+    # first state, and those that are put together larger than the sum.
+    least = min(least, math.prod(group[0].value.shape))
+    placed = [state for state in group if state.places and math.prod(state.value.shape) >= least]
     made = _made_by_function(group) if normed else []
     return made[-1] if made else placed[0] if placed else None
 
@@ -172,13 +187,14 @@ def value_chains(tape: Tape, model: nn.Module) -> Iterator[tuple[Chain, list[Val
         return
     shown = {value.number: value for call in tape.calls for _, _, value in call.shown() if value.merges > 1}
     shown[trace.most_merged.number] = trace.most_merged
+    places = ShownValues(tape)
     seen: set[int] = set()
     for last in sorted(shown.values(), key=lambda value: (-value.merges, -value.number)):
         if last.root in seen:
             continue
         sums = {group[0].number for group in carried_values(trace, last)[1:]}
         if not sums & seen:
-            states = shown_states(tape, last)
+            states = shown_states(tape, last, places)
             if len(states) > 1:
                 yield chain_of_states(tape, model, states), [state.value for state in states]
         seen |= sums

@@ -53,6 +53,7 @@ def synthetic_run(
     if gradients:
         values = 1e-3 * rng.standard_normal(states.shape)
         variables["gradient"] = (schema.STATE, values.astype(np.float32))
+    variables |= _attention(rng, states.shape[0], (samples, 3, tokens))
     coords = _state_coords(layers, per_layer) | {
         "sample": np.arange(samples),
         "token": np.arange(tokens),
@@ -79,6 +80,23 @@ def synthetic_run(
     streamed = _streamed_statistics(states[:, mask])
     statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
+
+
+def _attention(rng: np.random.Generator, depths: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Causal attention of random logits before every state but the embedding, as three numbers a query."""
+    samples, heads, tokens = shape
+    logits = 2.0 * rng.standard_normal((depths, samples, heads, tokens, tokens))
+    seen = np.tri(tokens, dtype=bool)
+    weights = np.where(seen, np.exp(logits), 0.0)
+    weights /= weights.sum(-1, keepdims=True)
+    entropy = -np.sum(weights * np.log(np.where(weights > 0, weights, 1.0)), axis=-1)
+    numbers = entropy, np.broadcast_to(seen.sum(-1), entropy.shape), weights[..., 0]
+    found = {}
+    for name, values in zip(schema.OF_ATTENTION, numbers, strict=True):
+        of_one = values.astype(np.float32)
+        of_one[0] = np.nan
+        found[name] = (schema.QUERY, of_one)
+    return found
 
 
 def _forward(

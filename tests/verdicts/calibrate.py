@@ -27,7 +27,7 @@ from tests.verdicts.drawing import healthy_network
 from tests.verdicts.healthy import KINDS
 
 FILE = Path(__file__).with_name("calibration.json")
-DRAW, EACH = 20261125, 3
+DRAW, EACH = 20261125, 1
 # Shares of the networks that are no worse than the number.
 SHARES = (0.5, 0.9, 0.95, 0.99, 1.0)
 
@@ -107,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts.calibrate", description=__doc__)
     parser.add_argument("--draw", type=int, default=DRAW, metavar="SEED")
     parser.add_argument(
-        "--each", type=int, default=EACH, metavar="N", help="networks of each kind (default 3)"
+        "--each", type=int, default=EACH, metavar="N", help="networks of each kind (default 1)"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)

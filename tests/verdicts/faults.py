@@ -364,7 +364,7 @@ def _(net):
     return Place()
 
 
-@fault("attention attends to single tokens", WARN, "attention_entropy", hosts=ATTENDING)  # fmt: skip
+@fault("attention attends to single tokens", WARN, "attention_entropy_collapse", hosts=ATTENDING)  # fmt: skip
 def _(net):
     number = net.block()
     with torch.no_grad():
@@ -444,7 +444,8 @@ def _centred(n: int) -> torch.Tensor:
        plan=(("start", "apart"),))  # fmt: skip
 def _(net):
     centred, factor = _centred(net.plan.streams), 10 ** (net.rng.uniform(2.5, 4) / len(net.connections))
-    return net.mixes(lambda mix: mix + (factor - 1) * centred @ mix @ centred)
+    # Exactly 1 in every sum, which the free matrices of a host are not.
+    return net.mixes(lambda mix: 1 / net.plan.streams + factor * centred @ mix @ centred)
 
 
 @fault("the mixing is stuck at the identity after training", WARN, "stuck_at_identity", hosts=("HC", *STOCHASTIC),
@@ -472,7 +473,7 @@ def _(net):
     return net.mixes(lambda mix: torch.lerp(mix, torch.full_like(mix, 1 / n), share))
 
 
-@fault("a stream is no longer fed", WARN, "attenuation", "dead_stream", hosts=MIXED)
+@fault("a stream is no longer fed", WARN, "attenuation", hosts=MIXED)
 def _(net):
     stream = net.rng.randrange(net.plan.streams)
 

@@ -103,6 +103,7 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
                 "sequences": result.sizes["sample"],
                 "base_loss": loss._asdict(),
                 "no_loss": result.attrs["no_loss"],
+                "other_paths": result.attrs["other_paths"],
                 "experiments": rows,
                 "left_out": result.attrs["left_out"],
             }
@@ -125,6 +126,8 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
             for row in rows
         ],
     )
+    if result.attrs["other_paths"]:
+        say(f"note: {printable(result.attrs['other_paths'])}")
     for line in result.attrs["left_out"]:
         say(f"left out: {printable(line)}")
     if path is not None:

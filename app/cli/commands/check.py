@@ -46,6 +46,7 @@ def _run(args: argparse.Namespace) -> int:
                 "integrity": reading.integrity,
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
+                "memory": reading.attrs.get("memory"),
                 "findings": [card.as_dict() for card in cards_of(reading)],
             }
             for reading in readings
@@ -88,6 +89,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 
 def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
+    from depthscope.app.readings.readings import memory_sentence
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
 
@@ -96,9 +98,12 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         say(f"  file {printable(reading.integrity)}")
+        memory = memory_sentence(reading.attrs)
         for key, words in (("constraint", "H_res"), ("proof", "reading")):
             if reading.attrs.get(key):
                 say(f"  {words} {printable(reading.attrs[key])}")
+        if memory:
+            say(f"  memory {printable(memory)}")
         say()
         say(cards_text(cards_of(reading)) or NOTHING)
         say()

@@ -106,6 +106,10 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
     for chain, size in sizes.items():
         counts = " · ".join(f"{word} {count}" for word, count in size.items())
         say(f"  {counts}" if chain == "run" else f"  {chain}: {counts}")
+    if str(run.attrs.get("proof", "")).startswith(schema.UNPROVEN):
+        say(f"  {printable(run.attrs['proof'])}")
+    for part in run.attrs.get("not_covered", ()):
+        say(f"  not covered: {printable(part['sentence'])}")
     for remark in run.attrs.get("remarks", ()):
         say(f"  remark: {remark['sentence']}")
     say()

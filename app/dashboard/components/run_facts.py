@@ -10,7 +10,7 @@ import pandas as pd
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.figures import Selection
-from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.readings import Reading, memory_sentence
 from depthscope.app.tables.tables import column_of
 
 _DIGEST_LENGTH = len("sha256:") + 12
@@ -48,6 +48,7 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Effective rank of the last state": _last_value(reading, "effective_rank", Selection(scope="data")),
         "… of every token, streamed": _last_value(reading, "streamed_effective_rank", Selection()),
         **_evidence(attrs),
+        "Memory": memory_sentence(attrs),
         "Precision": attrs.get("dtype"),
         "Loss reduction": attrs.get("loss_reduction"),
         "Seed": attrs.get("seed"),
@@ -86,7 +87,16 @@ def _evidence(attrs: Mapping[str, Any]) -> dict[str, str | None]:
         "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
         "Sites": None if expected is None else f"{attrs.get('sites_fired')} of {expected} expected fired",
         "Changed outside connections": str(changes) if changes else None,
+        "Not covered": _not_covered(attrs.get("not_covered") or ()),
     }
+
+
+def _not_covered(parts: Any) -> str | None:
+    """The parts of the model that ran and lie in no chain, each with its reason."""
+    if not parts:
+        return None
+    known = isinstance(parts, list) and all(isinstance(part, dict) and "sentence" in part for part in parts)
+    return "; ".join(str(part["sentence"]) for part in parts) if known else str(parts)
 
 
 def _is_change(change: Any) -> bool:

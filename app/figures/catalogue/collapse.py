@@ -3,11 +3,13 @@
 from functools import partial
 
 from depthscope.app.figures.build.curve_figure import CurveFigure
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.spectrum_figure import SpectrumFigure, by_order, density
 
 # One partial for each section of the page; figures are shown in the order of DEFINED.
 _ranks = partial(CurveFigure, question="collapse", section="Ranks")
 _tokens = partial(CurveFigure, question="collapse", section="Tokens")
+_heads = partial(MatrixFigure, columns="head", limits=(0.0, 1.0), question="collapse", section="Tokens")
 _spectrum = partial(CurveFigure, question="collapse", section="Spectrum")
 # Two figures of one metric: neither has its name, so both name it.
 _singular_values = partial(SpectrumFigure, question="collapse", section="Spectrum", metric="singular_value")
@@ -94,6 +96,17 @@ massive_token_fraction = _tokens(
     "Tokens with a massive activation",
     "share of the tokens",
     note="Above 100 and above 1000 × the median.",
+)
+attention_entropy = _heads(
+    "attention_entropy",
+    "Entropy of attention by head",
+    "share of uniform",
+    note="0 where each query attends to one token alone.",
+)
+sink_mass = _heads(
+    "sink_mass",
+    "Attention on the first token by head",
+    "weight on the first token",
 )
 spectrum = _singular_values(
     "spectrum",

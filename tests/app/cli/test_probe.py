@@ -103,3 +103,17 @@ def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
     words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]
     assert main(words) == USAGE
     assert "is no regular file; expected one with text, or - for stdin" in capsys.readouterr().err
+
+
+def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, tmp_path, make_run, capsys):
+    run = make_run("residual", layers=2)
+    run.attrs["proof"] = "unproven: the axes of the state are rearranged"
+    sentence = "vision (4 blocks of Block, 31% of the parameters): no chain of its states was found"
+    run.attrs["not_covered"] = [{"module": "vision", "sentence": sentence}]
+    _stand_in(monkeypatch, run)
+    (tmp_path / "t.txt").write_text("some words")
+    assert main(["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]) == FINE
+    printed = capsys.readouterr().out
+    assert f"not covered: {sentence}" in printed
+    assert run.attrs["proof"] in printed
+    assert schema.open_run(tmp_path / "r.nc").attrs["not_covered"] == run.attrs["not_covered"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -77,12 +75,6 @@ def test_hyphens_are_underscores_and_unknown_kinds_are_named():
     assert kind_named("freeze-stream") is KINDS["freeze_stream"]
     with pytest.raises(ValueError, match="no experiment 'unform'; closest: 'uniform'"):
         kind_named("unform")
-
-
-def test_none_of_it_needs_torch():
-    code = "import sys; import depthscope.diagnostics.experiments; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def _result() -> xr.Dataset:

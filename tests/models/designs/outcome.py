@@ -3,7 +3,7 @@
 ``right``: every state is one that the model wrote down, with its true label, none that is needed is missing, and every
 matrix, scale and read that is reported equals the model's own; none is missing that the model has.
 ``states``: the same, but parts of the connections are missing (and nothing else is said of them).
-``part``: the same, but one of several chains is missing.
+``part``: the same, but one of several chains is missing; the reason is the run's own where it names what it leaves out.
 ``unproven``: the run says that its reading is not proven, and the states are right; ``unproven, states off``: they are not.
 ``refused``: a ValueError of ours with a reason. ``misnamed``: right in its numbers, under another family's name.
 ``crashed``: an error of somebody else's. ``wrong``: all the rest.
@@ -111,7 +111,8 @@ def judged(design: Design, run: xr.DataTree, truth: notes.Truth) -> Outcome:
     if absent := [words for words in filter(None, design.constraint.split(", ")) if words not in constraint]:
         return Outcome("misnamed", f"said to be {constraint!r}, without {', '.join(absent)}")
     if any(name.startswith("chain") for name in missing):
-        return Outcome("part", f"without {', '.join(missing)}")
+        said = "; ".join(f"not covered: {part['sentence']}" for part in run.attrs.get("not_covered", ()))
+        return Outcome("part", said or f"without {', '.join(missing)}")
     return Outcome("states", f"without {', '.join(missing)}") if missing else Outcome("right")
 
 

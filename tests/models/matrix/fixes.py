@@ -26,6 +26,12 @@ HALF_ROTARY = {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]
     },
 }  # fmt: skip
+# Its widths follow one another by a factor of two; by the general rules they do not, and images of 1024 × 1024 remain.
+HIERA = {
+    "model_type": "sam2_hiera_det_model", "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256],
+    "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [4, 2, 4, 2], "blocks_per_stage": [1, 2, 3, 2],
+    "global_attention_blocks": [4], "image_size": [64, 64],
+}  # fmt: skip
 SWIN = {"image_size": 64, "patch_size": 4, "window_size": 2}
 
 FIXES: dict[str, dict[str, Any]] = {
@@ -100,6 +106,13 @@ FIXES: dict[str, dict[str, Any]] = {
     "laguna": {"num_attention_heads_per_layer": [4, 4, 4, 4]},
     "mistral_large4_text": {"kv_source_layers": [0, 1, 2, 3]},
     "reformer": {"is_decoder": True},
+    "sam2_hiera_det_model": {name: value for name, value in HIERA.items() if name != "model_type"},
+    "sam2_vision_model": {
+        "backbone_config": HIERA,
+        "backbone_channel_list": [256, 128, 64, 32],
+        "fpn_hidden_size": 32,
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
     "blenderbot": {"encoder_layers": 3, "decoder_layers": 2},
 }
 

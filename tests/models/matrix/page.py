@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.models.matrix.campaign import Result
-from tests.models.matrix.verdict import CRASHED, NOT_BUILDABLE, REFUSED, RIGHT, UNPROVEN, WRONG
+from tests.models.matrix.verdict import CRASHED, NOT_BUILDABLE, PART, REFUSED, RIGHT, UNPROVEN, WRONG
 
 PAGE = Path(__file__).parents[3] / "docs" / "compatibility.md"
 START, END = "<!-- matrix: start -->", "<!-- matrix: end -->"
 COMMAND = "python -m tests.models.matrix"
-ORDER = (RIGHT, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE)
+ORDER = (RIGHT, PART, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE)
 HEAD = ("model", "class", "verdict", "family", "states", "layout", "why")
 LONGEST = 240
 
@@ -96,11 +96,16 @@ compares it with plain hooks of torch: every state and gradient bit for bit, eve
 forwards, with another number of sequences and of tokens), every tower, and the family with the source.
 
 - **right**: all of that is equal.
+- **part**: all of that is equal for the chains that the run has, and it names the towers that it leaves out and why.
 - **unproven**: the run itself says that its reading is not proven, and why.
 - **refused**: a sentence instead of a run; most name the override with which it is read.
 - **wrong**: a run that says something else than what is there. **crashed**: an exception that is no sentence of ours.
 
 {counts(results)}
+
+Part:
+
+{kinds(results, PART)}
 
 Unproven:
 

@@ -186,11 +186,18 @@ def groups(model: nn.Module, calls: list[Call]) -> list[Group]:
             found[container, around].append(call)
         elif call.path:
             found[call.path, around].append(call)
+    blocks = {key: _without_ends(members) for key, members in found.items()}
     return [
         Group(container, members)
-        for (container, _), members in found.items()
+        for (container, _), members in blocks.items()
         if len(members) >= 2 and _hand_on(members)
     ]
+
+
+def _without_ends(calls: list[Call]) -> list[Call]:
+    """Without what comes before the first block and after the last one: what a stem takes and a head gives is no state."""
+    blocks = [number for number, call in enumerate(calls) if parts_with_weights(call.module) >= 3]
+    return calls[blocks[0] : blocks[-1] + 1] if blocks else []
 
 
 def _hand_on(calls: list[Call]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,8 +24,9 @@ from tests.models.matrix import reference
 from tests.models.matrix.expectations import Expected
 from tests.models.matrix.reference import Call, Group, Seen
 
-RIGHT, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE = (
+RIGHT, PART, UNPROVEN, REFUSED, WRONG, CRASHED, NOT_BUILDABLE = (
     "right",
+    "part",
     "unproven",
     "refused",
     "wrong",
@@ -46,7 +47,7 @@ class Verdict:
     Parameters
     ----------
     outcome : str
-        right, unproven, refused, wrong, crashed or not buildable.
+        right, part, unproven, refused, wrong, crashed or not buildable.
     reason : str
         Why it is not right; the first words name the kind.
     states : int
@@ -235,7 +236,8 @@ def compare(
         expected = Expected(
             expected.families
         )  # compared as what the run took it for; the family is wrong already
-    wrong = [*_family(run, original), *_labels(found, record, expected), *_complete(found, record, expected)]
+    wrong = [*_family(run, original), *_labels(found, record, expected)]
+    wrong += _complete(found, record, expected, run.attrs.get("not_covered", ()))
     wrong += _moves(found)
     right = sum(any(_matches(d, seen, record, expected) == "" for seen in _named(d, record)) for d in found)
     facts["depths"] = len(found)
@@ -246,7 +248,29 @@ def compare(
         return Verdict(WRONG, "; ".join(wrong[:3]), right, facts)
     if proof.startswith("unproven"):
         return Verdict(UNPROVEN, proof, right, facts)
+    said = [f"not covered: {part['sentence']}" for part in _left_out_towers(run, record)]
+    if said:
+        return Verdict(PART, "; ".join(said), right, facts)
     return Verdict(RIGHT, "", right, facts)
+
+
+def _left_out_towers(run: xr.DataTree, record: Record) -> list[Mapping[str, Any]]:
+    """What the run itself says that it leaves out and that holds blocks by the hooks."""
+    towers = reference.outermost(record.groups)
+    return [
+        part
+        for part in run.attrs.get("not_covered", ())
+        if any(says(part, path) for group in towers for path in group.paths)
+    ]
+
+
+def says(part: Mapping[str, Any], path: str) -> bool:
+    """Whether a part that a run leaves out is a module or holds it; several blocks are named as the first and the last."""
+    first, _, last = part["module"].partition(" … ")
+    if not last:
+        return path == first or path.startswith(f"{first}.")
+    container = first.rpartition(".")[0]
+    return path.rpartition(".")[0] == container
 
 
 def _family(run: xr.DataTree, expected: Expected) -> Iterator[str]:
@@ -356,8 +380,10 @@ def canonical(tensor: torch.Tensor, axes: str, expected: Expected) -> np.ndarray
     return moved.reshape(sizes["B"], sizes["P"] * sizes["T"], 1, sizes["D"]).float().numpy()
 
 
-def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterator[str]:
-    """Every state between blocks is among the depths, in order, and every tower has a chain."""
+def _complete(
+    found: list[Depth], record: Record, expected: Expected, left_out: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """Every state between blocks is among the depths, in order, and every tower has a chain or is named as left out."""
     modules = {depth.module for depth in found}
     for group in record.groups:
         if _read(group, modules, record.groups):
@@ -366,7 +392,8 @@ def _complete(found: list[Depth], record: Record, expected: Expected) -> Iterato
         prefix = f"{group.container}."
         inside = any(m.startswith(prefix) or m in group.paths for m in modules)
         around = any(path.startswith(f"{m}.") for path in group.paths[:1] for m in modules if m != "(input)")
-        if not inside and not around:
+        said = any(says(part, path) for part in left_out for path in group.paths)
+        if not inside and not around and not said:
             yield f"tower: no chain for {group.container} ({len(group.calls)} blocks)"
 
 

@@ -379,8 +379,32 @@ def test_a_state_that_no_operation_makes_is_refused():
         torch.manual_seed(0)
         model = Learned()
     under_test = ModelUnderTest(model, torch.zeros(3, 5, 6))
-    with pytest.raises(InterventionError, match=r"made by no operation of the forward.*change the batch"):
+    with pytest.raises(
+        InterventionError, match=r"made by no operation of the forward .*is a parameter as it is"
+    ):
         under_test.forward({0: lambda state, seen: state + 1})
+
+
+def test_a_state_that_is_written_behind_the_back_of_torch_is_read_and_not_changed():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = families.Feedforward(6)
+
+        def forward(self, x):
+            x = x + self.inner(x)
+            x.numpy()[:, 0] *= 2  # as a kernel of its own would
+            return x
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Kernel() for _ in range(3)))
+    batch = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    under_test = ModelUnderTest(model, batch)
+    with torch.no_grad():
+        assert torch.equal(under_test.base.output, model(batch))
+    with pytest.raises(InterventionError, match="written by a kernel outside of torch"):
+        under_test.forward({1: lambda state, seen: state + 1})
 
 
 def test_a_compiled_model_is_changed_as_it_is_written():

@@ -10,6 +10,7 @@ from torch import nn
 
 import depthscope as ds
 from depthscope.probes.interventions import InterventionError
+from tests.models.families import DECODERS, STREAMS, built
 from tests.models.small_models import llama
 from tests.probes.interventions.local_streams import LocalStreams, ids
 
@@ -46,6 +47,23 @@ def test_several_batches_are_one_sample():
     assert list(parts.experiment.values) == list(whole.experiment.values)
     for name in ("loss_change", "loss_change_error", "kl", "output_change"):
         np.testing.assert_allclose(parts[name], whole[name], atol=1e-6)
+
+
+def test_what_leads_around_a_state_is_said():
+    family = next(family for family in DECODERS if family.name == "gemma4")  # every block reads the ids again
+    found = ds.interventions.ablate(built(family), family.batch(), ds.interventions.plan("skip", blocks=1))
+    assert "embeddings of the ids" in found.attrs["other_paths"]
+    plain = ds.interventions.ablate(
+        LocalStreams(layers=2).eval(), ids(), ds.interventions.plan("skip", blocks=1)
+    )
+    assert plain.attrs["other_paths"] == ""
+    assert plain.attrs["proof"] == "proven"
+
+
+def test_blocks_that_read_sums_over_depth_are_not_taken_out():
+    family = next(family for family in STREAMS if family.name == "MHCSequential")
+    with pytest.raises(InterventionError, match="read sums over all earlier depths"):
+        ds.interventions.ablate(built(family), family.batch(), "skip")
 
 
 def test_padding_does_not_count():

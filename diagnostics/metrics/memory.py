@@ -1,0 +1,110 @@
+"""What do the streams cost? Elements that each connection moves, and activations that are kept for the backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.kernels import memory as kernel
+from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.quantities.mixing_matrices import connection_coords, labelled_connections
+from depthscope.diagnostics.quantities.registry import quantity
+
+BY_FORMULA = "by formula, from the width and the number of streams"
+
+
+@quantity
+def stream_sizes(
+    h_res: xr.DataArray, h_pre: xr.DataArray, h_post: xr.DataArray, residual: xr.DataArray
+) -> tuple[int, int]:
+    """Width d and number n of the streams of a network whose connections read, write and mix them by scalars.
+
+    The weights are needed for this alone: the counts are those of connections that have all three.
+    """
+    return residual.sizes["feature"], h_res.sizes["stream_in"]
+
+
+def _along(h_res: xr.DataArray, counts: int | np.ndarray) -> xr.DataArray:
+    """Counts along the connections, with their coordinates."""
+    values = np.broadcast_to(np.asarray(counts, dtype=float), (h_res.sizes["connection"],))
+    return labelled_connections(values.copy(), ("connection",), connection_coords(h_res))
+
+
+def _moved(sizes: tuple[int, int], *, fused: bool = False) -> int:
+    return kernel.elements_read(*sizes, fused=fused) + kernel.elements_written(*sizes, fused=fused)
+
+
+def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+    """What a plain residual connection of the same width reads and writes: 3 d."""
+    return _along(h_res, _moved((stream_sizes[0], 1)))
+
+
+@metric(
+    symbol=r"(8n+2)d + 2n^2 + 4n",
+    dims="connection",
+    units="element",
+    cite="xie2025mhc",
+    basis="invariant",
+    null=_moved_by_one_stream,
+    estimator=BY_FORMULA,
+)
+def elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+    r"""Elements that a connection reads and writes for a token, one operation after another.
+
+    .. math:: \underbrace{(5n+1)d + n^2 + 2n}_{read} + \underbrace{(3n+1)d + n^2 + 2n}_{written}
+
+    The null is a plain residual: 2 d read and d written. Where the coefficients are parameters, and not computed from
+    the streams, n d fewer are read.
+    """
+    return _along(h_res, _moved(stream_sizes))
+
+
+@metric(
+    symbol=r"(4n+2)d + 2n^2 + 4n",
+    dims="connection",
+    units="element",
+    cite="xie2025mhc",
+    basis="invariant",
+    null=_moved_by_one_stream,
+    estimator=BY_FORMULA,
+)
+def fused_elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+    r"""Elements that a connection reads and writes for a token where one kernel writes, mixes and adds.
+
+    .. math:: \underbrace{(3n+1)d + n^2 + 2n}_{read} + \underbrace{(n+1)d + n^2 + 2n}_{written}
+
+    That kernel reads (n + 1) d in place of (3n + 1) d elements, and writes n d in place of 3 n d.
+    """
+    return _along(h_res, _moved(stream_sizes, fused=True))
+
+
+def _kept(h_res: xr.DataArray, width: int, streams: int) -> xr.DataArray:
+    """So many elements as the streams have, for each connection so far."""
+    return _along(
+        h_res, np.arange(1, h_res.sizes["connection"] + 1) * kernel.kept_elements(width, streams, 1)
+    )
+
+
+def _kept_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+    """The same of one stream."""
+    return _kept(h_res, stream_sizes[0], 1)
+
+
+@metric(
+    symbol=r"n d (k + 1)",
+    dims="connection",
+    units="element",
+    cite="xie2025mhc",
+    basis="invariant",
+    null=_kept_by_one_stream,
+    estimator=BY_FORMULA,
+)
+def kept_elements(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
+    r"""Elements of the streams that are kept for the backward, for a token, from the first connection through this one.
+
+    .. math:: n\,d\,(k+1)
+
+    Without recomputation; the null is a plain residual's, d (k + 1). Recomputed in blocks of
+    :math:`L_r^* = \sqrt{nL/(n+2)}` sublayers, :math:`n d \lceil L/L_r \rceil + (n+2) d L_r` are kept in all.
+    """
+    return _kept(h_res, *stream_sizes)

@@ -1,0 +1,272 @@
+"""What do the tokens of a forward attend to? Attention weights, seen where they are computed, as three numbers a query.
+
+Weights are a softmax over keys whose result multiplies the values, or the inside of one of torch's fused operations: there
+they are computed once more from the queries and keys. Whether a softmax is one of attention is told by what is done with it,
+never by a name: a softmax over streams, experts or depths has no axis of queries.
+
+Shapes: S sampled sequences, H heads, Q queries, K keys, d features of a head.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from depthscope.probes.model.hooks import without_frames
+
+aten = torch.ops.aten
+
+# A mask that is added is −∞, the smallest number of its type, or such as −10⁹; no logit of a network is near these.
+MASKED = -1e8
+# Elements of the weights that are held at once while fused attention is computed again: 64 MB.
+CHUNK = 2**24
+
+SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
+# Through these the weights stay what they are, up to their type, shape, and what dropout takes away.
+PASSING = frozenset(
+    getattr(aten, name)
+    for name in (
+        *(
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "expand",
+            "clone",
+            "_to_copy",
+            "native_dropout",
+            "slice",
+            "alias",
+        ),
+        *("mul", "div", "where", "masked_fill", "nan_to_num", "unsqueeze", "squeeze", "detach"),
+    )
+)
+FUSED = frozenset(
+    getattr(aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(aten, name)
+)
+# Whole layers in one operation, which torch uses where no gradient is wanted.
+CLOSED = frozenset(
+    getattr(aten, name).default
+    for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+    if hasattr(aten, name)
+)
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """What one call of attention did, for each query.
+
+    Parameters
+    ----------
+    value : int
+        Number of its value in the trace.
+    rows : Tensor
+        (3, S, H, Q) on the CPU: entropy of the weights in nats, number of keys that the query sees, weight on the first of
+        these.
+    """
+
+    value: int
+    rows: torch.Tensor
+
+
+class AttentionWatch:
+    """The attention weights of the sampled sequences of one forward; a listener of `Trace`.
+
+    Attributes
+    ----------
+    found : list of AttentionRows
+        In the order of the forward.
+    reasons : dict of str to int
+        Why attention was seen and not measured, and how often.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Sampled sequences of the batch.
+    batch_size : int
+        Its sequences.
+    number : callable
+        The number of the value that a tensor holds in the trace; None where it holds none.
+    heads_follow : callable
+        Whether the running module joins sequences and heads into one axis, the heads of a sequence next to each other.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        batch_size: int,
+        *,
+        number: Callable[[torch.Tensor], int | None],
+        heads_follow: Callable[[], bool],
+    ):
+        self.found: list[AttentionRows] = []
+        self.reasons: dict[str, int] = {}
+        self._chosen, self._batch_size = rows, batch_size
+        self._number, self._heads_follow = number, heads_follow
+        # Softmax results that are not known to be attention yet, and what was made of them, by the identity of the tensor.
+        self._waiting: dict[int, tuple[weakref.ref[torch.Tensor], _Softmax]] = {}
+        self._failed = False
+
+    def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Look at an operation that has run; an error of ours must not reach the user's forward.
+
+        Parameters
+        ----------
+        func, args, kwargs, result
+            The operation, what it took and what it gave.
+        """
+        if self._failed:
+            return
+        try:
+            self._see(func, args, kwargs, result)
+        except Exception as error:
+            self._failed = True
+            self._waiting.clear()
+            self._refuse(f"attention could not be read: {type(error).__name__}: {without_frames(error)}")
+
+    def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func in SOFTMAX:
+            self._begin(args, result)
+        elif func in FUSED:
+            self._fused(func, args, kwargs, result[0])
+        elif func in CLOSED:
+            self._refuse("an operation that is a whole layer shows no weights: capture with gradients=True")
+        elif self._waiting and args and isinstance(args[0], torch.Tensor):
+            waiting = self._known(args[0])
+            if waiting is None:
+                return
+            if func in (aten.bmm.default, aten.baddbmm.default, aten.mm.default):
+                self._multiplied(args[0], waiting)
+            elif func.overloadpacket in PASSING:
+                self._wait(result[0] if isinstance(result, (tuple, list)) else result, waiting)
+
+    # --- weights that are a tensor
+
+    def _begin(self, args: Any, weights: torch.Tensor) -> None:
+        logits, dim = args[0], args[1]
+        last = dim in (-1, logits.ndim - 1)
+        # Three axes at least: queries and keys, and sequences or heads before them.
+        if last and logits.ndim >= 3 and logits.shape[-2] > 1 and logits.shape[-1] > 1:
+            # One at a time: the softmax of a router or a head is never multiplied, and would be kept to the end.
+            self._waiting.clear()
+            self._wait(weights, _Softmax(logits, weights))
+
+    def _wait(self, tensor: torch.Tensor, waiting: _Softmax) -> None:
+        self._waiting[id(tensor)] = weakref.ref(tensor), waiting
+
+    def _known(self, tensor: torch.Tensor) -> _Softmax | None:
+        entry = self._waiting.get(id(tensor))
+        # The identity of a tensor that is gone is given to another one.
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def _multiplied(self, factor: torch.Tensor, waiting: _Softmax) -> None:
+        """A product with the weights as its first factor: they are attention where each row of it is a query."""
+        shape, own = factor.shape, waiting.weights.shape
+        # Weights over streams, experts or depths are one row for each token: (B T, 1, n).
+        if shape[-1] != own[-1] or shape[-2] != own[-2]:
+            return
+        self._waiting.clear()
+        number = self._number(waiting.weights)
+        heads = self._by_sequence(waiting.weights)
+        if number is None or heads is None:
+            return
+        seen = (waiting.logits > MASKED).reshape(heads.shape)
+        self._add(number, row_numbers(heads[self._chosen], seen[self._chosen]))
+
+    def _by_sequence(self, weights: torch.Tensor) -> torch.Tensor | None:
+        """Weights as (B, H, Q, K); None where their axes do not tell sequences from heads."""
+        batch, shape = self._batch_size, tuple(weights.shape)
+        if len(shape) == 4 and shape[0] == batch:
+            return weights
+        joined = self._heads_follow() and shape[0] % batch == 0
+        if len(shape) == 3 and (shape[0] == batch or batch == 1 or joined):
+            return weights.reshape(batch, -1, *shape[1:])
+        self._refuse(f"weights of shape {shape} do not tell the {batch} sequences from heads or windows")
+        return None
+
+    # --- weights inside of a fused operation
+
+    def _fused(self, func: Any, args: Any, kwargs: Any, result: torch.Tensor) -> None:
+        given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        query, key = given["query"], given["key"]
+        number = self._number(result)
+        if number is None or query.shape[-2] < 2:
+            return
+        if query.ndim != 4 or query.shape[0] != self._batch_size:
+            shape = tuple(query.shape)
+            self._refuse(f"queries of shape {shape} do not have the {self._batch_size} sequences first")
+            return
+        q, k = query[self._chosen].float(), key[self._chosen].float()
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share their keys
+        scale = given.get("scale")
+        q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        mask = given.get("attn_mask", given.get("attn_bias"))
+        if mask is not None:
+            mask = mask.expand(query.shape[0], *mask.shape[-3:]) if mask.ndim == 4 else mask
+            mask = mask[self._chosen] if mask.ndim == 4 else mask
+        parts = []
+        size = max(1, CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+        for begin in range(0, q.shape[2], size):
+            logits = q[:, :, begin : begin + size] @ k.mT
+            if given.get("is_causal"):
+                position = torch.arange(begin, begin + logits.shape[2], device=logits.device)
+                later = torch.arange(k.shape[2], device=logits.device) > position[:, None]
+                logits = logits.masked_fill(later, -math.inf)
+            if mask is not None:
+                part = mask[..., begin : begin + size, :] if mask.shape[-2] > 1 else mask
+                part = part[..., : k.shape[2]]  # padded to a multiple of 8 for the kernel
+                logits = logits.masked_fill(~part, -math.inf) if part.dtype == torch.bool else logits + part
+            parts.append(row_numbers(logits.softmax(-1), logits > MASKED))
+        self._add(number, torch.cat(parts, dim=-1))
+
+    # --- both
+
+    def _add(self, number: int, rows: torch.Tensor) -> None:
+        self.found.append(AttentionRows(number, rows.cpu()))
+
+    def _refuse(self, reason: str) -> None:
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Softmax:
+    """A softmax whose result may turn out to be attention."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+
+
+def row_numbers(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Entropy, number of keys and weight of the first key of each query.
+
+    Parameters
+    ----------
+    weights, seen : Tensor
+        (S, H, Q, K): attention weights, and whether a query may see a key.
+
+    Returns
+    -------
+    Tensor
+        (3, S, H, Q) float32; the entropy in nats, NaN where a query sees nothing or a weight is not finite.
+    """
+    weights = weights.float()
+    keys = seen.sum(-1)
+    # −∞ from 0 log 0 is 0: `xlogy` has that limit.
+    entropy = -torch.xlogy(weights, weights).sum(-1)
+    first = weights.gather(-1, seen.int().argmax(-1, keepdim=True)).squeeze(-1)
+    nothing = (keys == 0) | ~entropy.isfinite()
+    return torch.stack(
+        [entropy.masked_fill(nothing, math.nan), keys.float(), first.masked_fill(nothing, math.nan)]
+    )

@@ -1,0 +1,117 @@
+"""How many bytes does a forward keep for its backward? Counted in one more forward, without a hook on what autograd saves."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
+from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.session.forward import own_call
+from depthscope.probes.session.model_call import call_model
+from depthscope.probes.session.session import Session
+
+COMPILED = "the model is compiled: its kernels keep other tensors than the code as it is written"
+
+
+class _Storages(TorchDispatchMode):
+    """Weak references to every memory that operations made, with its size.
+
+    Hooks on saved tensors would see less (what checkpoints and custom functions hold they do not save) and change more:
+    they hide writes in place from autograd, and `torch.func` refuses to run below them.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known = known  # memory of weights, buffers and the batch, which is there without a backward
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `Trace`: nothing is compiled while it is on
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            # Sparse tensors and those of subclasses that wrap others have no memory of their own.
+            if tensor.layout is torch.strided and type(tensor) in (torch.Tensor, nn.Parameter):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known and storage._cdata not in self.made:
+                    # As long as the weak reference is there, the address is given to no other memory.
+                    self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def kept(self) -> int:
+        """Bytes of what is still there."""
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
+    """Run a model once more with a graph, and count what only the graph of its outputs keeps alive.
+
+    Weights, buffers and the batch do not count; outputs count where the backward needs them. A recomputed
+    (checkpointed) block counts with what it keeps until then.
+
+    Parameters
+    ----------
+    session : Session
+        That measured this batch; its hooks are off.
+    batch : object
+        The batch.
+    batch_size : int
+        Its sequences.
+
+    Returns
+    -------
+    dict
+        ``measured_kept_bytes`` and ``measured_tokens``; or ``not_measured``: why not.
+    """
+    model = session.model
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or hasattr(
+        model, "_orig_mod"
+    ):
+        return {"not_measured": COMPILED}
+    held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+    known = {t.untyped_storage()._cdata for t in held if t.layout is torch.strided}
+    storages = _Storages(known)
+    try:
+        with ExitStack() as stack:
+            modes = (
+                preserved_state(model),
+                preserved_attributes(model),
+                eager(),
+                own_call(session.owner),
+                torch.enable_grad(),
+            )
+            for mode in modes:
+                stack.enter_context(mode)
+            # Copies of the buffers, which a forward of ours writes into.
+            known.update(buffer.untyped_storage()._cdata for buffer in model.buffers())
+            graph = _graph_of_outputs(model, batch, storages)
+    except Exception as error:
+        return {"not_measured": f"one more forward failed: {type(error).__name__}: {without_frames(error)}"}
+    if not graph:
+        return {"not_measured": "no output of the model has a gradient"}
+    kept = storages.kept()  # while `graph` holds the graph, and nothing holds the outputs
+    del graph
+    structure = session.structure
+    first = torch.empty(structure.chains[0].shapes[0], device="meta")
+    return {
+        "measured_kept_bytes": kept,
+        "measured_tokens": math.prod(structure.canonical(0, first, batch_size).shape[:2]),
+    }
+
+
+def _graph_of_outputs(model: nn.Module, batch: Any, storages: _Storages) -> list[Any]:
+    """The last nodes of the graph, without the outputs that they belong to."""
+    with storages:
+        output = call_model(model, batch)
+    return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]

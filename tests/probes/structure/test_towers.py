@@ -1,0 +1,266 @@
+"""Are all towers of a model in its run? Each is read, or named with the reason why it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from depthscope import probes
+from depthscope.diagnostics import schema
+from tests.models.verdict_models import WIDTH, Constrained, random_logits, streams, tokens
+
+VOCABULARY = 50
+
+
+class Feedforward(nn.Module):
+    """x + F(x), along the last axis."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+        )
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Convolutions(nn.Module):
+    """x + F(x) of an image with its channels first."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class Later(Convolutions):
+    """The same in another class."""
+
+
+class Tower(nn.Module):
+    """Some blocks one after another."""
+
+    def __init__(self, blocks: int, width: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Feedforward(width) for _ in range(blocks))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class TextAndSound(nn.Module):
+    """A large tower for text and a small one for sound."""
+
+    def __init__(self, text: nn.Module, sound: nn.Module, width: int):
+        super().__init__()
+        self.embedding, self.text, self.sound = nn.Embedding(VOCABULARY, WIDTH), text, sound
+        self.projection = nn.Linear(width, WIDTH)
+
+    def forward(self, text, sound):
+        return self.text(self.embedding(text)).mean(1) + self.projection(self.sound(sound)).mean(1)
+
+
+def text_and_sound(width: int = 4) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = TextAndSound(Tower(5, WIDTH), Tower(2, width), width)
+    return model, {"text": tokens(3, 11) % VOCABULARY, "sound": torch.randn(3, 7, width)}
+
+
+def test_a_tower_that_is_left_out_is_named_and_can_be_read_as_its_hint_says():
+    model, batch = text_and_sound()
+    found = probes.describe(model, batch)
+    assert found.chains == {"": 6}
+    assert found.proof == "proven"
+    (part,) = found.not_covered
+    assert (part["module"], part["blocks"], part["block"]) == ("sound", 2, "Feedforward")
+    assert part["share"] == pytest.approx(
+        sum(p.numel() for p in model.sound.parameters())
+        / sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
+    )
+    assert "not covered  sound (2 blocks of Feedforward" in str(found)
+    alone = probes.capture(model, batch, layers=part["layers"])
+    assert alone["trace"].sizes["depth"] == 3
+    assert [other["module"] for other in alone.attrs["not_covered"]] == ["text"]
+
+
+def test_towers_of_one_size_are_all_read_and_nothing_is_left_out():
+    model, batch = text_and_sound(WIDTH)
+    run = probes.capture(model, batch)
+    assert {name: run["trace"][name].sizes["depth"] for name in schema.chains(run)} == {"text": 6, "sound": 3}
+    assert "not_covered" not in run.attrs
+
+
+def test_a_tower_next_to_streams_is_named():
+    text = streams(random_logits(0.3), make=Constrained)
+    model = nn.Module()
+    model.text, model.sound = text, Tower(3, WIDTH)
+    model.forward = lambda ids, sound: (
+        model.text(ids).mean(1) + model.sound(sound).mean((1, 2), keepdim=True)[:, 0]
+    )
+    run = probes.capture(model, {"ids": tokens(3, 11), "sound": torch.randn(3, 7, WIDTH)})
+    assert run.attrs["n_streams"] > 1
+    (part,) = run.attrs["not_covered"]
+    assert part["module"] == "sound"
+    assert "the chain that has them is read alone" in part["why"]
+
+
+class Stages(nn.Module):
+    """Convolutions, then others of another class on the same image, as networks with several kinds of stages have."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 1)
+        self.early = nn.Sequential(Convolutions(width), Convolutions(width))
+        self.late = nn.Sequential(Later(width), Later(width), Later(width))
+
+    def forward(self, image):
+        return self.late(self.early(self.stem(image))).mean((2, 3))
+
+
+def test_stages_of_several_classes_are_one_chain():
+    torch.manual_seed(0)
+    run = probes.capture(Stages(), torch.randn(3, 3, 6, 6))
+    modules = [str(module) for module in run["trace"].module.values]
+    assert modules == ["stem", "early.0", "early.1", "late.0", "late.1", "late.2"]
+    assert run.attrs["proof"] == "proven"
+
+
+class Heads(nn.Module):
+    """A trunk, and from its middle a head of the same blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.ModuleList(Feedforward(WIDTH) for _ in range(4))
+        self.head = nn.ModuleList(Feedforward(WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        x = self.trunk[1](self.trunk[0](x))
+        early = self.head[1](self.head[0](x))
+        return self.trunk[3](self.trunk[2](x)) + early
+
+
+def test_a_head_of_the_same_blocks_is_no_part_of_the_trunk_and_both_have_the_gradient_of_the_shared_state():
+    torch.manual_seed(0)
+    run = probes.capture(
+        Heads(), torch.randn(3, 7, WIDTH), gradients=True, loss=lambda output, batch: output.sum()
+    )
+    found = {name: [str(m) for m in run["trace"][name].module.values] for name in schema.chains(run)}
+    assert found["trunk"] == ["(input)", "trunk.0", "trunk.1", "trunk.2", "trunk.3"]
+    assert found["head"] == ["trunk.1", "head.0", "head.1"]
+    shared = [run["trace"][name].gradient.values[depth] for name, depth in (("trunk", 2), ("head", 0))]
+    assert shared[0].any()
+    assert (shared[0] == shared[1]).all()
+
+
+class Patches(nn.Module):
+    """An image whose channels are first in its embedding and last in its blocks, with positions added in between."""
+
+    def __init__(self, width: int = 12):
+        super().__init__()
+        self.embed, self.positions = nn.Conv2d(3, width, 2, 2), nn.Parameter(torch.randn(1, 4, 4, width))
+        self.norms, self.branches = nn.ModuleList(), nn.ModuleList()
+        for _ in range(4):
+            self.norms.append(nn.LayerNorm(width))
+            self.branches.append(nn.Sequential(nn.Linear(width, 20), nn.Tanh(), nn.Linear(20, width)))
+
+    def forward(self, image):
+        x = self.embed(image).permute(0, 2, 3, 1)
+        x = x + self.positions
+        for norm, branch in zip(self.norms, self.branches, strict=True):
+            x = x + branch(norm(x))
+        return x
+
+
+def test_the_first_state_of_a_chain_of_values_is_the_one_that_the_first_branch_is_added_to():
+    torch.manual_seed(0)
+    model, image = Patches(), torch.randn(3, 3, 8, 8)
+    run = probes.capture(model, image)
+    first = model.embed(image).permute(0, 2, 3, 1) + model.positions
+    assert run.attrs["layout"] == "B H W D"
+    assert torch.equal(torch.from_numpy(run["trace"].residual.values[0, :, :, 0]), first.flatten(1, 2))
+
+
+class Pair(nn.Module):
+    """(residual, hidden): the second branch is added in the next block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.branches = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, residual, hidden):
+        residual = hidden if residual is None else residual + hidden
+        residual = residual + torch.tanh(self.branches[0](self.norms[0](residual)))
+        return residual, torch.tanh(self.branches[1](self.norms[1](residual)))
+
+
+class Pairs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Pair() for _ in range(3))
+
+    def forward(self, x):
+        residual, hidden = None, x
+        for layer in self.layers:
+            residual, hidden = layer(residual, hidden)
+        return residual + hidden
+
+
+def test_a_state_that_a_branch_is_handed_on_with_is_not_the_one_after_its_block():
+    torch.manual_seed(0)
+    run = probes.capture(Pairs(), torch.randn(3, 7, WIDTH), layers="layers.{i}")
+    assert run["trace"].site.values.tolist() == ["embed", "mid", "mid", "mid"]
+    assert run.attrs["proof"].startswith("unproven: more is added to the last state")
+
+
+class ImageThenTokens(nn.Module):
+    """Blocks of one class on an image, then on its places as tokens."""
+
+    class Either(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+        def forward(self, x):
+            if x.ndim == 3:
+                return x + self.down(torch.tanh(self.up(x)))
+            return x + self.down(torch.tanh(self.up(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+    class Flat(nn.Module):
+        def forward(self, x):
+            return x.flatten(2).transpose(1, 2)
+
+    def __init__(self, width: int = 10):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        early, late = ([self.Either(width) for _ in range(2)] for _ in range(2))
+        self.blocks = nn.Sequential(*early, self.Flat(), *late)
+
+    def forward(self, image):
+        return self.blocks(self.stem(image)).mean(1)
+
+
+def test_where_the_axes_change_their_order_another_chain_begins():
+    torch.manual_seed(0)
+    model, image = ImageThenTokens(), torch.randn(3, 3, 4, 5)
+    run = probes.capture(model, image)
+    assert [run["trace"][name].sizes["depth"] for name in schema.chains(run)] == [3, 3]
+    assert run.attrs["layouts"] == ["B D H W", "B T D"]
+    late = run["trace"][schema.chains(run)[1]].residual.values
+    assert torch.equal(torch.from_numpy(late[-1, :, :, 0]), model.blocks(model.stem(image)))
+
+
+def test_a_run_whose_left_out_parts_say_nothing_is_no_run():
+    model, batch = text_and_sound()
+    run = probes.capture(model, batch)
+    run.attrs["not_covered"] = [{"module": "sound"}]
+    with pytest.raises(schema.SchemaError, match="not_covered"):
+        schema.validate(run)
