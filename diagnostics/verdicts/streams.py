@@ -407,9 +407,11 @@ def copied_streams(
     yield Profile(judged, "the mean cosine between streams is", **_info_if(note))
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
-    if closest_stream_cosine is not None and not bool((judged > COPIED).any()):
-        two = closest_stream_cosine.where(judged.notnull())
-        apart = 1.0 - float(two.max())
+    if closest_stream_cosine is None or not judged.notnull().any():
+        return
+    two = closest_stream_cosine.where(judged.notnull())
+    apart, others = 1.0 - float(two.max()), 1.0 - float(judged.max())
+    if others > 100.0 * max(apart, PARTING):
         sentence = (
             f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half "
             f"of the depth, below {number(1.0 - PAIRED)} ({OURS})."
