@@ -70,7 +70,7 @@ class Card:
         return command_line("explain", self.finding.verdict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, as the published schema states them (``docs/schemas/finding.schema.json``).
+        """Plain values for JSON, as the published schema states them (``docs/schemas/finding.v1.json``).
 
         Returns
         -------

@@ -105,7 +105,7 @@ def backward_gain(gradient_norms: xr.DataArray) -> xr.DataArray:
     scale="log",
     units="loss",
     cite=OURS,
-    basis="stream",
+    basis="feature",
     null="none: the scale is the loss's; compare depths",
     estimator="norms of every ordinary token multiplied, then the root of the sum of squares over tokens",
 )

@@ -10,6 +10,8 @@ from torch import nn
 
 from depthscope.probes.dataflow.attention import AttentionRows, AttentionWatch
 from depthscope.probes.dataflow.trace import Trace
+from depthscope.probes.dataflow.values import Value
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.plain_proof import states_of
@@ -79,17 +81,18 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     tape.attention = tape.trace.on_operation = None  # it holds tensors of the forward
     found.reasons.update(watch.reasons)
     states = [states_of(tape, chain.points) for chain in structure.chains]
-    depths = [[(d, value.number) for d, value in enumerate(of) if value is not None] for of in states]
+    depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
     at: dict[tuple[int, int], list[torch.Tensor]] = {}
     left_out: Counter[str] = Counter()
     for call in watch.found:
         place = _place(call, tape.trace, depths)
         if place is None:  # before the first state, or in what is no chain
             continue
-        if call.rows.shape[-1] != _num_tokens(structure, place, forward.batch_size):
+        number, depth, state = place
+        if call.rows.shape[-1] != _num_tokens(structure, number, state, forward.batch_size):
             left_out[OTHER_TOKENS] += 1
             continue
-        at.setdefault(place, []).append(call.rows)
+        at.setdefault((number, depth), []).append(call.rows)
     found.reasons.update(left_out)
     for position, row in enumerate(forward.rows.tolist()):
         found.rows[forward.first_index + row] = {
@@ -98,16 +101,22 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     return found
 
 
-def _place(call: AttentionRows, trace: Trace, depths: list[list[tuple[int, int]]]) -> tuple[int, int] | None:
-    """Chain and depth of the first state that was computed from an attention's output, after another one of its chain."""
+def _place(
+    call: AttentionRows, trace: Trace, depths: list[list[tuple[int, Value]]]
+) -> tuple[int, int, Value] | None:
+    """Chain, depth and value of the first state that was computed from an attention's output, after another one."""
     for number, of_chain in enumerate(depths):
-        after = [(depth, value) for depth, value in of_chain if value > call.value]
-        if after and after[0][0] > 0 and trace.depends(after[0][1], call.value):
-            return number, after[0][0]
+        after = [(depth, value) for depth, value in of_chain if value.number > call.value]
+        if after and after[0][0] > 0 and trace.depends(after[0][1].number, call.value):
+            return number, *after[0]
     return None
 
 
-def _num_tokens(structure: Structure, place: tuple[int, int], batch_size: int) -> int:
-    number, depth = place
-    state = torch.empty(structure.chains[number].shapes[depth], device="meta")
-    return structure.canonical(number, state, batch_size).shape[1]
+def _num_tokens(structure: Structure, number: int, state: Value, batch_size: int) -> int | None:
+    """How many tokens a state has; None where its shape does not tell them."""
+    try:
+        return structure.canonical(number, torch.empty(state.shape, device="meta"), batch_size).shape[1]
+    except (
+        LayoutError
+    ):  # attention is looked at beside the states: where it cannot be placed, these are read all the same
+        return None

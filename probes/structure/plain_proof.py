@@ -196,6 +196,65 @@ def _proof(tape: Tape, chain: Chain) -> str:
     return PROVEN
 
 
+def with_shown_inputs(tape: Tape, chain: Chain) -> Chain:
+    """A proven chain; unproven where a block takes another state than is shown, such as with positions added before it.
+
+    Parameters
+    ----------
+    tape : Tape
+        The calls of the first forward, with its trace.
+    chain : Chain
+        The chain.
+
+    Returns
+    -------
+    Chain
+    """
+    changed = _taken_changed(tape, states_of(tape, chain.points)) if chain.proof == PROVEN else None
+    if changed is None:
+        return chain
+    depth, path = changed
+    why = f"{path} takes the state of depth {depth} with something added that does not come from it"
+    return replace(chain, proof=f"unproven: {why}, and no depth shows that sum")
+
+
+def _taken_changed(tape: Tape, states: Sequence[Value | None]) -> tuple[int, str] | None:
+    """The depth after which a block takes another state than the one shown, and the block."""
+    trace = tape.trace
+    if trace is None:
+        return None
+    taken = {
+        value.number: (value, call.path)
+        for call in tape.calls
+        # A block gives what it takes, and has parts; the input of a norm is inside of one.
+        if call.module._modules and call.x_shape == call.y_shape
+        if (value := call.values[0]) is not None and value.step is not None
+    }
+    numbers = sorted(taken)
+    for depth, (before, after) in enumerate(pairwise(states)):
+        if before is None or after is None or before.shape != after.shape:
+            continue
+        for number in numbers[bisect_right(numbers, before.number) : bisect_left(numbers, after.number)]:
+            value, path = taken[number]
+            if (
+                value.shape != before.shape
+                or not _leads_back(value, before)
+                or not trace.depends(after, value)
+            ):
+                continue
+            read = LinearDependence(value, [before])
+            from_elsewhere = any(not trace.depends(source.root, before) for source in read.sources)
+            # A parameter is no value of the forward: the sum with one has a single operand.
+            with_constant = any(
+                of.step is not None and of.step.rule.sums and len(of.step.operands) == 1
+                for of in read.carrying
+                if of is not before
+            )
+            if read.reached and (from_elsewhere or with_constant):
+                return depth, path
+    return None
+
+
 def states_of(tape: Tape, points: Sequence[HookPoint]) -> list[Value | None]:
     """The values that some hook points showed."""
     calls = tape.by_key()

@@ -25,7 +25,14 @@ from depthscope.probes.structure.find_chains import (
     with_final,
 )
 from depthscope.probes.structure.inner_streams import inner_streams
-from depthscope.probes.structure.plain_proof import CANCELLED, NO_STEP, PROVEN, states_of, with_proof
+from depthscope.probes.structure.plain_proof import (
+    CANCELLED,
+    NO_STEP,
+    PROVEN,
+    states_of,
+    with_proof,
+    with_shown_inputs,
+)
 from depthscope.probes.structure.ran_parameters import ran_parameters
 from depthscope.probes.structure.tape import Call, ChainError, SeveralStatesError, Tape
 from depthscope.probes.structure.traced_streams import traced_streams
@@ -276,6 +283,7 @@ def _with_all_blocks(tape: Tape, model: nn.Module, chain: Chain, chains: Sequenc
     }
     if chain.proof == PROVEN and _goes_on(tape, chain, chains):
         return replace(chain, proof=NO_END)
+    chain = chain if chain.has_streams or chain.history else with_shown_inputs(tape, chain)
     for call in tape.calls if chain.proof == PROVEN else ():
         path = call.path
         if (

@@ -16,7 +16,7 @@ from depthscope.diagnostics import Finding, Severity, analyze, judge, save_run
 from depthscope.diagnostics.verdicts import VERDICTS
 
 SCHEMA = json.loads(
-    (Path(__file__).parents[3] / "docs" / "schemas" / "finding-1.schema.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[3] / "docs" / "schemas" / "finding.v1.json").read_text(encoding="utf-8")
 )
 
 FINDING = Finding(
