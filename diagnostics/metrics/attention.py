@@ -6,12 +6,15 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import metric
+from depthscope.diagnostics.quantities.registry import Unavailable
 
 PER_HEAD = "mean over the real queries of a sequence that see two keys or more, then over sequences"
 
 
 def _over_queries(values: xr.DataArray, keys: xr.DataArray, mask: xr.DataArray) -> xr.DataArray:
     """Mean over the queries that have a choice, by sequence, depth and head."""
+    if not bool(mask.any()):
+        raise Unavailable("the mask leaves no token: every position is marked as padding")
     # A query that sees one key has weight 1 on it, and entropy 0, whatever the network does.
     chosen = values.where(mask & (keys >= 2)).astype(np.float64)
     mean = chosen.mean("token").transpose("sample", "depth", "head").rename(sample="sequence")

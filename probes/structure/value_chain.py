@@ -128,6 +128,9 @@ def shown_states(tape: Tape, last: Value, shown: ShownValues) -> list[CarriedSta
     normed = any(_made_by_function(group) for group in groups[1:-1])
     begin = _beginning(groups[0])
     least = math.prod((groups[0][-1] if begin is None else begin).value.shape)
+    if begin is not None and stream_atom(begin.value.axes, MOST_STREAMS) is not None:
+        # Streams may be opened in every block anew, and merged at its end: then the smaller states are those handed on.
+        begin, least = _shown_of(groups[0], normed=False), 0
     first = [begin, *(_shown_of(group, normed=normed, least=least) for group in groups[1:])]
     found = [state for state in first if state is not None]
     if not any(stream_atom(state.value.axes, MOST_STREAMS) is not None for state in found):

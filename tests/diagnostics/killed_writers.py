@@ -171,7 +171,9 @@ def _study_writer(folder: Path) -> Writer:
         learners[which] = learner
     target = folder / "residual.safetensors"
     return _file_writer(
-        target, lambda which: study._save(learners[which], corpus, recipe, folder, 1.0), "residual.nc"
+        target,
+        lambda which: study._save(learners[which], corpus, recipe, folder / "residual.nc", 1.0),
+        "residual.nc",
     )
 
 

@@ -80,6 +80,14 @@ def without_skip(
     return step(lambda x, linear: activation(linear(x)), linear)
 
 
+def choosing() -> nn.Module:
+    """Queries and keys so large that every query attends to one token."""
+    block = Block()
+    with torch.no_grad():
+        block.attention.branch.attend.in_proj_weight[: 2 * WIDTH] *= 60
+    return block
+
+
 def bottleneck() -> nn.Module:
     ends = nn.Linear(WIDTH, 1, bias=False), nn.Linear(1, WIDTH, bias=False)
     return step(lambda x, narrow, wide: 5 * wide(narrow(x)), *ends)
@@ -280,6 +288,9 @@ CASES: dict[str, Case] = {
     "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
+    "attention_entropy_collapse": case(
+        lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention"
+    ),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"
     ),
