@@ -42,7 +42,9 @@ def start_facts(model: nn.Module, blocks: Iterable[str], *, plain: bool = True) 
         distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence.
     """
     with torch.no_grad():
-        modules = [model.get_submodule(path) for path in blocks]
+        # A block may have been taken out since it was measured, such as by layer drop of the user's own.
+        known = dict(model.named_modules())
+        modules = [known[path] for path in blocks if path in known]
         by_block = [[p for p in module.parameters() if _is_readable(p)] for module in modules]
         if not by_block or not all(by_block):
             return {}

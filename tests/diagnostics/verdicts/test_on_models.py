@@ -289,7 +289,7 @@ CASES: dict[str, Case] = {
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
     "attention_entropy_collapse": case(
-        lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention"
+        lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
     ),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"
