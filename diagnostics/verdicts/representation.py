@@ -219,7 +219,7 @@ def _whole_sites(turned: xr.DataArray) -> bool:
     """Whether idle steps are all steps of their site, such as all of the second halves of blocks, and only those."""
     if "site" not in turned.coords:
         return False
-    site, idle = turned["site"].values.astype(str), turned.values < IDLE
+    site, idle = turned["site"].values.astype(object).astype(str), turned.values < IDLE
     kinds = [idle[(site == kind) & turned.notnull().values] for kind in set(site[idle])]
     return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 

@@ -171,3 +171,18 @@ def test_no_false_alarm_on_smollm2():
     assert not [finding for finding in found if finding.severity > Severity.INFO]
     massive = next(finding for finding in found if finding.verdict == "massive_activations")
     assert "507" in massive.sentence  # the feature of the first token's sink, see Sun et al. 2024
+
+
+@pytest.mark.parametrize("family", ["residual", "mhc"])
+def test_a_run_opened_from_zarr_is_judged_as_in_memory(make_run, family, tmp_path):
+    """Its labels are text of another type, which numpy does not cast as it casts others."""
+    run = make_run(family, layers=3)
+    diagnostics.save_run(run, tmp_path / "run.zarr")
+    told = [
+        [
+            (each.verdict, each.severity, each.sentence)
+            for each in diagnostics.judge(diagnostics.analyze(one), passed=True)
+        ]
+        for one in (run, diagnostics.open_run(tmp_path / "run.zarr").load())
+    ]
+    assert told[0] == told[1]
