@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -277,9 +277,27 @@ def comparison_table(
     )
 
 
+def one_direction(dims: Collection[Any], view: Selection) -> dict[str, str]:
+    """The label that leaves one direction of a metric that has both, where the view shows both.
+
+    Parameters
+    ----------
+    dims : collection
+        Of the metric.
+    view : Selection
+        Slice.
+
+    Returns
+    -------
+    dict of str to str
+        Empty where the metric has no direction.
+    """
+    return {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
+
+
 def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
     dims = reading.analysis[metric].dims if metric in reading.analysis else ()
-    fixed = {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
+    fixed = one_direction(dims, view)
     column = column_of(reading.analysis, metric, view, **fixed)
     # Singular values and modules have no relative depth.
     return column if column is None or column.value.dims[0] in ("depth", "connection") else None

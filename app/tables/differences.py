@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import xarray as xr
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading, find_runs
+from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import column_of, spoken
 from depthscope.app.text.numbers import number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
@@ -65,13 +67,21 @@ def between_runs(
     runs = {name: schema.open_run(path, max_bytes=max_bytes) for name, path in found.items()}
     try:
         first, *others = runs
+
+        @cache  # the first run is compared with every other one, and measured once
+        def profiles(name: str, chain: str, metric: str) -> xr.DataArray | None:
+            trace = schema.chain_dataset(runs[name], "trace", chain)
+            return None if trace is None else _profiles(trace, metric, view)
+
         return [
             difference
             for other in others
             # A chain is compared with the same chain of the other run: an encoder is no decoder.
             for chain in schema.chains(runs[first])
             if chain in schema.chains(runs[other])
-            for difference in _of_pair({name: runs[name] for name in (first, other)}, chain, metrics, view)
+            for difference in _of_pair(
+                {name: runs[name] for name in (first, other)}, chain, metrics, profiles
+            )
         ]
     finally:
         for run in runs.values():
@@ -79,22 +89,20 @@ def between_runs(
 
 
 def _of_pair(
-    runs: Mapping[str, xr.DataTree], chain: str, metrics: Sequence[str], view: Selection
+    runs: Mapping[str, xr.DataTree],
+    chain: str,
+    metrics: Sequence[str],
+    profiles: Callable[[str, str, str], xr.DataArray | None],
 ) -> list[Difference]:
-    """The differences of two runs in one chain."""
-    traces = {
-        f"{name}/{chain}" if chain else name: schema.chain_dataset(run, "trace", chain)
-        for name, run in runs.items()
-    }
-    known = {name: trace for name, trace in traces.items() if trace is not None}
-    if len(known) < 2:
+    """The differences of two runs in one chain; ``profiles(run, chain, metric)`` is a number for each sequence and depth."""
+    one, other = (schema.chain_dataset(run, "trace", chain) for run in runs.values())
+    if one is None or other is None:
         return []
     first, second = (run.attrs.get("data_digest") for run in runs.values())
-    one, other = known.values()
     paired = same_sequences(one, other, (first, second))
     found = []
     for metric in metrics:
-        values = {name: _profiles(trace, metric, view) for name, trace in known.items()}
+        values = {f"{name}/{chain}" if chain else name: profiles(name, chain, metric) for name in runs}
         aligned = _aligned({name: value for name, value in values.items() if value is not None})
         if len(aligned) == 2:
             difference = of_two(metric, aligned, paired=paired)
@@ -112,8 +120,7 @@ def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray |
     values = by_sequence(trace, CATALOGUE[metric], scope=view.scope)
     if values is None:
         return None
-    fixed = {"direction": "forward"} if "direction" in values.dims and view.direction == "both" else {}
-    value = pick(values.to_dataset(name=metric), metric, view, **fixed)
+    value = pick(values.to_dataset(name=metric), metric, view, **one_direction(values.dims, view))
     others = set() if value is None else set(value.dims) - {"sequence"}
     # A matrix of every two depths has too many cells for one sentence.
     return value if len(others) == 1 and others <= set(ALONG) else None
@@ -185,17 +192,11 @@ def between_groups(
 
 def _of_group(readings: Sequence[Reading], metric: str, view: Selection) -> list[xr.DataArray]:
     """The metric of every run of a group; empty where one of them lacks it."""
-    fixed = {"direction": "forward"} if view.direction == "both" else {}
-    columns = [
-        column_of(reading.analysis, metric, view, **_known(reading.analysis, metric, fixed))
-        for reading in readings
-    ]
+    columns = []
+    for reading in readings:
+        dims = reading.analysis[metric].dims if metric in reading.analysis else ()
+        columns.append(column_of(reading.analysis, metric, view, **one_direction(dims, view)))
     return [column.value for column in columns if column is not None] if None not in columns else []
-
-
-def _known(analysis: xr.Dataset, metric: str, fixed: Mapping[str, str]) -> dict[str, str]:
-    dims = analysis[metric].dims if metric in analysis else ()
-    return {dim: label for dim, label in fixed.items() if dim in dims}
 
 
 def in_words(difference: Difference) -> str:

@@ -13,6 +13,7 @@ import xarray as xr
 from depthscope.diagnostics.analysis.jackknife import replicas, resampled
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.metrics.intervals import LEVEL, factor
+from depthscope.diagnostics.quantities.over_sequences import mean_and_error
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 
 SIGNIFICANCE = 1 - LEVEL
@@ -125,9 +126,7 @@ def same_sequences(first: xr.Dataset, second: xr.Dataset, digests: tuple[object,
     return all(name in first and name in second and first[name].equals(second[name]) for name in names)
 
 
-def of_two(
-    metric: str, values: Mapping[str, xr.DataArray], *, paired: bool, axis: str | None = None
-) -> Difference:
+def of_two(metric: str, values: Mapping[str, xr.DataArray], *, paired: bool) -> Difference:
     """The difference of two runs by Student's t over sequences, with the probabilities of many depths corrected by Holm.
 
     Parameters
@@ -138,35 +137,32 @@ def of_two(
         Run → one number a sequence and position (`by_sequence`), for two runs with the same positions.
     paired : bool
         Whether they are of the same sequences in the same order: then their differences are tested, which vary much less.
-    axis : str, optional
-        The dim of the positions.
 
     Returns
     -------
     Difference
     """
     (first, a), (second, b) = values.items()
-    axis = axis or next(str(dim) for dim in a.dims if dim != "sequence")
+    axis = next(str(dim) for dim in a.dims if dim != "sequence")
     a, b = (one.transpose("sequence", axis) for one in (a, b))
     mean = b.mean("sequence") - a.mean("sequence").values
     if paired:
         spread = b.values - a.values
         number = (~np.isnan(spread)).sum(axis=0)
-        error = _error(spread)
+        error = mean_and_error(spread)[1]
         degrees = np.maximum(number - 1, 0).astype(float)
         how = f"paired over the same {a.sizes['sequence']} sequences"
     else:
-        parts = [_error(one.values) ** 2 for one in (a, b)]
+        parts = [mean_and_error(one.values)[1] ** 2 for one in (a, b)]
         own = [np.maximum((~np.isnan(one.values)).sum(axis=0) - 1, 0) for one in (a, b)]
         error = np.sqrt(parts[0] + parts[1])
         degrees = _welch(parts, own)
         how = f"over {a.sizes['sequence']} and {b.sizes['sequence']} sequences that are not the same"
-    reach = np.array([factor(each) if each > 0 else math.nan for each in degrees])
     with np.errstate(divide="ignore", invalid="ignore"):
         p = holm(_two_sided(mean.values / error, degrees))
     few = min(one.sizes["sequence"] for one in (a, b)) < 2
     return Difference(
-        metric, first, second, mean, mean.copy(data=reach * error), mean.copy(data=p), how,
+        metric, first, second, mean, mean.copy(data=_reach(degrees) * error), mean.copy(data=p), how,
         "one sequence: its spread to others is not known; capture more" if few else "",
     )  # fmt: skip
 
@@ -202,12 +198,11 @@ def of_seeds(metric: str, groups: Mapping[str, Sequence[xr.DataArray]]) -> Diffe
     largest = np.array([_largest(runs, chosen, scale) for chosen in _assignments(len(runs), len(a), total)])
     # The margin is for rounding alone: the assignment that was observed is one of those that are as large.
     p = (largest[:, None] >= observed[None] * (1 - 1e-12)).mean(axis=0)
-    parts = [_error(runs[: len(a)]) ** 2, _error(runs[len(a) :]) ** 2]
+    parts = [mean_and_error(each)[1] ** 2 for each in (runs[: len(a)], runs[len(a) :])]
     degrees = _welch(parts, [np.full(runs.shape[1], len(one) - 1) for one in (a, b)])
-    reach = np.array([factor(each) if each > 0 else math.nan for each in degrees])
     smallest = (2 if len(a) == len(b) else 1) / total
     return Difference(
-        metric, first, second, mean, mean.copy(data=reach * np.sqrt(parts[0] + parts[1])),
+        metric, first, second, mean, mean.copy(data=_reach(degrees) * np.sqrt(parts[0] + parts[1])),
         xr.DataArray(p, dims=axis, coords=mean.coords),
         f"over {len(a)} and {len(b)} seeds, by exchanging their labels",
         _too_few(len(a), len(b)) if smallest >= SIGNIFICANCE else "",
@@ -239,12 +234,9 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over the first axis; NaN for fewer than two."""
-    number = (~np.isnan(values)).sum(axis=0)
-    deviation = values - np.where(number > 0, np.nansum(values, axis=0), np.nan) / np.maximum(number, 1)
-    squares = np.nansum(deviation**2, axis=0)
-    return np.sqrt(np.where(number > 1, squares / np.maximum(number - 1, 1) / np.maximum(number, 1), np.nan))
+def _reach(degrees: np.ndarray) -> np.ndarray:
+    """By how many standard errors an interval reaches to each side; NaN where there is no degree of freedom."""
+    return np.array([factor(each) if each > 0 else math.nan for each in degrees])
 
 
 def _welch(parts: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> np.ndarray:

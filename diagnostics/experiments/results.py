@@ -180,12 +180,13 @@ def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
     -------
     list of str
     """
+    return [sentence(row) for row in sorted(table_rows(result), key=_size, reverse=True)[:most]]
 
-    def size(row: dict[str, Any]) -> float:
-        value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
-        return abs(value) if value is not None else 0.0
 
-    return [sentence(row) for row in sorted(table_rows(result), key=size, reverse=True)[:most]]
+def _size(row: dict[str, Any]) -> float:
+    """How large a change is: that of the loss, or of the output where there is no loss."""
+    value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
+    return abs(value) if value is not None else 0.0
 
 
 def result_for(finding: Placed, result: xr.Dataset) -> str:
@@ -206,13 +207,8 @@ def result_for(finding: Placed, result: xr.Dataset) -> str:
     kind = SETTLED_BY.get(finding.verdict)
     if kind is None or "experiment" not in result.dims:
         return ""
-    positions = [
-        position
-        for position, row in enumerate(table_rows(result))
-        if row["kind"] == kind and _at_the_place(row, finding)
-    ]
-    told = describe_results(result.isel(experiment=positions), most=1) if positions else []
-    return told[0] if told else ""
+    rows = [row for row in table_rows(result) if row["kind"] == kind and _at_the_place(row, finding)]
+    return sentence(max(rows, key=_size)) if rows else ""
 
 
 def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:

@@ -71,6 +71,28 @@ def elements_written(width: int, streams: int, *, fused: bool = False) -> int:
     return ((1 if fused else 3) * streams + 1) * width + streams**2 + 2 * streams
 
 
+def elements_moved(width: int, streams: int, *, fused: bool = False) -> int:
+    """Elements that one sublayer's connection reads and writes for a token.
+
+    Parameters
+    ----------
+    width, streams
+        d and n, at least 1.
+    fused
+        Whether one kernel writes, mixes and adds.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> elements_moved(100, 1), elements_moved(100, 4), elements_moved(100, 4, fused=True)
+    (300, 3448, 1848)
+    """
+    return elements_read(width, streams, fused=fused) + elements_written(width, streams, fused=fused)
+
+
 def recomputed_block(streams: int, sublayers: int) -> int:
     r"""Sublayers of a block that is recomputed in the backward, for the smallest memory.
 
@@ -150,9 +172,7 @@ class StreamMemory:
 
     def traffic_ratio(self, *, fused: bool = False) -> float:
         """Elements moved by a connection, in units of what a plain residual moves (3 d)."""
-        sizes = self.width, self.streams
-        moved = elements_read(*sizes, fused=fused) + elements_written(*sizes, fused=fused)
-        return moved / (3 * self.width)
+        return elements_moved(self.width, self.streams, fused=fused) / elements_moved(self.width, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """All counts: elements of a token and sublayer that are moved, bytes of a token that are kept."""

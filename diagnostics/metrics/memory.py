@@ -30,13 +30,9 @@ def _along(h_res: xr.DataArray, counts: int | np.ndarray) -> xr.DataArray:
     return labelled_connections(values.copy(), ("connection",), connection_coords(h_res))
 
 
-def _moved(sizes: tuple[int, int], *, fused: bool = False) -> int:
-    return kernel.elements_read(*sizes, fused=fused) + kernel.elements_written(*sizes, fused=fused)
-
-
 def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.DataArray:
     """What a plain residual connection of the same width reads and writes: 3 d."""
-    return _along(h_res, _moved((stream_sizes[0], 1)))
+    return _along(h_res, kernel.elements_moved(stream_sizes[0], 1))
 
 
 @metric(
@@ -56,7 +52,7 @@ def elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Dat
     The null is a plain residual: 2 d read and d written. Where the coefficients are parameters, and not computed from
     the streams, n d fewer are read.
     """
-    return _along(h_res, _moved(stream_sizes))
+    return _along(h_res, kernel.elements_moved(*stream_sizes))
 
 
 @metric(
@@ -75,7 +71,7 @@ def fused_elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> 
 
     That kernel reads (n + 1) d in place of (3n + 1) d elements, and writes n d in place of 3 n d.
     """
-    return _along(h_res, _moved(stream_sizes, fused=True))
+    return _along(h_res, kernel.elements_moved(*stream_sizes, fused=True))
 
 
 def _kept(h_res: xr.DataArray, width: int, streams: int) -> xr.DataArray:

@@ -34,7 +34,7 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     """
     if "sequence" in value.dims:
         template = value.isel(sequence=0, drop=True)
-        mean, error, degrees = _mean_and_error(value.transpose("sequence", ...).values)
+        mean, error, degrees = mean_and_error(value.transpose("sequence", ...).values)
         return template.copy(data=mean), _with_degrees(template.copy(data=error), degrees)
     if "group" not in value.dims:
         return value, None
@@ -43,15 +43,26 @@ def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
     # Pooled tokens are one group: their mean is the value itself, and their error NaN.
     means, errors, degrees = {}, {}, 0
     for label in dict.fromkeys(scopes.tolist()):
-        means[label], errors[label], of_label = _mean_and_error(values[scopes == label])
+        means[label], errors[label], of_label = mean_and_error(values[scopes == label])
         degrees = max(degrees, of_label)  # the other one is that of the pooled tokens, 0
     by_scope = template.expand_dims(scope=list(means))
     value = by_scope.copy(data=np.stack(list(means.values())))
     return value, _with_degrees(by_scope.copy(data=np.stack(list(errors.values()))), degrees)
 
 
-def _mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean over the first axis of what is not NaN, its standard error (NaN for too few), and its degrees of freedom."""
+def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean over sequences of what is not NaN, its standard error, and the degrees of freedom of that.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        (sequences, …).
+
+    Returns
+    -------
+    tuple of numpy.ndarray, numpy.ndarray and int
+        NaN where too few sequences have a value: of none no mean, of one no error.
+    """
     # Not nanmean and nanstd: they warn where all are NaN, which is a value here.
     known = ~np.isnan(values)
     count = known.sum(axis=0)

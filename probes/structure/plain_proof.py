@@ -7,7 +7,7 @@ an activation of the sum as a whole (nothing in most models, a norm in post-norm
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -142,22 +142,33 @@ def _reads_elsewhere(tape: Tape, states: Sequence[Value | None]) -> int | None:
     shown = {
         value.number: value for call in tape.calls for _, _, value in call.shown() if value.step is not None
     }
-    numbers = sorted(shown)
-    for depth, (before, after) in enumerate(pairwise(states)):
-        if not depth or before is None or after is None or before.shape != after.shape:
+    for depth, before, after, read in _sums_between(states, shown):
+        if not read.sources:  # the state alone, which is most of what is shown
             continue
         earlier = [state for state in states[:depth] if state is not None]
+        mixed = any(_from_states(trace, source, before, earlier) for source in read.sources)
+        if mixed and trace.depends(after, read.target):
+            return depth
+    return None
+
+
+def _sums_between(
+    states: Sequence[Value | None], shown: Mapping[int, Value]
+) -> Iterator[tuple[int, Value, Value, LinearDependence]]:
+    """The values between two states that are sums with the first of these, such as what a branch or a block takes.
+
+    Yields the depth of the first, the two states, and how the value depends on the first.
+    """
+    numbers = sorted(shown)
+    for depth, (before, after) in enumerate(pairwise(states)):
+        if before is None or after is None or before.shape != after.shape:
+            continue
         for number in numbers[bisect_right(numbers, before.number) : bisect_left(numbers, after.number)]:
             value = shown[number]
-            if value.shape != before.shape or not _leads_back(value, before):
-                continue
-            read = LinearDependence(value, [before])
-            mixed = bool(read.reached) and any(
-                _from_states(trace, source, before, earlier) for source in read.sources
-            )
-            if mixed and trace.depends(after, value):
-                return depth
-    return None
+            if value.shape == before.shape and _leads_back(value, before):
+                read = LinearDependence(value, [before])
+                if read.reached:
+                    yield depth, before, after, read
 
 
 def _leads_back(value: Value, before: Value) -> bool:
@@ -223,35 +234,23 @@ def _taken_changed(tape: Tape, states: Sequence[Value | None]) -> tuple[int, str
     trace = tape.trace
     if trace is None:
         return None
+    # A block gives what it takes, and has parts; the input of a norm is inside of one.
+    blocks = [call for call in tape.calls if call.module._modules and call.x_shape == call.y_shape]
     taken = {
         value.number: (value, call.path)
-        for call in tape.calls
-        # A block gives what it takes, and has parts; the input of a norm is inside of one.
-        if call.module._modules and call.x_shape == call.y_shape
+        for call in blocks
         if (value := call.values[0]) is not None and value.step is not None
     }
-    numbers = sorted(taken)
-    for depth, (before, after) in enumerate(pairwise(states)):
-        if before is None or after is None or before.shape != after.shape:
-            continue
-        for number in numbers[bisect_right(numbers, before.number) : bisect_left(numbers, after.number)]:
-            value, path = taken[number]
-            if (
-                value.shape != before.shape
-                or not _leads_back(value, before)
-                or not trace.depends(after, value)
-            ):
-                continue
-            read = LinearDependence(value, [before])
-            from_elsewhere = any(not trace.depends(source.root, before) for source in read.sources)
-            # A parameter is no value of the forward: the sum with one has a single operand.
-            with_constant = any(
-                of.step is not None and of.step.rule.sums and len(of.step.operands) == 1
-                for of in read.carrying
-                if of is not before
-            )
-            if read.reached and (from_elsewhere or with_constant):
-                return depth, path
+    for depth, before, after, read in _sums_between(states, {n: value for n, (value, _) in taken.items()}):
+        from_elsewhere = any(not trace.depends(source.root, before) for source in read.sources)
+        # A parameter is no value of the forward: the sum with one has a single operand.
+        with_constant = any(
+            of.step is not None and of.step.rule.sums and len(of.step.operands) == 1
+            for of in read.carrying
+            if of is not before
+        )
+        if (from_elsewhere or with_constant) and trace.depends(after, read.target):
+            return depth, taken[read.target.number][1]
     return None
 
 
