@@ -37,6 +37,10 @@ class Reading:
         Whether the run is what was saved; see `schema.integrity`.
     path : str
         The file or folder that the run was opened from; empty for a run in memory.
+    passed : tuple of Finding
+        Verdicts that were judged and found nothing.
+    chain : str
+        The chain's name in the run, empty where it has one.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Reading:
     findings: tuple[Finding, ...]
     integrity: str = ""
     path: str = ""
+    passed: tuple[Finding, ...] = ()
+    chain: str = ""
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -80,19 +86,45 @@ def read_runs(
     if not runs:
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
     return [
-        Reading(
-            visible_name(label),
+        judged(
+            visible_name(f"{name}/{chain}" if chain else name),
             # Of several chains one may be proven and another not.
             shown_attributes(
                 {**run.attrs, **{name: analysis.attrs[name] for name in FACTS if name in analysis.attrs}}
             ),
             analysis,
-            tuple(judge(analysis)),
             schema.integrity(run),
+            chain=chain,
         )
         for name, run in runs.items()
-        for label, analysis in _analyses(name, run, progress)
+        for chain, analysis in _analyses(run, progress)
     ]
+
+
+def judged(
+    name: str, attrs: Mapping[str, Any], analysis: xr.Dataset, integrity: str, *, chain: str = ""
+) -> Reading:
+    """A reading of an analysis: the verdicts are asked here.
+
+    Parameters
+    ----------
+    name, attrs, analysis, integrity, chain
+        See `Reading`.
+
+    Returns
+    -------
+    Reading
+    """
+    found = judge(analysis, passed=True)
+    return Reading(
+        name,
+        attrs,
+        analysis,
+        tuple(finding for finding in found if finding.severity),
+        integrity,
+        passed=tuple(finding for finding in found if not finding.severity),
+        chain=chain,
+    )
 
 
 def shown_attributes(value: Any) -> Any:
@@ -135,7 +167,7 @@ def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
 
 
 def _analyses(
-    name: str, run: xr.DataTree, progress: Callable[[str, int, int], None] | None
+    run: xr.DataTree, progress: Callable[[str, int, int], None] | None
 ) -> list[tuple[str, xr.Dataset]]:
     stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
     known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
@@ -144,7 +176,7 @@ def _analyses(
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
     return [
         # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
-        (f"{name}/{chain}" if chain else name, with_facts(dataset.load(), run.attrs))
+        (chain, with_facts(dataset.load(), run.attrs))
         for chain, dataset in with_joined_stages(known).items()
     ]
 

@@ -4,7 +4,7 @@ from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
-from depthscope.diagnostics.schema.opening import integrity, open_run
+from depthscope.diagnostics.schema.opening import integrity, open_group, open_run
 from depthscope.diagnostics.schema.replaceable import require_replaceable
 from depthscope.diagnostics.schema.saving import save_run
 from depthscope.diagnostics.schema.validation import (
@@ -82,6 +82,7 @@ __all__ = [
     "integrity",
     "is_proof",
     "list_runs",
+    "open_group",
     "open_run",
     "require_replaceable",
     "save_run",

@@ -14,6 +14,7 @@ from depthscope.diagnostics.schema.attributes import decode_attrs, decode_datase
 from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest, describe_differences
 from depthscope.diagnostics.schema.file_digest import compare_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
+from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.trial import open_in_trial
@@ -81,6 +82,50 @@ def open_run(
     if run.encoding[_INTEGRITY] == WITHOUT_DIGEST:
         logger.warning("%s: %s", source, WITHOUT_DIGEST)
     return run
+
+
+def open_group(
+    path: str | os.PathLike[str], group: str, chain: str = "", *, max_bytes: int | None = None
+) -> xr.Dataset:
+    """One group of a run that `open_run` has opened and verified before; arrays are read when they are used.
+
+    The metadata of a run with many metrics take seconds to read: for a look at its states alone this reads those of their
+    group. Nothing is compared with digests and nothing is validated.
+
+    Parameters
+    ----------
+    path : path-like
+        As in `open_run`.
+    group : str
+        A name of `GROUPS`.
+    chain : str
+        The chain's name, empty where the run has one.
+    max_bytes : int, optional
+        As in `open_run`.
+
+    Returns
+    -------
+    Dataset
+        To be closed by the caller.
+
+    Raises
+    ------
+    SchemaError
+        For what `open_run` refuses, and where there is no such group.
+    """
+    source = Path(path)
+    suffix = suffix_of(source)
+    try:
+        require_ordinary(source, folder=suffix == ".zarr")
+        _CHECKS[suffix](source, max_bytes)
+        opened = _open_one(source, suffix, group_path(group, chain))
+        decoded = decode_dataset(opened)
+        decoded.set_close(opened.close)  # the decoded one is new and does not know the open file
+        return decoded
+    except SchemaError as error:
+        raise SchemaError(f"{source}: {error}") from None
+    except Exception as error:
+        raise SchemaError(f"{source}: {unreadable(source, error)}") from error
 
 
 def integrity(run: xr.DataTree) -> str:
@@ -168,17 +213,34 @@ def _read(path: Path, suffix: str) -> tuple[xr.DataTree, Any]:
 def _open_tree(path: Path, suffix: str) -> xr.DataTree:
     if suffix == ".nc":
         return xr.open_datatree(path, engine="h5netcdf", **_DECODING)
-    store: Any = path
-    if suffix == ".zarr.zip":
-        # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
-        from zarr.storage import ZipStore
-
-        store = ZipStore(path, mode="r")  # xarray takes a store, but its annotation names paths only
-    # Version 3 by name: a store with metadata of version 2 beside it would be read by those, which were not checked.
-    tree = xr.open_datatree(store, engine="zarr", consolidated=False, zarr_format=3, **_DECODING)
+    store = _zarr_store(path, suffix)
+    tree = xr.open_datatree(store, **_ZARR, **_DECODING)
     if store is not path:
         tree.set_close(store.close)  # xarray leaves a store open that it was given
     return tree
+
+
+def _open_one(path: Path, suffix: str, group: str) -> xr.Dataset:
+    if suffix == ".nc":
+        return xr.open_dataset(path, engine="h5netcdf", group=group, **_DECODING)
+    store = _zarr_store(path, suffix)
+    dataset = xr.open_dataset(store, group=group, **_ZARR, **_DECODING)
+    if store is not path:
+        dataset.set_close(store.close)
+    return dataset
+
+
+# Version 3 by name: a store with metadata of version 2 beside it would be read by those, which were not checked.
+_ZARR: Any = {"engine": "zarr", "consolidated": False, "zarr_format": 3}
+
+
+def _zarr_store(path: Path, suffix: str) -> Any:
+    if suffix != ".zarr.zip":
+        return path
+    # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
+    from zarr.storage import ZipStore
+
+    return ZipStore(path, mode="r")  # xarray takes a store, but its annotation names paths only
 
 
 def _compare(run: xr.DataTree, stored: Any) -> str:

@@ -33,6 +33,7 @@ VERDICTS: dict[str, Verdict] = {
     each.name: each
     for each in (
         same_representation.same_representation,
+        reading.nothing_measured,
         magnitude.residual_not_finite,
         magnitude.mixing_not_finite,
         magnitude.dead_state,
@@ -86,6 +87,11 @@ VERDICTS: dict[str, Verdict] = {
     )
 }
 
+ABOUT_THE_RUN = {
+    each.name for each in (reading.nothing_measured, reading.unproven_reading, representation.small_sample)
+}
+"""Verdicts that say how far a run can be trusted, and nothing about its network."""
+
 
 def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[Finding]:
     """Findings about a run, the worst first.
@@ -121,6 +127,9 @@ def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
+    about_the_network = {finding.verdict for finding in found} - ABOUT_THE_RUN
+    judged = last.assign_attrs({reading.JUDGED: len(about_the_network)})
+    found += reading.nothing_measured.findings(judged)
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(finding, analysis.attrs) for finding in explained]
 

@@ -156,8 +156,7 @@ class Verdict:
             PASS among them; one for each stream where several numbers are beyond; empty where the question
             does not apply.
         """
-        missing = [name for name in self.needs if name != "attrs" and name not in analysis]
-        if missing or analysis.attrs.get("family") in self.not_for:
+        if self.missing(analysis) or analysis.attrs.get("family") in self.not_for:
             return []
         arguments: dict[str, Any] = {}
         for name in (*self.needs, *self.wants):
@@ -167,6 +166,20 @@ class Verdict:
                 arguments[name] = analysis[name]
         found = [self._judge(profile) for profile in self.function(**arguments) or ()]
         return _merged_by_stream([finding for finding in found if finding is not None])
+
+    def missing(self, analysis: xr.Dataset) -> list[str]:
+        """Variables without which it cannot judge, and that an analysis does not have.
+
+        Parameters
+        ----------
+        analysis : Dataset
+            What `diagnostics.analyze` gives.
+
+        Returns
+        -------
+        list of str
+        """
+        return [name for name in self.needs if name != "attrs" and name not in analysis]
 
     def _judge(self, profile: Profile) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))

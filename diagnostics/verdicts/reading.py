@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,25 @@ def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
         return None
     # The reason follows: every finding of an unproven reading carries it.
     return [Profile(xr.DataArray(float(proof != PROVEN)), "the number of readings that are not proven is")]
+
+
+JUDGED = "verdicts_judged"
+"""Attribute that `judge` gives to an analysis: how many verdicts about the network could be judged."""
+
+
+@verdict(metric="num_tokens", limits=Limits(fail=1.0, above=False))
+def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
+    """Nothing was measured: no verdict could be judged.
+
+    That nothing else was found says nothing. Read the reason; where the mask leaves no token, true or 1 is a real token.
+    """
+    if JUDGED not in attrs:
+        return None
+    reasons = Counter(map(str, attrs.get("not_computed", {}).values()))
+    why = f": {reasons.most_common(1)[0][0]}" if reasons else ""
+    sentence = "" if attrs[JUDGED] else f"No verdict about the network could be judged{why}."
+    words = "the number of verdicts that could be judged is"
+    return [Profile(xr.DataArray(float(attrs[JUDGED])), words, sentence=sentence)]
 
 
 def unproven_sentence(proof: str) -> str:

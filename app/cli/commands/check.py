@@ -30,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.readings.standings import not_judged, standings
     from depthscope.app.tables.findings import cards_of
 
     lowest, verdicts = _limits(args.fail_on)
@@ -48,6 +49,8 @@ def _run(args: argparse.Namespace) -> int:
                 "constraint": reading.attrs.get("constraint"),
                 "memory": reading.attrs.get("memory"),
                 "findings": [card.as_dict() for card in cards_of(reading)],
+                "passed": sorted({finding.verdict for finding in reading.passed}),
+                "not_judged": not_judged(standings(reading)),
             }
             for reading in readings
         ]
@@ -104,11 +107,23 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
                 say(f"  {words} {printable(reading.attrs[key])}")
         if memory:
             say(f"  memory {printable(memory)}")
+        say(f"  verdicts {_judged_words(reading)}")
         say()
         say(cards_text(cards_of(reading)) or NOTHING)
         say()
     result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
     say(f"check --fail-on {','.join(fail_on)}: {result}")
+
+
+def _judged_words(reading: Reading) -> str:
+    """How many verdicts were judged, and why most of the others were not: what was not judged has not passed."""
+    from depthscope.app.readings.standings import not_judged, standings
+
+    found = standings(reading)
+    reasons = not_judged(found)
+    left = sum(map(len, reasons.values()))
+    words = f"{len(found) - left} judged, {left} not judged"
+    return f"{words} ({printable(next(iter(reasons)))})" if left else words
 
 
 COMMAND = Command("check", "judge runs in plain words; exit 1 where one fails", _add_arguments, _run)

@@ -16,23 +16,55 @@ from depthscope.app.figures import Figure, FigureKind, Heatmap
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.visible import visible
 
-__all__ = ["PLOTLY_ROUTE", "build", "card", "clicked_cell"]
+__all__ = [
+    "PLOTLY_ROUTE",
+    "PLOTLY_SOURCE",
+    "build",
+    "card",
+    "clicked_cell",
+    "plotly_component",
+    "show_drawing",
+]
 
 PLOTLY_ROUTE = "/depthscope/plotly"
 """Where the server answers with the files of the installed plotly, so that no page asks another machine."""
 
+PLOTLY_SOURCE = f"{PLOTLY_ROUTE}/plotly.min.js"
+
 MOST_ROWS, MOST_COLUMNS = 1000, 100
 """Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
+
 
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
 # the document, which does not reach into a shadow root.
-_plot = st.components.v2.component(
-    "depthscope_chart",
-    css=Path(__file__).with_name("chart.css").read_text(encoding="utf-8"),
-    js=Path(__file__).with_name("chart.js").read_text(encoding="utf-8"),
-    isolate_styles=False,
-)
+def plotly_component(name: str) -> Any:
+    """A component of the files ``NAME.css`` and ``NAME.js`` beside this one, which draws with plotly.js.
+
+    Parameters
+    ----------
+    name : str
+        Of the files.
+
+    Returns
+    -------
+    function
+        Mounts it, see `streamlit.components.v2`.
+    """
+    folder = Path(__file__).parent
+
+    def text(file: str) -> str:
+        return (folder / file).read_text(encoding="utf-8")
+
+    return st.components.v2.component(
+        f"depthscope_{name}",
+        css=text(f"{name}.css"),
+        js=text("plotly_page.js") + text(f"{name}.js"),
+        isolate_styles=False,
+    )
+
+
+_plot = plotly_component("chart")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
@@ -87,20 +119,40 @@ def card(
         left.markdown(f"**{escaped(shown.title)}**")
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             _numbers(figure, key)
-        _plot(
-            data={
-                "name": shown.name,
-                "figure": to_plotly(shown, mark=mark, runs=runs).to_json(),
-                "alt": visible(shown.alt),
-                "height": height,
-                "clickable": clickable,
-                "plotly": f"{PLOTLY_ROUTE}/plotly.min.js",
-            },
-            key=key,
-            # An empty callback is how a component declares that it has a trigger of this name.
-            on_clicked_change=lambda: None,
-        )
+        drawing = to_plotly(shown, mark=mark, runs=runs).to_json()
+        show_drawing(drawing, name=shown.name, alt=shown.alt, key=key, height=height, clickable=clickable)
         st.caption(escaped(shown.caption))
+
+
+def show_drawing(
+    drawing: str, *, name: str, alt: str, key: str, height: int = 300, clickable: bool = False
+) -> None:
+    """A drawing without title, caption and numbers.
+
+    Parameters
+    ----------
+    drawing : str
+        JSON of a plotly figure.
+    name : str
+        Of the file that the visitor saves.
+    alt : str
+        What it shows, for those who do not see it.
+    key, height, clickable
+        As in `card`.
+    """
+    _plot(
+        data={
+            "name": name,
+            "figure": drawing,
+            "alt": visible(alt),
+            "height": height,
+            "clickable": clickable,
+            "plotly": PLOTLY_SOURCE,
+        },
+        key=key,
+        # An empty callback is how a component declares that it has a trigger of this name.
+        on_clicked_change=lambda: None,
+    )
 
 
 def _numbers(figure: Figure, key: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_library import UnreadableRun
+from depthscope.app.readings.readings import Reading
+
+CHOSEN_AT_FIRST = 3
+"""A folder of so many runs is shown whole. A heuristic of ours."""
 
 MOST_RUNS = 30
 """Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""
@@ -17,7 +23,7 @@ _KEY = "chosen_runs"
 
 
 def choose_runs() -> None:
-    """Choose runs in the sidebar and in the URL as `?runs=`, read them, and remember them for the page."""
+    """Choose runs in the sidebar and in the URL as `?runs=`, and remember their names for the page."""
     listed = run_library.list_runs()
     names = list(listed)
     chosen: list[str] = []
@@ -26,8 +32,9 @@ def choose_runs() -> None:
             chosen = st.multiselect(
                 "Runs",
                 names,
-                # More curves in one figure are hard to tell from each other, and each run takes time to analyse.
-                default=names[:3],
+                # Of more than these the visitor chooses, from the table of all: each run takes time to analyse, and the first
+                # by the alphabet are no better than others.
+                default=names if len(names) <= CHOSEN_AT_FIRST else [],
                 key="runs",
                 bind="query-params",
                 placeholder="Choose runs",
@@ -36,8 +43,14 @@ def choose_runs() -> None:
             )
             if len(names) > MOST_RUNS:
                 st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
-    readings, unreadable = {}, []
-    for name in chosen[:MOST_RUNS]:
+    st.session_state[_KEY] = chosen[:MOST_RUNS]
+
+
+def _read(names: Sequence[str]) -> ChosenRuns:
+    readings: dict[str, Reading] = {}
+    unreadable: list[UnreadableRun] = []
+    listed = run_library.list_runs()
+    for name in names:
         with st.spinner(f"Analysing {escaped(name)} …"):
             found = run_library.read_run(name, listed)
         if isinstance(found, UnreadableRun):
@@ -45,12 +58,7 @@ def choose_runs() -> None:
         else:
             # A run of several chains has one reading for each.
             readings.update({reading.name: reading for reading in found})
-    st.session_state[_KEY] = ChosenRuns(readings, tuple(unreadable))
-
-
-def forget_runs() -> None:
-    """Leave no reading in the session: a page that is open but idle would keep it in memory."""
-    st.session_state.pop(_KEY, None)
+    return ChosenRuns(readings, tuple(unreadable))
 
 
 def require_chosen_runs() -> ChosenRuns:
@@ -61,7 +69,9 @@ def require_chosen_runs() -> ChosenRuns:
     ChosenRuns
         With at least one reading.
     """
-    chosen: ChosenRuns = st.session_state[_KEY]
+    # Read here and not where they are chosen: the table of all runs is drawn before the first of them is analysed. They are
+    # not left in the session, where a page that is open but idle would keep them in memory.
+    chosen = _read(st.session_state[_KEY])
     for run in chosen.unreadable:
         with st.container(border=True):
             st.markdown(f"##### ⚠ {escaped(run.name)} cannot be shown")
@@ -87,4 +97,4 @@ def _explain_none() -> None:
             "bash",
         )
     else:
-        st.info("No run is chosen. Choose one or more in the sidebar.", icon="👈")
+        st.info("No run is chosen. Click a row of the table of runs, or choose in the sidebar.", icon="👈")

@@ -44,6 +44,8 @@ class Page:
         The command that produces what is missing.
     show : callable or None
         Draws the page from the chosen runs. None shows the figures of the question.
+    first : callable or None
+        Draws what comes before, whether runs are chosen or not.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Page:
     missing: str = "None of the chosen runs has what this page shows."
     command: str = "depthscope demo"
     show: Callable[[ChosenRuns], None] | None = None
+    first: Callable[[], None] | None = None
 
 
 def show_page(page: Page) -> None:
@@ -67,6 +70,8 @@ def show_page(page: Page) -> None:
     """
     st.markdown(f"### {page.heading or page.title}")
     st.caption(page.help)
+    if page.first is not None:
+        page.first()
     chosen = require_chosen_runs()
     try:
         _show_contents(page, chosen)

@@ -10,25 +10,21 @@ from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.chosen_runs import choose_runs, forget_runs
+from depthscope.app.dashboard.components.chosen_runs import choose_runs
 from depthscope.app.dashboard.components.page import show_page
 from depthscope.app.dashboard.pages import PAGES
+from depthscope.app.dashboard.state.visits import follow
 
 st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
-current = st.navigation(
-    {
-        "depthscope": [
-            st.Page(
-                partial(show_page, page), title=page.title, url_path=page.url_path, default=not page.url_path
-            )
-            for page in PAGES
-        ]
-    }
-)
+pages = {
+    page.url_path: st.Page(
+        partial(show_page, page), title=page.title, url_path=page.url_path, default=not page.url_path
+    )
+    for page in PAGES
+}
+current = st.navigation({"depthscope": list(pages.values())})
 st.html(Path(__file__).with_name("page.css"))
+follow(pages)
 # Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
 choose_runs()
-try:
-    current.run()
-finally:
-    forget_runs()
+current.run()

@@ -9,7 +9,8 @@ from depthscope.app.dashboard.components.page import Page
 PAGES: tuple[Page, ...] = tuple(
     import_module(f"depthscope.app.dashboard.pages.{name}").PAGE
     for name in (
-        "overview",
+        "runs",
+        "microscope",
         "collapse",
         "similarity",
         "mixing",

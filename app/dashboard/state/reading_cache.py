@@ -63,6 +63,20 @@ class ReadingCache:
                 self._keep(key, kept)
         return kept
 
+    def peek(self, key: Hashable) -> Any:
+        """The value of a key, None where it is not kept; nothing is made.
+
+        Parameters
+        ----------
+        key : hashable
+            Identifies the value.
+
+        Returns
+        -------
+        Any
+        """
+        return self._find(key)
+
     def _find(self, key: Hashable) -> Any:
         with self._lock:
             if key not in self._kept:

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from depthscope.app.dashboard.state.file_version import FileVersion
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
+from depthscope.app.readings.close_up import CloseUp, read_close_up
+from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
 
-__all__ = ["UnreadableRun", "allow", "list_runs", "read_run"]
+__all__ = ["UnreadableRun", "allow", "close_up_of", "list_runs", "read_run", "summaries_of"]
 
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
+
+_summaries: dict[Path, tuple[FileVersion, list[Summary]]] = {}
+"""Read once: a table of 500 runs is drawn anew at every click. Each has some ten kilobytes."""
 
 _limit: dict[str, int | None] = {"max_bytes": None}
 """Of the arrays of one run, as named at launch."""
@@ -95,8 +101,15 @@ def _distinct_name(name: str, path: Path, taken: dict[str, Path]) -> str:
     return shown
 
 
-def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Reading, ...] | UnreadableRun:
+def read_run(
+    name: str,
+    listed: Mapping[str, Path] | None = None,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Reading, ...] | UnreadableRun:
     """A listed run, analysed and judged: one reading for each of its chains.
+
+    An analysis is kept beside the run, see `kept_readings`.
 
     Parameters
     ----------
@@ -104,6 +117,8 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
         A name from `list_runs`, possibly from a URL.
     listed : mapping, optional
         What `list_runs` returned just now: for many names the folders are walked through once.
+    progress : function, optional
+        Called with (metric, number done, number in all) while the run is analysed.
 
     Returns
     -------
@@ -117,7 +132,7 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
     for _ in range(2):
         try:
             version = FileVersion.of(path)
-            found = _cache.get((name, path, version), lambda: _read(name, path))
+            found = _cache.get((name, path, version), partial(_kept_or_read, name, path, version, progress))
             if FileVersion.of(path) == version:
                 return found
         except OSError as error:  # it has gone, or is a pipe
@@ -126,12 +141,81 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
     return UnreadableRun(name, path, reason)
 
 
-def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
+def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
+    """What the verdicts of a run say, where that is known without an analysis.
+
+    Parameters
+    ----------
+    name, path
+        Of `list_runs`.
+
+    Returns
+    -------
+    list of Summary, UnreadableRun or None
+        None where the run has to be analysed first.
+    """
+    try:
+        version = FileVersion.of(path)
+    except OSError as error:
+        return UnreadableRun(name, path, _sentence(error))
+    known = _cache.peek((name, path, version))
+    if isinstance(known, UnreadableRun):
+        return known
+    if path in _summaries and _summaries[path][0] == version:
+        return _summaries[path][1]
+    found = kept_summaries(path, version) if known is None else [summary_of(each) for each in known]
+    if found is not None:
+        _summaries[path] = (version, found)
+    return found
+
+
+def close_up_of(reading: Reading) -> CloseUp | None:
+    """The states of a reading, from its file.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    CloseUp or None
+        None where it has no states, or its file has gone or changed.
+    """
+    path = Path(reading.path)
+    try:
+        version = FileVersion.of(path)
+        return _close_ups.get(
+            (path, version, reading.chain),
+            partial(read_close_up, path, reading.chain, max_bytes=_limit["max_bytes"]),
+        )
+    except (schema.SchemaError, OSError):
+        logging.getLogger(__name__).warning("reading %s failed", ascii(str(path)), exc_info=True)
+        return None
+
+
+def _kept_or_read(
+    name: str, path: Path, version: FileVersion, progress: Callable[[str, int, int], None] | None
+) -> tuple[Reading, ...] | UnreadableRun:
+    kept = kept_readings(path, version)
+    if kept is not None:
+        return tuple(replace(reading, path=str(path)) for reading in kept)
+    found = _read(name, path, progress)
+    if not isinstance(found, UnreadableRun):
+        keep(path, version, found)
+    return found
+
+
+def _read(
+    name: str, path: Path, progress: Callable[[str, int, int], None] | None
+) -> tuple[Reading, ...] | UnreadableRun:
     """Read, analyse and judge."""
     try:
         run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
-            return tuple(read_runs({name: run}))
+            return tuple(
+                replace(reading, path=str(path)) for reading in read_runs({name: run}, progress=progress)
+            )
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
@@ -160,6 +244,8 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
 
 CACHE_BYTES = 512 * 2**20
 """Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
+
+_close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 
 _cache = ReadingCache(CACHE_BYTES, _size_of)
 """One for the process: all visitors share the analyses. Not Streamlit's own, which counts entries instead of bytes."""

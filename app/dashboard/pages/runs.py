@@ -1,4 +1,4 @@
-"""What is wrong with this model, first? Findings in plain words, worst first, then the facts."""
+"""What is wrong, and with which run? The verdicts of all runs, then the findings and facts of the chosen ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from depthscope.app.dashboard.components.finding_card import show_card, tally
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
+from depthscope.app.dashboard.components.verdict_board import show_verdict_board
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES
 from depthscope.app.readings.readings import Reading
@@ -102,8 +103,9 @@ def _show_folded(cards: Sequence[Card]) -> None:
 
 
 PAGE = Page(
-    title="Overview",
+    title="Runs",
     url_path="",
     help="What happens to the signal on its way through depth, and where does it die, explode or collapse?",
     show=_show,
+    first=show_verdict_board,
 )

@@ -1,0 +1,124 @@
+// Panels over one axis of depth: a cursor that follows the mouse through all of them, a pin, and a second pin to compare with.
+// Text from a run arrives as data only, never as part of this script.
+
+const WAIT = 160;  // milliseconds without another key before a pin is sent: held arrow keys move the line only
+
+export default function (component) {
+  const { parentElement, data, setStateValue } = component;
+  let box = parentElement.querySelector(".depthscope-microscope");
+  if (!box) {
+    box = document.createElement("div");
+    box.className = "depthscope-microscope";
+    box.innerHTML = '<div class="plot"></div><div class="line cursor"></div><div class="line pin"></div>'
+                  + '<div class="line other"></div><div class="name"></div>';
+    parentElement.appendChild(box);
+    box.pinned = {};
+  }
+  const [plot, cursor, pin, other, name] = box.children;
+  box.setAttribute("role", "application");
+  box.setAttribute("tabindex", "0");
+  box.setAttribute("aria-label", data.alt);
+  box.style.height = `${data.height}px`;
+  box.depths = data.names.length;
+  box.names = data.names;
+  // What Python pinned, unless a key was pressed that it has not heard of yet.
+  if (!box.waiting) box.pinned = { depth: data.pin, other: data.other };
+
+  // Position on the page of a depth, and the reverse; undefined before plotly has drawn.
+  const axis = () => plot._fullLayout?.xaxis;
+  const place = (depth) => {
+    const x = axis();
+    return x && x._offset + ((depth - x.range[0]) / (x.range[1] - x.range[0])) * x._length;
+  };
+  const depthAt = (event) => {
+    const x = axis();
+    if (!x) return null;
+    const share = (event.clientX - plot.getBoundingClientRect().left - x._offset) / x._length;
+    if (share < -0.02 || share > 1.02) return null;
+    const depth = Math.round(x.range[0] + share * (x.range[1] - x.range[0]));
+    return Math.min(Math.max(depth, 0), box.depths - 1);
+  };
+  const put = (line, depth) => {
+    const x = axis();
+    const left = depth === null || depth === undefined ? undefined : place(depth);
+    const shown = left !== undefined && x && left >= x._offset - 1 && left <= x._offset + x._length + 1;
+    line.style.display = shown ? "block" : "none";
+    if (shown) line.style.left = `${left}px`;
+    line.dataset.depth = shown ? depth : "";
+  };
+  const show = () => {
+    put(pin, box.pinned.depth);
+    put(other, box.pinned.other);
+  };
+  const send = (pinned, wait) => {
+    box.pinned = pinned;
+    show();
+    clearTimeout(box.waiting);
+    const now = () => { box.waiting = null; setStateValue("pin", { ...box.pinned }); };
+    if (wait) box.waiting = setTimeout(now, wait); else now();
+  };
+  const point = (depth) => {
+    put(cursor, depth);
+    name.style.display = depth === null ? "none" : "block";
+    if (depth !== null) {
+      name.textContent = `${depth}  ${box.names[depth]}`;
+      name.style.left = `${Math.min(place(depth) + 6, plot.clientWidth - 190)}px`;
+    }
+  };
+
+  plot.onmousemove = (event) => point(depthAt(event));
+  plot.onmouseleave = () => point(null);
+  plot.onmousedown = (event) => { box.pressed = event.clientX; };
+  plot.onmouseup = (event) => {
+    // A drag is a zoom of plotly's.
+    if (Math.abs(event.clientX - (box.pressed ?? -9)) > 4 || event.target.closest?.(".modebar")) return;
+    const depth = depthAt(event);
+    if (depth === null) return;
+    send(event.shiftKey ? { ...box.pinned, other: depth } : { depth, other: null }, 0);
+  };
+  box.onkeydown = (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const end = { Home: 0, End: box.depths - 1 }[event.key];
+    const moved = event.shiftKey ? "other" : "depth";
+    const from = box.pinned[moved] ?? box.pinned.depth ?? 0;
+    if (step !== undefined || end !== undefined) {
+      event.preventDefault();
+      const depth = Math.min(Math.max(end ?? from + step, 0), box.depths - 1);
+      send(moved === "other" ? { ...box.pinned, other: depth } : { depth, other: null }, WAIT);
+    } else if (event.key === "Enter") {
+      event.preventDefault();
+      send({ ...box.pinned, opened: Date.now() }, 0);
+      document.querySelector(".st-key-microscope_detail")?.scrollIntoView({ block: "nearest" });
+    } else if (event.key === "Escape") {
+      send({ depth: box.pinned.depth, other: null }, 0);
+    }
+  };
+
+  const figure = JSON.parse(data.figure);
+  // An explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
+  const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
+                   modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+                   toImageButtonOptions: { format: "svg", filename: "microscope" } };
+  load(data.plotly).then((Plotly) => {
+    if (!box.isConnected) return;  // the page was left while plotly.js loaded
+    const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
+    // react, not newPlot: with the same uirevision it keeps the zoom when the numbers change
+    return Plotly.react(plot, figure.data, layout, config).then(() => {
+      plot.removeAllListeners?.("plotly_relayout");
+      plot.on("plotly_relayout", show);
+      show();
+      if (!box.depthscopeResize) {
+        box.depthscopeResize = new ResizeObserver(() => {
+          if (box.isConnected && box.clientWidth > 0) Promise.resolve(Plotly.Plots.resize(plot)).then(show);
+        });
+        box.depthscopeResize.observe(parentElement);
+      }
+    });
+  }).catch((error) => { plot.textContent = error.message; });
+  return () => {
+    box.depthscopeResize?.disconnect();
+    box.depthscopeResize = null;
+    clearTimeout(box.waiting);
+    window.Plotly?.purge(plot);
+  };
+}

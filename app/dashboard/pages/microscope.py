@@ -1,0 +1,116 @@
+"""Where exactly, in which token and which stream? One run from the embedding to the last state."""
+
+from __future__ import annotations
+
+import re
+
+import streamlit as st
+
+from depthscope.app.dashboard.components.microscope import (
+    View,
+    depth_names,
+    show_detail,
+    show_panels,
+    strips_of,
+)
+from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.figures import FIGURES
+from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
+from depthscope.app.readings.readings import Reading
+
+
+def _show(chosen: ChosenRuns) -> None:
+    reading = chosen.readings[_choose("look", list(chosen.readings), "Run", width=320)]
+    # Only this part of the page runs again when a depth is pinned.
+    st.fragment(_look)(reading)
+
+
+def _look(reading: Reading) -> None:
+    close_up = run_library.close_up_of(reading)
+    left, right = st.columns([3, 2], gap="medium")
+    with left:
+        view = _choose_view(reading, close_up)
+        show_panels(reading, close_up, view, on_pin=_pinned)
+        st.caption(
+            "Click or ←/→ pins a depth, shift-click compares it with another, dragging zooms in, a double click shows all. "
+            "Dashed: what noise of the same size would give."
+        )
+    with right, st.container(key="microscope_detail"):
+        show_detail(reading, close_up, view)
+
+
+def _choose(key: str, options: list[str], label: str, *, width: int = 110) -> str:
+    """One of some names, in the URL under its key."""
+    # A name of another folder, or of a link: Streamlit raises for a value that is no option.
+    if st.session_state.get(key) not in options:
+        st.session_state.pop(key, None)
+    if len(options) == 1:
+        return options[0]
+    return st.selectbox(label, options, key=key, bind="query-params", width=width)
+
+
+def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
+    names, shown = strips_of(reading)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        measure, sequence, stream = next(iter(TOKEN_MEASURES)), 0, "mean"
+        if close_up is not None:
+            measure = st.selectbox(
+                "Tokens",
+                list(TOKEN_MEASURES),
+                format_func=TOKEN_MEASURES.__getitem__,
+                key="measure",
+                bind="query-params",
+                width=230,
+            )
+            sequences = [str(number) for number in range(close_up.num_sequences)]
+            sequence = int(_choose("sequence", sequences, "Sequence"))
+            if close_up.num_streams > 1:
+                stream = _choose("of_stream", ["mean", *map(str, range(close_up.num_streams))], "Stream")
+            if close_up.num_sequences < close_up.sequences:
+                st.caption(
+                    f"The first {close_up.num_sequences} of {close_up.sequences} sequences: the others do not fit into memory."
+                )
+        with st.popover("Curves", type="tertiary"):
+            strips = st.multiselect(
+                "Curves",
+                names,
+                default=shown,
+                format_func=lambda name: FIGURES[name].title,
+                key="strips",
+                max_selections=12,
+            )
+    last = len(depth_names(reading)) - 1
+    return View(tuple(strips), measure, sequence, stream, _depth_of("pin", last), _depth_of("against", last))
+
+
+def _depth_of(name: str, last: int) -> int | None:
+    """A depth of the URL; one of a deeper run, or none at all, is none."""
+    text = st.query_params.get(name, "")
+    if st.session_state.get(name) is not None:  # a click of the page of runs leads here
+        text = str(st.session_state.pop(name))
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) > last:
+        st.query_params.pop(name, None)
+        return None
+    st.query_params[name] = text
+    return int(text)
+
+
+def _pinned() -> None:
+    """Put what was pinned into the URL, before the page is drawn anew."""
+    pinned = st.session_state["microscope"].get("pin") or {}
+    for name, key in (("pin", "depth"), ("against", "other")):
+        depth = pinned.get(key)
+        if isinstance(depth, (int, float)) and depth >= 0:
+            st.query_params[name] = str(int(depth))
+        else:
+            st.query_params.pop(name, None)
+
+
+PAGE = Page(
+    title="Microscope",
+    url_path="microscope",
+    help="One run from the embedding to the last state: where exactly, in which token and which stream?",
+    show=_show,
+)

@@ -1,0 +1,52 @@
+"""Where does a click lead? To another page with other runs: noted in a callback, followed at the start of the next run."""
+
+# Streamlit allows to set the value of a control, and to switch the page, only before that control is drawn: a click notes
+# where it leads, and the script goes there before it draws anything.
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import streamlit as st
+
+__all__ = ["a_click_leads_on", "follow", "open_microscope"]
+
+_KEY = "visit"
+
+
+def open_microscope(runs: Sequence[str], *, look_at: str, depth: int | None = None) -> None:
+    """Note that the microscope is to be opened.
+
+    Parameters
+    ----------
+    runs : sequence of str
+        Names in the list of runs: they are chosen in the sidebar.
+    look_at : str
+        Name of the reading that is under the microscope.
+    depth : int, optional
+        The depth to pin.
+    """
+    chosen = {"runs": list(dict.fromkeys(runs)), "look": look_at, "pin": depth}
+    st.session_state[_KEY] = ("microscope", chosen)
+
+
+def a_click_leads_on() -> bool:
+    """Whether a click leads to another page."""
+    return _KEY in st.session_state
+
+
+def follow(pages: Mapping[str, Any]) -> None:
+    """Go where the last click leads.
+
+    Parameters
+    ----------
+    pages : mapping of str to page
+        Streamlit's pages by their address.
+    """
+    visit = st.session_state.pop(_KEY, None)
+    if visit is not None:
+        page, chosen = visit
+        for name, value in chosen.items():
+            st.session_state[name] = value
+        st.switch_page(pages[page])

@@ -1,0 +1,406 @@
+"""What is in a run at one depth? Its tokens, features and connections, read from the trace of the run.
+
+An analysis has numbers over all tokens. To see the cause one looks at single tokens: this reads the states themselves, keeps
+as many sequences in memory as fit, and closes the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.text.visible import visible
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.kernels.mixing.products import composite
+
+__all__ = ["QUANTILES", "TOKEN_MEASURES", "CloseUp", "LargeEntry", "LargeToken", "Matrix", "read_close_up"]
+
+MOST_BYTES = 400 * 2**20
+"""Of the states in memory; of a larger run the first sequences are shown. A heuristic of ours: several runs may be open."""
+
+LONGEST_TOKEN = 24
+"""Letters of a token's text."""
+
+TOKEN_MEASURES = {
+    "norm": "norm ‖x‖",
+    "distance": "distance from the sequence's mean ‖x − x̄‖ / ‖x‖",
+    "last": "cosine with the last state",
+}
+"""What a token × depth map may show, with its words."""
+
+QUANTILES = {"median": 0.5, "p1": 0.01, "p99": 0.99, "worst": 1.0}
+"""Which token's H_res is shown besides the mean: by the largest absolute row or column sum of its matrix."""
+
+
+@dataclass(frozen=True)
+class LargeToken:
+    """One token with a large state: its place, text, norm, and the norm over the median of the depth."""
+
+    sequence: int
+    position: int
+    text: str
+    norm: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class LargeEntry:
+    """One entry |x| of a state: token, feature, value, and the value over the median |x| of the depth."""
+
+    sequence: int
+    position: int
+    text: str
+    feature: int
+    value: float
+    ratio: float
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """H_res, H_pre and H_post of a connection, or a product of several H_res.
+
+    Parameters
+    ----------
+    of : str
+        Whose: ``mean over tokens``, or the token.
+    h_res : ndarray
+        Shape (n, n), rows are destinations.
+    h_pre, h_post : ndarray or None
+        Shape (n,).
+    """
+
+    of: str
+    h_res: np.ndarray
+    h_pre: np.ndarray | None = None
+    h_post: np.ndarray | None = None
+
+    @property
+    def row_sums(self) -> np.ndarray:
+        """Σ over the sources, of each destination: 1 keeps a signal that is equal in all streams."""
+        return self.h_res.sum(axis=1)
+
+    @property
+    def column_sums(self) -> np.ndarray:
+        """Σ over the destinations, of each source: 1 keeps a gradient that is equal in all streams."""
+        return self.h_res.sum(axis=0)
+
+    @property
+    def eigenvalues(self) -> np.ndarray:
+        """Complex, shape (n,), the largest modulus first; NaN for a matrix that is not finite."""
+        if not np.isfinite(self.h_res).all():
+            return np.full(len(self.h_res), np.nan + 0j)
+        found = np.linalg.eigvals(self.h_res.astype(np.float64))
+        return found[np.argsort(-np.abs(found))]
+
+
+class CloseUp:
+    """The trace of one chain in memory.
+
+    Parameters
+    ----------
+    trace : Dataset
+        Loaded; sequences may have been left out.
+    sequences : int
+        How many sequences the run has.
+    """
+
+    def __init__(self, trace: xr.Dataset, sequences: int):
+        self._trace = trace
+        self.sequences = sequences
+        self.mask = np.asarray(trace["mask"].values, dtype=bool)
+        self._states = trace["residual"].values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return int(self._trace.nbytes)
+
+    @property
+    def num_depths(self) -> int:
+        """Number of states."""
+        return int(self._states.shape[0])
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences in memory: the first ones of the run."""
+        return int(self._states.shape[1])
+
+    @property
+    def num_streams(self) -> int:
+        """Number of streams."""
+        return int(self._states.shape[3])
+
+    @property
+    def num_connections(self) -> int:
+        """Number of connections whose H_res is known; 0 for a plain network."""
+        return int(self._trace.sizes["connection"]) if "h_res" in self._trace else 0
+
+    @property
+    def depth_out(self) -> np.ndarray:
+        """For each connection the depth that it writes."""
+        return self._of_connections("depth_out", 1)
+
+    @property
+    def depth_in(self) -> np.ndarray:
+        """For each connection the depth that it reads."""
+        return self._of_connections("depth_in", 0)
+
+    def _of_connections(self, name: str, offset: int) -> np.ndarray:
+        if name in self._trace:
+            return np.asarray(self._trace[name].values, dtype=int)
+        return np.arange(self._trace.sizes.get("connection", 0)) + offset
+
+    def connection_name(self, connection: int) -> str:
+        """Such as ``connection 5: attn of block 2``."""
+        if "branch" not in self._trace or "connection_layer" not in self._trace:
+            return f"connection {connection}"
+        branch = visible(self._trace["branch"].values[connection])
+        layer = int(self._trace["connection_layer"].values[connection])
+        return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
+
+    def texts(self, sequence: int) -> list[str]:
+        """Text of every position of a sequence; its number where the run has no text."""
+        if "token_text" not in self._trace:
+            return [f"token {position}" for position in range(self.mask.shape[1])]
+        found = self._trace["token_text"].values[sequence]
+        return [
+            # A blank or a line break is a token too.
+            visible(repr(str(text))[1:-1] if not str(text).strip() else text, longest=LONGEST_TOKEN)
+            for text in found
+        ]
+
+    def _text(self, sequence: int, position: int) -> str:
+        return self.texts(sequence)[position]
+
+    def _view(self, stream: str, sequence: int | None = None, depth: int | None = None) -> np.ndarray:
+        """States of a stream, or the mean over streams, in float64 where they are reduced further."""
+        part = self._states
+        part = part[:, sequence] if sequence is not None else part
+        part = part[depth] if depth is not None else part
+        if stream == "mean":
+            return part.mean(axis=-2, dtype=np.float64)
+        return part[..., int(stream), :].astype(np.float64)
+
+    def token_map(self, measure: str, sequence: int, stream: str = "mean") -> np.ndarray:
+        r"""One number for every token of a sequence at every depth.
+
+        Parameters
+        ----------
+        measure : str
+            A key of `TOKEN_MEASURES`.
+        sequence : int
+            Below `num_sequences`.
+        stream : str
+            ``mean``, the mean over streams, or the number of one.
+
+        Returns
+        -------
+        ndarray
+            Shape (token, depth); NaN for padding, and where a number is undefined.
+        """
+        x = self._view(stream, sequence)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if measure == "norm":
+                found = np.linalg.norm(x, axis=-1)
+            elif measure == "distance":
+                real = self.mask[sequence]
+                mean = x[:, real].mean(axis=1, keepdims=True) if real.any() else np.nan
+                found = np.linalg.norm(x - mean, axis=-1) / np.linalg.norm(x, axis=-1)
+            elif measure == "last":
+                norms = np.linalg.norm(x, axis=-1)
+                found = (x * x[-1]).sum(axis=-1) / (norms * norms[-1])
+            else:
+                raise ValueError(f"measure={measure!r}; expected one of {', '.join(TOKEN_MEASURES)}")
+        found[:, ~self.mask[sequence]] = np.nan
+        return found.T
+
+    def stream_map(self) -> np.ndarray:
+        """Root mean square norm of each stream at each depth, over real tokens; shape (stream, depth)."""
+        real = self.mask
+        found = np.full((self.num_streams, self.num_depths), np.nan)
+        for depth in range(self.num_depths if real.any() else 0):
+            x = self._states[depth][real].astype(np.float64)  # (tokens, streams, features)
+            found[:, depth] = np.sqrt((x**2).sum(axis=-1).mean(axis=0))
+        return found
+
+    def largest_tokens(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[LargeToken]:
+        """The tokens with the largest states of a depth.
+
+        Parameters
+        ----------
+        depth : int
+            Which state.
+        stream : str
+            As in `token_map`.
+        most : int
+            How many.
+
+        Returns
+        -------
+        list of LargeToken
+        """
+        norms = np.linalg.norm(self._view(stream, depth=depth), axis=-1)
+        median = float(np.median(norms[self.mask])) if self.mask.any() else np.nan
+        return [
+            LargeToken(
+                sequence,
+                position,
+                self._text(sequence, position),
+                float(norms[sequence, position]),
+                _ratio(norms[sequence, position], median),
+            )
+            for sequence, position in self._order(norms, most)
+        ]
+
+    def largest_entries(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[LargeEntry]:
+        """The entries with the largest |x| of a depth: which feature of which token.
+
+        Parameters
+        ----------
+        depth, stream, most
+            As in `largest_tokens`.
+
+        Returns
+        -------
+        list of LargeEntry
+        """
+        x = self._view(stream, depth=depth)
+        size = np.abs(x)
+        sizes = size[self.mask]
+        nonzero = sizes[sizes > 0]  # half of the entries behind a ReLU are zero
+        median = float(np.median(nonzero)) if nonzero.size else np.nan
+        flat = np.where(self.mask[..., None], size, -np.inf).reshape(-1)
+        flat = np.where(np.isnan(flat), np.inf, flat)
+        best = np.argpartition(-flat, min(most, flat.size - 1))[:most]
+        entries = []
+        for index in best[np.argsort(-flat[best])]:
+            sequence, position, feature = (int(i) for i in np.unravel_index(index, x.shape))
+            if self.mask[sequence, position]:
+                value = float(x[sequence, position, feature])
+                entries.append(
+                    LargeEntry(
+                        sequence,
+                        position,
+                        self._text(sequence, position),
+                        feature,
+                        value,
+                        _ratio(abs(value), median),
+                    )
+                )
+        return entries
+
+    def _order(self, sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
+        """Places of the largest, of real tokens; what is not finite is the largest."""
+        real = np.argwhere(self.mask)
+        found = np.where(np.isfinite(sizes), sizes, np.inf)[self.mask]
+        return [(int(real[i][0]), int(real[i][1])) for i in np.argsort(-found, kind="stable")[:most]]
+
+    def connections_at(self, depth: int) -> list[int]:
+        """Connections that write a depth, and where none does, those that read it."""
+        if not self.num_connections:
+            return []
+        into = np.flatnonzero(self.depth_out == depth)
+        return [int(i) for i in (into if len(into) else np.flatnonzero(self.depth_in == depth))]
+
+    def matrices(self, connection: int) -> list[Matrix]:
+        """H_res, H_pre and H_post of a connection: their mean over tokens, and those of single tokens.
+
+        Parameters
+        ----------
+        connection : int
+            Below `num_connections`.
+
+        Returns
+        -------
+        list of Matrix
+            The mean first, then the tokens of `QUANTILES` by the largest absolute row or column sum of their matrix.
+        """
+        return self._of_tokens(
+            self._trace["h_res"].values[connection],
+            self._weights("h_pre", connection),
+            self._weights("h_post", connection),
+        )
+
+    def composite(self, first: int, last: int) -> list[Matrix]:
+        """The product of H_res from one connection to another, the later one on the left.
+
+        Parameters
+        ----------
+        first, last : int
+            Connections, both taken; ``first <= last``.
+
+        Returns
+        -------
+        list of Matrix
+            As in `matrices`; of a mean over tokens the mean of their products.
+        """
+        stack = self._trace["h_res"].values[first : last + 1].astype(np.float64)
+        return self._of_tokens(composite(stack), None, None)
+
+    def _weights(self, name: str, connection: int) -> np.ndarray | None:
+        return np.asarray(self._trace[name].values[connection]) if name in self._trace else None
+
+    def _of_tokens(self, h: np.ndarray, pre: np.ndarray | None, post: np.ndarray | None) -> list[Matrix]:
+        real = np.argwhere(self.mask)
+        if not len(real):
+            return []
+        tokens = np.asarray(h[self.mask], dtype=np.float64)  # (tokens, n, n)
+        sizes = np.maximum(np.abs(tokens.sum(axis=2)).max(axis=1), np.abs(tokens.sum(axis=1)).max(axis=1))
+        order = np.argsort(np.where(np.isfinite(sizes), sizes, np.inf), kind="stable")
+        rows = [
+            Matrix(
+                "mean over tokens",
+                tokens.mean(axis=0),
+                None if pre is None else pre[self.mask].mean(axis=0, dtype=np.float64),
+                None if post is None else post[self.mask].mean(axis=0, dtype=np.float64),
+            )
+        ]
+        for name, share in QUANTILES.items():
+            token = int(order[round(share * (len(order) - 1))])
+            sequence, position = (int(i) for i in real[token])
+            rows.append(
+                Matrix(
+                    f"{name} token: “{self._text(sequence, position)}”, position {position} of sequence {sequence}",
+                    tokens[token],
+                    None if pre is None else pre[sequence, position],
+                    None if post is None else post[sequence, position],
+                )
+            )
+        return rows
+
+
+def _ratio(value: float, median: float) -> float:
+    return float(value) / median if median > 0 else float("nan")
+
+
+def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) -> CloseUp | None:
+    """Read the trace of a run that was opened and verified before.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    chain : str
+        Its chain, empty where there is one.
+    max_bytes : int, optional
+        As in `schema.open_run`.
+
+    Returns
+    -------
+    CloseUp or None
+        None for a run without states, such as one of weights alone.
+    """
+    # Its analysis has been made of a verified file; reading gigabytes again only to compare them would cost seconds.
+    with schema.open_group(path, "trace", chain, max_bytes=max_bytes) as trace:
+        if "residual" not in trace:
+            return None
+        wanted = [
+            name for name in ("residual", "mask", "token_text", "h_res", "h_pre", "h_post") if name in trace
+        ]
+        part = trace.drop_vars([name for name in trace.data_vars if name not in wanted])
+        sequences = int(part.sizes["sample"])
+        each = max(sum(part[name].nbytes for name in wanted) // max(sequences, 1), 1)
+        return CloseUp(part.isel(sample=slice(0, max(1, MOST_BYTES // each))).load(), sequences)

@@ -1,0 +1,265 @@
+"""Has this run been analysed before? Analyses of a version of a run, kept beside it, and what its verdicts were."""
+
+# A run is analysed once and looked at many times. What is kept is valid for the very files that were analysed (device, inode,
+# size and dates) and for this code: of a copied folder, or after an update, everything is analysed anew.
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope import diagnostics
+from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.readings import Reading, judged
+from depthscope.app.readings.standings import Standing, standings
+from depthscope.diagnostics import Finding, Severity
+from depthscope.diagnostics.atomic_writes import replaced_file
+
+__all__ = ["Summary", "keep", "kept_readings", "kept_summaries", "summary_of"]
+
+FOLDER = ".depthscope"
+"""Beside the run; its dot hides it from the list of runs."""
+
+NAME_LENGTH = 80
+"""Letters of a run's name in the name of what is kept: file systems allow 255 bytes."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a table of many runs shows of one.
+
+    Parameters
+    ----------
+    name : str
+        The run's name; ``run/chain`` where it has several chains.
+    attrs : mapping
+        The run's attributes.
+    standings : mapping of str to Standing
+        Of `standings`.
+    depths : int
+        Number of states.
+    """
+
+    name: str
+    attrs: Mapping[str, Any]
+    standings: Mapping[str, Standing]
+    depths: int
+
+
+def summary_of(reading: Reading) -> Summary:
+    """The summary of a reading.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain of one run.
+
+    Returns
+    -------
+    Summary
+    """
+    return Summary(reading.name, reading.attrs, standings(reading), reading.analysis.sizes.get("depth", 0))
+
+
+def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
+    """Keep the readings of a run; where no folder can be written to, nothing is kept.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    version : FileVersion
+        The files that were read.
+    readings : sequence of Reading
+        One for each chain.
+    """
+    text = json.dumps([_summary_document(summary_of(reading)) for reading in readings], default=str)
+    for folder in _folders(path):
+        with suppress(OSError, ValueError):
+            # Of other users of this machine nobody reads along.
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            stem = _stem(path, version)
+            with replaced_file(folder / f"{stem}.npz") as fresh:
+                _write_readings(fresh, readings)
+            # The summary last: where it is, the analysis is too.
+            with replaced_file(folder / f"{stem}.json") as fresh:
+                fresh.write_text(text, encoding="utf-8")
+            _remove_earlier(folder, path, stem)
+            return
+
+
+def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | None:
+    """The readings of a run that were kept of these very files.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    version : FileVersion
+        The files that are there now.
+
+    Returns
+    -------
+    tuple of Reading or None
+        None where nothing is kept, or it cannot be read: it is then made anew.
+    """
+    for folder in _folders(path):
+        place = folder / f"{_stem(path, version)}.npz"
+        # It may be damaged, or of somebody else: never a reason not to show the run.
+        with suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            return tuple(_read_readings(place))
+    return None
+
+
+def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
+    """What the verdicts of a run were, without opening its analysis.
+
+    Parameters
+    ----------
+    path : Path
+        The run.
+    version : FileVersion
+        The files that are there now.
+
+    Returns
+    -------
+    list of Summary or None
+        None where nothing is kept.
+    """
+    for folder in _folders(path):
+        place = folder / f"{_stem(path, version)}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [_summary(document) for document in json.loads(place.read_text(encoding="utf-8"))]
+    return None
+
+
+# Not the format of runs: its hundred variables would take seconds to open, for numbers that can be made anew.
+def _write_readings(place: Path, readings: Sequence[Reading]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    documents = []
+    for number, reading in enumerate(readings):
+        for name, variable in reading.analysis.variables.items():
+            values = np.asarray(variable.values)
+            arrays[f"{number}/{name}"] = values if values.dtype.kind in "fiubc" else values.astype(str)
+        documents.append(
+            {
+                "name": reading.name,
+                "attrs": reading.attrs,
+                "integrity": reading.integrity,
+                "chain": reading.chain,
+                "analysis": reading.analysis.to_dict(data=False),
+            }
+        )
+    text = json.dumps(documents, default=_plain)
+    with place.open("wb") as file:
+        np.savez(file, allow_pickle=False, readings=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers and arrays as Python's, which JSON has."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+
+
+def _read_readings(place: Path) -> Iterator[Reading]:
+    with np.load(place, allow_pickle=False) as arrays:
+        _require_stored(arrays.zip)
+        for number, document in enumerate(json.loads(arrays["readings"].tobytes())):
+            described = document["analysis"]
+            for part in ("coords", "data_vars"):
+                for name, variable in described[part].items():
+                    values = arrays[f"{number}/{name}"]
+                    # Texts as objects, as every other run has them.
+                    variable["data"] = values.astype(object) if values.dtype.kind == "U" else values
+            yield judged(
+                document["name"],
+                document["attrs"],
+                xr.Dataset.from_dict(described),
+                document["integrity"],
+                chain=document["chain"],
+            )
+
+
+def _require_stored(archive: zipfile.ZipFile | None) -> None:
+    """Refuse what is not written here: a compressed array may be larger than the memory."""
+    if archive is None or any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise ValueError("compressed")
+
+
+def _summary_document(summary: Summary) -> dict[str, Any]:
+    return {
+        "name": summary.name,
+        "attrs": summary.attrs,
+        "depths": summary.depths,
+        "standings": {
+            verdict: {
+                "state": standing.state,
+                "reason": standing.reason,
+                "finding": standing.finding.as_dict() if standing.finding else None,
+            }
+            for verdict, standing in summary.standings.items()
+        },
+    }
+
+
+def _summary(document: Mapping[str, Any]) -> Summary:
+    return Summary(
+        document["name"],
+        document["attrs"],
+        {
+            verdict: Standing(each["state"], _finding(each["finding"]), each["reason"])
+            for verdict, each in document["standings"].items()
+        },
+        int(document["depths"]),
+    )
+
+
+def _finding(document: Mapping[str, Any] | None) -> Finding | None:
+    if document is None:
+        return None
+    # JSON has no NaN: what is not finite was written as None.
+    numbers = {
+        name: float("nan") if document[name] is None else document[name] for name in ("value", "threshold")
+    }
+    return Finding(**{**document, **numbers, "severity": Severity[document["severity"]]})
+
+
+def _folders(path: Path) -> list[Path]:
+    """Where it is kept: beside the run, or where that cannot be written to, in the user's cache."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [path.parent / FOLDER, cache_home / "depthscope" / "readings"]
+
+
+def _stem(path: Path, version: FileVersion) -> str:
+    digest = hashlib.sha256(f"{version.digest} {_code_version()}".encode()).hexdigest()
+    return f"{_prefix(path)}{digest[:32]}"
+
+
+def _prefix(path: Path) -> str:
+    """What the names of all that was kept of a run begin with."""
+    place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+    return f"{path.name.encode('ascii', 'replace').decode()[:NAME_LENGTH]}.{place}.".replace("?", "_")
+
+
+def _remove_earlier(folder: Path, path: Path, stem: str) -> None:
+    for entry in folder.iterdir():
+        if entry.name.startswith(_prefix(path)) and not entry.name.startswith(stem):
+            entry.unlink(missing_ok=True)
+
+
+@cache
+def _code_version() -> str:
+    """Of the code that analyses and judges: another version may come to other numbers."""
+    files = sorted(Path(diagnostics.__file__).resolve().parent.rglob("*.py"))
+    facts = [(str(file), entry.st_size, entry.st_mtime_ns) for file in files for entry in (file.stat(),)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

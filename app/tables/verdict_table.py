@@ -1,0 +1,211 @@
+"""Which runs have which verdicts? Runs are rows, verdicts are columns, the worst first; seeds fold into one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from depthscope.app.readings.kept_readings import Summary
+from depthscope.app.readings.standings import NOT_JUDGED, Standing
+from depthscope.app.tables.tables import spoken
+from depthscope.diagnostics import Severity
+from depthscope.diagnostics.verdicts import ABOUT_THE_RUN, VERDICTS
+
+__all__ = ["SIGNS", "VerdictTable", "groupable", "has_seeds", "verdict_table"]
+
+SIGNS = {"FAIL": "✕", "WARN": "▲", "INFO": "●", "PASS": "✓", NOT_JUDGED: "–"}
+"""State → sign: colours alone are the same to some readers."""
+
+MOST_VALUES = 24
+"""An attribute with more values than this, such as a digest, groups nothing."""
+
+SEED = "seed"
+
+SHARED = ("model", "family", "n_streams", "num_blocks", "num_parameters", "block", "dtype", "data")
+"""Attributes in which the seeds of one experiment agree."""
+
+
+@dataclass(frozen=True)
+class VerdictTable:
+    """A table of verdicts, ready to be drawn.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        What is printed: run, group, worst, one column a verdict that is not met everywhere, and the others as a count.
+    states : DataFrame
+        The state behind each cell, of the same shape; empty where a cell is no verdict.
+    runs : list of list of str
+        The runs of each row.
+    depths : list of dict of str to int
+        Column → the depth at which to open it, for each row.
+    """
+
+    cells: pd.DataFrame
+    states: pd.DataFrame
+    runs: list[list[str]]
+    depths: list[dict[str, int]]
+
+
+def groupable(summaries: Sequence[Summary]) -> list[str]:
+    """Attributes by which runs can be grouped: few plain values that differ.
+
+    Parameters
+    ----------
+    summaries : sequence of Summary
+        Of all runs.
+
+    Returns
+    -------
+    list of str
+    """
+    found: dict[str, set[Any]] = {}
+    for summary in summaries:
+        for name, value in summary.attrs.items():
+            if isinstance(value, (str, int, float, bool)):
+                found.setdefault(name, set()).add(value)
+    return sorted(name for name, values in found.items() if 1 < len(values) <= MOST_VALUES)
+
+
+def has_seeds(summaries: Sequence[Summary]) -> bool:
+    """Whether some runs differ in their seed alone.
+
+    Parameters
+    ----------
+    summaries : sequence of Summary
+        Of all runs.
+
+    Returns
+    -------
+    bool
+    """
+    return len(_by_experiment(summaries)) < len(summaries)
+
+
+def verdict_table(
+    summaries: Sequence[Summary], *, group_by: str | None = None, fold_seeds: bool = False
+) -> VerdictTable:
+    """The table of some runs.
+
+    Parameters
+    ----------
+    summaries : sequence of Summary
+        One a row.
+    group_by : str, optional
+        An attribute: its values are a column, and its rows stand together.
+    fold_seeds : bool
+        One row for all seeds of an experiment: its cells say in how many of them.
+
+    Returns
+    -------
+    VerdictTable
+    """
+    rows = _by_experiment(summaries) if fold_seeds else [[summary] for summary in summaries]
+    shown = _told_verdicts(summaries)
+    rows.sort(key=lambda row: (_group(row, group_by), _badness(row), row[0].name))
+    cells, states, depths = [], [], []
+    for row in rows:
+        printed, behind, opened = _row(row, shown, group_by)
+        cells.append(printed)
+        states.append(behind)
+        depths.append(opened)
+    columns = ["run", *([group_by] if group_by else []), *map(spoken, shown), "other verdicts"]
+    return VerdictTable(
+        pd.DataFrame(cells, columns=columns),
+        pd.DataFrame(states, columns=columns).fillna(""),
+        [[summary.name for summary in row] for row in rows],
+        depths,
+    )
+
+
+def _by_experiment(summaries: Sequence[Summary]) -> list[list[Summary]]:
+    """Runs that differ in their seed alone, together; a run without a seed is alone."""
+    found: dict[Any, list[Summary]] = {}
+    for number, summary in enumerate(summaries):
+        known = tuple(repr(summary.attrs.get(name)) for name in SHARED)
+        key = (known, summary.depths) if SEED in summary.attrs else number
+        found.setdefault(key, []).append(summary)
+    experiments = []
+    for runs in found.values():
+        seeds = [repr(run.attrs.get(SEED)) for run in runs]
+        # Two runs of one seed differ in something else, such as their training: they stay apart.
+        experiments += [runs] if len(set(seeds)) == len(runs) else [[run] for run in runs]
+    return experiments
+
+
+def _told_verdicts(summaries: Sequence[Summary]) -> list[str]:
+    """Verdicts with a failure or warning in some run, the worst first."""
+    worst = {
+        name: max(
+            (_severity(summary.standings[name]) for summary in summaries if name in summary.standings),
+            default=0,
+        )
+        for name in VERDICTS
+    }
+    told = [name for name, severity in worst.items() if severity >= Severity.WARN]
+    return sorted(told, key=lambda name: -worst[name])
+
+
+def _severity(standing: Standing) -> int:
+    return 0 if standing.state == NOT_JUDGED else int(Severity[standing.state])
+
+
+def _badness(row: Sequence[Summary]) -> tuple[int, ...]:
+    """Sort key: the number of failures, then warnings, most first."""
+    states = [standing.state for summary in row for standing in summary.standings.values()]
+    return tuple(-states.count(state) * 1000 // len(row) for state in ("FAIL", "WARN", "INFO"))
+
+
+def _group(row: Sequence[Summary], group_by: str | None) -> str:
+    return str(row[0].attrs.get(group_by, "–")) if group_by else ""
+
+
+def _row(
+    row: Sequence[Summary], shown: Sequence[str], group_by: str | None
+) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
+    names = row[0].name if len(row) == 1 else f"{row[0].name} and {len(row) - 1} more seeds"
+    printed, behind, opened = {"run": names}, {}, {}
+    if group_by:
+        printed[group_by] = _group(row, group_by)
+    for name in shown:
+        found = [summary.standings.get(name, Standing(NOT_JUDGED)) for summary in row]
+        worst = max(found, key=_severity)
+        if not _severity(worst) and any(each.state == "PASS" for each in found):
+            worst = next(each for each in found if each.state == "PASS")
+        column = spoken(name)
+        printed[column] = _cell(worst, found)
+        behind[column] = worst.state
+        if worst.finding is not None and worst.finding.axis == "depth" and worst.finding.first >= 0:
+            opened[column] = worst.finding.first
+    others = [
+        standing.state
+        for summary in row
+        for name, standing in summary.standings.items()
+        if name not in shown and name not in ABOUT_THE_RUN
+    ]
+    printed["other verdicts"] = _count_words(others)
+    return printed, behind, opened
+
+
+def _cell(worst: Standing, found: Sequence[Standing]) -> str:
+    """Sign and place, and in how many seeds."""
+    sign = SIGNS[worst.state]
+    if worst.state in ("PASS", NOT_JUDGED) or worst.finding is None:
+        return sign
+    parts = [sign]
+    if worst.finding.axis != "run" and worst.finding.first >= 0:
+        first, last = worst.finding.first, worst.finding.last
+        place = f"{first}" if first == last else f"{first}–{last}"
+        parts.append(place if worst.finding.axis == "depth" else f"{worst.finding.axis} {place}")
+    if len(found) > 1:
+        parts.append(f"({sum(each.state == worst.state for each in found)} of {len(found)})")
+    return " ".join(parts)
+
+
+def _count_words(states: Sequence[str]) -> str:
+    words: Mapping[str, str] = {"INFO": "noted", "PASS": "passed", NOT_JUDGED: "not judged"}
+    counts = {word: states.count(state) for state, word in words.items()}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
