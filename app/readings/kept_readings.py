@@ -31,6 +31,9 @@ __all__ = ["Summary", "keep", "kept_readings", "kept_summaries", "summary_of"]
 FOLDER = ".depthscope"
 """Beside the run; its dot hides it from the list of runs."""
 
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
+"""What reading something raises that is damaged, or of somebody else."""
+
 NAME_LENGTH = 80
 """Letters of a run's name in the name of what is kept: file systems allow 255 bytes."""
 
@@ -117,7 +120,7 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
     for folder in _folders(path):
         place = folder / f"{_stem(path, version)}.npz"
         # It may be damaged, or of somebody else: never a reason not to show the run.
-        with suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        with suppress(*_UNUSABLE):
             return tuple(_read_readings(place))
     return None
 
@@ -139,7 +142,7 @@ def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
     """
     for folder in _folders(path):
         place = folder / f"{_stem(path, version)}.json"
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(*_UNUSABLE):
             return [_summary(document) for document in json.loads(place.read_text(encoding="utf-8"))]
     return None
 
@@ -151,7 +154,9 @@ def _write_readings(place: Path, readings: Sequence[Reading]) -> None:
     for number, reading in enumerate(readings):
         for name, variable in reading.analysis.variables.items():
             values = np.asarray(variable.values)
-            arrays[f"{number}/{name}"] = values if values.dtype.kind in "fiubc" else values.astype(str)
+            arrays[f"{number}/{name}"] = (
+                values if values.dtype.kind in "fiubc" else values.astype(object).astype(str)
+            )
         documents.append(
             {
                 "name": reading.name,

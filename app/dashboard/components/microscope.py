@@ -31,7 +31,7 @@ from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 
-__all__ = ["View", "show_detail", "show_panels", "strips_of"]
+__all__ = ["View", "depth_names", "first_pin", "show_detail", "show_panels", "strips_of"]
 
 DEFAULT_STRIPS = (
     "effective_rank",
@@ -82,15 +82,17 @@ class View:
         Whose tokens are shown.
     stream : str
         ``mean`` or the number of a stream.
-    pin, other : int or None
-        The depth that is pinned, and the one that it is compared with.
+    pin : int
+        The depth that is pinned.
+    other : int or None
+        The one that it is compared with.
     """
 
     strips: tuple[str, ...]
     measure: str
     sequence: int
     stream: str
-    pin: int | None
+    pin: int
     other: int | None
 
 
@@ -119,6 +121,25 @@ def _axis_of(metric: str, reading: Reading) -> str:
     return next((axis for axis in ("depth", "connection") if axis in dims), "")
 
 
+def first_pin(reading: Reading, close_up: CloseUp | None) -> int:
+    """The depth that is pinned before the visitor pins one: where the worst finding begins, else the last one.
+
+    Parameters
+    ----------
+    reading : Reading
+        Under the microscope.
+    close_up : CloseUp or None
+        Its states.
+
+    Returns
+    -------
+    int
+    """
+    last = max(len(depth_names(reading)) - 1, 0)
+    places = (_range_of(finding, reading, close_up) for finding in reading.findings)
+    return next((min(max(where[0], 0), last) for where in places if where is not None), last)
+
+
 def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pin: Any) -> None:
     """The panels of a reading.
 
@@ -142,6 +163,7 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
             panels.append(_stream_panel(close_up))
     _component(
         data={
+            "name": "microscope",
             "figure": draw_stack(panels, bars, names).to_json(),
             "height": stack_height(panels, bars),
             "names": names,
@@ -288,9 +310,6 @@ def show_detail(reading: Reading, close_up: CloseUp | None, view: View) -> None:
         As in `show_panels`.
     """
     names = depth_names(reading)
-    if view.pin is None:
-        st.info("Click a depth, or use ← and → in the panels, to see what is there.", icon="📌")
-        return
     against = f" against depth {view.other}" if view.other is not None else ""
     st.markdown(f"##### Depth {view.pin}{against}: {escaped(names[view.pin])}")
     touching = [
@@ -318,7 +337,7 @@ def show_detail(reading: Reading, close_up: CloseUp | None, view: View) -> None:
 
 
 def _numbers_at(reading: Reading, view: View, depths: int) -> pd.DataFrame:
-    pin = view.pin or 0
+    pin = view.pin
     around = [depth for depth in (pin - 1, pin, pin + 1) if 0 <= depth < depths]
     places = around if view.other is None else [pin, view.other]
     rows: dict[str, list[str]] = {}
@@ -338,7 +357,7 @@ def _numbers_at(reading: Reading, view: View, depths: int) -> pd.DataFrame:
 
 
 def _show_tokens(close_up: CloseUp, view: View) -> None:
-    pin = view.pin or 0
+    pin = view.pin
     tokens = pd.DataFrame(
         [
             {
@@ -369,7 +388,7 @@ def _show_tokens(close_up: CloseUp, view: View) -> None:
 
 
 def _show_connections(close_up: CloseUp, view: View) -> None:
-    pin = view.pin or 0
+    pin = view.pin
     shown = close_up.connections_at(pin)
     for connection in shown:
         st.markdown(f"**H_res of {escaped(close_up.connection_name(connection))}**")

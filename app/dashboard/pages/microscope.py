@@ -9,6 +9,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.microscope import (
     View,
     depth_names,
+    first_pin,
     show_detail,
     show_panels,
     strips_of,
@@ -82,7 +83,9 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
                 max_selections=12,
             )
     last = len(depth_names(reading)) - 1
-    return View(tuple(strips), measure, sequence, stream, _depth_of("pin", last), _depth_of("against", last))
+    pin, other = _depth_of("pin", last), _depth_of("against", last)
+    pin = first_pin(reading, close_up) if pin is None else pin
+    return View(tuple(strips), measure, sequence, stream, pin, None if other == pin else other)
 
 
 def _depth_of(name: str, last: int) -> int | None:
@@ -90,7 +93,7 @@ def _depth_of(name: str, last: int) -> int | None:
     text = st.query_params.get(name, "")
     if st.session_state.get(name) is not None:  # a click of the page of runs leads here
         text = str(st.session_state.pop(name))
-    if not re.fullmatch(r"\d{1,9}", text) or int(text) > last:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > last:
         st.query_params.pop(name, None)
         return None
     st.query_params[name] = text

@@ -190,7 +190,7 @@ def close_up_of(reading: Reading) -> CloseUp | None:
             partial(read_close_up, path, reading.chain, max_bytes=_limit["max_bytes"]),
         )
     except (schema.SchemaError, OSError):
-        logging.getLogger(__name__).warning("reading %s failed", ascii(str(path)), exc_info=True)
+        logging.getLogger(__name__).debug("no states of %s", ascii(str(path)), exc_info=True)
         return None
 
 

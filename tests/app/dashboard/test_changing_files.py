@@ -190,9 +190,9 @@ def test_a_run_that_changes_during_both_readings_is_said_to_change(saved, root, 
     read = run_library.read_runs
     turn = iter(range(1, 100))
 
-    def read_while_it_is_replaced(runs: dict[str, xr.DataTree]):
+    def read_while_it_is_replaced(runs: dict[str, xr.DataTree], **options):
         put(saved[".nc"][next(turn) % 2], place)
-        return read(runs)
+        return read(runs, **options)
 
     monkeypatch.setattr(run_library, "read_runs", read_while_it_is_replaced)
     found = read_run("a")

@@ -1,0 +1,120 @@
+"""Tokens, entries and matrices of a run are those of its trace, found by loops."""
+
+import numpy as np
+import pytest
+
+from depthscope.app.readings import close_up as reading
+from depthscope.app.readings.close_up import QUANTILES, read_close_up
+from depthscope.diagnostics import save_run, schema
+
+
+@pytest.fixture(scope="module")
+def trace(mhc_run):
+    return mhc_run["trace"].to_dataset().load()
+
+
+@pytest.fixture(scope="module", params=[".nc", ".zarr", ".zarr.zip"])
+def close_up(request, tmp_path_factory, mhc_run):
+    path = tmp_path_factory.mktemp("runs") / f"a{request.param}"
+    save_run(mhc_run, path)
+    return read_close_up(path)
+
+
+def real_tokens(trace):
+    return [(int(s), int(t)) for s, t in np.argwhere(trace["mask"].values)]
+
+
+def test_a_map_has_the_number_of_every_token(close_up, trace):
+    x = trace["residual"].values.astype(np.float64)
+    mask = trace["mask"].values
+    for sequence in range(x.shape[1]):
+        maps = {name: close_up.token_map(name, sequence, "1") for name in reading.TOKEN_MEASURES}
+        real = [t for s, t in real_tokens(trace) if s == sequence]
+        for depth in range(x.shape[0]):
+            mean = sum(x[depth, sequence, t, 1] for t in real) / len(real)
+            for token in range(x.shape[2]):
+                state, last = x[depth, sequence, token, 1], x[-1, sequence, token, 1]
+                norm = np.sqrt(np.dot(state, state))
+                expected = {
+                    "norm": norm,
+                    "distance": np.sqrt(np.dot(state - mean, state - mean)) / norm,
+                    "last": np.dot(state, last) / norm / np.sqrt(np.dot(last, last)),
+                }
+                for name, value in expected.items():
+                    found = maps[name][token, depth]
+                    assert np.isnan(found) if not mask[sequence, token] else found == pytest.approx(value)
+
+
+def test_an_unknown_measure_names_the_known_ones(close_up):
+    with pytest.raises(ValueError, match="norm, distance, last"):
+        close_up.token_map("colour", 0)
+
+
+def test_the_largest_tokens_and_entries_of_a_depth(close_up, trace):
+    x = trace["residual"].values.astype(np.float64).mean(axis=3)[2]
+    real = real_tokens(trace)
+    norms = {place: float(np.linalg.norm(x[place])) for place in real}
+    best = sorted(real, key=lambda place: -norms[place])[:3]
+    found = close_up.largest_tokens(2, most=3)
+    assert [(each.sequence, each.position) for each in found] == best
+    median = float(np.median(list(norms.values())))
+    assert found[0].ratio == pytest.approx(norms[best[0]] / median)
+    entries = {(*place, feature): abs(x[place][feature]) for place in real for feature in range(x.shape[-1])}
+    top = sorted(entries, key=lambda place: -entries[place])[:4]
+    shown = close_up.largest_entries(2, most=4)
+    assert [(each.sequence, each.position, each.feature) for each in shown] == top
+    assert shown[0].value == pytest.approx(x[top[0]])
+
+
+def test_a_state_that_is_not_finite_is_the_largest(make_run, tmp_path):
+    run = make_run("residual")
+    data = run["trace"].to_dataset().load().copy(deep=True)
+    sequence, position = real_tokens(data)[-1]
+    data["residual"].values[2, sequence, position, 0, 4] = np.inf
+    save_run(schema.create_run(data, attrs=run.attrs), tmp_path / "a.nc")
+    found = read_close_up(tmp_path / "a.nc")
+    largest = found.largest_tokens(2)[0]
+    assert (largest.sequence, largest.position) == (sequence, position)
+    assert found.largest_entries(2)[0].feature == 4
+
+
+def test_the_matrices_of_a_connection_and_of_the_worst_token(close_up, trace):
+    h = trace["h_res"].values.astype(np.float64)
+    real = real_tokens(trace)
+    mean, *tokens = close_up.matrices(3)
+    np.testing.assert_allclose(mean.h_res, sum(h[3][place] for place in real) / len(real))
+    np.testing.assert_allclose(
+        mean.h_pre, sum(trace["h_pre"].values[3][place].astype(np.float64) for place in real) / len(real)
+    )
+    assert len(tokens) == len(QUANTILES)
+
+    def gain(matrix):
+        return max(np.abs(matrix.sum(axis=0)).max(), np.abs(matrix.sum(axis=1)).max())
+
+    assert gain(tokens[-1].h_res) == pytest.approx(max(gain(h[3][place]) for place in real))
+    np.testing.assert_allclose(tokens[-1].row_sums, tokens[-1].h_res.sum(axis=1))
+    for value in tokens[-1].eigenvalues:
+        assert abs(np.linalg.det(tokens[-1].h_res - value * np.eye(4))) < 1e-9
+
+
+def test_a_product_has_the_later_connection_on_the_left(close_up, trace):
+    h = trace["h_res"].values.astype(np.float64)
+    products = [h[4][place] @ h[3][place] @ h[2][place] for place in real_tokens(trace)]
+    np.testing.assert_allclose(close_up.composite(2, 4)[0].h_res, sum(products) / len(products), atol=1e-6)
+
+
+def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_path, monkeypatch):
+    save_run(mhc_run, tmp_path / "a.nc")
+    monkeypatch.setattr(reading, "MOST_BYTES", 1)
+    found = read_close_up(tmp_path / "a.nc")
+    assert (found.num_sequences, found.sequences) == (1, 2)
+
+
+def test_a_run_without_states_has_none(mhc_run, tmp_path):
+    trace = mhc_run["trace"].to_dataset().drop_vars(["residual", "gradient"], errors="ignore")
+    with pytest.raises(schema.SchemaError):
+        schema.open_group(tmp_path / "missing.nc", "trace")
+    run = schema.create_run(metrics=trace[["mask"]].assign(x=("depth", np.zeros(3))), attrs={})
+    save_run(run, tmp_path / "m.nc")
+    with pytest.raises(schema.SchemaError):
+        read_close_up(tmp_path / "m.nc")

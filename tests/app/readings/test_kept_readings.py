@@ -1,0 +1,106 @@
+"""An analysis that was kept is the analysis, of these very files alone, and never a reason not to show a run."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from depthscope.app.readings import kept_readings as keeping
+from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.readings import read_runs
+from depthscope.diagnostics import list_runs, open_run, save_run
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    home = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home
+
+
+@pytest.fixture(params=["a.nc", "a.zarr"])
+def saved(request, tmp_path, mhc_run, cache_home):
+    path = tmp_path / "runs" / request.param
+    path.parent.mkdir()
+    save_run(mhc_run, path)
+    run = open_run(path)
+    readings = read_runs({"a": run})
+    run.close()
+    return path, readings
+
+
+def test_what_comes_back_is_what_was_kept(saved):
+    path, readings = saved
+    keep(path, FileVersion.of(path), readings)
+    (kept,) = kept_readings(path, FileVersion.of(path))
+    (made,) = readings
+    assert set(kept.analysis.variables) == set(made.analysis.variables)
+    for name, variable in made.analysis.variables.items():
+        assert kept.analysis[name].dims == variable.dims
+        assert kept.analysis[name].attrs == variable.attrs
+        if variable.dtype.kind in "fiubc":
+            np.testing.assert_array_equal(kept.analysis[name].values, variable.values)
+        else:
+            assert list(map(str, kept.analysis[name].values.flat)) == list(map(str, variable.values.flat))
+    assert (kept.findings, kept.passed, kept.attrs, kept.integrity) == (
+        made.findings,
+        made.passed,
+        made.attrs,
+        made.integrity,
+    )
+    (summary,) = kept_summaries(path, FileVersion.of(path))
+    assert summary.standings == summary_of(made).standings
+    assert list_runs(path.parent) == {"a": path}
+
+
+def test_another_version_of_the_run_is_not_served_and_its_former_analysis_leaves(saved, make_run):
+    path, readings = saved
+    keep(path, FileVersion.of(path), readings)
+    save_run(make_run("mhc", seed=1), path)
+    assert kept_readings(path, FileVersion.of(path)) is None
+    assert kept_summaries(path, FileVersion.of(path)) is None
+    keep(path, FileVersion.of(path), readings)
+    assert len(list((path.parent / keeping.FOLDER).iterdir())) == 2
+
+
+def test_a_copied_folder_is_analysed_anew(saved, tmp_path):
+    path, readings = saved
+    keep(path, FileVersion.of(path), readings)
+    copy = tmp_path / "copied"
+    shutil.copytree(path.parent, copy)
+    assert kept_readings(copy / path.name, FileVersion.of(copy / path.name)) is None
+
+
+def test_another_version_of_the_code_analyses_anew(saved, monkeypatch):
+    path, readings = saved
+    keep(path, FileVersion.of(path), readings)
+    monkeypatch.setattr(keeping, "_code_version", lambda: "another")
+    assert kept_readings(path, FileVersion.of(path)) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"{}", b"[1]"])
+def test_what_is_damaged_is_made_anew(saved, damage):
+    path, readings = saved
+    keep(path, FileVersion.of(path), readings)
+    for kept in (path.parent / keeping.FOLDER).iterdir():
+        kept.write_bytes(damage)
+    assert kept_readings(path, FileVersion.of(path)) is None
+    assert not kept_summaries(path, FileVersion.of(path))
+
+
+def test_compressed_arrays_are_refused(saved, tmp_path):
+    path, readings = saved
+    keep(path, FileVersion.of(path), readings)
+    (kept,) = (path.parent / keeping.FOLDER).glob("*.npz")
+    arrays = dict(np.load(kept))
+    np.savez_compressed(kept, **arrays)
+    assert kept_readings(path, FileVersion.of(path)) is None
+
+
+def test_beside_a_run_that_cannot_be_written_to_it_goes_to_the_cache(saved, cache_home, monkeypatch):
+    path, readings = saved
+    (path.parent / keeping.FOLDER).write_text("in the way")
+    keep(path, FileVersion.of(path), readings)
+    assert list(cache_home.rglob("*.npz"))
+    assert kept_readings(path, FileVersion.of(path)) is not None
