@@ -12,7 +12,9 @@ analysed and judged without it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,6 +113,13 @@ if not TYPE_CHECKING:
         raise AttributeError(
             f"module 'depthscope' has no attribute {name!r}; public names: {', '.join(__all__)}"
         )
+
+
+# In a notebook the classes of this project show themselves; elsewhere nothing is imported for it. Without the extra that has
+# the templates they are printed as text.
+if "IPython" in sys.modules:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("depthscope.app.text.notebook").show_in_notebooks()
 
 
 def __dir__() -> list[str]:

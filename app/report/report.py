@@ -18,7 +18,7 @@ from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
-from depthscope.app.text.explanations import explanation
+from depthscope.app.text.notebook import card_html
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -126,7 +126,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         counts=count_words,
         csv=to_csv,
         fact=_fact,
-        explained=explanation,
+        card_html=card_html,
         svg=_svg,
     )
     return page.render(

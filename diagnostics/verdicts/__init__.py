@@ -22,11 +22,11 @@ from depthscope.diagnostics.verdicts import (
 )
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
-from depthscope.diagnostics.verdicts.finding import Finding, Severity
+from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
 from depthscope.diagnostics.verdicts.reading import with_proof
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
-__all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
+__all__ = ["VERDICTS", "Finding", "Findings", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
 
 # In the order in which passed verdicts are listed; findings are ordered by `judge`.
 VERDICTS: dict[str, Verdict] = {
@@ -93,7 +93,7 @@ ABOUT_THE_RUN = {
 """Verdicts that say how far a run can be trusted, and nothing about its network."""
 
 
-def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[Finding]:
+def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findings:
     """Findings about a run, the worst first.
 
     Parameters
@@ -105,9 +105,9 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
 
     Returns
     -------
-    list of Finding
-        Within a severity the furthest beyond its threshold first. What follows from another finding is INFO and
-        names it.
+    Findings
+        A list of Finding. Within a severity the furthest beyond its threshold first. What follows from another finding is
+        INFO and names it.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> list[F
         for finding in _judge_chain(part)
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
-    return sorted(reported, key=_severity_order)
+    return Findings(sorted(reported, key=_severity_order))
 
 
 def _judge_chain(analysis: xr.Dataset) -> list[Finding]:

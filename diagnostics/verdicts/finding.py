@@ -92,3 +92,11 @@ class Finding:
             if not math.isfinite(plain[name]):
                 plain[name] = None
         return plain
+
+
+class Findings(list[Finding]):
+    """Findings in the order to read them; prints one line for each, and shows them as cards in a notebook."""
+
+    def __repr__(self) -> str:
+        lines = [f"{each.severity.name} {each.verdict}: {each.sentence}" for each in self]
+        return "\n".join(lines) or "nothing found"

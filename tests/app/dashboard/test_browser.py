@@ -132,3 +132,54 @@ def test_a_launch_in_another_process_answers_and_ends_with_it_however_it_ends(ru
         finally:
             parent.kill()
     wait_for(lambda: status(port, "/_stcore/health") == 0, 20)
+
+
+def microscope_heading(page, words: str) -> None:
+    page.wait_for_function(
+        "words => document.querySelector('.st-key-microscope_detail h5')?.textContent.startsWith(words)",
+        arg=words,
+        timeout=60_000,
+    )
+
+
+def test_a_click_in_the_table_of_runs_opens_the_microscope_there(page, address):
+    watch = Watch(page, address)
+    page.goto(f"{address}/")
+    table = page.get_by_test_id("stDataFrame").first
+    table.wait_for(timeout=60_000)
+    page.wait_for_timeout(2_000)  # both runs are judged, and the table is whole
+    box = table.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + 38 + 17)
+    page.wait_for_url("**/microscope**", timeout=60_000)
+    page.wait_for_selector(".depthscope-microscope .main-svg", timeout=60_000)
+    assert watch.errors == []
+    assert watch.outside == []
+
+
+def test_the_cursor_the_pin_the_keys_and_the_link(page, address):
+    page.goto(f"{address}/microscope?runs=plain&pin=2")
+    page.wait_for_selector(".depthscope-microscope .main-svg", timeout=60_000)
+    microscope_heading(page, "Depth 2:")
+    panels = page.locator(".depthscope-microscope")
+    box = panels.bounding_box()
+    # The cursor follows the mouse in the browser, before anything is sent.
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 120)
+    under = page.locator(".depthscope-microscope .cursor").get_attribute("data-depth")
+    assert under not in (None, "", "2")
+    page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + 120)
+    microscope_heading(page, f"Depth {under}:")
+    panels.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    microscope_heading(page, f"Depth {int(under) - 2}:")
+    page.keyboard.press("Shift+ArrowRight")
+    microscope_heading(page, f"Depth {int(under) - 2} against depth {int(under) - 1}:")
+    link = page.url
+    assert f"pin={int(under) - 2}" in link
+    assert f"against={int(under) - 1}" in link
+    page.goto(f"{address}/collapse")
+    page.goto(link)
+    microscope_heading(page, f"Depth {int(under) - 2} against depth {int(under) - 1}:")
+    panels.focus()
+    page.keyboard.press("Escape")
+    microscope_heading(page, f"Depth {int(under) - 2}:")

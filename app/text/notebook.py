@@ -1,0 +1,97 @@
+"""How does a notebook show findings, descriptions and metrics? As HTML, legible on white and black, without a network.
+
+Runs and analyses are xarray's trees and datasets, which show themselves. The classes of this project belong to rooms that know
+no HTML: IPython is told here how to show them, once, when depthscope is imported in a notebook.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from depthscope.app.text.visible import visible
+
+__all__ = ["card_html", "show_in_notebooks"]
+
+# Colours that are legible on white and on black, with the word of the severity beside them.
+_STYLE = Markup(
+    "<style>.depthscope .card{border:1px solid rgba(128,128,128,.35);border-left-width:4px;border-radius:4px;"
+    "padding:.35em .8em;margin:.4em 0;max-width:60em}.depthscope .card p{margin:.15em 0}"
+    ".depthscope .card.fail{border-left-color:#e03131}.depthscope .card.warn{border-left-color:#e8890c}"
+    ".depthscope .card.info{border-left-color:#5c8fd6}.depthscope .card.pass{border-left-color:#2f9e44}"
+    ".depthscope .severity{font-variant:small-caps}.depthscope pre{white-space:pre-wrap}</style>"
+)
+
+
+@cache
+def _card_template() -> Any:
+    from depthscope.app.text.templates import html_template
+
+    return html_template("depthscope.app.text", "card.html.jinja")
+
+
+def card_html(card: Any) -> Markup:
+    """A card as HTML, with its equation and sources folded.
+
+    Parameters
+    ----------
+    card : Card
+        Of `cards.card_of`.
+
+    Returns
+    -------
+    Markup
+    """
+    from depthscope.app.text.explanations import explanation
+
+    return Markup(_card_template().render(card=card, explanation=explanation(card.finding.verdict)))
+
+
+def _findings_html(findings: Iterable[Any]) -> str:
+    from depthscope.app.text.cards import card_of
+
+    cards = [card_html(card_of(finding)) for finding in findings]
+    shown = Markup("").join(cards) or Markup("<p>Nothing found: no metric crossed its threshold.</p>")
+    return Markup('<div class="depthscope">{}{}</div>').format(_STYLE, shown)
+
+
+def _finding_html(finding: Any) -> str:
+    return _findings_html([finding])
+
+
+def _text_html(text: str) -> str:
+    return f"<pre>{escape(visible(text, lines=True))}</pre>"
+
+
+def _metric_html(metric: Any) -> str:
+    from depthscope.app.text.explanations import explanation
+
+    return _text_html(explanation(metric.name))
+
+
+def _printed_html(value: Any) -> str:
+    return _text_html(str(value))
+
+
+# By name: a notebook that shows no finding imports none of these.
+_SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
+    ("depthscope.diagnostics.verdicts.finding", "Finding"): _finding_html,
+    ("depthscope.diagnostics.verdicts.finding", "Findings"): _findings_html,
+    ("depthscope.diagnostics.metrics.declaration", "Metric"): _metric_html,
+    ("depthscope.probes.description", "Description"): _printed_html,
+}
+
+
+def show_in_notebooks() -> None:
+    """Tell IPython how to show the classes of this project; outside of IPython nothing happens."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None:
+        return
+    formatter = shell.display_formatter.formatters["text/html"]
+    for (module, name), show in _SHOWN.items():
+        formatter.for_type_by_name(module, name, show)

@@ -1,0 +1,55 @@
+"""Findings, descriptions and metrics show themselves in a notebook: as HTML without a network, nothing outside of one."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import depthscope as ds
+from depthscope.app.text.notebook import show_in_notebooks
+from depthscope.diagnostics import analyze, judge
+from depthscope.diagnostics.verdicts import Findings
+
+
+@pytest.fixture
+def formatter():
+    interactive = pytest.importorskip("IPython.core.interactiveshell")
+    shell = interactive.InteractiveShell.instance()
+    show_in_notebooks()
+    yield shell.display_formatter.formatters["text/html"]
+    interactive.InteractiveShell.clear_instance()
+
+
+def test_findings_are_cards_with_everything_escaped(formatter, mhc_run):
+    findings = judge(analyze(mhc_run))
+    shown = formatter(findings)
+    assert shown.count('class="card') == len(findings)
+    assert "Where" in shown
+    assert "Next" in shown
+    hostile = replace(findings[0], sentence="<script>alert(1)</script>", advice="<img src=http://a.example>")
+    one = formatter(hostile)
+    assert "<script" not in one
+    assert "<img" not in one
+    assert "src=" not in shown
+    assert "href=" not in shown
+
+
+def test_no_finding_says_so(formatter):
+    assert "Nothing found" in formatter(Findings())
+    assert repr(Findings()) == "nothing found"
+
+
+def test_a_metric_shows_its_equation(formatter):
+    assert "effective" in formatter(ds.CATALOGUE["effective_rank"])
+
+
+def test_findings_print_one_line_each(mhc_run):
+    findings = judge(analyze(mhc_run))
+    assert repr(findings).count("\n") == len(findings) - 1
+    assert isinstance(findings, list)
+
+
+def test_without_ipython_nothing_is_imported_for_it():
+    code = "import sys, depthscope; assert 'markupsafe' not in sys.modules and 'IPython' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
