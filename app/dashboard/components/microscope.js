@@ -68,14 +68,22 @@ export default function (component) {
 
   plot.onmousemove = (event) => point(depthAt(event));
   plot.onmouseleave = () => point(null);
-  plot.onmousedown = (event) => { box.pressed = event.clientX; };
-  plot.onmouseup = (event) => {
+  // Before plotly hears of it: it puts a cover over the page as soon as the button is down, which gets the rest.
+  box.listening?.abort();
+  box.listening = new AbortController();
+  const options = { capture: true, signal: box.listening.signal };
+  plot.addEventListener("mousedown", (event) => {
+    box.pressed = event.target.closest?.(".modebar") ? null : event.clientX;
+  }, options);
+  window.addEventListener("mouseup", (event) => {
+    const pressed = box.pressed ?? null;
+    box.pressed = null;
     // A drag is a zoom of plotly's.
-    if (Math.abs(event.clientX - (box.pressed ?? -9)) > 4 || event.target.closest?.(".modebar")) return;
+    if (pressed === null || Math.abs(event.clientX - pressed) > 4) return;
     const depth = depthAt(event);
     if (depth === null) return;
     send(event.shiftKey ? { ...box.pinned, other: depth } : { depth, other: null }, 0);
-  };
+  }, options);
   box.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     const end = { Home: 0, End: box.depths - 1 }[event.key];
@@ -118,6 +126,7 @@ export default function (component) {
   return () => {
     box.depthscopeResize?.disconnect();
     box.depthscopeResize = null;
+    box.listening?.abort();
     clearTimeout(box.waiting);
     window.Plotly?.purge(plot);
   };
