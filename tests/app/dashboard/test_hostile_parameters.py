@@ -18,7 +18,10 @@ from tests.app.dashboard.opening import charts, open_page, words
 from tests.app.hostile_text import TEXTS, mutated
 from tests.thoroughness import sample_or_every
 
-PARAMETERS = ("runs", "run", "part", "stream", "depths", "a", "b", *CONTROLS)
+PARAMETERS = (
+    *("runs", "run", "part", "stream", "depths", "a", "b", *CONTROLS),
+    *("look", "pin", "against", "measure", "sequence", "of_stream", "find", "group", "fold"),
+)
 VALUES = {
     **TEXTS,
     **mutated(seed=4, count=20),
