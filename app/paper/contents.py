@@ -30,8 +30,8 @@ class Contents:
         Runs, analysed and judged.
     view : Selection
         Which slice of the numbers figures and tables show.
-    figures : tuple of Lines or Heatmap
-        In display order.
+    drawn : tuple of (str, Lines or Heatmap)
+        Each figure with the question that it answers, in display order.
     summary, findings : Table
         One row a run; one row a finding.
     tables : tuple of Table
@@ -40,7 +40,7 @@ class Contents:
 
     readings: tuple[Reading, ...]
     view: Selection
-    figures: tuple[Figure, ...]
+    drawn: tuple[tuple[str, Figure], ...]
     summary: Table
     findings: Table
     tables: tuple[Table, ...]
@@ -69,7 +69,7 @@ class Contents:
         return cls(
             readings=tuple(readings),
             view=view,
-            figures=tuple(draw_all(readings, view)),
+            drawn=tuple(draw_all(readings, view)),
             summary=summary_table(readings, view),
             findings=findings_table(readings),
             tables=(
@@ -77,6 +77,19 @@ class Contents:
                 *(table for table in by_connection if table is not None),
             ),
         )
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """Every figure, in display order."""
+        return tuple(figure for _, figure in self.drawn)
+
+    @property
+    def by_question(self) -> dict[str, list[Figure]]:
+        """The figures of each question."""
+        found: dict[str, list[Figure]] = {}
+        for question, figure in self.drawn:
+            found.setdefault(question, []).append(figure)
+        return found
 
     @property
     def sources(self) -> list[str]:
@@ -91,8 +104,8 @@ class Contents:
         return keys_of(cited)
 
 
-def draw_all(readings: Sequence[Reading], view: Selection) -> list[Figure]:
-    """Every figure that the runs can feed; curves overlaid, one matrix a run.
+def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Figure]]:
+    """Every figure that the runs can feed, with its question; curves overlaid, one matrix a run.
 
     Parameters
     ----------
@@ -103,11 +116,15 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[Figure]:
 
     Returns
     -------
-    list of Lines or Heatmap
+    list of (str, Lines or Heatmap)
         In display order.
     """
     analyses = {reading.name: reading.analysis for reading in readings}
-    return [figure for kind in available(analyses).values() for figure in _drawn(kind, analyses, view)]
+    return [
+        (kind.question, figure)
+        for kind in available(analyses).values()
+        for figure in _drawn(kind, analyses, view)
+    ]
 
 
 def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection) -> Iterator[Figure]:

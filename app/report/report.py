@@ -11,13 +11,14 @@ import xarray as xr
 from markupsafe import Markup
 
 from depthscope.app.drawing.matplotlib import to_svg
-from depthscope.app.figures import Figure, Selection
+from depthscope.app.figures import Figure, Lines, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
+from depthscope.app.text.cards import Card
 from depthscope.app.text.notebook import card_html
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
@@ -119,6 +120,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
     """
     contents = Contents.of(readings, view)
     known = entries(bibliography())
+    evidence = _Evidence(contents.figures)
     page = html_template(
         "depthscope.app.report",
         "report.html.jinja",
@@ -127,6 +129,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         csv=to_csv,
         fact=_fact,
         card_html=card_html,
+        evidence=evidence,
         svg=_svg,
     )
     return page.render(
@@ -135,15 +138,32 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         mark=Markup(MARK),
         described=[_description(reading.attrs) for reading in readings],
         names=", ".join(reading.name for reading in readings),
+        shown=evidence.shown,
         nothing=NOTHING,
         software=software(),
     )
 
 
+class _Evidence:
+    """The figure that shows a finding, each once: a second finding on the same metric needs no second copy."""
+
+    def __init__(self, figures: Sequence[Figure]):
+        self._figures = figures
+        self.shown: set[str] = set()
+
+    def __call__(self, card: Card, reading: Reading) -> Figure | None:
+        for figure in self._figures:
+            of_this_run = isinstance(figure, Lines) or figure.run == reading.name
+            if of_this_run and figure.metric == card.finding.metric and figure.name not in self.shown:
+                self.shown.add(figure.name)
+                return figure
+        return None
+
+
 def _svg(figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
-    return Markup(to_svg(figure, width="full").replace("<svg ", opening, 1))
+    return Markup(to_svg(figure, width="full", page=True).replace("<svg ", opening, 1))
 
 
 def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:

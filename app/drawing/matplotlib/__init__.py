@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
-from depthscope.app.drawing.matplotlib.curves import draw_lines
+from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
 from depthscope.app.drawing.matplotlib.matrices import draw_heatmap
 from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, figure_style, pgf_style
 from depthscope.app.figures.specification import Figure, Heatmap
@@ -42,7 +44,7 @@ def to_matplotlib(figure: Figure, *, width: str = "icml") -> Canvas:
         For a width that is not known.
     """
     with figure_style(width) as size:
-        return draw_heatmap(figure, size) if isinstance(figure, Heatmap) else draw_lines(figure, size)
+        return _drawn(figure, size)
 
 
 def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
@@ -66,8 +68,8 @@ def write_figure(figure: Figure, *paths: Path, width: str = "icml") -> None:
     for path in paths:
         if path.suffix.removeprefix(".") not in FORMATS:
             raise ValueError(f"cannot draw {path.name!r}; expected an ending of {', '.join(FORMATS)}")
-    with figure_style(width):
-        canvas = _laid_out(figure, width)
+    with figure_style(width) as size:
+        canvas = _laid_out(_drawn(figure, size))
         for path in paths:
             ending = path.suffix.removeprefix(".")
             if ending != "pgf":
@@ -102,15 +104,43 @@ def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
     return replace(figure, x_label=across, y_label=up, lines=lines)
 
 
-def _laid_out(figure: Figure, width: str) -> Canvas:
-    canvas = to_matplotlib(figure, width=width)
+def _drawn(figure: Figure, size: Width) -> Canvas:
+    return draw_heatmap(figure, size) if isinstance(figure, Heatmap) else draw_lines(figure, size)
+
+
+def _laid_out(canvas: Canvas) -> Canvas:
     # The layout is computed once, not for every format.
     canvas.draw_without_rendering()
     canvas.set_layout_engine("none")
     return canvas
 
 
-def to_svg(figure: Figure, *, width: str = "neurips") -> str:
+# Letters as text in the reader's own font: they can be found and copied, and take a third of the room of their outlines.
+_ON_A_PAGE = {
+    **{"svg.fonttype": "none", "font.family": "sans-serif", "mathtext.fontset": "dejavusans"},
+    "legend.frameon": False,  # on a dark page a white box; the reader's font may be wider than it
+}
+
+
+def _for_any_page(text: str) -> str:
+    """Ink in the colour of the page's text, the healthy band as a veil over it, and nothing that a browser does not need."""
+    text = text.replace("#000000", "currentColor").replace(HEALTHY.lower(), "#2288331f")
+    # What has no colour of its own, such as letters.
+    text = text.replace("<svg ", '<svg fill="currentColor" ', 1)
+    text = _COORDINATES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), text)
+    # A third of the file: line breaks, comments, and names of parts that nothing refers to.
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    return re.sub(r"\s*\n\s*", " ", text)
+
+
+# A hundredth of a point is less than any screen shows.
+_COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
+_DIGITS = re.compile(r"(\.\d\d)\d+")
+
+
+def to_svg(figure: Figure, *, width: str = "neurips", page: bool = False) -> str:
     """A figure as an SVG element, its ids marked by its name so that several share a page.
 
     Parameters
@@ -119,6 +149,8 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
         What to draw.
     width : str
         A key of `WIDTHS`.
+    page : bool
+        For a page in HTML: letters are text, ink has the colour of the page's text, and the page shows through.
 
     Returns
     -------
@@ -126,9 +158,12 @@ def to_svg(figure: Figure, *, width: str = "neurips") -> str:
         From ``<svg`` on, without the XML declaration.
     """
     buffer = io.StringIO()
-    with figure_style(width):
-        _laid_out(figure, width).savefig(buffer, format="svg", metadata=UNDATED["svg"])
+    with figure_style(width) as size, mpl.rc_context(_ON_A_PAGE if page else {}):
+        canvas = _laid_out(_drawn(figure, size))
+        canvas.savefig(buffer, format="svg", metadata=UNDATED["svg"], transparent=page)
     text = buffer.getvalue()
+    if page:
+        text = _for_any_page(text)
     # The XML declaration and the document type are allowed at the start of a document only, not inside a page.
     element = text[text.index("<svg") :]
     # matplotlib names its clip paths by their content: two figures on a page may have the same id.
