@@ -69,6 +69,17 @@ TRACE: dict[str, Variable] = {
         "f",
         "static logits of h_res before training, rows are destinations",
     ),
+    "mixing_logits": Variable(
+        (*ROUTE, "stream_out", "stream_in"),
+        "f",
+        "what h_res is the scaled exponential of, rows are destinations; NaN outside of the first batch",
+    ),
+    "logit_gradient_norm": Variable(
+        ("connection",), "f", "‖∂loss/∂H̃‖ of mixing_logits, over all tokens of the first batch"
+    ),
+    "mixing_gradient_norm": Variable(
+        ("connection",), "f", "‖∂loss/∂H_res‖ of h_res, over all tokens of the first batch"
+    ),
     "h_pre": Variable((*ROUTE, "stream"), "f", "weights that read the branch input from the streams"),
     "h_post": Variable((*ROUTE, "stream"), "f", "weights that write the branch output to the streams"),
     "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),

@@ -81,8 +81,8 @@ def build_run(
         evidence = gather_evidence(joints)
         for row in rows:  # the gains that were added up are those of the matrices that are not applied
             row.sums[0].forget("gain_sum", "gain_max")
-    remarks = connection_remarks(session.structure, evidence, replaced, followed)
-    covered = coverage(session, evidence)
+    remarks, logits = connection_remarks(session.structure, evidence, replaced, followed)
+    covered = coverage(session, evidence, logits)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
@@ -90,7 +90,7 @@ def build_run(
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
-            trace[name] = trace_dataset(session, number, depths, sequences, evidence, token_text)
+            trace[name] = trace_dataset(session, number, depths, sequences, evidence, token_text, logits)
             if not rows:
                 continue
             measured = statistics_dataset(chain, number, depths, rows, pooled, evidence)

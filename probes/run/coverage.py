@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import xarray as xr
 
+from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import DEPTH, PLAIN, Chain, Connection, HookPoint
@@ -36,7 +37,7 @@ class Coverage:
     why: str
 
 
-def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
+def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits] = ()) -> list[Coverage]:
     """The coverage of every site of every chain.
 
     Parameters
@@ -45,6 +46,8 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
         With its chains found and its forwards counted.
     evidence : Evidence
         The proofs, which show whether a branch's output was hooked or solved for.
+    logits : sequence of MixingLogits
+        Those of the connections, where a forward was followed.
 
     Returns
     -------
@@ -55,6 +58,7 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
     for number, chain in enumerate(session.structure.chains):
         rows += _state_rows(session, number, chain)
         rows += _connection_rows(session, chain, evidence)
+        rows += _logit_rows(session, chain, logits)
     # Expected in no forward, as what does not exist: a model need not show its attention.
     rows += [
         Coverage(PATTERN_NAME, "attention", "", -1, "", 0, 0, f"{reason} ({count} ×)")
@@ -144,6 +148,24 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
                 fired=times,
                 why=why or ("" if stored else NOT_REQUESTED),
             )
+
+
+def _logit_rows(session: Session, chain: Chain, logits: Sequence[MixingLogits]) -> Iterator[Coverage]:
+    """The logits of the matrices, which one forward shows, that of the first batch; those that are not known say why."""
+    wanted = session.options.selection.stores_variable(chain, "h_res")
+    if not logits or not chain.has_streams or not wanted:
+        return
+    for of, connection in zip(logits, chain.connections, strict=True):
+        yield Coverage(
+            name=f"blocks.{connection.layer}.{connection.branch}.mixing_logits",
+            site="mixing_logits",
+            module=connection.path,
+            layer=connection.layer,
+            chain=chain.name,
+            expected=0 if of.why else 1,
+            fired=0 if of.why else 1,
+            why=of.why,
+        )
 
 
 def _connection_variables(

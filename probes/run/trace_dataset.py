@@ -9,11 +9,13 @@ import torch
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import start_facts
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
+from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.model_structure import FINAL
@@ -26,6 +28,7 @@ def trace_dataset(
     sequences: list[Sequence],
     evidence: Evidence,
     token_text: Any,
+    logits: list[MixingLogits],
 ) -> xr.Dataset:
     """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index."""
     chain, selection = session.structure.chains[number], session.options.selection
@@ -56,6 +59,8 @@ def trace_dataset(
             {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
         )
         variables.update(of_connections)
+        if chain.has_streams and selection.stores_variable(chain, "h_res"):
+            variables.update(logit_variables(logits, len(sequences), tokens))
         coords.update(connection_coords(chain.connections))
         coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
     # Nobody asks for a few sites, and wants those of all heads with them.
