@@ -18,13 +18,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from depthscope.probes.connections.coefficients import per_token, spread
-from depthscope.probes.connections.logits import exponential_argument
+from depthscope.probes.connections.logits import SAME, exponential_argument
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.tensors import tensors_in, version
 
-# Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
-SAME = 3e-6
 COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic

@@ -26,6 +26,8 @@ from depthscope.probes.model.tensors import tensors_in, version
 EXPONENTIALS = frozenset(("exp", "softmax", "log_softmax", "logsumexp"))
 # What models add to their entries and sums so that they divide by no zero, at most: it moves the logarithm of small entries.
 ADDED = 1e-5
+# Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
+SAME = 3e-6
 CLOSE = 1e-3  # of logarithms, where nothing was added; a heuristic
 COMPARED_TOKENS = 64  # a wrong tensor, or the wrong orientation, differs at nearly every token
 # Shares of tokens at which the equation holds. Of what an exponential takes, and all of H_res's gradient passes through, it
@@ -131,6 +133,33 @@ def as_matrices(tensor: torch.Tensor, batch: int, tokens: int, n: int) -> Iterat
     """A tensor as matrices (B, T, n, n), rows and columns as they stand and exchanged, in each way that its shape allows."""
     for each in per_token(tensor, (n, n), batch, tokens):
         yield from (each, each.mT)
+
+
+def is_same_matrix(
+    tensor: torch.Tensor, wanted: torch.Tensor, *, batch: int, tokens: int, rows: Sequence[int]
+) -> bool:
+    """Whether a tensor is H_res of some sequences (K, T, n, n), or its transpose.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        As in the model.
+    wanted : Tensor
+        H_res.
+    batch, tokens : int
+        B and T.
+    rows : sequence of int
+        Which sequences these are.
+
+    Returns
+    -------
+    bool
+    """
+    limit = SAME * max(1.0, float(wanted.abs().max()))
+    return any(
+        bool(((each[list(rows)].float() - wanted).abs() <= limit).all())
+        for each in as_matrices(tensor, batch, tokens, wanted.shape[-1])
+    )
 
 
 class LogitWatch(TorchFunctionMode):

@@ -151,21 +151,25 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
 
 
 def _logit_rows(session: Session, chain: Chain, logits: Sequence[MixingLogits]) -> Iterator[Coverage]:
-    """The logits of the matrices, which one forward shows, that of the first batch; those that are not known say why."""
-    wanted = session.options.selection.stores_variable(chain, "h_res")
-    if not logits or not chain.has_streams or not wanted:
+    """The logits of the matrices: a capture follows one forward for them, a recording sees them in all but the first."""
+    if not chain.has_streams or not session.options.selection.stores_variable(chain, "h_res"):
         return
-    for of, connection in zip(logits, chain.connections, strict=True):
-        yield Coverage(
-            name=f"blocks.{connection.layer}.{connection.branch}.mixing_logits",
-            site="mixing_logits",
-            module=connection.path,
-            layer=connection.layer,
-            chain=chain.name,
-            expected=0 if of.why else 1,
-            fired=0 if of.why else 1,
-            why=of.why,
-        )
+    for number, connection in enumerate(chain.connections):
+        if logits:
+            times, why = (0, logits[number].why) if logits[number].why else (1, "")
+        else:
+            times, why = session.observer.logits_seen(number)
+        if times or why:
+            yield Coverage(
+                name=f"blocks.{connection.layer}.{connection.branch}.mixing_logits",
+                site="mixing_logits",
+                module=connection.path,
+                layer=connection.layer,
+                chain=chain.name,
+                expected=times,
+                fired=times,
+                why=why,
+            )
 
 
 def _connection_variables(

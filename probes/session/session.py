@@ -30,6 +30,7 @@ from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
 from depthscope.probes.session.attention import Attention, placed_attention
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
+from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.first_forward import (
     AxisError,
     FirstForward,
@@ -40,6 +41,7 @@ from depthscope.probes.session.first_forward import (
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
+from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, weights_stamp
@@ -390,8 +392,19 @@ class Session:
                 require_same(structure, self._observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
             self.attention = placed_attention(tape, forward, structure)
+            # A capture follows a forward for the logits; of its one set of weights no value moves.
+            loops = self._sums and not self._only_own and bool(structure.sites)
             observer = Observer(
-                structure, self.options, self.report, self._loss_scale, calls=tape.counts(), sums=self._sums
+                structure,
+                self.options,
+                self.report,
+                self._loss_scale,
+                calls=tape.counts(),
+                sums=self._sums,
+                parameters=ConnectionParameters(self.model, structure) if loops else None,
+                logits=LogitStatistics(self.options.gradients, self.report, self._loss_scale)
+                if loops and not structure.traced
+                else None,
             )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward
