@@ -64,7 +64,7 @@ _REMEDIES = {
     ),
     **dict.fromkeys(
         OF_ATTENTION,
-        "the first forward of a capture showed no attention weights that could be read, see /coverage",
+        "no forward showed attention weights that could be read, see /coverage",
     ),
     **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
     **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),

@@ -28,6 +28,7 @@ ROUTE = ("connection", "sample", "token")
 QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
+HEADS = ("step", "depth", "head")
 CONNECTION_STEP = ("step", "connection")
 MOTION = ("step", "weight")
 SPECTRUM = ("centering", "depth", "component")
@@ -229,6 +230,13 @@ STATISTICS: dict[str, Variable] = {
     "connection_parameter_drift": Variable(
         ("step", "parameter"), "f", "‖p − p₀‖ of each bias or gate p, from its first measured step on"
     ),
+    "attention_query_count": Variable(
+        HEADS, "f", "real queries that see two keys or more, of the sequences whose attention was looked at"
+    ),
+    "attention_entropy_sum": Variable(
+        HEADS, "f", "Σ over these queries of the entropy of their weights, as a share of that of uniform ones"
+    ),
+    "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
     "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
     "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
     "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimiser"),

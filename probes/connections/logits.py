@@ -24,14 +24,15 @@ from depthscope.probes.model.tensors import tensors_in, version
 
 # torch's names of functions that take logits; of a stable softmax written by hand, of its exponential.
 EXPONENTIALS = frozenset(("exp", "softmax", "log_softmax", "logsumexp"))
-# What models add to their entries and sums so that they divide by no zero, at most: it moves the logarithm of small entries.
-ADDED = 1e-5
+# What models add to their entries and sums so that they divide by no zero, about 1e-6, over the smallest sum that it may have
+# been divided by since: it moves the logarithm of small entries. Heuristic.
+ADDED = 1e-4
 # Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
 SAME = 3e-6
 CLOSE = 1e-3  # of logarithms, where nothing was added; a heuristic
 COMPARED_TOKENS = 64  # a wrong tensor, or the wrong orientation, differs at nearly every token
 # Shares of tokens at which the equation holds. Of what an exponential takes, and all of H_res's gradient passes through, it
-# decides the orientation alone: saturated logits of DeepSeek-V4 reach 0.2, the wrong orientation 0. Of other tensors, such as
+# decides the orientation alone: saturated logits of DeepSeek-V4 reach 0.5, the wrong orientation 0. Of other tensors, such as
 # logits before a temperature, it is all that there is. Heuristics.
 ENOUGH, NEARLY_ALL = 0.1, 0.9
 MOST_OPERATIONS = 20_000  # between logits and matrix: 20 rounds of Sinkhorn are about 100

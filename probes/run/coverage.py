@@ -59,6 +59,7 @@ def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits
         rows += _state_rows(session, number, chain)
         rows += _connection_rows(session, chain, evidence)
         rows += _logit_rows(session, chain, logits)
+        rows += _attention_rows(session, number, chain)
     # Expected in no forward, as what does not exist: a model need not show its attention.
     rows += [
         Coverage(PATTERN_NAME, "attention", "", -1, "", 0, 0, f"{reason} ({count} ×)")
@@ -129,6 +130,27 @@ def _call_name(point: HookPoint) -> str:
     """The call that shows a state, such as ``model.layers.0 (output)``."""
     path = point.path if point.method == "forward" else f"{point.path}.{point.method}"
     return f"{path} ({point.at})"
+
+
+def _attention_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
+    """The states that attention leads to, with the module that attends."""
+    places, selection = session.attention, session.options.selection
+    for (owner, depth), module in sorted(places.modules.items()):
+        if owner != number:
+            continue
+        point, stored = chain.points[depth], selection.stores_attention(chain, depth)
+        # A first forward that had to be repeated showed it too, and counts as none.
+        times = min(places.seen[owner, depth], session.num_forwards) if stored else 0
+        yield Coverage(
+            name=PATTERN_NAME.replace("{i}", str(point.layer)),
+            site="attention",
+            module=module,
+            layer=point.layer,
+            chain=chain.name,
+            expected=times,
+            fired=times,
+            why="" if stored else NOT_REQUESTED,
+        )
 
 
 def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iterator[Coverage]:

@@ -22,6 +22,7 @@ from depthscope.probes.structure.chain import Chain
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
 GRADIENT = "gradient_square_norm_sum"
+OF_HEADS = ("attention_query_count", "attention_entropy_sum", "sink_mass_sum")
 PROFILES = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum", GRADIENT)
 
 
@@ -67,6 +68,9 @@ def statistics_dataset(
     for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
         values_LND = stacked(pooled[number : number + 1], name, depths)[0]
         variables[name] = (("depth", "stream", "feature"), values_LND)
+    for name in OF_HEADS:
+        if any(of.array(name, depths) is not None for of in sums):
+            variables[name] = (schema.STATISTICS[name].dims, stacked(sums, name, depths))
     coords = depth_coords(chain, depths)
     coords["step"] = np.array([row.step for row in rows])
     coords["stream"] = np.arange(pairs.shape[2])

@@ -63,8 +63,7 @@ def trace_dataset(
             variables.update(logit_variables(logits, len(sequences), tokens))
         coords.update(connection_coords(chain.connections))
         coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
-    # Nobody asks for a few sites, and wants those of all heads with them.
-    if not selection.requests:
+    if selection.includes("attention"):
         variables.update(_attention_variables(session, number, depths, sequences, tokens))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
@@ -98,13 +97,14 @@ def _gradients(
 def _attention_variables(
     session: Session, number: int, depths: list[int], sequences: list[Sequence], tokens: int
 ) -> dict[str, Any]:
-    """What the queries attend to before each state; NaN where no attention leads to it, or the sequence came later."""
-    seen = session.attention.rows
+    """What the queries attend to before each state; NaN where no attention leads to it, or it was not looked at."""
+    chain, selection = session.structure.chains[number], session.options.selection
     known = {
         (i, j): rows
         for i, depth in enumerate(depths)
         for j, sequence in enumerate(sequences)
-        if (rows := seen.get(sequence.index, {}).get((number, depth))) is not None
+        if (rows := sequence.attention.get((number, depth))) is not None
+        and selection.stores_attention(chain, depth)
     }
     if not known:
         return {}

@@ -72,8 +72,8 @@ class FirstForward:
         Called with every exception that a gradient hook raises.
     observer : Observer, optional
         Of a known structure that only the trace of a forward shows: it gets the states that no module shows.
-    attention : bool
-        Whether what the tokens attend to is looked at.
+    attention : int, optional
+        Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class FirstForward:
         gradients: bool,
         report: Report,
         observer: Observer | None = None,
-        attention: bool = False,
+        attention: int | None = None,
     ):
         self._observer, self._attention = observer, attention
         captured = observer.structure.captured if observer is not None else ()
@@ -148,8 +148,8 @@ class FirstForward:
                 tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
             )
             trace.watch(tensor, forward.batch_axis if batched else None)
-        if self._attention:
-            watch_attention(tape, trace, forward)
+        if self._attention is not None:
+            watch_attention(tape, trace, forward, forward.rows[: self._attention])
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:
             trace.on_value = partial(self._record_operation, forward, tape, made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
+from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import CapturedState
@@ -38,6 +39,8 @@ class LaterForwards:
         The running forward.
     ended : callable
         Gives the forwards that ended, whose checkpoints a backward recomputes.
+    attention : AttentionPlaces, optional
+        Which calls attend, where that is looked at.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class LaterForwards:
         observer: Observer,
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
+        attention: AttentionPlaces | None = None,
     ):
         self._model = model
         self._observer = observer
         self._structure = observer.structure
         self._current = current
         self._ended = ended
+        self._attention = attention
 
     def attach(self, attachment: Attachment) -> None:
         """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
@@ -60,6 +65,7 @@ class LaterForwards:
         for (path, method), states in inputs.items():
             if method == FORWARD:
                 attachment.before(modules[path], partial(self._before_call, path, states))
+        self._attach_attention(attachment, modules)
         connections = [(c.path, BY_NAME[c.style]) for c in self._structure.connections]
         returned = {path for path, family in connections if isinstance(family, ForwardFamily)}
         for path in returned:
@@ -86,6 +92,10 @@ class LaterForwards:
         for (path, method), states in outputs.items():
             if method == FORWARD:
                 attachment.after(modules[path], partial(self._after_call, path, states))
+
+    def _attach_attention(self, attachment: Attachment, modules: Mapping[str, nn.Module]) -> None:
+        for path in () if self._attention is None else sorted(self._attention.paths):
+            attachment.around(modules[path], FORWARD, partial(self._around_attention, path))
 
     def _states_seen_at(self, side: str) -> dict[tuple[str, str], list[CapturedState]]:
         """The states that the inputs or the outputs of calls show, by module path and method."""
@@ -237,6 +247,13 @@ class LaterForwards:
         call = path, forward.next_index("connection", path)
         numbers = [n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call]
         return (forward, numbers[0], x) if numbers else None
+
+    def _around_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        forward = self._current.recorded
+        if forward is None or self._attention is None:
+            return None
+        found = later_attention(self._attention, forward, path, module)
+        return None if found is None else MethodWatch(*found)
 
     # --- branches ---
 
