@@ -128,3 +128,11 @@ def test_saturated_logits_let_hardly_any_gradient_through():
     assert float(share.max()) < 2e-3
     assert float(analysis["logit_saturation"].sel(reduction="mean").min()) > 0.99
     np.testing.assert_allclose(analysis["logit_range"].sel(reduction="mean"), 8.0, rtol=1e-5)
+    (found,) = [f for f in ds.judge(analysis) if f.verdict == "saturated_logits"]
+    assert (found.severity.name, found.value) == ("INFO", float(share.max()))
+    # The same logits three times nearer to each other let enough through.
+    with torch.no_grad():
+        for each in model.coefficients:
+            each.base[-9:] /= 3
+    healthy = ds.judge(ds.analyze(ds.capture(model, batch, gradients=True, loss=loss)))
+    assert "saturated_logits" not in {f.verdict for f in healthy}
