@@ -11,7 +11,8 @@ Shapes: B batch, T token, n streams; m some tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -163,8 +164,100 @@ def is_same_matrix(
     )
 
 
+@dataclass
+class Handled:
+    """The matrices that some code handled, and those whose exponential it took.
+
+    Parameters
+    ----------
+    exponentials : list of (Tensor, int)
+        In order, each with torch's count of writes when its exponential was taken.
+    matrices : list of Tensor
+        In order; the same tensor may be there several times.
+    num_earlier : int
+        How many matrices were there when the first exponential was taken.
+    error : Exception or None
+        Why no more was kept.
+    """
+
+    exponentials: list[tuple[torch.Tensor, int | None]] = field(default_factory=list)
+    matrices: list[torch.Tensor] = field(default_factory=list)
+    num_earlier: int = 0
+    error: Exception | None = None
+
+    @property
+    def earlier(self) -> list[tuple[torch.Tensor, int | None]]:
+        """The matrices before the first exponential, the last one first, each with torch's count of writes."""
+        before = self.matrices[: self.num_earlier] if self.exponentials else []
+        return [(matrix, version(matrix)) for matrix in reversed(before)]
+
+    def add(self, argument: torch.Tensor | None, results: Iterable[torch.Tensor]) -> None:
+        """Note one operation: the tensor whose exponential it takes, if it takes one, and its results."""
+        if argument is not None:
+            if not self.exponentials:
+                self.num_earlier = len(self.matrices)
+            self.exponentials.append((argument, version(argument)))
+        self.matrices.extend(results)
+
+    def release(self) -> None:
+        """Drop the tensors: a graph must not live longer than the user's."""
+        self.exponentials, self.matrices = [], []
+
+
+class OperationLogits:
+    """The matrices among all values of a traced forward, and those whose exponential is taken; a listener of `Trace`.
+
+    Parameters
+    ----------
+    num_streams : int
+        n: tensors are kept whose last two axes are n × n.
+    now : callable
+        How many values the trace has.
+    """
+
+    def __init__(self, num_streams: int, now: Callable[[], int]):
+        self._tail, self._now = (num_streams, num_streams), now
+        self._seen: list[tuple[int, torch.Tensor | None, int | None, list[torch.Tensor]]] = []
+        self._error: Exception | None = None
+
+    def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Look at an operation that has run; an error of ours must not reach the user's forward.
+
+        Parameters
+        ----------
+        func, args, kwargs, result
+            The operation, what it took and what it gave.
+        """
+        if self._error is not None:
+            return
+        try:
+            name = func.overloadpacket.__name__.lstrip("_")
+            argument = exponential_argument(name.removeprefix("safe_"), args)
+            if argument is not None and tuple(argument.shape[-2:]) != self._tail:
+                argument = None
+            made = (result,) if isinstance(result, torch.Tensor) else tensors_in(result)
+            kept = [
+                each for each in made if tuple(each.shape[-2:]) == self._tail and each.is_floating_point()
+            ]
+            if kept or argument is not None:
+                written = None if argument is None else version(argument)
+                self._seen.append((self._now(), argument, written, kept))
+        except Exception as error:
+            self._error = without_frames(error)
+
+    def between(self, first: int, last: int) -> Handled:
+        """What was handled between two values of the trace, by their numbers."""
+        found = Handled(error=self._error)
+        for at, argument, written, kept in self._seen:
+            if first < at <= last:
+                found.add(argument, kept)
+                if argument is not None:
+                    found.exponentials[-1] = argument, written
+        return found
+
+
 class LogitWatch(TorchFunctionMode):
-    """Keep the matrices that the code of one call handles, and those whose exponential it takes.
+    """Look at what the code of one call handles, while the mode is on.
 
     Parameters
     ----------
@@ -173,49 +266,33 @@ class LogitWatch(TorchFunctionMode):
 
     Attributes
     ----------
-    exponentials : list of (Tensor, int)
-        In order, each with torch's count of writes when its exponential was taken.
-    matrices : list of Tensor
-        In order; the same tensor may be there several times.
-    error : Exception or None
-        Why no more was kept.
+    handled : Handled
+        What was seen.
     """
 
     def __init__(self, sizes: Iterable[int]):
         super().__init__()
         self._sizes = frozenset(sizes)
-        self.exponentials: list[tuple[torch.Tensor, int | None]] = []
-        self.matrices: list[torch.Tensor] = []
-        self._earlier = 0  # matrices that were there when the first exponential was taken
-        self.error: Exception | None = None
+        self.handled = Handled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and look at what it takes and returns."""
         result = func(*args, **(kwargs or {}))
-        if self.error is None:
+        if self.handled.error is None:
             try:
                 with torch._C.DisableTorchFunction():
                     self._keep(getattr(func, "__name__", ""), args, result)
             except (Exception, GeneratorExit) as error:  # the user's function has run, whatever we met
-                self.error = without_frames(error)
-                self.exponentials, self.matrices = [], []
+                self.handled = Handled(error=without_frames(error))
         return result
-
-    @property
-    def earlier(self) -> list[tuple[torch.Tensor, int | None]]:
-        """The matrices before the first exponential, the last one first, each with torch's count of writes."""
-        before = self.matrices[: self._earlier] if self.exponentials else []
-        return [(matrix, version(matrix)) for matrix in reversed(before)]
 
     def _keep(self, name: str, args: Any, result: Any) -> None:
         argument = exponential_argument(name, args)
-        if argument is not None and argument.numel() in self._sizes:
-            if not self.exponentials:
-                self._earlier = len(self.matrices)
-            self.exponentials.append((argument, version(argument)))
-        for tensor in (result,) if isinstance(result, torch.Tensor) else tensors_in(result):
-            if tensor.numel() in self._sizes and tensor.is_floating_point():
-                self.matrices.append(tensor)
+        if argument is not None and argument.numel() not in self._sizes:
+            argument = None
+        made = (result,) if isinstance(result, torch.Tensor) else tensors_in(result)
+        kept = [each for each in made if each.numel() in self._sizes and each.is_floating_point()]
+        self.handled.add(argument, kept)
 
 
 def find_logits(

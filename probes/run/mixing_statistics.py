@@ -41,6 +41,8 @@ def mixing_statistics(
             values = stacked(sums, name, keys)
             if name == "h_res_sum" and transposed:
                 values = values.swapaxes(-1, -2)
+            if name.startswith("logit_range"):  # over the last axis of the matrix, then over the one before
+                values = values[..., int(transposed)]
             variables[name] = (schema.STATISTICS[name].dims, values)
     of_parameters, coords = _parameters(sums, cells)
     return variables | of_parameters, coords

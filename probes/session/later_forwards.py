@@ -206,7 +206,7 @@ class LaterForwards:
         def done(result: Any) -> None:
             opening.read(result, watch)
             mix = None if opening.parts is None else opening.parts.mix
-            self._observer.record_logits(forward, number, mix, logits)
+            self._observer.record_logits(forward, number, mix, None if logits is None else logits.handled)
 
         return MethodWatch(_both(watch, logits), done)
 

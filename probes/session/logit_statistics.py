@@ -1,8 +1,7 @@
 """How much of the gradient of H_res reaches its logits in a measured step, and how far apart are these? Sums over its tokens.
 
-In the user's own loop, where a connection is a module: the tensors that its call handles are watched, the logits are found
-among them once (`depthscope.probes.connections.logits`), and their place is remembered. Hooks on the gradients leave with the
-forward.
+In the user's own loop: the tensors that a connection handles are watched, the logits are found among them once
+(`depthscope.probes.connections.logits`), and their place is remembered. Hooks on the gradients leave with the forward.
 Shapes: B batch, T token, n streams.
 """
 
@@ -22,6 +21,7 @@ from depthscope.probes.connections.logits import (
     NO_GRAPH,
     NOT_SEEN,
     SAME,
+    Handled,
     LogitWatch,
     as_matrices,
     find_logits,
@@ -35,7 +35,6 @@ LOGIT_SUMS = (
 )
 """Names of the sums, by connection; ``logit_range_max`` is a maximum."""
 
-LOCAL = "its weights are local variables: capture(model, batch, gradients=True) follows a forward and finds their logits"
 FIRST = "no forward after the first measured one has shown them yet"
 
 
@@ -95,12 +94,16 @@ class LogitStatistics:
         -------
         LogitWatch or None
         """
-        if self.reasons.get(number, NO_GRAPH) != NO_GRAPH:
+        if not self.looks_for(number):
             return None
         return LogitWatch((num_streams**2, lead * num_streams**2))
 
+    def looks_for(self, number: int) -> bool:
+        """Whether the logits of a connection are known, or may still be found."""
+        return self.reasons.get(number, NO_GRAPH) == NO_GRAPH
+
     def record(
-        self, forward: Forward, number: int, mix_BTnn: torch.Tensor | None, watch: LogitWatch | None
+        self, forward: Forward, number: int, mix_BTnn: torch.Tensor | None, watch: Handled | None
     ) -> None:
         """Add the logits of one call to the statistics, and hook their gradients.
 
@@ -112,17 +115,17 @@ class LogitStatistics:
             The connection.
         mix_BTnn : Tensor or None
             H_res of every token.
-        watch : LogitWatch or None
-            That was on while the connection ran.
+        watch : Handled or None
+            What was handled while the connection ran.
         """
-        if watch is None or mix_BTnn is None:
+        if watch is None or mix_BTnn is None or not self.looks_for(number):
             return
         try:
             self._record(forward, number, mix_BTnn.detach(), watch)
         finally:
-            watch.exponentials, watch.matrices = [], []  # a graph must not live longer than the user's
+            watch.release()
 
-    def _record(self, forward: Forward, number: int, mix_BTnn: torch.Tensor, watch: LogitWatch) -> None:
+    def _record(self, forward: Forward, number: int, mix_BTnn: torch.Tensor, watch: Handled) -> None:
         place = self._places.get(number)
         counts = len(watch.exponentials), len(watch.matrices)
         if place is None or (place.exponentials, place.matrices) != counts:
@@ -153,7 +156,7 @@ class LogitStatistics:
                 receive = partial(self._add_gradient, forward, number, name, read if by_token else None)
                 forward.handles.append(tensor.register_hook(Hook(receive, self._report)))
 
-    def _find(self, mix_BTnn: torch.Tensor, watch: LogitWatch) -> _Place | str:
+    def _find(self, mix_BTnn: torch.Tensor, watch: Handled) -> _Place | str:
         """The place of the logits among what a call handled, or why there is none."""
         if watch.error is not None:
             return f"the tensors of the connection could not be looked at: {watch.error}"
@@ -186,14 +189,18 @@ class LogitStatistics:
     def _add_range(
         forward: Forward, number: int, logits_BTnn: torch.Tensor, mask: torch.Tensor | None
     ) -> None:
-        ranges = (logits_BTnn.amax(-1) - logits_BTnn.amin(-1)).flatten(0, 1).double()  # (B T, n)
+        flat = logits_BTnn.flatten(0, 1)
         if mask is not None:
-            ranges = ranges[mask.flatten().to(ranges.device)]
-        if not len(ranges):
+            flat = flat[mask.flatten().to(flat.device)]
+        if not len(flat):
             return
-        count = torch.tensor(float(len(ranges)), dtype=torch.float64)
-        sums = {"logit_token_count": count, "logit_range_sum": ranges.mean(-1).sum()}
-        forward.chain_sums(0).add_values(number, sums, {"logit_range_max": ranges.max()})
+        # Along both axes: the proof decides later which one is that of the rows.
+        ranges = torch.stack(
+            [flat.amax(axis) - flat.amin(axis) for axis in (-1, -2)]
+        ).double()  # (2, tokens, n)
+        count = torch.tensor(float(len(flat)), dtype=torch.float64)
+        sums = {"logit_token_count": count, "logit_range_sum": ranges.mean(-1).sum(-1)}
+        forward.chain_sums(0).add_values(number, sums, {"logit_range_max": ranges.amax((-2, -1))})
 
     def _add_gradient(
         self,

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.logits import LogitWatch
+from depthscope.probes.connections.logits import Handled, LogitWatch
 from depthscope.probes.connections.reading import ReadPlace, canonical_streams, read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
@@ -19,7 +19,7 @@ from depthscope.probes.model.hooks import Hook, Report
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward
-from depthscope.probes.session.logit_statistics import FIRST, LOCAL, LogitStatistics
+from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.structure.model_structure import FINAL, Structure
@@ -225,11 +225,10 @@ class Observer:
         if self.logits is not None:
             times = self.logits.seen[number]
             return times, "" if times else self.logits.reasons.get(number, FIRST)
-        # Where a parameter is followed, the run is a recording.
-        return 0, LOCAL if self.parameters is not None and self.structure.traced else ""
+        return 0, ""
 
     def record_logits(
-        self, forward: Forward, number: int, mix: torch.Tensor | None, watch: LogitWatch | None
+        self, forward: Forward, number: int, mix: torch.Tensor | None, watch: Handled | None
     ) -> None:
         """Record the logits of a connection whose matrix is known by now."""
         if self.logits is not None:
@@ -249,7 +248,7 @@ class Observer:
         place = self._read_places.setdefault(number, ReadPlace())
         sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed, place)
         self.record_connection(forward, number, complete, sampled)
-        self.record_logits(forward, number, complete.mix, logits)
+        self.record_logits(forward, number, complete.mix, None if logits is None else logits.handled)
 
     def record_connection(
         self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None

@@ -461,7 +461,7 @@ class Session:
                 sums=self._sums,
                 parameters=ConnectionParameters(self.model, structure) if loops else None,
                 logits=LogitStatistics(self.options.gradients, self.report, self._loss_scale)
-                if loops and not structure.traced
+                if loops
                 else None,
             )
             try:

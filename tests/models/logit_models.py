@@ -84,9 +84,9 @@ class Connection(nn.Module):
 class Block(nn.Module):
     """One connection around an MLP; ``local``: all weights are local variables of this forward."""
 
-    def __init__(self, coefficients, *, local: bool):
+    def __init__(self, coefficients, *, local: bool, transposed: bool):
         super().__init__()
-        self.coefficients, self.local = coefficients, local
+        self.coefficients, self.local, self.transposed = coefficients, local, transposed
         self.connection = None if local else Connection(coefficients)
         self.branch = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.Tanh())
 
@@ -96,19 +96,31 @@ class Block(nn.Module):
             taken = (h_pre.unsqueeze(-1) * x).sum(2)
         else:
             taken, h_post, mix = self.connection(x)
-        return torch.matmul(mix, x) + h_post.unsqueeze(-1) * self.branch(taken).unsqueeze(2)
+        return torch.matmul(mix.mT if self.transposed else mix, x) + h_post.unsqueeze(-1) * self.branch(
+            taken
+        ).unsqueeze(2)
 
 
 class LogitModel(nn.Module):
     """Blocks of three streams that begin different, their mean and a head."""
 
-    def __init__(self, projection: str = "sinkhorn", *, local=False, layers=3, spread=1.0, static=False):
+    def __init__(
+        self,
+        projection: str = "sinkhorn",
+        *,
+        local=False,
+        layers=3,
+        spread=1.0,
+        static=False,
+        transposed=False,
+    ):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(VOCABULARY, D)
         self.start = nn.Parameter(torch.randn(N, D))
         self.layers = nn.ModuleList(
-            Block(Coefficients(projection, spread, static=static), local=local) for _ in range(layers)
+            Block(Coefficients(projection, spread, static=static), local=local, transposed=transposed)
+            for _ in range(layers)
         )
         self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, VOCABULARY)
 

@@ -41,6 +41,13 @@ def test_logits_and_gradients_are_those_of_the_model(projection, local):
     assert all(each.grad is None for each in model.parameters())
 
 
+def test_rows_are_destinations_whichever_way_a_module_has_them():
+    model, batch = LogitModel(transposed=True, layers=2).eval(), ids()
+    run = ds.capture(model, batch)
+    wanted = torch.stack([each.logits.detach().mT for each in model.coefficients])
+    np.testing.assert_allclose(run.trace["mixing_logits"], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_matrix_that_all_tokens_share():
     model, batch = LogitModel(static=True).eval(), ids()
     run = ds.capture(model, batch, gradients=True, loss=loss)

@@ -101,6 +101,19 @@ def test_coefficients_biases_and_gates_of_every_step():
         assert float(drift[0]) == 0 < float(drift[1]) < float(drift[2])
 
 
+def test_rows_are_destinations_whichever_way_a_module_has_them():
+    model = LogitModel(transposed=True)
+    _, _, recorder = run_loop(model, max_sequences=4)
+    run = recorder.run
+    logits = torch.stack([each.logits.detach().mT for each in model.coefficients])  # (C, B, T, out, in)
+    ranges = logits.amax(-1) - logits.amin(-1)
+    np.testing.assert_allclose(run.statistics["logit_range_sum"][-1], ranges.mean(-1).sum((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(run.statistics["logit_range_max"][-1], ranges.amax((1, 2, 3)), rtol=1e-5)
+    h_res = torch.stack([each.matrix.detach().mT for each in model.coefficients]).sum((1, 2))
+    np.testing.assert_allclose(run.statistics["h_res_sum"][-1], h_res, rtol=1e-5)
+    np.testing.assert_allclose(run.trace["h_res"].sum(("sample", "token")), h_res, rtol=1e-5)
+
+
 def test_padding_counts_nowhere():
     class Masked(nn.Module):
         def __init__(self, model):
@@ -171,12 +184,7 @@ def why(run):
     return set(table[table["site"] == "mixing_logits"]["why"])
 
 
-@pytest.mark.filterwarnings("ignore:step 0 was not measured")
 def test_why_there_is_nothing():
-    _, _, recorder = run_loop(LogitModel(local=True, layers=3))
-    assert "logit_range_sum" not in recorder.run.statistics
-    (reason,) = why(recorder.run)
-    assert "local variables" in reason
     model = LogitModel()
     with torch.no_grad(), ds.record(model) as recorder:
         for seed in range(2):
@@ -184,3 +192,21 @@ def test_why_there_is_nothing():
             recorder.step()
     (reason,) = why(recorder.run)
     assert "no graph" in reason
+
+
+@pytest.mark.filterwarnings("ignore:step 0 was not measured")
+@pytest.mark.parametrize("projection", ["sinkhorn", "potentials", "turned"])
+def test_weights_that_are_local_variables(projection):
+    """Their structure is found in a first step that counts nowhere."""
+    expected, watched, recorder = run_loop(LogitModel(projection, local=True))
+    _, plain, _ = run_loop(LogitModel(projection, local=True), record=False)
+    assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
+    statistics = recorder.run.statistics
+    assert statistics["step"].values.tolist() == [1, 2]
+    for step in (1, 2):
+        row, (part,) = statistics.sel(step=step), expected[step]
+        if projection != "turned":  # by row of the matrix as it is applied
+            np.testing.assert_allclose(row["logit_range_sum"], part["range"], rtol=1e-4)
+        np.testing.assert_allclose(row["logit_gradient_square_sum"], part["logits"], rtol=1e-3, atol=1e-12)
+        np.testing.assert_allclose(row["mixing_gradient_square_sum"], part["matrix"], rtol=1e-4)
+    assert why(recorder.run) == {""}
