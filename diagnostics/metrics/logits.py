@@ -109,6 +109,7 @@ def logit_saturation(h_res: xr.DataArray, mixing_logits: xr.DataArray, mask: xr.
     basis="stream",
     null="none: the scale is the loss's; compare connections, and with the gradient at H_res",
     estimator=ONE_BATCH,
+    smooth=False,  # one number for a batch, whichever of its sequences are left out
 )
 def logit_gradient(logit_gradient_norm: xr.DataArray) -> xr.DataArray:
     r"""Norm of the gradient of the loss with respect to the logits of H_res.
@@ -127,6 +128,7 @@ def logit_gradient(logit_gradient_norm: xr.DataArray) -> xr.DataArray:
     basis="stream",
     null="none: the scale is the loss's; compare connections",
     estimator=ONE_BATCH,
+    smooth=False,  # one number for a batch, whichever of its sequences are left out
 )
 def mixing_gradient(mixing_gradient_norm: xr.DataArray) -> xr.DataArray:
     r"""Norm of the gradient of the loss with respect to H_res itself.
@@ -144,6 +146,7 @@ def mixing_gradient(mixing_gradient_norm: xr.DataArray) -> xr.DataArray:
     basis="stream",
     null="none: 1/n at most for a uniform H_res, times the part of the gradient that keeps its sums",
     estimator=ONE_BATCH,
+    smooth=False,  # one number for a batch, whichever of its sequences are left out
 )
 def logit_gradient_share(
     logit_gradient_norm: xr.DataArray, mixing_gradient_norm: xr.DataArray

@@ -30,9 +30,8 @@ from depthscope.probes.connections.logits import (
 from depthscope.probes.model.hooks import Hook, Report
 from depthscope.probes.session.forward import Forward
 
-LOGIT_SUMS = (
-    *("logit_token_count", "logit_range_sum", "logit_gradient_square_sum", "mixing_gradient_square_sum"),
-)
+GRADIENT_SUMS = ("logit_gradient_square_sum", "mixing_gradient_square_sum")
+LOGIT_SUMS = ("logit_token_count", "logit_range_sum", *GRADIENT_SUMS)
 """Names of the sums, by connection; ``logit_range_max`` is a maximum."""
 
 FIRST = "no forward after the first measured one has shown them yet"
@@ -149,7 +148,7 @@ class LogitStatistics:
         self._add_range(forward, number, read(logits), mask)
         if not self._gradients:
             return
-        for name, tensor in (("logit_gradient_square_sum", logits), ("mixing_gradient_square_sum", matrix)):
+        for name, tensor in zip(GRADIENT_SUMS, (logits, matrix), strict=True):
             # Of a matrix that all tokens share, the gradient is one, whatever the mask.
             by_token = mask is not None and tensor.numel() > n * n
             if tensor.requires_grad:

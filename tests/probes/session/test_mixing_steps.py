@@ -210,3 +210,16 @@ def test_weights_that_are_local_variables(projection):
         np.testing.assert_allclose(row["logit_gradient_square_sum"], part["logits"], rtol=1e-3, atol=1e-12)
         np.testing.assert_allclose(row["mixing_gradient_square_sum"], part["matrix"], rtol=1e-4)
     assert why(recorder.run) == {""}
+
+
+def test_gradients_are_those_of_the_loss_whatever_a_scaler_multiplies_it_by():
+    model, scaler = LogitModel(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with ds.record(model, gradients=True, scaler=scaler) as recorder:
+        for step in range(2):
+            batch = ids(seed=step)
+            scaler.scale(loss(model(batch), batch)).backward()
+            recorder.step()
+    scaled = sums(model)["logits"] / 1024.0**2
+    np.testing.assert_allclose(
+        recorder.run.statistics["logit_gradient_square_sum"][1], scaled, rtol=1e-4, atol=1e-12
+    )
