@@ -129,7 +129,7 @@ def measure(
     assert first is not None
     # After the state is restored: the forward draws what the first measured one drew.
     with no_collection():
-        followed = follow(session, *first)
+        followed = follow(session, *first, _loss_of(loss) if gradients else None)
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
             return build_run(session, [], [], digests=False, followed=followed)
@@ -200,6 +200,11 @@ def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -
             "loss=lambda output, batch: …"
         )
     return None
+
+
+def _loss_of(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor | None]:
+    """The function that gives the loss of a further forward of a batch."""
+    return lambda output, batch: _loss_value(output, batch, loss, required=True)
 
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:

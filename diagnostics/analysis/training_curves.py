@@ -7,7 +7,16 @@ from functools import partial
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics import collapse, gradients, mixing, propagation, streamed, weight_updates
+from depthscope.diagnostics.metrics import (
+    attention,
+    collapse,
+    gradients,
+    logits,
+    mixing,
+    propagation,
+    streamed,
+    weight_updates,
+)
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, sources
 from depthscope.diagnostics.quantities.token_spectra import RANKS
@@ -31,9 +40,11 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     Dataset
         Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
-        ``mixing_gain`` (mean and max), the metrics of `weight_updates` (step, weight), the ``streamed_`` ranks
-        with their nulls; and ``loss`` (step); as far as the statistics have them. Streamed sums are of the tokens since
-        the weights last changed: their ranks are values of the last step and NaN before it.
+        ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
+        ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
+        `weight_updates` (step, weight), the ``streamed_`` ranks with their nulls; and ``loss`` (step); as far as the
+        statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of the
+        last step and NaN before it.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
@@ -118,6 +129,35 @@ def _mixing_gain(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     }
 
 
+def _logit_range(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    parts = [statistics["logit_range_sum"] / statistics["logit_token_count"], statistics["logit_range_max"]]
+    found = xr.concat(parts, xr.Variable("reduction", ["mean", "max"]), coords="minimal", compat="override")
+    return {"logit_range": _exact(logits.logit_range, found.transpose("step", "connection", "reduction"))}
+
+
+def _logit_gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    norms = [statistics[f"{name}_gradient_square_sum"] ** 0.5 for name in ("logit", "mixing")]
+    return {
+        metric.name: _exact(metric, metric.function(*needed))
+        for metric, needed in (
+            (logits.logit_gradient, norms[:1]),
+            (logits.mixing_gradient, norms[1:]),
+            (logits.logit_gradient_share, norms),
+        )
+    }
+
+
+def _attention(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    count = statistics["attention_query_count"]
+    heads = {"head": range(count.sizes["head"])}
+    return {
+        metric.name: _exact(
+            metric, (statistics[f"{metric.name}_sum"] / count.where(count > 0)).assign_coords(heads)
+        )
+        for metric in (attention.attention_entropy, attention.sink_mass)
+    }
+
+
 def _loss(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     return {"loss": statistics["loss"].assign_attrs(long_name="Loss", units="1", symbol=r"\mathcal{L}")}
 
@@ -153,6 +193,9 @@ _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] 
     ("unit_pair_sum", "token_count"): _token_cosine,
     ("adjacent_cosine_sum", "token_count"): _adjacent_cosine,
     ("gain_sum", "gain_max", "token_count"): _mixing_gain,
+    ("logit_range_sum", "logit_range_max", "logit_token_count"): _logit_range,
+    ("logit_gradient_square_sum", "mixing_gradient_square_sum"): _logit_gradients,
+    ("attention_entropy_sum", "sink_mass_sum", "attention_query_count"): _attention,
     ("loss",): _loss,
     ("eigenvalue", "stream_eigenvalue", "streamed_count"): _streamed_ranks,
     **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},

@@ -45,7 +45,10 @@ ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
 # Parts of connections with streams, which a run of one stream cannot have.
-_OF_STREAMS = ("h_res", "h_pre", "h_post", "read", "write", "read_known", "initial_logits")
+_OF_STREAMS = (
+    *("h_res", "h_pre", "h_post", "read", "write", "read_known", "initial_logits"),
+    *("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm"),
+)
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
@@ -54,9 +57,14 @@ _REMEDIES = {
     "h_pre": "the family has no scalar read weights, or the capture left them out",
     "h_post": "the family has no scalar write weights, or the capture left them out",
     "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
+    "mixing_logits": "H_res is no softmax or Sinkhorn of logits that were recognised, see /coverage",
+    **dict.fromkeys(
+        ("logit_gradient_norm", "mixing_gradient_norm"),
+        "capture it with gradients=True; and where H_res is no softmax or Sinkhorn of logits, it has none: see /coverage",
+    ),
     **dict.fromkeys(
         OF_ATTENTION,
-        "the first forward of a capture showed no attention weights that could be read, see /coverage",
+        "no forward showed attention weights that could be read, see /coverage",
     ),
     **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
     **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),

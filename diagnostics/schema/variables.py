@@ -28,6 +28,8 @@ ROUTE = ("connection", "sample", "token")
 QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
+HEADS = ("step", "depth", "head")
+CONNECTION_STEP = ("step", "connection")
 MOTION = ("step", "weight")
 SPECTRUM = ("centering", "depth", "component")
 STREAM_SPECTRUM = ("centering", "depth", "stream", "component")
@@ -68,6 +70,17 @@ TRACE: dict[str, Variable] = {
         ("connection", "stream_out", "stream_in"),
         "f",
         "static logits of h_res before training, rows are destinations",
+    ),
+    "mixing_logits": Variable(
+        (*ROUTE, "stream_out", "stream_in"),
+        "f",
+        "what h_res is the scaled exponential of, rows are destinations; NaN outside of the first batch",
+    ),
+    "logit_gradient_norm": Variable(
+        ("connection",), "f", "‖∂loss/∂H̃‖ of mixing_logits, over all tokens of the first batch"
+    ),
+    "mixing_gradient_norm": Variable(
+        ("connection",), "f", "‖∂loss/∂H_res‖ of h_res, over all tokens of the first batch"
     ),
     "h_pre": Variable((*ROUTE, "stream"), "f", "weights that read the branch input from the streams"),
     "h_post": Variable((*ROUTE, "stream"), "f", "weights that write the branch output to the streams"),
@@ -179,6 +192,51 @@ STATISTICS: dict[str, Variable] = {
     "gradient_square_norm_sum": Variable(PROFILE, "f", "Σ ‖∂loss/∂x‖² over tokens"),
     "gain_sum": Variable(GAIN, "f", "Σ over tokens of the Amax gain of H_res"),
     "gain_max": Variable(GAIN, "f", "max over tokens of the Amax gain of H_res"),
+    "logit_token_count": Variable(
+        CONNECTION_STEP,
+        "f",
+        "real tokens whose logits of H_res were seen; NaN in the step that finds the structure",
+    ),
+    "logit_range_sum": Variable(
+        CONNECTION_STEP,
+        "f",
+        "Σ over these tokens of max − min of the logits in a row of H_res, mean over its rows",
+    ),
+    "logit_range_max": Variable(
+        CONNECTION_STEP, "f", "max over tokens and rows of max − min of these logits"
+    ),
+    "logit_gradient_square_sum": Variable(
+        CONNECTION_STEP, "f", "Σ ‖∂loss/∂H̃‖² over tokens; over forwards, where all tokens share their logits"
+    ),
+    "mixing_gradient_square_sum": Variable(
+        CONNECTION_STEP,
+        "f",
+        "Σ ‖∂loss/∂H_res‖² over tokens; over forwards, where all tokens share the matrix",
+    ),
+    "h_res_sum": Variable(
+        (*CONNECTION_STEP, "stream_out", "stream_in"), "f", "Σ H_res over tokens, rows are destinations"
+    ),
+    "h_pre_sum": Variable((*CONNECTION_STEP, "stream"), "f", "Σ H_pre over the tokens of h_pre_token_count"),
+    "h_pre_token_count": Variable(
+        CONNECTION_STEP, "f", "real tokens whose H_pre is known: of the sampled sequences, or all"
+    ),
+    "h_post_sum": Variable((*CONNECTION_STEP, "stream"), "f", "Σ H_post over tokens"),
+    "connection_parameter": Variable(
+        ("step", "cell"),
+        "f",
+        "each element of the biases and gates of the connections, as the step's forwards used it",
+    ),
+    "cell_parameter": Variable(("cell",), "OTU", "the parameter that this element belongs to"),
+    "connection_parameter_drift": Variable(
+        ("step", "parameter"), "f", "‖p − p₀‖ of each bias or gate p, from its first measured step on"
+    ),
+    "attention_query_count": Variable(
+        HEADS, "f", "real queries that see two keys or more, of the sequences whose attention was looked at"
+    ),
+    "attention_entropy_sum": Variable(
+        HEADS, "f", "Σ over these queries of the entropy of their weights, as a share of that of uniform ones"
+    ),
+    "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
     "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
     "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
     "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimiser"),

@@ -63,6 +63,7 @@ VERDICTS: dict[str, Verdict] = {
         streams.some_connections_stuck,
         trained_mixing.unmoved_mixing,
         trained_mixing.decayed_mixing,
+        trained_mixing.saturated_logits,
         streams.unread_stream,
         streams.unwritten_stream,
         streams.dominant_stream,

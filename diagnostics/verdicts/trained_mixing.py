@@ -17,6 +17,8 @@ from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number,
 HALF = float(np.log10(0.5))
 # Replaces −∞, the logarithm of exactly nothing, so that differences of it are finite.
 NOTHING = -300.0
+# Saturation of a projection whose logits are too far apart: those of −8 off the diagonal have 0.998. Heuristic.
+NEARLY_PERMUTATIONS = 0.99
 
 
 # A hundredth of the scale of the identity, the distance of entries that moved by 0.01. Heuristic.
@@ -62,3 +64,23 @@ def decayed_mixing(
             ),
         )
     ]
+
+
+# Off-diagonal logits of −8 let at most 1.3e-3 through, those of −6 at most 1e-2; a uniform H_res of four streams 0.25. A note,
+# since an optimiser that divides by the size of the gradient moves such logits all the same, only slowly.
+@verdict(metric="logit_gradient_share", limits=Limits(info=2e-3, above=False))
+def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.DataArray) -> Iterator[Profile]:
+    """H_res can hardly learn: almost none of its gradient reaches its logits.
+
+    Softmax and Sinkhorn of logits that are far apart (off-diagonal ones near −8) let no gradient through. Begin with logits
+    nearer to each other, such as −3 off the diagonal, or leave them out of weight decay and give them a higher learning rate.
+    """
+    saturation = float(logit_saturation.sel(reduction="median", drop=True).min("connection"))
+    # The gradient may be small for another reason: where streams are equal, as in the first connection, or are averaged
+    # behind the last one, it lies along what the projection takes away.
+    if saturation >= NEARLY_PERMUTATIONS:
+        yield Profile(
+            logit_gradient_share.max("connection"),
+            "of the gradient that reaches H_res, the largest share that reaches its logits at any connection is",
+            note=f"Every projection lets through less than {number(1 - saturation)} of what a uniform one does.",
+        )

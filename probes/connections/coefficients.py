@@ -5,7 +5,8 @@ Shapes: B batch, T token, N stream, V view (a branch input; mostly one), D featu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -111,6 +112,34 @@ def as_views(
     if len(shape) == 4 and shape[1] == width != shape[-1] and views == 1:
         return tensor.flatten(2).mT.unsqueeze(2)  # an image, channels first
     return tensor.reshape(batch_size, tokens, views, width)
+
+
+def per_token(tensor: torch.Tensor, tail: tuple[int, ...], batch: int, tokens: int) -> Iterator[torch.Tensor]:
+    """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        As in the model.
+    tail : tuple of int
+        Shape of one token's weights.
+    batch, tokens : int
+        B and T.
+
+    Yields
+    ------
+    Tensor
+    """
+    lead, size, shape = (batch, tokens), math.prod(tail), tuple(tensor.shape)
+    if tensor.numel() == size:
+        yield tensor.reshape(tail).expand(*lead, *tail)
+    elif tensor.numel() == math.prod(lead) * size:
+        if shape[0] in (lead[0], math.prod(lead)):
+            yield tensor.reshape(*lead, *tail)
+        if shape[:2] == lead[::-1]:
+            yield tensor.reshape(*lead[::-1], *tail).transpose(0, 1)
+        if shape == (*tail, *lead):
+            yield tensor.movedim((-2, -1), (0, 1))
 
 
 def spread(count: int, most: int) -> torch.Tensor:

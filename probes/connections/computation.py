@@ -8,7 +8,6 @@ Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from depthscope.probes.connections.coefficients import spread
+from depthscope.probes.connections.coefficients import per_token, spread
+from depthscope.probes.connections.logits import SAME, exponential_argument
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.tensors import tensors_in, version
 
-# Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
-SAME = 3e-6
 COMPARED = 64  # numbers of a state by which it is recognised; a heuristic
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
@@ -113,6 +111,7 @@ class Computation(TorchFunctionMode):
         self._count = 0
         self.values: list[ComputedValue] = []
         self.reductions: list[Reduction] = []
+        self.exponentials: list[ComputedValue] = []  # the tensors whose exponential was taken
         self.error: Exception | None = None  # why no more is kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,6 +137,12 @@ class Computation(TorchFunctionMode):
                     self.values.append(
                         ComputedValue(self._count, value.number, tensor, sigmoid, version(tensor))
                     )
+        argument = exponential_argument(name, args)
+        if argument is not None and argument.numel() in self._squares:
+            number = value.number if (value := self._trace.value(argument)) is not None else -1
+            self.exponentials.append(
+                ComputedValue(self._count, number, argument, sigmoid=False, written=version(argument))
+            )
         if args and isinstance(args[0], torch.Tensor) and args[0].numel() in self._squares:
             self._note_reduction(name, args, kwargs, result)
 
@@ -190,6 +195,10 @@ class ComputedForward:
         The sequences of this batch that were sampled.
     precision : dtype
         In which the model multiplies its states: weights that were read by running operations once more are rounded to it.
+    exponentials : sequence of ComputedValue
+        The small tensors whose exponential was taken, in order.
+    loss : Tensor or None
+        With its graph, where gradients are wanted.
     """
 
     trace: Trace
@@ -203,6 +212,8 @@ class ComputedForward:
     shape: tuple[int, ...]
     rows: list[int]
     precision: torch.dtype = torch.float32
+    exponentials: Sequence[ComputedValue] = ()
+    loss: torch.Tensor | None = None
     _states: list[tuple[ComputedValue, torch.Tensor]] = field(init=False)
     # By identity, with the weights themselves, so that no others get it.
     _firsts: dict[int, tuple[list[float], torch.Tensor]] = field(init=False, default_factory=dict)
@@ -246,16 +257,7 @@ class ComputedForward:
 
     def per_token(self, tensor: torch.Tensor, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
-        lead, size, shape = (self.batch_size, self.tokens), math.prod(tail), tuple(tensor.shape)
-        if tensor.numel() == size:
-            yield tensor.reshape(tail).expand(*lead, *tail)
-        elif tensor.numel() == math.prod(lead) * size:
-            if shape[0] in (lead[0], math.prod(lead)):
-                yield tensor.reshape(*lead, *tail)
-            if shape[:2] == lead[::-1]:
-                yield tensor.reshape(*lead[::-1], *tail).transpose(0, 1)
-            if shape == (*tail, *lead):
-                yield tensor.movedim((-2, -1), (0, 1))
+        return per_token(tensor, tail, self.batch_size, self.tokens)
 
     def matching(self, wanted: torch.Tensor, between: tuple[int, int]) -> list[ComputedValue]:
         """The values that are these coefficients (K, T, *tail), or their transpose, in order.
@@ -403,32 +405,43 @@ class Applied:
     branch_in: torch.Tensor | None  # (K, T, D), of one view
 
 
-def trace_origins(forward: ComputedForward, applied: Sequence[Applied]) -> list[Origin]:
+def trace_origins(search: Search) -> list[Origin]:
     """From what the coefficients of every connection were computed.
 
     Parameters
     ----------
-    forward : ComputedForward
-        What one forward computed.
-    applied : sequence of Applied
-        One for each connection, in order.
+    search : Search
+        Of the forward that computed them.
 
     Returns
     -------
     list of Origin
     """
-    search = _Search(forward, applied)
-    origins = [search.origin(number) for number in range(len(applied))]
+    numbers = range(len(search.applied))
+    origins = [search.origin(number) for number in numbers]
     # One backward for all of them, and none where every matrix carries a gradient and is not uniform.
-    pairs = {number: pair for number in range(len(applied)) if (pair := search.doubtful(number)) is not None}
-    sizes = forward.gradients([tensor for pair in pairs.values() for tensor in pair]) if pairs else []
+    pairs = {number: pair for number in numbers if (pair := search.doubtful(number)) is not None}
+    sizes = search.forward.gradients([tensor for pair in pairs.values() for tensor in pair]) if pairs else []
     for number, found in zip(pairs, zip(sizes[::2], sizes[1::2], strict=True), strict=True):
         origins[number] = replace(origins[number], gradients=found)
     return origins
 
 
-class _Search:
-    """The search for the origins of all connections of one forward."""
+class Search:
+    """The search for the coefficients of all connections in what one forward computed.
+
+    Parameters
+    ----------
+    forward : ComputedForward
+        What it computed.
+    applied : sequence of Applied
+        One for each connection, in order.
+
+    Attributes
+    ----------
+    found : list of dict
+        For each connection the values that are its coefficients, by their names (H_res, H_pre, H_post).
+    """
 
     def __init__(self, forward: ComputedForward, applied: Sequence[Applied]):
         self.forward = forward
@@ -473,8 +486,8 @@ class _Search:
             return Origin()
         share, later = self._other_tokens(number)
         mix = found.get("H_res", [])
-        behind = self._behind(mix[:1])
-        first = [v.number for v in self._squares(number, (0, window[1])) if v.number in behind]
+        behind = self.behind(mix[:1])
+        first = [v.number for v in self.squares(number, (0, window[1])) if v.number in behind]
         chain = self.forward.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
         return Origin(
             learned=bool(behind & self.forward.parameters),
@@ -510,7 +523,7 @@ class _Search:
     def _before_rounding(self, number: int, window: tuple[int, int]) -> dict[str, Any]:
         """The computed matrix that the applied one is a rounding of, where it is one."""
         wanted = self.applied[number].mix
-        square = self._squares(number, window)
+        square = self.squares(number, window)
         for dtype in CASTS:
             # The rounded matrix itself must be there: a trace of a model in half precision reads rounded numbers in any case.
             cast = [value for value in square if value.tensor.dtype == dtype]
@@ -560,10 +573,12 @@ class _Search:
                     return straight
         return None
 
-    def _behind(self, values: Sequence[ComputedValue]) -> set[int]:
+    def behind(self, values: Sequence[ComputedValue]) -> set[int]:
+        """What some values were computed from, back to the states of the connections."""
         return self.forward.ancestors([value.number for value in values], stop=self.every)
 
-    def _squares(self, number: int, window: tuple[int, int]) -> list[ComputedValue]:
+    def squares(self, number: int, window: tuple[int, int]) -> list[ComputedValue]:
+        """The values of a part of the forward that have the size of a connection's matrix."""
         n = self.applied[number].mix.shape[-1]
         sizes = (n * n, self.forward.batch_size * self.forward.tokens * n * n)
         return [value for value in self.forward.within(window) if value.tensor.numel() in sizes]
@@ -571,7 +586,7 @@ class _Search:
     def _others(self, number: int, values: Sequence[ComputedValue]) -> tuple[int, ...]:
         """The connections whose states some coefficients were computed from, other than by way of their own state."""
         start = [value for value in values if value.number not in self.every][:1]
-        reached = self._behind(start)
+        reached = self.behind(start)
         own = self.numbers[number]
         # States with the same values, as where a connection changes nothing, are not told apart.
         others = [at for at, of in enumerate(self.numbers) if at != number and reached & (of - own)]
@@ -615,7 +630,7 @@ class _Search:
         forward, mix = self.forward, self.applied[number].mix
         n = mix.shape[-1]
         # Of n · n numbers there are others, such as the gain of a norm of that width: the two axes must be there.
-        square = [v for v in self._squares(number, window) if v.tensor.shape[-2:] == (n, n)]
+        square = [v for v in self.squares(number, window) if v.tensor.shape[-2:] == (n, n)]
         dead = [value for value in square if value.number not in forward.used]
         if not dead:
             return None
@@ -630,7 +645,7 @@ class _Search:
             return None
         # What it was made of may be used: as the matrix itself, where this is a statistic for a log, or beside the read
         # weights in one tensor. The gradient tells these apart.
-        earlier = [v for v in self._squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
+        earlier = [v for v in self.squares(number, (0, window[1])) if v.tensor.shape[-2:] == (n, n)]
         used = [v for v in earlier if v.number in behind and v.number in forward.used]
         if used and not (used[-1].tensor.requires_grad and forward.gradients([used[-1].tensor]) == [0.0]):
             return None
@@ -670,7 +685,7 @@ class _Search:
         window = self._window(number)
         if not mix or not write or window is None:
             return None
-        behind = self._behind(mix[:1])
+        behind = self.behind(mix[:1])
         if not behind & self.forward.parameters:
             return None
         size = mix[0].tensor.numel()
@@ -681,5 +696,5 @@ class _Search:
         )
         if not severed and float((matrix - 1 / n).abs().max()) > UNIFORM:
             return None
-        logits = next((v for v in self._squares(number, (0, window[1])) if v.number in behind), mix[0])
+        logits = next((v for v in self.squares(number, (0, window[1])) if v.number in behind), mix[0])
         return logits.tensor, write[-1].tensor

@@ -80,9 +80,9 @@ def build_run(
             raise
         evidence = gather_evidence(joints)
         for row in rows:  # the gains that were added up are those of the matrices that are not applied
-            row.sums[0].forget("gain_sum", "gain_max")
-    remarks = connection_remarks(session.structure, evidence, replaced, followed)
-    covered = coverage(session, evidence)
+            row.sums[0].forget("gain_sum", "gain_max", "h_res_sum")
+    remarks, logits = connection_remarks(session.structure, evidence, replaced, followed)
+    covered = coverage(session, evidence, logits)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
@@ -90,10 +90,12 @@ def build_run(
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
-            trace[name] = trace_dataset(session, number, depths, sequences, evidence, token_text)
+            trace[name] = trace_dataset(session, number, depths, sequences, evidence, token_text, logits)
             if not rows:
                 continue
-            measured = statistics_dataset(chain, number, depths, rows, pooled, evidence)
+            measured = statistics_dataset(
+                chain, number, depths, rows, pooled, evidence, session.observer.parameter_cells
+            )
             variables, coords = weight_variables([row.weights for row in rows], chains, number, starts, stage)
             statistics[name] = measured.assign(variables).assign_coords(coords)
     memory = memory_facts(next(iter(trace.values())), session.observer.dtype, kept)

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from depthscope.probes.connections.applied import Replacement
-from depthscope.probes.connections.computation import Applied, ComputedForward, Origin, trace_origins
+from depthscope.probes.connections.computation import (
+    Applied,
+    ComputedForward,
+    Origin,
+    Search,
+    trace_origins,
+)
+from depthscope.probes.connections.mixing_logits import MixingLogits, mixing_logits
 from depthscope.probes.connections.proof import Evidence, Joint, applied_matrix, reconstruction_error
 from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
 from depthscope.probes.structure.model_structure import Structure
@@ -23,8 +30,8 @@ def connection_remarks(
     evidence: Evidence,
     replaced: Mapping[int, Replacement],
     followed: ComputedForward | None,
-) -> list[dict[str, Any]]:
-    """What is odd about the connections of a run, as plain values; empty where nothing is, or there are none.
+) -> tuple[list[dict[str, Any]], list[MixingLogits]]:
+    """What is odd about the connections of a run, and the logits of their matrices.
 
     Parameters
     ----------
@@ -39,17 +46,21 @@ def connection_remarks(
 
     Returns
     -------
-    list of dict
+    remarks : list of dict
+        Plain values; empty where nothing is odd, or there are no connections.
+    logits : list of MixingLogits
+        One for each connection; empty where no forward was followed.
     """
+    logits: list[MixingLogits] = []
     facts = [_facts(evidence, number, replaced.get(number)) for number in range(len(evidence.joints))]
     if followed is not None and facts:
-        facts = _with_origins(facts, evidence.joints, followed)
+        facts, logits = _with_origins(facts, evidence.joints, followed)
     inner = (
         passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
         if structure.inner_streams
         else ()
     )
-    return [remark.as_dict() for remark in (*inner, *remarks(facts))]
+    return [remark.as_dict() for remark in (*inner, *remarks(facts))], logits
 
 
 def _facts(evidence: Evidence, number: int, replaced: Replacement | None) -> Facts:
@@ -99,7 +110,9 @@ def _cast_is_clear(joint: Joint, evidence: Evidence, number: int) -> bool:
     return reconstruction_error(tokens, reading) <= NEARER * exact
 
 
-def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: ComputedForward) -> list[Facts]:
+def _with_origins(
+    facts: list[Facts], joints: Sequence[Joint], forward: ComputedForward
+) -> tuple[list[Facts], list[MixingLogits]]:
     kept = slice(
         len(forward.rows)
     )  # the sampled sequences are in the order of the data, and these are of its first batch
@@ -109,8 +122,9 @@ def _with_origins(facts: list[Facts], joints: Sequence[Joint], forward: Computed
         branch_in = taken.squeeze(-2) if taken.shape[-2] == 1 else None
         parts = joint.x_in, joint.x_out, of.stored, of.read, of.write, branch_in
         applied.append(Applied(*(None if each is None else each[kept, : forward.tokens] for each in parts)))
-    origins = trace_origins(forward, applied)
-    return [_completed(of, origin) for of, origin in zip(facts, origins, strict=True)]
+    search = Search(forward, applied)
+    completed = [_completed(of, origin) for of, origin in zip(facts, trace_origins(search), strict=True)]
+    return completed, mixing_logits(search)
 
 
 def _completed(facts: Facts, origin: Origin) -> Facts:

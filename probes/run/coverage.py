@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import xarray as xr
 
+from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import DEPTH, PLAIN, Chain, Connection, HookPoint
@@ -36,7 +37,7 @@ class Coverage:
     why: str
 
 
-def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
+def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits] = ()) -> list[Coverage]:
     """The coverage of every site of every chain.
 
     Parameters
@@ -45,6 +46,8 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
         With its chains found and its forwards counted.
     evidence : Evidence
         The proofs, which show whether a branch's output was hooked or solved for.
+    logits : sequence of MixingLogits
+        Those of the connections, where a forward was followed.
 
     Returns
     -------
@@ -55,6 +58,8 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
     for number, chain in enumerate(session.structure.chains):
         rows += _state_rows(session, number, chain)
         rows += _connection_rows(session, chain, evidence)
+        rows += _logit_rows(session, chain, logits)
+        rows += _attention_rows(session, number, chain)
     # Expected in no forward, as what does not exist: a model need not show its attention.
     rows += [
         Coverage(PATTERN_NAME, "attention", "", -1, "", 0, 0, f"{reason} ({count} ×)")
@@ -127,6 +132,27 @@ def _call_name(point: HookPoint) -> str:
     return f"{path} ({point.at})"
 
 
+def _attention_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
+    """The states that attention leads to, with the module that attends."""
+    places, selection = session.attention, session.options.selection
+    for (owner, depth), module in sorted(places.modules.items()):
+        if owner != number:
+            continue
+        point, stored = chain.points[depth], selection.stores_attention(chain, depth)
+        # A first forward that had to be repeated showed it too, and counts as none.
+        times = min(places.seen[owner, depth], session.num_forwards) if stored else 0
+        yield Coverage(
+            name=PATTERN_NAME.replace("{i}", str(point.layer)),
+            site="attention",
+            module=module,
+            layer=point.layer,
+            chain=chain.name,
+            expected=times,
+            fired=times,
+            why="" if stored else NOT_REQUESTED,
+        )
+
+
 def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iterator[Coverage]:
     for number, connection in enumerate(chain.connections):
         for variable, why in _connection_variables(session, connection, evidence, number):
@@ -143,6 +169,28 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
                 expected=times,
                 fired=times,
                 why=why or ("" if stored else NOT_REQUESTED),
+            )
+
+
+def _logit_rows(session: Session, chain: Chain, logits: Sequence[MixingLogits]) -> Iterator[Coverage]:
+    """The logits of the matrices: a capture follows one forward for them, a recording sees them in all but the first."""
+    if not chain.has_streams or not session.options.selection.stores_variable(chain, "h_res"):
+        return
+    for number, connection in enumerate(chain.connections):
+        if logits:
+            times, why = (0, logits[number].why) if logits[number].why else (1, "")
+        else:
+            times, why = session.observer.logits_seen(number)
+        if times or why:
+            yield Coverage(
+                name=f"blocks.{connection.layer}.{connection.branch}.mixing_logits",
+                site="mixing_logits",
+                module=connection.path,
+                layer=connection.layer,
+                chain=chain.name,
+                expected=times,
+                fired=times,
+                why=why,
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,15 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.run.mixing_statistics import mixing_statistics
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
-from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.token_sums import TokenSums, stacked
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
 
 DIRECTIONS = np.array(["forward", "backward"], dtype=object)
 GRADIENT = "gradient_square_norm_sum"
+OF_HEADS = ("attention_query_count", "attention_entropy_sum", "sink_mass_sum")
 PROFILES = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosine_sum", GRADIENT)
 
 
@@ -42,15 +45,17 @@ def statistics_dataset(
     rows: list[StepStatistics],
     pooled: list[TokenSums],
     evidence: Evidence,
+    cells: Mapping[int, Sequence[str]],
 ) -> xr.Dataset:
     """The statistics of one group, without those of the weights.
 
-    ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain.
+    ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain;
+    ``cells`` tells the biases and gates of the connections, see `mixing_statistics`.
     """
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
         # Of the first depth: all states of a group have the same tokens.
-        "token_count": ("step", _stacked(sums, "token_count", depths[:1])[:, 0]),
+        "token_count": ("step", stacked(sums, "token_count", depths[:1])[:, 0]),
         "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
     }
     for name, values in (("loss", [row.loss for row in rows]), ("loss_scale", [row.scale for row in rows])):
@@ -58,11 +63,14 @@ def statistics_dataset(
             variables[name] = ("step", np.array([math.nan if value is None else value for value in values]))
     variables.update(_profile_variables(sums, depths))
     # Σ_{i≠j} u_i·u_j over all pairs of unit vectors = ‖Σ u‖² − number of them: the mean cosine without forming any pair.
-    pairs = _stacked(sums, "unit_square", depths) - _stacked(sums, "unit_count", depths)
+    pairs = stacked(sums, "unit_square", depths) - stacked(sums, "unit_count", depths)
     variables["unit_pair_sum"] = (schema.PROFILE, pairs)
     for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
-        values_LND = _stacked(pooled[number : number + 1], name, depths)[0]
+        values_LND = stacked(pooled[number : number + 1], name, depths)[0]
         variables[name] = (("depth", "stream", "feature"), values_LND)
+    for name in OF_HEADS:
+        if any(of.array(name, depths) is not None for of in sums):
+            variables[name] = (schema.STATISTICS[name].dims, stacked(sums, name, depths))
     coords = depth_coords(chain, depths)
     coords["step"] = np.array([row.step for row in rows])
     coords["stream"] = np.arange(pairs.shape[2])
@@ -76,6 +84,11 @@ def statistics_dataset(
         variables.update(_gain_variables(sums, evidence))
         coords.update(connection_coords(chain.connections))
         coords["direction"] = DIRECTIONS
+        found, found_coords = mixing_statistics(
+            sums, len(evidence.proofs), cells, transposed=evidence.transposed
+        )
+        variables.update(found)
+        coords.update(found_coords)
     return xr.Dataset(variables, coords)
 
 
@@ -84,18 +97,11 @@ def _profile_variables(sums: list[TokenSums], depths: list[int]) -> dict[str, An
     found: dict[str, Any] = {}
     for name in PROFILES:
         if any(of.array(name, depths) is not None for of in sums):
-            found[name] = (schema.PROFILE, _stacked(sums, name, depths))
+            found[name] = (schema.PROFILE, stacked(sums, name, depths))
     if GRADIENT in found:
         reached = {depth for of in sums for depth in of.sums.get(GRADIENT, ())}
         found[GRADIENT] = (*found[GRADIENT], without_gradient(depths, reached))
     return found
-
-
-def _stacked(sums: list[TokenSums], name: str, keys: list[int]) -> np.ndarray:
-    """One statistic of all steps; NaN in steps where it was not measured."""
-    arrays = [of.array(name, keys) for of in sums]
-    known = [array for array in arrays if array is not None]
-    return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])
 
 
 def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]:
@@ -106,7 +112,7 @@ def _gain_variables(sums: list[TokenSums], evidence: Evidence) -> dict[str, Any]
     variables: dict[str, Any] = {}
     for name in ("gain_sum", "gain_max"):
         # (step, connection, 2): the gain along the matrix's last axis, then along the one before.
-        gains = _stacked(sums, name, keys)
+        gains = stacked(sums, name, keys)
         if evidence.transposed:  # the matrix as the module computes it has its sources first
             gains = gains[..., ::-1]
         variables[name] = (schema.GAIN, np.moveaxis(gains, -1, 1).copy())

@@ -9,11 +9,13 @@ import torch
 import xarray as xr
 
 from depthscope.diagnostics import schema
+from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import start_facts
 from depthscope.probes.run.linear_variables import chain_proof, linear_coords
+from depthscope.probes.run.logit_variables import logit_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.model_structure import FINAL
@@ -26,6 +28,7 @@ def trace_dataset(
     sequences: list[Sequence],
     evidence: Evidence,
     token_text: Any,
+    logits: list[MixingLogits],
 ) -> xr.Dataset:
     """The trace of one group: some depths of chain ``number``; ``token_text`` is by the sequence's index."""
     chain, selection = session.structure.chains[number], session.options.selection
@@ -56,10 +59,11 @@ def trace_dataset(
             {name: of_connections.pop(name) for name in schema.TRACE_COORDS if name in of_connections}
         )
         variables.update(of_connections)
+        if chain.has_streams and selection.stores_variable(chain, "h_res"):
+            variables.update(logit_variables(logits, len(sequences), tokens))
         coords.update(connection_coords(chain.connections))
         coords.update(linear_coords(chain.connections, over_depth=chain.over_depth))
-    # Nobody asks for a few sites, and wants those of all heads with them.
-    if not selection.requests:
+    if selection.includes("attention"):
         variables.update(_attention_variables(session, number, depths, sequences, tokens))
     variables.update(_final_variables(number, sequences, tokens, residual.shape[-1]))
     if token_text is not None:
@@ -93,13 +97,14 @@ def _gradients(
 def _attention_variables(
     session: Session, number: int, depths: list[int], sequences: list[Sequence], tokens: int
 ) -> dict[str, Any]:
-    """What the queries attend to before each state; NaN where no attention leads to it, or the sequence came later."""
-    seen = session.attention.rows
+    """What the queries attend to before each state; NaN where no attention leads to it, or it was not looked at."""
+    chain, selection = session.structure.chains[number], session.options.selection
     known = {
         (i, j): rows
         for i, depth in enumerate(depths)
         for j, sequence in enumerate(sequences)
-        if (rows := seen.get(sequence.index, {}).get((number, depth))) is not None
+        if (rows := sequence.attention.get((number, depth))) is not None
+        and selection.stores_attention(chain, depth)
     }
     if not known:
         return {}

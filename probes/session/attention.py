@@ -1,49 +1,106 @@
-"""Between which states does attention lie? What its weights were, by chain and depth, of the sampled sequences."""
+"""Between which states does attention lie, and what were its weights? By chain and depth, of the sampled sequences.
+
+The first forward, whose operations are all traced, shows which calls of which modules attend, and to which state that leads.
+Later forwards look at the operations of these modules alone.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.dataflow.attention import AttentionRows, AttentionWatch
 from depthscope.probes.dataflow.trace import Trace
 from depthscope.probes.dataflow.values import Value
 from depthscope.probes.model.layout import LayoutError
-from depthscope.probes.session.forward import Forward
+from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.structure.model_structure import Structure
 from depthscope.probes.structure.plain_proof import states_of
 from depthscope.probes.structure.tape import Tape
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
+OUTSIDE = "it is computed outside of all modules but the model itself, where only a first forward looks"
+CHANGED = "a later forward attended another number of times than the first"
+# In a training loop: per query, the weights of all heads beside the D² multiplications of a layer's weights, of which a
+# sequence has 12 or more, and three times that with its backward. A few passes over the weights are then about 2 % of a
+# measured step. Heuristic.
+SHARE_OF_STEP = 1 / 64
 
 
 @dataclass
-class Attention:
-    """Attention of a model's first forward.
+class AttentionPlaces:
+    """Where a model attends, as its first forward showed.
 
     Parameters
     ----------
-    rows : dict
-        By the sequence's index, and by chain and depth of the state that the attention leads to: (3, H, T), see
-        `AttentionRows`. The heads of several calls between two states follow each other.
+    calls : dict
+        By module path and index of the call: for each time that it attends, chain and depth of the state that this leads to,
+        or None where it leads to none that is known.
+    heads : dict
+        Number of heads by chain and depth; those of several calls between two states follow each other.
+    keys : dict
+        Number of queries by chain and depth, which is that of the tokens.
+    modules : dict
+        The path of the module, by chain and depth.
     reasons : dict of str to int
-        Why attention was seen and is not here, and how often.
+        Why attention was seen and is not measured, and how often.
+    sequences : int or None
+        How many of the sampled sequences are looked at in a forward; None for all.
     """
 
-    rows: dict[int, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
+    calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
+    heads: dict[Key, int] = field(default_factory=dict)
+    keys: dict[Key, int] = field(default_factory=dict)
+    modules: dict[Key, str] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    seen: Counter[Key] = field(default_factory=Counter)
+    sequences: int | None = None
+
+    @property
+    def paths(self) -> set[str]:
+        """The modules that later forwards look at; all but the model itself."""
+        placed = {path for (path, _), keys in self.calls.items() if any(keys)}
+        # A module that contains another one of them would see its attention as well.
+        return {path for path in placed if path and not any(other.startswith(f"{path}.") for other in placed)}
+
+    def limit_cost(self, structure: Structure, batch_size: int) -> None:
+        """Look at so few sequences that a measured step of a training loop costs about 2 % more.
+
+        Parameters
+        ----------
+        structure : Structure
+            Of the model.
+        batch_size : int
+            B.
+        """
+        if not self.heads:
+            return
+        most = max(self.heads[key] * self.keys[key] for key in self.heads)
+        width = structure.chains[0].shapes[0][-1]
+        self.sequences = int(batch_size * width * width * SHARE_OF_STEP / most)
+        if self.sequences == 0:
+            self.reasons[
+                f"{most} attention weights a query beside states of {width} features would cost more than about 2 % of a "
+                'measured step: request the site "attention" in sites= to measure them all the same'
+            ] += len(self.heads)
 
 
-def watch_attention(tape: Tape, trace: Trace, forward: Forward) -> None:
+def watch_attention(tape: Tape, trace: Trace, forward: Forward, rows: torch.Tensor) -> None:
     """Let a trace tell what the tokens of its forward attend to.
 
     Parameters
     ----------
     tape, trace, forward
         Of the forward that begins.
+    rows : Tensor
+        The sequences of the batch whose weights are looked at; without any, only where attention lies is found.
     """
 
     def number(tensor: torch.Tensor) -> int | None:
@@ -55,12 +112,12 @@ def watch_attention(tape: Tape, trace: Trace, forward: Forward) -> None:
         return trace.call >= 0 and isinstance(tape.calls[trace.call].module, nn.MultiheadAttention)
 
     trace.on_operation = tape.attention = AttentionWatch(
-        forward.rows, forward.batch_size, number=number, heads_follow=heads_follow
+        rows, forward.batch_size, number=number, heads_follow=heads_follow
     )
 
 
-def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Attention:
-    """Tell between which states the attention of a forward lies.
+def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> AttentionPlaces:
+    """Tell between which states the attention of a traced forward lies, and give the forward its numbers.
 
     Parameters
     ----------
@@ -73,32 +130,145 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
 
     Returns
     -------
-    Attention
+    AttentionPlaces
     """
-    watch, found = tape.attention, Attention()
+    watch, places = tape.attention, AttentionPlaces()
     if watch is None or tape.trace is None:
-        return found
+        return places
     tape.attention = tape.trace.on_operation = None  # it holds tensors of the forward
-    found.reasons.update(watch.reasons)
+    places.reasons.update(watch.reasons)
     states = [states_of(tape, chain.points) for chain in structure.chains]
     depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
-    at: dict[tuple[int, int], list[torch.Tensor]] = {}
-    left_out: Counter[str] = Counter()
-    for call in watch.found:
-        place = _place(call, tape.trace, depths)
-        if place is None:  # before the first state, or in what is no chain
+    for seen in watch.found:
+        call = tape.trace.calls[seen.value]
+        path, index = (tape.calls[call].path, tape.calls[call].index) if call >= 0 else ("", 0)
+        of_call = places.calls.setdefault((path, index), [])
+        place = _place(seen, tape.trace, depths)
+        of_call.append(None)  # before the first state, or in what is no chain
+        if place is None:
             continue
         number, depth, state = place
-        if call.rows.shape[-1] != _num_tokens(structure, number, state, forward.batch_size):
-            left_out[OTHER_TOKENS] += 1
+        if seen.rows.shape[-1] != _num_tokens(structure, number, state, forward.batch_size):
+            places.reasons[OTHER_TOKENS] += 1
             continue
-        at.setdefault((number, depth), []).append(call.rows)
-    found.reasons.update(left_out)
-    for position, row in enumerate(forward.rows.tolist()):
-        found.rows[forward.first_index + row] = {
-            place: torch.cat([rows[:, position] for rows in calls], dim=1) for place, calls in at.items()
-        }
-    return found
+        key = of_call[-1] = number, depth
+        places.heads[key] = places.heads.get(key, 0) + seen.rows.shape[2]
+        places.keys[key], places.modules[key] = seen.rows.shape[-1], path
+        add_rows(forward, key, seen.rows)
+    places.seen.update(places.heads.keys())
+    return places
+
+
+def add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
+    """Give a forward what its queries attend to before a state: (3, S, H, T), see `AttentionRows`."""
+    known = forward.attention.get(key)
+    forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
+
+
+class LaterAttention(TorchDispatchMode):
+    """The operations of one module call that attends.
+
+    Parameters
+    ----------
+    forward : Forward
+        The forward.
+    rows : Tensor
+        The sequences whose weights are looked at.
+    module : Module
+        The module.
+    """
+
+    def __init__(self, forward: Forward, rows: torch.Tensor, module: nn.Module):
+        super().__init__()
+        follow = isinstance(module, nn.MultiheadAttention)
+        # Of the operations of one call the order is enough.
+        self.watch = AttentionWatch(
+            rows, forward.batch_size, number=lambda tensor: 0, heads_follow=lambda: follow
+        )
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `Trace`
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at it."""
+        result = func(*args, **(kwargs or {}))
+        self.watch(func, args, kwargs, result)
+        return result
+
+
+def later_attention(
+    places: AttentionPlaces, forward: Forward, path: str, module: nn.Module
+) -> tuple[LaterAttention, Callable[[Any], None]] | None:
+    """What looks at one call of a module that attends, and what is to be done when it has ended.
+
+    Parameters
+    ----------
+    places : AttentionPlaces
+        Of the model.
+    forward : Forward
+        The forward.
+    path, module
+        The module.
+
+    Returns
+    -------
+    tuple or None
+        None where the call is not to be looked at.
+    """
+    expected = places.calls.get((path, forward.next_index("attention", path)))
+    rows = forward.rows[: places.sequences]
+    if expected is None or not any(expected) or not len(rows):
+        return None
+    mode = LaterAttention(forward, rows, module)
+
+    def done(result: Any) -> None:
+        if len(mode.watch.found) != len(expected):
+            places.reasons[next(iter(mode.watch.reasons), CHANGED)] += 1
+            return
+        for seen, key in zip(mode.watch.found, expected, strict=True):
+            if key is not None:
+                add_rows(forward, key, seen.rows)
+                places.seen[key] += 1
+
+    return mode, done
+
+
+def attention_sums(
+    rows_3SHT: torch.Tensor, mask_ST: torch.Tensor | None, heads: int
+) -> dict[str, torch.Tensor]:
+    """Sums over the real queries that see two keys or more.
+
+    Parameters
+    ----------
+    rows_3SHT : Tensor
+        See `AttentionRows`.
+    mask_ST : Tensor or None
+        True on real tokens.
+    heads : int
+        To how many heads, with NaN, the sums are padded.
+
+    Returns
+    -------
+    dict of str to Tensor
+        (heads): ``attention_query_count``, ``attention_entropy_sum`` (a share of that of uniform weights) and
+        ``sink_mass_sum``.
+    """
+    entropy, keys, first = rows_3SHT.double()
+    chosen = (keys >= 2) & entropy.isfinite()
+    if mask_ST is not None:
+        chosen &= mask_ST[:, None].to(chosen.device)
+    share = entropy / keys.clamp_min(2).log()
+    sums = {
+        "attention_query_count": chosen.double(),
+        "attention_entropy_sum": share.where(chosen, 0.0),
+        "sink_mass_sum": first.where(chosen, 0.0),
+    }
+    missing = heads - rows_3SHT.shape[2]
+    return {
+        name: nn.functional.pad(values.sum((0, 2)), (0, missing), value=math.nan)
+        for name, values in sums.items()
+    }
 
 
 def _place(

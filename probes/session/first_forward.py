@@ -7,7 +7,7 @@ hands the observer what the tape stored of the states, so that the first forward
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from depthscope.probes.connections.detection import opened_site, paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.families.traced import read_traced
 from depthscope.probes.connections.family import ForwardFamily, Site, StreamConnectionError
+from depthscope.probes.connections.logits import OperationLogits
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
 from depthscope.probes.dataflow.axes import is_packed, layout_of
 from depthscope.probes.dataflow.trace import Trace
@@ -72,8 +73,8 @@ class FirstForward:
         Called with every exception that a gradient hook raises.
     observer : Observer, optional
         Of a known structure that only the trace of a forward shows: it gets the states that no module shows.
-    attention : bool
-        Whether what the tokens attend to is looked at.
+    attention : int, optional
+        Of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not looked for.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FirstForward:
         gradients: bool,
         report: Report,
         observer: Observer | None = None,
-        attention: bool = False,
+        attention: int | None = None,
     ):
         self._observer, self._attention = observer, attention
         captured = observer.structure.captured if observer is not None else ()
@@ -148,8 +149,13 @@ class FirstForward:
                 tensor.ndim > forward.batch_axis and tensor.shape[forward.batch_axis] == forward.batch_size
             )
             trace.watch(tensor, forward.batch_axis if batched else None)
-        if self._attention:
-            watch_attention(tape, trace, forward)
+        if self._attention is not None:
+            watch_attention(tape, trace, forward, forward.rows[: self._attention])
+        if self._observer is not None and self._observer.logits is not None:
+            tape.logits = OperationLogits(self._observer.structure.num_streams, lambda: len(trace.parents))
+        listeners = [each for each in (tape.attention, tape.logits) if each is not None]
+        if listeners:
+            trace.on_operation = partial(_tell, listeners)
         made: list[tuple[CapturedState, Value, torch.Tensor]] = []
         if self._operations:
             trace.on_value = partial(self._record_operation, forward, tape, made)
@@ -245,6 +251,12 @@ class FirstForward:
                 listener = forward.listeners[key] = GradientListener(weakref.ref(tensor))
                 hook = Hook(partial(_forward_gradient, listener), self._report)
                 listener.handle = tensor.register_hook(hook)
+
+
+def _tell(listeners: list[Callable[..., None]], *operation: Any) -> None:
+    """Tell several listeners of one operation."""
+    for listener in listeners:
+        listener(*operation)
 
 
 def _taped(path: str) -> str:
@@ -464,6 +476,10 @@ def record_traced(tape: Tape, forward: Forward, observer: Observer) -> None:
             # What the branch takes is what its weights read from the streams: a linear map found in the trace.
             sampled.branch_in = sampled.read @ forward.states[0, connection.depth_in].to("cpu")
         observer.record_connection(forward, number, complete, sampled)
+        if tape.logits is not None:
+            handled = tape.logits.between(before.number, after.number)
+            observer.record_logits(forward, number, complete.mix, handled)
+    tape.logits = None  # it holds tensors of the graph
 
 
 def _record_depth_weights(tape: Tape, forward: Forward, observer: Observer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -37,7 +37,13 @@ def _all_require_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def follow(session: Session, batch: Any, first: int, batch_size: int) -> ComputedForward | None:
+def follow(
+    session: Session,
+    batch: Any,
+    first: int,
+    batch_size: int,
+    loss_of: Callable[[Any, Any], torch.Tensor | None] | None = None,
+) -> ComputedForward | None:
     """Run a model with streams once more on its first batch, and keep what its coefficients were computed from.
 
     Parameters
@@ -48,6 +54,8 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Compute
         The batch.
     first, batch_size : int
         Index of its first sequence among all, and number of its sequences.
+    loss_of : callable, optional
+        ``loss_of(output, batch)``, where gradients are wanted.
 
     Returns
     -------
@@ -72,6 +80,7 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Compute
             for mode in (*modes, torch.enable_grad(), computation, trace):
                 stack.enter_context(mode)
             output = call_model(model, batch)
+            loss = None if loss_of is None else loss_of(output, batch)
     except Exception as error:
         # It ran without the mode: a remark less, and no error of the user's.
         logger.info("the forward could not be followed: %s", without_frames(error))
@@ -93,6 +102,8 @@ def follow(session: Session, batch: Any, first: int, batch_size: int) -> Compute
         shape=tuple(structure.chains[0].shapes[0]),
         precision=session.observer.precision,
         rows=[sequence.index - first for sequence in sampled],
+        exponentials=computation.exponentials,
+        loss=loss,
     )
 
 

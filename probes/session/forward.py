@@ -61,6 +61,8 @@ class Forward:
     listeners: dict[tuple[int, int | None], GradientListener] = field(default_factory=dict)
     parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
+    # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
+    attention: dict[Key, torch.Tensor] = field(default_factory=dict)
     openings: dict[str, list[Opening]] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
@@ -140,6 +142,11 @@ class Forward:
                 carried=frozenset(self.expected_gradients),
                 parts={key: parts.at(position).detached() for key, parts in self.parts.items()},
                 branches=_cloned_row(self.branches, position),
+                attention={
+                    key: rows[:, position].clone()
+                    for key, rows in self.attention.items()
+                    if position < rows.shape[1]
+                },
                 decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
             )

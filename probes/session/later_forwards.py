@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch import nn
 from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily
+from depthscope.probes.connections.logits import LogitWatch
 from depthscope.probes.connections.reading import Opening, branch_output, returned_watch
+from depthscope.probes.connections.tensor_watch import Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.tensors import first_float, floats_in
+from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import CapturedState
@@ -36,6 +39,8 @@ class LaterForwards:
         The running forward.
     ended : callable
         Gives the forwards that ended, whose checkpoints a backward recomputes.
+    attention : AttentionPlaces, optional
+        Which calls attend, where that is looked at.
     """
 
     def __init__(
@@ -44,12 +49,14 @@ class LaterForwards:
         observer: Observer,
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
+        attention: AttentionPlaces | None = None,
     ):
         self._model = model
         self._observer = observer
         self._structure = observer.structure
         self._current = current
         self._ended = ended
+        self._attention = attention
 
     def attach(self, attachment: Attachment) -> None:
         """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
@@ -58,6 +65,7 @@ class LaterForwards:
         for (path, method), states in inputs.items():
             if method == FORWARD:
                 attachment.before(modules[path], partial(self._before_call, path, states))
+        self._attach_attention(attachment, modules)
         connections = [(c.path, BY_NAME[c.style]) for c in self._structure.connections]
         returned = {path for path, family in connections if isinstance(family, ForwardFamily)}
         for path in returned:
@@ -84,6 +92,10 @@ class LaterForwards:
         for (path, method), states in outputs.items():
             if method == FORWARD:
                 attachment.after(modules[path], partial(self._after_call, path, states))
+
+    def _attach_attention(self, attachment: Attachment, modules: Mapping[str, nn.Module]) -> None:
+        for path in () if self._attention is None else sorted(self._attention.paths):
+            attachment.around(modules[path], FORWARD, partial(self._around_attention, path))
 
     def _states_seen_at(self, side: str) -> dict[tuple[str, str], list[CapturedState]]:
         """The states that the inputs or the outputs of calls show, by module path and method."""
@@ -166,9 +178,12 @@ class LaterForwards:
             return None
         forward, number, x = begun
         watch = returned_watch(x, self._structure.sites[number])
+        logits = self._observer.logit_watch(number, x)
         record = partial(self._observer.record_returned, forward, number, x.detach())
         # The watch sees the user's own call, hence all sequences at once.
-        return MethodWatch(watch, lambda output: record(output, lambda rows: watch.floating()))
+        return MethodWatch(
+            _both(watch, logits), lambda output: record(output, lambda rows: watch.floating(), logits)
+        )
 
     def _around_opening(
         self,
@@ -186,8 +201,14 @@ class LaterForwards:
         forward, number, x = begun
         opening = Opening(self._structure.sites[number], forward.batch_size, x.detach(), key=number)
         forward.openings.setdefault(path, []).append(opening)
-        watch = opening.watch()
-        return MethodWatch(watch, lambda result: opening.read(result, watch))
+        watch, logits = opening.watch(), self._observer.logit_watch(number, x)
+
+        def done(result: Any) -> None:
+            opening.read(result, watch)
+            mix = None if opening.parts is None else opening.parts.mix
+            self._observer.record_logits(forward, number, mix, None if logits is None else logits.handled)
+
+        return MethodWatch(_both(watch, logits), done)
 
     def _around_closing(
         self,
@@ -227,6 +248,13 @@ class LaterForwards:
         numbers = [n for n, c in enumerate(self._structure.connections) if (c.path, c.index) == call]
         return (forward, numbers[0], x) if numbers else None
 
+    def _around_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        forward = self._current.recorded
+        if forward is None or self._attention is None:
+            return None
+        found = later_attention(self._attention, forward, path, module)
+        return None if found is None else MethodWatch(*found)
+
     # --- branches ---
 
     def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -238,3 +266,10 @@ class LaterForwards:
             for position, connection in enumerate(chain.connections):
                 if (connection.branch_path, connection.branch_index) == call:
                     self._observer.record_branch(forward, number, position, tensor)
+
+
+@contextmanager
+def _both(watch: Watch, logits: LogitWatch | None) -> Iterator[None]:
+    """Two modes that look at the same call."""
+    with watch, logits or nullcontext():
+        yield

@@ -11,13 +11,17 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.reading import ReadPlace, read_returned
+from depthscope.probes.connections.logits import Handled, LogitWatch
+from depthscope.probes.connections.reading import ReadPlace, canonical_streams, read_returned
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report
 from depthscope.probes.model.user_modes import compute_dtype
+from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward
+from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options
+from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.structure.model_structure import FINAL, Structure
 
 
@@ -38,6 +42,10 @@ class Observer:
         How often each module was called in the forward that showed the structure.
     sums : bool
         Whether statistics of all tokens are added up, next to the sampled sequences.
+    parameters : ConnectionParameters, optional
+        The biases and gates of the connections, whose values are stored with the statistics.
+    logits : LogitStatistics, optional
+        Of the matrices of the connections.
     """
 
     def __init__(
@@ -49,9 +57,12 @@ class Observer:
         *,
         calls: Mapping[tuple[str, str], int],
         sums: bool = True,
+        parameters: ConnectionParameters | None = None,
+        logits: LogitStatistics | None = None,
     ):
         self.structure = structure
         self.options = options
+        self.parameters, self.logits = parameters, logits
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
         # Called with chain, depth and the model's own tensor of every state as it is shown.
@@ -61,6 +72,11 @@ class Observer:
         self._calls = calls
         self._sums = sums
         self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
+
+    @property
+    def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
+        """For each connection the bias or gate that each stored value belongs to; empty where none are stored."""
+        return {} if self.parameters is None else self.parameters.cells
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
         """Store the sampled sequences of a state, and add all of it to the statistics.
@@ -196,6 +212,28 @@ class Observer:
 
     # --- connections ---
 
+    def logit_watch(self, number: int, x: torch.Tensor) -> LogitWatch | None:
+        """What watches a call of a connection, which took ``x``, for the logits of its matrix; None where nothing does."""
+        if self.logits is None:
+            return None
+        site = self.structure.sites[number]
+        lead = canonical_streams(site, x.detach()).shape[:2]
+        return self.logits.watch(number, site.num_streams, lead.numel())
+
+    def logits_seen(self, number: int) -> tuple[int, str]:
+        """How often the logits of a connection's matrix were seen, and why not; both empty where they are not looked for."""
+        if self.logits is not None:
+            times = self.logits.seen[number]
+            return times, "" if times else self.logits.reasons.get(number, FIRST)
+        return 0, ""
+
+    def record_logits(
+        self, forward: Forward, number: int, mix: torch.Tensor | None, watch: Handled | None
+    ) -> None:
+        """Record the logits of a connection whose matrix is known by now."""
+        if self.logits is not None:
+            self.logits.record(forward, number, mix, watch)
+
     def record_returned(
         self,
         forward: Forward,
@@ -203,12 +241,14 @@ class Observer:
         x: torch.Tensor,
         output: Any,
         computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
+        logits: LogitWatch | None = None,
     ) -> None:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
         place = self._read_places.setdefault(number, ReadPlace())
         sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed, place)
         self.record_connection(forward, number, complete, sampled)
+        self.record_logits(forward, number, complete.mix, None if logits is None else logits.handled)
 
     def record_connection(
         self, forward: Forward, number: int, complete: Parts, sampled: Parts | None = None
@@ -230,8 +270,15 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
-        if complete.mix is not None and self._sums:
-            forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
+        if not self._sums:
+            return
+        sums, mask = forward.chain_sums(0), forward.masks.get(0)
+        if complete.mix is not None:
+            sums.add_mixing(number, complete.mix, mask)
+        sums.add_values(number, coefficient_sums(complete, sampled, mask, forward.rows))
+        values = None if self.parameters is None else self.parameters.values(number)
+        if values is not None:
+            sums.latest.setdefault("connection_parameter", {})[number] = values
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

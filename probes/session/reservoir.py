@@ -27,6 +27,7 @@ class Sequence:
     branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
     decoding: bool = False
+    attention: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (3, H, T) before a state
 
 
 @dataclass

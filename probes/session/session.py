@@ -28,8 +28,9 @@ from depthscope.probes.model.hooks import (
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode, user_wants_graph
-from depthscope.probes.session.attention import Attention, placed_attention
+from depthscope.probes.session.attention import AttentionPlaces, attention_sums, placed_attention
 from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
+from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.first_forward import (
     AxisError,
     FirstForward,
@@ -40,6 +41,7 @@ from depthscope.probes.session.first_forward import (
 )
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
+from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, weights_stamp
@@ -85,7 +87,7 @@ class Session:
         self.forwards: list[Forward] = []  # that ended since the last fold
         self.last: Forward | None = None
         self.num_forwards = 0
-        self.attention = Attention()  # of the first forward
+        self.attention = AttentionPlaces()  # as the first forward shows
         self.skipped = 0  # forwards of other threads during the first forward
         self.reservoir = Reservoir(options.max_sequences, options.seed)
         self._loss_scale = loss_scale
@@ -192,23 +194,74 @@ class Session:
                 self._current,
                 gradients=self.options.gradients,
                 report=self.report,
-                # Once for each run that is captured: in a training loop the sequences of the first step do not stay.
-                attention=self._only_own and self._sums,
+                attention=self._first_attention,
             )
             first.attach(attachment)
         else:
             self._searching = False
             if self._traced:
+                # Its operations are traced, and its attention with them.
                 FirstForward(
-                    self.model, self._current, gradients=False, report=self.report, observer=self._observer
+                    self.model,
+                    self._current,
+                    gradients=False,
+                    report=self.report,
+                    observer=self._observer,
+                    attention=self._later_attention,
                 ).attach(attachment)
-            later = LaterForwards(self.model, self._observer, self._current, lambda: self.forwards)
+            later = LaterForwards(
+                self.model,
+                self._observer,
+                self._current,
+                lambda: self.forwards,
+                None if self._traced else self.attention,
+            )
             later.attach(attachment)
             states = {state.point.path for state in self._observer.structure.captured}
             self._containers = _containers(self.model, states)
         attachment.after(self.model, self._end)
         # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.
         attachment.after(self.model, self._leave, always=True)
+
+    @property
+    def _first_attention(self) -> int | None:
+        """Of how many sequences the first forward looks at what they attend to; None where it is not looked for."""
+        if not self.options.selection.includes("attention"):
+            return None
+        if not self._sums:
+            return 0  # only where it lies
+        # The whole sample in a capture; a loop first has to know what that costs.
+        return self.options.max_sequences if self._only_own else 1
+
+    @property
+    def _later_attention(self) -> int | None:
+        """The same of a later forward that is traced."""
+        places = self.attention
+        every = self.options.max_sequences if places.sequences is None else places.sequences
+        return every if places.heads and every else None
+
+    def _place_attention(self, tape: Tape, forward: Forward, structure: Structure) -> None:
+        """Find out where the model attends, and how much of it is looked at from now on."""
+        if self._observer is not None:  # that is known
+            return
+        self.attention = placed_attention(tape, forward, structure)
+        named = bool(self.options.selection.requests)
+        if named:
+            self.options.selection.require_attention(
+                structure.chains, self.attention.heads, self.attention.reasons
+            )
+        elif not self._only_own:
+            self.attention.limit_cost(structure, forward.batch_size)
+
+    def _add_attention(self, forward: Forward) -> None:
+        """Add what the queries of a forward attend to to the statistics."""
+        most = max(self.attention.heads.values(), default=0)
+        for (number, depth), rows in forward.attention.items() if self._sums else ():
+            mask = forward.masks.get(number)
+            of_rows = (
+                None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)].to(rows.device)
+            )
+            forward.chain_sums(number).add_values(depth, attention_sums(rows, of_rows, most))
 
     def detach(self) -> int:
         """Take every hook off; gradient hooks stay on the tensors of ended forwards, until these are folded or dropped.
@@ -355,8 +408,8 @@ class Session:
             if tape is not None and self._searching:
                 self._end_first(tape, forward)
             elif tape is not None:
-                with own_call(self.observer):
-                    record_traced(tape, forward, self.observer)
+                self._end_traced(tape, forward)
+            self._add_attention(forward)
             for sums in forward.sums:
                 sums.end_forward()
             forward.end()
@@ -369,6 +422,13 @@ class Session:
             self.last = forward
             if not self.options.gradients:
                 self._absorb()  # no backward will add to it, so a loop that never steps stores one forward at most
+
+    def _end_traced(self, tape: Tape, forward: Forward) -> None:
+        """Record what the trace of a later forward shows."""
+        with own_call(self.observer):
+            record_traced(tape, forward, self.observer)
+        if tape.attention is not None:
+            self.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note that a call of the model is over; where it did not reach `_end`, it raised."""
@@ -389,9 +449,20 @@ class Session:
             if self._observer is not None:
                 require_same(structure, self._observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
-            self.attention = placed_attention(tape, forward, structure)
+            self._place_attention(tape, forward, structure)
+            # A capture follows a forward for the logits; of its one set of weights no value moves.
+            loops = self._sums and not self._only_own and bool(structure.sites)
             observer = Observer(
-                structure, self.options, self.report, self._loss_scale, calls=tape.counts(), sums=self._sums
+                structure,
+                self.options,
+                self.report,
+                self._loss_scale,
+                calls=tape.counts(),
+                sums=self._sums,
+                parameters=ConnectionParameters(self.model, structure) if loops else None,
+                logits=LogitStatistics(self.options.gradients, self.report, self._loss_scale)
+                if loops
+                else None,
             )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward

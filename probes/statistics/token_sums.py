@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ class TokenSums:
         self._owns_streaming = False  # whether `streaming` was made here, so that it may be written to
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
+        self.latest: dict[str, dict[int, torch.Tensor]] = {}  # of the last part, as the values of weights
         self._last: tuple[int, torch.Size] | None = None  # depth and shape of the state before
         self._units: deque[torch.Tensor] = deque()  # its tokens over their norms, block by block
         # One block's memory that is written again and again: allocating it anew would cost more than the sums themselves.
@@ -165,6 +167,18 @@ class TokenSums:
         self._add("gain_sum", connection, gains.sum(1))
         self._add_maximum("gain_max", connection, gains.amax(1))
 
+    def add_values(
+        self,
+        key: int,
+        sums: Mapping[str, torch.Tensor],
+        maxima: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Add sums, and maxima, of one depth or connection under their names."""
+        for name, value in sums.items():
+            self._add(name, key, value)
+        for name, value in maxima.items():
+            self._add_maximum(name, key, value)
+
     def end_forward(self) -> None:
         """Drop the last state: the next one belongs to another forward."""
         self._last = None
@@ -181,6 +195,8 @@ class TokenSums:
         for name, parts in other.maxima.items():
             for key, value in parts.items():
                 self._add_maximum(name, key, value)
+        for name, parts in other.latest.items():
+            self.latest.setdefault(name, {}).update(parts)
         if other.streaming is not None:
             self._merge_streaming(other.streaming)
 
@@ -199,7 +215,7 @@ class TokenSums:
         ``unit_square``, the squared norm of ``unit_sum``, replaces it; ``feature_sum`` and streamed sums are left out.
         """
         row = TokenSums()
-        row.maxima = self.maxima
+        row.maxima, row.latest = self.maxima, self.latest
         row.sums = {
             name: parts for name, parts in self.sums.items() if name not in ("feature_sum", "unit_sum")
         }
@@ -222,7 +238,7 @@ class TokenSums:
         ndarray or None
             First axis as long as ``keys``; None where nothing was added at any of them.
         """
-        parts = self.sums.get(name) or self.maxima.get(name) or {}
+        parts = self.sums.get(name) or self.maxima.get(name) or self.latest.get(name) or {}
         known = [parts[key] for key in keys if key in parts]
         if not known:
             return None
@@ -296,3 +312,25 @@ def merge_sums(parts: list[TokenSums], more: list[TokenSums]) -> list[TokenSums]
     for part, other in zip(parts, more, strict=False):
         part.merge(other)
     return parts
+
+
+def stacked(sums: Sequence[TokenSums], name: str, keys: Sequence[int]) -> np.ndarray:
+    """One statistic of several steps.
+
+    Parameters
+    ----------
+    sums : sequence of TokenSums
+        One for each step, of which one at least has the statistic.
+    name : str
+        As in `TokenSums.array`.
+    keys : sequence of int
+        Depth or connection indices.
+
+    Returns
+    -------
+    ndarray
+        (step, key, ...); NaN in steps where it was not measured.
+    """
+    arrays = [of.array(name, keys) for of in sums]
+    known = [array for array in arrays if array is not None]
+    return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])

@@ -148,7 +148,7 @@ class WeightUpdates:
         self._errors = []  # a new list: a hook that still runs in another thread writes to the old one
 
     def _copy(self, name: str, parameter: nn.Parameter | None) -> None:
-        reason = "gone from the model" if parameter is None else _unreadable(parameter)
+        reason = "gone from the model" if parameter is None else unreadable(parameter)
         if parameter is None or reason:
             self._reasons[name] = reason
             return
@@ -220,7 +220,7 @@ def _chunks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     return tensor.reshape(-1).split(CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_GPU)
 
 
-def _unreadable(parameter: nn.Parameter) -> str:
+def unreadable(parameter: nn.Parameter) -> str:
     """The reason why a parameter cannot be read in this process; empty where it can."""
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return "not initialised yet"

@@ -1,6 +1,7 @@
 """Which sites are captured: the names that people know, and what each means in a chain.
 
-Known names: the sites ``embed``, ``pre``, ``mid``, ``post`` and ``final``; ``branch_in`` and ``branch_out``; ``h_pre``,
+Known names: the sites ``embed``, ``pre``, ``mid``, ``post`` and ``final``; ``branch_in`` and ``branch_out``; ``attention``,
+what the queries attend to before a state (also ``blocks.{i}.attn.hook_pattern``); ``h_pre``,
 ``h_post`` and ``h_res`` (also ``H_res``, ``comb``, ``alpha``, ``beta``); TransformerLens' ``hook_embed``,
 ``blocks.{i}.hook_resid_pre|mid|post``, ``blocks.{i}.hook_attn_out|hook_mlp_out``,
 ``blocks.{i}.attn_hc.hook_in|hook_post|hook_comb|hook_out`` and ``ln_final.hook_normalized``; transformers' ``hidden_states``
@@ -11,16 +12,17 @@ for the block; without ``blocks.`` a hook name means every block.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.probes.structure.chain import Chain, Connection
 
 STATES = ("embed", "pre", "mid", "post")
+ATTENTION = "attention"
 VARIABLES = ("branch_in", "branch_out", "h_pre", "h_post", "h_res")
 WORDS: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in (*STATES, "final", *VARIABLES)},
+    **{name: (name,) for name in (*STATES, "final", ATTENTION, *VARIABLES)},
     "residual": STATES,
     "hidden_states": STATES,
     "H_pre": ("h_pre",),
@@ -39,6 +41,7 @@ HOOKS: dict[str, tuple[str, str | None]] = {
     "hook_resid_post": ("post", None),
     "hook_attn_in": ("branch_in", "attn"),
     "hook_mlp_in": ("branch_in", "mlp"),
+    "attn.hook_pattern": (ATTENTION, "attn"),
     "hook_attn_out": ("branch_out", "attn"),
     "hook_mlp_out": ("branch_out", "mlp"),
     **{
@@ -101,6 +104,7 @@ class Request:
         return (
             any(self.takes_state(chain, depth) for depth in range(len(chain.points)))
             or ("final" in self.kinds and chain.final is not None)
+            or ATTENTION in self.kinds  # known later, see `require_attention`
             or any(self.takes_variable(chain, name) for name in VARIABLES if _has_variable(chain, name))
         )
 
@@ -165,6 +169,46 @@ class SiteSelection:
     def includes(self, kind: str) -> bool:
         """Whether a kind of site is wanted at all."""
         return not self.requests or any(kind in request.kinds for request in self.requests)
+
+    def stores_attention(self, chain: Chain, depth: int) -> bool:
+        """Whether the attention that leads to a state is stored in the run."""
+        return not self.requests or any(
+            ATTENTION in request.kinds and request.block in (None, chain.points[depth].layer)
+            for request in self.requests
+        )
+
+    def require_attention(
+        self, chains: Sequence[Chain], found: Iterable[tuple[int, int]], reasons: Iterable[str]
+    ) -> None:
+        """Refuse a request for attention that no forward shows.
+
+        Parameters
+        ----------
+        chains : sequence of Chain
+            As found in the first forward.
+        found : iterable of (chain, depth)
+            The states that attention leads to.
+        reasons : iterable of str
+            Why other attention is not known.
+
+        Raises
+        ------
+        SiteError
+            With the name, and why.
+        """
+        layers = {chains[number].points[depth].layer for number, depth in found}
+        for request in self.requests:
+            if ATTENTION not in request.kinds or (
+                layers if request.block is None else request.block in layers
+            ):
+                continue
+            why = (
+                "; ".join(reasons)
+                or "no softmax over the tokens, and no fused attention, was seen between two states"
+            )
+            if layers:
+                why = f"attention was seen in the blocks {', '.join(map(str, sorted(layers)))}"
+            raise SiteError(f"the site {request.name!r} did not fire: {why}")
 
     def require(self, chains: Sequence[Chain]) -> None:
         """Refuse a request for what no chain has.

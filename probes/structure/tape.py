@@ -184,6 +184,7 @@ class Tape:
 
     def __init__(self, keep: Collection[str] = (), on_block: Callable[[Call], Any] | None = None):
         self.attention: Any = None  # what watches it, of the session
+        self.logits: Any = None  # what watches these, of the session
         self.calls: list[Call] = []
         self._by_key: dict[Key, Call] = {}
         # Of `find_chains`, which asks again and again: parameters and their sizes by module, and the size of the trunk.

@@ -27,6 +27,7 @@ from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.options import CaptureOptions, Options, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
@@ -389,8 +390,9 @@ def _finite_gradients(sums: list[TokenSums]) -> bool:
 
 def _make_gradients_undefined(sums: list[TokenSums]) -> None:
     for chain in sums:
-        parts = chain.sums.get(GRADIENT, {})
-        chain.sums[GRADIENT] = {depth: torch.full_like(value, math.nan) for depth, value in parts.items()}
+        for name in (GRADIENT, *GRADIENT_SUMS):
+            parts = chain.sums.get(name, {})
+            chain.sums[name] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}
 
 
 @takes_options(CaptureOptions)

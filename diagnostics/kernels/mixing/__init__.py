@@ -32,6 +32,7 @@ from depthscope.diagnostics.kernels.mixing.paths import (
     streams_across,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
+from depthscope.diagnostics.kernels.mixing.projection import sinkhorn_sensitivity, softmax_sensitivity
 from depthscope.diagnostics.kernels.mixing.radius import numerical_radius
 from depthscope.diagnostics.kernels.mixing.singular import singular_values
 from depthscope.diagnostics.kernels.mixing.spectra import condition_number, eigenvalues, henrici, spectral_gap
@@ -77,6 +78,8 @@ __all__ = [
     "read_mass",
     "singular_values",
     "sinkhorn",
+    "sinkhorn_sensitivity",
+    "softmax_sensitivity",
     "spectral_gap",
     "stream_shares",
     "streams_across",

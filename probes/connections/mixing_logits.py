@@ -1,0 +1,90 @@
+"""How much of the gradient of H_res reached its logits, and what were these? Of every connection of a followed forward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+
+from depthscope.probes.connections.computation import Search
+from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits
+
+
+@dataclass(frozen=True)
+class MixingLogits:
+    """The logits of one connection, or why they are not known.
+
+    Parameters
+    ----------
+    why : str
+        Empty where they are known.
+    logits : Tensor or None
+        (K, T, n, n) of the sampled sequences of the followed batch, rows are destinations.
+    logit_gradient, mixing_gradient : float
+        ‖∂L/∂H̃‖_F and ‖∂L/∂H_res‖_F over all tokens of that batch; NaN without a loss, 0 where none arrives.
+    """
+
+    why: str = ""
+    logits: torch.Tensor | None = None
+    logit_gradient: float = math.nan
+    mixing_gradient: float = math.nan
+
+
+def mixing_logits(search: Search) -> list[MixingLogits]:
+    """Find the logits of every connection, and the gradients of the loss there and at H_res.
+
+    Parameters
+    ----------
+    search : Search
+        Of the followed forward.
+
+    Returns
+    -------
+    list of MixingLogits
+        One for each connection.
+    """
+    found = [_of_connection(search, number) for number in range(len(search.applied))]
+    loss = search.forward.loss
+    tensors = [tensor for _, pair in found for tensor in pair]
+    if loss is None or not loss.requires_grad or not tensors:
+        return [logits for logits, _ in found]
+    # Tensors inside of the graph alone: no parameter's gradient is written.
+    gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+    norms = iter([0.0 if each is None else float(each.double().norm()) for each in gradients])
+    return [
+        replace(logits, logit_gradient=next(norms), mixing_gradient=next(norms)) if pair else logits
+        for logits, pair in found
+    ]
+
+
+def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[torch.Tensor, ...]]:
+    """The logits of a connection, and the tensors that are its logits and its matrix."""
+    forward, wanted = search.forward, search.applied[number].mix
+    n, found = wanted.shape[-1], search.found[number].get("H_res", [])
+    sizes = (n * n, forward.batch_size * forward.tokens * n * n)
+    # A copy for a log is not what is applied.
+    mix = [v for v in found if v.tensor.numel() in sizes and v.number in forward.used]
+    if not mix:
+        return MixingLogits(NOT_SEEN), ()
+    behind = search.behind(mix[-1:])
+    exponentials = [each for each in forward.exponentials if each.number in behind]
+    first = exponentials[0].order if exponentials else 0
+    before = [each for each in search.squares(number, (0, first)) if each.number in behind][::-1]
+    place = find_logits(
+        [(each.tensor, each.written) for each in exponentials],
+        [(each.tensor, each.written) for each in before],
+        [each.tensor for each in mix],
+        wanted,
+        batch=forward.batch_size,
+        tokens=forward.tokens,
+        rows=forward.rows,
+        rounding=torch.finfo(forward.precision).eps,
+    )
+    if isinstance(place, str):
+        return MixingLogits(place), ()
+    logits, matrix = (*exponentials, *before)[place[0]].tensor, mix[place[1]].tensor
+    oriented = as_matrices(logits.detach(), forward.batch_size, forward.tokens, n)
+    few = next(islice(oriented, place[2], None))[forward.rows].to("cpu", torch.float32)
+    return MixingLogits(logits=few), (logits, matrix)

@@ -1,0 +1,70 @@
+"""How do coefficients of connections move over the steps, and their logits, biases and gates? One row a step, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from depthscope.diagnostics import schema
+from depthscope.probes.session.logit_statistics import LOGIT_SUMS
+from depthscope.probes.statistics.token_sums import TokenSums, stacked
+
+PARAMETER = "connection_parameter"
+
+
+def mixing_statistics(
+    sums: Sequence[TokenSums], num_connections: int, cells: Mapping[int, Sequence[str]], *, transposed: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables and coordinates of ``/statistics`` of the connections with streams.
+
+    Parameters
+    ----------
+    sums : sequence of TokenSums
+        One for each measured step.
+    num_connections : int
+        How many connections there are.
+    cells : mapping of int to sequence of str
+        For each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
+    transposed : bool
+        Whether matrices, as modules compute them, are source by destination.
+
+    Returns
+    -------
+    tuple of dict
+        Without what no step measured.
+    """
+    keys, variables = list(range(num_connections)), {}
+    for name in (*LOGIT_SUMS, "logit_range_max", "h_res_sum", "h_pre_sum", "h_post_sum", "h_pre_token_count"):
+        if any(of.array(name, keys) is not None for of in sums):
+            values = stacked(sums, name, keys)
+            if name == "h_res_sum" and transposed:
+                values = values.swapaxes(-1, -2)
+            if name.startswith("logit_range"):  # over the last axis of the matrix, then over the one before
+                values = values[..., int(transposed)]
+            variables[name] = (schema.STATISTICS[name].dims, values)
+    of_parameters, coords = _parameters(sums, cells)
+    return variables | of_parameters, coords
+
+
+def _parameters(
+    sums: Sequence[TokenSums], cells: Mapping[int, Sequence[str]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The biases and gates of all connections, and how far each has moved since the first step that measured it."""
+    numbers = [number for number in cells if any(of.array(PARAMETER, [number]) is not None for of in sums)]
+    if not numbers:
+        return {}, {}
+    values = np.concatenate([stacked(sums, PARAMETER, [number])[:, 0] for number in numbers], axis=1)
+    owner = np.array([name for number in numbers for name in cells[number]], dtype=object)
+    names = list(dict.fromkeys(owner))
+    # Steps before a parameter was measured are NaN, and so is their drift.
+    first = np.take_along_axis(values, np.isfinite(values).argmax(0)[None], axis=0)
+    moved = np.square(values.astype(np.float64) - first)
+    drift = np.stack([np.sqrt(moved[:, owner == name].sum(1)) for name in names], axis=1)
+    variables = {
+        PARAMETER: (schema.STATISTICS[PARAMETER].dims, values),
+        f"{PARAMETER}_drift": (schema.STATISTICS[f"{PARAMETER}_drift"].dims, drift),
+    }
+    coords = {"cell_parameter": ("cell", owner), "parameter": np.array(names, dtype=object)}
+    return variables, coords

@@ -1,0 +1,77 @@
+"""Do the biases and gates of the connections move? The values of each connection's small parameters at every measured step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from depthscope.probes.statistics.weight_updates import unreadable
+from depthscope.probes.structure.model_structure import Structure
+
+
+class ConnectionParameters:
+    """The biases and gates of the connections that are modules of their own.
+
+    These are the parameters of the connection's module, and not of its branch, with no more elements than the n² + 2n
+    coefficients and no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the
+    token. A connection whose weights are local variables has no module that they could be told by.
+
+    Parameters
+    ----------
+    model : Module
+        The user's model; its parameters are only read.
+    structure : Structure
+        What it was found to be.
+
+    Attributes
+    ----------
+    cells : mapping of int to tuple of str
+        For each connection that has some, the parameter that each element of `values` belongs to.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure):
+        self._model, self._structure = model, structure
+        self._names: dict[int, tuple[str, ...]] = {}
+        self.cells: dict[int, tuple[str, ...]] = {}
+        modules, paths = dict(model.named_modules(remove_duplicate=False)), set()
+        for number, connection in enumerate(structure.connections):
+            if number not in structure.sites or structure.traced or connection.path in paths:
+                continue  # a module that several connections share is listed once
+            paths.add(connection.path)
+            chosen = {
+                f"{connection.path}.{name}": parameter
+                for name, parameter in modules[connection.path].named_parameters()
+                if self._is_small(number, f"{connection.path}.{name}", parameter)
+            }
+            if chosen:
+                self._names[number] = tuple(chosen)
+                self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
+
+    def _is_small(self, number: int, name: str, parameter: nn.Parameter) -> bool:
+        connection, n = self._structure.connections[number], self._structure.sites[number].num_streams
+        branch = connection.branch_path or f"{connection.path}.branch"
+        if name.startswith(f"{branch}.") or unreadable(parameter):
+            return False
+        width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
+        widths = {width, width // n, width * n}
+        return parameter.numel() <= n * (n + 2) and not widths & set(parameter.shape)
+
+    def values(self, number: int) -> torch.Tensor | None:
+        """The present values of a connection's biases and gates, one after another; None where it has none.
+
+        Parameters
+        ----------
+        number : int
+            The connection.
+
+        Returns
+        -------
+        Tensor or None
+            A copy in float32, as long as its `cells`.
+        """
+        names = self._names.get(number, ())
+        # By name, since an optimiser or a loader may have put others in their place.
+        parameters = [self._model.get_parameter(name) for name in names]
+        if not parameters or sum(each.numel() for each in parameters) != len(self.cells[number]):
+            return None
+        return torch.cat([each.detach().flatten().float() for each in parameters])

@@ -1,0 +1,227 @@
+"""How much of the gradient of H_res reaches its logits in a measured step, and how far apart are these? Sums over its tokens.
+
+In the user's own loop: the tensors that a connection handles are watched, the logits are found among them once
+(`depthscope.probes.connections.logits`), and their place is remembered. Hooks on the gradients leave with the forward.
+Shapes: B batch, T token, n streams.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+
+from depthscope.probes.connections.coefficients import spread
+from depthscope.probes.connections.logits import (
+    NO_GRAPH,
+    NOT_SEEN,
+    SAME,
+    Handled,
+    LogitWatch,
+    as_matrices,
+    find_logits,
+    is_same_matrix,
+)
+from depthscope.probes.model.hooks import Hook, Report
+from depthscope.probes.session.forward import Forward
+
+GRADIENT_SUMS = ("logit_gradient_square_sum", "mixing_gradient_square_sum")
+LOGIT_SUMS = ("logit_token_count", "logit_range_sum", *GRADIENT_SUMS)
+"""Names of the sums, by connection; ``logit_range_max`` is a maximum."""
+
+FIRST = "no forward after the first measured one has shown them yet"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the logits and the matrix of a connection are among the tensors that its call handles."""
+
+    exponentials: int  # how many there were: as many again, and the same code has run
+    matrices: int
+    logits: int
+    matrix: int
+    reading: int  # of `as_matrices`
+
+
+class LogitStatistics:
+    """The logits of the connections of one model, forward by forward.
+
+    Parameters
+    ----------
+    gradients : bool
+        Whether gradients are wanted.
+    report : callable
+        Called with every exception that a gradient hook raises.
+    loss_scale : callable, optional
+        Gives the factor by which the loss is multiplied at present; None for 1.
+
+    Attributes
+    ----------
+    reasons : dict of int to str
+        Why the logits of a connection are not known.
+    seen : dict of int to int
+        In how many calls they were seen.
+    """
+
+    def __init__(
+        self,
+        gradients: bool,
+        report: Report,
+        loss_scale: Callable[[], torch.Tensor | None] | None,
+    ):
+        self._gradients, self._report, self._loss_scale = gradients, report, loss_scale
+        self._places: dict[int, _Place] = {}
+        self.reasons: dict[int, str] = {}
+        self.seen: Counter[int] = Counter()
+
+    def watch(self, number: int, num_streams: int, lead: int) -> LogitWatch | None:
+        """What watches a call of a connection; None where its logits were looked for and are not there.
+
+        Parameters
+        ----------
+        number : int
+            The connection.
+        num_streams, lead : int
+            n, and the number of tokens of the batch.
+
+        Returns
+        -------
+        LogitWatch or None
+        """
+        if not self.looks_for(number):
+            return None
+        return LogitWatch((num_streams**2, lead * num_streams**2))
+
+    def looks_for(self, number: int) -> bool:
+        """Whether the logits of a connection are known, or may still be found."""
+        return self.reasons.get(number, NO_GRAPH) == NO_GRAPH
+
+    def record(
+        self, forward: Forward, number: int, mix_BTnn: torch.Tensor | None, watch: Handled | None
+    ) -> None:
+        """Add the logits of one call to the statistics, and hook their gradients.
+
+        Parameters
+        ----------
+        forward : Forward
+            The forward.
+        number : int
+            The connection.
+        mix_BTnn : Tensor or None
+            H_res of every token.
+        watch : Handled or None
+            What was handled while the connection ran.
+        """
+        if watch is None or mix_BTnn is None or not self.looks_for(number):
+            return
+        try:
+            self._record(forward, number, mix_BTnn.detach(), watch)
+        finally:
+            watch.release()
+
+    def _record(self, forward: Forward, number: int, mix_BTnn: torch.Tensor, watch: Handled) -> None:
+        place = self._places.get(number)
+        counts = len(watch.exponentials), len(watch.matrices)
+        if place is None or (place.exponentials, place.matrices) != counts:
+            found = self._find(mix_BTnn, watch)
+            if isinstance(found, str):
+                self.reasons[number] = found
+                self._places.pop(number, None)
+                return
+            self.reasons.pop(number, None)
+            place = self._places[number] = found
+        candidates = [each for each, _ in (*watch.exponentials, *watch.earlier)]
+        logits, matrix = candidates[place.logits], watch.matrices[place.matrix]
+        batch, tokens, n, _ = mix_BTnn.shape
+
+        def read(tensor: torch.Tensor) -> torch.Tensor:
+            """Logits, or their gradient, as (B, T, n, n) with destinations as rows where the matrix has them as rows."""
+            return next(islice(as_matrices(tensor.detach(), batch, tokens, n), place.reading, None))
+
+        mask = forward.masks.get(0)
+        self.seen[number] += 1
+        self._add_range(forward, number, read(logits), mask)
+        if not self._gradients:
+            return
+        for name, tensor in zip(GRADIENT_SUMS, (logits, matrix), strict=True):
+            # Of a matrix that all tokens share, the gradient is one, whatever the mask.
+            by_token = mask is not None and tensor.numel() > n * n
+            if tensor.requires_grad:
+                receive = partial(self._add_gradient, forward, number, name, read if by_token else None)
+                forward.handles.append(tensor.register_hook(Hook(receive, self._report)))
+
+    def _find(self, mix_BTnn: torch.Tensor, watch: Handled) -> _Place | str:
+        """The place of the logits among what a call handled, or why there is none."""
+        if watch.error is not None:
+            return f"the tensors of the connection could not be looked at: {watch.error}"
+        batch, tokens = mix_BTnn.shape[:2]
+        few = spread(batch, 2).tolist()
+        wanted = mix_BTnn[few].float()
+        same = [
+            position
+            for position, each in enumerate(watch.matrices)
+            if is_same_matrix(each.detach(), wanted, batch=batch, tokens=tokens, rows=few)
+        ]
+        if not same:
+            return NOT_SEEN
+        found = find_logits(
+            watch.exponentials,
+            watch.earlier,
+            [watch.matrices[position] for position in same],
+            wanted,
+            batch=batch,
+            tokens=tokens,
+            rows=few,
+            rounding=max(SAME, torch.finfo(mix_BTnn.dtype).eps),
+        )
+        if isinstance(found, str):
+            return found
+        logits, matrix, reading = found
+        return _Place(len(watch.exponentials), len(watch.matrices), logits, same[matrix], reading)
+
+    @staticmethod
+    def _add_range(
+        forward: Forward, number: int, logits_BTnn: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
+        flat = logits_BTnn.flatten(0, 1)
+        if mask is not None:
+            flat = flat[mask.flatten().to(flat.device)]
+        if not len(flat):
+            return
+        # Along both axes: the proof decides later which one is that of the rows.
+        ranges = torch.stack(
+            [flat.amax(axis) - flat.amin(axis) for axis in (-1, -2)]
+        ).double()  # (2, tokens, n)
+        count = torch.tensor(float(len(flat)), dtype=torch.float64)
+        sums = {"logit_token_count": count, "logit_range_sum": ranges.mean(-1).sum(-1)}
+        forward.chain_sums(0).add_values(number, sums, {"logit_range_max": ranges.amax((-2, -1))})
+
+    def _add_gradient(
+        self,
+        forward: Forward,
+        number: int,
+        name: str,
+        read: Callable[[torch.Tensor], torch.Tensor] | None,
+        gradient: torch.Tensor | None,
+    ) -> None:
+        # A backward inside of the forward is of something that is not the loss.
+        if gradient is None or not forward.ended:
+            return
+        values = gradient.detach().double()
+        mask = forward.masks.get(0)
+        if read is not None and mask is not None:
+            values = read(values)[mask.to(values.device)]
+        square = values.square().sum()
+        scale = self._loss_scale() if self._loss_scale is not None else None
+        if scale is not None:
+            square = square / scale.to(square.device, torch.float64).square()
+        key = (name, 0, number)
+        if key in forward.fired:  # the gradients of several backwards add up, and their squares do not
+            square = torch.full_like(square, math.nan)
+        forward.fired.add(key)
+        forward.chain_sums(0).add_values(number, {name: square})
