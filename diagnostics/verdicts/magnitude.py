@@ -284,8 +284,8 @@ def _free_limits(connections: int) -> Limits:
     return Limits(warn=warn, fail=warn / 10.0, above=False)
 
 
-# Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large at
-# the embedding of a healthy Pre-LN network as at its end, whose states are as much larger: a number, no finding.
+# Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large
+# at the embedding of a healthy Pre-LN network as at its end, whose states are as much larger: a number, no finding.
 @verdict(
     metric="relative_gradient",
     limits=Limits(warn=30.0, fail=1000.0),
