@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.docs.published import published_results
-from depthscope.app.text.bibliography import reference
+from depthscope.app.text.bibliography import keys_of, reference
 from depthscope.app.text.terminal import say
 from depthscope.diagnostics import CATALOGUE, Metric, Range
 from depthscope.diagnostics.theory import LAWS, Law
@@ -156,8 +156,8 @@ def _limits(limits: Limits) -> str:
 
 
 def _cited(keys: Iterable[str]) -> str:
-    """Authors, year and a link; ``this project`` as it is."""
-    return ", ".join(key if key == "this project" else _short(key) for key in keys)
+    """Authors, year and a link; ``this project`` and what is no key as it is."""
+    return ", ".join(_short(key) if keys_of([key]) else key for key in keys)
 
 
 def _short(key: str) -> str:
@@ -170,7 +170,7 @@ def _sources() -> str:
     named += [verdict.limits.source for verdict in VERDICTS.values()]
     named += [law.cite for law in LAWS.values()]
     # A source that several declarations cite is listed once.
-    keys = sorted(set(named) - {"this project"})
+    keys = keys_of(named)
     return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"
 
 

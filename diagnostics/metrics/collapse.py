@@ -196,8 +196,8 @@ def stable_rank(singular_values: xr.DataArray) -> xr.DataArray:
     dims="tokens depth stream",
     label="Dong residual",
     scale="log",
-    # A twentieth of what independent tokens have.
-    healthy=Range(low=0.05, source=OURS),
+    # As in the verdict `rank_collapse`.
+    healthy=Range(low=0.15, source=OURS),
     cite="dong2021attention",
     basis="feature",  # the 1-norm and the ∞-norm add up magnitudes of single features
     null="none in closed form: it depends on the feature basis; compare with depth 0",

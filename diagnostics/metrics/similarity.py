@@ -177,8 +177,8 @@ def _influences(states: np.ndarray) -> np.ndarray:
 @metric(
     symbol=r"\overline{\cos}(x_i, x_j)",
     dims="depth",
-    # As in the verdict `copied_streams`: an angle of 8° between any two streams.
-    healthy=Range(high=0.99, source=OURS),
+    # As in the verdict `copied_streams`: an angle of 3° between any two streams.
+    healthy=Range(high=0.999, source=OURS),
     cite="zhu2024hyper",
     basis="stream",
     null=0.0,

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.calibration import source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -35,7 +36,7 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, or ``"this project"``.
+        A key of ``references.bib``, ``"this project"``, or `calibration.CALIBRATED`.
     """
 
     info: float | None = None
@@ -267,7 +268,7 @@ def verdict(
             title=title,
             advice=" ".join(advice.split()),
             metric=metric,
-            limits=limits,
+            limits=replace(limits, source=source_of(function.__name__, limits.source)),
             needs=tuple(each.name for each in parameters if each.default is not None),
             function=function,
             wants=tuple(each.name for each in parameters if each.default is None),

@@ -14,10 +14,13 @@ import xarray as xr
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.start import young
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
+# Steps that get smaller with depth, or are all small, are a start; one that is a tenth of the usual one is an idle layer.
+OUT_OF_LINE = 0.1
 
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
@@ -33,10 +36,14 @@ def _rank_and_null(value: xr.DataArray, share: xr.DataArray, null: float) -> str
     )
 
 
-# A share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of 3.5. Heuristic.
+# A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
+# 3.5. Attention without skips loses its rank before its Dong residual. Heuristic.
+RESIDUAL_OF_SHARE = 3.0
+
+
 @verdict(
     metric="effective_rank",
-    limits=Limits(warn=0.05, fail=0.01, above=False),
+    limits=Limits(warn=0.15, fail=0.03, above=False),
     follows_from={"dead_state": from_there_on},
 )
 def rank_collapse(
@@ -53,11 +60,12 @@ def rank_collapse(
     share = _share_of_null(value, null)
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
     # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
-    both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(value.coords)
+    scaled = RESIDUAL_OF_SHARE * share
+    both = xr.where(residual > scaled, residual, scaled, keep_attrs=False).assign_coords(value.coords)
     judged = both.where(share.notnull())
     yield Profile(
         judged,
-        "the larger of Dong residual and effective rank over its null, within a sequence, is",
+        "the larger of the Dong residual and of three times the effective rank over its null, within a sequence, is",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 
@@ -205,6 +213,8 @@ def idle_layer(
         note = (
             "So does every step of its kind, and the weights are as they were drawn: a start by construction."
         )
+    if not note and not bool((turned < OUT_OF_LINE * turned.median()).any()):
+        note = young(attrs)
     if start and not all_idle:
         note = f"Its branches are small by construction ({start}): judge it again after more training."
     yield Profile(

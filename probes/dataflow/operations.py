@@ -434,6 +434,11 @@ def _softmaxed(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Fou
     return args[0].axes, False
 
 
+def _moved_along(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found:
+    # The axes are what they were, and the positions along them are not: no state is carried through it.
+    return args[0].axes, False
+
+
 def _layer_normed(args: Any, kwargs: Any, shape: tuple[int, ...], item: int) -> Found | None:
     if not _is_value(args[0]) or item:
         return None
@@ -544,6 +549,7 @@ OPAQUE: dict[str, Finds] = {
         _attended,
     ),
     "embedding": _embedded,
+    **dict.fromkeys(("roll", "flip"), _moved_along),
 }  # fmt: skip
 RULES: dict[str, Rule] = {
     **{name: Rule(finds) for name, finds in STRUCTURE.items()},

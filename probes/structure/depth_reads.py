@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from depthscope.probes.connections.family import StreamConnectionError
 from depthscope.probes.dataflow.axes import layout_of
 from depthscope.probes.dataflow.linear import LinearDependence
 from depthscope.probes.dataflow.trace import Trace
-from depthscope.probes.dataflow.values import Value, carrier_of
+from depthscope.probes.dataflow.values import Step, Value, carrier_of
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.structure.chain import DEPTH, Chain, Connection
 from depthscope.probes.structure.stream_chain import branch_label
@@ -63,7 +64,8 @@ def find_depth_reads(tape: Tape) -> DepthReads | None:
     if trace is None or trace.error is not None or tape.split:
         return None
     shown = {value.number: value for call in tape.calls for _, _, value in call.shown()}
-    sums = {number: found for number, value in shown.items() if (found := _sources_of(value))}
+    begins = _embedding(trace, shown)
+    sums = {number: found for number, value in shown.items() if (found := _sources_of(value, begins))}
     if not sums:
         return None
     most = max(len(found) for found in sums.values())
@@ -95,8 +97,18 @@ def _last_sum(widest: Sequence[Value]) -> Value:
     return last
 
 
-def _sources_of(value: Value) -> dict[int, Value]:
-    """What no transparent step made, of all that is added up in a value; without the weights of the sum."""
+def _sources_of(value: Value, begins: Value | None) -> dict[int, Value]:
+    """What no transparent step made, of all that is added up in a value, by number and without the weights of the sum.
+
+    A sum with constants, such as learned positions, is a source as a whole, and so is the value in which all sums begin.
+    Empty where a source is not of the value's size.
+    """
+    found = _added_up(value, begins)
+    size = math.prod(value.shape)
+    return found if all(math.prod(source.shape) == size for source in found.values()) else {}
+
+
+def _added_up(value: Value, begins: Value | None = None) -> dict[int, Value]:
     found: dict[int, Value] = {}
     waiting, seen = [value], set()
     while waiting:
@@ -105,14 +117,50 @@ def _sources_of(value: Value) -> dict[int, Value]:
             continue
         seen.add(current.number)
         step = current.step
-        if step is None or step.rule.function:
+        if step is None or step.rule.function or current is begins or _adds_constant(step):
             found[current.number] = current
         elif step.rule.product:
             waiting.append(carrier_of(step))
         else:
             waiting += step.operands
-    size = math.prod(value.shape)
-    return found if all(math.prod(source.shape) == size for source in found.values()) else {}
+    return found
+
+
+def _adds_constant(step: Step) -> bool:
+    """Whether a step adds what is no value of the forward, such as a parameter, and is not zero.
+
+    Zeros are what `sum` of a list and velocities begin with.
+    """
+    if not step.rule.sums or len(step.operands) > 1:
+        return False
+    added = [step.args[position] for position in step.rule.zero if position < len(step.args)]
+    return any(
+        bool((constant != 0).any()) if isinstance(constant, torch.Tensor) else constant != 0
+        for constant in added
+        if not isinstance(constant, Value)
+    )
+
+
+def _embedding(trace: Trace, shown: Mapping[int, Value]) -> Value | None:
+    """The shown sum of parts that were not computed from one another, such as tokens and positions.
+
+    None where there is no such sum, or where a part of it is also added without the others.
+    """
+    added = {number: set(_added_up(value)) for number, value in shown.items()}
+    if not added:
+        return None
+    widest = max(added, key=lambda number: len(added[number]))
+    begins: Value | None = None
+    for number in sorted(added):
+        few = len(added[number]) <= (1 if begins is None else len(added[begins.number]))
+        if few or shown[number].shape != shown[widest].shape or not added[number] < added[widest]:
+            continue
+        parts = _added_up(shown[number]).values()
+        if not any(trace.depends(one, other.number) for one, other in permutations(parts, 2)):
+            begins = shown[number]
+    if begins is None or added[begins.number] & set(_added_up(shown[widest], begins)):
+        return None
+    return begins
 
 
 def _read_by(
@@ -225,7 +273,7 @@ def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tenso
     Raises
     ------
     StreamConnectionError
-        Where a weight differs between features.
+        Where a weight differs between features, or where the sum is not one of each token by itself.
     """
     rows = []
     for value in found.reads:
@@ -246,4 +294,32 @@ def read_weights(found: DepthReads, layout: str, batch_size: int) -> torch.Tenso
                 raise StreamConnectionError("the weights of a sum over depth differ between features")
             row.append(tokens[..., 0].float())
         rows.append(torch.stack(row, -1))
+        _require_sum_of_tokens(value, over, found.sources, rows[-1], layout, batch_size)
     return torch.stack(rows, -2)
+
+
+def _require_sum_of_tokens(
+    value: Value,
+    over: LinearDependence,
+    sources: Sequence[Value],
+    row: torch.Tensor,
+    layout: str,
+    batch_size: int,
+) -> None:
+    """Refuse a sum that is more than its weights say: one that moves or averages tokens gives ones for ones as well."""
+    generator = torch.Generator().manual_seed(0)
+    # Of the state's shape; a linear layer gives its output with batch and tokens in one axis.
+    noise = [torch.randn(value.shape, generator=generator).to(value.device, value.dtype) for _ in sources]
+    given = {source.number: of.reshape(source.shape) for source, of in zip(sources, noise, strict=True)}
+    summed = given[value.number] if value.number in given else over.apply(given)
+    if summed is None:
+        return
+
+    def by_token(tensor: torch.Tensor) -> torch.Tensor:
+        return canonical(tensor, layout, batch_size=batch_size, num_streams=1).squeeze(2).float()
+
+    expected = torch.zeros_like(by_token(summed))
+    for weight, of in zip(row.unbind(-1), noise, strict=True):
+        expected += weight.unsqueeze(-1) * by_token(of)
+    if not float((by_token(summed) - expected).norm()) <= EQUAL * float(expected.norm()):
+        raise StreamConnectionError("a sum over depth moves or mixes tokens or features")

@@ -99,8 +99,11 @@ def proven_chains(
             None,
             True,
         )  # the states may be captured all the same, where the user says what they are
-    # A block that multiplies the state by zero is a fault of a plain model, and no connection over depth.
+    # A block that multiplies the state by zero, or gives another one, is a fault of a plain model: no connection over depth.
     mixed = mixed or any(chain.proof.endswith(CANCELLED) for chain in chains)
+    mixed = mixed or (
+        found is None and _broken_by_a_block(tape, [states for _, states, _ in carried], chains)
+    )
     if not mixed and (refusal is not None or any(chain.proof != PROVEN for chain in chains)):
         # Sums over a few blocks are chains too, of a part of the model.
         share = 0.0 if found is None else max(share for _, _, share in carried)
@@ -180,7 +183,8 @@ def _carried_chains(
     if streams is not None:
         chain = with_final(tape, streams.chain, streams.sites[0].num_streams)
         return FoundChains((chain,), streams.sites)
-    if chains and not _explain_more(tape, [states for _, states, _ in carried], chains):
+    pieces = [states for _, states, _ in carried]
+    if chains and (_broken_by_a_block(tape, pieces, chains) or not _explain_more(tape, pieces, chains)):
         return None
     proven = [with_proof(tape, with_final(tape, chain)) for chain, _, _ in carried]
     copies = inner_streams(carried[0][1])
@@ -232,6 +236,25 @@ def _explain_more(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequen
         longer = len(chains) == 1 and within and (ours[0] < within[0][0] or ours[-1] > within[-1][-1])
         if longer or len(within) > 1:
             return True
+    return False
+
+
+def _broken_by_a_block(tape: Tape, carried: Sequence[Sequence[Value]], chains: Sequence[Chain]) -> bool:
+    """Whether a block of a chain of modules ends one chain of values and gives the first state of the next one.
+
+    Such a block makes another state of the one that it takes. That is what is to be told of it: read as two chains, nothing
+    would lie between them.
+    """
+    firsts = {unchanged_origin(states[0]).number for states in carried}
+    within = [{unchanged_origin(state).number for state in states} for states in carried]
+    for chain in chains:
+        states = states_of(tape, chain.points)
+        for point, before, after in zip(chain.points[1:], states, states[1:], strict=False):
+            if before is None or after is None or point.site != "post":
+                continue
+            taken, given = unchanged_origin(before).number, unchanged_origin(after).number
+            if given in firsts and any(taken in numbers and given not in numbers for numbers in within):
+                return True
     return False
 
 

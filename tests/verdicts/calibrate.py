@@ -21,13 +21,13 @@ import torch
 
 from depthscope import diagnostics
 from depthscope.diagnostics import Severity
-from depthscope.diagnostics.verdicts import VERDICTS
+from depthscope.diagnostics.verdicts import VERDICTS, calibration
 from tests.verdicts import measuring, page
 from tests.verdicts.drawing import healthy_network
 from tests.verdicts.healthy import KINDS
 
-FILE = Path(__file__).with_name("calibration.json")
-DRAW, EACH = 20261125, 1
+FILE = Path(calibration.__file__).with_name("calibration.json")
+DRAW, EACH = 20261125, 4
 # Shares of the networks that are no worse than the number.
 SHARES = (0.5, 0.9, 0.95, 0.99, 1.0)
 
@@ -84,17 +84,18 @@ def _row(name: str, found: list[tuple[float, bool, str]]) -> dict[str, Any]:
         "metric": VERDICTS[name].metric,
         "bad": "above" if limits.above else "below",
         "networks": len(found),
+        "of_kinds": len({kind for _, _, kind in found}),
         "loud": sum(loud for _, loud, _ in found),
         "worst": worst[2],
         "shares": quantiles([value for value, _, _ in found], above=limits.above),
     }
 
 
-def table(calibration: Mapping[str, Any]) -> str:
+def table(numbers: Mapping[str, Any]) -> str:
     """For the page: quantiles next to the limits of today."""
     head = ("verdict", "bad is", "WARN", "FAIL", "networks", "half", "90 %", "99 %", "worst", "the worst is")
     rows = [head, tuple("---" for _ in head)]
-    for name, row in calibration["verdicts"].items():
+    for name, row in numbers["verdicts"].items():
         limits = VERDICTS[name].limits
         shares = [f"{row['shares'][share]:.3g}" for share in ("0.5", "0.9", "0.99", "1")]
         warn, fail = ("" if limit is None else f"{limit:g}" for limit in (limits.warn, limits.fail))
@@ -107,14 +108,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts.calibrate", description=__doc__)
     parser.add_argument("--draw", type=int, default=DRAW, metavar="SEED")
     parser.add_argument(
-        "--each", type=int, default=EACH, metavar="N", help="networks of each kind (default 1)"
+        "--each", type=int, default=EACH, metavar="N", help=f"networks of each kind (default {EACH})"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    calibration = measured(args.draw, args.each)
-    FILE.write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
-    page.write_calibration(calibration, table(calibration))
-    sys.stdout.write(f"{table(calibration)}\n")
+    numbers = measured(args.draw, args.each)
+    FILE.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    page.write_calibration(numbers, table(numbers))
+    sys.stdout.write(f"{table(numbers)}\n")
     return 0
 
 

@@ -21,6 +21,7 @@ from depthscope.diagnostics import Severity
 from tests.models import stream_bugs
 from tests.verdicts import measuring
 from tests.verdicts.networks import PLAIN, Connection, Mixing, sinkhorn
+from tests.verdicts.parts import last_layer
 from tests.verdicts.places import Place
 from tests.verdicts.plans import Plan
 
@@ -132,11 +133,16 @@ def fault(
 
 
 ANY = tuple(PLAIN)
-WITH_SKIP = ("pre-norm transformer", "sandwich-norm transformer", "parallel branches", "pre-norm MLP")
+WITH_SKIP = (
+    "pre-norm transformer", "sandwich-norm transformer", "parallel branches", "pre-norm MLP", "RMSNorm and SwiGLU",
+    "mixture of experts", "recurrent network",
+)  # fmt: skip
+VISION = ("ViT", "MLP-Mixer")
+DIFFERENTIABLE = (*WITH_SKIP, *VISION, "mHC", "HC", "mHC-lite, dynamic")
 FREE_OF_NORMS = ("transformer without norms", "MLP without norms")
-ATTENDING = tuple(name for name in PLAIN if "MLP" not in name)
-MIXED = ("HC", "mHC", "mHC-lite", "circulant", "orthogonal")
-STOCHASTIC = ("mHC", "mHC-lite", "circulant")
+ATTENDING = tuple(name for name in PLAIN if "MLP" not in name and name != "recurrent network")
+MIXED = ("HC", "mHC", "mHC-lite", "circulant", "orthogonal", "mHC, dynamic")
+STOCHASTIC = ("mHC", "mHC-lite", "circulant", "mHC-lite, dynamic")
 
 # --- size and numbers ---
 
@@ -179,7 +185,7 @@ def _(net):
     "one block multiplies the state by 1e5 or more",
     WARN,
     "exploding_state",
-    hosts=(*WITH_SKIP, *FREE_OF_NORMS),
+    hosts=(*WITH_SKIP, *FREE_OF_NORMS, *VISION),
 )
 def _(net):
     factor = 10 ** net.rng.uniform(5, 7)
@@ -231,22 +237,62 @@ def _scale_gradient(net: Network, factor: float) -> Place:
 
 
 @fault(
-    "the gradient is multiplied behind a block", WARN, "exploding_gradient", hosts=(*WITH_SKIP, "mHC", "HC")
+    "the gradient is multiplied behind a block",
+    WARN,
+    "exploding_gradient",
+    hosts=DIFFERENTIABLE,
 )
 def _(net):
     return _scale_gradient(net, 10 ** net.rng.uniform(3, 6))
 
 
 @fault(
-    "the gradient is scaled down behind a block", WARN, "vanishing_gradient", hosts=(*WITH_SKIP, "mHC", "HC")
+    "the gradient is scaled down behind a block",
+    WARN,
+    "vanishing_gradient",
+    hosts=DIFFERENTIABLE,
 )
 def _(net):
     return _scale_gradient(net, 10 ** -net.rng.uniform(3, 6))
 
 
-@fault("the gradient is NaN behind a block", FAIL, "gradient_not_finite", hosts=(*WITH_SKIP, "mHC", "HC"))
+@fault(
+    "the gradient is NaN behind a block",
+    FAIL,
+    "gradient_not_finite",
+    hosts=DIFFERENTIABLE,
+)
 def _(net):
     return _scale_gradient(net, float("nan"))
+
+
+@fault("the gradient grows in every block", WARN, "exploding_gradient", hosts=DIFFERENTIABLE)
+def _(net):
+    return _scale_every_gradient(net, 10 ** (net.rng.uniform(3, 6) / len(net.blocks)))
+
+
+@fault(
+    "the gradient shrinks in every block",
+    WARN,
+    "vanishing_gradient",
+    hosts=DIFFERENTIABLE,
+)
+def _(net):
+    return _scale_every_gradient(net, 10 ** (-net.rng.uniform(3, 6) / len(net.blocks)))
+
+
+def _scale_every_gradient(net: Network, factor: float) -> Place:
+    for block in net.blocks:
+        block.before = lambda x: ScaledGradient.apply(x, factor)
+    return Place()
+
+
+@fault("branches without norms begin three times too large", WARN, "exploding_state", "exploding_gradient",
+       hosts=("MLP without norms",), age="fresh", plan=(("blocks", 10),))  # fmt: skip
+def _(net):
+    for block in net.blocks:
+        block.fixed = 3.0
+    return Place(ends=True)
 
 
 @fault("layers without skips shrink state and gradient", WARN, "vanishing_gradient", "vanishing_state",
@@ -259,7 +305,7 @@ def _(net):
 
 @fault(
     "a block detaches its input", WARN, "cut_gradient",
-    hosts=(*WITH_SKIP, *FREE_OF_NORMS, "post-norm transformer", "mHC"),
+    hosts=(*WITH_SKIP, *FREE_OF_NORMS, *VISION, "post-norm transformer", "mHC"),
 )  # fmt: skip
 def _(net):
     number = net.block(1)
@@ -270,7 +316,7 @@ def _(net):
 # --- representations ---
 
 
-@fault("tokens become equal at a block", WARN, "rank_collapse", hosts=WITH_SKIP)
+@fault("tokens become equal at a block", WARN, "rank_collapse", hosts=(*WITH_SKIP, *VISION))
 def _(net):
     return net.after(net.block(), lambda x: torch.lerp(x.mean(1, keepdim=True).expand_as(x), x, 1e-3))
 
@@ -288,7 +334,13 @@ def _direction(net: Network) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(net.plan.width), dim=0)
 
 
-@fault("a bottleneck of one direction", WARN, "dimensional_collapse", "one_direction", hosts=WITH_SKIP)
+@fault(
+    "a bottleneck of one direction",
+    WARN,
+    "dimensional_collapse",
+    "one_direction",
+    hosts=(*WITH_SKIP, *VISION),
+)
 def _(net):
     u = _direction(net)
     return net.after(net.block(), lambda x: (x @ u).unsqueeze(-1) * u)
@@ -331,24 +383,24 @@ def _(net):
 def _(net):
     number = net.block()
     for branch in net.blocks[number].branches:
-        last = branch[2] if isinstance(branch, nn.Sequential) else branch.out
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        nn.init.zeros_(last_layer(branch).weight)
+        nn.init.zeros_(last_layer(branch).bias)
     return Place(number + 1, number + 1, begins=True, ends=True)
 
 
 SAME = ("same_representation",)
+# Whose branches end in one linear layer, `parts.last_layer`.
+LINEAR_ENDS = ("pre-norm transformer", "parallel branches", "pre-norm MLP")
 
 
-@fault("one representation in all layers, constructed", FAIL, *SAME, hosts=WITH_SKIP[2:] + WITH_SKIP[:1], age="trained",
+@fault("one representation in all layers, constructed", FAIL, *SAME, hosts=LINEAR_ENDS, age="trained",
        plan=(*GROWN, ("blocks", 6)))  # fmt: skip
 def _(net):
     with torch.no_grad():
         for block in net.blocks:
             for branch in block.branches:
-                last = branch[2] if isinstance(branch, nn.Sequential) else branch.out
-                last.weight.mul_(1e-3)
-                last.bias.mul_(1e-3)
+                last_layer(branch).weight.mul_(1e-3)
+                last_layer(branch).bias.mul_(1e-3)
     return Place()
 
 
@@ -404,6 +456,12 @@ def _(net):
     place = Place(module=f"blocks.{net.block(1)}")
     net.model.get_submodule(place.module).requires_grad_(False)
     return place
+
+
+@fault("the optimiser does not have a connection", WARN, "lost_update", "frozen_module", hosts=("mHC", "HC"), age="fresh",
+       measure=_updated(None))  # fmt: skip
+def _(net):
+    return Place(module=f"blocks.{net.block()}.connections.{net.rng.randrange(2)}")
 
 
 # --- mixing ---
@@ -636,6 +694,13 @@ def _(net):
     return Place()
 
 
+@fault("no sublayer writes anything", WARN, "wasted_layer", "idle_layer", "unwritten_stream", "same_representation",
+       hosts=STOCHASTIC, age="trained", plan=GROWN)  # fmt: skip
+def _(net):
+    net.weights(lambda write, mix, read: (1e-5 * write, mix, read))
+    return Place()
+
+
 @fault("a sublayer writes nothing", WARN, "wasted_layer", "idle_layer", hosts=MIXED)
 def _(net):
     place = net.weights(lambda write, mix, read: (0 * write, mix, read), net.connection())
@@ -648,6 +713,7 @@ WIRED = {
     "discarded": ("the mixing is computed and discarded", WARN, "discarded_mixing"),
     "transposed_once": ("one mixing matrix is applied transposed", WARN, "transposed_mixing"),
     "ones": ("Sinkhorn over axes of size one", FAIL, "constant_mixing"),
+    "columns_only": ("both normalisations along the other axis", WARN, "one_sided_mixing"),
     "rows_only": ("both normalisations along one axis", WARN, "one_sided_mixing"),
     "detached": ("the logits are detached in the code", WARN, "unlearnable_mixing"),
     "swapped": ("reads and writes exchanged", INFO, "swapped_weights"),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from depthscope.app.study import small_lm
-from tests.verdicts.networks import DEPTH, PLAIN, STAGED, STREAMED, built
+from tests.verdicts.networks import FAMILIES, STREAMED, built
 from tests.verdicts.plans import Plan, drawn_plan, short
 
 
@@ -123,7 +123,19 @@ class WithLogits(nn.Module):
 
 
 # Tiny models of transformers, by their names in the catalogue of families.
-PUBLISHED = ("llama", "gpt2", "gpt_neox", "bert", "deepseek_v4", "gemma3n")
+PUBLISHED = (
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "bert",
+    "deepseek_v4",
+    "gemma3n",
+    "qwen3",
+    "gemma3",
+    "opt",
+    "mixtral",
+    "mamba",
+)
 
 
 def published(name: str) -> Callable[[Plan], nn.Module]:
@@ -166,10 +178,9 @@ def for_published(name: str, trained: bool) -> Callable[[random.Random], Plan]:
 
 
 def _kinds() -> list[Kind]:
-    families = [*PLAIN, *DEPTH, *STAGED, *STREAMED]
     kinds = [
         Kind(f"{family}, {'trained' if trained else 'fresh'}", of(family, trained))
-        for family in families
+        for family in FAMILIES
         for trained in (False, True)
     ]
     for family in ("pre-norm transformer", "mHC"):
@@ -181,6 +192,10 @@ def _kinds() -> list[Kind]:
     kinds.append(Kind("a sink token, padded batch", padded, touch=with_a_sink))
     kinds.append(Kind("small embedding, fresh", small_embedding(False)))
     kinds.append(Kind("small embedding, trained", small_embedding(True)))
+    for family in ("pre-norm transformer", "mHC"):
+        half = Kind(f"{family} in bfloat16", of(family, True), touch=lambda model, rng: model.bfloat16())
+        kinds.append(half)
+    kinds.append(Kind("eight streams", lambda rng: replace(of("mHC", rng.random() < 0.5)(rng), streams=8)))
     kinds.append(Kind("first blocks frozen", of("pre-norm transformer", True), touch=frozen_below))
     for kind, streams in (("residual", 1), ("hc", 4), ("mhc", 4)):
         family = {"residual": "pre-norm transformer", "hc": "HC", "mhc": "mHC"}[kind]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from depthscope import diagnostics, probes
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS
-from tests.verdicts.networks import STAGED, functional_loss
+from tests.verdicts.networks import IMAGES, functional_loss
 from tests.verdicts.plans import Plan
 
 # What `judge` itself takes, to see the stages of one network on one scale.
@@ -57,7 +57,7 @@ def batch_of(plan: Plan, purpose: int = 1) -> dict[str, torch.Tensor]:
 
 def loss_on(plan: Plan, model: nn.Module, purpose: int) -> torch.Tensor:
     """Loss on new data."""
-    if plan.family in STAGED:
+    if plan.family in IMAGES:
         pictures, labels = images(plan, 16, purpose)
         return functional.cross_entropy(model(pictures), labels)
     ids = text(plan, 8, 16, purpose)
@@ -78,7 +78,7 @@ def trained(model: nn.Module, plan: Plan, optimiser: torch.optim.Optimizer | Non
 
 def captured(model: nn.Module, plan: Plan, **options: Any) -> xr.DataTree:
     """A run with gradients."""
-    if plan.family in STAGED:
+    if plan.family in IMAGES:
         pictures, labels = images(plan, plan.sequences, 1)
         return probes.capture(
             model, pictures, gradients=True, loss=lambda output, _: functional.cross_entropy(output, labels), **options

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from tests.verdicts.parts import branches, preserve_variance
 from tests.verdicts.plans import Plan
 
 State = torch.Tensor
@@ -23,44 +24,6 @@ State = torch.Tensor
 
 def unchanged(x: Any) -> Any:
     return x
-
-
-class Attention(nn.Module):
-    """Causal attention by explicit weights, so that they can be seen where they are computed."""
-
-    def __init__(self, plan: Plan):
-        super().__init__()
-        self.heads = plan.heads
-        self.qkv = nn.Linear(plan.width, 3 * plan.width)
-        self.out = nn.Linear(plan.width, plan.width)
-        self.softmax = nn.Softmax(-1)
-        self.causal = True
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        logits = q @ k.mT / math.sqrt(q.shape[-1])
-        if self.causal:
-            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-            logits = logits.masked_fill(later, -math.inf)
-        return self.out((self.softmax(logits) @ v).transpose(1, 2).flatten(2))
-
-
-def mlp(plan: Plan) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(plan.width, 2 * plan.width), nn.GELU(), nn.Linear(2 * plan.width, plan.width)
-    )
-
-
-def branches(plan: Plan, attention: bool) -> list[nn.Module]:
-    return [Attention(plan), mlp(plan)] if attention else [mlp(plan)]
-
-
-def preserve_variance(module: nn.Module) -> None:
-    """He's start: torch's own shrinks the signal to a third at every layer, so that branches without norms say nothing."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
-            nn.init.zeros_(part.bias)
 
 
 # --- plain blocks ---
@@ -74,18 +37,28 @@ class Form:
     ----------
     norm : str
         "pre": x + F(norm x); "post": norm(x + F x); "sandwich": x + norm F(norm x); "none": x + F x.
-    attention : bool
-        Whether attention comes before the MLP.
+    mixer, transform : str
+        Keys of `parts.MIXERS` and `parts.TRANSFORMS`; without a mixer tokens do not see one another.
     scale : float, optional
         Where a learned scale of every branch begins: LayerScale, or ReZero where it is 0.
     parallel : bool
         Whether attention and MLP read the same state.
+    gated : bool
+        Whether a gate that is computed from the state decides between the skip and the branch.
+    deep : bool
+        DeepNorm: a post-norm block whose skip is (2 L)^¼ and whose branches begin small.
+    rms : bool
+        Whether its norms are RMSNorm.
     """
 
     norm: str = "pre"
-    attention: bool = True
+    mixer: str = "attention"
+    transform: str = "mlp"
     scale: float | None = None
     parallel: bool = False
+    gated: bool = False
+    deep: bool = False
+    rms: bool = False
 
 
 class Block(nn.Module):
@@ -94,12 +67,11 @@ class Block(nn.Module):
     def __init__(self, plan: Plan, form: Form):
         super().__init__()
         self.form = form
-        self.branches = nn.ModuleList(branches(plan, form.attention))
+        self.branches = nn.ModuleList(branches(plan, form.mixer, form.transform))
         count = len(self.branches)
         normed = form.norm != "none"
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(plan.width) if normed else nn.Identity() for _ in range(count)
-        )
+        norm = nn.RMSNorm if form.rms else nn.LayerNorm
+        self.norms = nn.ModuleList(norm(plan.width) if normed else nn.Identity() for _ in range(count))
         if form.norm == "sandwich":
             self.outer = nn.ModuleList(nn.LayerNorm(plan.width) for _ in range(count))
         if form.scale is not None:
@@ -109,6 +81,10 @@ class Block(nn.Module):
             preserve_variance(self.branches)
         self.fixed = 1 / math.sqrt(2 * plan.blocks) if not normed and form.scale is None else 1.0
         self.skip = 1.0
+        if form.deep:
+            self.skip, self.fixed = (2 * plan.blocks) ** 0.25, (8 * plan.blocks) ** -0.25
+        if form.gated:
+            self.gates = nn.ModuleList(nn.Linear(plan.width, plan.width) for _ in range(count))
         self.before, self.after = unchanged, unchanged
 
     def forward(self, x):
@@ -121,6 +97,9 @@ class Block(nn.Module):
     def step(self, number: int, x: State, source: State) -> State:
         if self.form.norm == "post":
             return self.norms[number](self.skip * x + self.written(number, source))
+        if self.form.gated:
+            share = (self.gates[number](x) - 2.0).sigmoid()
+            return self.skip * (1.0 - share) * x + share * self.written(number, self.norms[number](source))
         return self.skip * x + self.written(number, self.norms[number](source))
 
     def written(self, number: int, x: State) -> State:
@@ -158,17 +137,34 @@ def plain(form: Form) -> Callable[[Plan], nn.Module]:
     return lambda plan: Network(plan, lambda number: Block(plan, form))
 
 
+def looped(plan: Plan) -> nn.Module:
+    """A universal transformer: one block, as often as there would be blocks."""
+    block = Block(plan, Form())
+    return Network(plan, lambda number: block)
+
+
+class VisionNetwork(Network):
+    """Patches of an image as tokens, with or without a class token that is read out."""
+
+    def __init__(self, plan: Plan, form: Form, *, token: bool):
+        super().__init__(plan, lambda number: Block(plan, form))
+        del self.embed
+        self.patches = nn.Conv2d(3, plan.width, 4, stride=4)
+        self.token = nn.Parameter(0.1 * torch.randn(plan.width)) if token else None
+        self.head = nn.Linear(plan.width, 8)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).mT
+        if self.token is not None:
+            x = torch.cat([self.token.expand(len(x), 1, -1), x], 1)
+        x = self.norm(self.trunk(x + self.place[: x.shape[1]]))
+        return self.head(x.mean(1) if self.token is None else x[:, 0])
+
+
 # --- connections over depth ---
 
 
-class WithoutPlaces(Network):
-    """Its first state is what the embedding gives: with positions added to it, sums over depth are not read today."""
-
-    def embedded(self, ids):
-        return self.embed(ids)
-
-
-class DenseFormer(WithoutPlaces):
+class DenseFormer(Network):
     """After each block a weighted average of all states so far; it starts at the last one (arXiv 2402.02622)."""
 
     def __init__(self, plan: Plan):
@@ -209,11 +205,11 @@ class Sublayer(nn.Module):
         return self.branch(self.norm(x))
 
 
-class AttentionResidual(WithoutPlaces):
+class AttentionResidual(Network):
     """Every sublayer reads a softmax over the outputs of all earlier ones (arXiv 2603.15031)."""
 
     def __init__(self, plan: Plan):
-        super().__init__(plan, lambda number: Sublayer(plan, branches(plan, True)[number % 2]))
+        super().__init__(plan, lambda number: Sublayer(plan, branches(plan)[number % 2]))
         self.queries = nn.ModuleList(DepthQuery(plan) for _ in range(plan.blocks + 1))
 
     def trunk(self, x):
@@ -321,7 +317,9 @@ class Connection(nn.Module):
     zero. The others read and write by sigmoids around an equal share, and begin near the identity.
     """
 
-    def __init__(self, plan: Plan, mixing: str, number: int, *, strength: float, spread: float):
+    def __init__(
+        self, plan: Plan, mixing: str, number: int, *, strength: float, spread: float, dynamic: float = 0.01
+    ):
         super().__init__()
         n = plan.streams
         self.n, self.free, self.mixing = n, mixing in ("HC", "orthogonal"), MIXINGS[mixing]
@@ -338,7 +336,7 @@ class Connection(nn.Module):
         for linear in self.project:
             if self.free:
                 nn.init.zeros_(linear.weight)
-        self.scale = nn.Parameter(torch.full((3,), 0.01))
+        self.scale = nn.Parameter(torch.full((3,), dynamic))
         self.change = unchanged
         self.change_logits = unchanged
 
@@ -371,13 +369,11 @@ class ReturnedConnection(nn.Module):
 class StreamBlock(nn.Module):
     """Attention and MLP, each within a connection."""
 
-    def __init__(self, plan: Plan, mixing: str, number: int, *, strength: float, spread: float):
+    def __init__(self, plan: Plan, mixing: str, number: int, **start: float):
         super().__init__()
         self.style = plan.style
-        self.sublayers = nn.ModuleList(Sublayer(plan, branch) for branch in branches(plan, True))
-        self.connections = nn.ModuleList(
-            Connection(plan, mixing, 2 * number + i, strength=strength, spread=spread) for i in range(2)
-        )
+        self.sublayers = nn.ModuleList(Sublayer(plan, branch) for branch in branches(plan))
+        self.connections = nn.ModuleList(Connection(plan, mixing, 2 * number + i, **start) for i in range(2))
         if self.style == "returned":
             self.connections = nn.ModuleList(ReturnedConnection(each) for each in self.connections)
         self.before, self.after = unchanged, unchanged
@@ -416,16 +412,18 @@ class StreamNetwork(Network):
         return self.last(super().trunk(self.first(x.unsqueeze(2) + self.offsets))).mean(2)
 
 
-def streamed(mixing: str, *, strength: float = 4.0, spread: float = 0.3) -> Callable[[Plan], nn.Module]:
+def streamed(
+    mixing: str, *, strength: float = 4.0, spread: float = 0.3, dynamic: float = 0.01
+) -> Callable[[Plan], nn.Module]:
     """A network of streams.
 
-    `strength` is how near to the identity the mixing begins; `spread` how unequal its logits are.
+    `strength` is how near to the identity the mixing begins, `spread` how unequal its logits are, and `dynamic` the scale of
+    their part that depends on the token.
     """
+    start = {"strength": strength, "spread": spread, "dynamic": dynamic}
 
     def build(plan: Plan) -> nn.Module:
-        return StreamNetwork(
-            plan, lambda number: StreamBlock(plan, mixing, number, strength=strength, spread=spread)
-        )
+        return StreamNetwork(plan, lambda number: StreamBlock(plan, mixing, number, **start))
 
     return build
 
@@ -452,23 +450,39 @@ class ConvBlock(nn.Module):
         return self.after(x.relu() if self.normed else x)
 
 
-class StagedNetwork(nn.Module):
-    """A ResNet of stages: each halves the image and doubles the width."""
+class DepthwiseBlock(nn.Module):
+    """ConvNeXt's: x + γ MLP(norm(depthwise convolution of x)), channels last within."""
 
-    def __init__(self, plan: Plan, normed: bool):
+    def __init__(self, width: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.net = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.scale = nn.Parameter(torch.full((width,), 0.1))
+        self.before, self.after = unchanged, unchanged
+
+    def forward(self, x):
+        x = self.before(x)
+        out = self.scale * self.net(self.norm(self.depthwise(x).movedim(1, -1)))
+        return self.after(x + out.movedim(-1, 1))
+
+
+class StagedNetwork(nn.Module):
+    """Stages of convolutional blocks: each halves the image and doubles the width."""
+
+    def __init__(self, plan: Plan, make: Callable[[int], nn.Module]):
         super().__init__()
         widths = [plan.width // 2 * 2**stage for stage in range(3)]
-        scale = 1.0 if normed else 1 / math.sqrt(plan.blocks)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         per_stage = max(2, plan.blocks // 3)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvBlock(width, normed, scale) for _ in range(per_stage))) for width in widths
+            nn.Sequential(*(make(width) for _ in range(per_stage))) for width in widths
         )
         self.down = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.head = nn.Linear(widths[-1], 8)
 
     @property
-    def blocks(self) -> list[ConvBlock]:
+    def blocks(self) -> list[nn.Module]:
         return [block for stage in self.stages for block in stage]
 
     def forward(self, images):
@@ -477,6 +491,14 @@ class StagedNetwork(nn.Module):
             x = self.down[number - 1](x) if number else x
             x = stage(x)
         return self.head(x.mean((2, 3)))
+
+
+def residual_net(*, normed: bool) -> Callable[[Plan], nn.Module]:
+    def build(plan: Plan) -> nn.Module:
+        scale = 1.0 if normed else 1 / math.sqrt(plan.blocks)
+        return StagedNetwork(plan, lambda width: ConvBlock(width, normed, scale))
+
+    return build
 
 
 # Name of a family → how it is built of a plan.
@@ -488,17 +510,28 @@ PLAIN: dict[str, Callable[[Plan], nn.Module]] = {
     "parallel branches": plain(Form(parallel=True)),
     "LayerScale transformer": plain(Form(scale=0.1)),
     "ReZero transformer": plain(Form("none", scale=0.0)),
-    "pre-norm MLP": plain(Form(attention=False)),
-    "post-norm MLP": plain(Form("post", attention=False)),
-    "MLP without norms": plain(Form("none", attention=False)),
+    "pre-norm MLP": plain(Form(mixer="")),
+    "post-norm MLP": plain(Form("post", mixer="")),
+    "MLP without norms": plain(Form("none", mixer="")),
+    "RMSNorm and SwiGLU": plain(Form(transform="gated", rms=True)),
+    "mixture of experts": plain(Form(transform="experts")),
+    "recurrent network": plain(Form(mixer="recurrence")),
+    "gated transformer": plain(Form(gated=True)),
+    "DeepNorm transformer": plain(Form("post", deep=True)),
+}
+LOOPED: dict[str, Callable[[Plan], nn.Module]] = {"universal transformer": looped}
+PATCHED: dict[str, Callable[[Plan], nn.Module]] = {
+    "ViT": lambda plan: VisionNetwork(plan, Form(mixer="attention of all"), token=True),
+    "MLP-Mixer": lambda plan: VisionNetwork(plan, Form(mixer="tokens"), token=False),
 }
 DEPTH: dict[str, Callable[[Plan], nn.Module]] = {
     "DenseFormer": DenseFormer,
     "attention residuals": AttentionResidual,
 }
 STAGED: dict[str, Callable[[Plan], nn.Module]] = {
-    "ResNet": lambda plan: StagedNetwork(plan, True),
-    "ResNet without norms": lambda plan: StagedNetwork(plan, False),
+    "ResNet": residual_net(normed=True),
+    "ResNet without norms": residual_net(normed=False),
+    "ConvNeXt": lambda plan: StagedNetwork(plan, DepthwiseBlock),
 }
 STREAMED: dict[str, Callable[[Plan], nn.Module]] = {
     "HC": streamed("HC"),
@@ -510,8 +543,11 @@ STREAMED: dict[str, Callable[[Plan], nn.Module]] = {
     "independent": streamed("independent"),
     # 1 − σ(3.6 …) of another stream at each connection: little, and a third over a dozen of them.
     "near identity": streamed("mHC", strength=3.6, spread=0.2),
+    "mHC, dynamic": streamed("mHC", dynamic=1.0),
+    "mHC-lite, dynamic": streamed("mHC-lite", dynamic=1.0),
 }
-FAMILIES = PLAIN | DEPTH | STAGED | STREAMED
+IMAGES = STAGED | PATCHED
+FAMILIES = PLAIN | LOOPED | DEPTH | IMAGES | STREAMED
 
 
 def built(plan: Plan) -> nn.Module:

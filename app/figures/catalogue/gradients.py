@@ -17,7 +17,7 @@ gradient_norm = _states(
     "‖∂loss / ∂state‖",
     note=_REDUCTION,
 )
-# Within a factor of ten across depth is a rule of thumb; 0.1 and 10 are the warnings of the verdicts.
+# Within a factor of ten across depth is a rule of thumb.
 backward_gain = _states(
     "backward_gain",
     "Backward gain across depth",

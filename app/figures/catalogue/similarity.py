@@ -142,7 +142,7 @@ stream_cosine = _steps(
     "stream_cosine",
     "Cosine between streams across depth",
     "mean cosine of two streams",
-    thresholds=((0.99, "copied streams: 0.99"),),
+    thresholds=((0.999, "copied streams: 0.999"),),
 )
 # 0.9999 is the warning of the verdict `copied_streams` about two of several.
 closest_stream_cosine = _steps(

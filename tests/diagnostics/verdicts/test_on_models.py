@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
         WARN, "connection", 4, 11, says="column sum",
     ),
     "exploding_gradient": case(
-        lambda: plain(partial(without_skip, gain=3.0, activation=torch.tanh), 32), FAIL, "depth", 0, 23
+        lambda: plain(partial(without_skip, gain=3.0, activation=torch.tanh), 32), FAIL, "depth", 0, 20
     ),
     "vanishing_gradient": case(
         lambda: plain(partial(without_skip, gain=1.0, activation=torch.sigmoid), 12),

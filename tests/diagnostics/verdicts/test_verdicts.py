@@ -317,6 +317,34 @@ def test_reads_that_take_turns_are_healthy(mixed):
     assert not {"unread_stream", "dominant_stream"} & set(found)
 
 
+def with_cosines(mixed, distances):
+    """A run with 1 − cosine between any two streams as given by depth."""
+    run = mixed()
+    trace = run["trace"].to_dataset().load()
+    cosine = 1.0 - np.asarray(distances)
+    states = np.zeros(trace["residual"].shape)
+    states[..., 0] = np.sqrt(cosine)[:, None, None, None]
+    for stream in range(states.shape[3]):  # what is its own of each is orthogonal to that of the others
+        states[:, :, :, stream, 1 + stream] = np.sqrt(1.0 - cosine)[:, None, None]
+    trace["residual"] = trace["residual"].copy(data=states.astype(np.float32))
+    return schema.create_run(trace, attrs=run.attrs)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "severity"),
+    [
+        (1e-6, 1e-3, Severity.INFO),  # they part with the depth
+        (5e-4, 5e-4, Severity.WARN),  # they stay as they were
+        (6e-3, 6e-3, None),  # they are 6 degrees apart: no copies
+    ],
+)
+def test_streams_that_part_with_depth_are_a_note(mixed, first, last, severity):
+    depths = mixed()["trace"].sizes["depth"]
+    run = with_cosines(mixed, np.geomspace(first, last, depths))
+    told = findings(run).get("copied_streams", [])
+    assert [finding.severity for finding in told[:1]] == ([severity] if severity is not None else [])
+
+
 def test_copied_streams_are_told_only_where_they_could_have_parted(make_run):
     run = make_run("mhc", samples=SAMPLES, tokens=TOKENS)
     trace = run["trace"].to_dataset().load()
@@ -433,6 +461,18 @@ def test_layers_that_do_nothing():
         states[depth] = 1.1 * states[depth - 1]
     found = findings(residual_run(states))["idle_layer"][0]
     assert (found.severity, found.first, found.last) == (Severity.WARN, 4, 5)
+
+
+@pytest.mark.parametrize(("moved", "severity"), [(0.01, Severity.INFO), (0.5, Severity.WARN)])
+@pytest.mark.parametrize("out_of_line", [False, True])
+def test_small_steps_of_a_young_network_are_a_note_unless_one_is_out_of_line(moved, severity, out_of_line):
+    steps = np.random.default_rng(0).standard_normal((9, SAMPLES, TOKENS, FEATURES))
+    steps[[2, 3, 5, 6, 8]] *= 0.02  # of three steps two are small, by 0.006 of π
+    steps[5] *= 1e-3 if out_of_line else 1.0
+    run = residual_run(np.cumsum(steps, axis=0))
+    run = schema.create_run(run["trace"].to_dataset(), attrs=run.attrs | {"norms_moved": moved})
+    found = findings(run)["idle_layer"][0]
+    assert found.severity == (Severity.WARN if out_of_line else severity)
 
 
 def test_layers_that_all_do_nothing_are_as_at_the_start():
