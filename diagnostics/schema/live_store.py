@@ -27,6 +27,7 @@ from depthscope.diagnostics.schema.attributes import json_default
 from depthscope.diagnostics.schema.live_store_columns import STEP, TIME, read_index, write_columns
 from depthscope.diagnostics.schema.live_store_files import (
     COLUMNS,
+    LOCK,
     LOG,
     STATES,
     WriterLock,
@@ -311,6 +312,14 @@ class LiveStore:
             os.close(descriptor)
         if hasattr(self, "_lock"):
             self._lock.release()
+
+    def remove(self) -> None:
+        """End writing and remove the store; files of others stay, and their folder."""
+        self._remove_everything()
+        self.close()
+        with suppress(OSError):
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
 
     # --- the log as a file
 

@@ -165,8 +165,9 @@ class History:
         place = list(self.variables).index(name)
         for num_variables, table in self._row_tables():
             if place < num_variables:
-                part = np.ascontiguousarray(table[:, self.ends[place] : self.ends[place + 1]])
-                found[start : start + len(table)] = part.view(declared.dtype).reshape(-1, *declared.shape)
+                cells = np.ascontiguousarray(table[:, self.ends[place] : self.ends[place + 1]])
+                shape = (len(table), *declared.shape)
+                found[start : start + len(table)] = cells.view(declared.dtype).reshape(shape)
             start += len(table)
         return found
 

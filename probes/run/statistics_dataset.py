@@ -47,6 +47,29 @@ def statistics_dataset(
 
     ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain.
     """
+    variables = step_variables(number, depths, rows, evidence)
+    for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
+        values_LND = _stacked(pooled[number : number + 1], name, depths)[0]
+        variables[name] = (("depth", "stream", "feature"), values_LND)
+    coords = depth_coords(chain, depths)
+    coords["step"] = np.array([row.step for row in rows])
+    coords["stream"] = np.arange(variables["unit_pair_sum"][1].shape[2])
+    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
+    streaming = pooled[number].streaming
+    if streaming is not None:
+        streamed, streamed_coords = streamed_variables(streaming, depths)
+        variables.update(streamed)
+        coords.update(streamed_coords)
+    if evidence.proofs:
+        coords.update(connection_coords(chain.connections))
+        coords["direction"] = DIRECTIONS
+    return xr.Dataset(variables, coords)
+
+
+def step_variables(
+    number: int, depths: list[int], rows: list[StepStatistics], evidence: Evidence
+) -> dict[str, Any]:
+    """The variables of one group that have a value for every measured step, as (dims, array) or (dims, array, attributes)."""
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
         # Of the first depth: all states of a group have the same tokens.
@@ -60,23 +83,9 @@ def statistics_dataset(
     # Σ_{i≠j} u_i·u_j over all pairs of unit vectors = ‖Σ u‖² − number of them: the mean cosine without forming any pair.
     pairs = _stacked(sums, "unit_square", depths) - _stacked(sums, "unit_count", depths)
     variables["unit_pair_sum"] = (schema.PROFILE, pairs)
-    for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
-        values_LND = _stacked(pooled[number : number + 1], name, depths)[0]
-        variables[name] = (("depth", "stream", "feature"), values_LND)
-    coords = depth_coords(chain, depths)
-    coords["step"] = np.array([row.step for row in rows])
-    coords["stream"] = np.arange(pairs.shape[2])
-    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
-    streaming = pooled[number].streaming
-    if streaming is not None:
-        streamed, streamed_coords = streamed_variables(streaming, depths)
-        variables.update(streamed)
-        coords.update(streamed_coords)
     if evidence.proofs:  # only stream connections have gains: a plain block's is 1
         variables.update(_gain_variables(sums, evidence))
-        coords.update(connection_coords(chain.connections))
-        coords["direction"] = DIRECTIONS
-    return xr.Dataset(variables, coords)
+    return variables
 
 
 def _profile_variables(sums: list[TokenSums], depths: list[int]) -> dict[str, Any]:
