@@ -11,7 +11,7 @@ from depthscope.diagnostics.metrics import collapse, gradients, mixing, propagat
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, sources
 from depthscope.diagnostics.quantities.token_spectra import RANKS
-from depthscope.diagnostics.schema import WITHOUT_GRADIENT, chain_dataset
+from depthscope.diagnostics.schema import POOLED_STEP, WITHOUT_GRADIENT, chain_dataset
 
 EXACT = "exact over every token of the step"
 
@@ -129,8 +129,9 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
         found |= getattr(streamed, f"streamed_{name}").evaluate(source)
     # Sums since the weights last changed are of the last weights: no other step has a value.
     steps = statistics["step"].values
+    last = [statistics.attrs.get(POOLED_STEP, steps[-1])]
     return {
-        name: value if name.endswith("_null") else value.expand_dims(step=steps[-1:]).reindex(step=steps)
+        name: value if name.endswith("_null") else value.expand_dims(step=last).reindex(step=steps)
         for name, value in found.items()
     }
 

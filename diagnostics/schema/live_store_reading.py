@@ -28,7 +28,7 @@ from depthscope.diagnostics.schema.live_store_files import (
 from depthscope.diagnostics.schema.live_store_history import History, read_history
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 
-LIVE = "live"
+LIVE = "live_store"
 """Attribute of a run that was opened from a live store: the fields of `Status`."""
 
 POOLED_STEP = "pooled_step"
@@ -177,8 +177,12 @@ def _status(store: Path, history: History, torn: int, run: xr.DataTree | None) -
 
 
 def _step_of(run: xr.DataTree) -> int | None:
-    step = run.attrs.get("step")
-    return step if isinstance(step, int) else None
+    """The last step of the statistics of a saved state."""
+    for node in run.subtree:
+        steps = node.to_dataset().get("step")
+        if node.path.startswith("/statistics") and steps is not None and steps.size:
+            return int(steps.values[-1])
+    return None
 
 
 def _check_size(store: Path, history: History, max_bytes: int | None) -> None:

@@ -68,6 +68,7 @@ def open_run(
     source = Path(path)
     if is_live_store(source):
         return _open_live(source, verify=verify, max_bytes=max_bytes)
+    suffix = suffix_of(source)
     if not source.exists():
         beside = live_log_of(source)
         hint = (
@@ -76,7 +77,6 @@ def open_run(
             else "list the runs of a folder with: depthscope dashboard FOLDER"
         )
         raise FileNotFoundError(f"no run at {source}; {hint}")
-    suffix = suffix_of(source)
     try:
         require_ordinary(source, folder=suffix == ".zarr")
         known = _known_integrity(source, verify=verify, max_bytes=max_bytes) if suffix == ".nc" else None

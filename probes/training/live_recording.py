@@ -13,7 +13,6 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema.live_store import LiveStore, require_live_place
 from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of
 from depthscope.diagnostics.schema.live_store_history import read_history
-from depthscope.diagnostics.schema.live_store_reading import LIVE
 from depthscope.probes.run.build_run import Proven, prove
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.run.step_numbers import step_numbers
@@ -216,7 +215,6 @@ class LiveRecording:
             # Earlier attempts have rows that this recorder never had.
             store.save_state(build())
             with schema.open_run(self._folder) as whole:
-                del whole.attrs[LIVE]
                 schema.save_run(whole, self._file)
         if store is not None and is_complete:
             store.remove()

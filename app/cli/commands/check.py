@@ -30,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.readings.readings import live_sentence
     from depthscope.app.tables.findings import cards_of
 
     lowest, verdicts = _limits(args.fail_on)
@@ -44,6 +45,7 @@ def _run(args: argparse.Namespace) -> int:
             {
                 "run": reading.name,
                 "integrity": reading.integrity,
+                **({"live_store": reading.attrs["live_store"]} if live_sentence(reading.attrs) else {}),
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
                 "memory": reading.attrs.get("memory"),
@@ -89,7 +91,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 
 def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
-    from depthscope.app.readings.readings import memory_sentence
+    from depthscope.app.readings.readings import live_sentence, memory_sentence
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
 
@@ -98,6 +100,9 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         say(f"  file {printable(reading.integrity)}")
+        live = live_sentence(reading.attrs)
+        if live:
+            say(f"  live store {printable(live)}")
         memory = memory_sentence(reading.attrs)
         for key, words in (("constraint", "H_res"), ("proof", "reading")):
             if reading.attrs.get(key):

@@ -169,7 +169,7 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 
     with pytest.raises(RuntimeError, match="goes down"):
         loop()
-    with schema.open_run(tmp_path / "runs" / "a.nc") as run:
+    with schema.open_run(tmp_path / "runs" / "a") as run:
         assert run.statistics.sizes["step"] == 2
         assert run.trace.sizes["sample"] == 4
 
@@ -177,7 +177,7 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
     (tmp_path / "a.nc").write_text("somebody's notes")
     with pytest.raises(FileExistsError, match=r"a\.nc exists and is no run"):
-        probes.record(models["llama"](), store=tmp_path / "a")
+        probes.record(models["llama"](), store=tmp_path / "a.nc")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(NotADirectoryError, match="is a file, but"):
         probes.record(models["llama"](), store=tmp_path / "file" / "a")
