@@ -148,8 +148,10 @@ def _newest_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.
             with open_inside(states[-1]):
                 pass  # no link, no pipe
             return open_state(states[-1])
-        except FileNotFoundError:
-            continue  # its writer has just removed it for a newer one
+        except (FileNotFoundError, SchemaError):
+            if states[-1].exists():
+                raise
+            # Its writer has just removed it for a newer one.
     raise SchemaError("its files change faster than they can be opened; try again")
 
 

@@ -282,7 +282,9 @@ def test_a_run_that_cannot_be_saved_does_not_stop_the_users_script(ids, tmp_path
     with pytest.warns(probes.ProbeWarning, match=r"nothing is written to .*runs is a file"):
         recorder.__enter__()
     model(ids)
-    with pytest.warns(probes.ProbeWarning, match=r"the steps are not written .*every measured step tries again"):
+    with pytest.warns(
+        probes.ProbeWarning, match=r"the steps are not written .*every measured step tries again"
+    ):
         recorder.step()
     model(ids)
     recorder.step()  # said once
