@@ -75,7 +75,7 @@ def numbered(folder: Path, suffix: str) -> dict[int, Path]:
     """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     found = [name for name in names if re.fullmatch(rf"\d{{6,9}}{re.escape(suffix)}", name)]
     return {int(name.removesuffix(suffix)): folder / name for name in found}

@@ -80,7 +80,7 @@ class Row:
     step: int
     time: float
     num_variables: int
-    data: memoryview
+    data: bytes
 
 
 @dataclass
@@ -339,7 +339,7 @@ class History:
 
     def _take_row(self, payload: memoryview) -> None:
         step, time, num_variables = ROW_HEAD.unpack_from(payload)
-        data = payload[ROW_HEAD.size :]
+        data = bytes(payload[ROW_HEAD.size :])
         if num_variables > len(self.variables) or self.ends[num_variables] != len(data):
             raise ValueError(f"the row of step {step} has {len(data)} bytes for {num_variables} variables")
         last = self.last_step

@@ -244,6 +244,9 @@ class _Rows(BackendArray):
         self.dtype = np.dtype(declared.dtype)
         self._read = partial(history.values, name)
 
+    def __deepcopy__(self, memo: Any) -> _Rows:
+        return self  # what was written is never changed
+
     def __getitem__(self, key: Any) -> Any:
         return indexing.explicit_indexing_adapter(
             key, self.shape, indexing.IndexingSupport.BASIC, lambda index: self._read()[index]

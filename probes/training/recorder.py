@@ -123,6 +123,7 @@ class Recorder:
         self._weights, self._scale = weights, scale or LossScale(None)
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
+        self._trained = False  # whether the last measured step was one of a training
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
@@ -242,8 +243,8 @@ class Recorder:
             self._state = "closed"
             _open.discard(self)
             try:
-                if self.measuring and self._session.pending:
-                    # The loop ended before step(), after complete forwards
+                # The loop ended before step(), after complete forwards; the evaluation at the end of a training is no step of it.
+                if self.measuring and self._session.pending and self._session.trains >= self._trained:
                     self._safely(self._end_measured_step, None)
             finally:
                 self._detach()
@@ -297,6 +298,7 @@ class Recorder:
         if not _num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
+        self._trained = self._session.trains
         sums = self._pool(parts)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         if scale is not None and (

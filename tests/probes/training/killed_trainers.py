@@ -2,7 +2,7 @@
 
 One process imports everything; every trainer is a fork of it. It trains a small stack, measures every step into a live store and
 says after each `step` which one it was. Killed, its store must have at least these steps, and no number that is not theirs; a
-reader beside it opens the store again and again meanwhile. Every other attempt goes on in the store of the one before.
+reader beside it opens the store again and again meanwhile. Half of the attempts go on in the store of the one before.
 """
 
 from __future__ import annotations
@@ -145,9 +145,8 @@ def campaign(kills: int, folder: Path, *, seed: int, longest: float) -> Counter[
             stored = check(store, last)
             counts.update(readable=1, rows=stored + 1)
         except (schema.SchemaError, FileNotFoundError) as error:
-            assert last is None and (
-                "no step was finished" in str(error) or not schema.is_live_store(store)
-            ), error
+            if last is not None or (schema.is_live_store(store) and "no step was finished" not in str(error)):
+                raise
             counts.update(before_the_first_step=1)
             stored = None
     return counts
