@@ -270,9 +270,7 @@ class Session:
         current.clear()
         self._unseen = False
         # No part of a step that will be left out, and no forward without gradients of a step that measures these.
-        if self.errors or not self._may_have_gradients():
-            return
-        if not self._is_of_the_step(module):
+        if self.errors or not self._may_have_gradients() or not self._is_of_the_step(module):
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
         if tensors and not any(tensor.numel() for tensor in tensors):
@@ -303,8 +301,8 @@ class Session:
     def _is_of_the_step(self, model: nn.Module) -> bool:
         """Whether a call that begins is one of those that the step measures: evaluations do not mix with training.
 
-        Of the calls of a step count those that come closest to training: in training mode with a graph, else with a graph, else
-        all. A loop that only evaluates is measured as a whole; an evaluation within a step of training is not.
+        Of the calls of a step count those that come closest to training: in training mode with a graph, else with a graph,
+        else all. A loop that only evaluates is measured as a whole; an evaluation within a step of training is not.
         """
         if self._only_own:
             return True

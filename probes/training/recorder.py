@@ -243,7 +243,7 @@ class Recorder:
             self._state = "closed"
             _open.discard(self)
             try:
-                # The loop ended before step(), after complete forwards; the evaluation at the end of a training is no step of it.
+                # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it.
                 if self.measuring and self._session.pending and self._session.trains >= self._trained:
                     self._safely(self._end_measured_step, None)
             finally:

@@ -1,8 +1,8 @@
 """What is left of a training that is killed at a random moment? ``python tests/probes/training/killed_trainers.py 200``.
 
-One process imports everything; every trainer is a fork of it. It trains a small stack, measures every step into a live store and
-says after each `step` which one it was. Killed, its store must have at least these steps, and no number that is not theirs; a
-reader beside it opens the store again and again meanwhile. Half of the attempts go on in the store of the one before.
+One process imports everything; every trainer is a fork of it. It trains a small stack, measures every step into a live store
+and says after each `step` which one it was. Killed, its store must have at least these steps, and no number that is not
+theirs; a reader beside it opens the store again and again meanwhile. Half of the attempts resume the store of the one before.
 """
 
 from __future__ import annotations
