@@ -62,13 +62,56 @@ class ColumnFile:
         The file.
     num_rows : int
         Rows of each column.
-    columns : mapping of str to Column
-        By name.
+    described : mapping of str to object
+        What the index says of each column; checked when it is read, since a store may have a hundred thousand of them.
+    data_end : int
+        Byte before which all columns are.
     """
 
     path: Path
     num_rows: int
-    columns: Mapping[str, Column]
+    described: Mapping[str, Any]
+    data_end: int
+
+    def column(self, name: str) -> Column | None:
+        """Where one column is.
+
+        Parameters
+        ----------
+        name : str
+            Of the variable.
+
+        Returns
+        -------
+        Column or None
+            None where the file does not have it.
+
+        Raises
+        ------
+        SchemaError
+            Where the index says what cannot be.
+        """
+        fields = self.described.get(name)
+        if fields is None:
+            return None
+        try:
+            column = Column(
+                fields["dtype"], tuple(fields["shape"]), fields["offset"], fields["bytes"], fields["crc32c"]
+            )
+            counts = all(map(is_count, (*column.shape, column.offset, column.size)))
+            expected = (
+                self.num_rows * math.prod(column.shape) * np.dtype(column.dtype).itemsize if counts else None
+            )
+        except (KeyError, TypeError, ValueError):
+            expected = None
+        if (
+            expected is None
+            or column.dtype not in DTYPES
+            or column.size != expected
+            or column.offset + expected > self.data_end
+        ):
+            raise SchemaError(f"{self.path}: the column {name!r} is described as {fields!r}, which cannot be")
+        return column
 
     def read(self, name: str) -> np.ndarray | None:
         """Read one column and compare it with its checksum.
@@ -88,7 +131,7 @@ class ColumnFile:
         SchemaError
             Where it is not what was written.
         """
-        column = self.columns.get(name)
+        column = self.column(name)
         if column is None:
             return None
         with open_inside(self.path) as file:
@@ -172,25 +215,11 @@ def _parsed(path: Path, index: Any, data_end: int) -> ColumnFile:
     num_rows, described = index["rows"], index["columns"]
     if not is_count(num_rows) or len(described) > MAX_VARIABLES:
         raise ValueError(f"{num_rows!r} rows and {len(described)} columns")
-    columns = {}
-    total = 0
-    for name, fields in described.items():
-        column = Column(
-            fields["dtype"], tuple(fields["shape"]), fields["offset"], fields["bytes"], fields["crc32c"]
-        )
-        if column.dtype not in DTYPES or not all(map(is_count, (*column.shape, column.offset, column.size))):
-            raise ValueError(f"column {name!r} is {fields!r}")
-        expected = num_rows * math.prod(column.shape) * np.dtype(column.dtype).itemsize
-        total += column.size
-        # Together, so that a few bytes cannot stand for many columns.
-        if column.size != expected or column.offset + column.size > data_end or total > data_end:
-            raise ValueError(
-                f"column {name!r} has {column.size} bytes at {column.offset}, expected {expected} before {data_end}"
-            )
-        columns[name] = column
-    if columns[STEP].dtype != "<i8" or columns[STEP].shape != () or columns[TIME].dtype != "<f8":
+    found = ColumnFile(path, num_rows, dict(described), data_end)
+    step, time = found.column(STEP), found.column(TIME)
+    if step is None or step.dtype != "<i8" or step.shape or time is None or time.dtype != "<f8" or time.shape:
         raise ValueError("the steps are no whole numbers, or the times no numbers")
-    return ColumnFile(path, num_rows, columns)
+    return found
 
 
 def is_count(value: Any) -> bool:

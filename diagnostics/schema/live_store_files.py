@@ -81,6 +81,21 @@ def numbered(folder: Path, suffix: str) -> dict[int, Path]:
     return {int(name.removesuffix(suffix)): folder / name for name in found}
 
 
+def has_older_rows(store: Path) -> bool:
+    """Whether some rows of a store are in files of columns.
+
+    Parameters
+    ----------
+    store : Path
+        The folder.
+
+    Returns
+    -------
+    bool
+    """
+    return bool(numbered(store / COLUMNS, ".cols"))
+
+
 def foreign_file(store: Path) -> str | None:
     """What is in a folder and in no live store.
 
