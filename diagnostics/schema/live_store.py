@@ -344,20 +344,25 @@ class LiveStore:
         self._open_log(len(begin))
         self._num_log_rows = 0
 
-    def _require_present(self) -> int:
-        """The descriptor of the log, refused where the log at its path is another one or none."""
+    def _require_present(self) -> tuple[int, int]:
+        """The log's descriptor and size, refused where the log at its path is another one or none."""
         if self._descriptor is None:
             raise ValueError(f"{self.path} is closed")
+        mine = os.fstat(self._descriptor)
         try:
-            here = os.path.samestat(os.stat(self.path / LOG), os.fstat(self._descriptor))
+            here = os.path.samestat(os.stat(self.path / LOG), mine)
         except OSError:
             here = False
         if not here:
             raise FileNotFoundError(f"{self.path} has gone, or another one is in its place")
-        return self._descriptor
+        return self._descriptor, mine.st_size
 
     def _write(self, content: bytes, *, sync: bool = False) -> None:
-        descriptor = self._require_present()
+        descriptor, size = self._require_present()
+        if size != self._log_size:
+            # What an interrupt kept from being counted, or a full disk from being undone: whole frames count.
+            self._log_size = scan((self.path / LOG).read_bytes()).end
+            os.ftruncate(descriptor, self._log_size)
         left = memoryview(content)
         try:
             while left:  # once, but where the disk is almost full

@@ -303,9 +303,11 @@ class History:
                 tuple(fields["dims"]), tuple(fields["shape"]), fields["dtype"], dict(fields["attrs"])
             )
             require_declarable(name, declared)
-            if name in self.variables:
-                raise ValueError(f"{name} is declared twice")
-            self.add_variable(name, declared)
+            known = self.variables.get(name)
+            if known is None:
+                self.add_variable(name, declared)
+            elif known != declared:
+                raise ValueError(f"{name} is declared twice, as {known} and as {declared}")
         for name, fields in content["coords"].items():
             if not _NAME.fullmatch(name) or not all(isinstance(dim, str) for dim in fields["dims"]):
                 raise ValueError(f"the coordinate {name!r} is {fields!r}")

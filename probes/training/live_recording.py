@@ -193,6 +193,8 @@ class LiveRecording:
             if not rows:
                 if store is not None and store.last_step is None:
                     store.remove()  # nothing came of it, and another recorder may begin here
+                elif store is not None:
+                    store.finish()
                 return
             if self._file is None:
                 if store is None or not is_complete:
@@ -204,6 +206,9 @@ class LiveRecording:
         finally:
             if store is not None:
                 store.close()
+            # Where the block of the same recorder is entered once more.
+            self._options = {"resume": self._file is None}
+            self._num_written = self._num_written if self._file is None else 0
 
     def _save_file(
         self, store: LiveStore | None, is_complete: bool, build: Callable[[], xr.DataTree]

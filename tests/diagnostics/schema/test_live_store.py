@@ -433,6 +433,20 @@ def test_a_full_disk_leaves_the_store_as_it_was(one_step, tmp_path, monkeypatch)
         require_rows(run, range(6))
 
 
+def test_an_interrupt_between_writing_and_counting_loses_nothing(one_step, tmp_path):
+    store = written(tmp_path / "a", one_step)
+    size = store._log_size
+    store.append(5, {**row(5.0), "statistics/new": ((), 1.0)})
+    # As if Ctrl-C had come right after the write: neither the bytes nor the new variable are known to the writer.
+    store._log_size = size
+    del store._history.variables["statistics/new"]
+    store.append(6, {**row(6.0), "statistics/new": ((), 2.0)})
+    store.close()
+    with schema.open_run(tmp_path / "a") as run:
+        require_rows(run, range(7))
+        assert run.statistics["new"].values[5:].tolist() == [1, 2]
+
+
 def test_a_writer_that_dies_between_columns_and_log_loses_nothing(one_step, tmp_path, monkeypatch):
     store = written(tmp_path / "a", one_step)
     with monkeypatch.context() as patch:

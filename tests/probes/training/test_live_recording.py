@@ -146,6 +146,17 @@ def test_resuming_goes_on_after_the_last_row_and_begins_where_there_is_none(tmp_
         Training().record(store=tmp_path / "b.nc", resume=True)
 
 
+@pytest.mark.parametrize("name", ["a", "a.nc"])
+def test_a_block_that_is_entered_twice_goes_on(name, tmp_path):
+    training = Training()
+    recorder = training.record(store=tmp_path / name)
+    for _ in range(2):
+        with recorder:
+            training.steps(recorder, 2)
+    with schema.open_run(tmp_path / name) as run:
+        assert run.statistics.step.values.tolist() == [0, 1, 2, 3]
+
+
 def test_a_second_recorder_writes_nothing_and_its_loop_goes_on(tmp_path):
     one, other = Training(), Training()
     with one.record(store=tmp_path / "a") as recorder:
