@@ -19,7 +19,9 @@ RUN_FILE = OutputFile("run", run_endings)
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """One run file as ``args.run``."""
-    parser.add_argument("run", metavar="RUN", type=InputRun(), help="run file (.nc, .zarr, .zarr.zip)")
+    parser.add_argument(
+        "run", metavar="RUN", type=InputRun(), help="run file (.nc, .zarr, .zarr.zip) or live store"
+    )
     add_max_bytes(parser)
 
 

@@ -70,6 +70,12 @@ def run_endings() -> Sequence[str]:
     return SUFFIXES
 
 
+def _is_live_store(path: Path) -> bool:
+    from depthscope.diagnostics.schema import is_live_store  # costs xarray
+
+    return is_live_store(path)
+
+
 def read_bounded(text: str, limit: int = MAX_TEXT_BYTES) -> bytes:
     """All bytes of a file, or of stdin for ``-``, up to a limit.
 
@@ -150,7 +156,7 @@ class InputRun(Checked):
                 f"no run at {quoted(value)}; list the runs of a folder with: depthscope dashboard FOLDER"
             )
         path = require_ordinary(value, option)
-        if path.is_dir() and self.folders:
+        if path.is_dir() and (self.folders or _is_live_store(path)):
             return
         if not path.name.endswith(tuple(run_endings())):
             raise ValueError(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from depthscope.diagnostics.schema import LOG, is_live_store
+
 __all__ = ["FileVersion"]
 
 # Linux dates a change by the tick of its clock, up to 10 ms: two changes within one have the same date. A file that was
@@ -66,7 +68,10 @@ class FileVersion:
 
 def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Every file and folder of a run, links not followed."""
-    left = [str(path)]  # a list and no recursion: folders may be nested deeper than Python's stack
+    # A live store changes while it is looked at: every row is in its log, and comes after the arrays of its step.
+    left = [
+        str(path / LOG if is_live_store(path) else path)
+    ]  # a list and no recursion: folders may be nested deeper than Python's stack
     while left:
         name = left.pop()
         entry = os.lstat(name)

@@ -166,6 +166,24 @@ def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
     return sentence if isinstance(sentence, str) else None
 
 
+def live_sentence(attrs: Mapping[str, Any]) -> str | None:
+    """What a live store is at the moment: growing, killed or finished, its last step, and who writes it.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Attributes of a run.
+
+    Returns
+    -------
+    str or None
+        None for a run that was opened from anything else.
+    """
+    status = attrs.get(schema.LIVE)
+    sentence = status.get("sentence") if isinstance(status, Mapping) else None
+    return sentence if isinstance(sentence, str) else None
+
+
 def _analyses(
     run: xr.DataTree, progress: Callable[[str, int, int], None] | None
 ) -> list[tuple[str, xr.Dataset]]:
@@ -301,7 +319,7 @@ def find_runs(paths: Sequence[str]) -> dict[str, Path]:
 
 def _runs_at(path: Path) -> list[Path]:
     # A Zarr run is a folder too. A missing path is left to `open_run`, whose error names it.
-    if not path.exists() or path.name.endswith(schema.SUFFIXES):
+    if not path.exists() or path.name.endswith(schema.SUFFIXES) or schema.is_live_store(path):
         return [path]
     below = list(schema.list_runs(path).values())
     if not below:

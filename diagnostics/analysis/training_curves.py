@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics import (
@@ -20,7 +21,7 @@ from depthscope.diagnostics.metrics import (
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import Quantities, sources
 from depthscope.diagnostics.quantities.token_spectra import RANKS
-from depthscope.diagnostics.schema import WITHOUT_GRADIENT, chain_dataset
+from depthscope.diagnostics.schema import POOLED_STEP, WITHOUT_GRADIENT, chain_dataset
 
 EXACT = "exact over every token of the step"
 
@@ -42,7 +43,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
         ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
-        `weight_updates` (step, weight), the ``streamed_`` ranks with their nulls; and ``loss`` (step); as far as the
+        `weight_updates` (step, weight), how far each bias and gate of the connections has moved (step, parameter), the ``streamed_`` ranks with their nulls; and ``loss`` (step); as far as the
         statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of the
         last step and NaN before it.
         The stream ``mean`` of several streams is not in the statistics and NaN.
@@ -169,8 +170,9 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
         found |= getattr(streamed, f"streamed_{name}").evaluate(source)
     # Sums since the weights last changed are of the last weights: no other step has a value.
     steps = statistics["step"].values
+    last = [statistics.attrs.get(POOLED_STEP, steps[-1])]
     return {
-        name: value if name.endswith("_null") else value.expand_dims(step=steps[-1:]).reindex(step=steps)
+        name: value if name.endswith("_null") else value.expand_dims(step=last).reindex(step=steps)
         for name, value in found.items()
     }
 
@@ -187,6 +189,20 @@ _WEIGHTS = (
     weight_updates.update_ratio,
 )
 
+
+def _parameter_drift(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+    """‖p − p₀‖ of each bias or gate p of the connections, p₀ from the first step that measured it."""
+    values = statistics["connection_parameter"].transpose("step", "cell").values.astype(np.float64)
+    owner = statistics["cell_parameter"].values.astype(object).astype(str)
+    names = list(dict.fromkeys(owner))
+    # Steps before a parameter was measured are NaN, and so is their drift.
+    first = np.take_along_axis(values, np.isfinite(values).argmax(0)[None], axis=0)
+    moved = np.square(values - first)
+    drift = np.stack([np.sqrt(moved[:, owner == name].sum(1)) for name in names], axis=1)
+    coords = {"step": statistics["step"], "parameter": np.array(names, dtype=object)}
+    return {"connection_parameter_drift": xr.DataArray(drift, coords, ("step", "parameter"))}
+
+
 _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] = {
     ("square_norm_sum", "token_count"): _residual_norm,
     ("gradient_square_norm_sum",): _gradients,
@@ -196,6 +212,7 @@ _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] 
     ("logit_range_sum", "logit_range_max", "logit_token_count"): _logit_range,
     ("logit_gradient_square_sum", "mixing_gradient_square_sum"): _logit_gradients,
     ("attention_entropy_sum", "sink_mass_sum", "attention_query_count"): _attention,
+    ("connection_parameter",): _parameter_drift,
     ("loss",): _loss,
     ("eigenvalue", "stream_eigenvalue", "streamed_count"): _streamed_ranks,
     **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},

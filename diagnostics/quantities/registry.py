@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema import OF_ATTENTION, OF_STREAMING, OF_WEIGHTS, TRACE, TRACE_COORDS
+from depthscope.diagnostics.schema import (
+    OF_ATTENTION,
+    OF_STREAMING,
+    OF_WEIGHTS,
+    POOLED_STEP,
+    TRACE,
+    TRACE_COORDS,
+)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("sequence", "data"),
@@ -193,9 +200,13 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     if statistics is None:
         return trace
     known = [name for name in (*OF_WEIGHTS, *OF_STREAMING) if name in statistics]
+    # Of a live store the trace may be of an earlier step than the last row.
+    pooled = statistics.attrs.get(POOLED_STEP)
+    rows = [] if pooled is None else np.flatnonzero(statistics["step"].values == pooled).tolist()
+    row = rows[0] if rows else -1
     # Streamed sums have no step: they are of all tokens since the weights last changed.
     return trace.assign(
-        {name: statistics[name].isel(step=-1, drop=True, missing_dims="ignore") for name in known}
+        {name: statistics[name].isel(step=row, drop=True, missing_dims="ignore") for name in known}
     )
 
 

@@ -4,6 +4,8 @@ from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
+from depthscope.diagnostics.schema.live_store_files import LOG, is_live_store
+from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT
 from depthscope.diagnostics.schema.opening import integrity, open_group, open_run
 from depthscope.diagnostics.schema.replaceable import require_replaceable
 from depthscope.diagnostics.schema.saving import save_run
@@ -50,6 +52,8 @@ __all__ = [
     "GAIN",
     "GROUPS",
     "INFERRED",
+    "LIVE",
+    "LOG",
     "MOTION",
     "NOT_FINITE",
     "OF_ATTENTION",
@@ -57,9 +61,11 @@ __all__ = [
     "OF_WEIGHTS",
     "OVER_DEPTH",
     "PLAIN_FACTORS",
+    "POOLED_STEP",
     "PROFILE",
     "PROVEN",
     "QUERY",
+    "RESUMED_AT",
     "ROUTE",
     "SCHEMA_VERSION",
     "SITES",
@@ -80,6 +86,7 @@ __all__ = [
     "check_version",
     "create_run",
     "integrity",
+    "is_live_store",
     "is_proof",
     "list_runs",
     "open_group",

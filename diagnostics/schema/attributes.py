@@ -126,10 +126,27 @@ def _encode_value(value: Any) -> Any:
     is_text = (
         isinstance(value, str) and value != "" and not value.startswith(_JSON) and _storable(value) == value
     )
-    return value if is_number or is_text else _JSON + json.dumps(value, default=_json_default)
+    return value if is_number or is_text else _JSON + json.dumps(value, default=json_default)
 
 
-def _json_default(value: Any) -> Any:
+def json_default(value: Any) -> Any:
+    """What an attribute that JSON has no word for is written as.
+
+    Parameters
+    ----------
+    value : object
+        A number or array of numpy, a path, a tuple or a set.
+
+    Returns
+    -------
+    object
+        A number, text or list.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):

@@ -29,4 +29,6 @@ def suffix_of(path: Path) -> str:
     for suffix in SUFFIXES:
         if path.name.endswith(suffix):
             return suffix
-    raise SchemaError(f"a run's name ends in {', '.join(SUFFIXES)}; got {path.name!r}")
+    raise SchemaError(
+        f"a run's name ends in {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
+    )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from depthscope.diagnostics.schema.formats import SUFFIXES, suffix_of
+from depthscope.diagnostics.schema.live_store_files import is_live_store
 
 # A run in a zarr folder counts as one. A heuristic of ours: some seconds of reading.
 MAX_ENTRIES = 200_000
@@ -33,6 +34,8 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
+    if is_live_store(base):
+        return {base.name: base}
     if base.name.endswith(SUFFIXES):
         return {_without_suffix(base.name): base} if base.exists() else {}
     found: dict[str, Path] = {}
@@ -62,11 +65,13 @@ def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
         # A name with a dot is a run that is being written, see `save_run`.
         if entry.name.startswith("."):
             continue
-        if entry.name.endswith(SUFFIXES):
+        if entry.name.endswith(SUFFIXES) or is_live_store(entry):
             yield entry
         elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
             yield from _walk(entry, seen)
 
 
 def _without_suffix(name: str) -> str:
-    return name.removesuffix(suffix_of(Path(name)))
+    return (
+        name.removesuffix(suffix_of(Path(name))) if name.endswith(SUFFIXES) else name
+    )  # a live store has no ending

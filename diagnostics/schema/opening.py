@@ -17,6 +17,8 @@ from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
 from depthscope.diagnostics.schema.limits import require_ordinary
+from depthscope.diagnostics.schema.live_store_files import has_older_rows, is_live_store, live_log_of
+from depthscope.diagnostics.schema.live_store_reading import open_live
 from depthscope.diagnostics.schema.trial import open_in_trial
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr_archive, check_zarr_folder
@@ -44,7 +46,9 @@ def open_run(
     Parameters
     ----------
     path : path-like
-        A ``.nc`` file, a ``.zarr`` folder or a ``.zarr.zip`` file.
+        A ``.nc`` file, a ``.zarr`` folder, a ``.zarr.zip`` file, or the folder of a live store, which may be growing: its
+        attribute ``live`` tells. Of a live store the variables of every step are compared with their checksums when they are
+        read.
     verify : bool
         Read everything once and compare it with the digests that were saved with it. `integrity` tells the result. A run of
         an earlier version has none; it is opened with a note in the log.
@@ -63,11 +67,17 @@ def open_run(
         For a damaged, foreign or newer file, for one with anything in it that a run does not have, and above `max_bytes`.
     """
     source = Path(path)
+    if is_live_store(source):
+        return _open_live(source, verify=verify, max_bytes=max_bytes)
     suffix = suffix_of(source)
     if not source.exists():
-        raise FileNotFoundError(
-            f"no run at {source}; list the runs of a folder with: depthscope dashboard FOLDER"
+        beside = live_log_of(source)
+        hint = (
+            f"the steps that were measured until its writer ended are in {beside}"
+            if is_live_store(beside)
+            else "list the runs of a folder with: depthscope dashboard FOLDER"
         )
+        raise FileNotFoundError(f"no run at {source}; {hint}")
     try:
         require_ordinary(source, folder=suffix == ".zarr")
         known = _known_integrity(source, verify=verify, max_bytes=max_bytes) if suffix == ".nc" else None
@@ -126,6 +136,19 @@ def open_group(
         raise SchemaError(f"{source}: {error}") from None
     except Exception as error:
         raise SchemaError(f"{source}: {unreadable(source, error)}") from error
+
+
+def _open_live(store: Path, *, verify: bool, max_bytes: int | None) -> xr.DataTree:
+    def open_state(path: Path) -> xr.DataTree:
+        return open_run(path, verify=verify, max_bytes=max_bytes)
+
+    try:
+        run = open_live(store, open_state, verify=verify, max_bytes=max_bytes)
+    except SchemaError as error:
+        raise SchemaError(f"{store}: {error}") from None
+    if verify and has_older_rows(store):
+        run.encoding[_INTEGRITY] += "; the columns of older rows when they are read"
+    return run
 
 
 def integrity(run: xr.DataTree) -> str:

@@ -17,6 +17,7 @@ from depthscope.diagnostics.atomic_writes import replaced_file, replaced_folder
 from depthscope.diagnostics.schema.attributes import encode_dataset, with_content_digest
 from depthscope.diagnostics.schema.file_digest import append_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
+from depthscope.diagnostics.schema.live_store_reading import LIVE
 from depthscope.diagnostics.schema.replaceable import require_replaceable, require_run
 from depthscope.diagnostics.schema.validation import validate
 
@@ -54,6 +55,9 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
     suffix = suffix_of(target)
     validate(run)
     require_replaceable(target, force=force)
+    if LIVE in run.attrs:  # what a store was when it was opened; a copy of it does not grow
+        run = run.copy()
+        run.attrs = {name: value for name, value in run.attrs.items() if name != LIVE}
     encoded = with_content_digest(run.map_over_datasets(encode_dataset))
 
     def check(place: Path) -> tuple[Path, ...]:

@@ -227,9 +227,6 @@ STATISTICS: dict[str, Variable] = {
         "each element of the biases and gates of the connections, as the step's forwards used it",
     ),
     "cell_parameter": Variable(("cell",), "OTU", "the parameter that this element belongs to"),
-    "connection_parameter_drift": Variable(
-        ("step", "parameter"), "f", "‖p − p₀‖ of each bias or gate p, from its first measured step on"
-    ),
     "attention_query_count": Variable(
         HEADS, "f", "real queries that see two keys or more, of the sequences whose attention was looked at"
     ),

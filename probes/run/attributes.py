@@ -16,7 +16,7 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
 from depthscope.probes.run.linear_variables import run_proof
 from depthscope.probes.run.weights_digest import weights_digest
-from depthscope.probes.session.reservoir import Sequence, weights_stamp
+from depthscope.probes.session.reservoir import Sequence, training_stamp, weights_stamp
 from depthscope.probes.session.session import Session
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
@@ -31,7 +31,8 @@ def run_attributes(
     # NaN where nothing was compared, as where all sampled tokens are padding.
     errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
-    unchanged = digests and weights_stamp(session.model) == session.reservoir.stored_stamp
+    stamp = weights_stamp(session.model)
+    unchanged = digests and session.reservoir.stored_stamp in (stamp, training_stamp(stamp))
     constraint = constraint_of(evidence)
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
@@ -64,6 +65,7 @@ def run_attributes(
         "software": package_versions(PACKAGES),
         "changes_outside": changes_outside(session, sequences) or None,
         "forwards_skipped": session.skipped or None,
+        "evaluations_left_out": session.num_left_out or None,
     }
     return {name: value for name, value in attributes.items() if value is not None}
 

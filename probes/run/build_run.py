@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import xarray as xr
 
@@ -11,7 +11,7 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.applied import Replacement, as_applied
 from depthscope.probes.connections.computation import ComputedForward
 from depthscope.probes.connections.family import ReconstructionError
-from depthscope.probes.connections.proof import gather_evidence
+from depthscope.probes.connections.proof import Evidence, gather_evidence
 from depthscope.probes.run.attributes import run_attributes
 from depthscope.probes.run.connection_remarks import connection_remarks
 from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
@@ -21,8 +21,53 @@ from depthscope.probes.run.memory import memory_facts
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
+from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
+
+
+class Proven(NamedTuple):
+    """What the sampled sequences prove of a model at its present weights."""
+
+    sequences: list[Sequence]
+    evidence: Evidence
+    replaced: dict[int, Replacement]
+
+
+def prove(session: Session, rows: list[StepStatistics]) -> Proven:
+    """Prove the connections of a model on the sequences that a session sampled.
+
+    Parameters
+    ----------
+    session : Session
+        With its chains found and at least one sequence sampled.
+    rows : list of StepStatistics
+        Where the model turns out to apply other matrices than it computes, their gains are dropped.
+
+    Returns
+    -------
+    Proven
+
+    Raises
+    ------
+    ReconstructionError
+        Where a connection's coefficients do not give its next state.
+    """
+    # Slots of the reservoir are in no order; the samples of a run are in that of the data.
+    sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    joints = sampled_joints(session, sequences)
+    replaced: dict[int, Replacement] = {}
+    try:
+        evidence = gather_evidence(joints)
+    except ReconstructionError:
+        # What the model computes does not explain its states: perhaps it computes one matrix and applies another.
+        joints, replaced = as_applied(joints)
+        if not replaced:
+            raise
+        evidence = gather_evidence(joints)
+        for row in rows:  # the gains that were added up are those of the matrices that are not applied
+            row.sums[0].forget("gain_sum", "gain_max", "h_res_sum")
+    return Proven(sequences, evidence, replaced)
 
 
 def build_run(
@@ -35,6 +80,7 @@ def build_run(
     digests: bool = True,
     followed: ComputedForward | None = None,
     kept: dict[str, Any] | None = None,
+    proven: Proven | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -56,6 +102,8 @@ def build_run(
         What one forward on the first sequences computed, for remarks on where the coefficients come from.
     kept : dict, optional
         What a forward keeps for its backward, see `kept_bytes`.
+    proven : Proven, optional
+        What `prove` returned for the present sample.
 
     Returns
     -------
@@ -66,21 +114,8 @@ def build_run(
     ReconstructionError
         Where a connection's coefficients do not give its next state.
     """
-    # Slots of the reservoir are in no order; the samples of a run are in that of the data.
-    sequences = sorted(session.reservoir.stored.values(), key=lambda sequence: sequence.index)
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
-    joints = sampled_joints(session, sequences)
-    replaced: dict[int, Replacement] = {}
-    try:
-        evidence = gather_evidence(joints)
-    except ReconstructionError:
-        # What the model computes does not explain its states: perhaps it computes one matrix and applies another.
-        joints, replaced = as_applied(joints)
-        if not replaced:
-            raise
-        evidence = gather_evidence(joints)
-        for row in rows:  # the gains that were added up are those of the matrices that are not applied
-            row.sums[0].forget("gain_sum", "gain_max", "h_res_sum")
+    sequences, evidence, replaced = proven or prove(session, rows)
     remarks, logits = connection_remarks(session.structure, evidence, replaced, followed)
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains

@@ -51,20 +51,10 @@ def mixing_statistics(
 def _parameters(
     sums: Sequence[TokenSums], cells: Mapping[int, Sequence[str]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The biases and gates of all connections, and how far each has moved since the first step that measured it."""
+    """The biases and gates of all connections."""
     numbers = [number for number in cells if any(of.array(PARAMETER, [number]) is not None for of in sums)]
     if not numbers:
         return {}, {}
     values = np.concatenate([stacked(sums, PARAMETER, [number])[:, 0] for number in numbers], axis=1)
     owner = np.array([name for number in numbers for name in cells[number]], dtype=object)
-    names = list(dict.fromkeys(owner))
-    # Steps before a parameter was measured are NaN, and so is their drift.
-    first = np.take_along_axis(values, np.isfinite(values).argmax(0)[None], axis=0)
-    moved = np.square(values.astype(np.float64) - first)
-    drift = np.stack([np.sqrt(moved[:, owner == name].sum(1)) for name in names], axis=1)
-    variables = {
-        PARAMETER: (schema.STATISTICS[PARAMETER].dims, values),
-        f"{PARAMETER}_drift": (schema.STATISTICS[f"{PARAMETER}_drift"].dims, drift),
-    }
-    coords = {"cell_parameter": ("cell", owner), "parameter": np.array(names, dtype=object)}
-    return variables, coords
+    return {PARAMETER: (schema.STATISTICS[PARAMETER].dims, values)}, {"cell_parameter": ("cell", owner)}

@@ -52,6 +52,36 @@ def statistics_dataset(
     ``rows`` has one entry per measured step; ``pooled`` the sums of all steps since the weights last changed, one per chain;
     ``cells`` tells the biases and gates of the connections, see `mixing_statistics`.
     """
+    variables, of_parameters = step_variables(number, depths, rows, evidence, cells)
+    for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
+        values_LND = stacked(pooled[number : number + 1], name, depths)[0]
+        variables[name] = (("depth", "stream", "feature"), values_LND)
+    coords = depth_coords(chain, depths)
+    coords["step"] = np.array([row.step for row in rows])
+    coords["stream"] = np.arange(variables["unit_pair_sum"][1].shape[2])
+    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
+    streaming = pooled[number].streaming
+    if streaming is not None:
+        streamed, streamed_coords = streamed_variables(streaming, depths)
+        variables.update(streamed)
+        coords.update(streamed_coords)
+    if evidence.proofs:
+        coords.update(connection_coords(chain.connections))
+        coords["direction"] = DIRECTIONS
+    return xr.Dataset(variables, {**coords, **of_parameters})
+
+
+def step_variables(
+    number: int,
+    depths: list[int],
+    rows: list[StepStatistics],
+    evidence: Evidence,
+    cells: Mapping[int, Sequence[str]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The variables of one group that have a value for every measured step, as (dims, array) or (dims, array, attributes).
+
+    The second one has the coordinates of the biases and gates.
+    """
     sums = [row.sums[number] for row in rows]
     variables: dict[str, Any] = {
         # Of the first depth: all states of a group have the same tokens.
@@ -65,31 +95,17 @@ def statistics_dataset(
     # Σ_{i≠j} u_i·u_j over all pairs of unit vectors = ‖Σ u‖² − number of them: the mean cosine without forming any pair.
     pairs = stacked(sums, "unit_square", depths) - stacked(sums, "unit_count", depths)
     variables["unit_pair_sum"] = (schema.PROFILE, pairs)
-    for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
-        values_LND = stacked(pooled[number : number + 1], name, depths)[0]
-        variables[name] = (("depth", "stream", "feature"), values_LND)
     for name in OF_HEADS:
         if any(of.array(name, depths) is not None for of in sums):
             variables[name] = (schema.STATISTICS[name].dims, stacked(sums, name, depths))
-    coords = depth_coords(chain, depths)
-    coords["step"] = np.array([row.step for row in rows])
-    coords["stream"] = np.arange(pairs.shape[2])
-    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
-    streaming = pooled[number].streaming
-    if streaming is not None:
-        streamed, streamed_coords = streamed_variables(streaming, depths)
-        variables.update(streamed)
-        coords.update(streamed_coords)
+    coords: dict[str, Any] = {}
     if evidence.proofs:  # only stream connections have gains: a plain block's is 1
         variables.update(_gain_variables(sums, evidence))
-        coords.update(connection_coords(chain.connections))
-        coords["direction"] = DIRECTIONS
-        found, found_coords = mixing_statistics(
+        of_mixing, coords = mixing_statistics(
             sums, len(evidence.proofs), cells, transposed=evidence.transposed
         )
-        variables.update(found)
-        coords.update(found_coords)
-    return xr.Dataset(variables, coords)
+        variables.update(of_mixing)
+    return variables, coords
 
 
 def _profile_variables(sums: list[TokenSums], depths: list[int]) -> dict[str, Any]:

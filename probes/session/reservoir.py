@@ -93,6 +93,12 @@ class Reservoir:
         if self.stored_stamp != self.stamp:
             self.stamp = None
 
+    def forget(self) -> None:
+        """Drop what was stored of the present weights, and draw anew: it was of forwards that do not count."""
+        if self.stored_stamp == self.stamp:
+            self.stored, self.stored_stamp = {}, None
+        self.stamp = None
+
     def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
         """Put complete sequences into their slots; those of earlier weights are dropped.
 
@@ -124,6 +130,21 @@ def weights_stamp(model: nn.Module) -> int:
     """
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     return hash(tuple(_weight_stamp(p, sharded) for p in all_parameters(model)))
+
+
+def training_stamp(stamp: int) -> int:
+    """The stamp of forwards that train, which differs from that of evaluations with the same weights.
+
+    Parameters
+    ----------
+    stamp : int
+        Of the weights.
+
+    Returns
+    -------
+    int
+    """
+    return hash((stamp, "training"))
 
 
 def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:

@@ -44,12 +44,13 @@ from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options
-from depthscope.probes.session.reservoir import Reservoir, weights_stamp
+from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.structure.branch_sums import find_branch_sums
 from depthscope.probes.structure.find_chains import block_paths
 from depthscope.probes.structure.model_structure import FINAL, Structure, require_same
 from depthscope.probes.structure.tape import ChainError, Tape
 
+TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
 
@@ -112,6 +113,9 @@ class Session:
         self._unseen = True  # whether no call of the model was seen yet, or none in the step before
         self._compiler_met = 0  # how often torch's compiler had met our hooks when the step began
         self._num_without_graph = 0  # calls of the step that can have no gradient
+        self._kind = 0  # of the calls of the step that count, see `_is_of_the_step`
+        self._num_measured = 0  # of the forwards that `_measured` adds up
+        self.num_left_out = 0  # evaluations within steps of training
 
     @property
     def observer(self) -> Observer:
@@ -141,6 +145,7 @@ class Session:
         """
         self.detach()
         self._num_without_graph, self._compiler_met = 0, CompilerLog.met
+        self._kind = 0
         callers = self._compiled_callers()
         with self._lock:
             if not callers:
@@ -166,7 +171,7 @@ class Session:
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
         """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
-        before = len(self.forwards)
+        before = self.last
         try:
             with self._lock:
                 self._attach()
@@ -177,7 +182,7 @@ class Session:
         finally:
             with self._lock:
                 self._remove_hooks()
-        return result, self.forwards[-1] if len(self.forwards) > before else None
+        return result, self.last if self.last is not before else None
 
     def _attach(self) -> None:
         self._first_thread = None
@@ -318,7 +323,7 @@ class Session:
         current.clear()
         self._unseen = False
         # No part of a step that will be left out, and no forward without gradients of a step that measures these.
-        if self.errors or not self._may_have_gradients():
+        if self.errors or not self._may_have_gradients() or not self._is_of_the_step(module):
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
         if tensors and not any(tensor.numel() for tensor in tensors):
@@ -346,6 +351,36 @@ class Session:
         self._num_without_graph += 1
         return False
 
+    def _is_of_the_step(self, model: nn.Module) -> bool:
+        """Whether a call that begins is one of those that the step measures: evaluations do not mix with training.
+
+        Of the calls of a step count those that come closest to training: in training mode with a graph, else with a graph,
+        else all. A loop that only evaluates is measured as a whole; an evaluation within a step of training is not.
+        """
+        if self._only_own:
+            return True
+        has_graph = user_wants_graph() or in_reentrant_checkpoint()
+        kind = has_graph + (has_graph and model.training)
+        with self._lock:
+            if kind < self._kind:
+                self.num_left_out += 1
+                return False
+            if kind > self._kind:
+                self._leave_out_so_far()
+                self._kind = kind
+        return True
+
+    def _leave_out_so_far(self) -> None:
+        """Forget the forwards of the step that have ended: they turned out to be evaluations."""
+        seen = len(self.forwards) + self._num_measured
+        if not seen:
+            return
+        self.num_left_out += seen
+        for forward in self.forwards:
+            forward.release()
+        self.forwards, self._measured, self._num_measured = [], [], 0
+        self.reservoir.forget()
+
     def _require_same_modules(self) -> None:
         """Require that no layer came, went or was replaced since the hooks were put on: a new one has none."""
         for module, children in self._containers:
@@ -369,7 +404,10 @@ class Session:
     def _new_forward(self, model: nn.Module, lead: torch.Tensor, named: dict[str, Any]) -> Forward:
         if not (self.forwards or self._measured or self._running):
             self.reservoir.restart_empty()
+        # Sums and samples of an evaluation and of a training with the same weights do not mix, also in different steps.
         stamp = weights_stamp(model)
+        if self._kind == TRAINING:
+            stamp = training_stamp(stamp)
         batch_axis = self._first_batch_axis if self._observer is None else self.structure.batch_axis
         batch_size = lead.shape[batch_axis]
         slots = self.reservoir.choose(batch_size, stamp)
@@ -514,7 +552,7 @@ class Session:
         """
         with self._lock:
             self._absorb()
-            done, self._measured = self._measured, []
+            done, self._measured, self._num_measured = self._measured, [], 0
         if not done:
             raise CaptureError(self._why_nothing())
         return done
@@ -543,6 +581,11 @@ class Session:
         """Whether forwards ended, or errors came, since the last fold."""
         return bool(self.forwards or self._measured or self.errors)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the forwards of the step that count are those of a training."""
+        return self._kind == TRAINING
+
     def forget_running(self) -> None:
         """Forget the forward that this thread was running when something stopped it."""
         self._current.clear()
@@ -552,23 +595,36 @@ class Session:
         self.forget_running()
         for forward in self.forwards:
             forward.release()
-        self.forwards, self._measured = [], []
+        self.forwards, self._measured, self._num_measured = [], [], 0
         self.errors.clear()
 
     def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
+        counted = self._with_gradients(done)
         try:
-            for forward in done:  # all are checked before any is counted
+            for forward in counted:  # all are checked before any is counted
                 self._require_gradients(forward)
         finally:
             for forward in done:
                 forward.release()
-        for forward in done:
+        for forward in counted:
             self.num_forwards += 1
+            self._num_measured += 1
             self.reservoir.store(forward.sequences(), forward.stamp)
             if not self._measured or self._measured[-1].stamp != forward.stamp:
                 self._measured.append(Measured(forward.stamp, 0, []))
             self._measured[-1].add(forward)
+
+    def _with_gradients(self, done: list[Forward]) -> list[Forward]:
+        """The forwards that a backward followed, where there is one: others of the step were looked at and not trained on."""
+        if not self.options.gradients or self._only_own:
+            return done
+        trained = [forward for forward in done if forward.arrived_gradients]
+        # The sample was drawn from all of them: where it has none of those with gradients, the step is not measured.
+        if not any(forward.slots for forward in trained):
+            return done
+        self.num_left_out += len(done) - len(trained)
+        return trained
 
     def _require_complete(self, forward: Forward) -> None:
         missing = [

@@ -21,10 +21,9 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics import schema
 from depthscope.probes.model.errors import CaptureError, as_capture_error, require_module
 from depthscope.probes.model.hooks import remove_inert_hooks, without_frames
-from depthscope.probes.run.build_run import build_run
+from depthscope.probes.run.build_run import Proven, build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
@@ -33,6 +32,7 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.training.live_recording import LiveRecording
 
 REDUCTIONS = ("mean", "sum")
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
@@ -86,8 +86,10 @@ class Recorder:
         Measure one step in so many.
     start_step, end_step : int
         First step to measure, and the step before which measuring stops.
-    store : Path or None
-        Where the run is saved when the block ends, also after an exception.
+    live : LiveRecording or None
+        Where the steps are written as they are measured.
+    first_step : int
+        The number of the first step of the block.
     attrs : mapping or None
         Attributes to add.
     token_text : sequence of sequences of str or None
@@ -105,7 +107,8 @@ class Recorder:
         every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
-        store: Path | None = None,
+        live: LiveRecording | None = None,
+        first_step: int = 0,
         attrs: Mapping[str, Any] | None = None,
         token_text: Any = None,
         weights: WeightUpdates | None = None,
@@ -114,13 +117,14 @@ class Recorder:
         if every < 1:
             raise ValueError(f"every is {every}; expected 1 or more")
         self.errors: list[Exception] = []
-        self.position = 0  # the present step
+        self.position = first_step  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._store, self._attrs, self._token_text = store, attrs, token_text
+        self._live, self._attrs, self._token_text = live, attrs, token_text
         self._weights, self._scale = weights, scale or LossScale(None)
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
+        self._trained = False  # whether the last measured step was one of a training
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
         self._pooled_stamp: int | None = None
         self._stack = ExitStack()
@@ -137,8 +141,9 @@ class Recorder:
             if self._state != "abandoned":
                 self._state = "open"
                 _open.add(self)
-                if self._store is not None:
+                if self._live is not None:
                     _close_at_exit()
+                    self._open_live(self._live)
                 self._attach_if_measuring()
         self._warn()
         return self
@@ -212,44 +217,68 @@ class Recorder:
         if not self._rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
             raise CaptureError(f"no step was measured completely{reason}")
+        return self._build(self._rows)
+
+    def _build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
+        # The step of the raw sequences: an analysis of them is labelled with it.
+        attrs = {"step": rows[-1].step, **self._noted(), **(self._attrs or {})}
+        return build_run(
+            self._session, rows, self._pooled, attrs=attrs, token_text=self._token_text, proven=proven
+        )
+
+    def _noted(self) -> dict[str, Any]:
+        """What is known of all measured steps together."""
         attrs: dict[str, Any] = {}
         if self._overflowed:
-            attrs["overflowed_steps"] = self._overflowed
-        weights = [row.weights for row in self._rows if row.weights is not None]
-        if weights and weights[-1].skipped:
-            attrs["weights_skipped"] = dict(weights[-1].skipped)
-        attrs.update(self._attrs or {})
-        return build_run(self._session, self._rows, self._pooled, attrs=attrs, token_text=self._token_text)
+            attrs["overflowed_steps"] = list(self._overflowed)
+        last = next((row.weights for row in reversed(self._rows) if row.weights is not None), None)
+        if last is not None and last.skipped:
+            attrs["weights_skipped"] = dict(last.skipped)
+        return attrs
 
     def close(self) -> None:
-        """Remove the hooks, and save the run where a store was given; calling it twice is fine."""
+        """Remove the hooks, and end the store where one was given; calling it twice is fine."""
         with self._lock:
             if self._state != "open":
                 return
             self._state = "closed"
             _open.discard(self)
             try:
-                if self.measuring and self._session.pending:
-                    # The loop ended before step(), after complete forwards
+                # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it.
+                if self.measuring and self._session.pending and self._session.trains >= self._trained:
                     self._safely(self._end_measured_step, None)
             finally:
                 self._detach()
                 remove_inert_hooks(self._session.model)
-            if self._store is not None and self._rows:
-                self._save(self._store)
+            if self._live is not None:
+                self._finish_live(self._live)
         self._warn()
 
     def _abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
-        self._state, self._sentences = "abandoned", []
+        self._state, self._sentences, self._live = "abandoned", [], None
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
         self._detach()
         _open.discard(self)
 
-    def _save(self, store: Path) -> None:
+    def _open_live(self, live: LiveRecording) -> None:
         try:
-            schema.save_run(self.run, store)
+            earlier = live.open()
+        except Exception as error:  # the loop is about to run, and it must
+            self._say(f"nothing is written to {live.path}: {error}", error)
+            return
+        known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
+        self._overflowed = [*known, *self._overflowed]
+
+    def _write_live(self, live: LiveRecording) -> None:
+        sentence = live.write(self._session, self._rows, self._build, self._noted())
+        if sentence is not None:
+            self._say(sentence)
+
+    def _finish_live(self, live: LiveRecording) -> None:
+        try:
+            live.finish(self._rows, lambda: self.run)
         except Exception as error:  # what follows the block, such as saving the model, must still be reached
             self._say(
                 f"the run was not saved: {error}. It is still in recorder.run: save it under another name with save_run",
@@ -270,6 +299,7 @@ class Recorder:
         if not _num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
+        self._trained = self._session.trains
         sums = self._pool(parts)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         if scale is not None and (
@@ -285,6 +315,8 @@ class Recorder:
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
         self._rows.append(StepStatistics(self.position, sums, sequences, value, weights, scale))
+        if self._live is not None:
+            self._write_live(self._live)
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         try:
@@ -403,6 +435,10 @@ def record(
     start_step: int = 0,
     end_step: int | None = None,
     store: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    first_step: int | None = None,
+    keep_traces: int = 1,
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
     weights: bool = False,
@@ -433,7 +469,21 @@ def record(
     every, start_step, end_step : int
         Which steps are measured.
     store : path-like, optional
-        Where to save the run when the block ends; ``.nc`` is added where no ending is given.
+        Where the run is written while the loop runs: a folder where the name has no ending. The numbers of every measured step
+        are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
+        saved as often as it takes 1 % of the time. A name that ends in ``.nc``, ``.zarr`` or ``.zarr.zip`` is written when
+        the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
+        `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` says which it is.
+    resume : bool
+        Go on in the folder of an earlier attempt; where there is none, begin one. The rows of the earlier attempt from
+        `first_step` on are superseded when the first new row comes, and the attribute ``resumed_at`` has that step.
+    force : bool
+        Begin anew where a folder has a run already, whose rows are lost; without `resume` or `force` it is refused.
+    first_step : int, optional
+        The number of the block's first step: of a resumed loop that of its checkpoint, by default the one after the last row
+        of the store; 0 without `resume`.
+    keep_traces : int
+        How many of the saved states with raw sequences stay in a folder; each is a run of one step in ``states``.
     token_text, attrs
         As in `probes.capture`.
     weights : bool
@@ -463,7 +513,8 @@ def record(
     ValueError
         For a loss reduction or a scaler of another kind.
     OSError
-        Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
+        Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
+        without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
     require_module(model)
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
@@ -472,11 +523,11 @@ def record(
         )
     scale = LossScale(scaler)
     # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
-    path = None if store is None else Path(store)
-    if path is not None:
-        if not path.name.endswith(schema.SUFFIXES):
-            path = path.with_name(path.name + ".nc")
-        schema.require_replaceable(path)
+    live = None
+    if store is not None:
+        live = LiveRecording(Path(store), resume=resume, force=force, keep_states=keep_traces)
+    if first_step is None:
+        first_step = 0 if live is None or live.last_step is None else live.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     all_attrs.update(attrs or {})
     return Recorder(
@@ -484,7 +535,8 @@ def record(
         every=every,
         start_step=start_step,
         end_step=end_step,
-        store=path,
+        live=live,
+        first_step=first_step,
         attrs=all_attrs,
         token_text=token_text,
         weights=WeightUpdates(model, scale) if weights else None,

@@ -103,6 +103,7 @@ VALID = {
     "run": "RUN",
     "runs": "RUN",
     "text": "TEXT",
+    "script": "TEXT",
     "names": "rank_collapse",
     "out": {"probe": "NEW.nc", "report": "NEW.html"},
 }

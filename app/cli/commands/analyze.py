@@ -68,6 +68,10 @@ def _run(args: argparse.Namespace) -> int:
             "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
         )
     # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
+    if args.out is None and schema.is_live_store(args.run):
+        raise ValueError(
+            f"{args.run} is a live store, into which its recorder writes; name another file for the metrics with --out RUN"
+        )
     if args.out is None:
         require_writable(Path(args.run), "RUN")
     else:

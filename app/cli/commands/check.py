@@ -30,6 +30,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from depthscope.app.readings.readings import live_sentence
     from depthscope.app.readings.standings import not_judged, standings
     from depthscope.app.tables.findings import cards_of
 
@@ -45,6 +46,7 @@ def _run(args: argparse.Namespace) -> int:
             {
                 "run": reading.name,
                 "integrity": reading.integrity,
+                **({"live_store": reading.attrs["live_store"]} if live_sentence(reading.attrs) else {}),
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
                 "memory": reading.attrs.get("memory"),
@@ -92,7 +94,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 
 def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
-    from depthscope.app.readings.readings import memory_sentence
+    from depthscope.app.readings.readings import live_sentence, memory_sentence
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
 
@@ -101,6 +103,9 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         say(f"  file {printable(reading.integrity)}")
+        live = live_sentence(reading.attrs)
+        if live:
+            say(f"  live store {printable(live)}")
         memory = memory_sentence(reading.attrs)
         for key, words in (("constraint", "H_res"), ("proof", "reading")):
             if reading.attrs.get(key):

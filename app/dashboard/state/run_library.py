@@ -137,6 +137,8 @@ def read_run(
                 return found
         except OSError as error:  # it has gone, or is a pipe
             return UnreadableRun(name, path, _sentence(error))
+    if schema.is_live_store(path):
+        return found  # of a growing run: what was in it when the reading began
     reason = "This run changes while it is read. Reload this page when it is written."
     return UnreadableRun(name, path, reason)
 

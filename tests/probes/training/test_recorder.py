@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -169,7 +170,7 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 
     with pytest.raises(RuntimeError, match="goes down"):
         loop()
-    with schema.open_run(tmp_path / "runs" / "a.nc") as run:
+    with schema.open_run(tmp_path / "runs" / "a") as run:
         assert run.statistics.sizes["step"] == 2
         assert run.trace.sizes["sample"] == 4
 
@@ -177,7 +178,7 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
     (tmp_path / "a.nc").write_text("somebody's notes")
     with pytest.raises(FileExistsError, match=r"a\.nc exists and is no run"):
-        probes.record(models["llama"](), store=tmp_path / "a")
+        probes.record(models["llama"](), store=tmp_path / "a.nc")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(NotADirectoryError, match="is a file, but"):
         probes.record(models["llama"](), store=tmp_path / "file" / "a")
@@ -480,3 +481,88 @@ def test_a_compiled_model_runs_compiled_in_measured_steps_and_between_them(ids):
             recorder.step()
     assert len(graphs) == calls.count("compiled") == 1
     assert recorder.run.statistics.sizes["step"] == 2
+
+
+# --- evaluations within the steps of a training ---
+
+
+def under_no_grad(model: nn.Module, ids: torch.Tensor) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    model.train()
+
+
+def with_a_graph(model: nn.Module, ids: torch.Tensor) -> None:
+    model.eval()
+    model(ids)
+    model.train()
+
+
+def in_training_mode(model: nn.Module, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        model(ids)
+
+
+def trained_with(evaluate, places, *, gradients: bool, build=None, accumulate: int = 2, **options):
+    """Three steps of training, of gradient accumulation with a scaler; evaluations at some places of a step."""
+    model = stack(**options).train()
+    called = model if build is None else build(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    generator = torch.Generator().manual_seed(1)
+    # Fewer sequences than an evaluation has: those of the training must not lose their places to it.
+    with probes.record(called, gradients=gradients, scaler=scaler, max_sequences=4) as recorder:
+        for _ in range(3):
+            for number in range(accumulate):
+                if number in places:
+                    evaluate(called, torch.full((6, 5), 63))
+                ids = torch.randint(0, 60, (2, 5), generator=generator)
+                scaler.scale(loss_of(called, ids)).backward()
+            if accumulate in places:
+                evaluate(called, torch.full((6, 5), 63))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            recorder.step()
+        evaluate(called, torch.full((6, 5), 63))
+    return recorder.run
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("evaluate", [under_no_grad, with_a_graph, in_training_mode])
+def test_an_evaluation_neither_drops_a_step_nor_mixes_with_it(evaluate, gradients):
+    expected = trained_with(evaluate, (), gradients=gradients)
+    found = trained_with(evaluate, (0, 1, 2), gradients=gradients)
+    assert list(found.statistics.step.values) == [0, 1, 2]
+    xr.testing.assert_identical(
+        found.statistics.to_dataset().drop_attrs(), expected.statistics.to_dataset().drop_attrs()
+    )
+    assert found.trace.sizes["sample"] == 4
+    assert set(found.trace.mask.dims) == {"sample", "token"}
+    if not gradients:
+        assert found.attrs["evaluations_left_out"] >= 9
+
+
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # torch's, of a checkpoint under no_grad
+def test_an_evaluation_does_not_mix_with_checkpointed_or_compiled_steps():
+    compiled = {"build": partial(torch.compile, backend="eager")}
+    for options in ({"checkpoint": False}, {"checkpoint": True}, compiled):
+        expected = trained_with(under_no_grad, (), gradients=True, **options)
+        found = trained_with(under_no_grad, (0, 2), gradients=True, **options)
+        xr.testing.assert_identical(
+            found.statistics.to_dataset().drop_attrs(), expected.statistics.to_dataset().drop_attrs()
+        )
+
+
+def test_a_loop_that_only_evaluates_is_measured():
+    model = stack().eval()
+    with probes.record(model) as recorder:
+        for _ in range(2):
+            with torch.no_grad():
+                model(torch.zeros(2, 5, dtype=torch.long))
+            recorder.step()
+    assert list(recorder.run.statistics.step.values) == [0, 1]
+    assert "evaluations_left_out" not in recorder.run.attrs

@@ -1,0 +1,65 @@
+"""How is a training by Lightning recorded? By a callback that ends the recorder's steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from depthscope.probes.training.recorder import Recorder, record
+
+
+class LightningCallback(Callback):
+    """Record a model while a Lightning trainer trains it: ``Trainer(callbacks=[LightningCallback("model", ...)])``.
+
+    A step is one of the optimiser, with all of its batches; validations count to none. A training that is resumed from a
+    checkpoint is counted from there on: give ``resume=True`` to go on in the same store.
+
+    Parameters
+    ----------
+    module : str
+        Path in the LightningModule of the module that ``training_step`` calls, such as ``"model"``; empty where it calls the
+        LightningModule itself.
+    **options
+        As of `depthscope.record`; ``gradients=True`` is the default here.
+
+    Attributes
+    ----------
+    recorder : Recorder or None
+        From the beginning of the training on; its ``run`` is the result.
+    """
+
+    def __init__(self, module: str = "", **options: Any) -> None:
+        self._module = module
+        self._options = {"gradients": True, **options}
+        self._global_step = 0
+        self.recorder: Recorder | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to record; only the process of rank 0 writes a store."""
+        options = dict(self._options)
+        if not trainer.is_global_zero:
+            options.pop("store", None)
+        options.setdefault("first_step", trainer.global_step)
+        self._global_step = trainer.global_step
+        self.recorder = record(pl_module.get_submodule(self._module), **options).__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End a step where the optimiser has made one."""
+        if self.recorder is None or trainer.global_step == self._global_step:
+            return
+        self._global_step = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        self.recorder.step(loss)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the store."""
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Finish the store with the steps that were measured; the step that raised is not."""
+        if self.recorder is not None:
+            self.recorder.__exit__(type(exception), exception, exception.__traceback__)

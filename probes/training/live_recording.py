@@ -1,0 +1,225 @@
+"""How do measured steps get to disk while the loop runs? Each row at once; the large arrays as often as it costs little."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema.live_store import LiveStore, require_live_place
+from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of
+from depthscope.diagnostics.schema.live_store_history import read_history
+from depthscope.probes.run.build_run import Proven, prove
+from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.run.step_numbers import step_numbers
+from depthscope.probes.session.session import Session
+
+STATE_SHARE = 0.01
+"""The raw sequences and pooled sums are saved again when this share of the time since then is what saving them took."""
+
+BuildRun = Callable[[list[StepStatistics], Proven], xr.DataTree]
+
+
+class LiveRecording:
+    """The live store of one recorder, and the file that is written when its block ends.
+
+    Parameters
+    ----------
+    path : Path
+        A folder, or a file with an ending of `schema.SUFFIXES`, next to which the live store is until it is written.
+    resume, force : bool
+        As in `LiveStore`.
+    keep_states : int
+        As in `LiveStore`.
+
+    Raises
+    ------
+    OSError
+        Where nothing can be written at the path; FileExistsError where what is there must stay.
+    """
+
+    def __init__(self, path: Path, *, resume: bool, force: bool, keep_states: int) -> None:
+        self._file = path if path.name.endswith(schema.SUFFIXES) else None
+        self._folder = path if self._file is None else live_log_of(path)
+        self._options: dict[str, bool] = {"resume": resume, "force": force}
+        self._keep_states = keep_states
+        self._store: LiveStore | None = None
+        self._is_open, self._is_taken = False, False
+        self._num_written = 0  # of the recorder's rows
+        self._proven: Proven | None = None
+        self._state_began = self._state_ended = 0.0
+        self._said = ""
+        if self._file is not None:
+            schema.require_replaceable(self._file)
+            if resume and self._file.exists() and not is_live_store(self._folder):
+                raise FileExistsError(
+                    f"{self._file} is a finished run, to which nothing can be added; resume a store without an ending, "
+                    "which is a folder, or name another path"
+                )
+        require_live_place(self._folder, resume=resume, force=force)
+        self.last_step = (
+            read_history(self._folder)[0].last_step if resume and is_live_store(self._folder) else None
+        )
+
+    @property
+    def path(self) -> Path:
+        """Where the steps are while they are measured."""
+        return self._folder
+
+    def open(self) -> dict[str, Any]:
+        """Open the store, as the block begins.
+
+        Returns
+        -------
+        dict
+            What earlier attempts noted of the run.
+        """
+        try:
+            self._store = LiveStore(self._folder, **self._options, keep_states=self._keep_states)
+        except BlockingIOError:
+            # For good: whoever holds it goes on with the rows that this recorder would supersede.
+            self._is_taken = True
+            raise
+        self._is_open = True
+        return dict(self._store.attrs.get("", {}))
+
+    def write(
+        self, session: Session, rows: list[StepStatistics], build: BuildRun, attrs: Mapping[str, Any]
+    ) -> str | None:
+        """Write the rows that are not written yet, and sometimes the large arrays.
+
+        Parameters
+        ----------
+        session : Session
+            That measured them.
+        rows : list of StepStatistics
+            All of the recorder.
+        build : callable
+            Makes a run of some of its rows.
+        attrs : mapping
+            What is noted of the run.
+
+        Returns
+        -------
+        str or None
+            What went wrong; the same is said once.
+        """
+        if self._is_taken:
+            return None
+        try:
+            self._write(session, rows, build, attrs)
+        except Exception as error:  # the training goes on, and the next measured step tries again
+            return self._once(
+                f"the steps are not written to {self._folder} ({error}); they are in recorder.run, and every measured step "
+                "tries again"
+            )
+        if self._said:
+            self._said = ""
+            return f"all steps are written to {self._folder} again"
+        return None
+
+    def _once(self, sentence: str) -> str | None:
+        known, self._said = self._said, sentence
+        return None if sentence == known else sentence
+
+    def _write(
+        self, session: Session, rows: list[StepStatistics], build: BuildRun, attrs: Mapping[str, Any]
+    ) -> None:
+        try:
+            self._write_rows(session, rows, build, attrs)
+        except FileNotFoundError:
+            if not self._is_open:
+                raise
+            # The folder has gone: all steps again, into a new one. What somebody else put there meanwhile stays.
+            if self._store is not None:
+                self._store.close()
+            self._store, self._num_written, self._options = None, 0, {}
+            self._write_rows(session, rows, build, attrs)
+
+    def _write_rows(
+        self, session: Session, rows: list[StepStatistics], build: BuildRun, attrs: Mapping[str, Any]
+    ) -> None:
+        if self._store is None:
+            self.open()
+        store = self._store
+        assert store is not None
+        failed: Exception | None = None
+        if self._proven is None or not store.has_state or self._is_due():
+            began = time.monotonic()
+            proven = prove(session, rows[-1:])
+            try:
+                store.save_state(build(rows[-1:], proven))
+            except OSError as error:
+                # The numbers of the step need less room than its arrays.
+                if not store.has_state:
+                    raise
+                failed = error
+            # Not the sampled sequences: they are needed no more.
+            self._proven = proven._replace(sequences=[])
+            self._state_began, self._state_ended = began, time.monotonic()
+        for row in rows[self._num_written :]:
+            store.append(row.step, step_numbers(session, row, self._proven))
+            self._num_written += 1
+        store.note(attrs)
+        if failed is not None:
+            raise failed
+
+    def _is_due(self) -> bool:
+        cost = self._state_ended - self._state_began
+        return STATE_SHARE * (time.monotonic() - self._state_ended) >= cost
+
+    def finish(self, rows: list[StepStatistics], build: Callable[[], xr.DataTree]) -> None:
+        """End writing: the final arrays, or the file in place of the live store.
+
+        Parameters
+        ----------
+        rows : list of StepStatistics
+            All of the recorder.
+        build : callable
+            Makes the run of all of them.
+
+        Raises
+        ------
+        Exception
+            Where something was not written. What the live store has stays.
+        """
+        store, self._store = self._store, None
+        is_complete = store is not None and self._num_written == len(rows)
+        try:
+            if not rows:
+                if store is not None and store.last_step is None:
+                    store.remove()  # nothing came of it, and another recorder may begin here
+                elif store is not None:
+                    store.finish()
+                return
+            if self._file is None:
+                if store is None or not is_complete:
+                    raise OSError(f"{len(rows) - self._num_written} steps are not in {self._folder}")
+                store.save_state(build())
+                store.finish()
+            else:
+                self._save_file(store, is_complete, build)
+        finally:
+            if store is not None:
+                store.close()
+            # Where the block of the same recorder is entered once more.
+            self._options = {"resume": self._file is None}
+            self._num_written = self._num_written if self._file is None else 0
+
+    def _save_file(
+        self, store: LiveStore | None, is_complete: bool, build: Callable[[], xr.DataTree]
+    ) -> None:
+        assert self._file is not None
+        if store is None or not is_complete or self.last_step is None:
+            schema.save_run(build(), self._file)
+        else:
+            # Earlier attempts have rows that this recorder never had.
+            store.save_state(build())
+            with schema.open_run(self._folder) as whole:
+                schema.save_run(whole, self._file)
+        if store is not None and is_complete:
+            store.remove()

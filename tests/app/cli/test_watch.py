@@ -1,0 +1,99 @@
+"""`depthscope watch`: a script that knows nothing of it runs as it would, and the model that it trains is recorded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from depthscope.app.cli.main import main
+from depthscope.diagnostics import schema
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from beside import STEPS
+
+assert __name__ == "__main__"
+rate = float(sys.argv[sys.argv.index("--rate") + 1])
+torch.manual_seed(0)
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(16, 8), nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+teacher, model = Model().eval(), Model()
+one, other = torch.optim.AdamW(model.blocks.parameters(), lr=rate), torch.optim.SGD(model.embed.parameters(), lr=rate)
+scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+for step in range(STEPS):
+    ids = torch.randint(0, 16, (2, 5))
+    with torch.no_grad():
+        wanted = teacher(ids)
+        model.eval()(torch.zeros(3, 5, dtype=torch.long))
+    loss = (model.train()(ids) - wanted).square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(one)
+    scaler.step(other)
+    scaler.update()
+    one.zero_grad()
+    other.zero_grad()
+print(f"{loss.item():.9f}", sum(p.double().sum().item() for p in model.parameters()))
+if "--fail" in sys.argv:
+    raise ValueError("a mistake of the script")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "beside.py").write_text("STEPS = 6\n")
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_a_script_gives_the_same_with_and_without_and_is_recorded(script, tmp_path, capfd):
+    plain = subprocess.run(
+        [sys.executable, script, "--rate", "0.01"], capture_output=True, text=True, check=True
+    )
+    out = tmp_path / "runs" / "a"
+    words = ["watch", "--out", str(out), "--every", "2", str(script), "--", "--rate", "0.01"]
+    assert main(words) == 0
+    said = capfd.readouterr()
+    assert said.out == plain.stdout
+    assert "recorded Model in" in said.err
+    with schema.open_run(out) as run:
+        assert run.attrs["model"] == "Model"
+        assert run.attrs[schema.LIVE]["state"] == "finished"
+        assert run.statistics.step.values.tolist() == [2, 4]
+        assert run.statistics.sequence_count.values.tolist() == [2, 2]
+        assert run.statistics.loss_scale.values.tolist() == [64, 64]
+    assert main(words) == 2
+    assert "has a run already" in capfd.readouterr().err
+
+
+def test_an_error_of_the_script_is_told_as_python_tells_it(script, tmp_path, capfd):
+    assert main(["watch", "--out", str(tmp_path / "a"), str(script), "--", "--rate", "0.01", "--fail"]) == 1
+    said = capfd.readouterr().err
+    assert "ValueError: a mistake of the script" in said
+    assert "Traceback" in said
+    idle = tmp_path / "idle.py"
+    idle.write_text("print('nothing to train')")
+    assert main(["watch", "--out", str(tmp_path / "b"), str(idle)]) == 1
+    assert "nothing was recorded: no optimiser updated" in capfd.readouterr().err

@@ -1,0 +1,106 @@
+"""Callbacks of frameworks: one row for each step of the optimiser, evaluations left out, resumed trainings continued."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from depthscope.diagnostics import schema
+from depthscope.probes.training import TransformersCallback
+
+
+def examples(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 64, (9,), generator=generator) for _ in range(count)]
+    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+def trainer(model, folder, steps: int, **options) -> tuple[transformers.Trainer, TransformersCallback]:
+    callback = TransformersCallback(store=folder / "run", resume=True, **options)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=0.1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    built = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples(16),
+        eval_dataset=examples(6),
+        callbacks=[callback],
+    )
+    return built, callback
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainer's own
+def test_a_trainer_is_recorded_and_resumed(models, tmp_path):
+    first, callback = trainer(models["llama"](), tmp_path, 2)
+    first.train()
+    assert callback.recorder is not None
+    assert callback.recorder.errors == []
+    second, _ = trainer(models["llama"](), tmp_path, 4)
+    second.train(resume_from_checkpoint=True)
+    with schema.open_run(tmp_path / "run") as run:
+        statistics = run.statistics.to_dataset().load()
+        assert run.attrs[schema.RESUMED_AT] == [2]
+        assert run.attrs[schema.LIVE]["state"] == "finished"
+    assert statistics.step.values.tolist() == [0, 1, 2, 3]
+    # Two batches of two sequences; the evaluations after each step have six.
+    assert statistics.sequence_count.values.tolist() == [4.0] * 4
+    assert statistics.token_count.values.tolist() == [36.0] * 4
+    assert np.isfinite(statistics.gradient_square_norm_sum.values).all()
+    assert (statistics.gradient_square_norm_sum.values > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")  # the trainer's own
+def test_a_lightning_trainer_is_recorded(tmp_path):
+    pytest.importorskip("lightning.pytorch")
+    import lightning.pytorch as lightning
+
+    from depthscope.probes.training import LightningCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch, index):
+            return self.model(**batch).loss
+
+        def validation_step(self, batch, index):
+            self.model(**batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    from tests.models.small_models import llama
+
+    callback = LightningCallback("model", store=tmp_path / "run")
+    trainer = lightning.Trainer(
+        max_steps=3,
+        accumulate_grad_batches=2,
+        val_check_interval=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+    )
+    train, val = (torch.utils.data.DataLoader(examples(count), batch_size=2) for count in (16, 6))
+    trainer.fit(Module(llama()), train, val)
+    with schema.open_run(tmp_path / "run") as run:
+        assert run.statistics.step.values.tolist() == [0, 1, 2]
+        assert run.statistics.sequence_count.values.tolist() == [4.0] * 3
+        assert np.isfinite(run.statistics.loss.values).all()

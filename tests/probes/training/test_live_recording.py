@@ -1,0 +1,291 @@
+"""A recorder writes while the loop runs: what is on disk is what is in memory, and nothing that goes wrong stops the loop."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from depthscope import probes
+from depthscope.app.cli.main import main
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import live_store
+from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.probes.training import live_recording
+
+IDS = torch.arange(10).reshape(2, 5)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Training:
+    """A model and its optimiser, which a checkpoint can bring back."""
+
+    def __init__(self, model: nn.Module | None = None):
+        torch.manual_seed(0)
+        self.model = model or Stack()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def steps(self, recorder, count: int):
+        for _ in range(count):
+            out = self.model(IDS)
+            loss = getattr(out, "logits", out).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            recorder.step(loss)
+        return self
+
+    def record(self, **options):
+        return probes.record(self.model, gradients=True, weights=True, **options)
+
+
+def require_same(found: xr.DataTree, expected: xr.DataTree) -> None:
+    for run in (found, expected):
+        run.attrs = {name: value for name, value in run.attrs.items() if name not in ("created", schema.LIVE)}
+    assert json.dumps(found.attrs, sort_keys=True, default=list) == json.dumps(
+        expected.attrs, sort_keys=True, default=list
+    )
+    assert set(found.children) == set(expected.children)
+    for node in expected.subtree:
+        if node.path != "/":
+            xr.testing.assert_identical(found[node.path].to_dataset().load(), node.to_dataset())
+
+
+@pytest.mark.parametrize("family", ["stack", "deepseek"])
+def test_the_store_has_what_the_recorder_has(models, family, tmp_path, monkeypatch):
+    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", 3)
+    training = Training(None if family == "stack" else models[family]().train())
+    with training.record(store=tmp_path / "a", every=2) as recorder:
+        training.steps(recorder, 9)
+        with schema.open_run(tmp_path / "a") as growing:
+            assert growing.attrs[schema.LIVE]["state"] == "growing"
+            assert growing.statistics.step.values.tolist() == [0, 2, 4, 6, 8]
+            # Saved once, at the first step, since saving it takes more than its share of so short a training.
+            assert growing.attrs["step"] == growing.attrs[schema.LIVE]["state_step"] == 0
+    with schema.open_run(tmp_path / "a") as run:
+        assert run.attrs[schema.LIVE]["state"] == "finished"
+        assert run.attrs[schema.LIVE]["state_step"] == run.attrs["step"] == 8
+        require_same(run, recorder.run)
+
+
+@pytest.mark.parametrize("name", ["a", "a.nc", "a.zarr"])
+def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, tmp_path):
+    whole = Training()
+    with whole.record() as expected:
+        whole.steps(expected, 8)
+    first = Training()
+    recorder = first.record(store=tmp_path / name).__enter__()
+    first.steps(recorder, 3)
+    checkpoint = [{key: value.clone() for key, value in first.model.state_dict().items()}]
+    first.steps(recorder, 2)
+    recorder._live._store.close()  # what the kernel does when the process is killed
+    recorder._abandon()
+    if name != "a":
+        with pytest.raises(FileNotFoundError, match=rf"no run at .*the steps .* are in .*{name}\.live"):
+            schema.open_run(tmp_path / name)
+    with schema.open_run(recorder_folder(tmp_path / name)) as run:
+        assert run.attrs[schema.LIVE]["state"] == "killed"
+        assert run.statistics.step.values.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(FileExistsError, match="has a run already; go on in it with resume=True"):
+        Training().record(store=tmp_path / name)
+    second = Training()
+    second.model.load_state_dict(checkpoint[0])
+    with second.record(store=tmp_path / name, resume=True, first_step=3) as recorder:
+        second.steps(recorder, 5)
+    with schema.open_run(tmp_path / name) as run:
+        assert run.attrs.pop(schema.RESUMED_AT) == [3]
+        found = run.statistics.to_dataset().load()
+        # Its reservoir counts its own sequences.
+        xr.testing.assert_identical(found, expected.run.statistics.to_dataset())
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def recorder_folder(path: Path) -> Path:
+    return path if not path.suffix else path.with_name(f"{path.name}.live")
+
+
+def test_resuming_goes_on_after_the_last_row_and_begins_where_there_is_none(tmp_path):
+    for expected in ([0, 1], [0, 1, 2, 3]):
+        training = Training()
+        with training.record(store=tmp_path / "a", resume=True) as recorder:
+            training.steps(recorder, 2)
+        with schema.open_run(tmp_path / "a") as run:
+            assert run.statistics.step.values.tolist() == expected
+    schema.save_run(recorder.run, tmp_path / "b.nc")
+    with pytest.raises(FileExistsError, match="is a finished run, to which nothing can be added"):
+        Training().record(store=tmp_path / "b.nc", resume=True)
+
+
+@pytest.mark.parametrize("name", ["a", "a.nc"])
+def test_a_block_that_is_entered_twice_goes_on(name, tmp_path):
+    training = Training()
+    recorder = training.record(store=tmp_path / name)
+    for _ in range(2):
+        with recorder:
+            training.steps(recorder, 2)
+    with schema.open_run(tmp_path / name) as run:
+        assert run.statistics.step.values.tolist() == [0, 1, 2, 3]
+
+
+def test_a_second_recorder_writes_nothing_and_its_loop_goes_on(tmp_path):
+    one, other = Training(), Training()
+    with one.record(store=tmp_path / "a") as recorder:
+        one.steps(recorder, 2)
+        second = other.record(store=tmp_path / "a", resume=True)
+        with pytest.warns(
+            probes.ProbeWarning, match=r"nothing is written to .*is being written by another recorder"
+        ):
+            second.__enter__()
+        other.steps(second, 2)
+        with pytest.warns(
+            probes.ProbeWarning, match=r"not saved: 2 steps are not in .*still in recorder\.run"
+        ):
+            second.close()
+        one.steps(recorder, 1)
+    with schema.open_run(tmp_path / "a") as run:
+        assert run.statistics.step.values.tolist() == [0, 1, 2]
+    assert second.run.statistics.sizes["step"] == 2
+
+
+def test_a_folder_that_goes_and_comes_back(tmp_path):
+    training = Training()
+    with training.record(store=tmp_path / "runs" / "a") as recorder:
+        training.steps(recorder, 2)
+        shutil.rmtree(tmp_path / "runs")
+        (tmp_path / "runs").write_text("a file, where the folder was")
+        with pytest.warns(
+            probes.ProbeWarning, match=r"the steps are not written to .*runs is a file"
+        ) as said:
+            training.steps(recorder, 2)
+        assert len(said) == 1
+        (tmp_path / "runs").unlink()
+        with pytest.warns(probes.ProbeWarning, match="all steps are written to .* again"):
+            training.steps(recorder, 1)
+    with schema.open_run(tmp_path / "runs" / "a") as run:
+        assert run.statistics.step.values.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_store_of_somebody_else_in_its_place_is_left_alone(tmp_path):
+    training, other = Training(), Training()
+    with training.record(store=tmp_path / "a") as recorder:
+        training.steps(recorder, 1)
+        shutil.rmtree(tmp_path / "a")
+        with other.record(store=tmp_path / "a") as second:
+            other.steps(second, 3)
+        with pytest.warns(probes.ProbeWarning, match="has a run already"):
+            training.steps(recorder, 1)
+        with pytest.warns(probes.ProbeWarning, match="2 steps are not in"):
+            recorder.close()
+    with schema.open_run(tmp_path / "a") as run:
+        assert run.statistics.sizes["step"] == 3
+
+
+def test_a_full_disk_is_said_once_and_the_steps_come_later(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    training = Training()
+    with training.record(store=tmp_path / "a") as recorder:
+        training.steps(recorder, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(LiveStore, "_write", full)
+            with pytest.warns(
+                probes.ProbeWarning, match=r"No space left .* every measured step tries again"
+            ) as said:
+                training.steps(recorder, 3)
+            assert len(said) == 1
+        with pytest.warns(probes.ProbeWarning, match="are written to .* again"):
+            training.steps(recorder, 1)
+        # Room for numbers, and none for arrays.
+        monkeypatch.setattr(live_recording, "STATE_SHARE", 1e9)
+        with monkeypatch.context() as patch:
+            patch.setattr(LiveStore, "save_state", full)
+            with pytest.warns(probes.ProbeWarning, match="No space left"):
+                training.steps(recorder, 1)
+            with schema.open_run(tmp_path / "a") as run:
+                assert run.statistics.step.values.tolist() == [0, 1, 2, 3, 4, 5]
+        with pytest.warns(probes.ProbeWarning, match="again"):
+            training.steps(recorder, 1)
+
+
+def test_what_is_no_store_is_refused_before_the_loop(tmp_path):
+    for name in ("a", "a.zarr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("mine")
+        for options in ({}, {"resume": True}, {"force": True}):
+            with pytest.raises(FileExistsError, match=r"contains thesis\.tex"):
+                Training().record(store=tmp_path / name, **options)
+        assert (tmp_path / name / "thesis.tex").read_text() == "mine"
+
+
+def test_a_block_that_measures_nothing_leaves_nothing(tmp_path):
+    for name in ("a", "a.nc"):
+        with probes.record(Stack(), store=tmp_path / name, start_step=5):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_read_a_growing_store(tmp_path, capsys):
+    training = Training()
+    with training.record(store=tmp_path / "a") as recorder:
+        training.steps(recorder, 3)
+        main(["check", str(tmp_path / "a"), "--json"])
+        (run,) = json.loads(capsys.readouterr().out)["runs"]
+        assert run["live_store"]["state"] == "growing"
+        assert run["live_store"]["last_step"] == 2
+        main(["check", str(tmp_path)])
+        assert "live store growing: step 2 is the last of 3" in capsys.readouterr().out
+        assert main(["analyze", str(tmp_path / "a")]) == 2
+        assert "name another file for the metrics with --out RUN" in capsys.readouterr().err
+        assert (
+            main(
+                [
+                    "analyze",
+                    str(tmp_path / "a"),
+                    "--metrics",
+                    "residual_norm",
+                    "--out",
+                    str(tmp_path / "m.nc"),
+                ]
+            )
+            == 0
+        )
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) in (0, 1, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its trainers are forks")
+def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
+    script = Path(__file__).with_name("killed_trainers.py")
+    done = subprocess.run([sys.executable, script, "6"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kills 6" in done.stdout
