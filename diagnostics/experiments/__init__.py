@@ -1,6 +1,6 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
-from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
 from depthscope.diagnostics.experiments.results import (
     SUFFIX,
@@ -32,6 +32,7 @@ __all__ = [
     "declared",
     "describe_results",
     "estimate",
+    "estimated",
     "experiment_for",
     "kind_named",
     "lens_rows",

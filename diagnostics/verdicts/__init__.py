@@ -23,7 +23,7 @@ from depthscope.diagnostics.verdicts import (
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
-from depthscope.diagnostics.verdicts.reading import with_proof
+from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 __all__ = ["VERDICTS", "Finding", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
@@ -122,7 +122,7 @@ def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
-    return [with_proof(finding, analysis.attrs) for finding in explained]
+    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
 
 
 def _of_chain(sentence: str, chain: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics.experiments import EFFECTS, declared, estimate
+from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
 from depthscope.probes.interventions.changes import Change, Plan, changes, plan
 from depthscope.probes.interventions.model_under_test import (
     InterventionError,
@@ -220,7 +220,7 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
         "output_change": token["token_output_change"],
     }
     for key, values in differences.items():
-        variables |= _estimates(key, values)
+        variables |= estimated(key, ("experiment",), values)
     of_change = [by_name[0][each].change for each in shared]
     costs = variables["loss_change_low"][1]
     variables["rescued"] = ("experiment", _rescued(of_change, variables["loss_change"][1], costs))
@@ -242,18 +242,6 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
         "interval": "95 %, Student's t over sequences",
     }
     return declared(xr.Dataset(variables, coords, attrs), EFFECTS)
-
-
-def _estimates(key: str, values: np.ndarray) -> Mapping[str, Any]:
-    """A mean over sequences of each sequence's mean over its tokens, with error and interval."""
-    counts = (~np.isnan(values)).sum(-1)
-    sums = np.nansum(values, -1)
-    of_sequence = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    found = [estimate(row) for row in of_sequence]
-    return {
-        key + ending: ("experiment", np.array([getattr(each, field) for each in found]))
-        for ending, field in (("", "mean"), ("_error", "error"), ("_low", "low"), ("_high", "high"))
-    }
 
 
 def _rescued(of_change: list[Change], loss_change: np.ndarray, low: np.ndarray) -> np.ndarray:

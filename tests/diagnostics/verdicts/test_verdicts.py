@@ -11,6 +11,7 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
+from tests.models.synthetic_run import synthetic_run
 
 WIRING = {each.name for each in vars(wiring).values() if isinstance(each, Verdict)}
 
@@ -678,3 +679,34 @@ def test_what_is_no_analysis_is_refused(mhc_run):
 
 def test_an_analysis_without_what_verdicts_need_has_no_finding(mhc_run):
     assert diagnostics.judge(diagnostics.analyze(mhc_run, metrics="pair_gain")) == []
+
+
+def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
+    run = synthetic_run("hc", layers=3)
+    trace = run["trace"].to_dataset().load()
+    trace["h_pre"].values[..., 1] = 0.0  # nothing reads stream 1
+    count = trace.sizes["connection"]
+    known = xr.ones_like(trace["h_pre"].isel(stream=0, drop=True)).assign_attrs({schema.INFERRED: [0, 2]})
+    errors = ("connection", np.array([3e-7, 9.0, 2e-7, *[np.nan] * (count - 3)]))
+
+    def unread(trace):
+        findings = diagnostics.judge(diagnostics.analyze(schema.create_run(trace, attrs=run.attrs)))
+        (finding,) = [each for each in findings if each.verdict == "unread_stream"]
+        return finding.sentence
+
+    assert "inferred" not in unread(trace)
+    inferred = trace.assign(read_known=known, read_error=errors)
+    assert unread(inferred).endswith(f" H_pre inferred at 2 of {count} connections, error 3e-07.")
+    # A verdict on the states does not rest on H_pre.
+    for finding in diagnostics.judge(
+        diagnostics.analyze(schema.create_run(inferred, attrs=run.attrs)), passed=True
+    ):
+        assert ("H_pre inferred" in finding.sentence) == (
+            finding.metric in ("read_share", "signal_share", "depth_kernel", "read_mass")
+        )
+
+
+def test_limits_are_told_as_people_read_them():
+    assert VERDICTS["stream_collapse"].limits.words == "WARN below 0.01"
+    assert VERDICTS["uniform_mixing"].limits.words == "FAIL below 0.01"
+    assert VERDICTS["same_representation"].limits.words == "WARN above 0.95, FAIL above 0.99"
