@@ -7,6 +7,7 @@ from depthscope.diagnostics.metrics import (
     attention,
     collapse,
     contraction,
+    depth_use,
     gradients,
     memory,
     mixing,
@@ -124,6 +125,9 @@ CATALOGUE: dict[str, Metric] = {
         propagation.branch_share,
         propagation.adjacent_cosine,
         propagation.adjacent_cosine_band,
+        depth_use.variance_growth,
+        depth_use.relative_turn,
+        depth_use.effective_depth,
         # From the statistics of `record(model, weights=True)`, not from a trace.
         weight_updates.weight_norm,
         weight_updates.weight_gradient_norm,

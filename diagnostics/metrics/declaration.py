@@ -21,13 +21,14 @@ from depthscope.diagnostics.quantities import (
     registry,
     states,
     token_spectra,
+    token_steps,
     tokens,
 )
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
 QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, mean_states, mixing_matrices, depth_paths, initial_logits),
+    *(states, tokens, token_spectra, token_steps, mean_states, mixing_matrices, depth_paths, initial_logits),
 )
 
 Null = Callable[..., xr.DataArray] | float | str

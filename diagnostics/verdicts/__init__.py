@@ -10,6 +10,7 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     attention,
+    depth_use,
     magnitude,
     reading,
     representation,
@@ -75,6 +76,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.one_direction,
         representation.common_vector,
         representation.idle_layer,
+        depth_use.curse_of_depth,
         attention.attention_entropy_collapse,
         representation.massive_activations,
         representation.few_tokens_for_cka,

@@ -28,7 +28,7 @@ OUR_DEFINITIONS = {
         "mixing_entropy",
     ),
     *("relative_gradient", "branch_share", "dirichlet_energy", "signal_share", "relative_deflated_gain"),
-    *("composite_identity_distance", "closest_stream_cosine"),
+    *("composite_identity_distance", "closest_stream_cosine", "relative_turn", "effective_depth"),
 }
 CALIBRATED = "calibrated on "
 
