@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
+from depthscope.diagnostics.experiments import results_beside, with_lens
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
@@ -37,6 +39,8 @@ class Reading:
         Whether the run is what was saved; see `schema.integrity`.
     path : str
         The file or folder that the run was opened from; empty for a run in memory.
+    results : mapping of str to Dataset
+        What ``depthscope ablate`` and ``lens`` gave for the run, where their results are beside it.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Reading:
     findings: tuple[Finding, ...]
     integrity: str = ""
     path: str = ""
+    results: Mapping[str, xr.Dataset] = field(default_factory=dict)
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -57,7 +62,10 @@ class Reading:
 
 
 def read_runs(
-    runs: Mapping[str, xr.DataTree], *, progress: Callable[[str, int, int], None] | None = None
+    runs: Mapping[str, xr.DataTree],
+    *,
+    paths: Mapping[str, Path] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Reading]:
     """Analyse and judge runs; complete stored metrics are used as they are.
 
@@ -65,6 +73,8 @@ def read_runs(
     ----------
     runs : mapping of str to DataTree
         Runs by the names to print.
+    paths : mapping of str to Path, optional
+        Where runs were opened from: what the lens beside one gave is evidence for its verdicts.
     progress : function, optional
         Called with (metric, number done, number in all) for each run.
 
@@ -79,6 +89,11 @@ def read_runs(
     """
     if not runs:
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
+    results = {
+        name: results_beside(path, runs[name].attrs.get("weights_digest"))
+        for name, path in (paths or {}).items()
+    }
+    analyses = {name: _analyses(name, run, progress) for name, run in runs.items()}
     return [
         Reading(
             visible_name(label),
@@ -87,12 +102,22 @@ def read_runs(
                 {**run.attrs, **{name: analysis.attrs[name] for name in FACTS if name in analysis.attrs}}
             ),
             analysis,
-            tuple(judge(analysis)),
+            # A lens reads one chain of several, and does not say which.
+            tuple(judge(_with_evidence(analysis, results.get(name, {}) if len(analyses[name]) == 1 else {}))),
             schema.integrity(run),
+            results=results.get(name, {}),
         )
         for name, run in runs.items()
-        for label, analysis in _analyses(name, run, progress)
+        for label, analysis in analyses[name]
     ]
+
+
+def _with_evidence(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    if "lens" in results:
+        # A lens of another chain, or a file that only looks like one, is no evidence; the run is judged without it.
+        with suppress(ValueError, KeyError):
+            return with_lens(analysis, results["lens"])
+    return analysis
 
 
 def shown_attributes(value: Any) -> Any:
@@ -214,7 +239,7 @@ def read_paths(
         try:
             run = schema.open_run(path, max_bytes=max_bytes)
             try:
-                read = read_runs({name: run}, progress=progress)
+                read = read_runs({name: run}, paths={name: path}, progress=progress)
                 readings += [replace(reading, path=str(path)) for reading in read]
             finally:
                 run.close()

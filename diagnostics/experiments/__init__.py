@@ -8,13 +8,16 @@ from depthscope.diagnostics.experiments.results import (
     beside,
     describe_results,
     lens_rows,
+    mean_later_change,
     open_result,
     prediction_depths,
     prediction_words,
     result_for,
+    results_beside,
     save_result,
     table,
     table_rows,
+    with_lens,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
 from depthscope.diagnostics.experiments.variables import EFFECTS, LENS, declared
@@ -36,11 +39,14 @@ __all__ = [
     "experiment_for",
     "kind_named",
     "lens_rows",
+    "mean_later_change",
     "open_result",
     "prediction_depths",
     "prediction_words",
     "result_for",
+    "results_beside",
     "save_result",
     "table",
     "table_rows",
+    "with_lens",
 ]

@@ -16,6 +16,7 @@ from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.experiments import beside
 
 __all__ = ["UnreadableRun", "allow", "list_runs", "read_run"]
 
@@ -116,9 +117,9 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
     # Twice: a file that was replaced while it was read is there as a whole the second time.
     for _ in range(2):
         try:
-            version = FileVersion.of(path)
+            version = _versions(path)
             found = _cache.get((name, path, version), lambda: _read(name, path))
-            if FileVersion.of(path) == version:
+            if _versions(path) == version:
                 return found
         except OSError as error:  # it has gone, or is a pipe
             return UnreadableRun(name, path, _sentence(error))
@@ -126,12 +127,18 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
     return UnreadableRun(name, path, reason)
 
 
+def _versions(path: Path) -> tuple[FileVersion, ...]:
+    """Of the run, and of the results of experiments beside it, which are part of what is shown."""
+    results = [beside(path, what) for what in ("ablate", "lens")]
+    return (FileVersion.of(path), *(FileVersion.of(result) for result in results if result.exists()))
+
+
 def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
     """Read, analyse and judge."""
     try:
         run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
-            return tuple(read_runs({name: run}))
+            return tuple(read_runs({name: run}, paths={name: path}))
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
@@ -153,7 +160,10 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
     if isinstance(found, UnreadableRun):
         return len(found.reason)
     return sum(
-        reading.analysis.nbytes + len(repr(reading.attrs)) + len(repr(reading.analysis.attrs))
+        reading.analysis.nbytes
+        + len(repr(reading.attrs))
+        + len(repr(reading.analysis.attrs))
+        + sum(result.nbytes for result in reading.results.values())
         for reading in found
     )
 

@@ -9,6 +9,7 @@ import xarray as xr
 from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics.experiments import with_lens
 from depthscope.diagnostics.verdicts import VERDICTS, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
 from tests.models.synthetic_run import synthetic_run
@@ -547,6 +548,42 @@ def test_one_representation_from_a_block_on():
     assert found.sentence.startswith(
         "8 of 12 layers in a row hold one representation: every two states from depth 4 to depth 12"
     )
+
+
+def lens_result(depths, last):
+    """Depths from which on the prediction stands, by sequence, as `depthscope.lens` gives them."""
+    values = np.asarray(depths, float)[None, None, :, None]
+    return xr.Dataset(
+        {"prediction_depth": (("lens", "stream", "sample", "token"), values)},
+        {"lens": ["logit"], "depth": np.arange(last + 1)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("depths", "severity", "words"),
+    [
+        ([2.0, 3.0, 2.5], Severity.FAIL, "the prediction stands from depth 2.5 on: the range changes no"),
+        ([10.0, 10.5, 11.0], Severity.WARN, "stands from depth 10.5 on: within this range it still changes"),
+        # Its interval, 7.5 ± 4.3, reaches into the first half of the range: nothing is excused.
+        ([5.5, 7.5, 9.5], Severity.FAIL, "the prediction stands from depth 7.5 on."),
+        ([11.0], Severity.FAIL, "the prediction stands from depth 11 on."),  # one sequence has no interval
+        ([np.nan], Severity.FAIL, ""),  # no depth reads the output's prediction
+    ],
+)
+def test_the_lens_is_evidence_for_one_representation(depths, severity, words):
+    states = walk(12)
+    states[5:] = states[4] + 0.001 * (states[5:] - states[4])
+    analysis = with_lens(diagnostics.analyze(residual_run(states)), lens_result(depths, 12))
+    (found,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
+    assert found.severity == severity
+    assert words in found.sentence
+    assert ("lens" in found.sentence) is bool(words)
+
+
+def test_a_lens_of_other_depths_is_refused():
+    analysis = diagnostics.analyze(residual_run(walk(4)), metrics="num_tokens")
+    with pytest.raises(ValueError, match="the lens read depths up to 12, the analysis has 5 depths"):
+        with_lens(analysis, lens_result([1.0], 12))
 
 
 def test_few_tokens_for_biased_cka():
