@@ -153,7 +153,8 @@ def _analyze_chain(
             reasons[name] = str(reason)
     if jackknife:
         # What all sequences together do not give, they do not give without one either.
-        known = [metric for name, metric in chosen.items() if name in found]
+        # Where a metric has an error of its own for all that it measures, leaving out sequences would add nothing.
+        known = [metric for name, metric in chosen.items() if name in found and not _has_error(found, name)]
         _add_errors(found, jackknife_errors(trace, known, report), chosen)
     dataset = assemble(found, _training_step(run, trace))
     notes = _notes(dataset, source, jackknife)
@@ -190,6 +191,11 @@ def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[st
 def _num_replicas(run: xr.DataTree, chain: str) -> int:
     trace = chain_dataset(run, "trace", chain)
     return 0 if trace is None else num_replicas(trace)
+
+
+def _has_error(found: Mapping[str, xr.DataArray], name: str) -> bool:
+    own = found.get(f"{name}_stderr")
+    return own is not None and "scope" not in own.dims
 
 
 def _add_errors(

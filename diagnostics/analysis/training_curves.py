@@ -137,7 +137,9 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     # The function itself, on all steps at once: `Quantities` of an analysis have the last one only.
-    return {metric.name: metric.stamp(metric.function(*(statistics[name] for name in metric.needs)))}
+    value = metric.function(*(statistics[name] for name in metric.needs))
+    assert isinstance(value, xr.DataArray)  # no error: nothing of a module was sampled
+    return {metric.name: metric.stamp(value)}
 
 
 _WEIGHTS = (

@@ -44,6 +44,7 @@ CATALOGUE: dict[str, Metric] = {
         shape.dirichlet_energy,
         shape.curvature,
         shape.intrinsic_dimension,
+        shape.intrinsic_dimension_bias,
         spectrum.singular_value,
         attention.attention_entropy,
         attention.sink_mass,

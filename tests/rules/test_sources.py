@@ -29,6 +29,7 @@ OUR_DEFINITIONS = {
     ),
     *("relative_gradient", "branch_share", "dirichlet_energy", "signal_share", "relative_deflated_gain"),
     *("composite_identity_distance", "closest_stream_cosine", "relative_turn", "effective_depth"),
+    "intrinsic_dimension_bias",
 }
 CALIBRATED = "calibrated on "
 
