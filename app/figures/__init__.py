@@ -41,6 +41,7 @@ DEFINED: dict[str, FigureKind] = {
         collapse.stable_rank,
         collapse.numerical_rank,
         collapse.intrinsic_dimension,
+        collapse.intrinsic_dimension_bias,
         collapse.dong_residual,
         collapse.token_cosine,
         collapse.dirichlet_energy,

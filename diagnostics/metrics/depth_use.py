@@ -69,6 +69,7 @@ def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArra
     basis="stream",
     null="the number of steps, for branches of one size that are independent of the state",
     estimator=f"mean angle over mean angle, {PER_SEQUENCE}",
+    headline=True,
 )
 def effective_depth(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArray:
     r"""Effective depth: how many steps so far turn the state as much as independent branches of that size would.
