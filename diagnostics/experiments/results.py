@@ -205,7 +205,7 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
 
 
 def _later_blocks(result: xr.Dataset, position: int) -> list[dict[str, Any]]:
-    """How much of what each later block adds is another one, with its 95 % interval; empty where none is known."""
+    """The relative change of what each later block adds, with its 95 % interval; empty where none is known."""
     if "branch_change" not in result:
         return []
     of_experiment = result.isel(experiment=position)
@@ -222,7 +222,7 @@ def _later_blocks(result: xr.Dataset, position: int) -> list[dict[str, Any]]:
 
 
 def mean_later_change(row: dict[str, Any]) -> float | None:
-    """The mean over the later blocks of how much of what each adds is another one.
+    """The mean over the later blocks of the relative change of what each adds.
 
     Parameters
     ----------
@@ -342,7 +342,7 @@ def sentence(row: dict[str, Any]) -> str:
     """
     name, change = row["experiment"], row["loss_change"]
     of_later = mean_later_change(row)
-    later = "" if of_later is None else f", later blocks add {100 * of_later:.3g} % other"
+    later = "" if of_later is None else f", what later blocks add changes by {100 * of_later:.3g} %"
     if change is None:
         return f"{name}: the output changes by {100 * (row['output_change'] or 0.0):.3g} %{later}"
     low, high = row["loss_change_low"], row["loss_change_high"]

@@ -148,11 +148,9 @@ def _show_later_blocks(rows: list[dict[str, Any]]) -> None:
         return
     say()
     if len(blocks) > MOST_COLUMNS:
-        say(
-            f"how much of what each of {len(blocks)} later blocks adds is another one: see --json or the saved file"
-        )
+        say(f"the change of what each of {len(blocks)} later blocks adds is in --json and in the saved file")
         return
-    say("how much of what each later block adds is another one, by block:")
+    say("change of what each later block adds, relative to what it added, by block:")
     found = [{later["block"]: later["change"] for later in row["later_blocks"]} for row in rows]
     show_rows(
         ("experiment", *map(str, blocks)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +130,12 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
 
 def _versions(path: Path) -> tuple[FileVersion, ...]:
     """Of the run, and of the results of experiments beside it, which are part of what is shown."""
-    results = [beside(path, what) for what in ("ablate", "lens")]
-    return (FileVersion.of(path), *(FileVersion.of(result) for result in results if result.exists()))
+    found = [FileVersion.of(path)]
+    for what in ("ablate", "lens"):
+        # None there, or something that is no file: then it is not read either.
+        with suppress(OSError):
+            found.append(FileVersion.of(beside(path, what)))
+    return tuple(found)
 
 
 def _read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:

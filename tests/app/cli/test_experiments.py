@@ -48,7 +48,7 @@ def test_ablate_tells_what_a_block_is_worth_to_the_later_ones(text, capsys):
     assert call(*words) == FINE
     told = capsys.readouterr().out
     assert "skip block 0 at the first tokens" in told
-    assert "how much of what each later block adds is another one, by block:" in told
+    assert "change of what each later block adds, relative to what it added, by block:" in told
     assert call(*words, "--json") == FINE
     row = json.loads(capsys.readouterr().out)["experiments"][0]
     first = row["later_blocks"][0]

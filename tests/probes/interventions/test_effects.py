@@ -288,5 +288,5 @@ def test_the_effect_on_later_blocks_is_told_and_kept(plain, tmp_path):
     assert rows[3]["later_blocks"] == []
     mean = experiments.mean_later_change(rows[0])
     assert mean == pytest.approx(float(found.branch_change[0].mean()))
-    assert f"later blocks add {100 * mean:.3g} % other" in results.sentence(rows[0])
+    assert f"what later blocks add changes by {100 * mean:.3g} %" in results.sentence(rows[0])
     assert experiments.table(kept)["later_blocks"].iloc[0] == pytest.approx(mean)
