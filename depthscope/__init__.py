@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         merge_runs,
         record,
     )
+    from depthscope.probes.coordinate_check import coordinate_check
     from depthscope.probes.jacobian import jacobian
     from depthscope.probes.lens import lens
 
@@ -76,6 +77,7 @@ __all__ = [
     "analyze",
     "app",
     "capture",
+    "coordinate_check",
     "describe",
     "describe_weights",
     "diagnostics",
@@ -103,7 +105,11 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name in ("app", "diagnostics", "probes"):
             return importlib.import_module(f"depthscope.{name}")
-        if name in ("jacobian", "lens"):  # `probes.jacobian` is the room, and its verb is in it
+        if name in (
+            "coordinate_check",
+            "jacobian",
+            "lens",
+        ):  # `probes.jacobian` is the room, and its verb is in it
             return getattr(importlib.import_module(f"depthscope.probes.{name}"), name)
         if name == "interventions":
             return importlib.import_module("depthscope.probes.interventions")

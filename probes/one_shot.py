@@ -154,7 +154,7 @@ def _measure_batch(session: Session, batch: Any, loss: Loss | None) -> tuple[Mea
         with no_collection():
             output = call_observed(session, batch)
         session.raise_first_error()
-        value = _loss_value(output, batch, loss, required=gradients)
+        value = loss_value(output, batch, loss, required=gradients)
         if not session.forwards and gradients:
             session.fold()  # says why nothing was seen
         if gradients and value is not None:
@@ -180,7 +180,27 @@ def _with_gradients(batch: Any) -> Any:
     return type(batch)(_with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
 
 
-def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
+def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
+    """The scalar loss of an output: what the user's function gives, or the output's own.
+
+    Parameters
+    ----------
+    output, batch : object
+        What the model returned, and for what.
+    loss : callable, optional
+        ``loss(output, batch) -> scalar``.
+    required : bool
+        Whether there must be one.
+
+    Returns
+    -------
+    Tensor or None
+
+    Raises
+    ------
+    CaptureError
+        Where there must be a loss and there is no scalar.
+    """
     if loss is not None:
         value = loss(output, batch)
     else:
@@ -204,7 +224,7 @@ def _loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -
 
 def _loss_of(loss: Loss | None) -> Callable[[Any, Any], torch.Tensor | None]:
     """The function that gives the loss of a further forward of a batch."""
-    return lambda output, batch: _loss_value(output, batch, loss, required=True)
+    return lambda output, batch: loss_value(output, batch, loss, required=True)
 
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:

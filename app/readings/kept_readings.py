@@ -25,6 +25,7 @@ from depthscope.app.readings.readings import Reading, judged
 from depthscope.app.readings.standings import Standing, standings
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.experiments import results_beside
 
 __all__ = ["Summary", "keep", "kept_readings", "kept_summaries", "summary_of"]
 
@@ -121,7 +122,7 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
         place = folder / f"{_stem(path, version)}.npz"
         # It may be damaged, or of somebody else: never a reason not to show the run.
         with suppress(*_UNUSABLE):
-            return tuple(_read_readings(place))
+            return tuple(_read_readings(place, path))
     return None
 
 
@@ -176,10 +177,11 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
 
 
-def _read_readings(place: Path) -> Iterator[Reading]:
+def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
     with np.load(place, allow_pickle=False) as arrays:
         _require_stored(arrays.zip)
-        for number, document in enumerate(json.loads(arrays["readings"].tobytes())):
+        documents = json.loads(arrays["readings"].tobytes())
+        for number, document in enumerate(documents):
             described = document["analysis"]
             for part in ("coords", "data_vars"):
                 for name, variable in described[part].items():
@@ -192,6 +194,9 @@ def _read_readings(place: Path) -> Iterator[Reading]:
                 xr.Dataset.from_dict(described),
                 document["integrity"],
                 chain=document["chain"],
+                path=str(path),
+                results=results_beside(path, document["attrs"].get("weights_digest")),
+                is_alone=len(documents) == 1,
             )
 
 

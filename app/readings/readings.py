@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import xarray as xr
 
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import Finding, analyze, judge, schema
+from depthscope.diagnostics.experiments import results_beside, with_lens
 from depthscope.diagnostics.quantities.registry import FACTS, with_facts
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
@@ -41,6 +43,8 @@ class Reading:
         Verdicts that were judged and found nothing.
     chain : str
         The chain's name in the run, empty where it has one.
+    results : mapping of str to Dataset
+        What ``depthscope ablate`` and ``lens`` gave for the run, where their results are beside it.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Reading:
     path: str = ""
     passed: tuple[Finding, ...] = ()
     chain: str = ""
+    results: Mapping[str, xr.Dataset] = field(default_factory=dict)
 
     @property
     def not_computed(self) -> dict[str, list[str]]:
@@ -63,7 +68,10 @@ class Reading:
 
 
 def read_runs(
-    runs: Mapping[str, xr.DataTree], *, progress: Callable[[str, int, int], None] | None = None
+    runs: Mapping[str, xr.DataTree],
+    *,
+    paths: Mapping[str, Path] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Reading]:
     """Analyse and judge runs; complete stored metrics are used as they are.
 
@@ -71,6 +79,8 @@ def read_runs(
     ----------
     runs : mapping of str to DataTree
         Runs by the names to print.
+    paths : mapping of str to Path, optional
+        Where runs were opened from: what the lens beside one gave is evidence for its verdicts.
     progress : function, optional
         Called with (metric, number done, number in all) for each run.
 
@@ -85,6 +95,11 @@ def read_runs(
     """
     if not runs:
         raise ValueError("no run was given; name at least one, such as runs/a.nc")
+    results = {
+        name: results_beside(path, runs[name].attrs.get("weights_digest"))
+        for name, path in (paths or {}).items()
+    }
+    analyses = {name: _analyses(run, progress) for name, run in runs.items()}
     return [
         judged(
             visible_name(f"{name}/{chain}" if chain else name),
@@ -95,36 +110,60 @@ def read_runs(
             analysis,
             schema.integrity(run),
             chain=chain,
+            path=str((paths or {}).get(name, "")),
+            results=results.get(name, {}),
+            # A lens reads one chain of several, and does not say which.
+            is_alone=len(analyses[name]) == 1,
         )
         for name, run in runs.items()
-        for chain, analysis in _analyses(run, progress)
+        for chain, analysis in analyses[name]
     ]
 
 
 def judged(
-    name: str, attrs: Mapping[str, Any], analysis: xr.Dataset, integrity: str, *, chain: str = ""
+    name: str,
+    attrs: Mapping[str, Any],
+    analysis: xr.Dataset,
+    integrity: str,
+    *,
+    chain: str,
+    path: str,
+    results: Mapping[str, xr.Dataset],
+    is_alone: bool,
 ) -> Reading:
     """A reading of an analysis: the verdicts are asked here.
 
     Parameters
     ----------
-    name, attrs, analysis, integrity, chain
+    name, attrs, analysis, integrity, chain, path, results
         See `Reading`.
+    is_alone : bool
+        Whether the run has no other chain: the result of a lens is evidence then.
 
     Returns
     -------
     Reading
     """
-    found = judge(analysis, passed=True)
+    found = judge(_with_evidence(analysis, results if is_alone else {}), passed=True)
     return Reading(
         name,
         attrs,
         analysis,
         tuple(finding for finding in found if finding.severity),
         integrity,
+        path,
         passed=tuple(finding for finding in found if not finding.severity),
         chain=chain,
+        results=results,
     )
+
+
+def _with_evidence(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    if "lens" in results:
+        # A lens of another chain, or a file that only looks like one, is no evidence; the run is judged without it.
+        with suppress(ValueError, KeyError):
+            return with_lens(analysis, results["lens"])
+    return analysis
 
 
 def shown_attributes(value: Any) -> Any:
@@ -264,7 +303,7 @@ def read_paths(
         try:
             run = schema.open_run(path, max_bytes=max_bytes)
             try:
-                read = read_runs({name: run}, progress=progress)
+                read = read_runs({name: run}, paths={name: path}, progress=progress)
                 readings += [replace(reading, path=str(path)) for reading in read]
             finally:
                 run.close()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 import xarray as xr
@@ -32,39 +31,26 @@ def cards_of(reading: Reading) -> list[Card]:
     """
     from depthscope.diagnostics.experiments import experiment_for
 
-    shown = _results_beside(reading)
     target = shlex.quote(reading.path) if reading.path else "RUN"
     return [
         card_of(
             finding,
             # What only notes something asks for nothing.
             experiment=(finding.severity > Severity.INFO and experiment_for(finding, target)) or "",
-            result=shown(finding),
+            result=_result(finding, reading.results),
         )
         for finding in reading.findings
     ]
 
 
-def _results_beside(reading: Reading) -> Callable[[Finding], str]:
+def _result(finding: Finding, results: Mapping[str, xr.Dataset]) -> str:
     """What the experiments and the lens that were run on a run say about a finding."""
-    from depthscope.diagnostics.experiments import beside, open_result, prediction_words, result_for
+    from depthscope.diagnostics.experiments import prediction_words, result_for
 
-    results: dict[str, xr.Dataset] = {}
-    for what in ("ablate", "lens") if reading.path else ():
-        # Most runs have none, and what is beside a run may be of somebody else: the findings are shown without it.
-        with suppress(OSError, ValueError):
-            found = open_result(beside(reading.path, what))
-            known = {reading.attrs.get("weights_digest"), found.attrs.get("weights_digest")} - {None}
-            if len(known) < 2:  # those of other weights say nothing about these
-                results[what] = found
-
-    def shown(finding: Finding) -> str:
-        parts = [result_for(finding, results["ablate"])] if "ablate" in results else []
-        if "lens" in results and finding.verdict == "same_representation":
-            parts.append(prediction_words(results["lens"]))
-        return "; ".join(filter(None, parts))
-
-    return shown
+    parts = [result_for(finding, results["ablate"])] if "ablate" in results else []
+    if "lens" in results and finding.verdict == "same_representation":
+        parts.append(prediction_words(results["lens"]))
+    return "; ".join(filter(None, parts))
 
 
 def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from depthscope.app.text.bibliography import cited, source_words
-from depthscope.app.text.numbers import number
 from depthscope.app.text.terminal import command_line
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.schema import UNPROVEN
@@ -215,20 +214,3 @@ def cards_text(cards: Iterable[Card], *, width: int = 100) -> str:
     str
     """
     return "\n\n".join("\n".join(card_lines(card, width=width)) for card in cards)
-
-
-def quoted(finding: Finding) -> str:
-    """The number that a finding quotes with the name of what it is, and its limit.
-
-    Parameters
-    ----------
-    finding : Finding
-        One finding.
-
-    Returns
-    -------
-    str
-        Such as ``mean cosine between streams 0.998, limit 0.99``.
-    """
-    value, limit = number(float(finding.value)), number(float(finding.threshold))
-    return f"{finding.quantity or finding.metric.replace('_', ' ')} {value}, limit {limit}"

@@ -8,12 +8,11 @@ import textwrap
 from functools import cache
 
 from depthscope.app.text.bibliography import reference, source_words
-from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE, Metric
 from depthscope.diagnostics.metrics.declaration import OURS
-from depthscope.diagnostics.verdicts import VERDICTS, Limits, Verdict
+from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
-__all__ = ["explanation", "limit_words", "names"]
+__all__ = ["explanation", "names"]
 
 
 def names() -> list[str]:
@@ -52,26 +51,13 @@ def explanation(name: str, *, width: int = 100) -> str:
     return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in lines)
 
 
-def limit_words(limits: Limits) -> str:
-    """From which values on a verdict reports, and who says so.
-
-    Parameters
-    ----------
-    limits : Limits
-        Of a verdict.
-
-    Returns
-    -------
-    str
-        Such as ``WARN above 0.95, FAIL above 0.99 (this project)``.
-    """
-    side = "above" if limits.above else "below"
-    levels = ", ".join(f"{severity.name} {side} {number(limit)}" for severity, limit in limits.levels)
-    return f"{levels} ({source_words(limits.source)})"
-
-
 def _of_verdict(verdict: Verdict) -> str:
-    lines = [verdict.name, verdict.title, "", f"Limits of {verdict.metric}: {limit_words(verdict.limits)}."]
+    lines = [
+        verdict.name,
+        verdict.title,
+        "",
+        f"Limits of {verdict.metric}: {verdict.limits.words} ({source_words(verdict.limits.source)}).",
+    ]
     if verdict.advice:
         lines.append(f"What to try: {verdict.advice}")
     if verdict.not_for:

@@ -18,7 +18,7 @@ from depthscope.app.text.bibliography import keys_of, reference
 from depthscope.app.text.terminal import say
 from depthscope.diagnostics import CATALOGUE, Metric, Range
 from depthscope.diagnostics.theory import LAWS, Law
-from depthscope.diagnostics.verdicts import VERDICTS, Limits, Verdict
+from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 
@@ -90,7 +90,7 @@ def _metric(metric: Metric) -> str:
 def _verdict(verdict: Verdict) -> str:
     facts = {
         "Metric": f"`{verdict.metric}`",
-        "Limits": _limits(verdict.limits),
+        "Limits": verdict.limits.words,
         "Source": _cited([verdict.limits.source]),
         "Advice": verdict.advice,
     }
@@ -148,11 +148,6 @@ def _null(metric: Metric) -> str:
         return f"{metric.null:.4g}" if isinstance(metric.null, float) else metric.null
     words = (metric.null.__doc__ or "that of iid noise of the same size").partition("\n")[0].rstrip(".")
     return f"{words}; in the analysis as `{metric.name}_null`"
-
-
-def _limits(limits: Limits) -> str:
-    side = "above" if limits.above else "below"
-    return ", ".join(f"{severity.name} {side} {limit:g}" for severity, limit in limits.levels)
 
 
 def _cited(keys: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from depthscope.diagnostics.quantities.registry import (
     sources,
     with_facts,
 )
-from depthscope.diagnostics.schema import chain_dataset, chains
+from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains
 
 Progress = Callable[[str, int, int], None]
 
@@ -153,13 +153,28 @@ def _analyze_chain(
             reasons[name] = str(reason)
     if jackknife:
         # What all sequences together do not give, they do not give without one either.
-        known = [metric for name, metric in chosen.items() if name in found]
+        # Where a metric has an error of its own for all that it measures, leaving out sequences would add nothing.
+        known = [metric for name, metric in chosen.items() if name in found and not _has_error(found, name)]
         _add_errors(found, jackknife_errors(trace, known, report), chosen)
     dataset = assemble(found, _training_step(run, trace))
     notes = _notes(dataset, source, jackknife)
     # Of several chains one may be proven and another not: each analysis has its own chain's.
     facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
+    facts |= _inferred_reads(trace)
     return dataset.assign_attrs({**run.attrs, **facts, "not_computed": reasons, "notes": notes})
+
+
+def _inferred_reads(trace: xr.Dataset) -> dict[str, str]:
+    """Where H_pre was found from the streams and the branch's input, and how far it is from giving that input."""
+    if "read_known" not in trace or "read_error" not in trace:
+        return {}
+    count = trace.sizes["connection"]
+    at = np.isin(np.arange(count), trace["read_known"].attrs.get(INFERRED, []))
+    errors = trace["read_error"].values[at]
+    if np.isnan(errors).all():
+        return {}
+    where = "" if at.all() else f" at {at.sum()} of {count} connections"
+    return {"inferred_reads": f"H_pre inferred{where}, error {np.nanmax(errors):.1g}."}
 
 
 def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:
@@ -176,6 +191,11 @@ def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[st
 def _num_replicas(run: xr.DataTree, chain: str) -> int:
     trace = chain_dataset(run, "trace", chain)
     return 0 if trace is None else num_replicas(trace)
+
+
+def _has_error(found: Mapping[str, xr.DataArray], name: str) -> bool:
+    own = found.get(f"{name}_stderr")
+    return own is not None and "scope" not in own.dims
 
 
 def _add_errors(

@@ -83,9 +83,10 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
     if not resampled(metric):
         return None
     try:
-        value = Quantities(trace, choices={"scope": scope}).call(metric.function)
+        found = Quantities(trace, choices={"scope": scope}).call(metric.function)
     except Unavailable:
         return None
+    value = found[0] if isinstance(found, tuple) else found  # an error of its own says nothing of pairs
     if "group" in value.dims and scope == "sequence":
         value = value.isel(group=value["scope"].values == scope).rename(group="sequence")
     if "sequence" in value.dims:

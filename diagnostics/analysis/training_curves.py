@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import numpy as np
 import xarray as xr
@@ -44,8 +45,8 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
         `weight_updates` (step, weight), the ``streamed_`` ranks with their nulls; ``loss`` (step), and
-        ``connection_parameter_drift`` (step, parameter), how far each bias and gate of the connections has moved; as far as the
-        statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of the
+        ``connection_parameter_drift`` (step, parameter), how far each bias and gate of the connections has moved; as far
+        as the statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of the
         last step and NaN before it.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
@@ -140,7 +141,7 @@ def _logit_range(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 def _logit_gradients(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     norms = [statistics[f"{name}_gradient_square_sum"] ** 0.5 for name in ("logit", "mixing")]
     return {
-        metric.name: _exact(metric, metric.function(*needed))
+        metric.name: _exact(metric, cast(xr.DataArray, metric.function(*needed)))
         for metric, needed in (
             (logits.logit_gradient, norms[:1]),
             (logits.mixing_gradient, norms[1:]),
@@ -180,7 +181,9 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
 
 def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     # The function itself, on all steps at once: `Quantities` of an analysis have the last one only.
-    return {metric.name: metric.stamp(metric.function(*(statistics[name] for name in metric.needs)))}
+    value = metric.function(*(statistics[name] for name in metric.needs))
+    assert isinstance(value, xr.DataArray)  # no error: nothing of a module was sampled
+    return {metric.name: metric.stamp(value)}
 
 
 _WEIGHTS = (

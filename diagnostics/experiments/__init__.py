@@ -1,6 +1,6 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
-from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated
 from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
 from depthscope.diagnostics.experiments.results import (
     SUFFIX,
@@ -8,13 +8,16 @@ from depthscope.diagnostics.experiments.results import (
     beside,
     describe_results,
     lens_rows,
+    mean_later_change,
     open_result,
     prediction_depths,
     prediction_words,
     result_for,
+    results_beside,
     save_result,
     table,
     table_rows,
+    with_lens,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, experiment_for
 from depthscope.diagnostics.experiments.variables import EFFECTS, LENS, declared
@@ -32,14 +35,18 @@ __all__ = [
     "declared",
     "describe_results",
     "estimate",
+    "estimated",
     "experiment_for",
     "kind_named",
     "lens_rows",
+    "mean_later_change",
     "open_result",
     "prediction_depths",
     "prediction_words",
     "result_for",
+    "results_beside",
     "save_result",
     "table",
     "table_rows",
+    "with_lens",
 ]

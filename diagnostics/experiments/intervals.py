@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from depthscope.diagnostics.experiments.variables import ESTIMATES
 from depthscope.diagnostics.metrics.intervals import factor
+from depthscope.diagnostics.quantities.over_sequences import mean_and_error
 
 
 class Estimate(NamedTuple):
@@ -45,14 +47,36 @@ def estimate(values: np.ndarray) -> Estimate:
     >>> found.mean, round(found.error, 4), round(found.low, 3)
     (2.0, 0.5774, -0.484)
     """
-    known = np.asarray(values, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    count = known.size
-    if not count:
-        return Estimate(np.nan, np.nan, np.nan, np.nan, 0)
-    mean = float(known.mean())
-    if count < 2:
-        return Estimate(mean, np.nan, np.nan, np.nan, count)
-    error = float(known.std(ddof=1) / np.sqrt(count))
-    reach = factor(count - 1) * error
-    return Estimate(mean, error, mean - reach, mean + reach, count)
+    values = np.asarray(values, dtype=np.float64)
+    mean, error, degrees = mean_and_error(values)
+    reach = factor(degrees) * error if degrees else np.nan
+    count = int((~np.isnan(values)).sum())
+    return Estimate(float(mean), float(error), float(mean - reach), float(mean + reach), count)
+
+
+def estimated(
+    name: str, dims: tuple[str, ...], values: np.ndarray
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Each sequence's mean over its tokens, and of these the mean over sequences, with its error and interval.
+
+    Parameters
+    ----------
+    name : str
+        Of the variables, without their endings.
+    dims : tuple of str
+        Dims of the values before sequences and tokens.
+    values : ndarray, shape (..., sequences, tokens)
+        NaN where a token does not count.
+
+    Returns
+    -------
+    dict of str to (dims, ndarray)
+        Four variables of a Dataset, see `ESTIMATES`.
+    """
+    counts = (~np.isnan(values)).sum(-1)
+    of_sequence = np.divide(
+        np.nansum(values, -1), counts, out=np.full(counts.shape, np.nan), where=counts > 0
+    )
+    found = np.array([estimate(row)[:4] for row in of_sequence.reshape(-1, of_sequence.shape[-1])])
+    columns = found.reshape(*of_sequence.shape[:-1], 4)
+    return {f"{name}{ending}": (dims, columns[..., at]) for at, ending in enumerate(ESTIMATES)}

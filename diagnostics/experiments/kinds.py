@@ -33,6 +33,12 @@ KINDS: dict[str, ExperimentKind] = {
     kind.name: kind
     for kind in (
         ExperimentKind("skip", "block", "the state after the block is the one before it"),
+        # What a block is worth to the later ones, and through other tokens: Csordás et al. 2025 (2505.13898).
+        ExperimentKind(
+            "skip_past",
+            "block",
+            "the block is skipped at the first half of the tokens, and the later ones are measured",
+        ),
         ExperimentKind("repeat", "block", "the block runs twice"),
         ExperimentKind("swap", "block", "the block and the next one run in the other order"),
         ExperimentKind("identity", "connection", "H_res is the identity: no stream is mixed", streams=True),

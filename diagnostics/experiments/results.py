@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -51,6 +53,67 @@ def beside(run: str | os.PathLike[str], what: str) -> Path:
         (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), ""
     )
     return path.with_name(f"{path.name.removesuffix(ending)}.{what}{SUFFIX}")
+
+
+def results_beside(run: str | os.PathLike[str], weights_digest: str | None) -> dict[str, xr.Dataset]:
+    """What the experiments and the lens that were run on a run gave, as far as their results are beside it.
+
+    Parameters
+    ----------
+    run : path-like
+        The run's file.
+    weights_digest : str or None
+        Of the run: results of other weights are left out.
+
+    Returns
+    -------
+    dict of str to Dataset
+        By ``"ablate"`` and ``"lens"``; without what is missing, or is of somebody else.
+    """
+    results = {}
+    for what in ("ablate", "lens"):
+        with suppress(OSError, ValueError):
+            found = open_result(beside(run, what))
+            if len({weights_digest, found.attrs.get("weights_digest")} - {None}) < 2:
+                results[what] = found
+    return results
+
+
+def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
+    """An analysis that knows from which depth on the model's prediction stands, as evidence for `judge`.
+
+    Parameters
+    ----------
+    analysis : Dataset
+        Of `analyze`, of the chain that the lens read.
+    lens : Dataset
+        Of `depthscope.lens`, on the same model.
+
+    Returns
+    -------
+    Dataset
+        With the attribute ``prediction_depth``: the lens that was trained, where there is one, the mean depth with its 95 %
+        interval over sequences, and the last depth. Unchanged where no lens reads the output's prediction.
+
+    Raises
+    ------
+    ValueError
+        Where the two have other depths: they are of other models, or of other chains.
+    """
+    last = int(lens["depth"].max())
+    depths = analysis["depth"].values if "depth" in analysis.coords else np.arange(0)
+    if not len(depths) or last not in depths:
+        raise ValueError(
+            f"the lens read depths up to {last}, the analysis has {len(depths)} depths; expected both of the same chain"
+        )
+    known = {name: found for name, found in prediction_depths(lens).items() if math.isfinite(found.mean)}
+    if not known:
+        return analysis
+    # A trained map is not fooled by a basis that turns with the depth, which the head alone cannot read.
+    name = "tuned" if "tuned" in known else next(iter(known))
+    found = known[name]
+    evidence = {"lens": name, "mean": found.mean, "low": found.low, "high": found.high, "last": last}
+    return analysis.assign_attrs(prediction_depth=evidence)
 
 
 def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
@@ -136,8 +199,43 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
             for ending in ESTIMATES:
                 row[column + ending] = _finite(result, column + ending, position)
         row["rescued"] = _finite(result, "rescued", position)
+        row["later_blocks"] = _later_blocks(result, position)
         rows.append(row)
     return rows
+
+
+def _later_blocks(result: xr.Dataset, position: int) -> list[dict[str, Any]]:
+    """The relative change of what each later block adds, with its 95 % interval; empty where none is known."""
+    if "branch_change" not in result:
+        return []
+    of_experiment = result.isel(experiment=position)
+    found = []
+    for place, block in enumerate(result["later_block"].values.tolist()):
+        values = {
+            name: float(of_experiment[f"branch_change{ending}"].values[place])
+            for name, ending in (("change", ""), ("low", "_low"), ("high", "_high"))
+        }
+        if math.isfinite(values["change"]):
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            found.append({"block": block, **known})
+    return found
+
+
+def mean_later_change(row: dict[str, Any]) -> float | None:
+    """The mean over the later blocks of the relative change of what each adds.
+
+    Parameters
+    ----------
+    row : dict
+        Of `table_rows`.
+
+    Returns
+    -------
+    float or None
+        None where no later block is known.
+    """
+    changes = [block["change"] for block in row.get("later_blocks", [])]
+    return sum(changes) / len(changes) if changes else None
 
 
 def table(result: xr.Dataset) -> pd.DataFrame:
@@ -151,12 +249,14 @@ def table(result: xr.Dataset) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``, and ``rescued``
-        where a stream was put back.
+        One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``, ``later_blocks``
+        (mean change of what they add), and ``rescued`` where a stream was put back.
     """
     names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
     names |= {name: name for name in ("kl", "output_change", "rescued")}
     columns = {words: result[name].values for name, words in names.items()}
+    if "branch_change" in result:
+        columns["later_blocks"] = result["branch_change"].mean("later_block").values
     shown = pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
     return shown if shown["rescued"].notna().any() else shown.drop(columns="rescued")
 
@@ -241,14 +341,16 @@ def sentence(row: dict[str, Any]) -> str:
     'skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)'
     """
     name, change = row["experiment"], row["loss_change"]
+    of_later = mean_later_change(row)
+    later = "" if of_later is None else f", what later blocks add changes by {100 * of_later:.3g} %"
     if change is None:
-        return f"{name}: the output changes by {100 * (row['output_change'] or 0.0):.3g} %"
+        return f"{name}: the output changes by {100 * (row['output_change'] or 0.0):.3g} %{later}"
     low, high = row["loss_change_low"], row["loss_change_high"]
     if low is None:
-        return f"{name}: loss {change:+.3g} nats (one sequence: no interval)"
+        return f"{name}: loss {change:+.3g} nats (one sequence: no interval){later}"
     # Within its interval a change of zero is possible, whatever its mean.
     undecided = "; 0 is possible" if low <= 0 <= high else ""
-    return f"{name}: loss {change:+.3g} nats (95 %: {low:+.3g} to {high:+.3g}{undecided})"
+    return f"{name}: loss {change:+.3g} nats (95 %: {low:+.3g} to {high:+.3g}{undecided}){later}"
 
 
 def base_loss(result: xr.Dataset) -> Estimate:

@@ -9,7 +9,15 @@ from depthscope.diagnostics.experiments.kinds import KINDS
 SETTLED_BY: dict[str, str] = {
     # Blocks that are said to do nothing: without them nothing changes.
     **dict.fromkeys(
-        ("same_representation", "idle_layer", "wasted_layer", "rank_collapse", "dimensional_collapse"), "skip"
+        (
+            "same_representation",
+            "idle_layer",
+            "curse_of_depth",
+            "wasted_layer",
+            "rank_collapse",
+            "dimensional_collapse",
+        ),
+        "skip",
     ),
     # Matrices that are said to be the identity, or to learn nothing: the identity in their place changes nothing.
     **dict.fromkeys(

@@ -26,6 +26,7 @@ UNITS = {
     "kl": "nats",
     "entropy": "nats",
     "output_change": "1",
+    "branch_change": "1",
     "agreement": "1",
     "rescued": "1",
     "depth": "depth",
@@ -40,6 +41,11 @@ EFFECTS: dict[str, Variable] = {
     **_with_estimates("loss_change", ("experiment",), "loss of the changed model minus the unchanged one's"),
     **_with_estimates("kl", ("experiment",), "KL(unchanged ‖ changed) of the predictions"),
     **_with_estimates("output_change", ("experiment",), "relative change of the output"),
+    **_with_estimates(
+        "branch_change",
+        ("experiment", "later_block"),
+        "‖changed − unchanged‖ / ‖unchanged‖ of what a later block adds to the state",
+    ),
     "rescued": Variable(
         ("experiment",),
         "f",

@@ -17,20 +17,25 @@ from depthscope.diagnostics.quantities import (
     initial_logits,
     mean_states,
     mixing_matrices,
+    neighbour_dimensions,
     over_sequences,
     registry,
     states,
     token_spectra,
+    token_steps,
     tokens,
 )
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
 QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, mean_states, mixing_matrices, depth_paths, initial_logits),
+    *(states, tokens, token_spectra, token_steps, neighbour_dimensions, mean_states, mixing_matrices),
+    *(depth_paths, initial_logits),
 )
 
 Null = Callable[..., xr.DataArray] | float | str
+Function = Callable[..., xr.DataArray | tuple[xr.DataArray, xr.DataArray]]
+"""Quantities in; the value out, or the value with the standard error that the function has estimated."""
 
 # Dims that a figure is drawn along, the first that a metric has.
 AXES = ("depth", "connection", "weight", "component")
@@ -116,7 +121,7 @@ class Metric:
     needs : tuple of str
         The quantities, by name, that the function takes.
     function : function
-        Quantities in, DataArray out.
+        Quantities in, DataArray out; or two, where it estimates its standard error over sequences itself.
     default : bool
         Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
@@ -148,7 +153,7 @@ class Metric:
     null_error: float
     estimator: str
     needs: tuple[str, ...]
-    function: Callable[..., xr.DataArray]
+    function: Function
     default: bool = True
     headline: bool = False
     smooth: bool = True
@@ -225,9 +230,11 @@ class Metric:
         Returns
         -------
         tuple of DataArray
-            The error is None where the function returns no value of each sequence.
+            The error is None where the function returns neither a value of each sequence nor an error.
         """
-        return over_sequences.fold(source.call(self.function))
+        found = source.call(self.function)
+        # A number over all sequences together, with the error that its function has estimated from them.
+        return found if isinstance(found, tuple) else over_sequences.fold(found)
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any
@@ -342,7 +349,7 @@ def metric(
     of_steps: bool = False,
     infinite: bool = False,
     per_step: bool = True,
-) -> Callable[[Callable[..., xr.DataArray]], Metric]:
+) -> Callable[[Function], Metric]:
     """Declare the function below as a metric; its parameters name the quantities that it needs.
 
     Parameters
@@ -360,7 +367,7 @@ def metric(
         A decorator that makes a `Metric`.
     """
 
-    def declare(function: Callable[..., xr.DataArray]) -> Metric:
+    def declare(function: Function) -> Metric:
         name, doc = function.__name__, inspect.getdoc(function) or ""
         _check_declaration(name, dims=dims, scale=scale, basis=basis)
         declared = Metric(

@@ -13,6 +13,7 @@ LAWS: dict[str, Law] = {
         products.random_product,
         products.random_connection,
         residual.pre_ln_growth,
+        residual.independent_branches,
         residual.dong_cubic,
         mean_field.mean_field_length,
         mean_field.mean_field_correlation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from depthscope.diagnostics.quantities.registry import Unavailable
+from depthscope.diagnostics.quantities.token_steps import NO_BRANCH
 from depthscope.diagnostics.theory.laws import Measured, law
 
 ALIGNED = 0.2
@@ -56,6 +57,29 @@ def _squared_norms(measured: Measured) -> np.ndarray:
         )
     # The growth of the first block, state by state, repeated for every later one.
     return squares[0] + np.concatenate([[0.0], np.cumsum(np.resize(added, len(squares) - 1))])
+
+
+@law(
+    label="independent branches",
+    equation=r"\|x_l\|^2 = \|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2, \quad "
+    r"\angle(x_{l-1}, x_l) = \arctan \sqrt{a / (\|x_0\|^2 + (k - 1)\,a)}",
+    cite="sun2025curse",
+    assumption="branches of one size that are independent of the state, whatever the training",
+    metrics=("variance_growth", "relative_turn", "effective_depth"),
+)
+def independent_branches(measured: Measured) -> np.ndarray:
+    """Independent branches: they add up in their squares, each counts in full, and none is the identity.
+
+    Where the branches of a Pre-LN network are aligned its state grows faster, and the later ones turn it less than this:
+    the curse of depth.
+    """
+    values = np.ones(measured.curve.size)
+    if measured.curve.name != "effective_depth":
+        return values
+    if "site" in measured.curve.coords:
+        values[np.isin(measured.curve["site"].values.astype(object).astype(str), NO_BRANCH)] = 0.0
+    values[0] = 0.0
+    return np.cumsum(values)
 
 
 def _require_independent(norm: np.ndarray, cosine: np.ndarray) -> None:

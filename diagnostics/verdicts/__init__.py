@@ -10,6 +10,7 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.verdicts import (
     attention,
+    depth_use,
     magnitude,
     reading,
     representation,
@@ -23,7 +24,7 @@ from depthscope.diagnostics.verdicts import (
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
-from depthscope.diagnostics.verdicts.reading import with_proof
+from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
 from depthscope.diagnostics.verdicts.stages import with_joined_stages
 
 __all__ = ["VERDICTS", "Finding", "Findings", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
@@ -77,6 +78,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.one_direction,
         representation.common_vector,
         representation.idle_layer,
+        depth_use.curse_of_depth,
         attention.attention_entropy_collapse,
         representation.massive_activations,
         representation.few_tokens_for_cka,
@@ -132,7 +134,7 @@ def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     judged = last.assign_attrs({reading.JUDGED: len(about_the_network)})
     found += reading.nothing_measured.findings(judged)
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
-    return [with_proof(finding, analysis.attrs) for finding in explained]
+    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
 
 
 def _of_chain(sentence: str, chain: str) -> str:

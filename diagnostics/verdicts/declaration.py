@@ -37,6 +37,8 @@ class Limits:
         Whether values above the limits are bad, or values below.
     source : str
         A key of ``references.bib``, ``"this project"``, or `calibration.CALIBRATED`.
+    display : function, optional
+        A limit or value as people read it, where they are in another form of it, such as a logarithm.
     """
 
     info: float | None = None
@@ -44,12 +46,25 @@ class Limits:
     fail: float | None = None
     above: bool = True
     source: str = OURS
+    display: Callable[[float], float] | None = None
 
     @property
     def levels(self) -> list[tuple[Severity, float]]:
         """Severities with their limits, the mildest first."""
         named = ((Severity.INFO, self.info), (Severity.WARN, self.warn), (Severity.FAIL, self.fail))
         return [(severity, limit) for severity, limit in named if limit is not None]
+
+    @property
+    def words(self) -> str:
+        """From which values on each severity is reported, such as ``WARN above 0.95, FAIL above 0.99``."""
+        side = "above" if self.above else "below"
+        return ", ".join(
+            f"{severity.name} {side} {number(self.displayed(limit))}" for severity, limit in self.levels
+        )
+
+    def displayed(self, value: float) -> float:
+        """A limit or value as people read it."""
+        return float(value if self.display is None else self.display(value))
 
     def beyond(self, values: np.ndarray, limit: float) -> np.ndarray:
         """Which values are beyond a limit; NaN is beyond none."""
@@ -79,8 +94,6 @@ class Profile:
         The worst severity that it may get.
     note : str
         A further sentence.
-    display : function, optional
-        The number as people read it, where the values are another form of it, such as a logarithm.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
     limits : Limits, optional
@@ -93,7 +106,6 @@ class Profile:
     first: bool = False
     ceiling: Severity = Severity.FAIL
     note: str = ""
-    display: Callable[[float], float] | None = None
     sentence: str = ""
     limits: Limits | None = None
 
@@ -102,10 +114,6 @@ class Profile:
         """What the number is, without the verb that leads to it in a sentence."""
         words = re.split(r",? (?:is|has the size|has a share of|there is left)\b", self.words)[0]
         return words.removeprefix("the ").rstrip(" ,")
-
-    def displayed(self, value: float) -> float:
-        """A value as people read it."""
-        return float(value if self.display is None else self.display(value))
 
 
 @dataclass(frozen=True)
@@ -205,8 +213,8 @@ class Verdict:
             severity=severity,
             sentence=self._sentence(profile, values[at], limit, severity, at, beyond),
             metric=self.metric,
-            value=profile.displayed(values[at]),
-            threshold=profile.displayed(limit),
+            value=limits.displayed(values[at]),
+            threshold=limits.displayed(limit),
             source=self.limits.source,
             axis=axis,
             first=first,
@@ -221,14 +229,15 @@ class Verdict:
     ) -> str:
         if profile.sentence:
             return profile.sentence
-        side = "above" if self.limits.above else "below"
-        compared = f"{'' if severity else 'not '}{side} {number(profile.displayed(limit))}"
+        limits = profile.limits or self.limits
+        side = "above" if limits.above else "below"
+        compared = f"{'' if severity else 'not '}{side} {number(limits.displayed(limit))}"
         where = f" {place(profile.values, at)}" if profile.values.dims else ""
         sentence = (
-            f"{profile.words} {number(profile.displayed(value))}{where}, {compared} ({self.limits.source})"
+            f"{profile.words} {number(limits.displayed(value))}{where}, {compared} ({self.limits.source})"
         )
         if severity and len(beyond) > 1:
-            mildest = number(profile.displayed((profile.limits or self.limits).levels[0][1]))
+            mildest = number(limits.displayed(limits.levels[0][1]))
             sentence += f"; it is {side} {mildest} {span(profile.values, beyond)}"
         note = f" {profile.note}" if profile.note and severity else ""
         return f"{sentence[0].upper()}{sentence[1:]}.{note}"

@@ -138,18 +138,41 @@ def _one_representation(
         f"({OURS}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, where independent branches of "
         f"the size of the first state turn them by {_law(last - first):.0f}°. No step turns them by more than {number(step)}°."
     )
+    told, moving = _prediction(
+        attrs, *(alike["depth"].values[[first, last]].tolist() if "depth" in alike.coords else (first, last))
+    )
+    sentence += told
     why = _by_construction(turned, attrs)
     if why:
         sentence += f" It is as its branches begin by construction ({why}): normal before training, judge it again after some."
     values = np.full(len(alike), np.nan)
     values[part] = least
-    ceiling = Severity.INFO if why else Severity.FAIL if failing else Severity.WARN
+    ceiling = Severity.INFO if why else Severity.FAIL if failing and not moving else Severity.WARN
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
         ceiling=ceiling,
     )
+
+
+def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
+    """What a lens says of the range, where one was read, and whether the prediction still moves within it.
+
+    States that differ by little may differ in what the head reads: where the interval of the depth from which on the
+    prediction stands begins in the later half of the range, the range does work, and is no failure.
+    """
+    found = attrs.get("prediction_depth")
+    if not isinstance(found, Mapping):
+        return "", False
+    mean, low = float(found["mean"]), float(found["low"])
+    sentence = f" By the {found['lens']} lens the prediction stands from depth {number(mean)} on"
+    # One sequence has no interval: its depth alone is not enough to excuse anything.
+    if (first + last) / 2 < low <= last:
+        return f"{sentence}: within this range it still changes.", True
+    if mean <= first:
+        return f"{sentence}: the range changes no prediction.", False
+    return f"{sentence}.", False
 
 
 def _by_construction(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:

@@ -55,6 +55,12 @@ SATURATED = 0.005
 # A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
 ONE_STEP = 1e-4
 
+
+def power_of_ten(logarithm: float) -> float:
+    """The share whose logarithm is judged: people read shares."""
+    return 10.0**logarithm
+
+
 UNTRAINED = (
     "All streams are equal to the last digit, although the connections read them unequally: no step of training has been "
     "taken. Judge the network again after some."
@@ -150,7 +156,7 @@ def expansive_mixing(
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(warn=COLLAPSED, above=False),
+    limits=Limits(warn=COLLAPSED, above=False, display=power_of_ten),
     not_for=ALTUP,
     follows_from={"uniform_mixing": from_there_on},
 )
@@ -167,7 +173,6 @@ def stream_collapse(
         left,
         "of the differences between the streams of the embedding, beside what all streams have in common, there is left",
         first=True,
-        display=lambda logarithm: 10.0**logarithm,
         **_info_if(_parted_by_writes(stream_cosine) or _mixed_from_the_start(left, attrs, stream_cosine)),
     )
 
@@ -208,7 +213,7 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 @verdict(
     metric="relative_deflated_gain",
-    limits=Limits(fail=-2.0, above=False),
+    limits=Limits(fail=COLLAPSED, above=False, display=power_of_ten),
     not_for=ALTUP,
     follows_from={"constant_mixing": anywhere},
 )
@@ -225,7 +230,6 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
         step.where(np.isfinite(step) | step.isnull(), NOTHING),
         "one connection alone leaves of the differences between streams, beside what they have in common,",
         first=True,
-        display=lambda logarithm: 10.0**logarithm,
     )
 
 

@@ -44,7 +44,7 @@ class Plan:
     source : object, optional
         Of ``patch``: where the states come from.
     tokens : tuple of int, optional
-        Of ``patch`` and the stream kinds: the positions that are changed; all by default.
+        Of ``patch`` and the stream kinds: the positions that are changed; all by default. Of ``skip_past`` the first half.
     """
 
     kind: str
@@ -73,9 +73,9 @@ def plan(
     Parameters
     ----------
     kind : str
-        ``"skip"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``, ``"sinkhorn"`` (in
-        place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"`` (of the state at a
-        depth).
+        ``"skip"``, ``"skip_past"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``,
+        ``"sinkhorn"`` (in place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"``
+        (of the state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth stands for the block or connection that ends there.
     together : bool
@@ -83,7 +83,7 @@ def plan(
     source : DataTree, batch or Module, optional
         Of ``"patch"``: a run, another batch of the same shape, or another model.
     tokens : int or iterable of int, optional
-        Positions that are changed.
+        Positions that are changed; of ``"skip_past"`` the later ones are measured.
 
     Returns
     -------
@@ -131,6 +131,8 @@ class Change:
         Where; −1 where it is none alone.
     compared : str
         Name of the change that this one undoes in part, for the share that is rescued.
+    measured : Tensor, optional
+        (B, T), true on the tokens that are measured; all by default.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Change:
     connection: int = -1
     stream: int = -1
     compared: str = ""
+    measured: torch.Tensor | None = None
 
 
 # --- from plans to changes
@@ -264,6 +267,7 @@ def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Ite
             continue
         yield {
             "skip": _skip,
+            "skip_past": lambda block, model: _skip_past(block, wanted.tokens, model),
             "repeat": _repeat,
             "swap": lambda block, model: _swap(block, following[block], model),
         }[kind.name](block, model)
@@ -276,6 +280,42 @@ def _skip(block: int, model: ModelUnderTest) -> Change:
         return {stop: lambda state, seen: _fitting(seen[start], state, start, stop).clone()}
 
     return Change(f"skip block {block}", "skip", edits, block=block, depth=stop)
+
+
+def _skip_past(block: int, tokens: tuple[int, ...] | None, model: ModelUnderTest) -> Change:
+    """The block is left out at early tokens; what changes at the later ones went from token to token (Csordás et al. 2025)."""
+    start, stop = model.layers[block]
+    early, later = _early_and_later(tokens, model)
+
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+            before = _fitting(seen[start], state, start, stop)
+            return torch.where(early.to(state.device)[:, :, None, None], before, state)
+
+        return {stop: edit}
+
+    name = f"skip block {block} at the first tokens"
+    return Change(name, "skip_past", edits, block=block, depth=stop, measured=later)
+
+
+def _early_and_later(
+    tokens: tuple[int, ...] | None, model: ModelUnderTest
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are changed and which are measured, (B, T) each: the halves of each sequence, or those after the named."""
+    shape = model.base.states[0].shape[:2]
+    real = torch.ones(shape, dtype=torch.bool) if model.mask is None else model.mask.cpu()
+    if tokens is None:
+        early = real & (real.cumsum(1) <= real.sum(1, keepdim=True) // 2)
+    else:
+        early = real & _positions(tokens, shape[1])
+    later = real & (
+        torch.arange(shape[1]) > torch.where(early, torch.arange(shape[1]), -1).amax(1, keepdim=True)
+    )
+    if not bool((early.any(1) & later.any(1)).any()):
+        raise InterventionError(
+            f"skip_past: no sequence of the {shape[0]} x {shape[1]} tokens has changed tokens with later ones after them"
+        )
+    return early, later
 
 
 def _repeat(block: int, model: ModelUnderTest) -> Change:

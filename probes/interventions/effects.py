@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics.experiments import EFFECTS, declared, estimate
+from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
 from depthscope.probes.interventions.changes import Change, Plan, changes, plan
 from depthscope.probes.interventions.model_under_test import (
     InterventionError,
@@ -73,9 +73,10 @@ def ablate(
     -------
     Dataset
         ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard
-        error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token. The attribute
-        ``left_out`` has the experiments that could not be made, and why; ``no_loss`` why there is no loss; ``other_paths``
-        says where something leads around a changed state.
+        error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token.
+        ``branch_change`` by experiment and later block is the relative change of what that block adds to the state. The
+        attribute ``left_out`` has the experiments that could not be made, and why; ``no_loss`` why there is no loss;
+        ``other_paths`` says where something leads around a changed state.
 
     Raises
     ------
@@ -117,6 +118,8 @@ class _Effect:
     loss: torch.Tensor
     kl: torch.Tensor
     output_change: torch.Tensor
+    branch_change: dict[int, torch.Tensor]
+    """Mean over tokens for each sequence, (B,), by later block."""
 
 
 @dataclass
@@ -189,7 +192,33 @@ class _Measure:
         if self._targets.mask is not None:
             padding = ~self._targets.mask.cpu()
             kl, moved = kl.masked_fill(padding, torch.nan), moved.masked_fill(padding, torch.nan)
-        return _Effect(change, self._loss(passed, values), kl, moved)
+        loss = self._loss(passed, values)
+        if change.measured is not None:
+            fits = change.measured.shape == values.shape[:2]
+            apart = ~change.measured if fits else torch.ones(values.shape[:2], dtype=torch.bool)
+            kl, moved, loss = (
+                each.masked_fill(apart, torch.nan) if each.shape == apart.shape else each * torch.nan
+                for each in (kl, moved, loss)
+            )
+        return _Effect(change, loss, kl, moved, self._branch_change(change, passed))
+
+    def _branch_change(self, change: Change, passed: Passed) -> dict[int, torch.Tensor]:
+        """‖b' − b‖ / ‖b‖ of b = X_after − X_before of each block that begins at the changed depth or later."""
+        model = self._model
+        if model.chain.over_depth or model.chain.history:  # their states are no sums of what blocks add
+            return {}
+        counted = change.measured if change.measured is not None else model.mask
+        found = {}
+        for block, (start, stop) in model.layers.items():
+            before, after = model.base.states.get(start), model.base.states.get(stop)
+            if start < change.depth or before is None or after is None or before.shape != after.shape:
+                continue
+            added = (after - before).flatten(2)
+            share = relative_change(added, (passed.states[stop] - passed.states[start]).flatten(2)).cpu()
+            if counted is not None:
+                share = share.masked_fill(~counted.cpu(), torch.nan)
+            found[block] = share.nanmean(1)
+        return found
 
 
 # --- the result
@@ -220,8 +249,13 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
         "output_change": token["token_output_change"],
     }
     for key, values in differences.items():
-        variables |= _estimates(key, values)
+        variables |= estimated(key, ("experiment",), values)
     of_change = [by_name[0][each].change for each in shared]
+    later = sorted({block for found in by_name for each in shared for block in found[each].branch_change})
+    if later:
+        variables |= estimated(
+            "branch_change", ("experiment", "later_block"), _by_block(by_name, shared, later)
+        )
     costs = variables["loss_change_low"][1]
     variables["rescued"] = ("experiment", _rescued(of_change, variables["loss_change"][1], costs))
     coords = {
@@ -229,6 +263,8 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
         "kind": ("experiment", np.array([change.kind for change in of_change], dtype=object)),
         **{each: ("experiment", np.array([getattr(c, each) for c in of_change])) for each in SCALARS},
     }
+    if later:
+        coords["later_block"] = np.array(later)
     if token_text is not None:
         coords["token_text"] = (("sample", "token"), _texts(token_text, (samples, tokens)))
     left_out = {key: why for row in rows for key, why in row.left_out.items()}
@@ -244,16 +280,19 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     return declared(xr.Dataset(variables, coords, attrs), EFFECTS)
 
 
-def _estimates(key: str, values: np.ndarray) -> Mapping[str, Any]:
-    """A mean over sequences of each sequence's mean over its tokens, with error and interval."""
-    counts = (~np.isnan(values)).sum(-1)
-    sums = np.nansum(values, -1)
-    of_sequence = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
-    found = [estimate(row) for row in of_sequence]
-    return {
-        key + ending: ("experiment", np.array([getattr(each, field) for each in found]))
-        for ending, field in (("", "mean"), ("_error", "error"), ("_low", "low"), ("_high", "high"))
-    }
+def _by_block(by_name: list[dict[str, _Effect]], names: list[str], blocks: list[int]) -> np.ndarray:
+    """Changes of the blocks' outputs, (experiments, blocks, sequences, 1); NaN for blocks before the change."""
+    rows = []
+    for name in names:
+        effects = [found[name] for found in by_name]
+        of_batches = [
+            torch.stack(
+                [each.branch_change.get(block, torch.full((len(each.kl),), torch.nan)) for block in blocks]
+            )
+            for each in effects
+        ]
+        rows.append(torch.cat(of_batches, dim=1).double().numpy())
+    return np.stack(rows)[..., None]
 
 
 def _rescued(of_change: list[Change], loss_change: np.ndarray, low: np.ndarray) -> np.ndarray:

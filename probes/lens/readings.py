@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics.experiments import LENS, declared, estimate
+from depthscope.diagnostics.experiments import LENS, declared, estimated
 from depthscope.probes.interventions.model_under_test import InterventionError, ModelUnderTest, targets_of
 from depthscope.probes.interventions.predictions import Pick, Targets, divergence
 from depthscope.probes.lens.head import Head, HeadError, find_head, user_head
@@ -256,7 +256,7 @@ def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token
                 apart[at[0], at[1], rows, : masked.shape[1]] = masked.numpy()
     variables: dict[str, Any] = {}
     for position, quantity in enumerate(QUANTITIES):
-        variables |= _estimates(quantity, values[position])
+        variables |= estimated(quantity, ("lens", "depth", "stream"), values[position])
     agrees = values[QUANTITIES.index("agreement")]
     variables["token_agreement"] = (("lens", "depth", "stream", "sample", "token"), agrees)
     variables["prediction_depth"] = (
@@ -287,22 +287,6 @@ def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token
         "interval": "95 %, Student's t over sequences",
     }
     return declared(xr.Dataset(variables, coords, attrs), LENS)
-
-
-def _estimates(quantity: str, values: np.ndarray) -> dict[str, Any]:
-    counts = (~np.isnan(values)).sum(-1)
-    of_sequence = np.divide(
-        np.nansum(values, -1), counts, out=np.full(counts.shape, np.nan), where=counts > 0
-    )
-    shape = of_sequence.shape[:-1]
-    found = [estimate(row) for row in of_sequence.reshape(-1, of_sequence.shape[-1])]
-    return {
-        quantity + ending: (
-            ("lens", "depth", "stream"),
-            np.array([getattr(each, part) for each in found]).reshape(shape),
-        )
-        for ending, part in (("", "mean"), ("_error", "error"), ("_low", "low"), ("_high", "high"))
-    }
 
 
 def prediction_depth(agrees: np.ndarray, depths: np.ndarray) -> np.ndarray:

@@ -30,6 +30,8 @@ OUR_DEFINITIONS = {
     *("relative_gradient", "branch_share", "dirichlet_energy", "signal_share", "relative_deflated_gain"),
     *("composite_identity_distance", "closest_stream_cosine"),
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
+    *("relative_turn", "effective_depth"),
+    "intrinsic_dimension_bias",
 }
 CALIBRATED = "calibrated on "
 

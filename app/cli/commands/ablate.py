@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from depthscope.probes.interventions import Plan
 
 
+# Later blocks of which a terminal shows a column each.
+MOST_COLUMNS = 12
+
+
 def _kinds() -> Iterable[str]:
     from depthscope.diagnostics.experiments import KINDS
 
@@ -34,15 +38,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Names("experiment", _kinds),
         default=["skip"],
         metavar="A,B",
-        help="skip, repeat, swap (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, freeze-stream, "
-        "rescue, massive, patch (states); default skip",
+        help="skip, skip-past, repeat, swap (blocks); identity, uniform, mean, sinkhorn (in place of H_res); "
+        "drop-stream, freeze-stream, rescue, massive, patch (states); default skip",
     )
     for name, words in (
         ("blocks", "only these blocks, such as 3,5-7 (else each one)"),
         ("connections", "only these connections"),
         ("depths", "only these depths, 0 is the embedding"),
         ("stream", "only these streams"),
-        ("tokens", "only these positions, of streams and patch"),
+        ("tokens", "only these positions, of skip-past, streams and patch"),
     ):
         parser.add_argument(f"--{name}", type=Spans(), metavar="N,N-N", help=words)
     parser.add_argument("--together", action="store_true", help="all places at once, as one experiment")
@@ -91,7 +95,7 @@ def _plans(args: argparse.Namespace) -> list[Plan]:
 
 
 def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> None:
-    from depthscope.diagnostics.experiments import base_loss, table_rows
+    from depthscope.diagnostics.experiments import base_loss, mean_later_change, table_rows
 
     rows = table_rows(result)
     loss = base_loss(result)
@@ -114,18 +118,20 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
     say(f"{printable(result.attrs['model'])}, {result.sizes['sample']} sequences, unchanged: {unchanged}")
     say()
     show_rows(
-        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change", "rescued"),
+        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change", "later blocks", "rescued"),
         [
             (
                 row["experiment"],
                 _interval(row) if known else "-",
                 _short(row["kl"]),
                 _short(row["output_change"], "%"),
+                _short(mean_later_change(row), "%"),
                 _short(row["rescued"], "%"),
             )
             for row in rows
         ],
     )
+    _show_later_blocks(rows)
     if result.attrs["other_paths"]:
         say(f"note: {printable(result.attrs['other_paths'])}")
     for line in result.attrs["left_out"]:
@@ -133,6 +139,26 @@ def _print(result: xr.Dataset, path: Path | None, args: argparse.Namespace) -> N
     if path is not None:
         say()
         say(f"saved: {printable(path)}")
+
+
+def _show_later_blocks(rows: list[dict[str, Any]]) -> None:
+    """The matrix of changes by later block, where its columns fit into a terminal."""
+    blocks = sorted({later["block"] for row in rows for later in row["later_blocks"]})
+    if len(rows) < 2 or not blocks:
+        return
+    say()
+    if len(blocks) > MOST_COLUMNS:
+        say(f"the change of what each of {len(blocks)} later blocks adds is in --json and in the saved file")
+        return
+    say("change of what each later block adds, relative to what it added, by block:")
+    found = [{later["block"]: later["change"] for later in row["later_blocks"]} for row in rows]
+    show_rows(
+        ("experiment", *map(str, blocks)),
+        [
+            (row["experiment"], *(_short(of_row.get(block), "%") for block in blocks))
+            for row, of_row in zip(rows, found, strict=True)
+        ],
+    )
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, 
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.experiments import beside
 
 __all__ = ["UnreadableRun", "allow", "close_up_of", "list_runs", "read_run", "summaries_of"]
 
@@ -131,9 +132,9 @@ def read_run(
     # Twice: a file that was replaced while it was read is there as a whole the second time.
     for _ in range(2):
         try:
-            version = FileVersion.of(path)
+            version = _version_of(path)
             found = _cache.get((name, path, version), partial(_kept_or_read, name, path, version, progress))
-            if FileVersion.of(path) == version:
+            if _version_of(path) == version:
                 return found
         except OSError as error:  # it has gone, or is a pipe
             return UnreadableRun(name, path, _sentence(error))
@@ -157,7 +158,7 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
         None where the run has to be analysed first.
     """
     try:
-        version = FileVersion.of(path)
+        version = _version_of(path)
     except OSError as error:
         return UnreadableRun(name, path, _sentence(error))
     known = _cache.peek((name, path, version))
@@ -196,12 +197,17 @@ def close_up_of(reading: Reading) -> CloseUp | None:
         return None
 
 
+def _version_of(path: Path) -> FileVersion:
+    """Of the run, and of the results of experiments beside it, which are part of what is shown."""
+    return FileVersion.of(path, *(beside(path, what) for what in ("ablate", "lens")))
+
+
 def _kept_or_read(
     name: str, path: Path, version: FileVersion, progress: Callable[[str, int, int], None] | None
 ) -> tuple[Reading, ...] | UnreadableRun:
     kept = kept_readings(path, version)
     if kept is not None:
-        return tuple(replace(reading, path=str(path)) for reading in kept)
+        return kept
     found = _read(name, path, progress)
     if not isinstance(found, UnreadableRun):
         keep(path, version, found)
@@ -215,9 +221,7 @@ def _read(
     try:
         run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
-            return tuple(
-                replace(reading, path=str(path)) for reading in read_runs({name: run}, progress=progress)
-            )
+            return tuple(read_runs({name: run}, paths={name: path}, progress=progress))
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
@@ -239,7 +243,10 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
     if isinstance(found, UnreadableRun):
         return len(found.reason)
     return sum(
-        reading.analysis.nbytes + len(repr(reading.attrs)) + len(repr(reading.analysis.attrs))
+        reading.analysis.nbytes
+        + len(repr(reading.attrs))
+        + len(repr(reading.analysis.attrs))
+        + sum(result.nbytes for result in reading.results.values())
         for reading in found
     )
 

@@ -54,7 +54,13 @@ intrinsic_dimension = _ranks(
     "intrinsic_dimension",
     "Intrinsic dimension across depth",
     "TwoNN dimension",
-    note="From the two nearest neighbours of each token, all tokens pooled.",
+    note="From the two nearest neighbours of each token, all tokens pooled; its bias has a figure of its own.",
+)
+intrinsic_dimension_bias = _ranks(
+    "intrinsic_dimension_bias",
+    "Bias of the intrinsic dimension across depth",
+    "dimensions",
+    note="What the estimator is short of that of a normal cloud which measures the same.",
 )
 # These three compare the tokens of one sequence: the caption counts those of one, not of all ("data", the default).
 dong_residual = _tokens(

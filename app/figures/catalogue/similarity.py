@@ -210,3 +210,23 @@ def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) 
         alt=describe_lines(lines, title, "depth"),
         metric="cka",
     )
+
+
+variance_growth = _steps(
+    "variance_growth",
+    "Growth of the state beyond that of independent branches",
+    "‖state‖² / sum of the squares of its parts",
+    note="Above 1 the branches add up, below 1 they cancel one another.",
+)
+relative_turn = _steps(
+    "relative_turn",
+    "Turn of each step, relative to independent branches",
+    "angle / that of independent branches",
+    note="Near 0: the step changes at most the size of the state.",
+)
+effective_depth = _steps(
+    "effective_depth",
+    "Effective depth: steps that turn the state as independent branches would",
+    "steps",
+    note="A step that turns the state half as much as an independent branch counts half.",
+)

@@ -7,7 +7,7 @@ from depthscope.diagnostics.kernels.geometry.directions import (
     row_cosine,
     token_cosine,
 )
-from depthscope.diagnostics.kernels.geometry.intrinsic_dimension import two_nn
+from depthscope.diagnostics.kernels.geometry.intrinsic_dimension import two_nn, two_nn_of
 from depthscope.diagnostics.kernels.geometry.massive import massive_activations, massive_tokens
 from depthscope.diagnostics.kernels.geometry.power_law import PowerLaw, alpha_req, alpha_req_of
 from depthscope.diagnostics.kernels.geometry.smoothness import dirichlet_energy
@@ -25,4 +25,5 @@ __all__ = [
     "row_cosine",
     "token_cosine",
     "two_nn",
+    "two_nn_of",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from array_api_compat import device
 
-from depthscope.diagnostics.kernels._arrays import Array, ratio, row_hash, rows, scaled, selected
+from depthscope.diagnostics.kernels._arrays import Array, as_float64, ratio, row_hash, rows, scaled, selected
 
 # Entries of one block of rows of the distance matrix: 32 MB of float64, so that N² distances are never in memory.
 BLOCK = 4_000_000
@@ -61,13 +61,34 @@ def two_nn(x: Array, *, discard: float = 0.1, mask: Array | None = None) -> Arra
 def _two_nn(xp: Any, points: Array, discard: float) -> Array:
     """TwoNN of one cloud of points (N, d)."""
     points = _distinct(xp, points)
-    count = points.shape[0]
-    fitted = int(count * (1 - discard))
-    if count < 3 or fitted < 2:
+    if points.shape[0] < 3:
         return xp.asarray(xp.nan, dtype=xp.float64, device=device(points))
-    nearest, second = _nearest_two(xp, points)
+    return two_nn_of(*_nearest_two(xp, points), discard=discard)
+
+
+def two_nn_of(nearest: Array, second: Array, *, discard: float = 0.1) -> Array:
+    """Intrinsic dimension from the distances of every point to its two nearest neighbours; see `two_nn`.
+
+    Parameters
+    ----------
+    nearest, second
+        Distances (N,), positive.
+    discard
+        Share of the largest ratios that is left out.
+
+    Returns
+    -------
+    Array
+        (); NaN with fewer than two ratios to fit. Source: Facco et al. 2017.
+    """
+    xp, nearest = as_float64(nearest)
+    second = as_float64(second)[1]
+    count = nearest.shape[0]
+    fitted = int(count * (1 - discard))
+    if fitted < 2:
+        return xp.asarray(xp.nan, dtype=xp.float64, device=device(nearest))
     stretch = xp.log(xp.sort(second / nearest)[:fitted])
-    share = xp.arange(1, fitted + 1, dtype=xp.float64, device=device(points)) / count
+    share = xp.arange(1, fitted + 1, dtype=xp.float64, device=device(nearest)) / count
     usable = share < 1  # without discarding, the largest ratio has −ln(1 − 1) = ∞
     # Least squares through the origin: slope Σxy / Σx².
     stretch, level = stretch[usable], -xp.log(1 - share[usable])

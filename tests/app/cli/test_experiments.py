@@ -43,6 +43,19 @@ def test_ablate_tells_what_each_block_does(text, tmp_path, capsys):
     assert "skip block 1" in capsys.readouterr().out
 
 
+def test_ablate_tells_what_a_block_is_worth_to_the_later_ones(text, capsys):
+    words = ("ablate", FACTORY, "--text", text, "--length", 16, "--sequences", 3, "--do", "skip,skip-past")
+    assert call(*words) == FINE
+    told = capsys.readouterr().out
+    assert "skip block 0 at the first tokens" in told
+    assert "change of what each later block adds, relative to what it added, by block:" in told
+    assert call(*words, "--json") == FINE
+    row = json.loads(capsys.readouterr().out)["experiments"][0]
+    first = row["later_blocks"][0]
+    assert first["block"] == 1
+    assert first["low"] <= first["change"] <= first["high"]
+
+
 def test_lens_tells_what_each_depth_reads(text, capsys):
     words = ("lens", FACTORY, "--text", text, "--length", 16)
     assert call(*words, "--sequences", 4, "--json") == FINE

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xarray as xr
 
@@ -15,6 +16,7 @@ from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.dashboard.state.run_library import UnreadableRun, read_run
 from depthscope.diagnostics import save_run
+from depthscope.diagnostics.experiments import beside, save_result
 from tests.app.dashboard.opening import charts, open_page, words
 
 SUFFIXES = (".nc", ".zarr", ".zarr.zip")
@@ -58,6 +60,17 @@ def put(source: Path, place: Path) -> None:
 def depth_of(found: object) -> int:
     assert not isinstance(found, UnreadableRun), found
     return found[0].analysis.sizes["depth"] - 1
+
+
+def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
+    put(saved[".nc"][0], root / "a.nc")
+    (before,) = read_run("a")
+    assert before.results == {}
+    depths = xr.DataArray(np.full((1, 1, 2, 3), 1.0), dims=("lens", "stream", "sample", "token"))
+    lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(3)})
+    save_result(lens, beside(root / "a.nc", "lens"))
+    (after,) = read_run("a")
+    assert set(after.results) == {"lens"}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
 from depthscope.diagnostics import Finding, Severity
-from depthscope.diagnostics.experiments import beside, result_for, save_result
+from depthscope.diagnostics.experiments import beside, result_for, results_beside, save_result
 
 IDLE = Finding(
     verdict="idle_layer", severity=Severity.WARN, sentence="Nothing.", metric="angular_distance", value=0.0,
@@ -47,7 +47,7 @@ def test_cards_show_the_command_and_then_its_result(tmp_path):
     assert card.experiment == f"depthscope ablate '{path}' --do skip --depths 2-3"
     assert card.result == ""
     save_result(result().assign_attrs(kind_of_file="depthscope experiments"), beside(path, "ablate"))
-    (card,) = cards_of(reading)
+    (card,) = cards_of(replace(reading, results=results_beside(path, None)))
     assert "loss +0.01 nats" in card.result
 
 
@@ -57,12 +57,14 @@ def test_the_lens_says_from_which_depth_on_the_prediction_stands(tmp_path):
     lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(7)})
     save_result(lens.assign_attrs(kind_of_file="depthscope experiments"), beside(path, "lens"))
     same = replace(IDLE, verdict="same_representation")
-    (card,) = cards_of(Reading("a", {}, xr.Dataset(), (same,), path=str(path)))
+    (card,) = cards_of(Reading("a", {}, xr.Dataset(), (same,), results=results_beside(path, None)))
     assert card.result == "by the logit lens the prediction stands from depth 4.0 of 6 on"
 
 
 def test_a_file_of_somebody_else_in_its_place_is_passed_over(tmp_path):
     path = tmp_path / "a.nc"
     beside(path, "ablate").write_bytes(b"not a result")
-    (card,) = cards_of(Reading("a", {}, xr.Dataset(), (IDLE,), path=str(path)))
-    assert card.result == ""
+    assert results_beside(path, None) == {}
+    save_result(result().assign_attrs(weights_digest="sha256:1"), path=beside(path, "lens"))
+    assert set(results_beside(path, "sha256:1")) == {"lens"}
+    assert results_beside(path, "sha256:2") == {}

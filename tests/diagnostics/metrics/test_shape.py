@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import skdim
 import xarray as xr
 
 from depthscope import diagnostics
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.quantities.neighbour_dimensions import neighbour_dimension
 
 NAMES = ["numerical_rank", "top_energy", "alpha_req", "alpha_req_error", "dirichlet_energy", "curvature"]
 PLAIN = {"tokens": "all", "stream": "mean", "step": 0}
@@ -90,3 +93,87 @@ def test_a_plane_has_two_dimensions(make_run):
         diagnostics.create_run(trace, attrs=run.attrs), metrics=["intrinsic_dimension"]
     )
     np.testing.assert_allclose(found["intrinsic_dimension"].sel(tokens="all"), 2.0, atol=0.25)
+
+
+# --- the error and the bias of the intrinsic dimension
+
+
+def cloud_run(points):
+    """A plain run of one depth more than it needs from tokens (sample, token, feature)."""
+    states = np.stack([points, points])[:, :, :, None].astype(np.float64)
+    names = {
+        name: ("depth", np.array(words, dtype=object))
+        for name, words in {"site": ["embed", "post"], "module": ["embed", "block"]}.items()
+    }
+    coords = {"depth": [0, 1], "layer": ("depth", [-1, 0]), "stream": [0], **names}
+    variables = {
+        "residual": (schema.STATE, states),
+        "mask": (("sample", "token"), np.ones(states.shape[1:3], bool)),
+    }
+    trace = xr.Dataset(variables, coords)
+    return diagnostics.create_run(trace, attrs={"family": "residual", "n_streams": 1})
+
+
+def dimension_of(points, **options):
+    found = diagnostics.analyze(
+        cloud_run(points), metrics=["intrinsic_dimension", "intrinsic_dimension_bias"], **options
+    )
+    return found.isel(step=0, depth=0).sel(tokens="all", stream="mean")
+
+
+def test_the_error_is_that_of_leaving_out_each_sequence_and_computing_anew():
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((5, 40, 6)) @ rng.standard_normal((6, 12)) + rng.standard_normal((5, 1, 12))
+    points[1, :4] = points[0, :4]  # tokens of several sequences stay when one of them is left out
+    points[2, 5] = points[2, 6]  # one repeated in its own
+    found = dimension_of(points)
+
+    def direct(kept):
+        return skdim.id.TwoNN().fit(np.unique(np.concatenate(kept), axis=0)).dimension_
+
+    assert float(found["intrinsic_dimension"]) == pytest.approx(direct(list(points)), rel=1e-6)
+    without = np.array([direct([points[i] for i in range(5) if i != left_out]) for left_out in range(5)])
+    error = np.sqrt(0.8 * ((without - without.mean()) ** 2).sum())
+    assert float(found["intrinsic_dimension_stderr"]) == pytest.approx(error, rel=1e-6)
+    assert found["intrinsic_dimension_stderr"].attrs["degrees_of_freedom"] == 4
+    again = dimension_of(points, jackknife=True)  # already known: nothing is measured twice
+    assert float(again["intrinsic_dimension_stderr"]) == float(found["intrinsic_dimension_stderr"])
+
+
+def test_one_sequence_has_no_error():
+    found = dimension_of(np.random.default_rng(0).standard_normal((1, 50, 4)))
+    assert np.isnan(found["intrinsic_dimension_stderr"])
+    assert "one sequence" in found["intrinsic_dimension_stderr"].attrs["undefined_because"]
+    assert float(found["intrinsic_dimension"]) > 2
+
+
+def test_the_interval_covers_the_value_of_many_draws():
+    rng = np.random.default_rng(2)
+    draws = []
+    for _ in range(60):
+        # Sequences that differ in their place, as real ones do.
+        points = rng.standard_normal((8, 25, 5)) + 2.0 * rng.standard_normal((8, 1, 5))
+        neighbours = neighbour_dimension(points.reshape(-1, 5), np.repeat(np.arange(8), 25))
+        away = neighbours.without - neighbours.without.mean()
+        draws.append((neighbours.dimension, np.sqrt(7 / 8 * (away @ away))))
+    values, errors = np.array(draws).T
+    covered = np.mean(np.abs(values - values.mean()) <= 2.365 * errors)  # t with seven degrees
+    assert 0.85 < covered <= 1.0
+    assert errors.mean() == pytest.approx(values.std(), rel=0.4)
+
+
+@pytest.mark.parametrize("dimension", [3, 20, 60])
+def test_measured_and_bias_give_the_dimension_of_a_normal_cloud(dimension):
+    points = np.random.default_rng(dimension).standard_normal((4, 100, dimension))
+    # Into a wider space without a change of shape: the cloud stays round.
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((80, dimension)))[0].T
+    found = dimension_of(points @ turn)
+    measured, bias = float(found["intrinsic_dimension"]), float(found["intrinsic_dimension_bias"])
+    if dimension > 3:
+        assert measured < 0.9 * dimension  # what the bias is about
+    assert measured - bias == pytest.approx(dimension, rel=0.2)
+
+
+def test_the_bias_is_undefined_where_no_cloud_measures_as_much():
+    few = np.random.default_rng(0).standard_normal((1, 8, 4))
+    assert np.isnan(dimension_of(few)["intrinsic_dimension_bias"])

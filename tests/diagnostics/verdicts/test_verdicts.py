@@ -9,8 +9,10 @@ import xarray as xr
 from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics.experiments import with_lens
 from depthscope.diagnostics.verdicts import VERDICTS, wiring
 from depthscope.diagnostics.verdicts.declaration import Verdict, number
+from tests.models.synthetic_run import synthetic_run
 
 WIRING = {each.name for each in vars(wiring).values() if isinstance(each, Verdict)}
 
@@ -589,6 +591,42 @@ def test_one_representation_from_a_block_on():
     )
 
 
+def lens_result(depths, last):
+    """Depths from which on the prediction stands, by sequence, as `depthscope.lens` gives them."""
+    values = np.asarray(depths, float)[None, None, :, None]
+    return xr.Dataset(
+        {"prediction_depth": (("lens", "stream", "sample", "token"), values)},
+        {"lens": ["logit"], "depth": np.arange(last + 1)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("depths", "severity", "words"),
+    [
+        ([2.0, 3.0, 2.5], Severity.FAIL, "the prediction stands from depth 2.5 on: the range changes no"),
+        ([10.0, 10.5, 11.0], Severity.WARN, "stands from depth 10.5 on: within this range it still changes"),
+        # Its interval, 7.5 ± 4.3, reaches into the first half of the range: nothing is excused.
+        ([5.5, 7.5, 9.5], Severity.FAIL, "the prediction stands from depth 7.5 on."),
+        ([11.0], Severity.FAIL, "the prediction stands from depth 11 on."),  # one sequence has no interval
+        ([np.nan], Severity.FAIL, ""),  # no depth reads the output's prediction
+    ],
+)
+def test_the_lens_is_evidence_for_one_representation(depths, severity, words):
+    states = walk(12)
+    states[5:] = states[4] + 0.001 * (states[5:] - states[4])
+    analysis = with_lens(diagnostics.analyze(residual_run(states)), lens_result(depths, 12))
+    (found,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
+    assert found.severity == severity
+    assert words in found.sentence
+    assert ("lens" in found.sentence) is bool(words)
+
+
+def test_a_lens_of_other_depths_is_refused():
+    analysis = diagnostics.analyze(residual_run(walk(4)), metrics="num_tokens")
+    with pytest.raises(ValueError, match="the lens read depths up to 12, the analysis has 5 depths"):
+        with_lens(analysis, lens_result([1.0], 12))
+
+
 def test_few_tokens_for_biased_cka():
     states = np.random.default_rng(0).standard_normal((3, 1, 8, 64))
     analysis = diagnostics.analyze(residual_run(states))
@@ -719,3 +757,34 @@ def test_what_is_no_analysis_is_refused(mhc_run):
 
 def test_an_analysis_without_what_verdicts_need_has_no_finding(mhc_run):
     assert diagnostics.judge(diagnostics.analyze(mhc_run, metrics="pair_gain")) == []
+
+
+def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
+    run = synthetic_run("hc", layers=3)
+    trace = run["trace"].to_dataset().load()
+    trace["h_pre"].values[..., 1] = 0.0  # nothing reads stream 1
+    count = trace.sizes["connection"]
+    known = xr.ones_like(trace["h_pre"].isel(stream=0, drop=True)).assign_attrs({schema.INFERRED: [0, 2]})
+    errors = ("connection", np.array([3e-7, 9.0, 2e-7, *[np.nan] * (count - 3)]))
+
+    def unread(trace):
+        findings = diagnostics.judge(diagnostics.analyze(schema.create_run(trace, attrs=run.attrs)))
+        (finding,) = [each for each in findings if each.verdict == "unread_stream"]
+        return finding.sentence
+
+    assert "inferred" not in unread(trace)
+    inferred = trace.assign(read_known=known, read_error=errors)
+    assert unread(inferred).endswith(f" H_pre inferred at 2 of {count} connections, error 3e-07.")
+    # A verdict on the states does not rest on H_pre.
+    for finding in diagnostics.judge(
+        diagnostics.analyze(schema.create_run(inferred, attrs=run.attrs)), passed=True
+    ):
+        assert ("H_pre inferred" in finding.sentence) == (
+            finding.metric in ("read_share", "signal_share", "depth_kernel", "read_mass")
+        )
+
+
+def test_limits_are_told_as_people_read_them():
+    assert VERDICTS["stream_collapse"].limits.words == "WARN below 0.01"
+    assert VERDICTS["uniform_mixing"].limits.words == "FAIL below 0.01"
+    assert VERDICTS["same_representation"].limits.words == "WARN above 0.95, FAIL above 0.99"

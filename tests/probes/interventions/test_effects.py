@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import depthscope as ds
+from depthscope.diagnostics import experiments
+from depthscope.diagnostics.experiments import results
 from depthscope.probes.interventions import InterventionError
 from tests.models.families import DECODERS, STREAMS, built
 from tests.models.small_models import llama
@@ -169,3 +171,122 @@ def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
     assert len(experiments.describe_results(again)) == 3
     with pytest.raises(ValueError, match="is no result of experiments"):
         experiments.open_result(tmp_path / "a.nc")
+
+
+# --- what a block is worth to the later ones
+
+
+def added(model, batch, without=None, tokens=None):
+    """What each block of a hand-written loop adds, with one block left out at some tokens."""
+    x, found = model.embed(batch), []
+    for number, layer in enumerate(model.layers):
+        new = layer(x)
+        if number == without:
+            early = torch.zeros(batch.shape, dtype=torch.bool)
+            early[:, tokens] = True
+            new = torch.where(early[..., None], x, new)
+        found.append(new - x)
+        x = new
+    return found, model.head(x)
+
+
+class Plain(nn.Module):
+    """Pre-norm blocks that see earlier tokens: a running mean, and an MLP."""
+
+    def __init__(self, layers=4, width=8):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(41, width), nn.Linear(width, 41)
+        self.layers = nn.ModuleList(PlainBlock(width) for _ in range(layers))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        seen = self.norm(x)
+        mean = seen.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        return x + torch.tanh(self.mlp(seen + mean))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Plain().eval(), torch.randint(0, 41, (5, 10))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "counted"),
+    [("skip", slice(None), slice(None)), ("skip_past", slice(0, 5), slice(5, None))],
+)
+def test_what_later_blocks_add_equals_a_loop(plain, kind, tokens, counted):
+    model, batch = plain
+    found = ds.interventions.ablate(model, batch, kind)
+    with torch.no_grad():
+        base, output = added(model, batch)
+        for skipped in range(4):
+            changed, other = added(model, batch, skipped, tokens)
+            row = found.isel(experiment=skipped)
+            for later in range(4):
+                value = float(row.branch_change.sel(later_block=later)) if later else np.nan
+                if later <= skipped:
+                    assert np.isnan(value)
+                    continue
+                share = (changed[later] - base[later]).norm(dim=-1) / base[later].norm(dim=-1)
+                of_sequence = share[:, counted].mean(1).numpy()
+                assert value == pytest.approx(of_sequence.mean(), rel=1e-4)
+                error = float(row.branch_change_error.sel(later_block=later))
+                assert error == pytest.approx(of_sequence.std(ddof=1) / 5**0.5, rel=1e-3)
+            p, q = torch.log_softmax(output, -1), torch.log_softmax(other, -1)
+            kl = (p.exp() * (p - q)).sum(-1)[:, counted].mean()
+            assert float(row.kl) == pytest.approx(float(kl), rel=1e-3)
+    assert list(found.later_block.values) == [1, 2, 3]
+
+
+def test_a_block_that_only_its_own_token_reads_is_worth_nothing_to_later_ones():
+    """Without anything between the tokens, what is left out at the first ones does not reach the others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Plain(layers=3).eval()
+    for layer in model.layers:
+        layer.forward = lambda x, layer=layer: x + torch.tanh(layer.mlp(layer.norm(x)))
+    batch = torch.randint(0, 41, (4, 8), generator=torch.Generator().manual_seed(1))
+    found = ds.interventions.ablate(
+        model, batch, ["skip", "skip_past"], loss=lambda output, batch: output.sum((1, 2))
+    )
+    past = found.isel(experiment=found.kind.values == "skip_past")
+    assert float(past.branch_change.max()) == 0
+    assert float(past.kl.max()) == 0
+    assert float(found.branch_change.max()) > 0.01
+
+
+def test_named_tokens_are_skipped_and_later_ones_measured(plain):
+    model, batch = plain
+    found = ds.interventions.ablate(model, batch, ds.interventions.plan("skip_past", blocks=1, tokens=[2, 3]))
+    assert np.isnan(found.token_kl.values[0, :, :4]).all()
+    assert (found.token_kl.values[0, :, 4:] > 0).all()
+    with pytest.raises(InterventionError, match="later ones after them"):
+        ds.interventions.ablate(model, batch, ds.interventions.plan("skip_past", blocks=1, tokens=9))
+
+
+def test_the_effect_on_later_blocks_is_told_and_kept(plain, tmp_path):
+    model, batch = plain
+    found = ds.interventions.ablate(model, [batch[:2], batch[2:]], ["skip", "skip-past"])
+    whole = ds.interventions.ablate(model, batch, ["skip", "skip-past"])
+    np.testing.assert_allclose(found.branch_change, whole.branch_change, rtol=1e-4)
+    kept = experiments.open_result(experiments.save_result(found, tmp_path / "a.h5"))
+    rows = experiments.table_rows(kept)
+    assert [later["block"] for later in rows[0]["later_blocks"]] == [1, 2, 3]
+    assert rows[3]["later_blocks"] == []
+    mean = experiments.mean_later_change(rows[0])
+    assert mean == pytest.approx(float(found.branch_change[0].mean()))
+    assert f"what later blocks add changes by {100 * mean:.3g} %" in results.sentence(rows[0])
+    assert experiments.table(kept)["later_blocks"].iloc[0] == pytest.approx(mean)

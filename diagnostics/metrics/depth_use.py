@@ -1,0 +1,86 @@
+"""How much of the depth is used? The turn of each step beside that of independent branches, and how the variance grows."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.metrics.declaration import OURS, metric
+from depthscope.diagnostics.quantities.token_steps import Steps
+
+PER_SEQUENCE = "over the tokens of a sequence, mean over sequences"
+
+
+def _labelled(steps: Steps, values: np.ndarray) -> xr.DataArray:
+    return steps.states.labelled(values, ("depth", "stream", "sequence"))
+
+
+@metric(
+    symbol=r"\|x_l\|^2 / (\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2)",
+    dims="depth stream",
+    scale="log",
+    cite="sun2025curse",
+    basis="stream",
+    null="1 for branches that are independent of the state",
+    estimator=PER_SEQUENCE,
+)
+def variance_growth(token_steps: Steps) -> xr.DataArray:
+    r"""Growth of the state beyond that of independent branches; above 1 the branches add up, below they cancel.
+
+    .. math:: \|x_l\|^2 \Big/ \Big(\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2\Big), \quad b_k = x_k - x_{k-1}
+
+    1 where each branch is independent of the state that it is added to, at most l + 1. In Pre-LN the variance grows linearly
+    with depth for independent branches and up to exponentially for aligned ones (Sun et al. 2025), and the later blocks,
+    whose branches are normalised, change the state the less the larger it is. NaN at the final norm.
+    """
+    added = np.where(token_steps.is_branch[:, None, None], token_steps.added, 0.0)
+    independent = token_steps.square[0] + np.cumsum(added, axis=0)
+    ratio = token_steps.square / np.where(independent > 0, independent, np.nan)
+    ratio[1:][~token_steps.is_branch[1:]] = np.nan
+    return _labelled(token_steps, token_steps.by_sequence(ratio))
+
+
+@metric(
+    symbol=r"\angle(x_{l-1}, x_l) / \angle_{\mathrm{ind}}",
+    dims="depth stream",
+    scale="log",
+    cite=OURS,
+    basis="stream",
+    null="1 for branches of one size that are independent of the state",
+    estimator=f"mean angle over mean angle, {PER_SEQUENCE}",
+    of_steps=True,
+)
+def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArray:
+    r"""How much a step turns the state, relative to independent branches; near 0 it is the identity up to a factor.
+
+    .. math:: \angle(x_{l-1}, x_l) \Big/ \arctan \sqrt{\frac{a}{\|x_0\|^2 + (k - 1)\,a}}
+
+    a is the mean square of what the steps of this network add across the state, token by token, and k the number of the
+    step: without the embedding, independent branches of one size turn the state by arctan √(1/k). It is relative to the
+    network's own branches: that all of them do little is told by the angle itself. NaN at the embedding and the final norm.
+    """
+    return _labelled(token_steps, relative_turns)
+
+
+@metric(
+    symbol=r"\textstyle\sum_{k \le l} \min(1, \angle_k / \angle_{\mathrm{ind}})",
+    dims="depth stream",
+    cite=OURS,
+    basis="stream",
+    null="the number of steps, for branches of one size that are independent of the state",
+    estimator=f"mean angle over mean angle, {PER_SEQUENCE}",
+    headline=True,
+)
+def effective_depth(token_steps: Steps, relative_turns: np.ndarray) -> xr.DataArray:
+    r"""Effective depth: how many steps so far turn the state as much as independent branches of that size would.
+
+    .. math:: \textstyle\sum_{k \le l} \min\big(1, \angle(x_{k-1}, x_k) / \angle_{\mathrm{ind}, k}\big)
+
+    A step that turns the state by half of what an independent branch would counts half, so that steps which lie on the law
+    do not count by chance; see `relative_turn`. A step is a block, or half of one where the run shows states inside blocks.
+    """
+    counted = np.minimum(np.nan_to_num(relative_turns, nan=0.0), 1.0)
+    reached = np.cumsum(counted, axis=0)
+    # A sequence without tokens, or with a state that is not finite, has no depth either.
+    unknown = np.isnan(token_steps.by_sequence(token_steps.square))
+    return _labelled(token_steps, np.where(unknown, np.nan, reached))

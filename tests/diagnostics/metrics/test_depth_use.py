@@ -1,0 +1,141 @@
+"""Turn of the steps, effective depth and growth: closed forms, a loop over tokens, and networks that are cursed or not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from depthscope import diagnostics
+from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics.theory import overlay_laws
+
+NAMES = ("relative_turn", "effective_depth", "variance_growth")
+
+
+def run_of(states, sites=None, mask=None):
+    """A plain run of states (depth, sample, token, feature)."""
+    states = np.asarray(states, np.float32)[:, :, :, None]
+    coords = {
+        "depth": np.arange(len(states)),
+        "layer": ("depth", np.arange(len(states)) - 1),
+        "site": ("depth", np.array(sites or ["embed", *["post"] * (len(states) - 1)], dtype=object)),
+        "module": ("depth", np.array(["m"] * len(states), dtype=object)),
+        "stream": [0],
+    }
+    mask = np.ones(states.shape[1:3], bool) if mask is None else mask
+    variables = {"residual": (schema.STATE, states), "mask": (("sample", "token"), mask)}
+    return schema.create_run(
+        xr.Dataset(variables, coords), attrs={"family": "residual", "n_streams": 1, "proof": "proven"}
+    )
+
+
+def measured(run):
+    analysis = diagnostics.analyze(run, metrics=NAMES)
+    return {name: analysis[name].isel(step=0).sel(stream="mean").values for name in NAMES}, analysis
+
+
+def orthogonal(count, sizes=None):
+    """States that are sums of orthogonal parts, the same for every token."""
+    parts = np.eye(count + 1) * np.r_[1.0, np.ones(count) if sizes is None else sizes][:, None]
+    return np.broadcast_to(np.cumsum(parts, axis=0)[:, None, None], (count + 1, 2, 3, count + 1))
+
+
+def test_orthogonal_branches_of_one_size_lie_on_the_law():
+    found, analysis = measured(run_of(orthogonal(10)))
+    np.testing.assert_allclose(found["relative_turn"][1:], 1.0, rtol=1e-6)
+    assert np.isnan(found["relative_turn"][0])
+    np.testing.assert_allclose(found["effective_depth"], np.arange(11), rtol=1e-6)
+    np.testing.assert_allclose(found["variance_growth"], 1.0, rtol=1e-6)
+    for name in NAMES:
+        (overlay,) = overlay_laws(analysis[name].isel(step=0).sel(stream="mean"), analysis)
+        np.testing.assert_allclose(overlay.values.values[1:], found[name][1:], rtol=1e-6)
+
+
+def test_states_that_only_grow_have_no_depth_and_branches_that_all_add_up():
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 8))
+    found, _ = measured(run_of(2.0 ** np.arange(6)[:, None, None, None] * x))
+    assert np.isnan(
+        found["relative_turn"]
+    ).all()  # nothing is added across the state: no size to compare with
+    assert (found["effective_depth"] < 1e-6).all()
+    growth = [4.0**depth / (1 + sum(4.0**k for k in range(depth))) for depth in range(6)]
+    np.testing.assert_allclose(found["variance_growth"], growth, rtol=1e-5)
+
+
+def test_branches_that_cancel_fall_below_one():
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 8))
+    found, _ = measured(run_of(x * np.array([1.0, 3.0, 1.0])[:, None, None, None]))
+    np.testing.assert_allclose(found["variance_growth"], [1, 9 / 5, 1 / 9], rtol=1e-5)
+
+
+def test_a_loop_over_tokens_gives_the_same():
+    rng = np.random.default_rng(3)
+    states = np.cumsum(rng.standard_normal((7, 3, 4, 6)), axis=0).astype(np.float32)
+    sites = ["embed", "mid", "post", "pre", "mid", "post", "final"]
+    mask = np.ones((3, 4), bool)
+    mask[1, 2:] = False
+    states[:, 1, 2:] = np.nan  # padding may contain anything
+    found, analysis = measured(run_of(states, sites, mask))
+    steps = [1, 2, 4, 5]
+    turns, growth = np.full((7, 3), np.nan), np.full((7, 3), np.nan)
+    for sequence in range(3):
+        angles, laws, ratios = np.zeros(7), np.zeros(7), np.zeros(7)
+        tokens = [token for token in range(4) if mask[sequence, token]]
+        for token in tokens:
+            x = states[:, sequence, token].astype(float)
+            across = []
+            for depth in steps:
+                b, unit = x[depth] - x[depth - 1], x[depth - 1] / np.linalg.norm(x[depth - 1])
+                across.append(np.sum((b - b @ unit * unit) ** 2))
+            total = np.sum(x[0] ** 2)
+            ratios[0] += 1
+            for number, depth in enumerate(steps):
+                cosine = x[depth] @ x[depth - 1] / np.linalg.norm(x[depth]) / np.linalg.norm(x[depth - 1])
+                angles[depth] += np.arccos(cosine)
+                laws[depth] += np.arctan(np.sqrt(np.mean(across) / (x[0] @ x[0] + number * np.mean(across))))
+                total += np.sum((x[depth] - x[depth - 1]) ** 2)
+                ratios[depth] += x[depth] @ x[depth] / total
+        turns[steps, sequence] = angles[steps] / laws[steps]
+        growth[[0, *steps], sequence] = ratios[[0, *steps]] / len(tokens)
+    np.testing.assert_allclose(found["relative_turn"], turns.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(found["variance_growth"], growth.mean(1), rtol=1e-5)
+    counted = np.cumsum(np.nan_to_num(np.minimum(turns, 1)), axis=0)
+    np.testing.assert_allclose(found["effective_depth"], counted.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        analysis["relative_turn_stderr"].isel(step=0, depth=1).item(),
+        turns[1].std(ddof=1) / 3**0.5,
+        rtol=1e-5,
+    )
+
+
+def judged(states):
+    analysis = diagnostics.analyze(run_of(states))
+    findings = {finding.verdict: finding for finding in diagnostics.judge(analysis, passed=True)}
+    return findings["curse_of_depth"]
+
+
+def independent(sizes):
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((len(sizes), 4, 24, 48)) * np.asarray(sizes)[:, None, None, None]
+    return np.cumsum(parts, axis=0)
+
+
+def test_branches_of_one_size_pass():
+    assert judged(independent(np.ones(17))).severity is Severity.PASS
+
+
+def test_early_blocks_that_write_most_of_the_stream_curse_the_later_ones():
+    finding = judged(independent([1.0, 100.0, 100.0, *[5.0] * 14]))
+    assert (finding.severity, finding.first, finding.last) == (Severity.WARN, 9, 16)
+    assert 0.1 < finding.value < 0.15
+    assert "The effective depth is" in finding.sentence
+    assert "LayerNorm scaling" in finding.advice
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_it_is_of_the_branches_among_themselves(scale):
+    """Small branches at the start of training, or large ones, are no curse: other verdicts judge their size."""
+    states = independent([1.0, *[scale] * 12])
+    analysis = diagnostics.analyze(run_of(states), metrics=NAMES)
+    assert float(analysis["effective_depth"].isel(step=0, depth=-1, stream=0)) > 11
