@@ -45,6 +45,7 @@ def read_returned(
     rows: torch.Tensor,
     computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
     place: ReadPlace | None = None,
+    every_token: bool = False,
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
 
@@ -62,6 +63,8 @@ def read_returned(
         Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
     place : ReadPlace, optional
         Where H_pre was among these in the forward before.
+    every_token : bool
+        Whether H_pre is wanted of every token, where the module computes it.
 
     Returns
     -------
@@ -83,12 +86,26 @@ def read_returned(
         # A forward connection has one view: its branch takes one tensor.
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
         write = sampled.write.squeeze(-1)
-        read = watched_read(site, x, rows, branch_in, computed(rows), write=write, place=place)
+        seen = computed(None if every_token else rows)
+        read = watched_read(site, x, rows, branch_in, seen, write=write, place=place)
+        if read is not None and every_token:
+            parts.read = _of_all_sequences(site, x, rows, read, seen)
         if read is None:
             # No tensor of the module explains the branch input: it may read by a fused kernel.
             read, sampled.read_known = least_squares_read(streams, branch_in), are_independent(streams)
         sampled.read = read.unsqueeze(-2)
     return sampled, parts
+
+
+def _of_all_sequences(
+    site: Site, x: torch.Tensor, rows: torch.Tensor, read: torch.Tensor, seen: list[torch.Tensor]
+) -> torch.Tensor | None:
+    """H_pre of every token, (B, T, 1, N), whose sampled sequences are ``read``; None where the sample alone was seen."""
+    of_all = canonical_streams(site, x).shape[:-1]
+    for tensor in seen:
+        if tensor.numel() == of_all.numel() and torch.equal(tensor.reshape(of_all)[rows], read):
+            return tensor.reshape(of_all).unsqueeze(-2)
+    return None
 
 
 def canonical_streams(site: Site, x: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:

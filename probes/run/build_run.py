@@ -35,6 +35,7 @@ def build_run(
     digests: bool = True,
     followed: ComputedForward | None = None,
     kept: dict[str, Any] | None = None,
+    metrics: Mapping[str, xr.Dataset] | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -56,6 +57,8 @@ def build_run(
         What one forward on the first sequences computed, for remarks on where the coefficients come from.
     kept : dict, optional
         What a forward keeps for its backward, see `kept_bytes`.
+    metrics : mapping of str to Dataset, optional
+        What was measured while the training ran, by group.
 
     Returns
     -------
@@ -101,6 +104,7 @@ def build_run(
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
         statistics=(statistics if list(statistics) != [""] else statistics[""]) or None,
+        metrics=(metrics if list(metrics) != [""] else metrics[""]) if metrics else None,
         coverage=coverage_dataset(covered),
         attrs={
             **run_attributes(session, sequences, evidence, digests=digests),

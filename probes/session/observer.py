@@ -18,6 +18,7 @@ from depthscope.probes.model.hooks import Hook, Report
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.options import Options
+from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.structure.model_structure import FINAL, Structure
 
 
@@ -38,6 +39,8 @@ class Observer:
         How often each module was called in the forward that showed the structure.
     sums : bool
         Whether statistics of all tokens are added up, next to the sampled sequences.
+    live_tokens : int
+        How many tokens of a step are sampled for a live row; 0 for none.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Observer:
         *,
         calls: Mapping[tuple[str, str], int],
         sums: bool = True,
+        live_tokens: int = 0,
     ):
         self.structure = structure
         self.options = options
@@ -60,6 +64,7 @@ class Observer:
         self._loss_scale = loss_scale
         self._calls = calls
         self._sums = sums
+        self._live_tokens = live_tokens
         self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
 
     def record_state(self, forward: Forward, number: int, depth: int, tensor: torch.Tensor) -> None:
@@ -94,6 +99,8 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
+        if sums.live is None and self._live_tokens:
+            sums.live = LiveSums(self._live_tokens, self.options.seed)
         sums.add_state(depth, state, mask)
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
@@ -207,7 +214,8 @@ class Observer:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
         place = self._read_places.setdefault(number, ReadPlace())
-        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed, place)
+        site, every_token = self.structure.sites[number], self._live_tokens > 0
+        sampled, complete = read_returned(site, x, output, rows, computed, place, every_token)
         self.record_connection(forward, number, complete, sampled)
 
     def record_connection(
@@ -232,6 +240,9 @@ class Observer:
             forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
         if complete.mix is not None and self._sums:
             forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
+        live = forward.chain_sums(0).live if self._live_tokens else None
+        if live is not None:
+            live.add_connection(number, complete.mix, complete.read, complete.write, forward.masks.get(0))
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
@@ -32,6 +32,8 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.training.live.findings import OnFinding
+from depthscope.probes.training.live.live import TOKENS, Live, Sink, live_names
 
 REDUCTIONS = ("mean", "sum")
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
@@ -95,6 +97,8 @@ class Recorder:
         Measures the weights as well.
     scale : LossScale or None
         The factor that the loss is multiplied by.
+    live : Live or None
+        Computes metrics at every measured step.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Recorder:
         token_text: Any = None,
         weights: WeightUpdates | None = None,
         scale: LossScale | None = None,
+        live: Live | None = None,
     ):
         if every < 1:
             raise ValueError(f"every is {every}; expected 1 or more")
@@ -117,7 +122,7 @@ class Recorder:
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
         self._store, self._attrs, self._token_text = store, attrs, token_text
-        self._weights, self._scale = weights, scale or LossScale(None)
+        self._weights, self._scale, self._live = weights, scale or LossScale(None), live
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
         self._pooled: list[TokenSums] = []  # of all steps since the weights last changed
@@ -178,6 +183,11 @@ class Recorder:
         ----------
         loss : float or Tensor, optional
             The step's loss, to be stored with the statistics.
+
+        Raises
+        ------
+        TrainingStopped
+            With ``stop_on=``, where the step has a new finding as severe as that; its row is recorded.
         """
         with self._lock:
             if self._state in ("new", "closed"):
@@ -192,6 +202,9 @@ class Recorder:
             else:
                 self.position += 1
         self._warn()
+        # Last of all: nothing of ours is half done when the training ends here.
+        if self._live is not None:
+            self._live.stop_if_severe()
 
     @property
     def measuring(self) -> bool:
@@ -218,7 +231,10 @@ class Recorder:
         if weights and weights[-1].skipped:
             attrs["weights_skipped"] = dict(weights[-1].skipped)
         attrs.update(self._attrs or {})
-        return build_run(self._session, self._rows, self._pooled, attrs=attrs, token_text=self._token_text)
+        metrics = None if self._live is None else self._live.datasets()
+        return build_run(
+            self._session, self._rows, self._pooled, attrs=attrs, token_text=self._token_text, metrics=metrics
+        )
 
     def close(self) -> None:
         """Remove the hooks, and save the run where a store was given; calling it twice is fine."""
@@ -269,11 +285,13 @@ class Recorder:
         if not _num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
-        sums = self._pool(parts)
+        complete = _added_up(parts)
+        sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
-        if scale is not None and (
+        overflowed = scale is not None and (
             (weights is not None and weights.overflowed) or not _finite_gradients(sums)
-        ):
+        )
+        if overflowed:
             self._overflowed.append(self.position)
             self._say(
                 f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
@@ -284,6 +302,29 @@ class Recorder:
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
         self._rows.append(StepStatistics(self.position, sums, sequences, value, weights, scale))
+        if self._live is not None:
+            self._measure_live(self._live, complete, value, weights, overflowed)
+
+    def _measure_live(
+        self,
+        live: Live,
+        complete: list[TokenSums],
+        loss: float | None,
+        weights: WeightNorms | None,
+        overflowed: bool,
+    ) -> None:
+        """Add the live row of the present step; where it cannot be computed, the step's statistics stand."""
+        step = self.position
+
+        def first_run() -> xr.DataTree:
+            return build_run(self._session, self._rows, self._pooled, digests=False)
+
+        try:
+            row = live.measure(step, complete, first_run, loss=loss, weights=weights, overflowed=overflowed)
+        except Exception as error:
+            self._say(f"the live metrics of step {step} were not computed: {error}", error)
+            return
+        live.tell(row, self._say)
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         try:
@@ -296,12 +337,12 @@ class Recorder:
             )
             return None
 
-    def _pool(self, parts: list[Measured]) -> list[TokenSums]:
+    def _pool(self, parts: list[Measured], complete: list[TokenSums]) -> list[TokenSums]:
         """Add the parts of a step to the pooled statistics; returns the compact statistics of its row."""
-        sums: list[TokenSums] = []
+        row = [chain.compact() for chain in complete]
         for part in parts:
-            sums = merge_sums(sums, part.sums)
-        row = [chain.compact() for chain in sums]
+            for chain in part.sums:
+                chain.live = None  # of this step alone, and as large as its number of tokens
         # An error from here on leaves half of a sum: what is pooled begins anew then.
         (pooled, self._pooled), (stamp, self._pooled_stamp) = (self._pooled, []), (self._pooled_stamp, None)
         for part in parts:
@@ -376,6 +417,14 @@ def _user_frame() -> int:
     return level
 
 
+def _added_up(parts: list[Measured]) -> list[TokenSums]:
+    """The sums of all forwards of a step, by chain."""
+    sums: list[TokenSums] = []
+    for part in parts:
+        sums = merge_sums(sums, part.sums)
+    return sums
+
+
 def _num_tokens(parts: list[Measured]) -> float:
     """The number of real tokens of all chains, at their first depths."""
     counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
@@ -406,6 +455,12 @@ def record(
     weights: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     loss_reduction: str | None = None,
+    metrics: str | Iterable[str] | None = None,
+    live_tokens: int = TOKENS,
+    optimizer: torch.optim.Optimizer | None = None,
+    sinks: Iterable[Sink] = (),
+    on_finding: OnFinding | None = None,
+    stop_on: str | None = None,
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -446,6 +501,25 @@ def record(
         NaN in its row. Without the scaler a scaled loss looks like any other: its gradients are stored as they come.
     loss_reduction : {"mean", "sum"}, optional
         How the loss is reduced over tokens; stored as an attribute that analyses of gradients need. Unknown where not given.
+    metrics : str or iterable of str, optional
+        Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
+        set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
+        shares, massive activations and gradients are exact over every token, ranks, CKA, angles and what is left of products
+        are of the sampled tokens; the attribute ``estimator`` of each says which. One complete sequence is then stored raw,
+        unless ``max_sequences`` asks for more.
+    live_tokens : int
+        Number of tokens of a step that are sampled for these, drawn uniformly from its first forward by ``seed``: the same
+        positions at every step as long as batches have one shape and mask, which ``same_sampled_tokens`` of each row tells.
+    optimizer : Optimizer, optional
+        Its learning rate, that of the first group of parameters, is recorded with the metrics.
+    sinks : iterable of callable
+        Each is called as ``sink(step, {name: number})`` at the end of a measured step; see `probes.training.sinks`. One that
+        raises is reported, and called no more.
+    on_finding : callable, optional
+        ``on_finding(step, finding)``: called for each finding of a measured step that is new or more severe than before. Those
+        that are a warning or worse are also printed to the standard error, once.
+    stop_on : {"warn", "fail"}, optional
+        End the training at the end of the step in which such a finding is new, by `TrainingStopped` from ``recorder.step()``.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -464,6 +538,10 @@ def record(
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
     """
     require_module(model)
+    given = {"sinks": list(sinks), "on_finding": on_finding, "stop_on": stop_on, "optimizer": optimizer}
+    names = _live_names(metrics, live_tokens, given)
+    if names:
+        options = {"max_sequences": 1, **options}
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
@@ -477,8 +555,14 @@ def record(
         schema.require_replaceable(path)
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     all_attrs.update(attrs or {})
+    session = Session(
+        model,
+        Options(**options),
+        scale if scaler is not None else None,
+        live_tokens=live_tokens if names else 0,
+    )
     return Recorder(
-        Session(model, Options(**options), scale if scaler is not None else None),
+        session,
         every=every,
         start_step=start_step,
         end_step=end_step,
@@ -487,4 +571,21 @@ def record(
         token_text=token_text,
         weights=WeightUpdates(model, scale) if weights else None,
         scale=scale,
+        live=Live(session, names, **given) if names else None,
     )
+
+
+def _live_names(
+    metrics: str | Iterable[str] | None, live_tokens: int, given: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The metrics of every measured step; empty where none are wanted."""
+    if metrics is None:
+        unused = [name for name, value in given.items() if value]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} came without metrics; add metrics='live', whose rows and findings they are about"
+            )
+        return ()
+    if live_tokens < 4:  # below, no debiased CKA exists
+        raise ValueError(f"live_tokens is {live_tokens}; expected 4 or more")
+    return live_names(metrics)
