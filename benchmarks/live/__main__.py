@@ -1,8 +1,8 @@
 """What does a measured training step cost? Ratios of CPU time to plain steps: ``python -m benchmarks.live``.
 
 Steps of all ways to record are taken in turn with plain ones, on one model in one process with one thread, and the medians of
-their CPU times are given as ratios to that of the plain step. Attaching the hooks, which happens at the end of the step before,
-is counted; building the run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way.
+their CPU times are given as ratios to that of the plain step. Attaching the hooks of the next step is counted; building the
+run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "statistics": {},
     "statistics, 1 sequence raw": {"max_sequences": 1},
     'metrics="live"': {"metrics": "live"},
+    'metrics="live", each row judged': {"metrics": "live", "on_finding": lambda step, finding: None},
     'metrics="all"': {"metrics": "all"},
 }
 WARM_UPS = 2
@@ -54,12 +55,16 @@ def main() -> None:
             results["memory"].setdefault(name, {})[way] = process.ask(
                 "benchmarks.live", {**task, "memory": way}
             )
-    results |= tables.circumstances("benchmarks.live", ("torch", "transformers", "hyper-connections", "numba"))
+    results |= tables.circumstances(
+        "benchmarks.live", ("torch", "transformers", "hyper-connections", "numba")
+    )
     print(json.dumps(results, indent=1) if arguments.json else text(results, cases))
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -82,7 +87,11 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     training = (QUICK if task["quick"] else CASES)[task["case"]][1]()
     with redirect_stderr(StringIO()):  # findings about untrained networks
-        return peak(training, task["memory"]) if "memory" in task else times(training, task["ways"], task["rounds"])
+        return (
+            peak(training, task["memory"])
+            if "memory" in task
+            else times(training, task["ways"], task["rounds"])
+        )
 
 
 def step_of(training: Training, way: str) -> Callable[[], Any]:
@@ -92,19 +101,16 @@ def step_of(training: Training, way: str) -> Callable[[], Any]:
         return training.step
     from depthscope import probes
 
-    # Every second step, so that the hooks of the next one are not attached twice.
-    recorder = probes.record(training.model, gradients=True, every=2, **options)
+    recorder = probes.record(training.model, gradients=True, **options)
     return partial(recorded, training, recorder)
 
 
 def recorded(training: Training, recorder: Any) -> float:
-    """The seconds of one step with the hooks on; the step after it is none of the training's."""
-    started = time.process_time()
+    """The seconds of one measured step; at its end the hooks of the next one are attached, as in a loop."""
     with recorder:
+        started = time.process_time()
         recorder.step(training.step())
-        seconds = time.process_time() - started
-        recorder.step()
-    return seconds
+        return time.process_time() - started
 
 
 def times(training: Training, ways: list[str], rounds: int) -> dict[str, Any]:
@@ -146,7 +152,9 @@ def text(results: dict[str, Any], cases: dict[str, Any]) -> str:
             peaks = results["memory"].get(name, {})
             mib = peaks.get(way, {}).get("mib")
             share = "" if mib is None else f"  peak {mib:.0f} MiB, {mib / peaks['plain']['mib']:.2f} ×"
-            lines.append(f"  {way:28s} {row['ratio']:.3f}  ({low:.3f} … {high:.3f})  {row['seconds']:.3f} s{share}")
+            lines.append(
+                f"  {way:28s} {row['ratio']:.3f}  ({low:.3f} … {high:.3f})  {row['seconds']:.3f} s{share}"
+            )
         lines.append("")
     return "\n".join(lines)
 

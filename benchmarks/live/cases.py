@@ -71,7 +71,9 @@ def deepseek_v4(layers: int, width: int, batch: int, tokens: int) -> Training:
     torch.manual_seed(0)
     model = transformers.DeepseekV4ForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if "_hc." in name:  # a fresh connection is symmetric: nothing would show which axis is the destination
+        if (
+            "_hc." in name
+        ):  # a fresh connection is symmetric: nothing would show which axis is the destination
             nn.init.normal_(parameter, std=0.5)
     ids = torch.randint(0, 64, (batch, tokens), generator=torch.Generator().manual_seed(0))
     return _training(model, {"input_ids": ids, "labels": ids})
@@ -83,11 +85,13 @@ CASES: dict[str, tuple[str, Callable[[], Training]]] = {
         lambda: of_capture("residual", Sizes(12, 768, 4, 128, heads=12)),
     ),
     "long": ("GPT-2, 8 × 512, 8 × 512 tokens", lambda: of_capture("residual", Sizes(8, 512, 8, 512))),
-    "mhc": ("mHC of lucidrains, 6 × 384, n = 4, 4 × 128 tokens", lambda: of_capture("mhc", Sizes(6, 384, 4, 128))),
+    "mhc": (
+        "mHC of lucidrains, 6 × 384, n = 4, 4 × 128 tokens",
+        lambda: of_capture("mhc", Sizes(6, 384, 4, 128)),
+    ),
     "deepseek": ("DeepSeek V4, 8 × 256, n = 4, 4 × 128 tokens", lambda: deepseek_v4(8, 256, 4, 128)),
 }
 QUICK: dict[str, tuple[str, Callable[[], Training]]] = {
     "gpt2": ("GPT-2, 2 × 32", lambda: of_capture("residual", Sizes(2, 32, 2, 16, heads=4))),
     "mhc": ("mHC, 1 × 32", lambda: of_capture("mhc", Sizes(1, 32, 2, 16))),
 }
-

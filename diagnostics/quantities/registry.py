@@ -107,7 +107,7 @@ class Quantities:
                 raise
         return self._values[name]
 
-    def set(self, name: str, value: Any) -> None:
+    def give(self, name: str, value: Any) -> None:
         """Give a quantity that is known already, such as from more data than the trace has.
 
         Parameters

@@ -73,7 +73,7 @@ class LiveSums:
         self.most, self.seed = most, seed
         self.places: dict[int, Places] = {}  # by depth: the tokens of a chain may change their number
         self.states: dict[int, torch.Tensor] = {}  # (K, N, D)
-        self.gradient_norms: dict[int, torch.Tensor] = {}  # (K, V)
+        self.gradient_norms: dict[int, torch.Tensor] = {}  # (K, N)
         self.mixes: dict[int, torch.Tensor] = {}  # (K, N, N) by connection, as the module computes it
         self.reads: dict[int, torch.Tensor] = {}  # (K, views, N)
         self.writes: dict[int, torch.Tensor] = {}  # (K, N, views)
@@ -97,11 +97,11 @@ class LiveSums:
         self.states[depth] = _tokens(state_BTND, places).float()
 
     def sample_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """Norms of the gradient at the sampled tokens, of the mean over streams and of each stream."""
+        """Norms of the gradient at the sampled tokens, of each stream."""
         if not gradient_BTND.numel():
             return
         places = self._places((gradient_BTND.shape[0], gradient_BTND.shape[1]), mask_BT)
-        gradient = with_mean(_tokens(gradient_BTND, places).float())
+        gradient = _tokens(gradient_BTND, places)
         self.gradient_norms[depth] = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
 
     def add(self, name: str, key: int, value: torch.Tensor) -> None:
@@ -134,9 +134,7 @@ class LiveSums:
         complete = directed == num_streams
         self.add("stream_cosine_sum", depth, torch.where(defined, mean, 0.0).sum())
         self.add("stream_cosine_count", depth, defined.sum().double())
-        self.add(
-            "pair_cosine_sum", depth, torch.where(complete[:, None, None], cosine, 0.0).sum(0)
-        )
+        self.add("pair_cosine_sum", depth, torch.where(complete[:, None, None], cosine, 0.0).sum(0))
         self.add("pair_cosine_count", depth, complete.sum().double())
 
     # --- connections ---
@@ -181,7 +179,11 @@ class LiveSums:
 
     def _add_gains(self, number: int, mix_tNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Keep the Amax gains of every token: of the matrix, and of the products in both orders."""
-        if self._products is not None and self._products[0] == number - 1 and self._products[1].shape == mix_tNN.shape:
+        if (
+            self._products is not None
+            and self._products[0] == number - 1
+            and self._products[1].shape == mix_tNN.shape
+        ):
             _, left, left_scale, right, right_scale = self._products
             left, left_scale = _scaled(mix_tNN @ left, left_scale)
             right, right_scale = _scaled(right @ mix_tNN, right_scale)

@@ -15,12 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from depthscope.probes.statistics.compiled_block import compiled_block, compiled_squares, is_available
 from depthscope.probes.statistics.live_sums import LiveSums, with_mean
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 
 BLOCK_NUMBERS_CPU = 2**17  # a block and the one of the depth before fit into a second-level cache of 2 MiB
+BLOCK_NUMBERS_COMPILED = 2**20  # one pass reads a block once: only a copy of a strided state has to be small
 BLOCK_NUMBERS_GPU = 2**24  # no such cache to fit into, and launching many small kernels would cost more
 MAX_BLOCK_TOKENS = 4096  # they are added in float32, whose error grows with their number
+SQUARES = "gradient_square_norm_sum"
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -142,16 +145,31 @@ class TokenSums:
             previous_units.clear()
         self._last = depth, state_BTND.shape
         blocks: list[_BlockStatistics] = []
-        for x_tND in _blocks(state_BTND, mask_BT):
+        for x_tND in _blocks(state_BTND, mask_BT, compiled=self._compiles(state_BTND)):
             previous = previous_units.popleft() if previous_units else None
-            x_tVD = x_tND if self.live is None else with_mean(x_tND)
-            blocks.append(_block(x_tVD, previous, self._spare))
-            if self.live is not None and x_tND.shape[1] > 1:
-                unit_tND = blocks[-1].unit_tND[:, 1:]
-                self.live.add_stream_cosines(depth, unit_tND @ unit_tND.mT, blocks[-1].norm_tN[:, 1:])
+            blocks.append(self._block(depth, x_tND, previous))
             self._units.append(blocks[-1].unit_tND)
             self._spare = previous  # used up by the cosines
         return blocks
+
+    def _compiles(self, tensor: torch.Tensor) -> bool:
+        """Whether one compiled pass takes the place of torch's: in training, where many steps pay for the compilation."""
+        return self.live is not None and tensor.device.type == "cpu" and is_available()
+
+    def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> _BlockStatistics:
+        """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
+        if self.live is None:
+            return _block(x_tND, previous, self._spare)
+        if self._compiles(x_tND):
+            *parts, pairs = compiled_block(x_tND, previous)
+            block = _BlockStatistics(*parts)
+        else:
+            block = _block(with_mean(x_tND), previous, self._spare)
+            unit_tND = block.unit_tND[:, 1:]
+            pairs = unit_tND @ unit_tND.mT if x_tND.shape[1] > 1 else None
+        if pairs is not None:
+            self.live.add_stream_cosines(depth, pairs, block.norm_tN[:, 1:])
+        return block
 
     def add_gradient(
         self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, anew: bool = False
@@ -172,19 +190,26 @@ class TokenSums:
         if anew:
             for sums in (self, self.mean_view):
                 if sums is not None:
-                    sums.sums.get("gradient_square_norm_sum", {}).pop(depth, None)
+                    sums.sums.get(SQUARES, {}).pop(depth, None)
         if not gradient_BTND.numel():
             return
         if self.live is not None:
             self.live.sample_gradient(depth, gradient_BTND, mask_BT)
-        for x_tND in _blocks(gradient_BTND, mask_BT):
-            x_tVD = x_tND if self.live is None else with_mean(x_tND)
-            _, largest, size = _scale(x_tVD)
-            square = largest.double().mul_(size).square_().sum((0, 2))
-            if len(square) > x_tND.shape[1]:
-                self.mean_view = self.mean_view or TokenSums()
-                self.mean_view._add("gradient_square_norm_sum", depth, square[:1])
-            self._add("gradient_square_norm_sum", depth, square[-x_tND.shape[1] :])
+        for x_tND in _blocks(gradient_BTND, mask_BT, compiled=self._compiles(gradient_BTND)):
+            self._add_squares(depth, self._squares(x_tND), x_tND.shape[1])
+
+    def _squares(self, x_tND: torch.Tensor) -> torch.Tensor:
+        """Sums of squares of some tokens; for a live row that of the mean over several streams is the first."""
+        if self._compiles(x_tND):
+            return compiled_squares(x_tND)
+        _, largest, size = _scale(x_tND if self.live is None else with_mean(x_tND))
+        return largest.double().mul_(size).square_().sum((0, 2))
+
+    def _add_squares(self, depth: int, square_V: torch.Tensor, num_streams: int) -> None:
+        if len(square_V) > num_streams:
+            self.mean_view = self.mean_view or TokenSums()
+            self.mean_view._add(SQUARES, depth, square_V[:1])
+        self._add(SQUARES, depth, square_V[-num_streams:])
 
     def add_mixing(self, connection: int, mix_BTNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add the Amax gains max_i |Σ_j H_ij| of one connection: over its last axis, and over the one before.
@@ -289,10 +314,14 @@ class TokenSums:
         parts[key] = torch.maximum(parts[key], value) if key in parts else value
 
 
-def _blocks(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def _blocks(
+    state_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, compiled: bool = False
+) -> Iterator[torch.Tensor]:
     """A state in float32, some tokens at a time (t, N, D), zero on padding. Read-only: it may be the model's own tensor."""
     _, T, N, D = state_BTND.shape
     numbers = BLOCK_NUMBERS_CPU if state_BTND.device.type == "cpu" else BLOCK_NUMBERS_GPU
+    if compiled:
+        numbers = BLOCK_NUMBERS_COMPILED
     tokens = min(max(numbers // (N * D), 1), MAX_BLOCK_TOKENS)
     # Batch and token axes are flattened for some sequences at a time: where the layout "(B N) T D" makes the state a
     # strided view, flattening copies, and the whole state at once would not fit into the cache.

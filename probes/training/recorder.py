@@ -33,7 +33,8 @@ from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.live.findings import OnFinding
-from depthscope.probes.training.live.live import TOKENS, Live, Sink, live_names
+from depthscope.probes.training.live.live import TOKENS, Live, live_names
+from depthscope.probes.training.sinks import Sink
 
 REDUCTIONS = ("mean", "sum")
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
@@ -247,6 +248,8 @@ class Recorder:
                 if self.measuring and self._session.pending:
                     # The loop ended before step(), after complete forwards
                     self._safely(self._end_measured_step, None)
+                if self._live is not None:
+                    self._live.judge(self._say)
             finally:
                 self._detach()
                 remove_inert_hooks(self._session.model)
@@ -538,7 +541,12 @@ def record(
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run.
     """
     require_module(model)
-    given = {"sinks": list(sinks), "on_finding": on_finding, "stop_on": stop_on, "optimizer": optimizer}
+    given: dict[str, Any] = {
+        "sinks": list(sinks),
+        "on_finding": on_finding,
+        "stop_on": stop_on,
+        "optimizer": optimizer,
+    }
     names = _live_names(metrics, live_tokens, given)
     if names:
         options = {"max_sequences": 1, **options}

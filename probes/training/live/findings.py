@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from depthscope.probes.training.live.history import histories
 from depthscope.probes.training.live.row import LiveRow
 
 OnFinding = Callable[[int, Finding], Any]
+
+SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
 
 
 class TrainingStopped(RuntimeError):
@@ -45,7 +48,9 @@ class Watched:
     def __init__(self, on_finding: OnFinding | None = None, stop_on: str | None = None) -> None:
         levels = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
         if stop_on is not None and stop_on not in levels:
-            raise ValueError(f"stop_on is {stop_on!r}; expected one of {', '.join(map(repr, levels))}, or None")
+            raise ValueError(
+                f"stop_on is {stop_on!r}; expected one of {', '.join(map(repr, levels))}, or None"
+            )
         if on_finding is not None and not callable(on_finding):
             raise ValueError(
                 f"on_finding is of type {type(on_finding).__name__}; expected a function of the step and a finding"
@@ -53,6 +58,19 @@ class Watched:
         self._on_finding = on_finding
         self._stop_on = None if stop_on is None else levels[stop_on]
         self._told: dict[tuple[Any, ...], Severity] = {}
+        self._last: tuple[float, float] | None = None  # when rows were last judged, and how long that took
+
+    @property
+    def due(self) -> bool:
+        """Whether the present row is to be judged.
+
+        Every row where the user waits for findings. Else, where rows follow each other within seconds, as many as take one
+        percent of the time; a finding is then printed some rows later.
+        """
+        if self._last is None or self._on_finding is not None or self._stop_on is not None:
+            return True
+        ended, took = self._last
+        return time.perf_counter() - ended > took / SHARE_OF_TIME
 
     def judge(self, row: LiveRow, attrs: Mapping[str, Any]) -> list[Finding]:
         """Findings about one row that are new, or more severe than before, the worst first.
@@ -68,8 +86,11 @@ class Watched:
         -------
         list of Finding
         """
+        began = time.perf_counter()
         by_chain = histories([row], attrs)
-        analysis = by_chain[""] if list(by_chain) == [""] else xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain})
+        analysis = (
+            by_chain[""] if list(by_chain) == [""] else xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain})
+        )
         found = []
         for finding in judge(analysis):
             # Not by its place or number, which move from step to step.
@@ -77,6 +98,8 @@ class Watched:
             if finding.severity > self._told.get(key, Severity.PASS):
                 self._told[key] = finding.severity
                 found.append(finding)
+        ended = time.perf_counter()
+        self._last = ended, ended - began
         return found
 
     def tell(self, step: int, findings: list[Finding]) -> None:
@@ -91,7 +114,7 @@ class Watched:
         """
         for finding in findings:
             if finding.severity >= Severity.WARN:
-                print(f"depthscope: step {step}: {finding.severity.name}: {finding.sentence}", file=sys.stderr)  # noqa: T201
+                sys.stderr.write(f"depthscope: step {step}: {finding.severity.name}: {finding.sentence}\n")
             if self._on_finding is not None:
                 self._on_finding(step, finding)
 

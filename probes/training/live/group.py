@@ -1,4 +1,4 @@
-"""Which depths and connections does a group of a live row have, and how are their matrices read? Known after the first step."""
+"""Which depths and connections does a group of a live row have? And how its matrices are read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class LiveGroup:
     @property
     def transposed(self) -> bool:
         """Whether the matrices are source by destination."""
-        return bool(self.readings) and self.readings[0].transposed  # one orientation for all of a model
+        # One orientation for all of a model.
+        return self.readings is not None and any(reading.transposed for reading in self.readings)
 
     def applied(self, number: int, mix: torch.Tensor) -> torch.Tensor:
         """H_res, destination by source, as the model applies it.
@@ -128,7 +129,7 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
                     num_streams=trace.sizes["stream"],
                     depth_coords=depth_coords(chain, depths),
                     connection_coords=connection_coords(chain.connections) if has_streams else {},
-                    attrs={**run.attrs, **trace.attrs},
+                    attrs={str(name): value for name, value in (run.attrs | trace.attrs).items()},
                     readings=readings,
                     dtype=session.observer.precision,
                 )

@@ -1,8 +1,8 @@
-"""What happens at the end of a measured step? Its row is computed, judged and handed on, without any effect on the training."""
+"""What happens at the end of a measured step? Its row is computed, judged and handed on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.live.sampled_tokens import OF_SEQUENCES
 from depthscope.probes.training.live.scalars import scalars
+from depthscope.probes.training.sinks import Sink
 
-Sink = Callable[[int, Mapping[str, float]], Any]
 TOKENS = 128  # sampled by default
 
 
@@ -64,6 +64,7 @@ class Live:
         self._sinks = list(sinks)
         self._watched = Watched(on_finding, stop_on)
         self._severe: tuple[int, list[Finding]] | None = None
+        self._unjudged: LiveRow | None = None
 
     def measure(
         self,
@@ -99,12 +100,10 @@ class Live:
         if not self._metrics.groups:
             run = first_run()
             self._metrics.groups = live_groups(self._session, run)
-            self.attrs = dict(run.attrs)
+            self.attrs = {str(name): value for name, value in run.attrs.items()}
         if overflowed:
             _forget_gradients(sums)
-        row = self._metrics.row(
-            step, sums, loss=loss, learning_rate=self._learning_rate(), weights=weights
-        )
+        row = self._metrics.row(step, sums, loss=loss, learning_rate=self._learning_rate(), weights=weights)
         self.rows.append(row)
         return row
 
@@ -121,7 +120,7 @@ class Live:
         say : callable
             Called with a sentence and the error where a sink, a verdict or the user's function failed.
         """
-        named = scalars(row)
+        named = scalars(row) if self._sinks else {}
         for sink in list(self._sinks):
             try:
                 sink(row.step, named)
@@ -129,6 +128,21 @@ class Live:
                 self._sinks.remove(sink)  # one sentence, and not one at every step
                 name = getattr(sink, "__qualname__", type(sink).__name__)
                 say(f"the sink {name} failed at step {row.step} and gets no further rows: {error}", error)
+        self._unjudged = row
+        if self._watched.due:
+            self.judge(say)
+
+    def judge(self, say: Callable[[str, Exception | None], None]) -> None:
+        """Judge the last row, where that was not done yet.
+
+        Parameters
+        ----------
+        say : callable
+            Called with a sentence and the error where that failed.
+        """
+        row, self._unjudged = self._unjudged, None
+        if row is None:
+            return
         try:
             new = self._watched.judge(row, self.attrs)
             self._severe = row.step, new

@@ -22,7 +22,14 @@ from depthscope.probes.training.live.measured import Measured, sampled
 from depthscope.probes.training.live.sampled_tokens import CHOSEN, OF_CONNECTIONS, OF_MEAN, SampledTokens
 
 LIVE = (
-    *("residual_norm", "gradient_norm", "backward_gain", "relative_gradient", "adjacent_cosine", "token_cosine"),
+    *(
+        "residual_norm",
+        "gradient_norm",
+        "backward_gain",
+        "relative_gradient",
+        "adjacent_cosine",
+        "token_cosine",
+    ),
     *("massive_token_fraction", "massive_activation", "stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
     *OF_MEAN,
@@ -71,6 +78,7 @@ class LiveMetrics:
         self.groups: list[LiveGroup] = []
         self._session = session
         self._positions: list[np.ndarray] = []  # of the first step
+        self._known_nulls: dict[tuple[int, int, int], dict[str, xr.DataArray]] = {}
 
     def row(
         self,
@@ -102,7 +110,7 @@ class LiveMetrics:
         coords: dict[str, Any] = {}
         not_computed: dict[str, dict[str, str]] = {}
         for at, group in enumerate(self.groups):
-            values, nulls, reasons = self._measure(group, sums[group.number])
+            values, nulls, reasons = self._measure(at, group, sums[group.number])
             of_weights, weight_coords = self._weights(group, weights)
             values |= of_weights
             values |= {
@@ -118,12 +126,14 @@ class LiveMetrics:
         return LiveRow(step, numbers, coords, not_computed)
 
     def _measure(
-        self, group: LiveGroup, sums: TokenSums
+        self, at: int, group: LiveGroup, sums: TokenSums
     ) -> tuple[dict[str, Measured], dict[str, xr.DataArray], dict[str, str]]:
         live = sums.live
         assert live is not None
         tokens = SampledTokens(live, group)
         found = every_token.state_metrics(sums, group.depths) | tokens.relative_gradient()
+        if set(OF_MEAN) & set(self.names):
+            found |= tokens.mean_states()
         found |= every_token.stream_metrics(live, group.depths)
         found |= every_token.massive_tokens(
             live,
@@ -134,19 +144,23 @@ class LiveMetrics:
         )
         if group.connections:
             found |= every_token.share_metrics(live, group.connections)
+            found |= tokens.connections() if set(OF_CONNECTIONS) & set(self.names) else {}
             if group.mixes_known:
                 found |= every_token.gain_metrics(live, group.connections, group.transposed)
         found = {name: value for name, value in found.items() if name in self.names}
-        others = [name for name in self.names if name not in found and self._is_of(name, group)]
+        others = [name for name in self.names if name not in LIVE and _applies(name, group)]
         values, nulls, reasons = tokens.measure(others)
-        return found | values, nulls, reasons
+        lost = [name for name in self.names if name in LIVE and name not in found and _applies(name, group)]
+        reasons |= dict.fromkeys(lost, NOT_SHOWN)
+        return found | values, nulls | self._nulls(at, tokens), reasons
 
-    @staticmethod
-    def _is_of(name: str, group: LiveGroup) -> bool:
-        """Whether the catalogue may measure it on sampled tokens: not what was exact, nor of connections where there are none."""
-        if name in EXACT_ONLY or CATALOGUE[name].axis == "weight":
-            return False
-        return bool(group.connections) or CATALOGUE[name].axis != "connection"
+    def _nulls(self, at: int, tokens: SampledTokens) -> dict[str, xr.DataArray]:
+        """Nulls of what was computed in the mean over streams; they depend on the numbers of tokens alone."""
+        wanted = [name for name in OF_MEAN if name in self.names]
+        numbers = at, tokens.count, int(tokens.massive_K.sum())
+        if wanted and numbers not in self._known_nulls:
+            self._known_nulls = {numbers: tokens.nulls(wanted)}
+        return self._known_nulls.get(numbers, {})
 
     def _weights(
         self, group: LiveGroup, weights: WeightNorms | None
@@ -177,14 +191,22 @@ class LiveMetrics:
         return _number(float(np.array_equal(positions, self._positions[at])), "compared with the first row")
 
 
+# Such as gradients that were not asked for, or read weights that no tensor of the model shows.
+NOT_SHOWN = "what it needs was not seen in the step"
+
+
+def _applies(name: str, group: LiveGroup) -> bool:
+    """Whether a metric has a meaning for the group: none of connections where there are no streams, none of weights."""
+    of_streams = CATALOGUE[name].axis == "connection" or name in ("stream_cosine", "closest_stream_cosine")
+    return CATALOGUE[name].axis != "weight" and (bool(group.connections) or not of_streams)
+
+
 WEIGHTS = (
     weight_updates.weight_norm,
     weight_updates.weight_gradient_norm,
     weight_updates.weight_gradient_ratio,
     weight_updates.update_ratio,
 )
-# Of every token: where the sums of a step do not give them, the sampled tokens do not either.
-EXACT_ONLY = LIVE[: LIVE.index(OF_MEAN[0])]
 
 
 def _number(value: float | None, estimator: str) -> Measured:
@@ -216,13 +238,17 @@ def group_coords(group: LiveGroup, values: Mapping[str, Measured]) -> dict[str, 
     dict of str to (dims, ndarray, attributes)
     """
     dims = {dim: size for of in values.values() for dim, size in zip(of.dims, of.values.shape, strict=True)}
-    known: dict[str, Any] = {**group.depth_coords, **group.connection_coords, "stream": np.array(group.streams)}
+    known: dict[str, Any] = {
+        **group.depth_coords,
+        **group.connection_coords,
+        "stream": np.array(group.streams),
+    }
     known |= {dim: np.array(labels) for dim, labels in LABELS.items()}
     known |= {dim: np.array([label]) for dim, label in CHOSEN.items()}
     for dim, base in (("other_depth", "depth"), ("other_connection", "connection")):
         if base in known:
             known[dim] = known[base]
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in known.items():
         of_dim, array = value if isinstance(value, tuple) else (name, value)
         if of_dim in dims and len(array) == dims[of_dim]:

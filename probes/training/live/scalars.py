@@ -12,7 +12,7 @@ from depthscope.probes.training.live.row import LiveRow
 # As the mHC paper calls them; every other metric has the catalogue's name.
 KNOWN_AS = {"mixing_gain": "amax_gain", "composite_gain": "composite_amax_gain"}
 SIDES = {"forward": "fwd", "backward": "bwd"}
-# One variant of each metric: pooled tokens, as they are; the typical token, and for gains the paper's mean and the worst token.
+# One variant of each metric: pooled tokens, as they are; the typical token, and for gains the paper's mean and the worst one.
 VARIANT = {"scope": "data", "tokens": "all", "centering": "raw", "estimator": "unbiased"}
 REDUCED = ("median",)
 GAINS_REDUCED = ("mean", "max")
@@ -38,7 +38,9 @@ def scalars(row: LiveRow) -> dict[str, float]:
     for path, (dims, values, _) in row.numbers.items():
         group, _, name = path.rpartition("/")
         chain = group.partition("/")[2]
-        labels = {dim: row.coords[f"{group}/{dim}"][1].tolist() for dim in dims if f"{group}/{dim}" in row.coords}
+        labels = {
+            dim: row.coords[f"{group}/{dim}"][1].tolist() for dim in dims if f"{group}/{dim}" in row.coords
+        }
         for shown, value in _points(name, dims, values, labels):
             if math.isfinite(value):
                 found[f"{chain}/{shown}" if chain else shown] = value
