@@ -68,9 +68,10 @@ def test_wandb_offline(models, ids, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*.wandb"))
 
 
-def test_mlflow_in_a_folder(models, ids, tmp_path):
+def test_mlflow_in_a_folder(models, ids, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs.db'}")
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "runs").as_uri())
     experiment = client.create_experiment("depthscope", artifact_location=str(tmp_path))
     run_id = client.create_run(experiment).info.run_id
     torch.manual_seed(0)
