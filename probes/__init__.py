@@ -10,6 +10,7 @@ from depthscope.probes.static.describe import describe_weights
 from depthscope.probes.static.initial_logits import initial_logits
 from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.structure.tape import ChainError
+from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.recorder import ProbeWarning, Recorder, record
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Recorder",
     "SiteError",
     "StreamConnectionError",
+    "TrainingStopped",
     "capture",
     "describe",
     "describe_weights",

@@ -20,6 +20,9 @@ from depthscope.diagnostics.verdicts.stages import with_joined_stages
 COMPLETE = "complete"
 """Attribute of /metrics: true where they are all that the run can feed."""
 
+LIVE = "live"
+"""Attribute of /metrics that were computed at the steps of a training, as `probes.record(metrics=…)` does."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -244,19 +247,50 @@ def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, x
     if not known or len(known) < len(stored):
         return False
     # A history has metrics of steps whose states are gone; an analysis of the last trace would replace it by one step.
-    final = all(data.attrs.get(COMPLETE) or data.sizes.get("step", 1) > 1 for data in known.values())
+    final = all(
+        data.attrs.get(COMPLETE) or (data.sizes.get("step", 1) > 1 and LIVE not in data.attrs)
+        for data in known.values()
+    )
     has_trace = any(schema.chain_dataset(run, "trace", chain) is not None for chain in stored)
     return final or not has_trace
 
 
 def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
     """An analysis together with stored metrics that it does not compute, such as those computed on request."""
+    if stored is not None and LIVE in stored.attrs:
+        return with_live(fresh, stored)
     # Metrics of another step are of other states: they cannot stand in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
     costly = [name for name in fresh.attrs.get("on_request", ()) if name not in added]
     return fresh.assign(added).assign_attrs(on_request=costly)
+
+
+def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:
+    """What was measured while a training ran, with an analysis of its stored sequences at the last step.
+
+    Parameters
+    ----------
+    fresh : Dataset
+        What `diagnostics.analyze` returned.
+    live : Dataset
+        The /metrics that were recorded, by step.
+
+    Returns
+    -------
+    Dataset
+        By step; where both have a number, the recorded one.
+    """
+    # The stored sequences are of the weights of the last measured step.
+    joined = live.combine_first(fresh.assign_coords(step=live["step"].values[-1:]))
+    for name in joined.data_vars:
+        attrs = {**(fresh[name].attrs if name in fresh else {}), **(live[name].attrs if name in live else {})}
+        if name in fresh and name in live and "estimator" in attrs:
+            analysed = fresh[name].attrs.get("estimator", "")
+            attrs["estimator"] = f"{attrs['estimator']}; what that lacks, of the stored sequences: {analysed}"
+        joined[name].attrs = attrs
+    return joined.assign_attrs({**fresh.attrs, LIVE: live.attrs[LIVE]})
 
 
 def _by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

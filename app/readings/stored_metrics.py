@@ -7,7 +7,7 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.readings.readings import COMPLETE
+from depthscope.app.readings.readings import COMPLETE, LIVE, with_live
 
 
 def renewed(
@@ -40,6 +40,8 @@ def renewed(
     """
     if stored is None:
         return fresh.assign_attrs({COMPLETE: complete})
+    if LIVE in stored.attrs:
+        return with_live(fresh, stored).assign_attrs({COMPLETE: complete})
     _require_same_trace(fresh, stored)
     # A stored value of a metric that this trace cannot feed would contradict the reason in `not_computed`.
     not_computed = set(fresh.attrs.get("not_computed", {}))

@@ -46,8 +46,8 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
         `weight_updates` (step, weight), the ``streamed_`` ranks with their nulls; ``loss`` (step), and
         ``connection_parameter_drift`` (step, parameter), how far each bias and gate of the connections has moved; as far
-        as the statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of the
-        last step and NaN before it.
+        as the statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of
+        the last step and NaN before it.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises

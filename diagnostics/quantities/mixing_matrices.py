@@ -21,6 +21,9 @@ ONE_STREAM = "needs more than one stream; this run has one"
 # Numbers of one block of the depth kernel, whose size is tokens × connections²: 32 MB.
 BLOCK = 4_000_000
 
+# Matrices that are measured in one call: with few tokens, calls would take longer than what they compute.
+AT_ONCE = 4096
+
 
 class Mixing:
     """Mixing matrices of one chain in float64: one by one, and multiplied from the embedding on.
@@ -89,34 +92,39 @@ class Mixing:
         return [[int(number) for number in self._positions[token]] for token in tokens]
 
     def each(self, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Measure one connection after the other, in the memory of one.
+        """Measure every connection, as many at a time as there is memory for.
 
         Parameters
         ----------
         measure : function
-            Matrices (N, n, n) in, values (N, ...) out.
+            Matrices (..., n, n) in, values (..., more) out.
 
         Returns
         -------
         ndarray
-            (C, N, ...).
+            (C, N, more).
         """
-        return np.stack([measure(of_one) for of_one in self.matrices])
+        return np.concatenate([measure(self.matrices[block]) for block in self._blocks()])
 
     def each_product(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Measure the products from the embedding on, one after the other.
+        """Measure the products from the embedding on, as many at a time as there is memory for.
 
         Parameters
         ----------
         measure : function
-            Matrices (N, n, n) and their log scales (N,) in, values (N, ...) out.
+            Matrices (..., n, n) and their log scales (...) in, values (..., more) out.
 
         Returns
         -------
         ndarray
-            (C, N, ...).
+            (C, N, more).
         """
-        return np.stack([measure(*of_one) for of_one in zip(*self.prefix, strict=True)])
+        products, log_scales = self.prefix
+        return np.concatenate([measure(products[block], log_scales[block]) for block in self._blocks()])
+
+    def _blocks(self) -> list[slice]:
+        size = max(1, AT_ONCE // max(1, self.matrices.shape[1]))
+        return [slice(start, start + size) for start in range(0, len(self), size)]
 
     def reduced(
         self, values: np.ndarray, dims: tuple[str, ...] = (), *, depends_on: str = "itself", **coords: Any

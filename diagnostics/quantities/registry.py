@@ -122,6 +122,18 @@ class Quantities:
                 raise
         return self._values[name]
 
+    def give(self, name: str, value: Any) -> None:
+        """Give a quantity that is known already, such as from more data than the trace has.
+
+        Parameters
+        ----------
+        name : str
+            Of the quantity.
+        value : object
+            What its function would return.
+        """
+        self._values[name] = value
+
     @property
     def computed(self) -> set[str]:
         """Names of the derived quantities that were needed so far."""

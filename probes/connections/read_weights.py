@@ -35,6 +35,7 @@ def find_read_weights(
     branch_in: torch.Tensor,
     candidates: Iterable[torch.Tensor],
     unlike: torch.Tensor | None = None,
+    tokens: int = READ_TOKENS,
 ) -> torch.Tensor | None:
     """The candidate that combines the streams to the branch input best, up to rounding.
 
@@ -48,13 +49,15 @@ def find_read_weights(
         (..., N).
     unlike : Tensor, optional
         Weights (..., N) that are taken only where no others fit.
+    tokens : int
+        On how many tokens at most they are compared.
 
     Returns
     -------
     Tensor or None
     """
     lead, limit = tuple(x.shape[:-2]), tolerance(compute_dtype(x))
-    few = torch.unravel_index(spread(math.prod(lead), READ_TOKENS).to(x.device), lead)
+    few = torch.unravel_index(spread(math.prod(lead), tokens).to(x.device), lead)
     goal, streams = branch_in[few].double(), x[few].double()
     fits: list[tuple[float, int, torch.Tensor]] = []
     for position, read in enumerate(candidates):

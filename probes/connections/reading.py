@@ -17,7 +17,7 @@ from depthscope.probes.connections.detection import paired_family
 from depthscope.probes.connections.families import BY_NAME
 from depthscope.probes.connections.family import ForwardFamily, PairedFamily, Site
 from depthscope.probes.connections.read_weights import are_independent, find_read_weights, least_squares_read
-from depthscope.probes.connections.tensor_watch import Watch
+from depthscope.probes.connections.tensor_watch import SELECTING_TOKENS, Watch
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import canonical
 from depthscope.probes.model.tensors import tensors_in
@@ -45,6 +45,7 @@ def read_returned(
     rows: torch.Tensor,
     computed: Callable[[torch.Tensor | None], list[torch.Tensor]],
     place: ReadPlace | None = None,
+    every_token: bool = False,
 ) -> tuple[Parts | None, Parts]:
     """Read a forward connection: all parts of the sampled sequences, and of all tokens those that it returned.
 
@@ -62,6 +63,8 @@ def read_returned(
         Returns the tensors that the connection computed: for these rows at least, or for all sequences (None).
     place : ReadPlace, optional
         Where H_pre was among these in the forward before.
+    every_token : bool
+        Whether H_pre is wanted of every token, where the module computes it.
 
     Returns
     -------
@@ -77,13 +80,21 @@ def read_returned(
     """
     parts = forward_family(site).read(site, x, output, lambda: computed(None))
     if not len(rows):
+        if every_token and parts.read is None and not site.reads_features:
+            every_row = torch.arange(canonical_streams(site, x).shape[0], device=x.device)
+            write, branch_in = parts.write.squeeze(-1), parts.branch_in.squeeze(2)
+            _, of_all = _watched(site, x, every_row, branch_in, computed(None), write, place)
+            parts.read = None if of_all is None else of_all.unsqueeze(-2)
         return None, parts
     sampled = parts.at(rows)
     if parts.read is None and not site.reads_features:
         # A forward connection has one view: its branch takes one tensor.
         streams, branch_in = canonical_streams(site, x)[rows], sampled.branch_in.squeeze(2)
         write = sampled.write.squeeze(-1)
-        read = watched_read(site, x, rows, branch_in, computed(rows), write=write, place=place)
+        seen = computed(None if every_token else rows)
+        read, of_all = _watched(site, x, rows, branch_in, seen, write, place)
+        if of_all is not None:
+            parts.read = of_all.unsqueeze(-2)
         if read is None:
             # No tensor of the module explains the branch input: it may read by a fused kernel.
             read, sampled.read_known = least_squares_read(streams, branch_in), are_independent(streams)
@@ -136,27 +147,47 @@ def watched_read(
     Tensor or None
         None where no tensor explains the branch input.
     """
+    return _watched(site, x, rows, branch_in, seen, write, place)[0]
+
+
+def _watched(
+    site: Site,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    branch_in: torch.Tensor,
+    seen: list[torch.Tensor],
+    write: torch.Tensor | None,
+    place: ReadPlace | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """H_pre of the sampled sequences, as `watched_read`, and of all where the module computed it for all, (B, T, N)."""
     streams = canonical_streams(site, x)
     sampled = streams[rows]
     # A first forward is watched on the sample alone, later ones on all sequences: the number of elements tells which.
     of_all, of_sample = streams.shape[:-1], sampled.shape[:-1]
-    candidates = []
-    for tensor in seen:
-        if tensor.numel() == of_sample.numel():
-            candidates.append(tensor.reshape(of_sample))
-        elif tensor.numel() == of_all.numel():
-            candidates.append(tensor.reshape(of_all)[rows])
-    if place is not None and candidates and place.among == len(candidates):
+    tensors = [tensor for tensor in seen if tensor.numel() in (of_all.numel(), of_sample.numel())]
+
+    def of_rows(tensor: torch.Tensor) -> torch.Tensor:
+        return (
+            tensor.reshape(of_sample) if tensor.numel() == of_sample.numel() else tensor.reshape(of_all)[rows]
+        )
+
+    def complete(tensor: torch.Tensor) -> torch.Tensor | None:
+        return tensor.reshape(of_all) if tensor.numel() == of_all.numel() else None
+
+    if place is not None and tensors and place.among == len(tensors):
         # As many tensors as before: the same code has run, and the search, which takes longer than the forward, is over where
         # the tensor at the place still explains the branch input, and is not H_post.
-        same = find_read_weights(sampled, branch_in, [candidates[place.position]])
+        tensor = tensors[place.position]
+        # Fewer tokens than in the search, where others of the module's tensors may come near: here there is one.
+        same = find_read_weights(sampled, branch_in, [of_rows(tensor)], tokens=SELECTING_TOKENS)
         if same is not None and (write is None or not torch.allclose(same.float(), write.float())):
-            return same
+            return same, complete(tensor)
+    candidates = [of_rows(tensor) for tensor in tensors]
     read = find_read_weights(sampled, branch_in, candidates, unlike=write)
+    at = [number for number, each in enumerate(candidates) if each is read]
     if place is not None:
-        at = [number for number, each in enumerate(candidates) if each is read]
         place.among, place.position = (len(candidates), at[0]) if at else (0, 0)
-    return read
+    return read, complete(tensors[at[0]]) if at else None
 
 
 @dataclass

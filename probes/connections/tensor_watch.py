@@ -41,6 +41,7 @@ class Watch(TorchFunctionMode):
     def __init__(self, accept: Callable[[tuple[int, ...]], bool]):
         super().__init__()
         self._accept = accept
+        self._accepted: dict[tuple[int, ...], bool] = {}  # this is asked at every function of the module
         # By id, which stays unique as long as the tensors are stored here
         self.seen: dict[int, torch.Tensor] = {}
         self._error: Exception | None = None  # why no more is kept
@@ -66,7 +67,11 @@ class Watch(TorchFunctionMode):
         for value in (*args, result):
             # this runs at every function of the module, and most arguments are tensors: no recursion for these
             for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
-                if self._accept(tuple(tensor.shape)):
+                shape = tensor.shape
+                accepted = self._accepted.get(shape)
+                if accepted is None:
+                    accepted = self._accepted[shape] = self._accept(tuple(shape))
+                if accepted:
                     self.seen[id(tensor)] = tensor
 
     def floating(self) -> list[torch.Tensor]:

@@ -81,6 +81,7 @@ def build_run(
     followed: ComputedForward | None = None,
     kept: dict[str, Any] | None = None,
     proven: Proven | None = None,
+    metrics: Mapping[str, xr.Dataset] | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
@@ -104,6 +105,8 @@ def build_run(
         What a forward keeps for its backward, see `kept_bytes`.
     proven : Proven, optional
         What `prove` returned for the present sample.
+    metrics : mapping of str to Dataset, optional
+        What was measured while the training ran, by group.
 
     Returns
     -------
@@ -138,6 +141,7 @@ def build_run(
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
         statistics=(statistics if list(statistics) != [""] else statistics[""]) or None,
+        metrics=(metrics if list(metrics) != [""] else metrics[""]) if metrics else None,
         coverage=coverage_dataset(covered),
         attrs={
             **run_attributes(session, sequences, evidence, digests=digests),

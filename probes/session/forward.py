@@ -168,8 +168,9 @@ def _leads_to(node: Any, wanted: set[Any]) -> bool:
 
 
 def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:
-    # Cloned, since a view would keep the other sequences of its batch in memory.
-    return {key: tensor[position].cpu().clone() for key, tensor in tensors.items()}
+    # Cloned, since a view would keep the other sequences of its batch in memory; one alone is a copy already.
+    rows = {key: (tensor[position].cpu(), len(tensor) > 1) for key, tensor in tensors.items()}
+    return {key: row.clone() if shared else row for key, (row, shared) in rows.items()}
 
 
 @dataclass

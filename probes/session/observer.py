@@ -22,6 +22,7 @@ from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
+from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.structure.model_structure import FINAL, Structure
 
 
@@ -46,6 +47,8 @@ class Observer:
         The biases and gates of the connections, whose values are stored with the statistics.
     logits : LogitStatistics, optional
         Of the matrices of the connections.
+    live_tokens : int
+        How many tokens of a step are sampled for a live row; 0 for none.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Observer:
         sums: bool = True,
         parameters: ConnectionParameters | None = None,
         logits: LogitStatistics | None = None,
+        live_tokens: int = 0,
     ):
         self.structure = structure
         self.options = options
@@ -71,6 +75,7 @@ class Observer:
         self._loss_scale = loss_scale
         self._calls = calls
         self._sums = sums
+        self._live_tokens = live_tokens
         self._read_places: dict[int, ReadPlace] = {}  # of H_pre, by the number of the connection
 
     @property
@@ -110,6 +115,8 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
+        if sums.live is None and self._live_tokens:
+            sums.live = LiveSums(self._live_tokens, self.options.seed)
         sums.add_state(depth, state, mask)
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
@@ -246,7 +253,8 @@ class Observer:
         """Read and record a connection that returns its weights; ``computed`` is as in `read_returned`."""
         rows = forward.rows.to(x.device)
         place = self._read_places.setdefault(number, ReadPlace())
-        sampled, complete = read_returned(self.structure.sites[number], x, output, rows, computed, place)
+        site, every_token = self.structure.sites[number], self._live_tokens > 0
+        sampled, complete = read_returned(site, x, output, rows, computed, place, every_token)
         self.record_connection(forward, number, complete, sampled)
         self.record_logits(forward, number, complete.mix, None if logits is None else logits.handled)
 
@@ -279,6 +287,8 @@ class Observer:
         values = None if self.parameters is None else self.parameters.values(number)
         if values is not None:
             sums.latest.setdefault("connection_parameter", {})[number] = values
+        if self._live_tokens and sums.live is not None:
+            sums.live.add_connection(number, complete.mix, complete.read, complete.write, mask)
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

@@ -69,6 +69,8 @@ class Session:
         Whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
     sums : bool
         Whether statistics of all tokens are added up, next to the sampled sequences.
+    live_tokens : int
+        How many tokens of a step are sampled for a live row; 0 for none.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Session:
         *,
         only_own: bool = False,
         sums: bool = True,
+        live_tokens: int = 0,
     ):
         self.model = model
         self.options = options
@@ -94,6 +97,7 @@ class Session:
         self._loss_scale = loss_scale
         self._only_own = only_own
         self._sums = sums
+        self.live_tokens = live_tokens
         self._observer: Observer | None = None  # from the end of the first forward on
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
@@ -501,6 +505,7 @@ class Session:
                 logits=LogitStatistics(self.options.gradients, self.report, self._loss_scale)
                 if loops
                 else None,
+                live_tokens=self.live_tokens,
             )
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward

@@ -16,16 +16,20 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from depthscope.probes.statistics.compiled_block import compiled_block, compiled_squares, is_available
+from depthscope.probes.statistics.live_sums import LiveSums, with_mean
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 
 BLOCK_NUMBERS_CPU = 2**17  # a block and the one of the depth before fit into a second-level cache of 2 MiB
+BLOCK_NUMBERS_COMPILED = 2**20  # one pass reads a block once: only a copy of a strided state has to be small
 BLOCK_NUMBERS_GPU = 2**24  # no such cache to fit into, and launching many small kernels would cost more
 MAX_BLOCK_TOKENS = 4096  # they are added in float32, whose error grows with their number
+SQUARES = "gradient_square_norm_sum"
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class _BlockStatistics(NamedTuple):
-    """Norms and sums of some tokens of a state."""
+    """Norms and sums of some tokens of a state; live sums have the mean over several streams before these."""
 
     norm_tN: torch.Tensor
     largest_tN: torch.Tensor
@@ -33,6 +37,27 @@ class _BlockStatistics(NamedTuple):
     unit_sum_ND: torch.Tensor
     cosine_tN: torch.Tensor | None
     unit_tND: torch.Tensor
+
+
+class _Profile(NamedTuple):
+    """Norms and sums of all tokens of a state."""
+
+    norm_tN: torch.Tensor
+    largest_tN: torch.Tensor
+    feature_sum_ND: torch.Tensor
+    unit_sum_ND: torch.Tensor
+    cosine_sum_N: torch.Tensor | None
+
+    def views(self, chosen: slice) -> _Profile:
+        """Those of some streams."""
+        cosine = None if self.cosine_sum_N is None else self.cosine_sum_N[chosen]
+        return _Profile(
+            self.norm_tN[:, chosen],
+            self.largest_tN[:, chosen],
+            self.feature_sum_ND[chosen],
+            self.unit_sum_ND[chosen],
+            cosine,
+        )
 
 
 class TokenSums:
@@ -44,10 +69,14 @@ class TokenSums:
     ----------
     streaming : StreamedSums, optional
         Also adds up the states' second moments and their sketch.
+    live : LiveSums, optional
+        Also takes what a live row needs; the sums of the mean over several streams are then in `mean_view`.
     """
 
-    def __init__(self, streaming: StreamedSums | None = None) -> None:
+    def __init__(self, streaming: StreamedSums | None = None, live: LiveSums | None = None) -> None:
         self.streaming = streaming
+        self.live = live
+        self.mean_view: TokenSums | None = None
         self._owns_streaming = False  # whether `streaming` was made here, so that it may be written to
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
@@ -77,30 +106,36 @@ class TokenSums:
         """
         if not state_BTND.numel():  # an empty batch, of which no maximum exists
             return
-        blocks = self._block_statistics(depth, state_BTND, mask_BT)
-        norm = torch.cat([block.norm_tN for block in blocks])
-        largest = torch.cat([block.largest_tN for block in blocks])
+        profile = _joined(self._block_statistics(depth, state_BTND, mask_BT))
         # Counted without reading the mask back from the device, which would wait for it.
         if mask_BT is None:
             count = torch.tensor(float(state_BTND.shape[0] * state_BTND.shape[1]), dtype=torch.float64)
         else:
             count = mask_BT.sum().double()
-        feature_sum = _sum_exactly([block.feature_sum_ND for block in blocks])
-        self._add("token_count", depth, count)
-        self._add("norm_sum", depth, norm.sum(0))
-        self._add("square_norm_sum", depth, norm.square().sum(0))
-        # A zero token, as padding is made, has no direction
-        self._add("unit_count", depth, (norm > 0).sum(0).double())
-        self._add_maximum("norm_max", depth, norm.amax(0))
-        self._add_maximum("abs_max", depth, largest.amax(0).double())
-        self._add("feature_sum", depth, feature_sum)
-        self._add("unit_sum", depth, _sum_exactly([block.unit_sum_ND for block in blocks]))
-        cosines = [block.cosine_tN for block in blocks if block.cosine_tN is not None]
-        if cosines:
-            self._add("adjacent_cosine_sum", depth, torch.cat(cosines).sum(0, dtype=torch.float64))
+        if self.live is not None:
+            self.live.sample_state(depth, state_BTND, mask_BT)
+            self.live.add_values("largest", depth, profile.largest_tN)
+        if profile.norm_tN.shape[1] > state_BTND.shape[2]:  # the mean over streams comes before them
+            self.mean_view = self.mean_view or TokenSums()
+            self.mean_view._add_profile(depth, count, profile.views(slice(0, 1)))
+            profile = profile.views(slice(1, None))
+        self._add_profile(depth, count, profile)
         if self.streaming is not None:
-            mean_ND = feature_sum / count.clamp_min(1)
-            self.streaming.add_state(depth, state_BTND, mask_BT, mean_ND, largest)
+            mean_ND = profile.feature_sum_ND / count.clamp_min(1)
+            self.streaming.add_state(depth, state_BTND, mask_BT, mean_ND, profile.largest_tN)
+
+    def _add_profile(self, depth: int, count: torch.Tensor, profile: _Profile) -> None:
+        self._add("token_count", depth, count)
+        self._add("norm_sum", depth, profile.norm_tN.sum(0))
+        self._add("square_norm_sum", depth, profile.norm_tN.square().sum(0))
+        # A zero token, as padding is made, has no direction
+        self._add("unit_count", depth, (profile.norm_tN > 0).sum(0).double())
+        self._add_maximum("norm_max", depth, profile.norm_tN.amax(0))
+        self._add_maximum("abs_max", depth, profile.largest_tN.amax(0).double())
+        self._add("feature_sum", depth, profile.feature_sum_ND)
+        self._add("unit_sum", depth, profile.unit_sum_ND)
+        if profile.cosine_sum_N is not None:
+            self._add("adjacent_cosine_sum", depth, profile.cosine_sum_N)
 
     def _block_statistics(
         self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None
@@ -112,12 +147,31 @@ class TokenSums:
             previous_units.clear()
         self._last = depth, state_BTND.shape
         blocks: list[_BlockStatistics] = []
-        for x_tND in _blocks(state_BTND, mask_BT):
+        for x_tND in _blocks(state_BTND, mask_BT, compiled=self._compiles(state_BTND)):
             previous = previous_units.popleft() if previous_units else None
-            blocks.append(_block(x_tND, previous, self._spare))
+            blocks.append(self._block(depth, x_tND, previous))
             self._units.append(blocks[-1].unit_tND)
             self._spare = previous  # used up by the cosines
         return blocks
+
+    def _compiles(self, tensor: torch.Tensor) -> bool:
+        """Whether one compiled pass takes the place of torch's: in training, where many steps pay for the compilation."""
+        return self.live is not None and tensor.device.type == "cpu" and is_available()
+
+    def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> _BlockStatistics:
+        """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
+        if self.live is None:
+            return _block(x_tND, previous, self._spare)
+        if self._compiles(x_tND):
+            *parts, pairs = compiled_block(x_tND, previous)
+            block = _BlockStatistics(*parts)
+        else:
+            block = _block(with_mean(x_tND), previous, self._spare)
+            unit_tND = block.unit_tND[:, 1:]
+            pairs = unit_tND @ unit_tND.mT if x_tND.shape[1] > 1 else None
+        if pairs is not None:
+            self.live.add_stream_cosines(depth, pairs, block.norm_tN[:, 1:])
+        return block
 
     def add_gradient(
         self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, anew: bool = False
@@ -136,13 +190,28 @@ class TokenSums:
             Whether it replaces what was added for this depth so far.
         """
         if anew:
-            self.sums.get("gradient_square_norm_sum", {}).pop(depth, None)
+            for sums in (self, self.mean_view):
+                if sums is not None:
+                    sums.sums.get(SQUARES, {}).pop(depth, None)
         if not gradient_BTND.numel():
             return
-        for x_tND in _blocks(gradient_BTND, mask_BT):
-            _, largest, size = _scale(x_tND)
-            square = largest.double().mul_(size).square_().sum((0, 2))
-            self._add("gradient_square_norm_sum", depth, square)
+        if self.live is not None:
+            self.live.sample_gradient(depth, gradient_BTND, mask_BT)
+        for x_tND in _blocks(gradient_BTND, mask_BT, compiled=self._compiles(gradient_BTND)):
+            self._add_squares(depth, self._squares(x_tND), x_tND.shape[1])
+
+    def _squares(self, x_tND: torch.Tensor) -> torch.Tensor:
+        """Sums of squares of some tokens; for a live row that of the mean over several streams is the first."""
+        if self._compiles(x_tND):
+            return compiled_squares(x_tND)
+        _, largest, size = _scale(x_tND if self.live is None else with_mean(x_tND))
+        return largest.double().mul_(size).square_().sum((0, 2))
+
+    def _add_squares(self, depth: int, square_V: torch.Tensor, num_streams: int) -> None:
+        if len(square_V) > num_streams:
+            self.mean_view = self.mean_view or TokenSums()
+            self.mean_view._add(SQUARES, depth, square_V[:1])
+        self._add(SQUARES, depth, square_V[-num_streams:])
 
     def add_mixing(self, connection: int, mix_BTNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Add the Amax gains max_i |Σ_j H_ij| of one connection: over its last axis, and over the one before.
@@ -186,6 +255,8 @@ class TokenSums:
         self._spare = None
         if self.streaming is not None:
             self.streaming.end_forward()
+        if self.live is not None:
+            self.live.end_forward()
 
     def merge(self, other: TokenSums) -> None:
         """Add the statistics of another part of the data, of the same chain."""
@@ -199,6 +270,14 @@ class TokenSums:
             self.latest.setdefault(name, {}).update(parts)
         if other.streaming is not None:
             self._merge_streaming(other.streaming)
+        self._merge_live(other)
+
+    def _merge_live(self, other: TokenSums) -> None:
+        if other.live is not None:
+            self.live = other.live if self.live is None else self.live.merged_with(other.live)
+        if other.mean_view is not None:
+            self.mean_view = self.mean_view or TokenSums()
+            self.mean_view.merge(other.mean_view)
 
     def _merge_streaming(self, other: StreamedSums) -> None:
         # The first one is shared with the part that it came from, so that it must not be written; a merged one is our own.
@@ -254,10 +333,14 @@ class TokenSums:
         parts[key] = torch.maximum(parts[key], value) if key in parts else value
 
 
-def _blocks(state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[torch.Tensor]:
+def _blocks(
+    state_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, compiled: bool = False
+) -> Iterator[torch.Tensor]:
     """A state in float32, some tokens at a time (t, N, D), zero on padding. Read-only: it may be the model's own tensor."""
     _, T, N, D = state_BTND.shape
     numbers = BLOCK_NUMBERS_CPU if state_BTND.device.type == "cpu" else BLOCK_NUMBERS_GPU
+    if compiled:
+        numbers = BLOCK_NUMBERS_COMPILED
     tokens = min(max(numbers // (N * D), 1), MAX_BLOCK_TOKENS)
     # Batch and token axes are flattened for some sequences at a time: where the layout "(B N) T D" makes the state a
     # strided view, flattening copies, and the whole state at once would not fit into the cache.
@@ -299,6 +382,17 @@ def _scale(
     largest = torch.maximum(x_tND.amax(-1, keepdim=True), x_tND.amin(-1, keepdim=True).neg_())
     scaled = torch.mul(x_tND, largest.clamp(TINY, HUGE).reciprocal_(), out=out)
     return scaled, largest, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+
+
+def _joined(blocks: list[_BlockStatistics]) -> _Profile:
+    cosines = [block.cosine_tN for block in blocks if block.cosine_tN is not None]
+    return _Profile(
+        torch.cat([block.norm_tN for block in blocks]),
+        torch.cat([block.largest_tN for block in blocks]),
+        _sum_exactly([block.feature_sum_ND for block in blocks]),
+        _sum_exactly([block.unit_sum_ND for block in blocks]),
+        torch.cat(cosines).sum(0, dtype=torch.float64) if cosines else None,
+    )
 
 
 def _sum_exactly(sums_ND: list[torch.Tensor]) -> torch.Tensor:

@@ -17,11 +17,13 @@ from depthscope.probes.run.build_run import Proven, prove
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.run.step_numbers import step_numbers
 from depthscope.probes.session.session import Session
+from depthscope.probes.training.live.row import LiveRow
 
 STATE_SHARE = 0.01
 """The raw sequences and pooled sums are saved again when this share of the time since then is what saving them took."""
 
 BuildRun = Callable[[list[StepStatistics], Proven], xr.DataTree]
+LiveRowOf = Callable[[int], LiveRow | None]
 
 
 class LiveRecording:
@@ -88,7 +90,12 @@ class LiveRecording:
         return dict(self._store.attrs.get("", {}))
 
     def write(
-        self, session: Session, rows: list[StepStatistics], build: BuildRun, attrs: Mapping[str, Any]
+        self,
+        session: Session,
+        rows: list[StepStatistics],
+        build: BuildRun,
+        attrs: Mapping[str, Any],
+        live_row_of: LiveRowOf | None = None,
     ) -> str | None:
         """Write the rows that are not written yet, and sometimes the large arrays.
 
@@ -102,6 +109,8 @@ class LiveRecording:
             Makes a run of some of its rows.
         attrs : mapping
             What is noted of the run.
+        live_row_of : callable, optional
+            The live metrics of a step.
 
         Returns
         -------
@@ -111,7 +120,7 @@ class LiveRecording:
         if self._is_taken:
             return None
         try:
-            self._write(session, rows, build, attrs)
+            self._write(session, rows, build, attrs, live_row_of)
         except Exception as error:  # the training goes on, and the next measured step tries again
             return self._once(
                 f"the steps are not written to {self._folder} ({error}); they are in recorder.run, and every measured step "
@@ -127,10 +136,15 @@ class LiveRecording:
         return None if sentence == known else sentence
 
     def _write(
-        self, session: Session, rows: list[StepStatistics], build: BuildRun, attrs: Mapping[str, Any]
+        self,
+        session: Session,
+        rows: list[StepStatistics],
+        build: BuildRun,
+        attrs: Mapping[str, Any],
+        live_row_of: LiveRowOf | None,
     ) -> None:
         try:
-            self._write_rows(session, rows, build, attrs)
+            self._write_rows(session, rows, build, attrs, live_row_of)
         except FileNotFoundError:
             if not self._is_open:
                 raise
@@ -138,10 +152,15 @@ class LiveRecording:
             if self._store is not None:
                 self._store.close()
             self._store, self._num_written, self._options = None, 0, {}
-            self._write_rows(session, rows, build, attrs)
+            self._write_rows(session, rows, build, attrs, live_row_of)
 
     def _write_rows(
-        self, session: Session, rows: list[StepStatistics], build: BuildRun, attrs: Mapping[str, Any]
+        self,
+        session: Session,
+        rows: list[StepStatistics],
+        build: BuildRun,
+        attrs: Mapping[str, Any],
+        live_row_of: LiveRowOf | None,
     ) -> None:
         if self._store is None:
             self.open()
@@ -162,7 +181,11 @@ class LiveRecording:
             self._proven = proven._replace(sequences=[])
             self._state_began, self._state_ended = began, time.monotonic()
         for row in rows[self._num_written :]:
-            store.append(row.step, step_numbers(session, row, self._proven))
+            numbers, coords = step_numbers(session, row, self._proven), {}
+            live_row = None if live_row_of is None else live_row_of(row.step)
+            if live_row is not None:
+                numbers, coords = {**numbers, **live_row.numbers}, dict(live_row.coords)
+            store.append(row.step, numbers, coords=coords)
             self._num_written += 1
         store.note(attrs)
         if failed is not None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
@@ -32,7 +32,10 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.training.live.findings import OnFinding
+from depthscope.probes.training.live.live import TOKENS, Live, live_names
 from depthscope.probes.training.live_recording import LiveRecording
+from depthscope.probes.training.sinks import Sink
 
 REDUCTIONS = ("mean", "sum")
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
@@ -86,7 +89,7 @@ class Recorder:
         Measure one step in so many.
     start_step, end_step : int
         First step to measure, and the step before which measuring stops.
-    live : LiveRecording or None
+    store : LiveRecording or None
         Where the steps are written as they are measured.
     first_step : int
         The number of the first step of the block.
@@ -98,6 +101,8 @@ class Recorder:
         Measures the weights as well.
     scale : LossScale or None
         The factor that the loss is multiplied by.
+    live : Live or None
+        Computes metrics at every measured step.
     """
 
     def __init__(
@@ -107,12 +112,13 @@ class Recorder:
         every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
-        live: LiveRecording | None = None,
+        store: LiveRecording | None = None,
         first_step: int = 0,
         attrs: Mapping[str, Any] | None = None,
         token_text: Any = None,
         weights: WeightUpdates | None = None,
         scale: LossScale | None = None,
+        live: Live | None = None,
     ):
         if every < 1:
             raise ValueError(f"every is {every}; expected 1 or more")
@@ -120,8 +126,8 @@ class Recorder:
         self.position = first_step  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._live, self._attrs, self._token_text = live, attrs, token_text
-        self._weights, self._scale = weights, scale or LossScale(None)
+        self._store, self._attrs, self._token_text = store, attrs, token_text
+        self._weights, self._scale, self._live = weights, scale or LossScale(None), live
         self._rows: list[StepStatistics] = []
         self._overflowed: list[int] = []
         self._trained = False  # whether the last measured step was one of a training
@@ -141,9 +147,9 @@ class Recorder:
             if self._state != "abandoned":
                 self._state = "open"
                 _open.add(self)
-                if self._live is not None:
+                if self._store is not None:
                     _close_at_exit()
-                    self._open_live(self._live)
+                    self._open_store(self._store)
                 self._attach_if_measuring()
         self._warn()
         return self
@@ -184,6 +190,11 @@ class Recorder:
         ----------
         loss : float or Tensor, optional
             The step's loss, to be stored with the statistics.
+
+        Raises
+        ------
+        TrainingStopped
+            With ``stop_on=``, where the step has a new finding as severe as that; its row is recorded.
         """
         with self._lock:
             if self._state in ("new", "closed"):
@@ -198,6 +209,9 @@ class Recorder:
             else:
                 self.position += 1
         self._warn()
+        # Last of all: nothing of ours is half done when the training ends here.
+        if self._live is not None:
+            self._live.stop_if_severe()
 
     @property
     def measuring(self) -> bool:
@@ -223,7 +237,13 @@ class Recorder:
         # The step of the raw sequences: an analysis of them is labelled with it.
         attrs = {"step": rows[-1].step, **self._noted(), **(self._attrs or {})}
         return build_run(
-            self._session, rows, self._pooled, attrs=attrs, token_text=self._token_text, proven=proven
+            self._session,
+            rows,
+            self._pooled,
+            attrs=attrs,
+            token_text=self._token_text,
+            proven=proven,
+            metrics=None if self._live is None else self._live.datasets(),
         )
 
     def _noted(self) -> dict[str, Any]:
@@ -247,38 +267,41 @@ class Recorder:
                 # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it.
                 if self.measuring and self._session.pending and self._session.trains >= self._trained:
                     self._safely(self._end_measured_step, None)
+                if self._live is not None:
+                    self._live.judge(self._say)
             finally:
                 self._detach()
                 remove_inert_hooks(self._session.model)
-            if self._live is not None:
-                self._finish_live(self._live)
+            if self._store is not None:
+                self._finish_store(self._store)
         self._warn()
 
     def _abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
-        self._state, self._sentences, self._live = "abandoned", [], None
+        self._state, self._sentences, self._store, self._live = "abandoned", [], None, None
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
         self._detach()
         _open.discard(self)
 
-    def _open_live(self, live: LiveRecording) -> None:
+    def _open_store(self, store: LiveRecording) -> None:
         try:
-            earlier = live.open()
+            earlier = store.open()
         except Exception as error:  # the loop is about to run, and it must
-            self._say(f"nothing is written to {live.path}: {error}", error)
+            self._say(f"nothing is written to {store.path}: {error}", error)
             return
         known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
         self._overflowed = [*known, *self._overflowed]
 
-    def _write_live(self, live: LiveRecording) -> None:
-        sentence = live.write(self._session, self._rows, self._build, self._noted())
+    def _write_store(self, store: LiveRecording) -> None:
+        row_of = None if self._live is None else self._live.row_of
+        sentence = store.write(self._session, self._rows, self._build, self._noted(), row_of)
         if sentence is not None:
             self._say(sentence)
 
-    def _finish_live(self, live: LiveRecording) -> None:
+    def _finish_store(self, store: LiveRecording) -> None:
         try:
-            live.finish(self._rows, lambda: self.run)
+            store.finish(self._rows, lambda: self.run)
         except Exception as error:  # what follows the block, such as saving the model, must still be reached
             self._say(
                 f"the run was not saved: {error}. It is still in recorder.run: save it under another name with save_run",
@@ -300,11 +323,13 @@ class Recorder:
             raise CaptureError("no batch of it had a real token; nothing to measure")
         value = self._loss_value(loss)
         self._trained = self._session.trains
-        sums = self._pool(parts)
+        complete = _added_up(parts)
+        sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
-        if scale is not None and (
+        overflowed = scale is not None and (
             (weights is not None and weights.overflowed) or not _finite_gradients(sums)
-        ):
+        )
+        if overflowed:
             self._overflowed.append(self.position)
             self._say(
                 f"gradients of step {self.position} overflowed at a loss scale of {scale:g}: they are NaN in its row, "
@@ -316,7 +341,30 @@ class Recorder:
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
         self._rows.append(StepStatistics(self.position, sums, sequences, value, weights, scale))
         if self._live is not None:
-            self._write_live(self._live)
+            self._measure_live(self._live, complete, value, weights, overflowed)
+        if self._store is not None:
+            self._write_store(self._store)
+
+    def _measure_live(
+        self,
+        live: Live,
+        complete: list[TokenSums],
+        loss: float | None,
+        weights: WeightNorms | None,
+        overflowed: bool,
+    ) -> None:
+        """Add the live row of the present step; where it cannot be computed, the step's statistics stand."""
+        step = self.position
+
+        def first_run() -> xr.DataTree:
+            return build_run(self._session, self._rows, self._pooled, digests=False)
+
+        try:
+            row = live.measure(step, complete, first_run, loss=loss, weights=weights, overflowed=overflowed)
+        except Exception as error:
+            self._say(f"the live metrics of step {step} were not computed: {error}", error)
+            return
+        live.tell(row, self._say)
 
     def _loss_value(self, loss: float | torch.Tensor | None) -> float | None:
         try:
@@ -329,12 +377,12 @@ class Recorder:
             )
             return None
 
-    def _pool(self, parts: list[Measured]) -> list[TokenSums]:
+    def _pool(self, parts: list[Measured], complete: list[TokenSums]) -> list[TokenSums]:
         """Add the parts of a step to the pooled statistics; returns the compact statistics of its row."""
-        sums: list[TokenSums] = []
+        row = [chain.compact() for chain in complete]
         for part in parts:
-            sums = merge_sums(sums, part.sums)
-        row = [chain.compact() for chain in sums]
+            for chain in part.sums:
+                chain.live = None  # of this step alone, and as large as its number of tokens
         # An error from here on leaves half of a sum: what is pooled begins anew then.
         (pooled, self._pooled), (stamp, self._pooled_stamp) = (self._pooled, []), (self._pooled_stamp, None)
         for part in parts:
@@ -409,6 +457,14 @@ def _user_frame() -> int:
     return level
 
 
+def _added_up(parts: list[Measured]) -> list[TokenSums]:
+    """The sums of all forwards of a step, by chain."""
+    sums: list[TokenSums] = []
+    for part in parts:
+        sums = merge_sums(sums, part.sums)
+    return sums
+
+
 def _num_tokens(parts: list[Measured]) -> float:
     """The number of real tokens of all chains, at their first depths."""
     counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
@@ -444,6 +500,12 @@ def record(
     weights: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     loss_reduction: str | None = None,
+    metrics: str | Iterable[str] | None = None,
+    live_tokens: int = TOKENS,
+    optimizer: torch.optim.Optimizer | None = None,
+    sinks: Iterable[Sink] = (),
+    on_finding: OnFinding | None = None,
+    stop_on: str | None = None,
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -498,6 +560,25 @@ def record(
         NaN in its row. Without the scaler a scaled loss looks like any other: its gradients are stored as they come.
     loss_reduction : {"mean", "sum"}, optional
         How the loss is reduced over tokens; stored as an attribute that analyses of gradients need. Unknown where not given.
+    metrics : str or iterable of str, optional
+        Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
+        set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
+        shares, massive activations and gradients are exact over every token, ranks, CKA, angles and what is left of products
+        are of the sampled tokens; the attribute ``estimator`` of each says which. One complete sequence is then stored raw,
+        unless ``max_sequences`` asks for more.
+    live_tokens : int
+        Number of tokens of a step that are sampled for these, drawn uniformly from its first forward by ``seed``: the same
+        positions at every step as long as batches have one shape and mask, which ``same_sampled_tokens`` of each row tells.
+    optimizer : Optimizer, optional
+        Its learning rate, that of the first group of parameters, is recorded with the metrics.
+    sinks : iterable of callable
+        Each is called as ``sink(step, {name: number})`` at the end of a measured step; see `probes.training.sinks`. One that
+        raises is reported, and called no more.
+    on_finding : callable, optional
+        ``on_finding(step, finding)``: called for each finding of a measured step that is new or more severe than before. Those
+        that are a warning or worse are also printed to the standard error, once.
+    stop_on : {"warn", "fail"}, optional
+        End the training at the end of the step in which such a finding is new, by `TrainingStopped` from ``recorder.step()``.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -517,28 +598,60 @@ def record(
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
     require_module(model)
+    given: dict[str, Any] = {
+        "sinks": list(sinks),
+        "on_finding": on_finding,
+        "stop_on": stop_on,
+        "optimizer": optimizer,
+    }
+    names = _live_names(metrics, live_tokens, given)
+    if names:
+        options = {"max_sequences": 1, **options}
     if loss_reduction is not None and loss_reduction not in REDUCTIONS:
         raise ValueError(
             f"loss_reduction is {loss_reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}"
         )
     scale = LossScale(scaler)
     # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
-    live = None
+    recording = None
     if store is not None:
-        live = LiveRecording(Path(store), resume=resume, force=force, keep_states=keep_traces)
+        recording = LiveRecording(Path(store), resume=resume, force=force, keep_states=keep_traces)
     if first_step is None:
-        first_step = 0 if live is None or live.last_step is None else live.last_step + 1
+        first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction}
     all_attrs.update(attrs or {})
+    session = Session(
+        model,
+        Options(**options),
+        scale if scaler is not None else None,
+        live_tokens=live_tokens if names else 0,
+    )
     return Recorder(
-        Session(model, Options(**options), scale if scaler is not None else None),
+        session,
         every=every,
         start_step=start_step,
         end_step=end_step,
-        live=live,
+        store=recording,
         first_step=first_step,
         attrs=all_attrs,
         token_text=token_text,
         weights=WeightUpdates(model, scale) if weights else None,
         scale=scale,
+        live=Live(session, names, **given) if names else None,
     )
+
+
+def _live_names(
+    metrics: str | Iterable[str] | None, live_tokens: int, given: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The metrics of every measured step; empty where none are wanted."""
+    if metrics is None:
+        unused = [name for name, value in given.items() if value]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} came without metrics; add metrics='live', whose rows and findings they are about"
+            )
+        return ()
+    if live_tokens < 4:  # below, no debiased CKA exists
+        raise ValueError(f"live_tokens is {live_tokens}; expected 4 or more")
+    return live_names(metrics)

@@ -19,9 +19,9 @@ def recorded(monkeypatch, *, remembered: bool):
     optimizer, sizes = torch.optim.SGD(model.parameters(), lr=0.1), []
     search = reading.find_read_weights
 
-    def counted(x, branch_in, candidates, unlike=None):
+    def counted(x, branch_in, candidates, **more):
         sizes.append(len(candidates))
-        return search(x, branch_in, candidates, unlike)
+        return search(x, branch_in, candidates, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(reading, "find_read_weights", counted)

@@ -1,0 +1,163 @@
+"""What does a measured training step cost? Ratios of CPU time to plain steps: ``python -m benchmarks.live``.
+
+Steps of all ways to record are taken in turn with plain ones, on one model in one process with one thread, and the medians of
+their CPU times are given as ratios to that of the plain step. Attaching the hooks of the next step is counted; building the
+run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial
+from io import StringIO
+from typing import Any
+
+import torch
+
+from benchmarks.live.cases import CASES, QUICK, Training
+from benchmarks.shared import memory, process, tables
+from benchmarks.shared.rounds import ratio
+
+# By what is recorded; "between": a recorder is open, and none of the steps is measured.
+WAYS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "plain again": None,
+    "between measured steps": {"metrics": "live", "start_step": 10**9},
+    "statistics": {},
+    "statistics, 1 sequence raw": {"max_sequences": 1},
+    'metrics="live"': {"metrics": "live"},
+    'metrics="live", each row judged': {"metrics": "live", "on_finding": lambda step, finding: None},
+    'metrics="all"': {"metrics": "all"},
+}
+WARM_UPS = 2
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    arguments = parsed()
+    if arguments.worker:
+        print(json.dumps(work(json.loads(arguments.worker))))
+        return
+    cases = QUICK if arguments.quick else CASES
+    results: dict[str, Any] = {"times": {}, "memory": {}}
+    for name in arguments.cases or cases:
+        print(cases[name][0], file=sys.stderr)
+        task = {"case": name, "quick": arguments.quick, "rounds": arguments.rounds, "ways": arguments.ways}
+        results["times"][name] = process.ask("benchmarks.live", task)
+        for way in [way for way in arguments.ways if way != "plain again"] if arguments.memory else ():
+            results["memory"].setdefault(name, {})[way] = process.ask(
+                "benchmarks.live", {**task, "memory": way}
+            )
+    results |= tables.circumstances(
+        "benchmarks.live", ("torch", "transformers", "hyper-connections", "numba")
+    )
+    print(json.dumps(results, indent=1) if arguments.json else text(results, cases))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cases", nargs="+", choices=CASES)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--quick", action="store_true", help="tiny models: only to see it run")
+    parser.add_argument("--memory", action="store_true", help="peak memory too")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.ways = ["plain", *(way for way in arguments.ways if way != "plain")]
+    return arguments
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """What a process computes: times of all ways, or the peak memory of one."""
+    from depthscope import probes
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", probes.ProbeWarning)  # a step that was not measured must not look cheap
+    torch.set_num_threads(1)
+    training = (QUICK if task["quick"] else CASES)[task["case"]][1]()
+    with redirect_stderr(StringIO()):  # findings about untrained networks
+        return (
+            peak(training, task["memory"])
+            if "memory" in task
+            else times(training, task["ways"], task["rounds"])
+        )
+
+
+def step_of(training: Training, way: str) -> Callable[[], Any]:
+    """One step of a training, recorded in one way."""
+    options = WAYS[way]
+    if options is None:
+        return training.step
+    from depthscope import probes
+
+    recorder = probes.record(training.model, gradients=True, **options)
+    return partial(recorded, training, recorder)
+
+
+def recorded(training: Training, recorder: Any) -> float:
+    """The seconds of one measured step; at its end the hooks of the next one are attached, as in a loop."""
+    with recorder:
+        started = time.process_time()
+        recorder.step(training.step())
+        return time.process_time() - started
+
+
+def times(training: Training, ways: list[str], rounds: int) -> dict[str, Any]:
+    """Rows of every way: ratios to plain, with quartiles."""
+    steps = {way: step_of(training, way) for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(WARM_UPS + rounds):
+        # Turned round by round: no way always follows the same one.
+        order = ways[number % len(ways) :] + ways[: number % len(ways)]
+        for way in order:
+            started = time.process_time()
+            own = steps[way]()
+            whole = time.process_time() - started
+            if number >= WARM_UPS:
+                seconds[way].append(own if WAYS[way] is not None else whole)
+    return {way: ratio(values, seconds["plain"]) for way, values in seconds.items()}
+
+
+def peak(training: Training, way: str, steps: int = 4) -> dict[str, Any]:
+    """Peak of resident memory above the loaded model, in steps after the first two, in MiB."""
+    step = step_of(training, way)
+    floor = memory.trimmed()
+    for number in range(2 + steps):
+        if number == 2:
+            memory.forget_peak()  # the first measured step looks for the structure
+        step()
+    return {"mib": memory.status("VmHWM") - floor}
+
+
+def text(results: dict[str, Any], cases: dict[str, Any]) -> str:
+    lines = [f"{results['date']}, {results['machine']}, {results['versions']}", results["command"], ""]
+    for name, rows in results["times"].items():
+        lines.append(cases[name][0])
+        if "reason" in rows:
+            lines.append(f"  {rows['reason']}")
+            continue
+        for way, row in rows.items():
+            low, high = row["quartiles"]
+            peaks = results["memory"].get(name, {})
+            mib = peaks.get(way, {}).get("mib")
+            share = "" if mib is None else f"  peak {mib:.0f} MiB, {mib / peaks['plain']['mib']:.2f} ×"
+            lines.append(
+                f"  {way:28s} {row['ratio']:.3f}  ({low:.3f} … {high:.3f})  {row['seconds']:.3f} s{share}"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

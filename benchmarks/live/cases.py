@@ -1,0 +1,97 @@
+"""Which trainings are measured? Two GPT-2, one of them with long batches, an mHC decoder, and transformers' DeepSeek V4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from benchmarks.capture.cases import Sizes, build
+
+
+@dataclass
+class Training:
+    """A model with its batch and its optimizer."""
+
+    model: nn.Module
+    batch: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> torch.Tensor:
+        """One step of a training, as a user writes it; returns the loss."""
+        loss = self.model(**self.batch)["loss"]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def _training(model: nn.Module, batch: dict[str, torch.Tensor]) -> Training:
+    # So slow that the model stays as it is: every round measures the same network.
+    return Training(model, batch, torch.optim.AdamW(model.parameters(), lr=1e-6))
+
+
+def of_capture(name: str, sizes: Sizes) -> Training:
+    """A model of the benchmark of captures."""
+    case = build(name, sizes)
+    return _training(case.model, case.batch())
+
+
+def deepseek_v4(layers: int, width: int, batch: int, tokens: int) -> Training:
+    """transformers' DeepSeek V4: mHC connections around attention and a mixture of experts."""
+    import transformers
+
+    config = transformers.DeepseekV4Config(
+        vocab_size=64,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        moe_intermediate_size=width,
+        head_dim=64,
+        q_lora_rank=64,
+        partial_rotary_factor=0.5,
+        num_experts_per_tok=2,
+        n_routed_experts=4,
+        o_groups=2,
+        o_lora_rank=32,
+        index_n_heads=2,
+        index_head_dim=32,
+        index_topk=4,
+        sliding_window=8,
+        num_nextn_predict_layers=0,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        mlp_layer_types=["hash_moe"] + ["moe"] * (layers - 1),
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    )
+    torch.manual_seed(0)
+    model = transformers.DeepseekV4ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if (
+            "_hc." in name
+        ):  # a fresh connection is symmetric: nothing would show which axis is the destination
+            nn.init.normal_(parameter, std=0.5)
+    ids = torch.randint(0, 64, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return _training(model, {"input_ids": ids, "labels": ids})
+
+
+CASES: dict[str, tuple[str, Callable[[], Training]]] = {
+    "gpt2": (
+        "GPT-2, 12 × 768, 4 × 128 tokens",
+        lambda: of_capture("residual", Sizes(12, 768, 4, 128, heads=12)),
+    ),
+    "long": ("GPT-2, 8 × 512, 8 × 512 tokens", lambda: of_capture("residual", Sizes(8, 512, 8, 512))),
+    "mhc": (
+        "mHC of lucidrains, 6 × 384, n = 4, 4 × 128 tokens",
+        lambda: of_capture("mhc", Sizes(6, 384, 4, 128)),
+    ),
+    "deepseek": ("DeepSeek V4, 8 × 256, n = 4, 4 × 128 tokens", lambda: deepseek_v4(8, 256, 4, 128)),
+}
+QUICK: dict[str, tuple[str, Callable[[], Training]]] = {
+    "gpt2": ("GPT-2, 2 × 32", lambda: of_capture("residual", Sizes(2, 32, 2, 16, heads=4))),
+    "mhc": ("mHC, 1 × 32", lambda: of_capture("mhc", Sizes(1, 32, 2, 16))),
+}

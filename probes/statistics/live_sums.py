@@ -1,0 +1,264 @@
+"""What does a live row need beyond the sums of a step? Sampled tokens, the mean over streams, products of the connections.
+
+Shapes: B batch, T token, t = B T, K sampled tokens, N stream, V view of the streams (their mean, then each of several), D
+feature. Everything stays on the device until `probes.training.live` reads it back at the end of the step.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+PADDING = -1.0  # in values of every token that cannot be negative
+
+
+class Places(NamedTuple):
+    """Which tokens of a batch are sampled: their positions in (B T,), and whether each of them is a real one."""
+
+    position_K: torch.Tensor
+    real_K: torch.Tensor | None
+
+
+@lru_cache(maxsize=16)
+def _drawn_order(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_places(shape: tuple[int, int], mask_BT: torch.Tensor | None, most: int, seed: int) -> Places:
+    """Draw tokens of a batch uniformly; batches of one shape and mask give the same ones.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        B and T.
+    mask_BT : Tensor or None
+        True on real tokens.
+    most : int
+        Number of tokens at most.
+    seed : int
+        Of the order in which they are drawn.
+
+    Returns
+    -------
+    Places
+        Ascending positions. Where fewer tokens are real than are wanted, padding follows, which is not real.
+    """
+    order = _drawn_order(shape[0] * shape[1], seed)
+    if mask_BT is None:
+        return Places(order[:most].sort().values, None)
+    order = order.to(mask_BT.device)
+    real = mask_BT.flatten()[order]
+    # A stable sort, real ones first, in place of a selection by booleans: that would wait for the device to count them.
+    first = torch.argsort(~real, stable=True)[:most]
+    position, by_position = order[first].sort()
+    return Places(position, real[first][by_position])
+
+
+class LiveSums:
+    """Of one chain: what its forwards of one step show of sampled tokens, of the mean over streams and of every token.
+
+    The sample is of the first forward of the step; sums and values of every token are of all forwards.
+
+    Parameters
+    ----------
+    most : int
+        Number K of sampled tokens.
+    seed : int
+        Of the sample.
+    """
+
+    def __init__(self, most: int, seed: int) -> None:
+        self.most, self.seed = most, seed
+        self.places: dict[int, Places] = {}  # by depth: the tokens of a chain may change their number
+        self.states: dict[int, torch.Tensor] = {}  # (K, N, D)
+        self.gradient_norms: dict[int, torch.Tensor] = {}  # (K, N)
+        self.mixes: dict[int, torch.Tensor] = {}  # (K, N, N) by connection, as the module computes it
+        self.reads: dict[int, torch.Tensor] = {}  # (K, views, N)
+        self.writes: dict[int, torch.Tensor] = {}  # (K, N, views)
+        self.sums: dict[str, dict[int, torch.Tensor]] = {}
+        self.values: dict[str, dict[int, torch.Tensor]] = {}  # of every token, the token first
+        self._drawn: dict[tuple[int, int], Places] = {}
+        # Products over the connections so far, in both orders: the orientation of the matrices is proven later.
+        self._products: tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def _places(self, shape: tuple[int, int], mask_BT: torch.Tensor | None) -> Places:
+        if shape not in self._drawn:
+            self._drawn[shape] = draw_places(shape, mask_BT, self.most, self.seed)
+        return self._drawn[shape]
+
+    def sample_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Copy the sampled tokens of a state, in float32."""
+        if not state_BTND.numel():
+            return
+        places = self._places((state_BTND.shape[0], state_BTND.shape[1]), mask_BT)
+        self.places[depth] = places
+        self.states[depth] = _tokens(state_BTND, places).float()
+
+    def sample_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Norms of the gradient at the sampled tokens, of each stream."""
+        if not gradient_BTND.numel():
+            return
+        places = self._places((gradient_BTND.shape[0], gradient_BTND.shape[1]), mask_BT)
+        gradient = _tokens(gradient_BTND, places)
+        self.gradient_norms[depth] = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
+
+    def add(self, name: str, key: int, value: torch.Tensor) -> None:
+        """Add to a sum."""
+        parts = self.sums.setdefault(name, {})
+        parts[key] = parts[key] + value if key in parts else value
+
+    def add_values(self, name: str, key: int, value: torch.Tensor) -> None:
+        """Append the values of every token of a forward, the token first."""
+        parts = self.values.setdefault(name, {})
+        parts[key] = torch.cat([parts[key], value]) if key in parts else value
+
+    def add_stream_cosines(self, depth: int, cosine_tNN: torch.Tensor, norm_tN: torch.Tensor) -> None:
+        """Add the cosines between the streams of every token; a stream of zeros has none.
+
+        Parameters
+        ----------
+        depth : int
+            Depth index.
+        cosine_tNN : Tensor
+            Products of unit vectors, zero where a stream is zero.
+        norm_tN : Tensor
+            Norms of the streams.
+        """
+        cosine = cosine_tNN.double()
+        num_streams = cosine.shape[-1]
+        directed = (norm_tN > 0).sum(-1).double()
+        defined = directed > 1
+        mean = (cosine.sum((-2, -1)) - directed) / (directed * (directed - 1)).clamp_min(1)
+        complete = directed == num_streams
+        self.add("stream_cosine_sum", depth, torch.where(defined, mean, 0.0).sum())
+        self.add("stream_cosine_count", depth, defined.sum().double())
+        self.add("pair_cosine_sum", depth, torch.where(complete[:, None, None], cosine, 0.0).sum(0))
+        self.add("pair_cosine_count", depth, complete.sum().double())
+
+    # --- connections ---
+
+    def add_connection(
+        self,
+        number: int,
+        mix: torch.Tensor | None,
+        read: torch.Tensor | None,
+        write: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+    ) -> None:
+        """Add the coefficients of one connection: shares of reads and writes, and the gains of products up to it.
+
+        Parameters
+        ----------
+        number : int
+            Connection index; they come in the order in which they are applied.
+        mix : Tensor or None
+            H_res, (B, T, N, N), in the orientation of the module.
+        read : Tensor or None
+            H_pre, (B, T, views, N), of every token.
+        write : Tensor
+            H_post, (B, T, N, views).
+        mask_BT : Tensor or None
+            True on real tokens.
+        """
+        if not write.numel():
+            return
+        places = self._places((write.shape[0], write.shape[1]), mask_BT)
+        self.writes[number] = _tokens(write, places).float()
+        real = None if mask_BT is None else mask_BT[..., None]
+        if write.shape[-1] == 1:
+            self.add("write_size_sum", number, _size_sum(write[..., 0], real))
+        if read is not None:
+            self.reads[number] = _tokens(read, places).float()
+            if read.shape[-2] == 1:
+                self.add("read_size_sum", number, _size_sum(read[..., 0, :], real))
+        if mix is not None:
+            self.mixes[number] = _tokens(mix, places).float()
+            self._add_gains(number, mix.detach().flatten(0, 1).double(), mask_BT)
+
+    def _add_gains(self, number: int, mix_tNN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Keep the Amax gains of every token: of the matrix, and of the products in both orders."""
+        if (
+            self._products is not None
+            and self._products[0] == number - 1
+            and self._products[1].shape == mix_tNN.shape
+        ):
+            _, left, left_scale, right, right_scale = self._products
+            left, left_scale = _scaled(mix_tNN @ left, left_scale)
+            right, right_scale = _scaled(right @ mix_tNN, right_scale)
+        elif number == 0:
+            left, left_scale = _scaled(mix_tNN, torch.zeros_like(mix_tNN[:, 0, 0]))
+            right, right_scale = left, left_scale
+        else:  # a connection in between was not seen: no product from the first on is known
+            left, left_scale = torch.full_like(mix_tNN, torch.nan), torch.zeros_like(mix_tNN[:, 0, 0])
+            right, right_scale = left, left_scale
+        self._products = number, left, left_scale, right, right_scale
+        padding = None if mask_BT is None else ~mask_BT.flatten()
+        for name, matrix, log_scale in (
+            ("gain", mix_tNN, None),
+            ("product_gain", left, left_scale),
+            ("reversed_product_gain", right, right_scale),
+        ):
+            gains = amax_gains(matrix)
+            if log_scale is not None:
+                gains = gains * log_scale.exp()[:, None]
+            if padding is not None:
+                gains = gains.masked_fill(padding[:, None], PADDING)
+            self.add_values(name, number, gains)
+
+    def end_forward(self) -> None:
+        """Drop the products: the next connection belongs to another forward."""
+        self._products = None
+
+    def merged_with(self, other: LiveSums) -> LiveSums:
+        """The same of two parts of a step; the sample is of the first one that has states."""
+        merged = LiveSums(self.most, self.seed)
+        sampled = self if self.states else other
+        for name in ("places", "states", "gradient_norms", "mixes", "reads", "writes"):
+            setattr(merged, name, dict(getattr(sampled, name)))
+        for part in (self, other):
+            for name, sums in part.sums.items():
+                for key, value in sums.items():
+                    merged.add(name, key, value)
+            for name, values in part.values.items():
+                for key, value in values.items():
+                    merged.add_values(name, key, value)
+        return merged
+
+
+def with_mean(x_tND: torch.Tensor) -> torch.Tensor:
+    """The views (t, V, D) of some tokens: the mean over streams before the streams, where there are several."""
+    if x_tND.shape[1] == 1:
+        return x_tND
+    # In float64: of streams that nearly cancel, the rounding would be the mean.
+    return torch.cat([x_tND.mean(1, keepdim=True, dtype=torch.float64).to(x_tND.dtype), x_tND], dim=1)
+
+
+def amax_gains(matrix_tNN: torch.Tensor) -> torch.Tensor:
+    """The largest signed sums (t, 2): over the last axis of a matrix, and over the one before."""
+    sums = torch.stack([matrix_tNN.sum(-1), matrix_tNN.sum(-2)], dim=1)
+    return sums.abs().amax(-1)
+
+
+def _scaled(product: torch.Tensor, log_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A product with its largest entry at 1, and the logarithm of its scale: hundreds of connections cannot overflow."""
+    size = product.abs().amax((-2, -1))
+    # A product of exactly zero stays zero; NaN and infinities stay what they are.
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return product / size[:, None, None], log_scale + size.log()
+
+
+def _tokens(tensor_BT: torch.Tensor, places: Places) -> torch.Tensor:
+    """The sampled tokens of a tensor (B, T, …), as a copy; two indices, so that a strided tensor is not copied first."""
+    position = places.position_K.to(tensor_BT.device)
+    tokens = tensor_BT.shape[1]
+    rows = torch.div(position, tokens, rounding_mode="floor")
+    return tensor_BT.detach()[rows, position % tokens]
+
+
+def _size_sum(weights_BTN: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    sizes = weights_BTN.detach().abs()
+    if real is not None:
+        sizes = torch.where(real, sizes, 0.0)
+    return sizes.sum((0, 1), dtype=torch.float64)

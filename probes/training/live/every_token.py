@@ -1,0 +1,182 @@
+"""Which live metrics are exact over every token? Those that sums, maxima and gains of every token give.
+
+Shapes: L depth, V view of the streams (their mean, then each of several), C connection, N stream, t every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from depthscope.diagnostics.quantities.mixing_matrices import over_last
+from depthscope.probes.statistics.live_sums import PADDING, LiveSums
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.training.live.measured import Measured
+
+PROFILE = ("depth", "stream")
+# The absolute and the relative size of a massive activation, as in `kernels.geometry.massive_activations`.
+ABSOLUTE, RELATIVE = 100.0, 1000.0
+
+
+def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, Measured]:
+    """Sizes, directions and gradients by depth and view.
+
+    Parameters
+    ----------
+    sums : TokenSums
+        Of all forwards of the step, of one chain.
+    depths : sequence of int
+        Of the group.
+
+    Returns
+    -------
+    dict of str to Measured
+        By the names of the catalogue.
+    """
+    count = _views(sums, "token_count", depths)
+    found = {"residual_norm": Measured(PROFILE, np.sqrt(_views(sums, "square_norm_sum", depths) / count))}
+    units = _views(sums, "unit_square", depths)
+    directed = _views(sums, "unit_count", depths)
+    pairs = directed * (directed - 1.0)
+    cosine = (units - directed) / np.where(pairs > 0, pairs, np.nan)
+    dims = ("scope", "tokens", "centering", *PROFILE)
+    # Labelled as one variant of an analysis; the others, of ordinary or centred tokens, need every token twice.
+    variants = np.full((1, 2, 2, *cosine.shape), np.nan)
+    variants[0, 0, 0] = cosine
+    found["token_cosine"] = Measured(dims, variants)
+    adjacent = _views(sums, "adjacent_cosine_sum", depths) / count
+    found["adjacent_cosine"] = Measured(PROFILE, adjacent)
+    square = _views(sums, "gradient_square_norm_sum", depths)
+    if not np.isnan(square).all():
+        norm = np.sqrt(square)
+        last = norm[-1:]
+        found["gradient_norm"] = Measured(PROFILE, norm)
+        found["backward_gain"] = Measured(PROFILE, norm / np.where(last > 0, last, np.nan))
+    return found
+
+
+def _views(sums: TokenSums, name: str, depths: Sequence[int]) -> np.ndarray:
+    """One statistic of every view, (L, V): of the mean over several streams, then of each stream; NaN where missing."""
+    parts = [sums] if sums.mean_view is None else [sums.mean_view, sums]
+    arrays = []
+    for part in parts:
+        known = _squared_units(part) if name == "unit_square" else part.sums.get(name, {})
+        arrays.append(_stacked(known, depths))
+    widest = max((array.shape[1] for array in arrays), default=1)
+    return np.concatenate(arrays, axis=1) if name != "token_count" else arrays[0][:, :widest]
+
+
+def _squared_units(part: TokenSums) -> dict[int, torch.Tensor]:
+    return {depth: unit.square().sum(-1) for depth, unit in part.sums.get("unit_sum", {}).items()}
+
+
+def _stacked(parts: dict[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray:
+    """Vectors by key, (keys, …), read back from their device at once; NaN where one is missing."""
+    known = [key for key in keys if key in parts]
+    if not known:
+        return np.full((len(keys), 1), np.nan)
+    values = torch.stack([parts[key].double().reshape(-1) for key in known]).cpu().numpy()
+    found = np.full((len(keys), values.shape[1]), np.nan)
+    found[[list(keys).index(key) for key in known]] = values
+    return found
+
+
+def stream_metrics(live: LiveSums, depths: Sequence[int]) -> dict[str, Measured]:
+    """Cosines between the streams of a token, by depth; empty for one stream."""
+    if "stream_cosine_sum" not in live.sums:
+        return {}
+    total = _stacked(live.sums["stream_cosine_sum"], depths)[:, 0]
+    count = _stacked(live.sums["stream_cosine_count"], depths)[:, 0]
+    pairs = _stacked(live.sums["pair_cosine_sum"], depths)
+    complete = _stacked(live.sums["pair_cosine_count"], depths)
+    num_streams = round(pairs.shape[1] ** 0.5)
+    upper = np.triu_indices(num_streams, 1)
+    means = pairs.reshape(-1, num_streams, num_streams)[:, *upper] / np.where(complete > 0, complete, np.nan)
+    return {
+        "stream_cosine": Measured(("depth",), total / np.where(count > 0, count, np.nan)),
+        "closest_stream_cosine": Measured(("depth",), means.max(axis=1)),
+    }
+
+
+def massive_tokens(
+    live: LiveSums, depths: Sequence[int], medians: np.ndarray, count: np.ndarray, estimator: str
+) -> dict[str, Measured]:
+    """Massive activations: sizes of every token, beside the median of the sampled ones.
+
+    Parameters
+    ----------
+    live : LiveSums
+        With the largest magnitude of every token.
+    depths : sequence of int
+        Of the group.
+    medians : ndarray
+        (L, V), of the magnitudes that are not zero.
+    count : ndarray
+        (L,), number of real tokens.
+    estimator : str
+        What the median is of.
+
+    Returns
+    -------
+    dict of str to Measured
+    """
+    largest = [live.values["largest"][depth].cpu().numpy().astype(np.float64) for depth in depths]
+    fractions, ratios = [], []
+    for values_tV, median_V, real in zip(largest, medians, count, strict=True):
+        massive = (values_tV > ABSOLUTE) & (values_tV > RELATIVE * median_V)
+        undefined = np.where(np.isnan(values_tV).any(axis=0), np.nan, 0.0)
+        fractions.append(massive.sum(axis=0) / real + undefined)
+        ratios.append(values_tV.max(axis=0) / median_V)
+    how = f"largest activation of every token; median {estimator}"
+    return {
+        "massive_token_fraction": Measured(PROFILE, np.array(fractions), how),
+        "massive_activation": Measured(PROFILE, np.array(ratios), how),
+    }
+
+
+def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -> dict[str, Measured]:
+    """Amax gains of every connection and of the products up to it, reduced over every token; empty without mixing.
+
+    Parameters
+    ----------
+    live : LiveSums
+        With the gains of every token.
+    connections : sequence of int
+        Of the group.
+    transposed : bool
+        Whether the matrices are source by destination, as was proven.
+
+    Returns
+    -------
+    dict of str to Measured
+    """
+    # Of a matrix that is the transposed one, rows and columns change places, and so does the order of a product.
+    product = "reversed_product_gain" if transposed else "product_gain"
+    found = {}
+    for name, source in (("mixing_gain", "gain"), ("composite_gain", product)):
+        known = live.values.get(source, {})
+        if not all(number in known for number in connections):
+            continue
+        gains = torch.stack([known[number] for number in connections]).cpu().numpy()  # (C, t, 2)
+        gains = gains[:, gains[0, :, 0] != PADDING]
+        if transposed:
+            gains = gains[..., ::-1]
+        values = over_last(np.moveaxis(gains, 1, -1))  # (C, 2, reduction)
+        found[name] = Measured(("direction", "connection", "reduction"), np.moveaxis(values, 1, 0))
+    return found
+
+
+def share_metrics(live: LiveSums, connections: Sequence[int]) -> dict[str, Measured]:
+    """Shares of the streams in what connections read and write; the label ``mean`` has none."""
+    found = {}
+    for name, source in (("read_share", "read_size_sum"), ("write_share", "write_size_sum")):
+        known = live.sums.get(source, {})
+        if all(number in known for number in connections):
+            sizes = _stacked(known, connections)
+            total = sizes.sum(axis=1, keepdims=True)
+            shares = sizes / np.where(total > 0, total, np.nan)
+            labelled = np.concatenate([np.full((len(sizes), 1), np.nan), shares], axis=1)
+            found[name] = Measured(("connection", "stream"), labelled)
+    return found

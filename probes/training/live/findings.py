@@ -1,0 +1,139 @@
+"""What is wrong while the training runs? Each finding is told once, and again when it becomes more severe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics import Finding, Severity, judge
+from depthscope.probes.training.live.history import histories
+from depthscope.probes.training.live.row import LiveRow
+
+OnFinding = Callable[[int, Finding], Any]
+
+SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
+
+
+class TrainingStopped(RuntimeError):
+    """A finding as severe as ``stop_on`` was met; raised at the end of the step, after everything of it was saved.
+
+    Parameters
+    ----------
+    step : int
+        Of the training.
+    findings : tuple of Finding
+        Those that are as severe, the worst first.
+    """
+
+    def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
+        super().__init__(f"step {step}: {findings[0].sentence} {findings[0].advice}".strip())
+        self.step, self.findings = step, findings
+
+
+class Watched:
+    """Judges rows, and tells what is new in them.
+
+    Parameters
+    ----------
+    on_finding : callable or None
+        ``on_finding(step, finding)``.
+    stop_on : str or None
+        ``"warn"`` or ``"fail"``.
+    """
+
+    def __init__(self, on_finding: OnFinding | None = None, stop_on: str | None = None) -> None:
+        levels = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
+        if stop_on is not None and stop_on not in levels:
+            raise ValueError(
+                f"stop_on is {stop_on!r}; expected one of {', '.join(map(repr, levels))}, or None"
+            )
+        if on_finding is not None and not callable(on_finding):
+            raise ValueError(
+                f"on_finding is of type {type(on_finding).__name__}; expected a function of the step and a finding"
+            )
+        self._on_finding = on_finding
+        self._stop_on = None if stop_on is None else levels[stop_on]
+        self._told: dict[tuple[Any, ...], Severity] = {}
+        self._last: tuple[float, float] | None = None  # when rows were last judged, and how long that took
+
+    @property
+    def due(self) -> bool:
+        """Whether the present row is to be judged.
+
+        Every row where the user waits for findings. Else, where rows follow each other within seconds, as many as take one
+        percent of the time; a finding is then printed some rows later.
+        """
+        if self._last is None or self._on_finding is not None or self._stop_on is not None:
+            return True
+        ended, took = self._last
+        return time.perf_counter() - ended > took / SHARE_OF_TIME
+
+    def judge(self, row: LiveRow, attrs: Mapping[str, Any]) -> list[Finding]:
+        """Findings about one row that are new, or more severe than before, the worst first.
+
+        Parameters
+        ----------
+        row : LiveRow
+            The step.
+        attrs : mapping
+            Of the run.
+
+        Returns
+        -------
+        list of Finding
+        """
+        began = time.perf_counter()
+        by_chain = histories([row], attrs)
+        analysis = (
+            by_chain[""] if list(by_chain) == [""] else xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain})
+        )
+        found = []
+        for finding in judge(analysis):
+            # Not by its place or number, which move from step to step.
+            key = finding.verdict, finding.chain, finding.stream, finding.quantity
+            if finding.severity > self._told.get(key, Severity.PASS):
+                self._told[key] = finding.severity
+                found.append(finding)
+        ended = time.perf_counter()
+        self._last = ended, ended - began
+        return found
+
+    def tell(self, step: int, findings: list[Finding]) -> None:
+        """Print those that are a warning or worse to the standard error, and call the user's function for each.
+
+        Parameters
+        ----------
+        step : int
+            Of the training.
+        findings : list of Finding
+            The new ones.
+        """
+        for finding in findings:
+            if finding.severity >= Severity.WARN:
+                sys.stderr.write(f"depthscope: step {step}: {finding.severity.name}: {finding.sentence}\n")
+            if self._on_finding is not None:
+                self._on_finding(step, finding)
+
+    def require_no(self, step: int, findings: list[Finding]) -> None:
+        """Stop the training where a finding is as severe as was asked for.
+
+        Parameters
+        ----------
+        step : int
+            Of the training.
+        findings : list of Finding
+            The new ones.
+
+        Raises
+        ------
+        TrainingStopped
+            With these findings.
+        """
+        if self._stop_on is not None:
+            severe = tuple(finding for finding in findings if finding.severity >= self._stop_on)
+            if severe:
+                raise TrainingStopped(step, severe)

@@ -1,0 +1,227 @@
+"""What happens at the end of a measured step? Its row is computed, judged and handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import xarray as xr
+
+from depthscope.diagnostics import Finding
+from depthscope.diagnostics.analysis.analyze import find_metric
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.schema import OF_STREAMING
+from depthscope.probes.run.statistics_dataset import GRADIENT
+from depthscope.probes.session.session import Session
+from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import WeightNorms
+from depthscope.probes.training.live.findings import OnFinding, Watched
+from depthscope.probes.training.live.group import live_groups
+from depthscope.probes.training.live.history import SAMPLED_TOKENS, histories
+from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
+from depthscope.probes.training.live.sampled_tokens import OF_SEQUENCES
+from depthscope.probes.training.live.scalars import scalars
+from depthscope.probes.training.sinks import Sink
+
+TOKENS = 128  # sampled by default
+
+
+class Live:
+    """The live metrics of one recorder.
+
+    Parameters
+    ----------
+    session : Session
+        Of the recorder, with ``live_tokens``.
+    names : sequence of str
+        Metrics of the catalogue, see `live_names`.
+    optimizer : Optimizer, optional
+        Whose learning rate is recorded.
+    sinks : iterable of callable
+        Each is called with a step and named numbers.
+    on_finding : callable, optional
+        Called with a step and each new finding.
+    stop_on : str, optional
+        ``"warn"`` or ``"fail"``: the severity that ends the training.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        names: Sequence[str],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        sinks: Iterable[Sink] = (),
+        on_finding: OnFinding | None = None,
+        stop_on: str | None = None,
+    ) -> None:
+        self.rows: list[LiveRow] = []
+        self.attrs: dict[str, Any] = {}  # of the run, as its first step showed it
+        self._session = session
+        self._metrics = LiveMetrics(session, names)
+        self._optimizer = optimizer
+        self._sinks = list(sinks)
+        self._watched = Watched(on_finding, stop_on)
+        self._severe: tuple[int, list[Finding]] | None = None
+        self._unjudged: LiveRow | None = None
+
+    def measure(
+        self,
+        step: int,
+        sums: Sequence[TokenSums],
+        first_run: Callable[[], xr.DataTree],
+        *,
+        loss: float | None,
+        weights: WeightNorms | None,
+        overflowed: bool = False,
+    ) -> LiveRow:
+        """Compute the row of a step.
+
+        Parameters
+        ----------
+        step : int
+            Of the training.
+        sums : sequence of TokenSums
+            Of the step, by chain.
+        first_run : callable
+            Builds the run of the first measured step, which tells what the model is.
+        loss : float or None
+            Of the step.
+        weights : WeightNorms or None
+            How far the step moved the weights.
+        overflowed : bool
+            Whether the gradients mean nothing.
+
+        Returns
+        -------
+        LiveRow
+        """
+        if not self._metrics.groups:
+            run = first_run()
+            self._metrics.groups = live_groups(self._session, run)
+            self.attrs = {str(name): value for name, value in run.attrs.items()}
+        if overflowed:
+            _forget_gradients(sums)
+        row = self._metrics.row(step, sums, loss=loss, learning_rate=self._learning_rate(), weights=weights)
+        self.rows.append(row)
+        return row
+
+    def _learning_rate(self) -> float | None:
+        return None if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
+
+    def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
+        """Hand a row to the sinks, and what is new in its findings to the user.
+
+        Parameters
+        ----------
+        row : LiveRow
+            The step.
+        say : callable
+            Called with a sentence and the error where a sink, a verdict or the user's function failed.
+        """
+        named = scalars(row) if self._sinks else {}
+        for sink in list(self._sinks):
+            try:
+                sink(row.step, named)
+            except Exception as error:
+                self._sinks.remove(sink)  # one sentence, and not one at every step
+                name = getattr(sink, "__qualname__", type(sink).__name__)
+                say(f"the sink {name} failed at step {row.step} and gets no further rows: {error}", error)
+        self._unjudged = row
+        if self._watched.due:
+            self.judge(say)
+
+    def judge(self, say: Callable[[str, Exception | None], None]) -> None:
+        """Judge the last row, where that was not done yet.
+
+        Parameters
+        ----------
+        say : callable
+            Called with a sentence and the error where that failed.
+        """
+        row, self._unjudged = self._unjudged, None
+        if row is None:
+            return
+        try:
+            new = self._watched.judge(row, self.attrs)
+            self._severe = row.step, new
+            self._watched.tell(row.step, new)
+        except Exception as error:
+            say(f"step {row.step} was not judged: {error}", error)
+
+    def stop_if_severe(self) -> None:
+        """Raise `TrainingStopped` where the last row has a new finding as severe as was asked for."""
+        severe, self._severe = self._severe, None
+        if severe is not None:
+            self._watched.require_no(*severe)
+
+    def row_of(self, step: int) -> LiveRow | None:
+        """The row of a measured step; None where it could not be computed.
+
+        Parameters
+        ----------
+        step : int
+            Of the training.
+
+        Returns
+        -------
+        LiveRow or None
+        """
+        return next((row for row in reversed(self.rows) if row.step == step), None)
+
+    def datasets(self) -> dict[str, xr.Dataset]:
+        """The metrics of all rows by chain; empty where there is none."""
+        if not self.rows:
+            return {}
+        tokens = {"live": True, SAMPLED_TOKENS: self._session.live_tokens}
+        return histories(self.rows, {**self.attrs, **tokens})
+
+
+def _forget_gradients(sums: Sequence[TokenSums]) -> None:
+    for chain in sums:
+        for part in (chain, chain.mean_view):
+            if part is not None:
+                part.sums.pop(GRADIENT, None)
+        if chain.live is not None:
+            chain.live.gradient_norms.clear()
+
+
+def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
+    """The metrics that a recorder computes at every measured step.
+
+    Parameters
+    ----------
+    metrics : str or iterable of str
+        ``"live"``, ``"all"`` (every default metric that needs no whole sequences), or names of the catalogue.
+
+    Returns
+    -------
+    tuple of str
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a metric of whole sequences.
+    """
+    if metrics == "live":
+        return LIVE
+    if metrics == "all":
+        more = [name for name, metric in CATALOGUE.items() if metric.default and not _needs_more(name)]
+        return tuple(dict.fromkeys((*LIVE, *more)))
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    for name in names:
+        find_metric(name)
+        if _needs_more(name):
+            raise ValueError(
+                f"{name} cannot be computed on the sampled tokens of a step; choose others, and compute it from the stored "
+                f"sequences: analyze(run, metrics={name!r})"
+            )
+    return names
+
+
+def _needs_more(name: str) -> bool:
+    """Whether a metric needs whole sequences, sums over many steps, or the attention of a capture."""
+    metric = CATALOGUE[name]
+    beyond = {*OF_STREAMING, "query_entropy", "query_keys", "query_first_weight", "initial_logits"}
+    return name in OF_SEQUENCES or bool(beyond & set(metric.roots))

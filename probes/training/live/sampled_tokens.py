@@ -1,0 +1,283 @@
+"""Which live metrics are of the sampled tokens? Those that compare tokens, or the depths of a token.
+
+Shapes: L depth, K sampled token, V view of the streams (their mean, then each of several), N stream, D feature, C connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+import xarray as xr
+
+from depthscope.diagnostics.kernels.mixing import stream_shares
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.quantities.over_sequences import fold
+from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
+from depthscope.diagnostics.quantities.tokens import Massive
+from depthscope.diagnostics.schema import STATE
+from depthscope.probes.statistics.live_sums import LiveSums, with_mean
+from depthscope.probes.training.live.every_token import ABSOLUTE, RELATIVE
+from depthscope.probes.training.live.group import LiveGroup
+from depthscope.probes.training.live.mean_states import mean_state_metrics
+from depthscope.probes.training.live.measured import Measured, sampled
+
+# Of the mean over streams, whose tokens of all depths are compared.
+OF_MEAN = (
+    *(
+        "effective_rank",
+        "entropy_rank",
+        "participation_ratio",
+        "corrected_participation_ratio",
+        "stable_rank",
+    ),
+    *("cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
+)
+# Of the spectra in the mean over streams too; those of every stream would cost as many times as much.
+OF_MEAN_SPECTRA = (
+    *(
+        "numerical_rank",
+        "top_energy",
+        "alpha_req",
+        "alpha_req_error",
+        "singular_value",
+        "intrinsic_dimension",
+    ),
+)
+OF_MIXING = (
+    *("deflated_gain", "relative_deflated_gain", "identity_distance", "composite_identity_distance"),
+    *("doubly_stochastic_violation", "composite_attenuation", "composite_singular_value"),
+)
+OF_CONNECTIONS = (*OF_MIXING, "signal_share")
+# They compare tokens of a sequence that follow each other, or all of a sequence's tokens.
+OF_SEQUENCES = ("dong_residual", "dirichlet_energy", "curvature", "gradient_rank", "gradient_cosine")
+
+# Pooled: the sampled tokens are of many sequences. And as they are few, a biased CKA would be that of noise.
+CHOSEN = {"scope": "data", "estimator": "unbiased"}
+
+
+class SampledTokens:
+    """The sampled tokens of one group in one step.
+
+    Parameters
+    ----------
+    live : LiveSums
+        Of the step.
+    group : LiveGroup
+        Which depths and connections.
+    """
+
+    def __init__(self, live: LiveSums, group: LiveGroup) -> None:
+        self._live, self._group = live, group
+        states = torch.stack([live.states[depth] for depth in group.depths])  # (L, K, N, D)
+        gradients = [live.gradient_norms.get(depth) for depth in group.depths]
+        self.real = self._real(states.shape[1])
+        L, _, N, D = states.shape
+        states = states.cpu() if self.real.all() else states.cpu()[:, self.real]
+        self.count = states.shape[1]
+        views = with_mean(states.reshape(-1, N, D)).reshape(L, self.count, -1, D)
+        self.views_LKVD = views.numpy()
+        self.streams_LKND = states.numpy()
+        self.norms_LKV = torch.linalg.vector_norm(views, dim=-1, dtype=torch.float64).numpy()
+        self.gradient_norms = [None if norm is None else norm.cpu().numpy()[self.real] for norm in gradients]
+        self.medians_LV, self.massive_K = self._massive()
+
+    def _real(self, count: int) -> np.ndarray:
+        real = self._live.places[self._group.depths[0]].real_K
+        return np.ones(count, dtype=bool) if real is None else real.cpu().numpy()
+
+    def _massive(self) -> tuple[np.ndarray, np.ndarray]:
+        """Medians of the magnitudes that are not zero, (L, V), and which tokens have a massive activation at any depth."""
+        L, K, V, D = self.views_LKVD.shape
+        sizes = np.abs(self.views_LKVD.transpose(0, 2, 1, 3)).reshape(L, V, K * D)
+        medians = np.array([[_median(of_view) for of_view in of_depth] for of_depth in sizes])
+        found = np.zeros(K, dtype=bool)
+        limits = np.maximum(ABSOLUTE, RELATIVE * medians)
+        for depth, view in np.argwhere(self._largest() > limits):  # none in most networks
+            if np.isfinite(sizes[depth, view]).all():
+                found |= (sizes[depth, view].reshape(K, D) > limits[depth, view]).any(axis=1)
+        return medians, found
+
+    def _largest(self) -> np.ndarray:
+        """The largest magnitude of every token, (L, V), at least that of the sampled ones."""
+        values = [self._live.values["largest"][depth].amax(0) for depth in self._group.depths]
+        return torch.stack(values).double().cpu().numpy()
+
+    def mean_states(self) -> dict[str, Measured]:
+        """Ranks, similarities and angles in the mean over streams; NaN for single streams."""
+        found = {}
+        for name, (dims, values) in mean_state_metrics(self.views_LKVD[:, :, 0], ~self.massive_K).items():
+            metric = CATALOGUE[name]
+            if "stream" in metric.dims:
+                of_streams = np.full((*values.shape, len(self._group.streams) - 1), np.nan)
+                dims, values = (*dims, "stream"), np.concatenate([values[..., None], of_streams], axis=-1)
+            found[name] = Measured(dims, values, sampled(self.count, metric.estimator))
+        return found
+
+    def connections(self) -> dict[str, Measured]:
+        """What the products of the matrices do, and which stream gives most of what is read."""
+        variables = self._coefficients()
+        found: dict[str, Measured] = {}
+        if "h_res" in variables:
+            mask = xr.DataArray(np.ones((1, self.count), dtype=bool), dims=("sample", "token"))
+            source = Quantities(xr.Dataset())
+            source.give(
+                "mixing", Mixing(xr.DataArray(variables["h_res"][1], dims=variables["h_res"][0]), mask)
+            )
+            for name in OF_MIXING:
+                found[name] = self._measured(name, source.call(CATALOGUE[name].function))
+        reads = [int(depth) for depth in self._group.connection_coords.get("depth_in", ((), ()))[1]]
+        if "h_pre" in variables and set(reads) <= set(self._group.depths):
+            sizes = self.norms_LKV[[self._group.depths.index(depth) for depth in reads]][..., 1:]
+            weights = np.abs(variables["h_pre"][1][:, 0]) * sizes
+            if np.isfinite(weights).all():
+                shares = np.stack([stream_shares(of_one) for of_one in weights])
+                labelled = np.concatenate([np.full((len(shares), 1), np.nan), shares], axis=1)
+                how = sampled(self.count, CATALOGUE["signal_share"].estimator)
+                found["signal_share"] = Measured(("connection", "stream"), labelled, how)
+        return found
+
+    def _measured(self, name: str, value: xr.DataArray) -> Measured:
+        labelled = self._group.with_all_streams(value)
+        how = sampled(self.count, CATALOGUE[name].estimator)
+        return Measured(tuple(map(str, labelled.dims)), labelled.values.astype(np.float64), how)
+
+    def measure(
+        self, names: Iterable[str]
+    ) -> tuple[dict[str, Measured], dict[str, xr.DataArray], dict[str, str]]:
+        """Measure metrics of the catalogue.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Their names.
+
+        Returns
+        -------
+        tuple of dict
+            Values by name, nulls by name, and why others have no value.
+        """
+        values: dict[str, Measured] = {}
+        nulls: dict[str, xr.DataArray] = {}
+        reasons: dict[str, str] = {}
+        sources: dict[bool, Quantities] = {}
+        for name in names:
+            metric = CATALOGUE[name]
+            if name in OF_SEQUENCES:
+                reasons[name] = "needs whole sequences: analyze the stored run"
+                continue
+            of_mean = name in OF_MEAN_SPECTRA
+            if of_mean not in sources:
+                sources[of_mean] = self._quantities(of_mean=of_mean)
+            try:
+                found = metric.evaluate(sources[of_mean])
+            except Unavailable as reason:
+                reasons[name] = str(reason)
+                continue
+            values[name] = self._measured(name, found[name])
+            if f"{name}_null" in found:
+                nulls[f"{name}_null"] = self._group.with_all_streams(found[f"{name}_null"])
+        return values, nulls, reasons
+
+    def nulls(self, names: Iterable[str]) -> dict[str, xr.DataArray]:
+        """The nulls of metrics in the mean over streams, as `NAME_null`; empty for those whose null is a constant.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Of the metrics.
+
+        Returns
+        -------
+        dict of str to DataArray
+        """
+        source = self._quantities(of_mean=True)
+        found = {}
+        for name in names:
+            metric = CATALOGUE[name]
+            if callable(metric.null):
+                null = metric.stamp(fold(source.call(metric.null))[0], "expected of iid noise")
+                found[f"{name}_null"] = self._group.with_all_streams(null)
+        return found
+
+    def relative_gradient(self) -> dict[str, Measured]:
+        """Norms of the gradient times those of the state, token by token; empty without gradients."""
+        if all(norm is None for norm in self.gradient_norms):
+            return {}
+        ordinary = ~self.massive_K
+        sizes = self.norms_LKV[:, ordinary]
+        found = np.full((len(sizes), sizes.shape[2]), np.nan)
+        for at, norm in enumerate(self.gradient_norms):
+            if norm is not None:
+                streams = sizes[at][:, -norm.shape[1] :]  # of several, their mean has none
+                found[at, -norm.shape[1] :] = np.sqrt(((norm[ordinary] * streams) ** 2).sum(axis=0))
+        how = sampled(self.count, CATALOGUE["relative_gradient"].estimator)
+        return {"relative_gradient": Measured(("depth", "stream"), found, how)}
+
+    def _quantities(self, *, of_mean: bool) -> Quantities:
+        """The quantities of a trace that has the sampled tokens as one sequence; only pooled tokens are measured."""
+        states = self.views_LKVD[:, :, :1] if of_mean else self.streams_LKND
+        variables = {
+            "residual": (STATE, states[:, None]),
+            "mask": (("sample", "token"), np.ones((1, self.count), dtype=bool)),
+        }
+        if not of_mean:
+            variables.update(self._coefficients())
+        coords = {**self._group.depth_coords, "stream": np.arange(states.shape[2])}
+        if any(name in variables for name in ("h_res", "h_post")):
+            coords.update(self._group.connection_coords)
+        source = Quantities(xr.Dataset(variables, coords, attrs=self._group.attrs), choices=CHOSEN)
+        mask = source["mask"]
+        # Of every stream, also where only their mean is measured.
+        source.give(
+            "massive",
+            Massive(
+                token=mask.copy(data=self.massive_K[None]),
+                fraction=xr.DataArray(np.nan),
+                ratio=xr.DataArray(np.nan),
+                features=(),
+                tokens_per_sequence=float(self.count),
+            ),
+        )
+        return source
+
+    def _coefficients(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """The coefficients of the connections at the sampled tokens, as a trace has them."""
+        group = self._group
+        if not group.connections:
+            return {}
+        found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        route = ("connection", "sample", "token")
+        mixes = self._of_connections(self._live.mixes)
+        if group.mixes_known and mixes is not None:
+            applied = [
+                group.applied(number, mix) for number, mix in zip(group.connections, mixes, strict=True)
+            ]
+            found["h_res"] = ((*route, "stream_out", "stream_in"), self._stacked(applied))
+        for name, parts, axis in (("h_pre", self._live.reads, -2), ("h_post", self._live.writes, -1)):
+            known = self._of_connections(parts)
+            if known is not None and all(part.shape[axis] == 1 for part in known):
+                found[name] = ((*route, "stream"), self._stacked([part.squeeze(axis) for part in known]))
+        return found
+
+    def _of_connections(self, parts: Mapping[int, torch.Tensor]) -> list[torch.Tensor] | None:
+        """One part of every connection of the group; None where some connection lacks it."""
+        numbers = self._group.connections
+        return [parts[number] for number in numbers] if all(number in parts for number in numbers) else None
+
+    def _stacked(self, parts: list[torch.Tensor]) -> np.ndarray:
+        return torch.stack(parts).cpu().numpy()[:, None, self.real]
+
+
+def _median(sizes: np.ndarray) -> float:
+    """The median of sizes that are not zero; NaN where all are."""
+    number = np.count_nonzero(sizes)
+    if not number:
+        return np.nan
+    # Zeros are the smallest: of a state after a ReLU most entries are, and so would the median be.
+    middle = len(sizes) - number + number // 2
+    ranked = np.partition(sizes, middle)
+    upper = float(ranked[middle])
+    return upper if number % 2 else (upper + float(ranked[:middle].max())) / 2.0

@@ -1,0 +1,308 @@
+"""Are the metrics that are computed while a training runs those of an analysis of the same tokens, and who is told of them?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from depthscope import diagnostics, probes
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.probes.statistics import compiled_block, token_sums
+from depthscope.probes.statistics.live_sums import draw_places, with_mean
+from depthscope.probes.training.live.live import live_names
+from depthscope.probes.training.live.row import LIVE
+
+# Vectors are added in float32 over the tokens of a block; all else is float64 on the same float32 states.
+EXACT = 1e-6
+
+
+def train(model, ids, *, steps=2, rate=1e-2, lookup="ids", **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    options = {"gradients": True, "metrics": "live", "optimizer": optimizer} | options
+    with probes.record(model, **options) as recorder:
+        for _ in range(steps):
+            loss_of(model, ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(1.0)
+    return recorder
+
+
+def loss_of(model, ids):
+    output = model(ids)
+    logits = output if isinstance(output, torch.Tensor) else output[0]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def compared(live: xr.DataArray, analysed: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values at the labels that both have."""
+    for dim in set(live.dims) & set(live.coords) & set(analysed.coords):
+        labels = [label for label in analysed[dim].values.tolist() if label in live[dim].values.tolist()]
+        live, analysed = live.sel({dim: labels}), analysed.sel({dim: labels})
+    return live.values.astype(float), analysed.transpose(*live.dims).values.astype(float)
+
+
+def require_same(history: xr.Dataset, analysis: xr.Dataset, *, missing: dict[str, str]) -> int:
+    """Every defined number of a row is that of the analysis; where one is missing, the label is named in ``missing``."""
+    found = 0
+    for name in CATALOGUE.keys() & history.data_vars.keys() & analysis.data_vars.keys():
+        live, analysed = compared(history[name], analysis[name])
+        known = ~np.isnan(live)
+        np.testing.assert_allclose(live[known], analysed[known], rtol=EXACT, atol=EXACT, err_msg=name)
+        lost = np.isnan(live) & ~np.isnan(analysed)
+        assert not lost.any() or name in missing, name
+        found += int(known.sum())
+    return found
+
+
+OF_MEAN = dict.fromkeys(
+    (
+        *(
+            "effective_rank",
+            "entropy_rank",
+            "participation_ratio",
+            "corrected_participation_ratio",
+            "stable_rank",
+        ),
+        *("num_tokens", "relative_gradient"),
+    ),
+    "of the mean over streams, or of each stream alone",
+) | {"token_cosine": "raw, of all tokens"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("llama", ()), ("deepseek", ()), ("lucidrains", ("mhc",)), ("lucidrains", ("hc",))],
+)
+def test_a_row_is_what_an_analysis_gives_of_the_same_tokens(models, ids, name, arguments):
+    torch.manual_seed(0)
+    # As many as the batch has: the sampled tokens are those of the stored sequences.
+    recorder = train(models[name](*arguments), ids, live_tokens=ids.numel(), max_sequences=8)
+    run = recorder.run
+    history = schema.chain_dataset(run, "metrics")
+    assert history["step"].values.tolist() == [0, 1]
+    last = history.isel(step=-1)
+    assert require_same(last, diagnostics.analyze(run).isel(step=-1), missing=OF_MEAN) > 100
+    streams = history.sizes["stream"] > 1
+    expected = {metric for metric in LIVE if streams or not live_of_streams(metric)}
+    assert expected <= set(history.data_vars)
+    assert last["loss"] == 1.0
+    assert last["learning_rate"] == 1e-2
+    assert history["same_sampled_tokens"].values.tolist() == [1.0, 1.0]
+    assert "exact over every token" in history["residual_norm"].attrs["estimator"]
+    assert f"on {ids.numel()} sampled tokens" in history["effective_rank"].attrs["estimator"]
+    assert not recorder.errors
+
+
+def live_of_streams(metric: str) -> bool:
+    return CATALOGUE[metric].axis == "connection" or "stream_cosine" in metric
+
+
+def test_sampled_tokens_are_those_that_were_drawn(models, ids):
+    torch.manual_seed(0)
+    recorder = train(models["llama"](), ids, steps=1, live_tokens=9, max_sequences=8)
+    run = recorder.run
+    trace = schema.chain_dataset(run, "trace")
+    places = draw_places(tuple(ids.shape), None, 9, 0).position_K.numpy()
+    states = trace["residual"].values.reshape(trace.sizes["depth"], -1, 1, trace.sizes["feature"])[:, places]
+    alone = trace.isel(sample=[0], token=slice(0, 9)).drop_vars(
+        ["gradient", "final", "final_gradient"], errors="ignore"
+    )
+    alone = alone.assign(
+        residual=(schema.STATE, states[:, None]), mask=(("sample", "token"), np.ones((1, 9), dtype=bool))
+    ).drop_dims("connection", errors="ignore")
+    analysis = diagnostics.analyze(schema.create_run(alone, attrs=run.attrs)).isel(step=0)
+    row = schema.chain_dataset(run, "metrics").isel(step=0)
+    for name in ("effective_rank", "participation_ratio", "cka", "angular_distance", "block_influence"):
+        live, analysed = compared(row[name], analysis[name])
+        np.testing.assert_allclose(live, analysed, rtol=EXACT, atol=EXACT, err_msg=name)
+    whole = diagnostics.analyze(run).isel(step=0)
+    np.testing.assert_allclose(*compared(row["residual_norm"], whole["residual_norm"]), rtol=EXACT)
+
+
+def test_the_same_real_tokens_are_drawn_whatever_the_padding():
+    mask = torch.ones(4, 50, dtype=torch.bool)
+    free = draw_places((4, 50), None, 20, 0)
+    assert torch.equal(free.position_K, draw_places((4, 50), mask, 20, 0).position_K)
+    mask[:, 25:] = False
+    places = draw_places((4, 50), mask, 20, 0)
+    assert places.real_K.all()
+    assert mask.flatten()[places.position_K].all()
+    kept = free.position_K[mask.flatten()[free.position_K]]
+    assert set(kept.tolist()) <= set(places.position_K.tolist())
+    mask[:, 3:] = False
+    few = draw_places((4, 50), mask, 20, 0)
+    assert int(few.real_K.sum()) == 12
+
+
+def test_micro_batches_add_up_and_another_shape_is_told(models, ids):
+    torch.manual_seed(0)
+    model = models["deepseek"]()
+    whole = train(model, ids, steps=1, rate=0.0, gradients=False, live_tokens=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with probes.record(model, metrics="live", optimizer=optimizer, live_tokens=8) as parts:
+        for each in ids:
+            model(each[None])
+        parts.step()
+        model(ids)
+        parts.step()
+    one, other = (schema.chain_dataset(of.run, "metrics").isel(step=0) for of in (whole, parts))
+    for name in (
+        "residual_norm",
+        "token_cosine",
+        "stream_cosine",
+        "mixing_gain",
+        "composite_gain",
+        "read_share",
+    ):
+        np.testing.assert_allclose(one[name], other[name], rtol=EXACT, atol=EXACT, err_msg=name)
+    history = schema.chain_dataset(parts.run, "metrics")
+    assert history["same_sampled_tokens"].values.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_one_compiled_pass_gives_what_torch_gives(streams):
+    if not compiled_block.is_available():
+        pytest.skip("numba is not installed")
+    x = torch.randn(7, streams, 16, generator=torch.Generator().manual_seed(0))
+    x[2], x[3], x[4] = 0.0, 1e-25, 1e25
+    before = with_mean(x.flip(0))
+    before = before / before.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    plain = token_sums._block(with_mean(x), before.clone(), None)
+    compiled = compiled_block.compiled_block(x, before.clone())
+    for one, other in zip(plain, compiled, strict=False):
+        torch.testing.assert_close(other.double(), one.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        compiled_block.compiled_squares(x[:2]),
+        with_mean(x[:2]).double().square().sum((0, 2)),
+        rtol=1e-6,
+        atol=0.0,
+    )
+    x[5, 0, 0] = torch.nan
+    broken = compiled_block.compiled_block(x, None)
+    assert broken.norm_tV[5].isnan().any()
+    assert broken.largest_tV[5].isnan().any()
+
+
+def test_without_numba_the_numbers_are_the_same(models, ids, monkeypatch):
+    rows = []
+    for available in (True, False):
+        torch.manual_seed(0)
+        monkeypatch.setattr(
+            token_sums,
+            "is_available",
+            lambda available=available: available and compiled_block.is_available(),
+        )
+        recorder = train(models["lucidrains"]("mhc"), ids, steps=1, live_tokens=16)
+        rows.append(schema.chain_dataset(recorder.run, "metrics"))
+    for name in rows[0].data_vars:
+        np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-6, atol=1e-6, err_msg=str(name))
+
+
+def test_every_default_metric_or_some_by_name(models, ids):
+    torch.manual_seed(0)
+    some = train(models["llama"](), ids, steps=1, metrics=["effective_rank", "channel_variance"])
+    history = schema.chain_dataset(some.run, "metrics")
+    named = set(history.data_vars) & CATALOGUE.keys()
+    assert named == {"effective_rank", "channel_variance"}
+    torch.manual_seed(0)
+    every = train(models["deepseek"](), ids, steps=1, metrics="all", live_tokens=ids.numel(), max_sequences=8)
+    row = schema.chain_dataset(every.run, "metrics").isel(step=0)
+    assert {"alpha_req", "henrici", "effective_streams", "channel_variance"} <= set(row.data_vars)
+    missing = OF_MEAN | dict.fromkeys(
+        (
+            "numerical_rank",
+            "top_energy",
+            "alpha_req",
+            "alpha_req_error",
+            "singular_value",
+            "intrinsic_dimension",
+        ),
+        "",
+    )
+    require_same(row, diagnostics.analyze(every.run).isel(step=0), missing=missing)
+    assert not every.errors
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metrics": "effective_rnk"}, "effective_rank"),
+        ({"metrics": ["curvature"]}, "whole sequences|stored sequences"),
+        ({"metrics": None, "stop_on": "fail"}, "metrics='live'"),
+        ({"metrics": "live", "stop_on": "error"}, "'warn', 'fail'"),
+        ({"metrics": "live", "on_finding": 3}, "a function of the step"),
+        ({"metrics": "live", "live_tokens": 2}, "4 or more"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_loop(models, options, words):
+    with pytest.raises(ValueError, match=words):
+        probes.record(models["llama"](), **options)
+
+
+def test_live_and_all_are_names_of_the_catalogue():
+    assert set(LIVE) <= set(CATALOGUE)
+    assert set(LIVE) < set(live_names("all")) <= set(CATALOGUE)
+
+
+def exploding(models):
+    """A model one of whose blocks multiplies the state by 1e5."""
+    model = models["llama"]()
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            parameter.mul_(300.0)
+    return model
+
+
+def test_a_finding_is_told_once_and_stops_the_training_after_the_step(models, ids, capsys, tmp_path):
+    torch.manual_seed(0)
+    told = []
+    model = exploding(models)
+    train(
+        model, ids, steps=3, rate=0.0, on_finding=lambda step, finding: told.append((step, finding.verdict))
+    )
+    assert told
+    assert {step for step, _ in told} == {0}
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("depthscope: step")]
+    assert lines
+    assert len(lines) == len(set(lines))
+    assert all(line.startswith("depthscope: step 0: ") for line in lines)
+    steps = []
+
+    def until_it_stops():
+        with probes.record(model, metrics="live", stop_on="warn", store=tmp_path / "a.nc") as recorder:
+            for step in range(5):
+                model(ids)
+                steps.append(step)
+                recorder.step()
+
+    with pytest.raises(probes.TrainingStopped) as stopped:
+        until_it_stops()
+    assert steps == [0]
+    assert stopped.value.step == 0
+    assert stopped.value.findings
+    stored = diagnostics.open_run(tmp_path / "a.nc")
+    assert schema.chain_dataset(stored, "metrics")["step"].values.tolist() == [0]
+
+
+def test_a_callback_or_a_sink_that_fails_never_ends_the_training(models, ids):
+    rows = []
+
+    def broken(*_):
+        raise RuntimeError("no connection")
+
+    torch.manual_seed(0)
+    with pytest.warns(probes.ProbeWarning, match="no connection"):
+        recorder = train(
+            exploding(models),
+            ids,
+            steps=3,
+            rate=0.0,
+            sinks=[broken, lambda *row: rows.append(row)],
+            on_finding=broken,
+        )
+    assert [step for step, _ in rows] == [0, 1, 2]
+    assert len(recorder.run["metrics"]["step"]) == 3
