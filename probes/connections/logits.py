@@ -133,6 +133,8 @@ def share_scaled(logits: torch.Tensor, matrix: torch.Tensor, rounding: float) ->
 
 def as_matrices(tensor: torch.Tensor, batch: int, tokens: int, n: int) -> Iterator[torch.Tensor]:
     """A tensor as matrices (B, T, n, n), rows and columns as they stand and exchanged, in each way that its shape allows."""
+    while tensor.ndim > 4 and tensor.shape[0] == 1:  # such as an axis of one proposal
+        tensor = tensor.squeeze(0)
     for each in per_token(tensor, (n, n), batch, tokens):
         yield from (each, each.mT)
 
@@ -159,7 +161,11 @@ def is_same_matrix(
     """
     limit = SAME * max(1.0, float(wanted.abs().max()))
     return any(
-        bool(((each[list(rows)].float() - wanted).abs() <= limit).all())
+        bool(
+            (
+                (each[list(rows), : wanted.shape[1]].to(wanted.device, torch.float32) - wanted).abs() <= limit
+            ).all()
+        )
         for each in as_matrices(tensor, batch, tokens, wanted.shape[-1])
     )
 

@@ -8,8 +8,8 @@ from itertools import islice
 
 import torch
 
-from depthscope.probes.connections.computation import Search
-from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits
+from depthscope.probes.connections.computation import ComputedForward, Search
+from depthscope.probes.connections.logits import NOT_SEEN, as_matrices, find_logits, is_same_matrix
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,28 @@ def mixing_logits(search: Search) -> list[MixingLogits]:
     ]
 
 
+def _is_matrix(forward: ComputedForward, tensor: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return is_same_matrix(
+        tensor.detach(), wanted, batch=forward.batch_size, tokens=forward.tokens, rows=forward.rows
+    )
+
+
 def _of_connection(search: Search, number: int) -> tuple[MixingLogits, tuple[torch.Tensor, ...]]:
     """The logits of a connection, and the tensors that are its logits and its matrix."""
     forward, wanted = search.forward, search.applied[number].mix
     n, found = wanted.shape[-1], search.found[number].get("H_res", [])
-    sizes = (n * n, forward.batch_size * forward.tokens * n * n)
-    # A copy for a log is not what is applied.
-    mix = [v for v in found if v.tensor.numel() in sizes and v.number in forward.used]
-    if not mix:
+    if not found:
         return MixingLogits(NOT_SEEN), ()
-    behind = search.behind(mix[-1:])
+    behind = search.behind(found[-1:])
+    # The matrix may be a part of what reads and mixes, and was computed before: whatever leads to that. A copy for a log is
+    # not what is applied.
+    known = {value.number for value in found}
+    mix = [
+        value
+        for value in search.squares(number, (0, found[-1].order + 1))
+        if value.number in behind & forward.used
+        and (value.number in known or _is_matrix(forward, value.tensor, wanted))
+    ]
     exponentials = [each for each in forward.exponentials if each.number in behind]
     first = exponentials[0].order if exponentials else 0
     before = [each for each in search.squares(number, (0, first)) if each.number in behind][::-1]

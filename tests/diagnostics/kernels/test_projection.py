@@ -26,8 +26,9 @@ def trace(function, logits):
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
 def test_sinkhorn_in_its_limit(n, spread):
     logits = spread * torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    found = mixing.sinkhorn_sensitivity(projected(logits, 2000).numpy())
-    expected = trace(lambda z: projected(z, 2000), logits) * n / (n - 1) ** 2
+    rounds = 200 if spread <= 1 else 2000  # the derivative converges as slowly as the matrix
+    found = mixing.sinkhorn_sensitivity(projected(logits, rounds).numpy())
+    expected = trace(lambda z: projected(z, rounds), logits) * n / (n - 1) ** 2
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hyper_connections.manifold_constrained_hyper_connections as constrained
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import depthscope as ds
+from tests.models.families import Lucidrains
 from tests.models.logit_models import PROJECTIONS, LogitModel, ids, loss
 from tests.probes.interventions import local_streams
 
@@ -143,3 +145,12 @@ def test_saturated_logits_let_hardly_any_gradient_through():
             each.base[-9:] /= 3
     healthy = ds.judge(ds.analyze(ds.capture(model, batch, gradients=True, loss=loss)))
     assert "saturated_logits" not in {f.verdict for f in healthy}
+
+
+def test_a_package_whose_matrix_reads_and_mixes():
+    """lucidrains' part that mixes has an axis of proposals before that of the sequences; its logits begin at the identity."""
+    torch.manual_seed(0)
+    run = ds.capture(Lucidrains(constrained), ids())
+    logits = run.trace["mixing_logits"].values
+    np.testing.assert_allclose(np.ptp(logits, axis=-1), 1.0, rtol=0.05)
+    np.testing.assert_allclose(logits.argmax(-1), np.broadcast_to(np.arange(4), logits.shape[:-1]))
