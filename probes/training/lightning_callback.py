@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from depthscope.probes.training.recorder import Recorder, record
 
+try:
+    from lightning.pytorch import Callback
+except ImportError:  # the class below says so when it is used
+    Callback = None
 
-class LightningCallback(Callback):
+
+class LightningCallback(Callback or object):  # type: ignore[misc]
     """Record a model while a Lightning trainer trains it: ``Trainer(callbacks=[LightningCallback("model", ...)])``.
 
     A step is one of the optimiser, with all of its batches; validations count to none. A training that is resumed from a
@@ -23,6 +26,11 @@ class LightningCallback(Callback):
     **options
         As of `depthscope.record`; ``gradients=True`` is the default here.
 
+    Raises
+    ------
+    ImportError
+        Where Lightning is not installed.
+
     Attributes
     ----------
     recorder : Recorder or None
@@ -30,12 +38,14 @@ class LightningCallback(Callback):
     """
 
     def __init__(self, module: str = "", **options: Any) -> None:
+        if Callback is None:
+            raise ImportError("LightningCallback needs Lightning; install it with: pip install lightning")
         self._module = module
         self._options = {"gradients": True, **options}
         self._global_step = 0
         self.recorder: Recorder | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to record; only the process of rank 0 writes a store."""
         options = dict(self._options)
         if not trainer.is_global_zero:
@@ -45,7 +55,7 @@ class LightningCallback(Callback):
         self.recorder = record(pl_module.get_submodule(self._module), **options).__enter__()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End a step where the optimiser has made one."""
         if self.recorder is None or trainer.global_step == self._global_step:
@@ -54,12 +64,12 @@ class LightningCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         self.recorder.step(loss)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish the store."""
         if self.recorder is not None:
             self.recorder.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Finish the store with the steps that were measured; the step that raised is not."""
         if self.recorder is not None:
             self.recorder.__exit__(type(exception), exception, exception.__traceback__)

@@ -54,7 +54,7 @@ class LiveRecording:
         self._num_written = 0  # of the recorder's rows
         self._proven: Proven | None = None
         self._state_began = self._state_ended = 0.0
-        self._said = ""
+        self._said = self._state_error = ""
         if self._file is not None:
             schema.require_replaceable(self._file)
             if resume and self._file.exists() and not is_live_store(self._folder):
@@ -126,6 +126,11 @@ class LiveRecording:
                 f"the steps are not written to {self._folder} ({error}); they are in recorder.run, and every measured step "
                 "tries again"
             )
+        if self._state_error:
+            return self._once(
+                f"the raw sequences are not saved to {self._folder} ({self._state_error}); the numbers of all steps are, and "
+                "saving them is tried again"
+            )
         if self._said:
             self._said = ""
             return f"all steps are written to {self._folder} again"
@@ -166,17 +171,17 @@ class LiveRecording:
             self.open()
         store = self._store
         assert store is not None
-        failed: Exception | None = None
         if self._proven is None or not store.has_state or self._is_due():
             began = time.monotonic()
             proven = prove(session, rows[-1:])
             try:
                 store.save_state(build(rows[-1:], proven))
+                self._state_error = ""
             except OSError as error:
                 # The numbers of the step need less room than its arrays.
                 if not store.has_state:
                     raise
-                failed = error
+                self._state_error = str(error)
             # Not the sampled sequences: they are needed no more.
             self._proven = proven._replace(sequences=[])
             self._state_began, self._state_ended = began, time.monotonic()
@@ -188,8 +193,6 @@ class LiveRecording:
             store.append(row.step, numbers, coords=coords)
             self._num_written += 1
         store.note(attrs)
-        if failed is not None:
-            raise failed
 
     def _is_due(self) -> bool:
         cost = self._state_ended - self._state_began

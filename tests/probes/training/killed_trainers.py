@@ -70,9 +70,12 @@ def train(store: Path, resume: bool, first_step: int | None, told: int, *, steps
 
 
 def killed_after(
-    seconds: float, store: Path, resume: bool, first_step: int | None
+    seconds: float, store: Path, resume: bool, first_step: int | None, *, started: bool
 ) -> tuple[int | None, int, int]:
-    """Kill one trainer; returns the last step that it told of, and how often the store was read beside it, and in vain."""
+    """Kill one trainer, so long after its start or its first step.
+
+    Returns the last step that it told of, and how often the store was read beside it, and in vain.
+    """
     reading, telling = os.pipe()
     child = os.fork()
     if not child:
@@ -82,6 +85,7 @@ def killed_after(
         finally:
             os._exit(9)
     os.close(telling)
+    told = os.read(reading, 8) if started else b""
     end = time.monotonic() + seconds
     reads = vain = 0
     while time.monotonic() < end:
@@ -99,7 +103,7 @@ def killed_after(
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"the trainer ended by itself with {status}"
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
+        told += pipe.read()
     steps = [int.from_bytes(told[at : at + 8], "little") for at in range(0, len(told) // 8 * 8, 8)]
     return (steps[-1] if steps else None), reads, vain
 
@@ -139,7 +143,10 @@ def campaign(kills: int, folder: Path, *, seed: int, longest: float) -> Counter[
         if not resume:
             shutil.rmtree(store, ignore_errors=True)
             store = folder / str(number)
-        last, reads, vain = killed_after(chance.uniform(0.02, longest), store, resume, first_step)
+        # One in eight at any moment of its start, when nothing may be stored yet.
+        started = chance.random() < 7 / 8
+        seconds = chance.uniform(0.0, longest)
+        last, reads, vain = killed_after(seconds, store, resume, first_step, started=started)
         counts.update(kills=1, reads=reads, too_early=vain, resumed=resume)
         try:
             stored = check(store, last)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from depthscope.diagnostics import schema
-from depthscope.probes.training import TransformersCallback
+from depthscope.probes.training import TransformersCallback, lightning_callback
 
 
 def examples(count: int) -> list[dict[str, torch.Tensor]]:
@@ -65,7 +65,10 @@ def test_a_trainer_is_recorded_and_resumed(models, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # the trainer's own
 def test_a_lightning_trainer_is_recorded(tmp_path):
-    pytest.importorskip("lightning.pytorch")
+    if lightning_callback.Callback is None:
+        with pytest.raises(ImportError, match="pip install lightning"):
+            lightning_callback.LightningCallback("model")
+        pytest.skip("Lightning is not installed")
     import lightning.pytorch as lightning
 
     from depthscope.probes.training import LightningCallback
