@@ -8,9 +8,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-# The source of limits beyond the worst of 99 % of these networks; a verdict says how many there were.
+from depthscope.diagnostics.metrics.declaration import OURS
+
+# The declared source of limits that lie beyond what 99 % of these networks have; `source_of` says how many there were.
 CALIBRATED = "calibrated on healthy networks"
-FEWEST = 50  # networks: of fewer, the worst of 99 % says nothing
+FEWEST = 50  # networks: of fewer, 99 % says nothing
 
 
 @cache
@@ -29,22 +31,28 @@ def calibration() -> Mapping[str, Any]:
     return read
 
 
-def source_of(verdict: str, source: str) -> str:
-    """The source of a verdict's limits, as it is told.
+def source_of(verdict: str, *, mildest: float, above: bool) -> str:
+    """Who says the limits of a verdict that cites the calibration.
 
     Parameters
     ----------
     verdict : str
         Its name.
-    source : str
-        As declared.
+    mildest : float
+        The first of its limits.
+    above : bool
+        Whether larger values are bad.
 
     Returns
     -------
     str
-        Such as ``"calibrated on 212 healthy networks of 53 kinds"``; any source but `CALIBRATED` as it is.
+        Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"this project"`` where the limit is not beyond what
+        99 % of them have, or there were too few.
     """
     measured = calibration()["verdicts"].get(verdict)
-    if source != CALIBRATED or measured is None:
-        return source
+    if measured is None or measured["networks"] < FEWEST:
+        return OURS
+    quantile = measured["shares"]["0.99"]
+    if not (mildest > quantile if above else mildest < quantile):
+        return OURS
     return f"calibrated on {measured['networks']} healthy networks of {measured['of_kinds']} kinds"

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS
-from depthscope.diagnostics.verdicts.calibration import source_of
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -277,7 +277,7 @@ def verdict(
             title=title,
             advice=" ".join(advice.split()),
             metric=metric,
-            limits=replace(limits, source=source_of(function.__name__, limits.source)),
+            limits=_sourced(function.__name__, limits),
             needs=tuple(each.name for each in parameters if each.default is not None),
             function=function,
             wants=tuple(each.name for each in parameters if each.default is None),
@@ -286,6 +286,13 @@ def verdict(
         )
 
     return declare
+
+
+def _sourced(name: str, limits: Limits) -> Limits:
+    """The limits with the source as it is told: how many networks they were calibrated on."""
+    if limits.source != CALIBRATED:
+        return limits
+    return replace(limits, source=source_of(name, mildest=limits.levels[0][1], above=limits.above))
 
 
 def _merged_by_stream(found: list[Finding]) -> list[Finding]:

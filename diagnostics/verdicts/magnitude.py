@@ -14,6 +14,7 @@ import xarray as xr
 from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
 from depthscope.diagnostics.verdicts.claims import ONE_EXACT_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, verdict
@@ -92,7 +93,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
 # Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
 # embedding. Beyond 1e8 the sum no longer resolves the embedding in float32, whose spacing is 1.2e-7.
-@verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8))
+@verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8, source=CALIBRATED))
 def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state grows without measure through the depth.
 
@@ -102,7 +103,7 @@ def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> It
 
 
 # The inverse of those of an exploding state.
-@verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False))
+@verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False, source=CALIBRATED))
 def vanishing_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state fades through the depth.
 
@@ -175,7 +176,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 # connection.
 @verdict(
     metric="composite_gain",
-    limits=Limits(warn=10.0, fail=100.0),
+    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
     not_for=ALTUP,
     follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
 )
@@ -191,7 +192,7 @@ def gain_explosion(
     yield from _gain_profiles(composite_gain, composite_operator_gain, words)
 
 
-@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0))
+@verdict(metric="mixing_gain", limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED))
 def single_gain_explosion(
     mixing_gain: xr.DataArray, operator_gain: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -288,7 +289,7 @@ def _free_limits(connections: int) -> Limits:
 # at the embedding of a healthy Pre-LN network as at its end, whose states are as much larger: a number, no finding.
 @verdict(
     metric="relative_gradient",
-    limits=Limits(warn=30.0, fail=1000.0),
+    limits=Limits(warn=30.0, fail=1000.0, source=CALIBRATED),
     follows_from={"gain_explosion": anywhere},
 )
 def exploding_gradient(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -43,7 +44,7 @@ RESIDUAL_OF_SHARE = 3.0
 
 @verdict(
     metric="effective_rank",
-    limits=Limits(warn=0.15, fail=0.03, above=False),
+    limits=Limits(warn=0.15, fail=0.03, above=False, source=CALIBRATED),
     follows_from={"dead_state": from_there_on},
 )
 def rank_collapse(
@@ -121,7 +122,7 @@ def _limits_of_rank(null: float) -> Limits | None:
 # A participation ratio of 1.5 is 80 % of the variance in one direction over a floor, one of 1.1 is 95 %.
 @verdict(
     metric="participation_ratio",
-    limits=Limits(warn=1.5, fail=1.1, above=False),
+    limits=Limits(warn=1.5, fail=1.1, above=False, source=CALIBRATED),
     follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
 )
 def one_direction(
@@ -152,7 +153,7 @@ def one_direction(
 # positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=0.98, fail=0.995),
+    limits=Limits(warn=0.98, fail=0.995, source=CALIBRATED),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
 )
 def common_vector(token_cosine: xr.DataArray) -> Iterator[Profile]:

@@ -13,6 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.metrics.declaration import OURS
+from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.claims import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 from depthscope.diagnostics.verdicts.declaration import ALTUP, Limits, Profile, number, verdict
@@ -37,8 +38,10 @@ COPIED = 0.999
 PAIRED = 0.9999
 PAIR = Limits(warn=PAIRED)  # of one pair, which may well be close while the others are not
 
-# 1 − cosine of streams that have begun to part, beyond the rounding of float32: (6e-8)² and its growth over the depth. An mHC
-# of zero logits has 4e-10 after twenty steps, and streams that nothing parts are equal to the last digit.
+# 1 − cosine of streams that differ by more than the rounding of float32: (6e-8)² and its growth over the depth.
+DIFFER = 1e-9
+# The same of streams that have begun to part: an mHC of zero logits has 4e-10 after twenty steps, and streams that nothing
+# parts are equal to the last digit.
 PARTING = 1e-12
 # The same of streams that are well on their way, in a network of any age.
 PARTED_BY_DEPTH = 1e-4
@@ -191,7 +194,7 @@ def _mixed_from_the_start(
     if not note or not len(collapsed):
         return ""
     rate = 10.0 ** (float(left[collapsed[0]]) / (int(collapsed[0]) + 1))
-    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < PARTING)
+    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
     return note if rate > SLOW or (copies and rate > FAST) else ""
 
 
@@ -201,7 +204,7 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
         return ""
     late = stream_cosine.isel(depth=slice(stream_cosine.sizes["depth"] // 2, None))
     # Streams that begin as copies have no differences to lose.
-    copies = bool(1.0 - stream_cosine.isel(depth=0) < PARTING)
+    copies = bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
     largest = float(late.max())
     if not copies or not largest < DIFFERENT:
         return ""
@@ -295,7 +298,7 @@ def _unused_streams(share: xr.DataArray, verb: str, **options: Any) -> Iterator[
 
 @verdict(
     metric="read_share",
-    limits=Limits(warn=0.1, above=False),
+    limits=Limits(warn=0.1, above=False, source=CALIBRATED),
     not_for=ALTUP,
     follows_from={"dominant_stream": anywhere},
 )
@@ -309,7 +312,7 @@ def unread_stream(read_share: xr.DataArray, stream_cosine: xr.DataArray | None =
     )
 
 
-@verdict(metric="write_share", limits=Limits(warn=0.1, above=False))
+@verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))
 def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
     """A stream is hardly written by any connection.
 
@@ -320,7 +323,10 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
 
 # Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
 @verdict(
-    metric="signal_share", limits=Limits(warn=0.9), not_for=ALTUP, follows_from={"loud_stream": anywhere}
+    metric="signal_share",
+    limits=Limits(warn=0.9, source=CALIBRATED),
+    not_for=ALTUP,
+    follows_from={"loud_stream": anywhere},
 )
 def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
     """One stream carries nearly all that the connections read.
@@ -344,7 +350,7 @@ def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None 
 
 
 # Streams of which each gets its writes in turn differ by the root of the depth, about 10 for a hundred connections.
-@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0), not_for=ALTUP)
+@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0, source=CALIBRATED), not_for=ALTUP)
 def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """One stream is much larger than the others.
 
@@ -403,7 +409,7 @@ def copied_streams(
         return
     two = closest_stream_cosine.where(judged.notnull())
     apart, others = 1.0 - float(two.max()), 1.0 - float(judged.max())
-    if others > 100.0 * max(apart, PARTING):
+    if others > 100.0 * max(apart, DIFFER):
         sentence = (
             f"Two of the streams are copies: 1 − cosine of the two that are most alike is {number(apart)} in the later half "
             f"of the depth, below {number(1.0 - PAIRED)} ({OURS})."
@@ -424,7 +430,7 @@ def _parting(stream_cosine: xr.DataArray) -> str:
     )
 
 
-@verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False))
+@verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False, source=CALIBRATED))
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
@@ -451,7 +457,7 @@ def passing_streams(
     ]
 
 
-@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False), not_for=ALTUP)
+@verdict(metric="depth_kernel", limits=Limits(warn=0.01, above=False, source=CALIBRATED), not_for=ALTUP)
 def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     """No later connection reads what a sublayer writes.
 

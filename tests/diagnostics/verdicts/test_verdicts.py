@@ -111,7 +111,8 @@ def test_everything_that_applies_passes_on_a_healthy_run(make_run):
         | only_where_given
     )
     assert found["gain_explosion"][0].severity == Severity.PASS
-    assert "not above 10 (this project)" in found["gain_explosion"][0].sentence
+    source = VERDICTS["gain_explosion"].limits.source
+    assert f"not above 10 ({source})" in found["gain_explosion"][0].sentence
 
 
 # --- forward and backward --------------------------------------------------------------------------------------
@@ -126,11 +127,12 @@ def test_gain_explosion(mixed):
     assert "connection 11 (mlp of block 5)" in warned[0].sentence
     failed = findings(mixed([2.0 * np.eye(4)] * 12))["gain_explosion"][0]
     assert (failed.severity, failed.threshold) == (Severity.FAIL, 100.0)
+    source = VERDICTS["gain_explosion"].limits.source
     assert failed.sentence == (
         "The forward gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 "
-        "(mlp of block 5), above 100 (this project); it is above 10 from connection 3 to connection 11. Also: the backward "
+        f"(mlp of block 5), above 100 ({source}); it is above 10 from connection 3 to connection 11. Also: the backward "
         "gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 (mlp of block 5), above 100 "
-        "(this project); it is above 10 from connection 3 to connection 11."
+        f"({source}); it is above 10 from connection 3 to connection 11."
     )
     assert "mHC" in failed.advice
 
@@ -695,7 +697,9 @@ def test_every_verdict_is_declared_whole():
         assert each.title.endswith(".")
         assert len(each.advice) > 40
         assert each.limits.levels
-        assert each.limits.source in keys | {"this project"}
+        assert each.limits.source in keys | {"this project"} or each.limits.source.startswith(
+            "calibrated on "
+        )
         assert each.metric.removesuffix("_null") in diagnostics.CATALOGUE
         for need in (*each.needs, *each.wants):
             assert need == "attrs" or need.removesuffix("_null") in diagnostics.CATALOGUE
