@@ -72,6 +72,12 @@ def idle() -> nn.Module:
     return block
 
 
+def adding(size: float) -> nn.Module:
+    """A block that adds a number of this size to every feature."""
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    return step(lambda x, linear: x + size * linear(nn.functional.layer_norm(x, x.shape[-1:])), linear)
+
+
 def without_skip(
     number: int, *, gain: float, activation: Callable[[torch.Tensor], torch.Tensor]
 ) -> nn.Module:
@@ -291,6 +297,10 @@ CASES: dict[str, Case] = {
     "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
+    "curse_of_depth": case(
+        lambda: plain(lambda i: adding(38.0 if i < 2 else 3.0), 16), WARN, "depth", 9, 16, batch=tokens(4, 32),
+        says="The effective depth is",
+    ),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
     ),
