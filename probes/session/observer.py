@@ -23,6 +23,7 @@ from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
+from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.structure.model_structure import FINAL, Structure
 
 
@@ -115,9 +116,14 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
+        self._begin_live(sums)
+        sums.add_state(depth, state, mask)
+
+    def _begin_live(self, sums: TokenSums) -> LiveSums | None:
+        """What a live row needs of a chain in this forward; None where none is wanted."""
         if sums.live is None and self._live_tokens:
             sums.live = LiveSums(self._live_tokens, self.options.seed)
-        sums.add_state(depth, state, mask)
+        return sums.live
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
         """The mask of a chain, found at its first state: an encoder and a decoder have one each."""
@@ -278,6 +284,7 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
+<<<<<<< HEAD
         if not self._sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
@@ -289,6 +296,13 @@ class Observer:
             sums.latest.setdefault("connection_parameter", {})[number] = values
         if self._live_tokens and sums.live is not None:
             sums.live.add_connection(number, complete.mix, complete.read, complete.write, mask)
+=======
+        if complete.mix is not None and self._sums:
+            forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
+        live = self._begin_live(forward.chain_sums(0)) if self._live_tokens else None
+        if live is not None:
+            live.add_connection(number, complete.mix, complete.read, complete.write, forward.masks.get(0))
+>>>>>>> live
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

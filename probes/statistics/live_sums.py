@@ -83,16 +83,20 @@ class LiveSums:
         # Products over the connections so far, in both orders: the orientation of the matrices is proven later.
         self._products: tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
-    def _places(self, shape: tuple[int, int], mask_BT: torch.Tensor | None) -> Places:
+    def _places(self, tensor_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> Places:
+        shape = (tensor_BT.shape[0], tensor_BT.shape[1])
         if shape not in self._drawn:
-            self._drawn[shape] = draw_places(shape, mask_BT, self.most, self.seed)
+            position, real = draw_places(shape, mask_BT, self.most, self.seed)
+            self._drawn[shape] = Places(
+                position.to(tensor_BT.device), real
+            )  # sent to the device once a forward
         return self._drawn[shape]
 
     def sample_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Copy the sampled tokens of a state, in float32."""
         if not state_BTND.numel():
             return
-        places = self._places((state_BTND.shape[0], state_BTND.shape[1]), mask_BT)
+        places = self._places(state_BTND, mask_BT)
         self.places[depth] = places
         self.states[depth] = _tokens(state_BTND, places).float()
 
@@ -100,7 +104,7 @@ class LiveSums:
         """Norms of the gradient at the sampled tokens, of each stream."""
         if not gradient_BTND.numel():
             return
-        places = self._places((gradient_BTND.shape[0], gradient_BTND.shape[1]), mask_BT)
+        places = self._places(gradient_BTND, mask_BT)
         gradient = _tokens(gradient_BTND, places)
         self.gradient_norms[depth] = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
 
@@ -164,7 +168,7 @@ class LiveSums:
         """
         if not write.numel():
             return
-        places = self._places((write.shape[0], write.shape[1]), mask_BT)
+        places = self._places(write, mask_BT)
         self.writes[number] = _tokens(write, places).float()
         real = None if mask_BT is None else mask_BT[..., None]
         if write.shape[-1] == 1:

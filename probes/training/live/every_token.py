@@ -13,14 +13,14 @@ import torch
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 from depthscope.probes.statistics.live_sums import PADDING, LiveSums
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.training.live.measured import Measured
+from depthscope.probes.training.live.live_value import LiveValue
 
 PROFILE = ("depth", "stream")
 # The absolute and the relative size of a massive activation, as in `kernels.geometry.massive_activations`.
 ABSOLUTE, RELATIVE = 100.0, 1000.0
 
 
-def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, Measured]:
+def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, LiveValue]:
     """Sizes, directions and gradients by depth and view.
 
     Parameters
@@ -32,11 +32,11 @@ def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, Measured]
 
     Returns
     -------
-    dict of str to Measured
+    dict of str to LiveValue
         By the names of the catalogue.
     """
     count = _views(sums, "token_count", depths)
-    found = {"residual_norm": Measured(PROFILE, np.sqrt(_views(sums, "square_norm_sum", depths) / count))}
+    found = {"residual_norm": LiveValue(PROFILE, np.sqrt(_views(sums, "square_norm_sum", depths) / count))}
     units = _views(sums, "unit_square", depths)
     directed = _views(sums, "unit_count", depths)
     pairs = directed * (directed - 1.0)
@@ -45,15 +45,15 @@ def state_metrics(sums: TokenSums, depths: Sequence[int]) -> dict[str, Measured]
     # Labelled as one variant of an analysis; the others, of ordinary or centred tokens, need every token twice.
     variants = np.full((1, 2, 2, *cosine.shape), np.nan)
     variants[0, 0, 0] = cosine
-    found["token_cosine"] = Measured(dims, variants)
+    found["token_cosine"] = LiveValue(dims, variants)
     adjacent = _views(sums, "adjacent_cosine_sum", depths) / count
-    found["adjacent_cosine"] = Measured(PROFILE, adjacent)
+    found["adjacent_cosine"] = LiveValue(PROFILE, adjacent)
     square = _views(sums, "gradient_square_norm_sum", depths)
     if not np.isnan(square).all():
         norm = np.sqrt(square)
         last = norm[-1:]
-        found["gradient_norm"] = Measured(PROFILE, norm)
-        found["backward_gain"] = Measured(PROFILE, norm / np.where(last > 0, last, np.nan))
+        found["gradient_norm"] = LiveValue(PROFILE, norm)
+        found["backward_gain"] = LiveValue(PROFILE, norm / np.where(last > 0, last, np.nan))
     return found
 
 
@@ -83,7 +83,7 @@ def _stacked(parts: dict[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray:
     return found
 
 
-def stream_metrics(live: LiveSums, depths: Sequence[int]) -> dict[str, Measured]:
+def stream_metrics(live: LiveSums, depths: Sequence[int]) -> dict[str, LiveValue]:
     """Cosines between the streams of a token, by depth; empty for one stream."""
     if "stream_cosine_sum" not in live.sums:
         return {}
@@ -95,14 +95,14 @@ def stream_metrics(live: LiveSums, depths: Sequence[int]) -> dict[str, Measured]
     upper = np.triu_indices(num_streams, 1)
     means = pairs.reshape(-1, num_streams, num_streams)[:, *upper] / np.where(complete > 0, complete, np.nan)
     return {
-        "stream_cosine": Measured(("depth",), total / np.where(count > 0, count, np.nan)),
-        "closest_stream_cosine": Measured(("depth",), means.max(axis=1)),
+        "stream_cosine": LiveValue(("depth",), total / np.where(count > 0, count, np.nan)),
+        "closest_stream_cosine": LiveValue(("depth",), means.max(axis=1)),
     }
 
 
 def massive_tokens(
     live: LiveSums, depths: Sequence[int], medians: np.ndarray, count: np.ndarray, estimator: str
-) -> dict[str, Measured]:
+) -> dict[str, LiveValue]:
     """Massive activations: sizes of every token, beside the median of the sampled ones.
 
     Parameters
@@ -120,7 +120,7 @@ def massive_tokens(
 
     Returns
     -------
-    dict of str to Measured
+    dict of str to LiveValue
     """
     largest = [live.values["largest"][depth].cpu().numpy().astype(np.float64) for depth in depths]
     fractions, ratios = [], []
@@ -131,12 +131,12 @@ def massive_tokens(
         ratios.append(values_tV.max(axis=0) / median_V)
     how = f"largest activation of every token; median {estimator}"
     return {
-        "massive_token_fraction": Measured(PROFILE, np.array(fractions), how),
-        "massive_activation": Measured(PROFILE, np.array(ratios), how),
+        "massive_token_fraction": LiveValue(PROFILE, np.array(fractions), how),
+        "massive_activation": LiveValue(PROFILE, np.array(ratios), how),
     }
 
 
-def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -> dict[str, Measured]:
+def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -> dict[str, LiveValue]:
     """Amax gains of every connection and of the products up to it, reduced over every token; empty without mixing.
 
     Parameters
@@ -150,7 +150,7 @@ def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -
 
     Returns
     -------
-    dict of str to Measured
+    dict of str to LiveValue
     """
     # Of a matrix that is the transposed one, rows and columns change places, and so does the order of a product.
     product = "reversed_product_gain" if transposed else "product_gain"
@@ -164,11 +164,11 @@ def gain_metrics(live: LiveSums, connections: Sequence[int], transposed: bool) -
         if transposed:
             gains = gains[..., ::-1]
         values = over_last(np.moveaxis(gains, 1, -1))  # (C, 2, reduction)
-        found[name] = Measured(("direction", "connection", "reduction"), np.moveaxis(values, 1, 0))
+        found[name] = LiveValue(("direction", "connection", "reduction"), np.moveaxis(values, 1, 0))
     return found
 
 
-def share_metrics(live: LiveSums, connections: Sequence[int]) -> dict[str, Measured]:
+def share_metrics(live: LiveSums, connections: Sequence[int]) -> dict[str, LiveValue]:
     """Shares of the streams in what connections read and write; the label ``mean`` has none."""
     found = {}
     for name, source in (("read_share", "read_size_sum"), ("write_share", "write_size_sum")):
@@ -178,5 +178,5 @@ def share_metrics(live: LiveSums, connections: Sequence[int]) -> dict[str, Measu
             total = sizes.sum(axis=1, keepdims=True)
             shares = sizes / np.where(total > 0, total, np.nan)
             labelled = np.concatenate([np.full((len(sizes), 1), np.nan), shares], axis=1)
-            found[name] = Measured(("connection", "stream"), labelled)
+            found[name] = LiveValue(("connection", "stream"), labelled)
     return found

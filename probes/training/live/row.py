@@ -18,7 +18,7 @@ from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.training.live import every_token
 from depthscope.probes.training.live.group import LiveGroup
-from depthscope.probes.training.live.measured import Measured, sampled
+from depthscope.probes.training.live.live_value import LiveValue, sampled
 from depthscope.probes.training.live.sampled_tokens import CHOSEN, OF_CONNECTIONS, OF_MEAN, SampledTokens
 
 LIVE = (
@@ -127,7 +127,7 @@ class LiveMetrics:
 
     def _measure(
         self, at: int, group: LiveGroup, sums: TokenSums
-    ) -> tuple[dict[str, Measured], dict[str, xr.DataArray], dict[str, str]]:
+    ) -> tuple[dict[str, LiveValue], dict[str, xr.DataArray], dict[str, str]]:
         live = sums.live
         assert live is not None
         tokens = SampledTokens(live, group)
@@ -164,7 +164,7 @@ class LiveMetrics:
 
     def _weights(
         self, group: LiveGroup, weights: WeightNorms | None
-    ) -> tuple[dict[str, Measured], dict[str, Any]]:
+    ) -> tuple[dict[str, LiveValue], dict[str, Any]]:
         """Norms and updates of the weights of a group, with the coordinates of its modules."""
         chains = self._session.structure.chains
         stages = [other for other in self.groups if other.number == group.number]
@@ -175,14 +175,19 @@ class LiveMetrics:
         dataset = xr.Dataset(variables, coords).isel(step=0)
         found = {}
         for metric in WEIGHTS:
+<<<<<<< HEAD
             value = cast(xr.DataArray, metric.function(*(dataset[name] for name in metric.needs)))
             found[metric.name] = Measured(("weight",), value.values, metric.estimator, value.attrs)
+=======
+            value = metric.function(*(dataset[name] for name in metric.needs))
+            found[metric.name] = LiveValue(("weight",), value.values, metric.estimator, value.attrs)
+>>>>>>> live
         return found, {
             "weight": (("weight",), coords["weight"], {}),
             "weight_layer": (("weight",), coords["weight_layer"][1], {}),
         }
 
-    def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> Measured:
+    def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> LiveValue:
         """1 where the sampled positions are those of the first measured step, 0 where the batch has another shape or mask."""
         assert sums.live is not None
         positions = sums.live.places[group.depths[0]].position_K.cpu().numpy()
@@ -209,11 +214,11 @@ WEIGHTS = (
 )
 
 
-def _number(value: float | None, estimator: str) -> Measured:
-    return Measured((), np.array(np.nan if value is None else value), estimator)
+def _number(value: float | None, estimator: str) -> LiveValue:
+    return LiveValue((), np.array(np.nan if value is None else value), estimator)
 
 
-def _stamped(name: str, of: Measured) -> tuple[tuple[str, ...], np.ndarray, Mapping[str, Any]]:
+def _stamped(name: str, of: LiveValue) -> tuple[tuple[str, ...], np.ndarray, Mapping[str, Any]]:
     """A value with the attributes of its metric, in the order of dims of an analysis."""
     dims = tuple(sorted(of.dims, key=DIMS.index))
     values = np.transpose(of.values, [of.dims.index(dim) for dim in dims])
@@ -223,14 +228,14 @@ def _stamped(name: str, of: Measured) -> tuple[tuple[str, ...], np.ndarray, Mapp
     return dims, values, {**stamped, **of.attrs, "estimator": of.estimator}
 
 
-def group_coords(group: LiveGroup, values: Mapping[str, Measured]) -> dict[str, Any]:
+def group_coords(group: LiveGroup, values: Mapping[str, LiveValue]) -> dict[str, Any]:
     """Coordinates of every dim that some values have.
 
     Parameters
     ----------
     group : LiveGroup
         Which depths and connections.
-    values : mapping of str to Measured
+    values : mapping of str to LiveValue
         What was measured.
 
     Returns

@@ -21,8 +21,8 @@ from depthscope.diagnostics.schema import STATE
 from depthscope.probes.statistics.live_sums import LiveSums, with_mean
 from depthscope.probes.training.live.every_token import ABSOLUTE, RELATIVE
 from depthscope.probes.training.live.group import LiveGroup
+from depthscope.probes.training.live.live_value import LiveValue, sampled
 from depthscope.probes.training.live.mean_states import mean_state_metrics
-from depthscope.probes.training.live.measured import Measured, sampled
 
 # Of the mean over streams, whose tokens of all depths are compared.
 OF_MEAN = (
@@ -105,7 +105,7 @@ class SampledTokens:
         values = [self._live.values["largest"][depth].amax(0) for depth in self._group.depths]
         return torch.stack(values).double().cpu().numpy()
 
-    def mean_states(self) -> dict[str, Measured]:
+    def mean_states(self) -> dict[str, LiveValue]:
         """Ranks, similarities and angles in the mean over streams; NaN for single streams."""
         found = {}
         for name, (dims, values) in mean_state_metrics(self.views_LKVD[:, :, 0], ~self.massive_K).items():
@@ -113,13 +113,13 @@ class SampledTokens:
             if "stream" in metric.dims:
                 of_streams = np.full((*values.shape, len(self._group.streams) - 1), np.nan)
                 dims, values = (*dims, "stream"), np.concatenate([values[..., None], of_streams], axis=-1)
-            found[name] = Measured(dims, values, sampled(self.count, metric.estimator))
+            found[name] = LiveValue(dims, values, sampled(self.count, metric.estimator))
         return found
 
-    def connections(self) -> dict[str, Measured]:
+    def connections(self) -> dict[str, LiveValue]:
         """What the products of the matrices do, and which stream gives most of what is read."""
         variables = self._coefficients()
-        found: dict[str, Measured] = {}
+        found: dict[str, LiveValue] = {}
         if "h_res" in variables:
             mask = xr.DataArray(np.ones((1, self.count), dtype=bool), dims=("sample", "token"))
             source = Quantities(xr.Dataset())
@@ -136,17 +136,17 @@ class SampledTokens:
                 shares = np.stack([stream_shares(of_one) for of_one in weights])
                 labelled = np.concatenate([np.full((len(shares), 1), np.nan), shares], axis=1)
                 how = sampled(self.count, CATALOGUE["signal_share"].estimator)
-                found["signal_share"] = Measured(("connection", "stream"), labelled, how)
+                found["signal_share"] = LiveValue(("connection", "stream"), labelled, how)
         return found
 
-    def _measured(self, name: str, value: xr.DataArray) -> Measured:
+    def _measured(self, name: str, value: xr.DataArray) -> LiveValue:
         labelled = self._group.with_all_streams(value)
         how = sampled(self.count, CATALOGUE[name].estimator)
-        return Measured(tuple(map(str, labelled.dims)), labelled.values.astype(np.float64), how)
+        return LiveValue(tuple(map(str, labelled.dims)), labelled.values.astype(np.float64), how)
 
     def measure(
         self, names: Iterable[str]
-    ) -> tuple[dict[str, Measured], dict[str, xr.DataArray], dict[str, str]]:
+    ) -> tuple[dict[str, LiveValue], dict[str, xr.DataArray], dict[str, str]]:
         """Measure metrics of the catalogue.
 
         Parameters
@@ -159,7 +159,7 @@ class SampledTokens:
         tuple of dict
             Values by name, nulls by name, and why others have no value.
         """
-        values: dict[str, Measured] = {}
+        values: dict[str, LiveValue] = {}
         nulls: dict[str, xr.DataArray] = {}
         reasons: dict[str, str] = {}
         sources: dict[bool, Quantities] = {}
@@ -202,7 +202,7 @@ class SampledTokens:
                 found[f"{name}_null"] = self._group.with_all_streams(null)
         return found
 
-    def relative_gradient(self) -> dict[str, Measured]:
+    def relative_gradient(self) -> dict[str, LiveValue]:
         """Norms of the gradient times those of the state, token by token; empty without gradients."""
         if all(norm is None for norm in self.gradient_norms):
             return {}
@@ -214,7 +214,7 @@ class SampledTokens:
                 streams = sizes[at][:, -norm.shape[1] :]  # of several, their mean has none
                 found[at, -norm.shape[1] :] = np.sqrt(((norm[ordinary] * streams) ** 2).sum(axis=0))
         how = sampled(self.count, CATALOGUE["relative_gradient"].estimator)
-        return {"relative_gradient": Measured(("depth", "stream"), found, how)}
+        return {"relative_gradient": LiveValue(("depth", "stream"), found, how)}
 
     def _quantities(self, *, of_mean: bool) -> Quantities:
         """The quantities of a trace that has the sampled tokens as one sequence; only pooled tokens are measured."""

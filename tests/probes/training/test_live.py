@@ -306,3 +306,29 @@ def test_a_callback_or_a_sink_that_fails_never_ends_the_training(models, ids):
         )
     assert [step for step, _ in rows] == [0, 1, 2]
     assert len(recorder.run["metrics"]["step"]) == 3
+
+
+def test_padding_and_states_that_are_not_finite(models, text_batch):
+    torch.manual_seed(0)
+    model = models["deepseek"]()
+    with probes.record(model, gradients=True, metrics="live", live_tokens=33, max_sequences=8) as recorder:
+        model(**text_batch).loss.backward()
+        recorder.step()
+    row = schema.chain_dataset(recorder.run, "metrics").isel(step=0)
+    require_same(row, diagnostics.analyze(recorder.run).isel(step=0), missing=OF_MEAN)
+    assert (
+        row["num_tokens"].sel(tokens="all", stream="mean") == text_batch["attention_mask"].sum().item()
+    ).all()
+    with torch.no_grad():
+        model.model.layers[1].mlp.shared_experts.down_proj.weight[0, 0] = torch.nan
+    told = []
+    with probes.record(
+        model, metrics="live", on_finding=lambda _, finding: told.append(finding.verdict)
+    ) as broken:
+        model(**text_batch)
+        broken.step()
+    assert told[0] == "residual_not_finite"
+    row = schema.chain_dataset(broken.run, "metrics").isel(step=0)
+    for name in ("residual_norm", "effective_rank"):
+        pooled = row[name].sel(stream="mean").isel(scope=0, tokens=0, centering=0, missing_dims="ignore")
+        assert pooled.isnull().values.tolist() == [False] * 4 + [True] * 3

@@ -12,7 +12,7 @@ from depthscope.diagnostics.analysis.training_curves import EXACT
 
 
 @dataclass(frozen=True)
-class Measured:
+class LiveValue:
     """One value of a step.
 
     Parameters
