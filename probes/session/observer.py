@@ -284,7 +284,6 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows) if sampled is None else sampled.detached()
-<<<<<<< HEAD
         if not self._sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
@@ -294,15 +293,9 @@ class Observer:
         values = None if self.parameters is None else self.parameters.values(number)
         if values is not None:
             sums.latest.setdefault("connection_parameter", {})[number] = values
-        if self._live_tokens and sums.live is not None:
-            sums.live.add_connection(number, complete.mix, complete.read, complete.write, mask)
-=======
-        if complete.mix is not None and self._sums:
-            forward.chain_sums(0).add_mixing(number, complete.mix, forward.masks.get(0))
-        live = self._begin_live(forward.chain_sums(0)) if self._live_tokens else None
+        live = self._begin_live(sums) if self._live_tokens else None
         if live is not None:
-            live.add_connection(number, complete.mix, complete.read, complete.write, forward.masks.get(0))
->>>>>>> live
+            live.add_connection(number, complete.mix, complete.read, complete.write, mask)
 
     def record_branch(
         self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None

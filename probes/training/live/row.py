@@ -175,13 +175,8 @@ class LiveMetrics:
         dataset = xr.Dataset(variables, coords).isel(step=0)
         found = {}
         for metric in WEIGHTS:
-<<<<<<< HEAD
             value = cast(xr.DataArray, metric.function(*(dataset[name] for name in metric.needs)))
-            found[metric.name] = Measured(("weight",), value.values, metric.estimator, value.attrs)
-=======
-            value = metric.function(*(dataset[name] for name in metric.needs))
             found[metric.name] = LiveValue(("weight",), value.values, metric.estimator, value.attrs)
->>>>>>> live
         return found, {
             "weight": (("weight",), coords["weight"], {}),
             "weight_layer": (("weight",), coords["weight_layer"][1], {}),
