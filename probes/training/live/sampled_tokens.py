@@ -52,7 +52,10 @@ OF_MIXING = (
 )
 OF_CONNECTIONS = (*OF_MIXING, "signal_share")
 # They compare tokens of a sequence that follow each other, or all of a sequence's tokens.
-OF_SEQUENCES = ("dong_residual", "dirichlet_energy", "curvature", "gradient_rank", "gradient_cosine")
+OF_SEQUENCES = (
+    *("dong_residual", "dirichlet_energy", "curvature", "gradient_rank", "gradient_cosine"),
+    *("variance_growth", "relative_turn", "effective_depth"),
+)
 
 # Pooled: the sampled tokens are of many sequences. And as they are few, a biased CKA would be that of noise.
 CHOSEN = {"scope": "data", "estimator": "unbiased"}
