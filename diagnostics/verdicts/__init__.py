@@ -130,9 +130,8 @@ def _judge_chain(analysis: xr.Dataset) -> list[Finding]:
     # Verdicts take arrays without steps; the earlier ones are for the curves.
     last = analysis.isel(step=-1) if "step" in analysis.dims else analysis
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
-    about_the_network = {finding.verdict for finding in found} - ABOUT_THE_RUN
-    judged = last.assign_attrs({reading.JUDGED: len(about_the_network)})
-    found += reading.nothing_measured.findings(judged)
+    judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
+    found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
     explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
     return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
 

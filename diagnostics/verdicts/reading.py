@@ -10,6 +10,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
@@ -39,13 +40,13 @@ def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
 
     That nothing else was found says nothing. Read the reason; where the mask leaves no token, true or 1 is a real token.
     """
-    if JUDGED not in attrs:
-        return None
     reasons = Counter(map(str, attrs.get("not_computed", {}).values()))
-    why = f": {reasons.most_common(1)[0][0]}" if reasons else ""
-    sentence = "" if attrs[JUDGED] else f"No verdict about the network could be judged{why}."
-    words = "the number of verdicts that could be judged is"
-    return [Profile(xr.DataArray(float(attrs[JUDGED])), words, sentence=sentence)]
+    # Where all that was asked for has numbers, as in an analysis of a few metrics, the question does not arise.
+    if attrs.get(JUDGED, 1) or not reasons:
+        return None
+    why = reasons.most_common(1)[0][0]
+    sentence = f"No verdict about the network could be judged; one is the least ({OURS}): {why}."
+    return [Profile(xr.DataArray(0.0), "the number of verdicts is", sentence=sentence)]
 
 
 def unproven_sentence(proof: str) -> str:

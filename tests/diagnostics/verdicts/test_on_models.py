@@ -14,9 +14,10 @@ import xarray as xr
 from torch import nn
 
 from depthscope import diagnostics, probes
-from depthscope.diagnostics import Severity
+from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS
 from tests.models import stream_bugs
+from tests.models.synthetic_run import synthetic_run
 from tests.models.verdict_models import (
     CONNECTIONS,
     IDENTITY,
@@ -175,6 +176,13 @@ def wired(bug: str, **more: Any) -> Case:
     return Case(lambda: probes.capture(model(), stream_bugs.tokens()), severity, beside=beside)
 
 
+def without_a_real_token() -> xr.DataTree:
+    run = synthetic_run("residual")
+    trace = run["trace"].to_dataset().load().copy(deep=True)
+    trace["mask"].values[:] = False
+    return schema.create_run(trace, attrs=run.attrs)
+
+
 # --- the table ---
 
 
@@ -204,6 +212,7 @@ CASES: dict[str, Case] = {
         lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), FAIL, "depth", 0, 8,
         says="All layers hold one representation", batch=tokens(4, 32),
     ),
+    "nothing_measured": Case(without_a_real_token, FAIL, says="the mask leaves no token"),
     "residual_not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
     ),
