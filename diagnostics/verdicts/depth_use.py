@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.start import young
 
 # Half of fewer steps than this is no depth to speak of.
 FEWEST_STEPS = 8
@@ -31,7 +34,7 @@ FEWEST_STEPS = 8
     },
 )
 def curse_of_depth(
-    relative_turn: xr.DataArray, variance_growth: xr.DataArray | None = None
+    relative_turn: xr.DataArray, attrs: Mapping[str, Any], variance_growth: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """The later blocks hardly turn the state, which the earlier ones made large.
 
@@ -46,11 +49,14 @@ def curse_of_depth(
     counted = np.minimum(turned.values, 1.0)
     values = np.full(turned.sizes["depth"], np.nan)
     values[late] = counted[late].mean()
+    start = young(attrs)
+    effective = f"The effective depth is {number(counted[steps].sum())} of {len(steps)} steps.{_growth(variance_growth)}"
     words = "the turn of the later half of the steps, as a share of that of independent branches,"
     yield Profile(
         turned.copy(data=values),
         f"{words} is",
-        note=f"The effective depth is {number(counted[steps].sum())} of {len(steps)} steps.{_growth(variance_growth)}",
+        ceiling=Severity.INFO if start else Severity.FAIL,
+        note=f"{effective} {start}".rstrip(),
     )
 
 
