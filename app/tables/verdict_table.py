@@ -24,6 +24,9 @@ MOST_VALUES = 24
 
 SEED = "seed"
 
+FOUNDING = "same_representation"
+"""The verdict whose column is always there, also where every run passes it."""
+
 SHARED = ("model", "family", "n_streams", "num_blocks", "num_parameters", "block", "dtype", "data")
 """Attributes in which the seeds of one experiment agree."""
 
@@ -137,7 +140,7 @@ def _by_experiment(summaries: Sequence[Summary]) -> list[list[Summary]]:
 
 
 def _told_verdicts(summaries: Sequence[Summary]) -> list[str]:
-    """Verdicts with a failure or warning in some run, the worst first."""
+    """The founding verdict, and those with a failure or warning in some run, the worst first."""
     worst = {
         name: max(
             (_severity(summary.standings[name]) for summary in summaries if name in summary.standings),
@@ -145,8 +148,8 @@ def _told_verdicts(summaries: Sequence[Summary]) -> list[str]:
         )
         for name in VERDICTS
     }
-    told = [name for name, severity in worst.items() if severity >= Severity.WARN]
-    return sorted(told, key=lambda name: -worst[name])
+    told = [name for name, severity in worst.items() if severity >= Severity.WARN and name != FOUNDING]
+    return [FOUNDING, *sorted(told, key=lambda name: -worst[name])]
 
 
 def _severity(standing: Standing) -> int:
