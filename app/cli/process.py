@@ -123,7 +123,14 @@ class Interrupts:
             watch = threading.Timer(GRACE_SECONDS, _interrupted_again, (number, None))
             watch.daemon = True
             watch.start()
+            sys.unraisablehook = _without_interrupts
         raise KeyboardInterrupt
+
+
+def _without_interrupts(unraisable: Any) -> None:
+    """What Python prints of an exception that nothing can catch; an interrupt there is said once, at the end."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def leave() -> NoReturn:

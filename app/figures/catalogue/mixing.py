@@ -11,6 +11,7 @@ _GAIN_LIMITS = ((1.0, "1"), (10.0, "warn: 10"), (100.0, "fail: 100"))
 _gains = partial(CurveFigure, question="mixing", section="Gains")
 _streams = partial(CurveFigure, question="mixing", section="Streams")
 _spectra = partial(CurveFigure, question="mixing", section="Spectra")
+_logits = partial(CurveFigure, question="mixing", section="Logits")
 _paths = partial(CurveFigure, question="mixing", section="Paths")
 
 mixing_gain = _gains(
@@ -232,6 +233,27 @@ condition_number = _spectra(
     "condition_number",
     "Condition number of each connection",
     "σ₁ / σₙ",
+)
+logit_range = _logits(
+    "logit_range",
+    "Range of the mixing logits",
+    "largest minus smallest logit of a row (nat)",
+    note="Of the logits that Sinkhorn or softmax makes H_res of.",
+)
+logit_saturation = _logits(
+    "logit_saturation",
+    "Saturation of the projection",
+    "share of the gradient that is not let through",
+    note="0 at a uniform H_res, near 1 where its entries are 0 and 1.",
+)
+mixing_gradient = _logits("mixing_gradient", "Gradient at H_res", "‖∂loss / ∂H_res‖ (loss)")
+logit_gradient = _logits(
+    "logit_gradient", "Gradient at the mixing logits", "‖∂loss / ∂logits‖ (loss per nat)"
+)
+logit_gradient_share = _logits(
+    "logit_gradient_share",
+    "Share of the gradient that reaches the logits",
+    "gradient at the logits / at H_res",
 )
 henrici = _spectra(
     "henrici",

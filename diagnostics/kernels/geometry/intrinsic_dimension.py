@@ -80,6 +80,15 @@ def two_nn_of(nearest: Array, second: Array, *, discard: float = 0.1) -> Array:
     -------
     Array
         (); NaN with fewer than two ratios to fit. Source: Facco et al. 2017.
+
+    Examples
+    --------
+    Ratios of a uniform cloud in one dimension, whose distribution is 1 − 1/μ.
+
+    >>> import numpy as np
+    >>> ratios = 1 / (1 - np.arange(1, 100) / 100)
+    >>> round(float(two_nn_of(np.ones(99), ratios)), 1)
+    1.0
     """
     xp, nearest = as_float64(nearest)
     second = as_float64(second)[1]

@@ -64,7 +64,7 @@ def test_version_is_one_line(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["chek"], "did you mean check?"),
+        (["chek"], "did you mean check"),
         (["zzz"], "expected one of demo, probe"),
         (["export", "a.nc"], "the following arguments are required: --out"),
         (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),

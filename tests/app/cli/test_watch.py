@@ -77,7 +77,7 @@ def test_a_script_gives_the_same_with_and_without_and_is_recorded(script, tmp_pa
     assert main(words) == 0
     said = capfd.readouterr()
     assert said.out == plain.stdout
-    assert "recorded Model in" in said.err
+    assert "recorded Model" in said.err
     with schema.open_run(out) as run:
         assert run.attrs["model"] == "Model"
         assert run.attrs[schema.LIVE]["state"] == "finished"

@@ -80,7 +80,7 @@ def test_every_parameter_at_once(page, first, runs):
 
 EVERY = [(page, case) for case in VALUES for page in PAGE_NAMES]
 # One more than the pages, so that the sample has each of them.
-SAMPLE = EVERY[:: 6 * len(PAGE_NAMES) + 1]
+SAMPLE = EVERY[:: 12 * len(PAGE_NAMES) + 1]
 
 
 @pytest.mark.slow

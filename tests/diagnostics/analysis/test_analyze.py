@@ -217,7 +217,7 @@ def test_an_analysis_survives_the_disk_as_metrics(hc_run, tmp_path):
     with schema.open_run(schema.save_run(run, tmp_path / "run.nc")) as back:
         stored = schema.chain_dataset(back, "metrics").load()
         xr.testing.assert_equal(stored, found)
-        assert all("initial_logits" in reason for reason in stored.attrs["not_computed"].values())
+        assert all("logit" in reason for reason in stored.attrs["not_computed"].values())
         assert diagnostics.judge(stored) == diagnostics.judge(found)
 
 
@@ -281,14 +281,15 @@ def test_a_run_without_a_token_says_so(make_run):
     trace["mask"].values[:] = False
     found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
     # What streams cost follows from their number and width alone.
-    assert {CATALOGUE[name.removesuffix("_null")].question for name in found.data_vars} == {"memory"}
+    told = {CATALOGUE[name.removesuffix("_null")].question for name in found.data_vars}
+    assert told == {"memory", "logits"}  # gradients at the logits are of a batch, stored as they came
     of_tokens = {
         name: reason
         for name, reason in found.attrs["not_computed"].items()
         if CATALOGUE[name].question not in ("weight_updates", "streamed")
     }
     assert all("leaves no token" in reason for reason in of_tokens.values())
-    assert diagnostics.judge(found) == []
+    assert [finding.verdict for finding in diagnostics.judge(found)] == ["nothing_measured"]
 
 
 @pytest.mark.parametrize("family", ["residual", "mhc"])

@@ -34,8 +34,10 @@ class Notes:
         return Notes, ()
 
 
-class WithoutGraph(dict[int, float]):
-    """What a forward under ``no_grad`` noted: it counts to no step that measures gradients."""
+class NotedForward(dict[int, float]):
+    """What a forward noted, by depth, and how close to training it was: 2 in training mode with a graph, 1 with one."""
+
+    kind = 0
 
 
 class Noted(nn.Module):
@@ -48,7 +50,9 @@ class Noted(nn.Module):
 
     def begin(self) -> dict[int, float]:
         self.notes.calls.append(type(self).__name__)
-        return {} if torch.is_grad_enabled() else WithoutGraph()
+        noted = NotedForward()
+        noted.kind = torch.is_grad_enabled() + (torch.is_grad_enabled() and self.training)
+        return noted
 
     def note(self, depth: int, x: torch.Tensor, noted: dict[int, float], real: torch.Tensor | None) -> None:
         self.notes.states.append(weakref.ref(x))

@@ -32,7 +32,7 @@ from torch.nn.utils import parametrize
 
 from depthscope import probes
 from depthscope.probes.connections.family import ReconstructionError
-from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, WithoutGraph
+from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted
 from tests.probes.session.hooks_left import alive, hooks_on_model
 
 PROBES = Path(probes.__file__).parent
@@ -811,10 +811,11 @@ def _step(world: World, names: list[str]) -> None:
     for each in list(world.followed):
         position = each.recorder.position
         gradients = bool(each.options.get("gradients"))
+        noted = world.model.notes.forwards[each.begun :]
+        # Evaluations count to no step of a training, and without a graph nothing counts to one that measures gradients.
+        closest = max((forward.kind for forward in noted), default=0)
         each.expected[position] = [
-            noted
-            for noted in world.model.notes.forwards[each.begun :]
-            if not (gradients and isinstance(noted, WithoutGraph))
+            forward for forward in noted if forward.kind == closest and not (gradients and not forward.kind)
         ]
         each.recorder.step()
         each.begun = len(world.model.notes.forwards)

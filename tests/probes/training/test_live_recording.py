@@ -108,7 +108,7 @@ def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, 
     first.steps(recorder, 3)
     checkpoint = [{key: value.clone() for key, value in first.model.state_dict().items()}]
     first.steps(recorder, 2)
-    recorder._live._store.close()  # what the kernel does when the process is killed
+    recorder._store._store.close()  # what the kernel does when the process is killed
     recorder._abandon()
     if name != "a":
         with pytest.raises(FileNotFoundError, match=rf"no run at .*the steps .* are in .*{name}\.live"):

@@ -3,7 +3,7 @@
 import numpy as np
 import skdim
 from scipy.sparse import csgraph
-from scipy.spatial.distance import cosine, pdist
+from scipy.spatial.distance import cosine, pdist, squareform
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
@@ -53,6 +53,18 @@ def slope(first, last):
 def variances(x):
     """Those of all principal components that centring leaves."""
     return PCA(min(len(x) - 1, x.shape[1]), svd_solver="full").fit(x).explained_variance_
+
+
+def neighbour_distances(x):
+    """Distances of every point to its two nearest neighbours."""
+    ordered = np.sort(squareform(pdist(x)), axis=1)
+    return ordered[:, 1], ordered[:, 2]
+
+
+def line_through_the_origin(nearest, second):
+    ratios = np.sort(np.log(second / nearest))[: int(0.9 * len(nearest))]
+    level = -np.log1p(-np.arange(1, len(ratios) + 1) / len(nearest))
+    return np.linalg.lstsq(ratios[:, None], level, rcond=None)[0][0]
 
 
 def fit(of, **options):
@@ -149,6 +161,15 @@ REFERENCES: dict[str, tuple[Reference, ...]] = {
             geometry.two_nn,
             lambda x: skdim.id.TwoNN().fit(x).dimension_,
             CLOUDS,
+            rtol=1e-7,
+        ),
+    ),
+    "geometry.two_nn_of": (
+        Reference(
+            "numpy.linalg.lstsq of the distances by scipy",
+            geometry.two_nn_of,
+            line_through_the_origin,
+            [neighbour_distances(x) for (x,) in CLOUDS],
             rtol=1e-7,
         ),
     ),
