@@ -72,14 +72,14 @@ def two_nn_of(nearest: Array, second: Array, *, discard: float = 0.1) -> Array:
     Parameters
     ----------
     nearest, second
-        Distances (N,), positive.
+        Distances (..., N), positive.
     discard
         Share of the largest ratios that is left out.
 
     Returns
     -------
     Array
-        (); NaN with fewer than two ratios to fit. Source: Facco et al. 2017.
+        (...); NaN with fewer than two ratios to fit. Source: Facco et al. 2017.
 
     Examples
     --------
@@ -92,16 +92,15 @@ def two_nn_of(nearest: Array, second: Array, *, discard: float = 0.1) -> Array:
     """
     xp, nearest = as_float64(nearest)
     second = as_float64(second)[1]
-    count = nearest.shape[0]
+    count = nearest.shape[-1]
     fitted = int(count * (1 - discard))
     if fitted < 2:
-        return xp.asarray(xp.nan, dtype=xp.float64, device=device(nearest))
-    stretch = xp.log(xp.sort(second / nearest)[:fitted])
-    share = xp.arange(1, fitted + 1, dtype=xp.float64, device=device(nearest)) / count
-    usable = share < 1  # without discarding, the largest ratio has −ln(1 − 1) = ∞
+        return xp.full(nearest.shape[:-1], xp.nan, dtype=xp.float64, device=device(nearest))
+    usable = min(fitted, count - 1)  # without discarding, the largest ratio has −ln(1 − 1) = ∞
+    stretch = xp.log(xp.sort(second / nearest, axis=-1)[..., :usable])
+    level = -xp.log(1 - xp.arange(1, usable + 1, dtype=xp.float64, device=device(nearest)) / count)
     # Least squares through the origin: slope Σxy / Σx².
-    stretch, level = stretch[usable], -xp.log(1 - share[usable])
-    return ratio(xp, xp.sum(stretch * level), xp.sum(stretch * stretch))
+    return ratio(xp, xp.sum(stretch * level, axis=-1), xp.sum(stretch * stretch, axis=-1))
 
 
 def _distinct(xp: Any, points: Array) -> Array:
