@@ -95,7 +95,7 @@ export default function (component) {
       send(moved === "other" ? { ...box.pinned, other: depth } : { depth, other: null }, WAIT);
     } else if (event.key === "Enter") {
       event.preventDefault();
-      send({ ...box.pinned, opened: Date.now() }, 0);
+      if (box.waiting) send(box.pinned, 0);  // without the rest of the wait
       document.querySelector(".st-key-microscope_detail")?.scrollIntoView({ block: "nearest" });
     } else if (event.key === "Escape") {
       send({ depth: box.pinned.depth, other: null }, 0);

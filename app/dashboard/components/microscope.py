@@ -389,8 +389,7 @@ def _show_tokens(close_up: CloseUp, view: View) -> None:
 
 def _show_connections(close_up: CloseUp, view: View) -> None:
     pin = view.pin
-    shown = close_up.connections_at(pin)
-    for connection in shown:
+    for connection in close_up.connections_at(pin):
         st.markdown(f"**H_res of {escaped(close_up.connection_name(connection))}**")
         _show_matrices(close_up.matrices(connection), f"connection{connection}")
     other = view.other if view.other is not None else 0

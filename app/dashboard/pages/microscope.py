@@ -24,6 +24,12 @@ from depthscope.app.readings.readings import Reading
 
 def _show(chosen: ChosenRuns) -> None:
     reading = chosen.readings[_choose("look", list(chosen.readings), "Run", width=320)]
+    if not depth_names(reading):
+        st.info(
+            "This run has no states: it was made of weights alone, or of other numbers without a depth.",
+            icon="ℹ️",
+        )
+        return
     # Only this part of the page runs again when a depth is pinned.
     st.fragment(_look)(reading)
 
