@@ -92,6 +92,8 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False, seeds: int
         bundle = _write_paper(runs, out / "paper")
     for path in paths.values():
         say(f"run    {path}  ({path.stat().st_size / 1e6:.0f} MB)")
+    for path in sorted(folder.glob("*-training")):
+        say(f"run    {path}  (recorded by step while it learned)")
     if bundle is not None:
         say(f"paper  {bundle}  (figures, tables, sources; main.tex compiles it)")
     memory = peak_memory()

