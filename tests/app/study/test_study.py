@@ -281,9 +281,9 @@ def test_runs_of_two_seeds_lie_side_by_side_and_differ(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_minute_of_training_is_worth_something(tmp_path):
-    saved = study.run_study(tmp_path, progress=False, recipe=Recipe(steps=120))
+def test_half_a_minute_of_training_is_worth_something(tmp_path):
+    saved = study.run_study(tmp_path, progress=False, recipe=Recipe(steps=60))
     facts = [schema.open_run(path).attrs["training"] for path in saved.values()]
     held_out = [fact["held_out_loss"] for fact in facts]
-    assert max(held_out) < facts[0]["unigram_entropy"] - 0.3
+    assert max(held_out) < facts[0]["unigram_entropy"] - 0.15
     assert max(held_out) - min(held_out) < 0.3
