@@ -22,9 +22,12 @@ def same_as_opened(followed: FollowedStore, path) -> None:
     run = schema.open_run(path)
     opened = run["statistics"].to_dataset(inherit=False)
     np.testing.assert_array_equal(followed.steps, opened["step"].values)
-    np.testing.assert_array_equal(followed.column("statistics/loss"), opened["loss"].values.astype(np.float32))
     np.testing.assert_array_equal(
-        followed.column("statistics/norm_sum", (None, 0)), opened["norm_sum"].values[:, :, 0].astype(np.float32)
+        followed.column("statistics/loss"), opened["loss"].values.astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        followed.column("statistics/norm_sum", (None, 0)),
+        opened["norm_sum"].values[:, :, 0].astype(np.float32),
     )
     for position in {0, len(followed.steps) // 2, len(followed.steps) - 1}:
         dims, values = followed.row(position)["statistics/norm_sum"]
