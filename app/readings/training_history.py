@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -112,6 +113,11 @@ class TrainingHistory(ABC):
         """Steps at which a later attempt went on."""
 
     @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps, which count to none of them."""
+        return 0
+
+    @property
     @abstractmethod
     def measures(self) -> Mapping[str, Measure]:
         """Everything that has numbers by step, except of pairs of depths."""
@@ -148,6 +154,46 @@ class TrainingHistory(ABC):
         """
 
 
+class UntilStep(TrainingHistory):
+    """A history without what came after a step.
+
+    Parameters
+    ----------
+    history : TrainingHistory
+        Perhaps one that grows.
+    step : int
+        The last step that is seen.
+    """
+
+    def __init__(self, history: TrainingHistory, step: int) -> None:
+        super().__init__(history.name)
+        self._history = history
+        self._count = max(1, int(np.searchsorted(history.steps, step, side="right")))
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Every measured step."""
+        return self._history.steps[: self._count]
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps at which a later attempt went on."""
+        return tuple(step for step in self._history.resumed_at if step <= self.steps[-1])
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """Everything that has numbers by step."""
+        return self._history.measures
+
+    def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
+        """The numbers of a measure; see `TrainingHistory.values`."""
+        return self._history.values(name, choice)[: self._count]
+
+    def analysis_at(self, position: int) -> xr.Dataset:
+        """All metrics of one step."""
+        return self._history.analysis_at(position % self._count)
+
+
 def _measures(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
     """Those of some numbers of the last step that can be drawn over steps."""
     found = {}
@@ -169,6 +215,11 @@ def _measures(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
                 )
         found[name] = Measure(name, rows, choices, sample)
     return found
+
+
+def _count_of(attrs: Mapping[str, Any]) -> int:
+    found = attrs.get("evaluations_left_out", 0)
+    return int(found) if isinstance(found, (int, np.integer)) else 0
 
 
 def _slices(positions: tuple[int | None, ...]) -> tuple[int | slice, ...]:
@@ -273,6 +324,16 @@ class SavedHistory(TrainingHistory):
         """Steps at which a later attempt went on."""
         found = self._reading.attrs.get(schema.RESUMED_AT, ())
         return tuple(int(step) for step in np.atleast_1d(np.asarray(found, dtype=float)) if np.isfinite(step))
+
+    @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps."""
+        return _count_of(self._reading.attrs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers, some of which the analysis has too."""
+        return sum(array.nbytes for array in self._by_step.values())
 
     @property
     def measures(self) -> Mapping[str, Measure]:
@@ -393,6 +454,11 @@ class FollowedHistory(TrainingHistory):
     def resumed_at(self) -> tuple[int, ...]:
         """Steps at which a later attempt went on."""
         return tuple(one["step"] for one in self._store.status().resumed)
+
+    @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps."""
+        return _count_of({**self._reading.attrs, **self._store.attrs.get("", {})})
 
     @property
     def measures(self) -> Mapping[str, Measure]:

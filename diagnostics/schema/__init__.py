@@ -4,7 +4,7 @@ from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
-from depthscope.diagnostics.schema.live_store_files import LOG, is_live_store
+from depthscope.diagnostics.schema.live_store_files import LOG, is_being_written, is_live_store, newest_state
 from depthscope.diagnostics.schema.live_store_following import FollowedStore
 from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT, Status
 from depthscope.diagnostics.schema.opening import integrity, open_group, open_run
@@ -89,9 +89,11 @@ __all__ = [
     "check_version",
     "create_run",
     "integrity",
+    "is_being_written",
     "is_live_store",
     "is_proof",
     "list_runs",
+    "newest_state",
     "open_group",
     "open_run",
     "require_replaceable",

@@ -25,3 +25,24 @@ function dress(layout, box) {
   return layout;
 }
 
+// The zoom of a chart is in the address of the page, which restores it: "?zoom_NAME=from,to". It is replaced there without a word
+// to the server, which hears of it when it is asked for something else.
+const LARGEST = 1e15;
+
+function urlZoom(name, count) {
+  const text = new URLSearchParams(location.search).get(`zoom_${name}`) ?? "";
+  const numbers = text.length < 200 ? text.split(",").map((part) => (part === "" ? null : Number(part))) : [];
+  const isRange = (low, high) => (low === null && high === null)
+    || (low !== null && high !== null && Math.abs(low) < LARGEST && Math.abs(high) < LARGEST && low !== high);
+  if (numbers.length !== count || numbers.every((number) => number === null)) return null;
+  for (let i = 0; i < count; i += 2) if (!isRange(numbers[i], numbers[i + 1])) return null;
+  return numbers;
+}
+
+function keepZoom(name, numbers) {
+  const address = new URL(location.href);
+  const short = (number) => (number === null ? "" : String(Number(number.toPrecision(6))));
+  if (numbers) address.searchParams.set(`zoom_${name}`, numbers.map(short).join(","));
+  else address.searchParams.delete(`zoom_${name}`);
+  history.replaceState(history.state, "", address);
+}

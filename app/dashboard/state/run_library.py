@@ -6,22 +6,38 @@
 from __future__ import annotations
 
 import logging
+import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import RLock
+from weakref import WeakKeyDictionary
 
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.first_findings import FirstFindings
 from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
 from depthscope.app.readings.readings import Reading, read_runs
+from depthscope.app.readings.training_history import FollowedHistory, TrainingHistory
+from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.experiments import beside
 
-__all__ = ["UnreadableRun", "allow", "close_up_of", "list_runs", "read_run", "summaries_of"]
+__all__ = [
+    "UnreadableRun",
+    "allow",
+    "close_up_of",
+    "first_findings_of",
+    "history_of",
+    "is_growing",
+    "list_runs",
+    "read_run",
+    "summaries_of",
+]
 
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
@@ -129,6 +145,8 @@ def read_run(
     if path is None:
         reason = "This run is not below the paths that the dashboard was started with."
         return UnreadableRun(name, Path(name), reason)
+    if schema.is_live_store(path) and is_growing(path):
+        return _read_growing(name, path, progress)
     # Twice: a file that was replaced while it was read is there as a whole the second time.
     for _ in range(2):
         try:
@@ -138,8 +156,6 @@ def read_run(
                 return found
         except OSError as error:  # it has gone, or is a pipe
             return UnreadableRun(name, path, _sentence(error))
-    if schema.is_live_store(path):
-        return found  # of a growing run: what was in it when the reading began
     reason = "This run changes while it is read. Reload this page when it is written."
     return UnreadableRun(name, path, reason)
 
@@ -187,7 +203,8 @@ def close_up_of(reading: Reading) -> CloseUp | None:
     """
     path = Path(reading.path)
     try:
-        version = FileVersion.of(path)
+        # A live store has a new row every moment, and new states now and then.
+        version = FileVersion.of((schema.is_live_store(path) and schema.newest_state(path)) or path)
         return _close_ups.get(
             (path, version, reading.chain),
             partial(read_close_up, path, reading.chain, max_bytes=_limit["max_bytes"]),
@@ -195,6 +212,118 @@ def close_up_of(reading: Reading) -> CloseUp | None:
     except (schema.SchemaError, OSError):
         logging.getLogger(__name__).debug("no states of %s", ascii(str(path)), exc_info=True)
         return None
+
+
+@dataclass
+class _Growing:
+    """What was read last of a run that is being written."""
+
+    version: FileVersion
+    found: tuple[Reading, ...] | UnreadableRun
+    read_at: float
+    seconds: float
+
+
+_growing: dict[Path, _Growing] = {}
+
+SHARE_OF_TIME = 0.2
+"""Of the server's time that analyses of a growing run may take; in between, the last one is shown. A heuristic of ours."""
+
+
+def is_growing(path: Path) -> bool:
+    """Whether a process writes a live store at this moment.
+
+    Parameters
+    ----------
+    path : Path
+        Of a run.
+
+    Returns
+    -------
+    bool
+    """
+    return schema.is_live_store(path) and schema.is_being_written(path)
+
+
+def _read_growing(
+    name: str, path: Path, progress: Callable[[str, int, int], None] | None
+) -> tuple[Reading, ...] | UnreadableRun:
+    """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time."""
+    with _growing_lock:
+        known = _growing.get(path)
+        now = time.monotonic()
+        if known is not None and now - known.read_at < known.seconds / SHARE_OF_TIME:
+            return known.found
+        try:
+            version = _version_of(path)
+        except OSError as error:
+            return UnreadableRun(name, path, _sentence(error))
+        if known is not None and known.version == version:
+            return known.found
+        found = _read(name, path, progress)
+        _growing[path] = _Growing(version, found, time.monotonic(), time.monotonic() - now)
+        return found
+
+
+_growing_lock = RLock()
+
+
+def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
+    """What a reading measured step by step; of a live store with the rows that were added since the last call.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    TrainingHistory or UnreadableRun
+    """
+    path = Path(reading.path)
+    with _growing_lock:
+        try:
+            if not schema.is_live_store(path):
+                version = FileVersion.of(path)
+                history: TrainingHistory = _histories.get(
+                    (path, version, reading.chain), partial(read_history, reading)
+                )
+                return history
+            followed = _followed.get((path, reading.chain))
+            if followed is None:
+                followed = _followed[path, reading.chain] = read_history(reading)
+                while len(_followed) > MOST_FOLLOWED:
+                    _followed.pop(next(iter(_followed)))
+            elif isinstance(followed, FollowedHistory):
+                followed.refresh()
+            return followed
+        except (schema.SchemaError, OSError) as error:
+            _followed.pop((path, reading.chain), None)
+            return UnreadableRun(reading.name, path, _sentence(error))
+
+
+def first_findings_of(history: TrainingHistory) -> FirstFindings:
+    """Where findings began: one for a history, which remembers the steps that were judged.
+
+    Parameters
+    ----------
+    history : TrainingHistory
+        Of `history_of`.
+
+    Returns
+    -------
+    FirstFindings
+    """
+    with _growing_lock:
+        return _first_findings.setdefault(history, FirstFindings(history))
+
+
+_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDictionary()
+
+MOST_FOLLOWED = 16
+"""Live stores whose rows stay in memory. A heuristic of ours."""
+
+_followed: dict[tuple[Path, str], TrainingHistory] = {}
 
 
 def _version_of(path: Path) -> FileVersion:
@@ -221,7 +350,7 @@ def _read(
     try:
         run = schema.open_run(path, max_bytes=_limit["max_bytes"])
         try:
-            return tuple(read_runs({name: run}, paths={name: path}, progress=progress))
+            return tuple(read_runs({name: run}, paths={name: path}, progress=progress, last_step=True))
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
@@ -253,6 +382,8 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
 
 CACHE_BYTES = 512 * 2**20
 """Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
+
+_histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
 
 _close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 

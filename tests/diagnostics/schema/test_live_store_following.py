@@ -119,5 +119,5 @@ def test_what_is_no_live_store_is_refused(begun, tmp_path):
     (path / "notes.txt").write_text("mine")
     with pytest.raises(SchemaError, match="no part of a live run"):
         FollowedStore(path)
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         FollowedStore(tmp_path / "nothing")
