@@ -8,6 +8,7 @@ export default function (component) {
     box.className = "depthscope-chart";
     parentElement.appendChild(box);
     box.zoom = urlZoom(data.key, 4);
+    keepZoom(data.key, box);
   }
   box.setAttribute("role", "img");
   box.setAttribute("tabindex", "0");
@@ -29,7 +30,7 @@ export default function (component) {
       return whole && Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? [null, null] : range;
     });
     box.zoom = ends.some((end) => end !== null) ? ends : null;
-    keepZoom(data.key, box.zoom);
+    keepZoom(data.key, box);
   };
   const showsSomething = () => figure.data.some((trace, i) => {
     const drawn = box._fullData?.[i];
@@ -55,12 +56,16 @@ export default function (component) {
       return dressed;
     };
     // A zoom is one of these axes: of others it would show anything, or nothing.
-    if (box.axes !== undefined && box.axes !== data.axes) keepZoom(data.key, box.zoom = null);
+    if (box.axes !== undefined && box.axes !== data.axes) {
+      box.zoom = null;
+      keepZoom(data.key, box);
+    }
     box.axes = data.axes;
     // react, not newPlot: what is hidden stays hidden when the numbers change
     return Plotly.react(box, figure.data, layout(), config).then(() => {
       if (!box.zoom || showsSomething()) return box;
-      keepZoom(data.key, box.zoom = null);
+      box.zoom = null;
+      keepZoom(data.key, box);
       return Plotly.react(box, figure.data, layout(), config);
     }).then(() => {
       box.removeAllListeners?.("plotly_click");

@@ -15,6 +15,7 @@ export default function (component) {
     parentElement.appendChild(box);
     box.pinned = {};
     box.zoom = urlZoom(data.name, 2);
+    keepZoom(data.name, box);
   }
   const [plot, cursor, pin, other, name] = box.children;
   box.setAttribute("role", "application");
@@ -125,7 +126,7 @@ export default function (component) {
       const whole = box.whole ?? [NaN, NaN];
       box.zoom = Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? null : range;
     } else return show();  // such as a change of size
-    keepZoom(data.name, box.zoom);
+    keepZoom(data.name, box);
     if (data.follows) setStateValue("zoom", box.zoom);  // fewer steps have room for more of their numbers
     show();
   };

@@ -25,8 +25,8 @@ function dress(layout, box) {
   return layout;
 }
 
-// The zoom of a chart is in the address of the page, which restores it: "?zoom_NAME=from,to". It is replaced there without a word
-// to the server, which hears of it when it is asked for something else.
+// The zoom of a chart is in the address of the page, which restores it: "?zoom_NAME=from,to". It is written there without a word to
+// the server: a zoom needs nothing from it.
 const LARGEST = 1e15;
 
 function urlZoom(name, count) {
@@ -39,10 +39,26 @@ function urlZoom(name, count) {
   return numbers;
 }
 
-function keepZoom(name, numbers) {
+// Streamlit writes the address anew from what it knows of it, so that it is looked at again and again.
+const zooms = (window.depthscopeZooms ??= new Map());
+window.depthscopeZoomClock ??= setInterval(() => {
+  for (const [name, { box, text }] of zooms) {
+    if (!box.isConnected) zooms.delete(name);
+    else writeZoom(name, text);
+  }
+}, 300);
+
+function writeZoom(name, text) {
   const address = new URL(location.href);
-  const short = (number) => (number === null ? "" : String(Number(number.toPrecision(6))));
-  if (numbers) address.searchParams.set(`zoom_${name}`, numbers.map(short).join(","));
+  if ((address.searchParams.get(`zoom_${name}`) ?? "") === text) return;
+  if (text) address.searchParams.set(`zoom_${name}`, text);
   else address.searchParams.delete(`zoom_${name}`);
   history.replaceState(history.state, "", address);
+}
+
+function keepZoom(name, box) {
+  const short = (number) => (number === null ? "" : String(Number(number.toPrecision(6))));
+  const text = box.zoom ? box.zoom.map(short).join(",") : "";
+  zooms.set(name, { box, text });
+  writeZoom(name, text);
 }

@@ -17,9 +17,12 @@ from depthscope.app.dashboard.components.microscope import (
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import FIGURES
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
 from depthscope.app.readings.readings import Reading
+
+MOST_STRIPS = 12
 
 
 def _show(chosen: ChosenRuns) -> None:
@@ -80,13 +83,13 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
                     f"The first {close_up.num_sequences} of {close_up.sequences} sequences: the others do not fit into memory."
                 )
         with st.popover("Curves", type="tertiary"):
-            strips = st.multiselect(
+            strips = choose_names(
                 "Curves",
                 names,
-                default=shown,
-                format_func=lambda name: FIGURES[name].title,
+                shown,
                 key="strips",
-                max_selections=12,
+                words={name: FIGURES[name].title for name in names},
+                most=MOST_STRIPS,
             )
     last = len(depth_names(reading)) - 1
     pin, other = _depth_of("pin", last), _depth_of("against", last)

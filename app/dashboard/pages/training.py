@@ -21,6 +21,7 @@ from depthscope.app.dashboard.components.training import (
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.live_status import LiveState, live_state
+from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
 from depthscope.app.figures.build.history_figure import measure_title
@@ -35,6 +36,9 @@ JUDGING_SECONDS = 0.25
 """Of each second, while steps are left to judge."""
 
 LARGEST_STEP = 10**15
+
+ZOOM = r"(-?\d{1,15}(?:\.\d{1,9})?),(-?\d{1,15}(?:\.\d{1,9})?)"
+"""Two numbers."""
 
 
 def _show(chosen: ChosenRuns) -> None:
@@ -135,21 +139,16 @@ def _say(history: TrainingHistory, state: LiveState | None, paused: bool) -> Non
 
 def _choose(history: TrainingHistory) -> Shown:
     known = history.measures
-    # Of another run, or of a link: Streamlit raises for a value that is no option.
-    if not set(st.session_state.get("measures", ())) <= set(known):
-        st.session_state["measures"] = [name for name in st.session_state["measures"] if name in known]
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.popover("Measures", type="tertiary"):
-            measures = st.multiselect(
+            measures = choose_names(
                 "Measures",
                 list(known),
-                default=default_measures(history),
-                format_func=lambda name: measure_title(known[name]),
+                default_measures(history),
                 key="measures",
-                bind="query-params",
-                max_selections=MOST_MEASURES,
+                words={name: measure_title(measure) for name, measure in known.items()},
+                most=MOST_MEASURES,
             )
-        measures = measures[:MOST_MEASURES] or default_measures(history)
         dims: dict[str, list[str]] = {}
         for name in measures:
             for dim, labels in known[name].choices.items():
@@ -187,15 +186,17 @@ def _step_of(name: str) -> int | None:
 
 
 def _zoom(first: float, last: float) -> tuple[float, float] | None:
-    """The steps that are looked at, as the panels write them into the address; None where they are none of the run."""
-    found = re.fullmatch(
-        r"(-?[0-9.]{1,20}),(-?[0-9.]{1,20})", st.query_params.get("zoom_training", ""), re.ASCII
-    )
-    try:
-        low, high = sorted(map(float, found.groups())) if found else (first, last)
-    except ValueError:  # two points in a number
+    """The steps that are looked at, as the panels say them or the address has them; None where they are none of the run."""
+    own = st.session_state.get("training", {})
+    if "zoom" in own:  # since this page was opened
+        ends = own["zoom"]
+    else:
+        ends = re.fullmatch(ZOOM, st.query_params.get("zoom_training", ""), re.ASCII)
+        ends = ends and ends.groups()
+    if not ends:
         return None
-    return (low, high) if found and low < last and high > first else None
+    low, high = sorted(map(float, ends))
+    return (low, high) if low < last and high > first else None
 
 
 def _changed() -> None:

@@ -87,7 +87,7 @@ def history_figure(
     if span is not None:
         # One step more on both sides, so that a curve goes on to the edge.
         first, last = np.searchsorted(steps, span, side="left")
-        shown = slice(max(int(first) - 1, 0), int(last) + 2)
+        shown = slice(max(int(first) - 1, 0), int(last) + 1)
     values = history.values(name, choice)[shown]
     bins = StepBins.of(steps[shown], MOST_COLUMNS)
     words = ", ".join(
