@@ -103,7 +103,7 @@ def drawn(label: str, points: list[dict[str, Any]], inches: float) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    from depthscope.app.drawing.matplotlib.curves import COLOURS, MARKERS
+    from depthscope.app.figures.run_colours import MARKERS
 
     canvas = Figure(figsize=(inches, 0.8 * inches), layout="constrained")
     axes = canvas.add_subplot(xscale="log", yscale="log", xlabel=label, ylabel="seconds")

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import streamlit as st
+import xarray as xr
 
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotly_component, show_drawing
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.state import run_library
 from depthscope.app.drawing.plotly.stack import (
     SEVERITY_COLOURS,
     Bar,
@@ -23,6 +25,7 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, Selection, available
 from depthscope.app.figures.build.values import names_of, pick
+from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
@@ -110,9 +113,13 @@ def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
     -------
     tuple of list of str and list of str
     """
-    analyses = {reading.name: reading.analysis}
+    analyses = _analyses(reading)
     names = [name for name, kind in available(analyses).items() if _axis_of(kind.metric, reading)]
     return names, [name for name in DEFAULT_STRIPS if name in names]
+
+
+def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
+    return analyses_of([reading], run_library.colours_of([reading]))
 
 
 def _axis_of(metric: str, reading: Reading) -> str:
@@ -247,7 +254,7 @@ def depth_names(reading: Reading) -> list[str]:
 
 def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
     kind = FIGURES[name]
-    analyses = {reading.name: reading.analysis}
+    analyses = _analyses(reading)
     figure: Figure = kind.build(analyses)
     if isinstance(figure, Lines) and "tokens" in kind.uses:
         # Without massive activations too: they dominate ranks and similarities.
@@ -380,7 +387,7 @@ def show_detail(reading: Reading, close_up: CloseUp | None, view: View) -> None:
     _show_tokens(close_up, view)
     if "singular_value" in reading.analysis:
         chosen = (view.pin,) if view.other is None else tuple(sorted({view.pin, view.other}))
-        figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=chosen)
+        figure = FIGURES["spectrum"].build(_analyses(reading), depths=chosen)
         card(figure, key="microscope_spectrum", height=230)
 
 

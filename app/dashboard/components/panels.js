@@ -89,6 +89,7 @@ export default function (component) {
   window.addEventListener("mouseup", (event) => {
     const pressed = box.pressed ?? null;
     box.pressed = null;
+    if (box.waitsToDraw) setTimeout(() => box.draw?.(), 100);  // after plotly has taken up the zoom
     // A drag is a zoom of plotly's.
     if (pressed === null || Math.abs(event.clientX - pressed) > 4) return;
     const depth = depthAt(event);
@@ -130,8 +131,11 @@ export default function (component) {
     if (data.follows) setStateValue("zoom", box.zoom);  // fewer steps have room for more of their numbers
     show();
   };
-  load(data.plotly).then((Plotly) => {
+  const draw = (Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
+    // A drawing in the middle of a drag would end it.
+    box.waitsToDraw = (box.pressed ?? null) !== null;
+    if (box.waitsToDraw) return;
     const theme = getComputedStyle(box).getPropertyValue("--st-background-color");
     if (box.drawn === data.figure && box.theme === theme) return show();
     box.drawn = data.figure;
@@ -153,7 +157,9 @@ export default function (component) {
         box.depthscopeResize.observe(parentElement);
       }
     });
-  }).catch((error) => { plot.textContent = error.message; });
+  };
+  box.draw = () => draw(window.Plotly);
+  load(data.plotly).then(draw).catch((error) => { plot.textContent = error.message; });
   return () => {
     box.depthscopeResize?.disconnect();
     box.depthscopeResize = null;

@@ -16,6 +16,7 @@ from threading import RLock
 from weakref import WeakKeyDictionary
 
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
+from depthscope.app.figures.run_colours import colour_places
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.first_findings import FirstFindings
@@ -31,6 +32,7 @@ __all__ = [
     "UnreadableRun",
     "allow",
     "close_up_of",
+    "colours_of",
     "first_findings_of",
     "history_of",
     "is_growing",
@@ -300,6 +302,34 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
         except (schema.SchemaError, OSError) as error:
             _followed.pop((path, reading.chain), None)
             return UnreadableRun(reading.name, path, _sentence(error))
+
+
+def colours_of(readings: Sequence[Reading]) -> dict[str, int]:
+    """The numbers of the colours of some readings: a run keeps the colour that it was first shown in.
+
+    Parameters
+    ----------
+    readings : sequence of Reading
+        Those that are shown together.
+
+    Returns
+    -------
+    dict of str to int
+        See `colour_places`.
+    """
+    with _growing_lock:
+        kept = {
+            reading.name: _colours[reading.path, reading.chain]
+            for reading in readings
+            if (reading.path, reading.chain) in _colours
+        }
+        places = colour_places(readings, kept)
+        for reading in readings:
+            _colours.setdefault((reading.path, reading.chain), places[reading.name])
+    return places
+
+
+_colours: dict[tuple[str, str], int] = {}
 
 
 def first_findings_of(history: TrainingHistory) -> FirstFindings:
