@@ -24,6 +24,9 @@ MOST_VALUES = 24
 
 SEED = "seed"
 
+STATUS = "status"
+"""Column of the runs that are written step by step."""
+
 FOUNDING = "same_representation"
 """The verdict whose column is always there, also where every run passes it."""
 
@@ -89,7 +92,11 @@ def has_seeds(summaries: Sequence[Summary]) -> bool:
 
 
 def verdict_table(
-    summaries: Sequence[Summary], *, group_by: str | None = None, fold_seeds: bool = False
+    summaries: Sequence[Summary],
+    *,
+    group_by: str | None = None,
+    fold_seeds: bool = False,
+    statuses: Mapping[str, str] | None = None,
 ) -> VerdictTable:
     """The table of some runs.
 
@@ -101,6 +108,8 @@ def verdict_table(
         An attribute: its values are a column, and its rows stand together.
     fold_seeds : bool
         One row for all seeds of an experiment: its cells say in how many of them.
+    statuses : mapping of str to str, optional
+        What is said of runs that are or were written step by step, by their names; a column where there is any.
 
     Returns
     -------
@@ -112,10 +121,20 @@ def verdict_table(
     cells, states, depths = [], [], []
     for row in rows:
         printed, behind, opened = _row(row, shown, group_by)
+        if statuses:
+            printed[STATUS] = (
+                ", ".join(statuses[each.name] for each in row if each.name in statuses) or "saved"
+            )
         cells.append(printed)
         states.append(behind)
         depths.append(opened)
-    columns = ["run", *([group_by] if group_by else []), *map(spoken, shown), "other verdicts"]
+    columns = [
+        "run",
+        *([STATUS] if statuses else []),
+        *([group_by] if group_by else []),
+        *map(spoken, shown),
+        "other verdicts",
+    ]
     return VerdictTable(
         pd.DataFrame(cells, columns=columns),
         pd.DataFrame(states, columns=columns).fillna(""),

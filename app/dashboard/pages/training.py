@@ -62,7 +62,7 @@ def _show(chosen: ChosenRuns) -> None:
     if len(history.steps) < 2 or not history.measures:
         _explain_none(history)
         return
-    state = live_state(history)
+    state = None if history.status is None else live_state(history.status, history.times)
     findings = run_library.first_findings_of(history)
     follows = not paused and ((state is not None and state.is_growing) or findings.look(0.0))
     st.fragment(_follow, run_every=1.0 if follows else None)(reading, paused, follows)
@@ -89,7 +89,7 @@ def _follow(reading: Reading, paused: bool, followed: bool) -> None:
     if isinstance(history, UnreadableRun):
         st.warning(f"{escaped(history.name)} cannot be read any more: {escaped(history.reason)}")
         return
-    state = live_state(history)
+    state = None if history.status is None else live_state(history.status, history.times)
     findings = run_library.first_findings_of(history)
     left = findings.look(JUDGING_SECONDS)
     _say(history, state, paused)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.diagnostics.schema import Status
 
 __all__ = ["LiveState", "live_state"]
 
@@ -39,22 +39,20 @@ class LiveState:
     is_growing: bool
 
 
-def live_state(history: TrainingHistory) -> LiveState | None:
-    """The state of a history.
+def live_state(status: Status, times: np.ndarray | None) -> LiveState:
+    """The state of a live store.
 
     Parameters
     ----------
-    history : TrainingHistory
-        Of a run.
+    status : Status
+        What it is at the moment.
+    times : ndarray or None
+        When its steps were measured, in seconds since 1970.
 
     Returns
     -------
-    LiveState or None
-        None for a run that was not written step by step.
+    LiveState
     """
-    status = history.status
-    if status is None:
-        return None
     step = "no step yet" if status.last_step is None else f"step {status.last_step:,}".replace(",", " ")
     age = _duration(status.age_seconds)
     if status.state == "finished":
@@ -63,16 +61,15 @@ def live_state(history: TrainingHistory) -> LiveState | None:
         return LiveState(f"killed at {step}, {age} ago", "red", False)
     if status.state == "unknown":
         # Its writer ran on another machine, whose lock is not seen here: it may still write.
-        stale = status.age_seconds > _patience(history)
+        stale = status.age_seconds > _patience(times)
         words = f"{step}, {age} ago, written on {status.host}"
         return LiveState(f"{words} · STALE" if stale else words, "orange" if stale else "green", not stale)
-    if status.age_seconds > _patience(history):
+    if status.age_seconds > _patience(times):
         return LiveState(f"{step}, {age} ago · STALE", "orange", True)
     return LiveState(f"{step}, {age} ago", "green", True)
 
 
-def _patience(history: TrainingHistory) -> float:
-    times = history.times
+def _patience(times: np.ndarray | None) -> float:
     intervals = np.diff(times[-RECENT - 1 :]) if times is not None else np.zeros(0)
     known = intervals[np.isfinite(intervals)]
     return max(LEAST_SECONDS, MISSED_BEATS * float(known.max(initial=0.0)))

@@ -9,12 +9,14 @@ import logging
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
 from weakref import WeakKeyDictionary
 
+from depthscope.app.dashboard.state.live_status import LiveState, live_state
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.figures.run_colours import colour_places
 from depthscope.app.readings.close_up import CloseUp, read_close_up
@@ -27,6 +29,7 @@ from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.experiments import beside
+from depthscope.diagnostics.schema import FollowedStore
 
 __all__ = [
     "UnreadableRun",
@@ -37,6 +40,8 @@ __all__ = [
     "history_of",
     "is_growing",
     "list_runs",
+    "live_states",
+    "read_again",
     "read_run",
     "summaries_of",
 ]
@@ -175,6 +180,12 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
     list of Summary, UnreadableRun or None
         None where the run has to be analysed first.
     """
+    if is_growing(path):
+        # Analysed again now and then; what its rows say at the moment is in `live_states`.
+        if path not in _growing:
+            return None
+        found_last = _read_growing(name, path, None)
+        return found_last if isinstance(found_last, UnreadableRun) else list(map(summary_of, found_last))
     try:
         version = _version_of(path)
     except OSError as error:
@@ -222,14 +233,15 @@ class _Growing:
 
     version: FileVersion
     found: tuple[Reading, ...] | UnreadableRun
-    read_at: float
-    seconds: float
 
 
 _growing: dict[Path, _Growing] = {}
 
+_rest = {"until": 0.0}
+"""The time until which no growing run is analysed again."""
+
 SHARE_OF_TIME = 0.2
-"""Of the server's time that analyses of a growing run may take; in between, the last one is shown. A heuristic of ours."""
+"""Of the server's time that analyses of growing runs may take; in between, the last one is shown. A heuristic of ours."""
 
 
 def is_growing(path: Path) -> bool:
@@ -254,7 +266,7 @@ def _read_growing(
     with _growing_lock:
         known = _growing.get(path)
         now = time.monotonic()
-        if known is not None and now - known.read_at < known.seconds / SHARE_OF_TIME:
+        if known is not None and now < _rest["until"]:
             return known.found
         try:
             version = _version_of(path)
@@ -263,11 +275,67 @@ def _read_growing(
         if known is not None and known.version == version:
             return known.found
         found = _read(name, path, progress)
-        _growing[path] = _Growing(version, found, time.monotonic(), time.monotonic() - now)
+        _growing[path] = _Growing(version, found)
+        ended = time.monotonic()
+        _rest["until"] = ended + (ended - now) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
         return found
 
 
 _growing_lock = RLock()
+
+
+def read_again(reading: Reading) -> Reading | None:
+    """A reading of a run that is being written, as of its last steps.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    Reading or None
+        The same one where there is nothing new; None where it cannot be read any more.
+    """
+    path = Path(reading.path)
+    name = reading.name.removesuffix(f"/{reading.chain}") if reading.chain else reading.name
+    found = _read_growing(name, path, None)
+    if isinstance(found, UnreadableRun):
+        return None
+    return next((each for each in found if each.chain == reading.chain), None)
+
+
+def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
+    """What is to be said of the runs that are or were written step by step.
+
+    Parameters
+    ----------
+    listed : mapping of str to Path
+        Of `list_runs`.
+
+    Returns
+    -------
+    dict of str to LiveState
+        By the names of those runs.
+    """
+    found = {}
+    for name, path in listed.items():
+        if not schema.is_live_store(path):
+            continue
+        with _growing_lock, suppress(schema.SchemaError, OSError):
+            store = _stores.pop(path, None)
+            if store is None:
+                store = FollowedStore(path)
+            else:
+                store.refresh()
+            _stores[path] = store
+            while len(_stores) > MOST_FOLLOWED:
+                _stores.pop(next(iter(_stores)))
+            found[name] = live_state(store.status(), store.times)
+    return found
+
+
+_stores: dict[Path, FollowedStore] = {}
 
 
 def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:

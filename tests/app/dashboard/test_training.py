@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from depthscope.app.dashboard.components import verdict_board
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.live_status import live_state
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
@@ -43,7 +44,7 @@ def heat_map(test, number=0):
 
 def test_steps_are_followed_and_the_state_is_said(store):
     test = opened(store)
-    assert re.search(r"step 19, \d s ago", words(test))
+    assert re.search(r"step 19, \d+ s ago", words(test))
     assert numbers(heat_map(test)["z"]).shape == (6, 20)
     add(store, 20, 6)
     test.run()
@@ -102,15 +103,15 @@ def test_silence_is_stale_by_the_cadence_of_the_run(store, monkeypatch):
     history = run_library.history_of(reading)
     last = history.times[-1]
     monkeypatch.setattr("time.time", lambda: last + 2.0)
-    usual = live_state(history)
+    usual = live_state(history.status, history.times)
     assert usual.is_growing
     assert usual.words == "step 19, 2 s ago"
     # A run with a step every minute is not stale after three, and is after five.
     history._store.times = last - 60.0 * np.arange(20)[::-1]
     monkeypatch.setattr("time.time", lambda: last + 200.0)
-    assert "STALE" not in live_state(history).words
+    assert "STALE" not in live_state(history.status, history.times).words
     monkeypatch.setattr("time.time", lambda: last + 300.0)
-    assert live_state(history).words == "step 19, 5 min ago · STALE"
+    assert live_state(history.status, history.times).words == "step 19, 5 min ago · STALE"
     assert test is not None
 
 
@@ -124,6 +125,29 @@ def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
     shapes = json.loads(charts(test)["training"]["figure"])["layout"]["shapes"]
     assert [shape["x0"] for shape in shapes] == [10]
     resumed.close()
+
+
+def test_the_table_of_runs_says_what_is_written_and_stale(store, make_run, monkeypatch):
+    monkeypatch.setattr(verdict_board, "PATIENCE", 120.0)  # all runs in one go, also on a busy machine
+    save_run(make_run("residual", layers=2), store.path.parent / "saved.nc")
+    test = open_page("", [store.path.parent])
+    (table,) = [each.value for each in test.dataframe if "run" in each.value.columns]
+    status = dict(zip(table["run"], table["status"], strict=True))
+    assert status["saved"] == "saved"
+    assert re.fullmatch(r"step 19, \d+ s ago( · STALE)?", status["run"])
+
+
+def test_the_microscope_follows_the_last_step(store):
+    test = open_page("microscope", [store.path.parent])
+    assert "Numbers of step 19" in words(test)
+    add(store, 20, 6)
+    run_library._rest["until"] = 0.0
+    test.run()
+    assert "Numbers of step 20" in words(test)
+    store.finish()
+    store.close()
+    test.run()
+    assert "Numbers of step" not in words(test)
 
 
 @pytest.mark.browser
