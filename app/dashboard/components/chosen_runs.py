@@ -11,6 +11,7 @@ from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 from depthscope.app.readings.readings import Reading
+from depthscope.app.text.visible import LONGEST_NAME, visible
 
 CHOSEN_AT_FIRST = 3
 """A folder of so many runs is shown whole. A heuristic of ours."""
@@ -18,6 +19,10 @@ CHOSEN_AT_FIRST = 3
 MOST_RUNS = 30
 """Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""
 
+MOST_NAMED = 5
+"""Runs that are not here and are named."""
+
+_UNKNOWN = "unknown_runs"
 _KEY = "chosen_runs"
 """Key of the session state: Streamlit calls a page without arguments."""
 
@@ -27,6 +32,7 @@ def choose_runs() -> None:
     listed = run_library.list_runs()
     names = list(listed)
     chosen: list[str] = []
+    asked = _asked_for()
     if names:
         with st.sidebar:
             chosen = st.multiselect(
@@ -44,6 +50,31 @@ def choose_runs() -> None:
             if len(names) > MOST_RUNS:
                 st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
     st.session_state[_KEY] = chosen[:MOST_RUNS]
+    if asked is not None:
+        unknown = [name for name in asked if name not in listed]
+        st.session_state[_UNKNOWN] = (chosen, unknown)
+
+
+def _asked_for() -> list[str] | None:
+    """The runs that an address names when it is opened; None later, when the address follows the choice."""
+    if "runs" in st.session_state or "runs" not in st.query_params:
+        return None
+    return list(dict.fromkeys(st.query_params.get_all("runs")))
+
+
+def say_unknown_runs() -> None:
+    """Runs of the address that are not here, until others are chosen."""
+    chosen, unknown = st.session_state.get(_UNKNOWN, ([], []))
+    if not unknown or chosen != st.session_state[_KEY]:
+        st.session_state.pop(_UNKNOWN, None)
+        return
+    shown = ", ".join(f"“{escaped(visible(name, longest=LONGEST_NAME))}”" for name in unknown[:MOST_NAMED])
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    st.warning(
+        f"Not here: {shown}{more}, which the address names. They were deleted or renamed, or are in another folder than the "
+        "dashboard was started with.",
+        icon="🔎",
+    )
 
 
 def _read(names: Sequence[str]) -> ChosenRuns:
