@@ -81,14 +81,20 @@ def _read(names: Sequence[str]) -> ChosenRuns:
     readings: dict[str, Reading] = {}
     unreadable: list[UnreadableRun] = []
     listed = run_library.list_runs()
-    for name in names:
-        with st.spinner(f"Analysing {escaped(name)} …"):
-            found = run_library.read_run(name, listed)
+    bar = st.empty()  # where nothing is analysed, nothing is drawn in it
+    for number, name in enumerate(names):
+
+        def progress(metric: str, done: int, total: int, number: int = number, name: str = name) -> None:
+            of = f" ({number + 1} of {len(names)})" if len(names) > 1 else ""
+            bar.progress(done / max(total, 1), f"Analysing {escaped(name)}{of}: {escaped(metric)}")
+
+        found = run_library.read_run(name, listed, progress=progress)
         if isinstance(found, UnreadableRun):
             unreadable.append(found)
         else:
             # A run of several chains has one reading for each.
             readings.update({reading.name: reading for reading in found})
+    bar.empty()
     return ChosenRuns(readings, tuple(unreadable))
 
 

@@ -17,7 +17,14 @@ from depthscope.app.dashboard.state.live_status import LiveState
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
 from depthscope.app.readings.kept_readings import Summary, summary_of
-from depthscope.app.tables.verdict_table import SIGNS, VerdictTable, groupable, has_seeds, verdict_table
+from depthscope.app.tables.verdict_table import (
+    SIGNS,
+    VerdictTable,
+    groupable,
+    has_seeds,
+    plain_attributes,
+    verdict_table,
+)
 
 __all__ = ["show_verdict_board"]
 
@@ -156,7 +163,7 @@ def _found(summaries: list[Summary]) -> list[Summary]:
 
 
 def _searched(summary: Summary) -> str:
-    plain = [value for value in summary.attrs.values() if isinstance(value, (str, int, float))]
+    plain = plain_attributes(summary.attrs).values()
     told = [name for name, standing in summary.standings.items() if standing.state in ("FAIL", "WARN")]
     return " ".join(map(str, (summary.name, *plain, *told))).casefold()
 

@@ -34,7 +34,7 @@ PARAMETERS = (
         "still",
     ),
     *("trained", "paused", "measures", "step", "versus", "training_tokens", "training_stream"),
-    *("zoom_training", "zoom_microscope", "zoom_chart_cka", "colour"),
+    *("zoom_training", "zoom_microscope", "zoom_chart_cka", "colour", "band"),
 )
 VALUES = {
     **TEXTS,
