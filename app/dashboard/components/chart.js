@@ -43,6 +43,23 @@ export default function (component) {
     if (drawn.z) return drawn.x?.some((x) => inside(xs, x)) && drawn.y.some((y) => inside(ys, y));
     return Array.from(drawn.y).some((y, j) => Number.isFinite(y) && inside(ys, y) && inside(xs, drawn.x[j]));
   });
+  // Arrow keys go from number to number, as the mouse does; enter opens the one that is shown.
+  box.onkeydown = (event) => {
+    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    const drawn = box._fullData?.find((trace) => trace.visible === true && trace.y?.length > 1);
+    if (!drawn) return;
+    const [xs, ys] = [drawn.x, drawn.z ? drawn.y : [0]];
+    if (event.key === "Escape") window.Plotly.Fx.unhover(box);
+    else if (event.key === "Enter" && data.clickable && box.at) setTriggerValue("clicked", { x: xs[box.at[0]], y: ys[box.at[1]] });
+    else if (move) {
+      const last = [xs.length - 1, ys.length - 1];
+      box.at = (box.at ?? [-1, 0]).map((place, i) => Math.min(Math.max(place + move[i], 0), last[i]));
+      const axes = box._fullLayout;
+      const y = drawn.z ? ys[box.at[1]] : drawn.y[box.at[0]];
+      window.Plotly.Fx.hover(box, { xval: axes.xaxis.d2l(xs[box.at[0]]), yval: axes.yaxis.d2l(y) });
+    } else return;
+    event.preventDefault();
+  };
   load(data.plotly).then((Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
     const layout = () => {

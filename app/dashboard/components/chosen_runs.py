@@ -49,6 +49,7 @@ def choose_runs() -> None:
             )
             if len(names) > MOST_RUNS:
                 st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
+    st.sidebar.caption("Key g: next chart; arrow keys: inside it.")
     st.session_state[_KEY] = chosen[:MOST_RUNS]
     if asked is not None:
         unknown = [name for name in asked if name not in listed]

@@ -62,3 +62,16 @@ function keepZoom(name, box) {
   zooms.set(name, { box, text });
   writeZoom(name, text);
 }
+
+// Key g goes to the next chart, with shift to the one before: by Tab there are as many stops before it as the page has fields.
+window.depthscopeKeys ??= document.addEventListener("keydown", (event) => {
+  const writing = event.target.closest?.("input, textarea, [contenteditable=true], [role=combobox]");
+  if (event.key.toLowerCase() !== "g" || writing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const charts = [...document.querySelectorAll(".depthscope-chart, .depthscope-panels")];
+  if (!charts.length) return;
+  event.preventDefault();
+  const at = charts.indexOf(document.activeElement);
+  const next = event.shiftKey ? (at <= 0 ? charts.length : at) - 1 : (at + 1) % charts.length;
+  charts[next].focus();
+  charts[next].scrollIntoView({ block: "nearest" });
+}) ?? true;
