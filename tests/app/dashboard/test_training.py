@@ -97,6 +97,17 @@ def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monk
     assert "ds.record" in words(test)
 
 
+def test_a_saved_copy_shows_the_same_history(store, tmp_path):
+    store.finish()
+    live = numbers(heat_map(opened(store, measures="residual_norm"))["customdata"])
+    (tmp_path / "copies").mkdir()
+    with schema.open_run(store.path) as run:
+        save_run(run, tmp_path / "copies" / "copy.nc")
+    test = open_page("training", [tmp_path / "copies"], measures="residual_norm")
+    np.testing.assert_array_equal(numbers(heat_map(test)["customdata"]), live)
+    assert "ended" not in words(test)
+
+
 def test_silence_is_stale_by_the_cadence_of_the_run(store, monkeypatch):
     test = opened(store)
     reading = run_library.read_run("run")[0]
