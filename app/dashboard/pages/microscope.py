@@ -25,6 +25,7 @@ from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import schema
 
 MOST_STRIPS = 12
+"""Curves below each other. A heuristic of ours."""
 
 
 def _show(chosen: ChosenRuns) -> None:

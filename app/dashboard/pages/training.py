@@ -31,6 +31,7 @@ from depthscope.app.readings.training_history import TrainingHistory, UntilStep
 from depthscope.app.tables.tables import spoken
 
 MOST_MEASURES = 10
+"""Panels below each other. A heuristic of ours."""
 
 JUDGING_SECONDS = 0.25
 """Of each second, while steps are left to judge."""

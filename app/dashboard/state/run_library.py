@@ -22,10 +22,11 @@ from depthscope.app.figures.run_colours import colour_places
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.first_findings import FirstFindings
+from depthscope.app.readings.followed_history import FollowedHistory
+from depthscope.app.readings.followed_history import history_of as read_history
 from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.readings.training_history import FollowedHistory, TrainingHistory
-from depthscope.app.readings.training_history import history_of as read_history
+from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.experiments import beside
