@@ -177,22 +177,22 @@ def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path
             page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
             panels = page.locator(".depthscope-training")
             plot = "() => document.querySelector('.depthscope-training .plot')"
-            columns = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.length"
+            last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
             shown = f"{plot}._fullLayout.xaxis.range"
             page.wait_for_timeout(2000)  # the page has found its places
-            before = page.evaluate(columns)
-            wait_for(lambda: page.evaluate(columns) > before, 15)
+            before = page.evaluate(last)
+            wait_for(lambda: page.evaluate(last) > before, 30)
             box = panels.bounding_box()
             y = box["y"] + 60
             page.mouse.move(box["x"] + 0.35 * box["width"], y)
             page.mouse.down()
             page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
             page.mouse.up()
-            wait_for(lambda: "zoom_training=" in page.url, 10)
+            wait_for(lambda: "zoom_training=" in page.url, 30)
             zoomed = page.evaluate(shown)
             page.wait_for_timeout(800)  # else the two are a double click
             page.mouse.click(box["x"] + 0.5 * box["width"], y)
-            wait_for(lambda: "step=" in page.url, 10)
+            wait_for(lambda: "step=" in page.url, 30)
             pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
             page.wait_for_timeout(2500)  # two beats
             assert page.evaluate(shown) == pytest.approx(zoomed)
@@ -200,10 +200,10 @@ def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path
             link = page.url
             os.kill(writer.pid, signal.SIGKILL)
             writer.wait()
-            page.get_by_text("killed at step").wait_for(timeout=15_000)
+            page.get_by_text("killed at step").wait_for(timeout=60_000)
             page.goto(link)
             page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
-            wait_for(lambda: page.evaluate(shown) == pytest.approx(zoomed, rel=1e-3), 10)
+            wait_for(lambda: page.evaluate(shown) == pytest.approx(zoomed, rel=1e-3), 30)
             assert watch.errors == []
             assert watch.outside == []
     finally:
