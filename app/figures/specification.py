@@ -17,6 +17,9 @@ Array = np.ndarray
 Analyses = Mapping[str, xr.Dataset]
 """Run name → its analysis, in the order in which the runs are drawn."""
 
+RUN_COLOUR = "run_colour"
+"""Attribute of an analysis that is drawn: the number of its run's colour, see `app.figures.run_colours`."""
+
 
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,8 @@ class Line:
         Name of every position (module or layer), shown on hover.
     law : str
         Legend entry of theory, shared by the lines of one law.
+    colour : int or None
+        Number of the run's colour, see `app.figures.run_colours`; None for the place among the lines.
     """
 
     x: Array
@@ -54,6 +59,7 @@ class Line:
     group: str = ""
     text: Sequence[str] | None = None
     law: str = ""
+    colour: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +260,8 @@ class FigureKind(ABC):
         figure = self.figure(analyses, Selection.of(selection))
         # Here and in no figure's own caption: no figure of an unproven reading can be drawn without it.
         sentences = [figure.caption, *self._evidence(analyses, figure)]
+        if isinstance(figure, Lines):
+            figure = replace(figure, lines=tuple(_coloured(line, analyses) for line in figure.lines))
         return replace(figure, caption=" ".join(filter(None, sentences)))
 
     def _evidence(self, analyses: Analyses, figure: Figure) -> tuple[str, str]:
@@ -261,3 +269,9 @@ class FigureKind(ABC):
         shown = [figure.run] if isinstance(figure, Heatmap) and figure.run in analyses else list(analyses)
         attrs = {run: analyses[run].attrs for run in shown}
         return constraint_sentence(attrs) if self.question == "mixing" else "", proof_sentence(attrs)
+
+
+def _coloured(line: Line, analyses: Analyses) -> Line:
+    """A line in the colour of its run, where the run has one."""
+    colour = analyses[line.group].attrs.get(RUN_COLOUR) if line.group in analyses else None
+    return line if colour is None else replace(line, colour=int(colour))

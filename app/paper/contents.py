@@ -9,6 +9,7 @@ import xarray as xr
 
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Selection, available
 from depthscope.app.figures.build.values import feeds
+from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
@@ -119,7 +120,7 @@ def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Fi
     list of (str, Lines or Heatmap)
         In display order.
     """
-    analyses = {reading.name: reading.analysis for reading in readings}
+    analyses = analyses_of(readings)
     return [
         (kind.question, figure)
         for kind in available(analyses).values()

@@ -75,6 +75,7 @@ def read_runs(
     *,
     paths: Mapping[str, Path] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    last_step: bool = False,
 ) -> list[Reading]:
     """Analyse and judge runs; complete stored metrics are used as they are.
 
@@ -86,6 +87,8 @@ def read_runs(
         Where runs were opened from: what the lens beside one gave is evidence for its verdicts.
     progress : function, optional
         Called with (metric, number done, number in all) for each run.
+    last_step : bool
+        Of a live store read the metrics of the last step alone: those of all steps may be gigabytes.
 
     Returns
     -------
@@ -102,7 +105,7 @@ def read_runs(
         name: results_beside(path, runs[name].attrs.get("weights_digest"))
         for name, path in (paths or {}).items()
     }
-    analyses = {name: _analyses(run, progress) for name, run in runs.items()}
+    analyses = {name: _analyses(run, progress, last_step) for name, run in runs.items()}
     return [
         judged(
             visible_name(f"{name}/{chain}" if chain else name),
@@ -227,9 +230,14 @@ def live_sentence(attrs: Mapping[str, Any]) -> str | None:
 
 
 def _analyses(
-    run: xr.DataTree, progress: Callable[[str, int, int], None] | None
+    run: xr.DataTree, progress: Callable[[str, int, int], None] | None, last_step: bool
 ) -> list[tuple[str, xr.Dataset]]:
     stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
+    if last_step and schema.LIVE in run.attrs:
+        stored = {
+            chain: dataset.isel(step=[-1]) if dataset is not None and "step" in dataset.dims else dataset
+            for chain, dataset in stored.items()
+        }
     known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
     if not _suffices(run, stored, known):
         fresh = _by_chain(analyze(run, progress=progress))

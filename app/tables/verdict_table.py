@@ -14,7 +14,15 @@ from depthscope.app.tables.tables import spoken
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN, VERDICTS
 
-__all__ = ["SIGNS", "VerdictTable", "groupable", "has_seeds", "verdict_table"]
+__all__ = [
+    "SIGNS",
+    "VerdictTable",
+    "experiments_of",
+    "groupable",
+    "has_seeds",
+    "plain_attributes",
+    "verdict_table",
+]
 
 SIGNS = {"FAIL": "✕", "WARN": "▲", "INFO": "●", "PASS": "✓", NOT_JUDGED: "–"}
 """State → sign: colours alone are the same to some readers."""
@@ -23,6 +31,9 @@ MOST_VALUES = 24
 """An attribute with more values than this, such as a digest, groups nothing."""
 
 SEED = "seed"
+
+STATUS = "status"
+"""Column of the runs that are written step by step."""
 
 FOUNDING = "same_representation"
 """The verdict whose column is always there, also where every run passes it."""
@@ -67,10 +78,38 @@ def groupable(summaries: Sequence[Summary]) -> list[str]:
     """
     found: dict[str, set[Any]] = {}
     for summary in summaries:
-        for name, value in summary.attrs.items():
-            if isinstance(value, (str, int, float, bool)):
-                found.setdefault(name, set()).add(value)
+        for name, value in plain_attributes(summary.attrs).items():
+            found.setdefault(name, set()).add(value)
     return sorted(name for name, values in found.items() if 1 < len(values) <= MOST_VALUES)
+
+
+def plain_attributes(attrs: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Attributes that are one word or number, and those in a mapping such as a configuration.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Of a run.
+
+    Returns
+    -------
+    dict
+        A value in a mapping has the name ``mapping.name``.
+
+    Examples
+    --------
+    >>> plain_attributes({"family": "mhc", "config": {"lr": 0.1, "layers": [1, 2]}})
+    {'family': 'mhc', 'config.lr': 0.1}
+    """
+    found: dict[str, str | int | float | bool] = {}
+    for name, value in attrs.items():
+        parts = (
+            {f"{name}.{part}": each for part, each in value.items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
+        found |= {str(key): each for key, each in parts.items() if isinstance(each, (str, int, float, bool))}
+    return found
 
 
 def has_seeds(summaries: Sequence[Summary]) -> bool:
@@ -88,8 +127,34 @@ def has_seeds(summaries: Sequence[Summary]) -> bool:
     return len(_by_experiment(summaries)) < len(summaries)
 
 
+def experiments_of(summaries: Sequence[Summary]) -> dict[str, str]:
+    """The experiment of each run of which there are several seeds.
+
+    Parameters
+    ----------
+    summaries : sequence of Summary
+        Of all runs.
+
+    Returns
+    -------
+    dict of str to str
+        Run → ``NAME and 2 more seeds``.
+    """
+    return {
+        summary.name: _row_name(row) for row in _by_experiment(summaries) if len(row) > 1 for summary in row
+    }
+
+
+def _row_name(row: Sequence[Summary]) -> str:
+    return row[0].name if len(row) == 1 else f"{row[0].name} and {len(row) - 1} more seeds"
+
+
 def verdict_table(
-    summaries: Sequence[Summary], *, group_by: str | None = None, fold_seeds: bool = False
+    summaries: Sequence[Summary],
+    *,
+    group_by: str | None = None,
+    fold_seeds: bool = False,
+    statuses: Mapping[str, str] | None = None,
 ) -> VerdictTable:
     """The table of some runs.
 
@@ -101,6 +166,8 @@ def verdict_table(
         An attribute: its values are a column, and its rows stand together.
     fold_seeds : bool
         One row for all seeds of an experiment: its cells say in how many of them.
+    statuses : mapping of str to str, optional
+        What is said of runs that are or were written step by step, by their names; a column where there is any.
 
     Returns
     -------
@@ -112,10 +179,20 @@ def verdict_table(
     cells, states, depths = [], [], []
     for row in rows:
         printed, behind, opened = _row(row, shown, group_by)
+        if statuses:
+            printed[STATUS] = (
+                ", ".join(statuses[each.name] for each in row if each.name in statuses) or "saved"
+            )
         cells.append(printed)
         states.append(behind)
         depths.append(opened)
-    columns = ["run", *([group_by] if group_by else []), *map(spoken, shown), "other verdicts"]
+    columns = [
+        "run",
+        *([STATUS] if statuses else []),
+        *([group_by] if group_by else []),
+        *map(spoken, shown),
+        "other verdicts",
+    ]
     return VerdictTable(
         pd.DataFrame(cells, columns=columns),
         pd.DataFrame(states, columns=columns).fillna(""),
@@ -163,14 +240,13 @@ def _badness(row: Sequence[Summary]) -> tuple[int, ...]:
 
 
 def _group(row: Sequence[Summary], group_by: str | None) -> str:
-    return str(row[0].attrs.get(group_by, "–")) if group_by else ""
+    return str(plain_attributes(row[0].attrs).get(group_by, "–")) if group_by else ""
 
 
 def _row(
     row: Sequence[Summary], shown: Sequence[str], group_by: str | None
 ) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
-    names = row[0].name if len(row) == 1 else f"{row[0].name} and {len(row) - 1} more seeds"
-    printed, behind, opened = {"run": names}, {}, {}
+    printed, behind, opened = {"run": _row_name(row)}, {}, {}
     if group_by:
         printed[group_by] = _group(row, group_by)
     for name in shown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
 
@@ -60,12 +60,30 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         raise ValueError(
             "the run has no statistics; record it with probes.record(...), or analyze a run with a trace"
         )
+    return curves_of_sums(statistics, tuple(_CURVES))
+
+
+def curves_of_sums(statistics: xr.Dataset, sums: Iterable[tuple[str, ...]]) -> xr.Dataset:
+    """The curves that some of the sums give.
+
+    Parameters
+    ----------
+    statistics : Dataset
+        Sums by step.
+    sums : iterable of tuple of str
+        Which: of `STEPWISE_SUMS`.
+
+    Returns
+    -------
+    Dataset
+        As of `training_curves`.
+    """
     statistics = _with_stream_labels(statistics)
     curves: dict[str, xr.DataArray] = {}
     # A recording has the sums that were requested: a curve whose sums are missing is left out.
-    for needs, build in _CURVES.items():
+    for needs in sums:
         if all(name in statistics for name in needs):
-            curves.update(build(statistics))
+            curves.update(_CURVES[needs](statistics))
     return xr.Dataset(curves)
 
 
@@ -207,6 +225,7 @@ def _parameter_drift(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     return {"connection_parameter_drift": xr.DataArray(drift, coords, ("step", "parameter"))}
 
 
+_STREAMED = ("eigenvalue", "stream_eigenvalue", "streamed_count")
 _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] = {
     ("square_norm_sum", "token_count"): _residual_norm,
     ("gradient_square_norm_sum",): _gradients,
@@ -218,6 +237,10 @@ _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] 
     ("attention_entropy_sum", "sink_mass_sum", "attention_query_count"): _attention,
     ("connection_parameter",): _parameter_drift,
     ("loss",): _loss,
-    ("eigenvalue", "stream_eigenvalue", "streamed_count"): _streamed_ranks,
+    _STREAMED: _streamed_ranks,
     **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},
 }
+
+STEPWISE_SUMS = tuple(needs for needs in _CURVES if needs != _STREAMED)
+"""Sums that belong together, each group of which gives curves with a number at every step; a step needs no other one, except
+for drifts, which are from the first step on."""

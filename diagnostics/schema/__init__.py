@@ -4,8 +4,9 @@ from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
-from depthscope.diagnostics.schema.live_store_files import LOG, is_live_store
-from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT
+from depthscope.diagnostics.schema.live_store_files import LOG, is_being_written, is_live_store, newest_state
+from depthscope.diagnostics.schema.live_store_following import FollowedStore
+from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT, Status
 from depthscope.diagnostics.schema.opening import integrity, open_group, open_run
 from depthscope.diagnostics.schema.replaceable import require_replaceable
 from depthscope.diagnostics.schema.saving import save_run
@@ -78,17 +79,21 @@ __all__ = [
     "TRACE_COORDS",
     "UNPROVEN",
     "WITHOUT_GRADIENT",
+    "FollowedStore",
     "Parts",
     "SchemaError",
+    "Status",
     "Variable",
     "chain_dataset",
     "chains",
     "check_version",
     "create_run",
     "integrity",
+    "is_being_written",
     "is_live_store",
     "is_proof",
     "list_runs",
+    "newest_state",
     "open_group",
     "open_run",
     "require_replaceable",

@@ -81,6 +81,22 @@ def numbered(folder: Path, suffix: str) -> dict[int, Path]:
     return {int(name.removesuffix(suffix)): folder / name for name in found}
 
 
+def newest_state(store: Path) -> Path | None:
+    """The newest file with the arrays of one step.
+
+    Parameters
+    ----------
+    store : Path
+        The folder.
+
+    Returns
+    -------
+    Path or None
+        None where none was saved yet.
+    """
+    return next(reversed(numbered(store / STATES, ".nc").values()), None)
+
+
 def has_older_rows(store: Path) -> bool:
     """Whether some rows of a store are in files of columns.
 

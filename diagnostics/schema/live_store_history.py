@@ -235,7 +235,7 @@ class History:
 
     # --- replaying
 
-    def replay(self, frames: Iterable[Frame], store: Path) -> None:
+    def replay(self, frames: Iterable[Frame], store: Path, *, first: int = 0) -> None:
         """Take in what the frames of a log say.
 
         Parameters
@@ -244,8 +244,11 @@ class History:
             In their order.
         store : Path
             The folder that the older rows are in.
+        first : int
+            Number of the first of these frames in the log: above 0 where those before it were taken in already.
         """
-        for number, frame in enumerate(frames):
+        self._tables = None
+        for number, frame in enumerate(frames, start=first):
             if (frame.kind == BEGIN) != (number == 0):
                 raise ValueError(f"frame {number} is of kind {frame.kind}")
             if frame.kind == ROW:
@@ -424,8 +427,29 @@ def read_history(store: Path, *, despite_damage: bool = False) -> tuple[History,
             f"its {LOG} is damaged at its first byte, or of another program; nothing of it can be read"
         )
     history = History()
+    replay_or_refuse(history, found.frames, store)
+    if not despite_damage:
+        refuse_damage(history, found)
+    return history, found
+
+
+def replay_or_refuse(history: History, frames: Iterable[Frame], store: Path, *, first: int = 0) -> None:
+    """Take in what frames say, and refuse in a sentence what depthscope does not write.
+
+    Parameters
+    ----------
+    history : History
+        Is changed.
+    frames, store, first
+        See `History.replay`.
+
+    Raises
+    ------
+    SchemaError
+        For frames of somebody else, and where a file of older rows is missing.
+    """
     try:
-        history.replay(found.frames, store)
+        history.replay(frames, store, first=first)
     except SchemaError:
         raise
     except (
@@ -443,12 +467,33 @@ def read_history(store: Path, *, despite_damage: bool = False) -> tuple[History,
         ) from None
     except FileNotFoundError as error:
         raise SchemaError(f"a file of its older rows is missing: {error.filename}") from None
-    if found.damaged and not despite_damage:
-        before = (
-            f"the {history.num_rows} rows up to step {history.last_step} before it can be read with "
-            "open_run(path, verify=False)"
-            if history.num_rows
-            else "no row is before it"
-        )
-        raise SchemaError(f"its {LOG} is damaged at byte {found.end}, in row {history.num_rows}; {before}")
-    return history, found
+
+
+def refuse_damage(history: History, found: Scan, *, before: int = 0) -> None:
+    """Refuse a log in which whole frames follow after bytes that are none.
+
+    Parameters
+    ----------
+    history : History
+        What is before the damage.
+    found : Scan
+        Of the log, or of its end.
+    before : int
+        Bytes of the log before those that were scanned.
+
+    Raises
+    ------
+    SchemaError
+        Where there is damage.
+    """
+    if not found.damaged:
+        return
+    known = (
+        f"the {history.num_rows} rows up to step {history.last_step} before it can be read with "
+        "open_run(path, verify=False)"
+        if history.num_rows
+        else "no row is before it"
+    )
+    raise SchemaError(
+        f"its {LOG} is damaged at byte {before + found.end}, in row {history.num_rows}; {known}"
+    )

@@ -125,7 +125,7 @@ def open_live(
     run = _newest_state(store, open_state)
     try:
         history, found = read_history(store, despite_damage=not verify)
-        status = _status(store, history, found.torn, run)
+        status = status_of(store, history, found.torn, None if run is None else _step_of(run))
         if run is None or not history.num_rows:
             raise SchemaError(f"no step was finished in it yet ({status.sentence})")
         _check_size(store, history, max_bytes)
@@ -155,7 +155,24 @@ def _newest_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.
     raise SchemaError("its files change faster than they can be opened; try again")
 
 
-def _status(store: Path, history: History, torn: int, run: xr.DataTree | None) -> Status:
+def status_of(store: Path, history: History, torn: int, state_step: int | None) -> Status:
+    """What a live store is at the moment.
+
+    Parameters
+    ----------
+    store : Path
+        The folder.
+    history : History
+        Its rows.
+    torn : int
+        Bytes after the last whole frame of its log.
+    state_step : int or None
+        Of the large arrays, where they were looked at.
+
+    Returns
+    -------
+    Status
+    """
     writer: dict[str, Any] = history.attempts[-1] if history.attempts else {"pid": 0, "host": ""}
     if is_being_written(store):
         # What looks torn is a row that is being written.
@@ -172,7 +189,7 @@ def _status(store: Path, history: History, torn: int, run: xr.DataTree | None) -
         age_seconds=max(0.0, time.time() - (math.nan if last_time is None else last_time)),
         pid=int(writer["pid"]),
         host=str(writer["host"]),
-        state_step=None if run is None else _step_of(run),
+        state_step=state_step,
         torn_bytes=torn,
         resumed=[dict(one) for attempt in history.attempts for one in attempt["resumed"]],
     )

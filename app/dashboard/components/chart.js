@@ -7,6 +7,8 @@ export default function (component) {
     box = document.createElement("div");
     box.className = "depthscope-chart";
     parentElement.appendChild(box);
+    box.zoom = urlZoom(data.key, 4);
+    keepZoom(data.key, box);
   }
   box.setAttribute("role", "img");
   box.setAttribute("tabindex", "0");
@@ -17,12 +19,75 @@ export default function (component) {
   const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
                    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
                    toImageButtonOptions: { format: "svg", filename: data.name } };
+  // Ends of both axes where the visitor has zoomed: [from, to, from, to], null for an axis that shows all.
+  const zoomed = (event) => {
+    const before = box.zoom ?? [null, null, null, null];
+    const ends = ["xaxis", "yaxis"].flatMap((axis, i) => {
+      if (event[`${axis}.autorange`]) return [null, null];
+      if (event[`${axis}.range[0]`] === undefined && !event[`${axis}.range`]) return before.slice(2 * i, 2 * i + 2);
+      const range = box._fullLayout[axis].range.map(Number);
+      const whole = figure.layout[axis]?.range;
+      return whole && Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? [null, null] : range;
+    });
+    box.zoom = ends.some((end) => end !== null) ? ends : null;
+    keepZoom(data.key, box);
+  };
+  const showsSomething = () => figure.data.some((trace, i) => {
+    const drawn = box._fullData?.[i];
+    if (!drawn || !drawn.y || drawn.visible !== true) return false;
+    const [xs, ys] = ["xaxis", "yaxis"].map((axis) => box._fullLayout[axis]);
+    const inside = (axis, value) => {
+      const place = axis.d2l(value);
+      return place >= Math.min(...axis.range) && place <= Math.max(...axis.range);
+    };
+    if (drawn.z) return drawn.x?.some((x) => inside(xs, x)) && drawn.y.some((y) => inside(ys, y));
+    return Array.from(drawn.y).some((y, j) => Number.isFinite(y) && inside(ys, y) && inside(xs, drawn.x[j]));
+  });
+  // Arrow keys go from number to number, as the mouse does; enter opens the one that is shown.
+  box.onkeydown = (event) => {
+    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    const drawn = box._fullData?.find((trace) => trace.visible === true && trace.y?.length > 1);
+    if (!drawn) return;
+    const [xs, ys] = [drawn.x, drawn.z ? drawn.y : [0]];
+    if (event.key === "Escape") window.Plotly.Fx.unhover(box);
+    else if (event.key === "Enter" && data.clickable && box.at) setTriggerValue("clicked", { x: xs[box.at[0]], y: ys[box.at[1]] });
+    else if (move) {
+      const last = [xs.length - 1, ys.length - 1];
+      box.at = (box.at ?? [-1, 0]).map((place, i) => Math.min(Math.max(place + move[i], 0), last[i]));
+      const axes = box._fullLayout;
+      const y = drawn.z ? ys[box.at[1]] : drawn.y[box.at[0]];
+      window.Plotly.Fx.hover(box, { xval: axes.xaxis.d2l(xs[box.at[0]]), yval: axes.yaxis.d2l(y) });
+    } else return;
+    event.preventDefault();
+  };
   load(data.plotly).then((Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
-    const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
-    // react, not newPlot: with the same uirevision it keeps the zoom when the numbers change
-    return Plotly.react(box, figure.data, layout, config).then(() => {
+    const layout = () => {
+      const dressed = dress({ ...figure.layout, height: data.height, autosize: true }, box);
+      ["xaxis", "yaxis"].forEach((axis, i) => {
+        const [from, to] = box.zoom?.slice(2 * i, 2 * i + 2) ?? [null, null];
+        const zoom = from === null ? {} : { range: [from, to], autorange: false };
+        // Another revision each time: plotly would bring back a zoom that was given up.
+        dressed[axis] = { ...dressed[axis], ...zoom, uirevision: Math.random() };
+      });
+      return dressed;
+    };
+    // A zoom is one of these axes: of others it would show anything, or nothing.
+    if (box.axes !== undefined && box.axes !== data.axes) {
+      box.zoom = null;
+      keepZoom(data.key, box);
+    }
+    box.axes = data.axes;
+    // react, not newPlot: what is hidden stays hidden when the numbers change
+    return Plotly.react(box, figure.data, layout(), config).then(() => {
+      if (!box.zoom || showsSomething()) return box;
+      box.zoom = null;
+      keepZoom(data.key, box);
+      return Plotly.react(box, figure.data, layout(), config);
+    }).then(() => {
       box.removeAllListeners?.("plotly_click");
+      box.removeAllListeners?.("plotly_relayout");
+      box.on("plotly_relayout", zoomed);
       if (data.clickable) {
         box.on("plotly_click", (event) => {
           const point = event.points[0];

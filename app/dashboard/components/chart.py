@@ -12,7 +12,7 @@ import xarray as xr
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
-from depthscope.app.figures import Figure, FigureKind, Heatmap
+from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.visible import visible
 
@@ -120,12 +120,27 @@ def card(
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             _numbers(figure, key)
         drawing = to_plotly(shown, mark=mark, runs=runs).to_json()
-        show_drawing(drawing, name=shown.name, alt=shown.alt, key=key, height=height, clickable=clickable)
+        show_drawing(
+            drawing,
+            name=shown.name,
+            alt=shown.alt,
+            key=key,
+            height=height,
+            clickable=clickable,
+            axes=f"{shown.x_label} {shown.y_label} {isinstance(shown, Lines) and (shown.log_x, shown.log_y)}",
+        )
         st.caption(escaped(shown.caption))
 
 
 def show_drawing(
-    drawing: str, *, name: str, alt: str, key: str, height: int = 300, clickable: bool = False
+    drawing: str,
+    *,
+    name: str,
+    alt: str,
+    key: str,
+    height: int = 300,
+    clickable: bool = False,
+    axes: str = "",
 ) -> None:
     """A drawing without title, caption and numbers.
 
@@ -139,6 +154,8 @@ def show_drawing(
         What it shows, for those who do not see it.
     key, height, clickable
         As in `card`.
+    axes : str
+        What its axes are: a zoom is given up where this changes.
     """
     _plot(
         data={
@@ -147,6 +164,8 @@ def show_drawing(
             "alt": visible(alt),
             "height": height,
             "clickable": clickable,
+            "key": key,
+            "axes": axes,
             "plotly": PLOTLY_SOURCE,
         },
         key=key,

@@ -11,6 +11,7 @@ from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 from depthscope.app.readings.readings import Reading
+from depthscope.app.text.visible import LONGEST_NAME, visible
 
 CHOSEN_AT_FIRST = 3
 """A folder of so many runs is shown whole. A heuristic of ours."""
@@ -18,6 +19,10 @@ CHOSEN_AT_FIRST = 3
 MOST_RUNS = 30
 """Runs on a page: with more, curves cannot be told apart, and a first look takes minutes. A heuristic of ours."""
 
+MOST_NAMED = 5
+"""Runs that are not here and are named."""
+
+_UNKNOWN = "unknown_runs"
 _KEY = "chosen_runs"
 """Key of the session state: Streamlit calls a page without arguments."""
 
@@ -27,6 +32,7 @@ def choose_runs() -> None:
     listed = run_library.list_runs()
     names = list(listed)
     chosen: list[str] = []
+    asked = _asked_for()
     if names:
         with st.sidebar:
             chosen = st.multiselect(
@@ -43,21 +49,53 @@ def choose_runs() -> None:
             )
             if len(names) > MOST_RUNS:
                 st.caption(f"At most {MOST_RUNS} of the {len(names)} runs at once.")
+    st.sidebar.caption("Key g: next chart; arrow keys: inside it.")
     st.session_state[_KEY] = chosen[:MOST_RUNS]
+    if asked is not None:
+        unknown = [name for name in asked if name not in listed]
+        st.session_state[_UNKNOWN] = (chosen, unknown)
+
+
+def _asked_for() -> list[str] | None:
+    """The runs that an address names when it is opened; None later, when the address follows the choice."""
+    if "runs" in st.session_state or "runs" not in st.query_params:
+        return None
+    return list(dict.fromkeys(st.query_params.get_all("runs")))
+
+
+def say_unknown_runs() -> None:
+    """Runs of the address that are not here, until others are chosen."""
+    chosen, unknown = st.session_state.get(_UNKNOWN, ([], []))
+    if not unknown or chosen != st.session_state[_KEY]:
+        st.session_state.pop(_UNKNOWN, None)
+        return
+    shown = ", ".join(f"“{escaped(visible(name, longest=LONGEST_NAME))}”" for name in unknown[:MOST_NAMED])
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    st.warning(
+        f"Not here: {shown}{more}, which the address names. They were deleted or renamed, or are in another folder than the "
+        "dashboard was started with.",
+        icon="🔎",
+    )
 
 
 def _read(names: Sequence[str]) -> ChosenRuns:
     readings: dict[str, Reading] = {}
     unreadable: list[UnreadableRun] = []
     listed = run_library.list_runs()
-    for name in names:
-        with st.spinner(f"Analysing {escaped(name)} …"):
-            found = run_library.read_run(name, listed)
+    bar = st.empty()  # where nothing is analysed, nothing is drawn in it
+    for number, name in enumerate(names):
+
+        def progress(metric: str, done: int, total: int, number: int = number, name: str = name) -> None:
+            of = f" ({number + 1} of {len(names)})" if len(names) > 1 else ""
+            bar.progress(done / max(total, 1), f"Analysing {escaped(name)}{of}: {escaped(metric)}")
+
+        found = run_library.read_run(name, listed, progress=progress)
         if isinstance(found, UnreadableRun):
             unreadable.append(found)
         else:
             # A run of several chains has one reading for each.
             readings.update({reading.name: reading for reading in found})
+    bar.empty()
     return ChosenRuns(readings, tuple(unreadable))
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import streamlit as st
+import xarray as xr
 
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, plotly_component, show_drawing
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.state import run_library
 from depthscope.app.drawing.plotly.stack import (
     SEVERITY_COLOURS,
     Bar,
@@ -23,6 +25,7 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, Selection, available
 from depthscope.app.figures.build.values import names_of, pick
+from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
@@ -31,7 +34,7 @@ from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 
-__all__ = ["View", "depth_names", "first_pin", "show_detail", "show_panels", "strips_of"]
+__all__ = ["View", "depth_names", "first_pin", "pinned_by_page", "show_detail", "show_panels", "strips_of"]
 
 DEFAULT_STRIPS = (
     "effective_rank",
@@ -65,7 +68,9 @@ MOST_CARDS = 3
 MOST_BARS = 8
 """Findings above the panels; the others are on the page of runs."""
 
-_component = plotly_component("microscope")
+_DRAWN = "microscope_drawn"
+
+_component = plotly_component("panels")
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,13 @@ def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
     -------
     tuple of list of str and list of str
     """
-    analyses = {reading.name: reading.analysis}
+    analyses = _analyses(reading)
     names = [name for name, kind in available(analyses).items() if _axis_of(kind.metric, reading)]
     return names, [name for name in DEFAULT_STRIPS if name in names]
+
+
+def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
+    return analyses_of([reading], run_library.colours_of([reading]))
 
 
 def _axis_of(metric: str, reading: Reading) -> str:
@@ -154,31 +163,77 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
     on_pin : function
         Called when a depth is pinned.
     """
-    names = depth_names(reading)
-    bars = _bars(reading, close_up, len(names))
-    panels = [_strip(name, reading, close_up) for name in view.strips]
-    if close_up is not None:
-        panels.append(_token_panel(close_up, view))
-        if close_up.num_streams > 1:
-            panels.append(_stream_panel(close_up))
+    drawn = st.session_state.get(_DRAWN)
+    if drawn is None or not drawn.is_of(reading, close_up, view):
+        drawn = st.session_state[_DRAWN] = _Drawn.of(reading, close_up, view)
     _component(
         data={
             "name": "microscope",
-            "figure": draw_stack(panels, bars, names).to_json(),
-            "height": stack_height(panels, bars),
-            "names": names,
-            "pin": view.pin,
-            "other": view.other,
-            "alt": visible(
-                f"Panels over the {len(names)} depths of {reading.name}: "
-                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "
-                "one to compare with, escape forgets it, enter opens the numbers beside."
-            ),
+            **drawn.data,
+            **pinned_by_page("microscope", view.pin, view.other),
             "plotly": PLOTLY_SOURCE,
         },
         key="microscope",
         on_pin_change=on_pin,
     )
+
+
+def pinned_by_page(key: str, pin: float | None, other: float | None) -> dict[str, float | None]:
+    """What the panels are told to pin: nothing new where they pinned it themselves, so that the same data are not sent again.
+
+    Parameters
+    ----------
+    key : str
+        Of the component.
+    pin, other : float or None
+        What is pinned, and what it is compared with.
+
+    Returns
+    -------
+    dict
+        ``pin`` and ``other``.
+    """
+    told = st.session_state.get(f"{key}_told")
+    own = st.session_state.get(key, {}).get("pin") or {}
+    if told is None or (own.get("depth", -1), own.get("other", -1)) != (pin, other):
+        told = st.session_state[f"{key}_told"] = {"pin": pin, "other": other}
+    return dict(told)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The panels as they were drawn last: they are the same at every pin."""
+
+    reading: Reading
+    close_up: CloseUp | None
+    view: View
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, reading: Reading, close_up: CloseUp | None, view: View) -> _Drawn:
+        names = depth_names(reading)
+        bars = _bars(reading, close_up, len(names))
+        panels = [_strip(name, reading, close_up) for name in view.strips]
+        if close_up is not None:
+            panels.append(_token_panel(close_up, view))
+            if close_up.num_streams > 1:
+                panels.append(_stream_panel(close_up))
+        data = {
+            "figure": draw_stack(panels, bars, names).to_json(),
+            "height": stack_height(panels, bars),
+            "places": list(range(len(names))),
+            "names": names,
+            "alt": visible(
+                f"Panels over the {len(names)} depths of {reading.name}: "
+                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "
+                "one to compare with, escape forgets it, enter opens the numbers beside."
+            ),
+        }
+        return cls(reading, close_up, view, data)
+
+    def is_of(self, reading: Reading, close_up: CloseUp | None, view: View) -> bool:
+        same = replace(view, pin=self.view.pin, other=self.view.other)
+        return self.reading is reading and self.close_up is close_up and same == self.view
 
 
 def depth_names(reading: Reading) -> list[str]:
@@ -199,7 +254,7 @@ def depth_names(reading: Reading) -> list[str]:
 
 def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
     kind = FIGURES[name]
-    analyses = {reading.name: reading.analysis}
+    analyses = _analyses(reading)
     figure: Figure = kind.build(analyses)
     if isinstance(figure, Lines) and "tokens" in kind.uses:
         # Without massive activations too: they dominate ranks and similarities.
@@ -332,7 +387,7 @@ def show_detail(reading: Reading, close_up: CloseUp | None, view: View) -> None:
     _show_tokens(close_up, view)
     if "singular_value" in reading.analysis:
         chosen = (view.pin,) if view.other is None else tuple(sorted({view.pin, view.other}))
-        figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=chosen)
+        figure = FIGURES["spectrum"].build(_analyses(reading), depths=chosen)
         card(figure, key="microscope_spectrum", height=230)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.chosen_runs import require_chosen_runs
+from depthscope.app.dashboard.components.chosen_runs import require_chosen_runs, say_unknown_runs
 from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
 from depthscope.app.dashboard.components.question import show_figures, show_findings
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
@@ -70,6 +70,7 @@ def show_page(page: Page) -> None:
     """
     st.markdown(f"### {page.heading or page.title}")
     st.caption(page.help)
+    say_unknown_runs()
     if page.first is not None:
         page.first()
     chosen = require_chosen_runs()

@@ -25,3 +25,53 @@ function dress(layout, box) {
   return layout;
 }
 
+// The zoom of a chart is in the address of the page, which restores it: "?zoom_NAME=from,to". It is written there without a word to
+// the server: a zoom needs nothing from it.
+const LARGEST = 1e15;
+
+function urlZoom(name, count) {
+  const text = new URLSearchParams(location.search).get(`zoom_${name}`) ?? "";
+  const numbers = text.length < 200 ? text.split(",").map((part) => (part === "" ? null : Number(part))) : [];
+  const isRange = (low, high) => (low === null && high === null)
+    || (low !== null && high !== null && Math.abs(low) < LARGEST && Math.abs(high) < LARGEST && low !== high);
+  if (numbers.length !== count || numbers.every((number) => number === null)) return null;
+  for (let i = 0; i < count; i += 2) if (!isRange(numbers[i], numbers[i + 1])) return null;
+  return numbers;
+}
+
+// Streamlit writes the address anew from what it knows of it, so that it is looked at again and again.
+const zooms = (window.depthscopeZooms ??= new Map());
+window.depthscopeZoomClock ??= setInterval(() => {
+  for (const [name, { box, text }] of zooms) {
+    if (!box.isConnected) zooms.delete(name);
+    else writeZoom(name, text);
+  }
+}, 300);
+
+function writeZoom(name, text) {
+  const address = new URL(location.href);
+  if ((address.searchParams.get(`zoom_${name}`) ?? "") === text) return;
+  if (text) address.searchParams.set(`zoom_${name}`, text);
+  else address.searchParams.delete(`zoom_${name}`);
+  history.replaceState(history.state, "", address);
+}
+
+function keepZoom(name, box) {
+  const short = (number) => (number === null ? "" : String(Number(number.toPrecision(6))));
+  const text = box.zoom ? box.zoom.map(short).join(",") : "";
+  zooms.set(name, { box, text });
+  writeZoom(name, text);
+}
+
+// Key g goes to the next chart, with shift to the one before: by Tab there are as many stops before it as the page has fields.
+window.depthscopeKeys ??= document.addEventListener("keydown", (event) => {
+  const writing = event.target.closest?.("input, textarea, [contenteditable=true], [role=combobox]");
+  if (event.key.toLowerCase() !== "g" || writing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const charts = [...document.querySelectorAll(".depthscope-chart, .depthscope-panels")];
+  if (!charts.length) return;
+  event.preventDefault();
+  const at = charts.indexOf(document.activeElement);
+  const next = event.shiftKey ? (at <= 0 ? charts.length : at) - 1 : (at + 1) % charts.length;
+  charts[next].focus();
+  charts[next].scrollIntoView({ block: "nearest" });
+}) ?? true;

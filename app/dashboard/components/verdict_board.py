@@ -13,10 +13,18 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state.live_status import LiveState
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope
 from depthscope.app.readings.kept_readings import Summary, summary_of
-from depthscope.app.tables.verdict_table import SIGNS, VerdictTable, groupable, has_seeds, verdict_table
+from depthscope.app.tables.verdict_table import (
+    SIGNS,
+    VerdictTable,
+    groupable,
+    has_seeds,
+    plain_attributes,
+    verdict_table,
+)
 
 __all__ = ["show_verdict_board"]
 
@@ -43,21 +51,24 @@ def show_verdict_board() -> None:
     """The table of every listed run. Runs that were never analysed are analysed while it is open, and join it."""
     listed = run_library.list_runs()
     if listed:  # else the page says that there is none
+        runs = _Runs.of(listed)
         # A fragment runs again by itself only if it was told so when it was drawn.
-        st.fragment(_board, run_every=1.0 if _Runs.of(listed).waiting else None)(listed)
+        st.fragment(_board, run_every=1.0 if runs.changes else None)([runs])
 
 
 @dataclass
 class _Runs:
     """What is known about the listed runs."""
 
+    listed: Mapping[str, Path]
+    live: dict[str, LiveState]
     summaries: dict[str, list[Summary]] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     unreadable: list[UnreadableRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, listed: Mapping[str, Path]) -> _Runs:
-        runs = cls()
+        runs = cls(listed, run_library.live_states(listed))
         for name, path in listed.items():
             found = run_library.summaries_of(name, path)
             if found is None:
@@ -68,10 +79,16 @@ class _Runs:
                 runs.summaries[name] = found
         return runs
 
-    def analyse(self, listed: Mapping[str, Path]) -> None:
+    @property
+    def changes(self) -> bool:
+        """Whether there will be more to show without a click."""
+        return bool(self.waiting) or any(state.is_growing for state in self.live.values())
+
+    def analyse(self) -> None:
         """Analyse waiting runs for a while."""
         if not self.waiting:
             return
+        listed = self.listed
         bar = st.progress(0.0)
         end = time.monotonic() + PATIENCE
         while self.waiting and time.monotonic() < end:
@@ -90,30 +107,34 @@ class _Runs:
         bar.empty()
 
 
-def _board(listed: Mapping[str, Path]) -> None:
+def _board(first: list[_Runs]) -> None:
+    """Draw the table; `first` has what is known when the page is opened, and is empty whenever this runs again by itself."""
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there: this is only a part of it
-    runs = _Runs.of(listed)
-    waited = bool(runs.waiting)
-    runs.analyse(listed)
+    runs = first.pop() if first else _Runs.of(run_library.list_runs())
+    changed = runs.changes
+    runs.analyse()
     if runs.waiting:
-        st.caption(f"{len(listed) - len(runs.waiting)} of {len(listed)} runs judged; the others follow.")
+        st.caption(
+            f"{len(runs.listed) - len(runs.waiting)} of {len(runs.listed)} runs judged; the others follow."
+        )
     if runs.summaries:
-        _show_table(runs.summaries)
+        _show_table(runs.summaries, {name: state.words for name, state in runs.live.items()})
     for run in runs.unreadable:
         st.caption(f"⚠ {escaped(run.name)} cannot be read: {escaped(run.reason)}")
-    if waited and not runs.waiting and st.session_state.get(_WAITED):
+    if changed and not runs.changes and st.session_state.get(_WAITED):
         st.session_state[_WAITED] = False
         st.rerun()  # of the whole page: this stops the fragment's clock
-    st.session_state[_WAITED] = bool(runs.waiting)
+    st.session_state[_WAITED] = runs.changes
 
 
-def _show_table(by_run: Mapping[str, Sequence[Summary]]) -> None:
+def _show_table(by_run: Mapping[str, Sequence[Summary]], live: Mapping[str, str]) -> None:
     # A run of several chains has a row for each, and is opened under its own name.
     listed_as = {summary.name: name for name, found in by_run.items() for summary in found}
     summaries = [summary for found in by_run.values() for summary in found]
     grouping = _choose_grouping(summaries)
-    table = verdict_table(_found(summaries), **grouping)
+    statuses = {name: live[listed_as[name]] for name in listed_as if listed_as[name] in live}
+    table = verdict_table(_found(summaries), statuses=statuses, **grouping)
     if table.cells.empty:
         st.caption("No run has a name or an attribute with these words.")
         return
@@ -142,7 +163,7 @@ def _found(summaries: list[Summary]) -> list[Summary]:
 
 
 def _searched(summary: Summary) -> str:
-    plain = [value for value in summary.attrs.values() if isinstance(value, (str, int, float))]
+    plain = plain_attributes(summary.attrs).values()
     told = [name for name, standing in summary.standings.items() if standing.state in ("FAIL", "WARN")]
     return " ".join(map(str, (summary.name, *plain, *told))).casefold()
 

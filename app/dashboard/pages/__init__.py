@@ -15,6 +15,7 @@ PAGES: tuple[Page, ...] = tuple(
         "similarity",
         "mixing",
         "gradients",
+        "training",
     )
 )
 """Every page, in the order of the navigation; the first one opens at the root of the address."""

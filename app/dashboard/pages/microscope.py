@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import streamlit as st
 
@@ -17,9 +18,14 @@ from depthscope.app.dashboard.components.microscope import (
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import FIGURES
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
 from depthscope.app.readings.readings import Reading
+from depthscope.diagnostics import schema
+
+MOST_STRIPS = 12
+"""Curves below each other. A heuristic of ours."""
 
 
 def _show(chosen: ChosenRuns) -> None:
@@ -30,11 +36,17 @@ def _show(chosen: ChosenRuns) -> None:
             icon="ℹ️",
         )
         return
-    # Only this part of the page runs again when a depth is pinned.
-    st.fragment(_look)(reading)
+    grows = run_library.is_growing(Path(reading.path))
+    follows = grows and not st.toggle(
+        "Pause", key="still", help="The page stays as it is while the run goes on."
+    )
+    # Only this part of the page runs again when a depth is pinned, and while the run grows.
+    st.fragment(_look, run_every=1.0 if follows else None)(reading, follows)
 
 
-def _look(reading: Reading) -> None:
+def _look(reading: Reading, follows: bool = False) -> None:
+    if follows:
+        reading = _say_state(reading)
     close_up = run_library.close_up_of(reading)
     left, right = st.columns([3, 2], gap="medium")
     with left:
@@ -46,6 +58,23 @@ def _look(reading: Reading) -> None:
         )
     with right, st.container(key="microscope_detail"):
         show_detail(reading, close_up, view)
+
+
+def _say_state(reading: Reading) -> Reading:
+    """The same reading as of the last steps of its run, and a line about them."""
+    name, path = reading.name, Path(reading.path)
+    state = run_library.live_states({name: path}).get(name)
+    if state is not None:
+        st.badge(state.words, color=state.colour)
+    found = run_library.read_again(reading)
+    if found is None or (state is not None and not state.is_growing):
+        st.rerun()  # of the whole page: this stops the fragment's clock, and says what has become of the run
+    assert found is not None  # `rerun` does not return
+    step = found.attrs.get(schema.LIVE, {}).get("last_step")
+    st.caption(
+        f"Numbers of step {step}, analysed anew when there is time; curves of every step are on the page Training."
+    )
+    return found
 
 
 def _choose(key: str, options: list[str], label: str, *, width: int = 110) -> str:
@@ -80,13 +109,13 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
                     f"The first {close_up.num_sequences} of {close_up.sequences} sequences: the others do not fit into memory."
                 )
         with st.popover("Curves", type="tertiary"):
-            strips = st.multiselect(
+            strips = choose_names(
                 "Curves",
                 names,
-                default=shown,
-                format_func=lambda name: FIGURES[name].title,
+                shown,
                 key="strips",
-                max_selections=12,
+                words={name: FIGURES[name].title for name in names},
+                most=MOST_STRIPS,
             )
     last = len(depth_names(reading)) - 1
     pin, other = _depth_of("pin", last), _depth_of("against", last)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Mapping, Sequence
 
 import streamlit as st
+import xarray as xr
 
 from depthscope.app.dashboard.components.chart import build, card
 from depthscope.app.dashboard.components.finding_card import show_card, tally
@@ -13,11 +15,17 @@ from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
 from depthscope.app.dashboard.components.verdict_board import show_verdict_board
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.figures import FIGURES
+from depthscope.app.figures import FIGURES, Lines
+from depthscope.app.figures.build.folded_runs import folded
+from depthscope.app.figures.run_colours import RUN_COLOURS
+from depthscope.app.figures.specification import RUN_COLOUR
+from depthscope.app.readings.kept_readings import summary_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of, findings_table
 from depthscope.app.tables.formats import to_csv
+from depthscope.app.tables.verdict_table import experiments_of, groupable, plain_attributes
 from depthscope.app.text.cards import Card
+from depthscope.app.text.visible import visible
 
 FIRST_FIGURES = ("effective_rank", "composite_gain", "cka", "gradient_norm", "residual_norm")
 """The two first of these that the runs feed are shown: collapse and mixing where there is mixing."""
@@ -34,11 +42,14 @@ def _show(chosen: ChosenRuns) -> None:
         _show_several_runs(readings)
     # More than two are cut off by `zip` below: the row has two columns.
     names = [name for name in FIRST_FIGURES if chosen.feeding(FIGURES[name].needs)]
+    analyses, experiments = _choose_colours(readings, chosen.analyses)
     for column, name in zip(st.columns(2), names, strict=False):
         with column:
-            # No controls here: every figure in the version that its own page opens with.
-            figure = build(FIGURES[name], chosen.analyses, {})
-            card(figure, key=f"overview_{name}", runs=list(chosen.analyses))
+            # No other controls here: every figure in the version that its own page opens with.
+            figure = build(FIGURES[name], analyses, {})
+            if isinstance(figure, Lines) and experiments:
+                figure = folded(figure, experiments)
+            card(figure, key=f"overview_{name}", runs=list(analyses))
     with st.container(border=True):
         left, right = st.columns([5, 1], vertical_alignment="center")
         left.markdown("##### Runs")
@@ -53,6 +64,44 @@ def _show(chosen: ChosenRuns) -> None:
                 type="tertiary",
             )
         st.table(facts_table(readings), border="horizontal")
+
+
+def _choose_colours(
+    readings: Sequence[Reading], analyses: Mapping[str, xr.Dataset]
+) -> tuple[Mapping[str, xr.Dataset], dict[str, str]]:
+    """Analyses in the colours of an attribute, and the experiments whose seeds are put together."""
+    summaries = [summary_of(reading) for reading in readings]
+    names = groupable(summaries)
+    experiments = experiments_of(summaries)
+    if not names and not experiments:
+        return analyses, {}
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        # The attribute of other runs: Streamlit raises for a value that is no option.
+        if st.session_state.get("colour") not in (None, *names):
+            st.session_state.pop("colour")
+        by = names and st.selectbox(
+            "Colour by", names, index=None, key="colour", bind="query-params", placeholder="run", width=220
+        )
+        in_bands = bool(experiments) and st.toggle("Seeds as a band", key="band", bind="query-params")
+        if by:
+            values = {summary.name: plain_attributes(summary.attrs).get(by, "–") for summary in summaries}
+            order = sorted(set(values.values()), key=lambda value: (isinstance(value, str), value))
+            analyses = {
+                name: data.assign_attrs({RUN_COLOUR: order.index(values[name]) % len(RUN_COLOURS)})
+                for name, data in analyses.items()
+            }
+            _show_key(by, order)
+    return analyses, experiments if in_bands else {}
+
+
+def _show_key(by: str, order: Sequence[str | int | float | bool]) -> None:
+    """Which colour is which value."""
+    parts = [
+        f'<span style="color: {RUN_COLOURS[number % len(RUN_COLOURS)]}">■</span> {html.escape(visible(value))}'
+        for number, value in enumerate(order)
+    ]
+    more = " (colours repeat)" if len(order) > len(RUN_COLOURS) else ""
+    st.html(f"{html.escape(visible(by))}: {' &nbsp; '.join(parts)}{more}")
 
 
 def _show_one_run(reading: Reading) -> None:

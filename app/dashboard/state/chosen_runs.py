@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import xarray as xr
 
+from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.run_library import UnreadableRun
 from depthscope.app.figures import FigureKind, available
 from depthscope.app.figures.build.values import feeds
+from depthscope.app.figures.run_colours import analyses_of
 from depthscope.app.readings.readings import Reading
 
 
@@ -28,10 +31,11 @@ class ChosenRuns:
     readings: Mapping[str, Reading]
     unreadable: tuple[UnreadableRun, ...]
 
-    @property
+    @cached_property
     def analyses(self) -> dict[str, xr.Dataset]:
-        """Run name → analysis."""
-        return {name: reading.analysis for name, reading in self.readings.items()}
+        """Run name → analysis, with the colour of the run."""
+        readings = list(self.readings.values())
+        return analyses_of(readings, run_library.colours_of(readings))
 
     def figures(self, question: str) -> dict[str, FigureKind]:
         """Figures of one question that the chosen runs can feed.

@@ -15,11 +15,10 @@ from matplotlib.ticker import MaxNLocator
 
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks, wrapped
 from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.figures.run_colours import RUN_COLOURS
 from depthscope.app.figures.specification import Line, Lines
 
-# Okabe and Ito's colours, in an order in which neighbours differ in grey too; yellow is too light for a line.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.8)))
 HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
@@ -95,11 +94,16 @@ def _looks(lines: Sequence[Line]) -> dict[int, dict[str, Any]]:
     """Colour by run where there are several, else by line; lines of one colour differ in their dashes."""
     groups = list(dict.fromkeys(line.group for line in lines))
     if len(groups) < 2:
-        return {id(line): _look(position, 0, len(lines)) for position, line in enumerate(lines)}
+        first = lines[0].colour or 0 if lines else 0
+        return {id(line): _look(first + position, 0, len(lines)) for position, line in enumerate(lines)}
     num_drawn: dict[str, int] = dict.fromkeys(groups, 0)
     looks = {}
     for line in lines:
-        looks[id(line)] = _look(groups.index(line.group), num_drawn[line.group], len(groups))
+        # More runs than colours get shades by their order.
+        own = groups.index(line.group)
+        if line.colour is not None and len(groups) <= len(RUN_COLOURS):
+            own = line.colour
+        looks[id(line)] = _look(own, num_drawn[line.group], len(groups))
         num_drawn[line.group] += 1
     return looks
 
@@ -108,14 +112,14 @@ def _look(colour: int, variant: int, count: int) -> dict[str, Any]:
     # Steps of three: neighbouring variants of a run do not get the marker of the next run.
     marker = MARKERS[(colour + 3 * variant) % len(MARKERS)]
     shade = (
-        COLOURS[colour % len(COLOURS)]
-        if count <= len(COLOURS)
+        RUN_COLOURS[colour % len(RUN_COLOURS)]
+        if count <= len(RUN_COLOURS)
         else mpl.colormaps["cividis"](0.9 * colour / count)
     )
     return {
         "color": shade,
         "linestyle": DASHES[variant % len(DASHES)],
-        "marker": marker if count <= len(COLOURS) else "",
+        "marker": marker if count <= len(RUN_COLOURS) else "",
         # Every other line has hollow markers: they differ where colours are printed in grey.
         "markerfacecolor": "white" if (colour + variant) % 2 else shade,
         "markeredgewidth": 0.7,

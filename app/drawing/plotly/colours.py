@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from depthscope.app.figures.run_colours import RUN_COLOURS
+
 __all__ = ["DASHES", "DIVERGING", "FAINT", "FONT", "GREY", "HEALTHY", "PALETTE", "THEORY"]
 
-# Paul Tol's "bright" scheme
-PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#66CCEE", "#CCBB44")
+PALETTE = RUN_COLOURS
 DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 THEORY = "20px,4px"  # longer than any dash of a measured line
 # Half grey, and colours that let the page through: legible on white and on black.

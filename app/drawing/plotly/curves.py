@@ -123,8 +123,10 @@ def _looks(lines: Sequence[Line], runs: Sequence[str]) -> list[_Look]:
         else:
             rank = num_drawn.get(line.group, 0)
             num_drawn[line.group] = rank + 1
-            # Colour distinguishes the lines of one run; of several runs it is taken, and dashes do.
-            colour = PALETTE[(groups.index(line.group) if several else rank) % len(PALETTE)]
+            # Colour distinguishes the lines of one run, from its own on; of several runs it is taken, and dashes do.
+            own = groups.index(line.group) if several else 0
+            own = line.colour if line.colour is not None else own
+            colour = PALETTE[(own if several else own + rank) % len(PALETTE)]
             looks.append(_Look(colour, DASHES[rank % len(DASHES)] if several else "solid", measured=True))
     return looks
 

@@ -66,15 +66,15 @@ class Panel:
     ticks: Mapping[int, str] | None = None
 
 
-def stack_height(panels: Sequence[Panel], bars: Sequence[Bar]) -> int:
+def stack_height(panels: Sequence[Panel], bars: Sequence[Any]) -> int:
     """Pixels of a drawing.
 
     Parameters
     ----------
     panels : sequence of Panel
         From top to bottom.
-    bars : sequence of Bar
-        Above them.
+    bars : sequence
+        Findings above them.
 
     Returns
     -------
@@ -105,17 +105,17 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
     top = room
     axes: dict[str, Any] = {}
     if bars:
-        axes["yaxis"] = _hidden_axis((top - LANE * len(bars)) / room, top / room, len(bars))
+        axes["yaxis"] = hidden_axis((top - LANE * len(bars)) / room, top / room, len(bars))
         drawn.add_traces([_bar(bar, lane, names) for lane, bar in enumerate(bars)])
         drawn.update_layout(annotations=[_bar_label(bar, lane, len(names)) for lane, bar in enumerate(bars)])
         top -= LANE * len(bars)
     for number, panel in enumerate(panels, start=2):
         top -= GAP
         low, high = (top - panel.height) / room, top / room
-        _add_panel(drawn, panel, number, (low, high), axes)
+        add_panel(drawn, panel, number, (low, high), axes)
         drawn.add_annotation(
             text=f"<b>{words(panel.figure.title)}</b>",
-            **_at_left(high),
+            **panel_title(high),
         )
         if number == 2:
             drawn.update_layout(shapes=[_shade(bar, low, high) for bar in bars])
@@ -145,7 +145,20 @@ def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str
     return drawn
 
 
-def _hidden_axis(low: float, high: float, lanes: int) -> dict[str, Any]:
+def hidden_axis(low: float, high: float, lanes: int) -> dict[str, Any]:
+    """The axis of the findings above the panels.
+
+    Parameters
+    ----------
+    low, high : float
+        Share of the drawing where it begins and ends.
+    lanes : int
+        Number of findings.
+
+    Returns
+    -------
+    dict
+    """
     return {"domain": [low, high], "range": [lanes - 0.5, -0.5], "visible": False, "fixedrange": True}
 
 
@@ -191,7 +204,19 @@ def _shade(bar: Bar, low: float, high: float) -> dict[str, Any]:
     }
 
 
-def _at_left(high: float) -> dict[str, Any]:
+def panel_title(high: float) -> dict[str, Any]:
+    """Where the title of a panel stands.
+
+    Parameters
+    ----------
+    high : float
+        Share of the drawing where the panel ends.
+
+    Returns
+    -------
+    dict
+        Of an annotation without its text.
+    """
     return {
         "xref": "paper",
         "x": 0,
@@ -204,9 +229,24 @@ def _at_left(high: float) -> dict[str, Any]:
     }
 
 
-def _add_panel(
+def add_panel(
     drawn: go.Figure, panel: Panel, number: int, domain: tuple[float, float], axes: dict[str, Any]
 ) -> None:
+    """Draw one panel into its share of a drawing.
+
+    Parameters
+    ----------
+    drawn : plotly.graph_objects.Figure
+        Gets its traces.
+    panel : Panel
+        What to draw.
+    number : int
+        Of its vertical axis.
+    domain : tuple of float
+        Share of the drawing, from and to.
+    axes : dict
+        Gets its axis.
+    """
     name = f"y{number}"
     own = draw_lines(panel.figure) if isinstance(panel.figure, Lines) else draw_heatmap(panel.figure)
     axis: dict[str, Any] = {

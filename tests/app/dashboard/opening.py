@@ -36,7 +36,15 @@ def charts(test: AppTest) -> dict[str, dict]:
 
 def words(test: AppTest) -> str:
     """All text of a page, without the backslashes that switch Markdown off."""
-    parts = [*test.markdown, *test.caption, *test.info, *test.code, *test.expander, *test.error]
+    parts = [
+        *test.markdown,
+        *test.caption,
+        *test.info,
+        *test.code,
+        *test.expander,
+        *test.error,
+        *test.warning,
+    ]
     return "\n".join(str(getattr(part, "value", getattr(part, "label", ""))) for part in parts).replace(
         "\\", ""
     )

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from depthscope.app.dashboard.server import free_port
 
 ROOT = Path(__file__).parents[3]
-CHART = ".depthscope-chart .main-svg, .depthscope-microscope .main-svg"
+CHART = ".depthscope-chart .main-svg, .depthscope-panels .main-svg"
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def opened(runs, monkeypatch):
 def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     test = opened(page, *names)
     shown = charts(test)
-    assert bool(shown) == (page != "mixing" or "mhc.nc" in names)
+    # A history needs several steps, and these runs have one; streams have to be there to be mixed.
+    assert bool(shown) == (page != "training" and (page != "mixing" or "mhc.nc" in names))
     for data in shown.values():
         assert len(data["alt"]) > 20
     assert not [

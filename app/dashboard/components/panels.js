@@ -1,30 +1,42 @@
-// Panels over one axis of depth: a cursor that follows the mouse through all of them, a pin, and a second pin to compare with.
+// Panels over one axis, of depth or of steps: a cursor that follows the mouse through all of them, a pin, and a second pin to
+// compare with. What can be pinned are places on the axis: depths, or measured steps.
 // Text from a run arrives as data only, never as part of this script.
 
 const WAIT = 160;  // milliseconds without another key before a pin is sent: held arrow keys move the line only
 
 export default function (component) {
   const { parentElement, data, setStateValue } = component;
-  let box = parentElement.querySelector(".depthscope-microscope");
+  let box = parentElement.querySelector(".depthscope-panels");
   if (!box) {
     box = document.createElement("div");
-    box.className = "depthscope-microscope";
+    box.className = `depthscope-panels depthscope-${data.name}`;
     box.innerHTML = '<div class="plot"></div><div class="line cursor"></div><div class="line pin"></div>'
                   + '<div class="line other"></div><div class="name"></div>';
     parentElement.appendChild(box);
     box.pinned = {};
+    box.zoom = urlZoom(data.name, 2);
+    keepZoom(data.name, box);
   }
   const [plot, cursor, pin, other, name] = box.children;
   box.setAttribute("role", "application");
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
-  box.depths = data.names.length;
+  box.places = data.places;
   box.names = data.names;
-  // What Python pinned, unless a key was pressed that it has not heard of yet.
-  if (!box.waiting) box.pinned = { depth: data.pin, other: data.other };
+  // What Python pinned last: it does not repeat what was pinned here, so that the figure is not sent again for it.
+  const told = JSON.stringify([data.pin, data.other]);
+  if (box.told !== told && !box.waiting) {
+    box.told = told;
+    box.pinned = { depth: data.pin, other: data.other };
+  }
 
-  // Position on the page of a depth, and the reverse; undefined before plotly has drawn.
+  const nearest = (value) => {
+    let best = 0;
+    box.places.forEach((place, i) => { if (Math.abs(place - value) < Math.abs(box.places[best] - value)) best = i; });
+    return best;
+  };
+  // Position on the page of a place, and the reverse; undefined before plotly has drawn.
   const axis = () => plot._fullLayout?.xaxis;
   const place = (depth) => {
     const x = axis();
@@ -35,8 +47,7 @@ export default function (component) {
     if (!x) return null;
     const share = (event.clientX - plot.getBoundingClientRect().left - x._offset) / x._length;
     if (share < -0.02 || share > 1.02) return null;
-    const depth = Math.round(x.range[0] + share * (x.range[1] - x.range[0]));
-    return Math.min(Math.max(depth, 0), box.depths - 1);
+    return box.places[nearest(x.range[0] + share * (x.range[1] - x.range[0]))] ?? null;
   };
   const put = (line, depth) => {
     const x = axis();
@@ -61,7 +72,7 @@ export default function (component) {
     put(cursor, depth);
     name.style.display = depth === null ? "none" : "block";
     if (depth !== null) {
-      name.textContent = `${depth}  ${box.names[depth]}`;
+      name.textContent = box.names ? `${depth}  ${box.names[nearest(depth)]}` : `step ${Math.round(depth)}`;
       name.style.left = `${Math.min(place(depth) + 6, plot.clientWidth - 190)}px`;
     }
   };
@@ -78,6 +89,7 @@ export default function (component) {
   window.addEventListener("mouseup", (event) => {
     const pressed = box.pressed ?? null;
     box.pressed = null;
+    if (box.waitsToDraw) setTimeout(() => box.draw?.(), 100);  // after plotly has taken up the zoom
     // A drag is a zoom of plotly's.
     if (pressed === null || Math.abs(event.clientX - pressed) > 4) return;
     const depth = depthAt(event);
@@ -86,34 +98,57 @@ export default function (component) {
   }, options);
   box.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    const end = { Home: 0, End: box.depths - 1 }[event.key];
+    const last = box.places.length - 1;
+    const end = { Home: 0, End: last }[event.key];
     const moved = event.shiftKey ? "other" : "depth";
-    const from = box.pinned[moved] ?? box.pinned.depth ?? 0;
-    if (step !== undefined || end !== undefined) {
+    const from = box.pinned[moved] ?? box.pinned.depth ?? box.places[last];
+    if ((step !== undefined || end !== undefined) && last >= 0) {
       event.preventDefault();
-      const depth = Math.min(Math.max(end ?? from + step, 0), box.depths - 1);
+      const depth = box.places[Math.min(Math.max(end ?? nearest(from) + step, 0), last)];
       send(moved === "other" ? { ...box.pinned, other: depth } : { depth, other: null }, WAIT);
     } else if (event.key === "Enter") {
       event.preventDefault();
       if (box.waiting) send(box.pinned, 0);  // without the rest of the wait
-      document.querySelector(".st-key-microscope_detail")?.scrollIntoView({ block: "nearest" });
+      document.querySelector(`.st-key-${data.name}_detail`)?.scrollIntoView({ block: "nearest" });
     } else if (event.key === "Escape") {
-      send({ depth: box.pinned.depth, other: null }, 0);
+      // Of steps the last one is shown where none is pinned, also while more of them come.
+      send({ depth: data.follows && box.pinned.other === null ? null : box.pinned.depth, other: null }, 0);
     }
   };
 
-  const figure = JSON.parse(data.figure);
   // An explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
   const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
                    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-                   toImageButtonOptions: { format: "svg", filename: "microscope" } };
-  load(data.plotly).then((Plotly) => {
+                   toImageButtonOptions: { format: "svg", filename: data.name } };
+  const zoomed = (event) => {
+    if (event["xaxis.autorange"]) box.zoom = null;
+    else if (event["xaxis.range[0]"] !== undefined || event["xaxis.range"]) {
+      const range = axis().range.map(Number);
+      const whole = box.whole ?? [NaN, NaN];
+      box.zoom = Math.abs(range[0] - whole[0]) + Math.abs(range[1] - whole[1]) < 1e-9 ? null : range;
+    } else return show();  // such as a change of size
+    keepZoom(data.name, box);
+    if (data.follows) setStateValue("zoom", box.zoom);  // fewer steps have room for more of their numbers
+    show();
+  };
+  const draw = (Plotly) => {
     if (!box.isConnected) return;  // the page was left while plotly.js loaded
+    // A drawing in the middle of a drag would end it.
+    box.waitsToDraw = (box.pressed ?? null) !== null;
+    if (box.waitsToDraw) return;
+    const theme = getComputedStyle(box).getPropertyValue("--st-background-color");
+    if (box.drawn === data.figure && box.theme === theme) return show();
+    box.drawn = data.figure;
+    box.theme = theme;
+    const figure = JSON.parse(data.figure);
+    box.whole = figure.layout.xaxis.range;
     const layout = dress({ ...figure.layout, height: data.height, autosize: true }, box);
-    // react, not newPlot: with the same uirevision it keeps the zoom when the numbers change
+    // Another revision each time: plotly would bring back a zoom that was given up.
+    layout.xaxis = { ...layout.xaxis, uirevision: Math.random() };
+    if (box.zoom) layout.xaxis = { ...layout.xaxis, range: [...box.zoom], autorange: false };
     return Plotly.react(plot, figure.data, layout, config).then(() => {
       plot.removeAllListeners?.("plotly_relayout");
-      plot.on("plotly_relayout", show);
+      plot.on("plotly_relayout", zoomed);
       show();
       if (!box.depthscopeResize) {
         box.depthscopeResize = new ResizeObserver(() => {
@@ -122,10 +157,13 @@ export default function (component) {
         box.depthscopeResize.observe(parentElement);
       }
     });
-  }).catch((error) => { plot.textContent = error.message; });
+  };
+  box.draw = () => draw(window.Plotly);
+  load(data.plotly).then(draw).catch((error) => { plot.textContent = error.message; });
   return () => {
     box.depthscopeResize?.disconnect();
     box.depthscopeResize = null;
+    box.drawn = null;
     box.listening?.abort();
     clearTimeout(box.waiting);
     window.Plotly?.purge(plot);

@@ -1,0 +1,159 @@
+"""How is a training drawn? As panels over one axis of steps, with marks where findings begin and where it was resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from depthscope.app.drawing.plotly.colours import FONT, GREY
+from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.stack import (
+    BOTTOM,
+    GAP,
+    LANE,
+    SEVERITY_COLOURS,
+    TOP,
+    Panel,
+    add_panel,
+    hidden_axis,
+    panel_title,
+    stack_height,
+)
+
+__all__ = ["Mark", "draw_history"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A finding from the step at which it began.
+
+    Parameters
+    ----------
+    label : str
+        Its verdict in words.
+    severity : str
+        A key of `SEVERITY_COLOURS`.
+    first, last : float
+        Steps.
+    """
+
+    label: str
+    severity: str
+    first: float
+    last: float
+
+
+def draw_history(
+    panels: Sequence[Panel],
+    marks: Sequence[Mark],
+    *,
+    zoom: tuple[float, float] | None = None,
+    resumed: Sequence[float] = (),
+) -> go.Figure:
+    """Panels over one axis of steps.
+
+    Parameters
+    ----------
+    panels : sequence of Panel
+        From top to bottom.
+    marks : sequence of Mark
+        Findings, drawn above the panels.
+    zoom : tuple of float or None
+        First and last step that are shown; None for all.
+    resumed : sequence of float
+        Steps at which the training went on after an end.
+
+    Returns
+    -------
+    plotly.graph_objects.Figure
+    """
+    total = stack_height(panels, marks)
+    room = total - TOP - BOTTOM
+    drawn = go.Figure()
+    top = float(room)
+    axes: dict[str, Any] = {}
+    if marks:
+        axes["yaxis"] = hidden_axis((top - LANE * len(marks)) / room, top / room, len(marks))
+        for lane, mark in enumerate(marks):
+            drawn.add_trace(_bar(mark, lane))
+            drawn.add_annotation(**_label(mark, lane))
+        top -= LANE * len(marks)
+    for number, panel in enumerate(panels, start=2):
+        top -= GAP
+        low, high = (top - panel.height) / room, top / room
+        add_panel(drawn, panel, number, (low, high), axes)
+        drawn.add_annotation(text=f"<b>{words(panel.figure.title)}</b>{_note(panel)}", **panel_title(high))
+        top -= panel.height
+    drawn.update_layout(
+        **axes,
+        shapes=[_line(step) for step in resumed],
+        xaxis={
+            **({"autorange": True} if zoom is None else {"range": list(zoom), "autorange": False}),
+            "title": {"text": "step", "standoff": 6},
+            "zeroline": False,
+            "showgrid": False,
+            "anchor": "free",
+            "position": 0,
+        },
+        template="none",
+        height=total,
+        margin={"l": 92, "r": 64, "t": TOP, "b": BOTTOM},
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": FONT, "size": 12},
+        hovermode="closest",
+        showlegend=False,
+        uirevision="history",
+        dragmode="zoom",
+    )
+    return drawn
+
+
+def _note(panel: Panel) -> str:
+    return (
+        f"  <span style='font-size:10.5px'>{words(panel.figure.caption)}</span>"
+        if panel.figure.caption
+        else ""
+    )
+
+
+def _bar(mark: Mark, lane: int) -> go.Scatter:
+    return go.Scatter(
+        x=[mark.first, mark.last],
+        y=[lane, lane],
+        mode="lines+markers",
+        line={"color": SEVERITY_COLOURS[mark.severity], "width": 5},
+        marker={"symbol": "triangle-right", "size": [11, 0.1]},
+        hovertemplate=f"{words(mark.label)}: from step {mark.first:g}<extra></extra>",
+    )
+
+
+def _label(mark: Mark, lane: int) -> dict[str, Any]:
+    return {
+        "text": words(mark.label),
+        "xref": "paper",
+        "x": 0,
+        "xanchor": "right",
+        "xshift": -4,
+        "y": lane,
+        "yref": "y",
+        "showarrow": False,
+        "font": {"size": 10.5},
+    }
+
+
+def _line(step: float) -> dict[str, Any]:
+    return {
+        "type": "line",
+        "xref": "x",
+        "x0": step,
+        "x1": step,
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": GREY, "width": 1.2, "dash": "dash"},
+        "label": {"text": "resumed", "font": {"size": 10}, "textposition": "end"},
+    }

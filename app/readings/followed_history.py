@@ -1,0 +1,213 @@
+"""How is the history of a live store read? From its rows, of which only new ones are read when it is looked at again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.saved_history import SavedHistory, cells_of
+from depthscope.app.readings.training_history import (
+    CELLS,
+    Measure,
+    TrainingHistory,
+    count_of,
+    measures_of,
+    positions_of,
+    slices_of,
+)
+from depthscope.diagnostics import schema
+from depthscope.diagnostics.analysis.training_curves import STEPWISE_SUMS, curves_of_sums
+from depthscope.diagnostics.schema import FollowedStore, Status
+
+__all__ = ["FollowedHistory", "history_of"]
+
+
+class FollowedHistory(TrainingHistory):
+    """The history of a live store with metrics by step, growing or not: `refresh` reads what is new.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain, for its names and what its rows do not have.
+    store : FollowedStore
+        Its rows.
+    metrics, sums : Dataset
+        What has no step in the /metrics and /statistics of the chain: nulls, and the labels of the rows.
+    """
+
+    def __init__(self, reading: Reading, store: FollowedStore, metrics: xr.Dataset, sums: xr.Dataset) -> None:
+        super().__init__(reading.name)
+        self._reading, self._store, self._known, self._sums = reading, store, metrics, sums
+        self._metrics, self._statistics = (
+            f"{group}/{reading.chain}/" if reading.chain else f"{group}/"
+            for group in ("metrics", "statistics")
+        )
+
+    def refresh(self) -> bool:
+        """Read new rows.
+
+        Returns
+        -------
+        bool
+            Whether there are any.
+        """
+        is_new = self._store.refresh()
+        if is_new:
+            self.__dict__.pop("_found", None)
+        return is_new
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Every measured step."""
+        return self._store.steps
+
+    @property
+    def times(self) -> np.ndarray | None:
+        """When each was measured."""
+        return self._store.times
+
+    @property
+    def status(self) -> Status | None:
+        """What the store is now."""
+        return self._store.status()
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps at which a later attempt went on."""
+        return tuple(one["step"] for one in self._store.status().resumed)
+
+    @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps."""
+        return count_of({**self._reading.attrs, **self._store.attrs.get("", {})})
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """Everything that has numbers by step."""
+        return self._found[0]
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, Measure], dict[str, tuple[str, ...]]]:
+        """Measures, and the sums of those that are not stored themselves."""
+        rows = self._metrics_at(len(self.steps) - 1)
+        samples = {
+            str(name): array.isel(step=0) for name, array in rows.data_vars.items() if "step" in array.dims
+        }
+        last = self._sums_at(len(self.steps) - 1)
+        sums_of: dict[str, tuple[str, ...]] = {}
+        for sums in STEPWISE_SUMS:
+            for name, array in curves_of_sums(last, [sums]).items():
+                if name not in samples:
+                    samples[str(name)], sums_of[str(name)] = array.isel(step=0), sums
+        cells = cells_of(last)
+        if cells is not None:
+            samples[CELLS] = cells.isel(step=0)
+        return measures_of(samples), sums_of
+
+    def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
+        """The numbers of a measure; see `TrainingHistory.values`."""
+        measure = self.measures[name]
+        chosen = positions_of(measure, choice)
+        if name == CELLS:
+            return self._cells(chosen[0])
+        sums = self._found[1].get(name)
+        if sums is None:
+            return self._store.column(f"{self._metrics}{name}", chosen)
+        found = curves_of_sums(self._all_sums(sums), [sums])[name].values
+        return np.asarray(found[(slice(None), *slices_of(chosen))], dtype=np.float32)
+
+    def _all_sums(self, names: Iterable[str]) -> xr.Dataset:
+        columns = {
+            name: (("step", *self._store.variables[full].dims), self._store.column(full))
+            for name in names
+            if (full := f"{self._statistics}{name}") in self._store.variables
+        }
+        # What has no step, such as the sizes of weights, and the labels.
+        return self._sums.assign_coords(step=self.steps).assign(columns)
+
+    def _cells(self, connection: int | None) -> np.ndarray:
+        tokens = self._store.column(f"{self._statistics}token_count")
+        parts = []
+        for name in ("h_res_sum", "h_pre_sum", "h_post_sum"):
+            full = f"{self._statistics}{name}"
+            if full not in self._store.variables:
+                continue
+            sums = self._store.column(full, (connection,)).reshape(len(tokens), -1)
+            known = f"{self._statistics}h_pre_token_count"
+            of_known = name == "h_pre_sum" and known in self._store.variables
+            counts = self._store.column(known, (connection,)) if of_known else tokens
+            with np.errstate(divide="ignore", invalid="ignore"):
+                parts.append(np.where(counts[:, None] > 0, sums / counts[:, None], np.nan))
+        return np.concatenate(parts, axis=1)
+
+    def _sums_at(self, position: int) -> xr.Dataset:
+        return self._sums.assign_coords(step=self.steps[[position]]).assign(
+            self._row(position, self._statistics)
+        )
+
+    def _metrics_at(self, position: int) -> xr.Dataset:
+        rows = xr.Dataset(self._row(position, self._metrics), {"step": self.steps[[position]]})
+        # Where later rows have more labels than the store had when it was opened, they are numbered.
+        other = [dim for dim, size in rows.sizes.items() if self._known.sizes.get(str(dim), size) != size]
+        known = self._known.drop_dims(other)
+        return rows.assign_coords(known.coords).assign(known.data_vars)
+
+    def _row(self, position: int, prefix: str) -> dict[str, xr.Variable]:
+        """The numbers of one group in one row, by their names in the group."""
+        return {
+            full.removeprefix(prefix): xr.Variable(
+                ("step", *dims), values[None], dict(self._store.variables[full].attrs)
+            )
+            for full, (dims, values) in self._store.row(position).items()
+            if full.startswith(prefix) and "/" not in full.removeprefix(prefix)
+        }
+
+    def analysis_at(self, position: int) -> xr.Dataset:
+        """All metrics of one step."""
+        found = self._metrics_at(position)
+        if all("step" not in array.dims for array in found.data_vars.values()):
+            found = curves_of_sums(self._sums_at(position), STEPWISE_SUMS)
+        return found.assign_attrs(self._reading.analysis.attrs)
+
+
+def history_of(reading: Reading) -> TrainingHistory:
+    """The history of a reading, from its file.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain of a run.
+
+    Returns
+    -------
+    TrainingHistory
+        One that can be refreshed, of a live store.
+
+    Raises
+    ------
+    SchemaError
+        Where its file is damaged.
+    OSError
+        Where it has gone.
+    """
+    path = Path(reading.path)
+    run = schema.open_run(path)
+    try:
+        if not schema.is_live_store(path):
+            return SavedHistory.of(reading, run)
+        metrics, sums = (_without_step(run, group, reading.chain) for group in ("metrics", "statistics"))
+        # Sums over features, which no history needs, are the largest part of it.
+        kept = [name for name, array in sums.data_vars.items() if array.dims in (("weight",), ("cell",))]
+        return FollowedHistory(reading, FollowedStore(path), metrics, sums[kept].assign_coords(sums.coords))
+    finally:
+        run.close()
+
+
+def _without_step(run: xr.DataTree, group: str, chain: str) -> xr.Dataset:
+    found = schema.chain_dataset(run, group, chain)
+    return xr.Dataset() if found is None else found.drop_dims("step", errors="ignore").load()

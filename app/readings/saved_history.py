@@ -1,0 +1,185 @@
+"""How is the history of a run read that is not written any more? From its analysis and its sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.training_history import (
+    CELLS,
+    Measure,
+    TrainingHistory,
+    count_of,
+    measures_of,
+    positions_of,
+    slices_of,
+)
+from depthscope.diagnostics import schema, training_curves
+
+__all__ = ["SavedHistory", "cell_names", "cells_of"]
+
+
+class SavedHistory(TrainingHistory):
+    """The history of a run that is not written any more, or of one without live metrics.
+
+    Parameters
+    ----------
+    reading : Reading
+        One chain; its analysis has the metrics by step.
+    curves : Dataset
+        What the sums of the run give by step, see `diagnostics.training_curves`; empty where it has none.
+    cells : DataArray or None
+        (step, connection, cell): of `_cells_of`.
+    """
+
+    def __init__(self, reading: Reading, curves: xr.Dataset, cells: xr.DataArray | None) -> None:
+        super().__init__(reading.name)
+        self._reading = reading
+        data = reading.analysis
+        if data.sizes.get("step", 1) < curves.sizes.get("step", 1):
+            data = curves  # sums of every step, and an analysis of the last one
+        else:
+            data = data.assign(
+                {
+                    name: curves[name]
+                    for name in curves
+                    if name not in data and curves["step"].equals(data["step"])
+                }
+            )
+        self._data = data
+        by_step = {str(name): array for name, array in data.data_vars.items() if array.dims[:1] == ("step",)}
+        if cells is not None and cells.sizes["step"] == data.sizes.get("step"):
+            by_step[CELLS] = cells
+        # A standard error is no measure of its own, and a spectrum of every depth has no room.
+        self._by_step = {
+            name: array
+            for name, array in by_step.items()
+            if not name.endswith(("_stderr", "_null", "_error"))
+            and not {"order", "quantile"} & set(array.dims)
+        }
+        # What an analysis of the last step alone has is no history.
+        self._by_step = {
+            name: array
+            for name, array in self._by_step.items()
+            if array.sizes["step"] > 1 and array[:-1].notnull().any()
+        }
+        self._measured = measures_of({name: array.isel(step=-1) for name, array in self._by_step.items()})
+
+    @classmethod
+    def of(cls, reading: Reading, run: xr.DataTree) -> SavedHistory:
+        """Of a reading and its opened run.
+
+        Parameters
+        ----------
+        reading : Reading
+            One chain.
+        run : DataTree
+            Its run.
+
+        Returns
+        -------
+        SavedHistory
+        """
+        statistics = schema.chain_dataset(run, "statistics", reading.chain)
+        if statistics is None or "step" not in statistics.dims:
+            return cls(reading, xr.Dataset(), None)
+        curves = training_curves(run, chain=reading.chain)
+        kept = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]].load()
+        return cls(reading, kept, cells_of(statistics))
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Every measured step."""
+        return np.asarray(self._data["step"].values) if "step" in self._data.dims else np.zeros(0, dtype=int)
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps at which a later attempt went on."""
+        found = self._reading.attrs.get(schema.RESUMED_AT, ())
+        return tuple(int(step) for step in np.atleast_1d(np.asarray(found, dtype=float)) if np.isfinite(step))
+
+    @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps."""
+        return count_of(self._reading.attrs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers, some of which the analysis has too."""
+        return sum(array.nbytes for array in self._by_step.values())
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """Everything that has numbers by step."""
+        return self._measured
+
+    def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
+        """The numbers of a measure; see `TrainingHistory.values`."""
+        chosen = slices_of(positions_of(self._measured[name], choice))
+        return np.asarray(self._by_step[name].values[(slice(None), *chosen)], dtype=np.float32)
+
+    def analysis_at(self, position: int) -> xr.Dataset:
+        """All metrics of one step."""
+        return (
+            self._reading.analysis.isel(step=[position])
+            if self._data is self._reading.analysis
+            else (self._data.isel(step=[position]).assign_attrs(self._reading.analysis.attrs))
+        )
+
+
+def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
+    """The elements of H_res, H_pre and H_post, each the mean over tokens.
+
+    Parameters
+    ----------
+    statistics : Dataset
+        Sums by step.
+
+    Returns
+    -------
+    DataArray or None
+        (step, connection, cell); None without connections.
+    """
+    if "h_res_sum" not in statistics:
+        return None
+    step, connection = statistics.sizes["step"], statistics.sizes["connection"]
+    tokens = statistics["token_count"].values.reshape(step, 1, 1)
+    parts, names = [], []
+    for name, stem in (("h_res_sum", "H_res"), ("h_pre_sum", "H_pre"), ("h_post_sum", "H_post")):
+        if name not in statistics:
+            continue
+        sums = statistics[name].values.reshape(step, connection, -1)
+        of_known = name == "h_pre_sum" and "h_pre_token_count" in statistics
+        counts = statistics["h_pre_token_count"].values[:, :, None] if of_known else tokens
+        parts.append(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
+        names += cell_names(stem, statistics[name].shape[2:])
+    cells = xr.DataArray(np.concatenate(parts, axis=2), dims=("step", "connection", "cell"))
+    known = {
+        label: statistics[label] for label in statistics.coords if statistics[label].dims == ("connection",)
+    }
+    return cells.assign_coords({"step": statistics["step"], "cell": names, **known})
+
+
+def cell_names(stem: str, shape: tuple[int, ...]) -> list[str]:
+    """What the elements of a matrix or of weights of streams are called.
+
+    Parameters
+    ----------
+    stem : str
+        ``"H_res"``, ``"H_pre"`` or ``"H_post"``.
+    shape : tuple of int
+        (stream_out, stream_in) or (stream,).
+
+    Returns
+    -------
+    list of str
+
+    Examples
+    --------
+    >>> cell_names("H_res", (2, 1)), cell_names("H_pre", (2,))
+    (['H_res 0←0', 'H_res 1←0'], ['H_pre 0', 'H_pre 1'])
+    """
+    return [f"{stem} {'←'.join(map(str, index))}" for index in np.ndindex(*shape)]

@@ -1,0 +1,292 @@
+"""What did a training measure, step by step? Its numbers by step, whatever they are read from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.schema import Status
+
+__all__ = [
+    "CELLS",
+    "DRIFT",
+    "Measure",
+    "TrainingHistory",
+    "UntilStep",
+    "count_of",
+    "measures_of",
+    "positions_of",
+    "slices_of",
+]
+
+CELLS = "connection_cells"
+"""The elements of H_res, H_pre and H_post of a connection, in the mean over tokens."""
+
+DRIFT = "connection_parameter_drift"
+
+ROWS = ("cell", "depth", "connection", "weight", "parameter")
+"""Dims that are the rows of a map over steps, the first one that a measure has; of the others a label is chosen."""
+
+NOT_SHOWN = ("same_sampled_tokens", "num_tokens")
+"""A flag, and what is the same at every step."""
+
+PREFERRED = {
+    "centering": "raw",
+    "tokens": "all",
+    "stream": "mean",
+    "direction": "forward",
+    "reduction": "mean",
+}
+"""Labels that are shown where nothing else is chosen; of other dims the first one that has numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """What has numbers by step.
+
+    Parameters
+    ----------
+    name : str
+        In the catalogue, or `CELLS` or `DRIFT`, or of a number such as ``loss``.
+    rows : str
+        Its dim of `ROWS`; empty for one number a step.
+    choices : mapping of str to tuple of str
+        The labels of its other dims under which it has numbers.
+    sample : DataArray
+        The last step, with all coordinates.
+    """
+
+    name: str
+    rows: str
+    choices: Mapping[str, tuple[str, ...]]
+    sample: xr.DataArray
+
+    def labels(self, choice: Mapping[str, str]) -> dict[str, str]:
+        """The label of every dim but the rows.
+
+        Parameters
+        ----------
+        choice : mapping of str to str
+            What is asked for; a label that it does not have gives the preferred one.
+
+        Returns
+        -------
+        dict of str to str
+        """
+        found = {}
+        for dim, labels in self.choices.items():
+            wanted = (choice.get(dim), PREFERRED.get(dim), labels[0])
+            found[dim] = next(label for label in wanted if label in labels)
+        return found
+
+
+class TrainingHistory(ABC):
+    """The numbers of one chain of a run, by step.
+
+    Parameters
+    ----------
+    name : str
+        Of the reading.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    @abstractmethod
+    def steps(self) -> np.ndarray:
+        """Every measured step, increasing."""
+
+    @property
+    def times(self) -> np.ndarray | None:
+        """When each was measured, in seconds since 1970, where that is known."""
+        return None
+
+    @property
+    def status(self) -> Status | None:
+        """Of a live store."""
+        return None
+
+    @property
+    @abstractmethod
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps at which a later attempt went on."""
+
+    @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps, which count to none of them."""
+        return 0
+
+    @property
+    @abstractmethod
+    def measures(self) -> Mapping[str, Measure]:
+        """Everything that has numbers by step, except of pairs of depths."""
+
+    @abstractmethod
+    def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
+        """The numbers of a measure.
+
+        Parameters
+        ----------
+        name : str
+            A key of `measures`.
+        choice : mapping of str to str
+            Labels; see `Measure.labels`.
+
+        Returns
+        -------
+        ndarray
+            (step, row), or (step,) for one number a step.
+        """
+
+    @abstractmethod
+    def analysis_at(self, position: int) -> xr.Dataset:
+        """All metrics of one step, as an analysis of it, which verdicts can judge.
+
+        Parameters
+        ----------
+        position : int
+            Of the step, from 0 on.
+
+        Returns
+        -------
+        Dataset
+        """
+
+
+class UntilStep(TrainingHistory):
+    """A history without what came after a step.
+
+    Parameters
+    ----------
+    history : TrainingHistory
+        Perhaps one that grows.
+    step : int
+        The last step that is seen.
+    """
+
+    def __init__(self, history: TrainingHistory, step: int) -> None:
+        super().__init__(history.name)
+        self._history = history
+        self._count = max(1, int(np.searchsorted(history.steps, step, side="right")))
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Every measured step."""
+        return self._history.steps[: self._count]
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps at which a later attempt went on."""
+        return tuple(step for step in self._history.resumed_at if step <= self.steps[-1])
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """Everything that has numbers by step."""
+        return self._history.measures
+
+    def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
+        """The numbers of a measure; see `TrainingHistory.values`."""
+        return self._history.values(name, choice)[: self._count]
+
+    def analysis_at(self, position: int) -> xr.Dataset:
+        """All metrics of one step."""
+        return self._history.analysis_at(position % self._count)
+
+
+def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
+    """Those of some numbers of the last step that can be drawn over steps.
+
+    Parameters
+    ----------
+    samples : mapping of str to DataArray
+        One step of each variable.
+
+    Returns
+    -------
+    dict of str to Measure
+    """
+    found = {}
+    for name, sample in samples.items():
+        rows = next((dim for dim in ROWS if dim in sample.dims), "")
+        if name in NOT_SHOWN or any(str(dim).startswith("other_") for dim in sample.dims):
+            continue
+        defined = np.isfinite(sample.values.astype(float))
+        # The first steps of some measures have no number, such as of an update: then every label is offered.
+        defined = defined if defined.any() else np.ones_like(defined)
+        choices = {}
+        for dim in sample.dims:
+            if dim != rows:
+                others = tuple(i for i, other in enumerate(sample.dims) if other != dim)
+                labels = sample[dim].values if dim in sample.coords else np.arange(sample.sizes[dim])
+                known = defined.any(axis=others)
+                choices[str(dim)] = tuple(
+                    str(label) for label, is_known in zip(labels, known, strict=True) if is_known
+                )
+        found[name] = Measure(name, rows, choices, sample)
+    return found
+
+
+def count_of(attrs: Mapping[str, Any]) -> int:
+    """Evaluations between the steps of a recording, which count to none of them.
+
+    Parameters
+    ----------
+    attrs : mapping
+        Of the run.
+
+    Returns
+    -------
+    int
+    """
+    found = attrs.get("evaluations_left_out", 0)
+    return int(found) if isinstance(found, (int, np.integer)) else 0
+
+
+def slices_of(positions: tuple[int | None, ...]) -> tuple[int | slice, ...]:
+    """The same as an index of an array.
+
+    Parameters
+    ----------
+    positions : tuple of int and None
+        Of `positions_of`.
+
+    Returns
+    -------
+    tuple of int and slice
+    """
+    return tuple(slice(None) if each is None else each for each in positions)
+
+
+def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | None, ...]:
+    """Of each dim the number of the chosen label, None for the rows.
+
+    Parameters
+    ----------
+    measure : Measure
+        Whose labels they are.
+    choice : mapping of str to str
+        See `Measure.labels`.
+
+    Returns
+    -------
+    tuple of int and None
+    """
+    labels = measure.labels(choice)
+    found: list[int | None] = []
+    for dim in map(str, measure.sample.dims):
+        if dim == measure.rows:
+            found.append(None)
+        else:
+            known = (
+                measure.sample[dim].values
+                if dim in measure.sample.coords
+                else np.arange(measure.sample.sizes[dim])
+            )
+            found.append([str(label) for label in known].index(labels[dim]))
+    return tuple(found)

@@ -1,0 +1,211 @@
+"""Does the Training page show every step of a history, its spikes, and what a link asks for?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from depthscope.app.dashboard.components import verdict_board
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state.live_status import live_state
+from depthscope.app.figures.build.history_figure import MOST_COLUMNS
+from depthscope.diagnostics import save_run, schema
+from tests.app.dashboard.growing_run import SPIKE, add, begin
+from tests.app.dashboard.opening import charts, open_page, words
+from tests.app.dashboard.serving import ROOT, Watch, serving, wait_for
+from tests.app.dashboard.test_microscope import numbers
+
+
+@pytest.fixture
+def store(tmp_path, make_run, monkeypatch):
+    monkeypatch.setattr(run_library, "_roots", [])
+    written = begin(tmp_path / "run", make_run("residual", layers=5))
+    for step in range(20):
+        add(written, step, 6)
+    yield written
+    written.close()
+
+
+def opened(store, **parameters):
+    return open_page("training", [store.path.parent], **parameters)
+
+
+def heat_map(test, number=0):
+    figure = json.loads(charts(test)["training"]["figure"])
+    return [trace for trace in figure["data"] if trace["type"] == "heatmap"][number]
+
+
+def test_steps_are_followed_and_the_state_is_said(store):
+    test = opened(store)
+    assert re.search(r"step 19, \d+ s ago", words(test))
+    assert numbers(heat_map(test)["z"]).shape == (6, 20)
+    add(store, 20, 6)
+    test.run()
+    assert "Step 20, the last one" in words(test)
+    assert numbers(heat_map(test)["z"]).shape == (6, 21)
+    store.finish()
+    store.close()
+    test.run()
+    assert "ended at step 20" in words(test)
+
+
+def test_a_paused_page_stays_and_says_where(store):
+    test = opened(store)
+    test.toggle(key="paused").set_value(True).run()
+    add(store, 20, 6)
+    test.run()
+    said = words(test)
+    assert "paused at step 19" in said
+    assert re.search(r"step 20, \d+ s ago", said)
+    assert "Step 19, the last one" in said
+
+
+def test_a_link_restores_step_comparison_and_zoom(store):
+    test = opened(store, step="3", versus="12", zoom_training="2.5,9.5", measures="residual_norm")
+    assert "Step 3 against step 12" in words(test)
+    data = charts(test)["training"]
+    assert (data["pin"], data["other"]) == (3.0, 12.0)
+    # One step beyond each end of the zoom.
+    np.testing.assert_array_equal(numbers(heat_map(test)["x"]), np.arange(2, 11))
+
+
+def test_no_spike_is_lost_in_a_long_history(store):
+    for step in range(20, 5000):
+        add(store, step, 6)
+    test = opened(store, measures="residual_norm")
+    drawn = heat_map(test)
+    values = numbers(drawn.get("customdata", drawn["z"]))
+    assert values.shape[1] == MOST_COLUMNS
+    assert values[3].max() == pytest.approx(4 * 1.007 * 50.0, rel=1e-5)
+    column = int(values[3].argmax())
+    assert abs(numbers(drawn["x"])[column] - SPIKE) < 13
+    assert "most unusual of 13 steps" in charts(test)["training"]["figure"]
+
+
+def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monkeypatch):
+    monkeypatch.setattr(run_library, "_roots", [])
+    save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
+    test = open_page("training", [tmp_path])
+    assert "one measured step" in words(test)
+    assert "ds.record" in words(test)
+
+
+def test_a_saved_copy_shows_the_same_history(store, tmp_path):
+    store.finish()
+    live = numbers(heat_map(opened(store, measures="residual_norm"))["customdata"])
+    (tmp_path / "copies").mkdir()
+    with schema.open_run(store.path) as run:
+        save_run(run, tmp_path / "copies" / "copy.nc")
+    test = open_page("training", [tmp_path / "copies"], measures="residual_norm")
+    np.testing.assert_array_equal(numbers(heat_map(test)["customdata"]), live)
+    assert "ended" not in words(test)
+
+
+def test_silence_is_stale_by_the_cadence_of_the_run(store, monkeypatch):
+    test = opened(store)
+    reading = run_library.read_run("run")[0]
+    history = run_library.history_of(reading)
+    last = history.times[-1]
+    monkeypatch.setattr("time.time", lambda: last + 2.0)
+    usual = live_state(history.status, history.times)
+    assert usual.is_growing
+    assert usual.words == "step 19, 2 s ago"
+    # A run with a step every minute is not stale after three, and is after five.
+    history._store.times = last - 60.0 * np.arange(20)[::-1]
+    monkeypatch.setattr("time.time", lambda: last + 200.0)
+    assert "STALE" not in live_state(history.status, history.times).words
+    monkeypatch.setattr("time.time", lambda: last + 300.0)
+    assert live_state(history.status, history.times).words == "step 19, 5 min ago · STALE"
+    assert test is not None
+
+
+def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
+    store.close()
+    resumed = begin(store.path, None, resume=True)
+    add(resumed, 10, 6)
+    test = opened(resumed)
+    assert "resumed at step 10" in words(test)
+    assert numbers(heat_map(test)["z"]).shape == (6, 11)
+    shapes = json.loads(charts(test)["training"]["figure"])["layout"]["shapes"]
+    assert [shape["x0"] for shape in shapes] == [10]
+    resumed.close()
+
+
+def test_the_table_of_runs_says_what_is_written_and_stale(store, make_run, monkeypatch):
+    monkeypatch.setattr(verdict_board, "PATIENCE", 120.0)  # all runs in one go, also on a busy machine
+    save_run(make_run("residual", layers=2), store.path.parent / "saved.nc")
+    test = open_page("", [store.path.parent])
+    (table,) = [each.value for each in test.dataframe if "run" in each.value.columns]
+    status = dict(zip(table["run"], table["status"], strict=True))
+    assert status["saved"] == "saved"
+    assert re.fullmatch(r"step 19, \d+ s ago( · STALE)?", status["run"])
+
+
+def test_the_microscope_follows_the_last_step(store):
+    test = open_page("microscope", [store.path.parent])
+    assert "Numbers of step 19" in words(test)
+    add(store, 20, 6)
+    run_library._rest["until"] = 0.0
+    test.run()
+    assert "Numbers of step 20" in words(test)
+    store.finish()
+    store.close()
+    test.run()
+    assert "Numbers of step" not in words(test)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path):
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "tests.app.dashboard.growing_run", str(tmp_path / "run"), "2000", "0.1"],
+        cwd=ROOT,
+    )
+    try:
+        wait_for(lambda: (tmp_path / "run" / schema.LOG).exists(), 30)
+        page.wait_for_timeout(1500)
+        with serving(tmp_path) as address:
+            watch = Watch(page, address)
+            page.goto(f"{address}/training?measures=residual_norm")
+            page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
+            panels = page.locator(".depthscope-training")
+            plot = "() => document.querySelector('.depthscope-training .plot')"
+            last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
+            shown = f"{plot}._fullLayout.xaxis.range"
+            page.wait_for_timeout(2000)  # the page has found its places
+            before = page.evaluate(last)
+            wait_for(lambda: page.evaluate(last) > before, 30)
+            box = panels.bounding_box()
+            y = box["y"] + 60
+            page.mouse.move(box["x"] + 0.35 * box["width"], y)
+            page.mouse.down()
+            page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
+            page.mouse.up()
+            wait_for(lambda: "zoom_training=" in page.url, 30)
+            zoomed = page.evaluate(shown)
+            page.wait_for_timeout(800)  # else the two are a double click
+            page.mouse.click(box["x"] + 0.5 * box["width"], y)
+            wait_for(lambda: "step=" in page.url, 30)
+            pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
+            page.wait_for_timeout(2500)  # two beats
+            assert page.evaluate(shown) == pytest.approx(zoomed)
+            assert page.locator(".depthscope-training .pin").get_attribute("data-depth") == pinned
+            link = page.url
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.wait()
+            page.get_by_text("killed at step").wait_for(timeout=60_000)
+            page.goto(link)
+            page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
+            wait_for(lambda: page.evaluate(shown) == pytest.approx(zoomed, rel=1e-3), 30)
+            assert watch.errors == []
+            assert watch.outside == []
+    finally:
+        writer.kill()
+        writer.wait()
