@@ -19,7 +19,8 @@ from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findi
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import Card
-from depthscope.app.text.notebook import card_html
+from depthscope.app.text.causes import cause_svg
+from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -129,11 +130,13 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         csv=to_csv,
         fact=_fact,
         card_html=card_html,
+        causes=cause_svg,
         evidence=evidence,
         svg=_svg,
     )
     return page.render(
         bibtex="\n".join(known[key] for key in contents.sources),
+        card_style=card_style(),
         contents=contents,
         mark=Markup(MARK),
         described=[_description(reading.attrs) for reading in readings],

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import streamlit as st
+from markupsafe import Markup
 
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.state.visits import open_microscope
+from depthscope.app.readings.readings import Reading
 from depthscope.app.text.cards import Card
+from depthscope.app.text.causes import cause_svg
 from depthscope.app.text.explanations import explanation
+from depthscope.app.text.sparkline import curve_svg
 from depthscope.diagnostics import Finding
+from depthscope.diagnostics.verdicts.causes import depths_of
 
-__all__ = ["show_card", "tally"]
+__all__ = ["show_card", "show_causes", "tally"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {
@@ -22,20 +28,25 @@ BADGES = {
 """Severity → word, colour, sign."""
 
 
-def show_card(card: Card) -> None:
+def show_card(card: Card, *, of: Reading | None = None) -> None:
     """One finding in a bordered box.
 
     Parameters
     ----------
     card : Card
         Of `cards_of`.
+    of : Reading, optional
+        What it is about: with it the card has a button that opens the microscope there.
     """
     word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(f"{sign} {word}", color=colour)
             st.markdown(f"**{escaped(card.title)}**", width="content")
-        st.caption(f"**Where:** {escaped(card.where)}")
+        explained = f", follows from {card.follows}" if card.follows else ""
+        st.caption(f"**Where:** {escaped(card.where + explained)}")
+        if card.curve:
+            st.html(Markup("{}<br><small>{}</small>").format(curve_svg(card.finding), card.curve))
         # Escaping comes last: names and keys contain underscores.
         st.markdown(f"**Why:** {escaped(' '.join(filter(None, (card.why, card.limit))))}")
         if card.unproven:
@@ -46,8 +57,39 @@ def show_card(card: Card) -> None:
             st.code(card.experiment, language=None, wrap_lines=True)
         if card.result:
             st.caption(f"**Result:** {escaped(card.result)}")
-        with st.popover("Equation and sources", type="tertiary"):
-            st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
+        with st.container(horizontal=True, gap="medium"):
+            with st.popover("Equation and sources", type="tertiary"):
+                st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
+            if of is not None:
+                _offer_microscope(card.finding, of)
+
+
+def _offer_microscope(finding: Finding, reading: Reading) -> None:
+    """A button that opens the run at the first depth of a finding."""
+    is_somewhere = finding.first >= 0 and finding.axis in ("depth", "connection")
+    depth = depths_of(finding, reading.analysis)[0] if is_somewhere else None
+    st.button(
+        "Open in the microscope" if depth is None else f"Open depth {depth} in the microscope",
+        key=f"open_{reading.name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}",
+        type="tertiary",
+        on_click=open_microscope,
+        args=(st.session_state.get("chosen_runs", []),),
+        kwargs={"look_at": reading.name, "depth": depth},
+    )
+
+
+def show_causes(findings: Sequence[Finding]) -> None:
+    """Which findings of a run follow from which, as a small graph; nothing where none does.
+
+    Parameters
+    ----------
+    findings : sequence of Finding
+        Findings of one chain.
+    """
+    graph = cause_svg(findings)
+    if graph:
+        st.caption("What follows from what")
+        st.html(graph)
 
 
 def tally(findings: Sequence[Finding]) -> None:

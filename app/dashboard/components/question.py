@@ -36,7 +36,7 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
         if told:
             with st.expander(f"{escaped(name)}: {escaped(told[0].why)}"):
                 for each in told:
-                    show_card(each)
+                    show_card(each, of=reading)
 
 
 def show_figures(chosen: ChosenRuns, question: str) -> None:
