@@ -80,7 +80,10 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`."""
+    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`.
+
+    Its cells are squares where both axes count the same, such as two depths; else they fill the frame.
+    """
 
     name: str
     title: str

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from depthscope.app.text.bibliography import cited, source_words
-from depthscope.app.text.causes import cause_lines
+from depthscope.app.text.causes import cause_lines, place_of
 from depthscope.app.text.sparkline import curve_blocks, curve_words
 from depthscope.app.text.terminal import command_line
 from depthscope.diagnostics import Finding
@@ -136,29 +136,6 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
         experiment=experiment,
         result=result,
     )
-
-
-def place_of(finding: Finding) -> str:
-    """The place of a finding, such as ``depth 3–7`` or ``whole run``.
-
-    Parameters
-    ----------
-    finding : Finding
-        A finding.
-
-    Returns
-    -------
-    str
-    """
-    # A negative position is none.
-    if finding.axis == "run" or finding.first < 0:
-        place = "whole run"
-    elif finding.last == finding.first:
-        place = f"{finding.axis} {finding.first}"
-    else:
-        place = f"{finding.axis} {finding.first}–{finding.last}"
-    # The mean over streams is not one of them.
-    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
 
 
 def card_lines(card: Card, *, width: int = 100) -> list[str]:

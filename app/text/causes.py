@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from depthscope.diagnostics import Finding, Severity
 
-__all__ = ["cause_lines", "cause_svg"]
+__all__ = ["cause_lines", "cause_svg", "place_of"]
 
 LETTER, ROW, HIGH, GAP, PADDING = 6.7, 34, 24, 46, 10
 """Of the SVG: width of a letter, distance of two rows, height of a box, room for an arrow, room beside a text."""
@@ -50,6 +50,29 @@ def cause_lines(findings: Sequence[Finding]) -> list[str]:
     return [f"{'  ' * box.column}{'└ ' if box.column else ''}{box.words}" for box in _boxes(findings)]
 
 
+def place_of(finding: Finding) -> str:
+    """The place of a finding, such as ``depth 3–7`` or ``whole run``.
+
+    Parameters
+    ----------
+    finding : Finding
+        A finding.
+
+    Returns
+    -------
+    str
+    """
+    # A negative position is none.
+    if finding.axis == "run" or finding.first < 0:
+        place = "whole run"
+    elif finding.last == finding.first:
+        place = f"{finding.axis} {finding.first}"
+    else:
+        place = f"{finding.axis} {finding.first}–{finding.last}"
+    # The mean over streams is not one of them.
+    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+
+
 def cause_svg(findings: Sequence[Finding]) -> Markup:
     """The graph as SVG, causes on the left and what follows from them on the right.
 
@@ -76,7 +99,8 @@ def cause_svg(findings: Sequence[Finding]) -> Markup:
     shapes = Markup().join(_shape(box, left, wide) for box in boxes)
     words = "; ".join(line.strip().replace("└ ", "from it follows ") for line in cause_lines(findings))
     return Markup(
-        '<svg class="causes" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}</svg>'
+        '<svg class="causes" xmlns="http://www.w3.org/2000/svg" role="img" '
+        'aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}</svg>'
     ).format(words, f"{width:.0f}", height, f"{width:.0f}", height, shapes)
 
 
@@ -108,8 +132,6 @@ def _shape(box: _Box, left: Sequence[float], wide: Sequence[float]) -> Markup:
 
 def _boxes(findings: Sequence[Finding]) -> list[_Box]:
     """The verdicts that have a cause or an effect, each effect after its cause."""
-    from depthscope.app.text.cards import place_of
-
     worst = _worst_of_each(findings)
     effects = _effects(worst)
     boxes: list[_Box] = []

@@ -108,7 +108,8 @@ def curve_svg(finding: Finding) -> Markup:
     end = MARGIN + scale * min(finding.last + half, len(values) - 1)
     place = f'<line class="place" x1="{start:.1f}" x2="{end:.1f}" y1="{HEIGHT - 1}" y2="{HEIGHT - 1}"/>'
     return Markup(
-        '<svg class="curve {}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}{}{}</svg>'
+        '<svg class="curve {}" xmlns="http://www.w3.org/2000/svg" role="img" '
+        'aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}{}{}</svg>'
     ).format(
         finding.severity.name.lower(),
         curve_words(finding),

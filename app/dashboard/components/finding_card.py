@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import streamlit as st
-from markupsafe import Markup
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state.visits import open_microscope
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.cards import Card
-from depthscope.app.text.causes import cause_svg
+from depthscope.app.text.causes import cause_lines, cause_svg
 from depthscope.app.text.explanations import explanation
+from depthscope.app.text.notebook import card_style
 from depthscope.app.text.sparkline import curve_svg
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.verdicts.causes import depths_of
@@ -26,6 +27,14 @@ BADGES = {
     "INFO": ("note", "blue", "●"),
 }
 """Severity → word, colour, sign."""
+
+
+# A component: of HTML Streamlit leaves out SVG, and a picture does not know whether the page is light or dark.
+_drawing = st.components.v2.component(
+    "depthscope_drawing",
+    css=card_style(),
+    js=Path(__file__).with_name("drawing.js").read_text(encoding="utf-8"),
+)
 
 
 def show_card(card: Card, *, of: Reading | None = None) -> None:
@@ -46,7 +55,11 @@ def show_card(card: Card, *, of: Reading | None = None) -> None:
         explained = f", follows from {card.follows}" if card.follows else ""
         st.caption(f"**Where:** {escaped(card.where + explained)}")
         if card.curve:
-            st.html(Markup("{}<br><small>{}</small>").format(curve_svg(card.finding), card.curve))
+            name = (
+                f"{of.name if of else ''}_{card.finding.verdict}_{card.finding.stream}_{card.finding.first}"
+            )
+            _show_drawing(f"curve_{name}", curve_svg(card.finding), card.curve)
+            st.caption(f"**Curve:** {escaped(card.curve)}")
         # Escaping comes last: names and keys contain underscores.
         st.markdown(f"**Why:** {escaped(' '.join(filter(None, (card.why, card.limit))))}")
         if card.unproven:
@@ -89,7 +102,12 @@ def show_causes(findings: Sequence[Finding]) -> None:
     graph = cause_svg(findings)
     if graph:
         st.caption("What follows from what")
-        st.html(graph)
+        words = "; ".join(line.strip() for line in cause_lines(findings))
+        _show_drawing(f"causes_{findings[0].verdict}", graph, words)
+
+
+def _show_drawing(name: str, svg: str, words: str) -> None:
+    _drawing(data={"name": name, "svg": svg, "alt": words}, key=name)
 
 
 def tally(findings: Sequence[Finding]) -> None:

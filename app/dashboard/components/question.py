@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -39,7 +39,9 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
                     show_card(each, of=reading)
 
 
-def show_figures(chosen: ChosenRuns, question: str) -> None:
+def show_figures(
+    chosen: ChosenRuns, question: str, *, before: Mapping[str, Callable[[ChosenRuns], None]] | None = None
+) -> None:
     """Figures of the chosen section of a question, curves before heat maps, under their controls.
 
     Parameters
@@ -48,10 +50,16 @@ def show_figures(chosen: ChosenRuns, question: str) -> None:
         The chosen runs; they feed at least one of its figures.
     question : str
         A question of the register of figures.
+    before : mapping of str to function, optional
+        Sections that come first and draw themselves.
     """
     figures = chosen.figures(question)
-    sections = list(dict.fromkeys(kind.section for kind in figures.values()))
+    own = before or {}
+    sections = [*own, *dict.fromkeys(kind.section for kind in figures.values())]
     section = choose_section(sections) if len(sections) > 1 else sections[0]
+    if section in own:
+        own[section](chosen)
+        return
     kinds = [kind for kind in figures.values() if kind.section == section]
     selection = choose(kinds, chosen.analyses)
     # Curves overlay all runs; a heat map has room for one, which is chosen right above the heat maps.

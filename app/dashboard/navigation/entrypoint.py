@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import streamlit as st
-from markupsafe import Markup
 
 from depthscope.app.dashboard.components.chosen_runs import choose_runs
 from depthscope.app.dashboard.components.page import show_page
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.state.visits import follow
-from depthscope.app.text.notebook import card_style
 
 st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
 pages = {
@@ -26,7 +24,6 @@ pages = {
 }
 current = st.navigation({"depthscope": list(pages.values())})
 st.html(Path(__file__).with_name("page.css"))
-st.html(Markup("<style>{}</style>").format(card_style()))
 follow(pages)
 # Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
 choose_runs()

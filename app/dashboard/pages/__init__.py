@@ -15,6 +15,8 @@ PAGES: tuple[Page, ...] = tuple(
         "similarity",
         "mixing",
         "gradients",
+        "tokens",
+        "compare",
     )
 )
 """Every page, in the order of the navigation; the first one opens at the root of the address."""
