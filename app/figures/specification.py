@@ -82,7 +82,7 @@ class Lines:
 class Heatmap:
     """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`.
 
-    Its cells are squares where both axes count the same, such as two depths; else they fill the frame.
+    `square` is whether both axes count the same, such as depths: cells are squares then, else they fill the frame.
     """
 
     name: str
@@ -103,6 +103,7 @@ class Heatmap:
     y_text: Sequence[str] | None = None
     sources: tuple[str, ...] = ()
     run: str = ""
+    square: bool = True
 
 
 Figure = Lines | Heatmap

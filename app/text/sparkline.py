@@ -150,7 +150,8 @@ def _heights(values: np.ndarray, limit: float) -> tuple[np.ndarray, float | None
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
     reach = max(high - low, abs(high) * 1e-9, 1e-300)
     # A limit far from all numbers would leave a straight line of the curve: then it is not drawn, only named.
-    near = math.isfinite(level) and low - 2 * reach <= level <= high + 2 * reach
+    # A constant has no curve that could be flattened.
+    near = math.isfinite(level) and (low == high or low - 2 * reach <= level <= high + 2 * reach)
     if near:
         low, high = min(low, level), max(high, level)
     reach = max(high - low, abs(high) * 1e-9, 1e-300)

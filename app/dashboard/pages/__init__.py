@@ -17,6 +17,7 @@ PAGES: tuple[Page, ...] = tuple(
         "gradients",
         "tokens",
         "compare",
+        "data",
     )
 )
 """Every page, in the order of the navigation; the first one opens at the root of the address."""

@@ -78,13 +78,17 @@ def _show(chosen: ChosenRuns) -> None:
         )
         by = _choose_group(readings)
     kind = FIGURES[name]
-    selection = {**choose([kind], chosen.analyses), "axis": "relative"}
+    selection = {**choose([kind], chosen.analyses, without=("axis",)), "axis": "relative"}
     curves = kind.build(chosen.analyses, **{key: selection[key] for key in selection if key in kind.uses})
     assert isinstance(curves, Lines)
     left, right = st.columns(2, gap="medium")
     with left:
         shown = curves if by is None else folded(curves, {r.name: str(r.attrs.get(by)) for r in readings})
         card(shown, key="compare_curves", height=340, runs=[] if by else list(chosen.analyses))
+    for warning in differences(readings):
+        st.caption(f"⚠ {escaped(warning)}")
+    _show_table(readings, kind, selection)
+    # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
     with right:
         if len(readings) < 2:
             st.info(
@@ -93,9 +97,6 @@ def _show(chosen: ChosenRuns) -> None:
             )
         else:
             _show_differences(readings, kind, selection, by)
-    for warning in differences(readings):
-        st.caption(f"⚠ {escaped(warning)}")
-    _show_table(readings, kind, selection)
 
 
 def _choose_group(readings: Sequence[Reading]) -> str | None:

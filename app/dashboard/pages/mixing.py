@@ -117,6 +117,7 @@ def cells_figure(close_up: CloseUp, run: str) -> Heatmap:
         x_text=[close_up.connection_name(i) for i in range(len(means))],
         y_text=[f"to {i} from {j}" for i in range(n) for j in range(n)],
         run=run,
+        square=False,
     )
 
 

@@ -132,6 +132,7 @@ def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, ru
         x_text=[f"depth {i}" for i in range(z.shape[1])],
         y_text=[f"“{text}”" for text in texts[: len(z)]],
         run=run,
+        square=False,
     )
 
 

@@ -45,7 +45,7 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         linewidth=0.1,
     )
     axes.set_facecolor("0.9")  # undefined cells
-    if figure.z.shape[0] == figure.z.shape[1]:
+    if figure.square and figure.z.shape[0] == figure.z.shape[1]:
         axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):

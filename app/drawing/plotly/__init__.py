@@ -65,8 +65,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
         }
     # Equal units on both axes make cells square; "domain" shrinks the drawing instead of widening the ranges.
     bare = {"showgrid": False, "showline": False}
-    # As on paper: rows of tokens and columns of depths are not of one kind, and fill the frame.
-    if figure.z.shape[0] != figure.z.shape[1]:
+    if not figure.square or figure.z.shape[0] != figure.z.shape[1]:
         return _frame(figure) | {"xaxis": x_axis | bare, "yaxis": y_axis | bare | _row_names(figure)}
     return _frame(figure) | {
         "xaxis": x_axis | bare | {"constrain": "domain"},
