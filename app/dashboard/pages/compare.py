@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streamlit as st
@@ -17,6 +18,7 @@ from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.figures import FIGURES, FigureKind, Line, Lines, Selection
+from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import comparison_table, differences
@@ -36,6 +38,9 @@ FIRST = "effective_rank"
 
 SEED = "seed"
 
+QUICK_BYTES = 20 * 2**20
+"""Of the files of the runs: they are tested in about a second, larger ones when it is asked for. A heuristic of ours."""
+
 _tested = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
 """A test measures every sequence of two runs, which takes seconds; it is kept until a file changes."""
 
@@ -52,15 +57,12 @@ def comparable(chosen: ChosenRuns) -> list[str]:
     -------
     list of str
     """
-    analyses = chosen.analyses
     return [
         name
         for name, kind in FIGURES.items()
-        if "axis" in kind.uses
-        and "run" not in kind.uses
+        if isinstance(kind, CurveFigure)
         and CATALOGUE[kind.metric].axis in ("depth", "connection")
         and chosen.feeding(kind.needs)
-        and isinstance(kind.build(analyses, axis="relative"), Lines)
     ]
 
 
@@ -192,6 +194,12 @@ def _show_differences(
     readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str], by: str | None
 ) -> None:
     view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
+    if by is None and not _is_quick(readings, kind.metric, view):
+        st.info(
+            "Whether the runs differ has not been tested yet: every sequence is measured by itself.", icon="⏱️"
+        )
+        if not st.button("Test the differences", key=f"test_{kind.name}"):
+            return
     try:
         with st.spinner("Testing the differences …"):
             found = _test(readings, kind.metric, view, by)
@@ -216,12 +224,28 @@ def _show_differences(
     st.code(command_line("compare", *paths, "--metrics", kind.metric, *extra), "bash", wrap_lines=True)
 
 
+def _is_quick(readings: Sequence[Reading], metric: str, view: Selection) -> bool:
+    """Whether a test is known already, or takes no longer than a visitor waits."""
+    try:
+        if _tested.peek(_key(readings, metric, view)) is not None:
+            return True
+        paths = [Path(reading.path) for reading in readings]
+        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+        return sum(file.stat().st_size for file in files) < QUICK_BYTES
+    except OSError:
+        return False
+
+
+def _key(readings: Sequence[Reading], metric: str, view: Selection) -> tuple[Any, ...]:
+    paths = dict.fromkeys(reading.path for reading in readings)
+    return (tuple((path, FileVersion.of(Path(path))) for path in paths), metric, view)
+
+
 def _test(readings: Sequence[Reading], metric: str, view: Selection, by: str | None) -> list[Difference]:
-    paths = list(dict.fromkeys(reading.path for reading in readings))
     if by is not None:
         return between_groups(readings, [metric], view, by=by)
-    key = (tuple((path, FileVersion.of(Path(path))) for path in paths), metric, view)
-    return _tested.get(key, lambda: between_runs(paths, [metric], view))
+    paths = list(dict.fromkeys(reading.path for reading in readings))
+    return _tested.get(_key(readings, metric, view), lambda: between_runs(paths, [metric], view))
 
 
 def _show_table(readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str]) -> None:

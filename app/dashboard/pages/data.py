@@ -42,12 +42,11 @@ def _show(chosen: ChosenRuns) -> None:
     readings = list(chosen.readings.values())
     with st.container(horizontal=True, vertical_alignment="bottom"):
         what = choose_one("Table", [MEASURE, DEPTH, CONNECTION, SUMMARY, FINDINGS], "data_of", width=260)
-        if what == MEASURE:
-            _show_measure(chosen, readings)
-            return
         if what in (DEPTH, CONNECTION):
-            reading = chosen.readings[choose_one("Run", list(chosen.readings), "data_run")]
-            readings = [reading]
+            readings = [chosen.readings[choose_one("Run", list(chosen.readings), "data_run")]]
+    if what == MEASURE:
+        _show_measure(chosen, readings)
+        return
     if what in (DEPTH, CONNECTION):
         make = depth_table if what == DEPTH else mixing_table
         table = make(readings[0], rows=ALL_ROWS)

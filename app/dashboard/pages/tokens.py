@@ -32,12 +32,12 @@ _COLUMNS = {
 
 
 def _show(chosen: ChosenRuns) -> None:
+    reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run")]
+    close_up = run_library.close_up_of(reading)
+    if close_up is None:
+        _explain_no_states(reading)
+        return
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run")]
-        close_up = run_library.close_up_of(reading)
-        if close_up is None:
-            _explain_no_states(reading)
-            return
         sequences = [str(i) for i in range(close_up.num_sequences)]
         sequence = int(choose_one("Sequence", sequences, "tokens_sequence", width=110))
         streams = ["mean", *map(str, range(close_up.num_streams))] if close_up.num_streams > 1 else ["mean"]
