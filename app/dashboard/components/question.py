@@ -12,7 +12,7 @@ from depthscope.app.dashboard.components.controls import choose, choose_section,
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.figures import FIGURES, FigureKind, Heatmap
+from depthscope.app.figures import FIGURES, Figure, FigureKind, Heatmap
 from depthscope.app.tables.findings import cards_of
 
 __all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
@@ -100,7 +100,13 @@ def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> Non
         st.code(f"depthscope analyze RUN.nc --metrics {metrics}", "bash")
 
 
-def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dict[str, Any]) -> None:
+def show_in_rows(
+    kinds: Sequence[FigureKind],
+    chosen: ChosenRuns,
+    selection: dict[str, Any],
+    *,
+    change: Callable[[Figure], Figure] | None = None,
+) -> None:
     """Figures in rows of two.
 
     Parameters
@@ -111,6 +117,8 @@ def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dic
         The chosen runs.
     selection : dict
         Choices of the controls.
+    change : function, optional
+        Applied to every figure before it is drawn.
     """
     # All chosen runs, also those without this metric: colours are the same in every figure of a page.
     runs = list(chosen.analyses)
@@ -118,6 +126,7 @@ def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dic
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
         for column, kind in zip(st.columns(2), kinds[first : first + 2], strict=False):
             figure = build(kind, chosen.analyses, selection)
+            figure = figure if change is None else change(figure)
             height = 430 if isinstance(figure, Heatmap) else 300
             with column:
                 card(figure, key=f"chart_{kind.name}", height=height, runs=runs)
