@@ -115,9 +115,8 @@ def card(
     # The screen shows block means of a large matrix; the table has every cell.
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
     with st.container(border=True, gap="xsmall"):
-        left, right = st.columns([4, 1], vertical_alignment="center")
-        left.markdown(f"**{escaped(shown.title)}**")
-        with right, st.container(horizontal=True, horizontal_alignment="right"):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**{escaped(shown.title)}**", width="stretch")
             _numbers(figure, key)
         drawing = to_plotly(shown, mark=mark, runs=runs).to_json()
         show_drawing(drawing, name=shown.name, alt=shown.alt, key=key, height=height, clickable=clickable)

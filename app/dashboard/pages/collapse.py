@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import streamlit as st
@@ -31,23 +32,27 @@ def _show(chosen: ChosenRuns) -> None:
     kinds = [kind for kind in figures.values() if kind.section == section]
     # In three versions beside one another there is no switch for them.
     selection = choose(kinds, chosen.analyses, without=("tokens", "centering"))
-    scale = st.segmented_control(
-        "Scale",
-        [SHARE, VALUE],
-        default=SHARE,
-        key="collapse_scale",
-        bind="query-params",
-        required=True,
-        help="A rank is read against that of noise of the same shape, which grows with the number of tokens.",
-    )
+    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+        scale = st.segmented_control(
+            "Scale",
+            [SHARE, VALUE],
+            default=SHARE,
+            key="collapse_scale",
+            bind="query-params",
+            required=True,
+            width="content",
+            help="A rank is read against that of noise of the same shape, which grows with the number of tokens.",
+        )
+        shown = _choose_measure([kind for kind in kinds if "run" not in kind.uses])
     curves = [kind for kind in kinds if "run" not in kind.uses]
     heat_maps = [kind for kind in kinds if "run" in kind.uses]
-    shown = _show_versions(curves, chosen, selection, scale)
+    if shown is not None:
+        _show_versions(shown, chosen, selection, scale)
 
     def scaled(figure: Figure) -> Figure:
         return _scaled(figure, scale)
 
-    show_in_rows([kind for kind in curves if kind.name != shown], chosen, selection, change=scaled)
+    show_in_rows([kind for kind in curves if kind is not shown], chosen, selection, change=scaled)
     if heat_maps:
         selection["run"] = chosen_run(chosen.feeding(*(kind.needs for kind in heat_maps)))
         show_in_rows(heat_maps, chosen, selection)
@@ -58,28 +63,32 @@ def _scaled(figure: Figure, scale: str) -> Figure:
     return share_of_null(figure) if scale == SHARE and isinstance(figure, Lines) else figure
 
 
-def _show_versions(kinds: list[FigureKind], chosen: ChosenRuns, selection: dict[str, Any], scale: str) -> str:
-    """One measure raw, centred and without massive tokens, side by side; its name, empty where none has these versions."""
-    able = {kind.name: kind for kind in kinds if {"tokens", "centering"} & set(kind.uses)}
+def _choose_measure(curves: list[FigureKind]) -> FigureKind | None:
+    """The measure that is shown in several versions; None where no curve has them."""
+    able = {kind.name: kind for kind in curves if {"tokens", "centering"} & set(kind.uses)}
     if not able:
-        return ""
-    name = choose_one(
-        "Raw, centred and without massive tokens",
-        list(able),
-        "collapse_measure",
-        words=lambda n: able[n].title,
-        width=340,
-    )
-    kind = able[name]
+        return None
+    return able[
+        choose_one(
+            "Raw, centred and without massive tokens",
+            list(able),
+            "collapse_measure",
+            words=lambda name: able[name].title,
+            width=340,
+        )
+    ]
+
+
+def _show_versions(kind: FigureKind, chosen: ChosenRuns, selection: dict[str, Any], scale: str) -> None:
+    """One measure raw, centred and without massive tokens, side by side."""
     versions = {
         title: choices for title, choices in VERSIONS.items() if title == "raw" or _changes(kind, choices)
     }
     for column, (title, choices) in zip(st.columns(len(versions)), versions.items(), strict=True):
         with column:
             figure = _scaled(build(kind, chosen.analyses, {**selection, **choices}), scale)
-            st.caption(f"**{title}**")
+            figure = replace(figure, title=f"{figure.title}, {title}")
             card(figure, key=f"version_{title}", height=260, runs=list(chosen.analyses))
-    return name
 
 
 def _changes(kind: FigureKind, choices: dict[str, str]) -> bool:

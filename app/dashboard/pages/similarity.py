@@ -54,17 +54,19 @@ def _show(chosen: ChosenRuns) -> None:
 
 def _choose_maps(runs: Sequence[str]) -> list[tuple[str, str]]:
     """Run and measure of the map on the left and of that on the right."""
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        run = choose_one("Run of the left map", runs, "run")
-        measure = choose_one("Its measure", list(MEASURES), "measure_a", words=_title, width=300)
-        # At first two runs by the same measure, or of one run two measures.
-        other = next((name for name in runs if name != run), run)
-        second = measure if other != run else next(name for name in MEASURES if name != measure)
-        right = choose_one("Run of the right map", runs, "run_b", default=other)
-        other_measure = choose_one(
-            "Its measure ", list(MEASURES), "measure_b", default=second, words=_title, width=300
+    left, right = st.columns(2)
+    with left, st.container(horizontal=True, vertical_alignment="bottom"):
+        run = choose_one("Run of the left map", runs, "run", width=200)
+        measure = choose_one("Measure of the left map", list(MEASURES), "measure_a", words=_title, width=280)
+    # At first two runs by the same measure, or of one run two measures.
+    other = next((name for name in runs if name != run), run)
+    second = measure if other != run else next(name for name in MEASURES if name != measure)
+    with right, st.container(horizontal=True, vertical_alignment="bottom"):
+        other = choose_one("Run of the right map", runs, "run_b", default=other, width=200)
+        second = choose_one(
+            "Measure of the right map", list(MEASURES), "measure_b", default=second, words=_title, width=280
         )
-    return [(run, measure), (right, other_measure)]
+    return [(run, measure), (other, second)]
 
 
 def _title(name: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from depthscope.app.figures.build.laws import null_words
 from depthscope.app.figures.specification import Array, Line, Lines
 
 __all__ = ["share_of_null"]
@@ -45,10 +46,10 @@ def share_of_null(figure: Lines) -> Lines:
     return replace(
         figure,
         lines=tuple(shares),
-        y_label=f"{figure.y_label}, share of the null",
+        y_label="share of the null",
         # Both are in units of the number itself.
         healthy=None,
-        caption=f"{_WORDS} {figure.caption}",
+        caption=f"{_WORDS} {figure.caption.replace(null_words(figure.metric), '').strip()}",
     )
 
 
@@ -57,7 +58,8 @@ def _null_of(line: Line, lines: Sequence[Line]) -> Array | None:
     of_run = [other for other in lines if other.role == "null" and other.group == line.group]
     named = [other for other in of_run if other.label == f"{line.label} · null"]
     found = named or (of_run if len(of_run) == 1 else [])
-    return found[0].y if found and found[0].y.shape == line.y.shape else None
+    # A density has other places than that of noise.
+    return found[0].y if found and np.array_equal(found[0].x, line.x) else None
 
 
 def _divided(line: Line, level: Array) -> Line:
