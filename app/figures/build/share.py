@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from depthscope.app.figures.build.laws import null_words
+from depthscope.app.figures.build.spectrum_figure import NOISE_WORDS
 from depthscope.app.figures.specification import Array, Line, Lines
 
 __all__ = ["share_of_null"]
@@ -49,8 +50,13 @@ def share_of_null(figure: Lines) -> Lines:
         y_label="share of the null",
         # Both are in units of the number itself.
         healthy=None,
-        caption=f"{_WORDS} {figure.caption.replace(null_words(figure.metric), '').strip()}",
+        caption=" ".join([_WORDS, *_without_null(figure.caption, figure.metric).split()]),
     )
+
+
+def _without_null(caption: str, metric: str) -> str:
+    """A caption without the words about a dashed line that is not drawn."""
+    return caption.replace(null_words(metric), "").replace(NOISE_WORDS, "")
 
 
 def _null_of(line: Line, lines: Sequence[Line]) -> Array | None:
