@@ -56,7 +56,9 @@ def token_rows(close_up: CloseUp, depth: int, *, stream: str = "mean") -> pd.Dat
     features = size.argmax(axis=-1) if len(real) else np.zeros(0, dtype=int)
     frame["largest feature"] = features
     frame["its value"] = np.take_along_axis(tokens, features[:, None], axis=-1)[:, 0]
-    frame["massive"] = massive_activations(tokens).any(axis=-1) if len(real) else np.zeros(0, dtype=bool)
+    finite = np.isfinite(tokens).all(axis=-1)
+    massive = massive_activations(tokens, mask=finite) if finite.any() else np.zeros_like(tokens, dtype=bool)
+    frame["massive"] = np.asarray(massive.any(axis=-1))
     return frame
 
 

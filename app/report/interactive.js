@@ -18,7 +18,10 @@ function draw(box) {
   const place = document.createElement("div");
   box.appendChild(place);
   Plotly.newPlot(place, figure.data, { ...figure.layout, height: 380, autosize: true }, config)
-    .then(() => box.closest("figure").classList.add("drawn"));
+    .then(() => {
+      box.closest("figure").classList.add("drawn");
+      return Plotly.Plots.resize(place);  // the printed form made room
+    });
 }
 
 for (const box of document.querySelectorAll(".interactive")) seen.observe(box);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +108,9 @@ def show_causes(findings: Sequence[Finding]) -> None:
 
 
 def _show_drawing(name: str, svg: str, words: str) -> None:
-    _drawing(data={"name": name, "svg": svg, "alt": words}, key=name)
+    # Streamlit refuses keys with two underscores, which the name of a run may have.
+    key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+    _drawing(data={"name": name, "svg": svg, "alt": words}, key=f"drawing_{key}")
 
 
 def tally(findings: Sequence[Finding]) -> None:
