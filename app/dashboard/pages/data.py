@@ -280,6 +280,6 @@ def _read_python(readings: Sequence[Reading]) -> list[str]:
 PAGE = Page(
     title="Data",
     url_path="data",
-    help="The numbers that are shown, as files, and how to make them again.",
+    help="Which numbers are shown, as files to take away, and how are they made again?",
     show=_show,
 )
