@@ -214,7 +214,7 @@ def _show_differences(
         )
         return
     figure = difference_figure(found, kind.title)
-    card(figure, key="compare_differences", height=340)
+    card(figure, key="compare_differences", height=340, runs=[] if by else [each.name for each in readings])
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:

@@ -25,6 +25,11 @@ MOST_ROWS = 500
 ROW = 15
 """Pixels of a token in the map where its text is beside it."""
 
+_ORDER = (
+    *("position", "text", "norm", "times median", "massive", "distance to mean"),
+    *("cosine with last state", "largest feature", "its value"),
+)
+
 _COLUMNS = {
     name: st.column_config.NumberColumn(format="%.4g")
     for name in ("norm", "times median", "distance to mean", "cosine with last state", "its value")
@@ -156,6 +161,7 @@ def _show_table(reading: Reading, close_up: CloseUp, depth: int, sequence: int, 
             hide_index=True,
             height=min(38 + 35 * len(shown), 470),
             column_config=_COLUMNS,
+            column_order=[*(["sequence"] if everywhere else []), *_ORDER],
             key="tokens_table",
         )
     st.caption(escaped(_table_words(rows, shown, reading, depth, num_massive)))
