@@ -87,7 +87,7 @@ def _show_versions(kind: FigureKind, chosen: ChosenRuns, selection: dict[str, An
     for column, (title, choices) in zip(st.columns(len(versions)), versions.items(), strict=True):
         with column:
             figure = _scaled(build(kind, chosen.analyses, {**selection, **choices}), scale)
-            figure = replace(figure, title=f"{figure.title}, {title}")
+            figure = replace(figure, title=f"{figure.title.removesuffix(' across depth')}, {title}")
             card(figure, key=f"version_{title}", height=260, runs=list(chosen.analyses))
 
 

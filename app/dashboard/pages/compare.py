@@ -190,21 +190,34 @@ def folded(figure: Lines, group_of: Mapping[str, str]) -> Lines:
     return replace(figure, lines=(*lines, *thresholds), caption=f"{words} {figure.caption}", missing=())
 
 
-def _show_differences(
+def _differences(
     readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str], by: str | None
-) -> None:
+) -> list[Difference] | None:
+    """The tested differences; None where the visitor has not asked for the test yet, or it is not possible."""
     view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
-    if by is None and not _is_quick(readings, kind.metric, view):
+    is_known = by is not None or _is_quick(readings, kind.metric, view)
+    if not is_known:
         st.info(
-            "Whether the runs differ has not been tested yet: every sequence is measured by itself.", icon="⏱️"
+            "Whether the runs differ has not been tested yet: every sequence is measured by itself.", icon="ℹ️"
         )
         if not st.button("Test the differences", key=f"test_{kind.name}"):
-            return
+            return None
     try:
         with st.spinner("Testing the differences …"):
             found = _test(readings, kind.metric, view, by)
     except (ValueError, OSError, SchemaError) as error:
         st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
+        return None
+    if not is_known:
+        st.rerun()  # now they are known, and the question goes
+    return found
+
+
+def _show_differences(
+    readings: Sequence[Reading], kind: FigureKind, selection: Mapping[str, str], by: str | None
+) -> None:
+    found = _differences(readings, kind, selection, by)
+    if found is None:
         return
     if not found:
         st.info(
