@@ -71,7 +71,7 @@ def show_card(card: Card, *, of: Reading | None = None) -> None:
             st.code(card.experiment, language=None, wrap_lines=True)
         if card.result:
             st.caption(f"**Result:** {escaped(card.result)}")
-        with st.container(horizontal=True, gap="medium"):
+        with st.container(horizontal=True, gap="small"):
             with st.popover("Equation and sources", type="tertiary"):
                 st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
             if of is not None:
@@ -83,7 +83,7 @@ def _offer_microscope(finding: Finding, reading: Reading) -> None:
     is_somewhere = finding.first >= 0 and finding.axis in ("depth", "connection")
     depth = depths_of(finding, reading.analysis)[0] if is_somewhere else None
     st.button(
-        "Open in the microscope" if depth is None else f"Open depth {depth} in the microscope",
+        "Microscope" if depth is None else f"Microscope at depth {depth}",
         key=f"open_{reading.name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}",
         type="tertiary",
         on_click=open_microscope,
