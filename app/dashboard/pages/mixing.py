@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import streamlit as st
+import xarray as xr
 
 from depthscope.app.dashboard.components.chart import card
 from depthscope.app.dashboard.components.choices import choose_index, choose_one
@@ -52,7 +53,10 @@ def _show_bench(chosen: ChosenRuns) -> None:
         st.markdown(escaped(_extreme_words(matrices)))
         show_matrices(matrices, "bench")
     with right:
-        card(cells_figure(close_up, run), key="mixing_cells", height=430)
+        card(cells_figure(close_up.mean_matrices, close_up, run), key="mixing_cells", height=430)
+        history = run_library.mixing_history_of(chosen.readings[run])
+        if history is not None and a < history.sizes["connection"]:
+            card(steps_figure(history, a, close_up, run), key="mixing_steps", height=430)
 
 
 def _words_of(close_up: CloseUp, first: int, last: int) -> str:
@@ -81,13 +85,15 @@ def _ends(sums: np.ndarray) -> str:
     return f"{number(float(sums.min()))} to {number(float(sums.max()))}"
 
 
-def cells_figure(close_up: CloseUp, run: str) -> Heatmap:
+def cells_figure(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
     """Every cell of H_res over the connections, the mean over tokens.
 
     Parameters
     ----------
+    means : ndarray
+        Shape (connection, n, n).
     close_up : CloseUp
-        Of a run with connections.
+        Of the run, for the names of its connections.
     run : str
         Its name.
 
@@ -95,26 +101,61 @@ def cells_figure(close_up: CloseUp, run: str) -> Heatmap:
     -------
     Heatmap
     """
-    means = close_up.mean_matrices
-    n = means.shape[-1]
-    z = means.reshape(len(means), n * n).T
+    names = [close_up.connection_name(i) for i in range(len(means))]
+    return _cells(
+        means, np.arange(len(means), dtype=float), names, run,
+        name="h_res_cells", title="Cells of H_res over depth", x_label="connection (0 = first sublayer)",
+    )  # fmt: skip
+
+
+def steps_figure(history: xr.DataArray, connection: int, close_up: CloseUp, run: str) -> Heatmap:
+    """Every cell of the H_res of one connection over the steps of a training, the mean over tokens.
+
+    Parameters
+    ----------
+    history : DataArray
+        Of `mixing_history`.
+    connection : int
+        Which one.
+    close_up : CloseUp
+        Of the run, for the name of the connection.
+    run : str
+        Its name.
+
+    Returns
+    -------
+    Heatmap
+    """
+    steps = history["step"].values if "step" in history.coords else np.arange(history.sizes["step"])
+    return _cells(
+        history.isel(connection=connection).values, steps.astype(float), [f"step {step}" for step in steps], run,
+        name="h_res_steps", title=f"Cells of H_res over steps: {close_up.connection_name(connection)}", x_label="step",
+    )  # fmt: skip
+
+
+def _cells(
+    matrices: np.ndarray, x: np.ndarray, names: list[str], run: str, *, name: str, title: str, x_label: str
+) -> Heatmap:
+    """The cells of some matrices (place, n, n) as rows over the places."""
+    n = matrices.shape[-1]
+    z = matrices.reshape(len(matrices), n * n).T
     known = z[np.isfinite(z)]
     undefined = z.size - known.size
     ends = f"from {number(float(known.min()))} to {number(float(known.max()))}" if known.size else "undefined"
     gaps = f" {undefined} are undefined, and are gaps." if undefined else ""
     words = f"Run {run}, mean over tokens, {ends}.{gaps} 1/n = {number(1 / n)} everywhere is uniform mixing."
     return Heatmap(
-        name="h_res_cells",
-        title="Cells of H_res over depth",
-        x=np.arange(z.shape[1], dtype=float),
-        y=np.arange(z.shape[0], dtype=float),
+        name=name,
+        title=title,
+        x=x,
+        y=np.arange(n * n, dtype=float),
         z=z,
-        x_label="connection (0 = first sublayer)",
+        x_label=x_label,
         y_label="cell of H_res",
         z_label="",
         caption=words,
-        alt=f"Heat map of the {n * n} cells of H_res over {len(means)} connections. {words}",
-        x_text=[close_up.connection_name(i) for i in range(len(means))],
+        alt=f"{title}: heat map of {n * n} cells at {len(matrices)} places. {words}",
+        x_text=names,
         y_text=[f"to {i} from {j}" for i in range(n) for j in range(n)],
         run=run,
         square=False,

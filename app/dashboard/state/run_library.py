@@ -12,16 +12,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import xarray as xr
+
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.mixing_history import read_mixing_history
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.experiments import beside
 
-__all__ = ["UnreadableRun", "allow", "close_up_of", "list_runs", "read_run", "summaries_of"]
+__all__ = [
+    "UnreadableRun",
+    "allow",
+    "close_up_of",
+    "list_runs",
+    "mixing_history_of",
+    "read_run",
+    "summaries_of",
+]
 
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
@@ -197,6 +208,32 @@ def close_up_of(reading: Reading) -> CloseUp | None:
         return None
 
 
+def mixing_history_of(reading: Reading) -> xr.DataArray | None:
+    """The mixing matrices of a reading over the steps of a training, from its file.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    DataArray or None
+        None where none were recorded, or the file has gone.
+    """
+    path = Path(reading.path)
+    try:
+        version = FileVersion.of(path)
+        found = _histories.get(
+            (path, version, reading.chain),
+            # In a tuple: of a run without a history that too is known.
+            lambda: (read_mixing_history(path, reading.chain, max_bytes=_limit["max_bytes"]),),
+        )
+    except (schema.SchemaError, OSError):
+        return None
+    return found[0]
+
+
 def _version_of(path: Path) -> FileVersion:
     """Of the run, and of the results of experiments beside it, which are part of what is shown."""
     return FileVersion.of(path, *(beside(path, what) for what in ("ablate", "lens")))
@@ -253,6 +290,8 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
 
 CACHE_BYTES = 512 * 2**20
 """Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
+
+_histories = ReadingCache(CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100)
 
 _close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 
