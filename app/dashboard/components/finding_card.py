@@ -16,6 +16,7 @@ from depthscope.app.text.causes import cause_lines, cause_svg
 from depthscope.app.text.explanations import explanation
 from depthscope.app.text.notebook import card_style
 from depthscope.app.text.sparkline import curve_svg
+from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.verdicts.causes import depths_of
 
@@ -68,7 +69,7 @@ def show_card(card: Card, *, of: Reading | None = None) -> None:
         if card.next:
             st.caption(f"**Next:** {escaped(card.next)}")
         if card.experiment:
-            st.code(card.experiment, language=None, wrap_lines=True)
+            st.code(visible(card.experiment), language=None, wrap_lines=True)
         if card.result:
             st.caption(f"**Result:** {escaped(card.result)}")
         with st.container(horizontal=True, gap="small"):

@@ -30,6 +30,7 @@ from depthscope.app.tables.differences import (
     in_words,
 )
 from depthscope.app.text.terminal import command_line
+from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE, SchemaError
 from depthscope.diagnostics.analysis.differences import Difference
 
@@ -234,7 +235,8 @@ def _show_differences(
         st.caption(ONE_RUN_EACH)
     paths = [Path(path) for path in dict.fromkeys(reading.path for reading in readings)]
     extra = ["--by", by] if by else []
-    st.code(command_line("compare", *paths, "--metrics", kind.metric, *extra), "bash", wrap_lines=True)
+    command = command_line("compare", *paths, "--metrics", kind.metric, *extra)
+    st.code(visible(command), "bash", wrap_lines=True)
 
 
 def _is_quick(readings: Sequence[Reading], metric: str, view: Selection) -> bool:

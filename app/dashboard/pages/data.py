@@ -191,7 +191,8 @@ def parquet_bytes(data: pd.DataFrame) -> bytes:
 
 def _show_code(commands: Sequence[str], python: str) -> None:
     st.caption("The same in a shell:")
-    st.code("\n".join(commands), "bash", wrap_lines=True)
+    # A sign in the name of a file that turns the text around is shown as its escape.
+    st.code(visible("\n".join(commands), lines=True), "bash", wrap_lines=True)
     st.caption("The same in Python:")
     st.code(python, "python", wrap_lines=True)
 
