@@ -18,7 +18,6 @@ from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import CHOICES, FIGURES, Figure, FigureKind, Selection
 from depthscope.app.figures.numbers import figure_table
-from depthscope.app.paper.contents import CITES
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
@@ -27,6 +26,7 @@ from depthscope.app.tables.tables import Table, depth_table, mixing_table
 from depthscope.app.text.numbers import number
 from depthscope.app.text.terminal import command_line
 from depthscope.app.text.visible import visible
+from depthscope.diagnostics import CATALOGUE
 
 MEASURE, DEPTH, CONNECTION = "one measure", "every measure by depth", "every measure by connection"
 SUMMARY, FINDINGS = "summary of the runs", "findings"
@@ -115,6 +115,7 @@ def show_table(table: Table) -> None:
         Any.
     """
     data = plain_frame(table.data)
+    cites = {name: CATALOGUE[name].cite for name in table.metrics if name in CATALOGUE}
     with st.container(border=True):
         st.markdown(f"**{escaped(table.title)}**")
         st.dataframe(
@@ -133,7 +134,7 @@ def show_table(table: Table) -> None:
             for ending, mime, write in (
                 ("csv", "text/csv", lambda: to_csv(table).encode()),
                 ("parquet", "application/vnd.apache.parquet", lambda: parquet_bytes(data)),
-                ("tex", "application/x-tex", lambda: to_latex(table, CITES).encode()),
+                ("tex", "application/x-tex", lambda: to_latex(table, cites).encode()),
             ):
                 st.download_button(
                     {"csv": "CSV", "parquet": "Parquet", "tex": "LaTeX"}[ending],
