@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from depthscope.diagnostics import Finding, Severity
+
+if TYPE_CHECKING:  # an extra: the terminal's graph needs none
+    from markupsafe import Markup
 
 __all__ = ["cause_lines", "cause_svg", "place_of"]
 
@@ -86,6 +88,8 @@ def cause_svg(findings: Sequence[Finding]) -> Markup:
     Markup
         Without references to anything outside; empty where no finding follows from another one.
     """
+    from markupsafe import Markup
+
     boxes = _boxes(findings)
     if not boxes:
         return Markup()
@@ -106,6 +110,8 @@ def cause_svg(findings: Sequence[Finding]) -> Markup:
 
 def _shape(box: _Box, left: Sequence[float], wide: Sequence[float]) -> Markup:
     """A box, with an arrow from its cause."""
+    from markupsafe import Markup
+
     x, y = left[box.column] + 1, ROW * box.row + (ROW - HIGH) / 2
     middle = y + HIGH / 2
     arrow = Markup()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from markupsafe import Markup
 
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding
+
+if TYPE_CHECKING:  # an extra: the terminal's curve needs none
+    from markupsafe import Markup
 
 __all__ = ["curve_blocks", "curve_svg", "curve_words"]
 
@@ -87,6 +90,8 @@ def curve_svg(finding: Finding) -> Markup:
     Markup
         Without references to anything outside; empty where the verdict judged a single number.
     """
+    from markupsafe import Markup
+
     values = _values(finding)
     if values is None:
         return Markup()
