@@ -51,6 +51,7 @@ DEFINED: dict[str, FigureKind] = {
         collapse.attention_entropy,
         collapse.sink_mass,
         collapse.spectrum,
+        collapse.spectrum_map,
         collapse.spectral_density,
         collapse.top_energy,
         collapse.alpha_req,

@@ -86,7 +86,10 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Heatmap:
-    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`."""
+    """A matrix of one run over two axes; `z` has one row for each entry of `y`, one column for each of `x`.
+
+    `square` is whether both axes count the same, such as depths: cells are squares then, else they fill the frame.
+    """
 
     name: str
     title: str
@@ -106,6 +109,7 @@ class Heatmap:
     y_text: Sequence[str] | None = None
     sources: tuple[str, ...] = ()
     run: str = ""
+    square: bool = True
 
 
 Figure = Lines | Heatmap

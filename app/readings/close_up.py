@@ -7,6 +7,7 @@ as many sequences in memory as fit, and closes the file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,35 @@ class CloseUp:
 
     def _text(self, sequence: int, position: int) -> str:
         return self.texts(sequence)[position]
+
+    def states_at(self, depth: int, stream: str = "mean") -> np.ndarray:
+        """The states of a depth in float64, shape (sequence, token, feature): of one stream, or their mean.
+
+        Parameters
+        ----------
+        depth : int
+            Below `num_depths`; −1 is the last one.
+        stream : str
+            ``mean`` or the number of a stream.
+
+        Returns
+        -------
+        ndarray
+        """
+        return self._view(stream, depth=depth)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the run has the text of its tokens."""
+        return "token_text" in self._trace
+
+    @cached_property
+    def mean_matrices(self) -> np.ndarray:
+        """The mean over real tokens of every connection's H_res; shape (connection, n, n), NaN without a real token."""
+        stack = self._trace["h_res"].values
+        if not self.mask.any():
+            return np.full((len(stack), *stack.shape[-2:]), np.nan)
+        return np.stack([each[self.mask].mean(axis=0, dtype=np.float64) for each in stack])
 
     def _view(self, stream: str, sequence: int | None = None, depth: int | None = None) -> np.ndarray:
         """States of a stream, or the mean over streams, in float64 where they are reduced further."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import xarray as xr
 from markupsafe import Markup
 
 from depthscope.app.drawing.matplotlib import to_svg
+from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import Figure, Lines, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.provenance import software
@@ -19,7 +24,8 @@ from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findi
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import Card
-from depthscope.app.text.notebook import card_html
+from depthscope.app.text.causes import cause_svg
+from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -47,6 +53,7 @@ def write_report(
     *,
     force: bool = False,
     view: Selection | None = None,
+    interactive: bool = False,
 ) -> Path:
     """Write the report of some runs. An earlier one is replaced in one step, when the new one is complete.
 
@@ -60,6 +67,8 @@ def write_report(
         Also replace a file that is no report.
     view : Selection, optional
         Which slice of the numbers figures and tables show.
+    interactive : bool
+        Whether the figures tell their numbers under the mouse and zoom: the file then contains plotly.js, 5 MB.
 
     Returns
     -------
@@ -79,7 +88,7 @@ def write_report(
     # Analysed inside: a file of somebody else is refused before anything is computed.
     with replaced_file(out, check=None if force else require_report) as fresh:
         readings = read_runs(runs) if isinstance(runs, Mapping) else runs
-        fresh.write_text(to_html(readings, view=view), encoding="utf-8")
+        fresh.write_text(to_html(readings, view=view, interactive=interactive), encoding="utf-8")
     return out
 
 
@@ -104,7 +113,7 @@ def require_report(path: Path) -> None:
         )
 
 
-def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> str:
+def to_html(readings: Sequence[Reading], *, view: Selection | None = None, interactive: bool = False) -> str:
     """The report as one HTML document that asks nothing of any network.
 
     Parameters
@@ -113,6 +122,8 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         Runs.
     view : Selection, optional
         Slice.
+    interactive : bool
+        As in `write_report`.
 
     Returns
     -------
@@ -129,17 +140,24 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         csv=to_csv,
         fact=_fact,
         card_html=card_html,
+        causes=cause_svg,
         evidence=evidence,
         svg=_svg,
+        plot=partial(_plot, runs=[reading.name for reading in readings]) if interactive else _no_plot,
     )
+    scripts = _scripts() if interactive else []
     return page.render(
         bibtex="\n".join(known[key] for key in contents.sources),
+        card_style=card_style(),
         contents=contents,
         mark=Markup(MARK),
         described=[_description(reading.attrs) for reading in readings],
         names=", ".join(reading.name for reading in readings),
         shown=evidence.shown,
         nothing=NOTHING,
+        # Only these scripts run, by their digests: no text of a run does, whatever it contains.
+        script_source=" ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'",
+        scripts=scripts,
         software=software(),
     )
 
@@ -164,6 +182,30 @@ def _svg(figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
     return Markup(to_svg(figure, width="full", page=True).replace("<svg ", opening, 1))
+
+
+def _plot(figure: Figure, *, runs: Sequence[str]) -> Markup:
+    """The drawing for plotly.js, as data."""
+    drawing = to_plotly(figure, runs=runs).to_json()
+    # Inside a script element nothing ends it but "</": as JSON the sign may be written as its number.
+    data = Markup(drawing.replace("<", "\\u003c"))
+    return Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
+
+
+def _no_plot(figure: Figure) -> Markup:
+    return Markup()
+
+
+def _scripts() -> list[Markup]:
+    """plotly.js of the installed package, and ours that draws with it."""
+    return [
+        Markup((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")),
+        Markup(files("depthscope.app.report").joinpath("interactive.js").read_text(encoding="utf-8")),
+    ]
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:

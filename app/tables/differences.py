@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.values import pick, positions
-from depthscope.app.figures.specification import Selection
+from depthscope.app.figures.specification import Line, Lines, Selection
 from depthscope.app.readings.readings import Reading, find_runs
 from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import column_of, spoken
@@ -25,7 +25,7 @@ from depthscope.diagnostics.analysis.differences import (
     same_sequences,
 )
 
-__all__ = ["as_dict", "between_groups", "between_runs", "in_words"]
+__all__ = ["as_dict", "between_groups", "between_runs", "difference_figure", "in_words"]
 
 ALONG = ("depth", "connection")
 
@@ -289,3 +289,47 @@ def as_dict(difference: Difference) -> dict[str, Any]:
         "differs": difference.differs,
         "in_words": in_words(difference),
     }
+
+
+def difference_figure(found: Sequence[Difference], title: str) -> Lines:
+    """The differences of one metric with their intervals, for the screen.
+
+    Parameters
+    ----------
+    found : sequence of Difference
+        Of one metric, at least one.
+    title : str
+        Of the metric.
+
+    Returns
+    -------
+    Lines
+        Along the positions of the shallower run of each pair, at its relative depth.
+    """
+    lines = []
+    for each in found:
+        value = np.asarray(each.value.values, dtype=np.float64)
+        reach = np.asarray(each.half_width.values, dtype=np.float64)
+        x = positions(each.value, str(each.value.dims[0]), "relative")
+        lines.append(
+            Line(
+                x,
+                value,
+                f"{each.second} − {each.first}",
+                lower=value - reach,
+                upper=value + reach,
+                group=each.second,
+            )
+        )
+    lines.append(Line(np.array([0.0, 1.0]), np.zeros(2), "no difference", role="threshold"))
+    words = " ".join(f"{in_words(each)}." for each in found)
+    return Lines(
+        f"difference_{found[0].metric}",
+        f"Difference: {title}",
+        "relative depth",
+        "difference",
+        tuple(lines),
+        caption="Band: the 95 % interval of each number by itself; what is said to differ is corrected for all positions.",
+        alt=f"Differences with intervals. {words}",
+        metric=found[0].metric,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import xarray as xr
@@ -104,7 +105,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     """
     found = [(reading.name, finding) for reading in readings for finding in reading.findings]
     data = pd.DataFrame(
-        [{"run": run} | finding.as_dict() for run, finding in found],
+        [{"run": run} | _named_number(finding) for run, finding in found],
         # Without findings pandas has no columns, and the CSV would be an empty file.
         columns=None if found else ["run", "verdict", "severity", "sentence"],
     )
@@ -126,6 +127,14 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         cited=("source",),
         wrapped=("finding",),
     )
+
+
+def _named_number(finding: Finding) -> dict[str, Any]:
+    """A finding with its number beside what it is: the metric may be another one that it is made of."""
+    plain = finding.as_dict()
+    named = {name: plain.pop(name) for name in ("quantity", "value", "threshold")}
+    first = {name: plain.pop(name) for name in ("verdict", "severity", "sentence")}
+    return first | named | plain
 
 
 def _row(run: str, finding: Finding) -> dict[str, str]:

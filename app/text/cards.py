@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterable
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from depthscope.app.text.bibliography import cited, source_words
+from depthscope.app.text.causes import cause_lines, place_of
+from depthscope.app.text.sparkline import curve_blocks, curve_words
 from depthscope.app.text.terminal import command_line
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.schema import UNPROVEN
@@ -64,6 +67,16 @@ class Card:
         return self.finding.severity.name
 
     @property
+    def curve(self) -> str:
+        """What the curve of the numbers that were judged shows, in words; empty for a single number."""
+        return curve_words(self.finding)
+
+    @property
+    def follows(self) -> str:
+        """The finding that this one follows from, in words; empty for none."""
+        return self.finding.because.replace("_", " ")
+
+    @property
     def more(self) -> str:
         """The command that prints equation, limits and sources."""
         return command_line("explain", self.finding.verdict)
@@ -84,6 +97,8 @@ class Card:
             "next": self.next,
             "experiment": self.experiment or None,
             "result": self.result or None,
+            "curve": self.curve or None,
+            "profile": [each if math.isfinite(each) else None for each in self.finding.profile],
             "more": self.more,
         }
 
@@ -123,29 +138,6 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
     )
 
 
-def place_of(finding: Finding) -> str:
-    """The place of a finding, such as ``depth 3–7`` or ``whole run``.
-
-    Parameters
-    ----------
-    finding : Finding
-        A finding.
-
-    Returns
-    -------
-    str
-    """
-    # A negative position is none.
-    if finding.axis == "run" or finding.first < 0:
-        place = "whole run"
-    elif finding.last == finding.first:
-        place = f"{finding.axis} {finding.first}"
-    else:
-        place = f"{finding.axis} {finding.first}–{finding.last}"
-    # The mean over streams is not one of them.
-    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
-
-
 def card_lines(card: Card, *, width: int = 100) -> list[str]:
     """A card as text of at most twelve lines.
 
@@ -160,10 +152,11 @@ def card_lines(card: Card, *, width: int = 100) -> list[str]:
     -------
     list of str
     """
-    explained = f", follows from {card.finding.because.replace('_', ' ')}" if card.finding.because else ""
+    explained = f", follows from {card.follows}" if card.follows else ""
     rows = [
         ("Where", f"{card.where}{explained}", 1),
-        ("Why", f"{card.why} {card.limit}".rstrip(), 4 if card.unproven else 5),
+        ("Curve", f"{curve_blocks(card.finding)}  {card.curve}".strip(), 1),
+        ("Why", f"{card.why} {card.limit}".rstrip(), 5 - bool(card.unproven) - bool(card.curve)),
         ("Unproven", card.unproven, 1),
         ("Next", card.next, 3),
         ("", card.experiment, 1),
@@ -212,5 +205,11 @@ def cards_text(cards: Iterable[Card], *, width: int = 100) -> str:
     Returns
     -------
     str
+        After them what follows from what.
     """
-    return "\n\n".join("\n".join(card_lines(card, width=width)) for card in cards)
+    cards = list(cards)
+    parts = ["\n".join(card_lines(card, width=width)) for card in cards]
+    graph = cause_lines([card.finding for card in cards])
+    if graph:
+        parts.append("\n".join(["What follows from what", *(f"      {line}" for line in graph)]))
+    return "\n\n".join(parts)

@@ -9,29 +9,42 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from depthscope.app.text.visible import visible
 
-__all__ = ["card_html", "show_in_notebooks"]
+__all__ = ["card_html", "card_style", "show_in_notebooks"]
 
 # Colours that are legible on white and on black, with the word of the severity beside them.
 _STYLE = Markup(
-    "<style>.depthscope .card{border:1px solid rgba(128,128,128,.35);border-left-width:4px;border-radius:4px;"
+    ".depthscope .card{border:1px solid rgba(128,128,128,.35);border-left-width:4px;border-radius:4px;"
     "padding:.35em .8em;margin:.4em 0;max-width:60em}.depthscope .card p{margin:.15em 0}"
     ".depthscope .card.fail{border-left-color:#e03131}.depthscope .card.warn{border-left-color:#e8890c}"
     ".depthscope .card.info{border-left-color:#5c8fd6}.depthscope .card.pass{border-left-color:#2f9e44}"
-    ".depthscope .severity{font-variant:small-caps}.depthscope pre{white-space:pre-wrap}</style>"
+    ".depthscope .severity{font-variant:small-caps}.depthscope pre{white-space:pre-wrap}"
 )
 
 
 @cache
 def _card_template() -> Any:
+    from depthscope.app.text.sparkline import curve_svg
     from depthscope.app.text.templates import html_template
 
-    return html_template("depthscope.app.text", "card.html.jinja")
+    return html_template("depthscope.app.text", "card.html.jinja", curve=lambda card: curve_svg(card.finding))
+
+
+@cache
+def card_style() -> Markup:
+    """The style sheet of the drawings in cards, for a page that shows some.
+
+    Returns
+    -------
+    Markup
+    """
+    return Markup(files("depthscope.app.text").joinpath("card.css").read_text(encoding="utf-8"))
 
 
 def card_html(card: Any) -> Markup:
@@ -53,10 +66,14 @@ def card_html(card: Any) -> Markup:
 
 def _findings_html(findings: Iterable[Any]) -> str:
     from depthscope.app.text.cards import card_of
+    from depthscope.app.text.causes import cause_svg
 
+    findings = list(findings)
     cards = [card_html(card_of(finding)) for finding in findings]
     shown = Markup("").join(cards) or Markup("<p>Nothing found: no metric crossed its threshold.</p>")
-    return Markup('<div class="depthscope">{}{}</div>').format(_STYLE, shown)
+    return Markup('<div class="depthscope"><style>{}{}</style>{}{}</div>').format(
+        _STYLE, card_style(), shown, cause_svg(findings)
+    )
 
 
 def _finding_html(finding: Any) -> str:

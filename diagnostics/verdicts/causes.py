@@ -72,15 +72,28 @@ def _explained(
         # A finding worse than its cause needs more than that cause, and is reported as it is.
         if cause.verdict not in causes or cause.severity < finding.severity:
             continue
-        if causes[cause.verdict](_span(finding, analysis), _span(cause, analysis)):
+        if causes[cause.verdict](depths_of(finding, analysis), depths_of(cause, analysis)):
             name = cause.verdict.replace("_", " ")
             sentence = f"{finding.sentence} It follows from another finding: {name}."
             return replace(finding, severity=Severity.INFO, sentence=sentence, because=cause.verdict)
     return finding
 
 
-def _span(finding: Finding, analysis: xr.Dataset) -> Span:
-    """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all."""
+def depths_of(finding: Finding, analysis: xr.Dataset) -> Span:
+    """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all.
+
+    Parameters
+    ----------
+    finding : Finding
+        Of one chain.
+    analysis : Dataset
+        Of that chain.
+
+    Returns
+    -------
+    tuple of int
+        The first and the last.
+    """
     if finding.axis == "depth":
         return finding.first, finding.last
     if finding.axis != "connection":

@@ -222,6 +222,8 @@ class Verdict:
             advice=self.advice,
             stream=profile.stream,
             quantity=profile.quantity,
+            above=limits.above,
+            profile=tuple(limits.displayed(each) for each in values) if profile.values.dims else (),
         )
 
     def _sentence(

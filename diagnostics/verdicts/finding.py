@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -53,6 +53,10 @@ class Finding:
         Where the number is within its uncertainty of the limit, what would decide it; the finding is then no more than INFO.
     quantity : str
         What the number is, in words: ``"mean cosine between streams"``. The metric may be another one that it is made of.
+    above : bool
+        Whether numbers above the threshold are bad, or those below.
+    profile : tuple of float
+        The numbers that were judged, one for each position on the axis, in the units of `value`; NaN where undefined.
     """
 
     verdict: str
@@ -72,6 +76,9 @@ class Finding:
     proof: str = ""
     undecided: str = ""
     quantity: str = ""
+    above: bool = True
+    # Not compared: NaN is not equal to itself, and two findings with the same number at the same place are the same.
+    profile: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def excess(self) -> float:
@@ -80,13 +87,15 @@ class Finding:
         return max(sizes) / min(sizes) if min(sizes) > 0 else math.inf
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the severity by name, None for what is not finite.
+        """Plain values for JSON: the severity by name, None for what is not finite; without the profile.
 
         Returns
         -------
         dict of str to object
         """
-        plain = asdict(self) | {"severity": self.severity.name}
+        plain = asdict(replace(self, profile=())) | {"severity": self.severity.name}
+        # A row of a table, and of what is kept of 500 runs: the profile of 1000 depths has no place there.
+        del plain["profile"]
         # JSON has neither NaN nor infinities; Python would write them and other parsers fail.
         for name in ("value", "threshold"):
             if not math.isfinite(plain[name]):

@@ -16,6 +16,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
     page = OutputFile("HTML file", lambda: (".html", ".htm"), "report.html")
     add_out(parser, page, metavar="FILE", about="one HTML file that needs nothing else")
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        help="figures that tell their numbers under the mouse and zoom (a file of some 10 MB)",
+    )
     add_selection(parser)
     add_json(parser)
 
@@ -25,7 +30,9 @@ def _run(args: argparse.Namespace) -> int:
 
     readings, left_out = read_several(args, "analysing")
     with working("drawing"):
-        path = write_report(readings, Path(args.out), force=args.force, view=selection_of(args))
+        path = write_report(
+            readings, Path(args.out), force=args.force, view=selection_of(args), interactive=args.interactive
+        )
     if args.json:
         emit({"report": str(path), "bytes": path.stat().st_size, "left_out": left_out})
     else:

@@ -14,6 +14,7 @@ export default function (component) {
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
   box.style.height = `${data.height}px`;
+  offerSkip();
   const figure = JSON.parse(data.figure);
   // An explicit list: plotly.js 4 adds a button by default that sends the chart to its makers' cloud
   const config = { displaylogo: false, responsive: false, showSendToCloud: false, plotlyServerURL: "",
@@ -94,6 +95,7 @@ export default function (component) {
           setTriggerValue("clicked", { x: point.x, y: point.y });
         });
       }
+      box.onkeydown = (event) => step(event, box, data.clickable ? setTriggerValue : null);
       if (!box.depthscopeResize) {
         box.depthscopeResize = new ResizeObserver(() => {
           if (box.isConnected && box.clientWidth > 0) Plotly.Plots.resize(box);
@@ -107,4 +109,58 @@ export default function (component) {
     box.depthscopeResize = null;
     window.Plotly?.purge(box);
   };
+}
+
+// Left and right go from point to point, up and down to the next curve or row, Enter opens a cell that a click would open.
+const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] };
+
+function step(event, box, open) {
+  if (event.target !== box || event.ctrlKey || event.metaKey || event.altKey) return;
+  const drawn = box._fullData.filter((trace) => trace.visible === true && trace.hoverinfo !== "skip");
+  const at = box.depthscopeAt ?? { row: 0, column: -1 };
+  if (event.key in STEPS && drawn.length > 0) {
+    event.preventDefault();
+    const [up, right] = STEPS[event.key];
+    const map = drawn.find((trace) => trace.type === "heatmap");
+    const rows = map ? map.z.length : drawn.length;
+    const row = Math.min(Math.max(at.row + up, 0), rows - 1);
+    const trace = map ?? drawn[row];
+    const columns = map ? map.z[row].length : trace.x.length;
+    const column = Math.min(Math.max(at.column + right, 0), columns - 1);
+    box.depthscopeAt = { row, column };
+    const point = map ? [row, column] : column;
+    window.Plotly.Fx.hover(box, [{ curveNumber: trace.index, pointNumber: point }]);
+    const x = trace.x?.[column] ?? column;
+    const y = map ? (trace.y?.[row] ?? row) : trace.y[column];
+    // Of a logarithmic map the numbers themselves are the custom data.
+    const value = map ? ((map.customdata ?? map.z)[row][column]) : y;
+    const words = Number.isFinite(value) ? Number(value).toPrecision(4) : "undefined";
+    speak(box, map ? `column ${x}, row ${y}: ${words}` : `${trace.name ?? ""}, ${x}: ${words}`);
+    if (map) box.depthscopeAt.cell = { x, y };
+  } else if (event.key === "Enter" && open && at.cell) {
+    event.preventDefault();
+    open("clicked", at.cell);
+  }
+}
+
+// What a screen reader says of the point that the keys have reached.
+function speak(box, words) {
+  let said = box.parentElement.querySelector(".depthscope-said");
+  if (!said) {
+    said = document.createElement("div");
+    said.className = "depthscope-said";
+    said.setAttribute("aria-live", "polite");
+    box.parentElement.appendChild(said);
+  }
+  said.textContent = words;
+}
+
+// The first stop of the Tab key: past navigation and controls to the first chart.
+function offerSkip() {
+  if (document.querySelector(".depthscope-skip")) return;
+  const skip = document.createElement("button");
+  skip.className = "depthscope-skip";
+  skip.textContent = "Skip to the charts";
+  skip.onclick = () => document.querySelector(".depthscope-chart, .depthscope-microscope")?.focus();
+  document.body.prepend(skip);
 }

@@ -115,7 +115,7 @@ def card(
     # The screen shows block means of a large matrix; the table has every cell.
     shown = shrink(figure) if isinstance(figure, Heatmap) else figure
     with st.container(border=True, gap="xsmall"):
-        left, right = st.columns([4, 1], vertical_alignment="center")
+        left, right = st.columns([3, 1], vertical_alignment="center")
         left.markdown(f"**{escaped(shown.title)}**")
         with right, st.container(horizontal=True, horizontal_alignment="right"):
             _numbers(figure, key)

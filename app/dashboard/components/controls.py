@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,9 @@ CONTROLS = {
 """Controls by field of `Selection`, in the order in which they stand on a page."""
 
 
-def choose(kinds: Iterable[FigureKind], analyses: Analyses) -> dict[str, Any]:
+def choose(
+    kinds: Iterable[FigureKind], analyses: Analyses, *, without: Collection[str] = ()
+) -> dict[str, Any]:
     """A row of controls: those that change at least one of a page's figures and have more than one option.
 
     Parameters
@@ -66,13 +68,15 @@ def choose(kinds: Iterable[FigureKind], analyses: Analyses) -> dict[str, Any]:
         Figures of the page.
     analyses : mapping
         Run name → analysis, of the chosen runs.
+    without : collection of str
+        Fields of `Selection` that the page decides itself.
 
     Returns
     -------
     dict
         Fields of `Selection`; those that are not offered are missing.
     """
-    used = {name for kind in kinds for name in kind.uses}
+    used = {name for kind in kinds for name in kind.uses} - set(without)
     selection: dict[str, Any] = {}
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
         for name, control in CONTROLS.items():

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.state.visits import open_microscope
+from depthscope.app.readings.readings import Reading
 from depthscope.app.text.cards import Card
+from depthscope.app.text.causes import cause_lines, cause_svg
 from depthscope.app.text.explanations import explanation
+from depthscope.app.text.notebook import card_style
+from depthscope.app.text.sparkline import curve_svg
+from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
+from depthscope.diagnostics.verdicts.causes import depths_of
 
-__all__ = ["show_card", "tally"]
+__all__ = ["show_card", "show_causes", "tally"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {
@@ -22,20 +31,37 @@ BADGES = {
 """Severity → word, colour, sign."""
 
 
-def show_card(card: Card) -> None:
+# A component: of HTML Streamlit leaves out SVG, and a picture does not know whether the page is light or dark.
+_drawing = st.components.v2.component(
+    "depthscope_drawing",
+    css=card_style(),
+    js=Path(__file__).with_name("drawing.js").read_text(encoding="utf-8"),
+)
+
+
+def show_card(card: Card, *, of: Reading | None = None) -> None:
     """One finding in a bordered box.
 
     Parameters
     ----------
     card : Card
         Of `cards_of`.
+    of : Reading, optional
+        What it is about: with it the card has a button that opens the microscope there.
     """
     word, colour, sign = BADGES[card.severity]
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(f"{sign} {word}", color=colour)
             st.markdown(f"**{escaped(card.title)}**", width="content")
-        st.caption(f"**Where:** {escaped(card.where)}")
+        explained = f", follows from {card.follows}" if card.follows else ""
+        st.caption(f"**Where:** {escaped(card.where + explained)}")
+        if card.curve:
+            name = (
+                f"{of.name if of else ''}_{card.finding.verdict}_{card.finding.stream}_{card.finding.first}"
+            )
+            _show_drawing(f"curve_{name}", curve_svg(card.finding), card.curve)
+            st.caption(f"**Curve:** {escaped(card.curve)}")
         # Escaping comes last: names and keys contain underscores.
         st.markdown(f"**Why:** {escaped(' '.join(filter(None, (card.why, card.limit))))}")
         if card.unproven:
@@ -43,11 +69,49 @@ def show_card(card: Card) -> None:
         if card.next:
             st.caption(f"**Next:** {escaped(card.next)}")
         if card.experiment:
-            st.code(card.experiment, language=None, wrap_lines=True)
+            st.code(visible(card.experiment), language=None, wrap_lines=True)
         if card.result:
             st.caption(f"**Result:** {escaped(card.result)}")
-        with st.popover("Equation and sources", type="tertiary"):
-            st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
+        with st.container(horizontal=True, gap="small"):
+            with st.popover("Equation and sources", type="tertiary"):
+                st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
+            if of is not None:
+                _offer_microscope(card.finding, of)
+
+
+def _offer_microscope(finding: Finding, reading: Reading) -> None:
+    """A button that opens the run at the first depth of a finding."""
+    is_somewhere = finding.first >= 0 and finding.axis in ("depth", "connection")
+    depth = depths_of(finding, reading.analysis)[0] if is_somewhere else None
+    st.button(
+        "Microscope" if depth is None else f"Microscope at depth {depth}",
+        key=f"open_{reading.name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}",
+        type="tertiary",
+        on_click=open_microscope,
+        args=(st.session_state.get("chosen_runs", []),),
+        kwargs={"look_at": reading.name, "depth": depth},
+    )
+
+
+def show_causes(findings: Sequence[Finding]) -> None:
+    """Which findings of a run follow from which, as a small graph; nothing where none does.
+
+    Parameters
+    ----------
+    findings : sequence of Finding
+        Findings of one chain.
+    """
+    graph = cause_svg(findings)
+    if graph:
+        st.caption("What follows from what")
+        words = "; ".join(line.strip() for line in cause_lines(findings))
+        _show_drawing(f"causes_{findings[0].verdict}", graph, words)
+
+
+def _show_drawing(name: str, svg: str, words: str) -> None:
+    # Streamlit refuses keys with two underscores, which the name of a run may have.
+    key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:20]
+    _drawing(data={"name": name, "svg": svg, "alt": words}, key=f"drawing_{key}")
 
 
 def tally(findings: Sequence[Finding]) -> None:

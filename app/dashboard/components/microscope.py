@@ -34,7 +34,16 @@ from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 
-__all__ = ["View", "depth_names", "first_pin", "pinned_by_page", "show_detail", "show_panels", "strips_of"]
+__all__ = [
+    "View",
+    "depth_names",
+    "first_pin",
+    "pinned_by_page",
+    "show_detail",
+    "show_matrices",
+    "show_panels",
+    "strips_of",
+]
 
 DEFAULT_STRIPS = (
     "effective_rank",
@@ -446,7 +455,7 @@ def _show_connections(close_up: CloseUp, view: View) -> None:
     pin = view.pin
     for connection in close_up.connections_at(pin):
         st.markdown(f"**H_res of {escaped(close_up.connection_name(connection))}**")
-        _show_matrices(close_up.matrices(connection), f"connection{connection}")
+        show_matrices(close_up.matrices(connection), f"connection{connection}")
     other = view.other if view.other is not None else 0
     first, last = sorted((pin, other))
     inside = [
@@ -456,10 +465,19 @@ def _show_connections(close_up: CloseUp, view: View) -> None:
     ]
     if len(inside) > 1:
         st.markdown(f"**Product of H_res from depth {first} to depth {last}** ({len(inside)} connections)")
-        _show_matrices(close_up.composite(inside[0], inside[-1]), "composite")
+        show_matrices(close_up.composite(inside[0], inside[-1]), "composite")
 
 
-def _show_matrices(matrices: Sequence[Matrix], key: str) -> None:
+def show_matrices(matrices: Sequence[Matrix], key: str) -> None:
+    """One of some matrices with its sums and its eigenvalues, and the choice of it.
+
+    Parameters
+    ----------
+    matrices : sequence of Matrix
+        Of `CloseUp.matrices` or `CloseUp.composite`.
+    key : str
+        Widget key.
+    """
     if not matrices:
         st.caption("No token of the run is real.")
         return

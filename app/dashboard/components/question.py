@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -12,7 +12,7 @@ from depthscope.app.dashboard.components.controls import choose, choose_section,
 from depthscope.app.dashboard.components.finding_card import show_card
 from depthscope.app.dashboard.components.markdown import escaped, inside_sentence
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.figures import FIGURES, FigureKind, Heatmap
+from depthscope.app.figures import FIGURES, Figure, FigureKind, Heatmap
 from depthscope.app.tables.findings import cards_of
 
 __all__ = ["show_figures", "show_findings", "show_in_rows", "show_on_request"]
@@ -36,10 +36,12 @@ def show_findings(chosen: ChosenRuns, question: str) -> None:
         if told:
             with st.expander(f"{escaped(name)}: {escaped(told[0].why)}"):
                 for each in told:
-                    show_card(each)
+                    show_card(each, of=reading)
 
 
-def show_figures(chosen: ChosenRuns, question: str) -> None:
+def show_figures(
+    chosen: ChosenRuns, question: str, *, before: Mapping[str, Callable[[ChosenRuns], None]] | None = None
+) -> None:
     """Figures of the chosen section of a question, curves before heat maps, under their controls.
 
     Parameters
@@ -48,10 +50,16 @@ def show_figures(chosen: ChosenRuns, question: str) -> None:
         The chosen runs; they feed at least one of its figures.
     question : str
         A question of the register of figures.
+    before : mapping of str to function, optional
+        Sections that come first and draw themselves.
     """
     figures = chosen.figures(question)
-    sections = list(dict.fromkeys(kind.section for kind in figures.values()))
+    own = before or {}
+    sections = [*own, *dict.fromkeys(kind.section for kind in figures.values())]
     section = choose_section(sections) if len(sections) > 1 else sections[0]
+    if section in own:
+        own[section](chosen)
+        return
     kinds = [kind for kind in figures.values() if kind.section == section]
     selection = choose(kinds, chosen.analyses)
     # Curves overlay all runs; a heat map has room for one, which is chosen right above the heat maps.
@@ -92,7 +100,13 @@ def show_on_request(chosen: ChosenRuns, question: str, section: str = "") -> Non
         st.code(f"depthscope analyze RUN.nc --metrics {metrics}", "bash")
 
 
-def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dict[str, Any]) -> None:
+def show_in_rows(
+    kinds: Sequence[FigureKind],
+    chosen: ChosenRuns,
+    selection: dict[str, Any],
+    *,
+    change: Callable[[Figure], Figure] | None = None,
+) -> None:
     """Figures in rows of two.
 
     Parameters
@@ -103,6 +117,8 @@ def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dic
         The chosen runs.
     selection : dict
         Choices of the controls.
+    change : function, optional
+        Applied to every figure before it is drawn.
     """
     # All chosen runs, also those without this metric: colours are the same in every figure of a page.
     runs = list(chosen.analyses)
@@ -110,6 +126,7 @@ def show_in_rows(kinds: Sequence[FigureKind], chosen: ChosenRuns, selection: dic
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
         for column, kind in zip(st.columns(2), kinds[first : first + 2], strict=False):
             figure = build(kind, chosen.analyses, selection)
+            figure = figure if change is None else change(figure)
             height = 430 if isinstance(figure, Heatmap) else 300
             with column:
                 card(figure, key=f"chart_{kind.name}", height=height, runs=runs)

@@ -15,7 +15,10 @@ PAGES: tuple[Page, ...] = tuple(
         "similarity",
         "mixing",
         "gradients",
+        "tokens",
         "training",
+        "compare",
+        "data",
     )
 )
 """Every page, in the order of the navigation; the first one opens at the root of the address."""

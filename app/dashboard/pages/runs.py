@@ -9,7 +9,7 @@ import streamlit as st
 import xarray as xr
 
 from depthscope.app.dashboard.components.chart import build, card
-from depthscope.app.dashboard.components.finding_card import show_card, tally
+from depthscope.app.dashboard.components.finding_card import show_card, show_causes, tally
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
@@ -114,8 +114,9 @@ def _show_one_run(reading: Reading) -> None:
         return
     for column, finding in zip(st.columns(len(worst)), worst, strict=True):
         with column:
-            show_card(finding)
-    _show_folded(cards[COLUMNS:])
+            show_card(finding, of=reading)
+    show_causes(reading.findings)
+    _show_folded(cards[COLUMNS:], reading)
 
 
 def _show_several_runs(readings: Sequence[Reading]) -> None:
@@ -126,8 +127,8 @@ def _show_several_runs(readings: Sequence[Reading]) -> None:
             _show_name(reading)
             cards = cards_of(reading)
             if cards:
-                show_card(cards[0])
-                _show_folded(cards[1:])
+                show_card(cards[0], of=reading)
+                _show_folded(cards[1:], reading)
             else:
                 _show_nothing_found()
 
@@ -144,11 +145,11 @@ def _show_nothing_found() -> None:
         st.caption("The next pages show how far each one is from there.")
 
 
-def _show_folded(cards: Sequence[Card]) -> None:
+def _show_folded(cards: Sequence[Card], reading: Reading) -> None:
     if cards:
         with st.expander(f"{len(cards)} more"):
             for finding in cards:
-                show_card(finding)
+                show_card(finding, of=reading)
 
 
 PAGE = Page(

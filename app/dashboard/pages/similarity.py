@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,35 +11,66 @@ import pandas as pd
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.components.chart import build, card, clicked_cell
-from depthscope.app.dashboard.components.controls import choose, chosen_run
+from depthscope.app.dashboard.components.chart import card, clicked_cell
+from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.question import show_in_rows, show_on_request
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.figures import FIGURES, Selection
+from depthscope.app.figures import FIGURES, Analyses, Heatmap, Selection
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import feeds, names_of, pick
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.numbers import number, quantity
 
-HEAT_MAPS = ("cka", "angular_distance")
+MEASURES = {
+    name: kind
+    for name, kind in FIGURES.items()
+    if isinstance(kind, MatrixFigure) and (kind.rows, kind.columns) == ("depth", "other_depth")
+}
 """Figures whose cells are pairs of depths; a click on one opens the pair."""
+
+SIDES = ("left", "right")
 
 
 def _show(chosen: ChosenRuns) -> None:
     figures = chosen.figures("similarity")
     selection = choose(figures.values(), chosen.analyses)
-    runs = chosen.feeding(*((name,) for name in HEAT_MAPS))
+    runs = chosen.feeding(*((name,) for name in MEASURES))
     if runs:
+        maps = _choose_maps(runs)
+        data = chosen.analyses[maps[0][0]]
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            selection["run"] = chosen_run(runs)
-            pair = _choose_pair(chosen.analyses[selection["run"]], selection)
+            pair = _choose_pair(data, selection)
             st.caption("Click a cell of a heat map, or type two depths, to open the pair.", width="content")
         # Drawn after the fields: the ring around the open pair has to be where they are now.
-        _show_heat_maps(chosen, selection, pair)
+        _show_maps(chosen, selection, maps, pair)
+        selection["run"] = maps[0][0]
         _show_pair(chosen, selection, pair)
-    show_in_rows([kind for name, kind in figures.items() if name not in HEAT_MAPS], chosen, selection)
+    show_in_rows([kind for name, kind in figures.items() if name not in MEASURES], chosen, selection)
     show_on_request(chosen, "similarity")
+
+
+def _choose_maps(runs: Sequence[str]) -> list[tuple[str, str]]:
+    """Run and measure of the map on the left and of that on the right."""
+    left, right = st.columns(2)
+    with left, st.container(horizontal=True, vertical_alignment="bottom"):
+        run = choose_one("Run of the left map", runs, "run", width=200)
+        measure = choose_one("Measure of the left map", list(MEASURES), "measure_a", words=_title, width=280)
+    # At first two runs by the same measure, or of one run two measures.
+    other = next((name for name in runs if name != run), run)
+    second = measure if other != run else next(name for name in MEASURES if name != measure)
+    with right, st.container(horizontal=True, vertical_alignment="bottom"):
+        other = choose_one("Run of the right map", runs, "run_b", default=other, width=200)
+        second = choose_one(
+            "Measure of the right map", list(MEASURES), "measure_b", default=second, words=_title, width=280
+        )
+    return [(run, measure), (other, second)]
+
+
+def _title(name: str) -> str:
+    return MEASURES[name].title.replace(" of every two depths", "").replace(" between every two depths", "")
 
 
 def _axis_scale(data: xr.Dataset, selection: dict[str, Any]) -> int:
@@ -51,37 +83,112 @@ def _choose_pair(data: xr.Dataset, selection: dict[str, Any]) -> tuple[int, int]
     """Two depths, from a click or from the fields that put them into the URL as `?a=` and `?b=`."""
     last = data.sizes["depth"] - 1
     # The state of a field may be set only before the field is drawn.
-    for name in HEAT_MAPS:
-        cell = clicked_cell(f"chart_{name}")
+    for side in SIDES:
+        cell = clicked_cell(f"chart_{side}")
         if cell is not None:
             scale = _axis_scale(data, selection)
             # A click may come from a heat map that was drawn for a deeper run.
             column, row = (int(np.clip(round(position * scale), 0, last)) for position in cell)
             st.session_state["a"], st.session_state["b"] = row, column
-    pair = []
-    for key, default in (("a", 0), ("b", last)):
-        # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
-        bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None
-        if not bound:
-            del st.query_params[key]
-        # A depth of a deeper run, or of a link to one: Streamlit raises for a value above the maximum.
-        if st.session_state.get(key, default) > last:
-            st.session_state[key] = last
-        bind = "query-params" if bound else None
-        pair.append(int(st.number_input(f"Depth {key}", 0, last, default, key=key, bind=bind, width=130)))
-    return pair[0], pair[1]
+    return choose_index("Depth a", last, "a", default=0), choose_index("Depth b", last, "b", default=last)
 
 
-def _show_heat_maps(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[int, int]) -> None:
-    data = chosen.analyses[selection["run"]]
-    scale = _axis_scale(data, selection)
-    for column, name in zip(st.columns(2), HEAT_MAPS, strict=True):
+def _show_maps(
+    chosen: ChosenRuns, selection: dict[str, Any], maps: Sequence[tuple[str, str]], pair: tuple[int, int]
+) -> None:
+    drawn: list[Heatmap] = []
+    for column, side, (run, measure) in zip(st.columns(2), SIDES, maps, strict=True):
         with column:
-            if feeds(data, (name,)):
-                figure = build(FIGURES[name], chosen.analyses, selection)
-                # Horizontal first: b is the column of the cell and a its row.
-                ring = (pair[1] / scale, pair[0] / scale)
-                card(figure, key=f"chart_{name}", height=430, clickable=True, mark=ring)
+            figure = _map_of(chosen.analyses, run, measure, selection)
+            if figure is None:
+                _explain_missing(chosen.analyses[run], run, measure)
+                continue
+            # Horizontal first: b is the column of the cell and a its row.
+            scale = _axis_scale(chosen.analyses[run], selection)
+            if drawn and figure.name == drawn[0].name:
+                figure = replace(figure, name=f"{figure.name}_{side}")
+            drawn.append(figure)
+            card(
+                figure,
+                key=f"chart_{side}",
+                height=430,
+                clickable=True,
+                mark=(pair[1] / scale, pair[0] / scale),
+            )
+    if len(drawn) == 2 and maps[0][1] == maps[1][1] and maps[0][0] != maps[1][0]:
+        with st.columns(2)[0]:
+            card(map_difference(*drawn), key="chart_difference", height=430)
+
+
+def _map_of(analyses: Analyses, run: str, measure: str, selection: dict[str, Any]) -> Heatmap | None:
+    """The map of a run by a measure; None where the run does not have it in this version."""
+    kind = MEASURES[measure]
+    choices = {name: value for name, value in selection.items() if name in kind.uses} | {"run": run}
+    try:
+        figure = kind.build(analyses, **choices)
+    except ValueError:
+        return None
+    return figure if isinstance(figure, Heatmap) else None
+
+
+def _explain_missing(data: xr.Dataset, run: str, measure: str) -> None:
+    """Why a run has no map of a measure, and how to get one."""
+    reason = data.attrs.get("not_computed", {}).get(measure)
+    if measure in data:
+        words = "has this measure in another version only: choose other tokens or another estimator"
+    elif measure in data.attrs.get("on_request", ()):
+        words = "has not been measured by it: it costs more than the others, and is computed when it is named"
+    else:
+        words = f"has no such measure: {reason}" if reason else "has no such measure"
+    st.info(escaped(f"{run} {words}."), icon="ℹ️")
+    if measure not in data:
+        st.code(f"depthscope analyze RUN.nc --metrics {measure}", "bash")
+
+
+def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:
+    """One map less another one, at the depths of the shallower run and the nearest relative depths of the other.
+
+    Parameters
+    ----------
+    left, right : Heatmap
+        Of the same measure, of two runs.
+
+    Returns
+    -------
+    Heatmap
+    """
+    shallow = left if len(left.x) <= len(right.x) else right
+    size = len(shallow.x)
+
+    def at_shared_depths(z: np.ndarray) -> np.ndarray:
+        # Between two measured depths there is no state: the nearest one, and no interpolation.
+        nearest = np.round(np.linspace(0, len(z) - 1, size)).astype(int)
+        return z[np.ix_(nearest, nearest)]
+
+    z = at_shared_depths(left.z) - at_shared_depths(right.z)
+    known = z[np.isfinite(z)]
+    reach = float(np.abs(known).max()) if known.size else 0.0
+    place = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if known.size else (0, 0)
+    words = (
+        f"{left.run} less {right.run}; the largest difference is {number(float(z[place]))}, between depths {place[0]} and "
+        f"{place[1]} of {shallow.run}."
+        if known.size
+        else f"{left.run} less {right.run}: undefined everywhere."
+    )
+    nearest = "" if len(left.x) == len(right.x) else " Runs of unequal depth: at the nearest relative depths."
+    return replace(
+        shallow,
+        name=f"{left.name}_difference",
+        title=f"Difference: {left.run} − {right.run}",
+        z=z,
+        z_label="difference",
+        limits=(-reach, reach) if reach > 0 else None,
+        diverging=True,
+        log_z=False,
+        caption=words + nearest,
+        alt=words + nearest,
+        run="",
+    )
 
 
 def _show_pair(chosen: ChosenRuns, selection: dict[str, Any], pair: tuple[int, int]) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import RLock
 from weakref import WeakKeyDictionary
 
+import xarray as xr
+
 from depthscope.app.dashboard.state.live_status import LiveState, live_state
 from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.figures.run_colours import colour_places
@@ -25,6 +27,7 @@ from depthscope.app.readings.first_findings import FirstFindings
 from depthscope.app.readings.followed_history import FollowedHistory
 from depthscope.app.readings.followed_history import history_of as read_history
 from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.mixing_history import read_mixing_history
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.text.visible import LONGEST_TEXT, visible, visible_name
@@ -42,6 +45,7 @@ __all__ = [
     "is_growing",
     "list_runs",
     "live_states",
+    "mixing_history_of",
     "read_again",
     "read_run",
     "summaries_of",
@@ -226,6 +230,32 @@ def close_up_of(reading: Reading) -> CloseUp | None:
     except (schema.SchemaError, OSError):
         logging.getLogger(__name__).debug("no states of %s", ascii(str(path)), exc_info=True)
         return None
+
+
+def mixing_history_of(reading: Reading) -> xr.DataArray | None:
+    """The mixing matrices of a reading over the steps of a training, from its file.
+
+    Parameters
+    ----------
+    reading : Reading
+        Of `read_run`.
+
+    Returns
+    -------
+    DataArray or None
+        None where none were recorded, or the file has gone.
+    """
+    path = Path(reading.path)
+    try:
+        version = FileVersion.of(path)
+        found = _mixing_histories.get(
+            (path, version, reading.chain),
+            # In a tuple: of a run without a history that too is known.
+            lambda: (read_mixing_history(path, reading.chain, max_bytes=_limit["max_bytes"]),),
+        )
+    except (schema.SchemaError, OSError):
+        return None
+    return found[0]
 
 
 @dataclass
@@ -483,6 +513,8 @@ CACHE_BYTES = 512 * 2**20
 """Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
 
 _histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
+
+_mixing_histories = ReadingCache(CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100)
 
 _close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 

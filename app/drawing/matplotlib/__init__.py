@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
-from depthscope.app.drawing.matplotlib.matrices import draw_heatmap
+from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE, draw_heatmap
 from depthscope.app.drawing.matplotlib.style import WIDTHS, Width, figure_style, pgf_style
 from depthscope.app.figures.specification import Figure, Heatmap
 
@@ -104,8 +104,10 @@ def translated(figure: Figure, translate: Callable[[str], str]) -> Figure:
     return replace(figure, x_label=across, y_label=up, lines=lines)
 
 
-def _drawn(figure: Figure, size: Width) -> Canvas:
-    return draw_heatmap(figure, size) if isinstance(figure, Heatmap) else draw_lines(figure, size)
+def _drawn(figure: Figure, size: Width, *, dense: int = DENSE) -> Canvas:
+    return (
+        draw_heatmap(figure, size, dense=dense) if isinstance(figure, Heatmap) else draw_lines(figure, size)
+    )
 
 
 def _laid_out(canvas: Canvas) -> Canvas:
@@ -159,7 +161,7 @@ def to_svg(figure: Figure, *, width: str = "neurips", page: bool = False) -> str
     """
     buffer = io.StringIO()
     with figure_style(width) as size, mpl.rc_context(_ON_A_PAGE if page else {}):
-        canvas = _laid_out(_drawn(figure, size))
+        canvas = _laid_out(_drawn(figure, size, dense=DENSE_ON_A_PAGE if page else DENSE))
         canvas.savefig(buffer, format="svg", metadata=UNDATED["svg"], transparent=page)
     text = buffer.getvalue()
     if page:

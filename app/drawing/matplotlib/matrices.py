@@ -14,9 +14,10 @@ from depthscope.app.figures.specification import Array, Heatmap
 
 # Cells from which a mesh is rasterised inside the vector file: as vectors, each is a path that viewers draw one by one.
 DENSE = 400
+DENSE_ON_A_PAGE = 64  # a report of four runs has thirty matrices; nobody prints it larger than it is
 
 
-def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
+def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     """Draw a matrix with its colour bar.
 
     Parameters
@@ -25,6 +26,8 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         What to draw.
     size : Width
         Inches across and type size; `figure_style` must be active.
+    dense : int
+        Cells from which the mesh is rasterised.
 
     Returns
     -------
@@ -40,12 +43,12 @@ def draw_heatmap(figure: Heatmap, size: Width) -> Canvas:
         norm=_norm(figure),
         # Both grow lighter from end to end, so that they can be read in grey; cividis turns from blue to yellow at zero.
         cmap="cividis" if figure.diverging else "viridis",
-        rasterized=figure.z.size > DENSE,
+        rasterized=figure.z.size > dense,
         edgecolors="face",  # viewers show white seams between cells without an edge
         linewidth=0.1,
     )
     axes.set_facecolor("0.9")  # undefined cells
-    if figure.z.shape[0] == figure.z.shape[1]:
+    if figure.square and figure.z.shape[0] == figure.z.shape[1]:
         axes.set_aspect("equal")
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):

@@ -12,7 +12,7 @@ from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, shri
 from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.figures import Figure, Lines
+from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "shrink", "to_plotly"]
 
@@ -65,10 +65,23 @@ def _layout(figure: Figure) -> dict[str, Any]:
         }
     # Equal units on both axes make cells square; "domain" shrinks the drawing instead of widening the ranges.
     bare = {"showgrid": False, "showline": False}
+    if not figure.square or figure.z.shape[0] != figure.z.shape[1]:
+        return _frame(figure) | {"xaxis": x_axis | bare, "yaxis": y_axis | bare | _row_names(figure)}
     return _frame(figure) | {
         "xaxis": x_axis | bare | {"constrain": "domain"},
         "yaxis": y_axis | bare | {"scaleanchor": "x", "constrain": "domain"},
     }
+
+
+NAMED_ROWS = 40
+"""Rows of a heat map that are named at its side; with more the names run into each other."""
+
+
+def _row_names(figure: Heatmap) -> dict[str, Any]:
+    if figure.y_text is None or not 0 < len(figure.y_text) <= NAMED_ROWS:
+        return {}
+    names = [words(name, 20) for name in figure.y_text]
+    return {"tickvals": list(figure.y), "ticktext": names, "tickfont": {"size": 10.5}}
 
 
 def _whole_ticks(figure: Lines) -> dict[str, Any]:

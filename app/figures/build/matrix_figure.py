@@ -118,6 +118,7 @@ class MatrixFigure(FigureKind):
             x_text=columns,
             y_text=rows,
             run=run,
+            square=self.rows.removeprefix("other_") == self.columns.removeprefix("other_"),
         )
 
     def _colour_limits(self, z: Array) -> tuple[float, float] | None:

@@ -15,11 +15,11 @@ from depthscope.app.figures.specification import Analyses, Array, FigureKind, Li
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
 
-__all__ = ["SpectrumFigure", "by_order", "density"]
+__all__ = ["NOISE_WORDS", "SpectrumFigure", "by_order", "density"]
 
 NUM_DEPTHS = 5  # each has a null: ten lines in one figure. A heuristic of ours.
 NUM_BINS = 20  # at least so many points of a density
-_NOISE = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."
+NOISE_WORDS = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SpectrumFigure(FigureKind):
         remarks = [
             "Of the mean over streams." if several else "",
             f"Band: ± {_margin_words(self.metric, analyses)}." if bands else "",
-            _NOISE if noise else "",
+            NOISE_WORDS if noise else "",
             self.note,
         ]
         return Lines(

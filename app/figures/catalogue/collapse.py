@@ -122,6 +122,17 @@ spectrum = _singular_values(
     by_order,
     note="Not drawn below the rounding of float32.",
 )
+spectrum_map = MatrixFigure(
+    "spectrum_map",
+    "Singular values of the states at every depth",
+    "singular value",
+    rows="order",
+    columns="depth",
+    y_label="order (1 = largest)",
+    metric="singular_value",
+    question="collapse",
+    section="Spectrum",
+)
 spectral_density = _singular_values(
     "spectral_density",
     "Density of the eigenvalues of the states",

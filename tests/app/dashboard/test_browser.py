@@ -208,3 +208,24 @@ def test_the_cursor_the_pin_the_keys_and_the_link(page, address):
     panels.focus()
     page.keyboard.press("Escape")
     microscope_heading(page, f"Depth {int(under) - 2}:")
+
+
+def test_the_keyboard_reaches_a_chart_and_its_points(page, address):
+    watch = Watch(page, address)
+    page.goto(f"{address}/similarity?runs=mhc")
+    page.wait_for_selector(CHART, timeout=60_000)
+    page.wait_for_timeout(1000)
+    # The first stop of the Tab key leads to the first chart.
+    page.evaluate("() => document.activeElement.blur()")
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.textContent") == "Skip to the charts"
+    page.keyboard.press("Enter")
+    assert page.evaluate("() => document.activeElement.className").startswith("depthscope-chart")
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowUp", "ArrowUp"):
+        page.keyboard.press(key)
+    said = page.locator(".depthscope-said").first.text_content()
+    assert said.startswith("column 2, row 2: ")
+    page.keyboard.press("Enter")
+    page.get_by_text("Depth 2 against depth 2").wait_for(timeout=20_000)
+    assert watch.errors == []
+    assert watch.outside == []

@@ -54,7 +54,7 @@ def test_no_card_has_more_than_twelve_lines(verdict):
     known = VERDICTS[verdict]
     found = replace(
         FINDING, verdict=verdict, sentence=long, advice=known.advice, because="gain_explosion",
-        proof="unproven: a branch was not seen",
+        proof="unproven: a branch was not seen", profile=tuple(range(1000)),
     )  # fmt: skip
     lines = card_lines(card_of(found, experiment="depthscope ablate " + "x" * 200, result=long))
     assert len(lines) <= MOST_LINES

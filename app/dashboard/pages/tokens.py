@@ -1,0 +1,208 @@
+"""Which tokens are large, alike or lost? Every token of a sequence at every depth, and a table of all at one of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from depthscope.app.dashboard.components.chart import card
+from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.figures import Heatmap
+from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
+from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.token_rows import found_tokens, token_rows
+from depthscope.app.tables.formats import csv_text
+from depthscope.app.text.numbers import number
+
+MOST_ROWS = 500
+"""Of tokens in the table: more than anybody scrolls through; the file has all. A heuristic of ours."""
+
+ROW = 15
+"""Pixels of a token in the map where its text is beside it."""
+
+_ORDER = (
+    *("position", "text", "norm", "times median", "massive", "distance to mean"),
+    *("cosine with last state", "largest feature", "its value"),
+)
+
+_COLUMNS = {
+    name: st.column_config.NumberColumn(format="%.4g")
+    for name in ("norm", "times median", "distance to mean", "cosine with last state", "its value")
+}
+
+
+def _show(chosen: ChosenRuns) -> None:
+    reading = chosen.readings[choose_one("Run", list(chosen.readings), "tokens_run")]
+    close_up = run_library.close_up_of(reading)
+    if close_up is None:
+        _explain_no_states(reading)
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        sequences = [str(i) for i in range(close_up.num_sequences)]
+        sequence = int(choose_one("Sequence", sequences, "tokens_sequence", width=110))
+        streams = ["mean", *map(str, range(close_up.num_streams))] if close_up.num_streams > 1 else ["mean"]
+        stream = choose_one("Stream", streams, "tokens_stream", width=110)
+        measure = choose_one(
+            "Map", list(TOKEN_MEASURES), "tokens_measure", words=TOKEN_MEASURES.__getitem__, width=330
+        )
+        last = close_up.num_depths - 1
+        depth = choose_index("Depth of the table", last, "tokens_depth", default=_telling_depth(close_up))
+    if not close_up.has_texts:
+        st.info(
+            "The run has no text of its tokens: they are numbered. `depthscope probe CHECKPOINT --text FILE` keeps it.",
+            icon="ℹ️",
+        )
+    if close_up.num_sequences < close_up.sequences:
+        st.caption(
+            f"The first {close_up.num_sequences} of {close_up.sequences} sequences: the others do not fit into memory."
+        )
+    if not close_up.mask[sequence].any():
+        st.info(f"Sequence {sequence} has no real token: all of it is padding. Choose another one.", icon="ℹ️")
+        return
+    left, right = st.columns([3, 4], gap="medium")
+    with left:
+        figure = token_figure(close_up, measure, sequence, stream, reading.name)
+        rows = figure.z.shape[0]
+        height = int(np.clip(ROW * rows + 60, 240, 640))
+        card(figure, key="tokens_map", height=height)
+    with right:
+        _show_table(reading, close_up, depth, sequence, stream)
+
+
+def _telling_depth(close_up: CloseUp) -> int:
+    """The middle of the network: sinks have their full size there, and the last norm has not hidden them yet."""
+    return (close_up.num_depths - 1) // 2
+
+
+def _explain_no_states(reading: Reading) -> None:
+    st.info(
+        f"{escaped(reading.name)} has no states of single tokens: it was made of weights or of sums alone, or its file has "
+        "changed. Measure the model on a text, then reload this page:",
+        icon="ℹ️",
+    )
+    st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
+
+
+def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, run: str) -> Heatmap:
+    """The map of a sequence: its tokens over the depths.
+
+    Parameters
+    ----------
+    close_up : CloseUp
+        The states of a run.
+    measure : str
+        A key of `TOKEN_MEASURES`.
+    sequence : int
+        Whose tokens.
+    stream : str
+        ``mean`` or the number of one.
+    run : str
+        Name of the run.
+
+    Returns
+    -------
+    Heatmap
+    """
+    z = close_up.token_map(measure, sequence, stream)
+    # Padding at the end would only take room.
+    z = z[: int(np.flatnonzero(close_up.mask[sequence]).max(initial=0)) + 1]
+    texts = close_up.texts(sequence)
+    spread = z[np.isfinite(z) & (z > 0)]
+    undefined = int(np.isnan(z[close_up.mask[sequence][: len(z)]]).sum())
+    gaps = f" {undefined} of its numbers are undefined, and are gaps." if undefined else ""
+    largest = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if np.isfinite(z).any() else None
+    telling = (
+        f"The largest is {number(float(z[largest]))}, of token {largest[0]} “{texts[largest[0]]}” at depth {largest[1]}."
+        if largest is not None
+        else "All of them are undefined."
+    )
+    return Heatmap(
+        name="tokens",
+        title=f"Tokens of sequence {sequence}: {TOKEN_MEASURES[measure]}",
+        x=np.arange(z.shape[1], dtype=float),
+        y=np.arange(len(z), dtype=float),
+        z=z,
+        x_label="depth (0 = embedding)",
+        y_label="position",
+        z_label="",
+        # Norms of massive tokens are a hundred times those of the others.
+        log_z=measure == "norm" and spread.size > 0 and spread.max() > 10 * spread.min(),
+        caption=f"Run {run}. {telling}{gaps}",
+        alt=f"{TOKEN_MEASURES[measure]} of {len(z)} tokens at {z.shape[1]} depths of {run}. {telling}{gaps}",
+        x_text=[f"depth {i}" for i in range(z.shape[1])],
+        y_text=[f"“{text}”" for text in texts[: len(z)]],
+        run=run,
+        square=False,
+    )
+
+
+def _show_table(reading: Reading, close_up: CloseUp, depth: int, sequence: int, stream: str) -> None:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        words = st.text_input(
+            "Find a token", key="tokens_find", bind="query-params", placeholder="its text", width=200
+        )
+        everywhere = st.toggle("in all sequences", key="tokens_everywhere", bind="query-params")
+        massive_only = st.toggle("massive only", key="tokens_massive", bind="query-params")
+    rows = token_rows(close_up, depth, stream=stream)
+    shown = found_tokens(rows, words, sequence=None if everywhere else sequence)
+    if massive_only:
+        shown = shown[shown["massive"]]
+    num_massive = int(rows["massive"].sum())
+    if shown.empty:
+        st.info(_none_words(words, massive_only, num_massive, everywhere), icon="ℹ️")
+    else:
+        st.dataframe(
+            shown.head(MOST_ROWS),
+            hide_index=True,
+            height=min(38 + 35 * len(shown), 470),
+            column_config=_COLUMNS,
+            column_order=[*(["sequence"] if everywhere else []), *_ORDER],
+            key="tokens_table",
+        )
+    st.caption(escaped(_table_words(rows, shown, reading, depth, num_massive)))
+    st.download_button(
+        "Download CSV",
+        lambda: csv_text(shown).encode(),
+        file_name=f"tokens_depth_{depth}.csv",
+        mime="text/csv",
+        key="tokens_csv",
+        on_click="ignore",
+    )
+
+
+def _none_words(words: str, massive_only: bool, num_massive: int, everywhere: bool) -> str:
+    if massive_only and not num_massive:
+        return "No token of the run has a massive activation at this depth."
+    where = "the run" if everywhere else "this sequence; try all sequences"
+    return f"No token with “{escaped(words)}” in {where}." if words else f"No such token in {where}."
+
+
+def _table_words(
+    rows: pd.DataFrame, shown: pd.DataFrame, reading: Reading, depth: int, num_massive: int
+) -> str:
+    undefined = int((~np.isfinite(rows["norm"])).sum())
+    sinks = rows[rows["massive"]]
+    features = ", ".join(map(str, sinks["largest feature"].value_counts().head(4).index))
+    parts = [
+        f"Depth {depth} of {reading.name}: {len(shown)} of {len(rows)} tokens"
+        + (f", the first {MOST_ROWS} of them" if len(shown) > MOST_ROWS else "")
+        + ", the largest norms first.",
+        f"{num_massive} have a massive activation (above 100 and 1000 × the median), in features {features}."
+        if num_massive
+        else "None has a massive activation (above 100 and 1000 × the median).",
+        f"{undefined} are not finite." if undefined else "",
+    ]
+    return " ".join(filter(None, parts))
+
+
+PAGE = Page(
+    title="Tokens",
+    url_path="tokens",
+    help="Which tokens are large, alike or lost, and at which depth?",
+    show=_show,
+)

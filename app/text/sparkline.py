@@ -1,0 +1,184 @@
+"""What did a verdict see along the axis? The numbers that it judged, as a small curve against their limit."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from depthscope.app.text.numbers import number
+from depthscope.diagnostics import Finding
+
+if TYPE_CHECKING:  # an extra: the terminal's curve needs none
+    from markupsafe import Markup
+
+__all__ = ["curve_blocks", "curve_svg", "curve_words"]
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+UNDEFINED_BLOCK = "·"
+
+MOST_BLOCKS, MOST_POINTS = 28, 240
+"""Of a curve in a terminal, and of one of SVG. Longer ones keep the worst number of each part."""
+
+WIDTH, HEIGHT, MARGIN = 240, 40, 3
+"""Of the SVG, in its own units."""
+
+DECADES = 1.5
+"""From so many powers of ten on the curve is drawn over logarithms: a gain of 1000 would hide all others."""
+
+
+def curve_words(finding: Finding) -> str:
+    """What the curve shows, for those who do not see it; empty where the verdict judged a single number.
+
+    Parameters
+    ----------
+    finding : Finding
+        One finding of `judge`.
+
+    Returns
+    -------
+    str
+        Such as ``depth 0–30: 0.02 to 0.98, worse below 0.3; 2 undefined``.
+    """
+    values = _values(finding)
+    if values is None:
+        return ""
+    known = values[np.isfinite(values)]
+    missing = len(values) - len(known)
+    side = "above" if finding.above else "below"
+    words = (
+        f"{finding.axis} 0–{len(values) - 1}: {number(float(known.min()))} to {number(float(known.max()))}, "
+        f"worse {side} {number(finding.threshold)}"
+    )
+    return f"{words}; {missing} undefined" if missing else words
+
+
+def curve_blocks(finding: Finding) -> str:
+    """The curve as block characters, low to high; a dot where it is undefined.
+
+    Parameters
+    ----------
+    finding : Finding
+        One finding of `judge`.
+
+    Returns
+    -------
+    str
+        At most `MOST_BLOCKS` characters; empty where the verdict judged a single number.
+    """
+    values = _values(finding)
+    if values is None:
+        return ""
+    heights = _heights(_worst_of_parts(values, MOST_BLOCKS, finding.above), finding.threshold)[0]
+    return "".join(
+        UNDEFINED_BLOCK if math.isnan(height) else BLOCKS[min(int(height * len(BLOCKS)), len(BLOCKS) - 1)]
+        for height in heights
+    )
+
+
+def curve_svg(finding: Finding) -> Markup:
+    """The curve as SVG: the worse side of the limit is shaded, the place of the finding is underlined, gaps are undefined.
+
+    Parameters
+    ----------
+    finding : Finding
+        One finding of `judge`.
+
+    Returns
+    -------
+    Markup
+        Without references to anything outside; empty where the verdict judged a single number.
+    """
+    from markupsafe import Markup
+
+    values = _values(finding)
+    if values is None:
+        return Markup()
+    drawn = _worst_of_parts(values, MOST_POINTS, finding.above)
+    heights, limit = _heights(drawn, finding.threshold)
+    x = np.linspace(MARGIN, WIDTH - MARGIN, len(drawn))
+    y = _down(heights)
+    shade = ""
+    if limit is not None:
+        edge = float(_down(np.array([limit]))[0])
+        top, bottom = (0.0, edge) if finding.above else (edge, float(HEIGHT))
+        shade = (
+            f'<rect class="worse" x="0" y="{top:.1f}" width="{WIDTH}" height="{bottom - top:.1f}"/>'
+            f'<line class="limit" x1="0" x2="{WIDTH}" y1="{edge:.1f}" y2="{edge:.1f}"/>'
+        )
+    # Half a position on both sides: a finding at one position has a width too.
+    scale, half = (WIDTH - 2 * MARGIN) / (len(values) - 1), 0.4
+    start = MARGIN + scale * max(finding.first - half, 0)
+    end = MARGIN + scale * min(finding.last + half, len(values) - 1)
+    place = f'<line class="place" x1="{start:.1f}" x2="{end:.1f}" y1="{HEIGHT - 1}" y2="{HEIGHT - 1}"/>'
+    return Markup(
+        '<svg class="curve {}" xmlns="http://www.w3.org/2000/svg" role="img" '
+        'aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}{}{}</svg>'
+    ).format(
+        finding.severity.name.lower(),
+        curve_words(finding),
+        WIDTH,
+        HEIGHT,
+        WIDTH,
+        HEIGHT,
+        Markup(shade),
+        Markup(place),
+        Markup(_path(x, y)),
+    )
+
+
+def _values(finding: Finding) -> np.ndarray | None:
+    """The numbers of a curve; None where there are not two that are known."""
+    values = np.asarray(finding.profile, dtype=np.float64)
+    return values if np.isfinite(values).sum() > 1 else None
+
+
+def _worst_of_parts(values: np.ndarray, most: int, above: bool) -> np.ndarray:
+    """At most so many numbers: of each part the worst, so that a single peak is not lost."""
+    if len(values) <= most:
+        return values
+    parts = np.array_split(np.where(np.isfinite(values), values, np.nan), most)
+    worst = np.nanmax if above else np.nanmin
+    return np.array([worst(part) if np.isfinite(part).any() else np.nan for part in parts])
+
+
+def _heights(values: np.ndarray, limit: float) -> tuple[np.ndarray, float | None]:
+    """Heights from 0 to 1 of the numbers and of the limit; None for a limit that would flatten the curve."""
+    shown, level = np.where(np.isfinite(values), values, np.nan), float(limit)
+    positive = shown[shown > 0]
+    # A zero among positive numbers has no logarithm: the scale stays linear.
+    is_positive = positive.size > 0 and positive.size == np.isfinite(shown).sum()
+    if is_positive and positive.max() > 10**DECADES * positive.min():
+        shown = np.log10(shown)
+        level = math.log10(level) if level > 0 else math.nan
+    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
+    reach = max(high - low, abs(high) * 1e-9, 1e-300)
+    # A limit far from all numbers would leave a straight line of the curve: then it is not drawn, only named.
+    # A constant has no curve that could be flattened.
+    near = math.isfinite(level) and (low == high or low - 2 * reach <= level <= high + 2 * reach)
+    if near:
+        low, high = min(low, level), max(high, level)
+    reach = max(high - low, abs(high) * 1e-9, 1e-300)
+    return (shown - low) / reach, (level - low) / reach if near else None
+
+
+def _down(heights: np.ndarray) -> np.ndarray:
+    """Heights as SVG counts them: from the top, with room for the underline."""
+    return MARGIN + (HEIGHT - 2 * MARGIN - 2) * (1.0 - heights)
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """A line for every stretch of known numbers, and a dot for one that stands alone."""
+    known = np.isfinite(y)
+    shapes: list[str] = []
+    stretches = np.split(np.arange(len(y)), np.flatnonzero(np.diff(known.astype(int))) + 1)
+    for stretch in stretches:
+        if not known[stretch[0]]:
+            continue
+        if len(stretch) == 1:
+            shapes.append(f'<circle class="dot" cx="{x[stretch[0]]:.1f}" cy="{y[stretch[0]]:.1f}" r="1.8"/>')
+        else:
+            points = " ".join(f"{x[i]:.1f},{y[i]:.1f}" for i in stretch)
+            shapes.append(f'<polyline class="line" points="{points}"/>')
+    return "".join(shapes)

@@ -1,0 +1,237 @@
+"""Tokens, composites, similarity, comparison and data: the numbers of the run, and a sentence where there are none."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from depthscope.app.cli.main import main
+from depthscope.app.dashboard.pages import data as data_page
+from depthscope.app.dashboard.pages.compare import folded, groups_of
+from depthscope.app.dashboard.pages.similarity import map_difference
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.figures import FIGURES, Line, Lines
+from depthscope.app.readings.close_up import read_close_up
+from depthscope.app.readings.readings import read_paths
+from depthscope.diagnostics import create_run, save_run
+from tests.app.dashboard.opening import charts, open_page, words
+
+ROOT = Path(__file__).parents[3]
+RLO = "\u202e"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
+    root = tmp_path_factory.mktemp("more")
+    save_run(residual_run, root / "plain.nc")
+    save_run(mhc_run, root / "mhc.nc")
+    trace = residual_run["trace"].to_dataset().load()
+    broken = trace["residual"].copy(deep=True)
+    broken[3] = np.nan
+    save_run(create_run(trace.assign(residual=broken), attrs=residual_run.attrs), root / "nan.nc")
+    shape = trace["mask"].shape
+    texts = np.array([[f"t{s}.{t}" for t in range(shape[1])] for s in range(shape[0])], dtype=object)
+    texts[0, 0] = f"<b>{RLO}evil</b>"
+    named = trace.assign(token_text=(trace["mask"].dims, texts))
+    save_run(create_run(named, attrs=residual_run.attrs), root / "<i>named.nc")
+    padding = trace.assign(mask=trace["mask"] & False)
+    save_run(create_run(padding, attrs=residual_run.attrs), root / "padding.nc")
+    return root
+
+
+@pytest.fixture
+def opened(runs, monkeypatch):
+    monkeypatch.setattr(run_library, "_roots", [])
+
+    def opened_page(page: str, *names: str, **parameters: str) -> AppTest:
+        return open_page(page, [runs / name for name in names] or [runs], **parameters)
+
+    return opened_page
+
+
+def test_every_page_opens_on_what_is_undefined_and_on_padding_alone(opened):
+    for page in ("collapse", "similarity", "mixing", "gradients", "tokens", "compare", "data"):
+        # Both at once, and the one that is looked at alone on some pages: padding.
+        for names in (("nan.nc", "padding.nc"), ("padding.nc",)):
+            test = opened(page, *names)
+            assert not test.error, (page, names, test.error)
+            assert charts(test) or test.info, (page, names)
+
+
+def test_the_table_of_tokens_is_searched_and_shows_what_is_hidden(opened, runs):
+    test = opened("tokens", "<i>named.nc")
+    assert len(test.dataframe) == 1
+    table = test.dataframe[0].value
+    assert RLO not in "".join(table["text"])
+    test.text_input(key="tokens_find").set_value("EVIL").run()
+    (text,) = test.dataframe[0].value["text"]
+    assert "\\u202e" in text
+    test.text_input(key="tokens_find").set_value("no such token").run()
+    assert "No token with" in words(test) or "No token with" in test.info[0].value
+    close_up = read_close_up(runs / "<i>named.nc")
+    depth = test.number_input(key="tokens_depth").value
+    np.testing.assert_allclose(
+        np.sort(table["norm"]),
+        np.sort(np.linalg.norm(close_up.states_at(depth), axis=-1)[0][close_up.mask[0]]),
+    )
+
+
+def test_gaps_are_counted_and_missing_texts_are_said(opened):
+    said = words(opened("tokens", "nan.nc", tokens_depth="3"))
+    assert re.search(r"\d+ of its numbers are undefined", said)
+    assert "are not finite" in said
+    assert "has no text of its tokens" in words(opened("tokens", "plain.nc"))
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 5), (5, 0), (2, 2)])
+def test_the_bench_multiplies_any_two_connections(a, b, opened, runs, mhc_run):
+    test = opened("mixing", "mhc.nc", from_connection=str(a), to_connection=str(b))
+    h = mhc_run["trace"]["h_res"].values.astype(np.float64)
+    first, last = min(a, b), max(a, b)
+    product = np.eye(h.shape[-1])
+    for connection in range(first, last + 1):
+        product = h[connection] @ product
+    mask = mhc_run["trace"]["mask"].values
+    mean = product[mask].mean(axis=0)
+    shown = test.table[0].value
+    first_cell = float(shown.iloc[0, 0].replace("−", "-"))
+    assert first_cell == pytest.approx(mean[0, 0], abs=5e-3)
+    assert "row sums" in words(test)
+    assert "h_res_cells" in charts(test)
+
+
+@pytest.mark.parametrize("hostile", ["9999999999999999999999", f"<b>{RLO}"])
+def test_hostile_parameters_are_no_error(hostile, opened):
+    for page, names in {
+        "tokens": ("tokens_run", "tokens_sequence", "tokens_depth", "tokens_measure", "tokens_find"),
+        "mixing": ("mixing_run", "from_connection", "to_connection"),
+        "similarity": ("run", "run_b", "measure_a", "measure_b", "a", "b"),
+        "collapse": ("collapse_measure", "collapse_scale"),
+        "compare": ("measure_of", "compare_by"),
+        "data": ("data_of", "data_run", "data_measure"),
+    }.items():
+        test = opened(page, "mhc.nc", "plain.nc", **dict.fromkeys(names, hostile))
+        assert not test.error, (page, test.error)
+
+
+def test_two_runs_by_one_measure_have_a_difference(opened, runs):
+    test = opened("similarity", "plain.nc", "mhc.nc")
+    assert {"cka", "cka_right", "cka_difference"} <= set(charts(test))
+    readings, _ = read_paths([str(runs / "plain.nc"), str(runs / "mhc.nc")])
+    maps = [FIGURES["cka"].build({each.name: each.analysis}) for each in readings]
+    same = map_difference(maps[0], maps[0])
+    assert np.nanmax(np.abs(same.z)) == 0
+    shallow = min(maps, key=lambda each: len(each.x))
+    difference = map_difference(*maps)
+    assert difference.z.shape == shallow.z.shape
+    np.testing.assert_allclose(difference.z[0, -1], maps[0].z[0, -1] - maps[1].z[0, -1])
+
+
+def test_a_measure_on_request_is_offered_and_explained(opened):
+    test = opened("similarity", "plain.nc", measure_b="SVCCA")
+    assert "--metrics svcca" in words(test)
+
+
+def test_seeds_are_folded_to_their_mean_and_range():
+    x = np.linspace(0, 1, 3)
+    lines = tuple(
+        Line(x, np.array(y), name, group=name)
+        for name, y in {"a0": [1.0, np.nan, 3.0], "a1": [3.0, 4.0, np.nan], "b0": [0.0, 0.0, 0.0]}.items()
+    )
+    one, other = folded(Lines("m", "M", "x", "y", lines), {"a0": "a", "a1": "a", "b0": "b"}).lines
+    np.testing.assert_allclose([one.y, one.lower, one.upper], [[2, 4, 3], [1, 4, 3], [3, 4, 3]])
+    assert (one.label, other.label) == ("a, 2 runs", "b0")
+
+
+def test_runs_are_grouped_by_what_several_share(runs):
+    readings, _ = read_paths([str(runs / name) for name in ("plain.nc", "nan.nc", "mhc.nc")])
+    assert "family" in groups_of(readings)
+    assert "seed" not in groups_of(readings)
+
+
+def test_compared_runs_are_tested_and_the_command_is_named(opened):
+    test = opened("compare", "plain.nc", "<i>named.nc")
+    said = words(test)
+    assert "difference" in said
+    assert any(name.startswith("difference_") for name in charts(test))
+    assert any(block.value.startswith("depthscope compare ") for block in test.code)
+
+
+def saved(figure_or_table) -> pd.DataFrame:
+    return pd.read_csv(StringIO(data_page.to_csv(figure_or_table)))
+
+
+def test_every_format_has_what_is_shown(runs):
+    readings, _ = read_paths([str(runs / "mhc.nc")])
+    figure = FIGURES["cka"].build({"mhc": readings[0].analysis})
+    table = data_page.measure_table(figure)
+    plain = data_page.plain_frame(table.data)
+    parquet = pd.read_parquet(BytesIO(data_page.parquet_bytes(plain)))
+    pd.testing.assert_frame_equal(parquet, plain.astype(parquet.dtypes))
+    np.testing.assert_allclose(saved(table).iloc[:, 2:].to_numpy(float), figure.z)
+    assert data_page.to_latex(table, {}).count(r"\\") >= len(figure.y)
+
+
+def test_columns_of_one_name_and_hidden_signs_can_be_saved():
+    data = pd.DataFrame([[1.0, 2.0, f"a{RLO}b"]], columns=["x", "x", f"n{RLO}"])
+    plain = data_page.plain_frame(data)
+    assert list(plain.columns) == ["x", "x (1)", "n\\u202e"]
+    assert plain.iloc[0, 2] == "a\\u202eb"
+    assert len(pd.read_parquet(BytesIO(data_page.parquet_bytes(plain)))) == 1
+
+
+def test_the_command_and_the_python_of_a_measure_run_and_give_what_is_shown(
+    opened, tmp_path, monkeypatch, capsys
+):
+    test = opened("data", "mhc.nc", data_measure="effective_rank", scope="data")
+    shown = test.dataframe[0].value
+    command, python = (block.value for block in test.code[:2])
+    found = subprocess.run(
+        [sys.executable, "-c", python], cwd=ROOT, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    made = pd.read_csv(StringIO(found.stdout))
+    np.testing.assert_allclose(made["y"], shown["y"].astype(float))
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    text = json.dumps(printed)
+    assert "effective_rank" in text
+    first = float(shown["y"].iloc[0])
+    numbers = [float(each) for each in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", text)]
+    assert any(abs(each - first) < 1e-9 * abs(first) for each in numbers)
+
+
+@pytest.mark.parametrize(
+    "what", [data_page.DEPTH, data_page.CONNECTION, data_page.SUMMARY, data_page.FINDINGS]
+)
+def test_the_python_of_every_table_gives_what_is_shown(what, opened, capsys):
+    test = opened("data", "mhc.nc", data_of=what)
+    shown = test.dataframe[0].value
+    commands = test.code[0].value.splitlines()
+    assert all(shlex.split(each)[0] == "depthscope" for each in commands)
+    exec(compile(test.code[1].value, "shown", "exec"), {})
+    made = pd.read_csv(StringIO(capsys.readouterr().out))
+    assert made.shape == shown.shape
+
+
+def test_a_run_of_sums_alone_says_what_it_lacks(opened, runs, monkeypatch):
+    monkeypatch.setattr(run_library, "close_up_of", lambda reading: None)
+    assert "has no states of single tokens" in words(opened("tokens", "plain.nc"))
+    assert "matrices of single tokens" in words(opened("mixing", "mhc.nc"))
+
+
+def test_a_card_opens_the_microscope_at_its_depth(opened, runs):
+    test = opened("", "nan.nc")
+    (button, *_) = [each for each in test.button if each.label.startswith("Microscope")]
+    depth = re.search(r"depth (\d+)", button.label)
+    button.click().run()
+    assert not test.exception
+    assert test.query_params.get("pin") == ([depth[1]] if depth else None) or "Microscope" in words(test)

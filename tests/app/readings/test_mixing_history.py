@@ -1,0 +1,41 @@
+"""Are the mixing matrices of every step those that the model had, from a saved run and from a live store?"""
+
+import numpy as np
+import pytest
+import torch
+
+import depthscope as ds
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.readings.mixing_history import read_mixing_history
+from tests.app.dashboard.opening import charts, open_page
+from tests.models.logit_models import LogitModel, ids, loss
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["saved", "live"])
+def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypatch):
+    model, expected = LogitModel(), []
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    path = tmp_path / ("run" if store else "run.nc")
+    options = {"store": path} if store else {}
+    with ds.record(model, max_sequences=8, **options) as recorder:
+        for step in range(3):
+            batch = ids(seed=step)
+            loss(model(batch), batch).backward()
+            recorder.step()
+            expected.append([each.matrix.detach().mean((0, 1)).numpy() for each in model.coefficients])
+            optimizer.step()
+            optimizer.zero_grad()
+    if not store:
+        ds.save_run(recorder.run, path)
+    history = read_mixing_history(path)
+    assert history.dims == ("step", "connection", "stream_out", "stream_in")
+    np.testing.assert_allclose(history.values, expected, rtol=1e-4)
+    if not store:
+        monkeypatch.setattr(run_library, "_roots", [])
+        shown = charts(open_page("mixing", [path], from_connection="1"))
+        assert {"h_res_cells", "h_res_steps"} <= set(shown)
+
+
+def test_a_run_of_one_step_has_no_history(tmp_path, mhc_run):
+    ds.save_run(mhc_run, tmp_path / "one.nc")
+    assert run_library.mixing_history_of(run_library.read_run("one", {"one": tmp_path / "one.nc"})[0]) is None

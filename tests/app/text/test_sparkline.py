@@ -1,0 +1,89 @@
+"""Is the small curve of a card the numbers that were judged, with their gaps, their worst one and their limit?"""
+
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from depthscope.app.text.sparkline import MOST_BLOCKS, MOST_POINTS, curve_blocks, curve_svg, curve_words
+from depthscope.diagnostics import Finding, Severity
+
+NAN = math.nan
+
+
+def finding(profile, *, threshold=0.5, above=True, first=1, last=2, axis="depth", severity=Severity.FAIL):
+    return Finding(
+        "rank_collapse", severity, "", "m", 0.9, threshold, "this project", axis, first, last, "",
+        above=above, profile=tuple(profile),
+    )  # fmt: skip
+
+
+def points_of(svg) -> list[list[tuple[float, float]]]:
+    lines = ElementTree.fromstring(str(svg)).iter("{http://www.w3.org/2000/svg}polyline")
+    return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in lines]
+
+
+def test_the_words_name_range_limit_side_and_gaps():
+    assert (
+        curve_words(finding([0.1, NAN, 0.9])) == "depth 0–2: 0.100 to 0.900, worse above 0.500; 1 undefined"
+    )
+    assert curve_words(finding([3.0, 2.0], above=False, axis="connection")) == (
+        "connection 0–1: 2.00 to 3.00, worse below 0.500"
+    )
+
+
+@pytest.mark.parametrize("profile", [(), (1.0,), (NAN, NAN), (NAN, 2.0), (math.inf, 1.0)])
+def test_a_single_number_has_no_curve(profile):
+    assert (curve_words(finding(profile)), curve_blocks(finding(profile)), str(curve_svg(finding(profile)))) == (
+        "", "", ""
+    )  # fmt: skip
+
+
+def test_blocks_rise_with_the_numbers_and_leave_gaps():
+    assert curve_blocks(finding([0.0, NAN, 1.0], threshold=0.5)) == "▁·█"
+    assert curve_blocks(finding([1.0, 1.0, 1.0], threshold=1.0)) == "▁▁▁"
+
+
+def test_many_numbers_keep_their_worst_one():
+    values = np.zeros(5000)
+    values[3333] = 7.0
+    blocks = curve_blocks(finding(values, threshold=5.0))
+    assert len(blocks) == MOST_BLOCKS
+    assert blocks.count("█") == 1
+    (line,) = points_of(curve_svg(finding(values, threshold=5.0)))
+    assert len(line) == MOST_POINTS
+    assert min(y for _, y in line) < 4  # the peak is at the top
+    dip = curve_blocks(finding(10 - values, threshold=5.0, above=False))
+    assert dip.count("▁") == 1
+
+
+def test_the_svg_goes_through_the_numbers_on_a_linear_and_on_a_logarithmic_scale():
+    (line,) = points_of(curve_svg(finding([0.0, 1.0, 3.0], threshold=2.0)))
+    heights = [y for _, y in line]
+    assert heights[0] - heights[1] == pytest.approx((heights[0] - heights[2]) / 3, abs=0.1)
+    (line,) = points_of(curve_svg(finding([1.0, 10.0, 1000.0], threshold=100.0)))
+    heights = [y for _, y in line]
+    assert heights[0] - heights[1] == pytest.approx((heights[0] - heights[2]) / 3, abs=0.1)
+
+
+def test_a_gap_breaks_the_line_and_a_lone_number_is_a_dot():
+    svg = str(curve_svg(finding([1.0, 2.0, NAN, 3.0, NAN, 4.0, 5.0], threshold=2.5)))
+    assert len(points_of(svg)) == 2
+    assert svg.count('class="dot"') == 1
+
+
+def test_the_worse_side_is_shaded_only_where_the_limit_is_near():
+    near = str(curve_svg(finding([1.0, 2.0], threshold=1.5)))
+    (top,) = re.findall(r'class="worse" x="0" y="([\d.]+)"', near)
+    assert float(top) == 0
+    assert 'class="worse"' not in str(curve_svg(finding([1.0, 2.0], threshold=1e6)))
+    # A constant is drawn against its limit, however far that is.
+    assert 'class="worse"' in str(curve_svg(finding([0.05, 0.05], threshold=0.2, above=False)))
+
+
+def test_the_drawing_asks_for_nothing():
+    svg = str(curve_svg(finding([1.0, 2.0])))
+    assert not re.search(r"(href|url\(|<script|<image|style=)", svg)
+    assert ElementTree.fromstring(svg).get("aria-label") == curve_words(finding([1.0, 2.0]))
