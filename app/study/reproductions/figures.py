@@ -10,7 +10,7 @@ from depthscope.app.figures import Figure, Line, Lines
 from depthscope.app.study.reproductions.claims import deepest
 from depthscope.app.study.reproductions.plan import Along, Number, Row, Study
 
-LOSS = Number("loss", "held-out loss, nats a byte", "loss")
+LOSS = Number("loss", "held-out loss, nats a byte")
 
 
 def study_figures(study: Study, rows: Sequence[Row]) -> list[Figure]:

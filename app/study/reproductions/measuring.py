@@ -87,7 +87,9 @@ def train(
     recipe = Recipe(steps=settings["steps"], seed=settings["seed"], size=size)
     model = build(settings["family"], size, settings["seed"])
     learner = create_learner(settings["family"], recipe, model)
-    metrics = sorted({each.metric for each in numbers} | {each.metric for each in curves})
+    numbers = [number for number in numbers if number.metric]
+    curves = [curve for curve in curves if curve.metric]
+    metrics = sorted({number.metric for number in numbers} | {curve.metric for curve in curves})
     # The first capture is for what the network does by itself; its gradients may all be zero.
     first, _ = _analysed(model, settings, metrics)
     generator = torch.Generator().manual_seed(settings["seed"])

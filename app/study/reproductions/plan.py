@@ -53,7 +53,7 @@ class Number:
     Parameters
     ----------
     name, title, metric : str
-        Key in a row, words for people, and the metric.
+        Key in a row, words for people, and the metric; none where the study measures it itself.
     at : mapping of str to str
         Labels of its other dims; of those that are not named, the first one.
     over : {"first", "last", "max", "min", "mean", "sum"}
@@ -64,7 +64,7 @@ class Number:
 
     name: str
     title: str
-    metric: str
+    metric: str = ""
     at: Mapping[str, str] = field(default_factory=dict)
     over: str = "last"
     log: bool = False
@@ -97,7 +97,7 @@ class Along:
     Parameters
     ----------
     name, title, metric : str
-        Key in a row, words for people, and the metric.
+        Key in a row, words for people, and the metric; none where the study measures it itself.
     at : mapping of str to str
         Labels of its other dims.
     start : bool
@@ -110,7 +110,7 @@ class Along:
 
     name: str
     title: str
-    metric: str
+    metric: str = ""
     at: Mapping[str, str] = field(default_factory=dict)
     start: bool = False
     law: str = ""

@@ -26,15 +26,15 @@ TRAINED = (
     Number("effective_streams", "effective streams, mean over cuts", "effective_streams", {}, "mean"),
 )
 RESCUES = (
-    Number("removed", "loss by removing a stream, nats a byte", "loss"),
-    Number("removed_worst", "loss by removing the worst stream, nats a byte", "loss"),
-    Number("restored_next", "restored when put back at the next state", "rescued"),
-    Number("restored_half", "restored when put back half-way", "rescued"),
-    Number("restored_last", "restored when put back at the last state", "rescued"),
+    Number("removed", "loss by removing a stream, nats a byte"),
+    Number("removed_worst", "loss by removing the worst stream, nats a byte"),
+    Number("restored_next", "restored when put back at the next state"),
+    Number("restored_half", "restored when put back half-way"),
+    Number("restored_last", "restored when put back at the last state"),
 )
 CURVES = (
-    Along("removed_along", "loss by removing a stream at this depth", "loss", log=True),
-    Along("restored_along", "share restored when put back at this depth", "rescued"),
+    Along("removed_along", "loss by removing a stream at this depth", log=True),
+    Along("restored_along", "share restored when put back at this depth"),
 )
 PAPER = "2603.14833"
 # Below this loss, in nats a byte, nothing was taken that could be restored: a share of it would be noise.
@@ -162,7 +162,7 @@ STUDY = Study(
     question="What does a stream carry that the others do not, and for how long?",
     sources=(f"ablate and rescue, {PAPER}", "Zhu et al. 2025, 2409.19606", "Xie et al., 2512.24880"),
     families=FAMILIES,
-    scale=Scale(depths=(4, 8), steps=100),
+    scale=Scale(depths=(4,), steps=60),
     quick=Scale(depths=(2,), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=(*TRAINED, *RESCUES),

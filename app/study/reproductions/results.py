@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from depthscope.app.paper.export import figure_csv, write_bundle
-from depthscope.app.paper.replaced_folder import replaced_folder, write_manifest
+from depthscope.app.paper.replaced_folder import foreign_files, replaced_folder, write_manifest
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, judged, shown_attributes
 from depthscope.app.study.reproductions.cells import run_path
@@ -23,7 +24,6 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.atomic_writes import replaced_file, require_replaceable_file
 from depthscope.diagnostics.experiments.intervals import estimate
 
-MARK = "<!-- written by depthscope study -->"
 VERDICTS = ("reproduced", "not reproduced", "not decided")
 
 
@@ -48,7 +48,12 @@ def summary_text(study: Study, scale: Scale, rows: Sequence[Row], planned: int) 
     claims = study.claims(rows)
     counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    lines = [MARK, f"# {study.question}", "", f"Of {len(claims)} claims tested at this scale: {told}."]
+    lines = [
+        _mark(study),
+        f"# {study.question}",
+        "",
+        f"Of {len(claims)} claims tested at this scale: {told}.",
+    ]
     lines[-1] += f" {_scale_sentence(study, scale)}"
     if len(rows) < planned:
         lines[-1] += f" {len(rows)} of {planned} networks are done: the same command goes on with the others."
@@ -110,27 +115,40 @@ def _cell(mean: float, reach: float) -> str:
     return f"{mean:.3g}" if not math.isfinite(reach) else f"{mean:.3g} ± {reach:.1g}"
 
 
-def require_own(out: Path) -> None:
-    """Refuse a folder whose summary is somebody else's, before anything is computed.
+def require_own(study: Study, out: Path) -> None:
+    """Refuse a folder of another study, or of somebody else, before anything is computed.
 
     Parameters
     ----------
+    study : Study
+        The study.
     out : Path
-        Folder of a study; it may be missing.
+        Its folder; it may be missing.
 
     Raises
     ------
     FileExistsError
-        With what to do.
+        Where the summary there is not this study's.
+    ValueError
+        Where one of its folders is somebody else's, or files in it were edited.
     """
-    require_replaceable_file(out / "summary.md", _require_summary)
+    require_replaceable_file(out / "summary.md", partial(_require_summary, study))
+    for name in ("results", "paper"):
+        if (out / name).exists():
+            foreign_files(out / name)
 
 
-def _require_summary(path: Path) -> None:
+def _mark(study: Study) -> str:
+    """The first line of a summary: by it the next run knows that the file is its own."""
+    return f"<!-- written by depthscope study {study.name} -->"
+
+
+def _require_summary(study: Study, path: Path) -> None:
+    mark = f"{_mark(study)}\n".encode()
     with path.open("rb") as file:
-        if file.read(len(MARK)) != MARK.encode():
+        if file.read(len(mark)) != mark:
             raise FileExistsError(
-                f"{path} exists and is not the summary of a study; move it away, or name another folder"
+                f"{path} exists and is not the summary of the study {study.name}; move it away, or name another folder"
             )
 
 
@@ -164,7 +182,7 @@ def write_results(study: Study, scale: Scale, rows: Sequence[Row], planned: int,
     """
     from depthscope.app.drawing.matplotlib import write_figure  # matplotlib takes a second to import
 
-    require_own(out)
+    require_own(study, out)
     text, table = summary_text(study, scale, rows, planned), results_table(study, rows)
     claims = pd.DataFrame(claim.as_dict() for claim in study.claims(rows))
     with replaced_folder(out / "results") as folder:
@@ -184,7 +202,7 @@ def write_results(study: Study, scale: Scale, rows: Sequence[Row], planned: int,
     readings = list(_deepest_readings(study, scale, rows, out))
     if readings:
         write_bundle(readings, out / "paper")
-    with replaced_file(out / "summary.md", check=_require_summary) as fresh:
+    with replaced_file(out / "summary.md", check=partial(_require_summary, study)) as fresh:
         _write(fresh, text)
     return [out / "results", *([out / "paper"] if readings else []), out / "summary.md"]
 

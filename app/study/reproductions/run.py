@@ -104,7 +104,7 @@ def run_reproduction(
     """
     study = STUDIES[name]
     scale = scale_of(study, quick=quick, depths=depths, seeds=seeds)
-    require_own(out)
+    require_own(study, out)
     rows, planned = run_cells(study, scale, out, minutes=minutes, progress=progress)
     with working("drawing"):
         written = write_results(study, scale, rows, planned, out)

@@ -182,15 +182,15 @@ STUDY = Study(
         "Zhu et al. 2025, 2409.19606",
     ),
     families=FAMILIES,
-    scale=Scale(depths=(4, 8, 16), steps=100),
+    scale=Scale(depths=(4, 8), steps=60),
     quick=Scale(depths=(2,), seeds=1, width=16, steps=2, batch=2, length=16),
     measure=measure,
     numbers=(
         *NUMBERS,
-        Number("dominance", "largest share of read times write", "read_share"),
-        Number("signal_dominance", "largest share of signal read times write", "signal_share"),
+        Number("dominance", "largest share of read times write"),
+        Number("signal_dominance", "largest share of signal read times write"),
     ),
-    curves=(*CURVES, Along("dominance_along", "largest share of read times write", "read_share")),
+    curves=(*CURVES, Along("dominance_along", "largest share of read times write")),
     claims=claims,
     limits=(
         f"The networks mix by mixtures of permutations whose diagonal starts at {NEAR_IDENTITY:g}. «All alike» starts "
