@@ -19,6 +19,8 @@ FAMILIES = {"no-skip": "no skip", "post-ln": "Post-LN", "pre-ln": "Pre-LN", "ln-
 
 NUMBERS = (
     Number("norm", "rms of the last state", "residual_norm", {}, "last", log=True),
+    # By it the law of fresh Pre-LN knows whether branches are independent.
+    Number("cosine", "cosine of the last state with the one before", "adjacent_cosine"),
     Number("dong", "Dong residual, last state", "dong_residual", {}, "last", log=True),
     Number("rank", "effective rank, last state", "effective_rank"),
     Number(
@@ -40,7 +42,7 @@ CURVES = (
         "norm_start", "norm of the state, fresh", "residual_norm", start=True, law="pre_ln_growth", log=True
     ),
     Along("norm_along", "norm of the state, trained", "residual_norm", log=True),
-    Along("dong_start", "Dong residual, fresh", "dong_residual", start=True, law="dong_cubic", log=True),
+    Along("dong_start", "Dong residual, fresh", "dong_residual", start=True, log=True),
     Along(
         "turn_along",
         "turn against independent branches, trained",
@@ -52,6 +54,8 @@ CURVES = (
     ),
 )
 
+# Nats a byte: what costs less than this counts as this.
+LEAST = 1e-4
 DONG, XIONG, SUN = (
     "Dong et al. 2021, 2103.03404",
     "Xiong et al. 2020, 2002.04745",
@@ -85,6 +89,11 @@ def _skipped(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, float]:
         "skip_earlier": float(earlier.mean()) if earlier.size else math.nan,
         "skip_later": float(later.mean()) if later.size else math.nan,
     }
+
+
+def _added(norms: Sequence[float]) -> float:
+    """What the blocks of a network add to the squared norm of the embedding."""
+    return norms[-1] ** 2 - norms[0] ** 2 if norms else math.nan
 
 
 def orders_apart(one: float, other: float) -> float:
@@ -122,8 +131,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
     def later_share(family: str) -> dict[int, float]:
         later, earlier = (by_seed(rows, name, family, depth) for name in ("skip_later", "skip_earlier"))
-        return {seed: orders_apart(later[seed], earlier[seed]) for seed in later}
+        return {seed: orders_apart(max(later[seed], LEAST), max(earlier[seed], LEAST)) for seed in later}
 
+    added = [replace(row, numbers={"added": _added(row.curves.get("norm_start", ()))}) for row in rows]
     return [
         Claim(
             f"Without skips the tokens of a fresh network become equal over {depth} layers",
@@ -140,24 +150,24 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             above=1.0,
         ),
         Claim(
-            "The state of fresh Pre-LN networks grows like the square root of the depth",
+            "The squared norm of the state of fresh Pre-LN networks grows linearly with the depth",
             XIONG,
-            "power of the depth with which its norm grows",
-            exponents(rows, "start_norm", "pre-ln"),
-            above=0.35,
-            below=0.65,
+            "power of the depth with which what is added to the embedding's grows",
+            exponents(added, "added", "pre-ln"),
+            above=0.8,
+            below=1.2,
         ),
         Claim(
             "LayerNorm scaling slows this growth",
             SUN,
-            "power of the depth with which its norm grows",
-            exponents(rows, "start_norm", "ln-scaling"),
-            below=0.35,
+            "the same power",
+            exponents(added, "added", "ln-scaling"),
+            below=0.8,
         ),
         Claim(
             "The state of Post-LN networks does not grow",
             XIONG,
-            "power of the depth with which its norm grows",
+            "power of the depth with which its norm at the end grows",
             exponents(rows, "start_norm", "post-ln"),
             above=-0.05,
             below=0.05,

@@ -34,19 +34,21 @@ from depthscope.app.study.small_lm import Size
 SCALE = Scale(depths=(4, 16), seeds=3)
 
 
-def rows_of(study, numbers, scale=SCALE):
+def rows_of(study, numbers, scale=SCALE, curve=lambda depth: []):
     """Rows with these numbers, by family and depth; each seed a little off."""
     return [
         Row(cell.settings, {
             name: value * (1 + 0.01 * cell.settings["seed"])
             for name, value in numbers(cell.settings["family"], cell.settings["depth"]).items()
-        }, {})
+        }, {"norm_start": curve(cell.settings["depth"])})
         for cell in study.cells(scale)
     ]  # fmt: skip
 
 
-def verdicts(study, numbers, scale=SCALE):
-    return {claim.statement: claim.verdict for claim in study.claims(rows_of(study, numbers, scale))}
+def verdicts(study, numbers, scale=SCALE, **options):
+    return {
+        claim.statement: claim.verdict for claim in study.claims(rows_of(study, numbers, scale, **options))
+    }
 
 
 def test_the_command_line_names_every_study():
@@ -144,11 +146,14 @@ def test_initialisation_follows_the_numbers():
     def none(family, depth):
         return {"start_dong": 0.5, "start_norm": 3.0, "skip_earlier": 0.2, "skip_later": 0.2, "turn": 0.9}
 
-    found, planted_out = verdicts(initialisation.STUDY, curse), verdicts(initialisation.STUDY, none)
+    found = verdicts(initialisation.STUDY, curse, curve=lambda depth: [2.0, (4 + depth) ** 0.5])
+    planted_out = verdicts(
+        initialisation.STUDY, none, curve=lambda depth: [2.0, (4 + 0.01 * depth**3) ** 0.5]
+    )
     for statement in (
         "Without skips the tokens of a fresh network become equal over 16 layers",
         "Skips prevent it",
-        "The state of fresh Pre-LN networks grows like the square root of the depth",
+        "The squared norm of the state of fresh Pre-LN networks grows linearly with the depth",
         "The later half of the blocks of trained Pre-LN matters less than the earlier one",
         "LayerNorm scaling makes the later half matter more",
         "The curse of depth: some block of trained Pre-LN hardly turns the state at 16 layers",
