@@ -105,10 +105,9 @@ def results_table(study: Study, rows: Sequence[Row]) -> Table:
                 words[number.title] = _cell(one.mean, one.mean - one.low) if one else "–"
             data.append(values)
             printed.append(words)
-    caption = f"{study.question} Mean over seeds, and half of its 95 % interval (Student's t) where there are several."
-    return Table(
-        f"{study.name.replace('-', '_')}", study.question, caption, pd.DataFrame(data), pd.DataFrame(printed)
-    )
+    caption = "Mean over seeds, and half of its 95 % interval (Student's t) where there are several."
+    title = f"Numbers of the study {study.name}"
+    return Table(study.name.replace("-", "_"), title, caption, pd.DataFrame(data), pd.DataFrame(printed))
 
 
 def _cell(mean: float, reach: float) -> str:
