@@ -62,14 +62,14 @@ def add_out_folder(parser: argparse.ArgumentParser, *, about: str, default: str 
 MOST_SEEDS = 100
 
 
-def add_seeds(parser: argparse.ArgumentParser, *, about: str) -> None:
-    """``--seeds`` as ``args.seeds``: how many, 1 by default."""
+def add_seeds(parser: argparse.ArgumentParser, *, about: str, default: int | None = 1) -> None:
+    """``--seeds`` as ``args.seeds``: how many; `about` says the default where it is None."""
     parser.add_argument(
         "--seeds",
         type=Number(1, MOST_SEEDS),
-        default=1,
+        default=default,
         metavar="N",
-        help=f"train from seeds 0 to N-1, {about} (default 1)",
+        help=f"train from seeds 0 to N-1, {about}" + ("" if default is None else f" (default {default})"),
     )
 
 

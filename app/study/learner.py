@@ -10,7 +10,7 @@ from torch import nn
 
 from depthscope.app.study.corpus import Corpus
 from depthscope.app.study.recipe import Recipe
-from depthscope.app.study.small_lm import SmallLM, build
+from depthscope.app.study.small_lm import build
 from depthscope.probes.training.recorder import Recorder
 
 
@@ -19,7 +19,7 @@ class Learner:
     """One model in training."""
 
     kind: str
-    model: SmallLM
+    model: nn.Module
     optimiser: torch.optim.Optimizer
     initial: dict[str, torch.Tensor]
     """The connections' parameters at step 0."""
@@ -29,7 +29,7 @@ class Learner:
     """Measures the model while it learns."""
 
 
-def create_learner(kind: str, recipe: Recipe) -> Learner:
+def create_learner(kind: str, recipe: Recipe, model: nn.Module | None = None) -> Learner:
     """A fresh model and its optimiser; only the branches' matrices and the head decay.
 
     Parameters
@@ -38,13 +38,15 @@ def create_learner(kind: str, recipe: Recipe) -> Learner:
         The connection.
     recipe : Recipe
         Size, seed, optimiser.
+    model : Module, optional
+        A model of another kind, in place of the one of that name.
 
     Returns
     -------
     Learner
         At step 0.
     """
-    model = build(kind, size=recipe.size, seed=recipe.seed)
+    model = model or build(kind, size=recipe.size, seed=recipe.seed)
     # Embedding, norms and connections do not decay, as in other GPT-like models; so what moves the mixing matrices is
     # the gradient alone.
     decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -83,7 +85,7 @@ def train_step(learner: Learner, batch: torch.Tensor, learning_rate: float, clip
     learner.losses.append(float(loss.detach()))
 
 
-def held_out_loss(model: SmallLM, corpus: Corpus, *, length: int = 128, windows: int = 64) -> float:
+def held_out_loss(model: nn.Module, corpus: Corpus, *, length: int = 128, windows: int = 64) -> float:
     """Mean loss on evenly spread windows of the held-out text, in nats a byte.
 
     Parameters

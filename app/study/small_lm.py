@@ -162,13 +162,15 @@ class SmallLM(nn.Module):
         Which connection of the hyper-connections package.
     size : Size
         Depth, width, heads, streams.
+    connection : callable, optional
+        In place of the package's: takes the number of streams, ``dim``, ``branch`` and ``layer_index``.
     """
 
-    def __init__(self, kind: str, size: Size = Size()):
+    def __init__(self, kind: str, size: Size = Size(), *, connection: Callable[..., nn.Module] | None = None):
         super().__init__()
         self.kind = kind
         streams = 1 if kind == "residual" else size.streams
-        connection = partial(connection_class(kind), streams, dim=size.width)
+        connection = partial(connection or connection_class(kind), streams, dim=size.width)
         self.embedding = nn.Embedding(NUM_BYTES, size.width)
         # Expanded to (B·N, T, D), as the package has its streams: copies at the start, added up at the end.
         self.expand, self.reduce = get_expand_reduce_stream_functions(streams, disable=kind == "residual")

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.published import dense_connections, gains
 from benchmarks.published.row import Row
+from depthscope.app.study.reproductions.figure_8 import matrices, order_errors
 from depthscope.diagnostics.kernels import mixing, rank, similarity
 
-# The printed matrices, typed from the figure, are test data of the kernels.
-FIGURE_8 = (
-    Path(__file__).resolve().parents[2] / "tests" / "diagnostics" / "kernels" / "data" / "mhc_fig8.json"
-)
 LAYERS = 8
 TINY = 1e-30  # below this, exp(s) − 1 is s to the last bit
-
-
-def matrices(family: str) -> dict[str, np.ndarray]:
-    """The matrices of Figure 8 of the mHC paper, by name."""
-    return {
-        name: np.asarray(values, float) for name, values in json.loads(FIGURE_8.read_text())[family].items()
-    }
 
 
 def order_of_products() -> Iterator[Row]:
     """mHC Fig. 8: later layers are on the left (arXiv 2512.24880); printed to 0.01, which changes HC by 3 %."""
     for family in ("HC", "mHC"):
-        part = matrices(family)
-        late, early, total = part["P31-60"], part["P1-30"], part["P1-60"]
-        size = np.abs(total).max()
         # Printed to two decimals, a product of two of them has errors of a few 0.01.
-        error, turned = (np.abs(p - total).max() / size for p in (late @ early, early @ late))
+        error, turned = order_errors(family)
         yield Row(f"{family}: P31-60 P1-30 against P1-60, worst entry, share of largest", 0.0, error, 0.03)
         yield Row(
             f"{family}: the reversed order misses by more (1 = yes)", 1.0, float(turned > 3 * error), 0.0

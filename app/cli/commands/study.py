@@ -1,4 +1,4 @@
-"""`depthscope study`: small models that differ in their connection, in their width or in their depth, trained and compared."""
+"""`depthscope study`: small models of several kinds, trained and compared; what of some papers holds in them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from pathlib import Path
 from depthscope.app.cli.arguments import add_json, add_seeds
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import OutputFolder
-from depthscope.app.cli.values import Number, OneOf
+from depthscope.app.cli.values import Number, OneOf, Spans
 from depthscope.app.text.terminal import emit, say, show_rows
 
 # Longer is a typing error: the models are small, and nothing of them changes after some hours.
 MINUTES_OF_A_WEEK = 7 * 24 * 60
 
 
-CONNECTIONS = "connections"
-STUDIES = (CONNECTIONS, "width", "depth")
+FAMILIES = "families"
+MINUTES = 10.0
+SCALING = ("width", "depth")
+# Named here and not imported: torch takes seconds. A test compares them with the studies that there are.
+REPRODUCTIONS = ("connections", "initialisation", "stream-collapse", "rescue", "fig8")
+STUDIES = (FAMILIES, *REPRODUCTIONS, *SCALING)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +28,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "study",
         nargs="?",
         type=OneOf(lambda: STUDIES),
-        default=CONNECTIONS,
+        default=FAMILIES,
         metavar="STUDY",
-        help="connections: residual, HC and mHC side by side (default); width, depth: a coordinate check, how the change of "
-        "the states by training scales, in standard parametrisation and in μP or CompleteP (a minute or two)",
+        help="families: residual, HC and mHC side by side (default); connections, initialisation, stream-collapse, rescue, "
+        "fig8: what of some papers holds in small networks, in some minutes each, kept network by network; width, depth: a "
+        "coordinate check, how the change of the states by training scales, in standard parametrisation and in μP or "
+        "CompleteP",
     )
     parser.add_argument(
         "--out",
         type=OutputFolder(),
         metavar="DIR",
-        help="folder for runs and weights (connections), or for results and a figure",
+        help="folder for runs and weights (families), for results and a figure (width, depth), or for everything of a study: "
+        "the same command goes on with what is there",
     )
     parser.add_argument(
         "--memory",
@@ -43,32 +50,83 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
         type=Number(0.01, MINUTES_OF_A_WEEK, whole=False),
-        default=10.0,
         metavar="M",
-        help="time to spend on connections (default 10)",
+        help=f"time to spend: on families (default {MINUTES:g}), or until no further network of a study begins (default: all)",
     )
-    add_seeds(parser, about="which share the time")
+    parser.add_argument(
+        "--depths",
+        type=Spans(),
+        metavar="N,N",
+        help="layers of the networks of a study, such as 4,8,16",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny networks and two steps: to see that a study runs"
+    )
+    add_seeds(parser, about="which share the time of families (default 1; of a study 3)", default=None)
     add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.memory and args.study != CONNECTIONS:
-        raise ValueError(f"--memory belongs to the study of connections; leave it or {args.study} out")
+    _require_fitting(args)
     if args.memory:
         return _tell_memory(as_json=args.json)
-    if args.study != CONNECTIONS:
+    if args.study in SCALING:
         return _tell_scaling(args)
-    if args.out is None:
-        raise ValueError("no folder came; name one with --out DIR, or ask for --memory, which writes nothing")
+    return _tell_reproduction(args) if args.study in REPRODUCTIONS else _tell_families(args)
+
+
+def _require_fitting(args: argparse.Namespace) -> None:
+    """Refuse options that the study does not have, and a missing folder."""
+    if args.memory and args.study != FAMILIES:
+        raise ValueError(f"--memory belongs to the study of families; leave it or {args.study} out")
+    if args.study not in REPRODUCTIONS and (args.quick or args.depths is not None):
+        raise ValueError(
+            f"--quick and --depths belong to {', '.join(REPRODUCTIONS)}; leave them out of {args.study}"
+        )
+    if args.out is None and not args.memory and args.study not in SCALING:
+        hint = ", or ask for --memory, which writes nothing" if args.study == FAMILIES else ""
+        raise ValueError(f"no folder came; name one with --out DIR{hint}")
+
+
+def _tell_families(args: argparse.Namespace) -> int:
     from depthscope.app.study.study import run_seeds
 
     # Paths alone on stdout: `depthscope check $(depthscope study --out runs)` works.
-    runs = run_seeds(Path(args.out), seeds=args.seeds, seconds=60 * args.minutes / args.seeds)
+    seeds, minutes = args.seeds or 1, args.minutes or MINUTES
+    runs = run_seeds(Path(args.out), seeds=seeds, seconds=60 * minutes / seeds)
     if args.json:
         emit({"runs": {name: str(path) for name, path in runs.items()}})
         return FINE
     for path in runs.values():
         say(str(path))
+    return FINE
+
+
+def _tell_reproduction(args: argparse.Namespace) -> int:
+    from depthscope.app.study.reproductions.run import run_reproduction
+
+    found = run_reproduction(
+        args.study,
+        Path(args.out),
+        quick=args.quick,
+        depths=args.depths,
+        seeds=args.seeds,
+        minutes=args.minutes,
+    )
+    if args.json:
+        emit(
+            {
+                "study": args.study,
+                "done": found.done,
+                "planned": found.planned,
+                "claims": [claim.as_dict() for claim in found.claims],
+                "files": [str(path) for path in found.written],
+            }
+        )
+        return FINE
+    say(found.summary.partition("\n")[2])  # without the mark that is for files
+    for path in found.written:
+        say(f"saved: {path}")
     return FINE
 
 
@@ -81,7 +139,7 @@ def _tell_scaling(args: argparse.Namespace) -> int:
     if folder is not None:  # before the training
         scaling.require_replaceable(args.study, folder)
     with working(f"training models of every {args.study}"), single_threaded():
-        results = scaling.run_scaling_study(args.study, seeds=max(args.seeds, scaling.SEEDS))
+        results = scaling.run_scaling_study(args.study, seeds=max(args.seeds or 1, scaling.SEEDS))
     saved = [] if folder is None else scaling.save_study(results, folder)
     found = scaling.summary(results)
     if args.json:
@@ -119,5 +177,5 @@ def _tell_memory(*, as_json: bool) -> int:
 
 
 COMMAND = Command(
-    "study", "train small models of each family, width or depth and compare them", _add_arguments, _run
+    "study", "train small models and compare them; which results of papers hold", _add_arguments, _run
 )

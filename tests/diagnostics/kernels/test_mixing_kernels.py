@@ -1,8 +1,6 @@
 """Mixing matrices against the matrices printed in the mHC paper, dense formulas, closed forms and loops."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from depthscope.app.study.reproductions.figure_8 import matrices
 from depthscope.diagnostics.kernels import mixing, rank
 
-FIGURE = json.loads((Path(__file__).parent / "data" / "mhc_fig8.json").read_text())
+FIGURE = {family: matrices(family) for family in ("HC", "mHC")}
 
 
 def product(*matrices):

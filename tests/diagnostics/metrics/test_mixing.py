@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from depthscope import diagnostics
+from depthscope.app.study.reproductions import figure_8
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics import contraction, mixing, paths
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
@@ -225,8 +223,8 @@ def test_one_broken_connection_leaves_the_others(make_run):
 
 @pytest.mark.parametrize("family", ["HC", "mHC"])
 def test_the_published_matrices_compose_with_the_later_one_left(make_run, family):
-    printed = json.loads((Path(__file__).parents[1] / "kernels/data/mhc_fig8.json").read_text())[family]
-    halves, whole = [printed["P1-30"], printed["P31-60"]], np.array(printed["P1-60"])
+    printed = figure_8.matrices(family)
+    halves, whole = [printed["P1-30"], printed["P31-60"]], printed["P1-60"]
 
     def sums(matrices):
         found = diagnostics.analyze(

@@ -1,0 +1,197 @@
+"""Was a claim reproduced? A number for each seed, its interval, and the limit that it has to pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from depthscope.diagnostics.experiments.intervals import Estimate, estimate
+
+if TYPE_CHECKING:
+    from depthscope.app.study.reproductions.plan import Row
+
+Verdict = Literal["reproduced", "not reproduced", "not decided"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement with the number that it stands or falls with.
+
+    Parameters
+    ----------
+    statement : str
+        What is claimed, as a sentence without its full stop.
+    source : str
+        Who says so; «this project» where the test is ours.
+    measured : str
+        What the number is.
+    values : sequence of float
+        One for each seed; NaN is unknown and does not count.
+    above, below : float
+        Where the number lies if the claim holds: above the one and below the other.
+    exact : bool
+        The number does not depend on chance: one value decides.
+    """
+
+    statement: str
+    source: str
+    measured: str
+    values: Sequence[float] = field(default_factory=tuple)
+    above: float = -math.inf
+    below: float = math.inf
+    exact: bool = False
+
+    @property
+    def found(self) -> Estimate:
+        """Mean over seeds with Student's interval."""
+        values = [value for value in self.values if math.isfinite(value)]
+        return estimate(np.array(values)) if values else Estimate(math.nan, math.nan, math.nan, math.nan, 0)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Reproduced where the whole interval lies inside the limits, not where all of it is outside, else undecided."""
+        found = self.found
+        low, high = (found.mean, found.mean) if self.exact else (found.low, found.high)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return "not decided"
+        if low > self.above and high < self.below:
+            return "reproduced"
+        return "not reproduced" if high <= self.above or low >= self.below else "not decided"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, the statement, the number and the limit."""
+        return f"{self.statement}: {self.verdict} ({self.measured} {self._number}; {self._limit}; {self.source})."
+
+    def as_dict(self) -> dict[str, Any]:
+        """Verdict, statement, number and limits with plain values; None is undefined or no limit.
+
+        Returns
+        -------
+        dict
+        """
+        found = self.found
+        numbers = {
+            "mean": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "above": self.above,
+            "below": self.below,
+        }
+        return {
+            "verdict": self.verdict,
+            "claim": self.statement,
+            "measured": self.measured,
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+            "seeds": found.sequences,
+            "source": self.source,
+        }
+
+    @property
+    def _number(self) -> str:
+        found = self.found
+        if not found.sequences:
+            return "not known: no network gave it"
+        if self.exact:
+            return f"{found.mean:.3g}"
+        if found.sequences == 1:
+            return f"{found.mean:.3g} from one seed, which has no interval"
+        return f"{found.mean:.3g}, 95 % {found.low:.3g} to {found.high:.3g} over {found.sequences} seeds"
+
+    @property
+    def _limit(self) -> str:
+        parts = [f"above {self.above:.3g}"] if math.isfinite(self.above) else []
+        parts += [f"below {self.below:.3g}"] if math.isfinite(self.below) else []
+        return f"expected {' and '.join(parts)}"
+
+
+def deepest(rows: Sequence[Row]) -> int:
+    """The largest depth of some rows; 0 of none.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Of a study.
+
+    Returns
+    -------
+    int
+    """
+    return max((int(row.settings["depth"]) for row in rows), default=0)
+
+
+def by_seed(rows: Sequence[Row], name: str, family: str, depth: int) -> dict[int, float]:
+    """A number of each seed.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Of a study.
+    name, family : str
+        Which number, of which family.
+    depth : int
+        Of the network.
+
+    Returns
+    -------
+    dict of int to float
+    """
+    return {
+        int(row.settings["seed"]): float(row.numbers.get(name, math.nan))
+        for row in rows
+        if row.settings["family"] == family and row.settings["depth"] == depth
+    }
+
+
+def paired(
+    one: Mapping[int, float], other: Mapping[int, float], combine: Callable[[float, float], float]
+) -> list[float]:
+    """Two numbers of each seed combined: seeds share their data and, where families allow it, their weights.
+
+    Parameters
+    ----------
+    one, other : mapping of int to float
+        By seed.
+    combine : callable
+        Such as a difference.
+
+    Returns
+    -------
+    list of float
+        Of the seeds that have both.
+    """
+    return [combine(one[seed], other[seed]) for seed in one if seed in other]
+
+
+def exponents(rows: Sequence[Row], name: str, family: str) -> list[float]:
+    """For each seed, the power of the depth with which a positive number grows: a straight line in logarithms.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Of a study.
+    name, family : str
+        Which number, of which family.
+
+    Returns
+    -------
+    list of float
+        NaN where a seed has fewer than two depths, or a number that is not positive.
+    """
+    points: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.settings["family"] == family:
+            point = int(row.settings["depth"]), float(row.numbers.get(name, math.nan))
+            points.setdefault(int(row.settings["seed"]), []).append(point)
+    return [_slope(each) for each in points.values()]
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    depths, values = map(np.array, zip(*points, strict=True))
+    if len(set(depths)) < 2 or not (np.isfinite(values).all() and (values > 0).all()):
+        return math.nan
+    return float(np.polyfit(np.log(depths), np.log(values), 1)[0])

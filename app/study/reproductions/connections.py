@@ -1,0 +1,211 @@
+"""What does the connection change as networks get deeper? Six families, equal but for how states are joined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from depthscope.app.study.reproductions.claims import Claim, by_seed, deepest, exponents, paired
+from depthscope.app.study.reproductions.measuring import train
+from depthscope.app.study.reproductions.plan import Along, Measured, Number, Row, Scale, Study
+
+# Those with streams first: a line has its colour by its place, also where the others have no number.
+FAMILIES = {
+    "hc": "HC",
+    "mhc": "mHC",
+    "mhc-lite": "mHC-lite",
+    "kromhc": "KromHC",
+    "residual": "residual",
+    "attnres": "attention residuals",
+}
+CONSTRAINED = ("mhc", "mhc-lite", "kromhc")
+
+NUMBERS = (
+    Number("gain_forward", "composite Amax gain, forward", "composite_gain", {"direction": "forward"}, "max"),
+    Number(
+        "gain_backward", "composite Amax gain, backward", "composite_gain", {"direction": "backward"}, "max"
+    ),
+    Number(
+        "violation", "column sums off by", "doubly_stochastic_violation", {"kind": "column"}, "max", log=True
+    ),
+    Number("stream_differences", "log₁₀ of stream differences left", "relative_deflated_gain"),
+    Number("stream_cosine", "cosine between streams, last state", "stream_cosine"),
+    Number("rank", "effective rank, last state", "effective_rank"),
+    Number("similarity", "mean unbiased CKA between depths", "cka", {"estimator": "unbiased"}, "mean"),
+    Number(
+        "gradient_largest", "largest gradient against the last state's", "backward_gain", {}, "max", log=True
+    ),
+    Number("norm", "rms of the last state", "residual_norm", {}, "last", log=True),
+    Number("path_depth", "mean hops back, last connection", "effective_path_depth"),
+    Number(
+        "elements_moved", "elements moved a token, all connections", "elements_moved", {}, "sum", log=True
+    ),
+)
+CURVES = (
+    Along("gain_along", "composite Amax gain, backward", "composite_gain", {"direction": "backward"}),
+    Along("differences_along", "log₁₀ of stream differences left", "relative_deflated_gain"),
+    Along("rank_along", "effective rank", "effective_rank"),
+    Along("gradient_along", "gradient against the last state's", "backward_gain", log=True),
+)
+
+# Limits of ours: the papers print theirs for models a thousand times larger.
+GAIN_GROWS, GAIN_STAYS, ALIKE, LOWER_LOSS, DEGENERATE, BOUNDED = 2.0, 1.6, -2.0, 0.02, 0.95, 0.25
+HC_PAPER, MHC_PAPER, ATTNRES_PAPER = "Zhu et al. 2025, 2409.19606", "Xie et al., 2512.24880", "2603.15031"
+LITE_PAPERS = "2601.05732 and 2601.21579"
+
+
+def measure(settings: Mapping[str, Any]) -> Measured:
+    """Train and measure one network.
+
+    Parameters
+    ----------
+    settings : mapping
+        Of a cell.
+
+    Returns
+    -------
+    Measured
+    """
+    return train(settings, NUMBERS, CURVES)[1]
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """What is tested, at the deepest networks and over depth.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Of the cells that are done.
+
+    Returns
+    -------
+    list of Claim
+    """
+    depth = deepest(rows)
+
+    def at_depth(name: str, family: str) -> dict[int, float]:
+        return by_seed(rows, name, family, depth)
+
+    def both_gains(family: str) -> list[float]:
+        return paired(at_depth("gain_forward", family), at_depth("gain_backward", family), _factor)
+
+    found = [
+        Claim(
+            f"HC's composite gain leaves 1 at {depth} layers",
+            MHC_PAPER,
+            "factor between the largest Amax gain of a direction and 1",
+            both_gains("hc"),
+            above=GAIN_GROWS,
+        )
+    ]
+    for family in CONSTRAINED:
+        title = FAMILIES[family]
+        found.append(
+            Claim(
+                f"{title}'s composite gain stays near 1 at {depth} layers",
+                MHC_PAPER if family == "mhc" else LITE_PAPERS,
+                "factor between the largest Amax gain of a direction and 1",
+                both_gains(family),
+                below=GAIN_STAYS,
+            )
+        )
+    for family in ("mhc-lite", "kromhc"):
+        found.append(
+            Claim(
+                f"{FAMILIES[family]} is doubly stochastic to rounding, without Sinkhorn's steps",
+                LITE_PAPERS,
+                "largest error of a column sum",
+                list(at_depth("violation", family).values()),
+                below=1e-5,
+            )
+        )
+    for family in CONSTRAINED:
+        found.append(
+            Claim(
+                f"A gain of 1 hides that {FAMILIES[family]}'s mixing makes all streams alike",
+                "this project",
+                "log₁₀ of the differences left",
+                list(at_depth("stream_differences", family).values()),
+                below=ALIKE,
+            )
+        )
+    for family in (*CONSTRAINED, "hc", "attnres"):
+        found.append(
+            Claim(
+                f"{FAMILIES[family]}: the loss is below that of a plain residual network at {depth} layers",
+                {"hc": HC_PAPER, "mhc": MHC_PAPER, "attnres": ATTNRES_PAPER}.get(family, LITE_PAPERS),
+                "held-out loss below the residual one's, in nats a byte,",
+                paired(
+                    at_depth("loss", "residual"), at_depth("loss", family), lambda one, other: one - other
+                ),
+                above=LOWER_LOSS,
+            )
+        )
+    return [
+        *found,
+        Claim(
+            f"A plain residual network holds nearly one representation at {depth} layers",
+            HC_PAPER,
+            "mean unbiased CKA between depths",
+            list(at_depth("similarity", "residual").values()),
+            above=DEGENERATE,
+        ),
+        Claim(
+            "HC's layers differ more from each other than those of a plain residual network",
+            HC_PAPER,
+            "mean unbiased CKA of the residual network less HC's",
+            paired(
+                at_depth("similarity", "residual"),
+                at_depth("similarity", "hc"),
+                lambda one, other: one - other,
+            ),
+            above=0.02,
+        ),
+        Claim(
+            "Attention residuals keep the size of what is read at any depth",
+            ATTNRES_PAPER,
+            "power of the depth with which the last state's rms grows",
+            exponents(rows, "norm", "attnres"),
+            below=BOUNDED,
+            above=-math.inf,
+        ),
+        Claim(
+            "Four streams move more than five times the elements of a plain residual connection",
+            f"{MHC_PAPER}, Table 2",
+            "elements moved by HC over 3 d a connection",
+            [_moved(row) for row in rows if row.settings["family"] == "hc"],
+            above=5.0,
+            exact=True,
+        ),
+    ]
+
+
+def _factor(one: float, other: float) -> float:
+    """How far two gains are from 1, as a factor: 0.5 and 2 are equally far; NaN where one is not positive."""
+    return max(one, other, 1 / one, 1 / other) if one > 0 and other > 0 else math.nan
+
+
+def _moved(row: Row) -> float:
+    plain = 3 * row.settings["width"] * 2 * row.settings["depth"]
+    return float(row.numbers.get("elements_moved", math.nan)) / plain
+
+
+STUDY = Study(
+    name="connections",
+    question="What does the connection change as networks get deeper?",
+    sources=(HC_PAPER, MHC_PAPER, "mHC-lite, 2601.05732", "KromHC, 2601.21579", ATTNRES_PAPER),
+    families=FAMILIES,
+    scale=Scale(depths=(2, 4, 8)),
+    quick=Scale(depths=(1, 2), seeds=1, width=16, steps=2, batch=2, length=16),
+    measure=measure,
+    numbers=NUMBERS,
+    curves=CURVES,
+    claims=claims,
+    limits=(
+        "HC and mHC are the hyper-connections package's, whose HC starts at the identity and whose mHC starts at a "
+        "diagonal of 0.475; mHC-lite, KromHC and attention residuals are written here after their equations, the two "
+        "mixings from the same diagonal, and without their papers' kernels. The gains that the mHC paper prints are of "
+        "models of 27 billion parameters: no gain of these networks says that theirs are wrong, or right."
+    ),
+)

@@ -1,0 +1,287 @@
+"""What is a study? Cells that are measured one by one, what is drawn of them, and the claims that are tested."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.app.figures import Figure
+from depthscope.app.study.reproductions.claims import Claim
+
+__all__ = ["Along", "Cell", "Measured", "Number", "Row", "Scale", "Study"]
+
+# Raised where the same settings give other numbers than before: kept cells of older code are then measured again.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is: the networks, and how long they are trained.
+
+    Parameters
+    ----------
+    depths : tuple of int
+        Layers, of an attention and an MLP each.
+    seeds : int
+        Seeds 0 … seeds − 1.
+    width, heads, streams : int
+        Of the network.
+    steps, batch, length : int
+        Of the training, and bytes of a sequence.
+    """
+
+    depths: tuple[int, ...]
+    seeds: int = 3
+    width: int = 32
+    heads: int = 2
+    streams: int = 4
+    steps: int = 40
+    batch: int = 8
+    length: int = 64
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a run: a metric at some of its labels, reduced along the depth.
+
+    Parameters
+    ----------
+    name, title, metric : str
+        Key in a row, words for people, and the metric; none where the study measures it itself.
+    at : mapping of str to str
+        Labels of its other dims; of those that are not named, the first one.
+    over : {"first", "last", "max", "min", "mean", "sum"}
+        Along depth or connections; NaN does not count.
+    log : bool
+        Whether an axis of it is logarithmic.
+    """
+
+    name: str
+    title: str
+    metric: str = ""
+    at: Mapping[str, str] = field(default_factory=dict)
+    over: str = "last"
+    log: bool = False
+
+    def of(self, analysis: xr.Dataset) -> float:
+        """The number in an analysis; NaN where it has none.
+
+        Parameters
+        ----------
+        analysis : Dataset
+            What `diagnostics.analyze` returned.
+
+        Returns
+        -------
+        float
+        """
+        values = profile(analysis, self.metric, self.at)
+        values = values[np.isfinite(values)]
+        if not values.size:
+            return float("nan")
+        if self.over in ("first", "last"):
+            return float(values[0 if self.over == "first" else -1])
+        return float(getattr(np, self.over)(values))
+
+
+@dataclass(frozen=True)
+class Along:
+    """A curve along one network: a metric at some labels, over depth or connections, drawn for the deepest networks.
+
+    Parameters
+    ----------
+    name, title, metric : str
+        Key in a row, words for people, and the metric; none where the study measures it itself.
+    at : mapping of str to str
+        Labels of its other dims.
+    start : bool
+        Of the fresh network, and not of the trained one.
+    law : str
+        Name of the law of theory that is drawn over it, or empty.
+    log : bool
+        Whether its axis is logarithmic.
+    """
+
+    name: str
+    title: str
+    metric: str = ""
+    at: Mapping[str, str] = field(default_factory=dict)
+    start: bool = False
+    law: str = ""
+    log: bool = False
+
+
+def profile(analysis: xr.Dataset, metric: str, at: Mapping[str, str]) -> np.ndarray:
+    """A metric along depth or connections, or over all pairs of depths; empty where the analysis has none.
+
+    Parameters
+    ----------
+    analysis : Dataset
+        What `diagnostics.analyze` returned.
+    metric : str
+        Its name.
+    at : mapping of str to str
+        Labels of its other dims; of those that are not named, the first one.
+
+    Returns
+    -------
+    ndarray
+        float64.
+    """
+    if metric not in analysis:
+        return np.empty(0)
+    values = slice_of(analysis[metric], at).values.astype(np.float64)
+    # Of a matrix over pairs of depths the diagonal compares a state with itself.
+    return values[~np.eye(len(values), dtype=bool)] if values.ndim == 2 else values.ravel()
+
+
+def slice_of(values: xr.DataArray, at: Mapping[str, str]) -> xr.DataArray:
+    """A metric with depth or connections as its only dims.
+
+    Parameters
+    ----------
+    values : DataArray
+        Of an analysis.
+    at : mapping of str to str
+        Labels of its other dims; of those that are not named, the first one.
+
+    Returns
+    -------
+    DataArray
+    """
+    kept = ("depth", "other_depth", "connection")
+    others = [dim for dim in values.dims if dim not in kept]
+    chosen = {dim: at.get(str(dim), values[dim].values[0]) for dim in others}
+    return values.sel(chosen)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network of a study.
+
+    Parameters
+    ----------
+    study : str
+        Its study.
+    settings : mapping
+        Everything that its numbers depend on; plain values.
+    keeps_run : bool
+        Whether its run is kept beside its row.
+    """
+
+    study: str
+    settings: Mapping[str, Any]
+    keeps_run: bool
+
+    @property
+    def digest(self) -> str:
+        """Of the study and its settings: a kept cell is recognised by it."""
+        text = json.dumps([VERSION, self.study, dict(self.settings)], sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """For people and files, such as ``mhc-d16-s0``."""
+        s = self.settings
+        return f"{s['family']}-d{s['depth']}-s{s['seed']}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is kept of a cell.
+
+    Parameters
+    ----------
+    settings : mapping
+        Of the cell.
+    numbers : mapping of str to float
+        NaN is undefined.
+    curves : mapping of str to sequence of float
+        Along the network.
+    """
+
+    settings: Mapping[str, Any]
+    numbers: Mapping[str, float]
+    curves: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring a cell gave: its row's numbers and curves, and the run, with metrics, where there is a network."""
+
+    numbers: Mapping[str, float]
+    curves: Mapping[str, Sequence[float]]
+    run: xr.DataTree | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A declared study.
+
+    Parameters
+    ----------
+    name, question : str
+        The word on the command line, and what it asks.
+    sources : tuple of str
+        Papers, as people cite them.
+    families : mapping of str to str
+        Title by family.
+    scale, quick : Scale
+        Its size, and that of its tests.
+    measure : callable
+        From a cell's settings to what was measured.
+    numbers : tuple of Number
+        Columns of the table and figures over depth.
+    curves : tuple of Along
+        Figures along the deepest networks.
+    claims : callable
+        From the rows to what was tested.
+    limits : str
+        What is not tested here, in sentences.
+    figures : callable
+        Further figures, from the rows.
+    trained : bool
+        Whether networks are trained: else it has no depths, seeds and runs.
+    """
+
+    name: str
+    question: str
+    sources: tuple[str, ...]
+    families: Mapping[str, str]
+    scale: Scale
+    quick: Scale
+    measure: Callable[[Mapping[str, Any]], Measured]
+    numbers: tuple[Number, ...]
+    curves: tuple[Along, ...]
+    claims: Callable[[Sequence[Row]], list[Claim]]
+    limits: str
+    figures: Callable[[Sequence[Row]], list[Figure]] = lambda rows: []
+    trained: bool = True
+
+    def cells(self, scale: Scale) -> Iterator[Cell]:
+        """Every cell, seed by seed: a study that is stopped early has all families and depths of some seeds.
+
+        Parameters
+        ----------
+        scale : Scale
+            How large the study is.
+
+        Yields
+        ------
+        Cell
+        """
+        shared = {
+            name: getattr(scale, name) for name in ("width", "heads", "streams", "steps", "batch", "length")
+        }
+        for seed in range(scale.seeds):
+            for depth in scale.depths:
+                for family in self.families:
+                    settings = {"family": family, "depth": depth, "seed": seed, **shared}
+                    # Of the first seed alone: runs of all would take hundreds of megabytes.
+                    yield Cell(self.name, settings, keeps_run=self.trained and seed == 0)

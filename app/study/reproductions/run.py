@@ -1,0 +1,111 @@
+"""How is a study run? Its cells one by one, then what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from depthscope.app.study.reproductions.catalogue import STUDIES
+from depthscope.app.study.reproductions.cells import run_cells
+from depthscope.app.study.reproductions.claims import Claim
+from depthscope.app.study.reproductions.plan import Scale, Study
+from depthscope.app.study.reproductions.results import require_own, summary_text, write_results
+from depthscope.app.text.terminal import working
+
+MOST_LAYERS = 256
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study gave: its claims, its summary, and what was written."""
+
+    claims: Sequence[Claim]
+    summary: str
+    done: int
+    planned: int
+    written: Sequence[Path]
+
+
+def scale_of(study: Study, *, quick: bool, depths: Sequence[int] | None, seeds: int | None) -> Scale:
+    """The size of a study as it was asked for.
+
+    Parameters
+    ----------
+    study : Study
+        With its two sizes.
+    quick : bool
+        The small one.
+    depths : sequence of int, optional
+        Layers, in place of the study's.
+    seeds : int, optional
+        How many, in place of the study's.
+
+    Returns
+    -------
+    Scale
+
+    Raises
+    ------
+    ValueError
+        For depths or seeds where nothing is trained, no depth, or one outside 1 … 256.
+    """
+    scale = study.quick if quick else study.scale
+    if not study.trained and (depths is not None or seeds is not None):
+        raise ValueError(f"{study.name} trains nothing: it has neither depths nor seeds; leave them out")
+    if depths is not None:
+        if not depths or not all(1 <= depth <= MOST_LAYERS for depth in depths):
+            raise ValueError(
+                f"got depths {list(depths)}; expected one or several from 1 to {MOST_LAYERS} layers"
+            )
+        scale = replace(scale, depths=tuple(sorted(set(depths))))
+    return scale if seeds is None else replace(scale, seeds=seeds)
+
+
+def run_reproduction(
+    name: str,
+    out: Path,
+    *,
+    quick: bool = False,
+    depths: Sequence[int] | None = None,
+    seeds: int | None = None,
+    minutes: float | None = None,
+    progress: bool | None = None,
+) -> Outcome:
+    """Run a study, or go on with one: cells that are kept in the folder with the same settings are not measured again.
+
+    Parameters
+    ----------
+    name : str
+        A key of `STUDIES`.
+    out : Path
+        Folder for ``cells/``, ``runs/``, ``results/``, ``paper/`` and ``summary.md``. Files of others in it stay.
+    quick : bool
+        Tiny networks and a few steps: to see that it runs, not to learn from.
+    depths : sequence of int, optional
+        Layers of the networks.
+    seeds : int, optional
+        How many.
+    minutes : float, optional
+        No further network begins after so long.
+    progress : bool, optional
+        Show a bar on stderr; by default on a terminal.
+
+    Returns
+    -------
+    Outcome
+
+    Raises
+    ------
+    ValueError
+        For a size that cannot be run, or folders that are somebody else's.
+    OSError
+        Where a file of another origin has a name of the study's, or nothing can be written.
+    """
+    study = STUDIES[name]
+    scale = scale_of(study, quick=quick, depths=depths, seeds=seeds)
+    require_own(study, out)
+    rows, planned = run_cells(study, scale, out, minutes=minutes, progress=progress)
+    with working("drawing"):
+        written = write_results(study, scale, rows, planned, out)
+    return Outcome(study.claims(rows), summary_text(study, scale, rows, planned), len(rows), planned, written)
