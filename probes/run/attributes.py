@@ -61,6 +61,8 @@ def run_attributes(
             "seed": options.seed,
             "sequences_seen": session.reservoir.total,
             "sequences_kept": len(sequences),
+            # Of a part of larger data, by which `merge_runs` puts the parts in order.
+            **({"first_sequence": options.first_sequence} if options.first_sequence else {}),
         },
         "software": package_versions(PACKAGES),
         "changes_outside": changes_outside(session, sequences) or None,
