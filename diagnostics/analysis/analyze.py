@@ -59,7 +59,8 @@ def analyze(
     scheduler : str or distributed.Client, optional
         Measure on workers of dask, within their limits of memory: ``"threads"`` or ``"processes"`` of this machine, an address
         such as ``"tcp://10.0.0.1:8786"``, or a client. The same functions measure blocks of depths; numbers are equal to a
-        relative 1e-9 (sums of other lengths are rounded otherwise). A metric whose worker is lost is in ``not_computed``.
+        relative 1e-6 (CKA takes the precision that the depths it is given need; all others 1e-9). A metric whose
+        worker is lost is in ``not_computed``.
     workers, memory : int, optional
         How many workers of this machine, and the bytes that each may take, where ``scheduler`` names no cluster.
     progress : function, optional

@@ -52,7 +52,8 @@ def _one(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
     else:
         ordered = [value for _, value in sorted(parts, key=lambda part: part[0].keep)]
         whole = xr.concat(ordered, "depth", coords="minimal", compat="override", combine_attrs="override")
-    return whole.assign_attrs(_attributes([value for _, value in parts], whole))
+    whole.attrs = _attributes([value for _, value in parts], whole)
+    return whole
 
 
 def _matrix(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
@@ -96,6 +97,5 @@ def _attributes(parts: Sequence[xr.DataArray], whole: xr.DataArray) -> dict[str,
             else:
                 found.setdefault(str(name), value)
     if UNDEFINED_BECAUSE in found and not whole.isnull().all():
-        # `assign_attrs` cannot take one away: an empty reason is none.
-        del whole.attrs[UNDEFINED_BECAUSE], found[UNDEFINED_BECAUSE]
+        del found[UNDEFINED_BECAUSE]
     return found
