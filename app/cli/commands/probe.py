@@ -7,7 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthscope.app.cli.arguments import RUN_FILE, add_json, add_out
+from depthscope.app.cli.arguments import add_json, add_out
+from depthscope.app.cli.checkpoint_history import PROBED_RUN, is_history, probe_history
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.model_and_text import read_text
@@ -33,7 +34,12 @@ SHARD_BATCH = 8
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint(parser)
+    add_checkpoint(parser, several=True)
+    parser.add_argument(
+        "--factory",
+        metavar="MODULE:FUNCTION",
+        help="builds the model of several checkpoints that are files of weights (imports and runs that code)",
+    )
     parser.add_argument(
         "--text",
         type=InputText(),
@@ -41,7 +47,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 text to run, at most 100 MB; - for stdin",
     )
-    add_out(parser, RUN_FILE, metavar="RUN", about="where to save (.nc, .zarr or .zarr.zip)")
+    add_out(parser, PROBED_RUN, metavar="RUN", about="where to save (.nc, .zarr or .zarr.zip)")
     parser.add_argument(
         "--sequences", type=Number(1, 100_000), default=8, metavar="N", help="sequences run (default 8)"
     )
@@ -82,8 +88,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if is_history(args):
+        return probe_history(args)
     from depthscope.diagnostics import schema
 
+    args.checkpoint = args.checkpoints[0]
     # Before torch is imported and the model is loaded, which takes far longer than this.
     schema.require_replaceable(args.out, force=args.force)
     text = read_text(args.text)
