@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         initial_logits,
         interventions,
         merge_runs,
+        probe_checkpoints,
         record,
     )
     from depthscope.probes.coordinate_check import coordinate_check
@@ -92,6 +93,7 @@ __all__ = [
     "merge_runs",
     "metrics",
     "open_run",
+    "probe_checkpoints",
     "probes",
     "record",
     "save_run",

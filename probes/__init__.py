@@ -2,6 +2,7 @@
 
 from depthscope.probes.connections.family import ReconstructionError, StreamConnectionError
 from depthscope.probes.description import describe
+from depthscope.probes.history.history import probe_checkpoints
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.one_shot import capture
@@ -28,5 +29,6 @@ __all__ = [
     "describe_weights",
     "initial_logits",
     "merge_runs",
+    "probe_checkpoints",
     "record",
 ]

@@ -65,11 +65,12 @@ def require_device(device: str) -> None:
         raise ValueError(f"this machine has no device {device!r}; it has {', '.join(present)}")
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """A checkpoint, and how its model is built and read."""
+def add_checkpoint(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """A checkpoint as ``args.checkpoint``, or several as ``args.checkpoints``, and how its model is built and read."""
     parser.add_argument(
-        "checkpoint",
+        "checkpoints" if several else "checkpoint",
         metavar="CHECKPOINT",
+        nargs="+" if several else None,
         type=InputPath(must_exist=False),
         help="transformers folder, .gguf file, module:factory (imports and runs that code: only what you trust), or the word "
         "smollm2",

@@ -22,6 +22,8 @@ EXTRAS = {
     "streamlit": "app",
     "plotly": "app",
     "starlette": "app",
+    "dask": "dask",
+    "distributed": "dask",
     "matplotlib": "paper",
     "jinja2": "paper",
     "markupsafe": "paper",

@@ -190,9 +190,11 @@ class OutputFile(Checked):
             raise ValueError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")
         require_text(value)
         path = Path(value)
-        source = getattr(args, "run", None)
+        sources = [
+            source for source in (getattr(args, "run", None), *(getattr(args, "runs", None) or ())) if source
+        ]
         # realpath and not resolve, which raises a RuntimeError for a link to itself.
-        if source is not None and os.path.realpath(path) == os.path.realpath(source):
+        if os.path.realpath(path) in map(os.path.realpath, sources):
             raise ValueError(
                 f"{option} {quoted(value)} is the run itself, whose trace it would replace; "
                 f"name another file, or leave {option} out"

@@ -21,6 +21,7 @@ MAX_CHARACTERS = 4096
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
 _SPAN = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
+_PART = re.compile(r"(\d{1,9})/(\d{1,9})", re.ASCII)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", re.ASCII | re.IGNORECASE)
 
 
@@ -190,6 +191,37 @@ class Spans(Text):
                 raise wrong
             numbers.update(dict.fromkeys(range(first, last + 1)))
         return list(numbers)
+
+
+@dataclass(frozen=True)
+class Part(Text):
+    """One of several equal parts, such as ``2/8``, as two numbers."""
+
+    highest: int = 100_000
+
+    def __call__(self, text: str) -> tuple[int, int]:  # type: ignore[override]
+        """Which part, from 1, and how many there are.
+
+        Parameters
+        ----------
+        text : str
+            What was typed.
+
+        Returns
+        -------
+        tuple of int
+
+        Raises
+        ------
+        ArgumentTypeError
+            For anything else.
+        """
+        found = _PART.fullmatch(text[:40])
+        if found is None or not 1 <= int(found[1]) <= int(found[2]) <= self.highest:
+            raise argparse.ArgumentTypeError(
+                f"{quoted(text)} is no part; give such as 2/8, the second of eight, from 1/1 to {self.highest}/{self.highest}"
+            )
+        return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)

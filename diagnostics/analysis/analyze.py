@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,24 +27,28 @@ from depthscope.diagnostics.quantities.registry import (
     sources,
     with_facts,
 )
-from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains
+from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run, save_run
 
 Progress = Callable[[str, int, int], None]
 
 
 def analyze(
-    run: xr.DataTree,
+    run: xr.DataTree | str | os.PathLike[str],
     *,
     metrics: str | Iterable[str] | None = None,
     jackknife: bool = False,
+    scheduler: Any = None,
+    workers: int | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset | xr.DataTree:
     """Measure a run with every metric of the catalogue that it can feed.
 
     Parameters
     ----------
-    run : DataTree
-        A run with a trace; one with statistics only gives its training curves.
+    run : DataTree or path-like
+        A run with a trace; one with statistics only gives its training curves. With ``scheduler`` also the path of a saved
+        run, whose arrays the workers read themselves.
     metrics : str or iterable of str, optional
         One name of `CATALOGUE` or several; by default all but the expensive ones (``Metric.default`` is false). Nothing
         is computed that these do not need.
@@ -49,8 +56,16 @@ def analyze(
         Estimate the standard errors of metrics over pooled tokens too, by leaving out one sequence at a time: it
         costs about one more analysis for each sequence. See `diagnostics.analysis.jackknife`. Means over sequences have
         standard errors in any case.
+    scheduler : str or distributed.Client, optional
+        Measure on workers of dask, within their limits of memory: ``"threads"`` or ``"processes"`` of this machine, an address
+        such as ``"tcp://10.0.0.1:8786"``, or a client. The same functions measure blocks of depths; numbers are equal to a
+        relative 1e-6 (CKA takes the precision that the depths it is given need; all others 1e-9). A metric whose
+        worker is lost is in ``not_computed``.
+    workers, memory : int, optional
+        How many workers of this machine, and the bytes that each may take, where ``scheduler`` names no cluster.
     progress : function, optional
-        Called with (metric, number done, number in all) before each metric and once at the end.
+        Called with (metric, number done, number in all) before each metric and once at the end; with ``scheduler`` after each
+        task.
 
     Returns
     -------
@@ -63,20 +78,124 @@ def analyze(
     Raises
     ------
     ValueError
-        For an unknown metric, what is no run, or a run that has neither a trace nor statistics.
+        For an unknown metric, what is no run, or a run that has neither a trace nor statistics; for ``jackknife`` with
+        ``scheduler``.
     """
+    if scheduler is not None:
+        if jackknife:
+            raise ValueError(
+                "jackknife=True leaves out whole sequences, which no task does; leave scheduler= out, or it"
+            )
+        with saved_run(run, scheduler) as path:
+            (found,) = analyze_saved(
+                {str(path): path},
+                metrics=metrics,
+                scheduler=scheduler,
+                workers=workers,
+                memory=memory,
+                progress=progress,
+            ).values()
+        return found
     _require_run(run)
+    assert isinstance(run, xr.DataTree)
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
     num_rounds = sum(len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains(run))
     report = _progress_counter(progress, num_rounds)
     analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains(run)}
+    report("")
+    return _of_chains(run, analyses, metrics)
+
+
+def _of_chains(
+    run: xr.DataTree, analyses: Mapping[str, xr.Dataset], metrics: str | Iterable[str] | None
+) -> xr.Dataset | xr.DataTree:
+    """The analyses of all chains as one result."""
     if metrics is None:
         expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
         analyses = {chain: found.assign_attrs(on_request=expensive) for chain, found in analyses.items()}
-    report("")
     if list(analyses) == [""]:
         return analyses[""]
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+
+
+def analyze_saved(
+    paths: Mapping[str, str | os.PathLike[str]],
+    *,
+    scheduler: Any,
+    metrics: str | Iterable[str] | None = None,
+    workers: int | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, xr.Dataset | xr.DataTree]:
+    """Measure one saved run or many on workers of dask, which read them by their paths.
+
+    Parameters
+    ----------
+    paths : mapping of str to path-like
+        Runs by name.
+    scheduler, metrics, workers, memory, progress
+        As in `analyze`.
+
+    Returns
+    -------
+    dict
+        By name, as `analyze` returns it.
+    """
+    from depthscope.diagnostics.analysis.scheduled import scheduled
+    from depthscope.diagnostics.analysis.scheduled.workers import workers as started
+
+    chosen = {name: find_metric(name) for name in _metric_names(metrics)}
+    with ExitStack() as stack:
+        # Not verified: that reads everything, and whole arrays at once.
+        runs = {name: stack.enter_context(open_run(path, verify=False)) for name, path in paths.items()}
+        measured = [
+            scheduled.ChainOfRun(
+                name, os.path.abspath(paths[name]), chain, {str(key): of for key, of in run.attrs.items()}
+            )
+            for name, run in runs.items()
+            for chain in chains(run)
+            if chain_dataset(run, "trace", chain) is not None
+        ]
+        client = stack.enter_context(started(scheduler, count=workers, memory=memory))
+        found = scheduled.measure_chains(client, measured, list(chosen), progress)
+        of_chain = {(of.run, of.chain): values for of, values in zip(measured, found, strict=True)}
+        results: dict[str, xr.Dataset | xr.DataTree] = {}
+        for name, run in runs.items():
+            analyses = {}
+            for chain in chains(run):
+                trace = chain_dataset(run, "trace", chain)
+                if trace is None:
+                    analyses[chain] = _curves_alone(run, chain, chosen)
+                    continue
+                trace = with_facts(trace, run.attrs)
+                variables, reasons = of_chain[name, chain]
+                # In the order of the catalogue, in which the tasks did not end.
+                ordered = {
+                    key: variables[key] for metric in chosen for key in _names_of(metric) if key in variables
+                }
+                analyses[chain] = _finished(run, trace, Quantities(trace), ordered, reasons, jackknife=False)
+            results[name] = _of_chains(run, analyses, metrics)
+    return results
+
+
+def _names_of(metric: str) -> tuple[str, str, str]:
+    return metric, f"{metric}_null", f"{metric}_stderr"
+
+
+@contextmanager
+def saved_run(run: xr.DataTree | str | os.PathLike[str], scheduler: Any) -> Iterator[Path]:
+    """The path of a run for workers; one in memory is saved for as long as it is measured, where they are of this machine."""
+    if isinstance(run, (str, os.PathLike)):
+        yield Path(run)
+        return
+    _require_run(run)
+    if scheduler not in ("threads", "processes"):
+        raise ValueError(
+            "came a run in memory, which the workers of a cluster do not see; save it where all of them read it, and give its "
+            "path: analyze(path, scheduler=…)"
+        )
+    with TemporaryDirectory(prefix="depthscope-") as folder:
+        yield save_run(run, Path(folder) / "run.zarr")
 
 
 def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
@@ -89,7 +208,7 @@ def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
     return list(metrics)
 
 
-def _require_run(run: xr.DataTree) -> None:
+def _require_run(run: Any) -> None:
     if isinstance(run, xr.DataTree):
         return
     came = f"a {type(run).__name__}"
@@ -156,12 +275,25 @@ def _analyze_chain(
         # Where a metric has an error of its own for all that it measures, leaving out sequences would add nothing.
         known = [metric for name, metric in chosen.items() if name in found and not _has_error(found, name)]
         _add_errors(found, jackknife_errors(trace, known, report), chosen)
+    return _finished(run, trace, source, found, reasons, jackknife=jackknife)
+
+
+def _finished(
+    run: xr.DataTree,
+    trace: xr.Dataset,
+    source: Quantities,
+    found: Mapping[str, xr.DataArray],
+    reasons: Mapping[str, str],
+    *,
+    jackknife: bool,
+) -> xr.Dataset:
+    """One dataset of what was measured of a chain, with what else is to be known about it."""
     dataset = assemble(found, _training_step(run, trace))
     notes = _notes(dataset, source, jackknife)
     # Of several chains one may be proven and another not: each analysis has its own chain's.
     facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
     facts |= _inferred_reads(trace)
-    return dataset.assign_attrs({**run.attrs, **facts, "not_computed": reasons, "notes": notes})
+    return dataset.assign_attrs({**run.attrs, **facts, "not_computed": dict(reasons), "notes": notes})
 
 
 def _inferred_reads(trace: xr.Dataset) -> dict[str, str]:

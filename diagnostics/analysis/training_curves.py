@@ -11,6 +11,7 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics import (
     attention,
+    checkpoints,
     collapse,
     gradients,
     logits,
@@ -44,7 +45,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
         ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
-        `weight_updates` (step, weight), the ``streamed_`` ranks with their nulls; ``loss`` (step), and
+        `weight_updates` (step, weight) and of `checkpoints`, the ``streamed_`` ranks with their nulls; ``loss`` (step), and
         ``connection_parameter_drift`` (step, parameter), how far each bias and gate of the connections has moved; as far
         as the statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of
         the last step and NaN before it.
@@ -197,18 +198,23 @@ def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     }
 
 
-def _of_weights(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
+def _of_all_steps(metric: Metric, statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     # The function itself, on all steps at once: `Quantities` of an analysis have the last one only.
     value = metric.function(*(statistics[name] for name in metric.needs))
-    assert isinstance(value, xr.DataArray)  # no error: nothing of a module was sampled
+    assert isinstance(value, xr.DataArray)  # without an error
     return {metric.name: metric.stamp(value)}
 
 
-_WEIGHTS = (
+_OF_ALL_STEPS = (
     weight_updates.weight_norm,
     weight_updates.weight_gradient_norm,
     weight_updates.weight_gradient_ratio,
     weight_updates.update_ratio,
+    # Of a history of checkpoints.
+    checkpoints.first_weight_distance,
+    checkpoints.first_checkpoint_cka,
+    checkpoints.last_checkpoint_cka,
+    checkpoints.first_checkpoint_distance,
 )
 
 
@@ -238,7 +244,7 @@ _CURVES: dict[tuple[str, ...], Callable[[xr.Dataset], dict[str, xr.DataArray]]] 
     ("connection_parameter",): _parameter_drift,
     ("loss",): _loss,
     _STREAMED: _streamed_ranks,
-    **{metric.needs: partial(_of_weights, metric) for metric in _WEIGHTS},
+    **{metric.needs: partial(_of_all_steps, metric) for metric in _OF_ALL_STEPS},
 }
 
 STEPWISE_SUMS = tuple(needs for needs in _CURVES if needs != _STREAMED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from depthscope.diagnostics.metrics import (
     alignment,
     attention,
+    checkpoints,
     collapse,
     contraction,
     depth_use,
@@ -141,5 +142,10 @@ CATALOGUE: dict[str, Metric] = {
         weight_updates.weight_gradient_norm,
         weight_updates.weight_gradient_ratio,
         weight_updates.update_ratio,
+        # From a history of checkpoints.
+        checkpoints.first_checkpoint_cka,
+        checkpoints.last_checkpoint_cka,
+        checkpoints.first_checkpoint_distance,
+        checkpoints.first_weight_distance,
     )
 }

@@ -15,6 +15,7 @@ import xarray as xr
 
 from depthscope.diagnostics.schema import (
     OF_ATTENTION,
+    OF_CHECKPOINTS,
     OF_STREAMING,
     OF_WEIGHTS,
     POOLED_STEP,
@@ -75,6 +76,10 @@ _REMEDIES = {
     ),
     **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
     **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),
+    **dict.fromkeys(
+        (*OF_CHECKPOINTS, "weight_first_square_distance", "weight_first_square_norm"),
+        "it is of one checkpoint; make a history of several with depthscope probe step-*/",
+    ),
 }
 
 
@@ -170,7 +175,7 @@ class Quantities:
             # A bare array measured by name has no mask: every token is real.
             sizes = {dim: self.trace.sizes.get(dim, 1) for dim in TRACE["mask"].dims}
             return xr.DataArray(np.ones(tuple(sizes.values()), dtype=bool), dims=tuple(sizes))
-        if name not in (*TRACE, *TRACE_COORDS, *OF_WEIGHTS, *OF_STREAMING):
+        if name not in (*TRACE, *TRACE_COORDS, *OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS):
             # Not Unavailable, which is a reason about the run: this is a mistake in a declaration.
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
         if name in _OF_STREAMS and self.trace.sizes.get("stream") == 1:
@@ -211,7 +216,7 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """
     if statistics is None:
         return trace
-    known = [name for name in (*OF_WEIGHTS, *OF_STREAMING) if name in statistics]
+    known = [name for name in (*OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS) if name in statistics]
     # Of a live store the trace may be of an earlier step than the last row.
     pooled = statistics.attrs.get(POOLED_STEP)
     rows = [] if pooled is None else np.flatnonzero(statistics["step"].values == pooled).tolist()

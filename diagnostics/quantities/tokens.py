@@ -5,8 +5,8 @@ Shapes: ``V`` views of the streams, ``S`` sequences, ``T`` tokens, ``D`` feature
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,49 @@ class Massive:
             "massive_features": list(self.features[:NUM_NAMED]),
             "massive_tokens": tokens[:NUM_NAMED].tolist(),
         }
+
+    def at(self, depths: list[int] | None) -> Massive:
+        """The same at some depths: shares and ratios of these alone, tokens and features of all.
+
+        Parameters
+        ----------
+        depths : list of int or None
+            Positions on the depth axis; None for all.
+
+        Returns
+        -------
+        Massive
+        """
+        if depths is None:
+            return self
+        return replace(self, fraction=self.fraction.isel(depth=depths), ratio=self.ratio.isel(depth=depths))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Massive]) -> Massive:
+        """The massive activations of blocks of depths together.
+
+        Parameters
+        ----------
+        parts : sequence of Massive
+            In depth order, of the same tokens.
+
+        Returns
+        -------
+        Massive
+        """
+        together = {
+            name: xr.concat(
+                [getattr(part, name) for part in parts], "depth", coords="minimal", compat="override"
+            )
+            for name in ("fraction", "ratio")
+        }
+        has_token = np.logical_or.reduce([part.token.values for part in parts])
+        return replace(
+            parts[0],
+            token=parts[0].token.copy(data=has_token),
+            features=tuple(sorted({feature for part in parts for feature in part.features})),
+            **together,
+        )
 
 
 @quantity

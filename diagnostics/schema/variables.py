@@ -29,6 +29,7 @@ QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 HEADS = ("step", "depth", "head")
+DEPTH_STEP = ("step", "depth")
 CONNECTION_STEP = ("step", "connection")
 MOTION = ("step", "weight")
 SPECTRUM = ("centering", "depth", "component")
@@ -237,6 +238,17 @@ STATISTICS: dict[str, Variable] = {
     "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
     "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
     "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimiser"),
+    "weight_first_square_distance": Variable(MOTION, "f", "‖W − W₀‖², W₀ of the first checkpoint"),
+    "weight_first_square_norm": Variable(MOTION, "f", "‖W₀‖² of the first checkpoint"),
+    "first_state_cka": Variable(
+        DEPTH_STEP, "f", "unbiased CKA of the states and those of the first checkpoint, same tokens"
+    ),
+    "last_state_cka": Variable(
+        DEPTH_STEP, "f", "unbiased CKA of the states and those of the last checkpoint, same tokens"
+    ),
+    "first_state_distance": Variable(
+        DEPTH_STEP, "f", "‖X − X₀‖ / ‖X₀‖, X₀ the states of the first checkpoint, same tokens"
+    ),
     "weight_count": Variable(("weight",), "fiu", "number of elements of W"),
     "weight_layer": Variable(("weight",), "iu", "block number of the module, -1 outside the blocks"),
     "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
@@ -279,6 +291,9 @@ STATISTICS: dict[str, Variable] = {
 # All of this shape, so that a further statistic of weights needs no second entry.
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
 """Statistics of each module's weights: their square root, or that of a ratio of them, is a metric."""
+
+OF_CHECKPOINTS = ("first_state_cka", "last_state_cka", "first_state_distance")
+"""Statistics that compare the states of a checkpoint with those of others, from `probe_checkpoints`."""
 
 OF_STREAMING = (
     *("streamed_count", "eigenvalue", "eigenvalue_shaken", "stream_eigenvalue", "stream_eigenvalue_shaken"),

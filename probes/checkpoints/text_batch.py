@@ -107,6 +107,61 @@ def encode_text(
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict[str, torch.Tensor]]:
+    """A batch in parts for one forward each, in order.
+
+    Parameters
+    ----------
+    batch : Mapping
+        A batch of `encode_text`.
+    size : int or None
+        Sequences in each part, fewer in the last one; None for all in one.
+
+    Returns
+    -------
+    list of dict
+    """
+    count = len(batch["input_ids"])
+    size = size or count
+    return [
+        {name: value[first : first + size] for name, value in batch.items()}
+        for first in range(0, count, size)
+    ]
+
+
+def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
+    """Which forwards a shard runs: whole ones, next to each other, so that each is the same as in one process.
+
+    Parameters
+    ----------
+    num_forwards : int
+        Of all shards together.
+    number, of : int
+        The shard, from 1, and how many there are.
+
+    Returns
+    -------
+    tuple of int
+        The first one, and the one after the last.
+
+    Raises
+    ------
+    ValueError
+        Where there are fewer forwards than shards.
+
+    Examples
+    --------
+    >>> [shard_span(10, k, 3) for k in (1, 2, 3)]
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    if of > num_forwards:
+        raise ValueError(
+            f"{of} shards of {num_forwards} forward{'s' * (num_forwards != 1)}: some would have none; give fewer shards, more "
+            "sequences, or a smaller batch"
+        )
+    return (number - 1) * num_forwards // of, number * num_forwards // of
+
+
 def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
     """Text of every token of a batch; the empty string on padding.
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.probes.connections.coefficients import tolerance
@@ -56,11 +57,14 @@ def run_attributes(
         "seed": options.seed,
         "data_digest": _data_digest(sequences) if digests else None,
         "weights_digest": weights_digest(session.model) if unchanged else None,
+        "weights_not_read": _not_read(session.model) or None,
         "sampling": {
             "max_sequences": options.max_sequences,
             "seed": options.seed,
             "sequences_seen": session.reservoir.total,
             "sequences_kept": len(sequences),
+            # Of a part of larger data, by which `merge_runs` puts the parts in order.
+            **({"first_sequence": options.first_sequence} if options.first_sequence else {}),
         },
         "software": package_versions(PACKAGES),
         "changes_outside": changes_outside(session, sequences) or None,
@@ -68,6 +72,18 @@ def run_attributes(
         "evaluations_left_out": session.num_left_out or None,
     }
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _not_read(model: nn.Module) -> str:
+    """Why nothing is said of the weights themselves; empty where all are in this process."""
+    parameters = list(all_parameters(model))
+    offloaded = sum(parameter.is_meta for parameter in parameters)
+    if not offloaded:
+        return ""
+    return (
+        f"{offloaded} of {len(parameters)} parameters are offloaded and come into memory for their module's forward alone: no "
+        "digest, norms or updates of the weights, nor whether they are as initialised"
+    )
 
 
 def _data_digest(sequences: list[Sequence]) -> str:

@@ -1,4 +1,4 @@
-"""How are the streamed sums of several runs added, without the model? To one run over the tokens of all."""
+"""How do several runs become one, without the model? Parts of the data are joined, streamed sums added."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.constraint import MEASURED
+from depthscope.probes.run.shards import are_shards, join_shards
 from depthscope.probes.statistics.stored_sums import HASH, SKETCH_VARIABLES, restore_sums
 from depthscope.probes.statistics.streamed_spectra import streamed_variables
 from depthscope.probes.statistics.streamed_sums import StreamedSums
@@ -20,17 +21,19 @@ MODEL_ATTRIBUTES = ("model", "family", "block", "num_blocks", "num_parameters", 
 
 
 def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
-    """Add what several runs of one model streamed, such as those of its processes on parts of the data.
+    """Make one run of several runs of one model, such as those of processes on parts of the data.
 
-    Everything else is the first run's: its sampled states, the rows of its steps and its attributes; ``merged_tokens`` is
-    added.
+    Runs that number their sequences within the whole, as ``depthscope probe --shard k/N`` and ``first_sequence=`` do, are
+    joined: the sample, the statistics and the coverage are those of one run over everything. Of others the streamed sums are
+    added, and everything else is the first run's: its sampled states, the rows of its steps and its attributes;
+    ``merged_tokens`` is added.
 
     Parameters
     ----------
     runs : sequence of DataTree
-        Captured with ``streaming=True``, over different sequences, with the same weights. Where two of them have sequences of
-        the same number, their sketches cannot be added: then ``hsic`` is left out, and ``merged_without`` gives the reason;
-        ``streaming={"first_sequence": …}`` gives them different numbers.
+        Parts of one whole in any order; or captured with ``streaming=True``, over different sequences, with the same
+        weights. Where two of these have sequences of the same number, their sketches cannot be added: then ``hsic`` is left
+        out, and ``merged_without`` gives the reason; ``streaming={"first_sequence": …}`` gives them different numbers.
 
     Returns
     -------
@@ -39,13 +42,15 @@ def merge_runs(runs: Sequence[xr.DataTree]) -> xr.DataTree:
     Raises
     ------
     ValueError
-        For fewer than two runs, for runs of different models, weights, depths or hashes, for the same data twice, and for
-        a run that stores no sums.
+        For fewer than two runs, for runs of different models, weights, depths or hashes, for the same data twice, for a
+        missing part, and for a run that stores no sums.
     """
     if len(runs) < 2:
         raise ValueError(f"got {len(runs)} run; expected at least two, to be added")
     for first, other in pairwise(runs):
         _require_same_model(first.attrs, other.attrs)
+    if are_shards(runs):
+        return join_shards(runs, _merged_statistics)
     _require_different_data(runs)
     nodes = dict(runs[0].to_dict())
     reasons, counts = [], []

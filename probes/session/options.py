@@ -47,6 +47,7 @@ class CaptureOptions(SiteOptions, total=False):
     max_sequences: int
     seed: int
     streaming: bool | Mapping[str, int]
+    first_sequence: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Options:
         ``{"every": 4}`` streams one sequence in four, drawn by its number, for a quarter of the cost: the metrics are then
         of these tokens, whose number is ``streamed_count``. ``{"first_sequence": 1000}`` numbers the sequences from there
         on, so that several processes, each on its part of the data, give their sequences different numbers.
+    first_sequence : int
+        Number of the first sequence, where the batches are a part of larger data whose parts are captured one by one. The
+        sample is drawn by these numbers, so that `probes.merge_runs` of all parts gives the sample of one run over all.
     """
 
     gradients: bool = False
@@ -98,6 +102,7 @@ class Options:
     max_sequences: int = 8
     seed: int = 0
     streaming: bool | Mapping[str, int] = False
+    first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
 
@@ -116,6 +121,8 @@ class Options:
                 f"mask is of type {type(self.mask).__name__}; expected a tensor (B, T), or a function from the model's "
                 "arguments to one"
             )
+        if self.first_sequence < 0:
+            raise ValueError(f"first_sequence is {self.first_sequence}; expected 0 or more")
         if isinstance(self.streaming, Mapping):
             _require_streaming(self.streaming)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -32,7 +33,11 @@ class Sequence:
 
 @dataclass
 class Reservoir:
-    """A uniform sample of sequences (Vitter's algorithm R, doi:10.1145/3147.3165), restarted when the weights change.
+    """A uniform sample of sequences, restarted when the weights change: those with the lowest `rank_in_sample`.
+
+    The rank of a sequence depends on the seed and on its number alone, so that processes that each see a part of the data draw
+    what one process would draw of all: the lowest ranks of their samples together (a bottom-k sample, Cohen and Kaplan,
+    doi:10.1145/1281100.1281133).
 
     Choosing and storing are two steps: rows are chosen when a forward begins, and its sequences replace stored ones only when
     it has ended well. Hence two stamps of the weights: those of the sequences chosen from, and those of the stored ones.
@@ -42,21 +47,24 @@ class Reservoir:
     size : int
         Number of stored sequences at most.
     seed : int
-        Seed of its own generator; torch's and Python's global random states are not touched.
+        Seed of the ranks; torch's and Python's global random states are not touched.
+    first : int
+        Number of the first sequence.
     """
 
     size: int
     seed: int
+    first: int = 0
     seen: int = 0
     total: int = 0
     stamp: int | None = None
     stored_stamp: int | None = None
     stored: dict[int, Sequence] = field(default_factory=dict)  # by slot
-    _random: random.Random = field(init=False)
+    # A heap of (−rank, slot) of the chosen sequences: the one that is replaced next comes first.
+    _chosen: list[tuple[int, int]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         assert self.size >= 1
-        self._random = random.Random(self.seed)
 
     def choose(self, batch_size: int, stamp: int) -> dict[int, int]:
         """Choose the rows of a batch that are stored.
@@ -74,17 +82,20 @@ class Reservoir:
             Row to slot.
         """
         if stamp != self.stamp:
-            self.stamp, self.seen = stamp, 0
-            self._random = random.Random(self.seed)
+            self.stamp, self.seen, self._chosen = stamp, 0, []
         chosen: dict[int, int] = {}
         for row in range(batch_size):
-            # Algorithm R: the first `size` sequences fill the slots, the k-th one takes a slot with probability size / k.
-            slot = self.seen if self.seen < self.size else self._random.randrange(self.seen + 1)
-            if slot < self.size:
+            rank = rank_in_sample(self.seed, self.first + self.seen)
+            self.seen += 1
+            if len(self._chosen) < self.size:
+                chosen[row] = len(self._chosen)
+                heapq.heappush(self._chosen, (-rank, chosen[row]))
+            elif rank < -self._chosen[0][0]:
+                slot = self._chosen[0][1]
+                heapq.heapreplace(self._chosen, (-rank, slot))
                 # A later row of the same batch may take the slot of an earlier one.
                 chosen = {other: taken for other, taken in chosen.items() if taken != slot}
                 chosen[row] = slot
-            self.seen += 1
         self.total += batch_size
         return chosen
 
@@ -112,6 +123,24 @@ class Reservoir:
         if stamp != self.stored_stamp:
             self.stored, self.stored_stamp = {}, stamp
         self.stored.update(sequences)
+
+
+def rank_in_sample(seed: int, number: int) -> int:
+    """A 64-bit number that decides whether a sequence is in the sample: the lowest ones are.
+
+    Parameters
+    ----------
+    seed : int
+        Of the sample.
+    number : int
+        Of the sequence.
+
+    Returns
+    -------
+    int
+        Independent of the ranks of other numbers and seeds, as far as a hash is.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
 
 
 def weights_stamp(model: nn.Module) -> int:

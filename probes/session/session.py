@@ -93,7 +93,7 @@ class Session:
         self.num_forwards = 0
         self.attention = AttentionPlaces()  # as the first forward shows
         self.skipped = 0  # forwards of other threads during the first forward
-        self.reservoir = Reservoir(options.max_sequences, options.seed)
+        self.reservoir = self._new_reservoir()
         self._loss_scale = loss_scale
         self._only_own = only_own
         self._sums = sums
@@ -120,6 +120,9 @@ class Session:
         self._kind = 0  # of the calls of the step that count, see `_is_of_the_step`
         self._num_measured = 0  # of the forwards that `_measured` adds up
         self.num_left_out = 0  # evaluations within steps of training
+
+    def _new_reservoir(self) -> Reservoir:
+        return Reservoir(self.options.max_sequences, self.options.seed, self.options.first_sequence)
 
     @property
     def observer(self) -> Observer:
@@ -420,7 +423,7 @@ class Session:
             batch_size=batch_size,
             batch_axis=batch_axis,
             stamp=stamp,
-            first_index=self.reservoir.total - batch_size,
+            first_index=self.reservoir.first + self.reservoir.total - batch_size,
             slots=slots,
             arguments=named,
             decoding=is_decoding(named),
@@ -514,7 +517,7 @@ class Session:
                 self._adopt(observer)  # the structure is right: later forwards copy states as they pass
                 if not (self.num_forwards or self.forwards or self._measured):
                     # Nothing of this forward counts, and its sequences come again.
-                    self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)
+                    self.reservoir = self._new_reservoir()
                 raise
             self._adopt(observer)
         except ChainError as error:
@@ -522,7 +525,7 @@ class Session:
             raise ChainError(f"{reason}; {error}") if reason else error from None
         except AxisError:
             self._first_batch_axis = 1
-            self.reservoir = Reservoir(self.options.max_sequences, self.options.seed)  # tokens were drawn
+            self.reservoir = self._new_reservoir()  # tokens were drawn
             raise
         finally:
             with self._lock:

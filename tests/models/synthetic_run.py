@@ -84,7 +84,7 @@ def synthetic_run(
         "software": {"numpy": np.__version__},
         **statements,
     }
-    streamed = _streamed_statistics(states[:, mask])
+    streamed = _streamed_statistics(states[:, mask]).merge(_of_checkpoints(len(states)))
     statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
 
@@ -183,11 +183,26 @@ def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr
             schema.MOTION,
             1e-6 * square[None] * rng.uniform(0.5, 2.0, (1, len(layer))),
         ),
+        "weight_first_square_distance": (schema.MOTION, 0.1 * square[None]),
+        "weight_first_square_norm": (schema.MOTION, 0.9 * square[None]),
         "weight_count": ("weight", count),
     }
     paths = np.array(["embed", *(f"blocks.{i}.linear" for i in range(layers))], dtype=object)
     coords = {"step": [0], "weight": paths, "weight_layer": ("weight", layer)}
     return xr.Dataset(variables, coords)
+
+
+def _of_checkpoints(depths: int) -> xr.Dataset:
+    """What a history of checkpoints says of one of them."""
+    share = np.linspace(0.9, 0.5, depths)[None]
+    variables = {
+        "first_state_cka": share,
+        "last_state_cka": share[:, ::-1],
+        "first_state_distance": 2 - share,
+    }
+    return xr.Dataset(
+        {name: (schema.DEPTH_STEP, of) for name, of in variables.items()}, {"depth": np.arange(depths)}
+    )
 
 
 def _eigenvalues(x: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ COMMANDS: tuple[Command, ...] = tuple(
     for name in (
         "demo",
         "probe",
+        "merge",
         "watch",
         "describe",
         "analyze",

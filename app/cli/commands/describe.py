@@ -8,6 +8,7 @@ from depthscope.app.cli.arguments import add_json
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import InputPath
+from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import emit, say, show_rows, working
 
 # One small forward: it finds the structure and proves the connections, and measures nothing.
@@ -33,10 +34,28 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="with --weights-only: the dialect or model type to read the checkpoint as, where its own is not known",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="what a capture would take, from shapes alone: of a folder only config.json is read, nothing is allocated",
+    )
+    for name, highest, metavar, about in (
+        ("batch", 100_000, "B", "sequences a forward (default 8)"),
+        ("tokens", 2**20, "T", "tokens a sequence (default 256)"),
+        ("processes", 10**6, "R", "processes that measure together (default 1)"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=Number(1, highest), metavar=metavar, help=f"with --plan: {about}"
+        )
     add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.plan:
+        return _plan(args)
+    of_plan = [name for name in ("batch", "tokens", "processes") if getattr(args, name) is not None]
+    if of_plan:
+        raise ValueError(f"--{of_plan[0]} is of a plan; add --plan, or leave it out")
     if args.weights_only:
         return _describe_weights(args)
     _refuse_options_of_weight_files(args)
@@ -52,6 +71,30 @@ def _run(args: argparse.Namespace) -> int:
         found = probes.describe(loaded.model, batch, sites=site_names(args), **given)
     if args.json:
         emit({"checkpoint": args.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()})
+    else:
+        say(str(found))
+    return FINE
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print what a capture would take, without the weights."""
+    others = ("weights", "layers", "layout", "streams", "sites", "weights_only", "dialect", "as_dialect")
+    given = [name for name in others if getattr(args, name)]
+    if given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} does not go with --plan, which reads no weights; leave one out"
+        )
+    with working("importing torch"):
+        import torch
+
+        from depthscope.probes.capture_plan import capture_plan
+        from depthscope.probes.checkpoints.load import meta_model
+    model = meta_model(args.checkpoint, dtype=args.dtype)
+    ids = torch.empty(args.batch or 8, args.tokens or 256, dtype=torch.long, device="meta")
+    with capture_errors_for_users():
+        found = capture_plan(model, (ids,), gradients=True, processes=args.processes or 1)
+    if args.json:
+        emit({"checkpoint": args.checkpoint, **found.as_dict()})
     else:
         say(str(found))
     return FINE

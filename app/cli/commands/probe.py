@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from depthscope.app.cli.arguments import RUN_FILE, add_json, add_out
+from depthscope.app.cli.arguments import add_json, add_out
+from depthscope.app.cli.checkpoint_history import PROBED_RUN, is_history, probe_history
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.model_and_text import read_text
 from depthscope.app.cli.paths import InputText
-from depthscope.app.cli.values import Number
+from depthscope.app.cli.values import Number, Part
 from depthscope.app.text.terminal import command_line, emit, printable, say, working
 
 if TYPE_CHECKING:
@@ -28,8 +29,17 @@ SIZES = {
 """Dimensions of a trace whose sizes are printed, and their names in the output."""
 
 
+SHARD_BATCH = 8
+"""Sequences a forward of a shard: a loss is a mean over its batch, so that equal gradients need equal batches."""
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint(parser)
+    add_checkpoint(parser, several=True)
+    parser.add_argument(
+        "--factory",
+        metavar="MODULE:FUNCTION",
+        help="builds the model of several checkpoints that are files of weights (imports and runs that code)",
+    )
     parser.add_argument(
         "--text",
         type=InputText(),
@@ -37,13 +47,36 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 text to run, at most 100 MB; - for stdin",
     )
-    add_out(parser, RUN_FILE, metavar="RUN", about="where to save (.nc, .zarr or .zarr.zip)")
+    add_out(parser, PROBED_RUN, metavar="RUN", about="where to save (.nc, .zarr or .zarr.zip)")
     parser.add_argument(
-        "--sequences", type=Number(1, 100_000), default=8, metavar="N", help="sequences kept (default 8)"
+        "--sequences", type=Number(1, 100_000), default=8, metavar="N", help="sequences run (default 8)"
     )
     # The longest context that models of today are trained for, with room.
     parser.add_argument(
         "--length", type=Number(2, 2**20), default=256, metavar="T", help="tokens a sequence (default 256)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=Number(1, 100_000),
+        metavar="B",
+        help=f"sequences a forward (default all in one; with --shard {SHARD_BATCH})",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Number(1, 100_000),
+        metavar="K",
+        help="sequences whose states are kept, drawn by --seed (default all); sums are over every token",
+    )
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="also the spectra and the similarity of depths over every token (metrics streamed_…)",
+    )
+    parser.add_argument(
+        "--shard",
+        type=Part(),
+        metavar="k/N",
+        help="run only the k-th of N parts of the sequences; `depthscope merge` joins the runs of all parts",
     )
     parser.add_argument(
         "--gradients",
@@ -55,8 +88,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if is_history(args):
+        return probe_history(args)
     from depthscope.diagnostics import schema
 
+    args.checkpoint = args.checkpoints[0]
     # Before torch is imported and the model is loaded, which takes far longer than this.
     schema.require_replaceable(args.out, force=args.force)
     text = read_text(args.text)
@@ -66,17 +102,20 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
 
     batch = encode_text(loaded, text, sequences=args.sequences, length=args.length, seed=args.seed)
+    forwards, of_shard = _forwards(batch, args)
     with working(f"probing {loaded.name}"), capture_errors_for_users():
         run = probes.capture(
             loaded.model,
-            batch,
+            forwards,
             gradients=args.gradients,
             layers=args.layers,
             layout=args.layout,
             streams=args.streams,
             sites=site_names(args),
-            max_sequences=args.sequences,
+            max_sequences=args.keep or args.sequences,
             seed=args.seed,
+            streaming=args.streaming,
+            first_sequence=of_shard.get("first_sequence", 0),
             token_text=token_texts(loaded, batch),
             attrs={
                 "model": loaded.name,
@@ -84,10 +123,34 @@ def _run(args: argparse.Namespace) -> int:
                 # The name alone: a run is sent around, and a full path tells who its author is.
                 "data": "stdin" if args.text == "-" else Path(args.text).name,
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+                **of_shard.get("attrs", {}),
             },
         )
     _print_saved(run, schema.save_run(run, args.out, force=args.force), args)
     return FINE
+
+
+def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The batches to run, one a forward; and of a shard the number of its first sequence and what the run says of it."""
+    if args.batch is None and args.shard is None:
+        return batch, {}
+    from depthscope.probes.checkpoints.text_batch import batches_of, shard_span
+    from depthscope.probes.run.shards import SHARD
+
+    size = args.batch or SHARD_BATCH
+    forwards = batches_of(batch, size)
+    if args.shard is None:
+        return forwards, {}
+    first, end = shard_span(len(forwards), *args.shard)
+    number, of = args.shard
+    facts = {
+        "number": number,
+        "of": of,
+        "sequences": len(batch["input_ids"]),
+        "batch": size,
+        "length": args.length,
+    }
+    return forwards[first:end], {"first_sequence": first * size, "attrs": {SHARD: facts}}
 
 
 def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None:

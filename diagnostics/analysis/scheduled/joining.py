@@ -1,0 +1,101 @@
+"""How do values of blocks of depths become the values of all depths? Along depth, and as blocks of a matrix for pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from depthscope.diagnostics.analysis.scheduled.tasks import PAIR, WHOLE, Measured, Task
+
+UNDEFINED_BECAUSE = "undefined_because"
+
+
+def joined(
+    parts: Sequence[tuple[Task, Mapping[str, Measured]]],
+) -> tuple[dict[str, xr.DataArray], dict[str, str]]:
+    """Join what the tasks of one chain measured.
+
+    Parameters
+    ----------
+    parts : sequence of (Task, dict)
+        What each task returned.
+
+    Returns
+    -------
+    tuple of dict
+        Variables by name; and of metrics that were not computed, also where this is so of one block, the reason.
+    """
+    reasons: dict[str, str] = {}
+    by_variable: dict[str, list[tuple[Task, xr.DataArray]]] = {}
+    owners: dict[str, str] = {}
+    for task, results in parts:
+        for metric, (found, reason) in results.items():
+            if reason:
+                reasons.setdefault(metric, reason)
+            for name, value in found.items():
+                by_variable.setdefault(name, []).append((task, value))
+                owners[name] = metric
+    variables = {name: _one(of) for name, of in by_variable.items() if owners[name] not in reasons}
+    return variables, reasons
+
+
+def _one(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
+    task, first = parts[0]
+    # A null may depend on the number of tokens alone.
+    if task.kind == WHOLE or len(parts) == 1 or "depth" not in first.dims:
+        return first
+    if task.kind == PAIR and "other_depth" in first.dims:
+        whole = _matrix(parts)
+    else:
+        ordered = [value for _, value in sorted(parts, key=lambda part: part[0].keep)]
+        whole = xr.concat(ordered, "depth", coords="minimal", compat="override", combine_attrs="override")
+    whole.attrs = _attributes([value for _, value in parts], whole)
+    return whole
+
+
+def _matrix(parts: Sequence[tuple[Task, xr.DataArray]]) -> xr.DataArray:
+    """A matrix of its blocks: each task has those of two groups of depths with each other and with themselves."""
+    first = parts[0][1]
+    dims = [dim for dim in first.dims if dim not in ("depth", "other_depth")]
+    count = 1 + max(max(task.depths) for task, _ in parts)
+    values = np.full((*(first.sizes[dim] for dim in dims), count, count), np.nan)
+    along: dict[str, dict[int, Any]] = {}
+    for task, value in parts:
+        block = value.transpose(*dims, "depth", "other_depth").values
+        at = np.array(task.depths)
+        is_first = np.isin(at, task.keep)
+        # What a block has with itself is in one task alone; of others only what is between the two.
+        for rows, columns in (
+            ((is_first, ~is_first), (~is_first, is_first)) if not is_first.all() else [(is_first, is_first)]
+        ):
+            values[..., at[rows][:, None], at[columns]] = block[..., rows, :][..., columns]
+        for name, coord in value.coords.items():
+            if coord.dims == ("depth",):
+                along.setdefault(str(name), {}).update(zip(task.depths, coord.values.tolist(), strict=True))
+    coords: dict[str, Any] = {
+        name: ("depth", np.array([of[i] for i in range(count)], first[name].dtype))
+        for name, of in along.items()
+    }
+    coords["other_depth"] = ("other_depth", np.array(coords["depth"][1]))
+    coords |= {
+        str(name): of for name, of in first.coords.items() if not {"depth", "other_depth"} & set(of.dims)
+    }
+    matrix = xr.DataArray(values, coords, (*dims, "depth", "other_depth"), first.name, dict(first.attrs))
+    return matrix.transpose(*first.dims)
+
+
+def _attributes(parts: Sequence[xr.DataArray], whole: xr.DataArray) -> dict[str, Any]:
+    """The attributes of all parts: those by depth together, and a reason for NaN only where all is NaN."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.attrs.items():
+            if isinstance(value, dict):
+                found[name] = {**found.get(name, {}), **value}
+            else:
+                found.setdefault(str(name), value)
+    if UNDEFINED_BECAUSE in found and not whole.isnull().all():
+        del found[UNDEFINED_BECAUSE]
+    return found

@@ -1,0 +1,152 @@
+"""On what do the tasks of an analysis run? Workers of dask: of this machine, or of a cluster that is there already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+DEFAULT_BUDGET = 2 * 2**30
+"""Bytes that a task may take on a worker that states no limit. Heuristic."""
+
+SECONDS_TO_CONNECT = 20
+
+Report = Callable[[int], None]
+"""Takes the number of tasks that are done."""
+
+
+class LostWorker(RuntimeError):
+    """A task whose worker died, mostly because it took more memory than its limit."""
+
+
+@contextmanager
+def workers(scheduler: Any, *, count: int | None = None, memory: int | None = None) -> Iterator[Any]:
+    """The client of a cluster; one that is made here is closed at the end.
+
+    Parameters
+    ----------
+    scheduler : str or distributed.Client
+        ``"threads"`` or ``"processes"`` of this machine; the address of a scheduler, such as ``"tcp://10.0.0.1:8786"``; or a
+        client.
+    count : int, optional
+        Workers of this machine; by default one for each processor.
+    memory : int, optional
+        Bytes that each of them may take; by default its share of the machine's.
+
+    Yields
+    ------
+    distributed.Client
+
+    Raises
+    ------
+    ValueError
+        For another scheduler.
+    OSError
+        Where nothing answers at the address.
+    """
+    import dask
+    import distributed
+
+    if isinstance(scheduler, distributed.Client):
+        yield scheduler
+        return
+    if scheduler in ("threads", "processes"):
+        processes = scheduler == "processes"
+        number = count or os.cpu_count() or 1
+        # A task that took too much once takes it again. Nothing listens on any port but to this machine.
+        with (
+            dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+            distributed.LocalCluster(
+                n_workers=number if processes else 1,
+                threads_per_worker=1 if processes else number,
+                processes=processes,
+                memory_limit=memory or "auto",
+                dashboard_address=None,
+                silence_logs=50,  # a lost worker is told once, with what it was measuring
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield client
+        return
+    if not isinstance(scheduler, str) or "://" not in scheduler:
+        raise ValueError(
+            f"scheduler is {scheduler!r}; expected 'threads', 'processes', the address of a scheduler such as "
+            "'tcp://10.0.0.1:8786', or a distributed.Client"
+        )
+    try:
+        client = distributed.Client(scheduler, timeout=SECONDS_TO_CONNECT)
+    except OSError as error:
+        raise OSError(
+            f"no scheduler answers at {scheduler} within {SECONDS_TO_CONNECT} s; start one with: dask scheduler"
+        ) from error
+    with client:
+        yield client
+
+
+def task_budget(client: Any) -> int:
+    """Bytes that one task may take: the smallest worker's limit, shared by its threads, less what Python itself takes.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    OSError
+        Where the cluster has no worker.
+    """
+    known = client.scheduler_info(n_workers=-1)["workers"].values()
+    if not known:
+        raise OSError("the cluster has no worker; start one with: dask worker ADDRESS")
+    limits = [(worker["memory_limit"] or DEFAULT_BUDGET) // worker["nthreads"] for worker in known]
+    # From 70 % of the limit on a worker pauses; numpy, scipy and xarray take 200 MB.
+    return max(2**26, int(0.7 * min(limits)) - 200 * 2**20)
+
+
+def run_all(
+    client: Any, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], report: Report
+) -> list[Any]:
+    """Call a function with each of several arguments on the workers.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster.
+    function : callable
+        What the workers call.
+    arguments : sequence of tuple
+        Of each call.
+    report : callable
+        Called after each call that is done.
+
+    Returns
+    -------
+    list
+        In the order of the arguments: what was returned, or a `LostWorker` where the worker died.
+    """
+    import distributed
+
+    futures = [client.submit(function, *of_one, pure=False) for of_one in arguments]
+    positions = {future.key: number for number, future in enumerate(futures)}
+    results: list[Any] = [None] * len(futures)
+    try:
+        for done, future in enumerate(distributed.as_completed(futures), 1):
+            try:
+                results[positions[future.key]] = future.result()
+            except distributed.KilledWorker as error:
+                results[positions[future.key]] = LostWorker(str(error))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"a worker does not find the run ({error}); it must be where every worker reads it, under the same path"
+                ) from error
+            report(done)
+    finally:
+        # Where one raised, the others are of no use.
+        client.cancel(futures, force=True)
+    return results

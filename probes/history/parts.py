@@ -1,0 +1,125 @@
+"""Where is what was measured of each checkpoint, until all are? One small run each, beside the history, to go on from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics import schema
+
+ENDING = ".checkpoints"
+HISTORY_OPTIONS = "history_options"
+"""Attribute of a part: how it was measured. One that was measured in another way is measured again."""
+
+_PART = re.compile(r"step-(\d{15})\.nc")
+
+
+def parts_folder(out: Path) -> Path:
+    """The folder of the parts of a history.
+
+    Parameters
+    ----------
+    out : Path
+        Where the history goes.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    FileExistsError
+        Where it has anything else in it.
+    """
+    suffix = next(suffix for suffix in schema.SUFFIXES if out.name.endswith(suffix))
+    folder = out.with_name(out.name.removesuffix(suffix) + ENDING)
+    foreign = (
+        [child.name for child in folder.iterdir() if not _PART.fullmatch(child.name)]
+        if folder.exists()
+        else []
+    )
+    if foreign:
+        raise FileExistsError(
+            f"{folder} contains {foreign[0]}, which is no part of a history; move it away, or name another --out"
+        )
+    return folder
+
+
+def part_path(folder: Path, step: int) -> Path:
+    """The file of one checkpoint.
+
+    Parameters
+    ----------
+    folder : Path
+        Of `parts_folder`.
+    step : int
+        Of the checkpoint.
+
+    Returns
+    -------
+    Path
+    """
+    return folder / f"step-{step:015d}.nc"
+
+
+def open_part(path: Path, options: Mapping[str, Any]) -> xr.DataTree | None:
+    """What was measured of a checkpoint before, in memory; None where it is to be measured now.
+
+    Parameters
+    ----------
+    path : Path
+        Of `part_path`.
+    options : mapping
+        How it has to have been measured.
+
+    Returns
+    -------
+    DataTree or None
+    """
+    if not path.exists():
+        return None
+    try:
+        with schema.open_run(path) as opened:
+            if opened.attrs.get(HISTORY_OPTIONS) != dict(options):
+                return None
+            return opened.load()
+    except schema.SchemaError:  # torn, as by a full disk
+        return None
+
+
+def fingerprint(checkpoint: str) -> str:
+    """Sizes and times of a checkpoint's files: whether it is still the one that was measured, without reading it.
+
+    Parameters
+    ----------
+    checkpoint : str
+        A folder or a file.
+
+    Returns
+    -------
+    str
+    """
+    place = Path(checkpoint)
+    files = sorted(child for child in place.iterdir() if child.is_file()) if place.is_dir() else [place]
+    stats = [(file.name, file.stat()) for file in files if file.exists()]
+    return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+
+
+def without_trace(run: xr.DataTree) -> xr.DataTree:
+    """A run without its sampled states.
+
+    Parameters
+    ----------
+    run : DataTree
+        A run.
+
+    Returns
+    -------
+    DataTree
+    """
+    nodes = {path: node for path, node in run.to_dict().items() if not path.startswith("/trace")}
+    return xr.DataTree.from_dict({**nodes, "/": xr.Dataset(attrs=run.attrs)})

@@ -1,0 +1,128 @@
+"""Workers give the numbers of one process; what a lost worker measured is named, and the rest is kept."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from depthscope import CATALOGUE, analyze, save_run
+from depthscope.diagnostics.analysis.analyze import analyze_saved
+from depthscope.diagnostics.analysis.scheduled import scheduled, tasks
+from depthscope.diagnostics.analysis.scheduled.workers import LostWorker, run_all, task_budget, workers
+from tests.models.synthetic_run import synthetic_run
+
+pytest.importorskip("distributed")
+
+
+@pytest.fixture(scope="module")
+def client():
+    with workers("threads", count=1) as client:
+        yield client
+
+
+def _is_equal(name, found, expected):
+    assert found.dims == expected.dims, name
+    if expected.dtype.kind in "fiu":
+        # CKA takes the precision that the depths it is given need, and one of them is massive.
+        precision = {"rtol": 1e-6, "atol": 1e-7} if "cka" in name else {"rtol": 1e-9, "atol": 1e-12}
+        np.testing.assert_allclose(found.values, expected.values, err_msg=name, **precision)
+    else:
+        assert (
+            found.values.astype(object).astype(str).tolist()
+            == expected.values.astype(object).astype(str).tolist()
+        )
+    assert found.attrs == expected.attrs, name
+
+
+@pytest.mark.parametrize("family", ["residual", "mhc"])
+def test_every_metric_in_blocks_is_the_metric_of_the_whole(family, client, monkeypatch, tmp_path):
+    # One depth a block, and every pair of depths a task of its own: a metric that looks further must not be cut.
+    monkeypatch.setattr(tasks, "COPIES", 10**9)
+    run = synthetic_run(family, layers=3 if family == "residual" else 1)
+    values = run.trace.residual.values
+    values[2, 0, 3, 0, 5] = 1e4  # massive at one depth: no other block sees it
+    values[1, 1, -1] = np.nan if family == "residual" else values[1, 1, -1]
+    path = save_run(run, tmp_path / "run.zarr")
+    expected = analyze(run, metrics=list(CATALOGUE))
+    found = analyze(path, metrics=list(CATALOGUE), scheduler=client)
+    assert list(found.data_vars) == list(expected.data_vars)
+    for name, variable in expected.variables.items():
+        _is_equal(name, found[name], expected.get(name, variable))
+    assert found.attrs == expected.attrs
+    kinds = {tasks.separable_by(CATALOGUE[name]) for name in expected.data_vars if name in CATALOGUE}
+    assert kinds == {"depth", "step", "pair", "whole"}
+
+
+def test_several_runs_and_a_run_in_memory(client, tmp_path):
+    runs = {name: synthetic_run("residual", layers=2, seed=seed) for name, seed in (("a", 0), ("b", 1))}
+    paths = {name: save_run(run, tmp_path / f"{name}.nc") for name, run in runs.items()}
+    done = []
+    found = analyze_saved(
+        paths, scheduler=client, metrics=["residual_norm", "cka"], progress=lambda *state: done.append(state)
+    )
+    for name, run in runs.items():
+        expected = analyze(run, metrics=["residual_norm", "cka"])
+        np.testing.assert_allclose(found[name].cka, expected.cka, rtol=1e-9)
+        np.testing.assert_array_equal(found[name].residual_norm, expected.residual_norm)
+    assert done[-1][1] == done[-1][2]
+    with pytest.raises(ValueError, match="a run in memory, which the workers of a cluster do not see"):
+        analyze(runs["a"], scheduler=client)
+    with pytest.raises(ValueError, match="leave scheduler= out"):
+        analyze(paths["a"], scheduler=client, jackknife=True)
+    with pytest.raises(ValueError, match="expected 'threads'"):
+        analyze(paths["a"], scheduler="everywhere")
+
+
+def test_a_block_is_as_large_as_a_task_may_be(tmp_path):
+    run = synthetic_run("mhc", layers=4)
+    trace = run.trace.to_dataset()
+    one_depth = trace.residual.nbytes // trace.sizes["depth"]
+    found = tasks.tasks_of(
+        "r", "r.zarr", "", trace, ["token_cosine", "cka", "mixing_gain"], 2 * 10 * one_depth
+    )
+    own = [task for task in found if task.kind == "depth"]
+    assert [depth for task in own for depth in task.depths] == list(range(9))
+    assert max(len(task.depths) for task in own) == 2
+    # The mean over streams is a quarter of the states, and a pair has two blocks.
+    pairs = [task for task in found if task.kind == "pair"]
+    assert max(len(task.depths) for task in pairs) <= 8
+    assert [task.metrics for task in found if task.kind == "whole"] == [("mixing_gain",)]
+
+
+def test_what_a_lost_worker_measured_is_named_and_the_rest_is_kept(client, monkeypatch, tmp_path):
+    path = save_run(synthetic_run("residual", layers=2), tmp_path / "a.nc")
+
+    def losing(client, function, arguments, report):
+        results = run_all(client, function, arguments, report)
+        is_lost = [
+            isinstance(of[0], tasks.Task) and "token_cosine" in of[0].metrics and len(arguments)
+            for of in arguments
+        ]
+        return [LostWorker("killed") if lost else of for lost, of in zip(is_lost, results, strict=True)]
+
+    monkeypatch.setattr(scheduled, "run_all", losing)
+    found = analyze(path, scheduler=client, metrics=["token_cosine", "dirichlet_energy"])
+    assert {str(name).partition("_null")[0].partition("_stderr")[0] for name in found.data_vars} == {
+        "dirichlet_energy"
+    }
+    reason = found.attrs["not_computed"]["token_cosine"]
+    assert "the worker was lost" in reason
+    assert "token_cosine at depths 0 to" in reason
+    assert str(path) in reason
+
+
+def _die(number: int) -> int:
+    if number == 1:
+        os._exit(1)
+    return number
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told_and_the_others_go_on():
+    with workers("processes", count=1, memory=2**30) as client:
+        assert task_budget(client) < 2**30
+        results = run_all(client, _die, [(0,), (1,), (2,)], lambda done: None)
+    assert (results[0], results[2]) == (0, 2)
+    assert isinstance(results[1], LostWorker)
