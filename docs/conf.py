@@ -21,6 +21,7 @@ extensions = [
     "sphinx_copybutton",
     "mathml",
     "github_pages",
+    "public_names",
 ]
 exclude_patterns = ["_build", "_site"]
 

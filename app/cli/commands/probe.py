@@ -13,7 +13,7 @@ from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.model_and_text import read_text, text_name
 from depthscope.app.cli.paths import InputText
 from depthscope.app.cli.values import Number
-from depthscope.app.text.terminal import command_line, emit, printable, say, working
+from depthscope.app.text.terminal import command_line, emit, printable, remark, say, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,11 +117,15 @@ def _default_name(checkpoint: str) -> str:
 
 
 def _judged(path: Path) -> list[Reading]:
-    """The saved run, one reading for each of its chains."""
+    """The saved run, one reading for each of its chains; none where it cannot be judged, since the run is there."""
     from depthscope.app.readings.readings import read_paths
 
-    with working("analysing and judging") as progress:
-        return read_paths([str(path)], progress=progress)[0]
+    try:
+        with working("analysing and judging") as progress:
+            return read_paths([str(path)], progress=progress)[0]
+    except ValueError as error:
+        remark(f"{path} is saved, and not judged: {error}")
+        return []
 
 
 def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], args: argparse.Namespace) -> None:
@@ -148,8 +152,8 @@ def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], args
         say(f"  {printable(run.attrs['proof'])}")
     for part in run.attrs.get("not_covered", ()):
         say(f"  not covered: {printable(part['sentence'])}")
-    for remark in run.attrs.get("remarks", ()):
-        say(f"  remark: {remark['sentence']}")
+    for odd in run.attrs.get("remarks", ()):
+        say(f"  remark: {odd['sentence']}")
     for reading in readings:
         say()
         say(f"{printable(reading.name)}: {count_words(reading.findings)}")
