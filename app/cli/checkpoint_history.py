@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from depthscope.app.cli.checkpoints import require_device, site_names
-from depthscope.app.cli.model_and_text import read_text
+from depthscope.app.cli.model_and_text import read_text, text_name
 from depthscope.app.cli.paths import OutputFile, run_endings
 from depthscope.app.cli.several_runs import exit_code
 from depthscope.app.cli.values import quoted
@@ -85,7 +85,7 @@ def probe_history(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             device=args.device,
             force=args.force,
-            attrs={"data": "stdin" if args.text == "-" else Path(args.text).name},
+            attrs={"data": text_name(args.text)},
             progress=progress,
             sites=site_names(args),
             **{name: value for name, value in options.items() if value is not None},

@@ -12,7 +12,7 @@ from depthscope.app.cli.arguments import add_json
 from depthscope.app.cli.checkpoints import add_checkpoint, load
 from depthscope.app.cli.paths import InputPath, InputText, OutputFile, read_bounded, run_endings
 from depthscope.app.cli.values import Number, quoted
-from depthscope.app.text.terminal import printable
+from depthscope.app.text.terminal import printable, working
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from depthscope.probes.checkpoints.load import LoadedModel
 
 SEQUENCES, LENGTH = 8, 128
+
+SAMPLE_TEXT = "pydoc_data.topics"
+"""The module of Python whose text is run where none is given."""
 
 
 def _endings() -> list[str]:
@@ -66,9 +69,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         type=InputText(),
-        required=True,
         metavar="FILE",
-        help="UTF-8 text to run, at most 100 MB; - for stdin; of a run: its text",
+        help="UTF-8 text to run, at most 100 MB; - for stdin; of a run: its text (default: English that comes with Python)",
     )
     parser.add_argument(
         "--sequences",
@@ -131,14 +133,25 @@ def open_subject(args: argparse.Namespace) -> Subject:
     return Subject(loaded, batch, token_texts(loaded, batch), run)
 
 
-def read_text(source: str) -> str:
-    """The text of a file, or of stdin for ``-``.
+def text_name(source: str | None) -> str:
+    """The name of a text for the attributes of a run: no path, which tells who its author is."""
+    if source is None:
+        return SAMPLE_TEXT
+    return "stdin" if source == "-" else Path(source).name
+
+
+def read_text(source: str | None) -> str:
+    """The text of a file, of stdin for ``-``, or for None English that comes with Python.
 
     Raises
     ------
     ValueError
         For what is not UTF-8, or empty.
     """
+    if source is None:
+        with working("importing torch"):
+            from depthscope.probes.checkpoints.text_batch import sample_text
+        return sample_text()
     raw = read_bounded(source)
     try:
         # No guess at another encoding: wrong characters would be other tokens, without an error.

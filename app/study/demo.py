@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.readings.readings import COMPLETE, read_runs
+from depthscope.app.readings.readings import COMPLETE, Reading, read_runs
 from depthscope.app.tables.findings import findings_text
 from depthscope.app.text.terminal import command_line, progress_bar, remark, say, working
 from depthscope.diagnostics import analyze, schema
 
 SMOLLM2 = "SmolLM2-135M"
 # Of training alone, for the three models together.
-SECONDS, QUICK_SECONDS = 60.0, 10.0
+SECONDS, QUICK_SECONDS = 25.0, 10.0
 # Gradients of 4 × 256 tokens of SmolLM2 peak at 3.5 GB; twice as many would not fit an 8 GB laptop comfortably.
 SEQUENCES, LENGTH = 4, 256
+# Of the first look, whose findings are on the screen before anything else is measured: seconds, without a backward.
+FIRST_SEQUENCES, FIRST_LENGTH = 2, 64
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Steps:
 
 
 def run_demo(out: Path, *, browser: bool = True, quick: bool = False, seeds: int = 1) -> None:
-    """Probe a real model and three small ones, print the findings, write a paper bundle, open the dashboard.
+    """Probe a real model and three small ones, print the findings as they come, write a paper bundle, open the dashboard.
 
     With a browser, or without one on a terminal (a server that somebody is logged in to), the dashboard is
     served until Ctrl-C. Without a browser and without a terminal (continuous integration, a pipe) the demo ends
@@ -77,17 +79,12 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False, seeds: int
     if not quick:
         schema.require_replaceable(out / "runs" / f"{SMOLLM2}.nc")
     started = time.perf_counter()
-    steps = Steps(total=4 if quick else 6)
+    steps = Steps(total=3 if quick else 6)
     folder = out / "runs"
     paths = {} if quick else _probe_smollm2(steps, folder)
     paths.update(_train_small_models(steps, folder, QUICK_SECONDS if quick else SECONDS, seeds))
-    with steps.step(f"Measuring {len(paths)} runs with every metric"):
-        runs = _analyze_saved(paths)
-    with steps.step("Judging them: what was found"):
-        for reading in read_runs(runs):
-            say(f"\n{reading.name}: {about(reading.attrs)}\n")
-            say(findings_text(reading.findings))
-        say()
+    with steps.step(f"Measuring {len(paths)} runs with every metric, and judging each: what was found"):
+        runs = _measure_and_judge(paths)
     with steps.step("Writing figures, tables and sources for a paper"), working("drawing"):
         bundle = _write_paper(runs, out / "paper")
     for path in paths.values():
@@ -114,12 +111,17 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
             loaded = load_checkpoint("smollm2")
     except CheckpointError as error:
         remark(f"{error}; going on without {SMOLLM2}")
-        # Probing would have been a step of its own.
-        steps.total -= 1
+        # Looking at it and probing it would have been two more.
+        steps.total -= 2
         return {}
+    text = sample_text()
+    with steps.step(f"A first look at {SMOLLM2}, on {FIRST_SEQUENCES} × {FIRST_LENGTH} tokens"):
+        batch = encode_text(loaded, text, sequences=FIRST_SEQUENCES, length=FIRST_LENGTH)
+        first = probes.capture(loaded.model, batch, attrs={"model": loaded.name})
+        _print_findings(SMOLLM2, read_runs({SMOLLM2: first}))
     title = f"Probing {SMOLLM2} on {SEQUENCES} × {LENGTH} tokens of Python's documentation"
     with steps.step(title), working("forward and backward"):
-        batch = encode_text(loaded, sample_text(), sequences=SEQUENCES, length=LENGTH)
+        batch = encode_text(loaded, text, sequences=SEQUENCES, length=LENGTH)
         run = probes.capture(
             loaded.model,
             batch,
@@ -146,21 +148,30 @@ def _train_small_models(steps: Steps, folder: Path, seconds: float, seeds: int) 
         return run_seeds(folder, seeds=seeds, seconds=seconds)
 
 
-def _analyze_saved(paths: Mapping[str, Path]) -> dict[str, xr.DataTree]:
-    """The runs with their metrics, saved again: neither the paper nor the dashboard has to compute them."""
-    runs: dict[str, xr.DataTree] = {}
-    with progress_bar("measuring") as show:
-        for name, path in paths.items():
-            # `name` is bound as a default: a closure would see that of a later run.
-            def show_metric(metric: str, done: int, count: int, name: str = name) -> None:
-                show((len(runs) + done / count) / len(paths), f"{name} {metric}")
+def _measure_and_judge(paths: Mapping[str, Path]) -> dict[str, xr.DataTree]:
+    """The runs with their metrics, saved again: neither the paper nor the dashboard has to compute them.
 
-            run = schema.open_run(path)
-            run.load()
-            run.close()  # before the file is replaced
-            runs[name] = with_metrics(run, show_metric)
-            schema.save_run(runs[name], path)
+    The findings of each are printed as soon as they are known.
+    """
+    runs: dict[str, xr.DataTree] = {}
+    for name, path in paths.items():
+        run = schema.open_run(path)
+        run.load()
+        run.close()  # before the file is replaced
+        # A bar for each run: the findings are printed between them.
+        with progress_bar(f"measuring {name}") as show:
+            runs[name] = with_metrics(run, lambda metric, done, count: show(done / count, metric))
+        schema.save_run(runs[name], path)
+        _print_findings(name, read_runs({name: runs[name]}))
     return runs
+
+
+def _print_findings(name: str, readings: Sequence[Reading]) -> None:
+    for reading in readings:
+        say(f"\n{name}: {about(reading.attrs)}\n")
+        say(findings_text(reading.findings))
+    say()
+    sys.stdout.flush()  # in a pipe they would otherwise come at the end
 
 
 def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | None = None) -> xr.DataTree:

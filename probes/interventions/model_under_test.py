@@ -200,7 +200,7 @@ class ModelUnderTest:
 
     @property
     def proof(self) -> str:
-        """Whether the reading of the chain is proven: ``proven``, or ``unproven: `` and why."""
+        """Whether the reading of the chain is proven: ``proven``, or ``unproven: …`` with the reason."""
         return "proven" if self._evidence is not None else self.chain.proof or "unproven: no proof was made"
 
     # --- running it

@@ -1,4 +1,4 @@
-"""`depthscope probe`: run a checkpoint on text and save what its streams carried."""
+"""`depthscope probe`: run a checkpoint on text, save what its streams carried, and judge it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from depthscope.app.cli.arguments import add_json, add_out
 from depthscope.app.cli.checkpoint_history import PROBED_RUN, is_history, probe_history
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, site_names
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.cli.model_and_text import read_text
+from depthscope.app.cli.model_and_text import read_text, text_name
 from depthscope.app.cli.paths import InputText
 from depthscope.app.cli.values import Number, Part
-from depthscope.app.text.terminal import command_line, emit, printable, say, working
+from depthscope.app.text.terminal import command_line, emit, printable, remark, say, working
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import xarray as xr
+
+    from depthscope.app.readings.readings import Reading
 
 SIZES = {
     "depth": "depths",
@@ -43,11 +47,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         type=InputText(),
-        required=True,
         metavar="FILE",
-        help="UTF-8 text to run, at most 100 MB; - for stdin",
+        help="UTF-8 text to run, at most 100 MB; - for stdin (default: English that comes with Python)",
     )
-    add_out(parser, PROBED_RUN, metavar="RUN", about="where to save (.nc, .zarr or .zarr.zip)")
+    add_out(
+        parser,
+        PROBED_RUN,
+        metavar="RUN",
+        about="where to save (.nc, .zarr or .zarr.zip; default the checkpoint's name and .nc, in this folder)",
+        required=False,
+    )
     parser.add_argument(
         "--sequences", type=Number(1, 100_000), default=8, metavar="N", help="sequences run (default 8)"
     )
@@ -84,15 +93,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also the gradient of the loss",
     )
+    parser.add_argument(
+        "--verdict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="analyse the run at once and print its findings, as `depthscope check` does",
+    )
     add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
+    args.checkpoint = args.checkpoints[0]
+    if args.out is None:
+        # Of several checkpoints the name of the folder that they are in.
+        several = len(args.checkpoints) > 1
+        args.out = _default_name(str(Path(args.checkpoint).resolve().parent) if several else args.checkpoint)
+        PROBED_RUN.check(args.out, "the default of --out", args)
     if is_history(args):
         return probe_history(args)
     from depthscope.diagnostics import schema
 
-    args.checkpoint = args.checkpoints[0]
     # Before torch is imported and the model is loaded, which takes far longer than this.
     schema.require_replaceable(args.out, force=args.force)
     text = read_text(args.text)
@@ -120,13 +140,15 @@ def _run(args: argparse.Namespace) -> int:
             attrs={
                 "model": loaded.name,
                 "weights_digest": loaded.digest,
-                # The name alone: a run is sent around, and a full path tells who its author is.
-                "data": "stdin" if args.text == "-" else Path(args.text).name,
+                "data": text_name(args.text),
                 "data_digest": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
                 **of_shard.get("attrs", {}),
             },
         )
-    _print_saved(run, schema.save_run(run, args.out, force=args.force), args)
+    path = schema.save_run(run, args.out, force=args.force)
+    # What comes next needs neither, and a model is as large as its run.
+    del loaded, batch, forwards
+    _print_saved(run, path, _judged(path) if args.verdict else [], args)
     return FINE
 
 
@@ -153,7 +175,27 @@ def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dic
     return forwards[first:end], {"first_sequence": first * size, "attrs": {SHARD: facts}}
 
 
-def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None:
+def _default_name(checkpoint: str) -> str:
+    """A name for the run in the working folder: that of the checkpoint, of a factory that of its module and function."""
+    name = Path(checkpoint).resolve().name.removesuffix(".gguf").replace(":", "-")
+    return f"{name or 'run'}.nc"
+
+
+def _judged(path: Path) -> list[Reading]:
+    """The saved run, one reading for each of its chains; none where it cannot be judged, since the run is there."""
+    from depthscope.app.readings.readings import read_paths
+
+    try:
+        with working("analysing and judging") as progress:
+            return read_paths([str(path)], progress=progress)[0]
+    except ValueError as error:
+        remark(f"{path} is saved, and not judged: {error}")
+        return []
+
+
+def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], args: argparse.Namespace) -> None:
+    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
+    from depthscope.app.text.cards import cards_text
     from depthscope.diagnostics import schema
 
     sizes: dict[str, dict[str, int]] = {}
@@ -163,7 +205,9 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
         known = {} if trace is None else trace.sizes
         sizes[chain or "run"] = {word: known[dim] for dim, word in SIZES.items() if dim in known}
     if args.json:
-        emit({"run": str(path), "attrs": dict(run.attrs), "sizes": sizes})
+        cards = [card.as_dict() for reading in readings for card in cards_of(reading)]
+        judged = {"findings": cards} if args.verdict else {}
+        emit({"run": str(path), "attrs": dict(run.attrs), "sizes": sizes, **judged})
         return
     say(f"{printable(path)}: {printable(run.attrs.get('model'))}, {printable(run.attrs.get('family'))}")
     for chain, size in sizes.items():
@@ -173,11 +217,18 @@ def _print_saved(run: xr.DataTree, path: Path, args: argparse.Namespace) -> None
         say(f"  {printable(run.attrs['proof'])}")
     for part in run.attrs.get("not_covered", ()):
         say(f"  not covered: {printable(part['sentence'])}")
-    for remark in run.attrs.get("remarks", ()):
-        say(f"  remark: {remark['sentence']}")
+    for odd in run.attrs.get("remarks", ()):
+        say(f"  remark: {odd['sentence']}")
+    for reading in readings:
+        say()
+        say(f"{printable(reading.name)}: {count_words(reading.findings)}")
+        say()
+        say(cards_text(cards_of(reading)) or NOTHING)
     say()
     say(f"Next: {command_line('check', path)}")
     say(f"      {command_line('dashboard', path)}")
 
 
-COMMAND = Command("probe", "run a checkpoint on text and save what its streams carried", _add_arguments, _run)
+COMMAND = Command(
+    "probe", "run a checkpoint on text, save what its streams carried, and judge it", _add_arguments, _run
+)

@@ -64,6 +64,28 @@ def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, 
         assert run.attrs["data_digest"].startswith("sha256:")
 
 
+def test_a_checkpoint_alone_is_probed_on_a_built_in_text_and_judged(monkeypatch, tmp_path, make_run, capsys):
+    monkeypatch.chdir(tmp_path)
+    seen = _stand_in(monkeypatch, make_run("residual", layers=2))
+    assert main(["probe", "models/tiny.gguf"]) == FINE
+    assert len(seen["text"]) > 100_000
+    said = capsys.readouterr().out
+    # What `check` says of the same run, without its summary.
+    assert main(["check", "tiny.nc"]) in (FINE, FOUND)
+    checked = capsys.readouterr().out
+    assert [
+        line for line in said.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))
+    ] == [line for line in checked.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))]
+    with schema.open_run("tiny.nc") as run:
+        assert run.attrs["data"] == "pydoc_data.topics"
+    assert main(["probe", "models/tiny.gguf"]) == USAGE
+    assert "tiny.nc' exists; name another file" in capsys.readouterr().err
+    assert main(["probe", "models/tiny.gguf", "--force", "--json"]) == FINE
+    assert isinstance(json.loads(capsys.readouterr().out)["findings"], list)
+    assert main(["probe", "models/tiny.gguf", "--force", "--json", "--no-verdict"]) == FINE
+    assert "findings" not in json.loads(capsys.readouterr().out)
+
+
 def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
     from depthscope.probes.model.errors import CaptureError
 

@@ -1,0 +1,71 @@
+"""Do the commands and the Python that the site shows exist? The notebooks themselves are run when it is built."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from depthscope.app.cli.parser import build_parser
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(
+    path.relative_to(DOCS).as_posix()
+    for path in (*DOCS.glob("*.md"), *DOCS.glob("*/*.md"))
+    if "project" not in path.parts
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_of_a_page_is_python(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for kind, block in re.findall(r"^```(python|\{code-cell\})\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        block = re.sub(r"\A---\n.*?\n---\n|\A(:.*\n)+", "", block, flags=re.DOTALL)
+        lines = [line for line in block.splitlines() if kind == "python" or not line.startswith("!")]
+        ast.parse("\n".join(lines))
+
+
+def test_every_command_of_the_site_has_its_options():
+    """Blocks that are not run when the site is built: a renamed option must not stay in them."""
+    known = _options()
+    shown = [
+        (page, words) for page in PAGES for words in _commands((DOCS / page).read_text(encoding="utf-8"))
+    ]
+    assert len(shown) > 10
+    for page, (command, *words) in shown:
+        # What comes after -- is the script's own.
+        words = words[: words.index("--")] if "--" in words else words
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert command in known, f"{page}: depthscope {command}"
+        assert options <= known[command], f"{page}: depthscope {command} has no {options - known[command]}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith(("gallery/", "concepts/"))])
+def test_every_picture_of_a_notebook_has_words(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for cell in re.findall(r"^```\{code-cell\}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if "plt.subplots" in cell or "to_matplotlib(" in cell:
+            assert re.search(r"^    alt: \S.{30}", cell, re.MULTILINE), cell
+
+
+def _commands(text: str) -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [line.removeprefix("!") for line in re.findall(r"^!depthscope .*", text, re.MULTILINE)]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("depthscope ")]
+    return [words[1:] for words in found if not words[1].startswith("-")]
+
+
+def _options() -> dict[str, set[str]]:
+    commands = next(
+        action
+        for action in build_parser()._actions
+        if getattr(action, "choices", None) and action.dest == "command"
+    )
+    return {
+        name: {option for action in parser._actions for option in action.option_strings}
+        for name, parser in commands.choices.items()
+    }
