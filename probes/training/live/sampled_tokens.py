@@ -23,6 +23,7 @@ from depthscope.probes.training.live.every_token import ABSOLUTE, RELATIVE
 from depthscope.probes.training.live.group import LiveGroup
 from depthscope.probes.training.live.live_value import LiveValue, sampled
 from depthscope.probes.training.live.mean_states import mean_state_metrics
+from depthscope.probes.training.live.mixing_products import mixing_metrics
 
 # Of the mean over streams, whose tokens of all depths are compared.
 OF_MEAN = (
@@ -125,12 +126,9 @@ class SampledTokens:
         found: dict[str, LiveValue] = {}
         if "h_res" in variables:
             mask = xr.DataArray(np.ones((1, self.count), dtype=bool), dims=("sample", "token"))
-            source = Quantities(xr.Dataset())
-            source.give(
-                "mixing", Mixing(xr.DataArray(variables["h_res"][1], dims=variables["h_res"][0]), mask)
-            )
-            for name in OF_MIXING:
-                found[name] = self._measured(name, source.call(CATALOGUE[name].function))
+            mixing = Mixing(xr.DataArray(variables["h_res"][1], dims=variables["h_res"][0]), mask)
+            for name, (dims, values) in mixing_metrics(mixing).items():
+                found[name] = LiveValue(dims, values, sampled(self.count, CATALOGUE[name].estimator))
         reads = [int(depth) for depth in self._group.connection_coords.get("depth_in", ((), ()))[1]]
         if "h_pre" in variables and set(reads) <= set(self._group.depths):
             sizes = self.norms_LKV[[self._group.depths.index(depth) for depth in reads]][..., 1:]
