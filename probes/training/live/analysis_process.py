@@ -279,6 +279,8 @@ class AnalysisProcess:
         """In a child process: the other one belongs to the parent."""
         self._waiting.clear()
         self._process.returncode = 0  # so that nobody waits for it here
+        for slot in self._slots:
+            slot.close()
 
 
 def _anonymous_file() -> IO[bytes]:
