@@ -225,18 +225,13 @@ class LiveStore:
         variables = self._history.variables
         declared, added = self._declaration(numbers, coords or {})
         data = self._row_data(numbers, {**variables, **declared} if declared else variables)
-        frames = [packed(ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data]))]
-        if declared or added:
-            described = {name: one.as_dict() for name, one in declared.items()}
-            frames.insert(0, packed(DECLARE, _json({"variables": described, "coords": added})))
+        row = packed(ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data]))
+        frames = [*self._declared_frames(declared, added), row]
         if self._is_resumed:
             # With the first row and not before: an attempt that measures nothing supersedes nothing.
             frames.insert(0, packed(NOTE, _json({"note": "resumed", "step": step})))
         self._write(b"".join(frames))
-        # Only now: what was not written is not known to readers either.
-        for name, known in declared.items():
-            self._history.add_variable(name, known)
-        self._history.coords.update(added)
+        self._know(declared, added)
         self._is_resumed = False
         self._last_step = step
         self._awaited = {earlier for earlier in self._awaited if earlier < step}
@@ -246,37 +241,54 @@ class LiveStore:
         if self._num_log_rows >= MAX_LOG_ROWS or self._log_size >= self._full:
             self._compact()
 
-    def add_later(self, step: int, numbers: Numbers) -> None:
-        """Add numbers to a row that is not complete: those whose variables it had already, as NaN.
+    def add_later(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
+        """Add numbers to a row that is not complete; those that it has already are replaced.
 
         Parameters
         ----------
         step : int
             Of the row; nothing happens where it was superseded.
-        numbers : mapping
+        numbers, coords : mapping
             As of `append`; empty where nothing comes after all.
 
         Raises
         ------
         ValueError
-            For another shape than that of the variable.
+            As of `append`.
         OSError
             Where it was not written; the store is as it was before.
         """
         if step not in self._awaited:
             return
-        variables = self._history.variables
+        declared, added = self._declaration(numbers, coords or {})
+        variables = {**self._history.variables, **declared}
+        given = {name: known for name, known in variables.items() if name in numbers}
+        data = self._row_data(numbers, given)
+        frames = self._declared_frames(declared, added)
+        # One frame for each stretch of variables that are declared one after the other.
         places = [place for place, name in enumerate(variables) if name in numbers]
-        data = self._row_data(numbers, {name: variables[name] for name in variables if name in numbers})
-        frames, start = [], 0
-        for at, place in enumerate(places):
-            if at + 1 == len(places) or places[at + 1] != place + 1:  # the last one of neighbours
-                head = LATER_HEAD.pack(step, place - (at - start), place + 1)
-                frames.append(packed(LATER, b"".join([head, *data[start : at + 1]])))
-                start = at + 1
+        start = 0
+        for end in range(1, len(places) + 1):
+            if end == len(places) or places[end] != places[end - 1] + 1:
+                head = LATER_HEAD.pack(step, places[start], places[end - 1] + 1)
+                frames.append(packed(LATER, b"".join([head, *data[start:end]])))
+                start = end
         if frames:
             self._write(b"".join(frames))
+        self._know(declared, added)
         self._awaited.discard(step)
+
+    def _declared_frames(self, declared: Mapping[str, Declared], added: Mapping[str, Any]) -> list[bytes]:
+        if not declared and not added:
+            return []
+        described = {name: one.as_dict() for name, one in declared.items()}
+        return [packed(DECLARE, _json({"variables": described, "coords": added}))]
+
+    def _know(self, declared: Mapping[str, Declared], added: Mapping[str, Any]) -> None:
+        """Take in what was declared, now that it is written: before, it is not known to readers either."""
+        for name, known in declared.items():
+            self._history.add_variable(name, known)
+        self._history.coords.update(added)
 
     def _declaration(
         self, numbers: Numbers, coords: Mapping[str, Any]

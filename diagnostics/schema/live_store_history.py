@@ -374,10 +374,16 @@ class History:
         if at == len(self.rows) or self.rows[at].step != step:
             return
         row, data = self.rows[at], bytes(payload[LATER_HEAD.size :])
-        if not first < last <= row.num_variables or self.ends[last] - self.ends[first] != len(data):
+        if not first < last < len(self.ends) or self.ends[last] - self.ends[first] != len(data):
             raise ValueError(f"{len(data)} bytes came later for variables {first} to {last} of step {step}")
-        whole = row.data[: self.ends[first]] + data + row.data[self.ends[last] :]
-        self.rows[at], self._tables = Row(step, row.time, row.num_variables, whole), None
+        # Variables that were declared after the row are NaN in it so far.
+        newer = list(self.variables.values())[row.num_variables : last]
+        before = b"".join(
+            [row.data, *(np.full(of.shape, math.nan, of.numpy_dtype).tobytes() for of in newer)]
+        )
+        whole = before[: self.ends[first]] + data + before[self.ends[last] :]
+        self.rows[at] = Row(step, row.time, max(row.num_variables, last), whole)
+        self._tables = None
 
 
 def columns_path(store: Path, number: int) -> Path:

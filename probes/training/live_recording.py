@@ -163,7 +163,8 @@ class LiveRecording:
         try:
             while self._later:
                 row = live_row_of(self._later[0])
-                self._store.add_later(self._later[0], {} if row is None else row.numbers)
+                numbers, coords = ({}, {}) if row is None else (row.numbers, row.coords)
+                self._store.add_later(self._later[0], numbers, coords=coords)
                 del self._later[0]
         except Exception as error:  # the training goes on, and the next row that comes tries again
             return self._once(

@@ -21,6 +21,9 @@ from depthscope.probes.training.live.group import LiveGroup
 from depthscope.probes.training.live.live_value import LiveValue, sampled
 from depthscope.probes.training.live.sampled_tokens import CHOSEN, OF_CONNECTIONS, OF_MEAN, SampledTokens
 
+OF_LOGITS = (
+    *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
+)
 LIVE = (
     *(
         "residual_norm",
@@ -32,6 +35,7 @@ LIVE = (
     ),
     *("massive_token_fraction", "massive_activation", "stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
+    *OF_LOGITS,
     *OF_MEAN,
     *OF_CONNECTIONS,
 )
@@ -180,6 +184,10 @@ class LiveMetrics:
         )
         if group.connections:
             found |= every_token.share_metrics(live, group.connections)
+            logits = every_token.logit_metrics(sums, group.connections, group.transposed)
+            found |= logits
+            if "logit_range" in logits and "logit_saturation" in self.names:
+                found |= tokens.saturation()
             found |= tokens.connections() if set(OF_CONNECTIONS) & set(self.names) else {}
             if group.mixes_known:
                 found |= every_token.gain_metrics(live, group.connections, group.transposed)

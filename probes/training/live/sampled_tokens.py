@@ -13,7 +13,8 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels.mixing import stream_shares
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.metrics.logits import saturation
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, over_tokens
 from depthscope.diagnostics.quantities.over_sequences import fold
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
@@ -144,6 +145,18 @@ class SampledTokens:
         labelled = self._group.with_all_streams(value)
         how = sampled(self.count, CATALOGUE[name].estimator)
         return LiveValue(tuple(map(str, labelled.dims)), labelled.values.astype(np.float64), how)
+
+    def saturation(self) -> dict[str, LiveValue]:
+        """How much less of a gradient the projection of the logits lets through; empty where it is none that is known."""
+        variables = self._coefficients()
+        if "h_res" not in variables or not np.isfinite(variables["h_res"][1]).all():
+            return {}
+        try:
+            values = saturation(variables["h_res"][1][:, 0].astype(np.float64))
+        except Unavailable:
+            return {}
+        how = sampled(self.count, CATALOGUE["logit_saturation"].estimator)
+        return {"logit_saturation": LiveValue(("connection", "reduction"), over_tokens(values), how)}
 
     def measure(
         self, names: Iterable[str]

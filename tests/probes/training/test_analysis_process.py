@@ -21,7 +21,9 @@ from depthscope.probes.training.live import live as live_module
 from depthscope.probes.training.recorder import ProbeWarning
 from tests.probes.training.killed_trainers import Stack
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="files are handed to a process on POSIX systems alone")
+pytestmark = pytest.mark.skipif(
+    os.name != "posix", reason="files are handed to a process on POSIX systems alone"
+)
 
 IDS = torch.arange(12).reshape(2, 6)
 PATIENCE = 120.0  # of a machine that does other things too
@@ -81,12 +83,13 @@ def test_rows_come_from_the_process_are_dropped_where_it_is_behind_and_go_on_whe
         os.kill(process.pid, signal.SIGSTOP)
         training.step()
         os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: process.poll() is not None)
         with pytest.warns(ProbeWarning, match="exit code is -9"):
-            wait_until(lambda: process.poll() is not None)
             training.step()
         assert training.beside is None
     live = recorder.run["metrics"].to_dataset()
-    assert recorder.run.attrs["live_rows_dropped"] == 1 and not recorder.errors
+    assert recorder.run.attrs["live_rows_dropped"] == 1
+    assert not recorder.errors
     assert live["step"].values.tolist() == [0, 1, 2, 4, 5, 6]
     expected = inline.recorder.run["metrics"].to_dataset().sel(step=live["step"].values)
     with schema.open_run(tmp_path / "run") as stored:
@@ -123,7 +126,8 @@ def test_a_killed_trainer_leaves_no_process_and_every_step_that_it_finished(tmp_
     with schema.open_run(tmp_path / "run") as run:
         steps = run["statistics"]["step"].values.tolist()
         assert run.attrs["live_store"]["state"] == "killed"
-        assert steps == list(range(len(steps))) and steps[-1] >= finished[-1]
+        assert steps == list(range(len(steps)))
+        assert steps[-1] >= finished[-1]
         assert np.isfinite(run["statistics"]["norm_sum"].values).all()
 
 
@@ -163,14 +167,18 @@ def rows_of(path) -> dict[int, tuple[float, list[float]]]:
 
 @pytest.mark.parametrize("rows", [2, 3, 8192])
 def test_numbers_that_come_later_are_in_their_rows(tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", rows)  # so that logs become columns between a row and what comes later
+    monkeypatch.setattr(
+        live_store, "MAX_LOG_ROWS", rows
+    )  # so that logs become columns between a row and what comes later
     store = LiveStore(tmp_path / "run")
-    row = {"metrics/a": ((), 0.0), "metrics/c": ((), 1.0), "metrics/b": (("depth",), [0.0, 1.0])}
+    row = {"metrics/a": ((), 0.0), "metrics/c": ((), 0.0), "metrics/b": (("depth",), [0.0, 1.0])}
     store.append(0, row)
     for step in range(1, 9):
         store.append(step, {"metrics/c": float(step)}, complete=False)
         if step > 1:
-            store.add_later(step - 1, {"metrics/a": step - 1.0, "metrics/b": [step, 2.0]})
+            store.add_later(
+                step - 1, {"metrics/a": step - 1.0, "metrics/b": [step, 2.0], "metrics/d": ((), 1.0 * step)}
+            )
     store.add_later(8, {})  # nothing comes after all
     store.add_later(8, {"metrics/a": 1.0})  # and nothing more
     found = rows_of(tmp_path / "run")
@@ -178,6 +186,10 @@ def test_numbers_that_come_later_are_in_their_rows(tmp_path, monkeypatch, rows):
     a, b = found.pop(8)
     assert np.isnan([a, *b]).all()
     assert found == {step: (float(step), [step + 1.0, 2.0]) for step in range(1, 8)}
+    # One that was declared after the rows that it is of.
+    history, _ = live_store.read_history(tmp_path / "run")
+    np.testing.assert_array_equal(history.values("metrics/d"), [np.nan, *range(2, 9), np.nan])
+    np.testing.assert_array_equal(history.values("metrics/c"), range(9))
     # A resumed training supersedes the row that something was still to come for.
     store.append(9, {}, complete=False)
     store.append(4, {"metrics/a": 40.0})
